@@ -1,0 +1,46 @@
+"""The kernel protocol: one block of attention, forward and backward.
+
+Shapes (sequence first, any strides with a contiguous last dimension)::
+
+    query (nq, batch, heads, dk)   key (nk, batch, kv_heads, dk)   value (nk, batch, kv_heads, dv)
+    out, grad_out (nq, batch, heads, dv)   lse (nq, batch, heads), natural log of the sum of exp of the scaled scores
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+
+class KernelOptions(NamedTuple):
+    """What stays the same for all blocks of one call."""
+
+    softmax_scale: float
+    dropout_p: float = 0.0
+
+
+def accumulation_dtype(dtype):
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class AttentionKernel(Protocol):
+    """Computes one ``blocks.Block``; the tensors are already cut to the block's rows.
+
+    A block is a rectangle, a causal square, or (``native_bands``) a band, in one or many pieces that lie end to end; its
+    query i sees its key j when lower <= j - i <= upper, counted within a piece. ``attention_mask`` (bool, True = masked
+    out, (1 or batch, nq, nk)) further masks a single full rectangle.
+    """
+
+    name: str
+    native_bands: bool
+
+    def forward(self, query, key, value, block, options, attention_mask=None) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Returns (out, lse, rng): out in the input's or the accumulation dtype, 0 where a row sees no key; lse in the
+        accumulation dtype, -inf there; rng is whatever backward needs to draw the same dropout mask, else None."""
+
+    def backward(self, grad_out, query, key, value, out, lse, block, options, rng, attention_mask=None):
+        """Returns (dq, dk, dv), each with the shape of its input, of the block alone.
+
+        out and lse are those of the whole attention (all blocks merged), cut to the block's query rows; rows that see no
+        key anywhere have lse = +inf, so that their probabilities are 0.
+        """

@@ -1,0 +1,116 @@
+"""The CPU kernel: torch's own flash attention operator, float64 included.
+
+The operator wants (batch, heads, seq, dim) with any strides, so the sequence-first tensors go in as views. A KV head that
+serves several query heads is expanded with stride 0, never copied. It has no dropout and wants dk == dv: those cases take
+the blockwise path, which is exact and slower.
+"""
+
+import torch
+
+from mindspeed_cp.kernels.blockwise import BlockwiseKernel, band_mask
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def build():
+    return CpuKernel()
+
+
+def unavailable():
+    return ""
+
+
+class CpuKernel:
+    name = "cpu"
+    native_bands = False
+
+    def __init__(self):
+        self._blockwise = BlockwiseKernel()
+
+    def forward(self, query, key, value, block, options, attention_mask=None):
+        if _needs_blockwise(key, value, options):
+            return self._blockwise.forward(query, key, value, block, options, attention_mask)
+        if block.num_pieces == 1:
+            return *_forward_piece(query, key, value, block, options, attention_mask), None
+        parts = [_forward_piece(query[q], key[k], value[k], block, options, None) for q, k in block.pieces()]
+        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts]), None
+
+    def backward(self, grad_out, query, key, value, out, lse, block, options, rng, attention_mask=None):
+        if _needs_blockwise(key, value, options):
+            return self._blockwise.backward(grad_out, query, key, value, out, lse, block, options, rng, attention_mask)
+        if block.num_pieces == 1:
+            return _backward_piece(grad_out, query, key, value, out, lse, block, options, attention_mask)
+        grads = [_backward_piece(grad_out[q], query[q], key[k], value[k], out[q], lse[q], block, options, None)
+                 for q, k in block.pieces()]
+        return tuple(torch.cat(parts) for parts in zip(*grads))
+
+
+def _needs_blockwise(key, value, options):
+    return options.dropout_p > 0 or key.shape[-1] != value.shape[-1]
+
+
+def _group_queries(tensor, kv_heads):
+    """(seq, batch, heads, ...) -> (batch * kv_heads, group, seq, ...); a view where batch and heads can be merged."""
+    seq, batch, heads = tensor.shape[:3]
+    return tensor.reshape(seq, batch * kv_heads, heads // kv_heads, *tensor.shape[3:]).movedim(0, 2)
+
+
+def _expand_keys(tensor, group):
+    """(seq, batch, kv_heads, dim) -> (batch * kv_heads, group, seq, dim), stride 0 over the group."""
+    seq, batch, kv_heads, dim = tensor.shape
+    return tensor.reshape(seq, batch * kv_heads, 1, dim).movedim(0, 2).expand(-1, group, -1, -1)
+
+
+def _views(query, key, value):
+    """The operator's views; without grouped heads batch and heads stay apart, which any stride allows."""
+    kv_heads, group = key.shape[2], query.shape[2] // key.shape[2]
+    if group == 1:
+        return tuple(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    return _group_queries(query, kv_heads), _expand_keys(key, group), _expand_keys(value, group)
+
+
+def _additive_mask(query, key, block, attention_mask):
+    """None for shapes that the operator knows; else 0 and -inf, broadcast over heads, of a tile or a dense mask."""
+    if attention_mask is None and (block.is_full or block.is_causal):
+        return None
+    num_queries, batch, heads, _ = query.shape
+    num_keys, _, kv_heads, _ = key.shape
+    hidden = attention_mask
+    if not block.is_full:
+        band = band_mask(num_queries, num_keys, block.lower, block.upper, query.device)
+        hidden = band[None] if hidden is None else hidden | band
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).unsqueeze(1).to(query.dtype)
+    mask = mask.expand(batch, heads if heads == kv_heads else kv_heads, -1, -1)
+    return mask if heads == kv_heads else mask.reshape(batch * kv_heads, 1, num_queries, num_keys)
+
+
+def _forward_piece(query, key, value, block, options, attention_mask):
+    mask = _additive_mask(query, key, block, attention_mask)
+    is_causal = block.is_causal and mask is None
+    out, lse = _forward(*_views(query, key, value), 0.0, is_causal, attn_mask=mask, scale=options.softmax_scale)
+    seq, batch, heads = query.shape[:3]
+    out = out.movedim(2, 0).reshape(seq, batch, heads, -1)
+    lse = lse.movedim(2, 0).reshape(seq, batch, heads)
+    if mask is not None:
+        # The operator gives rows without a key a finite lse, so they are found from the mask itself.
+        empty = (mask == -torch.inf).all(-1).view(batch, -1, seq)[:, :1].permute(2, 0, 1)
+        out, lse = out.masked_fill(empty.unsqueeze(-1), 0), lse.masked_fill(empty, -torch.inf)
+    return out, lse
+
+
+def _backward_piece(grad_out, query, key, value, out, lse, block, options, attention_mask):
+    mask = _additive_mask(query, key, block, attention_mask)
+    kv_heads, group = key.shape[2], query.shape[2] // key.shape[2]
+    if group == 1:
+        rows = [tensor.permute(1, 2, 0, 3) for tensor in (grad_out, out)] + [lse.permute(1, 2, 0)]
+    else:
+        rows = [_group_queries(tensor, kv_heads) for tensor in (grad_out, out, lse)]
+    is_causal = block.is_causal and mask is None
+    dq, dk, dv = _backward(rows[0], *_views(query, key, value), rows[1], rows[2], 0.0, is_causal,
+                           attn_mask=mask, scale=options.softmax_scale)
+    if group == 1:
+        return tuple(grad.permute(2, 0, 1, 3) for grad in (dq, dk, dv))
+    dk, dv = (grad.sum(1).movedim(1, 0).reshape(like.shape) for grad, like in ((dk, key), (dv, value)))
+    return dq.movedim(2, 0).reshape(query.shape), dk, dv
