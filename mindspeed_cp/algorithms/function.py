@@ -1,0 +1,74 @@
+"""The one autograd function: Ulysses' exchange around the ring engine, for every algorithm.
+
+Forward: heads are scattered over the Ulysses group, the ring computes, the output's heads are gathered. Backward is the
+same in reverse. A part that has one rank does nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from mindspeed_cp.algorithms.ring import RingProblem, RingSaved, ring_backward, ring_forward
+from mindspeed_cp.algorithms.ulysses import UlyssesProblem
+from mindspeed_cp.softmax import add_softmax_offset, softmax_offset_gradient
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One call: the ring's problem, and Ulysses' where the group has more than one rank."""
+
+    ring: RingProblem
+    ulysses: UlyssesProblem | None = None
+
+    def local_offset(self, softmax_offset):
+        return softmax_offset if self.ulysses is None else softmax_offset[self.ulysses.head_slice()]
+
+
+class ContextParallelAttention(torch.autograd.Function):
+    """query, key, value (seq_local, batch, heads, dim), softmax_offset (heads,) or None -> (seq_local, batch, heads, dv)."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, softmax_offset, call):
+        dtype, before = query.dtype, {"key": key, "value": value}
+        if call.ulysses:
+            query, key, value = call.ulysses.scatter(query, key, value)
+        out, lse, saved = ring_forward(call.ring, query, key, value)
+        if softmax_offset is not None:
+            if out.dtype != lse.dtype:
+                out = out.to(lse.dtype)
+            add_softmax_offset(out, lse, call.local_offset(softmax_offset))
+        out = out.to(dtype)
+        result = call.ulysses.gather_out(out, dtype) if call.ulysses else out
+        # Rows without a key have lse -inf; +inf makes exp(score - lse) 0 in backward.
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+        ctx.call, ctx.rngs, ctx.again = call, saved.rngs, _saved_before(call)
+        kept = tuple(before[kind] if kind in ctx.again else tensor
+                     for kind, tensor in zip(("key", "value"), saved.tensors)) if ctx.again else saved.tensors
+        ctx.save_for_backward(query, out, lse, softmax_offset, *kept)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        call, (query, out, lse, softmax_offset, *kept) = ctx.call, ctx.saved_tensors
+        dtype = query.dtype
+        if call.ulysses:
+            again = {kind: tensor for kind, tensor in zip(("key", "value"), kept) if kind in ctx.again}
+            grad_out, fetched = call.ulysses.scatter_for_backward(grad_out, again)
+            if again:
+                kept = [fetched.get(kind, tensor) for kind, tensor in zip(("key", "value"), kept)]
+        grads = ring_backward(call.ring, grad_out, query, out, lse, RingSaved(tuple(kept), ctx.rngs))
+        d_offset = None
+        if softmax_offset is not None:
+            d_offset = torch.zeros_like(softmax_offset)
+            local = call.local_offset(d_offset)
+            local.copy_(softmax_offset_gradient(grad_out, out, lse, call.local_offset(softmax_offset)))
+        if call.ulysses:
+            grads = call.ulysses.gather_gradients(*grads, dtype)
+        return *(grad.to(dtype) for grad in grads), d_offset, None
+
+
+def _saved_before(call):
+    """Which of key and value are saved before Ulysses' communication, and communicated again in backward."""
+    if call.ulysses is None:
+        return ()
+    return {None: (), "half": ("key",), "full": ("key", "value")}[call.ulysses.policy]

@@ -1,0 +1,123 @@
+"""Ulysses: which heads each rank computes, and the exchanges around the local attention."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+
+import torch
+
+from mindspeed_cp.comm.all_to_all import Part, SequenceExchange, pack_heads
+from mindspeed_cp.layout import split_sizes
+
+
+@lru_cache(maxsize=256)
+def head_shares(num_heads, num_kv_heads, degree):
+    """Which query heads and which KV heads each of ``degree`` ranks gets.
+
+    Query heads are split in order, the remainder to the first ranks. KV heads are replicated only as far as needed: with
+    ``unit`` the largest run of query heads that always shares a KV head and a rank, each rank gets one KV head for every
+    unit. For even splits that makes lcm(num_kv_heads, degree) KV heads in all.
+
+    Returns:
+        (query shares, KV shares): per rank a slice of heads, or a list of KV heads where one is needed twice.
+    """
+    sizes = split_sizes(num_heads, degree)
+    starts = [sum(sizes[:rank]) for rank in range(degree)]
+    group = num_heads // num_kv_heads
+    queries, keys = [], []
+    for start, size in zip(starts, sizes):
+        queries.append(slice(start, start + size))
+        unit = max(size, 1) if num_kv_heads == 1 else gcd(group, start, size)
+        heads = [head // group for head in range(start, start + size, unit)]
+        first = heads[0] if heads else 0
+        consecutive = heads == list(range(first, first + len(heads)))
+        keys.append(slice(first, first + len(heads)) if consecutive else heads)
+    return tuple(queries), tuple(keys)
+
+
+# kind of tensor -> (what its bytes count as, field with its number of heads, field with its head size, which shares)
+_PARTS = {
+    "query": ("q", "heads", "dk", "queries"), "key": ("kv", "kv_heads", "dk", "keys"),
+    "value": ("kv", "kv_heads", "dv", "keys"), "out": ("out", "heads", "dv", "queries"),
+    "grad_out": ("dout", "heads", "dv", "queries"), "grad_query": ("dq", "heads", "dk", "queries"),
+    "grad_key": ("dkv", "kv_heads", "dk", "keys"), "grad_value": ("dkv", "kv_heads", "dv", "keys"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class UlyssesProblem:
+    """The exchanges of one attention call over one Ulysses group.
+
+    Args:
+        exchange: SequenceExchange of the group.
+        heads, kv_heads, dk, dv: of the unsplit tensors.
+        policy: None, "full" or "half": which of K and V are saved before communication and communicated again in backward.
+        allgather_kv: gather the one KV head instead of sending copies of it.
+    """
+
+    exchange: SequenceExchange
+    heads: int
+    kv_heads: int
+    dk: int
+    dv: int
+    policy: str | None = None
+    allgather_kv: bool = False
+
+    def part(self, kind):
+        """How the tensor of this kind is split; see _PARTS."""
+        purpose, heads, dim, shares = _PARTS[kind]
+        queries, keys = head_shares(self.heads, self.kv_heads, self.exchange.size)
+        return Part(purpose, getattr(self, heads), getattr(self, dim), queries if shares == "queries" else keys)
+
+    def head_slice(self):
+        """The query heads of this rank, a slice."""
+        return head_shares(self.heads, self.kv_heads, self.exchange.size)[0][self.exchange.rank]
+
+    def scatter(self, query, key, value):
+        """(seq_local, batch, heads, dim) -> (seq, batch, heads_local, dim), each of query, key and value.
+
+        One message, unless a policy needs what it does not keep to lie in a buffer of its own, that can be freed.
+        """
+        tensors = {"query": query, "key": key, "value": value}
+        messages = {None: [("query", "key", "value")], "full": [("query",), ("key", "value")],
+                    "half": [("query", "value"), ("key",)]}[self.policy]
+        received = {}
+        for kinds in messages:
+            received.update(self._send({kind: tensors[kind] for kind in kinds}))
+        return received["query"], received["key"], received["value"]
+
+    def _send(self, tensors, name=None):
+        """Exchange a dict kind -> tensor in one message; an all-gather takes the key and value where that is asked for."""
+        received = {}
+        keys = [kind for kind in tensors if kind in ("key", "value")]
+        if self.allgather_kv and keys:
+            gathered = self.exchange.gather_sequence("kv", torch.cat([tensors[kind] for kind in keys], dim=-1))
+            heads = self.part("key").shares[self.exchange.rank]  # none where this rank has no query heads
+            received.update(zip(keys, gathered[:, :, heads].split([tensors[kind].shape[-1] for kind in keys], dim=-1)))
+        parts = [self.part(kind) for kind in tensors if kind not in received]
+        if parts:
+            sent = [kind for kind in tensors if kind not in received]
+            received.update(zip(sent, self.exchange.scatter_heads_gather_sequence(parts, [tensors[k] for k in sent], name)))
+        return received
+
+    def gather_out(self, out, dtype):
+        """Attention output (seq, batch, heads_local, dv) -> (seq_local, batch, heads, dv) in ``dtype``."""
+        return self.exchange.scatter_sequence_gather_heads([self.part("out")], pack_heads([out], dtype))[0]
+
+    def scatter_for_backward(self, grad_out, again):
+        """The gradient of the output, and the keys and values that were saved before communication, in one message.
+
+        Args:
+            grad_out: (seq_local, batch, heads, dv).
+            again: dict of "key", "value" to the local tensors that must be communicated again.
+
+        Returns:
+            (grad_out, dict of the same names), each for the whole sequence and this rank's heads.
+        """
+        received = self._send({"grad_out": grad_out, **again}, name="a2a.backward")
+        return received.pop("grad_out"), received
+
+    def gather_gradients(self, dq, dk, dv, dtype):
+        """Gradients of the whole sequence and this rank's heads -> (seq_local, batch, heads, dim), each."""
+        parts = [self.part(kind) for kind in ("grad_query", "grad_key", "grad_value")]
+        return self.exchange.scatter_sequence_gather_heads(parts, pack_heads([dq, dk, dv], dtype))

@@ -1,0 +1,71 @@
+"""Softmax statistics of the NPU operators, translated to and from lse.
+
+The operators return max and sum as float32 with eight equal lanes. Beside SBH they are (batch, heads, rows, 8). In TND they
+are a (rows, heads, 8) tensor whose memory order depends on the release:
+
+* "rows": rows then heads, what ``softmax_layout="TND"`` asks for where the operator has that argument;
+* "heads": heads then all rows, as the operator's page says (NTD);
+* "documents": document by document, heads then the document's rows, as MindSpeed reads it.
+
+The two sources disagree where the argument is missing, so ``probe_order`` asks the device once instead of believing one.
+"""
+
+import torch
+
+LANES = 8
+# exp(score - LARGE) is 0 for every score, and unlike infinity it cannot meet another infinity and become NaN.
+LARGE = 1e30
+
+
+def row_permutation(order, lengths, heads, device):
+    """LongTensor p: entry (row, head) of a TND call lies at position p[row * heads + head] of the statistics' memory.
+
+    Args:
+        order: "rows", "heads" or "documents".
+        lengths: query rows of each document.
+    """
+    total = sum(lengths)
+    index = torch.arange(total * heads, device=device)
+    if order == "rows":
+        return index
+    if order == "heads":
+        return index.view(heads, total).t().reshape(-1)
+    pieces = [piece.view(heads, -1).t() for piece in index.split([length * heads for length in lengths])]
+    return torch.cat(pieces).reshape(-1)
+
+
+def to_lse(softmax_max, softmax_sum):
+    """Natural-log sum of exp of the scaled scores, from lane 0: float32 with the statistics' shape less its last dimension."""
+    return softmax_max[..., 0] + torch.log(softmax_sum[..., 0])
+
+
+def from_lse(lse):
+    """(max, sum) with eight lanes that stand for ``lse``: the sum is 1. A row without keys anywhere (+inf) keeps weight 0."""
+    softmax_max = lse.float().clamp(max=LARGE).unsqueeze(-1).expand(*lse.shape, LANES).contiguous()
+    return softmax_max, torch.ones_like(softmax_max)
+
+
+def probe_order(attention, device):
+    """Find the memory order of TND statistics by a three-token call whose lse is different in every place.
+
+    Args:
+        attention: function (query, key, value, lengths) -> (max, sum) of one TND call with scale 1 and no mask.
+
+    Raises:
+        ValueError: the order is none of the known ones; the message says what to do.
+    """
+    lengths, heads = (1, 2), 2
+    code = torch.arange(sum(lengths) * heads, dtype=torch.float16, device=device).view(-1, heads, 1)
+    query = torch.zeros(sum(lengths), heads, 16, dtype=torch.float16, device=device)
+    query[..., :1] = code
+    key = torch.zeros_like(query)
+    key[..., 0] = 1
+    lse = to_lse(*attention(query, key, key, lengths)).reshape(-1)
+    documents = torch.tensor(lengths, dtype=torch.float32, device=device)
+    # All keys of a document give the same score, so lse is that score plus the log of the document's length.
+    expected = (code[..., 0].float() + torch.log(documents).repeat_interleave(documents.long()).unsqueeze(1)).reshape(-1)
+    for order in ("documents", "heads", "rows"):
+        if torch.allclose(lse[row_permutation(order, lengths, heads, device)], expected, atol=1e-2):
+            return order
+    raise ValueError("the packed attention statistics of this torch_npu release come in an unknown order; choose "
+                     "--cp-kernel blockwise, or install a torch_npu whose npu_fusion_attention takes softmax_layout.")
