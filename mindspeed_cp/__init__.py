@@ -9,11 +9,18 @@ from pathlib import Path
 if not (Path(__file__).parent / "patches").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
+from mindspeed_cp.algorithms.ulysses_attention import (
+    DefaultGatherSizeCalculator,
+    DynamicGatherSizeCalculator,
+    GatherSizeCalculator,
+    UlyssesContextAttention,
+)
 from mindspeed_cp.api import context_parallel_attention
 from mindspeed_cp.config import ContextParallelConfig, TrainingSetup, resolve
 from mindspeed_cp.groups import ContextParallelGroups
 from mindspeed_cp.layout import SequenceLayout
 
 __version__ = "0.1.0"
-__all__ = ["ContextParallelConfig", "ContextParallelGroups", "SequenceLayout", "TrainingSetup",
+__all__ = ["ContextParallelConfig", "ContextParallelGroups", "DefaultGatherSizeCalculator", "DynamicGatherSizeCalculator",
+           "GatherSizeCalculator", "SequenceLayout", "TrainingSetup", "UlyssesContextAttention",
            "context_parallel_attention", "resolve"]

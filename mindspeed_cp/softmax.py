@@ -5,6 +5,8 @@ Shapes: out (seq, batch, heads, head_dim) and lse (seq, batch, heads), both in t
 
 import torch
 
+from mindspeed_cp.accumulate import row_chunks
+
 
 def merge_attention(out, lse, block_out, block_lse):
     """Combine attention over two disjoint sets of keys into attention over their union, in place.
@@ -18,7 +20,9 @@ def merge_attention(out, lse, block_out, block_lse):
     """
     # -inf - -inf is NaN where neither side saw a key; any weight is right there, because both outputs are 0.
     weight = torch.sigmoid(torch.nan_to_num_(block_lse - lse, nan=0.0, posinf=torch.inf, neginf=-torch.inf))
-    out.lerp_(block_out.to(out.dtype), weight.unsqueeze(-1))
+    weight = weight.unsqueeze(-1)
+    for rows in row_chunks(out):
+        out[rows].lerp_(block_out[rows].to(out.dtype), weight[rows])
     torch.logaddexp(lse, block_lse, out=lse)
 
 

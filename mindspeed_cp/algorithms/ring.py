@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mindspeed_cp.accumulate import add_in_place
 from mindspeed_cp.blocks import Block, IntervalMask, needed_rows, plan_blocks
 from mindspeed_cp.comm.exchange import EXCHANGES, GradientReturn, RingChannel, concatenated, pack_rows, paired
 from mindspeed_cp.kernels.base import KernelOptions, accumulation_dtype
@@ -104,9 +105,10 @@ def ring_forward(problem, query, key, value):
     """Attention of this rank's queries over all keys.
 
     Returns:
-        (out, lse, saved): out in the query's dtype when one block computed it whole, else in the accumulation dtype.
+        (out, lse, saved): out in the kernel's dtype when one block made it, else in the accumulation dtype, and then in
+        reused memory unless that is the query's dtype.
     """
-    partial = _PartialAttention(query, value, problem.merge)
+    partial = _PartialAttention(problem, query, value)
     kept, rngs = [], []
     for source, source_key, source_value in _forward_stream(problem, key, value, kept):
         mask = problem.mask_against(source)
@@ -125,32 +127,46 @@ def _local_blocks(problem, query, source):
     return problem.blocks(problem.rank, source) if query.numel() else ()
 
 
-class _PartialAttention:
-    """The merged (out, lse) so far; the first block is taken over as it is when it covers every row."""
+def _accumulator(workspace, name, shape, like):
+    """Memory for a sum in the accumulation dtype: reused where the result is converted anyway, else fresh to be kept."""
+    dtype = accumulation_dtype(like.dtype)
+    if dtype == like.dtype:
+        return like.new_empty(shape, dtype=dtype)
+    return workspace.get(name, shape, dtype, like.device)
 
-    def __init__(self, query, value, merge):
-        self._shape, self._merge = (*query.shape[:3], value.shape[-1]), merge
-        self._like, self._out, self._lse = query, None, None
+
+class _PartialAttention:
+    """The merged (out, lse) so far; a first block that covers every row is taken over as it is."""
+
+    def __init__(self, problem, query, value):
+        self._problem, self._query, self._shape = problem, query, (*query.shape[:3], value.shape[-1])
+        self._out, self._lse, self._owned = None, None, False
 
     def add(self, rows, block_out, block_lse):
-        whole = rows.stop - rows.start == self._shape[0]
-        if self._out is None and whole:
+        if self._out is None and rows.stop - rows.start == self._shape[0]:
             self._out, self._lse = block_out, block_lse
             return
-        self._make_accumulator()
-        self._merge(self._out[rows], self._lse[rows], block_out, block_lse)
+        self._own()
+        self._problem.merge(self._out[rows], self._lse[rows], block_out, block_lse)
 
-    def _make_accumulator(self):
-        dtype = accumulation_dtype(self._like.dtype)
+    def _own(self):
+        """Move what there is into an accumulator that may be changed in place."""
+        if self._owned:
+            return
+        out = _accumulator(self._problem.groups.workspace, "out.sum", self._shape, self._query)
         if self._out is None:
-            self._out = self._like.new_zeros(self._shape, dtype=dtype)
-            self._lse = self._like.new_full(self._shape[:3], -torch.inf, dtype=dtype)
-        elif self._out.dtype != dtype:
-            self._out = self._out.to(dtype)
+            out.zero_()
+            self._lse = torch.full(self._shape[:3], -torch.inf, dtype=out.dtype, device=out.device)
+        elif self._out.dtype == out.dtype:
+            out = self._out
+        else:
+            out.copy_(self._out)
+        self._out, self._owned = out, True
 
     def result(self):
+        """(out, lse); out may lie in reused memory when its dtype is not the query's."""
         if self._out is None:
-            self._make_accumulator()
+            self._own()
         return self._out, self._lse
 
 
@@ -216,11 +232,11 @@ def ring_backward(problem, grad_out, query, out, lse, saved):
     if len(problem.runs) == 1 and len(blocks := _local_blocks(problem, query, 0)) == 1:
         return problem.kernel.backward(grad_out, query, *saved.tensors, out, lse, blocks[0], problem.options,
                                        saved.rngs[0], problem.mask_against(0))
-    dtype, split = accumulation_dtype(query.dtype), query.shape[-1]
+    split = query.shape[-1]
     wire = query.new_empty((0, *saved.tensors[0].shape[1:3], split + out.shape[-1]))
-    own = query.new_empty((query.shape[0], *wire.shape[1:]), dtype=dtype)
+    own = _accumulator(problem.groups.workspace, "dkv.own", (query.shape[0], *wire.shape[1:]), query)
     returns, rngs = GradientReturn(problem.channel, own, wire), iter(saved.rngs)
-    dq = _RowSum(query, dtype)
+    dq = _RowSum(query, problem.groups.workspace)
     stream = _backward_stream(problem, saved.tensors, split)
     for (j, t, source), (_, key, value) in zip(problem.channel.place.steps(), stream, strict=True):
         blocks = _local_blocks(problem, query, source)
@@ -244,21 +260,31 @@ def ring_backward(problem, grad_out, query, out, lse, saved):
 
 
 class _RowSum:
-    """The sum of per-block query gradients in the accumulation dtype; takes the first over when it covers every row."""
+    """The sum of per-block query gradients in the accumulation dtype; a first block that covers every row is taken over."""
 
-    def __init__(self, like, dtype):
-        self._like, self._dtype, self._total = like, dtype, None
+    def __init__(self, like, workspace):
+        self._like, self._workspace, self._first, self._total = like, workspace, None, None
 
     def add(self, rows, part):
-        if self._total is None and rows.stop - rows.start == self._like.shape[0]:
-            self._total = part.to(self._dtype)
+        if self._first is None and self._total is None and rows.stop - rows.start == self._like.shape[0]:
+            self._first = part
             return
-        self.result()[rows] += part
+        add_in_place(self._sum()[rows], part)
+
+    def _sum(self):
+        if self._total is None:
+            total = _accumulator(self._workspace, "dq.sum", self._like.shape, self._like)
+            if self._first is None:
+                total.zero_()
+            elif self._first.dtype == total.dtype:
+                total = self._first
+            else:
+                total.copy_(self._first)
+            self._total, self._first = total, None
+        return self._total
 
     def result(self):
-        if self._total is None:
-            self._total = torch.zeros_like(self._like, dtype=self._dtype, memory_format=torch.contiguous_format)
-        return self._total
+        return self._first if self._first is not None else self._sum()
 
 
 class _KVPartial:
@@ -280,7 +306,7 @@ class _KVPartial:
     def add(self, rows, grads, split):
         parts = self._sum[rows, ..., :split], self._sum[rows, ..., split:]
         for part, grad in zip(parts, grads):
-            part.copy_(grad) if self._single else part.add_(grad)
+            part.copy_(grad) if self._single else add_in_place(part, grad)
         self._covered = rows
 
     def store(self):

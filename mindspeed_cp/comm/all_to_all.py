@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.distributed as dist
 
 from mindspeed_cp.comm.counters import record
+from mindspeed_cp.comm.transport import all_gather, all_to_all
 
 
 @dataclass(frozen=True)
@@ -123,15 +123,14 @@ class SequenceExchange:
         padded = self.workspace.get("gather.send", (longest, *tail), tensor.dtype, tensor.device)
         padded[:tensor.shape[0]] = tensor
         gathered = tensor.new_empty((self.size * longest, *tail))
-        dist.all_gather_into_tensor(gathered, padded, group=self.group)
-        record({purpose: padded.numel() * padded.element_size() * (self.size - 1)})
+        all_gather(gathered, padded, self.group, purpose).wait()
         if min(self.lengths) == longest:
             return gathered
         return torch.cat([shard[:length] for shard, length in zip(gathered.split(longest), self.lengths)])
 
     def _exchange(self, received, send, receive_sizes, send_sizes):
         if self.alltoall:
-            dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=self.group)
+            all_to_all(received, send, receive_sizes, send_sizes, self.group, "heads and sequence").wait()
         else:
             self._gather_and_slice(received, send, receive_sizes, send_sizes)
 
@@ -139,13 +138,13 @@ class SequenceExchange:
         """What the all-to-all would give, by gathering every rank's send buffer and taking this rank's slices."""
         sizes = torch.tensor(send_sizes, device=send.device)
         table = sizes.new_empty(self.size * self.size)
-        dist.all_gather_into_tensor(table, sizes, group=self.group)
+        all_gather(table, sizes, self.group, "sizes", count=False).wait()
         table = table.view(self.size, self.size)
         longest = int(table.sum(1).max())
         padded = self.workspace.get("gather.send", (longest,), send.dtype, send.device)
         padded[:send.numel()] = send
         gathered = self.workspace.get("gather.receive", (self.size, longest), send.dtype, send.device)
-        dist.all_gather_into_tensor(gathered.view(-1), padded, group=self.group)
+        all_gather(gathered.view(-1), padded, self.group, "gathered", count=False).wait()
         starts = (table.cumsum(1) - table)[:, self.rank].tolist()
         for source, piece in enumerate(received.split(receive_sizes)):
             piece.copy_(gathered[source, starts[source]:starts[source] + receive_sizes[source]])

@@ -10,10 +10,9 @@ block and awaited at once. In both cases the first local block starts before any
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from mindspeed_cp.comm.counters import record
-from mindspeed_cp.comm.p2p import post
+from mindspeed_cp.accumulate import add_in_place
+from mindspeed_cp.comm.transport import all_gather, post
 from mindspeed_cp.comm.schedule import RingPlace
 
 
@@ -125,13 +124,11 @@ def allgather_exchange(channel, own, purpose, keep=False):
         padded[:own.shape[0]] = own
 
     def gather():
-        record({purpose: padded.numel() * padded.element_size() * (ring_size - 1)})
-        return dist.all_gather_into_tensor(gathered.flatten(0, 1), padded.contiguous(), group=groups.ring_group, async_op=True)
+        return all_gather(gathered.flatten(0, 1), padded, groups.ring_group, purpose)
 
-    work = gather() if channel.overlap and ring_size > 1 else None
+    transfer = gather() if channel.overlap else None
     yield channel.place.rank, own
-    if ring_size > 1:
-        (work or gather()).wait()
+    (transfer or gather()).wait()
     for t in range(1, ring_size):
         source = (channel.place.rank - t) % ring_size
         yield source, gathered[source, :channel.lengths[source]]
@@ -212,7 +209,7 @@ class GradientReturn:
             transfer, received, rows, target = pending
             transfer.wait()
             for start, stop in rows:
-                target[start:stop] += received[start:stop]
+                add_in_place(target[start:stop], received[start:stop])
 
 
 def concatenated(stream, split):

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from mindspeed_cp.kernels.npu_setup import unavailable  # noqa: F401  the table's probe of this module
 from mindspeed_cp.kernels.npu_statistics import LARGE, from_lse, probe_order, row_permutation, to_lse
 
 MASK_SIZE = 2048            # the operator's compressed triangle, whatever the sequence length
@@ -61,37 +62,6 @@ def operator_variant(torch_npu):
     operator = getattr(torch_npu.npu_fusion_attention, "default", None) or torch.ops.npu.npu_fusion_attention.default
     names = {argument.name for argument in operator._schema.arguments}
     return next(variant for variant in VARIANTS if variant.marker is None or variant.marker in names)
-
-
-def unavailable():
-    """Why this machine cannot use the NPU kernel, with what to install and source; "" when it can."""
-    try:
-        torch_npu = import_module("torch_npu")
-    except ModuleNotFoundError:
-        release = torch.__version__.split("+")[0]
-        return (f"torch_npu is not installed; install the release that matches torch {release} (pip install torch_npu=={release}) "
-                "and Ascend's driver, CANN toolkit and kernels.")
-    except (ImportError, OSError, RuntimeError) as error:
-        return (f"torch_npu does not load ({error}); install Ascend's CANN toolkit and kernels, then "
-                "`source /usr/local/Ascend/ascend-toolkit/set_env.sh` in the shell that starts the training.")
-    npu = getattr(torch_npu, "npu", None)
-    if npu is not None and not npu.is_available():
-        return "torch_npu finds no device; check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES."
-    return ""
-
-
-def prepare_npu():
-    """Make code that says cuda and nccl run on NPUs and HCCL, through torch_npu's own contrib.transfer_to_npu.
-
-    Call it before Megatron is imported. Needs no apex; Ascend's apex, where installed, is left as it is.
-
-    Raises:
-        ValueError: CANN, torch_npu or the device is missing; the message says what to install and source.
-    """
-    reason = unavailable()
-    if reason:
-        raise ValueError(f"MINDSPEED_CP_DEVICE npu cannot be used here: {reason}")
-    import_module("torch_npu.contrib.transfer_to_npu")
 
 
 def build():
@@ -144,35 +114,40 @@ class NpuKernel:
     def forward(self, query, key, value, block, options, attention_mask=None):
         _check(query, key, value)
         query, key = _padded(query, key, value)
-        out = query.new_empty((*query.shape[:3], value.shape[-1]))
-        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-        rngs = []
-        for call in _calls(query, key, block, attention_mask):
-            part, softmax_max, softmax_sum, _, *rng = self._npu.npu_fusion_attention(
+        calls = list(_calls(query, key, block, attention_mask))
+        outs, lses, rngs = [], [], []
+        for call in calls:
+            out, softmax_max, softmax_sum, _, *rng = self._npu.npu_fusion_attention(
                 call.operand(query, call.q), call.operand(key, call.k), call.operand(value, call.k), _num_heads(query, call),
                 call.layout, scale=options.softmax_scale, keep_prob=1.0 - options.dropout_p, **self._arguments(call))
-            out[call.q, call.batch] = part.view(out[call.q, call.batch].shape)
-            lse[call.q, call.batch] = self._rows_first(to_lse(softmax_max, softmax_sum), call, lse[call.q, call.batch].shape)
-            rngs.append(rng)
+            shape = query[call.q, call.batch].shape[:3]
+            outs.append(out.view(*shape, -1))
+            lses.append(self._rows_first(to_lse(softmax_max, softmax_sum), call, shape))
+            rngs.append(tuple(rng))
+        out = _assembled(outs, [call.q for call in calls], calls, (*query.shape[:3], value.shape[-1]))
+        lse = _assembled(lses, [call.q for call in calls], calls, query.shape[:3])
         if attention_mask is not None:
             _clear_empty_rows(out, lse, attention_mask)
-        return out, lse, tuple(map(tuple, rngs))
+        return out, lse, tuple(rngs) if options.dropout_p else None
 
     def backward(self, grad_out, query, key, value, out, lse, block, options, rng, attention_mask=None):
-        shapes = query.shape, key.shape, value.shape
+        head_dim = query.shape[-1]
         query, key = _padded(query, key, value)
         out, grad_out = out.to(query.dtype), grad_out.to(query.dtype)
-        grads = tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value))
-        for call, (seed, offset, numels) in zip(_calls(query, key, block, attention_mask), rng, strict=True):
+        calls, parts = list(_calls(query, key, block, attention_mask)), []
+        for call, (seed, offset, numels) in zip(calls, rng or [(0, 0, 0)] * len(calls), strict=True):
             softmax_max, softmax_sum = self._statistics(lse[call.q, call.batch], call)
-            parts = self._npu.npu_fusion_attention_grad(
+            parts.append(self._npu.npu_fusion_attention_grad(
                 call.operand(query, call.q), call.operand(key, call.k), call.operand(value, call.k),
                 call.operand(grad_out, call.q), _num_heads(query, call), call.layout, softmax_max=softmax_max,
                 softmax_sum=softmax_sum, attention_in=call.operand(out, call.q), scale_value=options.softmax_scale,
-                keep_prob=1.0 - options.dropout_p, seed=seed, offset=offset, numels=numels, **self._arguments(call))
-            for grad, rows, part in zip(grads, (call.q, call.k, call.k), parts):
-                grad[rows, call.batch] = part.view(grad[rows, call.batch].shape)
-        return tuple(grad[..., :shape[-1]] for grad, shape in zip(grads, shapes))
+                keep_prob=1.0 - options.dropout_p, seed=seed, offset=offset, numels=numels, **self._arguments(call))[:3])
+        q_rows, k_rows = [call.q for call in calls], [call.k for call in calls]
+        dq, dk, dv = (
+            _assembled([part.view(like[rows, call.batch].shape) for part, rows, call in zip(grads, all_rows, calls)],
+                       all_rows, calls, like.shape)
+            for grads, all_rows, like in zip(zip(*parts), (q_rows, k_rows, k_rows), (query, key, value)))
+        return dq[..., :head_dim], dk[..., :head_dim], dv
 
     def _arguments(self, call):
         if call.q_lengths is None:
@@ -184,15 +159,19 @@ class NpuKernel:
         """lse as the operator laid it out -> (rows, batch, heads)."""
         if call.q_lengths is None:
             return lse.permute(2, 0, 1)
-        return lse.reshape(-1)[self._permutation(call, shape, lse.device)].view(shape)
+        permutation = self._permutation(call, shape, lse.device)
+        return (lse if permutation is None else lse.reshape(-1)[permutation]).view(shape)
 
     def _statistics(self, lse, call):
         """The operator's (max, sum) of lse (rows, batch, heads)."""
         if call.q_lengths is None:
             return from_lse(lse.permute(1, 2, 0))
-        flat = torch.empty(lse.numel(), dtype=torch.float32, device=lse.device)
-        flat[self._permutation(call, lse.shape, lse.device)] = lse.float().reshape(-1)
-        return from_lse(flat.view(lse.shape[0], -1))
+        permutation, rows = self._permutation(call, lse.shape, lse.device), lse.flatten(1)
+        if permutation is None:
+            return from_lse(rows)
+        ordered = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        ordered.view(-1)[permutation] = rows.reshape(-1)
+        return from_lse(ordered)
 
     def _permutation(self, call, shape, device):
         if self._order is None:
@@ -233,6 +212,16 @@ def _padded(query, key, value):
     """Query and key with zeros up to value's dimension, because the operator wants dk >= dv."""
     missing = value.shape[-1] - key.shape[-1]
     return (query, key) if missing <= 0 else (F.pad(query, (0, missing)), F.pad(key, (0, missing)))
+
+
+def _assembled(parts, rows, calls, shape):
+    """One tensor of ``shape`` from what the calls made of their rows and batch entries; a single part as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = parts[0].new_empty(shape)
+    for part, part_rows, call in zip(parts, rows, calls):
+        whole[part_rows, call.batch] = part
+    return whole
 
 
 def _num_heads(query, call):

@@ -10,6 +10,8 @@ are a (rows, heads, 8) tensor whose memory order depends on the release:
 The two sources disagree where the argument is missing, so ``probe_order`` asks the device once instead of believing one.
 """
 
+from functools import lru_cache
+
 import torch
 
 LANES = 8
@@ -17,17 +19,20 @@ LANES = 8
 LARGE = 1e30
 
 
+@lru_cache(maxsize=64)
 def row_permutation(order, lengths, heads, device):
     """LongTensor p: entry (row, head) of a TND call lies at position p[row * heads + head] of the statistics' memory.
 
+    None for the order "rows", where nothing moves.
+
     Args:
         order: "rows", "heads" or "documents".
-        lengths: query rows of each document.
+        lengths: tuple, query rows of each document.
     """
+    if order == "rows":
+        return None
     total = sum(lengths)
     index = torch.arange(total * heads, device=device)
-    if order == "rows":
-        return index
     if order == "heads":
         return index.view(heads, total).t().reshape(-1)
     pieces = [piece.view(heads, -1).t() for piece in index.split([length * heads for length in lengths])]
@@ -65,7 +70,8 @@ def probe_order(attention, device):
     # All keys of a document give the same score, so lse is that score plus the log of the document's length.
     expected = (code[..., 0].float() + torch.log(documents).repeat_interleave(documents.long()).unsqueeze(1)).reshape(-1)
     for order in ("documents", "heads", "rows"):
-        if torch.allclose(lse[row_permutation(order, lengths, heads, device)], expected, atol=1e-2):
+        permutation = row_permutation(order, lengths, heads, device)
+        if torch.allclose(lse if permutation is None else lse[permutation], expected, atol=1e-2):
             return order
     raise ValueError("the packed attention statistics of this torch_npu release come in an unknown order; choose "
                      "--cp-kernel blockwise, or install a torch_npu whose npu_fusion_attention takes softmax_layout.")

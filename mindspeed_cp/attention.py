@@ -1,0 +1,172 @@
+"""From Megatron's core attention call to ``context_parallel_attention``.
+
+Shapes, s: tokens of this rank, b: batch, n: query heads of this tensor-parallel rank, g: its KV heads, d: head dim
+    query (s, b, n, dk)    key (s, b, g, dk)    value (s, b, g, dv)    ->    (s, b, n * dv)
+Packed sequences (thd) have no batch: (s, n, d) -> (s, n * dv). The dense mask is global, (b, 1, S, S) or (1, 1, S, S).
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from mindspeed_cp.api import context_parallel_attention
+from mindspeed_cp.groups import ContextParallelGroups
+from mindspeed_cp.kernels import select_kernel
+from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.notices import warn_rank0
+from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.patches.documents import MaskCache, documents_of_packed_params
+from mindspeed_cp.patches.state import BatchShape, effective_config
+
+
+@dataclass(frozen=True)
+class CoreAttention:
+    """What a core attention module says about itself, whatever its class.
+
+    Args:
+        layer_number: global, 1-based.
+        causal: whether attention is causal when no mask is given.
+        softmax_scale: factor on the scores.
+        dropout_p: 0 outside training.
+        window: (left, right) of a sliding window, None without.
+        softmax_offset: (n,) attention sinks, or None.
+        rng: () -> context manager inside which dropout draws its seed.
+    """
+
+    layer_number: int
+    causal: bool
+    softmax_scale: float
+    dropout_p: float = 0.0
+    window: tuple[int, int] | None = None
+    softmax_offset: torch.Tensor | None = None
+    rng: object = nullcontext
+
+
+class AttentionBridge:
+    """Computes Megatron's core attention for one AdaptorState."""
+
+    def __init__(self, state):
+        self._state = state
+        self._masks = MaskCache()
+        state.on_change.append(self._masks.clear)
+
+    def __call__(self, module, query, key, value, attention_mask=None, packed_seq_params=None):
+        """Attention of the whole sequence for this rank's queries.
+
+        Args:
+            module: CoreAttention.
+            packed_seq_params: Megatron's PackedSeqParams, or None.
+
+        Returns:
+            (s, b, n * dv), or (s, n * dv) for tensors without batch.
+        """
+        packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        without_batch = query.dim() == 3
+        if without_batch:
+            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        if packed:
+            out = self._packed(module, query, key, value, packed_seq_params)
+        elif packed_seq_params is not None:
+            raise ValueError(f"packed_seq_params with qkv_format {packed_seq_params.qkv_format} are not supported with context "
+                             "parallelism; use qkv_format thd, or leave them out.")
+        else:
+            out = self._unpacked(module, query, key, value, attention_mask)
+        return out.flatten(2).squeeze(1) if without_batch else out.flatten(2)
+
+    def _packed(self, module, query, key, value, params):
+        size = getattr(params, "local_cp_size", None)
+        if size not in (None, self._state.cp_size):
+            raise ValueError(f"PackedSeqParams.local_cp_size {size} differs from --context-parallel-size {self._state.cp_size}; "
+                             "leave out --hybrid-context-parallel, which changes the size from batch to batch.")
+        documents = documents_of_packed_params(params)
+        seq_len = self._state.packed_len(query.shape[0], documents[-1])
+        if documents[-1] < seq_len:
+            documents += (seq_len,)
+        return self._attend(module, query, key, value, BatchShape(seq_len, documents), causal=module.causal)
+
+    def _unpacked(self, module, query, key, value, attention_mask):
+        if attention_mask is None:
+            shape = self._shape(module, query, key, value, None)
+            return self._attend(module, query, key, value, shape, causal=module.causal or shape.cu_seqlens is not None)
+        mask = _four_dimensional(attention_mask, query.shape[1])
+        shape = self._shape(module, query, key, value, mask)
+        if mask.shape[-2:] != (shape.seq_len, shape.seq_len):
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, and context parallelism needs the mask of the "
+                             f"whole sequence, (batch, 1, {shape.seq_len}, {shape.seq_len}); do not split it over the ranks.")
+        facts = self._masks.facts(mask)
+        if module.window is not None:
+            if not facts.is_causal:
+                warn_rank0("window_size replaces the attention mask of the batch, as in Megatron's own local attention; "
+                           "leave out --reset-attention-mask, or window_size.")
+            return self._attend(module, query, key, value, BatchShape(shape.seq_len), causal=False)
+        if facts.documents is None:
+            return self._attend(module, query, key, value, BatchShape(shape.seq_len), causal=False, mask=mask)
+        if facts.shared_documents:
+            shared = BatchShape(shape.seq_len, facts.shared_documents)
+            return self._attend(module, query, key, value, shared, causal=True)
+        rows = [self._attend(module, query[:, row:row + 1], key[:, row:row + 1], value[:, row:row + 1],
+                             BatchShape(shape.seq_len, documents), causal=True)
+                for row, documents in enumerate(facts.documents)]
+        return torch.cat(rows, dim=1)
+
+    def _shape(self, module, query, key, value, mask):
+        """Length and documents of the batch: by the gather-size calculator, by the mask, or as recorded."""
+        calculator = self._state.gather_size_calculator()
+        size = None if calculator is None else calculator.calculate(query, key, value, mask)
+        if size is None and mask is not None:
+            size = mask.shape[-1]
+        return self._state.shape_for(query.shape[0]) if size is None else BatchShape(int(size))
+
+    def _attend(self, module, query, key, value, shape, *, causal, mask=None):
+        state, window = self._state, module.window
+        if window is not None:
+            left, right = (None if side is None or side < 0 else side for side in window)
+            causal = right == 0 or (right is None and causal)
+            window = (left, None if causal else right)
+        if state.groups is None:  # packed sequences with context_parallel_size 1
+            config, groups = _single()
+            layout = SequenceLayout.build(config, shape.seq_len)
+        else:
+            config, groups, layout = state.config, state.groups, state.layout(shape.seq_len)
+        kernel = select_kernel(state.kernel, query.device.type)
+        with module.rng() if module.dropout_p else nullcontext():
+            return context_parallel_attention(
+                query, key, value, config=effective_config(config, "causal" if causal else "full"), groups=groups, layout=layout,
+                softmax_scale=module.softmax_scale, attention_mask=mask, cu_seqlens=shape.cu_seqlens,
+                dropout_p=module.dropout_p, layer_number=module.layer_number, kernel=kernel, sliding_window=window,
+                softmax_offset=module.softmax_offset)
+
+
+def _single():
+    config = ContextParallelConfig(context_parallel_size=1)
+    return config, ContextParallelGroups.build(config)
+
+
+def _four_dimensional(mask, batch):
+    """The mask as bool (batch or 1, 1, S, S); a mask of keys alone is broadcast over the queries."""
+    if mask.dim() == 2:
+        mask = mask[None, None]
+    if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; pass (S, S), (1, 1, S, S) or ({batch}, 1, S, S), "
+                         "True where attention is masked out.")
+    if mask.shape[2] == 1 and mask.shape[3] > 1:
+        mask = mask.expand(-1, -1, mask.shape[3], -1)
+    return mask if mask.dtype == torch.bool else mask.bool()
+
+
+def layer_window(window_size, skip_freq, layer_number):
+    """The sliding window of one layer, None for full attention.
+
+    Args:
+        window_size: (left, right) of TransformerConfig, or None.
+        skip_freq: TransformerConfig.window_attn_skip_freq: None windows every layer, N leaves out every N-th, a list says it
+            per layer.
+        layer_number: global, 1-based.
+    """
+    if window_size is None:
+        return None
+    if skip_freq is None:
+        return tuple(window_size)
+    windowed = skip_freq[layer_number - 1] if isinstance(skip_freq, (list, tuple)) else layer_number % skip_freq != 0
+    return tuple(window_size) if windowed else None

@@ -1,0 +1,193 @@
+"""Differentiable collectives for any tensor: all-to-all, split and gather along any dimension, even or uneven.
+
+Sizes follow one rule everywhere: a dimension is cut into sizes that differ by at most one, the first ranks get the
+remainder. The backward pass of each function is the inverse mapping.
+"""
+
+import torch
+import torch.distributed as dist
+
+from mindspeed_cp.comm.counters import record
+from mindspeed_cp.layout import split_sizes as _split_sizes
+
+GRAD_SCALES = ("up", "down", None)
+
+
+def cal_split_sizes(dim_size, world_size):
+    """Sizes into which ``dim_size`` is cut for ``world_size`` ranks: a list that sums to it, the remainder on the first."""
+    return _split_sizes(dim_size, world_size)
+
+
+def all_to_all(input_, process_group, scatter_dim=2, gather_dim=1, gather_size=None):
+    """Cut ``scatter_dim`` over the ranks and join ``gather_dim``: (.., S, .., g, ..) -> (.., s, .., G, ..).
+
+    Args:
+        input_: 3-D or 4-D tensor; the whole ``scatter_dim``, and this rank's part of ``gather_dim``.
+        process_group: every rank of it calls this; None is the default group.
+        scatter_dim, gather_dim: two different dimensions, negative ones count from the end.
+        gather_size: length of ``gather_dim`` over all ranks; None when every rank holds equally much.
+
+    Returns:
+        a contiguous tensor; ``input_`` itself in a group of one rank.
+
+    Raises:
+        ValueError: the dimensions do not fit the tensor, or this rank's part is not its share of ``gather_size``.
+    """
+    if input_.dim() not in (3, 4):
+        raise ValueError(f"all_to_all takes tensors of 3 or 4 dimensions, not {tuple(input_.shape)}; view it as one of those.")
+    scatter_dim, gather_dim = (_dimension(dim, input_.dim(), name)
+                               for dim, name in ((scatter_dim, "scatter_dim"), (gather_dim, "gather_dim")))
+    if scatter_dim == gather_dim:
+        raise ValueError(f"scatter_dim and gather_dim are both {scatter_dim} and must differ; name the dimension to cut and "
+                         "the dimension to join.")
+    world_size = dist.get_world_size(process_group)
+    if gather_size is None:
+        gather_size = input_.size(gather_dim) * world_size
+    share = _split_sizes(gather_size, world_size)[dist.get_rank(process_group)]
+    if share != input_.size(gather_dim):
+        raise ValueError(f"gather_size {gather_size} gives rank {dist.get_rank(process_group)} of {world_size} a length of {share} on "
+                         f"dimension {gather_dim}, and its tensor has {input_.size(gather_dim)}; split with "
+                         f"cal_split_sizes({gather_size}, {world_size}), or pass the sum of all lengths.")
+    if world_size == 1:
+        return input_
+    return _AllToAll.apply(input_, process_group, scatter_dim, gather_dim, gather_size)
+
+
+def split_forward_gather_backward(input_, process_group, dim, split_sizes=None, grad_scale="down"):
+    """Keep this rank's part of ``dim``; backward gathers the gradients of all parts.
+
+    Args:
+        input_: the same tensor on every rank.
+        split_sizes: length of every rank's part, None for the usual rule.
+        grad_scale: "up" or "down" multiplies or divides the gradient by the number of ranks, None leaves it.
+    """
+    dim, world_size = _dimension(dim, input_.dim(), "dim"), dist.get_world_size(process_group)
+    sizes = _checked_sizes(split_sizes, world_size, "split_sizes") or _split_sizes(input_.size(dim), world_size)
+    if sum(sizes) != input_.size(dim):
+        raise ValueError(f"split_sizes {sizes} must sum to {input_.size(dim)}, the length of dimension {dim}; "
+                         "leave them out for an even split.")
+    _check_grad_scale(grad_scale)
+    return input_ if world_size == 1 else _Split.apply(input_, process_group, dim, tuple(sizes), grad_scale)
+
+
+def gather_forward_split_backward(input_, process_group, dim, gather_sizes=None, grad_scale="up"):
+    """Join every rank's part along ``dim``; backward keeps this rank's part of the gradient.
+
+    Args:
+        input_: this rank's part.
+        gather_sizes: length of every rank's part, None when all are as long as this one.
+        grad_scale: "up" or "down" multiplies or divides the gradient by the number of ranks, None leaves it.
+    """
+    dim, world_size = _dimension(dim, input_.dim(), "dim"), dist.get_world_size(process_group)
+    sizes = _checked_sizes(gather_sizes, world_size, "gather_sizes") or [input_.size(dim)] * world_size
+    rank = dist.get_rank(process_group)
+    if sizes[rank] != input_.size(dim):
+        raise ValueError(f"gather_sizes {sizes} give rank {rank} a length of {sizes[rank]}, and its tensor has {input_.size(dim)} on "
+                         f"dimension {dim}; pass the length of every rank's part in rank order.")
+    _check_grad_scale(grad_scale)
+    return input_ if world_size == 1 else _Gather.apply(input_, process_group, dim, tuple(sizes), grad_scale)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input_, group, scatter_dim, gather_dim, gather_size):
+        ctx.inverse = group, gather_dim, scatter_dim, input_.size(scatter_dim)
+        return _exchange(input_, group, scatter_dim, gather_dim, gather_size)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return _exchange(grad_output, *ctx.inverse), None, None, None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input_, group, dim, sizes, grad_scale):
+        ctx.group, ctx.dim, ctx.sizes, ctx.grad_scale = group, dim, sizes, grad_scale
+        return _own_part(input_, group, dim, sizes)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad = _scaled(grad_output, ctx.grad_scale, len(ctx.sizes))
+        return _gathered(grad, ctx.group, ctx.dim, ctx.sizes), None, None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input_, group, dim, sizes, grad_scale):
+        ctx.group, ctx.dim, ctx.sizes, ctx.grad_scale = group, dim, sizes, grad_scale
+        return _gathered(input_, group, dim, sizes)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad = _own_part(grad_output, ctx.group, ctx.dim, ctx.sizes)
+        return _scaled(grad, ctx.grad_scale, len(ctx.sizes)), None, None, None, None
+
+
+def _exchange(tensor, group, scatter_dim, gather_dim, gather_size):
+    """One all_to_all_single; a side whose dimension is the first needs no copy, its pieces lie in order already."""
+    world_size, rank = dist.get_world_size(group), dist.get_rank(group)
+    pieces = tensor.split(_split_sizes(tensor.size(scatter_dim), world_size), scatter_dim)
+    send = tensor.reshape(-1) if scatter_dim == 0 else _packed(pieces)
+    shapes = []
+    for length in _split_sizes(gather_size, world_size):
+        shapes.append(list(pieces[rank].shape))
+        shapes[-1][gather_dim] = length
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    received = tensor.new_empty(sum(sizes))
+    dist.all_to_all_single(received, send, sizes, [piece.numel() for piece in pieces], group=group)
+    record({"all_to_all": (send.numel() - pieces[rank].numel()) * send.element_size()})
+    if gather_dim == 0:
+        return received.view([gather_size, *shapes[rank][1:]])
+    return torch.cat([part.view(shape) for part, shape in zip(received.split(sizes), shapes)], dim=gather_dim)
+
+
+def _packed(pieces):
+    """The pieces end to end in one flat buffer."""
+    sizes = [piece.numel() for piece in pieces]
+    flat = pieces[0].new_empty(sum(sizes))
+    for target, piece in zip(flat.split(sizes), pieces):
+        target.view(piece.shape).copy_(piece)
+    return flat
+
+
+def _own_part(tensor, group, dim, sizes):
+    rank = dist.get_rank(group)
+    return tensor.narrow(dim, sum(sizes[:rank]), sizes[rank]).contiguous()
+
+
+def _gathered(tensor, group, dim, sizes):
+    """All parts joined along ``dim``; gloo's all-gather wants equal sizes, so uneven parts are padded to the longest."""
+    longest, own = max(sizes), tensor.movedim(dim, 0)
+    send = own.contiguous()
+    if len(send) < longest:
+        send = own.new_zeros((longest, *own.shape[1:]))
+        send[:len(own)] = own
+    received = send.new_empty((len(sizes) * longest, *send.shape[1:]))
+    dist.all_gather_into_tensor(received, send, group=group)
+    record({"gather": send.numel() * send.element_size() * (len(sizes) - 1)})
+    if min(sizes) < longest:
+        received = torch.cat([part[:size] for part, size in zip(received.split(longest), sizes)])
+    return received.movedim(0, dim).contiguous()
+
+
+def _scaled(grad, grad_scale, world_size):
+    if grad_scale is None:
+        return grad
+    return grad * world_size if grad_scale == "up" else grad / world_size
+
+
+def _dimension(dim, num_dims, name):
+    if not -num_dims <= dim < num_dims:
+        raise ValueError(f"{name} {dim} does not exist in a tensor of {num_dims} dimensions; choose 0 to {num_dims - 1}.")
+    return dim % num_dims
+
+
+def _checked_sizes(sizes, world_size, name):
+    if sizes is not None and len(sizes) != world_size:
+        raise ValueError(f"{name} {list(sizes)} must hold one length for each of the {world_size} ranks of the group.")
+    return list(sizes) if sizes is not None else None
+
+
+def _check_grad_scale(grad_scale):
+    if grad_scale not in GRAD_SCALES:
+        raise ValueError(f"grad_scale {grad_scale!r} is not known; choose 'up', 'down' or None.")

@@ -1,0 +1,123 @@
+"""MindSpeed's getters of process groups and ranks (``model_parallel_utils``), answered from ContextParallelGroups.
+
+Our transfers name their peer by global rank, so one group over the whole ring also serves its windows: the getters of the
+window groups return it. Without a ring, Ulysses group or windows of its own a getter behaves as in MindSpeed where the
+group was never made.
+"""
+
+import torch.distributed as dist
+
+__all__ = [
+    "get_context_parallel_group_for_send_recv_overlap", "get_context_parallel_group_for_hybrid_ulysses",
+    "get_context_parallel_for_hybrid_ulysses_world_size", "get_context_parallel_for_hybrid_ulysses_rank",
+    "get_context_parallel_group_for_hybrid_ring", "get_context_parallel_for_hybrid_ring_world_size",
+    "get_context_parallel_for_hybrid_ring_rank", "get_context_parallel_for_hybrid_ring_global_ranks",
+    "get_ring_group_for_intra_window", "get_ring_group_for_intra_window_send_recv_overlap",
+    "get_ring_ranks_for_intra_window", "get_ring_ranks_for_inter_window_kv", "get_ring_ranks_for_inter_window_dkv",
+]
+
+
+def _adaptor_groups():
+    """The groups that the adaptor built with Megatron's, None before initialize_model_parallel."""
+    from mindspeed_cp import megatron_adaptor
+
+    return megatron_adaptor.state().groups
+
+
+def _required(found, name, check=True):
+    if found is None and check:
+        raise ValueError(f"{name} is not there; import mindspeed_cp.megatron_adaptor, choose an algorithm that has it, and call "
+                         "initialize_model_parallel first.")
+    return found
+
+
+def _ring():
+    """The groups where there is a ring, else None."""
+    groups = _adaptor_groups()
+    return groups if groups is not None and groups.ring_size > 1 else None
+
+
+def _hybrid():
+    """The groups of Hybrid, else None."""
+    groups = _ring()
+    return groups if groups is not None and groups.ulysses_degree > 1 else None
+
+
+def get_context_parallel_group_for_send_recv_overlap(check_initialized=True):
+    """A group for transfers that overlap others; the ring's own where there are no windows."""
+    ring = _required(_ring(), "the context-parallel group for send-recv overlap", check_initialized)
+    return None if ring is None else ring.outer_group or ring.ring_group
+
+
+def get_context_parallel_group_for_hybrid_ulysses(check_initialized=True):
+    groups = _required(_hybrid(), "the Ulysses group of hybrid_cp_algo", check_initialized)
+    return None if groups is None else groups.ulysses_group
+
+
+def get_context_parallel_for_hybrid_ulysses_world_size():
+    return dist.get_world_size(get_context_parallel_group_for_hybrid_ulysses())
+
+
+def get_context_parallel_for_hybrid_ulysses_rank():
+    return dist.get_rank(get_context_parallel_group_for_hybrid_ulysses())
+
+
+def get_context_parallel_group_for_hybrid_ring(check_initialized=True):
+    groups = _required(_hybrid(), "the ring group of hybrid_cp_algo", check_initialized)
+    return None if groups is None else groups.ring_group
+
+
+def get_context_parallel_for_hybrid_ring_world_size():
+    return dist.get_world_size(get_context_parallel_group_for_hybrid_ring())
+
+
+def get_context_parallel_for_hybrid_ring_rank():
+    return dist.get_rank(get_context_parallel_group_for_hybrid_ring())
+
+
+def get_context_parallel_for_hybrid_ring_global_ranks():
+    return list(_required(_hybrid(), "the ring of hybrid_cp_algo").ring_global_ranks)
+
+
+def get_ring_group_for_intra_window():
+    ring = _ring()
+    return None if ring is None else ring.ring_group
+
+
+def get_ring_group_for_intra_window_send_recv_overlap():
+    return get_context_parallel_group_for_send_recv_overlap(check_initialized=False)
+
+
+def _window_place():
+    """(global ranks of the ring, window, this rank's window, its place in it)."""
+    ring = _required(_ring(), "the ring")
+    window = _inner_size(ring)
+    return list(ring.ring_global_ranks), window, *divmod(ring.ring_rank, window)
+
+
+def _inner_size(ring):
+    """MindSpeed's inner size: a ring without windows is one window per rank there."""
+    return ring.hierarchy[1] if ring.hierarchy[2] > 1 else 1
+
+
+def get_ring_ranks_for_intra_window():
+    """Global ranks of this rank's window."""
+    ranks, window, place_w, _ = _window_place()
+    return ranks[place_w * window:(place_w + 1) * window]
+
+
+def get_ring_ranks_for_inter_window_kv():
+    """Global ranks with this rank's place in every window: where keys and values cross windows."""
+    ranks, window, _, place_i = _window_place()
+    return ranks[place_i::window]
+
+
+def get_ring_ranks_for_inter_window_dkv():
+    """MindSpeed's ring of gradients between windows: one window and one place further at each step."""
+    ranks, window, place_w, place_i = _window_place()
+    windows, first = len(ranks) // window, (place_i - place_w) % window
+    place, found = (0, first), []
+    while ranks[place[0] * window + place[1]] not in found:
+        found.append(ranks[place[0] * window + place[1]])
+        place = (place[0] + 1) % windows, (place[1] + 1) % window
+    return found

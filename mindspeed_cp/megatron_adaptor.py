@@ -1,0 +1,184 @@
+"""Importing this module patches Megatron; ``python -m mindspeed_cp.megatron_adaptor`` lists every patch.
+
+Import it before Megatron. With context_parallel_size 1 and no flag Megatron behaves exactly as without the import. This is
+the only module of the package that reads the environment (MINDSPEED_CP_DEVICE) and keeps anything global.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import warnings
+
+import torch
+
+from mindspeed_cp.notices import ContextParallelWarning, is_rank0
+
+TRIED_VERSIONS = ("0.12.1", "0.13.1", "0.14.0", "0.15.3", "0.16.1")
+DEVICE_VARIABLE = "MINDSPEED_CP_DEVICE"
+
+
+def _require_megatron():
+    try:
+        found = importlib.util.find_spec("megatron.core")
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise ImportError("mindspeed_cp.megatron_adaptor needs Megatron, and there is no megatron.core; run "
+                          "pip install megatron-core==0.16.1, or put a Megatron-LM checkout on PYTHONPATH.")
+
+
+def megatron_version():
+    """Version of the megatron.core that is imported, "unknown" when it does not say."""
+    from megatron.core import package_info
+
+    return getattr(package_info, "__version__", "unknown").split("rc")[0]
+
+
+def _why_no_stand_in():
+    """Why no CPU stand-in for CUDA is needed; "" when it is."""
+    choice = os.environ.get(DEVICE_VARIABLE, "")
+    if choice not in ("", "cpu"):
+        raise ValueError(f"{DEVICE_VARIABLE}={choice} is not known; use {DEVICE_VARIABLE}=cpu to run on the CPU, or unset it to "
+                         "choose by what the machine has.")
+    if choice == "cpu":
+        return ""
+    accelerator = "CUDA" if torch.cuda.is_available() else "NPU" if _npu_is_available() else None
+    return f"{accelerator} is there ({DEVICE_VARIABLE}=cpu switches the stand-in on)" if accelerator else ""
+
+
+def _npu_is_available():
+    """Import torch_npu where it is installed; Ascend's own shim then gives Megatron's torch.cuda names their NPU meaning."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    try:
+        import torch_npu  # noqa: F401
+    except (ImportError, OSError) as error:
+        warnings.warn(f"torch_npu is installed and cannot be imported ({error}); install CANN and source its set_env.sh, or "
+                      f"set {DEVICE_VARIABLE}=cpu to run on the CPU knowingly.", ContextParallelWarning, stacklevel=2)
+        return False
+    if not torch.npu.is_available():
+        return False
+    from torch_npu.contrib import transfer_to_npu  # noqa: F401
+    return True
+
+
+def _announce(config):
+    """Rank 0 says what is on, so that nobody has to wonder."""
+    if is_rank0():
+        from mindspeed_cp.kernels import KERNELS
+
+        kernel = _state.kernel or next((name for name, row in KERNELS.items() if row.automatic and row.device_type == _device_type()), "none")
+        print(f"Context parallelism: {config.describe()}, kernel {kernel}, {_num_cp_patches()} patches", flush=True)
+
+
+def _device_type():
+    if not _why_no_stand_in():
+        return "cpu"
+    return "cuda" if torch.version.cuda else "npu"
+
+
+def _num_cp_patches():
+    stand_in = {patch.target for patch in _tables["device"]}
+    return sum(row.applied and row.target not in stand_in for row in _manager.report())
+
+
+def _tables_of_patches():
+    """table name -> patches, in the order of application: Megatron is imported on top of the device stand-in."""
+    from mindspeed_cp.patches.core import core_patches
+    from mindspeed_cp.patches.device import device_patches
+    from mindspeed_cp.patches.training import training_patches
+
+    why = _why_no_stand_in()
+    return {"device": device_patches(lambda: why), "core": core_patches(_state, _announce), "training": training_patches(_state)}
+
+
+def _warn_of_version():
+    version = megatron_version()
+    if version not in TRIED_VERSIONS and is_rank0():
+        warnings.warn(f"megatron-core {version} has not been tried with mindspeed_cp; tried: {', '.join(TRIED_VERSIONS)}. "
+                      "Every patch was applied; compare a short run with --context-parallel-size 1 before a long one.",
+                      ContextParallelWarning, stacklevel=3)
+
+
+def apply():
+    """Apply every patch, all or none; a second call changes nothing.
+
+    Raises:
+        ImportError: Megatron is missing.
+        PatchError: a name that should be patched is gone; nothing was changed.
+    """
+    if _manager.num_applied:
+        return
+    _manager.apply()
+    _warn_of_version()
+
+
+def undo():
+    """Restore every attribute of Megatron and torch to the object it was, and forget the configuration."""
+    _state.forget_batch()
+    _manager.undo()
+    _state.reset()
+
+
+def report():
+    """One row (target, reason, status) per patch."""
+    return _manager.report()
+
+
+def configure(config, *, setup=None, kernel=None, documents_from_position_ids=False):
+    """Set the configuration for scripts without Megatron's flags; call it before initialize_model_parallel.
+
+    Args:
+        config: ContextParallelConfig.
+        setup: TrainingSetup; checked against ``config``, with every fallback applied.
+        kernel: name of an attention kernel, None chooses by device.
+        documents_from_position_ids: position ids that start again at 0 begin a document when the batch has no mask.
+
+    Returns:
+        The setup after all fallbacks, None without one.
+    """
+    from mindspeed_cp.config import resolve
+    from mindspeed_cp.notices import warn_rank0
+
+    if setup is not None:
+        known = len(setup.notices)
+        setup = resolve(config, setup)
+        for notice in setup.notices[known:]:
+            warn_rank0(notice)
+    _state.configure(config, setup=setup, kernel=kernel, documents_from_position_ids=documents_from_position_ids)
+    return setup
+
+
+def state():
+    """The AdaptorState in use: config, setup, groups, layout(seq_len)."""
+    return _state
+
+
+def _table():
+    rows = report()
+    width = max(len(row.target) for row in rows)
+    lines = [f"megatron-core {megatron_version()}, torch {torch.__version__}, {_manager.num_applied} of {len(rows)} patches applied"]
+    return "\n".join(lines + [f"{row.target:{width}}  {row.status}\n    {row.reason}" for row in rows])
+
+
+def _build():
+    from mindspeed_cp.patches.manager import PatchManager
+    from mindspeed_cp.patches.state import AdaptorState
+
+    global _state, _tables, _manager
+    _state = AdaptorState()
+    _manager = PatchManager(subject=lambda: f"megatron-core {megatron_version()}")
+    _tables = _tables_of_patches()
+    for patches in _tables.values():
+        _manager.add(patches)
+
+
+_require_megatron()
+if __name__ == "__main__":
+    from mindspeed_cp import megatron_adaptor
+
+    print(megatron_adaptor._table())
+    sys.exit()
+_build()
+apply()
