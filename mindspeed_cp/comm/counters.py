@@ -46,12 +46,8 @@ def count_bytes():
 
 
 def record(sizes, messages=1):
-    """Note one transfer; ``sizes`` maps purpose -> bytes, the messages count for its first purpose.
-
-    What follows a dot only tells streams of one purpose apart: "kv.value" counts as "kv".
-    """
+    """Note one transfer; ``sizes`` maps purpose -> bytes, the messages count for its first purpose."""
     for traffic in _active:
-        for index, (stream, size) in enumerate(sizes.items()):
-            purpose = stream.partition(".")[0]
+        for index, (purpose, size) in enumerate(sizes.items()):
             traffic.bytes[purpose] += size
             traffic.messages[purpose] += 0 if index else messages

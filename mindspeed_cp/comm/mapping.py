@@ -127,7 +127,7 @@ def _exchange(tensor, group, scatter_dim, gather_dim, gather_size):
     """One all_to_all_single; a side whose dimension is the first needs no copy, its pieces lie in order already."""
     world_size, rank = dist.get_world_size(group), dist.get_rank(group)
     pieces = tensor.split(_split_sizes(tensor.size(scatter_dim), world_size), scatter_dim)
-    send = tensor.reshape(-1) if scatter_dim == 0 else _packed(pieces)
+    send = tensor.contiguous().view(-1) if scatter_dim == 0 else _packed(pieces)
     shapes = []
     for length in _split_sizes(gather_size, world_size):
         shapes.append(list(pieces[rank].shape))

@@ -5,6 +5,8 @@ window groups return it. Without a ring, Ulysses group or windows of its own a g
 group was never made.
 """
 
+from math import gcd
+
 import torch.distributed as dist
 
 __all__ = [
@@ -115,7 +117,9 @@ def get_ring_ranks_for_inter_window_kv():
 def get_ring_ranks_for_inter_window_dkv():
     """MindSpeed's ring of gradients between windows: one window and one place further at each step."""
     ranks, window, place_w, place_i = _window_place()
-    windows, first = len(ranks) // window, (place_i - place_w) % window
+    windows = len(ranks) // window
+    # MindSpeed lists every such ring from its first rank in the first window.
+    first = (place_i - place_w) % gcd(window, windows)
     place, found = (0, first), []
     while ranks[place[0] * window + place[1]] not in found:
         found.append(ranks[place[0] * window + place[1]])

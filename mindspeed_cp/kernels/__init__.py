@@ -1,15 +1,22 @@
 """The table of attention kernels. A new accelerator is a file beside this one and a row here.
 
-Adding a kernel:
+Adding a kernel, in ten lines:
 
-1. Write a class with the two methods of ``kernels.base.AttentionKernel``.
-2. Add a ``KernelRow``: the device type it serves, a loader, and a probe that returns why it cannot be used, or "".
-3. Run ``pytest tests --device NAME``: the parity suite is the same for every kernel.
+1. Write ``kernels/mine.py`` with a class that has ``name``, ``native_bands``, ``forward`` and ``backward`` as
+   ``kernels.base.AttentionKernel`` describes them. ``blockwise.py`` is the shortest complete one.
+2. Tensors are (seq, batch, heads, dim); folding batch into heads makes any block one varlen call.
+3. Speak (out, lse): natural logarithm, -inf and 0 for a row without keys. Backward gets those of the whole attention.
+4. With ``native_bands = False`` no block has two limits; rectangles, causal squares and small masked tiles remain.
+5. In the same file: ``build()`` returns the kernel, ``unavailable()`` says what is missing on this machine, or "".
+6. Optional: ``merge(out, lse, block_out, block_lse)``, a fused ``softmax.merge_attention``.
+7. Refuse what the kernel cannot do with a ValueError, or announce a slower path with ``notices.warn_rank0``: never in silence.
+8. Add a ``KernelRow`` below. The choices of --cp-kernel and the automatic choice by device follow from it.
+9. Run ``tests/kernel_cases.py``'s ``check_block`` over ``CASES`` (see tests/test_kernel_select.py), then
+10. ``pytest tests --device NAME``: the parity suite is the same for every kernel.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 
 
@@ -34,12 +41,13 @@ class KernelRow:
 KERNELS = {
     "cpu": KernelRow("cpu", "mindspeed_cp.kernels.cpu"),
     "cuda": KernelRow("cuda", "mindspeed_cp.kernels.cuda"),
+    "cudnn": KernelRow("cuda", "mindspeed_cp.kernels.cudnn", automatic=False),
     "npu": KernelRow("npu", "mindspeed_cp.kernels.npu"),
     "blockwise": KernelRow(None, "mindspeed_cp.kernels.blockwise", automatic=False),
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def select_kernel(name=None, device_type="cpu"):
     """The kernel called ``name``, or the automatic one of ``device_type``; never a silent substitute.
 

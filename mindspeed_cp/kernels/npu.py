@@ -17,7 +17,7 @@ GQA, dropout and dk > dv are the operator's own. dv > dk pads query and key with
 Written against the published schemas and documentation; not yet run on a device.
 """
 
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from typing import NamedTuple
 
@@ -68,7 +68,7 @@ def build():
     return NpuKernel(import_module("torch_npu"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def compressed_mask(device):
     """Bool (2048, 2048), True above the diagonal: the one mask of sparse_mode 2, 3 and 4, shared by all calls on a device."""
     return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool, device=device).triu_(1)

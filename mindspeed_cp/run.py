@@ -1,0 +1,40 @@
+"""Run a training script of Megatron-LM, unchanged, with context parallelism.
+
+    torchrun --nproc-per-node 4 -m mindspeed_cp.run pretrain_gpt.py --context-parallel-size 4 ...
+
+The script runs as ``__main__`` with its own command line, and its folder stands first in the import path, as under plain
+``python pretrain_gpt.py``; so a checkout's own megatron.core is the one that is patched and used.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+USAGE = "usage: torchrun ... -m mindspeed_cp.run SCRIPT.py [arguments of the script ...]"
+
+
+def main(argv=None):
+    """Import the adaptor and run the script that ``argv`` (default: the command line) names.
+
+    Raises:
+        SystemExit: with status 2 when no script is named or it does not exist; otherwise the script's own.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, file=sys.stdout if argv else sys.stderr)
+        raise SystemExit(0 if argv else 2)
+    script = Path(argv[0])
+    if not script.is_file():
+        print(f"mindspeed_cp.run: error: {script} does not exist; give the path of a script, such as "
+              "MEGATRON_LM_PATH/pretrain_gpt.py.", file=sys.stderr)
+        raise SystemExit(2)
+    sys.argv[:] = argv
+    sys.path[0] = str(script.resolve().parent)
+
+    import mindspeed_cp.megatron_adaptor  # noqa: F401  after the path is right, before the script imports Megatron
+
+    runpy.run_path(str(script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The table of megatron-core names that are patched, each with its reason.
+
+With context_parallel_size 1 every replacement calls the original with the arguments it got.
+"""
+
+import copy
+import importlib.util
+import inspect
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import wraps
+
+import torch.distributed as dist
+
+from mindspeed_cp.attention import AttentionBridge, CoreAttention, layer_window
+from mindspeed_cp.patches import batch, rope
+from mindspeed_cp.patches.manager import Patch
+
+DOT_PRODUCT = "megatron.core.transformer.dot_product_attention.DotProductAttention"
+TE_DOT_PRODUCT = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
+PARALLEL_STATE = "megatron.core.parallel_state"
+
+
+def core_patches(state, announce):
+    """The table for megatron-core.
+
+    Args:
+        state: AdaptorState that the replacements share.
+        announce: config -> None, called on every rank after the process groups were built.
+    """
+    attend = AttentionBridge(state)
+    return [
+        Patch(f"{DOT_PRODUCT}.__init__", _lift_assert(state),
+              "the local attention refuses context_parallel_size above 1 and, before 0.14, sliding windows"),
+        Patch(f"{DOT_PRODUCT}.forward", _dot_product_forward(attend),
+              "attention over the whole sequence, of which each rank holds a part"),
+        Patch(f"{TE_DOT_PRODUCT}.forward", _te_forward(attend),
+              "Transformer Engine would run its own context parallelism (not verified on hardware)", _without_te),
+        Patch(f"{PARALLEL_STATE}.initialize_model_parallel", _initialize(state, announce),
+              "the process groups of context parallelism are built from Megatron's"),
+        Patch(f"{PARALLEL_STATE}.destroy_model_parallel", _destroy(state),
+              "the process groups of context parallelism go with Megatron's"),
+        *batch.batch_patches(state),
+        *rope.rope_patches(state)]
+
+
+def _without_te():
+    try:
+        found = importlib.util.find_spec("transformer_engine") is not None
+    except ValueError:  # a stub without a spec in sys.modules
+        found = False
+    return "" if found else "Transformer Engine is not installed"
+
+
+def _lift_assert(state):
+    def build(original):
+        @wraps(original)
+        def __init__(self, config, *args, **kwargs):
+            if config.context_parallel_size == 1:
+                original(self, config, *args, **kwargs)
+                return
+            # The checks read a copy; everything later reads the real configuration.
+            checked = copy.copy(config)
+            checked.context_parallel_size, checked.window_size = 1, None
+            original(self, checked, *args, **kwargs)
+            self.config = config
+        return __init__
+    return build
+
+
+def _dot_product_forward(attend):
+    def build(original):
+        @wraps(original)
+        def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None,
+                    packed_seq_params=None, **kwargs):
+            if self.config.context_parallel_size == 1 and packed_seq_params is None:
+                return original(self, query, key, value, attention_mask, attn_mask_type=attn_mask_type,
+                                attention_bias=attention_bias, packed_seq_params=None, **kwargs)
+            _refuse_bias(attention_bias)
+            scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1)  # query-key layer scaling divides, then multiplies
+            return attend(_described(self, self.attn_mask_type, scale, self.attention_dropout.p),
+                          query, key, value, attention_mask, packed_seq_params)
+        return forward
+    return build
+
+
+def _te_forward(attend):
+    def build(original):
+        @wraps(original)
+        def forward(self, query, key, value, attention_mask, attn_mask_type, attention_bias=None, packed_seq_params=None,
+                    **kwargs):
+            if self.config.context_parallel_size == 1:
+                return original(self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params,
+                                **kwargs)
+            _refuse_bias(attention_bias)
+            if attn_mask_type.name in ("causal", "padding_causal"):
+                attention_mask = None  # Transformer Engine reads no mask with these types
+            scale = self.softmax_scale if isinstance(self.softmax_scale, float) else query.shape[-1] ** -0.5
+            return attend(_described(self, attn_mask_type, scale, self.config.attention_dropout),
+                          query, key, value, attention_mask, packed_seq_params)
+        return forward
+    return build
+
+
+def _refuse_bias(attention_bias):
+    if attention_bias is not None:
+        raise ValueError("attention_bias is not supported with context parallelism; leave it out, or use "
+                         "--context-parallel-size 1.")
+
+
+def _described(module, attn_mask_type, softmax_scale, dropout_p):
+    """The CoreAttention of one of Megatron's modules."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    config = module.config
+    skip_freq = getattr(config, "window_attn_skip_freq", None)  # absent before 0.15
+    return CoreAttention(
+        layer_number=module.layer_number, causal=attn_mask_type.name in ("causal", "padding_causal"),
+        softmax_scale=softmax_scale, dropout_p=dropout_p if module.training else 0.0,
+        window=layer_window(config.window_size, skip_freq, module.layer_number),
+        softmax_offset=getattr(module, "softmax_offset", None),  # absent before 0.15
+        # With sequence parallelism Megatron is inside the fork already.
+        rng=nullcontext if config.sequence_parallel else get_cuda_rng_tracker().fork)
+
+
+def _initialize(state, announce):
+    def build(original):
+        signature = inspect.signature(original)
+
+        @wraps(original)
+        def initialize_model_parallel(*args, **kwargs):
+            given = signature.bind(*args, **kwargs).arguments
+            config = state.config_for(given.get("context_parallel_size", 1))
+            original(*args, **kwargs)
+            if config.context_parallel_size == 1:
+                return
+            minutes = given.get("distributed_timeout_minutes")
+            state.build_groups(config, _all_cp_ranks(), timedelta(minutes=minutes) if minutes else None)
+            announce(config)
+        return initialize_model_parallel
+    return build
+
+
+def _all_cp_ranks():
+    """Global ranks of every context-parallel group of the world, as Megatron ordered them."""
+    from megatron.core import parallel_state
+
+    mine = tuple(dist.get_process_group_ranks(parallel_state.get_context_parallel_group()))
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return [list(ranks) for ranks in sorted(set(everyone))]
+
+
+def _destroy(state):
+    def build(original):
+        @wraps(original)
+        def destroy_model_parallel(*args, **kwargs):
+            state.destroy_groups()
+            return original(*args, **kwargs)
+        return destroy_model_parallel
+    return build

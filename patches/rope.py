@@ -1,0 +1,117 @@
+"""Patches of rotary position embeddings: each rank's part by the layout, for any length and for packed documents."""
+
+import importlib
+import inspect
+from functools import wraps
+
+import torch
+
+from mindspeed_cp.patches.batch import block_shape
+from mindspeed_cp.patches.manager import Patch
+
+ROPE_UTILS = "megatron.core.models.common.embeddings.rope_utils"
+ROTARY = "megatron.core.models.common.embeddings.rotary_pos_embedding.RotaryEmbedding"
+YARN = "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding.YarnRotaryEmbedding"
+
+
+def rope_patches(state):
+    state.on_change.append(forget_cached_embeddings)
+    return [
+        Patch(f"{ROPE_UTILS}.get_pos_emb_on_this_cp_rank", _slice_embedding(state),
+              "positions follow the chosen algorithm's layout; Megatron's own is an even zigzag"),
+        Patch(f"{ROTARY}.get_rotary_seq_len", _rotary_seq_len(state),
+              "the local length times cp is not the length of the sequence when lengths are uneven"),
+        Patch(f"{ROPE_UTILS}._apply_rotary_pos_emb_thd", _apply_packed(state),
+              "packed documents are split as one sequence, not each into 2 * cp padded chunks"),
+        Patch(f"{ROPE_UTILS}.apply_rotary_pos_emb", _unfused_when_packed(state),
+              "the fused packed embedding of Transformer Engine assumes its own split")]
+
+
+def forget_cached_embeddings():
+    """Megatron keeps the last 32 embeddings per length; they are wrong after the layout has changed."""
+    for path in (ROTARY, YARN):
+        module, _, name = path.rpartition(".")
+        try:
+            forward = getattr(importlib.import_module(module), name).forward
+        except ImportError:  # Megatron is not there, and so has cached nothing
+            continue
+        if hasattr(forward, "cache_clear"):
+            forward.cache_clear()
+
+
+def _slice_embedding(state):
+    def build(original):
+        @wraps(original)
+        def get_pos_emb_on_this_cp_rank(pos_emb, seq_dim, *args, **kwargs):
+            if state.cp_size == 1:
+                return original(pos_emb, seq_dim, *args, **kwargs)
+            return state.layout(pos_emb.size(seq_dim)).shard(pos_emb, state.cp_rank, dim=seq_dim)
+        return get_pos_emb_on_this_cp_rank
+    return build
+
+
+def _rotary_seq_len(state):
+    def build(original):
+        signature = inspect.signature(original)
+
+        @wraps(original)
+        def get_rotary_seq_len(self, *args, **kwargs):
+            given = signature.bind(self, *args, **kwargs).arguments
+            inference = given.get("inference_context") or given.get("inference_params")
+            if state.cp_size == 1 or inference or given.get("packed_seq_params") is not None:
+                return original(self, *args, **kwargs)
+            if state.active is not None:
+                return state.active.seq_len
+            block, rows = given["transformer"], given["transformer_input"]
+            if block is not None and block.input_tensor is not None:
+                rows = block.input_tensor
+            if block is None:
+                config = given["transformer_config"]
+                scale = config.tensor_model_parallel_size if config.sequence_parallel else 1
+                return state.shape_for(rows.size(0) * scale).seq_len
+            return block_shape(state, block, rows.size(0)).seq_len
+        return get_rotary_seq_len
+    return build
+
+
+def _apply_packed(state):
+    def build(original):
+        utils = importlib.import_module(ROPE_UTILS)
+        # From 0.15 on, embeddings of the total length hold one row per packed token instead of one per place in a document.
+        by_token = "offset" in inspect.signature(utils._get_thd_freqs_on_this_cp_rank).parameters
+
+        @wraps(original)
+        def _apply_rotary_pos_emb_thd(t, cu_seqlens, freqs, *args, **kwargs):
+            if state.cp_size == 1:
+                return original(t, cu_seqlens, freqs, *args, **kwargs)
+            kwargs.pop("cp_group", None)
+            boundaries = cu_seqlens.flatten().tolist()
+            seq_len = state.packed_len(t.size(0), boundaries[-1])
+            positions = state.layout(seq_len).positions(state.cp_rank).to(freqs.device)
+            if not (by_token and freqs.size(0) == boundaries[-1]):
+                positions = _places_in_documents(positions, boundaries, seq_len)
+            rows = freqs[positions.clamp_(max=freqs.size(0) - 1)]  # only padding after the last document lies beyond
+            return utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), rows, *args, **kwargs).squeeze(1)
+        return _apply_rotary_pos_emb_thd
+    return build
+
+
+def _places_in_documents(positions, boundaries, seq_len):
+    """How far each global position lies from the start of its document."""
+    starts = torch.tensor(boundaries if boundaries[-1] < seq_len else boundaries[:-1], device=positions.device)
+    return positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
+
+
+def _unfused_when_packed(state):
+    def build(original):
+        utils = importlib.import_module(ROPE_UTILS)
+
+        @wraps(original)
+        def apply_rotary_pos_emb(t, freqs, config, cu_seqlens=None, mscale=1.0, *args, **kwargs):
+            if state.cp_size == 1 or cu_seqlens is None or not config.apply_rope_fusion:
+                return original(t, freqs, config, cu_seqlens, mscale, *args, **kwargs)
+            return utils._apply_rotary_pos_emb_thd(
+                t, cu_seqlens, freqs, rotary_interleaved=config.rotary_interleaved,
+                multi_latent_attention=config.multi_latent_attention, mscale=mscale)
+        return apply_rotary_pos_emb
+    return build

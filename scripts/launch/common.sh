@@ -1,0 +1,246 @@
+# shellcheck shell=bash
+# What the launch scripts of all model families share; they source this file. Every variable below can be set from the
+# environment, and flags after the size go to pretrain_gpt.py as they are (the last one wins).
+#
+#   SIZE=7b                   or the first argument of the family's script
+#   TINY=1                    the same architecture, small enough to train on a CPU
+#   DRY_RUN=1                 print the full command and the resolved configuration, start nothing
+#   MEGATRON_LM_PATH=DIR      run DIR/pretrain_gpt.py; without it the trainer of this repository
+#   SEQ_LENGTH=32k|128k|1m|N  tokens of a sequence; the first three choose a fitting CP, CP_ALGO, ULYSSES_DEGREE, CP_WINDOW
+#   CP TP PP                  context, tensor and pipeline parallel sizes; data parallel is what is left
+#   CP_ALGO ULYSSES_DEGREE CP_WINDOW MASK_TYPE KV_CACHE_POLICY KV_EXCHANGE OVERLAP CALCULATOR    context parallelism
+#   MICRO_BATCH GLOBAL_BATCH TRAIN_ITERS LR MIN_LR LR_WARMUP_ITERS WEIGHT_DECAY CLIP_GRAD SEED    training
+#   PRECISION=bf16|fp32 RECOMPUTE=full|selective|none SEQUENCE_PARALLEL=1|0 DISTRIBUTED_OPTIMIZER=1|0
+#   DATA_PATH TOKENIZER_TYPE TOKENIZER_MODEL VOCAB_SIZE SPLIT    data; without DATA_PATH: mock data, or text of the standard library
+#   SAVE LOAD SAVE_INTERVAL EVAL_ITERS EVAL_INTERVAL LOG_INTERVAL TENSORBOARD_DIR    files
+#   DEVICE=npu|gpu|cpu NPROC_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT PYTHON TIMEOUT_MINUTES    machines (or Slurm's)
+
+LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+REPOSITORY=$(cd "$LAUNCH_DIR/../.." && pwd)
+PYTHON=${PYTHON:-python}
+# shellcheck disable=SC2034  # printed by name
+MODEL=$(basename "$0" .sh)
+
+fail() {
+  printf '%s: error: %s\n' "$(basename "$0")" "$1" >&2
+  exit 2
+}
+
+# The size is the first argument, or $SIZE, or the family's first; the rest are flags for pretrain_gpt.py.
+read_size() {
+  local known=$1 given=${SIZE:-}
+  shift
+  if [[ ${1:-} != "" && ${1:-} != -* ]]; then
+    given=$1
+    shift
+  fi
+  SIZE=${given:-${known%% *}}
+  SIZE=${SIZE,,}
+  [[ " $known " == *" $SIZE "* ]] || fail "size $SIZE is not known; choose one of ${known// /, }."
+  EXTRA_FLAGS=("$@")
+}
+
+# model_shape LAYERS HIDDEN FFN HEADS KV_HEADS; TINY keeps what makes the architecture and shrinks the numbers.
+model_shape() {
+  LAYERS=$1 HIDDEN=$2 FFN=$3 HEADS=$4 KV_HEADS=$5
+  if [[ ${TINY:-0} == 1 ]]; then
+    # Two KV heads stand for any grouping.
+    if ((KV_HEADS < HEADS)); then KV_HEADS=2; else KV_HEADS=8; fi
+    LAYERS=2 HIDDEN=64 FFN=176 HEADS=8
+    VOCAB_SIZE=${VOCAB_SIZE:-512} SEQ_LENGTH=${SEQ_LENGTH:-256} TP=${TP:-1} PP=${PP:-1} CP=${CP:-2}
+    GLOBAL_BATCH=${GLOBAL_BATCH:-2} TRAIN_ITERS=${TRAIN_ITERS:-10} LR=${LR:-1e-3} RECOMPUTE=${RECOMPUTE:-none}
+    LR_WARMUP_ITERS=${LR_WARMUP_ITERS:-0} EVAL_ITERS=${EVAL_ITERS:-0}
+  fi
+}
+
+# Sizes of a model that fits 64 GB devices; the environment wins.
+default_parallel() {
+  TP=${TP:-$1} PP=${PP:-$2}
+}
+
+# A sequence length -> CP, algorithm and windows. At 32k a rank of 4 holds 8k tokens, too few to hide a ring's transfers
+# behind: Ulysses. At 128k the heads of a tensor-parallel rank no longer suffice for 8 ranks of every model: Hybrid. At 1M a
+# ring of 8 spans nodes: windows of 4 keep most of its transfers within a node.
+choose_context_parallel() {
+  SEQ_LENGTH=${SEQ_LENGTH:-32k}
+  case ${SEQ_LENGTH,,} in
+    32k) SEQ_LENGTH=32768 preset=(4 ulysses_cp_algo "" 1) ;;
+    128k) SEQ_LENGTH=131072 preset=(8 hybrid_cp_algo 4 1) ;;
+    1m) SEQ_LENGTH=1048576 preset=(32 hybrid_cp_algo 4 4) ;;
+    *[!0-9]* | 0*) fail "SEQ_LENGTH $SEQ_LENGTH must be 32k, 128k, 1m or a number of tokens." ;;
+    *) preset=("${CP:-1}" ulysses_cp_algo "" 1) ;;
+  esac
+  # The preset's degree and window belong to its size and algorithm.
+  if [[ ${CP:-${preset[0]}} != "${preset[0]}" || ${CP_ALGO:-${preset[1]}} != "${preset[1]}" ]]; then
+    local degree=""
+    if [[ ${CP_ALGO:-} == hybrid_cp_algo || (-z ${CP_ALGO:-} && ${preset[1]} == hybrid_cp_algo) ]]; then degree=2; fi
+    preset=("${CP:-${preset[0]}}" "${CP_ALGO:-${preset[1]}}" "$degree" 1)
+  fi
+  CP=${CP:-${preset[0]}} CP_ALGO=${CP_ALGO:-${preset[1]}}
+  ULYSSES_DEGREE=${ULYSSES_DEGREE:-${preset[2]}} CP_WINDOW=${CP_WINDOW:-${preset[3]}}
+}
+
+count_visible() {
+  if [[ -n $1 ]]; then
+    tr ',' '\n' <<<"$1" | grep -c . || true
+  else
+    echo "$2"
+  fi
+}
+
+# NPU before GPU before CPU; a DEVICE that is named but not there (a dry run elsewhere) counts as a node of eight.
+choose_device() {
+  local npus gpus
+  npus=$(count_visible "${ASCEND_RT_VISIBLE_DEVICES:-}" "$(find /dev -maxdepth 1 -name 'davinci[0-9]*' 2>/dev/null | wc -l)")
+  gpus=$(count_visible "${CUDA_VISIBLE_DEVICES:-}" "$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)")
+  if [[ -z ${DEVICE:-} ]]; then
+    if ((npus > 0)); then DEVICE=npu; elif ((gpus > 0)); then DEVICE=gpu; else DEVICE=cpu; fi
+  fi
+  case $DEVICE in
+    npu) NPROC_PER_NODE=${NPROC_PER_NODE:-$((npus > 0 ? npus : 8))} ;;
+    gpu) NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 8))} ;;
+    cpu) NPROC_PER_NODE=${NPROC_PER_NODE:-$((TP * CP * PP))} ;;
+    *) fail "DEVICE $DEVICE is not known; choose npu, gpu or cpu, or leave it out." ;;
+  esac
+}
+
+# NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: from the environment, else Slurm's, else this machine alone.
+choose_nodes() {
+  NNODES=${NNODES:-${SLURM_NNODES:-${SLURM_JOB_NUM_NODES:-1}}}
+  NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
+  if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} ]]; then
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  fi
+  if [[ -z ${MASTER_ADDR:-} ]]; then
+    ((NNODES == 1)) || fail "MASTER_ADDR is not set, and NNODES is $NNODES; set MASTER_ADDR to the address of the first node."
+    MASTER_ADDR=127.0.0.1
+  fi
+  # Jobs that share a node must not share a port.
+  MASTER_PORT=${MASTER_PORT:-$((${SLURM_JOB_ID:-0} > 0 ? 20000 + ${SLURM_JOB_ID:-0} % 20000 : 29500))}
+  local world=$((NNODES * NPROC_PER_NODE)) model=$((TP * CP * PP))
+  ((world % model == 0)) || fail "NNODES $NNODES x NPROC_PER_NODE $NPROC_PER_NODE = $world processes must be a multiple of TP $TP x \
+CP $CP x PP $PP = $model; use NNODES=$(((model + NPROC_PER_NODE - 1) / NPROC_PER_NODE)), or smaller TP, CP or PP."
+  DP=$((world / model)) WORLD=$world
+}
+
+model_flags() {
+  FLAGS+=(--num-layers "$LAYERS" --hidden-size "$HIDDEN" --ffn-hidden-size "$FFN" --num-attention-heads "$HEADS"
+    --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH" "${ARCHITECTURE[@]}")
+  if ((KV_HEADS < HEADS)); then FLAGS+=(--group-query-attention --num-query-groups "$KV_HEADS"); fi
+}
+
+parallel_flags() {
+  FLAGS+=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP"
+    --distributed-timeout-minutes "${TIMEOUT_MINUTES:-30}")
+  if ((TP > 1)) && [[ ${SEQUENCE_PARALLEL:-1} == 1 ]]; then FLAGS+=(--sequence-parallel); fi
+  if [[ ${DISTRIBUTED_OPTIMIZER:-1} == 1 ]]; then FLAGS+=(--use-distributed-optimizer); fi
+  if [[ $CP == 1 ]]; then return; fi
+  FLAGS+=(--context-parallel-algo "$CP_ALGO" --cp-attention-mask-type "${MASK_TYPE:-causal}" --use-flash-attn)
+  if [[ -n $ULYSSES_DEGREE ]]; then FLAGS+=(--ulysses-degree-in-cp "$ULYSSES_DEGREE"); fi
+  if ((CP_WINDOW > 1)); then FLAGS+=(--cp-window-size "$CP_WINDOW"); fi
+  if [[ ${OVERLAP:-1} == 1 && $CP_ALGO != ulysses_cp_algo ]]; then FLAGS+=(--use-cp-send-recv-overlap); fi
+  if [[ -n ${KV_CACHE_POLICY:-} ]]; then FLAGS+=(--context-parallel-kv-cache-policy "$KV_CACHE_POLICY"); fi
+  if [[ -n ${KV_EXCHANGE:-} ]]; then FLAGS+=(--cp-kv-exchange "$KV_EXCHANGE"); fi
+  if [[ -n ${CALCULATOR:-} ]]; then FLAGS+=(--gather-size-calculator "$CALCULATOR"); fi
+}
+
+training_flags() {
+  local recompute=${RECOMPUTE:-$( ((SEQ_LENGTH > 65536)) && echo full || echo selective)}
+  PRECISION=${PRECISION:-$([[ $DEVICE == cpu ]] && echo fp32 || echo bf16)}
+  FLAGS+=(--micro-batch-size "${MICRO_BATCH:-1}" --global-batch-size "${GLOBAL_BATCH:-$((DP * 16))}"
+    --train-iters "${TRAIN_ITERS:-1000}" --lr "${LR:-1.5e-4}" --min-lr "${MIN_LR:-1e-6}" --lr-decay-style cosine
+    --lr-warmup-iters "${LR_WARMUP_ITERS:-50}" --weight-decay "${WEIGHT_DECAY:-0.1}" --clip-grad "${CLIP_GRAD:-1.0}"
+    --adam-beta1 0.9 --adam-beta2 0.95 --init-method-std 0.01 --attention-dropout 0.0 --hidden-dropout 0.0
+    --seed "${SEED:-1234}")
+  case $recompute in
+    full) FLAGS+=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1) ;;
+    selective) FLAGS+=(--recompute-granularity selective) ;;
+    none) ;;
+    *) fail "RECOMPUTE $recompute is not known; choose full, selective or none." ;;
+  esac
+  case $PRECISION in
+    bf16) FLAGS+=(--bf16) ;;
+    fp32) ;;
+    *) fail "PRECISION $PRECISION is not known; choose bf16 or fp32." ;;
+  esac
+}
+
+file_flags() {
+  FLAGS+=(--log-interval "${LOG_INTERVAL:-1}" --eval-interval "${EVAL_INTERVAL:-1000}" --eval-iters "${EVAL_ITERS:-10}")
+  if [[ -n ${SAVE:-} ]]; then FLAGS+=(--save "$SAVE" --save-interval "${SAVE_INTERVAL:-500}"); fi
+  if [[ -n ${LOAD:-} ]]; then FLAGS+=(--load "$LOAD"); fi
+  if [[ -n ${TENSORBOARD_DIR:-} ]]; then FLAGS+=(--tensorboard-dir "$TENSORBOARD_DIR"); fi
+}
+
+# Flags that only Megatron-LM's own pretrain_gpt.py has.
+megatron_flags() {
+  [[ -f $MEGATRON_LM_PATH/pretrain_gpt.py ]] || fail "MEGATRON_LM_PATH $MEGATRON_LM_PATH holds no pretrain_gpt.py; point it at a Megatron-LM checkout."
+  PROGRAM=(-m mindspeed_cp.run "$MEGATRON_LM_PATH/pretrain_gpt.py")
+  FLAGS+=(--transformer-impl "${TRANSFORMER_IMPL:-local}" --no-create-attention-mask-in-dataloader
+    --no-gradient-accumulation-fusion --no-persist-layer-norm --no-rope-fusion --no-masked-softmax-fusion)
+  if [[ -n ${DATA_PATH:-} ]]; then
+    FLAGS+=(--data-path "$DATA_PATH" --split "${SPLIT:-99,1,0}")
+  else
+    FLAGS+=(--mock-data)
+  fi
+  if [[ -n ${TOKENIZER_MODEL:-} ]]; then
+    FLAGS+=(--tokenizer-type "${TOKENIZER_TYPE:-$DEFAULT_TOKENIZER}" --tokenizer-model "$TOKENIZER_MODEL")
+  else
+    # NullTokenizer adds the end-of-document token itself.
+    FLAGS+=(--tokenizer-type NullTokenizer --vocab-size "$((VOCAB_SIZE - 1))")
+  fi
+}
+
+# The embedded trainer reads an indexed dataset; without DATA_PATH text of Python's standard library is written once.
+embedded_flags() {
+  PROGRAM=("$REPOSITORY/scripts/pretrain_gpt.py")
+  FLAGS+=(--data-path "${DATA_PATH:-$REPOSITORY/data/topics}" --vocab-size "$VOCAB_SIZE" --split "${SPLIT:-90,10,0}")
+  if [[ -z ${DATA_PATH:-} && ! -f $REPOSITORY/data/topics.idx && ${DRY_RUN:-0} != 1 ]]; then
+    "$PYTHON" "$REPOSITORY/scripts/prepare_data.py" --output "$REPOSITORY/data/topics"
+  fi
+}
+
+set_environment() {
+  export PYTHONPATH="${MEGATRON_LM_PATH:+$MEGATRON_LM_PATH:}$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
+  case $DEVICE in
+    # Megatron orders communication and computation by submitting them to one hardware queue.
+    npu) export CUDA_DEVICE_MAX_CONNECTIONS=1 HCCL_CONNECT_TIMEOUT="${HCCL_CONNECT_TIMEOUT:-1800}" ;;
+    gpu) export CUDA_DEVICE_MAX_CONNECTIONS=1 ;;
+    # Several ranks share the cores.
+    cpu) export CUDA_DEVICE_MAX_CONNECTIONS=1 MINDSPEED_CP_DEVICE=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" ;;
+  esac
+}
+
+print_resolved() {
+  local name
+  echo "# resolved configuration"
+  for name in MODEL SIZE DEVICE NNODES NODE_RANK NPROC_PER_NODE MASTER_ADDR MASTER_PORT TP CP PP DP SEQ_LENGTH CP_ALGO \
+    ULYSSES_DEGREE CP_WINDOW LAYERS HIDDEN FFN HEADS KV_HEADS VOCAB_SIZE PRECISION; do
+    printf '%s=%s\n' "$name" "${!name}"
+  done
+  WORLD_SIZE=$WORLD "$PYTHON" "$LAUNCH_DIR/describe.py" "${FLAGS[@]}" "${EXTRA_FLAGS[@]}"
+  echo "# command"
+  printf '%q ' env PYTHONPATH="$PYTHONPATH" "${COMMAND[@]}"
+  echo
+}
+
+# Resolve everything and start torchrun, or print with DRY_RUN=1.
+launch() {
+  FLAGS=()
+  choose_context_parallel
+  choose_device
+  choose_nodes
+  model_flags
+  parallel_flags
+  training_flags
+  file_flags
+  set_environment
+  if [[ -n ${MEGATRON_LM_PATH:-} ]]; then megatron_flags; else embedded_flags; fi
+  COMMAND=("$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC_PER_NODE"
+    --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "${PROGRAM[@]}" "${FLAGS[@]}" "${EXTRA_FLAGS[@]}")
+  if [[ ${DRY_RUN:-0} == 1 ]]; then
+    print_resolved
+  else
+    exec "${COMMAND[@]}"
+  fi
+}

@@ -1,0 +1,95 @@
+"""Batches: which samples a step reads, their lengths, their documents, and this rank's part of them.
+
+Shapes: tokens, labels, loss_mask, position_ids (batch, seq). Every rank reads the same samples and keeps its own tokens,
+so no batch is sent between ranks and any rank can be asked for any step.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state, utils
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from trainer.tokenizer import ByteTokenizer
+
+
+@dataclass
+class Batch:
+    """This rank's part of one micro batch; ``num_tokens`` counts the whole sequence's tokens that have a loss."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    packed_seq_params: PackedSeqParams | None
+    num_tokens: torch.Tensor
+    num_positions: int
+
+
+def build_datasets(args):
+    """(training, validation) GPTDataset; the second is None without --eval-iters."""
+    config = GPTDatasetConfig(
+        random_seed=args.seed, sequence_length=args.seq_length, blend=([args.data_path], None), split=args.split,
+        path_to_cache=args.data_cache_path, tokenizer=ByteTokenizer(args.vocab_size),
+        reset_position_ids=args.reset_position_ids, reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        # A dense mask serves the run without context parallelism; with it, document boundaries are enough.
+        create_attention_mask=args.reset_attention_mask and args.context_parallel_size == 1)
+    counts = [args.train_iters * args.global_batch_size, args.eval_iters * args.global_batch_size, 0]
+    train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, counts, lambda: True, config).build()
+    if train is None or (args.eval_iters and valid is None):
+        raise ValueError(f"--split {args.split} leaves no documents of {args.data_path} for "
+                         f"{'training' if train is None else 'validation'}; use --split 90,10,0.")
+    return train, valid if args.eval_iters else None
+
+
+def batches(dataset, args, first_step, vary_length=False):
+    """Yield this data-parallel rank's micro batches from step ``first_step`` on.
+
+    Step s reads samples s*G to (s+1)*G of the dataset's shuffled order, G the global batch size, so that the same samples
+    make up a step whatever the parallel sizes are.
+    """
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    index = first_step * args.num_microbatches * size + rank
+    while True:
+        start = index * args.micro_batch_size
+        samples = [dataset[(start + i) % len(dataset)] for i in range(args.micro_batch_size)]
+        whole = torch.utils.data.default_collate(samples)
+        yield prepare_batch(whole, args, micro_batch_length(index, args.seq_length) if vary_length else args.seq_length)
+        index += size
+
+
+def micro_batch_length(index, seq_length):
+    """A length of its own for every micro batch, between half of ``seq_length`` and all of it, mostly indivisible."""
+    return seq_length - (index * index * 7 + index * 13 + 3) % max(seq_length // 2, 1)
+
+
+def prepare_batch(whole, args, length):
+    """Cut a collated sample to ``length`` tokens and keep this context-parallel rank's part."""
+    device = torch.cuda.current_device()
+    fields = {name: whole[name][:, :length].to(device) for name in ("tokens", "labels", "loss_mask", "position_ids")}
+    mask = whole.get("attention_mask")
+    num_tokens, packed = fields["loss_mask"].sum(), None
+    if args.reset_attention_mask and args.context_parallel_size > 1:
+        packed, mask = documents(fields["tokens"], ByteTokenizer.eod), None
+        # Documents lie end to end in one row (Megatron's thd format), whatever row they came from.
+        fields = {name: value.reshape(1, -1) for name, value in fields.items()}
+    elif mask is not None:
+        mask = mask[:, :, :length, :length].to(device)
+    num_positions = fields["tokens"].numel()
+    local = utils.get_batch_on_this_cp_rank(fields)
+    return Batch(attention_mask=mask, packed_seq_params=packed, num_tokens=num_tokens, num_positions=num_positions, **local)
+
+
+def documents(tokens, eod):
+    """PackedSeqParams of the documents in ``tokens`` (batch, seq): a document ends with its end-of-document token."""
+    batch, length = tokens.shape
+    ends = (tokens.reshape(-1) == eod).nonzero().reshape(-1) + 1
+    rows = torch.arange(0, (batch + 1) * length, length, device=tokens.device)
+    bounds = torch.cat([rows, ends]).unique().to(torch.int32)
+    longest = int((bounds[1:] - bounds[:-1]).max())
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest,
+                           max_seqlen_kv=longest)

@@ -1,0 +1,56 @@
+"""Process groups and seeds: made once all flags have been checked, taken down at the end."""
+
+import logging
+import os
+import random
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+import mindspeed_cp.megatron_adaptor as megatron_adaptor
+
+
+def initialize(args):
+    """Join the world, build Megatron's groups, seed everything. Returns whether this call made the default group."""
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)  # its state is of no interest here
+    made = not dist.is_initialized()
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    if made:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _defaults_for_one_process()
+        dist.init_process_group("nccl", timeout=timeout, world_size=args.world_size, rank=int(os.environ["RANK"]))
+    megatron_adaptor.configure(args.cp_config_resolved, setup=args.cp_setup, kernel=args.cp_kernel)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.num_virtual_stages_per_pipeline_rank,
+        context_parallel_size=args.context_parallel_size,
+        distributed_timeout_minutes=args.distributed_timeout_minutes)
+    seed_everything(args)
+    return made
+
+
+def _defaults_for_one_process():
+    """So that plain python starts the trainer too; torchrun has set all of these."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        os.environ.setdefault(name, value)
+
+
+def seed_everything(args):
+    """Pipeline stages draw different weights; context-parallel and data-parallel ranks draw the same."""
+    seed = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def shut_down(made):
+    """Release Megatron's groups, and the default group if ``initialize`` made it."""
+    parallel_state.destroy_model_parallel()
+    if made:
+        dist.destroy_process_group()

@@ -1,0 +1,48 @@
+"""The whole run: set up, resume, train, validate, save."""
+
+import time
+
+from trainer.checkpoint import load_checkpoint, save_checkpoint
+from trainer.data import batches, build_datasets
+from trainer.initialize import initialize, shut_down
+from trainer.model import build_model, build_optimizer
+from trainer.report import Report
+from trainer.step import evaluate, train_step
+
+
+def pretrain(args):
+    """Train as ``args`` say; returns one record a step (what --log-file holds)."""
+    made = initialize(args)
+    try:
+        train_set, valid_set = build_datasets(args)
+        chunks = build_model(args)
+        optimizer, scheduler = build_optimizer(args, chunks)
+        first = load_checkpoint(args, chunks, optimizer, scheduler) if args.load else 0
+        with Report(args, first) as report:
+            return _train(args, (chunks, optimizer, scheduler), (train_set, valid_set), first, report)
+    finally:
+        shut_down(made)
+
+
+def _train(args, parts, datasets, first, report):
+    chunks, optimizer, scheduler = parts
+    # One iterator for each virtual stage: every stage reads the same samples.
+    iterators = [batches(datasets[0], args, first, args.variable_seq_lengths) for _ in chunks]
+    records = []
+    for iteration in range(first + 1, args.train_iters + 1):
+        start, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
+        result = train_step(chunks, optimizer, scheduler, iterators, args)
+        seconds = time.perf_counter() - start
+        records.append({
+            "iteration": iteration, "loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": rate,
+            "tokens": result.num_positions, "seconds": seconds, "tokens_per_second": result.num_positions / seconds,
+            "cp_bytes_per_rank": result.cp_bytes, "cp_bytes_of_rank_0": result.traffic})
+        report.step(records[-1])
+        last = iteration == args.train_iters or bool(args.exit_interval and iteration % args.exit_interval == 0)
+        if args.eval_iters and (iteration % args.eval_interval == 0 or last):
+            report.validation(iteration, evaluate(chunks, [batches(datasets[1], args, 0) for _ in chunks], args))
+        if args.save and (last or args.save_interval and iteration % args.save_interval == 0):
+            save_checkpoint(args, chunks, optimizer, scheduler, iteration)
+        if last:
+            break
+    return records

@@ -1,0 +1,66 @@
+"""What a run shows and keeps: a progress bar or lines on rank 0, JSON lines, TensorBoard scalars."""
+
+import json
+from pathlib import Path
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Report:
+    """Reports steps and validations; does nothing on ranks other than 0. Use it as a context manager."""
+
+    def __init__(self, args, first_step):
+        self.args, self.active = args, dist.get_rank() == 0
+        self.bar = self.file = self.writer = None
+        if not self.active:
+            return
+        self.console = Console(highlight=False, soft_wrap=True)
+        if self.console.is_terminal:
+            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                                console=self.console)
+            self.task = self.bar.add_task("training", total=args.train_iters, completed=first_step)
+        if args.log_file:
+            Path(args.log_file).parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(args.log_file, "a" if args.load else "w", encoding="utf-8")
+        if args.tensorboard_dir:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            self.writer = SummaryWriter(args.tensorboard_dir)
+
+    def __enter__(self):
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *failure):
+        for part, close in ((self.bar, "stop"), (self.file, "close"), (self.writer, "close")):
+            if part:
+                getattr(part, close)()
+
+    def step(self, record):
+        """One finished step; ``record`` is what --log-file keeps."""
+        if not self.active:
+            return
+        text = (f"loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3f}  "
+                f"{record['tokens_per_second']:,.0f} tokens/s")
+        if self.bar:
+            self.bar.update(self.task, completed=record["iteration"], description=text)
+        elif record["iteration"] % self.args.log_interval == 0:
+            self.console.print(f"step {record['iteration']:>4}/{self.args.train_iters}  {text}")
+        scalars = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "cp_bytes_per_rank")
+        self._keep(record, {name: record[name] for name in scalars})
+
+    def validation(self, iteration, loss):
+        if self.active:
+            self.console.print(f"step {iteration:>4}  validation loss {loss:.4f}")
+            self._keep({"iteration": iteration, "validation_loss": loss}, {"validation_loss": loss})
+
+    def _keep(self, record, scalars):
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        if self.writer:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, record["iteration"])

@@ -1,0 +1,23 @@
+"""Byte-level tokens: the 256 bytes, an end-of-document token and a padding token. Needs no download."""
+
+from collections import OrderedDict
+
+EOD, PAD = 256, 257
+VOCAB_SIZE = 258
+
+
+class ByteTokenizer:
+    """What Megatron's datasets ask of a tokenizer; ``vocab_size`` may be larger for data that was tokenized elsewhere."""
+
+    eod, pad = EOD, PAD
+
+    def __init__(self, vocab_size=VOCAB_SIZE):
+        self.vocab_size = vocab_size
+        # Megatron names its index caches after this.
+        self.unique_identifiers = OrderedDict({"class": "ByteTokenizer", "vocab_size": str(vocab_size)})
+
+    def tokenize(self, text):
+        return list(text.encode("utf-8"))
+
+    def detokenize(self, ids):
+        return bytes(token for token in ids if token < EOD).decode("utf-8", errors="replace")

@@ -1,0 +1,59 @@
+"""Packaging. patches/ and arguments/ lie at the top of the repository and install inside mindspeed_cp."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+MOVED = {"mindspeed_cp.patches": "patches", "mindspeed_cp.arguments": "arguments"}
+
+
+def packages():
+    """Every package under its import name, and the folder of each one that lies elsewhere."""
+    names, folders = find_packages(include=["mindspeed_cp", "mindspeed_cp.*"]), dict(MOVED)
+    for name, folder in MOVED.items():
+        inner = find_packages(folder)
+        names += [name, *(f"{name}.{part}" for part in inner)]
+        folders |= {f"{name}.{part}": f"{folder}/{part.replace('.', '/')}" for part in inner}
+    return names, folders
+
+
+NAMES, FOLDERS = packages()
+
+TRAINER = [
+    "einops",        # megatron-core 0.16 wants it for hierarchical process groups and does not declare it
+    "matplotlib",    # the loss curves of scripts/quickstart.sh
+    "psutil",        # megatron-core 0.12 imports it for checkpoints and does not declare it
+    "rich",          # progress bar and tables
+    "tensorboard",   # scalars of --tensorboard-dir
+]
+TEST = [
+    *TRAINER,
+    "hypothesis",    # property-based tests draw sizes, documents and masks
+    "pytest",
+]
+
+setup(
+    name="mindspeed_cp",
+    version="0.1.0",
+    description="Context parallelism for Megatron-LM in one import: Ulysses, Ring, Double Ring, Hybrid, KV all-gather.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    if Path(__file__).with_name("README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=NAMES,
+    package_dir=FOLDERS,
+    package_data={"mindspeed_cp": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",              # the lowest that megatron-core 0.16 takes; tests run on the version in constraints.txt
+        "megatron-core>=0.12.1",   # the lowest version that tests run on
+        "PyYAML>=5.4",             # --cp-config reads MindFormers' YAML files
+    ],
+    extras_require={
+        "npu": ["torch-npu>=2.6"],             # Ascend: its release must match torch's and the installed CANN
+        "train": TRAINER,                      # scripts/pretrain_gpt.py
+        "test": TEST,
+        "dev": [*TEST, "ruff", "setuptools", "wheel"],   # lint; packaging tests build without a network
+    },
+)

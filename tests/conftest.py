@@ -1,0 +1,42 @@
+"""Options and markers of the test suite; ranks of distributed tests are started once per world size and end here."""
+
+import os
+
+# Several ranks share the cores: one thread each, or they fight. Set before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+import distributed
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=sorted(distributed.BACKENDS), default="cpu",
+                     help="device on which tensors live; npu and cuda run the same parity tests on real accelerators (default: cpu)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "device(name): needs this accelerator; skipped elsewhere with the reason")
+    config.addinivalue_line("markers", "cpu_only: measures or relies on something that only the CPU path has")
+    config.addinivalue_line("markers", "slow: takes more than about ten seconds")
+    distributed.set_device_type(config.getoption("--device"))
+
+
+def pytest_collection_modifyitems(config, items):
+    chosen = config.getoption("--device")
+    for item in items:
+        needed = item.get_closest_marker("device")
+        if needed and needed.args[0] != chosen:
+            item.add_marker(pytest.mark.skip(reason=f"needs --device {needed.args[0]}, running with --device {chosen}"))
+        if item.get_closest_marker("cpu_only") and chosen != "cpu":
+            item.add_marker(pytest.mark.skip(reason=f"a CPU test, running with --device {chosen}"))
+
+
+def pytest_sessionfinish():
+    distributed.close_pools()
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig):
+    """Device type of this session: "cpu", "npu" or "cuda"."""
+    return pytestconfig.getoption("--device")

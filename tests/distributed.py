@@ -1,0 +1,204 @@
+"""Runs functions in real process groups: ``run_ranks(4, function, *args)`` calls ``function(rank, *args)`` on four ranks.
+
+Ranks start once per world size and serve many calls (a pool), because a start costs more than a case. They are forked from
+a server that has imported torch already. After any failure the pool is replaced, so no call inherits a half-sent message.
+A call never hangs: what has not answered within its timeout is ended, and its stack is part of the error.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import wait
+
+GRACE = 3.0  # seconds that the other ranks get to finish once one has failed
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+
+_pools = {}
+_device_type = "cpu"
+
+
+def set_device_type(device_type):
+    """Where the ranks of this session compute; the --device option of pytest calls it once."""
+    global _device_type
+    _device_type = device_type
+
+
+def device_type():
+    return _device_type
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one rank ended a call: kind is "returned", "raised", "died" or "hung"; detail is its value, traceback, exit code or stack."""
+
+    kind: str
+    detail: object
+    seconds: float
+
+
+class RankFailure(AssertionError):
+    """At least one rank raised, died or hung; the message holds every rank's traceback or stack."""
+
+
+class RankPool:
+    """``world_size`` processes in one process group that wait for calls."""
+
+    def __init__(self, world_size, group_timeout=60.0):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "torch.fx.experimental.symbolic_shapes", "pytest", "hypothesis"])
+        self.world_size, self.folder = world_size, tempfile.mkdtemp(prefix="ranks-")
+        self.connections, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, daemon=True,
+                                      args=(rank, world_size, self.folder, _device_type, group_timeout, theirs))
+            process.start()
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def call(self, function, args, timeout, grace):
+        """Outcomes of all ranks, in rank order; after the first failure the others get ``grace`` seconds."""
+        payload, start, outcomes = pickle.dumps((function, args)), time.monotonic(), {}
+        for connection in self.connections:
+            try:
+                connection.send_bytes(payload)
+            except OSError:
+                pass  # the rank is dead; its outcome below says so
+        deadline = start + timeout
+        while len(outcomes) < self.world_size:
+            pending = [rank for rank in range(self.world_size) if rank not in outcomes]
+            ready = wait([self.connections[rank] for rank in pending], max(0.0, deadline - time.monotonic()))
+            for rank in pending:
+                if self.connections[rank] in ready:
+                    outcomes[rank] = self._receive(rank, time.monotonic() - start)
+                    if outcomes[rank].kind != "returned":
+                        deadline = min(deadline, time.monotonic() + grace)
+            if not ready:
+                for rank, stack in self._stacks(pending).items():
+                    outcomes[rank] = Outcome("hung", stack, time.monotonic() - start)
+        return [outcomes[rank] for rank in range(self.world_size)]
+
+    def _receive(self, rank, seconds):
+        try:
+            kind, detail = pickle.loads(self.connections[rank].recv_bytes())
+            return Outcome(kind, detail, seconds)
+        except (EOFError, OSError):
+            self.processes[rank].join(1)
+            return Outcome("died", f"exit code {self.processes[rank].exitcode}", seconds)
+
+    def _stacks(self, ranks):
+        for rank in ranks:
+            if self.processes[rank].is_alive():
+                os.kill(self.processes[rank].pid, signal.SIGUSR1)
+        time.sleep(0.3)
+        stacks = {}
+        for rank in ranks:
+            with open(os.path.join(self.folder, f"stack-{rank}"), encoding="utf-8") as file:
+                stacks[rank] = file.read()
+        return stacks
+
+    def close(self):
+        for connection in self.connections:
+            connection.close()  # an idle rank sees the end of its pipe and leaves
+        for process in self.processes:
+            process.join(0.2)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _serve(rank, world_size, folder, device, group_timeout, connection):
+    """The life of one rank: join the group, answer calls until the pipe closes."""
+    import torch
+    import torch.distributed as dist
+
+    # SIGUSR1 writes this rank's stack where the parent finds it.
+    faulthandler.register(signal.SIGUSR1, open(os.path.join(folder, f"stack-{rank}"), "w", encoding="utf-8"))
+    torch.set_num_threads(1)
+    if device != "cpu":
+        getattr(torch, device).set_device(rank)
+    dist.init_process_group(BACKENDS[device], init_method=f"file://{folder}/store", rank=rank, world_size=world_size,
+                            timeout=timedelta(seconds=group_timeout))
+    while True:
+        try:
+            function, args = pickle.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(0)  # the pipe is closed; the process group needs no farewell, every rank leaves
+        except Exception:
+            answer = ("raised", traceback.format_exc())
+        else:
+            answer = _answer(rank, function, args)
+        try:
+            connection.send_bytes(answer if isinstance(answer, bytes) else pickle.dumps(answer))
+        except OSError:
+            os._exit(0)
+
+
+def _answer(rank, function, args):
+    try:
+        return pickle.dumps(("returned", function(rank, *args)))
+    except BaseException:
+        return "raised", traceback.format_exc()
+
+
+def run_ranks(world_size, function, *args, timeout=120.0, fresh=False):
+    """Call ``function(rank, *args)`` on every rank of a group and return the values in rank order.
+
+    Args:
+        function: importable by name; its values must pickle.
+        timeout: seconds for the call, then the ranks are ended and RankFailure shows their stacks.
+        fresh: use new processes and end them afterwards, for functions that leave their process changed.
+
+    Raises:
+        RankFailure: a rank raised, died or did not answer; the other ranks are ended.
+    """
+    pool = RankPool(world_size) if fresh else _pools.get(world_size)
+    if pool is None:
+        pool = _pools[world_size] = RankPool(world_size)
+    outcomes = None
+    try:
+        outcomes = pool.call(function, args, timeout, GRACE)
+    finally:
+        failed = outcomes is None or any(outcome.kind != "returned" for outcome in outcomes)
+        if failed or fresh:
+            pool.close()
+            if not fresh:
+                del _pools[world_size]
+    if failed:
+        raise RankFailure(_describe(outcomes))
+    return [outcome.detail for outcome in outcomes]
+
+
+def _describe(outcomes):
+    """Every failure once, the ranks that share it together."""
+    failures = {}
+    for rank, outcome in enumerate(outcomes):
+        if outcome.kind != "returned":
+            failures.setdefault((outcome.kind, outcome.detail), []).append(rank)
+    return "\n".join(f"---- rank {', '.join(map(str, ranks))} of {len(outcomes)} {kind} after {outcomes[ranks[0]].seconds:.1f} s\n{detail}"
+                     for (kind, detail), ranks in failures.items())
+
+
+def observe_ranks(world_size, function, *args, timeout=60.0, group_timeout=60.0):
+    """Like ``run_ranks`` in fresh processes, but failures are the result: every rank's Outcome, none is ended early."""
+    pool = RankPool(world_size, group_timeout)
+    try:
+        return pool.call(function, args, timeout, grace=timeout)
+    finally:
+        pool.close()
+
+
+def close_pools():
+    """End all ranks; pytest calls it when the session finishes."""
+    while _pools:
+        _pools.popitem()[1].close()

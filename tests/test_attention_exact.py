@@ -1,0 +1,188 @@
+"""Invariant 1: every algorithm equals dense attention, forward and backward, over the product of all features.
+
+The product is large, so it is sampled with a fixed seed: per context-parallel size and algorithm a number of random points,
+plus each feature on its own for every algorithm and size.
+"""
+
+import random
+
+import pytest
+import torch
+
+from cases import Case, attend, attend_many, check_cases, expected, largest_errors, whole
+from distributed import run_ranks
+from mindspeed_cp import ContextParallelConfig
+from mindspeed_cp.algorithms import ALGORITHMS
+
+SIZES = list(range(1, 9))
+SAMPLES = 12
+
+
+def shapes(algorithm, cp):
+    """Every (degree, window) of an algorithm at this size, as keyword arguments of the configuration."""
+    row = ALGORITHMS[algorithm]
+    degrees = [d for d in range(2, cp) if cp % d == 0] if algorithm == "hybrid_cp_algo" else [None]
+    for degree in degrees:
+        ring = cp // (degree or 1)
+        for window in [1] + [w for w in range(2, ring) if ring % w == 0 and row.uses_window]:
+            yield {"context_parallel_size": cp, "algorithm": algorithm,
+                   **({"ulysses_degree": degree} if degree else {}), **({"window_size": window} if window > 1 else {})}
+
+
+def exchanges(shape):
+    direct = ALGORITHMS[shape["algorithm"]].exchange == "ring" and "window_size" not in shape
+    return ["ring", "direct"] if direct else ["ring"]
+
+
+def degree_of(shape):
+    return ContextParallelConfig(**shape).hierarchy[0]
+
+
+def has_ring(shape):
+    return ALGORITHMS[shape["algorithm"]].exchange is not None
+
+
+def head_choices(degree):
+    """(heads, kv_heads): MHA, GQA, MQA and GQA with fewer KV heads than the degree; all divisible by the degree."""
+    return [(2 * degree, 2 * degree), (2 * degree, degree), (2 * degree, 2), (2 * degree, 1), (3 * degree, 3)]
+
+
+def documents(rng, seq_len):
+    cuts = sorted(rng.choices(range(seq_len + 1), k=rng.randint(1, 6)))
+    return (0, *cuts, seq_len)
+
+
+def sample(rng, shape):
+    """One random point of the product for this shape."""
+    cp = shape["context_parallel_size"]
+    heads, kv_heads = rng.choice(head_choices(degree_of(shape)))
+    seq_len = rng.choice([1, max(1, cp - 1), cp + 1, 2 * cp, 4 * cp, 13, 29, 31, 47])
+    mask_type = rng.choice(["causal", "full"])
+    config = {**shape, "attention_mask_type": mask_type, "kv_exchange": rng.choice(exchanges(shape))}
+    if has_ring(shape):
+        config["send_recv_overlap"] = rng.random() < 0.5
+    if degree_of(shape) > 1:
+        config["alltoall"] = rng.random() < 0.7
+    if cp > 1:
+        config["kv_cache_policy"] = rng.choice([None, "full", "half"])
+    if shape["algorithm"] == "ulysses_cp_algo" and kv_heads == 1 and heads > 1:
+        config["allgather_kv"] = rng.random() < 0.5
+    mask = rng.choice(["none", "packed", "dense", "window", "packed+window", "packed+dense"])
+    dk, dv = rng.choice([(4, 4), (4, 4), (6, 4), (4, 6)])
+    return Case(
+        config=config, seq_len=seq_len, batch=rng.choice([1, 2]), heads=heads, kv_heads=kv_heads, dk=dk, dv=dv,
+        cu_seqlens=documents(rng, seq_len) if "packed" in mask else None,
+        window=rng.choice([(3, 0), (0, 0), (5, 2), (None, 1), (4, -1)]) if "window" in mask else None,
+        dense=rng.choice(["shared", "batch"]) if "dense" in mask else None, sinks=rng.random() < 0.25,
+        softmax_scale=rng.choice([None, 0.3]), seed=rng.randrange(1 << 30))
+
+
+def algorithms_at(cp):
+    return [algorithm for algorithm in ALGORITHMS if any(shapes(algorithm, cp))]
+
+
+ALGORITHM_AND_SIZE = [pytest.param(algorithm, cp, id=f"{algorithm}-cp{cp}") for cp in SIZES for algorithm in algorithms_at(cp)]
+for_every_algorithm = pytest.mark.parametrize("algorithm, cp", ALGORITHM_AND_SIZE)
+
+
+@for_every_algorithm
+def test_random_points_of_the_product_equal_dense_attention(algorithm, cp):
+    rng = random.Random(f"{algorithm} {cp}")
+    options = list(shapes(algorithm, cp))
+    check_cases([sample(rng, options[n % len(options)]) for n in range(max(SAMPLES, 4 * len(options)))])
+
+
+@for_every_algorithm
+@pytest.mark.parametrize("mask_type", ["causal", "full"])
+def test_plain_attention_equals_dense_attention(algorithm, cp, mask_type):
+    check_cases([Case({**shape, "attention_mask_type": mask_type, "kv_exchange": exchange}, seq_len=seq_len,
+                      heads=2 * degree_of(shape), kv_heads=2 * degree_of(shape))
+                 for shape in shapes(algorithm, cp) for exchange in exchanges(shape) for seq_len in (4 * cp, 29)])
+
+
+@for_every_algorithm
+def test_any_length_from_one_token_up_works(algorithm, cp):
+    """Shorter than the group (ranks without tokens), one more or less than a multiple, primes."""
+    check_cases([Case({**shape, "kv_exchange": exchange, "attention_mask_type": mask_type}, seq_len=seq_len,
+                      heads=degree_of(shape), kv_heads=degree_of(shape))
+                 for shape in shapes(algorithm, cp) for exchange in exchanges(shape)
+                 for seq_len in sorted({1, max(1, cp - 1), cp + 1, 2 * cp + 1, 17})
+                 for mask_type in ("causal", "full")])
+
+
+@for_every_algorithm
+def test_packed_documents_of_any_length_equal_dense_attention(algorithm, cp):
+    """Documents shorter than the group, of length 1 and 0, one that spans every rank."""
+    boundaries = [(0, 31), (0, 1, 31), (0, 0, 0, 5, 5, 6, 31, 31), tuple(range(32)), (0, 3, 7, 12, 18, 25, 31)]
+    check_cases([Case({**shape, "kv_exchange": exchange, "attention_mask_type": mask_type}, seq_len=31, cu_seqlens=cu_seqlens,
+                      heads=degree_of(shape), kv_heads=1)
+                 for shape in shapes(algorithm, cp) for exchange in exchanges(shape)
+                 for cu_seqlens in boundaries for mask_type in ("causal", "full")])
+
+
+@for_every_algorithm
+def test_sliding_windows_equal_dense_attention(algorithm, cp):
+    windows = [("causal", (0, 0)), ("causal", (3, 0)), ("causal", (9, 5)), ("full", (2, 3)), ("full", (None, 4)), ("full", (-1, -1)),
+               ("full", (7, -1)), ("causal", (1000, 1000))]
+    check_cases([Case({**shape, "kv_exchange": exchange, "attention_mask_type": mask_type}, seq_len=33, window=window,
+                      heads=degree_of(shape), kv_heads=degree_of(shape))
+                 for shape in shapes(algorithm, cp) for exchange in exchanges(shape) for mask_type, window in windows])
+
+
+@for_every_algorithm
+def test_dense_masks_equal_dense_attention(algorithm, cp):
+    check_cases([Case({**shape, "kv_exchange": exchange, "attention_mask_type": mask_type}, seq_len=21, dense=dense, batch=2,
+                      heads=2 * degree_of(shape), kv_heads=degree_of(shape), cu_seqlens=cu_seqlens)
+                 for shape in shapes(algorithm, cp) for exchange in exchanges(shape)
+                 for dense in ("shared", "batch") for mask_type in ("causal", "full")
+                 for cu_seqlens in (None, (0, 4, 4, 15, 21))])
+
+
+@for_every_algorithm
+def test_grouped_multi_query_and_latent_attention_equal_dense_attention(algorithm, cp):
+    cases = []
+    for shape in shapes(algorithm, cp):
+        for heads, kv_heads in head_choices(degree_of(shape)):
+            for dk, dv in ((4, 4), (6, 4), (3, 5)):
+                cases.append(Case(shape, seq_len=19, batch=2, heads=heads, kv_heads=kv_heads, dk=dk, dv=dv))
+    check_cases(cases)
+
+
+@for_every_algorithm
+def test_softmax_offsets_and_their_gradient_equal_dense_attention(algorithm, cp):
+    check_cases([Case({**shape, "attention_mask_type": mask_type}, seq_len=19, heads=2 * degree_of(shape),
+                      kv_heads=degree_of(shape), sinks=True, softmax_scale=scale, dense=dense)
+                 for shape in shapes(algorithm, cp) for mask_type in ("causal", "full")
+                 for scale in (None, 0.7) for dense in (None, "shared")])
+
+
+@pytest.mark.parametrize("algorithm, cp", [p for p in ALGORITHM_AND_SIZE if p.values[1] > 1])
+def test_every_cache_policy_and_overlap_gives_the_same_gradients(algorithm, cp):
+    """Bitwise the same, not just close: what is kept or fetched again are the same numbers in the same order."""
+    for shape in shapes(algorithm, cp):
+        degree = degree_of(shape)
+        for exchange in exchanges(shape):
+            variants = [{"kv_cache_policy": policy, **({"send_recv_overlap": overlap} if has_ring(shape) else {})}
+                        for policy in (None, "full", "half") for overlap in ((False, True) if has_ring(shape) else (False,))]
+            cases = [Case({**shape, "kv_exchange": exchange, **variant}, seq_len=27, heads=2 * degree, kv_heads=2)
+                     for variant in variants]
+            check_cases(cases)
+            for results in run_ranks(cp, attend_many, cases):
+                for case, result in zip(cases[1:], results[1:]):
+                    assert all(torch.equal(result[name], results[0][name]) for name in result), str(case)
+
+
+@pytest.mark.parametrize("cp", [2, 3, 4, 8])
+@pytest.mark.parametrize("heads, kv_heads", [(5, 5), (7, 1), (6, 2), (3, 3), (1, 1), (6, 3)])
+def test_ulysses_takes_uneven_heads_and_lengths(cp, heads, kv_heads):
+    """Heads are split like the sequence: the remainder to the first ranks, none to the last when there are too few."""
+    check_cases([Case({"context_parallel_size": cp, "attention_mask_type": mask_type}, seq_len=seq_len, heads=heads, kv_heads=kv_heads)
+                 for seq_len in (1, 17, 4 * cp) for mask_type in ("causal", "full")])
+
+
+@for_every_algorithm
+def test_float32_results_are_accurate_to_float32(algorithm, cp):
+    for shape in shapes(algorithm, cp):
+        case = Case(shape, seq_len=32, heads=degree_of(shape), kv_heads=degree_of(shape), dtype="float32")
+        errors = largest_errors(whole(case, run_ranks(cp, attend, case)), expected(case))
+        assert max(errors.values()) < 5e-6, (str(case), errors)

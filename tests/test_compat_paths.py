@@ -1,0 +1,190 @@
+"""MindSpeed's import paths: what they give, when they are there, and that nothing of them stays."""
+
+import importlib
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_ranks
+
+import mindspeed_cp
+from mindspeed_cp import compat
+from mindspeed_cp.compat import process_groups
+from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.groups import ContextParallelGroups
+
+ROOT = Path(__file__).resolve().parent.parent
+CP = "mindspeed.core.context_parallel"
+NAMES = {
+    f"{CP}.ulysses_context_parallel": ["UlyssesContextAttention", "GatherSizeCalculator", "DefaultGatherSizeCalculator",
+                                       "DynamicGatherSizeCalculator"],
+    f"{CP}.ulysses_context_parallel.ulysses_context_parallel": ["UlyssesContextAttention", "DynamicGatherSizeCalculator"],
+    f"{CP}.ulysses_context_parallel.unaligned_cp.mapping": ["all_to_all", "cal_split_sizes", "split_forward_gather_backward",
+                                                            "gather_forward_split_backward"],
+    f"{CP}.ring_context_parallel.ring_context_parallel": ["ringattn_context_parallel"],
+    f"{CP}.model_parallel_utils": process_groups.__all__,
+}
+
+
+@pytest.fixture
+def installed():
+    before = set(sys.modules), list(sys.meta_path)
+    assert compat.install() == ""
+    yield
+    compat.uninstall()
+    assert list(sys.meta_path) == before[1]
+    assert not [name for name in sys.modules if name.split(".")[0] == "mindspeed" and name not in before[0]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_documented_path_gives_our_own_objects(installed, name):
+    module = importlib.import_module(name)
+    ours = importlib.import_module(compat.ALIASES[name])
+    for attribute in NAMES[name]:
+        assert getattr(module, attribute) is getattr(ours, attribute)
+    assert ours.__name__.startswith("mindspeed_cp.") and ours.__spec__.name == ours.__name__
+
+
+def test_unknown_paths_are_not_found(installed):
+    with pytest.raises(ModuleNotFoundError, match="mindspeed.core.memory"):
+        importlib.import_module("mindspeed.core.memory")
+
+
+def test_install_twice_and_uninstall_twice_change_nothing_more(installed):
+    assert compat.install() != ""
+    assert sum(isinstance(finder, compat.MindSpeedFinder) for finder in sys.meta_path) == 1
+    compat.uninstall()
+    compat.uninstall()
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("mindspeed")
+    assert compat.install() == ""
+
+
+def test_a_real_mindspeed_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "mindspeed").mkdir()
+    (tmp_path / "mindspeed" / "__init__.py").write_text("REAL = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    before = list(sys.meta_path)
+    assert "installed" in compat.install()
+    assert list(sys.meta_path) == before
+    try:
+        assert importlib.import_module("mindspeed").REAL
+    finally:
+        sys.modules.pop("mindspeed", None)
+
+
+def _getters(rank, monkeypatched):
+    """(hierarchy keywords, expected answers by getter) for each case, on every rank."""
+    for settings, expected in monkeypatched:
+        groups = ContextParallelGroups.build(ContextParallelConfig(context_parallel_size=4, **settings))
+        original, process_groups._adaptor_groups = process_groups._adaptor_groups, lambda groups=groups: groups
+        try:
+            for name, answers in expected.items():
+                answer = getattr(process_groups, name)()
+                if isinstance(answer, torch.distributed.ProcessGroup):
+                    answer = torch.distributed.get_process_group_ranks(answer)
+                assert answer == answers[rank], f"{name} on rank {rank} of {settings}: {answer}"
+            if groups.ring_size == 1:
+                assert process_groups.get_context_parallel_group_for_send_recv_overlap(check_initialized=False) is None
+                with pytest.raises(ValueError, match="choose an algorithm"):
+                    process_groups.get_context_parallel_group_for_hybrid_ring()
+        finally:
+            process_groups._adaptor_groups = original
+            groups.destroy()
+
+
+def test_group_getters_name_the_ranks_that_mindspeed_names():
+    hybrid = {
+        "get_context_parallel_for_hybrid_ulysses_world_size": [2] * 4, "get_context_parallel_for_hybrid_ulysses_rank": [0, 1, 0, 1],
+        "get_context_parallel_group_for_hybrid_ulysses": [[0, 1], [0, 1], [2, 3], [2, 3]],
+        "get_context_parallel_group_for_hybrid_ring": [[0, 2], [1, 3], [0, 2], [1, 3]],
+        "get_context_parallel_for_hybrid_ring_rank": [0, 0, 1, 1], "get_context_parallel_for_hybrid_ring_world_size": [2] * 4,
+        "get_context_parallel_for_hybrid_ring_global_ranks": [[0, 2], [1, 3], [0, 2], [1, 3]]}
+    double = {
+        "get_ring_ranks_for_intra_window": [[0, 1], [0, 1], [2, 3], [2, 3]],
+        "get_ring_ranks_for_inter_window_kv": [[0, 2], [1, 3], [0, 2], [1, 3]],
+        "get_ring_ranks_for_inter_window_dkv": [[0, 3], [1, 2], [1, 2], [0, 3]],
+        "get_ring_group_for_intra_window": [[0, 1, 2, 3]] * 4,
+        "get_context_parallel_group_for_send_recv_overlap": [[0, 1, 2, 3]] * 4}
+    single = {"get_ring_ranks_for_intra_window": [[0], [1], [2], [3]], "get_ring_ranks_for_inter_window_kv": [[0, 1, 2, 3]] * 4,
+              "get_ring_ranks_for_inter_window_dkv": [[0, 1, 2, 3]] * 4}
+    run_ranks(4, _getters, [
+        ({"algorithm": "hybrid_cp_algo", "ulysses_degree": 2}, hybrid),
+        ({"algorithm": "megatron_cp_algo", "window_size": 2}, double),
+        ({"algorithm": "megatron_cp_algo"}, single), ({"algorithm": "ulysses_cp_algo"}, {})])
+
+
+# The published sample code, as it is, for both import paths.
+SAMPLE = '''
+# 示例代码
+import megatron.core.parallel_state as ps
+from {path} import UlyssesContextAttention, GatherSizeCalculator, DynamicGatherSizeCalculator
+from your_library import FlashSelfAttention
+
+# 自定义 GatherSizeCalculator
+class CustomGatherSizeCalculator(GatherSizeCalculator):
+    def calculate(self, *args, **kwargs):
+        # 示例逻辑
+        return kwargs.get("gather_size", None)
+
+
+core_attention = FlashSelfAttention()
+# 根据实际情况，使用预定义DynamicGatherSizeCalculator()或自定义CustomGatherSizeCalculator()
+calculator = DynamicGatherSizeCalculator()
+ulysses_attention = UlyssesContextAttention(core_attention, ps.get_context_parallel_group(),
+                                            gather_size_calculator=calculator)
+'''
+
+# What a user's script does around it: MindSpeed's way of importing the adaptor, and one forward pass of an odd length.
+BEFORE = '''
+import sys, torch, torch.distributed as dist
+{first_import}
+from mindspeed import megatron_adaptor
+import mindspeed.megatron_adaptor
+assert megatron_adaptor is mindspeed.megatron_adaptor is sys.modules["mindspeed_cp.megatron_adaptor"]
+from megatron.core import parallel_state
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+parallel_state.initialize_model_parallel(context_parallel_size=2)
+'''
+AFTER = '''
+from mindspeed.core.context_parallel.ulysses_context_parallel.unaligned_cp.mapping import cal_split_sizes
+rank, seq = int(sys.argv[2]), 7
+query = torch.randn(seq, 1, 4, 2, generator=torch.Generator().manual_seed(1)).split(cal_split_sizes(seq, 2))[rank]
+mask = torch.zeros(1, 1, seq, seq, dtype=torch.bool)
+out = ulysses_attention(query, query, query, mask)
+assert torch.equal(out, query.flatten(2)) and core_attention.lengths == [seq]
+custom = UlyssesContextAttention(core_attention, ps.get_context_parallel_group(), gather_size_calculator=CustomGatherSizeCalculator())
+assert torch.equal(custom(query, query, query, mask, gather_size=seq), query.flatten(2))
+assert torch.equal(ulysses_attention(query, query, query, None), query.flatten(2))
+print("done", rank)
+'''
+YOUR_LIBRARY = '''
+import torch
+
+class FlashSelfAttention(torch.nn.Module):
+    lengths = []
+
+    def forward(self, query, key, value, attention_mask):
+        self.lengths.append(len(query)) if not self.lengths else None
+        return query.flatten(2)
+'''
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize("path", [
+    "mindspeed.core.context_parallel.ulysses_context_parallel.ulysses_context_parallel",
+    "mindspeed.core.context_parallel.ulysses_context_parallel"])
+def test_a_script_written_for_mindspeed_runs_with_the_published_sample_code(tmp_path, path):
+    (tmp_path / "your_library.py").write_text(YOUR_LIBRARY)
+    script = tmp_path / "train.py"
+    script.write_text(BEFORE.format(first_import="import mindspeed_cp.megatron_adaptor") + SAMPLE.format(path=path) + AFTER)
+    ranks = [subprocess.Popen([sys.executable, script, tmp_path / "store", str(rank)], cwd=ROOT, text=True,
+                              env={**__import__("os").environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "MINDSPEED_CP_DEVICE": "cpu"},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(2)]
+    for rank, process in enumerate(ranks):
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0 and f"done {rank}" in output, output

@@ -1,0 +1,185 @@
+"""Invariant 4: what a rank holds does not grow with the context-parallel size; what each cache policy saves, by formula."""
+
+import weakref
+from math import lcm
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cases import Case, arguments, local_inputs, setup_of
+from distributed import run_ranks
+from mindspeed_cp import SequenceLayout
+
+pytestmark = pytest.mark.cpu_only
+
+
+def prepared(rank, case):
+    """(context_parallel_attention bound to its arguments, leaves, grad_out, groups) with an empty workspace."""
+    from mindspeed_cp import context_parallel_attention
+
+    config, groups = setup_of(case.config)
+    groups.workspace.clear()
+    layout = SequenceLayout.build(config, case.seq_len)
+    leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
+    keywords = arguments(case, config, groups, layout, sinks, mask)
+    return (lambda: context_parallel_attention(*leaves, **keywords)), leaves, grad_out, groups
+
+
+def saved_bytes(rank, case):
+    """Bytes of the memory that forward saves for backward, every storage once."""
+    call, *_ = prepared(rank, case)
+    storages = {}
+
+    def note(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = call()
+    assert out.requires_grad
+    return sum(storages.values())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages of floating tensors made inside, as long as they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self._known = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._note((args, kwargs), 0)  # what comes in from outside does not count, nor do its views
+        result = func(*args, **(kwargs or {}))
+        self._note(result, 1)
+        return result
+
+    def _note(self, values, weight):
+        for tensor in torch.utils._pytree.tree_leaves(values):
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage.data_ptr(), storage.nbytes() * weight
+            if storage.nbytes() and key not in self._known:
+                self._known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._forget(key, size))
+                self.now += size
+                self.peak = max(self.peak, self.now)
+
+    def _forget(self, key, size):
+        self._known.pop(key, None)
+        self.now -= size
+
+
+def peak_bytes(rank, case):
+    """Most bytes alive at once that forward and backward made."""
+    call, leaves, grad_out, _ = prepared(rank, case)
+    with LiveBytes() as live:
+        out = call()
+        out.backward(grad_out)
+    assert leaves[0].grad is not None
+    return live.peak
+
+
+def test_the_meter_sees_what_lives_and_forgets_what_died():
+    outside = torch.zeros(100)
+    with LiveBytes() as live:
+        outside[:3].add_(1)
+        assert live.now == 0
+        first = torch.zeros(1000)
+        view = first[:10]
+        for _ in range(5):
+            torch.zeros(500)
+        assert live.now == 4000 and live.peak == 6000
+        del first
+        assert live.now == 4000, "a view keeps the memory"
+        del view
+        assert live.now == 0
+
+
+LOCAL = 64  # tokens per rank, whatever the size
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["awaited", "overlap"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, {"kv_exchange": "direct"}, {"attention_mask_type": "full"}], ids=["ring", "direct", "full"])
+def test_peak_memory_of_a_ring_does_not_grow_with_its_size(options, dtype, overlap):
+    def peak(cp):
+        config = {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "send_recv_overlap": overlap, **options}
+        return max(run_ranks(cp, peak_bytes, Case(config, seq_len=cp * LOCAL, heads=4, kv_heads=4, dk=32, dv=32, dtype=dtype)))
+
+    # From 4 ranks on both buffers of every pair exist when the last kernel runs.
+    assert peak(4) == peak(6) == peak(8)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["awaited", "overlap"])
+def test_peak_memory_of_a_double_ring_does_not_grow_with_its_size(overlap):
+    def peak(cp, window):
+        config = {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "window_size": window, "send_recv_overlap": overlap}
+        return max(run_ranks(cp, peak_bytes, Case(config, seq_len=cp * LOCAL, dk=32, dv=32, dtype="float32")))
+
+    assert peak(8, 2) == peak(6, 2)
+
+
+def test_a_full_cache_holds_every_received_shard_and_so_grows_with_the_size():
+    """The opposite fact: the measurement can tell."""
+    def peak(cp):
+        config = {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "kv_cache_policy": "full"}
+        return max(run_ranks(cp, peak_bytes, Case(config, seq_len=cp * LOCAL, dk=32, dv=32, dtype="float32")))
+
+    shard = LOCAL * 4 * 64 * 4
+    assert peak(8) - peak(4) == 4 * shard
+
+
+def saved(case):
+    return run_ranks(case.cp, saved_bytes, case)
+
+
+@pytest.mark.parametrize("cp, window", [(2, 1), (3, 1), (4, 1), (4, 2), (6, 3)])
+@pytest.mark.parametrize("exchange", ["ring", "direct"])
+def test_a_ring_cache_saves_the_received_keys_and_values(cp, window, exchange):
+    if exchange == "direct" and window > 1:
+        window = 1
+    config = {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "window_size": window, "kv_exchange": exchange}
+    case = Case(config, seq_len=cp * 8, batch=2, heads=4, kv_heads=2, dk=6, dv=4, dtype="float32")
+    without, full, half = (saved(case.with_config(kv_cache_policy=policy)) for policy in (None, "full", "half"))
+    key, value = (8 * 2 * 2 * dim * 4 for dim in (6, 4))
+    for rank in range(cp):
+        assert full[rank] - without[rank] == (cp - 1) * (key + value)
+        assert half[rank] - without[rank] == (cp - 1) * key
+
+
+@pytest.mark.parametrize("cp, heads, kv_heads", [(2, 4, 4), (2, 4, 1), (4, 8, 2), (4, 4, 1), (3, 6, 2), (4, 12, 6), (8, 8, 1)])
+def test_a_ulysses_cache_policy_saves_the_replicated_heads_of_keys_and_values(cp, heads, kv_heads):
+    """Without replication (kv_heads % cp == 0) there is nothing to save, and the numbers say so."""
+    case = Case({"context_parallel_size": cp}, seq_len=cp * 8, batch=2, heads=heads, kv_heads=kv_heads, dk=6, dv=4, dtype="float32")
+    without, full, half = (saved(case.with_config(kv_cache_policy=policy)) for policy in (None, "full", "half"))
+    extra = (lcm(kv_heads, cp) - kv_heads) * 8 * case.batch * 4
+    for rank in range(cp):
+        assert without[rank] - full[rank] == extra * (case.dk + case.dv)
+        assert without[rank] - half[rank] == extra * case.dk
+
+
+def test_a_layer_outside_the_interval_saves_as_if_there_were_no_policy():
+    config = {"context_parallel_size": 2, "algorithm": "megatron_cp_algo"}
+    plain = saved(Case(config, seq_len=16))
+    cached = {**config, "kv_cache_policy": "full", "kv_cache_interval": 1}
+    assert saved(Case(cached, seq_len=16, layer_number=2)) == plain
+    assert saved(Case(cached, seq_len=16, layer_number=1))[0] > plain[0]
+
+
+def unreferenced_after(rank, case):
+    """Bytes still alive after forward, backward and the loss of every reference but the gradients' and the workspace's."""
+    call, leaves, grad_out, groups = prepared(rank, case)
+    with LiveBytes() as live:
+        call().backward(grad_out)
+        for leaf in leaves:
+            leaf.grad = None
+        groups.workspace.clear()
+        return live.now
+
+
+@pytest.mark.parametrize("algorithm", ["ulysses_cp_algo", "megatron_cp_algo", "kvallgather_cp_algo"])
+def test_nothing_outlives_the_backward_pass(algorithm):
+    for policy in (None, "full", "half"):
+        case = Case({"context_parallel_size": 4, "algorithm": algorithm, "kv_cache_policy": policy}, seq_len=32, dtype="float32")
+        assert run_ranks(4, unreferenced_after, case) == [0] * 4, policy

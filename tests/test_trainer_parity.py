@@ -1,0 +1,104 @@
+"""Loss and gradient norm of a training run with context parallelism equal those without it, step by step.
+
+All ranks start once; the cases run one after the other in them. The run without context parallelism uses the ranks for data
+parallelism instead, so the two runs share nothing but the samples of a step.
+"""
+
+import pytest
+from distributed import run_ranks
+from trainer_runs import largest_difference, prepare_data, train
+
+pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
+
+ULYSSES, RING = "--context-parallel-algo ulysses_cp_algo", "--context-parallel-algo megatron_cp_algo"
+BASICS = {f"{name} cp={cp}": f"--context-parallel-size {cp} {flags}"
+          for name, flags in (("ulysses", ULYSSES), ("ring", RING)) for cp in (2, 4)}
+CP4 = {name: flags for name, flags in BASICS.items() if name.endswith("=4")}
+CP2 = {name: flags for name, flags in BASICS.items() if name.endswith("=2")}
+DOUBLE_RING = {"double ring cp=4": f"--context-parallel-size 4 {RING} --cp-window-size 2 --use-cp-send-recv-overlap"}
+HYBRID = {"hybrid cp=4": "--context-parallel-size 4 --context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2"}
+UNALIGNED = {name: f"{flags} --gather-size-calculator dynamic" if "ulysses" in name else flags for name, flags in CP4.items()}
+
+# model or training flags -> what differs in the runs that must agree with the run that has these flags alone
+GROUPS = {
+    "rope": ("--position-embedding-type rope", {
+        **BASICS, **DOUBLE_RING, **HYBRID,
+        "kv all-gather cp=4": "--context-parallel-size 4 --context-parallel-algo kvallgather_cp_algo",
+        "direct ring cp=4": f"--context-parallel-size 4 {RING} --cp-kv-exchange direct",
+        "ring with kv cache cp=4": f"--context-parallel-size 4 {RING} --context-parallel-kv-cache-policy full",
+        "ulysses with kv cache cp=4": f"--context-parallel-size 4 {ULYSSES} --context-parallel-kv-cache-policy half",
+        "ulysses with full recompute cp=4": f"{BASICS['ulysses cp=4']} --recompute-granularity full",
+        "ring with full recompute cp=4": f"{BASICS['ring cp=4']} --recompute-granularity full",
+        "ring with selective recompute cp=2": f"{BASICS['ring cp=2']} --recompute-activations",
+        "ring with distributed optimizer cp=2": f"{BASICS['ring cp=2']} --use-distributed-optimizer"}),
+    "learned positions": ("--position-embedding-type learned_absolute", BASICS),
+    "gqa, swiglu, rmsnorm": ("--group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm "
+                             "--disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope", CP4),
+    "tp=2": ("--tensor-model-parallel-size 2", CP2),
+    "tp=2, sequence parallel": ("--tensor-model-parallel-size 2 --sequence-parallel --position-embedding-type rope", CP2),
+    "pp=2": ("--pipeline-model-parallel-size 2 --position-embedding-type rope", CP2),
+    "per-token loss": ("--calculate-per-token-loss --eod-mask-loss", CP2),
+    "masked loss": ("--eod-mask-loss --micro-batch-size 1", CP4),
+    "packed documents": ("--reset-position-ids --reset-attention-mask --eod-mask-loss --seq-length 256 --train-iters 5",
+                         {**CP4, **DOUBLE_RING}),
+    "packed documents, rope, two rows": (
+        "--reset-position-ids --reset-attention-mask --seq-length 256 --train-iters 5 --position-embedding-type rope "
+        "--micro-batch-size 1", {name: f"{flags} --micro-batch-size 2" for name, flags in CP2.items()}),
+    "uneven length": ("--seq-length 61 --position-embedding-type rope", UNALIGNED),
+    "a length for each batch": ("--variable-seq-lengths --position-embedding-type rope", UNALIGNED),
+    "a length for each batch, pp=2": ("--variable-seq-lengths --pipeline-model-parallel-size 2",
+                                      {"ring cp=2": BASICS["ring cp=2"]}),
+}
+TOLERANCE = 1e-5
+
+
+def name_of(group, case):
+    return f"{group}: {case}"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return prepare_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def runs(data):
+    """Every case on four ranks: name -> records."""
+    cases = {}
+    for group, (flags, variants) in GROUPS.items():
+        cases[name_of(group, "cp=1")] = flags
+        cases |= {name_of(group, case): f"{flags} {extra}" for case, extra in variants.items()}
+    return run_ranks(4, train, data, cases, timeout=500, fresh=True)[0]
+
+
+@pytest.mark.parametrize(("group", "case"), [(group, case) for group, (_, cases) in GROUPS.items() for case in cases])
+def test_loss_and_grad_norm_equal_the_run_without_context_parallelism(runs, group, case):
+    assert largest_difference(runs[name_of(group, case)], runs[name_of(group, "cp=1")]) < TOLERANCE
+
+
+def test_the_loss_goes_down_and_lengths_are_as_asked(runs):
+    records = runs[name_of("rope", "cp=1")]
+    assert records[-1]["loss"] < 0.8 * records[0]["loss"]
+    assert len(records) == 20
+    assert {record["tokens"] for record in records} == {4 * 64}
+    varied = runs[name_of("a length for each batch", "ring cp=4")]
+    assert len({record["tokens"] for record in varied}) > 10
+    assert [record["tokens"] for record in varied] == [
+        record["tokens"] for record in runs[name_of("a length for each batch", "cp=1")]]
+
+
+def test_context_parallelism_communicates_and_its_absence_does_not(runs):
+    assert {record["cp_bytes_per_rank"] for record in runs[name_of("rope", "cp=1")]} == {0.0}
+    # K: 4 sequences x 64/4 tokens x 4 heads x (8 + 8) x 4 bytes; the ring sends 3 K forward and 6 K backward in each layer.
+    one_shard = 4 * 16 * 4 * 16 * 4
+    assert {record["cp_bytes_per_rank"] for record in runs[name_of("rope", "ring cp=4")]} == {2 * 9 * one_shard}
+
+
+def test_three_ranks_with_a_prime_like_length_for_each_batch(data):
+    flags = "--variable-seq-lengths --global-batch-size 3 --seq-length 67 --position-embedding-type rope"
+    cases = {"cp=1": flags,
+             "ulysses": f"{flags} --context-parallel-size 3 {ULYSSES} --gather-size-calculator dynamic",
+             "ring": f"{flags} --context-parallel-size 3 {RING}"}
+    results = run_ranks(3, train, data, cases, timeout=300, fresh=True)[0]
+    for case in ("ulysses", "ring"):
+        assert largest_difference(results[case], results["cp=1"]) < TOLERANCE

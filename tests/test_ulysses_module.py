@@ -1,0 +1,202 @@
+"""UlyssesContextAttention around local attention modules of several kinds, against dense attention in one process."""
+
+import pytest
+import torch
+from distributed import run_ranks
+
+import reference
+from mindspeed_cp import (
+    DefaultGatherSizeCalculator,
+    DynamicGatherSizeCalculator,
+    GatherSizeCalculator,
+    UlyssesContextAttention,
+)
+from mindspeed_cp.comm import count_bytes
+from mindspeed_cp.comm.mapping import cal_split_sizes
+
+
+class LocalAttention(torch.nn.Module):
+    """Dense attention on (seq, batch, heads, dim); insists on what many modules do, view() of its inputs.
+
+    Args:
+        merged: return (seq, batch, heads * dim).
+        order: the caller's dimensions for (seq, batch, heads, dim).
+    """
+
+    def __init__(self, merged=True, order=(0, 1, 2, 3)):
+        super().__init__()
+        self.merged, self.order = merged, order
+
+    def forward(self, query, key, value, attention_mask=None):
+        for tensor in (query, key, value):
+            tensor.view(-1)
+        query, key, value = (tensor.permute(self.order) for tensor in (query, key, value))
+        self.seen = tuple(query.shape), tuple(key.shape)
+        allowed = reference.allowed_pairs(query.shape[0], causal=attention_mask is None, attention_mask=attention_mask)
+        out = reference.attention(query, key, value, allowed)
+        out = out.permute([self.order.index(dim) for dim in range(4)])
+        return out.flatten(-2) if self.merged else out
+
+
+class ByKeyword(GatherSizeCalculator):
+    """The calculator of the published sample code."""
+
+    def calculate(self, *args, **kwargs):
+        self.got = args, kwargs
+        return kwargs.get("gather_size", None)
+
+
+def _tensors(seq, heads, kv_heads, dv=6):
+    generator = torch.Generator().manual_seed(7)
+    make = lambda n, d: torch.randn(seq, 2, n, d, dtype=torch.float64, generator=generator)  # noqa: E731
+    return make(heads, 4), make(kv_heads, 4), make(kv_heads, dv), make(heads, dv)
+
+
+def _check(rank, seq, heads, kv_heads, order, merged, mask, calculator, kwargs):
+    """order: the caller's dimensions in the order (seq, batch, heads, dim)."""
+    world = torch.distributed.get_world_size()
+    tensors = _tensors(seq, heads, kv_heads)
+    expected = reference.attention_with_gradients(
+        *tensors, reference.allowed_pairs(seq, causal=mask is None, attention_mask=mask))
+    outside = [order.index(dim) for dim in range(4)]
+
+    def mine(tensor):
+        return tensor.split(cal_split_sizes(seq, world))[rank].permute(outside).clone(memory_format=torch.contiguous_format)
+
+    query, key, value = (mine(tensor).requires_grad_() for tensor in tensors[:3])
+    local = LocalAttention(merged, order)
+    module = UlyssesContextAttention(local, None, scatter_idx=order[2], gather_idx=order[0], gather_size_calculator=calculator)
+    out = module(query, key, value, *([] if mask is None else [mask]), **kwargs)
+    grad_out = mine(tensors[3])
+    out.backward(grad_out.flatten(-2) if merged else grad_out)
+    wanted = mine(expected["out"])
+    torch.testing.assert_close(out, wanted.flatten(-2) if merged else wanted, rtol=0, atol=1e-12)
+    for tensor, name in ((query, "dq"), (key, "dk"), (value, "dv")):
+        torch.testing.assert_close(tensor.grad, mine(expected[name]), rtol=0, atol=1e-12)
+    assert local.seen[0][0] == seq and local.seen[0][2] == cal_split_sizes(heads, world)[rank]
+    return local.seen
+
+
+SBHD, BSHD, BHSD, SHBD = (0, 1, 2, 3), (1, 0, 2, 3), (2, 0, 1, 3), (0, 2, 1, 3)
+
+
+def _aligned(rank):
+    mask = torch.rand(12, 12, generator=torch.Generator().manual_seed(3)) < 0.4
+    for order in (SBHD, BSHD, BHSD, SHBD):
+        for merged in (False, True) if order in (SBHD, BSHD) else (False,):
+            for kv_heads in (6, 3, 2, 1):
+                _check(rank, 12, 6, kv_heads, order, merged, None, DefaultGatherSizeCalculator(), {})
+        _check(rank, 12, 6, 2, order, False, mask, DefaultGatherSizeCalculator(), {})
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_aligned_attention_matches_dense_in_every_order_of_dimensions(world):
+    run_ranks(world, _aligned)
+
+
+def _unaligned(rank):
+    for seq in (1, 2, 5, 13):
+        mask = ~torch.tril(torch.ones(seq, seq, dtype=torch.bool))
+        for heads, kv_heads in ((6, 2), (7, 7), (5, 1), (10, 5)):
+            _check(rank, seq, heads, kv_heads, SBHD, True, mask, DynamicGatherSizeCalculator(), {})
+            _check(rank, seq, heads, kv_heads, BSHD, False, None, DynamicGatherSizeCalculator(), {})
+            _check(rank, seq, heads, kv_heads, SBHD, seq % 2 == 1, None, ByKeyword(), {"gather_size": seq})
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_unaligned_lengths_and_uneven_heads_match_dense(world):
+    run_ranks(world, _unaligned)
+
+
+def _minimal_replication(rank):
+    with count_bytes() as traffic:
+        seen = _check(rank, 8, 8, 2, SBHD, True, None, DefaultGatherSizeCalculator(), {})
+    assert seen[1][2] == 1  # one of lcm(2, 4) = 4 KV heads, not one of 8
+    sent = 3 * 2 * 2 * 8  # to 3 ranks, 2 tokens, batch 2, 8 bytes
+    assert traffic["q"] == sent * 2 * 4 and traffic["kv"] == sent * (4 + 6) and traffic["out"] == sent * 2 * 6
+    assert traffic.messages == {"q": 1, "kv": 0, "out": 1, "dout": 1, "dq": 1, "dkv": 0}
+
+
+def test_kv_heads_are_replicated_minimally_and_travel_with_the_query():
+    run_ranks(4, _minimal_replication)
+
+
+def _merged_inputs(rank):
+    """(seq, batch, heads * dim) in and out, and (seq, heads, dim)."""
+    world = torch.distributed.get_world_size()
+    query, key, value, grad = _tensors(6, 4, 4)
+    allowed = reference.allowed_pairs(6, causal=True)
+    expected = reference.attention_with_gradients(query, key, value, grad, allowed)
+
+    def merged(query, key, value):
+        split = (tensor.unflatten(-1, (4 // world, -1)) for tensor in (query, key, value))
+        return reference.attention(*split, allowed).flatten(2)
+
+    def without_batch(query, key, value):
+        return reference.attention(*(tensor.unsqueeze(1) for tensor in (query, key, value)), allowed).squeeze(1)
+
+    for function, scatter, view in ((merged, 2, lambda t: t.flatten(2)), (without_batch, 1, lambda t: t[:, 0])):
+        locals_ = [view(tensor).chunk(world)[rank].clone().requires_grad_() for tensor in (query, key, value)]
+        out = UlyssesContextAttention(function, None, scatter_idx=scatter)(*locals_)
+        torch.testing.assert_close(out, view(expected["out"]).chunk(world)[rank], rtol=0, atol=1e-12)
+        out.backward(view(grad).chunk(world)[rank])
+        for tensor, name in zip(locals_, ("dq", "dk", "dv")):
+            torch.testing.assert_close(tensor.grad, view(expected[name]).chunk(world)[rank], rtol=0, atol=1e-12)
+
+
+def test_three_dimensional_tensors_work_with_and_without_merged_heads():
+    run_ranks(2, _merged_inputs)
+
+
+class TakesAnything(torch.nn.Module):
+    def forward(self, query, key, value, *args, **kwargs):
+        self.got = args, kwargs
+        return query
+
+
+def _arguments(rank):
+    query = torch.zeros(3, 1, 4, 2)
+    calculator, local = ByKeyword(), TakesAnything()
+    UlyssesContextAttention(local, None, gather_size_calculator=calculator)(query, query, query, "mask", gather_size=6, extra=1)
+    assert calculator.got == (("mask",), {"gather_size": 6, "extra": 1}) == local.got
+    strict = LocalAttention()
+    UlyssesContextAttention(strict, None, gather_size_calculator=calculator)(query, query, query, gather_size=6)
+    with pytest.raises(TypeError, match="gather_size"):
+        UlyssesContextAttention(strict, None)(query, query, query, gather_size=6)
+
+
+def test_calculators_see_all_arguments_and_local_attention_what_it_takes():
+    run_ranks(2, _arguments)
+
+
+def _messages(rank):
+    def attend(seq, heads=4, kv_heads=4, calculator=DefaultGatherSizeCalculator(), seq_local=None, **kwargs):
+        seq_local = cal_split_sizes(seq, 2)[rank] if seq_local is None else seq_local
+        key = torch.zeros(seq_local, 1, kv_heads, 2)
+        return UlyssesContextAttention(LocalAttention(), None, gather_size_calculator=calculator)(
+            torch.zeros(seq_local, 1, heads, 2), key, key, **kwargs)
+
+    class Disagrees(GatherSizeCalculator):
+        def calculate(self):
+            return 6 + rank
+
+    for call, words in (
+            (lambda: attend(5), r"hold \[3, 2\]; pass gather_size_calculator=DynamicGatherSizeCalculator"),
+            (lambda: attend(5, calculator=ByKeyword(), gather_size=7), r"return 5"),
+            (lambda: attend(5, calculator=DynamicGatherSizeCalculator(), seq_local=2 + rank), r"must be split as \[3, 2\]"),
+            (lambda: attend(6, calculator=Disagrees()), r"different lengths \[6, 7\]"),
+            (lambda: attend(4, heads=1, kv_heads=1), "1 heads cannot give each of 2 ranks one"),
+            (lambda: attend(4, heads=4, kv_heads=3), "divide the first")):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_impossible_splits_raise_on_every_rank_with_a_way_out():
+    run_ranks(2, _messages)
+
+
+def test_dynamic_calculator_reads_the_mask_wherever_it_is():
+    calculator, mask = DynamicGatherSizeCalculator(), torch.zeros(1, 1, 7, 9)
+    assert calculator.calculate(mask) == calculator.calculate(attention_mask=mask) == calculator.calculate(None, attn_mask=mask) == 9
+    assert calculator.calculate() is None and calculator.calculate([mask]) is None
+    assert DefaultGatherSizeCalculator().calculate(mask) is None
