@@ -113,7 +113,7 @@ class AttentionBridge:
     def _shape(self, module, query, key, value, mask):
         """Length and documents of the batch: by the gather-size calculator, by the mask, or as recorded."""
         calculator = self._state.gather_size_calculator()
-        size = None if calculator is None else calculator.calculate(query, key, value, mask)
+        size = None if calculator is None else calculator.calculate(mask)
         if size is None and mask is not None:
             size = mask.shape[-1]
         return self._state.shape_for(query.shape[0]) if size is None else BatchShape(int(size))

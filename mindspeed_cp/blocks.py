@@ -193,6 +193,9 @@ def _segment_block(segment):
             return None
         # The first row sees nothing yet: the diagonal enters the shard in the second.
         segment = replace(segment, start=segment.start + 1, count=segment.count - 1, hi=segment.hi + 1)
+    if segment.lo_slope and not segment.hi_slope:
+        # The window leaves the shard: the last rows see nothing any more, and a fused band must not contain such a row.
+        segment = replace(segment, count=min(segment.count, segment.hi - segment.lo))
     last = segment.count - 1
     k_stop = segment.hi + (segment.hi_slope or 0) * last
     lower = 0 if segment.lo_slope else None

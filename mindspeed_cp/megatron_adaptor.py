@@ -12,6 +12,7 @@ import warnings
 
 import torch
 
+from mindspeed_cp import compat
 from mindspeed_cp.notices import ContextParallelWarning, is_rank0
 
 TRIED_VERSIONS = ("0.12.1", "0.13.1", "0.14.0", "0.15.3", "0.16.1")
@@ -79,7 +80,7 @@ def _device_type():
 
 
 def _num_cp_patches():
-    stand_in = {patch.target for patch in _tables["device"]}
+    stand_in = {patch.target for table in ("device", "checkout imports", "checkout device") for patch in _tables[table]}
     return sum(row.applied and row.target not in stand_in for row in _manager.report())
 
 
@@ -88,9 +89,12 @@ def _tables_of_patches():
     from mindspeed_cp.patches.core import core_patches
     from mindspeed_cp.patches.device import device_patches
     from mindspeed_cp.patches.training import training_patches
+    from mindspeed_cp.patches.training_device import checkout_device_patches, checkout_imports
 
     why = _why_no_stand_in()
-    return {"device": device_patches(lambda: why), "core": core_patches(_state, _announce), "training": training_patches(_state)}
+    return {"device": device_patches(lambda: why), "core": core_patches(_state, _announce),
+            "checkout imports": checkout_imports(), "checkout device": checkout_device_patches(lambda: why),
+            "training": training_patches(_state)}
 
 
 def _warn_of_version():
@@ -111,12 +115,14 @@ def apply():
     if _manager.num_applied:
         return
     _manager.apply()
+    compat.install()
     _warn_of_version()
 
 
 def undo():
     """Restore every attribute of Megatron and torch to the object it was, and forget the configuration."""
     _state.forget_batch()
+    compat.uninstall()
     _manager.undo()
     _state.reset()
 

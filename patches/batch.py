@@ -143,7 +143,8 @@ def _tensor_shapes(state):
             if state.cp_size == 1:
                 return shapes
             given = signature.bind(*args, **kwargs).arguments
-            config, rows = given["config"], state.layout(given["seq_length"]).length(state.cp_rank)
+            config, seq_len = given["config"], given.get("decoder_seq_length") or given["seq_length"]
+            rows = state.layout(seq_len).length(state.cp_rank)
             if config.sequence_parallel:
                 rows //= config.tensor_model_parallel_size
             return [(rows, *shape[1:]) if shape else shape for shape in shapes]

@@ -31,7 +31,7 @@ def core_patches(state, announce):
     attend = AttentionBridge(state)
     return [
         Patch(f"{DOT_PRODUCT}.__init__", _lift_assert(state),
-              "the local attention refuses context_parallel_size above 1 and, before 0.14, sliding windows"),
+              "the local attention refuses context_parallel_size above 1, multi-latent attention and, in 0.12, sliding windows"),
         Patch(f"{DOT_PRODUCT}.forward", _dot_product_forward(attend),
               "attention over the whole sequence, of which each rank holds a part"),
         Patch(f"{TE_DOT_PRODUCT}.forward", _te_forward(attend),
@@ -54,8 +54,12 @@ def _without_te():
 
 def _lift_assert(state):
     def build(original):
+        known = inspect.signature(original).parameters
+
         @wraps(original)
         def __init__(self, config, *args, **kwargs):
+            # Multi-latent attention names its head sizes; only Transformer Engine's module takes them.
+            kwargs = {name: value for name, value in kwargs.items() if name in known or name not in ("k_channels", "v_channels")}
             if config.context_parallel_size == 1:
                 original(self, config, *args, **kwargs)
                 return
@@ -73,7 +77,7 @@ def _dot_product_forward(attend):
         @wraps(original)
         def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None,
                     packed_seq_params=None, **kwargs):
-            if self.config.context_parallel_size == 1 and packed_seq_params is None:
+            if self.config.context_parallel_size == 1 and packed_seq_params is None and _own_can(self, value):
                 return original(self, query, key, value, attention_mask, attn_mask_type=attn_mask_type,
                                 attention_bias=attention_bias, packed_seq_params=None, **kwargs)
             _refuse_bias(attention_bias)
@@ -82,6 +86,11 @@ def _dot_product_forward(attend):
                           query, key, value, attention_mask, packed_seq_params)
         return forward
     return build
+
+
+def _own_can(module, value):
+    """Whether Megatron's local attention knows this value head dimension (not that of multi-latent attention)."""
+    return module.num_attention_heads_per_partition * value.shape[-1] == module.hidden_size_per_partition
 
 
 def _te_forward(attend):

@@ -65,6 +65,8 @@ class _Replacement:
             # Another tool may have removed it already.
             if self.name in vars(self.owner):
                 delattr(self.owner, self.name)
+            if inspect.ismodule(self.after) and sys.modules.get(self.after.__name__) is self.after:
+                del sys.modules[self.after.__name__]
         else:
             setattr(self.owner, self.name, self.before)
 
@@ -130,6 +132,8 @@ class PatchManager:
         after = _rebuild(original, patch.build)
         replacements.append(_Replacement(owner, name, before, after))
         setattr(owner, name, after)
+        if original is _ABSENT and inspect.ismodule(after):
+            sys.modules[after.__name__] = after  # import statements look here
         if inspect.ismodule(owner) and original is not _ABSENT:
             replacements += self._rebind(original, after)
 

@@ -1,7 +1,165 @@
-"""The table for megatron.training, which comes with a Megatron-LM checkout and not with the megatron-core package."""
+"""The table for megatron.training and megatron.legacy, which come with a Megatron-LM checkout, not with megatron-core.
 
+``training_device`` has what a checkout asks of machines without an accelerator.
+"""
+
+import importlib
 import importlib.util
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+
+from mindspeed_cp.arguments import add_context_parallel_arguments, readable_errors, validate
+from mindspeed_cp.attention import AttentionBridge, CoreAttention
+from mindspeed_cp.patches.manager import Patch
+
+ARGUMENTS = "megatron.training.arguments"
+LEGACY = "megatron.legacy.model.transformer"
+PROGRAM = "pretrain_gpt.py"
 
 
 def training_patches(state):
-    return []
+    """The table; ``state`` is the AdaptorState that all replacements share."""
+    attend = AttentionBridge(state)
+    return [
+        Patch(f"{ARGUMENTS}.add_megatron_arguments", _add_flags,
+              "Megatron's parser knows the flags of context parallelism", without_checkout),
+        Patch(f"{ARGUMENTS}.validate_args", _validate(state),
+              "flags become the configuration; uneven lengths and legacy models pass Megatron's assertions", without_checkout),
+        Patch(f"{LEGACY}.ParallelAttention.__init__", _legacy_attention(state),
+              "legacy models would ask for the flash-attn package; the core attention below is flash attention", without_legacy),
+        Patch(f"{LEGACY}.CoreAttention.forward", _legacy_core_attention(state, attend),
+              "legacy models: attention over the whole sequence, of which each rank holds a part", without_legacy),
+        Patch(f"{LEGACY}.ParallelTransformer.forward", _legacy_block(state),
+              "legacy models: layers learn the true length of the micro-batch", without_legacy)]
+
+
+def without_checkout():
+    """Why no checkout is patched: "" when megatron.training can be imported."""
+    return _why_missing("megatron.training", "no Megatron-LM checkout (megatron.training) on the import path")
+
+
+def without_legacy():
+    return without_checkout() or _why_missing(LEGACY, "this Megatron-LM has no legacy models")
+
+
+def _why_missing(module, missing):
+    try:
+        if importlib.util.find_spec(module) is None:
+            return missing
+        importlib.import_module(module)
+    except ImportError as error:
+        # The training script imports the same and shows the whole traceback.
+        return f"{module} cannot be imported: {error}"
+    return ""
+
+
+def _add_flags(original):
+    @wraps(original)
+    def add_megatron_arguments(parser):
+        return add_context_parallel_arguments(original(parser))
+    return add_megatron_arguments
+
+
+def _validate(state):
+    def build(original):
+        @wraps(original)
+        def validate_args(args, *defaults, **kwargs):
+            flash = args.use_flash_attn
+            with readable_errors(PROGRAM):
+                config, setup = validate(args)
+                _check_legacy(args)
+            if config.context_parallel_size == 1:
+                return original(args, *defaults, **kwargs)
+            switched_on, args.use_flash_attn = args.use_flash_attn, flash  # Megatron's checks are about its own kernels
+            with _passing_assertions(args):
+                result = original(args, *defaults, **kwargs)
+            args.use_flash_attn = switched_on
+            with readable_errors(PROGRAM):
+                state.configure(config, setup=setup, kernel=args.cp_kernel,
+                                documents_from_position_ids=args.reset_position_ids and args.reset_attention_mask)
+            return result
+        return validate_args
+    return build
+
+
+def _check_legacy(args):
+    if args.context_parallel_size > 1 and getattr(args, "use_legacy_models", False) and args.ckpt_format != "torch":
+        raise ValueError(f"--ckpt-format {args.ckpt_format} does not work with --use-legacy-models; use --ckpt-format torch.")
+
+
+@contextmanager
+def _passing_assertions(args):
+    """Show Megatron's validation a length that 2 x cp divides, and no legacy models; both are supported here.
+
+    Every version asserts seq_length % (2 * cp) == 0 and that legacy models and cp > 1 exclude each other. The length is
+    rounded up for the check, and every attribute that took it over gets the true one back.
+    """
+    length, legacy, limit = args.seq_length, getattr(args, "use_legacy_models", False), args.max_position_embeddings
+    step = 2 * args.context_parallel_size
+    rounded = length if length is None or length % step == 0 else (length // step + 1) * step
+    args.seq_length, args.use_legacy_models = rounded, False
+    if rounded != length and limit is not None and limit >= length:
+        args.max_position_embeddings = max(limit, rounded)
+    yield
+    args.use_legacy_models, args.max_position_embeddings = legacy, limit
+    if rounded != length:
+        for name in ("seq_length", "encoder_seq_length", "decoder_seq_length"):
+            if getattr(args, name, None) == rounded:
+                setattr(args, name, length)
+
+
+def _legacy_attention(state):
+    def build(original):
+        @wraps(original)
+        def __init__(self, *args, **kwargs):
+            from megatron.training import get_args
+
+            flags = get_args()
+            if flags.context_parallel_size == 1:
+                original(self, *args, **kwargs)
+                return
+            flash, flags.use_flash_attn = flags.use_flash_attn, False
+            try:
+                original(self, *args, **kwargs)
+            finally:
+                flags.use_flash_attn = flash
+        return __init__
+    return build
+
+
+def _legacy_core_attention(state, attend):
+    def build(original):
+        @wraps(original)
+        def forward(self, query_layer, key_layer, value_layer, attention_mask):
+            if state.cp_size == 1:
+                return original(self, query_layer, key_layer, value_layer, attention_mask)
+            scale = (self.scale_mask_softmax.scale or 1) / self.norm_factor  # query-key layer scaling divides, then multiplies
+            module = CoreAttention(
+                layer_number=self.layer_number, causal=self.attn_mask_type.name == "causal", softmax_scale=scale,
+                dropout_p=self.attention_dropout.p if self.training else 0.0, rng=_dropout_rng(self))
+            return attend(module, query_layer, key_layer, value_layer, attention_mask)
+        return forward
+    return build
+
+
+def _dropout_rng(module):
+    """The random state of dropout, as the original chooses it."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    return nullcontext if module.sequence_parallel else lambda: get_cuda_rng_tracker().fork()
+
+
+def _legacy_block(state):
+    def build(original):
+        @wraps(original)
+        def forward(self, hidden_states, *args, **kwargs):
+            if state.cp_size == 1:
+                return original(self, hidden_states, *args, **kwargs)
+            from megatron.core.parallel_state import get_tensor_model_parallel_world_size
+
+            rows = (hidden_states if self.pre_process else self.input_tensor).size(0)
+            local_len = rows * get_tensor_model_parallel_world_size() if self.sequence_parallel else rows
+            with state.running(state.shape_for(local_len, batch_is_known=self.pre_process or self.post_process)):
+                return original(self, hidden_states, *args, **kwargs)
+        return forward
+    return build

@@ -1,6 +1,7 @@
 """Write real text as a Megatron indexed dataset: the help topics of Python's standard library, one document a topic.
 
     python scripts/prepare_data.py --output data/topics
+    python scripts/prepare_data.py --output data/paragraphs --documents paragraphs
 
 Tokens are bytes; every document ends with an end-of-document token. Nothing is downloaded.
 """
@@ -33,9 +34,13 @@ def write_documents(texts, prefix):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="data/topics", help="prefix of the two files (default: data/topics)")
+    parser.add_argument("--documents", choices=["topics", "paragraphs"], default="topics",
+                        help="what is one document: a topic of some thousand tokens, or a paragraph (default: topics)")
     args = parser.parse_args(argv)
     # Sorted, so that every machine with this Python writes the same bytes.
     texts = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    if args.documents == "paragraphs":
+        texts = [paragraph for text in texts for paragraph in text.split("\n\n") if paragraph.strip()]
     num_tokens = write_documents(texts, args.output)
     print(f"{args.output}.bin, {args.output}.idx: {len(texts)} documents, {num_tokens} tokens "
           "(--split 90,10,0 trains on nine tenths of the documents and validates on one)")

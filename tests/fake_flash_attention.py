@@ -1,8 +1,8 @@
 """CPU implementations of the CUDA attention operators under torch's own schemas, with what the operators refuse.
 
-``installed()`` gives aten._flash_attention_forward and _backward, and the two cuDNN operators, to CPU tensors: a CPU build
-of torch has their schemas but no kernel. Shapes follow torch's meta registrations; windows and the causal diagonal count
-from the lower right corner, as in FlashAttention-2.
+``installed()`` gives aten._flash_attention_forward and _backward, and the two cuDNN operators, to CPU tensors: a CPU
+build of torch has their schemas but no kernel. Shapes follow torch's meta registrations; windows and the causal
+diagonal count from the lower right corner, as in FlashAttention-2.
 """
 
 from contextlib import contextmanager
@@ -15,7 +15,8 @@ def installed():
     """Within it the four operators compute on CPU tensors; yields the list of calls (operator, is_varlen)."""
     library, calls = torch.library.Library("aten", "IMPL"), []
     try:
-        for name, function in (("_flash_attention_forward", _flash_forward), ("_flash_attention_backward", _flash_backward),
+        for name, function in (("_flash_attention_forward", _flash_forward),
+                               ("_flash_attention_backward", _flash_backward),
                                ("_scaled_dot_product_cudnn_attention", _cudnn_forward),
                                ("_scaled_dot_product_cudnn_attention_backward", _cudnn_backward)):
             library.impl(name, _recorded(name, function, calls), "CPU")
@@ -40,7 +41,7 @@ def _check(query, key, value):
     for tensor in (query, key, value):
         require(tensor.dtype in (torch.float16, torch.bfloat16), "FlashAttention only supports fp16 and bf16")
         require(tensor.stride(-1) == 1, "the last dimension must be contiguous")
-        require(tensor.shape[-1] % 8 == 0 and tensor.shape[-1] <= 256, "head dimension must be a multiple of 8 up to 256")
+        require(tensor.shape[-1] % 8 == 0 and tensor.shape[-1] <= 256, "head dimension must be 8, 16, ... 256")
     require(query.shape[-1] == key.shape[-1] == value.shape[-1], "head dimensions must be equal")
     require(query.shape[-2] % key.shape[-2] == 0, "query heads must be a multiple of KV heads")
 
@@ -120,41 +121,45 @@ def _flash_forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropou
         out[q], part = _attend(query[q], key[k], value[k], scale, hidden, dropout_p, generator)
         lse.append(part)
     lse = torch.stack(lse) if cum_seq_q is None else torch.cat(lse, dim=-1)
-    return out, lse, torch.tensor([seed, 0], dtype=torch.uint64), torch.empty((), dtype=torch.uint64), query.new_empty(0)
+    state = torch.tensor([seed, 0], dtype=torch.uint64)
+    return out, lse, state, torch.empty((), dtype=torch.uint64), query.new_empty(0)
 
 
-def _flash_backward(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
-                    rng_state, unused, *, scale=None, window_size_left=None, window_size_right=None):
+def _flash_backward(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p,
+                    is_causal, rng_state, unused, *, scale=None, window_size_left=None, window_size_right=None):
     _check(query, key, value)
-    require(grad_out.dtype == out.dtype == query.dtype and grad_out.shape == out.shape == query.shape, "dout and out must fit query")
+    require(grad_out.dtype == out.dtype == query.dtype, "dout and out must have the dtype of query")
+    require(grad_out.shape == out.shape == query.shape, "dout and out must have the shape of query")
     require(logsumexp.dtype == torch.float32 and logsumexp.is_contiguous(), "logsumexp must be contiguous float32")
     grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
     generator = torch.Generator().manual_seed(int(rng_state[0]))
     for q, k in _sequences(query, cum_seq_q, cum_seq_k, max_q, max_k):
         hidden = _hidden(query[q].shape[0], key[k].shape[0], is_causal, window_size_left, window_size_right)
         lse = logsumexp[q] if cum_seq_q is None else logsumexp[:, q]
-        parts = _attend_backward(grad_out[q], query[q], key[k], value[k], out[q], lse, scale, hidden, dropout_p, generator)
+        parts = _attend_backward(grad_out[q], query[q], key[k], value[k], out[q], lse, scale, hidden, dropout_p,
+                                 generator)
         for grad, rows, part in zip(grads, (q, k, k), parts):
             grad[rows] = part
     return tuple(grads)
 
 
-def _cudnn_forward(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False,
-                   *, scale=None):
+def _cudnn_forward(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False,
+                   return_debug_mask=False, *, scale=None):
     require(attn_bias is None and compute_log_sumexp, "the fake computes logsumexp and no bias")
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     _check(q, k, v)
     seed = int(torch.randint(1 << 31, ()))
     hidden = _hidden(q.shape[1], k.shape[1], is_causal, None, None)
     out, lse = _attend(q, k, v, scale, hidden, dropout_p, torch.Generator().manual_seed(seed))
-    return (out.transpose(1, 2), lse.unsqueeze(-1), None, None, q.shape[1], k.shape[1], torch.tensor(seed), torch.tensor(0),
-            query.new_empty(0))
+    return (out.transpose(1, 2), lse.unsqueeze(-1), None, None, q.shape[1], k.shape[1], torch.tensor(seed),
+            torch.tensor(0), query.new_empty(0))
 
 
-def _cudnn_backward(grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q, cum_seq_k,
-                    max_q, max_k, dropout_p, is_causal, *, scale=None):
+def _cudnn_backward(grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q,
+                    cum_seq_k, max_q, max_k, dropout_p, is_causal, *, scale=None):
     tensors = [tensor.transpose(1, 2) for tensor in (grad_out, query, key, value, out)]
-    require(logsumexp.shape == (*query.shape[:3], 1) and logsumexp.dtype == torch.float32, "logsumexp must be (b, h, s, 1)")
+    require(logsumexp.shape == (*query.shape[:3], 1), "logsumexp must be (batch, heads, rows, 1)")
+    require(logsumexp.dtype == torch.float32, "logsumexp must be float32")
     require((max_q, max_k) == (query.shape[2], key.shape[2]), "max_q and max_k must be the lengths")
     hidden = _hidden(query.shape[2], key.shape[2], is_causal, None, None)
     generator = torch.Generator().manual_seed(int(philox_seed))

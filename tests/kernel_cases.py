@@ -13,7 +13,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, tor
 
 @dataclass(frozen=True)
 class BlockCase:
-    """One block with its tensors' sizes; ``dense`` is None, "shared" (1, nq, nk), "batch" (batch, nq, nk) or "empty rows"."""
+    """One block and its tensors' sizes; dense: None, "shared" (1, nq, nk), "batch" (batch, nq, nk) or "empty rows"."""
 
     name: str
     block: Block

@@ -1,16 +1,15 @@
 """MindSpeed's import paths: what they give, when they are there, and that nothing of them stays."""
 
 import importlib
+import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from distributed import run_ranks
 
-import mindspeed_cp
 from mindspeed_cp import compat
 from mindspeed_cp.compat import process_groups
 from mindspeed_cp.config import ContextParallelConfig
@@ -19,11 +18,11 @@ from mindspeed_cp.groups import ContextParallelGroups
 ROOT = Path(__file__).resolve().parent.parent
 CP = "mindspeed.core.context_parallel"
 NAMES = {
-    f"{CP}.ulysses_context_parallel": ["UlyssesContextAttention", "GatherSizeCalculator", "DefaultGatherSizeCalculator",
-                                       "DynamicGatherSizeCalculator"],
+    f"{CP}.ulysses_context_parallel": [  # the package
+        "UlyssesContextAttention", "GatherSizeCalculator", "DefaultGatherSizeCalculator", "DynamicGatherSizeCalculator"],
     f"{CP}.ulysses_context_parallel.ulysses_context_parallel": ["UlyssesContextAttention", "DynamicGatherSizeCalculator"],
-    f"{CP}.ulysses_context_parallel.unaligned_cp.mapping": ["all_to_all", "cal_split_sizes", "split_forward_gather_backward",
-                                                            "gather_forward_split_backward"],
+    f"{CP}.ulysses_context_parallel.unaligned_cp.mapping": [
+        "all_to_all", "cal_split_sizes", "split_forward_gather_backward", "gather_forward_split_backward"],
     f"{CP}.ring_context_parallel.ring_context_parallel": ["ringattn_context_parallel"],
     f"{CP}.model_parallel_utils": process_groups.__all__,
 }
@@ -99,10 +98,12 @@ def _getters(rank, monkeypatched):
 
 def test_group_getters_name_the_ranks_that_mindspeed_names():
     hybrid = {
-        "get_context_parallel_for_hybrid_ulysses_world_size": [2] * 4, "get_context_parallel_for_hybrid_ulysses_rank": [0, 1, 0, 1],
+        "get_context_parallel_for_hybrid_ulysses_world_size": [2] * 4,
+        "get_context_parallel_for_hybrid_ulysses_rank": [0, 1, 0, 1],
         "get_context_parallel_group_for_hybrid_ulysses": [[0, 1], [0, 1], [2, 3], [2, 3]],
         "get_context_parallel_group_for_hybrid_ring": [[0, 2], [1, 3], [0, 2], [1, 3]],
-        "get_context_parallel_for_hybrid_ring_rank": [0, 0, 1, 1], "get_context_parallel_for_hybrid_ring_world_size": [2] * 4,
+        "get_context_parallel_for_hybrid_ring_rank": [0, 0, 1, 1],
+        "get_context_parallel_for_hybrid_ring_world_size": [2] * 4,
         "get_context_parallel_for_hybrid_ring_global_ranks": [[0, 2], [1, 3], [0, 2], [1, 3]]}
     double = {
         "get_ring_ranks_for_intra_window": [[0, 1], [0, 1], [2, 3], [2, 3]],
@@ -110,8 +111,10 @@ def test_group_getters_name_the_ranks_that_mindspeed_names():
         "get_ring_ranks_for_inter_window_dkv": [[0, 3], [1, 2], [1, 2], [0, 3]],
         "get_ring_group_for_intra_window": [[0, 1, 2, 3]] * 4,
         "get_context_parallel_group_for_send_recv_overlap": [[0, 1, 2, 3]] * 4}
-    single = {"get_ring_ranks_for_intra_window": [[0], [1], [2], [3]], "get_ring_ranks_for_inter_window_kv": [[0, 1, 2, 3]] * 4,
-              "get_ring_ranks_for_inter_window_dkv": [[0, 1, 2, 3]] * 4}
+    single = {
+        "get_ring_ranks_for_intra_window": [[0], [1], [2], [3]],
+        "get_ring_ranks_for_inter_window_kv": [[0, 1, 2, 3]] * 4,
+        "get_ring_ranks_for_inter_window_dkv": [[0, 1, 2, 3]] * 4}
     run_ranks(4, _getters, [
         ({"algorithm": "hybrid_cp_algo", "ulysses_degree": 2}, hybrid),
         ({"algorithm": "megatron_cp_algo", "window_size": 2}, double),
@@ -142,7 +145,7 @@ ulysses_attention = UlyssesContextAttention(core_attention, ps.get_context_paral
 # What a user's script does around it: MindSpeed's way of importing the adaptor, and one forward pass of an odd length.
 BEFORE = '''
 import sys, torch, torch.distributed as dist
-{first_import}
+import mindspeed_cp.megatron_adaptor
 from mindspeed import megatron_adaptor
 import mindspeed.megatron_adaptor
 assert megatron_adaptor is mindspeed.megatron_adaptor is sys.modules["mindspeed_cp.megatron_adaptor"]
@@ -157,7 +160,8 @@ query = torch.randn(seq, 1, 4, 2, generator=torch.Generator().manual_seed(1)).sp
 mask = torch.zeros(1, 1, seq, seq, dtype=torch.bool)
 out = ulysses_attention(query, query, query, mask)
 assert torch.equal(out, query.flatten(2)) and core_attention.lengths == [seq]
-custom = UlyssesContextAttention(core_attention, ps.get_context_parallel_group(), gather_size_calculator=CustomGatherSizeCalculator())
+custom = UlyssesContextAttention(core_attention, ps.get_context_parallel_group(),
+                                 gather_size_calculator=CustomGatherSizeCalculator())
 assert torch.equal(custom(query, query, query, mask, gather_size=seq), query.flatten(2))
 assert torch.equal(ulysses_attention(query, query, query, None), query.flatten(2))
 print("done", rank)
@@ -181,9 +185,9 @@ class FlashSelfAttention(torch.nn.Module):
 def test_a_script_written_for_mindspeed_runs_with_the_published_sample_code(tmp_path, path):
     (tmp_path / "your_library.py").write_text(YOUR_LIBRARY)
     script = tmp_path / "train.py"
-    script.write_text(BEFORE.format(first_import="import mindspeed_cp.megatron_adaptor") + SAMPLE.format(path=path) + AFTER)
+    script.write_text(BEFORE + SAMPLE.format(path=path) + AFTER)
     ranks = [subprocess.Popen([sys.executable, script, tmp_path / "store", str(rank)], cwd=ROOT, text=True,
-                              env={**__import__("os").environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "MINDSPEED_CP_DEVICE": "cpu"},
+                              env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "MINDSPEED_CP_DEVICE": "cpu"},
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(2)]
     for rank, process in enumerate(ranks):
         output, _ = process.communicate(timeout=120)

@@ -1,12 +1,13 @@
 """MindSpeed's ringattn_context_parallel on SBH tensors, against dense attention in one process."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+import reference
 import torch
 from distributed import run_ranks
 
-import reference
 from mindspeed_cp.comm import count_bytes
 from mindspeed_cp.compat.ring import ringattn_context_parallel
 
@@ -17,6 +18,10 @@ def _halves(length, rank, world):
     """Positions of both halves of a rank in a causal ring over ``length`` tokens, as MindSpeed cuts them."""
     chunks = torch.arange(length).chunk(2 * world)
     return torch.cat([chunks[rank], chunks[2 * world - 1 - rank]])
+
+
+def _halves_of_documents(ends, rank, world):
+    return torch.cat([start + _halves(stop - start, rank, world) for start, stop in pairwise(ends)])
 
 
 def _para(causal, rank, world, **extra):
@@ -40,7 +45,7 @@ def _check(rank, seq, positions, para, allowed, call=None, **kwargs):
     with count_bytes() as backward:
         out.backward(tensors[3][positions].flatten(2))
     torch.testing.assert_close(out, expected["out"][positions].flatten(2), rtol=0, atol=1e-12)
-    for tensor, name in zip(local, ("dq", "dk", "dv")):
+    for tensor, name in zip(local, ("dq", "dk", "dv"), strict=True):
         torch.testing.assert_close(tensor.grad, expected[name][positions].flatten(2), rtol=0, atol=1e-12)
     return forward, backward
 
@@ -52,7 +57,8 @@ def _plain(rank):
     zigzag, contiguous = _halves(seq, rank, world), torch.arange(seq).chunk(world)[rank]
     compressed = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
     _check(rank, seq, zigzag, _para(True, rank, world), rows(("causal", True)))
-    _check(rank, seq, zigzag, _para(True, rank, world), rows(("causal", True)), softmax_scale=DK ** -0.5, attn_mask=compressed)
+    _check(rank, seq, zigzag, _para(True, rank, world), rows(("causal", True)), softmax_scale=DK ** -0.5,
+           attn_mask=compressed)
     _check(rank, seq, contiguous, _para(False, rank, world), rows())
     mask = torch.rand(seq, seq, generator=torch.Generator().manual_seed(5)) < 0.3
     _check(rank, seq, contiguous, _para(False, rank, world), rows(("attention_mask", mask)), attn_mask=mask)
@@ -74,7 +80,8 @@ def _windows(rank):
     shard = seq // world * BATCH * KV_HEADS * (DK + DV) * 8
     for extra in (window, {**window, "cp_group_for_send_recv_overlap": second}, {"cp_inner_ranks": list(range(4))}):
         for policy, fetched in ((None, 3), ("half", None), ("full", 0)):
-            forward, backward = _check(rank, seq, _halves(seq, rank, world), _para(True, rank, world, cache_policy=policy, **extra), allowed)
+            para = _para(True, rank, world, cache_policy=policy, **extra)
+            forward, backward = _check(rank, seq, _halves(seq, rank, world), para, allowed)
             assert forward["kv"] + forward["kv.value"] == 3 * shard
             assert fetched is None or backward["kv"] == fetched * shard
     return torch.distributed.destroy_process_group(second)
@@ -94,8 +101,8 @@ def _uneven(rank):
                reference.allowed_pairs(seq, causal=True), shapes=list(lengths))
     for lengths in ((2, 7, 1), (0, 3, 5)):
         seq = sum(lengths)
-        _check(rank, seq, torch.arange(seq).split(lengths)[rank], _para(False, rank, world), reference.allowed_pairs(seq),
-               shapes=list(lengths))
+        _check(rank, seq, torch.arange(seq).split(lengths)[rank], _para(False, rank, world),
+               reference.allowed_pairs(seq), shapes=list(lengths))
 
 
 def test_shapes_give_every_rank_its_own_length():
@@ -111,7 +118,7 @@ def _packed(rank):
     # Boundaries of the whole sequence, which is zigzag as a whole.
     _check(rank, seq, _halves(seq, rank, world), para, allowed, packed_seq_params=params(ends))
     # MindSpeed: boundaries that count this rank's tokens over the batch; every document is zigzag.
-    mine = torch.cat([start + _halves(stop - start, rank, world) for start, stop in zip(documents, documents[1:])])
+    mine = _halves_of_documents(documents, rank, world)
     local = [end // world + row * seq // world for row in range(BATCH) for end in documents[1:]]
     _check(rank, seq, mine, para, allowed, packed_seq_params=params(torch.tensor(local)))
     # Boundaries with padding count all ranks' tokens.
@@ -136,7 +143,7 @@ def _rows_of_their_own(rank):
     allowed = reference.allowed_pairs(seq, causal=True) & (ids[:, :, None] == ids[:, None, :])
     tensors = _tensors(seq)
     expected = reference.attention_with_gradients(*tensors, allowed)
-    mine = [torch.cat([start + _halves(stop - start, rank, world) for start, stop in zip(row, row[1:])]) for row in rows]
+    mine = [_halves_of_documents(row, rank, world) for row in rows]
     ends = torch.tensor([end // world + index * seq // world for index, row in enumerate(rows) for end in row[1:]])
     params = SimpleNamespace(cu_seqlens_q=ends)
 
@@ -151,7 +158,7 @@ def _rows_of_their_own(rank):
         out = ringattn_context_parallel(*local, HEADS, _para(True, rank, world), packed_seq_params=params)
         torch.testing.assert_close(out, view(expected["out"]), rtol=0, atol=1e-12)
         out.backward(view(tensors[3]))
-        for tensor, name in zip(local, ("dq", "dk", "dv")):
+        for tensor, name in zip(local, ("dq", "dk", "dv"), strict=True):
             torch.testing.assert_close(tensor.grad, view(expected[name]), rtol=0, atol=1e-12)
 
 

@@ -66,7 +66,8 @@ def test_the_blockwise_path_is_announced(kernel, change, reason, where):
     dtype, dk = change.get("dtype", torch.float16), change.get("dk", 16)
     query = torch.randn(3, 1, 2, dk, dtype=dtype, device=where)
     mask = torch.zeros(1, 3, 3, dtype=torch.bool, device=where) if "dense" in change else None
-    with pytest.warns(ContextParallelWarning, match=f"--cp-kernel {kernel.name}: flash attention does not take {reason}"):
+    message = f"--cp-kernel {kernel.name}: flash attention does not take {reason}"
+    with pytest.warns(ContextParallelWarning, match=message):
         kernel.forward(query, query, query, Block((0, 3), (0, 3)), KernelOptions(1.0), mask)
 
 

@@ -1,4 +1,4 @@
-"""The NPU kernel against the operators' published contract (fake_torch_npu), or with --device npu against the device."""
+"""The NPU kernel against the operators' published contract (fake_torch_npu), or with --device npu on the device."""
 
 import contextlib
 from dataclasses import replace
@@ -60,7 +60,8 @@ def test_all_blocks_of_a_zigzag_rank_merge_to_dense_attention(kernel, where):
     grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
     for block in blocks:
         rows, keys = block.query_rows, block.key_rows
-        parts = kernel.backward(grad_out[rows], query[rows], key[keys], value[keys], out[rows], lse[rows], block, options, None)
+        parts = kernel.backward(grad_out[rows], query[rows], key[keys], value[keys], out[rows], lse[rows], block,
+                                options, None)
         for grad, span, part in zip(grads, (rows, keys, keys), parts):
             grad[span] += part
     expected = reference(query, key, value, grad_out, hidden(case, None), 0.3)
@@ -117,7 +118,8 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("block", [Block((0, 3072), (0, 3072), None, 0), Block((0, 2048, 3072), (0, 2048, 3072), None, 0),
+@pytest.mark.parametrize("block", [Block((0, 3072), (0, 3072), None, 0),
+                                   Block((0, 2048, 3072), (0, 2048, 3072), None, 0),
                                    Block((0, 3072), (0, 3072), 0, None), Block((0, 3072), (0, 3072))],
                          ids=["causal", "packed", "band", "full"])
 def test_no_tensor_of_sequence_squared_elements_exists(kernel, block, where):
@@ -189,8 +191,8 @@ def test_the_fake_refuses_what_the_documentation_refuses(torch_npu, change, mess
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("ends, message", [([0, 4, 9], "must not begin with 0"), ([4, 8], "ends at 8"), ([9, 4], "decrease")],
-                         ids=str)
+@pytest.mark.parametrize("ends, message", [
+    ([0, 4, 9], "must not begin with 0"), ([4, 8], "ends at 8"), ([9, 4], "decrease")], ids=str)
 def test_the_fake_refuses_wrong_cumulative_lengths(torch_npu, ends, message):
     rows = torch.zeros(9, 4, 16)
     with pytest.raises(RuntimeError, match=message):

@@ -5,13 +5,17 @@ One process group serves all releases: a rank installs the fake of a release, co
 
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
 
 import fake_flash_attention
 import fake_torch_npu
 import pytest
 import torch
-from cases import Case, attend, device_type, expected, whole
+from cases import Case, attend, device_type, expected, largest_errors, whole
 from distributed import run_ranks
+from mindspeed_cp.algorithms.ring import RingProblem
+from mindspeed_cp.kernels import select_kernel
 
 PLATFORMS = {**{f"torch_npu-{release}": release for release in fake_torch_npu.RELEASES}, "cuda": None, "cudnn": None}
 # Largest error of out and gradients relative to the reference's largest entry.
@@ -35,7 +39,8 @@ CASES = (
     Case(ring(4), **BASE, dense="batch"),
     Case(ring(4), **{**BASE, "dk": 24}, cu_seqlens=(0, 11, 30, 37)),
     Case(ulysses(4), **{**BASE, "seq_len": 36}, cu_seqlens=(0, 9, 10, 36)),
-    Case(dict(context_parallel_size=4, algorithm="hybrid_cp_algo", ulysses_degree=2, kv_cache_policy="half"), **BASE, sinks=True),
+    Case(dict(context_parallel_size=4, algorithm="hybrid_cp_algo", ulysses_degree=2, kv_cache_policy="half"), **BASE,
+         sinks=True),
     Case(dict(context_parallel_size=4, algorithm="kvallgather_cp_algo"), **{**BASE, "kv_heads": 1}),
 )
 PRECISION = Case(ring(4), seq_len=128, batch=1, heads=2, kv_heads=1, dk=32, dv=32)
@@ -54,19 +59,25 @@ def enter(stack, platform):
     return (cuda if platform == "cuda" else cudnn).build()
 
 
-def attend_on(rank, platform, cases):
+def attend_on(rank, platform, cases, fused=False):
+    """Results of every case on this rank; ``fused`` merges blocks by the kernel's own operator."""
     with ExitStack() as stack:
         kernel = enter(stack, platform)
+        if fused:
+            kernel = kernel or select_kernel(None, device_type())
+            merge = stack.enter_context(patch.object(kernel, "merge", wraps=kernel.merge))
+            stack.enter_context(patch("mindspeed_cp.api.RingProblem", partial(RingProblem, merge=merge)))
+            stack.callback(lambda: merge.assert_called())
         return [attend(rank, replace(case, kernel=kernel)) for case in cases]
 
 
 def relative_errors(got, want):
-    return {name: float((got[name] - want[name]).abs().nan_to_num(nan=torch.inf).max() / want[name].abs().max()) for name in want}
+    return {name: error / float(want[name].abs().max()) for name, error in largest_errors(got, want).items()}
 
 
-def results(platform, cases):
+def results(platform, cases, fused=False):
     """Global results of every case, computed by the ranks of one group on one platform."""
-    ranks = run_ranks(cases[0].cp, attend_on, platform, cases)
+    ranks = run_ranks(cases[0].cp, attend_on, platform, cases, fused)
     return [whole(case, [shards[index] for shards in ranks]) for index, case in enumerate(cases)]
 
 
@@ -96,7 +107,7 @@ def test_bfloat16_error_is_at_most_half_as_large_again_as_on_one_device(platform
     case = replace(PRECISION, dtype="bfloat16")
     want = expected(case)
     alone = replace(case, config=ring(1))
-    single, spread = (root_mean_square(got, want) for got in (results(platform, [alone])[0], results(platform, [case])[0]))
+    single, spread = (root_mean_square(results(platform, [one])[0], want) for one in (alone, case))
     too_large = {name: (spread[name], single[name]) for name in spread if spread[name] > 1.5 * single[name]}
     assert not too_large, too_large
     assert all(error > 0 for error in single.values())
@@ -115,3 +126,14 @@ def test_two_runs_are_bitwise_equal(platform):
     first, second = results(platform, cases), results(platform, cases)
     for one, two in zip(first, second):
         assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("platform", [name for name in PLATFORMS if name.endswith(fake_torch_npu.FUSED_UPDATE_RELEASES)])
+def test_a_ring_with_the_fused_update_equals_dense_attention(platform):
+    """--use-fused-ring-attention-update: every merge of the ring goes through npu_ring_attention_update."""
+    if device_type() != "cpu" and not hasattr(select_kernel(None, device_type()), "merge"):
+        pytest.skip("this device's kernel has no fused update")
+    cases = [replace(case, dtype="float32") for case in CASES if case.config["algorithm"] == "megatron_cp_algo"]
+    for case, got in zip(cases, results(platform, cases, fused=True)):
+        errors = relative_errors(got, expected(case))
+        assert all(error <= TOLERANCE["float32"] for error in errors.values()), f"{case}: {errors}"

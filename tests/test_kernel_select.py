@@ -8,8 +8,10 @@ import torch
 from kernel_cases import CASES, check_block
 
 from mindspeed_cp import kernels
-from mindspeed_cp.kernels import KERNELS, KernelRow, select_kernel
+from mindspeed_cp.kernels import KERNELS, KernelRow, merge_function, select_kernel
 from mindspeed_cp.kernels.blockwise import BlockwiseKernel
+from mindspeed_cp.notices import ContextParallelWarning
+from mindspeed_cp.softmax import merge_attention
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +61,17 @@ def test_an_unavailable_kernel_raises_with_the_reason(monkeypatch, name, device_
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=f"--cp-kernel {name or device_type} cannot be used here: .*{reason}"):
         select_kernel(name, device_type)
+
+
+def test_the_fused_update_is_used_where_the_kernel_has_one():
+    kernel = types.SimpleNamespace(name="dummy", merge=lambda *args: None)
+    assert merge_function(kernel, fused=True) is kernel.merge
+    assert merge_function(kernel, fused=False) is merge_attention
+
+
+def test_a_missing_fused_update_is_announced():
+    with pytest.warns(ContextParallelWarning, match="--use-fused-ring-attention-update changes nothing: kernel cpu"):
+        assert merge_function(select_kernel("cpu", "cpu"), fused=True) is merge_attention
 
 
 class DummyKernel(BlockwiseKernel):

@@ -11,43 +11,48 @@ from trainer_runs import largest_difference, prepare_data, train
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
 
 ULYSSES, RING = "--context-parallel-algo ulysses_cp_algo", "--context-parallel-algo megatron_cp_algo"
-BASICS = {f"{name} cp={cp}": f"--context-parallel-size {cp} {flags}"
+# One sequence a micro batch, as the run without context parallelism has it: masked losses and lengths of their own need it.
+SINGLE = {f"{name} cp={cp}": f"--context-parallel-size {cp} {flags}"
           for name, flags in (("ulysses", ULYSSES), ("ring", RING)) for cp in (2, 4)}
+BASICS = {name: f"{flags} --micro-batch-size {name[-1]}" for name, flags in SINGLE.items()}
 CP4 = {name: flags for name, flags in BASICS.items() if name.endswith("=4")}
 CP2 = {name: flags for name, flags in BASICS.items() if name.endswith("=2")}
-DOUBLE_RING = {"double ring cp=4": f"--context-parallel-size 4 {RING} --cp-window-size 2 --use-cp-send-recv-overlap"}
-HYBRID = {"hybrid cp=4": "--context-parallel-size 4 --context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2"}
-UNALIGNED = {name: f"{flags} --gather-size-calculator dynamic" if "ulysses" in name else flags for name, flags in CP4.items()}
+UNALIGNED = {name: f"{SINGLE[name]} --gather-size-calculator dynamic" if "ulysses" in name else SINGLE[name] for name in CP4}
+FOUR = "--context-parallel-size 4 --micro-batch-size 4"
+ROPE, SHORT = "--position-embedding-type rope", "--train-iters 5"
+PACKED = f"--reset-position-ids --reset-attention-mask --eod-mask-loss --seq-length 256 {SHORT} --data-path PARAGRAPHS"
 
-# model or training flags -> what differs in the runs that must agree with the run that has these flags alone
+# name -> (flags of the model and the training, what is added to them in the runs that must agree with them alone)
 GROUPS = {
-    "rope": ("--position-embedding-type rope", {
-        **BASICS, **DOUBLE_RING, **HYBRID,
-        "kv all-gather cp=4": "--context-parallel-size 4 --context-parallel-algo kvallgather_cp_algo",
-        "direct ring cp=4": f"--context-parallel-size 4 {RING} --cp-kv-exchange direct",
-        "ring with kv cache cp=4": f"--context-parallel-size 4 {RING} --context-parallel-kv-cache-policy full",
-        "ulysses with kv cache cp=4": f"--context-parallel-size 4 {ULYSSES} --context-parallel-kv-cache-policy half",
-        "ulysses with full recompute cp=4": f"{BASICS['ulysses cp=4']} --recompute-granularity full",
-        "ring with full recompute cp=4": f"{BASICS['ring cp=4']} --recompute-granularity full",
-        "ring with selective recompute cp=2": f"{BASICS['ring cp=2']} --recompute-activations",
-        "ring with distributed optimizer cp=2": f"{BASICS['ring cp=2']} --use-distributed-optimizer"}),
-    "learned positions": ("--position-embedding-type learned_absolute", BASICS),
+    "rope": (ROPE, {
+        **BASICS, "ulysses with full recompute": f"{CP4['ulysses cp=4']} --recompute-granularity full",
+        "ring with full recompute": f"{CP4['ring cp=4']} --recompute-granularity full"}),
+    "learned positions": ("--position-embedding-type learned_absolute", CP4),
     "gqa, swiglu, rmsnorm": ("--group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm "
-                             "--disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope", CP4),
-    "tp=2": ("--tensor-model-parallel-size 2", CP2),
-    "tp=2, sequence parallel": ("--tensor-model-parallel-size 2 --sequence-parallel --position-embedding-type rope", CP2),
-    "pp=2": ("--pipeline-model-parallel-size 2 --position-embedding-type rope", CP2),
-    "per-token loss": ("--calculate-per-token-loss --eod-mask-loss", CP2),
-    "masked loss": ("--eod-mask-loss --micro-batch-size 1", CP4),
-    "packed documents": ("--reset-position-ids --reset-attention-mask --eod-mask-loss --seq-length 256 --train-iters 5",
-                         {**CP4, **DOUBLE_RING}),
-    "packed documents, rope, two rows": (
-        "--reset-position-ids --reset-attention-mask --seq-length 256 --train-iters 5 --position-embedding-type rope "
-        "--micro-batch-size 1", {name: f"{flags} --micro-batch-size 2" for name, flags in CP2.items()}),
-    "uneven length": ("--seq-length 61 --position-embedding-type rope", UNALIGNED),
-    "a length for each batch": ("--variable-seq-lengths --position-embedding-type rope", UNALIGNED),
-    "a length for each batch, pp=2": ("--variable-seq-lengths --pipeline-model-parallel-size 2",
-                                      {"ring cp=2": BASICS["ring cp=2"]}),
+                             f"--disable-bias-linear --untie-embeddings-and-output-weights {ROPE}", CP4),
+    "tp=2": ("--tensor-model-parallel-size 2", {name: f"{flags} --micro-batch-size 2" for name, flags in CP2.items()}),
+    "tp=2, sequence parallel": (f"--tensor-model-parallel-size 2 --sequence-parallel {ROPE}", CP2),
+    "pp=2": (f"--pipeline-model-parallel-size 2 {ROPE}", CP2),
+    "other algorithms": (f"{ROPE} {SHORT}", {
+        "double ring": f"{FOUR} {RING} --cp-window-size 2 --use-cp-send-recv-overlap",
+        "hybrid": f"{FOUR} --context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2",
+        "kv all-gather": f"{FOUR} --context-parallel-algo kvallgather_cp_algo",
+        "direct ring": f"{FOUR} {RING} --cp-kv-exchange direct",
+        "ring with kv cache": f"{FOUR} {RING} --context-parallel-kv-cache-policy full",
+        "ulysses with kv cache": f"{FOUR} {ULYSSES} --context-parallel-kv-cache-policy half",
+        "ring with selective recompute": f"{CP2['ring cp=2']} --recompute-activations",
+        "ring with distributed optimizer": f"{CP2['ring cp=2']} --use-distributed-optimizer"}),
+    "full mask": (f"--cp-attention-mask-type full {SHORT}", CP4),
+    "sliding window": (f"--window-size 10,0 {ROPE} {SHORT}", CP4),
+    "per-token loss": (f"--calculate-per-token-loss --eod-mask-loss --data-path PARAGRAPHS {SHORT}", CP2),
+    "masked loss": (f"--eod-mask-loss --data-path PARAGRAPHS {SHORT}", {name: SINGLE[name] for name in CP4}),
+    "packed documents": (PACKED, {**{name: SINGLE[name] for name in CP4},
+                                  "double ring cp=4": f"--context-parallel-size 4 {RING} --cp-window-size 2"}),
+    "packed documents, rope, two rows": (f"{PACKED} {ROPE} --micro-batch-size 2 --global-batch-size 8", CP2),
+    "uneven length": (f"--seq-length 61 {ROPE} {SHORT}", UNALIGNED),
+    "a length for each batch": (f"--variable-seq-lengths {ROPE}", UNALIGNED),
+    "a length for each batch, pp=2": (f"--variable-seq-lengths --pipeline-model-parallel-size 2 {SHORT}",
+                                      {"ring cp=2": SINGLE["ring cp=2"]}),
 }
 TOLERANCE = 1e-5
 
@@ -58,7 +63,8 @@ def name_of(group, case):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return prepare_data(tmp_path_factory.mktemp("data"))
+    folder = tmp_path_factory.mktemp("data")
+    return prepare_data(folder), prepare_data(folder, "paragraphs")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +74,8 @@ def runs(data):
     for group, (flags, variants) in GROUPS.items():
         cases[name_of(group, "cp=1")] = flags
         cases |= {name_of(group, case): f"{flags} {extra}" for case, extra in variants.items()}
-    return run_ranks(4, train, data, cases, timeout=500, fresh=True)[0]
+    cases = {name: flags.replace("PARAGRAPHS", data[1]) for name, flags in cases.items()}
+    return run_ranks(4, train, data[0], cases, timeout=400, fresh=True)[0]
 
 
 @pytest.mark.parametrize(("group", "case"), [(group, case) for group, (_, cases) in GROUPS.items() for case in cases])
@@ -99,6 +106,6 @@ def test_three_ranks_with_a_prime_like_length_for_each_batch(data):
     cases = {"cp=1": flags,
              "ulysses": f"{flags} --context-parallel-size 3 {ULYSSES} --gather-size-calculator dynamic",
              "ring": f"{flags} --context-parallel-size 3 {RING}"}
-    results = run_ranks(3, train, data, cases, timeout=300, fresh=True)[0]
+    results = run_ranks(3, train, data[0], cases, timeout=300, fresh=True)[0]
     for case in ("ulysses", "ring"):
         assert largest_difference(results[case], results["cp=1"]) < TOLERANCE

@@ -1,10 +1,10 @@
 """UlyssesContextAttention around local attention modules of several kinds, against dense attention in one process."""
 
 import pytest
+import reference
 import torch
 from distributed import run_ranks
 
-import reference
 from mindspeed_cp import (
     DefaultGatherSizeCalculator,
     DynamicGatherSizeCalculator,
@@ -61,11 +61,12 @@ def _check(rank, seq, heads, kv_heads, order, merged, mask, calculator, kwargs):
     outside = [order.index(dim) for dim in range(4)]
 
     def mine(tensor):
-        return tensor.split(cal_split_sizes(seq, world))[rank].permute(outside).clone(memory_format=torch.contiguous_format)
+        own = tensor.split(cal_split_sizes(seq, world))[rank].permute(outside)
+        return own.clone(memory_format=torch.contiguous_format)
 
     query, key, value = (mine(tensor).requires_grad_() for tensor in tensors[:3])
     local = LocalAttention(merged, order)
-    module = UlyssesContextAttention(local, None, scatter_idx=order[2], gather_idx=order[0], gather_size_calculator=calculator)
+    module = UlyssesContextAttention(local, None, order[2], order[0], gather_size_calculator=calculator)
     out = module(query, key, value, *([] if mask is None else [mask]), **kwargs)
     grad_out = mine(tensors[3])
     out.backward(grad_out.flatten(-2) if merged else grad_out)
@@ -114,7 +115,7 @@ def _minimal_replication(rank):
     assert seen[1][2] == 1  # one of lcm(2, 4) = 4 KV heads, not one of 8
     sent = 3 * 2 * 2 * 8  # to 3 ranks, 2 tokens, batch 2, 8 bytes
     assert traffic["q"] == sent * 2 * 4 and traffic["kv"] == sent * (4 + 6) and traffic["out"] == sent * 2 * 6
-    assert traffic.messages == {"q": 1, "kv": 0, "out": 1, "dout": 1, "dq": 1, "dkv": 0}
+    assert traffic.messages == {"lengths": 1, "q": 1, "kv": 0, "out": 1, "dout": 1, "dq": 1, "dkv": 0}
 
 
 def test_kv_heads_are_replicated_minimally_and_travel_with_the_query():
@@ -140,7 +141,7 @@ def _merged_inputs(rank):
         out = UlyssesContextAttention(function, None, scatter_idx=scatter)(*locals_)
         torch.testing.assert_close(out, view(expected["out"]).chunk(world)[rank], rtol=0, atol=1e-12)
         out.backward(view(grad).chunk(world)[rank])
-        for tensor, name in zip(locals_, ("dq", "dk", "dv")):
+        for tensor, name in zip(locals_, ("dq", "dk", "dv"), strict=True):
             torch.testing.assert_close(tensor.grad, view(expected[name]).chunk(world)[rank], rtol=0, atol=1e-12)
 
 
@@ -157,7 +158,8 @@ class TakesAnything(torch.nn.Module):
 def _arguments(rank):
     query = torch.zeros(3, 1, 4, 2)
     calculator, local = ByKeyword(), TakesAnything()
-    UlyssesContextAttention(local, None, gather_size_calculator=calculator)(query, query, query, "mask", gather_size=6, extra=1)
+    module = UlyssesContextAttention(local, None, gather_size_calculator=calculator)
+    module(query, query, query, "mask", gather_size=6, extra=1)
     assert calculator.got == (("mask",), {"gather_size": 6, "extra": 1}) == local.got
     strict = LocalAttention()
     UlyssesContextAttention(strict, None, gather_size_calculator=calculator)(query, query, query, gather_size=6)
@@ -170,9 +172,10 @@ def test_calculators_see_all_arguments_and_local_attention_what_it_takes():
 
 
 def _messages(rank):
-    def attend(seq, heads=4, kv_heads=4, calculator=DefaultGatherSizeCalculator(), seq_local=None, **kwargs):
+    def attend(seq, heads=4, kv_heads=4, calculator=None, seq_local=None, **kwargs):
         seq_local = cal_split_sizes(seq, 2)[rank] if seq_local is None else seq_local
         key = torch.zeros(seq_local, 1, kv_heads, 2)
+        calculator = calculator or DefaultGatherSizeCalculator()
         return UlyssesContextAttention(LocalAttention(), None, gather_size_calculator=calculator)(
             torch.zeros(seq_local, 1, heads, 2), key, key, **kwargs)
 
@@ -183,7 +186,8 @@ def _messages(rank):
     for call, words in (
             (lambda: attend(5), r"hold \[3, 2\]; pass gather_size_calculator=DynamicGatherSizeCalculator"),
             (lambda: attend(5, calculator=ByKeyword(), gather_size=7), r"return 5"),
-            (lambda: attend(5, calculator=DynamicGatherSizeCalculator(), seq_local=2 + rank), r"must be split as \[3, 2\]"),
+            (lambda: attend(5, calculator=DynamicGatherSizeCalculator(), seq_local=2 + rank), r"must be split as \[3, "
+                                                                                               r"2\]"),
             (lambda: attend(6, calculator=Disagrees()), r"different lengths \[6, 7\]"),
             (lambda: attend(4, heads=1, kv_heads=1), "1 heads cannot give each of 2 ranks one"),
             (lambda: attend(4, heads=4, kv_heads=3), "divide the first")):
@@ -197,6 +201,7 @@ def test_impossible_splits_raise_on_every_rank_with_a_way_out():
 
 def test_dynamic_calculator_reads_the_mask_wherever_it_is():
     calculator, mask = DynamicGatherSizeCalculator(), torch.zeros(1, 1, 7, 9)
-    assert calculator.calculate(mask) == calculator.calculate(attention_mask=mask) == calculator.calculate(None, attn_mask=mask) == 9
+    assert calculator.calculate(mask) == calculator.calculate(attention_mask=mask) == 9
+    assert calculator.calculate(None, attn_mask=mask) == 9
     assert calculator.calculate() is None and calculator.calculate([mask]) is None
     assert DefaultGatherSizeCalculator().calculate(mask) is None

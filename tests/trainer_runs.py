@@ -10,12 +10,14 @@ TINY = ("--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64
         "--lr 5e-3 --use-flash-attn")
 
 
-def prepare_data(folder):
-    """Write the standard library's help topics below ``folder``; returns the prefix. A process of its own, because the
-    script patches torch."""
-    prefix = str(folder / "topics")
-    subprocess.run([sys.executable, str(REPOSITORY / "scripts/prepare_data.py"), "--output", prefix], check=True,
-                   env=environment(), stdout=subprocess.DEVNULL)
+def prepare_data(folder, documents="topics"):
+    """Write the standard library's help topics below ``folder``; returns the prefix.
+
+    In a process of its own, because the script patches torch.
+    """
+    prefix = str(folder / documents)
+    subprocess.run([sys.executable, str(REPOSITORY / "scripts/prepare_data.py"), "--output", prefix, "--documents", documents],
+                   check=True, env=environment(), stdout=subprocess.DEVNULL)
     return prefix
 
 

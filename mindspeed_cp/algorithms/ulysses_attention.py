@@ -16,10 +16,12 @@ import torch.distributed as dist
 
 from mindspeed_cp.algorithms.ulysses import head_shares
 from mindspeed_cp.comm.all_to_all import Part, SequenceExchange, pack_heads
+from mindspeed_cp.comm.transport import all_gather
 from mindspeed_cp.comm.workspace import Workspace
 from mindspeed_cp.layout import split_sizes
 
-__all__ = ["UlyssesContextAttention", "GatherSizeCalculator", "DefaultGatherSizeCalculator", "DynamicGatherSizeCalculator"]
+__all__ = ["DefaultGatherSizeCalculator", "DynamicGatherSizeCalculator", "GatherSizeCalculator",
+           "UlyssesContextAttention"]
 
 
 class GatherSizeCalculator(ABC):
@@ -59,11 +61,11 @@ class DynamicGatherSizeCalculator(GatherSizeCalculator):
 
 
 class UlyssesContextAttention(torch.nn.Module):
-    """Attention over a sequence split over the ranks of a group, by a local attention that sees all of it for some heads.
+    """Attention over a sequence split over a group, by a local attention that sees all of it for some heads.
 
     Args:
-        local_attention: called as local_attention(query, key, value, *args, **kwargs) with this rank's heads of the whole
-            sequence; returns them as (seq, batch, heads, dim), or merged as (seq, batch, heads * dim).
+        local_attention: called as local_attention(query, key, value, *args, **kwargs) with this rank's heads of the
+            whole sequence; returns them as (seq, batch, heads, dim), or merged as (seq, batch, heads * dim).
         sequence_process_group: the ranks that share the sequence; None is the default group.
         scatter_idx, gather_idx: dimension of the heads, and of the sequence.
         gather_size_calculator: a GatherSizeCalculator.
@@ -81,11 +83,11 @@ class UlyssesContextAttention(torch.nn.Module):
         """Attention of this rank's tokens; every rank of the group calls it.
 
         Args:
-            query, key, value: with the default indices (seq_local, batch, heads or kv_heads, dim); heads may be uneven, and
-                heads % kv_heads == 0. Three dimensions are (seq_local, heads, dim) with scatter_idx 1, or
+            query, key, value: with the default indices (seq_local, batch, heads or kv_heads, dim); heads may be uneven,
+                and heads % kv_heads == 0. Three dimensions are (seq_local, heads, dim) with scatter_idx 1, or
                 (seq_local, batch, heads * dim) with scatter_idx 2.
-            args, kwargs: go to the calculator and to the local attention; keyword arguments that the local attention does
-                not take stay with a calculator of your own.
+            args, kwargs: go to the calculator and to the local attention; keyword arguments that the local attention
+                does not take stay with a calculator of your own.
 
         Returns:
             The local attention's output for this rank's tokens and all heads, with as many dimensions as it had.
@@ -99,9 +101,11 @@ class UlyssesContextAttention(torch.nn.Module):
             _check_single(query.size(self.gather_idx), gather_size)
             return self.local_attn(query, key, value, *args, **kwargs)
         axes = _Axes.of(query, self.scatter_idx, self.gather_idx)
-        exchange = SequenceExchange(self.spg, dist.get_rank(self.spg), self._lengths(query, gather_size), self._workspace)
+        lengths = self._lengths(query, gather_size)
+        exchange = SequenceExchange(self.spg, dist.get_rank(self.spg), lengths, self._workspace)
         parts, out_shares = _parts(axes, query, key, value, exchange.size)
-        received = _GatherSequence.apply(exchange, parts, *(axes.to_exchange(tensor, exchange.size) for tensor in (query, key, value)))
+        tensors = (axes.to_exchange(tensor, exchange.size) for tensor in (query, key, value))
+        received = _GatherSequence.apply(exchange, parts, *tensors)
         # The received tensors lie side by side; many attention modules call view() on what they get.
         out = self.local_attn(*(axes.from_exchange(tensor).contiguous() for tensor in received), *args, **kwargs)
         split, merged = axes.split_heads(out, query.dim(), parts[0].count(exchange.rank))
@@ -111,8 +115,10 @@ class UlyssesContextAttention(torch.nn.Module):
         return out.flatten(-2) if merged else out
 
     def _local_kwargs(self, kwargs):
-        """Without what the local attention does not take; the default calculator reads nothing, so there a name that the
-        local attention does not know is a mistake and is its to refuse."""
+        """Without what the local attention does not take.
+
+        The default calculator reads nothing: there an unknown name is a mistake, and the local attention's to refuse.
+        """
         if isinstance(self.gather_size_calculator, DefaultGatherSizeCalculator):
             return kwargs
         function = self.local_attn.forward if isinstance(self.local_attn, torch.nn.Module) else self.local_attn
@@ -129,22 +135,24 @@ class UlyssesContextAttention(torch.nn.Module):
         mine = [query.size(self.gather_idx), -1 if gather_size is None else int(gather_size)]
         send = torch.tensor(mine, device=query.device)
         table = send.new_empty(2 * dist.get_world_size(self.spg))
-        dist.all_gather_into_tensor(table, send, group=self.spg)
+        all_gather(table, send, self.spg, "lengths").wait()
         lengths, sizes = table.view(-1, 2).t().tolist()
         if len(set(sizes)) > 1:
-            raise ValueError(f"the gather size calculator gives the ranks different lengths {sizes} (-1 is None); it must give all "
-                             "ranks the length of the whole sequence.")
+            raise ValueError(f"the gather size calculator gives the ranks different lengths {sizes} (-1 is None); it "
+                             "must give all ranks the length of the whole sequence.")
         if gather_size is None:
             _check_aligned(lengths, self.gather_size_calculator)
         elif lengths != split_sizes(gather_size, len(lengths)):
-            raise ValueError(f"gather size {gather_size} gives the ranks {split_sizes(gather_size, len(lengths))} tokens, and they hold "
-                             f"{lengths}; split with cal_split_sizes({gather_size}, {len(lengths)}), or let the calculator return {sum(lengths)}.")
+            raise ValueError(f"gather size {gather_size} gives the ranks {split_sizes(gather_size, len(lengths))} "
+                             f"tokens, and they hold {lengths}; split with cal_split_sizes({gather_size}, "
+                             f"{len(lengths)}), or let the calculator return {sum(lengths)}.")
         return tuple(lengths)
 
 
 def _check_single(length, gather_size):
     if gather_size is not None and gather_size != length:
-        raise ValueError(f"gather size {gather_size} must be the sequence length {length} in a group of one rank; pass the whole sequence.")
+        raise ValueError(f"gather size {gather_size} must be the sequence length {length} in a group of one rank; pass "
+                         "the whole sequence.")
 
 
 def _check_aligned(lengths, calculator):
@@ -152,11 +160,12 @@ def _check_aligned(lengths, calculator):
     if calculator.sums_local_lengths:
         if lengths != split_sizes(sum(lengths), len(lengths)):
             raise ValueError(f"the ranks hold {lengths} tokens, and a sequence of {sum(lengths)} must be split as "
-                             f"{split_sizes(sum(lengths), len(lengths))}; split with cal_split_sizes({sum(lengths)}, {len(lengths)}).")
+                             f"{split_sizes(sum(lengths), len(lengths))}; split with cal_split_sizes({sum(lengths)}, "
+                             f"{len(lengths)}).")
     elif len(set(lengths)) > 1:
-        raise ValueError(f"aligned Ulysses needs the same number of tokens on every rank, and they hold {lengths}; pass "
-                         "gather_size_calculator=DynamicGatherSizeCalculator() (--gather-size-calculator dynamic), which takes any "
-                         f"length, or a sequence length that {len(lengths)} divides.")
+        raise ValueError(f"aligned Ulysses needs the same number of tokens on every rank, and they hold {lengths}; "
+                         "pass gather_size_calculator=DynamicGatherSizeCalculator() (--gather-size-calculator "
+                         f"dynamic), which takes any length, or a sequence length that {len(lengths)} divides.")
 
 
 @dataclass(frozen=True)
@@ -176,8 +185,8 @@ class _Axes:
         num_dims = query.dim()
         scatter, gather = scatter_idx % num_dims, gather_idx % num_dims
         if num_dims not in (3, 4) or scatter == gather:
-            raise ValueError(f"query has shape {tuple(query.shape)}, scatter_idx is {scatter_idx} and gather_idx {gather_idx}; pass "
-                             "tensors of 3 or 4 dimensions and two different indices.")
+            raise ValueError(f"query has shape {tuple(query.shape)}, scatter_idx is {scatter_idx} and gather_idx "
+                             f"{gather_idx}; pass tensors of 3 or 4 dimensions and two different indices.")
         others = [dim for dim in range(num_dims) if dim not in (scatter, gather)]
         if num_dims == 4:
             return cls((gather, others[0], scatter, others[1]), scatter)
@@ -207,7 +216,8 @@ class _Axes:
         if out.dim() == num_dims:
             return out, False
         if out.dim() != num_dims - 1 or self.scatter != num_dims - 2:
-            raise ValueError(f"the local attention returned {tuple(out.shape)}; it must return {num_dims} dimensions like the query"
+            raise ValueError(f"the local attention returned {tuple(out.shape)}; it must return {num_dims} dimensions "
+                             "like the query"
                              + (", or merge heads and head_dim." if self.scatter == num_dims - 2 else "."))
         return out.unflatten(-1, (num_heads, -1)), True
 
@@ -221,23 +231,24 @@ def _parts(axes, query, key, value, world_size):
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
         if tensor.dtype != query.dtype or tensor.size(axes.order[0]) != query.size(axes.order[0]):
-            raise ValueError(f"{name} is {tensor.dtype} with {tensor.size(axes.order[0])} tokens, the query {query.dtype} with "
-                             f"{query.size(axes.order[0])}; they must have the same of both.")
+            raise ValueError(f"{name} is {tensor.dtype} with {tensor.size(axes.order[0])} tokens, the query "
+                             f"{query.dtype} with {query.size(axes.order[0])}; they must have the same of both.")
     heads, kv_heads, value_heads = (tensor.size(axes.scatter) for tensor in tensors.values())
     if axes.merged:
         for name, tensor in tensors.items():
             if tensor.size(axes.scatter) % world_size:
-                raise ValueError(f"{name} {tuple(tensor.shape)} has heads and head_dim merged, and {tensor.size(axes.scatter)} cannot be cut "
-                                 f"into {world_size} equal parts; pass (seq, batch, heads, head_dim), which takes uneven heads.")
+                raise ValueError(f"{name} {tuple(tensor.shape)} has heads and head_dim merged, and "
+                                 f"{tensor.size(axes.scatter)} cannot be cut into {world_size} equal parts; pass (seq, "
+                                 "batch, heads, head_dim), which takes uneven heads.")
         queries = keys = tuple(slice(rank, rank + 1) for rank in range(world_size))
         heads = kv_heads = world_size
     else:
         if kv_heads != value_heads or kv_heads == 0 or heads % kv_heads:
-            raise ValueError(f"query has {heads} heads, key {kv_heads} and value {value_heads}; the latter two must be equal and divide "
-                             "the first.")
+            raise ValueError(f"query has {heads} heads, key {kv_heads} and value {value_heads}; the latter two must be "
+                             "equal and divide the first.")
         if heads < world_size:
-            raise ValueError(f"{heads} heads cannot give each of {world_size} ranks one; use a group of at most {heads} ranks, or "
-                             "--context-parallel-algo megatron_cp_algo, which splits no heads.")
+            raise ValueError(f"{heads} heads cannot give each of {world_size} ranks one; use a group of at most "
+                             f"{heads} ranks, or --context-parallel-algo megatron_cp_algo, which splits no heads.")
         queries, keys = head_shares(heads, kv_heads, world_size)
     rows = (("q", heads, query, queries), ("kv", kv_heads, key, keys), ("kv", kv_heads, value, keys))
     return tuple(Part(purpose, count, axes.to_exchange(tensor, world_size).shape[-1], shares)

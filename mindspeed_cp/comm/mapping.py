@@ -7,6 +7,7 @@ remainder. The backward pass of each function is the inverse mapping.
 import torch
 import torch.distributed as dist
 
+from mindspeed_cp.comm import transport
 from mindspeed_cp.comm.counters import record
 from mindspeed_cp.layout import split_sizes as _split_sizes
 
@@ -14,7 +15,7 @@ GRAD_SCALES = ("up", "down", None)
 
 
 def cal_split_sizes(dim_size, world_size):
-    """Sizes into which ``dim_size`` is cut for ``world_size`` ranks: a list that sums to it, the remainder on the first."""
+    """The sizes into which ``dim_size`` is cut for ``world_size`` ranks, the remainder on the first."""
     return _split_sizes(dim_size, world_size)
 
 
@@ -34,20 +35,21 @@ def all_to_all(input_, process_group, scatter_dim=2, gather_dim=1, gather_size=N
         ValueError: the dimensions do not fit the tensor, or this rank's part is not its share of ``gather_size``.
     """
     if input_.dim() not in (3, 4):
-        raise ValueError(f"all_to_all takes tensors of 3 or 4 dimensions, not {tuple(input_.shape)}; view it as one of those.")
+        raise ValueError(f"all_to_all takes tensors of 3 or 4 dimensions, not {tuple(input_.shape)}; view it as one of "
+                         "those.")
     scatter_dim, gather_dim = (_dimension(dim, input_.dim(), name)
                                for dim, name in ((scatter_dim, "scatter_dim"), (gather_dim, "gather_dim")))
     if scatter_dim == gather_dim:
-        raise ValueError(f"scatter_dim and gather_dim are both {scatter_dim} and must differ; name the dimension to cut and "
-                         "the dimension to join.")
+        raise ValueError(f"scatter_dim and gather_dim are both {scatter_dim} and must differ; name the dimension to "
+                         "cut and the dimension to join.")
     world_size = dist.get_world_size(process_group)
     if gather_size is None:
         gather_size = input_.size(gather_dim) * world_size
     share = _split_sizes(gather_size, world_size)[dist.get_rank(process_group)]
     if share != input_.size(gather_dim):
-        raise ValueError(f"gather_size {gather_size} gives rank {dist.get_rank(process_group)} of {world_size} a length of {share} on "
-                         f"dimension {gather_dim}, and its tensor has {input_.size(gather_dim)}; split with "
-                         f"cal_split_sizes({gather_size}, {world_size}), or pass the sum of all lengths.")
+        raise ValueError(f"gather_size {gather_size} gives rank {dist.get_rank(process_group)} of {world_size} a "
+                         f"length of {share} on dimension {gather_dim}, and its tensor has {input_.size(gather_dim)}; "
+                         f"split with cal_split_sizes({gather_size}, {world_size}), or pass the sum of all lengths.")
     if world_size == 1:
         return input_
     return _AllToAll.apply(input_, process_group, scatter_dim, gather_dim, gather_size)
@@ -82,8 +84,8 @@ def gather_forward_split_backward(input_, process_group, dim, gather_sizes=None,
     sizes = _checked_sizes(gather_sizes, world_size, "gather_sizes") or [input_.size(dim)] * world_size
     rank = dist.get_rank(process_group)
     if sizes[rank] != input_.size(dim):
-        raise ValueError(f"gather_sizes {sizes} give rank {rank} a length of {sizes[rank]}, and its tensor has {input_.size(dim)} on "
-                         f"dimension {dim}; pass the length of every rank's part in rank order.")
+        raise ValueError(f"gather_sizes {sizes} give rank {rank} a length of {sizes[rank]}, and its tensor has "
+                         f"{input_.size(dim)} on dimension {dim}; pass the length of every rank's part in rank order.")
     _check_grad_scale(grad_scale)
     return input_ if world_size == 1 else _Gather.apply(input_, process_group, dim, tuple(sizes), grad_scale)
 
@@ -134,18 +136,19 @@ def _exchange(tensor, group, scatter_dim, gather_dim, gather_size):
         shapes[-1][gather_dim] = length
     sizes = [torch.Size(shape).numel() for shape in shapes]
     received = tensor.new_empty(sum(sizes))
-    dist.all_to_all_single(received, send, sizes, [piece.numel() for piece in pieces], group=group)
+    transport.all_to_all(received, send, sizes, [piece.numel() for piece in pieces], group, "all_to_all").wait()
     record({"all_to_all": (send.numel() - pieces[rank].numel()) * send.element_size()})
     if gather_dim == 0:
         return received.view([gather_size, *shapes[rank][1:]])
-    return torch.cat([part.view(shape) for part, shape in zip(received.split(sizes), shapes)], dim=gather_dim)
+    parts = [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
+    return torch.cat(parts, dim=gather_dim)
 
 
 def _packed(pieces):
     """The pieces end to end in one flat buffer."""
     sizes = [piece.numel() for piece in pieces]
     flat = pieces[0].new_empty(sum(sizes))
-    for target, piece in zip(flat.split(sizes), pieces):
+    for target, piece in zip(flat.split(sizes), pieces, strict=True):
         target.view(piece.shape).copy_(piece)
     return flat
 
@@ -156,17 +159,16 @@ def _own_part(tensor, group, dim, sizes):
 
 
 def _gathered(tensor, group, dim, sizes):
-    """All parts joined along ``dim``; gloo's all-gather wants equal sizes, so uneven parts are padded to the longest."""
+    """All parts joined along ``dim``; gloo gathers equal sizes only, so uneven parts are padded to the longest."""
     longest, own = max(sizes), tensor.movedim(dim, 0)
     send = own.contiguous()
     if len(send) < longest:
         send = own.new_zeros((longest, *own.shape[1:]))
         send[:len(own)] = own
     received = send.new_empty((len(sizes) * longest, *send.shape[1:]))
-    dist.all_gather_into_tensor(received, send, group=group)
-    record({"gather": send.numel() * send.element_size() * (len(sizes) - 1)})
+    transport.all_gather(received, send, group, "gather").wait()
     if min(sizes) < longest:
-        received = torch.cat([part[:size] for part, size in zip(received.split(longest), sizes)])
+        received = torch.cat([part[:size] for part, size in zip(received.split(longest), sizes, strict=True)])
     return received.movedim(0, dim).contiguous()
 
 
@@ -178,7 +180,8 @@ def _scaled(grad, grad_scale, world_size):
 
 def _dimension(dim, num_dims, name):
     if not -num_dims <= dim < num_dims:
-        raise ValueError(f"{name} {dim} does not exist in a tensor of {num_dims} dimensions; choose 0 to {num_dims - 1}.")
+        raise ValueError(f"{name} {dim} does not exist in a tensor of {num_dims} dimensions; choose 0 to "
+                         f"{num_dims - 1}.")
     return dim % num_dims
 
 

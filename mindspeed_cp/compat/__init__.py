@@ -27,7 +27,8 @@ ALIASES = {
 
 def _packages():
     """Every name that has an alias below it."""
-    return {".".join(parts[:count]) for parts in (name.split(".") for name in ALIASES) for count in range(1, len(parts))}
+    names = [name.split(".") for name in ALIASES]
+    return {".".join(parts[:count]) for parts in names for count in range(1, len(parts))}
 
 
 class MindSpeedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -77,7 +78,7 @@ def install():
 
 
 def uninstall():
-    """Take ``install`` back: the finder and every alias module go; modules of this package stay. A second call does nothing."""
+    """Take ``install`` back: the finder and every alias go, our own modules stay. A second call does nothing."""
     finder = _installed()
     if finder is None:
         return

@@ -1,8 +1,8 @@
 """MindSpeed's getters of process groups and ranks (``model_parallel_utils``), answered from ContextParallelGroups.
 
-Our transfers name their peer by global rank, so one group over the whole ring also serves its windows: the getters of the
-window groups return it. Without a ring, Ulysses group or windows of its own a getter behaves as in MindSpeed where the
-group was never made.
+Our transfers name their peer by global rank, so one group over the whole ring also serves its windows: the getters of
+the window groups return it. Without a ring, Ulysses group or windows of its own a getter behaves as in MindSpeed where
+the group was never made.
 """
 
 from math import gcd
@@ -28,8 +28,8 @@ def _adaptor_groups():
 
 def _required(found, name, check=True):
     if found is None and check:
-        raise ValueError(f"{name} is not there; import mindspeed_cp.megatron_adaptor, choose an algorithm that has it, and call "
-                         "initialize_model_parallel first.")
+        raise ValueError(f"{name} is not there; import mindspeed_cp.megatron_adaptor, choose an algorithm that has it, "
+                         "and call initialize_model_parallel first.")
     return found
 
 

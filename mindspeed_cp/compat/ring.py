@@ -4,25 +4,26 @@ Shapes, s: tokens of this rank, b: batch, n: query heads, g: KV heads
     q (s, b, n * dk)   k (s, b, g * dk)   v (s, b, g * dv)   ->   (s, b, n * dv)
 
 Which tokens a rank holds follows MindSpeed:
-    causal                     chunks r and 2cp-1-r of 2cp: two halves of what the rank holds, the first gets an odd token
-    not causal                 contiguous
-    causal, packed, boundaries that count this rank's tokens (or padded boundaries): both halves of every document
+    causal        chunks r and 2cp-1-r of 2cp: two halves of what the rank holds, the first gets an odd token
+    not causal    contiguous
+    causal, packed, with boundaries that count this rank's tokens, or padded ones: both halves of every document
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 
 from mindspeed_cp.api import context_parallel_attention
+from mindspeed_cp.compat.ring_layout import document_layout, row_layout
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.groups import ContextParallelGroups
 from mindspeed_cp.notices import warn_rank0
 
 __all__ = ["ringattn_context_parallel"]
 
+COMPRESSED = (2048, 2048)  # the causal mask that the NPU operators take, whatever the length
 REQUIRED = ("causal", "cp_group", "cp_size", "rank", "cp_global_ranks")
 
 
@@ -84,15 +85,17 @@ class _Place:
         if missing:
             raise ValueError(f"cp_para has no {', '.join(missing)}; it needs {', '.join(REQUIRED)}.")
         if para.get("pse") is not None:
-            raise ValueError("cp_para['pse'] (position bias, ALiBi) is not supported; leave it out and use rotary position "
-                             "embeddings, or run with --context-parallel-size 1.")
+            raise ValueError("cp_para['pse'] (position bias, ALiBi) is not supported; leave it out and use rotary "
+                             "position embeddings, or run with --context-parallel-size 1.")
         size, rank, ranks = para["cp_size"], para["rank"], tuple(para["cp_global_ranks"])
         if len(ranks) != size or not 0 <= rank < size or ranks[rank] != dist.get_rank():
-            raise ValueError(f"cp_para has cp_size {size}, rank {rank} and cp_global_ranks {list(ranks)} on global rank "
-                             f"{dist.get_rank()}; cp_global_ranks must list the ring's {size} ranks in ring order.")
+            raise ValueError(f"cp_para has cp_size {size}, rank {rank} and cp_global_ranks {list(ranks)} on global "
+                             f"rank {dist.get_rank()}; cp_global_ranks must list the ring's {size} ranks in ring "
+                             "order.")
         overlap = para.get("cp_group_for_send_recv_overlap")
-        settings = dict(context_parallel_size=size, algorithm="megatron_cp_algo", window_size=_window(para, ranks, rank),
-                        kv_cache_policy=para.get("cache_policy") if size > 1 else None, send_recv_overlap=overlap is not None)
+        settings = {
+            "context_parallel_size": size, "algorithm": "megatron_cp_algo", "window_size": _window(para, ranks, rank),
+            "kv_cache_policy": para.get("cache_policy") if size > 1 else None, "send_recv_overlap": overlap is not None}
         causal = ContextParallelConfig(**settings)
         config = causal if para["causal"] else ContextParallelConfig(**settings, attention_mask_type="full")
         groups = _groups(config.hierarchy, rank, ranks, para["cp_group"], overlap)
@@ -107,8 +110,8 @@ def _window(para, ranks, rank):
         return 1
     start = rank // window * window
     if len(ranks) % window or inner != list(ranks[start:start + window]):
-        raise ValueError(f"cp_para['cp_inner_ranks'] {inner} must be this rank's window of cp_global_ranks {list(ranks)}: "
-                         f"a size that divides {len(ranks)}, neighbours in ring order.")
+        raise ValueError(f"cp_para['cp_inner_ranks'] {inner} must be this rank's window of cp_global_ranks "
+                         f"{list(ranks)}: a size that divides {len(ranks)}, neighbours in ring order.")
     return window
 
 
@@ -122,7 +125,7 @@ def _groups(hierarchy, rank, global_ranks, cp_group, overlap_group):
     if len(global_ranks) == 1:
         return ContextParallelGroups(hierarchy, 0, global_ranks)
     outer = (overlap_group or cp_group) if hierarchy[2] > 1 else None
-    return ContextParallelGroups(hierarchy, rank, global_ranks, cp_group=cp_group, ring_group=cp_group, outer_group=outer)
+    return ContextParallelGroups(hierarchy, rank, global_ranks, cp_group, ring_group=cp_group, outer_group=outer)
 
 
 def _with_heads(q, k, v, n, without_batch):
@@ -131,11 +134,12 @@ def _with_heads(q, k, v, n, without_batch):
         return tuple(tensor.unsqueeze(1) for tensor in (q, k, v))
     width = q.shape[-1] // n
     if q.dim() != 3 or q.shape[-1] % n or k.shape[-1] % max(width, 1):
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (seq, batch, heads * head_dim), q with n = {n} heads; "
-                         "k's last dimension must be a multiple of q's head_dim.")
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (seq, batch, heads * head_dim), q with n "
+                         f"= {n} heads; k's last dimension must be a multiple of q's head_dim.")
     kv_heads = k.shape[-1] // width
     if v.shape[-1] % kv_heads:
-        raise ValueError(f"v {tuple(v.shape)} cannot be cut into the {kv_heads} KV heads that k {tuple(k.shape)} has; give it as many.")
+        raise ValueError(f"v {tuple(v.shape)} cannot be cut into the {kv_heads} KV heads that k {tuple(k.shape)} has; "
+                         "give it as many.")
     return q.unflatten(-1, (n, width)), k.unflatten(-1, (kv_heads, width)), v.unflatten(-1, (kv_heads, -1))
 
 
@@ -144,8 +148,8 @@ def _lengths(shapes, local, place):
     if shapes is None:
         return (local,) * place.size
     if len(shapes) != place.size or shapes[place.rank] != local:
-        raise ValueError(f"shapes {list(shapes)} must hold the tokens of each of the {place.size} ranks, and this rank has {local}; "
-                         "pass the first dimension of every rank's q, in ring order.")
+        raise ValueError(f"shapes {list(shapes)} must hold the tokens of each of the {place.size} ranks, and this rank "
+                         f"has {local}; pass the first dimension of every rank's q, in ring order.")
     return tuple(int(length) for length in shapes)
 
 
@@ -171,30 +175,11 @@ def _boundaries(params):
     return _Boundaries(tuple(values if leading_zero else [0, *values]), padded is not None, leading_zero)
 
 
-@dataclass(frozen=True)
-class RunsLayout:
-    """A layout given by its runs of global positions, for orders that SequenceLayout does not have."""
-
-    seq_len: int
-    all_runs: tuple
-    ulysses_degree: int = 1
-
-    @property
-    def ring_size(self):
-        return len(self.all_runs)
-
-    def ring_runs(self, ring_rank):
-        return self.all_runs[ring_rank]
-
-    def length(self, cp_rank):
-        return sum(stop - start for start, stop in self.all_runs[cp_rank])
-
-
 def _layout(place, lengths, batch, documents):
     """(RunsLayout, cu_seqlens or None, whether batch rows become one sequence)."""
     zigzag, seq_len, local = place.config.zigzag, sum(lengths), lengths[0] * batch
     if documents is None:
-        return _row_layout(lengths, zigzag, 1), None, False
+        return row_layout(lengths, zigzag, 1), None, False
     values, total = documents.values, documents.values[-1]
     if not place.causal:
         # As in MindSpeed, where "general" with documents masks what lies after the query as well.
@@ -206,49 +191,13 @@ def _layout(place, lengths, batch, documents):
             total == seq_len * batch if documents.padded
             else total == local and not (whole and documents.leading_zero)):
         values = tuple(value // place.size for value in values) if documents.padded else values
-        return _document_layout(values, place.size), tuple(place.size * value for value in values), batch > 1
+        return document_layout(values, place.size), tuple(place.size * value for value in values), batch > 1
     if not whole:
-        raise ValueError(f"packed_seq_params.cu_seqlens_q ends with {total}; it must end with the whole sequence's {seq_len} "
-                         f"tokens, or {seq_len * batch} over the batch"
+        raise ValueError(f"packed_seq_params.cu_seqlens_q ends with {total}; it must end with the whole sequence's "
+                         f"{seq_len} tokens, or {seq_len * batch} over the batch"
                          + (f", or with this rank's {local}." if zigzag else "."))
     rows = 1 if total == seq_len else batch
-    return _row_layout(lengths, zigzag, rows), values, rows > 1
-
-
-@lru_cache(maxsize=256)
-def _row_layout(lengths, zigzag, rows):
-    """Contiguous shards, or the two halves of every rank's tokens in zigzag order; ``rows`` sequences one after another."""
-    size = len(lengths)
-    if zigzag:
-        chunks = [length - length // 2 for length in lengths] + [length // 2 for length in reversed(lengths)]
-        mine = [(rank, 2 * size - 1 - rank) for rank in range(size)]
-    else:
-        chunks, mine = lengths, [(rank,) for rank in range(size)]
-    starts = [0, *accumulate(chunks)]
-    return RunsLayout(rows * starts[-1], tuple(
-        _joined((row * starts[-1] + starts[chunk], row * starts[-1] + starts[chunk + 1]) for row in range(rows) for chunk in pair)
-        for pair in mine))
-
-
-@lru_cache(maxsize=256)
-def _document_layout(local_boundaries, size):
-    """Both halves of every document, whose boundaries are counted in one rank's tokens."""
-    documents = [_row_layout((after - before,) * size, True, 1) for before, after in zip(local_boundaries, local_boundaries[1:])]
-    return RunsLayout(size * local_boundaries[-1], tuple(
-        _joined((size * first + start, size * first + stop)
-                for first, document in zip(local_boundaries, documents) for start, stop in document.ring_runs(rank))
-        for rank in range(size)))
-
-
-def _joined(runs):
-    """Runs that touch become one, empty ones go."""
-    joined = []
-    for start, stop in runs:
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], stop)
-        elif start < stop:
-            joined.append((start, stop))
-    return tuple(joined)
+    return row_layout(lengths, zigzag, rows), values, rows > 1
 
 
 def _global_mask(attn_mask, layout, place, documents):
@@ -257,30 +206,36 @@ def _global_mask(attn_mask, layout, place, documents):
         return None
     is_tensor, seq_len = isinstance(attn_mask, torch.Tensor), layout.seq_len
     mask = attn_mask.bool() if is_tensor and attn_mask.dtype == torch.uint8 else attn_mask
-    # The 2048 x 2048 triangle stands for causal attention of any length.
-    if is_tensor and (place.causal or documents) and mask.dim() == 2 and torch.equal(mask, torch.ones_like(mask).triu(1)):
+    if is_tensor and (place.causal or documents) and _is_causal(mask, seq_len):
         return None
     if documents:
-        raise ValueError("attn_mask cannot be combined with packed_seq_params, which describe the mask already; leave one out.")
+        raise ValueError("attn_mask cannot be combined with packed_seq_params, which describe the mask already; leave "
+                         "one out.")
     if not is_tensor:
         return _mask_of_blocks(attn_mask, layout, place.rank)
     if mask.shape[-2:] != (seq_len, seq_len):
-        raise ValueError(f"attn_mask has shape {tuple(mask.shape)} and must cover the whole sequence, ({seq_len}, {seq_len}) "
-                         f"or (batch, 1, {seq_len}, {seq_len}), or be a list of one block per rank.")
+        raise ValueError(f"attn_mask has shape {tuple(mask.shape)} and must cover the whole sequence, ({seq_len}, "
+                         f"{seq_len}) or (batch, 1, {seq_len}, {seq_len}), or be a list of one block per rank.")
     return mask
 
 
+def _is_causal(mask, seq_len):
+    """Whether a mask says no more than causal; MindSpeed's compressed triangle stands for any length beyond its own."""
+    if tuple(mask.shape) == COMPRESSED and seq_len > COMPRESSED[0]:
+        return True
+    return mask.dim() == 2 and torch.equal(mask, torch.ones_like(mask).triu(1))
+
+
 def _mask_of_blocks(blocks, layout, rank):
-    """One block per rank, each this rank's queries against that rank's keys in its order; other ranks' rows are not read."""
+    """One block per rank: this rank's queries against that rank's keys, in its order. Nobody reads the other rows."""
     size, seq_len = layout.ring_size, layout.seq_len
     expected = [(layout.length(rank), layout.length(source)) for source in range(size)]
     if [tuple(block.shape[-2:]) for block in blocks] != expected:
-        raise ValueError(f"attn_mask holds blocks of {[tuple(block.shape) for block in blocks]} and must hold one per rank, of "
-                         f"{expected}.")
+        raise ValueError(f"attn_mask holds blocks of {[tuple(block.shape) for block in blocks]} and must hold one per "
+                         f"rank, of {expected}.")
     blocks = [block.bool() for block in blocks]
-    positions = [torch.cat([torch.arange(*run) for run in runs] or [torch.empty(0, dtype=torch.long)]).to(blocks[0].device)
-                 for runs in layout.all_runs]
     mask = blocks[0].new_zeros((*blocks[0].shape[:-2], seq_len, seq_len))
+    mine = layout.positions(rank, mask.device)
     for source, block in enumerate(blocks):
-        mask[..., positions[rank][:, None], positions[source]] = block
+        mask[..., mine[:, None], layout.positions(source, mask.device)] = block
     return mask

@@ -9,15 +9,19 @@ Adding a kernel, in ten lines:
 4. With ``native_bands = False`` no block has two limits; rectangles, causal squares and small masked tiles remain.
 5. In the same file: ``build()`` returns the kernel, ``unavailable()`` says what is missing on this machine, or "".
 6. Optional: ``merge(out, lse, block_out, block_lse)``, a fused ``softmax.merge_attention``.
-7. Refuse what the kernel cannot do with a ValueError, or announce a slower path with ``notices.warn_rank0``: never in silence.
+7. Refuse what the kernel cannot do with a ValueError, or announce a slower path with
+   ``notices.warn_rank0``: never in silence.
 8. Add a ``KernelRow`` below. The choices of --cp-kernel and the automatic choice by device follow from it.
 9. Run ``tests/kernel_cases.py``'s ``check_block`` over ``CASES`` (see tests/test_kernel_select.py), then
 10. ``pytest tests --device NAME``: the parity suite is the same for every kernel.
 """
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from importlib import import_module
+
+from mindspeed_cp.notices import warn_rank0
+from mindspeed_cp.softmax import merge_attention
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,18 @@ KERNELS = {
     "npu": KernelRow("npu", "mindspeed_cp.kernels.npu"),
     "blockwise": KernelRow(None, "mindspeed_cp.kernels.blockwise", automatic=False),
 }
+
+
+def merge_function(kernel, fused):
+    """The function that merges a block's (out, lse) into the result so far, as ``softmax.merge_attention`` does.
+
+    Args:
+        fused: use the kernel's own operator (--use-fused-ring-attention-update); where it has none, that is said once.
+    """
+    if fused and not hasattr(kernel, "merge"):
+        warn_rank0(f"--use-fused-ring-attention-update changes nothing: kernel {kernel.name} has no fused update here; "
+                   "blocks are merged in place by torch operations.")
+    return getattr(kernel, "merge", merge_attention) if fused else merge_attention
 
 
 @cache

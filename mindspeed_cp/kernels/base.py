@@ -27,7 +27,7 @@ class AttentionKernel(Protocol):
     """Computes one ``blocks.Block``; the tensors are already cut to the block's rows.
 
     A block is a rectangle, a causal square, or (``native_bands``) a band, in one or many pieces that lie end to end; its
-    query i sees its key j when lower <= j - i <= upper, counted within a piece. ``attention_mask`` (bool, True = masked
+    query i sees its key j when lower <= j - i <= upper, counted within a piece; every row sees a key. ``attention_mask`` (bool, True = masked
     out, (1 or batch, nq, nk)) further masks a single full rectangle.
     """
 

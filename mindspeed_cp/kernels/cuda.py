@@ -1,9 +1,9 @@
 """The NVIDIA kernel: torch's own flash attention operators, nothing to install.
 
 A single block is a dense call, (batch, seq, heads, dim) as a view of the sequence-first tensors. Packed pieces are one
-varlen call, (rows, batch * heads, dim): batch is folded into the heads, so that all batch entries share one cu_seqlens. A
-band is a window. GQA and dropout are the operator's own. dk != dv, and head dimensions that 8 does not divide, are padded
-with zeros, which add nothing to a score and nothing to an output.
+varlen call, (rows, batch * heads, dim): batch is folded into the heads, so that all batch entries share one cu_seqlens.
+A band is a window. GQA and dropout are the operator's own. dk != dv, and head dimensions that 8 does not divide, are
+padded with zeros, which add nothing to a score and nothing to an output.
 
 float32 and float64, dense masks and head dimensions above 256 take the blockwise path, announced once.
 Where torch.nn.attention has activated FlashAttention-3, the same operators run it.
@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from mindspeed_cp.blocks import Block
 from mindspeed_cp.kernels.blockwise import BlockwiseKernel
 from mindspeed_cp.notices import warn_rank0
 
@@ -34,11 +35,13 @@ def build():
 def unavailable():
     """Why this machine cannot use the CUDA kernel; "" when it can."""
     if not torch.cuda.is_available():
-        return "torch finds no CUDA device; install a CUDA build of torch and check `nvidia-smi` and CUDA_VISIBLE_DEVICES."
+        return ("torch finds no CUDA device; install a CUDA build of torch, and check `nvidia-smi` and "
+                "CUDA_VISIBLE_DEVICES.")
     if torch.cuda.get_device_capability() < (8, 0):
         return "flash attention needs compute capability 8.0 (Ampere) or newer; choose --cp-kernel blockwise."
     if not torch.backends.cuda.is_flash_attention_available():
-        return "this build of torch has no flash attention; install an official CUDA build, or choose --cp-kernel blockwise."
+        return ("this build of torch has no flash attention; install an official CUDA build, or choose "
+                "--cp-kernel blockwise.")
     return ""
 
 
@@ -78,8 +81,8 @@ class CudaKernel:
         elif head_dim > MAX_HEAD_DIM:
             reason = f"a head dimension of {head_dim}"
         if reason:
-            warn_rank0(f"--cp-kernel {self.name}: flash attention does not take {reason}; the exact and slower blockwise "
-                       "kernel computes it (--cp-kernel blockwise chooses it outright).")
+            warn_rank0(f"--cp-kernel {self.name}: flash attention does not take {reason}; the exact and slower "
+                       "blockwise kernel computes it (--cp-kernel blockwise chooses it outright).")
         return reason is not None
 
     def _forward_part(self, query, key, value, block, options):
@@ -95,8 +98,8 @@ class CudaKernel:
     def _dense_forward(self, query, key, value, block, options):
         """(out, lse, rng) of one piece; lse is (batch, heads, rows) in the operator."""
         q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))
-        out, lse, *rng, _ = _forward(q, k, v, None, None, q.shape[1], k.shape[1], options.dropout_p, block.is_causal, False,
-                                     scale=options.softmax_scale, **_window(block, q.shape[1], k.shape[1]))
+        out, lse, *rng, _ = _forward(q, k, v, None, None, q.shape[1], k.shape[1], options.dropout_p, block.is_causal,
+                                     False, scale=options.softmax_scale, **_window(block, q.shape[1], k.shape[1]))
         return out.transpose(0, 1), lse.permute(2, 0, 1), rng
 
     def _dense_backward(self, grad_out, query, key, value, out, lse, block, options, rng):
@@ -110,8 +113,9 @@ class CudaKernel:
 
 def _varlen_forward(query, key, value, block, options):
     """(out, lse, rng) of packed pieces; lse is (batch * heads, rows) in the operator."""
-    out, lse, *rng, _ = _forward(*(tensor.flatten(1, 2) for tensor in (query, key, value)), *_lengths(block, query.device),
-                                 options.dropout_p, block.is_causal, False, scale=options.softmax_scale)
+    tensors = (tensor.flatten(1, 2) for tensor in (query, key, value))
+    out, lse, *rng, _ = _forward(*tensors, *_lengths(block, query.device), options.dropout_p, block.is_causal, False,
+                                 scale=options.softmax_scale)
     return out.view(*query.shape[:3], -1), lse.t().reshape(query.shape[:3]), rng
 
 
@@ -136,9 +140,8 @@ def _cu_seqlens(offsets, device):
 def _parts(block):
     """(query rows, key rows, block) of each operator call: the block itself, or every piece of a band by itself."""
     if block.num_pieces == 1 or block.is_full or block.is_causal:
-        rows = (slice(0, block.query_rows.stop - block.query_rows.start), slice(0, block.key_rows.stop - block.key_rows.start))
-        return [(*rows, block)]
-    return [(q, k, type(block)((q.start, q.stop), (k.start, k.stop), block.lower, block.upper)) for q, k in block.pieces()]
+        return [(slice(None), slice(None), block)]
+    return [(q, k, Block((q.start, q.stop), (k.start, k.stop), block.lower, block.upper)) for q, k in block.pieces()]
 
 
 def _window(block, rows, cols):
@@ -146,6 +149,7 @@ def _window(block, rows, cols):
     if block.is_full or block.is_causal:
         return {}
     shift = cols - rows
+    assert block.lower is None or shift >= block.lower, "every row of a band sees a key (blocks.plan_blocks)"
     return {"window_size_left": -1 if block.lower is None else shift - block.lower,
             "window_size_right": -1 if block.upper is None else block.upper - shift}
 

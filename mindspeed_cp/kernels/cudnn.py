@@ -42,6 +42,6 @@ class CudnnKernel(cuda.CudaKernel):
         if not (block.is_full or block.is_causal):
             return super()._dense_backward(grad_out, query, key, value, out, lse, block, options, rng)
         tensors = (tensor.permute(1, 2, 0, 3) for tensor in (grad_out, query, key, value, out))
-        grads = _backward(*tensors, lse.permute(1, 2, 0).contiguous().unsqueeze(-1), *rng, None, None, None, query.shape[0],
-                          key.shape[0], options.dropout_p, block.is_causal, scale=options.softmax_scale)
+        grads = _backward(*tensors, lse.permute(1, 2, 0).contiguous().unsqueeze(-1), *rng, None, None, None,
+                          query.shape[0], key.shape[0], options.dropout_p, block.is_causal, scale=options.softmax_scale)
         return tuple(grad.permute(2, 0, 1, 3) for grad in grads)

@@ -49,8 +49,8 @@ class OperatorVariant(NamedTuple):
     statistics_order: str | None
 
 
-# Post-releases of an old torch branch carry newer operators (2.1.0.post17 has what 2.5.1 lacks), so the schema decides and
-# not the version number. Newest first.
+# Post-releases of an old torch branch carry newer operators (2.1.0.post17 has what 2.5.1 lacks), so the schema decides
+# and not the version number. Newest first.
 VARIANTS = (
     OperatorVariant("softmax_layout", {"softmax_layout": "TND"}, "rows"),   # 2.1.0.post17, 2.7.1, 2.9.1, 2.13.0
     OperatorVariant(None, {}, None),                                        # 2.5.1
@@ -70,7 +70,7 @@ def build():
 
 @cache
 def compressed_mask(device):
-    """Bool (2048, 2048), True above the diagonal: the one mask of sparse_mode 2, 3 and 4, shared by all calls on a device."""
+    """Bool (2048, 2048), True above the diagonal: the mask of sparse_mode 2 and 4, one for all calls of a device."""
     return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool, device=device).triu_(1)
 
 
@@ -94,7 +94,7 @@ class _Call(NamedTuple):
         return "SBH" if self.q_lengths is None else "TND"
 
     def operand(self, tensor, rows):
-        """(seq, batch, heads, dim) cut to this call: (rows, batch, heads * dim) in SBH, (rows, batch * heads, dim) in TND."""
+        """(seq, batch, heads, dim) -> (rows, batch, heads * dim) in SBH, (rows, batch * heads, dim) in TND."""
         part = tensor[rows, self.batch]
         return part.flatten(2) if self.q_lengths is None else part.flatten(1, 2)
 
@@ -118,8 +118,9 @@ class NpuKernel:
         outs, lses, rngs = [], [], []
         for call in calls:
             out, softmax_max, softmax_sum, _, *rng = self._npu.npu_fusion_attention(
-                call.operand(query, call.q), call.operand(key, call.k), call.operand(value, call.k), _num_heads(query, call),
-                call.layout, scale=options.softmax_scale, keep_prob=1.0 - options.dropout_p, **self._arguments(call))
+                call.operand(query, call.q), call.operand(key, call.k), call.operand(value, call.k),
+                _num_heads(query, call), call.layout, scale=options.softmax_scale, keep_prob=1.0 - options.dropout_p,
+                **self._arguments(call))
             shape = query[call.q, call.batch].shape[:3]
             outs.append(out.view(*shape, -1))
             lses.append(self._rows_first(to_lse(softmax_max, softmax_sum), call, shape))
@@ -141,7 +142,8 @@ class NpuKernel:
                 call.operand(query, call.q), call.operand(key, call.k), call.operand(value, call.k),
                 call.operand(grad_out, call.q), _num_heads(query, call), call.layout, softmax_max=softmax_max,
                 softmax_sum=softmax_sum, attention_in=call.operand(out, call.q), scale_value=options.softmax_scale,
-                keep_prob=1.0 - options.dropout_p, seed=seed, offset=offset, numels=numels, **self._arguments(call))[:3])
+                keep_prob=1.0 - options.dropout_p, seed=seed, offset=offset, numels=numels,
+                **self._arguments(call))[:3])
         q_rows, k_rows = [call.q for call in calls], [call.k for call in calls]
         dq, dk, dv = (
             _assembled([part.view(like[rows, call.batch].shape) for part, rows, call in zip(grads, all_rows, calls)],
@@ -188,7 +190,8 @@ class NpuKernel:
         # Rows without keys carry lse -inf, and the operator would compute -inf - -inf.
         finite = [tensor.permute(1, 2, 0).clamp(min=-LARGE) for tensor in (lse, block_lse)]
         merged, softmax_max, softmax_sum = self._npu.npu_ring_attention_update(
-            out.flatten(2), *from_lse(finite[0]), block_out.to(out.dtype).flatten(2), *from_lse(finite[1]), input_layout="SBH")
+            out.flatten(2), *from_lse(finite[0]), block_out.to(out.dtype).flatten(2), *from_lse(finite[1]),
+            input_layout="SBH")
         out.copy_(merged.view(out.shape))
         total = to_lse(softmax_max, softmax_sum).permute(2, 0, 1)
         lse.copy_(total.masked_fill(total <= -LARGE / 2, -torch.inf))
@@ -251,7 +254,8 @@ def _calls(query, key, block, attention_mask):
     arguments = _mask_arguments(block, 0, 0, None, query.device)
     for start in range(0, query.shape[1], per_call):
         for first in range(0, block.num_pieces, MAX_PIECES):
-            q_offsets, k_offsets = (offsets[first:first + MAX_PIECES + 1] for offsets in (block.q_offsets, block.k_offsets))
+            q_offsets, k_offsets = (offsets[first:first + MAX_PIECES + 1]
+                                    for offsets in (block.q_offsets, block.k_offsets))
             lengths = (tuple(b - a for a, b in zip(offsets, offsets[1:])) for offsets in (q_offsets, k_offsets))
             yield _Call(slice(q_offsets[0] - q0, q_offsets[-1] - q0), slice(k_offsets[0] - k0, k_offsets[-1] - k0),
                         slice(start, min(start + per_call, query.shape[1])), *lengths, arguments)
@@ -267,15 +271,17 @@ def _mask_arguments(block, rows, cols, attention_mask, device):
         return {"sparse_mode": 0}
     if block.is_causal:
         return {"sparse_mode": 2, "atten_mask": compressed_mask(device)}
-    # The operator counts both limits from the diagonal that ends in the lower right corner, a block from the upper left.
+    # The operator counts both limits from the diagonal that ends in the lower right corner, a block from the upper
+    # left.
     shift = cols - rows
+    assert block.lower is None or shift >= block.lower, "every row of a band sees a key (blocks.plan_blocks)"
     return {"sparse_mode": 4, "atten_mask": compressed_mask(device),
             "pre_tockens": UNLIMITED if block.lower is None else shift - block.lower,
             "next_tockens": UNLIMITED if block.upper is None else block.upper - shift}
 
 
 def _clear_empty_rows(out, lse, attention_mask):
-    """Out 0 and lse -inf where a dense mask hides every key: the operator computes something there, found from the mask."""
+    """Out 0 and lse -inf where a dense mask hides every key; the operator computes something else there."""
     empty = attention_mask.all(-1).t().unsqueeze(-1)
     out.masked_fill_(empty.unsqueeze(-1), 0)
     lse.masked_fill_(empty, -torch.inf)

@@ -1,13 +1,13 @@
 """Softmax statistics of the NPU operators, translated to and from lse.
 
-The operators return max and sum as float32 with eight equal lanes. Beside SBH they are (batch, heads, rows, 8). In TND they
-are a (rows, heads, 8) tensor whose memory order depends on the release:
+The operators return max and sum as float32 with eight equal lanes. Beside SBH they are (batch, heads, rows, 8). In TND
+they are a (rows, heads, 8) tensor whose memory order depends on the release:
 
 * "rows": rows then heads, what ``softmax_layout="TND"`` asks for where the operator has that argument;
 * "heads": heads then all rows, as the operator's page says (NTD);
 * "documents": document by document, heads then the document's rows, as MindSpeed reads it.
 
-The two sources disagree where the argument is missing, so ``probe_order`` asks the device once instead of believing one.
+The two sources disagree where the argument is missing, so ``probe_order`` asks the device once and believes neither.
 """
 
 from functools import lru_cache
@@ -40,12 +40,12 @@ def row_permutation(order, lengths, heads, device):
 
 
 def to_lse(softmax_max, softmax_sum):
-    """Natural-log sum of exp of the scaled scores, from lane 0: float32 with the statistics' shape less its last dimension."""
+    """Natural-log sum of exp of the scaled scores, float32: lane 0 of the statistics."""
     return softmax_max[..., 0] + torch.log(softmax_sum[..., 0])
 
 
 def from_lse(lse):
-    """(max, sum) with eight lanes that stand for ``lse``: the sum is 1. A row without keys anywhere (+inf) keeps weight 0."""
+    """(max, sum) with eight lanes that stand for ``lse``: the sum is 1. A row without any key (+inf) has weight 0."""
     softmax_max = lse.float().clamp(max=LARGE).unsqueeze(-1).expand(*lse.shape, LANES).contiguous()
     return softmax_max, torch.ones_like(softmax_max)
 
@@ -68,7 +68,8 @@ def probe_order(attention, device):
     lse = to_lse(*attention(query, key, key, lengths)).reshape(-1)
     documents = torch.tensor(lengths, dtype=torch.float32, device=device)
     # All keys of a document give the same score, so lse is that score plus the log of the document's length.
-    expected = (code[..., 0].float() + torch.log(documents).repeat_interleave(documents.long()).unsqueeze(1)).reshape(-1)
+    expected = code[..., 0].float() + torch.log(documents).repeat_interleave(documents.long()).unsqueeze(1)
+    expected = expected.reshape(-1)
     for order in ("documents", "heads", "rows"):
         permutation = row_permutation(order, lengths, heads, device)
         if torch.allclose(lse if permutation is None else lse[permutation], expected, atol=1e-2):

@@ -1,8 +1,9 @@
 """A stand-in for torch_npu: the attention operators on the CPU, under exactly the schemas of a published release.
 
-``installed(release)`` registers every operator of ``schemas/<release>.txt`` in the namespace ``npu`` with torch.library, so
-that a wrong name, a positional keyword-only argument or a wrong type fails as it would on the device. ``attention.py``
-holds what the documentation says the operators compute and refuse; operators that are not implemented refuse every call.
+``installed(release)`` registers every operator of ``schemas/<release>.txt`` in the namespace ``npu`` with
+torch.library, so that a wrong name, a positional keyword-only argument or a wrong type fails as it would on the device.
+``attention.py`` holds what the documentation says the operators compute, ``refusals.py`` what they refuse; operators
+that are not implemented refuse every call.
 """
 
 import sys
@@ -19,6 +20,7 @@ RELEASES = tuple(sorted((path.stem for path in SCHEMAS.glob("*.txt")),
                         key=lambda release: [int(part) for part in release.split(".post")[0].split(".")]))
 # Where softmax_layout is missing, the operator's page and MindSpeed disagree about the order of TND statistics.
 UNORDERED_RELEASES = ("2.5.1",)
+FUSED_UPDATE_RELEASES = ("2.13.0",)
 
 
 def schemas(release):

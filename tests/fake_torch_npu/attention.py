@@ -1,7 +1,7 @@
 """What the published documentation says npu_fusion_attention, its gradient and npu_ring_attention_update compute.
 
-Everything is brought to (batch, heads, seq, dim) and computed densely, one batch entry or document after another. Rows of
-softmax_max and softmax_sum are float32 with eight equal lanes.
+Everything is brought to (batch, heads, seq, dim) and computed densely, one batch entry or document after another. Rows
+of softmax_max and softmax_sum are float32 with eight equal lanes.
 """
 
 from dataclasses import dataclass
@@ -85,11 +85,14 @@ class Operators:
         prev, cur = (s * (m - maximum).exp() for m, s in
                      ((a.prev_softmax_max, a.prev_softmax_sum), (a.cur_softmax_max, a.cur_softmax_sum)))
         total = prev + cur
+
         def weight(part):
             factor = (part / total)[..., 0].unsqueeze(-1)
             return factor.permute(2, 0, 1, 3) if a.input_layout == "SBH" else factor
-        prev_out, cur_out = (tensor.float().unflatten(-1, (maximum.shape[1], -1)) if a.input_layout == "SBH" else tensor.float()
-                             for tensor in (a.prev_attn_out, a.cur_attn_out))
+
+        prev_out, cur_out = (tensor.float() for tensor in (a.prev_attn_out, a.cur_attn_out))
+        if a.input_layout == "SBH":
+            prev_out, cur_out = (tensor.unflatten(-1, (maximum.shape[1], -1)) for tensor in (prev_out, cur_out))
         out = prev_out * weight(prev) + cur_out * weight(cur)
         return out.reshape(a.prev_attn_out.shape).to(a.prev_attn_out.dtype), maximum, total
 
@@ -100,7 +103,8 @@ class Operators:
         elif a.softmax_layout == "TND":
             flat = torch.cat([row.t() for row in rows])
         else:
-            joined = torch.cat(rows, dim=1) if self._tnd_order == "heads" else torch.cat([row.reshape(-1) for row in rows])
+            by_document = torch.cat([row.reshape(-1) for row in rows])
+            joined = torch.cat(rows, dim=1) if self._tnd_order == "heads" else by_document
             flat = joined.reshape(-1, rows[0].shape[0])  # the declared shape is (T, N, 8) whatever lies in memory
         return flat.float().unsqueeze(-1).repeat_interleave(LANES, -1)
 
@@ -126,7 +130,8 @@ class _Dropout:
     def __init__(self, a, seed):
         self._keep_prob, self.offset = a.keep_prob, 0
         self.seed = int(torch.randint(1, 1 << 31, ())) if seed is None else seed
-        self.numels = sum(a.head_num * s.query.shape[1] * s.key.shape[1] for s in _sequences(a)) if a.keep_prob < 1 else 0
+        sizes = (a.head_num * s.query.shape[1] * s.key.shape[1] for s in _sequences(a))
+        self.numels = sum(sizes) if a.keep_prob < 1 else 0
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def factors(self, probs):
@@ -149,7 +154,7 @@ def _gradients(sequence, grad, out, softmax_max, softmax_sum, scale, keep):
 
 
 class _Arguments:
-    """A call's arguments by name, defaults of the schema filled in; ``scale`` and ``softmax_layout`` exist in every release."""
+    """A call's arguments by name, the schema's defaults filled in; softmax_layout is "" where a release lacks it."""
 
     def __init__(self, values):
         self.names = set(values)

@@ -38,7 +38,7 @@ def check_attention(a):
     if a.input_layout == "TND":
         _check_documents(a)
     else:
-        require(a.actual_seq_qlen is None and a.actual_seq_kvlen is None, "actual_seq_qlen is for input_layout TND only")
+        require(a.actual_seq_qlen is None and a.actual_seq_kvlen is None, "actual_seq_qlen is for TND only")
     _check_mask(a, _extents(a))
 
 
@@ -50,8 +50,10 @@ def check_gradient(a):
         statistic = getattr(a, name)
         require(statistic is not None, f"{name} is needed")
         require(statistic.dtype == torch.float32, f"{name} must be float32")
-        require(tuple(statistic.shape) == (*rows, 8), f"{name} has shape {tuple(statistic.shape)}, must be {(*rows, 8)}")
-        require(torch.equal(statistic, statistic[..., :1].expand_as(statistic)), f"the eight lanes of {name} must be equal")
+        shape = tuple(statistic.shape)
+        require(shape == (*rows, 8), f"{name} has shape {shape}, must be {(*rows, 8)}")
+        equal = torch.equal(statistic, statistic[..., :1].expand_as(statistic))
+        require(equal, f"the eight lanes of {name} must be equal")
     require(a.attention_in is not None, "attention_in is needed")
     head_dim, value_dim = head_dims(a)
     out_shape = list(a.query.shape)
@@ -75,9 +77,11 @@ def check_ring_update(a):
         fits = len(shape) == 4 and (shape[2], shape[0], shape[3]) == (out.shape[0], out.shape[1], 8)
         require(fits and out.shape[2] % shape[1] == 0, f"statistics {tuple(shape)} do not fit SBH {tuple(out.shape)}")
     else:
-        require(a.actual_seq_qlen is not None and a.actual_seq_qlen.dtype == torch.int64, "TND needs actual_seq_qlen, int64")
+        given = a.actual_seq_qlen is not None and a.actual_seq_qlen.dtype == torch.int64
+        require(given, "TND needs actual_seq_qlen, int64")
         require(tuple(shape) == (*out.shape[:2], 8), f"statistics {tuple(shape)} do not fit TND {tuple(out.shape)}")
-        require(out.shape[1] <= MAX_HEADS and out.shape[2] % 64 == 0, "TND takes at most 256 heads and dims divisible by 64")
+        require(out.shape[1] <= MAX_HEADS, f"TND takes at most {MAX_HEADS} heads")
+        require(out.shape[2] % 64 == 0, "TND takes head dimensions that 64 divides")
     require(all(torch.isfinite(s).all() for s in statistics), "statistics must be finite")
     require(all((s > 0).all() for s in statistics[1::2]), "sums must be positive")
 
@@ -119,7 +123,7 @@ def _check_documents(a):
         require(len(ends) <= MAX_DOCUMENTS, f"{name} has {len(ends)} entries, at most {MAX_DOCUMENTS}")
         # Legal for the operator (an empty first document), but always the sign of cu_seqlens passed as it is.
         require(ends[0] > 0, f"{name} must not begin with 0")
-    require(len(a.actual_seq_qlen) == len(a.actual_seq_kvlen), "actual_seq_qlen and actual_seq_kvlen must have one length")
+    require(len(a.actual_seq_qlen) == len(a.actual_seq_kvlen), "both lists of lengths must have as many entries")
     require(a.key.shape[0] == a.value.shape[0], "key and value must have the same rows")
 
 
@@ -130,8 +134,8 @@ def _batch(a):
 def _extents(a):
     """(query rows, key rows) of every sequence."""
     if a.input_layout == "TND":
-        lengths = [[high - low for low, high in zip([0, *ends], ends)] for ends in (a.actual_seq_qlen, a.actual_seq_kvlen)]
-        return list(zip(*lengths))
+        both = (a.actual_seq_qlen, a.actual_seq_kvlen)
+        return list(zip(*([high - low for low, high in zip([0, *ends], ends)] for ends in both)))
     dim = {"BSH": 1, "SBH": 0, "BNSD": 2, "BSND": 1}[a.input_layout]
     batch_dim = 1 if a.input_layout == "SBH" else 0
     require(a.query.shape[batch_dim] == a.key.shape[batch_dim] == a.value.shape[batch_dim], "batch sizes must be equal")
@@ -147,16 +151,17 @@ def _check_mask(a, extents):
     mask = a.atten_mask
     require(mask.dtype in (torch.bool, torch.uint8), f"atten_mask is {mask.dtype}; must be bool or uint8")
     if a.sparse_mode in (2, 3, 4):
-        require(tuple(mask.shape) == (MASK_SIZE, MASK_SIZE), f"sparse_mode {a.sparse_mode} takes the compressed mask of "
-                f"{MASK_SIZE} x {MASK_SIZE}, got {tuple(mask.shape)}")
+        require(tuple(mask.shape) == (MASK_SIZE, MASK_SIZE), f"sparse_mode {a.sparse_mode} takes the compressed mask "
+                f"of {MASK_SIZE} x {MASK_SIZE}, got {tuple(mask.shape)}")
         require(_is_triangle(mask), "the compressed mask is not a triangle")
         if a.sparse_mode == 4:
             _check_band(a, extents)
         return
     rows, cols = max(q for q, _ in extents), max(k for _, k in extents)
-    allowed = [(rows, cols)] if a.input_layout == "TND" else [
-        (rows, cols), *((b, n, rows, cols) for b in {1, _batch(a)} for n in {1, a.head_num} if (b, n) != (1, a.head_num))]
-    require(tuple(mask.shape) in allowed, f"atten_mask {tuple(mask.shape)} must be one of {allowed} in sparse_mode {a.sparse_mode}")
+    allowed = [(rows, cols)]
+    if a.input_layout != "TND":
+        allowed += [(*leading, rows, cols) for leading in ((1, 1), (_batch(a), 1), (_batch(a), a.head_num))]
+    require(tuple(mask.shape) in allowed, f"atten_mask {tuple(mask.shape)} must be one of {allowed}")
     if a.input_layout == "TND":
         require(not mask.bool().all(-1).any(), "atten_mask must not hide a whole row in TND")
 

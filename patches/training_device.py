@@ -1,0 +1,77 @@
+"""What a Megatron-LM checkout asks of a machine without an accelerator, beyond megatron-core's wishes in ``device``."""
+
+import importlib
+import importlib.util
+from types import ModuleType, SimpleNamespace
+
+from mindspeed_cp.patches.manager import Patch
+from mindspeed_cp.patches.training import without_checkout, without_legacy
+
+TRITON_KERNELS = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
+
+
+def checkout_imports():
+    """Patches without which megatron.training cannot be imported; they come before every other table of a checkout."""
+    return [Patch(TRITON_KERNELS, _kernels_without_triton,
+                  "0.16 imports its Triton kernels even when --batch-invariant-mode is off", _triton_is_there, create=True)]
+
+
+def checkout_device_patches(when):
+    """The table; ``when`` is () -> "" on a machine without accelerator, else why no stand-in is needed."""
+    checkout, legacy = (lambda: when() or without_checkout()), (lambda: when() or without_legacy())
+    return [
+        Patch("megatron.training.initialize.initialize_megatron", _allow_no_cuda,
+              "Megatron refuses to start without CUDA", checkout),
+        Patch("torch.cuda.device_count", lambda original: lambda: 1,
+              "without a device Megatron makes no process groups and seeds no generator", checkout),
+        Patch("torch.cuda.get_device_properties", lambda original: _properties,
+              "Megatron asks for the architecture of the device", checkout),
+        Patch("torch.cuda.device_memory_used", lambda original: lambda device=None: 0,
+              "Megatron prints the memory of the device", checkout),
+        Patch("megatron.core.datasets.utils.compile_helpers", _compile_if_missing,
+              "helpers that are compiled already need no compiler", checkout),
+        Patch("megatron.legacy.fused_kernels.load", lambda original: lambda args: None,
+              "the fused kernels are CUDA; legacy models have plain versions", legacy)]
+
+
+def _triton_is_there():
+    if importlib.util.find_spec("triton") is not None:
+        return "Triton is installed"
+    # Looked for beside its package: finding it by name would import all of megatron.core.transformer twice over.
+    package = TRITON_KERNELS.rpartition(".")[0]
+    try:
+        found = importlib.util.find_spec(TRITON_KERNELS)
+    except ModuleNotFoundError:
+        found = None
+    return "" if found else f"this version has no such kernels in {package}"
+
+
+def _kernels_without_triton(original):
+    module = ModuleType(TRITON_KERNELS)
+
+    def enable_batch_invariant_mode(*args, **kwargs):
+        raise ValueError("--batch-invariant-mode needs Triton, which is not installed; install it, or leave the flag out.")
+    module.enable_batch_invariant_mode = module.set_batch_invariant_mode = enable_batch_invariant_mode
+    module.disable_batch_invariant_mode = lambda: None
+    module.is_batch_invariant_mode_enabled = lambda: False
+    return module
+
+
+def _allow_no_cuda(original):
+    def initialize_megatron(*args, **kwargs):
+        # The fourth positional argument in every version; no caller passes it so.
+        return original(*args, **{**kwargs, "allow_no_cuda": True})
+    return initialize_megatron
+
+
+def _properties(device=None):
+    return SimpleNamespace(name="cpu", major=9, minor=0, total_memory=0, multi_processor_count=1)
+
+
+def _compile_if_missing(original):
+    def compile_helpers():
+        try:
+            importlib.import_module("megatron.core.datasets.helpers_cpp")
+        except ImportError:
+            original()
+    return compile_helpers

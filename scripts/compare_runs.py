@@ -1,0 +1,83 @@
+"""Put the losses of several runs side by side: a table, the largest difference, communicated bytes, a picture.
+
+    python scripts/compare_runs.py --tolerance 1e-4 --plot loss.png "cp=1=runs/cp1.jsonl" "Ring cp=4=runs/ring.jsonl"
+
+Each argument is NAME=FILE, FILE written by pretrain_gpt.py --log-file; the first run is the one to agree with. Exit status
+1 when a loss differs from it by more than the tolerance, relatively.
+"""
+
+import argparse
+import json
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+
+def read_run(path):
+    """The step records of a --log-file; validations are left out."""
+    with open(path, encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    return [record for record in records if "loss" in record]
+
+
+def largest_difference(run, reference):
+    """Largest relative difference of two runs' losses; infinite when their steps differ or a loss is no number."""
+    if [record["iteration"] for record in run] != [record["iteration"] for record in reference] or not run:
+        return float("inf")
+    differences = [abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(run, reference, strict=True)]
+    return max((d if d == d else float("inf")) for d in differences)
+
+
+def table(runs):
+    result = Table(title="Loss step by step")
+    result.add_column("step", justify="right")
+    for name in runs:
+        result.add_column(name, justify="right")
+    columns = list(runs.values())
+    for rows in zip(*columns, strict=False):
+        result.add_row(str(rows[0]["iteration"]), *(f"{row['loss']:.6f}" for row in rows))
+    result.add_section()
+    result.add_row("difference", "", *(f"{largest_difference(run, columns[0]):.1e}" for run in columns[1:]))
+    result.add_row("bytes per rank and step", *(f"{run[-1]['cp_bytes_per_rank']:,.0f}" for run in columns))
+    result.add_row("tokens/s", *(f"{sorted(record['tokens_per_second'] for record in run)[len(run) // 2]:,.0f}"
+                                 for run in columns))
+    return result
+
+
+def plot(runs, path):
+    """Loss curves as a picture; the lines lie on each other, so each is thinner than the one before."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for index, (name, run) in enumerate(runs.items()):
+        axes.plot([record["iteration"] for record in run], [record["loss"] for record in run], label=name,
+                  linewidth=7 - 2.5 * index, linestyle="-" if index < 2 else "--")
+    axes.set(xlabel="step", ylabel="loss", title="The same training, with and without context parallelism")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="NAME=FILE", help="a name and a --log-file of pretrain_gpt.py")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative difference allowed (default: 1e-4)")
+    parser.add_argument("--plot", metavar="PNG", help="where to save the picture of the losses")
+    args = parser.parse_args(argv)
+    runs = {name: read_run(path) for name, _, path in (run.rpartition("=") for run in args.runs)}
+    Console(width=None if sys.stdout.isatty() else 100).print(table(runs))
+    if args.plot:
+        plot(runs, args.plot)
+        print(f"loss curves: {args.plot}")
+    first, *others = runs.values()
+    difference = max((largest_difference(run, first) for run in others), default=0.0)
+    verdict = "within" if difference <= args.tolerance else "ABOVE"
+    print(f"largest relative difference of a loss: {difference:.1e}, {verdict} the tolerance of {args.tolerance:.0e}")
+    return 0 if difference <= args.tolerance else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
