@@ -29,7 +29,8 @@ def setup_from_args(args, world_size=None):
         tensor_parallel_size=args.tensor_model_parallel_size, pipeline_parallel_size=args.pipeline_model_parallel_size,
         sequence_parallel=bool(getattr(args, "sequence_parallel", False)), use_flash_attn=bool(args.use_flash_attn),
         use_legacy_models=bool(getattr(args, "use_legacy_models", False)),
-        gather_size_calculator=args.gather_size_calculator)
+        gather_size_calculator=args.gather_size_calculator,
+        fused_update=bool(getattr(args, "use_fused_ring_attention_update", False)))
 
 
 def validate(args, world_size=None):
@@ -102,5 +103,3 @@ def _ignored_flags(args, config):
     if sizes:
         yield (f"--hierarchical-context-parallel-sizes {' '.join(map(str, sizes))} is ignored: use --context-parallel-algo "
                "hybrid_cp_algo with --ulysses-degree-in-cp.")
-    if getattr(args, "use_fused_ring_attention_update", False):
-        yield "--use-fused-ring-attention-update changes nothing: blocks are always merged in place."

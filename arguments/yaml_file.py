@@ -97,12 +97,15 @@ def _walk(tree, prefix, path, values, others):
 
 
 def _nearest(key, cutoff):
-    """The known key most like ``key``: by its last part, since files differ most in where a key stands."""
+    """The known key most like ``key`` by its last part: in the same section if there is one, else in any."""
     section, _, last = key.rpartition(".")
-    same_section = {known.rpartition(".")[2]: known for known in (*KEYS, *_SECTIONS) if known.rpartition(".")[0] == section}
-    candidates = same_section or {known.rpartition(".")[2]: known for known in (*KEYS, *_SECTIONS)}
-    found = difflib.get_close_matches(last, candidates, 1, cutoff)
-    return candidates[found[0]] if found else None
+    known = {name: name.rpartition(".") for name in (*_SECTIONS, *KEYS)}
+    for names in ({part[2]: name for name, part in known.items() if part[0] == section},
+                  {part[2]: name for name, part in known.items()}):
+        found = difflib.get_close_matches(last, names, 1, cutoff)
+        if found:
+            return names[found[0]]
+    return None
 
 
 def _checked(key, value, path):

@@ -10,7 +10,7 @@ from mindspeed_cp.algorithms.ring import RingProblem
 from mindspeed_cp.algorithms.ulysses import UlyssesProblem
 from mindspeed_cp.blocks import IntervalMask
 from mindspeed_cp.comm.all_to_all import SequenceExchange
-from mindspeed_cp.kernels import select_kernel
+from mindspeed_cp.kernels import merge_function, select_kernel
 from mindspeed_cp.kernels.base import KernelOptions
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -18,7 +18,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def context_parallel_attention(query, key, value, *, config, groups, layout, softmax_scale=None, attention_mask=None,
                                cu_seqlens=None, dropout_p=0.0, layer_number=1, kernel=None, sliding_window=None,
-                               softmax_offset=None):
+                               softmax_offset=None, fused_update=False):
     """Attention over a sequence that is split over the ranks of a context-parallel group; every rank of it calls this.
 
     Args:
@@ -36,6 +36,7 @@ def context_parallel_attention(query, key, value, *, config, groups, layout, sof
         kernel: an AttentionKernel, or its name; None chooses by device.
         sliding_window: (left, right): the query at p sees keys p - left to p + right; None or -1 is unlimited.
         softmax_offset: (heads,) one more logit per head with value 0 (an attention sink); gets a gradient.
+        fused_update: merge blocks by the kernel's own operator where it has one (--use-fused-ring-attention-update).
 
     Returns:
         (seq_local, batch, heads, dv) in the query's dtype; float64, float32, float16 and bfloat16.
@@ -50,6 +51,9 @@ def context_parallel_attention(query, key, value, *, config, groups, layout, sof
     if config.allgather_kv and key.shape[2] != 1:
         raise ValueError(f"--use-ulysses-allgather-kv needs one KV head on each rank, not {key.shape[2]}; leave it out.")
     mask = interval_mask(config.attention_mask_type, layout.seq_len, cu_seqlens, sliding_window)
+    _check_offset(softmax_offset, query)
+    if not isinstance(layer_number, int) or layer_number < 1:
+        raise ValueError(f"layer_number {layer_number} must be a whole number of at least 1; it is global and counts from 1.")
     policy = config.kv_cache_policy_for(layer_number)
     if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p {dropout_p} must lie between 0 and 1.")
@@ -60,7 +64,7 @@ def context_parallel_attention(query, key, value, *, config, groups, layout, sof
         options=KernelOptions(query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, float(dropout_p)),
         exchange="direct" if config.kv_exchange == "direct" else ALGORITHMS[config.algorithm].exchange or "ring",
         policy=policy if config.ring_size > 1 else None, overlap=config.send_recv_overlap,
-        dense_mask=_dense_mask(attention_mask, query.shape[1], layout.seq_len))
+        dense_mask=_dense_mask(attention_mask, query.shape[1], layout.seq_len), merge=merge_function(kernel, fused_update))
     return ContextParallelAttention.apply(query, key, value, softmax_offset, AttentionCall(
         ring, _ulysses_problem(config, groups, layout, query, key, value, policy)))
 
@@ -80,10 +84,11 @@ def interval_mask(mask_type, seq_len, cu_seqlens=None, sliding_window=None):
     Raises:
         ValueError: cu_seqlens does not start with 0, descends, or does not end with ``seq_len``; the window is malformed.
     """
-    left, right = sliding_window if sliding_window is not None else (None, None)
-    if any(side is not None and (not isinstance(side, int) or side < -1) for side in (left, right)):
+    window = (None, None) if sliding_window is None else sliding_window
+    if not isinstance(window, (tuple, list)) or len(window) != 2 or any(
+            side is not None and (not isinstance(side, int) or side < -1) for side in window):
         raise ValueError(f"sliding_window {sliding_window} must be two whole numbers of at least 0, or -1 or None for no limit.")
-    left, right = (None if side in (None, -1) else side for side in (left, right))
+    left, right = (None if side in (None, -1) else side for side in window)
     return _interval_mask(mask_type == "causal", seq_len, left, right, _boundaries(cu_seqlens))
 
 
@@ -108,9 +113,12 @@ def _interval_mask(causal, seq_len, left, right, cu_seqlens):
 
 
 def _boundaries(cu_seqlens):
-    if cu_seqlens is None or isinstance(cu_seqlens, tuple):
-        return cu_seqlens
-    return tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens)
+    if cu_seqlens is None:
+        return None
+    numbers = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens
+    if not isinstance(numbers, (tuple, list)) or not all(isinstance(number, int) for number in numbers):
+        raise ValueError(f"cu_seqlens {cu_seqlens} must be one row of whole numbers: the document boundaries from 0 to the total.")
+    return tuple(numbers)
 
 
 def _short(numbers):
@@ -130,6 +138,12 @@ def _dense_mask(attention_mask, batch, seq_len):
         raise ValueError(f"attention_mask has shape {shape} and must be global: ({seq_len}, {seq_len}) or "
                          f"({batch}, 1, {seq_len}, {seq_len}); pass the unsharded mask.")
     return attention_mask[:, 0]
+
+
+def _check_offset(softmax_offset, query):
+    if softmax_offset is not None and tuple(softmax_offset.shape) != (query.shape[2],):
+        raise ValueError(f"softmax_offset has shape {tuple(softmax_offset.shape)} and must be ({query.shape[2]},), one logit for each "
+                         "query head of this rank.")
 
 
 def _check_tensors(query, key, value, groups, layout):

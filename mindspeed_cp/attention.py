@@ -135,7 +135,7 @@ class AttentionBridge:
                 query, key, value, config=effective_config(config, "causal" if causal else "full"), groups=groups, layout=layout,
                 softmax_scale=module.softmax_scale, attention_mask=mask, cu_seqlens=shape.cu_seqlens,
                 dropout_p=module.dropout_p, layer_number=module.layer_number, kernel=kernel, sliding_window=window,
-                softmax_offset=module.softmax_offset)
+                softmax_offset=module.softmax_offset, fused_update=state.setup is not None and state.setup.fused_update)
 
 
 def _single():

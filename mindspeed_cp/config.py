@@ -194,6 +194,7 @@ class TrainingSetup:
     use_flash_attn: bool = True
     use_legacy_models: bool = False
     gather_size_calculator: str = "default"
+    fused_update: bool = False
     notices: tuple = field(default=(), compare=False)
 
     @property

@@ -133,4 +133,7 @@ def _checked_ranks(cp, cp_ranks):
     if sorted(flat) != list(range(world)):
         raise ValueError(f"cp_ranks {all_ranks} must name each of the {world} ranks of the world exactly once; "
                          "list every context-parallel group.")
+    if any(ranks != sorted(ranks) for ranks in all_ranks):
+        # torch.distributed numbers the ranks of a group in ascending order, whatever order they are given in.
+        raise ValueError(f"cp_ranks {all_ranks} must ascend within each group; sort them.")
     return all_ranks

@@ -13,6 +13,7 @@ import warnings
 import torch
 
 from mindspeed_cp import compat
+from mindspeed_cp.kernels import npu_setup
 from mindspeed_cp.notices import ContextParallelWarning, is_rank0
 
 TRIED_VERSIONS = ("0.12.1", "0.13.1", "0.14.0", "0.15.3", "0.16.1")
@@ -49,18 +50,14 @@ def _why_no_stand_in():
 
 
 def _npu_is_available():
-    """Import torch_npu where it is installed; Ascend's own shim then gives Megatron's torch.cuda names their NPU meaning."""
+    """Switch the process to NPUs where torch_npu works; say why not where it is installed and does not."""
     if importlib.util.find_spec("torch_npu") is None:
         return False
-    try:
-        import torch_npu  # noqa: F401
-    except (ImportError, OSError) as error:
-        warnings.warn(f"torch_npu is installed and cannot be imported ({error}); install CANN and source its set_env.sh, or "
-                      f"set {DEVICE_VARIABLE}=cpu to run on the CPU knowingly.", ContextParallelWarning, stacklevel=2)
+    reason = npu_setup.unavailable()
+    if reason:
+        warnings.warn(f"{reason} Set {DEVICE_VARIABLE}=cpu to run on the CPU knowingly.", ContextParallelWarning, stacklevel=2)
         return False
-    if not torch.npu.is_available():
-        return False
-    from torch_npu.contrib import transfer_to_npu  # noqa: F401
+    npu_setup.prepare_npu()
     return True
 
 

@@ -2,7 +2,14 @@
 
 import importlib
 import importlib.util
+import inspect
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
+
+import torch
 
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.training import without_checkout, without_legacy
@@ -22,6 +29,8 @@ def checkout_device_patches(when):
     return [
         Patch("megatron.training.initialize.initialize_megatron", _allow_no_cuda,
               "Megatron refuses to start without CUDA", checkout),
+        Patch("megatron.training.initialize._warmup_jit_function", lambda original: lambda: None,
+              "nothing is compiled, and the random numbers it draws would make initial weights depend on the parallel sizes", checkout),
         Patch("torch.cuda.device_count", lambda original: lambda: 1,
               "without a device Megatron makes no process groups and seeds no generator", checkout),
         Patch("torch.cuda.get_device_properties", lambda original: _properties,
@@ -29,7 +38,7 @@ def checkout_device_patches(when):
         Patch("torch.cuda.device_memory_used", lambda original: lambda device=None: 0,
               "Megatron prints the memory of the device", checkout),
         Patch("megatron.core.datasets.utils.compile_helpers", _compile_if_missing,
-              "helpers that are compiled already need no compiler", checkout),
+              "Megatron's Makefile compiles for the first python3 of the PATH, each time; this compiles once, for the Python that runs", checkout),
         Patch("megatron.legacy.fused_kernels.load", lambda original: lambda args: None,
               "the fused kernels are CUDA; legacy models have plain versions", legacy)]
 
@@ -73,5 +82,22 @@ def _compile_if_missing(original):
         try:
             importlib.import_module("megatron.core.datasets.helpers_cpp")
         except ImportError:
-            original()
+            _compile(Path(inspect.getfile(original)).parent)
     return compile_helpers
+
+
+def _compile(folder):
+    """Compile helpers.cpp of Megatron's datasets for the Python that runs, with the pybind11 that comes with torch."""
+    name = "helpers_cpp" + sysconfig.get_config_var("EXT_SUFFIX")
+    includes = [sysconfig.get_paths()["include"], str(Path(torch.__file__).parent / "include")]
+    with tempfile.TemporaryDirectory(dir=folder) as built:
+        command = ["c++", "-O3", "-shared", "-std=c++17", "-fPIC", *(f"-I{include}" for include in includes),
+                   str(folder / "helpers.cpp"), "-o", str(Path(built, name))]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", None) or error
+            raise RuntimeError(f"the dataset helpers of Megatron-LM in {folder} could not be compiled ({reason}); install a C++ "
+                               "compiler and Python's headers, or run make there.") from error
+        Path(built, name).replace(folder / name)  # at once, so that a second run never sees half a file
+    importlib.invalidate_caches()

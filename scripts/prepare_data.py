@@ -6,6 +6,7 @@
 Tokens are bytes; every document ends with an end-of-document token. Nothing is downloaded.
 """
 
+import trainer.quiet  # noqa: F401  before Megatron warns
 import mindspeed_cp.megatron_adaptor  # noqa: F401  before anything of Megatron
 
 import argparse

@@ -3,23 +3,24 @@
     torchrun --nproc-per-node 4 scripts/pretrain_gpt.py --data-path data/topics --context-parallel-size 4 ...
 """
 
-import warnings
-
-# Megatron says for each module that it works without apex and Transformer Engine.
-warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*not installed")
-warnings.filterwarnings("ignore", message="full scope is deprecated")
-warnings.filterwarnings("ignore", message=".*we are deprecating ShardedTensor")
-
+import trainer.quiet  # noqa: F401  before Megatron warns
 import mindspeed_cp.megatron_adaptor  # noqa: F401  before anything else of Megatron
+
+import warnings
 
 from trainer.arguments import parse_args
 from trainer.loop import pretrain
 
 from mindspeed_cp.arguments import readable_errors
+from mindspeed_cp.notices import ContextParallelWarning
 
 
 def main(argv=None):
-    with readable_errors("pretrain_gpt.py"):
+    show = warnings.showwarning
+    with readable_errors("pretrain_gpt.py"), warnings.catch_warnings():
+        # What the configuration has to say is for the user, not about a line of source.
+        warnings.showwarning = lambda message, category, *rest: print(f"note: {message}", flush=True) \
+            if issubclass(category, ContextParallelWarning) else show(message, category, *rest)
         args = parse_args(argv)
     pretrain(args)
 

@@ -14,7 +14,7 @@ if [ ! -x .venv/bin/python ]; then
   echo "== Installing into .venv (torch, megatron-core and a few small packages)"
   "$PYTHON" -m venv .venv
 fi
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train]'
+.venv/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[train]'
 
 echo "== Preparing data: the help topics of Python's standard library as bytes"
 mkdir -p "$RUNS"

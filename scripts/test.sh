@@ -10,7 +10,7 @@ OLD=.venv/megatron-core-$OLD_MEGATRON
 export OMP_NUM_THREADS=1
 
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-pip() { .venv/bin/python -m pip "$1" --quiet --disable-pip-version-check "${@:2}"; }
+pip() { .venv/bin/python -m pip "$1" -qq --disable-pip-version-check "${@:2}"; }
 pip install --constraint constraints.txt --editable '.[dev]'
 # Beside the default one and found before it: the same environment otherwise. Without the dependencies that 0.12 declares,
 # which are those of its own test suite and of tools that are not used here.

@@ -86,7 +86,7 @@ training() {
   mkdir -p "$folder"
   "$PYTHON" scripts/prepare_data.py --output "$folder/topics" || return 1
   common="--data-path $folder/topics --num-layers 2 --hidden-size 256 --num-attention-heads 16 --seq-length 1024 --train-iters 20
-    --global-batch-size 8 --lr 1e-3 --position-embedding-type rope --use-flash-attn"
+    --global-batch-size 8 --lr 3e-4 --position-embedding-type rope --use-flash-attn"
   while read -r name flags; do
     # shellcheck disable=SC2086  # flags are words
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node $ranks scripts/pretrain_gpt.py $common $flags \

@@ -18,9 +18,11 @@ from mindspeed_cp.groups import ContextParallelGroups
 ROOT = Path(__file__).resolve().parent.parent
 CP = "mindspeed.core.context_parallel"
 NAMES = {
-    f"{CP}.ulysses_context_parallel": [  # the package
-        "UlyssesContextAttention", "GatherSizeCalculator", "DefaultGatherSizeCalculator", "DynamicGatherSizeCalculator"],
-    f"{CP}.ulysses_context_parallel.ulysses_context_parallel": ["UlyssesContextAttention", "DynamicGatherSizeCalculator"],
+    f"{CP}.ulysses_context_parallel": [
+        "UlyssesContextAttention", "GatherSizeCalculator", "DefaultGatherSizeCalculator",
+        "DynamicGatherSizeCalculator"],
+    f"{CP}.ulysses_context_parallel.ulysses_context_parallel": [
+        "UlyssesContextAttention", "DynamicGatherSizeCalculator"],
     f"{CP}.ulysses_context_parallel.unaligned_cp.mapping": [
         "all_to_all", "cal_split_sizes", "split_forward_gather_backward", "gather_forward_split_backward"],
     f"{CP}.ring_context_parallel.ring_context_parallel": ["ringattn_context_parallel"],
@@ -44,6 +46,7 @@ def test_every_documented_path_gives_our_own_objects(installed, name):
     ours = importlib.import_module(compat.ALIASES[name])
     for attribute in NAMES[name]:
         assert getattr(module, attribute) is getattr(ours, attribute)
+    assert module is ours or name == f"{CP}.ulysses_context_parallel"  # which is a package too
     assert ours.__name__.startswith("mindspeed_cp.") and ours.__spec__.name == ours.__name__
 
 

@@ -9,7 +9,7 @@ import torch
 from distributed import run_ranks
 
 from mindspeed_cp.comm import count_bytes
-from mindspeed_cp.compat.ring import ringattn_context_parallel
+from mindspeed_cp.compat.ring import _Place, ringattn_context_parallel
 
 HEADS, KV_HEADS, DK, DV, BATCH = 4, 2, 6, 4, 2
 
@@ -78,6 +78,7 @@ def _windows(rank):
     inner = [rank // 2 * 2, rank // 2 * 2 + 1]
     window = {"cp_inner_ranks": inner, "cp_outer_ranks": [rank % 2, rank % 2 + 2]}
     shard = seq // world * BATCH * KV_HEADS * (DK + DV) * 8
+    assert _Place.of(_para(True, rank, world, **window)).groups.hierarchy == (1, 2, 2)
     for extra in (window, {**window, "cp_group_for_send_recv_overlap": second}, {"cp_inner_ranks": list(range(4))}):
         for policy, fetched in ((None, 3), ("half", None), ("full", 0)):
             para = _para(True, rank, world, cache_policy=policy, **extra)

@@ -21,6 +21,7 @@ def described(rank, config, cp_ranks=None):
                                                          "ring_size", "ulysses_degree", "ring_global_ranks")} | {
             name: ranks_of(getattr(groups, name)) for name in ("cp_group", "ulysses_group", "ring_group", "outer_group")}
     finally:
+        dist.barrier()  # gloo: a rank that leaves while another still connects breaks that one's connection
         groups.destroy()
 
 
@@ -41,7 +42,7 @@ def test_ulysses_ranks_are_neighbours_and_ring_ranks_are_strided(shape):
         assert (got["cp_size"], got["ring_size"], got["ulysses_degree"]) == (cp, window * windows, degree)
 
 
-@pytest.mark.parametrize("cp_ranks", [[[0, 1], [2, 3]], [[0, 2], [1, 3]], [[3, 1], [2, 0]]], ids=["neighbours", "strided", "reversed"])
+@pytest.mark.parametrize("cp_ranks", [[[0, 1], [2, 3]], [[0, 2], [1, 3]], [[1, 3], [0, 2]]], ids=["neighbours", "strided", "second-first"])
 def test_every_context_parallel_group_of_the_world_gets_its_own_groups(cp_ranks):
     for rank, got in enumerate(run_ranks(4, described, {"context_parallel_size": 2, "algorithm": "megatron_cp_algo"}, cp_ranks)):
         mine, = (ranks for ranks in cp_ranks if rank in ranks)
@@ -63,12 +64,13 @@ def attend_in_groups(rank, case, cp_ranks):
     leaves, sinks, grad_out, mask = local_inputs(groups.cp_rank, case, layout)
     out = context_parallel_attention(*leaves, **arguments(case, config, groups, layout, sinks, mask))
     out.backward(grad_out)
+    dist.barrier()
     groups.destroy()
     return index, groups.cp_rank, {"out": out.detach(), **{f"d{n}": leaf.grad for n, leaf in zip("qkv", leaves)}}
 
 
-@pytest.mark.parametrize("cp_ranks", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 2, 4, 6], [1, 3, 5, 7]], [[7, 0, 3, 4], [1, 2, 5, 6]]],
-                         ids=["neighbours", "strided", "any-order"])
+@pytest.mark.parametrize("cp_ranks", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 2, 4, 6], [1, 3, 5, 7]], [[0, 3, 4, 7], [1, 2, 5, 6]]],
+                         ids=["neighbours", "strided", "any"])
 @pytest.mark.parametrize("shape", [shape for name in ("ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo")
                                    for shape in shapes(name, 4)], ids=lambda shape: "-".join(map(str, shape.values())))
 def test_groups_beside_each_other_compute_their_own_sequences(shape, cp_ranks):
@@ -105,8 +107,8 @@ def refused(rank, config, cp_ranks):
 
 @pytest.mark.parametrize("cp_ranks, words", [
     (None, "--context-parallel-size 2 .*4.*cp_ranks"), ([[0, 1, 2], [3]], "--context-parallel-size 2 "),
-    ([[0, 1], [1, 2]], "exactly once"), ([[0, 1]], "exactly once"), ([[0, 1], [2, 4]], "exactly once")],
-    ids=["world-too-large", "wrong-size", "twice", "missing", "outside"])
+    ([[0, 1], [1, 2]], "exactly once"), ([[0, 1]], "exactly once"), ([[0, 1], [2, 4]], "exactly once"), ([[1, 0], [2, 3]], "must ascend")],
+    ids=["world-too-large", "wrong-size", "twice", "missing", "outside", "descending"])
 def test_groups_that_do_not_fit_the_world_are_refused_before_any_is_made(cp_ranks, words):
     import re
 

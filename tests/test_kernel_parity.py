@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import Case, attend, device_type, expected, largest_errors, whole
 from distributed import run_ranks
+
 from mindspeed_cp.algorithms.ring import RingProblem
 from mindspeed_cp.kernels import select_kernel
 
@@ -128,7 +129,7 @@ def test_two_runs_are_bitwise_equal(platform):
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("platform", [name for name in PLATFORMS if name.endswith(fake_torch_npu.FUSED_UPDATE_RELEASES)])
+@pytest.mark.parametrize("platform", [f"torch_npu-{release}" for release in fake_torch_npu.FUSED_UPDATE_RELEASES])
 def test_a_ring_with_the_fused_update_equals_dense_attention(platform):
     """--use-fused-ring-attention-update: every merge of the ring goes through npu_ring_attention_update."""
     if device_type() != "cpu" and not hasattr(select_kernel(None, device_type()), "merge"):

@@ -5,24 +5,25 @@ It needs one device whatever the ring's size, so a single GPU or NPU runs invari
 
 from contextlib import ExitStack
 
-import pytest
-import torch
-
 import fake_flash_attention
 import fake_torch_npu
+import pytest
+import torch
 from kernel_cases import assert_matches
+from reference import allowed_pairs, attention_with_gradients
+
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
 from mindspeed_cp.blocks import IntervalMask, plan_blocks
 from mindspeed_cp.kernels import cuda, cudnn, npu, select_kernel
 from mindspeed_cp.kernels.base import KernelOptions, accumulation_dtype
 from mindspeed_cp.softmax import merge_attention
-from reference import allowed_pairs, attention_with_gradients
 
 HEADS, KV_HEADS, DIM, BATCH = 4, 2, 16, 2
 MASKS = {
     "causal": dict(causal=True), "full": dict(), "window": dict(causal=True, window=(7, 0)),
     "two_sided_window": dict(window=(3, 5)), "packed": dict(causal=True, cu_seqlens=(0, 1, 8, 21, 43)),
-    "packed_full": dict(cu_seqlens=(0, 8, 21, 43)), "packed_window": dict(causal=True, window=(4, 0), cu_seqlens=(0, 20, 43)),
+    "packed_full": dict(cu_seqlens=(0, 8, 21, 43)),
+    "packed_window": dict(causal=True, window=(4, 0), cu_seqlens=(0, 20, 43)),
 }
 LENGTH = 43
 PLATFORMS = ("cpu", "blockwise", "cuda", "cudnn", *(f"torch_npu-{release}" for release in fake_torch_npu.RELEASES))
@@ -54,7 +55,7 @@ def sample(dtype):
 
 
 def simulate(kernel, tensors, cp, kind, device):
-    """Every rank computes its blocks against every shard; returns (global tensors by name, pairs computed by each rank)."""
+    """Every rank computes its blocks against every shard; returns (global tensors by name, pairs per rank)."""
     config = ContextParallelConfig(context_parallel_size=cp, algorithm="megatron_cp_algo",
                                    attention_mask_type="causal" if kind.get("causal") else "full")
     layout, options = SequenceLayout.build(config, LENGTH), KernelOptions(DIM ** -0.5)
@@ -79,7 +80,8 @@ def simulate(kernel, tensors, cp, kind, device):
             q, k = block.query_rows, block.key_rows
             grads = kernel.backward(grad_out[q], query[q], shards[1][source][k], shards[2][source][k], out[q], lse[q],
                                     block, options, rng)
-            for total, rows, grad in zip((sums[0][rank], sums[1][source], sums[2][source]), (q, k, k), grads, strict=True):
+            totals = sums[0][rank], sums[1][source], sums[2][source]
+            for total, rows, grad in zip(totals, (q, k, k), grads, strict=True):
                 total[rows] += grad
         outs.append(out.cpu())
         areas.append(sum(block.area for _, block in plans))

@@ -3,10 +3,10 @@
 import subprocess
 import sys
 
+import bench_kernels
 import pytest
 from trainer_runs import REPOSITORY, environment
 
-import bench_kernels
 from mindspeed_cp.kernels import select_kernel
 
 pytestmark = pytest.mark.cpu_only

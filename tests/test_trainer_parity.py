@@ -85,7 +85,7 @@ def test_loss_and_grad_norm_equal_the_run_without_context_parallelism(runs, grou
 
 def test_the_loss_goes_down_and_lengths_are_as_asked(runs):
     records = runs[name_of("rope", "cp=1")]
-    assert records[-1]["loss"] < 0.8 * records[0]["loss"]
+    assert records[-1]["loss"] < 0.8 * records[0]["loss"], [record["loss"] for record in records]
     assert len(records) == 20
     assert {record["tokens"] for record in records} == {4 * 64}
     varied = runs[name_of("a length for each batch", "ring cp=4")]

@@ -32,6 +32,7 @@ def environment():
 def train(rank, prefix, cases):
     """Run each case (name -> flags) one after the other in this process group; returns name -> list of step records."""
     import torch.distributed as dist
+    import trainer.quiet  # noqa: F401
 
     import mindspeed_cp.megatron_adaptor  # noqa: F401
     from trainer.arguments import parse_args

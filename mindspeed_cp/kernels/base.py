@@ -26,9 +26,9 @@ def accumulation_dtype(dtype):
 class AttentionKernel(Protocol):
     """Computes one ``blocks.Block``; the tensors are already cut to the block's rows.
 
-    A block is a rectangle, a causal square, or (``native_bands``) a band, in one or many pieces that lie end to end; its
-    query i sees its key j when lower <= j - i <= upper, counted within a piece; every row sees a key. ``attention_mask`` (bool, True = masked
-    out, (1 or batch, nq, nk)) further masks a single full rectangle.
+    A block is a rectangle, a causal square, or (``native_bands``) a band, in one or many pieces that lie end to end;
+    its query i sees its key j when lower <= j - i <= upper, counted within a piece, and every row sees a key.
+    ``attention_mask`` (bool, True = masked out, (1 or batch, nq, nk)) further masks a single full rectangle.
     """
 
     name: str
@@ -41,6 +41,6 @@ class AttentionKernel(Protocol):
     def backward(self, grad_out, query, key, value, out, lse, block, options, rng, attention_mask=None):
         """Returns (dq, dk, dv), each with the shape of its input, of the block alone.
 
-        out and lse are those of the whole attention (all blocks merged), cut to the block's query rows; rows that see no
-        key anywhere have lse = +inf, so that their probabilities are 0.
+        out and lse are those of the whole attention (all blocks merged), cut to the block's query rows; rows that see
+        no key anywhere have lse = +inf, so that their probabilities are 0.
         """

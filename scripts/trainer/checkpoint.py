@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import torch as torch_format
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 LATEST = "latest.txt"
 
@@ -33,14 +35,31 @@ def _state(args, chunks, optimizer, scheduler, iteration, is_loading):
     # chunk.module: the names in a checkpoint are the model's own, without those of its wrappers.
     models = {_name(chunks, stage): chunk.module.sharded_state_dict() for stage, chunk in enumerate(chunks)}
     everything = models if len(chunks) > 1 else models["model"]
-    # The model-space format is the one that another number of data- or context-parallel ranks can read.
-    how = {"sharding_type": "fully_sharded_model_space"} if args.use_distributed_optimizer else {}
+    how = _reshardable_format() if args.use_distributed_optimizer else {}
     return {**models, "optimizer": optimizer.sharded_state_dict(everything, is_loading=is_loading, **how),
             "scheduler": scheduler.state_dict(), "iteration": iteration}
 
 
+def _reshardable_format():
+    """The format of the distributed optimizer that other parallel sizes can read; its name changed with 0.14."""
+    formats = getattr(DistributedOptimizer, "checkpoint_fully_reshardable_formats", ())
+    if "fully_reshardable" in formats:
+        return {"metadata": {"distrib_optim_sharding_type": "fully_reshardable"}}
+    return {"sharding_type": "fully_sharded_model_space"}
+
+
 def _name(chunks, stage):
     return f"model{stage}" if len(chunks) > 1 else "model"
+
+
+def _make_adam_state(optimizer):
+    """Give torch's Adam the state of step 0: Megatron's distributed optimizer reads it before it loads anything."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = part.optimizer
+        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+            if isinstance(adam, torch.optim.Adam) and not adam.state[parameter]:
+                adam.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter),
+                                         "exp_avg_sq": torch.zeros_like(parameter)}
 
 
 def save_checkpoint(args, chunks, optimizer, scheduler, iteration):
@@ -56,6 +75,8 @@ def save_checkpoint(args, chunks, optimizer, scheduler, iteration):
 
 def load_checkpoint(args, chunks, optimizer, scheduler):
     """Read the latest checkpoint of --load into everything; returns the number of finished steps; collective."""
+    if args.use_distributed_optimizer:
+        _make_adam_state(optimizer)
     folder = Path(args.load, Path(args.load, LATEST).read_text(encoding="utf-8").strip())
     state = dist_checkpointing.load(_state(args, chunks, optimizer, scheduler, 0, True), str(folder))
     for stage, chunk in enumerate(chunks):

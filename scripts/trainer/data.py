@@ -12,6 +12,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from trainer.lengths import micro_batch_length
 from trainer.tokenizer import ByteTokenizer
 
 
@@ -60,11 +61,6 @@ def batches(dataset, args, first_step, vary_length=False):
         whole = torch.utils.data.default_collate(samples)
         yield prepare_batch(whole, args, micro_batch_length(index, args.seq_length) if vary_length else args.seq_length)
         index += size
-
-
-def micro_batch_length(index, seq_length):
-    """A length of its own for every micro batch, between half of ``seq_length`` and all of it, mostly indivisible."""
-    return seq_length - (index * index * 7 + index * 13 + 3) % max(seq_length // 2, 1)
 
 
 def prepare_batch(whole, args, length):

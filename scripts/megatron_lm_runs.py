@@ -1,0 +1,157 @@
+"""Run the unchanged pretrain_gpt.py of one Megatron-LM checkout, many times: what it takes to import is paid once.
+
+    python scripts/megatron_lm_runs.py CHECKOUT < runs.json > results.jsonl
+
+Input: a list of {"name", "world", "flags", "adaptor"}. Output: one line per run, {"name", "losses", "grad_norms", "error"}. Every
+rank is a fork of this process in which Megatron is imported already; it enters through mindspeed_cp.run, as with torchrun.
+With "adaptor": false only the stand-in for CUDA is applied, to compare with Megatron as it is (own process: --stand-in-only).
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+TIMEOUT = 240  # seconds of one run
+
+
+def _apply_stand_in_only():
+    """Make CUDA's names mean the CPU and change nothing else: Megatron as it is, as far as a CPU can show it."""
+    from mindspeed_cp.patches.device import device_patches
+    from mindspeed_cp.patches.manager import PatchManager
+    from mindspeed_cp.patches.training_device import checkout_device_patches, checkout_imports
+
+    def needed():
+        return ""
+    manager = PatchManager(device_patches(needed) + checkout_imports() + checkout_device_patches(needed))
+    manager.apply()
+    return manager
+
+
+def _record_steps(records):
+    """Keep loss and gradient norm of every step in full precision; Megatron prints three to six digits."""
+    import megatron.training.training as training
+
+    original = training.train_step
+
+    def train_step(*args, **kwargs):
+        result = original(*args, **kwargs)
+        losses = {name: float(value[0] / value[1]) if isinstance(value, (list, tuple)) else float(value)
+                  for name, value in result[0].items()}
+        records.append({"loss": losses.get("lm loss"), "grad_norm": float(result[5])})
+        return result
+    training.train_step = train_step
+
+
+def _run_script(script, adaptor):
+    if adaptor:
+        from mindspeed_cp.run import main
+
+        main([str(script), *sys.argv[1:]])
+    else:
+        import runpy
+
+        sys.path[0] = str(script.parent)
+        sys.argv[0] = str(script)
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def _rank(script, run, rank, port, folder):
+    """The life of one rank; leaves folder/rank-N.json and folder/rank-N.log."""
+    log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    world = run["world"]
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    records, error = [], None
+    sys.argv = ["-", *run["flags"]]
+    try:
+        _record_steps(records)
+        _run_script(script, run.get("adaptor", True))
+    except SystemExit as stop:
+        error = f"exit status {stop.code}" if stop.code else None
+    except BaseException as failure:
+        traceback.print_exc()
+        error = f"{type(failure).__name__}: {failure}"
+    (folder / f"rank-{rank}.json").write_text(json.dumps({"records": records, "error": error}))
+    sys.stdout.flush()
+    os._exit(1 if error else 0)
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait(children, deadline):
+    """Wait for every child; the first that fails, or the deadline, ends the others."""
+    failed = False
+    while children:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in children:
+            children.remove(pid)
+            failed = failed or status != 0
+            deadline = min(deadline, time.monotonic() + 10) if failed else deadline
+        elif time.monotonic() > deadline:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            deadline, failed = float("inf"), True
+        else:
+            time.sleep(0.02)
+    return failed
+
+
+def run_one(script, run):
+    """Start the ranks of one run and collect what they recorded."""
+    with tempfile.TemporaryDirectory(prefix="megatron-") as name:
+        folder, port, children = Path(name), _free_port(), []
+        for rank in range(run["world"]):
+            pid = os.fork()
+            if pid == 0:
+                _rank(script, run, rank, port, folder)
+            children.append(pid)
+        failed = _wait(children, time.monotonic() + TIMEOUT)
+        answers = [json.loads(path.read_text()) if path.exists() else {"records": [], "error": "ended without an answer"}
+                   for path in (folder / f"rank-{rank}.json" for rank in range(run["world"]))]
+        errors = [f"rank {rank}: {answer['error']}" for rank, answer in enumerate(answers) if answer["error"]]
+        if failed or errors:
+            tails = [(folder / f"rank-{rank}.log").read_text(errors="replace")[-3000:] for rank in range(run["world"])]
+            print("\n".join(tails), file=sys.stderr, flush=True)
+    # The loss is known on the last pipeline stage, which holds the last ranks.
+    records = answers[-1]["records"]
+    return {"name": run["name"], "losses": [record["loss"] for record in records],
+            "grad_norms": [record["grad_norm"] for record in records],
+            "error": "; ".join(errors) or ("failed" if failed else None)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path, help="folder with pretrain_gpt.py")
+    parser.add_argument("--stand-in-only", action="store_true", help="do not import the adaptor")
+    args = parser.parse_args()
+    runs, checkout = json.load(sys.stdin), args.checkout.resolve()
+    sys.path.insert(0, str(checkout))
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    if args.stand_in_only:
+        keep = _apply_stand_in_only()  # noqa: F841  must stay alive
+    else:
+        import mindspeed_cp.megatron_adaptor  # noqa: F401
+    import megatron.training  # noqa: F401  imported once, for all forks
+
+    for run in runs:
+        start = time.monotonic()
+        result = run_one(checkout / "pretrain_gpt.py", {**run, "adaptor": not args.stand_in_only})
+        print(json.dumps({**result, "seconds": round(time.monotonic() - start, 1)}), file=results, flush=True)
+
+
+if __name__ == "__main__":
+    main()
