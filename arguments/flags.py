@@ -2,8 +2,9 @@
 
 import re
 
-from mindspeed_cp.algorithms import ALGORITHMS
 from mindspeed_cp.arguments.yaml_file import install_config_file
+
+from mindspeed_cp.algorithms import ALGORITHMS
 from mindspeed_cp.config import KV_CACHE_POLICIES, KV_EXCHANGES, MASK_TYPES
 from mindspeed_cp.kernels import KERNELS
 

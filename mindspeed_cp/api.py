@@ -45,9 +45,7 @@ def context_parallel_attention(query, key, value, *, config, groups, layout, sof
         ValueError: an argument does not fit the others; the message says which, why and what would.
     """
     _check_tensors(query, key, value, groups, layout)
-    if (layout.ulysses_degree, layout.ring_size) != (config.hierarchy[0], config.ring_size) or groups.hierarchy != config.hierarchy:
-        raise ValueError(f"config has hierarchy {config.hierarchy} (ulysses, window, windows), groups {groups.hierarchy} and layout "
-                         f"({layout.ulysses_degree}, ring {layout.ring_size}); build groups and layout from the same config.")
+    _check_same_hierarchy(config, groups, layout)
     if config.allgather_kv and key.shape[2] != 1:
         raise ValueError(f"--use-ulysses-allgather-kv needs one KV head on each rank, not {key.shape[2]}; leave it out.")
     mask = interval_mask(config.attention_mask_type, layout.seq_len, cu_seqlens, sliding_window)
@@ -64,7 +62,8 @@ def context_parallel_attention(query, key, value, *, config, groups, layout, sof
         options=KernelOptions(query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, float(dropout_p)),
         exchange="direct" if config.kv_exchange == "direct" else ALGORITHMS[config.algorithm].exchange or "ring",
         policy=policy if config.ring_size > 1 else None, overlap=config.send_recv_overlap,
-        dense_mask=_dense_mask(attention_mask, query.shape[1], layout.seq_len), merge=merge_function(kernel, fused_update))
+        dense_mask=_dense_mask(attention_mask, query.shape[1], layout.seq_len),
+        merge=merge_function(kernel, fused_update))
     return ContextParallelAttention.apply(query, key, value, softmax_offset, AttentionCall(
         ring, _ulysses_problem(config, groups, layout, query, key, value, policy)))
 
@@ -87,7 +86,8 @@ def interval_mask(mask_type, seq_len, cu_seqlens=None, sliding_window=None):
     window = (None, None) if sliding_window is None else sliding_window
     if not isinstance(window, (tuple, list)) or len(window) != 2 or any(
             side is not None and (not isinstance(side, int) or side < -1) for side in window):
-        raise ValueError(f"sliding_window {sliding_window} must be two whole numbers of at least 0, or -1 or None for no limit.")
+        raise ValueError(f"sliding_window {sliding_window} must be two whole numbers of at least 0, or -1 or None for "
+                         "no limit.")
     left, right = (None if side in (None, -1) else side for side in window)
     return _interval_mask(mask_type == "causal", seq_len, left, right, _boundaries(cu_seqlens))
 
@@ -96,7 +96,8 @@ def interval_mask(mask_type, seq_len, cu_seqlens=None, sliding_window=None):
 def _interval_mask(causal, seq_len, left, right, cu_seqlens):
     if cu_seqlens is not None:
         if len(cu_seqlens) < 2 or cu_seqlens[0] != 0:
-            raise ValueError(f"cu_seqlens {_short(cu_seqlens)} must start with 0 and hold at least one document; prepend the leading 0.")
+            raise ValueError(f"cu_seqlens {_short(cu_seqlens)} must start with 0 and hold at least one document; "
+                             "prepend the leading 0.")
         if any(after < before for before, after in zip(cu_seqlens, cu_seqlens[1:])):
             raise ValueError(f"cu_seqlens {_short(cu_seqlens)} must not descend; pass cumulative document lengths.")
         if cu_seqlens[-1] != seq_len:
@@ -117,7 +118,8 @@ def _boundaries(cu_seqlens):
         return None
     numbers = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens
     if not isinstance(numbers, (tuple, list)) or not all(isinstance(number, int) for number in numbers):
-        raise ValueError(f"cu_seqlens {cu_seqlens} must be one row of whole numbers: the document boundaries from 0 to the total.")
+        raise ValueError(f"cu_seqlens {cu_seqlens} must be one row of whole numbers: the document boundaries from 0 to "
+                         "the total.")
     return tuple(numbers)
 
 
@@ -131,7 +133,8 @@ def _dense_mask(attention_mask, batch, seq_len):
         return None
     shape = tuple(attention_mask.shape)
     if attention_mask.dtype != torch.bool:
-        raise ValueError(f"attention_mask has dtype {attention_mask.dtype} and must be bool, True = masked out; compare it first.")
+        raise ValueError(f"attention_mask has dtype {attention_mask.dtype} and must be bool, True = masked out; "
+                         "compare it first.")
     if shape == (seq_len, seq_len):
         return attention_mask[None]
     if shape not in ((batch, 1, seq_len, seq_len), (1, 1, seq_len, seq_len)):
@@ -146,17 +149,26 @@ def _check_offset(softmax_offset, query):
                          "query head of this rank.")
 
 
+def _check_same_hierarchy(config, groups, layout):
+    wanted = (config.hierarchy[0], config.ring_size)
+    if (layout.ulysses_degree, layout.ring_size) != wanted or groups.hierarchy != config.hierarchy:
+        raise ValueError(f"config has hierarchy {config.hierarchy} (ulysses, window, windows), groups {groups.hierarchy} and "
+                         f"layout ({layout.ulysses_degree}, ring {layout.ring_size}); build groups and layout from the same "
+                         "config.")
+
+
 def _check_tensors(query, key, value, groups, layout):
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)} and must be (seq_local, batch, heads, head_dim).")
         if tensor.dtype not in DTYPES or tensor.dtype != query.dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}; query, key and value must share one of float64, float32, float16, bfloat16.")
+            raise ValueError(f"{name} has dtype {tensor.dtype}; query, key and value must share one of float64, float32, "
+                             "float16, bfloat16.")
     expected = layout.length(groups.cp_rank)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.shape[0] != expected:
-            raise ValueError(f"{name} has {tensor.shape[0]} tokens on rank {groups.cp_rank}, the layout of {layout.seq_len} tokens gives it "
-                             f"{expected}; slice with layout.shard(tensor, cp_rank).")
+            raise ValueError(f"{name} has {tensor.shape[0]} tokens on rank {groups.cp_rank}, the layout of {layout.seq_len} "
+                             f"tokens gives it {expected}; slice with layout.shard(tensor, cp_rank).")
     heads, kv_heads = query.shape[2], key.shape[2]
     if key.shape[2] != value.shape[2] or key.shape[1] != query.shape[1] or value.shape[1] != query.shape[1]:
         raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must have the same heads, and the batch of "
@@ -165,4 +177,5 @@ def _check_tensors(query, key, value, groups, layout):
         raise ValueError(f"query has {heads} heads, which must be a multiple of the {kv_heads} KV heads; "
                          f"choose a divisor of {heads} for the KV heads (--num-query-groups).")
     if key.shape[3] != query.shape[3]:
-        raise ValueError(f"key has head dimension {key.shape[3]} and query {query.shape[3]}; they must be equal (only value may differ).")
+        raise ValueError(f"key has head dimension {key.shape[3]} and query {query.shape[3]}; they must be equal (only value "
+                         "may differ).")

@@ -62,7 +62,7 @@ class ContextParallelConfig:
     def __post_init__(self):
         cp = self.context_parallel_size
         _require(isinstance(cp, int) and cp >= 1,
-                 f"--context-parallel-size {cp} must be a whole number of at least 1; 1 switches context parallelism off.")
+                 f"--context-parallel-size {cp} must be a whole number of at least 1; 1 switches it off.")
         _require(self.algorithm in ALGORITHMS,
                  f"--context-parallel-algo {self.algorithm} is not known; choose one of {', '.join(ALGORITHMS)}.")
         if self.attention_mask_type == "general":
@@ -134,12 +134,14 @@ class ContextParallelConfig:
         """Messages about settings that the chosen algorithm does not read; they are warnings, never silence."""
         row, messages = ALGORITHMS[self.algorithm], []
         if self.window_size > 1 and not row.uses_window:
-            messages.append(f"--cp-window-size {self.window_size} is ignored: --context-parallel-algo {self.algorithm} has no ring windows.")
+            messages.append(f"--cp-window-size {self.window_size} is ignored: --context-parallel-algo {self.algorithm} has no "
+                            "ring windows.")
         if self.ulysses_degree is not None and self.algorithm != "hybrid_cp_algo":
             messages.append(f"--ulysses-degree-in-cp {self.ulysses_degree} is ignored: only hybrid_cp_algo reads it, "
                             f"not --context-parallel-algo {self.algorithm}.")
         if self.send_recv_overlap and row.exchange is None:
-            messages.append(f"--use-cp-send-recv-overlap is ignored: --context-parallel-algo {self.algorithm} sends nothing around a ring.")
+            messages.append(f"--use-cp-send-recv-overlap is ignored: --context-parallel-algo {self.algorithm} sends nothing "
+                            "around a ring.")
         if not self.alltoall and row.exchange is not None and self.algorithm != "hybrid_cp_algo":
             messages.append(f"enable_alltoall False is ignored: --context-parallel-algo {self.algorithm} uses no all-to-all.")
         return messages

@@ -110,7 +110,8 @@ class ContextParallelGroups:
                 dist.barrier(group)
 
     def _distinct(self):
-        return {id(g): g for g in (self.cp_group, self.ulysses_group, self.ring_group, self.outer_group) if g is not None}.values()
+        groups = (self.cp_group, self.ulysses_group, self.ring_group, self.outer_group)
+        return {id(group): group for group in groups if group is not None}.values()
 
     def destroy(self):
         """Release the process groups; the object must not be used afterwards."""
@@ -129,7 +130,8 @@ def _checked_ranks(cp, cp_ranks):
     if any(len(ranks) != cp for ranks in all_ranks):
         sizes = sorted({len(ranks) for ranks in all_ranks})
         raise ValueError(f"--context-parallel-size {cp} must equal the number of ranks in each context-parallel group, "
-                         f"here {', '.join(map(str, sizes))} (world size {world}); start {cp} processes, or pass cp_ranks with groups of {cp}.")
+                         f"here {', '.join(map(str, sizes))} (world size {world}); start {cp} processes, or pass cp_ranks with "
+                         f"groups of {cp}.")
     if sorted(flat) != list(range(world)):
         raise ValueError(f"cp_ranks {all_ranks} must name each of the {world} ranks of the world exactly once; "
                          "list every context-parallel group.")

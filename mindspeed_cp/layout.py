@@ -139,7 +139,8 @@ class SequenceLayout:
         for cp_rank, shard in enumerate(shards):
             sizes = [stop - start for start, stop in self.runs(cp_rank)]
             if shard.size(dim) != sum(sizes):
-                raise ValueError(f"shard {cp_rank} has {shard.size(dim)} tokens on dimension {dim}, the layout gives it {sum(sizes)}.")
+                raise ValueError(f"shard {cp_rank} has {shard.size(dim)} tokens on dimension {dim}, the layout gives it "
+                                 f"{sum(sizes)}; pass the shards in rank order.")
             starts = [start for start, _ in self.runs(cp_rank)]
             pieces += zip(starts, shard.split(sizes, dim=dim) if sizes else ())
         return torch.cat([piece for _, piece in sorted(pieces, key=lambda item: item[0])], dim=dim)

@@ -6,20 +6,19 @@ The script runs as ``__main__`` with its own command line, and its folder stands
 ``python pretrain_gpt.py``; so a checkout's own megatron.core is the one that is patched and used.
 """
 
-import runpy
 import sys
 from pathlib import Path
 
 USAGE = "usage: torchrun ... -m mindspeed_cp.run SCRIPT.py [arguments of the script ...]"
 
 
-def main(argv=None):
-    """Import the adaptor and run the script that ``argv`` (default: the command line) names.
+def main():
+    """Import the adaptor and run the script that the command line names.
 
     Raises:
         SystemExit: with status 2 when no script is named or it does not exist; otherwise the script's own.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
@@ -30,11 +29,23 @@ def main(argv=None):
         raise SystemExit(2)
     sys.argv[:] = argv
     sys.path[0] = str(script.resolve().parent)
+    execute(script.resolve(), "__main__")
 
+
+def execute(script, name):
+    """Run ``script`` in the namespace of the module ``name``.
+
+    That module keeps this one's spec, so a process that multiprocessing spawns (Megatron's checkpoint writers) comes here
+    as well: it gets the adaptor before the script's imports, which would fail without it on some machines.
+    """
     import mindspeed_cp.megatron_adaptor  # noqa: F401  after the path is right, before the script imports Megatron
 
-    runpy.run_path(str(script), run_name="__main__")
+    namespace = vars(sys.modules[name])
+    namespace["__file__"] = str(script)
+    exec(compile(script.read_bytes(), str(script), "exec"), namespace)
 
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # spawned: the parent's command line and path are in place already
+    execute(Path(sys.argv[0]).resolve(), __name__)

@@ -6,7 +6,6 @@ from functools import wraps
 
 import torch
 import torch.distributed as dist
-
 from mindspeed_cp.patches.documents import documents_of_packed_params, documents_of_position_ids
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.state import BatchShape

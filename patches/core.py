@@ -11,10 +11,10 @@ from datetime import timedelta
 from functools import wraps
 
 import torch.distributed as dist
-
-from mindspeed_cp.attention import AttentionBridge, CoreAttention, layer_window
 from mindspeed_cp.patches import batch, rope
 from mindspeed_cp.patches.manager import Patch
+
+from mindspeed_cp.attention import AttentionBridge, CoreAttention, layer_window
 
 DOT_PRODUCT = "megatron.core.transformer.dot_product_attention.DotProductAttention"
 TE_DOT_PRODUCT = "megatron.core.extensions.transformer_engine.TEDotProductAttention"

@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 from functools import wraps
 
 import torch
-
 from mindspeed_cp.patches.manager import Patch
 
 CPU = torch.device("cpu")

@@ -5,7 +5,6 @@ import inspect
 from functools import wraps
 
 import torch
-
 from mindspeed_cp.patches.batch import block_shape
 from mindspeed_cp.patches.manager import Patch
 

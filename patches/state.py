@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, wraps
+from functools import cache, lru_cache, wraps
 
 import torch
 import torch.distributed as dist
@@ -181,7 +181,7 @@ def _layout(config, seq_len):
     return SequenceLayout.build(config, seq_len)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _calculator(name):
     if name == "default":
         return None

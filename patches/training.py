@@ -9,8 +9,10 @@ from contextlib import contextmanager, nullcontext
 from functools import wraps
 
 from mindspeed_cp.arguments import add_context_parallel_arguments, readable_errors, validate
-from mindspeed_cp.attention import AttentionBridge, CoreAttention
+from mindspeed_cp.patches.loss import loss_patches
 from mindspeed_cp.patches.manager import Patch
+
+from mindspeed_cp.attention import AttentionBridge, CoreAttention
 
 ARGUMENTS = "megatron.training.arguments"
 LEGACY = "megatron.legacy.model.transformer"
@@ -21,6 +23,7 @@ def training_patches(state):
     """The table; ``state`` is the AdaptorState that all replacements share."""
     attend = AttentionBridge(state)
     return [
+        *loss_patches(state),
         Patch(f"{ARGUMENTS}.add_megatron_arguments", _add_flags,
               "Megatron's parser knows the flags of context parallelism", without_checkout),
         Patch(f"{ARGUMENTS}.validate_args", _validate(state),

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
-
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.training import without_checkout, without_legacy
 

@@ -78,7 +78,8 @@ def reference_ring_step(query, key, value, grad_out, group, rank, ranks):
 
     half, out, lse = query.shape[0] // 2, None, None
     local = (key.contiguous(), value.contiguous())
-    blocks = [(slice(None), slice(None)) if t == 0 else (slice(None), slice(half)) if t <= rank else (slice(half, None), slice(None))
+    everything, first, second = slice(None), slice(half), slice(half, None)
+    blocks = [(everything, everything) if t == 0 else (everything, first) if t <= rank else (second, everything)
               for t in range(ranks)]
     kv = local
     for t, (rows, _) in enumerate(blocks):
@@ -96,7 +97,7 @@ def reference_ring_step(query, key, value, grad_out, group, rank, ranks):
             work.wait()
         kv = following
     out = out.to(query.dtype)
-    kv, dq, dkv = local, None, None
+    kv, dq, pending, arriving = local, None, (), None
     for t, (rows, keys) in enumerate(blocks):
         works, following = rotate(kv) if t + 1 < ranks else ((), None)
         part = [torch.empty_like(query[rows]), torch.empty_like(key[keys]), torch.empty_like(value[keys])]
@@ -158,8 +159,8 @@ def measure(rank, ranks, port, options):
 
 def report(times, traffic, ranks, options):
     medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"{ranks} ranks, S={options.seq_length}, H={options.heads}, KV heads={options.kv_heads}, D={options.head_dim}, {options.dtype}, "
-          f"forward + backward, {options.repetitions} interleaved repetitions")
+    print(f"{ranks} ranks, S={options.seq_length}, H={options.heads}, KV heads={options.kv_heads}, D={options.head_dim}, "
+          f"{options.dtype}, forward + backward, {options.repetitions} interleaved repetitions")
     base = medians.pop("reference ring") if options.stub else medians.pop("1 rank") / ranks
     label = "reference ring, CPU time per rank" if options.stub else f"ideal T(1 rank) / {ranks}"
     print(f"| variant | median ms | over {label} | mean MB sent per rank |\n| --- | ---: | ---: | ---: |")

@@ -10,6 +10,7 @@ With "adaptor": false only the stand-in for CUDA is applied, to compare with Meg
 import argparse
 import json
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -50,14 +51,11 @@ def _record_steps(records):
 
 
 def _run_script(script, adaptor):
-    if adaptor:
-        from mindspeed_cp.run import main
-
-        main([str(script), *sys.argv[1:]])
+    sys.path[0] = str(script.parent)
+    if adaptor:  # as python -m mindspeed_cp.run does
+        sys.argv.insert(1, str(script))
+        runpy.run_module("mindspeed_cp.run", run_name="__main__", alter_sys=True)
     else:
-        import runpy
-
-        sys.path[0] = str(script.parent)
         sys.argv[0] = str(script)
         runpy.run_path(str(script), run_name="__main__")
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field, replace
 
 import torch
-
 from distributed import device_type, run_ranks
 from reference import allowed_pairs, attention_with_gradients
 
@@ -56,8 +55,12 @@ class Case:
         def draw(*shape):
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DTYPES[self.dtype])
 
-        tensors = {"query": draw(size, batch, self.heads, self.dk), "key": draw(size, batch, self.kv_heads, self.dk),
-                   "value": draw(size, batch, self.kv_heads, self.dv), "grad_out": draw(size, batch, self.heads, self.dv)}
+        tensors = {
+            "query": draw(size, batch, self.heads, self.dk),
+            "key": draw(size, batch, self.kv_heads, self.dk),
+            "value": draw(size, batch, self.kv_heads, self.dv),
+            "grad_out": draw(size, batch, self.heads, self.dv),
+        }
         tensors["sinks"] = draw(self.heads) if self.sinks else None
         tensors["attention_mask"] = None
         if self.dense:
@@ -69,8 +72,9 @@ class Case:
 
     def allowed(self, attention_mask):
         causal = self.config.get("attention_mask_type", "causal") == "causal"
-        return allowed_pairs(self.seq_len, causal=causal, window=self.window, cu_seqlens=self.cu_seqlens,
-                             attention_mask=attention_mask)
+        return allowed_pairs(
+            self.seq_len, causal=causal, window=self.window, cu_seqlens=self.cu_seqlens, attention_mask=attention_mask
+        )
 
     def __str__(self):
         flags = [f"{key.removeprefix('kv_')}={value}" for key, value in self.config.items() if key != "context_parallel_size"]
@@ -108,9 +112,19 @@ def local_inputs(rank, case, layout):
 def arguments(case, config, groups, layout, sinks, mask):
     """Keyword arguments of context_parallel_attention for this case."""
     cu_seqlens = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens, dtype=torch.int32)
-    return dict(config=config, groups=groups, layout=layout, softmax_scale=case.softmax_scale, attention_mask=mask,
-                cu_seqlens=cu_seqlens, dropout_p=case.dropout_p, layer_number=case.layer_number, kernel=case.kernel,
-                sliding_window=case.window, softmax_offset=sinks)
+    return dict(
+        config=config,
+        groups=groups,
+        layout=layout,
+        softmax_scale=case.softmax_scale,
+        attention_mask=mask,
+        cu_seqlens=cu_seqlens,
+        dropout_p=case.dropout_p,
+        layer_number=case.layer_number,
+        kernel=case.kernel,
+        sliding_window=case.window,
+        softmax_offset=sinks,
+    )
 
 
 def attend(rank, case):
@@ -141,15 +155,25 @@ def whole(case, shards):
     from mindspeed_cp import ContextParallelConfig, SequenceLayout
 
     layout = SequenceLayout.build(ContextParallelConfig(**case.config), case.seq_len)
-    return {name: (sum(shard[name].double() for shard in shards) if name == "d_offset"
-                   else layout.unshard([shard[name] for shard in shards]).double()) for name in shards[0]}
+    return {
+        name: (
+            sum(shard[name].double() for shard in shards)
+            if name == "d_offset"
+            else layout.unshard([shard[name] for shard in shards]).double()
+        )
+        for name in shards[0]
+    }
 
 
 def expected(case):
     """The dense reference's result for this case."""
     tensors = case.inputs()
-    return attention_with_gradients(*(tensors[name] for name in ("query", "key", "value", "grad_out")),
-                                    case.allowed(tensors["attention_mask"]), softmax_scale=case.softmax_scale, sinks=tensors["sinks"])
+    return attention_with_gradients(
+        *(tensors[name] for name in ("query", "key", "value", "grad_out")),
+        case.allowed(tensors["attention_mask"]),
+        softmax_scale=case.softmax_scale,
+        sinks=tensors["sinks"],
+    )
 
 
 def largest_errors(got, want):

@@ -5,20 +5,22 @@ import os
 # Several ranks share the cores: one thread each, or they fight. Set before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest
-
 import distributed
+import pytest
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", choices=sorted(distributed.BACKENDS), default="cpu",
-                     help="device on which tensors live; npu and cuda run the same parity tests on real accelerators (default: cpu)")
+    parser.addoption(
+        "--device",
+        choices=sorted(distributed.BACKENDS),
+        default="cpu",
+        help="device on which tensors live; npu and cuda run the same parity tests on real accelerators (default: cpu)",
+    )
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "device(name): needs this accelerator; skipped elsewhere with the reason")
     config.addinivalue_line("markers", "cpu_only: measures or relies on something that only the CPU path has")
-    config.addinivalue_line("markers", "slow: takes more than about ten seconds")
     distributed.set_device_type(config.getoption("--device"))
 
 

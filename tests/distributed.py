@@ -37,7 +37,12 @@ def device_type():
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one rank ended a call: kind is "returned", "raised", "died" or "hung"; detail is its value, traceback, exit code or stack."""
+    """How one rank ended a call.
+
+    Args:
+        kind: "returned", "raised", "died" or "hung".
+        detail: its value, traceback, exit code or stack.
+    """
 
     kind: str
     detail: object
@@ -51,15 +56,20 @@ class RankFailure(AssertionError):
 class RankPool:
     """``world_size`` processes in one process group that wait for calls."""
 
-    def __init__(self, world_size, group_timeout=60.0):
+    def __init__(self, world_size, group_timeout=60.0, leave_after_failure=False):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "torch.fx.experimental.symbolic_shapes", "pytest", "hypothesis"])
+        context.set_forkserver_preload(
+            ["torch", "torch.distributed", "torch.fx.experimental.symbolic_shapes", "pytest", "hypothesis"]
+        )
         self.world_size, self.folder = world_size, tempfile.mkdtemp(prefix="ranks-")
         self.connections, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, daemon=True,
-                                      args=(rank, world_size, self.folder, _device_type, group_timeout, theirs))
+            process = context.Process(
+                target=_serve,
+                daemon=True,
+                args=(rank, world_size, self.folder, _device_type, group_timeout, leave_after_failure, theirs),
+            )
             process.start()
             theirs.close()
             self.connections.append(ours)
@@ -117,7 +127,7 @@ class RankPool:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _serve(rank, world_size, folder, device, group_timeout, connection):
+def _serve(rank, world_size, folder, device, group_timeout, leave_after_failure, connection):
     """The life of one rank: join the group, answer calls until the pipe closes."""
     import torch
     import torch.distributed as dist
@@ -127,8 +137,13 @@ def _serve(rank, world_size, folder, device, group_timeout, connection):
     torch.set_num_threads(1)
     if device != "cpu":
         getattr(torch, device).set_device(rank)
-    dist.init_process_group(BACKENDS[device], init_method=f"file://{folder}/store", rank=rank, world_size=world_size,
-                            timeout=timedelta(seconds=group_timeout))
+    dist.init_process_group(
+        BACKENDS[device],
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=group_timeout),
+    )
     while True:
         try:
             function, args = pickle.loads(connection.recv_bytes())
@@ -142,9 +157,12 @@ def _serve(rank, world_size, folder, device, group_timeout, connection):
             connection.send_bytes(answer if isinstance(answer, bytes) else pickle.dumps(answer))
         except OSError:
             os._exit(0)
+        if leave_after_failure and not isinstance(answer, bytes):
+            os._exit(1)
 
 
 def _answer(rank, function, args):
+    """Pickled bytes of a value, or a (kind, traceback) pair of a failure."""
     try:
         return pickle.dumps(("returned", function(rank, *args)))
     except BaseException:
@@ -185,13 +203,18 @@ def _describe(outcomes):
     for rank, outcome in enumerate(outcomes):
         if outcome.kind != "returned":
             failures.setdefault((outcome.kind, outcome.detail), []).append(rank)
-    return "\n".join(f"---- rank {', '.join(map(str, ranks))} of {len(outcomes)} {kind} after {outcomes[ranks[0]].seconds:.1f} s\n{detail}"
-                     for (kind, detail), ranks in failures.items())
+    return "\n".join(
+        f"---- rank {', '.join(map(str, ranks))} of {len(outcomes)} {kind} after {outcomes[ranks[0]].seconds:.1f} s\n{detail}"
+        for (kind, detail), ranks in failures.items()
+    )
 
 
-def observe_ranks(world_size, function, *args, timeout=60.0, group_timeout=60.0):
-    """Like ``run_ranks`` in fresh processes, but failures are the result: every rank's Outcome, none is ended early."""
-    pool = RankPool(world_size, group_timeout)
+def observe_ranks(world_size, function, *args, timeout=60.0, group_timeout=60.0, leave_after_failure=True):
+    """Like ``run_ranks`` in fresh processes, but failures are the result: every rank's Outcome, none is ended early.
+
+    ``leave_after_failure``: a rank that raised leaves, as a training script does; otherwise it stays and stays silent.
+    """
+    pool = RankPool(world_size, group_timeout, leave_after_failure)
     try:
         return pool.call(function, args, timeout, grace=timeout)
     finally:

@@ -3,8 +3,6 @@
 import argparse
 
 import pytest
-
-from mindspeed_cp.algorithms import ALGORITHMS
 from mindspeed_cp.arguments import (
     add_context_parallel_arguments,
     config_from_args,
@@ -13,6 +11,8 @@ from mindspeed_cp.arguments import (
     validate,
 )
 from mindspeed_cp.arguments.flags import GROUP_TITLE
+
+from mindspeed_cp.algorithms import ALGORITHMS
 from mindspeed_cp.notices import ContextParallelWarning
 
 DEFAULTS = {
@@ -143,8 +143,7 @@ def test_unaligned_with_kv_cache_falls_back_and_names_both_flags():
 
 @pytest.mark.parametrize(("name", "value", "says"), [
     ("cp_comm_type", ["a2a"], "--cp-comm-type a2a is ignored"),
-    ("hierarchical_context_parallel_sizes", [2, 2], "--hierarchical-context-parallel-sizes 2 2 is ignored"),
-    ("use_fused_ring_attention_update", True, "--use-fused-ring-attention-update changes nothing")])
+    ("hierarchical_context_parallel_sizes", [2, 2], "--hierarchical-context-parallel-sizes 2 2 is ignored")])
 def test_flag_that_nothing_reads_is_a_warning(name, value, says):
     args = parse("--context-parallel-size", "2", "--use-flash-attn")
     setattr(args, name, value)

@@ -1,9 +1,9 @@
 """MindFormers' YAML files: the samples of its guide verbatim, precedence, and every error."""
 
 import pytest
+from mindspeed_cp.arguments import config_from_args, read_cp_yaml, validate
 from test_arguments import parse
 
-from mindspeed_cp.arguments import config_from_args, read_cp_yaml, validate
 from mindspeed_cp.notices import ContextParallelWarning
 
 SEQUENCE_PARALLEL_SAMPLE = """\

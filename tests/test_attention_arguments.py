@@ -5,14 +5,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from cases import Case, arguments
+
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention
 
 SEQ = 8
 
 
-def call(query=(SEQ, 1, 4, 8), key=(SEQ, 1, 2, 8), value=(SEQ, 1, 2, 8), dtype=torch.float32, config=None, layout=None, groups=None, **options):
+def call(
+    query=(SEQ, 1, 4, 8),
+    key=(SEQ, 1, 2, 8),
+    value=(SEQ, 1, 2, 8),
+    dtype=torch.float32,
+    config=None,
+    layout=None,
+    groups=None,
+    **options,
+):
     config = config or ContextParallelConfig()
     groups = groups or ContextParallelGroups.build(config)
     layout = layout or SequenceLayout.build(config, SEQ)
@@ -22,8 +31,11 @@ def call(query=(SEQ, 1, 4, 8), key=(SEQ, 1, 2, 8), value=(SEQ, 1, 2, 8), dtype=t
 
 def second_rank(config, seq_len=SEQ):
     """Rank 1's view of a group of two, without any process group: what is refused is refused before communication."""
-    return {"config": config, "layout": SequenceLayout.build(config, seq_len),
-            "groups": ContextParallelGroups(hierarchy=config.hierarchy, cp_rank=1, global_ranks=(0, 1))}
+    return {
+        "config": config,
+        "layout": SequenceLayout.build(config, seq_len),
+        "groups": ContextParallelGroups(hierarchy=config.hierarchy, cp_rank=1, global_ranks=(0, 1)),
+    }
 
 
 def test_a_legal_call_passes():
@@ -41,15 +53,24 @@ ERRORS = {
     "wrong-key-length": (dict(key=(SEQ + 1, 1, 2, 8)), r"key has 9 tokens"),
     "integer-dtype": (dict(dtype=torch.int64), r"dtype torch\.int64.*float64, float32, float16, bfloat16"),
     "mixed-dtypes": (dict(key=torch.zeros(SEQ, 1, 2, 8, dtype=torch.float64)), r"key has dtype torch\.float64.*share"),
-    "cu_seqlens-without-zero": (dict(cu_seqlens=torch.tensor([3, 8], dtype=torch.int32)), r"cu_seqlens \[3, 8\].*start with 0.*prepend"),
-    "cu_seqlens-descending": (dict(cu_seqlens=torch.tensor([0, 5, 3, 8], dtype=torch.int32)), r"cu_seqlens \[0, 5, 3, 8\].*not descend"),
+    "cu_seqlens-without-zero": (
+        dict(cu_seqlens=torch.tensor([3, 8], dtype=torch.int32)),
+        r"cu_seqlens \[3, 8\].*start with 0.*prepend",
+    ),
+    "cu_seqlens-descending": (
+        dict(cu_seqlens=torch.tensor([0, 5, 3, 8], dtype=torch.int32)),
+        r"cu_seqlens \[0, 5, 3, 8\].*not descend",
+    ),
     "cu_seqlens-too-short": (dict(cu_seqlens=torch.tensor([0, 5], dtype=torch.int32)), r"cu_seqlens ends with 5.*8"),
     "cu_seqlens-too-long": (dict(cu_seqlens=torch.tensor([0, 5, 9], dtype=torch.int32)), r"cu_seqlens ends with 9.*8"),
     "cu_seqlens-empty": (dict(cu_seqlens=torch.tensor([], dtype=torch.int32)), r"cu_seqlens"),
     "cu_seqlens-only-zero": (dict(cu_seqlens=torch.tensor([0], dtype=torch.int32)), r"cu_seqlens"),
     "cu_seqlens-two-dimensions": (dict(cu_seqlens=torch.tensor([[0, 8]], dtype=torch.int32)), r"cu_seqlens"),
     "cu_seqlens-not-integers": (dict(cu_seqlens=torch.tensor([0.0, 8.0])), r"cu_seqlens"),
-    "mask-of-local-shape": (dict(attention_mask=torch.zeros(4, 8, dtype=torch.bool)), r"attention_mask.*\(4, 8\).*\(8, 8\).*\(1, 1, 8, 8\)"),
+    "mask-of-local-shape": (
+        dict(attention_mask=torch.zeros(4, 8, dtype=torch.bool)),
+        r"attention_mask.*\(4, 8\).*\(8, 8\).*\(1, 1, 8, 8\)",
+    ),
     "mask-per-head": (dict(attention_mask=torch.zeros(1, 4, 8, 8, dtype=torch.bool)), r"attention_mask.*\(1, 4, 8, 8\)"),
     "mask-of-another-batch": (dict(attention_mask=torch.zeros(3, 1, 8, 8, dtype=torch.bool)), r"attention_mask.*\(3, 1, 8, 8\)"),
     "mask-of-floats": (dict(attention_mask=torch.zeros(8, 8)), r"attention_mask.*float32.*bool"),
@@ -114,8 +135,11 @@ def test_general_is_another_name_for_full():
     outs = []
     for name in ("general", "full"):
         config = ContextParallelConfig(attention_mask_type=name)
-        outs.append(context_parallel_attention(*tensors, config=config, groups=ContextParallelGroups.build(config),
-                                               layout=SequenceLayout.build(config, SEQ)))
+        outs.append(
+            context_parallel_attention(
+                *tensors, config=config, groups=ContextParallelGroups.build(config), layout=SequenceLayout.build(config, SEQ)
+            )
+        )
     assert torch.equal(*outs)
 
 
@@ -132,7 +156,9 @@ def test_only_the_inputs_that_ask_get_a_gradient():
 
 def test_the_case_helper_passes_every_argument_by_name():
     """A guard for the tests themselves: a feature of Case that is not passed on would be tested as absent."""
-    case = replace(Case({}), window=(1, 0), sinks=True, softmax_scale=0.5, dropout_p=0.1, layer_number=3, kernel="cpu", cu_seqlens=(0, 24))
+    case = replace(
+        Case({}), window=(1, 0), sinks=True, softmax_scale=0.5, dropout_p=0.1, layer_number=3, kernel="cpu", cu_seqlens=(0, 24)
+    )
     passed = arguments(case, None, None, None, torch.ones(4), torch.ones(1))
     assert passed["sliding_window"] == (1, 0) and passed["softmax_scale"] == 0.5 and passed["dropout_p"] == 0.1
     assert passed["layer_number"] == 3 and passed["kernel"] == "cpu" and passed["cu_seqlens"].tolist() == [0, 24]

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from cases import Case, arguments, attend, setup_of, whole
 from distributed import run_ranks
-from mindspeed_cp import SequenceLayout
-from mindspeed_cp.algorithms import ALGORITHMS
 from reference import attention, attention_with_gradients
 from test_attention_exact import ALGORITHM_AND_SIZE, degree_of, exchanges, shapes
+
+from mindspeed_cp import SequenceLayout
+from mindspeed_cp.algorithms import ALGORITHMS
 
 pytestmark = pytest.mark.cpu_only
 PROBABILITY = 0.3
@@ -52,8 +52,17 @@ def recovered_mask(case, out):
 
 def dropout_case(shape, **options):
     length = options.pop("seq_len", 22)
-    return Case(shape, seq_len=length, dv=length, batch=2, heads=2 * degree_of(shape), kv_heads=degree_of(shape),
-                dropout_p=PROBABILITY, dtype="float64", **options)
+    return Case(
+        shape,
+        seq_len=length,
+        dv=length,
+        batch=2,
+        heads=2 * degree_of(shape),
+        kv_heads=degree_of(shape),
+        dropout_p=PROBABILITY,
+        dtype="float64",
+        **options,
+    )
 
 
 def check_gradients(case):
@@ -62,10 +71,16 @@ def check_gradients(case):
     keep, share = recovered_mask(case, got["out"])
     assert 0.6 < share < 0.8, f"kept {share:.2f} of the weights at p = {PROBABILITY}"
     inputs = case.inputs()
-    want = attention_with_gradients(inputs["query"], inputs["key"], identity_values(case), inputs["grad_out"],
-                                    case.allowed(inputs["attention_mask"]), keep=keep)
+    want = attention_with_gradients(
+        inputs["query"],
+        inputs["key"],
+        identity_values(case),
+        inputs["grad_out"],
+        case.allowed(inputs["attention_mask"]),
+        keep=keep,
+    )
     for name in want:
-        torch.testing.assert_close(got[name], want[name], atol=1e-9, rtol=0, msg=lambda text: f"{case} {name}: {text}")
+        torch.testing.assert_close(got[name], want[name], atol=1e-9, rtol=0, msg=lambda text, name=name: f"{case} {name}: {text}")
     return keep
 
 
@@ -77,8 +92,11 @@ def test_backward_uses_exactly_the_mask_of_forward(algorithm, cp):
                 check_gradients(dropout_case({**shape, "kv_exchange": exchange, "kv_cache_policy": policy}))
 
 
-@pytest.mark.parametrize("options", [{"cu_seqlens": (0, 3, 3, 15, 22)}, {"window": (6, 0)}, {"dense": "batch"},
-                                     {"cu_seqlens": (0, 1, 9, 22), "window": (4, 0)}], ids=["packed", "window", "dense", "packed-window"])
+@pytest.mark.parametrize(
+    "options",
+    [{"cu_seqlens": (0, 3, 3, 15, 22)}, {"window": (6, 0)}, {"dense": "batch"}, {"cu_seqlens": (0, 1, 9, 22), "window": (4, 0)}],
+    ids=["packed", "window", "dense", "packed-window"],
+)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_backward_uses_the_mask_of_forward_with_every_attention_mask(algorithm, options):
     for shape in shapes(algorithm, 4):
@@ -91,7 +109,7 @@ def test_heads_and_batches_are_dropped_independently(algorithm):
     keep = check_gradients(dropout_case({**shape, "attention_mask_type": "full"})) > 0
     flat = keep.flatten(0, 1).flatten(1)
     agreement = (flat[:, None] == flat[None]).double().mean(-1)
-    independent = PROBABILITY ** 2 + (1 - PROBABILITY) ** 2
+    independent = PROBABILITY**2 + (1 - PROBABILITY) ** 2
     others = agreement[~torch.eye(len(flat), dtype=torch.bool)]
     assert others.max() < independent + 0.15, "two heads share a mask"
 

@@ -8,9 +8,9 @@ import random
 
 import pytest
 import torch
-
 from cases import Case, attend, attend_many, check_cases, expected, largest_errors, whole
 from distributed import run_ranks
+
 from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.algorithms import ALGORITHMS
 
@@ -25,8 +25,12 @@ def shapes(algorithm, cp):
     for degree in degrees:
         ring = cp // (degree or 1)
         for window in [1] + [w for w in range(2, ring) if ring % w == 0 and row.uses_window]:
-            yield {"context_parallel_size": cp, "algorithm": algorithm,
-                   **({"ulysses_degree": degree} if degree else {}), **({"window_size": window} if window > 1 else {})}
+            yield {
+                "context_parallel_size": cp,
+                "algorithm": algorithm,
+                **({"ulysses_degree": degree} if degree else {}),
+                **({"window_size": window} if window > 1 else {}),
+            }
 
 
 def exchanges(shape):
@@ -70,11 +74,20 @@ def sample(rng, shape):
     mask = rng.choice(["none", "packed", "dense", "window", "packed+window", "packed+dense"])
     dk, dv = rng.choice([(4, 4), (4, 4), (6, 4), (4, 6)])
     return Case(
-        config=config, seq_len=seq_len, batch=rng.choice([1, 2]), heads=heads, kv_heads=kv_heads, dk=dk, dv=dv,
+        config=config,
+        seq_len=seq_len,
+        batch=rng.choice([1, 2]),
+        heads=heads,
+        kv_heads=kv_heads,
+        dk=dk,
+        dv=dv,
         cu_seqlens=documents(rng, seq_len) if "packed" in mask else None,
         window=rng.choice([(3, 0), (0, 0), (5, 2), (None, 1), (4, -1)]) if "window" in mask else None,
-        dense=rng.choice(["shared", "batch"]) if "dense" in mask else None, sinks=rng.random() < 0.25,
-        softmax_scale=rng.choice([None, 0.3]), seed=rng.randrange(1 << 30))
+        dense=rng.choice(["shared", "batch"]) if "dense" in mask else None,
+        sinks=rng.random() < 0.25,
+        softmax_scale=rng.choice([None, 0.3]),
+        seed=rng.randrange(1 << 30),
+    )
 
 
 def algorithms_at(cp):
@@ -95,47 +108,109 @@ def test_random_points_of_the_product_equal_dense_attention(algorithm, cp):
 @for_every_algorithm
 @pytest.mark.parametrize("mask_type", ["causal", "full"])
 def test_plain_attention_equals_dense_attention(algorithm, cp, mask_type):
-    check_cases([Case({**shape, "attention_mask_type": mask_type, "kv_exchange": exchange}, seq_len=seq_len,
-                      heads=2 * degree_of(shape), kv_heads=2 * degree_of(shape))
-                 for shape in shapes(algorithm, cp) for exchange in exchanges(shape) for seq_len in (4 * cp, 29)])
+    check_cases(
+        [
+            Case(
+                {**shape, "attention_mask_type": mask_type, "kv_exchange": exchange},
+                seq_len=seq_len,
+                heads=2 * degree_of(shape),
+                kv_heads=2 * degree_of(shape),
+            )
+            for shape in shapes(algorithm, cp)
+            for exchange in exchanges(shape)
+            for seq_len in (4 * cp, 29)
+        ]
+    )
 
 
 @for_every_algorithm
 def test_any_length_from_one_token_up_works(algorithm, cp):
     """Shorter than the group (ranks without tokens), one more or less than a multiple, primes."""
-    check_cases([Case({**shape, "kv_exchange": exchange, "attention_mask_type": mask_type}, seq_len=seq_len,
-                      heads=degree_of(shape), kv_heads=degree_of(shape))
-                 for shape in shapes(algorithm, cp) for exchange in exchanges(shape)
-                 for seq_len in sorted({1, max(1, cp - 1), cp + 1, 2 * cp + 1, 17})
-                 for mask_type in ("causal", "full")])
+    check_cases(
+        [
+            Case(
+                {**shape, "kv_exchange": exchange, "attention_mask_type": mask_type},
+                seq_len=seq_len,
+                heads=degree_of(shape),
+                kv_heads=degree_of(shape),
+            )
+            for shape in shapes(algorithm, cp)
+            for exchange in exchanges(shape)
+            for seq_len in sorted({1, max(1, cp - 1), cp + 1, 2 * cp + 1, 17})
+            for mask_type in ("causal", "full")
+        ]
+    )
 
 
 @for_every_algorithm
 def test_packed_documents_of_any_length_equal_dense_attention(algorithm, cp):
     """Documents shorter than the group, of length 1 and 0, one that spans every rank."""
     boundaries = [(0, 31), (0, 1, 31), (0, 0, 0, 5, 5, 6, 31, 31), tuple(range(32)), (0, 3, 7, 12, 18, 25, 31)]
-    check_cases([Case({**shape, "kv_exchange": exchange, "attention_mask_type": mask_type}, seq_len=31, cu_seqlens=cu_seqlens,
-                      heads=degree_of(shape), kv_heads=1)
-                 for shape in shapes(algorithm, cp) for exchange in exchanges(shape)
-                 for cu_seqlens in boundaries for mask_type in ("causal", "full")])
+    check_cases(
+        [
+            Case(
+                {**shape, "kv_exchange": exchange, "attention_mask_type": mask_type},
+                seq_len=31,
+                cu_seqlens=cu_seqlens,
+                heads=degree_of(shape),
+                kv_heads=1,
+            )
+            for shape in shapes(algorithm, cp)
+            for exchange in exchanges(shape)
+            for cu_seqlens in boundaries
+            for mask_type in ("causal", "full")
+        ]
+    )
 
 
 @for_every_algorithm
 def test_sliding_windows_equal_dense_attention(algorithm, cp):
-    windows = [("causal", (0, 0)), ("causal", (3, 0)), ("causal", (9, 5)), ("full", (2, 3)), ("full", (None, 4)), ("full", (-1, -1)),
-               ("full", (7, -1)), ("causal", (1000, 1000))]
-    check_cases([Case({**shape, "kv_exchange": exchange, "attention_mask_type": mask_type}, seq_len=33, window=window,
-                      heads=degree_of(shape), kv_heads=degree_of(shape))
-                 for shape in shapes(algorithm, cp) for exchange in exchanges(shape) for mask_type, window in windows])
+    windows = [
+        ("causal", (0, 0)),
+        ("causal", (3, 0)),
+        ("causal", (9, 5)),
+        ("full", (2, 3)),
+        ("full", (None, 4)),
+        ("full", (-1, -1)),
+        ("full", (7, -1)),
+        ("causal", (1000, 1000)),
+    ]
+    check_cases(
+        [
+            Case(
+                {**shape, "kv_exchange": exchange, "attention_mask_type": mask_type},
+                seq_len=33,
+                window=window,
+                heads=degree_of(shape),
+                kv_heads=degree_of(shape),
+            )
+            for shape in shapes(algorithm, cp)
+            for exchange in exchanges(shape)
+            for mask_type, window in windows
+        ]
+    )
 
 
 @for_every_algorithm
 def test_dense_masks_equal_dense_attention(algorithm, cp):
-    check_cases([Case({**shape, "kv_exchange": exchange, "attention_mask_type": mask_type}, seq_len=21, dense=dense, batch=2,
-                      heads=2 * degree_of(shape), kv_heads=degree_of(shape), cu_seqlens=cu_seqlens)
-                 for shape in shapes(algorithm, cp) for exchange in exchanges(shape)
-                 for dense in ("shared", "batch") for mask_type in ("causal", "full")
-                 for cu_seqlens in (None, (0, 4, 4, 15, 21))])
+    check_cases(
+        [
+            Case(
+                {**shape, "kv_exchange": exchange, "attention_mask_type": mask_type},
+                seq_len=21,
+                dense=dense,
+                batch=2,
+                heads=2 * degree_of(shape),
+                kv_heads=degree_of(shape),
+                cu_seqlens=cu_seqlens,
+            )
+            for shape in shapes(algorithm, cp)
+            for exchange in exchanges(shape)
+            for dense in ("shared", "batch")
+            for mask_type in ("causal", "full")
+            for cu_seqlens in (None, (0, 4, 4, 15, 21))
+        ]
+    )
 
 
 @for_every_algorithm
@@ -150,10 +225,23 @@ def test_grouped_multi_query_and_latent_attention_equal_dense_attention(algorith
 
 @for_every_algorithm
 def test_softmax_offsets_and_their_gradient_equal_dense_attention(algorithm, cp):
-    check_cases([Case({**shape, "attention_mask_type": mask_type}, seq_len=19, heads=2 * degree_of(shape),
-                      kv_heads=degree_of(shape), sinks=True, softmax_scale=scale, dense=dense)
-                 for shape in shapes(algorithm, cp) for mask_type in ("causal", "full")
-                 for scale in (None, 0.7) for dense in (None, "shared")])
+    check_cases(
+        [
+            Case(
+                {**shape, "attention_mask_type": mask_type},
+                seq_len=19,
+                heads=2 * degree_of(shape),
+                kv_heads=degree_of(shape),
+                sinks=True,
+                softmax_scale=scale,
+                dense=dense,
+            )
+            for shape in shapes(algorithm, cp)
+            for mask_type in ("causal", "full")
+            for scale in (None, 0.7)
+            for dense in (None, "shared")
+        ]
+    )
 
 
 @pytest.mark.parametrize("algorithm, cp", [p for p in ALGORITHM_AND_SIZE if p.values[1] > 1])
@@ -162,10 +250,15 @@ def test_every_cache_policy_and_overlap_gives_the_same_gradients(algorithm, cp):
     for shape in shapes(algorithm, cp):
         degree = degree_of(shape)
         for exchange in exchanges(shape):
-            variants = [{"kv_cache_policy": policy, **({"send_recv_overlap": overlap} if has_ring(shape) else {})}
-                        for policy in (None, "full", "half") for overlap in ((False, True) if has_ring(shape) else (False,))]
-            cases = [Case({**shape, "kv_exchange": exchange, **variant}, seq_len=27, heads=2 * degree, kv_heads=2)
-                     for variant in variants]
+            variants = [
+                {"kv_cache_policy": policy, **({"send_recv_overlap": overlap} if has_ring(shape) else {})}
+                for policy in (None, "full", "half")
+                for overlap in ((False, True) if has_ring(shape) else (False,))
+            ]
+            cases = [
+                Case({**shape, "kv_exchange": exchange, **variant}, seq_len=27, heads=2 * degree, kv_heads=2)
+                for variant in variants
+            ]
             check_cases(cases)
             for results in run_ranks(cp, attend_many, cases):
                 for case, result in zip(cases[1:], results[1:]):
@@ -176,8 +269,13 @@ def test_every_cache_policy_and_overlap_gives_the_same_gradients(algorithm, cp):
 @pytest.mark.parametrize("heads, kv_heads", [(5, 5), (7, 1), (6, 2), (3, 3), (1, 1), (6, 3)])
 def test_ulysses_takes_uneven_heads_and_lengths(cp, heads, kv_heads):
     """Heads are split like the sequence: the remainder to the first ranks, none to the last when there are too few."""
-    check_cases([Case({"context_parallel_size": cp, "attention_mask_type": mask_type}, seq_len=seq_len, heads=heads, kv_heads=kv_heads)
-                 for seq_len in (1, 17, 4 * cp) for mask_type in ("causal", "full")])
+    check_cases(
+        [
+            Case({"context_parallel_size": cp, "attention_mask_type": mask_type}, seq_len=seq_len, heads=heads, kv_heads=kv_heads)
+            for seq_len in (1, 17, 4 * cp)
+            for mask_type in ("causal", "full")
+        ]
+    )
 
 
 @for_every_algorithm

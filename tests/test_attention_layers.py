@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
-
 from cases import Case, arguments, check_cases, expected, largest_errors, local_inputs, setup_of, whole
 from distributed import run_ranks
-from mindspeed_cp import DynamicGatherSizeCalculator, SequenceLayout, UlyssesContextAttention
-from mindspeed_cp.layout import split_sizes
 from reference import allowed_pairs, attention, attention_with_gradients
 from test_attention_exact import ALGORITHM_AND_SIZE, exchanges, shapes
+from torch.utils.checkpoint import checkpoint
+
+from mindspeed_cp import DynamicGatherSizeCalculator, SequenceLayout, UlyssesContextAttention
+from mindspeed_cp.layout import split_sizes
 
 AT_FOUR = [point for point in ALGORITHM_AND_SIZE if point.values[1] in (3, 4)]
 for_every_algorithm = pytest.mark.parametrize("algorithm, cp", AT_FOUR)
@@ -22,8 +22,12 @@ def variants(algorithm, cp):
     for shape in shapes(algorithm, cp):
         for exchange in exchanges(shape):
             for policy in (None, "full", "half"):
-                yield {**shape, "kv_exchange": exchange, "kv_cache_policy": policy,
-                       **({"send_recv_overlap": True} if algorithm != "ulysses_cp_algo" else {})}
+                yield {
+                    **shape,
+                    "kv_exchange": exchange,
+                    "kv_cache_policy": policy,
+                    **({"send_recv_overlap": True} if algorithm != "ulysses_cp_algo" else {}),
+                }
 
 
 def prepared(rank, case):
@@ -61,8 +65,10 @@ def check(cases, shards, tolerance=1e-10):
 def test_layers_in_flight_do_not_share_what_they_saved(algorithm, cp, order):
     """Three layers of different lengths and shapes, backward after all forwards, as in a model or a pipeline."""
     for config in variants(algorithm, cp):
-        cases = [Case(config, seq_len=length, batch=batch, heads=8, kv_heads=kv_heads, seed=length)
-                 for length, batch, kv_heads in ((24, 1, 4), (31, 2, 8), (7, 1, 2))]
+        cases = [
+            Case(config, seq_len=length, batch=batch, heads=8, kv_heads=kv_heads, seed=length)
+            for length, batch, kv_heads in ((24, 1, 4), (31, 2, 8), (7, 1, 2))
+        ]
         check(cases, run_ranks(cp, forward_all_then_backward, cases, order))
 
 
@@ -133,8 +139,17 @@ def test_gradients_flow_through_a_stack_of_two_layers(algorithm, cp):
 
 def test_a_changing_length_and_algorithm_from_call_to_call_is_legal():
     """One process, one set of groups: every length from one token up, back and forth."""
-    configs = [shape for name in ("ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo") for shape in shapes(name, 4)]
-    check_cases([Case(configs[n % len(configs)], seq_len=length, dtype="float64") for n, length in enumerate([40, 1, 33, 2, 64, 3, 17, 64, 5, 4])])
+    configs = [
+        shape
+        for name in ("ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo")
+        for shape in shapes(name, 4)
+    ]
+    check_cases(
+        [
+            Case(configs[n % len(configs)], seq_len=length, dtype="float64")
+            for n, length in enumerate([40, 1, 33, 2, 64, 3, 17, 64, 5, 4])
+        ]
+    )
 
 
 class Local(torch.nn.Module):
@@ -151,7 +166,9 @@ def ulysses_module_with_changing_lengths(rank, lengths):
     module = UlyssesContextAttention(Local(), dist.group.WORLD, gather_size_calculator=DynamicGatherSizeCalculator())
     runs = []
     for length in lengths:
-        case = Case({"context_parallel_size": dist.get_world_size()}, seq_len=length, heads=5, kv_heads=5, seed=length, dtype="float64")
+        case = Case(
+            {"context_parallel_size": dist.get_world_size()}, seq_len=length, heads=5, kv_heads=5, seed=length, dtype="float64"
+        )
         inputs, sizes = case.inputs(), split_sizes(length, dist.get_world_size())
         leaves = [inputs[name].split(sizes)[rank].clone().requires_grad_() for name in ("query", "key", "value")]
         runs.append((module(*leaves), leaves, inputs["grad_out"].split(sizes)[rank]))
@@ -175,5 +192,9 @@ def test_one_unaligned_module_serves_a_different_length_in_every_call(cp):
 def test_two_sets_of_groups_do_not_disturb_each_other():
     """Buffers belong to the groups: layers of different hierarchies may be in flight together."""
     base = Case(next(shapes("megatron_cp_algo", 4)), seq_len=24, dtype="float64")
-    cases = [base, replace(base, config=next(shapes("hybrid_cp_algo", 4)), seed=1), replace(base, config=next(shapes("ulysses_cp_algo", 4)), seed=2)]
+    cases = [
+        base,
+        replace(base, config=next(shapes("hybrid_cp_algo", 4)), seed=1),
+        replace(base, config=next(shapes("ulysses_cp_algo", 4)), seed=2),
+    ]
     check(cases, run_ranks(4, forward_all_then_backward, cases, (0, 1, 2)))

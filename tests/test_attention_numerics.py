@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-
 from cases import Case, arguments, attend, expected, setup_of, whole
 from distributed import run_ranks
-from mindspeed_cp import SequenceLayout
-from mindspeed_cp.algorithms import ALGORITHMS
 from reference import attention_with_gradients
 from test_attention_exact import degree_of, shapes
+
+from mindspeed_cp import SequenceLayout
+from mindspeed_cp.algorithms import ALGORITHMS
 
 LOW = {"seq_len": 512, "heads": 8, "kv_heads": 8, "dk": 32, "dv": 32, "seed": 7}
 
@@ -42,8 +42,12 @@ def test_low_precision_errors_are_at_most_one_and_a_half_times_one_devices(one_d
 
 @pytest.mark.parametrize("options", [{}, {"kv_exchange": "direct"}], ids=["ring", "direct"])
 def test_low_precision_errors_of_a_ring_are_flat_in_its_size(options):
-    errors = {cp: relative_errors(Case({"context_parallel_size": cp, "algorithm": "megatron_cp_algo", **options},
-                                       dtype="bfloat16", **LOW)) for cp in (2, 5, 8)}
+    errors = {
+        cp: relative_errors(
+            Case({"context_parallel_size": cp, "algorithm": "megatron_cp_algo", **options}, dtype="bfloat16", **LOW)
+        )
+        for cp in (2, 5, 8)
+    }
     for name in errors[2]:
         assert errors[8][name] <= 1.25 * errors[2][name], (name, errors)
         assert errors[5][name] <= 1.25 * errors[2][name], (name, errors)
@@ -79,8 +83,8 @@ def attend_among_poison(rank, case):
     def padded(name):
         shard = layout.shard(tensors[name], rank)
         room = torch.full((shard.shape[0] + 3, *shard.shape[1:]), torch.nan, dtype=shard.dtype)
-        room[:shard.shape[0]] = shard
-        return room[:shard.shape[0]]
+        room[: shard.shape[0]] = shard
+        return room[: shard.shape[0]]
 
     leaves = [padded(name).requires_grad_() for name in ("query", "key", "value")]
     keywords = arguments(case, config, groups, layout, tensors["sinks"], tensors["attention_mask"])
@@ -98,7 +102,7 @@ def attend_among_poison(rank, case):
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("cp", [2, 3, 4, 8])
+@pytest.mark.parametrize("cp", [2, 3, 4, 6])
 def test_poisoned_padding_and_stale_memory_never_reach_a_result(cp):
     for shape in low_precision_shapes(cp):
         for options in ({}, {"cu_seqlens": (0, 2, 2, 9, 13)}, {"window": (2, 0)}, {"dense": "shared"}):
@@ -117,8 +121,9 @@ def non_contiguous_inputs(rank, case):
     config, groups = setup_of(case.config)
     layout, tensors = SequenceLayout.build(config, case.seq_len), case.inputs()
     fused = torch.cat([layout.shard(tensors[name], rank) for name in ("query", "key", "value")], dim=-1).requires_grad_()
-    out = context_parallel_attention(*fused.split([case.dk, case.dk, case.dv], dim=-1),
-                                     **arguments(case, config, groups, layout, None, None))
+    out = context_parallel_attention(
+        *fused.split([case.dk, case.dk, case.dv], dim=-1), **arguments(case, config, groups, layout, None, None)
+    )
     out.sum().backward()
     dq, dk, dv = fused.grad.split([case.dk, case.dk, case.dv], dim=-1)
     return {"out": out.detach(), "dq": dq, "dk": dk, "dv": dv}
@@ -130,6 +135,8 @@ def test_strided_inputs_and_an_expanded_gradient_work(algorithm):
         case = Case(shape, seq_len=21, batch=2, heads=4, kv_heads=4, dk=4, dv=4, dtype="float64")
         got = whole(case, run_ranks(4, non_contiguous_inputs, case))
         inputs = case.inputs()
-        want = attention_with_gradients(inputs["query"], inputs["key"], inputs["value"], torch.ones_like(inputs["grad_out"]), case.allowed(None))
+        want = attention_with_gradients(
+            inputs["query"], inputs["key"], inputs["value"], torch.ones_like(inputs["grad_out"]), case.allowed(None)
+        )
         for name in want:
             torch.testing.assert_close(got[name], want[name], atol=1e-10, rtol=0, msg=lambda m, s=shape, n=name: f"{s} {n}: {m}")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import allowed_pairs
 
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
 from mindspeed_cp.blocks import BAND_TILE, Block, IntervalMask, needed_rows, plan_blocks
-from reference import allowed_pairs
 
 thorough = settings(max_examples=400, derandomize=True, deadline=None, database=None)
 
@@ -26,7 +26,7 @@ def drawn(block, shape):
     target = count[block.query_rows, block.key_rows]
     for q, k in block.pieces():
         offset = torch.arange(k.stop - k.start)[None] - torch.arange(q.stop - q.start)[:, None]
-        low, high = (-10 ** 9 if block.lower is None else block.lower), (10 ** 9 if block.upper is None else block.upper)
+        low, high = (-(10**9) if block.lower is None else block.lower), (10**9 if block.upper is None else block.upper)
         target[q, k] += ((offset >= low) & (offset <= high)).int()
     return count
 
@@ -78,8 +78,9 @@ def test_blocks_cover_every_visible_pair_exactly_once(query_runs, key_runs, mask
 @thorough
 @given(st.integers(1, 8), st.integers(1, 80), masks(), st.sampled_from(["causal", "full"]), st.booleans())
 def test_blocks_of_a_ring_cover_every_visible_pair_exactly_once(cp, seq_len, mask, mask_type, native_bands):
-    layout = SequenceLayout.build(ContextParallelConfig(context_parallel_size=cp, algorithm="megatron_cp_algo",
-                                                        attention_mask_type=mask_type), seq_len)
+    layout = SequenceLayout.build(
+        ContextParallelConfig(context_parallel_size=cp, algorithm="megatron_cp_algo", attention_mask_type=mask_type), seq_len
+    )
     for rank in range(cp):
         for source in range(cp):
             check_plan(layout.runs(rank), layout.runs(source), mask, native_bands)
@@ -124,8 +125,14 @@ def test_area_is_the_number_of_pairs_for_any_rectangle_and_limits(rows, cols, lo
 @pytest.mark.parametrize("cp", range(2, 9))
 def test_zigzag_causal_work_is_equal_on_all_ranks(cp, chunk):
     layout = SequenceLayout.build(ContextParallelConfig(context_parallel_size=cp, algorithm="megatron_cp_algo"), 2 * cp * chunk)
-    work = [sum(block.area for source in range(cp) for block in plan_blocks(layout.runs(rank), layout.runs(source), IntervalMask(None, 0)))
-            for rank in range(cp)]
+    work = [
+        sum(
+            block.area
+            for source in range(cp)
+            for block in plan_blocks(layout.runs(rank), layout.runs(source), IntervalMask(None, 0))
+        )
+        for rank in range(cp)
+    ]
     assert len(set(work)) == 1, work
     assert sum(work) == layout.seq_len * (layout.seq_len + 1) // 2
 
@@ -136,14 +143,16 @@ def test_zigzag_causal_needs_at_most_one_rectangle_against_another_rank(cp):
     layout = SequenceLayout.build(ContextParallelConfig(context_parallel_size=cp, algorithm="megatron_cp_algo"), 8 * cp)
     for rank in range(cp):
         for source in set(range(cp)) - {rank}:
-            block, = plan_blocks(layout.runs(rank), layout.runs(source), IntervalMask(None, 0))
+            (block,) = plan_blocks(layout.runs(rank), layout.runs(source), IntervalMask(None, 0))
             assert block.is_full
             assert block.area == 32
-            assert (block.query_rows, block.key_rows) == ((slice(0, 8), slice(0, 4)) if source < rank else (slice(4, 8), slice(0, 8)))
+            assert (block.query_rows, block.key_rows) == (
+                (slice(0, 8), slice(0, 4)) if source < rank else (slice(4, 8), slice(0, 8))
+            )
 
 
 def test_documents_of_one_shape_become_one_packed_block():
-    block, = plan_blocks(((0, 12),), ((0, 12),), IntervalMask(None, 0, (0, 4, 4, 9, 12)))
+    (block,) = plan_blocks(((0, 12),), ((0, 12),), IntervalMask(None, 0, (0, 4, 4, 9, 12)))
     assert block.num_pieces == 3 and block.is_causal
 
 

@@ -4,17 +4,20 @@ from math import lcm
 
 import pytest
 import torch
-
 from cases import Case, arguments, local_inputs, setup_of
 from distributed import run_ranks
+from test_attention_exact import degree_of, shapes
+
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
 from mindspeed_cp.comm import count_bytes
 from mindspeed_cp.layout import split_sizes
-from test_attention_exact import degree_of, shapes
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-RINGS = [pytest.param(shape, id=f"cp{cp}-window{shape.get('window_size', 1)}")
-         for cp in range(2, 9) for shape in shapes("megatron_cp_algo", cp)]
+RINGS = [
+    pytest.param(shape, id=f"cp{cp}-window{shape.get('window_size', 1)}")
+    for cp in range(2, 9)
+    for shape in shapes("megatron_cp_algo", cp)
+]
 
 
 def traffic_of(rank, case):
@@ -60,8 +63,16 @@ def needed_by(case, reader, source):
 @pytest.mark.parametrize("mask_type", ["causal", "full"])
 @pytest.mark.parametrize("shape", RINGS)
 def test_a_ring_sends_every_shard_once_forward_and_keys_values_and_gradients_once_backward(shape, mask_type):
-    case = Case({**shape, "attention_mask_type": mask_type}, seq_len=4 * shape["context_parallel_size"], batch=2, heads=4, kv_heads=2,
-                dk=6, dv=4, dtype="bfloat16")
+    case = Case(
+        {**shape, "attention_mask_type": mask_type},
+        seq_len=4 * shape["context_parallel_size"],
+        batch=2,
+        heads=4,
+        kv_heads=2,
+        dk=6,
+        dv=4,
+        dtype="bfloat16",
+    )
     once = (case.cp - 1) * shard_bytes(case)
     for forward, messages, backward, _ in traffic(case):
         assert forward == {"kv": once}
@@ -71,7 +82,9 @@ def test_a_ring_sends_every_shard_once_forward_and_keys_values_and_gradients_onc
 
 @pytest.mark.parametrize("shape", RINGS)
 def test_a_full_cache_sends_no_keys_or_values_in_backward_and_a_half_cache_the_values_only(shape):
-    case = Case({**shape, "kv_cache_policy": "full"}, seq_len=4 * shape["context_parallel_size"], dk=6, dv=4, kv_heads=2, dtype="float32")
+    case = Case(
+        {**shape, "kv_cache_policy": "full"}, seq_len=4 * shape["context_parallel_size"], dk=6, dv=4, kv_heads=2, dtype="float32"
+    )
     once = (case.cp - 1) * shard_bytes(case)
     values = once * case.dv // (case.dk + case.dv)
     for forward, _, backward, _ in traffic(case):
@@ -81,7 +94,10 @@ def test_a_full_cache_sends_no_keys_or_values_in_backward_and_a_half_cache_the_v
 
 
 def test_the_cache_interval_decides_by_the_layers_number_which_backward_fetches_again():
-    case = Case({"context_parallel_size": 2, "algorithm": "megatron_cp_algo", "kv_cache_policy": "full", "kv_cache_interval": 2}, seq_len=8)
+    case = Case(
+        {"context_parallel_size": 2, "algorithm": "megatron_cp_algo", "kv_cache_policy": "full", "kv_cache_interval": 2},
+        seq_len=8,
+    )
     for layer in range(1, 8):
         for _, _, backward, _ in traffic(Case(**{**case.__dict__, "layer_number": layer})):
             assert ("kv" not in backward) == (layer % 3 == 1), layer
@@ -97,7 +113,9 @@ def test_an_all_gather_sends_the_own_shard_to_every_other_rank(cp):
 
 @pytest.mark.parametrize("cp", range(2, 9))
 def test_direct_exchange_of_even_zigzag_causal_sends_three_quarters_of_the_ring(cp):
-    case = Case({"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "kv_exchange": "direct"}, seq_len=8 * cp, kv_heads=2)
+    case = Case(
+        {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "kv_exchange": "direct"}, seq_len=8 * cp, kv_heads=2
+    )
     counts = traffic(case)
     ring = cp * (cp - 1) * shard_bytes(case)
     assert 4 * sum(forward["kv"] for forward, *_ in counts) == 3 * ring
@@ -106,10 +124,14 @@ def test_direct_exchange_of_even_zigzag_causal_sends_three_quarters_of_the_ring(
 
 
 DIRECT_CASES = {
-    "causal": {"seq_len": 32}, "causal-uneven": {"seq_len": 29}, "shorter-than-the-group": {"seq_len": 3},
+    "causal": {"seq_len": 32},
+    "causal-uneven": {"seq_len": 29},
+    "shorter-than-the-group": {"seq_len": 3},
     "full": {"seq_len": 30, "mask_type": "full"},
-    "packed": {"seq_len": 40, "cu_seqlens": (0, 3, 3, 17, 18, 40)}, "packed-full": {"seq_len": 40, "cu_seqlens": (0, 9, 40), "mask_type": "full"},
-    "window": {"seq_len": 40, "window": (5, 0)}, "window-full": {"seq_len": 37, "window": (2, 3), "mask_type": "full"},
+    "packed": {"seq_len": 40, "cu_seqlens": (0, 3, 3, 17, 18, 40)},
+    "packed-full": {"seq_len": 40, "cu_seqlens": (0, 9, 40), "mask_type": "full"},
+    "window": {"seq_len": 40, "window": (5, 0)},
+    "window-full": {"seq_len": 37, "window": (2, 3), "mask_type": "full"},
     "window-packed": {"seq_len": 40, "cu_seqlens": (0, 11, 30, 40), "window": (4, 0)},
 }
 
@@ -119,8 +141,13 @@ DIRECT_CASES = {
 @pytest.mark.parametrize("kind", DIRECT_CASES)
 def test_direct_exchange_sends_exactly_the_rows_that_the_mask_needs(kind, cp, policy):
     options = dict(DIRECT_CASES[kind])
-    config = {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "kv_exchange": "direct", "kv_cache_policy": policy,
-              "attention_mask_type": options.pop("mask_type", "causal")}
+    config = {
+        "context_parallel_size": cp,
+        "algorithm": "megatron_cp_algo",
+        "kv_exchange": "direct",
+        "kv_cache_policy": policy,
+        "attention_mask_type": options.pop("mask_type", "causal"),
+    }
     case = Case(config, kv_heads=2, dk=4, dv=6, **options)
     for rank, (forward, _, backward, _) in enumerate(traffic(case)):
         others = [other for other in range(cp) if other != rank]
@@ -131,8 +158,11 @@ def test_direct_exchange_sends_exactly_the_rows_that_the_mask_needs(kind, cp, po
 
 
 def test_direct_exchange_sends_nothing_when_every_document_lies_on_one_rank():
-    case = Case({"context_parallel_size": 4, "algorithm": "megatron_cp_algo", "kv_exchange": "direct", "attention_mask_type": "full"},
-                seq_len=32, cu_seqlens=(0, 8, 12, 16, 24, 32))
+    case = Case(
+        {"context_parallel_size": 4, "algorithm": "megatron_cp_algo", "kv_exchange": "direct", "attention_mask_type": "full"},
+        seq_len=32,
+        cu_seqlens=(0, 8, 12, 16, 24, 32),
+    )
     assert traffic(case) == [({}, {}, {}, {})] * 4
 
 
@@ -156,8 +186,16 @@ def ulysses_sizes(case, degree, local):
 def test_ulysses_sends_one_share_of_everything_in_one_message_before_and_one_after(cp, kv, mask_type):
     heads = 2 * cp
     kv_heads = {"mha": heads, "gqa": cp, "mqa": 1, "half-the-degree": cp // 2 if cp % 2 == 0 else 2}[kv]
-    case = Case({"context_parallel_size": cp, "attention_mask_type": mask_type}, seq_len=2 * cp, batch=2, heads=heads,
-                kv_heads=kv_heads, dk=6, dv=4, dtype="float32")
+    case = Case(
+        {"context_parallel_size": cp, "attention_mask_type": mask_type},
+        seq_len=2 * cp,
+        batch=2,
+        heads=heads,
+        kv_heads=kv_heads,
+        dk=6,
+        dv=4,
+        dtype="float32",
+    )
     q, keys_values, out = ulysses_sizes(case, cp, 2)
     for forward, messages, backward, backward_messages in traffic(case):
         assert forward == {"q": q, "kv": keys_values, "out": out}
@@ -185,8 +223,11 @@ def test_gathering_the_one_kv_head_sends_no_more_than_replicating_it(cp):
         assert forward == {"q": q, "kv": keys_values, "out": out}
 
 
-HYBRIDS = [pytest.param(shape, id=f"cp{cp}-u{shape['ulysses_degree']}-window{shape.get('window_size', 1)}")
-           for cp in (4, 6, 8) for shape in shapes("hybrid_cp_algo", cp)]
+HYBRIDS = [
+    pytest.param(shape, id=f"cp{cp}-u{shape['ulysses_degree']}-window{shape.get('window_size', 1)}")
+    for cp in (4, 6, 8)
+    for shape in shapes("hybrid_cp_algo", cp)
+]
 
 
 @pytest.mark.parametrize("shape", HYBRIDS)
@@ -221,6 +262,7 @@ def test_one_rank_sends_nothing():
 def nested_counts(rank):
     peer, ones = 1 - rank, torch.ones(4)
     from mindspeed_cp.comm.transport import post
+
     with count_bytes() as outer:
         with count_bytes() as inner:
             post(None, [(peer, ones)], [(peer, torch.empty(4))], "kv").wait()

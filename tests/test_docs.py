@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from mindspeed_cp.arguments import add_context_parallel_arguments
 
 from mindspeed_cp.algorithms import ALGORITHMS
-from mindspeed_cp.arguments import add_context_parallel_arguments
 from mindspeed_cp.config import KV_CACHE_POLICIES
 from mindspeed_cp.kernels import KERNELS
 

@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-
 from cases import Case, arguments, attend_many, expected, largest_errors, local_inputs, setup_of, whole
 from distributed import run_ranks
+
 from mindspeed_cp import SequenceLayout
 from mindspeed_cp.comm.schedule import forward_schedule
 from mindspeed_cp.kernels import select_kernel
@@ -107,11 +107,27 @@ def merged_waits(trace):
     return [event for before, event in zip([None, *trace], trace) if not event == before == "wait"]
 
 
-TRACED = [pytest.param({"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "attention_mask_type": "full", **options},
-                       id=f"cp{cp}-{'-'.join(map(str, options.values())) or 'ring'}")
-          for cp, options in [(2, {}), (3, {}), (4, {}), (5, {}), (7, {}), (4, {"kv_exchange": "direct"}), (5, {"kv_exchange": "direct"}),
-                              (4, {"window_size": 2}), (6, {"window_size": 3}), (8, {"window_size": 2})]]
-GATHERED = pytest.param({"context_parallel_size": 4, "algorithm": "kvallgather_cp_algo", "attention_mask_type": "full"}, id="allgather")
+TRACED = [
+    pytest.param(
+        {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "attention_mask_type": "full", **options},
+        id=f"cp{cp}-{'-'.join(map(str, options.values())) or 'ring'}",
+    )
+    for cp, options in [
+        (2, {}),
+        (3, {}),
+        (4, {}),
+        (5, {}),
+        (7, {}),
+        (4, {"kv_exchange": "direct"}),
+        (5, {"kv_exchange": "direct"}),
+        (4, {"window_size": 2}),
+        (6, {"window_size": 3}),
+        (8, {"window_size": 2}),
+    ]
+]
+GATHERED = pytest.param(
+    {"context_parallel_size": 4, "algorithm": "kvallgather_cp_algo", "attention_mask_type": "full"}, id="allgather"
+)
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["awaited", "overlap"])
@@ -184,14 +200,18 @@ class LateSender(threading.Thread):
         while (item := self._queue.get()) is not None:
             op, late = item
             time.sleep(self._rng.choice([0, 0.002, 0.006]))
-            late.work = dist.isend(op.tensor, group=op.group, group_dst=dist.get_group_rank(op.group or dist.group.WORLD, op.peer))
+            late.work = dist.isend(
+                op.tensor, group=op.group, group_dst=dist.get_group_rank(op.group or dist.group.WORLD, op.peer)
+            )
             late.started.set()
 
     def batch(self, ops):
         works = []
         for op in ops:
             if op.op is dist.irecv:
-                works.append(dist.irecv(op.tensor, group=op.group, group_src=dist.get_group_rank(op.group or dist.group.WORLD, op.peer)))
+                works.append(
+                    dist.irecv(op.tensor, group=op.group, group_src=dist.get_group_rank(op.group or dist.group.WORLD, op.peer))
+                )
             else:
                 works.append(LateWork())
                 self._queue.put((op, works[-1]))
@@ -215,15 +235,30 @@ def attend_with_late_sends(rank, cases):
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("overlap", [False, True], ids=["awaited", "overlap"])
-@pytest.mark.parametrize("cp, window, degree", [(3, 1, None), (5, 1, None), (7, 1, None), (6, 3, None), (8, 4, None), (8, 2, None),
-                                                (6, 2, None), (6, 1, 2)])
+@pytest.mark.parametrize(
+    "cp, window, degree",
+    [(3, 1, None), (5, 1, None), (7, 1, None), (6, 3, None), (8, 4, None), (8, 2, None), (6, 2, None), (6, 1, 2)],
+)
 def test_results_do_not_depend_on_when_a_send_really_starts(cp, window, degree, overlap):
-    config = {"context_parallel_size": cp, "algorithm": "hybrid_cp_algo" if degree else "megatron_cp_algo", "window_size": window,
-              "send_recv_overlap": overlap, **({"ulysses_degree": degree} if degree else {})}
-    cases = [Case({**config, "attention_mask_type": mask_type, "kv_cache_policy": policy, "kv_exchange": exchange}, seq_len=4 * cp, dtype="float32",
-                  dk=16, dv=16)
-             for mask_type in ("causal", "full") for policy in (None, "half")
-             for exchange in (("ring", "direct") if window == 1 else ("ring",))]
+    config = {
+        "context_parallel_size": cp,
+        "algorithm": "hybrid_cp_algo" if degree else "megatron_cp_algo",
+        "window_size": window,
+        "send_recv_overlap": overlap,
+        **({"ulysses_degree": degree} if degree else {}),
+    }
+    cases = [
+        Case(
+            {**config, "attention_mask_type": mask_type, "kv_cache_policy": policy, "kv_exchange": exchange},
+            seq_len=4 * cp,
+            dtype="float32",
+            dk=16,
+            dv=16,
+        )
+        for mask_type in ("causal", "full")
+        for policy in (None, "half")
+        for exchange in (("ring", "direct") if window == 1 else ("ring",))
+    ]
     results = run_ranks(cp, attend_with_late_sends, cases)
     for index, case in enumerate(cases):
         errors = largest_errors(whole(case, [shard[index] for shard in results]), expected(case))

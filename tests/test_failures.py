@@ -5,9 +5,9 @@ from datetime import timedelta
 
 import pytest
 import torch
-
 from cases import Case, arguments, local_inputs
 from distributed import RankFailure, observe_ranks, run_ranks
+
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout
 from mindspeed_cp.kernels import select_kernel
 
@@ -67,16 +67,27 @@ def attend_until_failure(rank, case, failing_pass, fail):
         context_parallel_attention(*leaves, **keywords).backward(grad_out)
 
 
-def observed(name, failing_pass, fail):
+def observed(name, failing_pass, fail, leave_after_failure=True):
     case = Case({"context_parallel_size": 4, "attention_mask_type": "full", **CONFIGS[name]}, seq_len=16)
-    return observe_ranks(4, attend_until_failure, case, failing_pass, fail, timeout=10 * TIMEOUT, group_timeout=TIMEOUT)
+    return observe_ranks(
+        4,
+        attend_until_failure,
+        case,
+        failing_pass,
+        fail,
+        timeout=10 * TIMEOUT,
+        group_timeout=TIMEOUT,
+        leave_after_failure=leave_after_failure,
+    )
 
 
 def check_survivors(outcomes):
     survivors = [outcome for rank, outcome in enumerate(outcomes) if rank != VICTIM]
     assert [outcome.kind for outcome in survivors] == ["raised"] * 3, outcomes
-    assert any(f"lost rank {VICTIM}" in outcome.detail or f", {VICTIM}," in outcome.detail.split("lost rank")[-1]
-               for outcome in survivors), survivors
+    assert any(
+        f"lost rank {VICTIM}" in outcome.detail or f", {VICTIM}," in outcome.detail.split("lost rank")[-1]
+        for outcome in survivors
+    ), survivors
     for outcome in survivors:
         assert "context parallelism: global rank" in outcome.detail, outcome.detail
         # A rank waits for its neighbour, the neighbour for the victim: a few timeouts one after the other at most.
@@ -93,7 +104,7 @@ def test_a_rank_that_dies_makes_the_others_fail_and_is_named(name, failing_pass)
 
 @pytest.mark.parametrize("name", ["ulysses", "ring-overlap", "direct"])
 def test_a_rank_that_stops_without_leaving_makes_the_others_fail_within_the_timeout(name):
-    outcomes = observed(name, "forward", stop)
+    outcomes = observed(name, "forward", stop, leave_after_failure=False)
     assert outcomes[VICTIM].kind == "raised" and "a problem of its own" in outcomes[VICTIM].detail
     check_survivors(outcomes)
 
@@ -119,6 +130,7 @@ def one_rank_dies(rank):
 def one_rank_sleeps(rank):
     if rank == VICTIM:
         import time
+
         time.sleep(600)
     return rank
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-
 from cases import Case, arguments, expected, largest_errors, local_inputs, setup_of, whole
 from distributed import run_ranks
-from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout
 from test_attention_exact import shapes
+
+from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout
 
 
 def ranks_of(group):
@@ -17,16 +17,34 @@ def ranks_of(group):
 def described(rank, config, cp_ranks=None):
     groups = ContextParallelGroups.build(ContextParallelConfig(**config), cp_ranks)
     try:
-        return {name: getattr(groups, name) for name in ("cp_rank", "ulysses_rank", "ring_rank", "global_ranks", "cp_size",
-                                                         "ring_size", "ulysses_degree", "ring_global_ranks")} | {
-            name: ranks_of(getattr(groups, name)) for name in ("cp_group", "ulysses_group", "ring_group", "outer_group")}
+        return {
+            name: getattr(groups, name)
+            for name in (
+                "cp_rank",
+                "ulysses_rank",
+                "ring_rank",
+                "global_ranks",
+                "cp_size",
+                "ring_size",
+                "ulysses_degree",
+                "ring_global_ranks",
+            )
+        } | {name: ranks_of(getattr(groups, name)) for name in ("cp_group", "ulysses_group", "ring_group", "outer_group")}
     finally:
         dist.barrier()  # gloo: a rank that leaves while another still connects breaks that one's connection
         groups.destroy()
 
 
-@pytest.mark.parametrize("shape", [shape for cp in (2, 3, 4, 6, 8) for name in ("ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo")
-                                   for shape in shapes(name, cp)], ids=lambda shape: "-".join(map(str, shape.values())))
+@pytest.mark.parametrize(
+    "shape",
+    [
+        shape
+        for cp in (2, 3, 4, 6, 8)
+        for name in ("ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo")
+        for shape in shapes(name, cp)
+    ],
+    ids=lambda shape: "-".join(map(str, shape.values())),
+)
 def test_ulysses_ranks_are_neighbours_and_ring_ranks_are_strided(shape):
     cp, config = shape["context_parallel_size"], ContextParallelConfig(**shape)
     degree, window, windows = config.hierarchy
@@ -42,10 +60,12 @@ def test_ulysses_ranks_are_neighbours_and_ring_ranks_are_strided(shape):
         assert (got["cp_size"], got["ring_size"], got["ulysses_degree"]) == (cp, window * windows, degree)
 
 
-@pytest.mark.parametrize("cp_ranks", [[[0, 1], [2, 3]], [[0, 2], [1, 3]], [[1, 3], [0, 2]]], ids=["neighbours", "strided", "second-first"])
+@pytest.mark.parametrize(
+    "cp_ranks", [[[0, 1], [2, 3]], [[0, 2], [1, 3]], [[1, 3], [0, 2]]], ids=["neighbours", "strided", "second-first"]
+)
 def test_every_context_parallel_group_of_the_world_gets_its_own_groups(cp_ranks):
     for rank, got in enumerate(run_ranks(4, described, {"context_parallel_size": 2, "algorithm": "megatron_cp_algo"}, cp_ranks)):
-        mine, = (ranks for ranks in cp_ranks if rank in ranks)
+        (mine,) = (ranks for ranks in cp_ranks if rank in ranks)
         assert got["global_ranks"] == tuple(mine)
         assert got["cp_rank"] == mine.index(rank)
         assert got["ring_global_ranks"] == tuple(mine)
@@ -54,11 +74,12 @@ def test_every_context_parallel_group_of_the_world_gets_its_own_groups(cp_ranks)
 def attend_in_groups(rank, case, cp_ranks):
     """attend, but the context-parallel groups are those given; the seed differs from group to group."""
     from dataclasses import replace
+
     from mindspeed_cp import context_parallel_attention
 
     config = ContextParallelConfig(**case.config)
     groups = ContextParallelGroups.build(config, cp_ranks)
-    index, = (number for number, ranks in enumerate(cp_ranks) if rank in ranks)
+    (index,) = (number for number, ranks in enumerate(cp_ranks) if rank in ranks)
     case = replace(case, seed=index)
     layout = SequenceLayout.build(config, case.seq_len)
     leaves, sinks, grad_out, mask = local_inputs(groups.cp_rank, case, layout)
@@ -69,10 +90,20 @@ def attend_in_groups(rank, case, cp_ranks):
     return index, groups.cp_rank, {"out": out.detach(), **{f"d{n}": leaf.grad for n, leaf in zip("qkv", leaves)}}
 
 
-@pytest.mark.parametrize("cp_ranks", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 2, 4, 6], [1, 3, 5, 7]], [[0, 3, 4, 7], [1, 2, 5, 6]]],
-                         ids=["neighbours", "strided", "any"])
-@pytest.mark.parametrize("shape", [shape for name in ("ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo")
-                                   for shape in shapes(name, 4)], ids=lambda shape: "-".join(map(str, shape.values())))
+@pytest.mark.parametrize(
+    "cp_ranks",
+    [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 2, 4, 6], [1, 3, 5, 7]], [[0, 3, 4, 7], [1, 2, 5, 6]]],
+    ids=["neighbours", "strided", "any"],
+)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        shape
+        for name in ("ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo")
+        for shape in shapes(name, 4)
+    ],
+    ids=lambda shape: "-".join(map(str, shape.values())),
+)
 def test_groups_beside_each_other_compute_their_own_sequences(shape, cp_ranks):
     from dataclasses import replace
 
@@ -105,10 +136,18 @@ def refused(rank, config, cp_ranks):
     return str(error.value), len(made)
 
 
-@pytest.mark.parametrize("cp_ranks, words", [
-    (None, "--context-parallel-size 2 .*4.*cp_ranks"), ([[0, 1, 2], [3]], "--context-parallel-size 2 "),
-    ([[0, 1], [1, 2]], "exactly once"), ([[0, 1]], "exactly once"), ([[0, 1], [2, 4]], "exactly once"), ([[1, 0], [2, 3]], "must ascend")],
-    ids=["world-too-large", "wrong-size", "twice", "missing", "outside", "descending"])
+@pytest.mark.parametrize(
+    "cp_ranks, words",
+    [
+        (None, "--context-parallel-size 2 .*4.*cp_ranks"),
+        ([[0, 1, 2], [3]], "--context-parallel-size 2 "),
+        ([[0, 1], [1, 2]], "exactly once"),
+        ([[0, 1]], "exactly once"),
+        ([[0, 1], [2, 4]], "exactly once"),
+        ([[1, 0], [2, 3]], "must ascend"),
+    ],
+    ids=["world-too-large", "wrong-size", "twice", "missing", "outside", "descending"],
+)
 def test_groups_that_do_not_fit_the_world_are_refused_before_any_is_made(cp_ranks, words):
     import re
 

@@ -15,8 +15,9 @@ def configs(cp):
         degrees = [d for d in range(2, cp) if cp % d == 0] if algorithm == "hybrid_cp_algo" else [None]
         for degree in degrees:
             for mask_type in ("causal", "full"):
-                yield ContextParallelConfig(context_parallel_size=cp, algorithm=algorithm, ulysses_degree=degree,
-                                            attention_mask_type=mask_type)
+                yield ContextParallelConfig(
+                    context_parallel_size=cp, algorithm=algorithm, ulysses_degree=degree, attention_mask_type=mask_type
+                )
 
 
 def name(config):
@@ -83,15 +84,18 @@ def test_zigzag_gives_rank_r_the_chunks_r_and_its_mirror(algorithm, cp):
 def test_zigzag_lengths_differ_by_at_most_two(cp):
     """Two chunks whose sizes each differ by at most one."""
     for seq_len in LENGTHS:
-        sizes = [len(p) for p in positions(ContextParallelConfig(context_parallel_size=cp, algorithm="megatron_cp_algo"), seq_len)]
+        sizes = [
+            len(p) for p in positions(ContextParallelConfig(context_parallel_size=cp, algorithm="megatron_cp_algo"), seq_len)
+        ]
         assert max(sizes) - min(sizes) <= (2 if seq_len % (2 * cp) else 0)
 
 
 @pytest.mark.parametrize("cp, degree", [(4, 2), (6, 2), (6, 3), (8, 2), (8, 4)])
 @pytest.mark.parametrize("mask_type", ["causal", "full"])
 def test_hybrid_is_the_ring_layout_cut_contiguously_over_the_ulysses_ranks(cp, degree, mask_type):
-    hybrid = ContextParallelConfig(context_parallel_size=cp, algorithm="hybrid_cp_algo", ulysses_degree=degree,
-                                   attention_mask_type=mask_type)
+    hybrid = ContextParallelConfig(
+        context_parallel_size=cp, algorithm="hybrid_cp_algo", ulysses_degree=degree, attention_mask_type=mask_type
+    )
     ring = ContextParallelConfig(context_parallel_size=cp // degree, algorithm="megatron_cp_algo", attention_mask_type=mask_type)
     for seq_len in LENGTHS:
         own = positions(hybrid, seq_len)
@@ -105,9 +109,13 @@ def test_hybrid_is_the_ring_layout_cut_contiguously_over_the_ulysses_ranks(cp, d
 def test_the_window_does_not_change_the_layout(config):
     ring = config.ring_size
     for window in (w for w in range(2, ring) if ring % w == 0 and ALGORITHMS[config.algorithm].uses_window):
-        double = ContextParallelConfig(context_parallel_size=config.context_parallel_size, algorithm=config.algorithm,
-                                       ulysses_degree=config.ulysses_degree, window_size=window,
-                                       attention_mask_type=config.attention_mask_type)
+        double = ContextParallelConfig(
+            context_parallel_size=config.context_parallel_size,
+            algorithm=config.algorithm,
+            ulysses_degree=config.ulysses_degree,
+            window_size=window,
+            attention_mask_type=config.attention_mask_type,
+        )
         for ours, plain in zip(positions(double, 37), positions(config, 37)):
             assert torch.equal(ours, plain)
 

@@ -5,10 +5,10 @@ from math import lcm
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from cases import Case, arguments, local_inputs, setup_of
 from distributed import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from mindspeed_cp import SequenceLayout
 
 pytestmark = pytest.mark.cpu_only
@@ -101,7 +101,9 @@ LOCAL = 64  # tokens per rank, whatever the size
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["awaited", "overlap"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", [{}, {"kv_exchange": "direct"}, {"attention_mask_type": "full"}], ids=["ring", "direct", "full"])
+@pytest.mark.parametrize(
+    "options", [{}, {"kv_exchange": "direct"}, {"attention_mask_type": "full"}], ids=["ring", "direct", "full"]
+)
 def test_peak_memory_of_a_ring_does_not_grow_with_its_size(options, dtype, overlap):
     def peak(cp):
         config = {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "send_recv_overlap": overlap, **options}
@@ -114,7 +116,12 @@ def test_peak_memory_of_a_ring_does_not_grow_with_its_size(options, dtype, overl
 @pytest.mark.parametrize("overlap", [False, True], ids=["awaited", "overlap"])
 def test_peak_memory_of_a_double_ring_does_not_grow_with_its_size(overlap):
     def peak(cp, window):
-        config = {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "window_size": window, "send_recv_overlap": overlap}
+        config = {
+            "context_parallel_size": cp,
+            "algorithm": "megatron_cp_algo",
+            "window_size": window,
+            "send_recv_overlap": overlap,
+        }
         return max(run_ranks(cp, peak_bytes, Case(config, seq_len=cp * LOCAL, dk=32, dv=32, dtype="float32")))
 
     assert peak(8, 2) == peak(6, 2)
@@ -122,6 +129,7 @@ def test_peak_memory_of_a_double_ring_does_not_grow_with_its_size(overlap):
 
 def test_a_full_cache_holds_every_received_shard_and_so_grows_with_the_size():
     """The opposite fact: the measurement can tell."""
+
     def peak(cp):
         config = {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "kv_cache_policy": "full"}
         return max(run_ranks(cp, peak_bytes, Case(config, seq_len=cp * LOCAL, dk=32, dv=32, dtype="float32")))
@@ -151,7 +159,9 @@ def test_a_ring_cache_saves_the_received_keys_and_values(cp, window, exchange):
 @pytest.mark.parametrize("cp, heads, kv_heads", [(2, 4, 4), (2, 4, 1), (4, 8, 2), (4, 4, 1), (3, 6, 2), (4, 12, 6), (8, 8, 1)])
 def test_a_ulysses_cache_policy_saves_the_replicated_heads_of_keys_and_values(cp, heads, kv_heads):
     """Without replication (kv_heads % cp == 0) there is nothing to save, and the numbers say so."""
-    case = Case({"context_parallel_size": cp}, seq_len=cp * 8, batch=2, heads=heads, kv_heads=kv_heads, dk=6, dv=4, dtype="float32")
+    case = Case(
+        {"context_parallel_size": cp}, seq_len=cp * 8, batch=2, heads=heads, kv_heads=kv_heads, dk=6, dv=4, dtype="float32"
+    )
     without, full, half = (saved(case.with_config(kv_cache_policy=policy)) for policy in (None, "full", "half"))
     extra = (lcm(kv_heads, cp) - kv_heads) * 8 * case.batch * 4
     for rank in range(cp):

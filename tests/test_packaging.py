@@ -4,11 +4,11 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import tomllib
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROBE = ("import mindspeed_cp, mindspeed_cp.patches, mindspeed_cp.arguments, mindspeed_cp.arguments.flags; "

@@ -1,12 +1,12 @@
 """The facts of invariant 1 for points that nobody thought of: hypothesis draws the problem, the ranks solve it."""
 
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from cases import Case, attend, expected, largest_errors, whole
 from distributed import run_ranks
-from mindspeed_cp.algorithms import ALGORITHMS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_attention_exact import degree_of, exchanges, has_ring, shapes
+
+from mindspeed_cp.algorithms import ALGORITHMS
 
 # Largest absolute error for inputs of size 1; the low precisions round inputs' products at their own resolution.
 LIMIT = {"float64": 1e-10, "float32": 1e-4, "float16": 0.05, "bfloat16": 0.4}
@@ -17,8 +17,11 @@ def cases(draw):
     cp = draw(st.integers(1, 8))
     algorithm = draw(st.sampled_from([name for name in ALGORITHMS if any(shapes(name, cp))]))
     shape = draw(st.sampled_from(list(shapes(algorithm, cp))))
-    config = {**shape, "attention_mask_type": draw(st.sampled_from(["causal", "full"])),
-              "kv_exchange": draw(st.sampled_from(exchanges(shape)))}
+    config = {
+        **shape,
+        "attention_mask_type": draw(st.sampled_from(["causal", "full"])),
+        "kv_exchange": draw(st.sampled_from(exchanges(shape))),
+    }
     if cp > 1:
         config["kv_cache_policy"] = draw(st.sampled_from([None, "full", "half"]))
         if config["kv_cache_policy"]:
@@ -36,12 +39,23 @@ def cases(draw):
     seq_len = draw(st.integers(1, 60))
     cuts = draw(st.none() | st.lists(st.integers(0, seq_len), max_size=8))
     limit = st.none() | st.integers(-1, seq_len + 3)
-    return Case(config=config, seq_len=seq_len, batch=draw(st.integers(1, 3)), heads=heads, kv_heads=kv_heads,
-                dk=draw(st.integers(1, 8)), dv=draw(st.integers(1, 8)), dtype=draw(st.sampled_from(list(LIMIT))),
-                cu_seqlens=None if cuts is None else (0, *sorted(cuts), seq_len),
-                window=draw(st.none() | st.tuples(limit, limit)), dense=draw(st.sampled_from([None, None, "shared", "batch"])),
-                sinks=draw(st.booleans()), softmax_scale=draw(st.none() | st.floats(0.05, 1.0)),
-                layer_number=draw(st.integers(1, 5)), seed=draw(st.integers(0, 1000)))
+    return Case(
+        config=config,
+        seq_len=seq_len,
+        batch=draw(st.integers(1, 3)),
+        heads=heads,
+        kv_heads=kv_heads,
+        dk=draw(st.integers(1, 8)),
+        dv=draw(st.integers(1, 8)),
+        dtype=draw(st.sampled_from(list(LIMIT))),
+        cu_seqlens=None if cuts is None else (0, *sorted(cuts), seq_len),
+        window=draw(st.none() | st.tuples(limit, limit)),
+        dense=draw(st.sampled_from([None, None, "shared", "batch"])),
+        sinks=draw(st.booleans()),
+        softmax_scale=draw(st.none() | st.floats(0.05, 1.0)),
+        layer_number=draw(st.integers(1, 5)),
+        seed=draw(st.integers(0, 1000)),
+    )
 
 
 @settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from reference import attention
 
 from mindspeed_cp.softmax import add_softmax_offset, merge_attention, softmax_offset_gradient
-from reference import attention
 
 SEQ, BATCH, HEADS, DIM = 5, 2, 3, 4
 
@@ -30,8 +30,11 @@ def merged(scores, value, pieces):
     return out, lse
 
 
-@pytest.mark.parametrize("pieces", [[slice(0, 12)], [slice(0, 5), slice(5, 12)], [slice(8, 12), slice(0, 1), slice(1, 8)]],
-                         ids=["one", "two", "three-in-another-order"])
+@pytest.mark.parametrize(
+    "pieces",
+    [[slice(0, 12)], [slice(0, 5), slice(5, 12)], [slice(8, 12), slice(0, 1), slice(1, 8)]],
+    ids=["one", "two", "three-in-another-order"],
+)
 def test_merging_partials_equals_attention_over_all_keys(pieces):
     scores, value = problem()
     out, lse = merged(scores, value, pieces)
@@ -52,9 +55,9 @@ def test_merging_does_not_overflow_with_huge_scores(scale):
 
 def test_a_row_without_keys_on_either_side_stays_zero_and_minus_infinity():
     scores, value = problem()
-    scores[2, :, :, :6] = -torch.inf   # nothing in the first piece
-    scores[3, :, :, 6:] = -torch.inf   # nothing in the second
-    scores[4] = -torch.inf             # nothing at all
+    scores[2, :, :, :6] = -torch.inf  # nothing in the first piece
+    scores[3, :, :, 6:] = -torch.inf  # nothing in the second
+    scores[4] = -torch.inf  # nothing at all
     out, lse = merged(scores, value, [slice(0, 6), slice(6, 12)])
     want_out, want_lse = partial(scores, value)
     assert not out[4].any() and (lse[4] == -torch.inf).all()
@@ -104,9 +107,9 @@ def test_the_gradient_of_the_offset_is_autograds():
     allowed = torch.ones(1, SEQ, SEQ, dtype=torch.bool)
     allowed[0, 2] = False
     out = attention(query, key, value, allowed, sinks=offset)
-    scores = torch.einsum("ibhd,jbhd->ibhj", query, key) * DIM ** -0.5
+    scores = torch.einsum("ibhd,jbhd->ibhj", query, key) * DIM**-0.5
     scores = scores.masked_fill(~allowed[0][:, None, None], -torch.inf)
     lse = torch.cat([scores, offset.detach().expand(SEQ, BATCH, HEADS).unsqueeze(-1)], -1).logsumexp(-1)
-    want, = torch.autograd.grad(out, offset, grad)
+    (want,) = torch.autograd.grad(out, offset, grad)
     got = softmax_offset_gradient(grad, out.detach(), lse, offset.detach())
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)

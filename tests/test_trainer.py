@@ -38,6 +38,7 @@ def run_script(flags, **variables):
      "--num-virtual-stages-per-pipeline-rank 2", ["--num-virtual-stages-per-pipeline-rank 2", "pipeline"]),
     (f"--variable-seq-lengths --context-parallel-size 4 {ULYSSES}", ["--variable-seq-lengths", "--gather-size-calculator dynamic"]),
     ("--variable-seq-lengths --sequence-parallel --tensor-model-parallel-size 2", ["--variable-seq-lengths", "leave one"]),
+    ("--use-distributed-optimizer --save somewhere", ["--use-distributed-optimizer", "--save", "leave"]),
     ("--load no/such/folder", ["--load no/such/folder", "latest.txt"])])
 def test_wrong_flags_are_refused_before_any_process_group(data, flags, says):
     with pytest.raises(ValueError) as error:
@@ -89,20 +90,17 @@ def test_a_run_logs_validates_and_shows_its_progress(data, tmp_path):
 
 
 def test_checkpoint_of_a_ring_resumes_under_other_parallel_sizes(data, tmp_path):
-    base = "--train-iters 8 --position-embedding-type rope"
+    # 512: a size that every tensor-parallel size pads alike; padding takes part in the softmax.
+    base = "--train-iters 8 --position-embedding-type rope --vocab-size 512"
     ring = f"{base} --context-parallel-size 4 {RING}"
     others = {"the same": ring, "ulysses cp=2": f"{base} --context-parallel-size 2 {ULYSSES}", "cp=1": base,
               "tp=2, ring cp=2": f"{base} --tensor-model-parallel-size 2 --context-parallel-size 2 {RING}",
               "pp=2, cp=1": f"{base} --pipeline-model-parallel-size 2"}
-    sharded = "--use-distributed-optimizer"
-    cases = {"whole": ring, "saved": f"{ring} --save {tmp_path / 'plain'} --exit-interval 4",
-             "saved, sharded": f"{ring} {sharded} --save {tmp_path / 'sharded'} --exit-interval 4"}
-    cases |= {name: f"{flags} --load {tmp_path / 'plain'}" for name, flags in others.items()}
-    resumed = {f"{name}, sharded": f"{others[name]} {sharded} --load {tmp_path / 'sharded'}" for name in
-               ("ulysses cp=2", "cp=1")}
-    results = run_ranks(4, train, data, cases | resumed, timeout=300, fresh=True)[0]
+    cases = {"whole": ring, "saved": f"{ring} --save {tmp_path} --exit-interval 4"}
+    cases |= {name: f"{flags} --load {tmp_path}" for name, flags in others.items()}
+    results = run_ranks(4, train, data, cases, timeout=300, fresh=True)[0]
     assert [record["iteration"] for record in results["saved"]] == [1, 2, 3, 4]
-    for name in (*others, *resumed):
+    for name in others:
         assert [record["iteration"] for record in results[name]] == [5, 6, 7, 8]
         assert largest_difference(results[name], results["whole"][4:]) < 1e-5, name
 

@@ -33,10 +33,10 @@ def train(rank, prefix, cases):
     """Run each case (name -> flags) one after the other in this process group; returns name -> list of step records."""
     import torch.distributed as dist
     import trainer.quiet  # noqa: F401
-
-    import mindspeed_cp.megatron_adaptor  # noqa: F401
     from trainer.arguments import parse_args
     from trainer.loop import pretrain
+
+    import mindspeed_cp.megatron_adaptor  # noqa: F401
 
     results = {}
     for name, flags in cases.items():

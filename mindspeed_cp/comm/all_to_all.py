@@ -107,7 +107,8 @@ class SequenceExchange:
         sizes = [rows * batch * width for width in widths]
         received = self.workspace.get("a2a.receive", (sum(sizes),), packed.dtype, packed.device)
         self._exchange(received, packed.view(-1), sizes, [length * batch * packed.shape[2] for length in self.lengths])
-        self._record([(part.purpose, [length * batch * part.width(self.rank) for length in self.lengths]) for part in parts], packed)
+        self._record([(part.purpose, [length * batch * part.width(self.rank) for length in self.lengths])
+                      for part in parts], packed)
         pieces = [piece.view(rows, batch, width) for piece, width in zip(received.split(sizes), widths)]
         starts, tensors = [0] * self.size, []
         for part in parts:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from mindspeed_cp.accumulate import add_in_place
-from mindspeed_cp.comm.transport import all_gather, post
 from mindspeed_cp.comm.schedule import RingPlace
+from mindspeed_cp.comm.transport import all_gather, post
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Flags of the embedded trainer. Names and meanings are Megatron's; what Megatron has and this trainer has not is refused."""
 
 import argparse
+import importlib.util
 import os
 from pathlib import Path
 
@@ -201,6 +202,10 @@ def _check_files(args):
         _require(Path(args.data_path + ending).is_file(),
                  f"--data-path {args.data_path}: the file {args.data_path}{ending} does not exist; make it with: python "
                  f"scripts/prepare_data.py --output {args.data_path}")
+    fused_adam = any(importlib.util.find_spec(name) for name in ("apex", "transformer_engine"))
+    _require(fused_adam or not args.use_distributed_optimizer or not (args.save or args.load),
+             "--use-distributed-optimizer does not go with --save or --load on this machine: megatron-core stores its state "
+             "for the Adam of apex or Transformer Engine alone; leave --use-distributed-optimizer out, or install apex.")
     if args.load is not None:
         _require(Path(args.load, "latest.txt").is_file(),
                  f"--load {args.load} holds no checkpoint (no {Path(args.load, 'latest.txt')}); give the folder that --save "

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
@@ -52,16 +51,6 @@ def _name(chunks, stage):
     return f"model{stage}" if len(chunks) > 1 else "model"
 
 
-def _make_adam_state(optimizer):
-    """Give torch's Adam the state of step 0: Megatron's distributed optimizer reads it before it loads anything."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        adam = part.optimizer
-        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
-            if isinstance(adam, torch.optim.Adam) and not adam.state[parameter]:
-                adam.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter),
-                                         "exp_avg_sq": torch.zeros_like(parameter)}
-
-
 def save_checkpoint(args, chunks, optimizer, scheduler, iteration):
     """Write --save/iter_NNNNNNN and name it in latest.txt once it is complete; collective."""
     folder = Path(args.save, f"iter_{iteration:07d}")
@@ -75,8 +64,6 @@ def save_checkpoint(args, chunks, optimizer, scheduler, iteration):
 
 def load_checkpoint(args, chunks, optimizer, scheduler):
     """Read the latest checkpoint of --load into everything; returns the number of finished steps; collective."""
-    if args.use_distributed_optimizer:
-        _make_adam_state(optimizer)
     folder = Path(args.load, Path(args.load, LATEST).read_text(encoding="utf-8").strip())
     state = dist_checkpointing.load(_state(args, chunks, optimizer, scheduler, 0, True), str(folder))
     for stage, chunk in enumerate(chunks):
