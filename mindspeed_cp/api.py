@@ -59,7 +59,8 @@ def context_parallel_attention(query, key, value, *, config, groups, layout, sof
         kernel = select_kernel(kernel, query.device.type)
     ring = RingProblem(
         groups=groups, runs=tuple(layout.ring_runs(rank) for rank in range(layout.ring_size)), mask=mask, kernel=kernel,
-        options=KernelOptions(query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, float(dropout_p)),
+        options=KernelOptions(query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, float(dropout_p),
+                              groups.cp_rank),
         exchange="direct" if config.kv_exchange == "direct" else ALGORITHMS[config.algorithm].exchange or "ring",
         policy=policy if config.ring_size > 1 else None, overlap=config.send_recv_overlap,
         dense_mask=_dense_mask(attention_mask, query.shape[1], layout.seq_len),

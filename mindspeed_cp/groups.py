@@ -104,17 +104,17 @@ class ContextParallelGroups:
         return groups
 
     def _warm_up(self):
-        """NCCL and HCCL want every rank of a group in its first operation; a ring may start with fewer."""
+        """Connect every pair now: NCCL and HCCL want every rank in a group's first operation, and a ring may start with
+        fewer; with gloo, a rank that destroys its groups early would break connections that others still make."""
         for group in self._distinct():
-            if dist.get_backend(group) != "gloo":
-                dist.barrier(group)
+            dist.barrier(group)
 
     def _distinct(self):
         groups = (self.cp_group, self.ulysses_group, self.ring_group, self.outer_group)
         return {id(group): group for group in groups if group is not None}.values()
 
     def destroy(self):
-        """Release the process groups; the object must not be used afterwards."""
+        """Release the process groups; every rank calls it, after its last operation. The object cannot be used afterwards."""
         for group in self._distinct():
             dist.destroy_process_group(group)
         self.workspace.clear()

@@ -66,7 +66,8 @@ SETUP_RULES = {
                                       "megatron_cp_algo"),
     "heads of hybrid": (config(9, HYBRID, ulysses_degree=3), {}, "--num-attention-heads 8", "--ulysses-degree-in-cp 3",
                         "megatron_cp_algo"),
-    "groups": (config(1), dict(num_query_groups=3), "--num-query-groups 3", "must divide --num-attention-heads 8", "1, 2, 4 or 8"),
+    "groups": (config(1), dict(num_query_groups=3), "--num-query-groups 3", "must divide --num-attention-heads 8",
+               "1, 2, 4 or 8"),
     "length": (config(4), dict(seq_length=1022), "--seq-length 1022", "divisible by --context-parallel-size 4",
                "--gather-size-calculator dynamic"),
     "interval": (config(2, kv_cache_policy="full", kv_cache_interval=4), {}, "--context-parallel-cache-interval 4",
@@ -78,7 +79,8 @@ SETUP_RULES = {
     "sequence parallel": (config(2, RING), dict(seq_length=1022, tensor_parallel_size=2, sequence_parallel=True),
                           "--seq-length 1022", "--context-parallel-size 2 x --tensor-model-parallel-size 2", "1020"),
     "fallback of an odd length": (config(4, kv_cache_policy="full"), dict(seq_length=1023, gather_size_calculator="dynamic"),
-                                  "--gather-size-calculator dynamic", "--context-parallel-kv-cache-policy full", "--seq-length 1020"),
+                                  "--gather-size-calculator dynamic", "--context-parallel-kv-cache-policy full",
+                                  "--seq-length 1020"),
 }
 
 

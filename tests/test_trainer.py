@@ -36,7 +36,8 @@ def run_script(flags, **variables):
     ("--sequence-parallel", ["--sequence-parallel", "--tensor-model-parallel-size is 1", "leave"]),
     ("--group-query-attention --num-query-groups 4 --tensor-model-parallel-size 4 --num-attention-heads 4 "
      "--num-virtual-stages-per-pipeline-rank 2", ["--num-virtual-stages-per-pipeline-rank 2", "pipeline"]),
-    (f"--variable-seq-lengths --context-parallel-size 4 {ULYSSES}", ["--variable-seq-lengths", "--gather-size-calculator dynamic"]),
+    (f"--variable-seq-lengths --context-parallel-size 4 {ULYSSES}", ["--variable-seq-lengths",
+                                                                     "--gather-size-calculator dynamic"]),
     ("--variable-seq-lengths --sequence-parallel --tensor-model-parallel-size 2", ["--variable-seq-lengths", "leave one"]),
     ("--use-distributed-optimizer --save somewhere", ["--use-distributed-optimizer", "--save", "leave"]),
     ("--load no/such/folder", ["--load no/such/folder", "latest.txt"])])

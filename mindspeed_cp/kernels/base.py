@@ -16,6 +16,7 @@ class KernelOptions(NamedTuple):
 
     softmax_scale: float
     dropout_p: float = 0.0
+    rng_stream: int = 0  # differs between ranks that share torch's seed; kernels with a seed of their own mix it in
 
 
 def accumulation_dtype(dtype):

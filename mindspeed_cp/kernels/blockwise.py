@@ -39,7 +39,7 @@ class BlockwiseKernel:
         num_queries, batch, heads, _ = query.shape
         out = query.new_empty((num_queries, batch, heads, value.shape[-1]), dtype=dtype)
         lse = query.new_empty((num_queries, batch, heads), dtype=dtype)
-        seed = int(torch.randint(1 << 62, ())) if options.dropout_p else None
+        seed = int(torch.randint(1 << 62, ())) + options.rng_stream if options.dropout_p else None
         generator = _generator(seed, query.device)
         for tile in _tiles(query, key, block, attention_mask):
             scores = tile.scores(query, key, options.softmax_scale)

@@ -52,5 +52,7 @@ def seed_everything(args):
 def shut_down(made):
     """Release Megatron's groups, and the default group if ``initialize`` made it."""
     parallel_state.destroy_model_parallel()
+    # megatron-core 0.12 forgets to forget these, and the next run in this process may have another pipeline.
+    parallel_state._EMBEDDING_GLOBAL_RANKS = parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
     if made:
         dist.destroy_process_group()
