@@ -6,9 +6,12 @@ The script runs as ``__main__`` with its own command line, and its folder stands
 ``python pretrain_gpt.py``; so a checkout's own megatron.core is the one that is patched and used.
 """
 
+import os
 import sys
 from pathlib import Path
 
+# Where a spawned process finds the script; the import machinery overwrites its sys.argv[0].
+SCRIPT_VARIABLE = "MINDSPEED_CP_SCRIPT"
 USAGE = "usage: torchrun ... -m mindspeed_cp.run SCRIPT.py [arguments of the script ...]"
 
 
@@ -29,23 +32,24 @@ def main():
         raise SystemExit(2)
     sys.argv[:] = argv
     sys.path[0] = str(script.resolve().parent)
-    execute(script.resolve(), "__main__")
+    os.environ[SCRIPT_VARIABLE] = str(script.resolve())
+    execute("__main__")
 
 
-def execute(script, name):
-    """Run ``script`` in the namespace of the module ``name``.
+def execute(name):
+    """Run the script in the namespace of the module ``name``.
 
     That module keeps this one's spec, so a process that multiprocessing spawns (Megatron's checkpoint writers) comes here
     as well: it gets the adaptor before the script's imports, which would fail without it on some machines.
     """
     import mindspeed_cp.megatron_adaptor  # noqa: F401  after the path is right, before the script imports Megatron
 
-    namespace = vars(sys.modules[name])
-    namespace["__file__"] = str(script)
-    exec(compile(script.read_bytes(), str(script), "exec"), namespace)
+    script, namespace = os.environ[SCRIPT_VARIABLE], vars(sys.modules[name])
+    namespace["__file__"] = script
+    exec(compile(Path(script).read_bytes(), script, "exec"), namespace)
 
 
 if __name__ == "__main__":
     main()
 elif __name__ == "__mp_main__":  # spawned: the parent's command line and path are in place already
-    execute(Path(sys.argv[0]).resolve(), __name__)
+    execute(__name__)
