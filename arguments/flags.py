@@ -81,7 +81,7 @@ def _ring_flags(parser):
              "and 0 <= N < num-layers.")
     yield ("--use-fused-ring-attention-update",), dict(
         action="store_true",
-        help="accepted for scripts that set it. Default: off. Rule: changes nothing here, blocks are always merged in place.")
+        help="merge blocks by the NPU's fused operator. Default: off. Rule: kernels without one ignore it, and say so.")
 
 
 def _ulysses_flags(parser):

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy
 import torch
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.training import without_checkout, without_legacy
@@ -19,7 +20,9 @@ TRITON_KERNELS = "megatron.core.transformer.custom_layers.batch_invariant_kernel
 def checkout_imports():
     """Patches without which megatron.training cannot be imported; they come before every other table of a checkout."""
     return [Patch(TRITON_KERNELS, _kernels_without_triton,
-                  "0.16 imports its Triton kernels even when --batch-invariant-mode is off", _triton_is_there, create=True)]
+                  "0.16 imports its Triton kernels even when --batch-invariant-mode is off", _triton_is_there, create=True),
+            Patch("numpy.product", lambda original: numpy.prod,
+                  "distributed checkpoints of 0.12 to 0.15 use a name that numpy 2 removed", _product_is_there, create=True)]
 
 
 def checkout_device_patches(when):
@@ -52,6 +55,10 @@ def _triton_is_there():
     except ModuleNotFoundError:
         found = None
     return "" if found else f"this version has no such kernels in {package}"
+
+
+def _product_is_there():
+    return "numpy has it" if hasattr(numpy, "product") else ""
 
 
 def _kernels_without_triton(original):

@@ -13,10 +13,10 @@ UNEVEN = "--seq-length 61"
 ROPE_GQA = ("--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --group-query-attention "
             "--num-query-groups 2 --untie-embeddings-and-output-weights")
 DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
-LEGACY = "--use-legacy-models --ckpt-format torch"
+LEGACY = "--use-legacy-models --ckpt-format torch --normalization RMSNorm"  # their LayerNorm needs Apex
 TP, PP, TP_PP = "--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 2", \
     "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"
-DISTRIBUTED_OPTIMIZER = "--use-distributed-optimizer --overlap-grad-reduce"
+DISTRIBUTED_OPTIMIZER = "--use-distributed-optimizer --overlap-grad-reduce --global-batch-size 4"
 
 ULYSSES = "--context-parallel-algo ulysses_cp_algo"
 UNALIGNED = f"{ULYSSES} --gather-size-calculator dynamic"
@@ -37,8 +37,10 @@ class Case:
         algorithm, parallelism: the words of the table.
         flags: those of context parallelism, for the run with cp > 1 alone.
         shared: flags of both runs; MOCK data unless ``text``.
-        cp, ranks: context-parallel size, and processes of the run; the cp = 1 run has ranks / cp / dp.
-        dp: data-parallel size of the run with cp > 1; the cp = 1 run has the same global batch without.
+        shared: flags of both runs; MOCK data unless ``text``.
+        tp_pp: tensor x pipeline parallel size, in both runs.
+        dp: data-parallel size; the cp = 1 run has the same global batch on one rank, or, with the distributed optimizer, on
+            cp x dp ranks: the number of optimizer shards rounds the gradient norm to the fifth digit, without cp as well.
         text: real text in an indexed dataset.
         resume: "" or a checkpoint format: train under cp, resume under cp = 1 and the other way round.
         quick: part of the short subset.
@@ -58,6 +60,10 @@ class Case:
     @property
     def ranks(self):
         return self.cp * self.tp_pp * self.dp
+
+    @property
+    def reference_ranks(self):
+        return self.ranks if DISTRIBUTED_OPTIMIZER in self.shared else self.tp_pp
 
     @property
     def name(self):
@@ -107,8 +113,7 @@ CASES = (
     Case("Ulysses", "cp2, legacy models", ULYSSES, shared=f"{LENGTH} {LEGACY}"),
     Case("Ring", "cp2, checkpoint torch", RING, shared=f"{LENGTH} --ckpt-format torch", resume="torch"),
     Case("Ring", "cp2, checkpoint torch_dist", RING, shared=f"{LENGTH} --ckpt-format torch_dist", resume="torch_dist", quick=True),
-    Case("Ulysses", "cp2, checkpoint torch_dist, distributed optimizer", ULYSSES,
-         shared=f"{LENGTH} --ckpt-format torch_dist {DISTRIBUTED_OPTIMIZER} --dist-ckpt-optim-fully-reshardable", resume="torch_dist"),
+    Case("Hybrid", "cp4, checkpoint torch_dist", HYBRID, 4, shared=f"{LENGTH} --ckpt-format torch_dist", resume="torch_dist"),
 )
 
 
@@ -129,7 +134,8 @@ def runs_of(case, folder, text_prefix):
     data = ["--data-path", text_prefix, "--tokenizer-type", "NullTokenizer", "--vocab-size", "256",
             "--data-cache-path", f"{folder}/cache"] if case.text else MOCK
     common = [*MODEL, *case.shared.split(), *data]
-    reference = {"name": " ".join([f"ranks {case.tp_pp}", *common]), "world": case.tp_pp, "flags": common}
+    ranks = case.reference_ranks
+    reference = {"name": " ".join([f"ranks {ranks}", *common]), "world": ranks, "flags": common}
     flags = [*common, *context_parallel_flags(case)]
     if not case.resume:
         return reference, [{"name": case.name, "world": case.ranks, "flags": flags}]

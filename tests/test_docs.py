@@ -130,10 +130,11 @@ def run_block(code, num_processes, tmp_path):
 
 
 def unique_blocks(info):
-    """pytest parameters; blocks that both READMEs share run once."""
-    found = {code: (page, label) for page in reversed(PAGES) for label, code in blocks(page, info)}
+    """pytest parameters; blocks that both READMEs share, comments aside, run once."""
+    found = {tuple(re.sub(r"#.*", "", code).split()): (code, label, page)
+             for page in reversed(PAGES) for label, code in blocks(page, info)}
     return [pytest.param(code, label, id=f"{page}-{number}")
-            for number, (code, (page, label)) in enumerate(found.items())]
+            for number, (code, label, page) in enumerate(found.values())]
 
 
 @pytest.mark.cpu_only

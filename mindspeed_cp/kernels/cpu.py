@@ -8,6 +8,7 @@ the blockwise path, which is exact and slower.
 import torch
 
 from mindspeed_cp.kernels.blockwise import BlockwiseKernel, band_mask
+from mindspeed_cp.notices import warn_rank0
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -30,6 +31,7 @@ class CpuKernel:
 
     def forward(self, query, key, value, block, options, attention_mask=None):
         if _needs_blockwise(key, value, options):
+            _announce_blockwise(options)
             return self._blockwise.forward(query, key, value, block, options, attention_mask)
         if block.num_pieces == 1:
             return *_forward_piece(query, key, value, block, options, attention_mask), None
@@ -48,6 +50,12 @@ class CpuKernel:
 
 def _needs_blockwise(key, value, options):
     return options.dropout_p > 0 or key.shape[-1] != value.shape[-1]
+
+
+def _announce_blockwise(options):
+    reason = "dropout" if options.dropout_p else "a value head dimension that differs from the key's"
+    warn_rank0(f"--cp-kernel cpu: torch's CPU flash attention does not take {reason}; the exact and slower blockwise kernel "
+               "computes it (--cp-kernel blockwise chooses it outright).")
 
 
 def _group_queries(tensor, kv_heads):

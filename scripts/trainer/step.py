@@ -80,10 +80,12 @@ def train_step(chunks, optimizer, scheduler, iterators, args):
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     counts, traffic = _run(chunks, iterators, args, forward_only=False)
-    positions = int(counts[2]) // len(chunks) * parallel_state.get_data_parallel_world_size()
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
     loss = _loss_of_all(counts)
+    # Every rank and virtual stage has counted the tokens of its data-parallel rank's batches.
+    repeats = dist.get_world_size() // parallel_state.get_data_parallel_world_size() * len(chunks)
+    positions = int(counts[2]) // repeats
     return StepResult(loss, float(grad_norm or 0.0), positions, float(counts[3]) / dist.get_world_size(), dict(traffic.bytes))
 
 
