@@ -146,8 +146,8 @@ def _dense_mask(attention_mask, batch, seq_len):
 
 def _check_offset(softmax_offset, query):
     if softmax_offset is not None and tuple(softmax_offset.shape) != (query.shape[2],):
-        raise ValueError(f"softmax_offset has shape {tuple(softmax_offset.shape)} and must be ({query.shape[2]},), one logit for each "
-                         "query head of this rank.")
+        raise ValueError(f"softmax_offset has shape {tuple(softmax_offset.shape)} and must be ({query.shape[2]},), one logit for "
+                         "each query head of this rank.")
 
 
 def _check_same_hierarchy(config, groups, layout):

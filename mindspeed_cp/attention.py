@@ -92,8 +92,8 @@ class AttentionBridge:
         mask = _four_dimensional(attention_mask, query.shape[1])
         shape = self._shape(module, query, key, value, mask)
         if mask.shape[-2:] != (shape.seq_len, shape.seq_len):
-            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, and context parallelism needs the mask of the "
-                             f"whole sequence, (batch, 1, {shape.seq_len}, {shape.seq_len}); do not split it over the ranks.")
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, and context parallelism needs the mask of "
+                             f"the whole sequence, (batch, 1, {shape.seq_len}, {shape.seq_len}); do not split it over the ranks.")
         facts = self._masks.facts(mask)
         if module.window is not None:
             if not facts.is_causal:

@@ -87,7 +87,8 @@ class ContextParallelConfig:
         _require(degree is not None,
                  f"--ulysses-degree-in-cp is not given, and --context-parallel-algo hybrid_cp_algo needs it; {way_out}.")
         _require(isinstance(degree, int) and 1 < degree < cp,
-                 f"--ulysses-degree-in-cp {degree} must lie between 1 and --context-parallel-size {cp}, both excluded; {way_out}.")
+                 f"--ulysses-degree-in-cp {degree} must lie between 1 and --context-parallel-size {cp}, both excluded; "
+                 f"{way_out}.")
         _require(cp % degree == 0,
                  f"--ulysses-degree-in-cp {degree} must divide --context-parallel-size {cp}; {way_out}.")
 

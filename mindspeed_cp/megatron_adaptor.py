@@ -66,7 +66,9 @@ def _announce(config):
     if is_rank0():
         from mindspeed_cp.kernels import KERNELS
 
-        kernel = _state.kernel or next((name for name, row in KERNELS.items() if row.automatic and row.device_type == _device_type()), "none")
+        device = _device_type()
+        automatic = [name for name, row in KERNELS.items() if row.automatic and row.device_type == device]
+        kernel = _state.kernel or automatic[0]
         print(f"Context parallelism: {config.describe()}, kernel {kernel}, {_num_cp_patches()} patches", flush=True)
 
 
@@ -161,7 +163,8 @@ def state():
 def _table():
     rows = report()
     width = max(len(row.target) for row in rows)
-    lines = [f"megatron-core {megatron_version()}, torch {torch.__version__}, {_manager.num_applied} of {len(rows)} patches applied"]
+    lines = [f"megatron-core {megatron_version()}, torch {torch.__version__}, {_manager.num_applied} of {len(rows)} patches "
+             "applied"]
     return "\n".join(lines + [f"{row.target:{width}}  {row.status}\n    {row.reason}" for row in rows])
 
 

@@ -29,7 +29,8 @@ def batch_patches(state):
               "recomputation must see the micro-batch of its forward pass"),
         Patch("megatron.core.pipeline_parallel.schedules.get_tensor_shapes", _tensor_shapes(state),
               "pipeline stages exchange seq_length / cp rows, which differs between ranks for uneven lengths"),
-        Patch(f"{MTP}.roll_tensor", _roll(state), "multi-token prediction shifts tokens across the ranks of Megatron's own zigzag",
+        Patch(f"{MTP}.roll_tensor", _roll(state),
+              "multi-token prediction shifts tokens across the ranks of Megatron's own zigzag",
               _rolls_without_cp)]
 
 
@@ -41,7 +42,8 @@ def _absent(module, name, why):
 def _rolls_without_cp():
     from megatron.core.transformer.multi_token_prediction import roll_tensor
 
-    return "" if "cp_group" in inspect.signature(roll_tensor).parameters else "Megatron refuses multi-token prediction with cp > 1"
+    knows_cp = "cp_group" in inspect.signature(roll_tensor).parameters
+    return "" if knows_cp else "Megatron refuses multi-token prediction with cp > 1"
 
 
 def split_batch(batch, state):

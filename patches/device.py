@@ -14,8 +14,8 @@ import torch
 from mindspeed_cp.patches.manager import Patch
 
 CPU = torch.device("cpu")
-FACTORIES = ("tensor", "as_tensor", "scalar_tensor", "empty", "empty_strided", "zeros", "ones", "full", "arange", "linspace", "eye",
-             "rand", "randn", "randint", "randperm", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like",
+FACTORIES = ("tensor", "as_tensor", "scalar_tensor", "empty", "empty_strided", "zeros", "ones", "full", "arange", "linspace",
+             "eye", "rand", "randn", "randint", "randperm", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like",
              "randn_like", "randint_like", "tril_indices", "triu_indices")
 TENSOR_FACTORIES = ("new_tensor", "new_empty", "new_zeros", "new_ones", "new_full")
 

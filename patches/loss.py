@@ -3,7 +3,6 @@
 from functools import wraps
 
 import torch.distributed as dist
-
 from mindspeed_cp.patches.manager import Patch
 
 

@@ -70,7 +70,7 @@ def _validate(state):
             flash = args.use_flash_attn
             with readable_errors(PROGRAM):
                 config, setup = validate(args)
-                _prepare_legacy(args)
+                _check_legacy(args)
             if config.context_parallel_size == 1:
                 return original(args, *defaults, **kwargs)
             switched_on, args.use_flash_attn = args.use_flash_attn, flash  # Megatron's checks are about its own kernels
@@ -85,13 +85,9 @@ def _validate(state):
     return build
 
 
-def _prepare_legacy(args):
-    if not getattr(args, "use_legacy_models", False):
-        return
-    if args.context_parallel_size > 1 and args.ckpt_format != "torch":
+def _check_legacy(args):
+    if args.context_parallel_size > 1 and getattr(args, "use_legacy_models", False) and args.ckpt_format != "torch":
         raise ValueError(f"--ckpt-format {args.ckpt_format} does not work with --use-legacy-models; use --ckpt-format torch.")
-    if not hasattr(args, "apply_layernorm_1p"):  # renamed in 0.16, where legacy models still read the old name
-        args.apply_layernorm_1p = args.layernorm_zero_centered_gamma
 
 
 @contextmanager

@@ -32,7 +32,8 @@ def checkout_device_patches(when):
         Patch("megatron.training.initialize.initialize_megatron", _allow_no_cuda,
               "Megatron refuses to start without CUDA", checkout),
         Patch("megatron.training.initialize._warmup_jit_function", lambda original: lambda: None,
-              "nothing is compiled, and the random numbers it draws would make initial weights depend on the parallel sizes", checkout),
+              "nothing is compiled, and the random numbers it draws would make initial weights depend on the parallel sizes",
+              checkout),
         Patch("torch.cuda.device_count", lambda original: lambda: 1,
               "without a device Megatron makes no process groups and seeds no generator", checkout),
         Patch("torch.cuda.get_device_properties", lambda original: _properties,
@@ -40,7 +41,8 @@ def checkout_device_patches(when):
         Patch("torch.cuda.device_memory_used", lambda original: lambda device=None: 0,
               "Megatron prints the memory of the device", checkout),
         Patch("megatron.core.datasets.utils.compile_helpers", _compile_if_missing,
-              "Megatron's Makefile compiles for the first python3 of the PATH, each time; this compiles once, for the Python that runs", checkout),
+              "Megatron's Makefile compiles for the first python3 of the PATH, each time; this compiles once, for the Python "
+              "that runs", checkout),
         Patch("megatron.legacy.fused_kernels.load", lambda original: lambda args: None,
               "the fused kernels are CUDA; legacy models have plain versions", legacy)]
 

@@ -90,7 +90,8 @@ CASES = (
     Case("Ring", "cp2 dp2, distributed optimizer", RING, shared=f"{LENGTH} {DISTRIBUTED_OPTIMIZER}", dp=2),
     Case("Ulysses", "cp2 dp2, distributed optimizer", ULYSSES, shared=f"{LENGTH} {DISTRIBUTED_OPTIMIZER}", dp=2),
     Case("Ring", "cp2 tp2 pp2, distributed optimizer", RING, shared=f"{LENGTH} {TP_PP} {DISTRIBUTED_OPTIMIZER}", tp_pp=4),
-    Case("Ring", "cp2 tp2 pp2 dp2, distributed optimizer", RING, shared=f"{LENGTH} {TP_PP} {DISTRIBUTED_OPTIMIZER}", tp_pp=4, dp=2),
+    Case("Ring", "cp2 tp2 pp2 dp2, distributed optimizer", RING,
+         shared=f"{LENGTH} {TP_PP} {DISTRIBUTED_OPTIMIZER}", tp_pp=4, dp=2),
     Case("Hybrid", "cp4 tp2, distributed optimizer", HYBRID, 4, shared=f"{LENGTH} {TP} {DISTRIBUTED_OPTIMIZER}", tp_pp=2),
     Case("Ring", "cp2, 61 tokens", RING, shared=UNEVEN, quick=True),
     Case("Ring", "cp2 pp2, 61 tokens", RING, shared=f"{UNEVEN} {PP}", tp_pp=2),
@@ -112,7 +113,8 @@ CASES = (
     Case("Ring", "cp2, legacy models", RING, shared=f"{LENGTH} {LEGACY}"),
     Case("Ulysses", "cp2, legacy models", ULYSSES, shared=f"{LENGTH} {LEGACY}"),
     Case("Ring", "cp2, checkpoint torch", RING, shared=f"{LENGTH} --ckpt-format torch", resume="torch"),
-    Case("Ring", "cp2, checkpoint torch_dist", RING, shared=f"{LENGTH} --ckpt-format torch_dist", resume="torch_dist", quick=True),
+    Case("Ring", "cp2, checkpoint torch_dist", RING,
+         shared=f"{LENGTH} --ckpt-format torch_dist", resume="torch_dist", quick=True),
     Case("Hybrid", "cp4, checkpoint torch_dist", HYBRID, 4, shared=f"{LENGTH} --ckpt-format torch_dist", resume="torch_dist"),
 )
 

@@ -36,7 +36,8 @@ def find_checkouts(folder):
 
 def start_runs(checkout, runs, *options):
     """Yield the result of every run of one checkout; a process that ends early gives an error for the rest."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+    path = [str(checkout), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path),
                    "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "MINDSPEED_CP_DEVICE": "cpu"}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
@@ -103,7 +104,8 @@ def check_bitwise(checkout):
 
 
 def prepare_text(prefix):
-    subprocess.run([sys.executable, "-W", "ignore", str(REPOSITORY / "scripts" / "prepare_data.py"), "--output", prefix], check=True,
+    subprocess.run([sys.executable, "-W", "ignore", str(REPOSITORY / "scripts" / "prepare_data.py"), "--output", prefix],
+                   check=True,
                    stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.pathsep.join(
                        [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])})
 
@@ -147,11 +149,13 @@ def main(argv=None):
             start = time.monotonic()
             work = Path(folder, version)
             work.mkdir()
-            results[version] = check_version(checkout, cases, str(work), f"{folder}/text", lambda line: print(line, file=sys.stderr))
+            results[version] = check_version(checkout, cases, str(work), f"{folder}/text",
+                                             lambda line: print(line, file=sys.stderr))
             results[version]["plain"] = check_bitwise(checkout)
             failed = [name for name, result in results[version].items() if not passed(result)]
             print(f"{version}: {len(results[version]) - len(failed)} of {len(results[version])} passed in "
-                  f"{time.monotonic() - start:.0f} s" + (f"; failed: {'; '.join(failed)}" if failed else ""), file=sys.stderr, flush=True)
+                  f"{time.monotonic() - start:.0f} s" + (f"; failed: {'; '.join(failed)}" if failed else ""),
+                  file=sys.stderr, flush=True)
     print(table(results, cases))
     return 0 if all(passed(result) for rows in results.values() for result in rows.values()) else 1
 
