@@ -79,7 +79,7 @@ def _device_type():
 
 
 def _num_cp_patches():
-    stand_in = {patch.target for table in ("device", "checkout imports", "checkout device") for patch in _tables[table]}
+    stand_in = {patch.target for table in ("device", "libraries", "checkout device") for patch in _tables[table]}
     return sum(row.applied and row.target not in stand_in for row in _manager.report())
 
 
@@ -88,11 +88,11 @@ def _tables_of_patches():
     from mindspeed_cp.patches.core import core_patches
     from mindspeed_cp.patches.device import device_patches
     from mindspeed_cp.patches.training import training_patches
-    from mindspeed_cp.patches.training_device import checkout_device_patches, checkout_imports
+    from mindspeed_cp.patches.training_device import checkout_device_patches, checkout_patches, library_patches
 
     why = _why_no_stand_in()
     return {"device": device_patches(lambda: why), "core": core_patches(_state, _announce),
-            "checkout imports": checkout_imports(), "checkout device": checkout_device_patches(lambda: why),
+            "libraries": library_patches(), "checkout device": [*checkout_patches(), *checkout_device_patches(lambda: why)],
             "training": training_patches(_state)}
 
 

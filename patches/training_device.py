@@ -6,23 +6,37 @@ import inspect
 import subprocess
 import sysconfig
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy
 import torch
+
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.training import without_checkout, without_legacy
 
 TRITON_KERNELS = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
+CHECKPOINT_WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+CHECKPOINTING = "megatron.training.checkpointing"
+FP8_FIX = "fix_fp8_params_lose_precision_when_loading_dist_ckpt"
 
 
-def checkout_imports():
-    """Patches without which megatron.training cannot be imported; they come before every other table of a checkout."""
+def library_patches():
+    """Names that newer libraries dropped or that are missing here; megatron.training is imported after these."""
     return [Patch(TRITON_KERNELS, _kernels_without_triton,
                   "0.16 imports its Triton kernels even when --batch-invariant-mode is off", _triton_is_there, create=True),
             Patch("numpy.product", lambda original: numpy.prod,
-                  "distributed checkpoints of 0.12 to 0.15 use a name that numpy 2 removed", _product_is_there, create=True)]
+                  "distributed checkpoints of 0.12 to 0.15 use a name that numpy 2 removed", _product_is_there, create=True),
+            Patch(f"{CHECKPOINT_WRITER}._write_item", _with_serialization_format,
+                  "0.12 does not pass the format that newer torch requires", _format_is_passed)]
+
+
+def checkout_patches():
+    """What a checkout asks of libraries that are missing, on any device."""
+    return [Patch(f"{CHECKPOINTING}.{FP8_FIX}", lambda original: lambda state_dict: None,
+                  "0.12 asks for the version of Transformer Engine when it loads, installed or not; without it nothing is FP8",
+                  _no_fp8_fix)]
 
 
 def checkout_device_patches(when):
@@ -59,8 +73,28 @@ def _triton_is_there():
     return "" if found else f"this version has no such kernels in {package}"
 
 
+def _no_fp8_fix():
+    if importlib.util.find_spec("transformer_engine") is not None:
+        return "Transformer Engine is installed"
+    why = without_checkout()
+    return why or ("" if hasattr(importlib.import_module(CHECKPOINTING), FP8_FIX) else "this version does not ask")
+
+
 def _product_is_there():
     return "numpy has it" if hasattr(numpy, "product") else ""
+
+
+def _format_is_passed():
+    writer = importlib.import_module(CHECKPOINT_WRITER)
+    if "serialization_format" not in inspect.signature(writer._write_item).parameters:
+        return "this torch wants no format"
+    return "this version passes it" if "serialization_format" in inspect.getsource(writer) else ""
+
+
+def _with_serialization_format(original):
+    from torch.distributed.checkpoint.filesystem import SerializationFormat
+
+    return partial(original, serialization_format=SerializationFormat.TORCH_SAVE)
 
 
 def _kernels_without_triton(original):

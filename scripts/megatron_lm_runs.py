@@ -26,11 +26,11 @@ def _apply_stand_in_only():
     """Make CUDA's names mean the CPU and change nothing else: Megatron as it is, as far as a CPU can show it."""
     from mindspeed_cp.patches.device import device_patches
     from mindspeed_cp.patches.manager import PatchManager
-    from mindspeed_cp.patches.training_device import checkout_device_patches, checkout_imports
+    from mindspeed_cp.patches.training_device import checkout_device_patches, checkout_patches, library_patches
 
     def needed():
         return ""
-    manager = PatchManager(device_patches(needed) + checkout_imports() + checkout_device_patches(needed))
+    manager = PatchManager(device_patches(needed) + library_patches() + checkout_patches() + checkout_device_patches(needed))
     manager.apply()
     return manager
 

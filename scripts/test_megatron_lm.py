@@ -117,13 +117,15 @@ def passed(result):
 def table(results, cases):
     """Markdown: a row per case, a column per version, the largest relative difference of loss and gradient norm."""
     def cell(result):
+        if result is None:
+            return "not in Megatron"
         if result[0] is None:
             return "FAILED"
         return f"{result[0]:.0e}" if passed(result) else f"FAILED {result[0]:.0e}"
     versions = list(results)
     lines = ["| algorithm | parallelism | " + " | ".join(versions) + " |", "|---|---|" + "---|" * len(versions)]
     for case in cases:
-        cells = [cell(results[version][case.name]) for version in versions]
+        cells = [cell(results[version].get(case.name)) for version in versions]
         lines.append(f"| {case.algorithm} | {case.parallelism} | " + " | ".join(cells) + " |")
     cells = ["bitwise equal" if passed(results[version]["plain"]) else "FAILED" for version in versions]
     return "\n".join([*lines, "| none | no flag, against no adaptor | " + " | ".join(cells) + " |"])
@@ -149,7 +151,8 @@ def main(argv=None):
             start = time.monotonic()
             work = Path(folder, version)
             work.mkdir()
-            results[version] = check_version(checkout, cases, str(work), f"{folder}/text",
+            possible = [case for case in cases if version not in case.not_in]
+            results[version] = check_version(checkout, possible, str(work), f"{folder}/text",
                                              lambda line: print(line, file=sys.stderr))
             results[version]["plain"] = check_bitwise(checkout)
             failed = [name for name, result in results[version].items() if not passed(result)]

@@ -38,6 +38,7 @@ class Case:
     dropout_p: float = 0.0
     layer_number: int = 1
     kernel: str | None = None
+    fused_update: bool = False
     seed: int = 0
 
     @property
@@ -122,6 +123,7 @@ def arguments(case, config, groups, layout, sinks, mask):
         dropout_p=case.dropout_p,
         layer_number=case.layer_number,
         kernel=case.kernel,
+        fused_update=case.fused_update,
         sliding_window=case.window,
         softmax_offset=sinks,
     )

@@ -5,7 +5,6 @@ One process group serves all releases: a rank installs the fake of a release, co
 
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from unittest.mock import patch
 
 import fake_flash_attention
@@ -15,7 +14,6 @@ import torch
 from cases import Case, attend, device_type, expected, largest_errors, whole
 from distributed import run_ranks
 
-from mindspeed_cp.algorithms.ring import RingProblem
 from mindspeed_cp.kernels import select_kernel
 
 PLATFORMS = {**{f"torch_npu-{release}": release for release in fake_torch_npu.RELEASES}, "cuda": None, "cudnn": None}
@@ -67,9 +65,8 @@ def attend_on(rank, platform, cases, fused=False):
         if fused:
             kernel = kernel or select_kernel(None, device_type())
             merge = stack.enter_context(patch.object(kernel, "merge", wraps=kernel.merge))
-            stack.enter_context(patch("mindspeed_cp.api.RingProblem", partial(RingProblem, merge=merge)))
             stack.callback(lambda: merge.assert_called())
-        return [attend(rank, replace(case, kernel=kernel)) for case in cases]
+        return [attend(rank, replace(case, kernel=kernel, fused_update=fused)) for case in cases]
 
 
 def relative_errors(got, want):

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Two hosts on one machine: two network namespaces joined by a veth pair, torchrun with two ranks on each, so that what
+# crosses the network is really crossed. Needs root (or the right to make namespaces) and iproute2.
+#   bash scripts/two_hosts.sh hybrid|double_ring [options of two_hosts_attention.py]      PYTHON=python
+#   CUT_AFTER=SECONDS   take the link down that long after the first step; both sides must then exit with an error
+# Exit status 77 where namespaces are not permitted.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+ALGORITHM=${1:?usage: bash scripts/two_hosts.sh hybrid|double_ring [options]}
+shift
+NAME=cp$$
+OUTPUT=$(mktemp -d)
+
+cleanup() {
+  local pid
+  for pid in $(jobs -p); do kill "$pid" 2>/dev/null || true; done
+  wait 2>/dev/null || true
+  ip netns del "${NAME}a" 2>/dev/null || true
+  ip netns del "${NAME}b" 2>/dev/null || true
+  rm -rf "$OUTPUT"
+}
+trap cleanup EXIT
+
+if ! ip netns add "${NAME}a" 2>/dev/null || ! ip netns exec "${NAME}a" true 2>/dev/null; then
+  echo "two_hosts.sh: network namespaces are not permitted here (ip netns add)" >&2
+  exit 77
+fi
+ip netns add "${NAME}b"
+ip link add "${NAME}0" netns "${NAME}a" type veth peer name "${NAME}1" netns "${NAME}b"
+
+# up SUFFIX INDEX: address and loopback of one host. Offloads stay on: the device then counts large segments with one header each.
+up() {
+  ip -n "$NAME$1" addr add "10.203.7.$(($2 + 1))/24" dev "$NAME$2"
+  ip -n "$NAME$1" link set "$NAME$2" up
+  ip -n "$NAME$1" link set lo up
+}
+up a 0
+up b 1
+
+host() {
+  local suffix=$1 index=$2
+  shift 2
+  ip netns exec "$NAME$suffix" env GLOO_SOCKET_IFNAME="$NAME$index" OMP_NUM_THREADS=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" \
+    "$PYTHON" -m torch.distributed.run --nnodes 2 --node-rank "$index" --nproc-per-node 2 --master-addr 10.203.7.1 --master-port 29531 \
+    scripts/two_hosts_attention.py --algorithm "$ALGORITHM" --counter "/sys/class/net/$NAME$index/statistics/tx_bytes" "$@"
+}
+
+EXTRA=()
+if [[ -n ${CUT_AFTER:-} ]]; then EXTRA=(--steps-until-cut); fi
+host a 0 "$@" "${EXTRA[@]}" >"$OUTPUT/a.out" 2>"$OUTPUT/a.err" &
+FIRST=$!
+host b 1 "$@" "${EXTRA[@]}" >"$OUTPUT/b.out" 2>"$OUTPUT/b.err" &
+SECOND=$!
+
+if [[ -n ${CUT_AFTER:-} ]]; then
+  until grep -q running "$OUTPUT/a.out" || ! kill -0 "$FIRST" 2>/dev/null; do sleep 0.2; done
+  sleep "$CUT_AFTER"
+  ip -n "${NAME}a" link set "${NAME}0" down
+  echo "link cut"
+fi
+STATUS_A=0 STATUS_B=0
+wait "$FIRST" || STATUS_A=$?
+wait "$SECOND" || STATUS_B=$?
+sed 's/^/a: /' "$OUTPUT/a.out"
+sed 's/^/b: /' "$OUTPUT/b.out"
+sed 's/^/a: /' "$OUTPUT/a.err" >&2
+sed 's/^/b: /' "$OUTPUT/b.err" >&2
+echo "exit status: $STATUS_A on the first host, $STATUS_B on the second"
+((STATUS_A == 0 && STATUS_B == 0))

@@ -1,0 +1,130 @@
+"""One attention layer over two hosts: counts what leaves this host and compares with dense attention (scripts/two_hosts.sh).
+
+Started by torchrun with an equal number of ranks on each host. Each rank prints one line, JSON: rank, bytes counted by purpose, bytes to
+ranks of the other host, largest error. With --steps-until-cut it repeats until a peer is lost.
+"""
+
+import argparse
+import json
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention
+from mindspeed_cp.comm import count_bytes
+
+HEADS, KV_HEADS, DIM = 8, 4, 64
+CONFIGS = {
+    "hybrid": dict(algorithm="hybrid_cp_algo", ulysses_degree=2),
+    "double_ring": dict(algorithm="megatron_cp_algo", window_size=2),
+}
+
+
+class HostMeter:
+    """Counts the bytes that this rank hands to torch.distributed for ranks of another host; use it as a context manager."""
+
+    def __init__(self, ranks_per_host):
+        self.host, self.ranks_per_host, self.bytes = dist.get_rank() // ranks_per_host, ranks_per_host, 0
+
+    def __enter__(self):
+        self._originals = dist.batch_isend_irecv, dist.all_to_all_single
+
+        def batch_isend_irecv(ops):
+            for op in ops:
+                if op.op is dist.isend and self._is_elsewhere(op.peer):
+                    self.bytes += op.tensor.numel() * op.tensor.element_size()
+            return self._originals[0](ops)
+
+        def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, group=None, **kwargs):
+            ranks = dist.get_process_group_ranks(group)
+            sizes = input_split_sizes or [input.shape[0] // len(ranks)] * len(ranks)
+            row = input.element_size() * (input[0].numel() if input.dim() > 1 else 1)
+            self.bytes += sum(size * row for rank, size in zip(ranks, sizes) if self._is_elsewhere(rank))
+            return self._originals[1](output, input, output_split_sizes, input_split_sizes, group=group, **kwargs)
+
+        dist.batch_isend_irecv, dist.all_to_all_single = batch_isend_irecv, all_to_all_single
+        return self
+
+    def __exit__(self, *failure):
+        dist.batch_isend_irecv, dist.all_to_all_single = self._originals
+
+    def _is_elsewhere(self, rank):
+        return rank // self.ranks_per_host != self.host
+
+
+def inputs(seq_len, kind):
+    """The same query, key, value and gradient of the whole sequence on every rank."""
+    generator = torch.Generator().manual_seed(7)
+
+    def make(heads):
+        return torch.randn(seq_len, 1, heads, DIM, generator=generator).to(kind)
+    return make(HEADS), make(KV_HEADS), make(KV_HEADS), make(HEADS)
+
+
+def dense(query, key, value, grad):
+    """Out and gradients by plain attention in float64, whole sequence."""
+    leaves = [tensor.double().requires_grad_() for tensor in (query, key, value)]
+    q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in leaves)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).permute(2, 0, 1, 3)
+    out.backward(grad.double())
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def step(config, groups, layout, whole):
+    """Forward and backward of this rank's shard; returns [out, dq, dk, dv]."""
+    shards = [layout.shard(tensor, groups.cp_rank) for tensor in whole]
+    leaves = [shard.clone().requires_grad_() for shard in shards[:3]]
+    out = context_parallel_attention(*leaves, config=config, groups=groups, layout=layout)
+    out.backward(shards[3])
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algorithm", choices=list(CONFIGS), required=True)
+    parser.add_argument("--seq-length", type=int, default=4096)
+    parser.add_argument("--timeout", type=float, default=20.0, help="seconds after which a silent peer is given up")
+    parser.add_argument("--steps-until-cut", action="store_true", help="repeat until a peer is lost")
+    parser.add_argument("--counter", help="file with the bytes that left the host's network device, read before and after the step")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=args.timeout)
+    dist.init_process_group("gloo", timeout=timeout)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    config = ContextParallelConfig(context_parallel_size=world, **CONFIGS[args.algorithm])
+    groups = ContextParallelGroups.build(config, timeout=timeout)
+    layout, whole = SequenceLayout.build(config, args.seq_length), inputs(args.seq_length, torch.float32)
+    if args.steps_until_cut:
+        for count in range(10 ** 6):
+            step(config, groups, layout, whole)
+            if rank == 0 and count == 0:
+                print("running", flush=True)
+    step(config, groups, layout, whole)  # connections are made by the first step
+    per_host = int(os.environ["LOCAL_WORLD_SIZE"])
+    dist.barrier()
+    before = read_counter(args.counter)
+    with count_bytes() as traffic, HostMeter(per_host) as meter:
+        results = step(config, groups, layout, whole)
+    dist.barrier()
+    after = read_counter(args.counter)
+    wanted = [layout.shard(tensor, rank) for tensor in dense(*whole)]
+    error = max(float((got - want).abs().max()) for got, want in zip(results, wanted))
+    # One write, so that lines of several ranks never mix.
+    sys.stdout.write(json.dumps({"rank": rank, "counted": dict(traffic.bytes), "to_other_host": meter.bytes, "error": error,
+                                 "device_bytes": after - before}) + "\n")
+    sys.stdout.flush()
+    dist.destroy_process_group()
+
+
+def read_counter(path):
+    if not path:
+        return 0
+    with open(path, encoding="ascii") as file:
+        return int(file.read())
+
+
+if __name__ == "__main__":
+    main()
