@@ -29,16 +29,25 @@ from mindspeed_cp.kernels import select_kernel  # noqa: E402
 
 
 class StubKernel:
-    """Returns empty tensors of the right shapes, so that only communication, merging and copying are left."""
+    """Returns outputs of the right shapes that were made once, so that only communication, merging and copying are left."""
 
     name, native_bands = "stub", True
 
+    def __init__(self):
+        self._outputs = {}
+
+    def output(self, name, shape, dtype):
+        key = (name, tuple(shape), dtype)
+        if key not in self._outputs:
+            self._outputs[key] = torch.zeros(shape, dtype=dtype)
+        return self._outputs[key]
+
     def forward(self, query, key, value, block, options, attention_mask=None):
-        out = query.new_empty((*query.shape[:3], value.shape[-1]))
-        return out, query.new_zeros(query.shape[:3], dtype=torch.float32), None
+        lse = self.output("lse", query.shape[:3], torch.float32)
+        return self.output("out", (*query.shape[:3], value.shape[-1]), query.dtype), lse.clone(), None
 
     def backward(self, grad_out, query, key, value, out, lse, block, options, rng, attention_mask=None):
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        return tuple(self.output(name, like.shape, like.dtype) for name, like in (("dq", query), ("dk", key), ("dv", value)))
 
 
 def variants(ranks):
@@ -65,11 +74,13 @@ def step(attend, tensors, grad_out):
     attend(*leaves).backward(grad_out)
 
 
-def reference_ring_step(query, key, value, grad_out, group, rank, ranks):
+def reference_ring_step(query, key, value, grad_out, kernel, group, rank):
     """A straightforward ring with a stubbed kernel: K and V sent separately, fresh buffers, merging out of place.
 
     Forward passes K and V on; backward passes them on again together with their summed gradients, cp times.
     """
+    ranks = group.size()
+
     def rotate(tensors):
         received = [torch.empty_like(tensor) for tensor in tensors]
         ops = [op for tensor, into in zip(tensors, received) for op in (
@@ -84,8 +95,8 @@ def reference_ring_step(query, key, value, grad_out, group, rank, ranks):
     kv = local
     for t, (rows, _) in enumerate(blocks):
         works, following = rotate(kv) if t + 1 < ranks else ((), None)
-        block_out = torch.empty_like(query[rows]).float()
-        block_lse = torch.zeros(query[rows].shape[:3]).unsqueeze(-1)
+        block_out, block_lse, _ = kernel.forward(query[rows], None, value, None, None)
+        block_out, block_lse = block_out.float(), block_lse.unsqueeze(-1)
         if out is None:
             out, lse = block_out, block_lse
         else:
@@ -100,7 +111,7 @@ def reference_ring_step(query, key, value, grad_out, group, rank, ranks):
     kv, dq, pending, arriving = local, None, (), None
     for t, (rows, keys) in enumerate(blocks):
         works, following = rotate(kv) if t + 1 < ranks else ((), None)
-        part = [torch.empty_like(query[rows]), torch.empty_like(key[keys]), torch.empty_like(value[keys])]
+        part = kernel.backward(None, query[rows], key[keys], value[keys], None, None, None, None, None)
         if dq is None:
             dq, dkv = part[0].float(), [part[1].float(), part[2].float()]
         else:
@@ -133,7 +144,7 @@ def measure(rank, ranks, port, options):
         attend = partial(context_parallel_attention, config=config, groups=groups, layout=layout, kernel=kernel)
         cases[name] = partial(step, attend, tensors, grad_out)
     if options.stub:
-        cases["reference ring"] = partial(reference_ring_step, *tensors, grad_out, groups.cp_group, rank, ranks)
+        cases["reference ring"] = partial(reference_ring_step, *tensors, grad_out, kernel, groups.cp_group, rank)
     else:
         config = ContextParallelConfig()
         single = partial(context_parallel_attention, config=config, groups=ContextParallelGroups.build(config),
