@@ -143,8 +143,9 @@ class PatchManager:
         for replacement in reversed(replacements):
             replacement.undo()
         # Modules imported after apply() hold copies of the replacement; they get the original too.
+        # The module that defines the replacement holds no copy: the next apply() builds from it.
         if first is not None and inspect.ismodule(first.owner) and first.before is not _ABSENT:
-            self._rebind(first.after, first.before)
+            self._rebind(first.after, first.before, home=getattr(first.after, "__module__", None))
 
     def _resolve(self, patch):
         """(owner, attribute name) of a dotted path: the longest importable module, then attributes."""
@@ -167,13 +168,14 @@ class PatchManager:
             owner = getattr(owner, part)
         return owner, parts[-1]
 
-    def _rebind(self, old, new):
-        """Set every module attribute that is ``old`` to ``new``; returns what was set."""
+    def _rebind(self, old, new, home=None):
+        """Set every module attribute that is ``old`` to ``new``, but for the module ``home``; returns what was set."""
         rebound = []
         if not (callable(old) or inspect.ismodule(old)):  # a plain value such as True is not a copy of the target
             return rebound
         for module_name, module in list(sys.modules.items()):
-            if module_name.partition(".")[0] in self._skip_copies_in or not inspect.ismodule(module):
+            skipped = module_name == home or module_name.partition(".")[0] in self._skip_copies_in
+            if skipped or not inspect.ismodule(module):
                 continue
             for name, value in list(vars(module).items()):
                 if value is old:

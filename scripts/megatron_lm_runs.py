@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 TIMEOUT = 240  # seconds of one run
@@ -107,16 +108,21 @@ def _wait(children, deadline):
     return failed
 
 
-def run_one(script, run):
-    """Start the ranks of one run and collect what they recorded."""
+def run_one(script, run, results_fd):
+    """Start the ranks of one run and collect what they recorded; no rank may keep the pipe of the results open."""
     with tempfile.TemporaryDirectory(prefix="megatron-") as name:
         folder, port, children = Path(name), _free_port(), []
         for rank in range(run["world"]):
             pid = os.fork()
             if pid == 0:
+                os.setpgid(0, 0)
+                os.close(results_fd)
                 _rank(script, run, rank, port, folder)
             children.append(pid)
-        failed = _wait(children, time.monotonic() + TIMEOUT)
+        failed = _wait(list(children), time.monotonic() + TIMEOUT)
+        for pid in children:  # what a rank started itself and left behind
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
         answers = [json.loads(path.read_text()) if path.exists() else {"records": [], "error": "ended without an answer"}
                    for path in (folder / f"rank-{rank}.json" for rank in range(run["world"]))]
         errors = [f"rank {rank}: {answer['error']}" for rank, answer in enumerate(answers) if answer["error"]]
@@ -147,7 +153,7 @@ def main():
 
     for run in runs:
         start = time.monotonic()
-        result = run_one(checkout / "pretrain_gpt.py", {**run, "adaptor": not args.stand_in_only})
+        result = run_one(checkout / "pretrain_gpt.py", {**run, "adaptor": not args.stand_in_only}, results.fileno())
         print(json.dumps({**result, "seconds": round(time.monotonic() - start, 1)}), file=results, flush=True)
 
 

@@ -93,6 +93,17 @@ def test_a_copy_made_after_apply_gets_the_original_back(library, monkeypatch):
     assert late.double is original
 
 
+def test_undo_leaves_the_replacement_in_the_module_that_defines_it(library, monkeypatch):
+    home = module_from("toy_home", "class Better:\n    pass\n", monkeypatch)
+    better = home.Better
+    manager = PatchManager([Patch("toy_library.Child", lambda original: home.Better, "a test")])
+    for _ in range(2):  # without it the second apply would build from the original
+        manager.apply()
+        assert library.Child is better
+        manager.undo()
+        assert library.Child is not better and home.Better is better
+
+
 def test_copies_in_skipped_packages_stay(library, monkeypatch):
     kept = module_from("toy_kept.inside", "from toy_library import double\n", monkeypatch)
     manager = PatchManager([Patch("toy_library.double", plus_one, "a test")], skip_copies_in=("toy_kept",))

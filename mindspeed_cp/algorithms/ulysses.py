@@ -102,7 +102,7 @@ class UlyssesProblem:
 
     def gather_out(self, out, dtype):
         """Attention output (seq, batch, heads_local, dv) -> (seq_local, batch, heads, dv) in ``dtype``."""
-        return self.exchange.scatter_sequence_gather_heads([self.part("out")], pack_heads([out], dtype))[0]
+        return self.exchange.scatter_sequence_gather_heads([self.part("out")], pack_heads([out], dtype, self.exchange.workspace))[0]
 
     def scatter_for_backward(self, grad_out, again):
         """The gradient of the output, and the keys and values that were saved before communication, in one message.
@@ -120,4 +120,4 @@ class UlyssesProblem:
     def gather_gradients(self, dq, dk, dv, dtype):
         """Gradients of the whole sequence and this rank's heads -> (seq_local, batch, heads, dim), each."""
         parts = [self.part(kind) for kind in ("grad_query", "grad_key", "grad_value")]
-        return self.exchange.scatter_sequence_gather_heads(parts, pack_heads([dq, dk, dv], dtype))
+        return self.exchange.scatter_sequence_gather_heads(parts, pack_heads([dq, dk, dv], dtype, self.exchange.workspace))

@@ -265,7 +265,7 @@ class _GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        packed = pack_heads(grads, grads[0].dtype)
+        packed = pack_heads(grads, grads[0].dtype, ctx.exchange.workspace)
         return None, None, *ctx.exchange.scatter_sequence_gather_heads(ctx.parts, packed)
 
 
@@ -275,7 +275,7 @@ class _GatherHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, exchange, part, out):
         ctx.exchange, ctx.part = exchange, replace(part, purpose=f"d{part.purpose}")
-        return exchange.scatter_sequence_gather_heads([part], pack_heads([out], out.dtype))[0]
+        return exchange.scatter_sequence_gather_heads([part], pack_heads([out], out.dtype, exchange.workspace))[0]
 
     @staticmethod
     def backward(ctx, grad_out):

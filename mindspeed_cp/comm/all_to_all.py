@@ -168,15 +168,15 @@ def _pack(target, parts, tensors, rank):
         start = stop
 
 
-def pack_heads(tensors, dtype):
+def pack_heads(tensors, dtype, workspace):
     """Heads of several tensors side by side: (seq, batch, heads, dim) each -> (seq, batch, sum of heads * dim), in ``dtype``.
 
-    A single contiguous tensor of that dtype is returned as a view.
+    A single contiguous tensor of that dtype is returned as a view, everything else lies in ``workspace``.
     """
     if len(tensors) == 1 and tensors[0].dtype == dtype:
         return tensors[0].contiguous().flatten(2)
     widths = [tensor.shape[2] * tensor.shape[3] for tensor in tensors]
-    packed = tensors[0].new_empty((*tensors[0].shape[:2], sum(widths)), dtype=dtype)
+    packed = workspace.get("a2a.packed", (*tensors[0].shape[:2], sum(widths)), dtype, tensors[0].device)
     for piece, tensor in zip(packed.split(widths, dim=-1), tensors):
         piece.unflatten(-1, tensor.shape[2:]).copy_(tensor)
     return packed

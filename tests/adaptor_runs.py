@@ -1,0 +1,326 @@
+"""What the adaptor tests run in processes of their own, because the order of imports matters or torch gets patched.
+
+``observe("name")`` calls the function ``name`` of this module in a new process and returns what it returned (JSON).
+"""
+
+import importlib
+import json
+import logging
+import os
+import pkgutil
+import subprocess
+import sys
+import warnings
+from types import ModuleType
+
+from trainer_runs import environment
+
+DEVICE_VARIABLE = "MINDSPEED_CP_DEVICE"
+COPY_OF_ROPE = ("megatron.core.models.common.embeddings.rope_utils", "megatron.core.models.common.embeddings.rotary_pos_embedding",
+                "get_pos_emb_on_this_cp_rank")
+
+
+def observe(name, **variables):
+    """The value of ``name()`` in a new process; ``variables`` are set in its environment."""
+    from trainer_runs import REPOSITORY
+
+    paths = os.pathsep.join([environment()["PYTHONPATH"], str(REPOSITORY / "tests"), str(REPOSITORY / "scripts")])
+    code = f"import json, adaptor_runs; print('RESULT', json.dumps(adaptor_runs.{name}()), flush=True)"
+    result = subprocess.run([sys.executable, "-c", code], env={**environment(), "PYTHONPATH": paths, **variables},
+                            capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.rpartition("RESULT ")[2])
+
+
+def snapshot(prefixes=("torch", "megatron", "numpy")):
+    """(kind of owner, its name, attribute) -> object, for all attributes of modules and of the classes they hold."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] not in prefixes or module is None:
+            continue
+        for attribute, value in list(vars(module).items()):
+            found["module", name, attribute] = value
+            if isinstance(value, type) and value.__module__.partition(".")[0] in prefixes:
+                owner = f"{value.__module__}.{value.__qualname__}"
+                found.update({("class", owner, key): member for key, member in list(vars(value).items())})
+    return found
+
+
+BOOKKEEPING = ("__annotations__", "__warningregistry__", "__abstractmethods__", "_abc_impl", "__static_attributes__")
+
+
+def changed(before, after):
+    """Names of attributes that are other objects, gone, or new on an owner that was there (submodules do not count)."""
+    owners = {key[:2] for key in before}
+    names = [key for key in before if key not in after or after[key] is not before[key]]
+    names += [key for key in after if key not in before and key[:2] in owners and not isinstance(after[key], ModuleType)]
+    return sorted(".".join(key[1:]) for key in names if key[2] not in BOOKKEEPING)
+
+
+def held(targets):
+    """What the owner of each target holds itself, None where it inherits the attribute or cannot be imported."""
+    objects = []
+    for owner, _, name in (target.rpartition(".") for target in targets):
+        try:
+            objects.append(vars(pkgutil.resolve_name(owner)).get(name))
+        except (AttributeError, ImportError):  # Transformer Engine's module, which needs Transformer Engine
+            objects.append(None)
+    return objects
+
+
+def import_every_target():
+    """Import the modules that the tables name, without applying anything; returns the targets."""
+    from mindspeed_cp.patches.core import core_patches
+    from mindspeed_cp.patches.device import device_patches
+    from mindspeed_cp.patches.state import AdaptorState
+
+    targets = [patch.target for patch in (*device_patches(lambda: ""), *core_patches(AdaptorState(), print))]
+    for target in targets:
+        parts = target.split(".")
+        for count in range(1, len(parts)):
+            try:
+                importlib.import_module(".".join(parts[:count]))
+            except ModuleNotFoundError:
+                break
+    importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
+    return targets
+
+
+def package_alone():
+    """What ``import mindspeed_cp`` changes of torch, and whether it brings Megatron or aliases in."""
+    import torch  # noqa: F401
+
+    before, finders = snapshot(), list(sys.meta_path)
+    import mindspeed_cp  # noqa: F401
+
+    return {"changed": changed(before, snapshot()), "megatron": "megatron" in sys.modules,
+            "aliases": sys.meta_path != finders, "adaptor": "mindspeed_cp.megatron_adaptor" in sys.modules}
+
+
+def megatron_first():
+    """Megatron, then the adaptor; then undo, apply and undo again."""
+    targets = import_every_target()
+    original, copy = (vars(sys.modules[name])[COPY_OF_ROPE[2]] for name in COPY_OF_ROPE[:2])
+    before, finders, objects = snapshot(), list(sys.meta_path), held(targets)
+    from mindspeed_cp import megatron_adaptor
+
+    replaced = [target for target, old, new in zip(targets, objects, held(targets)) if old is not new]
+    applied, patched = snapshot(), [row.target for row in megatron_adaptor.report() if row.applied]
+    rope, user = (vars(sys.modules[name])[COPY_OF_ROPE[2]] for name in COPY_OF_ROPE[:2])
+    results = {"was_a_copy": original is copy, "is_a_copy": rope is user, "is_replaced": rope is not original,
+               "targets": targets, "patched": patched, "replaced": replaced, "changed": changed(before, applied)}
+    megatron_adaptor.undo()
+    results |= {"targets_restored": [a is b for a, b in zip(objects, held(targets))], "left_after_undo": changed(before, snapshot()), "finders_after_undo": sys.meta_path == finders,
+                "applied_after_undo": [row.target for row in megatron_adaptor.report() if row.applied]}
+    megatron_adaptor.apply()
+    results["changed_again"] = changed(before, snapshot())
+    megatron_adaptor.apply()
+    megatron_adaptor.undo()
+    megatron_adaptor.undo()
+    return results | {"left_after_second_undo": changed(before, snapshot())}
+
+
+def _attempt(error_type):
+    """The message of the error that importing the adaptor raises, "" when it raises none; then what changed."""
+    before = snapshot()
+    try:
+        importlib.import_module("mindspeed_cp.megatron_adaptor")
+    except error_type as error:
+        return str(error), changed(before, snapshot())
+    return "", ["no error"]
+
+
+def failed_imports():
+    """One after the other: Megatron missing, a wrong device variable, a name that is gone, an untried version."""
+    import torch
+
+    import mindspeed_cp  # noqa: F401
+    from mindspeed_cp.patches import PatchError
+
+    results = {}
+    sys.modules["megatron"] = None
+    results["missing"] = _attempt(ImportError)
+    del sys.modules["megatron"]
+    os.environ[DEVICE_VARIABLE] = "gpu"
+    results["variable"] = _attempt(ValueError)
+    results["megatron_imported"] = "megatron.core" in sys.modules
+    os.environ[DEVICE_VARIABLE] = ""
+
+    import_every_target()
+    from megatron.core import package_info, parallel_state
+
+    destroy = parallel_state.destroy_model_parallel
+    del parallel_state.destroy_model_parallel
+    results["gone"] = _attempt(PatchError)
+    results["version"] = package_info.__version__
+    parallel_state.destroy_model_parallel = destroy
+
+    package_info.__version__ = "0.99.0"
+    torch.cuda.is_available = lambda: True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adaptor = importlib.import_module("mindspeed_cp.megatron_adaptor")
+    results["untried"] = [str(entry.message) for entry in caught if "has not been tried" in str(entry.message)]
+    results["tried"] = adaptor.TRIED_VERSIONS
+    results["with_cuda"] = {row.target: row.status for row in adaptor.report()}
+    return results
+
+
+def _join_alone():
+    import tempfile
+
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    dist.init_process_group("nccl", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(context_parallel_size=1)
+    model_parallel_cuda_manual_seed(5)
+
+
+def _train_once():
+    """Loss, logits and gradients of a small GPT, and what attention alone gives, as lists of exact numbers."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    _join_alone()
+    torch.manual_seed(3)
+    config = TransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2, attention_dropout=0.1,
+                               hidden_dropout=0.1, gradient_accumulation_fusion=False, masked_softmax_fusion=False,
+                               persist_layer_norm=False, apply_rope_fusion=False, bias_dropout_fusion=False,
+                               recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    model = GPTModel(config, get_gpt_layer_local_spec(), vocab_size=32, max_sequence_length=12, position_embedding_type="rope")
+    model.cuda()
+    tokens, positions = torch.randint(0, 32, (2, 12)), torch.arange(12).expand(2, -1)
+    mask = torch.ones(12, 12, dtype=torch.bool).triu(1)[None, None]
+    loss = model(tokens, positions, mask, labels=tokens.roll(-1, 1))
+    loss.mean().backward()
+    numbers = [loss, *(parameter.grad for parameter in model.parameters())]
+
+    attention = DotProductAttention(config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self")
+    qkv = [torch.randn(12, 2, heads, 4, requires_grad=True) for heads in (4, 2, 2)]
+    out = attention(*qkv, mask)
+    out.square().sum().backward()
+    numbers += [out, *(tensor.grad for tensor in qkv)]
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    return [value.item().hex() for tensor in numbers for value in tensor.detach().flatten()]
+
+
+def without_context_parallelism():
+    """Exact numbers of a training step with every patch applied, and with the device stand-in alone."""
+    from mindspeed_cp import megatron_adaptor
+    from mindspeed_cp.patches import PatchManager
+    from mindspeed_cp.patches.device import device_patches
+
+    attention = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
+    with_all, patched = _train_once(), attention.forward
+    megatron_adaptor.undo()
+    stand_in = PatchManager(device_patches(lambda: ""))
+    stand_in.apply()
+    alone, original = _train_once(), attention.forward
+    stand_in.undo()
+    return {"equal": with_all == alone, "count": len(alone), "patched": patched is not original,
+            "finite": not any("nan" in number or "inf" in number for number in alone),
+            "nonzero": sum(float.fromhex(number) != 0 for number in alone)}
+
+
+def stand_in():
+    """What the names of torch.cuda mean on a CPU, then what they do after undo."""
+    import torch
+
+    torch.cuda.is_available = lambda: True
+    from mindspeed_cp import megatron_adaptor
+    from mindspeed_cp.patches.device import device_patches
+
+    targets = {patch.target for patch in device_patches(str)}
+    facts = {"rows": {row.target: row.status for row in megatron_adaptor.report() if row.target in targets}}
+    facts |= _devices(torch) | _random_numbers(torch) | _streams(torch) | _groups(torch) | _norm_and_fork(torch)
+    megatron_adaptor.undo()
+    try:
+        torch.zeros(1, device="cuda")
+        facts["after_undo"] = ""
+    except (AssertionError, RuntimeError) as error:
+        facts["after_undo"] = str(error)
+    return facts
+
+
+def _devices(torch):
+    one = torch.ones(2)
+    made = {"current_device": torch.zeros(1, device=torch.cuda.current_device()), "factory": torch.zeros(1, device="cuda:0"),
+            "index": torch.arange(3, device=0), "like": torch.rand_like(one, device=torch.device("cuda", 0)),
+            "to": one.to("cuda"), "to_index": one.to(0), "to_keyword": one.to(device="cuda:1"), "tensor.cuda": one.cuda(),
+            "module": torch.nn.Linear(1, 1).cuda().to("cuda").weight, "new_zeros": one.new_zeros(2, device="cuda")}
+    decorated = torch.compile(dynamic=False)(_devices)
+    return {"devices": {name: tensor.device.type for name, tensor in made.items()},
+            "meta": torch.zeros(1, device="meta").device.type, "to_dtype": str(one.to(torch.float64).dtype),
+            "pinned": torch.ones(2, pin_memory=True).pin_memory().tolist(), "type": one.type(),
+            "cast": str(one.type("torch.cuda.DoubleTensor").dtype),
+            "compiled": [torch.compile(_devices) is _devices, decorated is _devices]}
+
+
+def _random_numbers(torch):
+    from torch.cuda import random
+
+    drawn, calls = [], []
+    for seed in (torch.manual_seed, torch.cuda.manual_seed, torch.cuda.manual_seed_all, random.manual_seed):
+        seed(17)
+        drawn.append(torch.rand(4).tolist())
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(4)
+    torch.cuda.set_rng_state(state)
+    torch.cuda._lazy_call(lambda: calls.append(1))
+    return {"seeded": drawn == drawn[:1] * 4, "state_restored": torch.equal(first, torch.rand(4)), "lazy_call_runs": bool(calls),
+            "generator_is_cpu": torch.cuda.default_generators[torch.cuda.current_device()] is torch.default_generator}
+
+
+def _streams(torch):
+    stream, event = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.stream(stream):
+        value = 5
+    stream.wait_stream(torch.cuda.current_stream())
+    stream.wait_event(event)
+    torch.cuda.synchronize()
+    return {"streams": [stream.query(), stream.record_event().query(), event.elapsed_time(event), value]}
+
+
+def _groups(torch):
+    import tempfile
+
+    dist = torch.distributed
+    dist.init_process_group("nccl", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1,
+                            device_id=torch.device("cuda", 0))
+    groups = [dist.group.WORLD, dist.new_group([0], None, "nccl"), dist.new_group([0], backend="nccl", pg_options=object())]
+    dist.barrier(device_ids=[0])
+    return {"backends": [dist.get_backend(group) for group in groups]}
+
+
+def _norm_and_fork(torch):
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2}
+    parallel = TransformerConfig(**sizes, tensor_model_parallel_size=2, sequence_parallel=True)
+    norm, plain = WrappedTorchNorm(parallel, 8), WrappedTorchNorm(TransformerConfig(**sizes), 8)
+    marked = all(parameter.sequence_parallel for parameter in norm.parameters())
+    tracker, logged = CudaRNGStatesTracker(), []
+    logger = logging.getLogger("megatron.core.tensor_parallel.random")
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())
+    logger.addHandler(handler)
+    tracker.add("model-parallel-rng", 3)
+    before = torch.get_rng_state()
+    with tracker.fork():
+        first = torch.rand(2)
+    restored = torch.equal(before, torch.get_rng_state())
+    with tracker.fork():
+        goes_on = not torch.equal(first, torch.rand(2))
+    return {"norm": [type(norm).__name__, marked, parallel.sequence_parallel, hasattr(plain.weight, "sequence_parallel")],
+            "fork": [restored, logged, goes_on]}
