@@ -20,12 +20,12 @@ def config_from_args(args):
 
 
 def setup_from_args(args, world_size=None):
-    """What the flags say about the model and the machine; ``world_size`` defaults to ``args.world_size`` if it is there."""
+    """What the flags say about the model and the machine; ``world_size`` None is ``args.world_size``, 0 is unknown."""
     return TrainingSetup(
         num_attention_heads=args.num_attention_heads,
         num_query_groups=args.num_query_groups if getattr(args, "group_query_attention", False) else None,
         num_layers=args.num_layers or 1, seq_length=args.seq_length,
-        world_size=getattr(args, "world_size", None) if world_size is None else world_size,
+        world_size=(getattr(args, "world_size", None) if world_size is None else world_size) or None,
         tensor_parallel_size=args.tensor_model_parallel_size, pipeline_parallel_size=args.pipeline_model_parallel_size,
         sequence_parallel=bool(getattr(args, "sequence_parallel", False)), use_flash_attn=bool(args.use_flash_attn),
         use_legacy_models=bool(getattr(args, "use_legacy_models", False)),

@@ -57,6 +57,10 @@ def context_parallel_attention(query, key, value, *, config, groups, layout, sof
         raise ValueError(f"dropout_p {dropout_p} must lie between 0 and 1.")
     if kernel is None or isinstance(kernel, str):
         kernel = select_kernel(kernel, query.device.type)
+    # Kernels take any strides but the last dimension's; torch's CPU operator would read past it without a word.
+    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))):
+        policy = None  # nothing will run backward, so nothing is kept for it
     ring = RingProblem(
         groups=groups, runs=tuple(layout.ring_runs(rank) for rank in range(layout.ring_size)), mask=mask, kernel=kernel,
         options=KernelOptions(query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, float(dropout_p),

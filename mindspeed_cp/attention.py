@@ -83,12 +83,20 @@ class AttentionBridge:
         seq_len = self._state.packed_len(query.shape[0], documents[-1])
         if documents[-1] < seq_len:
             documents += (seq_len,)
-        return self._attend(module, query, key, value, BatchShape(seq_len, documents), causal=module.causal)
+        return self._attend(module, query, key, value, BatchShape(seq_len, documents),
+                            causal=module.causal and not self._asked_for_full)
+
+    @property
+    def _asked_for_full(self):
+        """--cp-attention-mask-type full: every query sees its whole document, whatever the layer's own mask type is."""
+        config = self._state.config
+        return self._state.groups is not None and config.attention_mask_type == "full"
 
     def _unpacked(self, module, query, key, value, attention_mask):
         if attention_mask is None:
             shape = self._shape(module, query, key, value, None)
-            return self._attend(module, query, key, value, shape, causal=module.causal or shape.cu_seqlens is not None)
+            causal = (module.causal or shape.cu_seqlens is not None) and not self._asked_for_full
+            return self._attend(module, query, key, value, shape, causal=causal)
         mask = _four_dimensional(attention_mask, query.shape[1])
         shape = self._shape(module, query, key, value, mask)
         if mask.shape[-2:] != (shape.seq_len, shape.seq_len):
@@ -104,9 +112,9 @@ class AttentionBridge:
             return self._attend(module, query, key, value, BatchShape(shape.seq_len), causal=False, mask=mask)
         if facts.shared_documents:
             shared = BatchShape(shape.seq_len, facts.shared_documents)
-            return self._attend(module, query, key, value, shared, causal=True)
+            return self._attend(module, query, key, value, shared, causal=not self._asked_for_full)
         rows = [self._attend(module, query[:, row:row + 1], key[:, row:row + 1], value[:, row:row + 1],
-                             BatchShape(shape.seq_len, documents), causal=True)
+                             BatchShape(shape.seq_len, documents), causal=not self._asked_for_full)
                 for row, documents in enumerate(facts.documents)]
         return torch.cat(rows, dim=1)
 
@@ -116,7 +124,10 @@ class AttentionBridge:
         size = None if calculator is None else calculator.calculate(mask)
         if size is None and mask is not None:
             size = mask.shape[-1]
-        return self._state.shape_for(query.shape[0]) if size is None else BatchShape(int(size))
+        recorded = self._state.active or self._state.batch
+        if size is None or (recorded is not None and recorded.seq_len == size):
+            return self._state.shape_for(query.shape[0])
+        return BatchShape(int(size))
 
     def _attend(self, module, query, key, value, shape, *, causal, mask=None):
         state, window = self._state, module.window

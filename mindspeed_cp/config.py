@@ -215,14 +215,14 @@ def resolve(config, setup):
     Raises:
         ValueError: a rule of the configuration is broken.
     """
-    cp, notices = config.context_parallel_size, []
-    if setup.unaligned and config.algorithm != "ulysses_cp_algo" and cp > 1:
-        notices.append(f"--gather-size-calculator {setup.gather_size_calculator} is ignored: only ulysses_cp_algo reads it; "
+    cp, asked, notices = config.context_parallel_size, setup, []
+    if setup.unaligned and config.hierarchy[0] == 1 and cp > 1:
+        notices.append(f"--gather-size-calculator {setup.gather_size_calculator} is ignored: only Ulysses and Hybrid read it; "
                        f"--context-parallel-algo {config.algorithm} takes any sequence length as it is.")
         setup = dataclasses.replace(setup, gather_size_calculator="default")
     setup = _fall_back_to_aligned(config, setup, notices)
     _check_world(config, setup)
-    _check_heads(config, setup)
+    _check_heads(config, setup, asked)
     _check_length(config, setup)
     _require(config.kv_cache_interval == 0 or config.kv_cache_interval < setup.num_layers,
              f"--context-parallel-cache-interval {config.kv_cache_interval} must be smaller than --num-layers "
@@ -235,7 +235,7 @@ def resolve(config, setup):
 
 def _fall_back_to_aligned(config, setup, notices):
     """Unaligned Ulysses with a KV cache policy or legacy models becomes aligned Ulysses, said aloud."""
-    if not setup.unaligned or config.context_parallel_size == 1:
+    if not setup.unaligned or config.context_parallel_size == 1 or config.algorithm != "ulysses_cp_algo":
         return setup
     calculator = f"--gather-size-calculator {setup.gather_size_calculator}"
     others = [flag for flag, given in (
@@ -262,7 +262,8 @@ def _check_world(config, setup):
              f"{setup.pipeline_parallel_size} x data parallel size; start {model} processes or a multiple of {model}.")
 
 
-def _check_heads(config, setup):
+def _check_heads(config, setup, asked):
+    """asked: the setup before the fallbacks, so that no message offers what was given and could not be used."""
     heads, groups, tp = setup.num_attention_heads, setup.num_query_groups, setup.tensor_parallel_size
     degree = config.hierarchy[0]
     if groups:
@@ -270,11 +271,12 @@ def _check_heads(config, setup):
                  f"--num-query-groups {groups} must divide --num-attention-heads {heads}; choose {_divisors(heads, 1, heads)}.")
     if degree > 1 and not setup.unaligned:
         flag = "--context-parallel-size" if config.algorithm == "ulysses_cp_algo" else "--ulysses-degree-in-cp"
+        uneven = "drop what made it fall back to aligned Ulysses" if asked.unaligned else "--gather-size-calculator dynamic"
         sizes = _divisors(heads // tp if heads % tp == 0 else 1, 1, config.context_parallel_size)
         _require(heads % (tp * degree) == 0,
                  f"--num-attention-heads {heads} must be divisible by --tensor-model-parallel-size {tp} x {flag} {degree} = "
                  f"{tp * degree}; with these heads {flag} can be {sizes}, or use --context-parallel-algo megatron_cp_algo, "
-                 "or --gather-size-calculator dynamic (uneven heads).")
+                 f"or {uneven} (uneven heads).")
     if config.allgather_kv:
         _require(groups is not None and groups < heads and groups == tp,
                  f"--use-ulysses-allgather-kv needs grouped-query attention with one KV head per tensor-parallel rank: "

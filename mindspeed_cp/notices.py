@@ -1,4 +1,4 @@
-"""Warnings that are said once, on rank 0."""
+"""Warnings that are said once, on rank 0. Before the process group exists, torchrun's RANK says which rank this is."""
 
 import os
 import warnings

@@ -60,7 +60,8 @@ class MaskCache:
         self._entries = {}  # key -> (mask, facts); the mask is kept so that its memory cannot become another's
 
     def facts(self, mask):
-        key = (mask.data_ptr(), tuple(mask.shape), mask.stride(), mask._version)
+        version = 0 if mask.is_inference() else mask._version  # inference tensors count no versions
+        key = (mask.data_ptr(), tuple(mask.shape), mask.stride(), version)
         if key not in self._entries:
             while len(self._entries) >= self._size:
                 self._entries.pop(next(iter(self._entries)))

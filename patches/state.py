@@ -142,6 +142,8 @@ class AdaptorState:
         Args:
             batch_is_known: False on a pipeline stage that splits no batch of its own.
         """
+        if self.groups is None:
+            return BatchShape(local_len)
         shape = self.active or (self.batch if batch_is_known else None)
         if shape is None:
             total = torch.tensor([local_len], device=_collective_device(self.groups.cp_group))

@@ -13,6 +13,7 @@ from mindspeed_cp.patches.loss import loss_patches
 from mindspeed_cp.patches.manager import Patch
 
 from mindspeed_cp.attention import AttentionBridge, CoreAttention
+from mindspeed_cp.layout import SequenceLayout
 
 ARGUMENTS = "megatron.training.arguments"
 LEGACY = "megatron.legacy.model.transformer"
@@ -69,7 +70,8 @@ def _validate(state):
         def validate_args(args, *defaults, **kwargs):
             flash = args.use_flash_attn
             with readable_errors(PROGRAM):
-                config, setup = validate(args)
+                # At size 1 the world is Megatron's business (0.12's encoder ranks are counted in no rule here).
+                config, setup = validate(args, world_size=0 if args.context_parallel_size == 1 else None)
                 _check_legacy(args)
             if config.context_parallel_size == 1:
                 return original(args, *defaults, **kwargs)
@@ -77,6 +79,8 @@ def _validate(state):
             with _passing_assertions(args):
                 result = original(args, *defaults, **kwargs)
             args.use_flash_attn = switched_on
+            if getattr(args, "virtual_pipeline_model_parallel_size", None) and _lengths_differ(config, args.seq_length):
+                args.variable_seq_lengths = True  # the interleaved schedule computes one length for all ranks otherwise
             with readable_errors(PROGRAM):
                 state.configure(config, setup=setup, kernel=args.cp_kernel,
                                 documents_from_position_ids=args.reset_position_ids and args.reset_attention_mask)
@@ -85,9 +89,23 @@ def _validate(state):
     return build
 
 
+# Megatron's own assertions about legacy models, which _passing_assertions keeps from running.
+NOT_WITH_LEGACY = ("rotary_interleaved", "mtp_num_layers", "decoupled_lr", "decoupled_min_lr", "overlap_param_gather")
+
+
 def _check_legacy(args):
-    if args.context_parallel_size > 1 and getattr(args, "use_legacy_models", False) and args.ckpt_format != "torch":
+    if args.context_parallel_size == 1 or not getattr(args, "use_legacy_models", False):
+        return
+    if args.ckpt_format != "torch":
         raise ValueError(f"--ckpt-format {args.ckpt_format} does not work with --use-legacy-models; use --ckpt-format torch.")
+    for name in NOT_WITH_LEGACY:
+        if getattr(args, name, None):
+            raise ValueError(f"--{name.replace('_', '-')} does not work with --use-legacy-models; leave one of them out.")
+
+
+def _lengths_differ(config, seq_len):
+    layout = SequenceLayout.build(config, seq_len)
+    return len({layout.length(rank) for rank in range(config.context_parallel_size)}) > 1
 
 
 @contextmanager

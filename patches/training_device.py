@@ -12,7 +12,6 @@ from types import ModuleType, SimpleNamespace
 
 import numpy
 import torch
-
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.training import without_checkout, without_legacy
 

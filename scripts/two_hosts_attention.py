@@ -1,7 +1,7 @@
 """One attention layer over two hosts: counts what leaves this host and compares with dense attention (scripts/two_hosts.sh).
 
-Started by torchrun with an equal number of ranks on each host. Each rank prints one line, JSON: rank, bytes counted by purpose, bytes to
-ranks of the other host, largest error. With --steps-until-cut it repeats until a peer is lost.
+Started by torchrun with an equal number of ranks on each host. Each rank prints one line of JSON: rank, bytes counted by purpose,
+bytes to ranks of the other host, largest error. With --steps-until-cut it repeats until a peer is lost.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def main():
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--timeout", type=float, default=20.0, help="seconds after which a silent peer is given up")
     parser.add_argument("--steps-until-cut", action="store_true", help="repeat until a peer is lost")
-    parser.add_argument("--counter", help="file with the bytes that left the host's network device, read before and after the step")
+    parser.add_argument("--counter", help="file with the bytes that left the host's network device")
     args = parser.parse_args()
     torch.set_num_threads(1)
     timeout = timedelta(seconds=args.timeout)

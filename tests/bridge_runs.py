@@ -75,9 +75,9 @@ def compare(rank):
     """Rank's results: name -> largest difference to Megatron's own attention, and what the adaptor said."""
     import torch.distributed as dist
     from megatron.core import package_info, parallel_state  # noqa: F401  before the adaptor on purpose
+    from mindspeed_cp.patches.documents import examine_mask
 
     from mindspeed_cp import ContextParallelConfig, SequenceLayout, megatron_adaptor
-    from mindspeed_cp.patches.documents import examine_mask
 
     old, results = package_info.__version__.startswith("0.12"), {"examined": {}, "differences": {}, "dense": {}}
     results["examined"] = {name: examine_mask(mask).documents for name, mask in masks().items()}
@@ -198,11 +198,13 @@ def _recompute(adaptor, rank):
 def _refused(adaptor, layout, rank):
     """Name -> message of what attention refuses."""
     query, key, value, _ = _split(adaptor, layout, rank, tensors())
-    attention, local = module(2), masks()["neither"][:, :, :query.size(0), :query.size(0)]
+    attention, local = module(2), masks()["neither"][:, :, :query.size(0)]  # as Megatron splits it
     calls = {"bias": {"attention_bias": query}, "format": {"packed_seq_params": packed_params(DOCUMENTS, "sbhd")},
              "hybrid": {"packed_seq_params": SimpleNamespace(qkv_format="thd", local_cp_size=1)}}
-    messages = {name: _message(lambda kwargs=kwargs: attention(query, key, value, None, **kwargs)) for name, kwargs in calls.items()}
+    messages = {name: _message(lambda kwargs=kwargs: attention(query, key, value, None, **kwargs))
+                for name, kwargs in calls.items()}
     return messages | {"split mask": _message(lambda: attention(query, key, value, local)),
+                       "short mask": _message(lambda: attention(query, key, value, local[..., :query.size(0)])),
                        "length": _message(lambda: attention(query[1:], key[1:], value[1:], None))}
 
 

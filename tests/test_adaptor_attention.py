@@ -44,7 +44,8 @@ def test_recomputation_sees_the_batch_of_its_forward_pass(ranks, algorithm):
     ("bias", ["attention_bias is not supported", "leave it out", "--context-parallel-size 1"]),
     ("format", ["qkv_format sbhd", "use qkv_format thd", "leave them out"]),
     ("hybrid", ["local_cp_size 1", "--context-parallel-size 2", "leave out --hybrid-context-parallel"]),
-    ("split mask", ["attention_mask has shape (2, 1, 12, 12)", "(batch, 1, 24, 24)", "do not split it"]),
+    ("split mask", ["attention_mask has shape (2, 1, 12, 24)", "(batch, 1, 24, 24)", "do not split it"]),
+    ("short mask", ["12", "6"]),
     ("length", ["holds 11 tokens", "a sequence of 24 gives it 12", "split every batch with"])])
 def test_attention_refuses_what_it_would_compute_wrongly(ranks, name, says):
     for rank in ranks:

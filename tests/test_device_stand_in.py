@@ -8,7 +8,7 @@ pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
 
 @pytest.fixture(scope="module")
 def facts():
-    return observe("stand_in", MINDSPEED_CP_DEVICE="cpu")
+    return observe("stand_in", "stand_in_runs", MINDSPEED_CP_DEVICE="cpu")
 
 
 def test_the_variable_switches_it_on_although_cuda_is_there(facts):

@@ -7,6 +7,7 @@ same in reverse. A part that has one rank does nothing.
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.algorithms.ring import RingProblem, RingSaved, ring_backward, ring_forward
 from mindspeed_cp.algorithms.ulysses import UlyssesProblem
@@ -29,6 +30,12 @@ class ContextParallelAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, softmax_offset, call):
+        # The dtypes are chosen here and in the kernels; autocast would round what is accumulated in float32.
+        with torch.autocast(query.device.type, enabled=False):
+            return ContextParallelAttention._forward(ctx, query, key, value, softmax_offset, call)
+
+    @staticmethod
+    def _forward(ctx, query, key, value, softmax_offset, call):
         dtype, before = query.dtype, {"key": key, "value": value}
         if call.ulysses:
             query, key, value = call.ulysses.scatter(query, key, value)
@@ -48,7 +55,13 @@ class ContextParallelAttention(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out):
+        with torch.autocast(grad_out.device.type, enabled=False):
+            return ContextParallelAttention._backward(ctx, grad_out)
+
+    @staticmethod
+    def _backward(ctx, grad_out):
         call, (query, out, lse, softmax_offset, *kept) = ctx.call, ctx.saved_tensors
         dtype = query.dtype
         if call.ulysses:

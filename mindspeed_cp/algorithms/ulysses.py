@@ -102,7 +102,8 @@ class UlyssesProblem:
 
     def gather_out(self, out, dtype):
         """Attention output (seq, batch, heads_local, dv) -> (seq_local, batch, heads, dv) in ``dtype``."""
-        return self.exchange.scatter_sequence_gather_heads([self.part("out")], pack_heads([out], dtype, self.exchange.workspace))[0]
+        packed = pack_heads([out], dtype, self.exchange.workspace)
+        return self.exchange.scatter_sequence_gather_heads([self.part("out")], packed)[0]
 
     def scatter_for_backward(self, grad_out, again):
         """The gradient of the output, and the keys and values that were saved before communication, in one message.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.algorithms.ulysses import head_shares
 from mindspeed_cp.comm.all_to_all import Part, SequenceExchange, pack_heads
@@ -264,6 +265,7 @@ class _GatherSequence(torch.autograd.Function):
         return tuple(exchange.scatter_heads_gather_sequence(parts, tensors))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         packed = pack_heads(grads, grads[0].dtype, ctx.exchange.workspace)
         return None, None, *ctx.exchange.scatter_sequence_gather_heads(ctx.parts, packed)
@@ -278,5 +280,6 @@ class _GatherHeads(torch.autograd.Function):
         return exchange.scatter_sequence_gather_heads([part], pack_heads([out], out.dtype, exchange.workspace))[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out):
         return None, None, ctx.exchange.scatter_heads_gather_sequence([ctx.part], [grad_out])[0]

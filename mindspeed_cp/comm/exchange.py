@@ -144,12 +144,12 @@ class GradientReturn:
     accumulation dtype; the window's sum crosses windows once, to the owner. Each partial is so rounded once to the wire
     dtype, and once more when it crosses windows. Without windows the first holder is the owner.
 
-    Use: ``begin(j)``, then per step ``add(j, t, source, partial)`` and at the window's end ``end(j)``; ``finish`` returns
-    the sum for this rank's own rows.
+    Use: in window j, ``begin(j)`` gives the buffer of inner step 0 and ``wire(t, source)`` that of step t > 0, which
+    ``send(j, t, source, partial)`` then takes; ``end(j)`` closes the window; ``finish`` returns the sum for the own rows.
     """
 
     def __init__(self, channel, own, like):
-        """own: zeroed or partially filled accumulator for this rank's rows; like: a tensor with the wire dtype."""
+        """own: accumulator for this rank's rows, which step 0 fills; like: a tensor with the wire dtype."""
         self._channel, self._own, self._like = channel, own, like
         self._window_sum, self._inner, self._outer = own, None, None
 
@@ -186,11 +186,21 @@ class GradientReturn:
             return
         source, peer = place.peer(-j, 0), place.peer(j, 0)
         wire = channel.buffer("dkv.crossing", self._like, source)
-        wire.copy_(self._window_sum)
         received = channel.buffer("dkv.outer", self._like, place.rank)
-        transfer = post(channel.groups.outer_group, [(channel.global_rank(source), wire)],
-                        [(channel.global_rank(peer), received)], "dkv")
-        self._outer = (transfer, received, ((0, received.shape[0]),), self._own)
+        sends, rows = [], ()
+        if self._window_reads(place.rank, source):
+            wire.copy_(self._window_sum)
+            sends = [(channel.global_rank(source), wire)]
+        if self._window_reads(peer, place.rank):
+            rows = ((0, received.shape[0]),)
+        transfer = post(channel.groups.outer_group, sends, [(channel.global_rank(peer), received)] if rows else [], "dkv")
+        self._outer = (transfer, received, rows, self._own)
+
+    def _window_reads(self, member, source):
+        """Whether any rank of ``member``'s window has a block against the shard of ``source``."""
+        window = self._channel.place.window
+        first = member // window * window
+        return any(self._channel.rows_needed(reader, source) for reader in range(first, first + window))
 
     def finish(self):
         self._drain_inner()

@@ -6,6 +6,7 @@ remainder. The backward pass of each function is the inverse mapping.
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.comm import transport
 from mindspeed_cp.comm.counters import record
@@ -97,6 +98,7 @@ class _AllToAll(torch.autograd.Function):
         return _exchange(input_, group, scatter_dim, gather_dim, gather_size)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         return _exchange(grad_output, *ctx.inverse), None, None, None, None
 
@@ -108,6 +110,7 @@ class _Split(torch.autograd.Function):
         return _own_part(input_, group, dim, sizes)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         grad = _scaled(grad_output, ctx.grad_scale, len(ctx.sizes))
         return _gathered(grad, ctx.group, ctx.dim, ctx.sizes), None, None, None, None
@@ -120,6 +123,7 @@ class _Gather(torch.autograd.Function):
         return _gathered(input_, group, dim, sizes)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         grad = _own_part(grad_output, ctx.group, ctx.dim, ctx.sizes)
         return _scaled(grad, ctx.grad_scale, len(ctx.sizes)), None, None, None, None

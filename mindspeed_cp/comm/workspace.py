@@ -20,7 +20,8 @@ class Workspace:
         count, key = math.prod(shape), (name, dtype, device)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < count:
-            buffer = self._buffers[key] = torch.empty(count, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # a buffer made during inference could not be written during training
+                buffer = self._buffers[key] = torch.empty(count, dtype=dtype, device=device)
         return buffer[:count].view(shape)
 
     def clear(self):

@@ -23,6 +23,7 @@ def parse_args(argv=None, world_size=None):
     """
     args = build_parser().parse_args(argv)
     args.world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    _check_numbers(args)
     args.cp_config_resolved, args.cp_setup = validate(args, args.world_size)
     _check_model(args)
     _check_parallel(args)
@@ -161,6 +162,16 @@ def _check_model(args):
         args.recompute_num_layers = args.recompute_num_layers or 1
 
 
+def _check_numbers(args):
+    """Sizes that argparse lets through and nothing can be made of."""
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "train_iters"):
+        value = getattr(args, name)
+        _require(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1.")
+    for name in ("attention_dropout", "hidden_dropout"):
+        value = getattr(args, name)
+        _require(0 <= value < 1, f"--{name.replace('_', '-')} {value} must lie between 0 and 1; 0 switches it off.")
+
+
 def _check_parallel(args):
     tp, pp, layers = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.num_layers
     args.data_parallel_size = args.world_size // (tp * pp * args.context_parallel_size)
@@ -171,17 +182,21 @@ def _check_parallel(args):
     _require(not args.num_virtual_stages_per_pipeline_rank or pp > 1,
              f"--num-virtual-stages-per-pipeline-rank {args.num_virtual_stages_per_pipeline_rank} needs a pipeline; use "
              "--pipeline-model-parallel-size 2 or more, or leave it out.")
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    _require(groups % tp == 0 or tp % groups == 0,
-             f"--num-query-groups {groups} must be divisible by --tensor-model-parallel-size {tp}; use --num-query-groups "
-             f"{max(groups // tp, 1) * tp}.")
+    flag, groups = (("--num-query-groups", args.num_query_groups) if args.group_query_attention
+                    else ("--num-attention-heads", args.num_attention_heads))
+    _require(groups % tp == 0 or (args.group_query_attention and tp % groups == 0),
+             f"{flag} {groups} must be divisible by --tensor-model-parallel-size {tp}; use {flag} "
+             f"{max(groups // tp, 1) * tp}, or a --tensor-model-parallel-size that divides {groups}.")
+    _require(args.cp_config_resolved.attention_mask_type == "causal" or not args.reset_attention_mask,
+             "--cp-attention-mask-type full does not go with --reset-attention-mask, whose mask is causal within documents; "
+             "leave one of them out.")
     _require(not (args.variable_seq_lengths and args.sequence_parallel),
              "--variable-seq-lengths does not go with --sequence-parallel, which needs every length divisible by "
              f"--tensor-model-parallel-size {tp}; leave one of them out.")
     _require(not args.variable_seq_lengths or args.context_parallel_size == 1 or args.cp_setup.unaligned
              or args.context_parallel_algo != "ulysses_cp_algo",
-             "--variable-seq-lengths with --context-parallel-algo ulysses_cp_algo needs unaligned Ulysses; add "
-             "--gather-size-calculator dynamic.")
+             "--variable-seq-lengths with --context-parallel-algo ulysses_cp_algo needs unaligned Ulysses; use "
+             "--gather-size-calculator dynamic without --context-parallel-kv-cache-policy.")
     _require(not args.sequence_parallel or tp > 1,
              f"--sequence-parallel needs tensor parallelism, and --tensor-model-parallel-size is {tp}; use 2 or more, or "
              "leave --sequence-parallel out.")

@@ -1,0 +1,109 @@
+"""The launch scripts: what they print with DRY_RUN=1, and a tiny model of every architecture that trains with cp 2 as with cp 1."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LAUNCH = REPOSITORY / "scripts" / "launch"
+FAMILIES = {"llama2": ("7b", "13b", "70b"), "qwen": ("7b", "14b", "72b"), "qwen1_5": ("7b", "14b", "72b"), "gpt3": ("1.3b", "13b", "175b")}
+SIZES = [(family, size) for family, sizes in FAMILIES.items() for size in sizes]
+
+pytestmark = pytest.mark.cpu_only
+
+
+def launch(family, *arguments, **environment):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM") and name != "MEGATRON_LM_PATH"}
+    return subprocess.run(["bash", str(LAUNCH / f"{family}.sh"), *arguments], capture_output=True, text=True, timeout=400,
+                          env={**kept, "PYTHON": sys.executable, **environment})
+
+
+def resolved(result):
+    """NAME=VALUE lines of a dry run, and its command under "command"."""
+    assert result.returncode == 0, result.stderr
+    before, command = result.stdout.split("# command\n")
+    values = dict(line.split("=", 1) for line in before.splitlines() if "=" in line)
+    return {**values, "command": command.replace("\\", "")}
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_scripts_are_shellcheck_clean():
+    scripts = [*LAUNCH.glob("*.sh"), *(LAUNCH.parent / name for name in ("two_hosts.sh", "test_megatron_lm.sh"))]
+    result = subprocess.run(["shellcheck", "-x", *map(str, scripts)], capture_output=True, text=True, cwd=LAUNCH)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("length, cp, tokens", [("32k", "4", "8192"), ("128k", "8", "16384"), ("1m", "32", "32768")])
+@pytest.mark.parametrize("family, size", [("llama2", "70b"), ("gpt3", "13b")], ids=lambda value: value)
+def test_presets_of_sequence_length_fit_the_model(family, size, length, cp, tokens):
+    # describe.py checks every rule of the configuration, and fails the dry run when one is broken.
+    values = resolved(launch(family, size, DRY_RUN="1", SEQ_LENGTH=length, DEVICE="npu", NNODES="128", MASTER_ADDR="first"))
+    assert (values["CP"], values["TOKENS_PER_RANK"]) == (cp, tokens)
+
+
+@pytest.mark.parametrize("family, size", SIZES, ids=lambda value: value)
+def test_every_size_has_a_command(family, size):
+    values = resolved(launch(family, size, DRY_RUN="1", DEVICE="gpu", NNODES="64", NODE_RANK="3", MASTER_ADDR="first"))
+    for part in (f"--num-layers {values['LAYERS']}", f"--hidden-size {values['HIDDEN']}", f"--ffn-hidden-size {values['FFN']}",
+                 "--node-rank 3", "--master-addr first", "--nnodes 64", "--context-parallel-algo ulysses_cp_algo"):
+        assert part in values["command"]
+
+
+def test_slurm_variables_choose_the_nodes():
+    values = resolved(launch("llama2", "7b", DRY_RUN="1", DEVICE="gpu", SLURM_NNODES="4", SLURM_NODEID="2", SLURM_JOB_ID="7",
+                             MASTER_ADDR="first"))
+    assert (values["NNODES"], values["NODE_RANK"], values["MASTER_PORT"], values["DP"]) == ("4", "2", "20007", "4")
+
+
+def test_environment_and_later_flags_win(tmp_path):
+    (tmp_path / "pretrain_gpt.py").touch()
+    values = resolved(launch("qwen", "14b", "--seed", "9", DRY_RUN="1", DEVICE="npu", NNODES="8", MASTER_ADDR="first", CP="8", TP="1", PP="1",
+                             CP_ALGO="megatron_cp_algo", CP_WINDOW="2", MEGATRON_LM_PATH=str(tmp_path)))
+    assert "Double Ring (window 2)" in values["CONTEXT_PARALLEL"]
+    assert values["command"].rstrip().endswith("--seed 9")
+    assert f"-m mindspeed_cp.run {tmp_path}/pretrain_gpt.py" in values["command"] and "--mock-data" in values["command"]
+
+
+@pytest.mark.parametrize("environment, words", [
+    ({"SIZE": "8b"}, "size 8b is not known; choose one of 7b, 13b, 70b."),
+    ({"NNODES": "2"}, "set MASTER_ADDR"),
+    ({"DEVICE": "gpu", "NPROC_PER_NODE": "6"}, "must be a multiple of TP 2 x CP 4 x PP 1 = 8; use NNODES=2"),
+    ({"SEQ_LENGTH": "32m"}, "must be 32k, 128k, 1m or a number"),
+    ({"DEVICE": "tpu"}, "choose npu, gpu or cpu"),
+    ({"MEGATRON_LM_PATH": "/nowhere"}, "holds no pretrain_gpt.py"),
+    ({"CP": "3"}, "must be divisible by --tensor-model-parallel-size 2 x --context-parallel-size 3"),
+], ids=["size", "address", "world", "length", "device", "checkout", "rule"])
+def test_mistakes_are_named_with_a_way_out(environment, words):
+    result = launch("llama2", DRY_RUN="1", **environment)
+    assert result.returncode == 2 and words in result.stderr, result.stderr
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("launch") / "text"
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, str(REPOSITORY / "scripts" / "prepare_data.py"), "--output", str(prefix)], check=True,
+                   env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    return prefix
+
+
+@pytest.mark.parametrize("family, size", [("llama2", "7b"), ("llama2", "70b"), ("qwen", "7b"), ("qwen1_5", "7b"), ("gpt3", "1.3b")],
+                         ids=["llama2", "llama2-gqa", "qwen", "qwen1_5", "gpt3"])
+def test_tiny_model_trains_as_with_cp_1(family, size, text, tmp_path):
+    records = {}
+    for cp, algorithm in (("1", "ulysses_cp_algo"), ("2", "megatron_cp_algo")):
+        log = tmp_path / f"{cp}.jsonl"
+        result = launch(family, size, "--log-file", str(log), TINY="1", CP=cp, CP_ALGO=algorithm, TRAIN_ITERS="3", DEVICE="cpu",
+                        DATA_PATH=str(text), MASTER_PORT=str(21000 + os.getpid() % 20000))
+        assert result.returncode == 0, result.stderr[-3000:]
+        records[cp] = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(records["1"]) == len(records["2"]) == 3
+    for one, two in zip(records["1"], records["2"]):
+        assert two["cp_bytes_per_rank"] > 0
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
