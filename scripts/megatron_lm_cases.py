@@ -14,7 +14,7 @@ ROPE_GQA = ("--position-embedding-type rope --normalization RMSNorm --swiglu --d
             "--num-query-groups 2 --untie-embeddings-and-output-weights")
 DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
 LEGACY = "--use-legacy-models --ckpt-format torch --normalization RMSNorm"  # their LayerNorm needs Apex
-NO_LEGACY = ("0.16.1",)  # it reads flags and attributes that the version removed
+NO_LEGACY = ("0.15.3", "0.16.1")  # their legacy models lack attributes that their own schedules read
 TP, PP, TP_PP = "--tensor-model-parallel-size 2 --sequence-parallel", "--pipeline-model-parallel-size 2", \
     "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2"
 DISTRIBUTED_OPTIMIZER = "--use-distributed-optimizer --overlap-grad-reduce --global-batch-size 4"

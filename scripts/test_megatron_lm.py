@@ -103,11 +103,21 @@ def check_bitwise(checkout):
     return (0.0, "") if equal else (relative_difference(without, with_adaptor), "differs")
 
 
+# Sentences as documents, so that most samples of 64 tokens hold a boundary, and ranks unequal numbers of tokens with a loss.
+WRITE_SENTENCES = """
+import sys
+from pydoc_data.topics import topics
+from prepare_data import write_documents
+sentences = [part for name in sorted(topics) for part in topics[name].split(". ")]
+write_documents([sentence[:1 + 7 * index % 45] for index, sentence in enumerate(sentences) if sentence], sys.argv[1])
+"""
+
+
 def prepare_text(prefix):
-    subprocess.run([sys.executable, "-W", "ignore", str(REPOSITORY / "scripts" / "prepare_data.py"), "--output", prefix],
-                   check=True,
-                   stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.pathsep.join(
-                       [str(REPOSITORY), os.environ.get("PYTHONPATH", "")])})
+    """Write real text, in short documents, to PREFIX.bin and PREFIX.idx."""
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "scripts"), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-W", "ignore", "-c", WRITE_SENTENCES, prefix], check=True, stdout=subprocess.DEVNULL,
+                   env={**os.environ, "PYTHONPATH": path})
 
 
 def passed(result):
