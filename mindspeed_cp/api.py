@@ -70,14 +70,14 @@ def context_parallel_attention(query, key, value, *, config, groups, layout, sof
         dense_mask=_dense_mask(attention_mask, query.shape[1], layout.seq_len),
         merge=merge_function(kernel, fused_update))
     return ContextParallelAttention.apply(query, key, value, softmax_offset, AttentionCall(
-        ring, _ulysses_problem(config, groups, layout, query, key, value, policy)))
+        ring, _ulysses_problem(config, groups, layout, query, key, value, policy, kernel)))
 
 
-def _ulysses_problem(config, groups, layout, query, key, value, policy):
+def _ulysses_problem(config, groups, layout, query, key, value, policy, kernel):
     if config.hierarchy[0] == 1:
         return None
     exchange = SequenceExchange(groups.ulysses_group, groups.ulysses_rank, tuple(layout.ulysses_lengths(groups.ring_rank)),
-                                groups.workspace, config.alltoall)
+                                groups.workspace, config.alltoall, groups.host, "heads" if getattr(kernel, "contiguous_heads", False) else None)
     return UlyssesProblem(exchange, query.shape[2], key.shape[2], query.shape[3], value.shape[3],
                           policy=policy if config.ring_size == 1 else None, allgather_kv=config.allgather_kv)
 
@@ -143,8 +143,8 @@ def _dense_mask(attention_mask, batch, seq_len):
     if shape == (seq_len, seq_len):
         return attention_mask[None]
     if shape not in ((batch, 1, seq_len, seq_len), (1, 1, seq_len, seq_len)):
-        raise ValueError(f"attention_mask has shape {shape} and must be global: ({seq_len}, {seq_len}) or "
-                         f"({batch}, 1, {seq_len}, {seq_len}); pass the unsharded mask.")
+        raise ValueError(f"attention_mask has shape {shape} and must be the mask of the whole sequence, ({seq_len}, {seq_len}) "
+                         f"or ({batch}, 1, {seq_len}, {seq_len}); do not split it over the ranks.")
     return attention_mask[:, 0]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
+from mindspeed_cp.comm.host_memory import SMALLEST_MESSAGE, HostMemory
 from mindspeed_cp.comm.workspace import Workspace
 
 
@@ -23,6 +24,7 @@ class ContextParallelGroups:
         outer_group: a second communicator over the ring, for transfers between windows, so that they run beside the
             transfers within a window instead of queueing behind them; None without windows.
         workspace: reused communication buffers.
+        host: HostMemory shared with the ranks on this host, None where gloo or another back end carries everything.
     """
 
     hierarchy: tuple[int, int, int]
@@ -33,6 +35,7 @@ class ContextParallelGroups:
     ring_group: object = None
     outer_group: object = None
     workspace: Workspace = field(default_factory=Workspace, repr=False)
+    host: HostMemory | None = field(default=None, repr=False)
 
     @property
     def cp_size(self):
@@ -60,13 +63,14 @@ class ContextParallelGroups:
         return self.global_ranks[self.ulysses_rank::self.ulysses_degree]
 
     @classmethod
-    def build(cls, config, cp_ranks=None, timeout=None):
+    def build(cls, config, cp_ranks=None, timeout=None, share_from=SMALLEST_MESSAGE):
         """Make the process groups; collective over the world, so every rank calls it with the same arguments.
 
         Args:
             config: ContextParallelConfig.
             cp_ranks: global ranks of every context-parallel group, a list of lists; None is one group of all ranks.
             timeout: datetime.timedelta for the groups, None for the backend's default.
+            share_from: bytes from which a message between gloo ranks of one host goes through shared memory; None is never.
 
         Raises:
             ValueError: the groups do not fit the configuration or the world; checked before any group is made.
@@ -99,6 +103,8 @@ class ContextParallelGroups:
             mine["ulysses_group"] = mine["cp_group"]
         elif ulysses == 1:
             mine["ring_group"] = mine["cp_group"]
+        if share_from is not None:
+            mine["host"] = HostMemory.connect(mine["cp_group"], share_from)
         groups = cls(config.hierarchy, **mine)
         groups._warm_up()
         return groups
@@ -115,6 +121,8 @@ class ContextParallelGroups:
 
     def destroy(self):
         """Release the process groups; every rank calls it, after its last operation. The object cannot be used afterwards."""
+        if self.host is not None:
+            self.host.close()
         for group in self._distinct():
             dist.destroy_process_group(group)
         self.workspace.clear()

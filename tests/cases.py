@@ -20,6 +20,7 @@ class Case:
         config: keyword arguments of ContextParallelConfig.
         dense: None, "shared" for an (S, S) mask, or "batch" for (batch, 1, S, S); the last query row is hidden from every key.
         window: (left, right) or None. cu_seqlens: tuple or None.
+        share_from: messages of at least so many bytes cross through shared memory; None is never.
     """
 
     config: dict
@@ -39,6 +40,7 @@ class Case:
     layer_number: int = 1
     kernel: str | None = None
     fused_update: bool = False
+    share_from: int | None = 0
     seed: int = 0
 
     @property
@@ -91,14 +93,15 @@ class Case:
 _setups = {}
 
 
-def setup_of(config):
-    """(ContextParallelConfig, ContextParallelGroups) of this rank; groups are made once per process and hierarchy."""
+def setup_of(config, share_from=0):
+    """(ContextParallelConfig, ContextParallelGroups) of this rank; groups are made once per process, hierarchy and way."""
     from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
 
     config = ContextParallelConfig(**config)
-    if config.hierarchy not in _setups:
-        _setups[config.hierarchy] = ContextParallelGroups.build(config)
-    return config, _setups[config.hierarchy]
+    key = config.hierarchy, share_from
+    if key not in _setups:
+        _setups[key] = ContextParallelGroups.build(config, share_from=share_from)
+    return config, _setups[key]
 
 
 def local_inputs(rank, case, layout):
@@ -133,7 +136,7 @@ def attend(rank, case):
     """Forward and backward on this rank; dict of CPU tensors out, dq, dk, dv (local shards) and d_offset."""
     from mindspeed_cp import SequenceLayout, context_parallel_attention
 
-    config, groups = setup_of(case.config)
+    config, groups = setup_of(case.config, case.share_from)
     layout = SequenceLayout.build(config, case.seq_len)
     leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
     torch.manual_seed(case.seed + rank)

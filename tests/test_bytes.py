@@ -24,7 +24,7 @@ def traffic_of(rank, case):
     """(forward bytes, forward messages, backward bytes, backward messages) of this rank, each a dict by purpose."""
     from mindspeed_cp import context_parallel_attention
 
-    config, groups = setup_of(case.config)
+    config, groups = setup_of(case.config, case.share_from)
     layout = SequenceLayout.build(config, case.seq_len)
     leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
     with count_bytes() as forward:

@@ -79,7 +79,7 @@ def traced(rank, case):
     from mindspeed_cp import context_parallel_attention
     from mindspeed_cp.comm import transport
 
-    config, groups = setup_of(case.config)
+    config, groups = setup_of(case.config, case.share_from)
     layout = SequenceLayout.build(config, case.seq_len)
     leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
     trace, batch, gather = [], dist.batch_isend_irecv, transport._all_gather

@@ -57,7 +57,7 @@ def attend_until_failure(rank, case, failing_pass, fail):
     from mindspeed_cp import context_parallel_attention
 
     config = ContextParallelConfig(**case.config)
-    groups = ContextParallelGroups.build(config, timeout=timedelta(seconds=TIMEOUT))
+    groups = ContextParallelGroups.build(config, timeout=timedelta(seconds=TIMEOUT), share_from=case.share_from)
     layout = SequenceLayout.build(config, case.seq_len)
     leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
     keywords = arguments(case, config, groups, layout, sinks, mask)
@@ -67,8 +67,9 @@ def attend_until_failure(rank, case, failing_pass, fail):
         context_parallel_attention(*leaves, **keywords).backward(grad_out)
 
 
-def observed(name, failing_pass, fail, leave_after_failure=True):
-    case = Case({"context_parallel_size": 4, "attention_mask_type": "full", **CONFIGS[name]}, seq_len=16)
+def observed(name, failing_pass, fail, leave_after_failure=True, share_from=0):
+    config = {"context_parallel_size": 4, "attention_mask_type": "full", **CONFIGS[name]}
+    case = Case(config, seq_len=16, share_from=share_from)
     return observe_ranks(
         4,
         attend_until_failure,
@@ -102,9 +103,14 @@ def test_a_rank_that_dies_makes_the_others_fail_and_is_named(name, failing_pass)
     check_survivors(outcomes)
 
 
-@pytest.mark.parametrize("name", ["ulysses", "ring-overlap", "direct"])
-def test_a_rank_that_stops_without_leaving_makes_the_others_fail_within_the_timeout(name):
-    outcomes = observed(name, "forward", stop, leave_after_failure=False)
+@pytest.mark.parametrize("name", ["ulysses", "ring", "allgather"])
+def test_a_rank_that_dies_while_gloo_carries_everything_is_named_too(name):
+    check_survivors(observed(name, "forward", die, share_from=None))
+
+
+@pytest.mark.parametrize("name, share_from", [("ulysses", 0), ("ring-overlap", 0), ("direct", 0), ("ring", None)])
+def test_a_rank_that_stops_without_leaving_makes_the_others_fail_within_the_timeout(name, share_from):
+    outcomes = observed(name, "forward", stop, leave_after_failure=False, share_from=share_from)
     assert outcomes[VICTIM].kind == "raised" and "a problem of its own" in outcomes[VICTIM].detail
     check_survivors(outcomes)
 

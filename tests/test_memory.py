@@ -20,6 +20,8 @@ def prepared(rank, case):
 
     config, groups = setup_of(case.config)
     groups.workspace.clear()
+    if groups.host:
+        groups.host.close()
     layout = SequenceLayout.build(config, case.seq_len)
     leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
     keywords = arguments(case, config, groups, layout, sinks, mask)
@@ -56,7 +58,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _note(self, values, weight):
         for tensor in torch.utils._pytree.tree_leaves(values):
-            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            if not isinstance(tensor, torch.Tensor) or (weight and not tensor.is_floating_point()):
                 continue
             storage = tensor.untyped_storage()
             key, size = storage.data_ptr(), storage.nbytes() * weight
@@ -71,13 +73,23 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(rank, case):
-    """Most bytes alive at once that forward and backward made."""
-    call, leaves, grad_out, _ = prepared(rank, case)
+    """Most bytes alive at once in forward and backward: what they made, and what this rank keeps from call to call.
+
+    Two calls before that make the reused buffers (of which pairs take turns) and open the peers' shared memory, which counts
+    where it belongs.
+    """
+    call, leaves, grad_out, groups = prepared(rank, case)
+    for _ in range(2):
+        call().backward(grad_out)
+    before = groups.workspace.num_bytes + (groups.host.num_bytes if groups.host else 0)
+    for leaf in leaves:
+        leaf.grad = None
     with LiveBytes() as live:
         out = call()
         out.backward(grad_out)
     assert leaves[0].grad is not None
-    return live.peak
+    assert groups.workspace.num_bytes + (groups.host.num_bytes if groups.host else 0) == before
+    return live.peak + before
 
 
 def test_the_meter_sees_what_lives_and_forgets_what_died():

@@ -6,7 +6,7 @@ from math import gcd
 
 import torch
 
-from mindspeed_cp.comm.all_to_all import Part, SequenceExchange, pack_heads
+from mindspeed_cp.comm.all_to_all import Part, SequenceExchange
 from mindspeed_cp.layout import split_sizes
 
 
@@ -102,8 +102,7 @@ class UlyssesProblem:
 
     def gather_out(self, out, dtype):
         """Attention output (seq, batch, heads_local, dv) -> (seq_local, batch, heads, dv) in ``dtype``."""
-        packed = pack_heads([out], dtype, self.exchange.workspace)
-        return self.exchange.scatter_sequence_gather_heads([self.part("out")], packed)[0]
+        return self.exchange.scatter_sequence_gather_heads([self.part("out")], [out], dtype)[0]
 
     def scatter_for_backward(self, grad_out, again):
         """The gradient of the output, and the keys and values that were saved before communication, in one message.
@@ -121,4 +120,4 @@ class UlyssesProblem:
     def gather_gradients(self, dq, dk, dv, dtype):
         """Gradients of the whole sequence and this rank's heads -> (seq_local, batch, heads, dim), each."""
         parts = [self.part(kind) for kind in ("grad_query", "grad_key", "grad_value")]
-        return self.exchange.scatter_sequence_gather_heads(parts, pack_heads([dq, dk, dv], dtype, self.exchange.workspace))
+        return self.exchange.scatter_sequence_gather_heads(parts, [dq, dk, dv], dtype)

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.algorithms.ulysses import head_shares
-from mindspeed_cp.comm.all_to_all import Part, SequenceExchange, pack_heads
+from mindspeed_cp.comm.all_to_all import Part, SequenceExchange
+from mindspeed_cp.comm.host_memory import HostMemory
 from mindspeed_cp.comm.transport import all_gather
 from mindspeed_cp.comm.workspace import Workspace
 from mindspeed_cp.layout import split_sizes
@@ -78,7 +79,7 @@ class UlyssesContextAttention(torch.nn.Module):
         self.local_attn = local_attention
         self.spg, self.scatter_idx, self.gather_idx = sequence_process_group, scatter_idx, gather_idx
         self.gather_size_calculator = gather_size_calculator
-        self._workspace = Workspace()
+        self._workspace, self._host, self._connected = Workspace(), None, False
 
     def forward(self, query, key, value, *args, **kwargs):
         """Attention of this rank's tokens; every rank of the group calls it.
@@ -103,17 +104,24 @@ class UlyssesContextAttention(torch.nn.Module):
             return self.local_attn(query, key, value, *args, **kwargs)
         axes = _Axes.of(query, self.scatter_idx, self.gather_idx)
         lengths = self._lengths(query, gather_size)
-        exchange = SequenceExchange(self.spg, dist.get_rank(self.spg), lengths, self._workspace)
+        exchange = SequenceExchange(self.spg, dist.get_rank(self.spg), lengths, self._workspace, host=self._host_memory(),
+                                    unpack="sequence")
         parts, out_shares = _parts(axes, query, key, value, exchange.size)
         tensors = (axes.to_exchange(tensor, exchange.size) for tensor in (query, key, value))
         received = _GatherSequence.apply(exchange, parts, *tensors)
-        # The received tensors lie side by side; many attention modules call view() on what they get.
+        # Contiguous, because many attention modules call view() on what they get.
         out = self.local_attn(*(axes.from_exchange(tensor).contiguous() for tensor in received), *args, **kwargs)
         split, merged = axes.split_heads(out, query.dim(), parts[0].count(exchange.rank))
         out = axes.to_exchange(split, 1)
         part = Part("out", parts[0].num_heads, out.shape[-1], out_shares)
         out = axes.from_exchange(_GatherHeads.apply(exchange, part, out))
         return out.flatten(-2) if merged else out
+
+    def _host_memory(self):
+        """HostMemory of the group or None; made in the first call, which every rank makes."""
+        if not self._connected:
+            self._host, self._connected = HostMemory.connect(self.spg), True
+        return self._host
 
     def _local_kwargs(self, kwargs):
         """Without what the local attention does not take.
@@ -267,8 +275,7 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        packed = pack_heads(grads, grads[0].dtype, ctx.exchange.workspace)
-        return None, None, *ctx.exchange.scatter_sequence_gather_heads(ctx.parts, packed)
+        return None, None, *ctx.exchange.scatter_sequence_gather_heads(ctx.parts, grads, grads[0].dtype)
 
 
 class _GatherHeads(torch.autograd.Function):
@@ -277,7 +284,7 @@ class _GatherHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, exchange, part, out):
         ctx.exchange, ctx.part = exchange, replace(part, purpose=f"d{part.purpose}")
-        return exchange.scatter_sequence_gather_heads([part], pack_heads([out], out.dtype, exchange.workspace))[0]
+        return exchange.scatter_sequence_gather_heads([part], [out], out.dtype)[0]
 
     @staticmethod
     @once_differentiable

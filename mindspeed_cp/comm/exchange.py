@@ -59,7 +59,7 @@ def ring_exchange(channel, own, purpose, keep=False):
     def pass_on(rows, outer, inner, group, name, source):
         received = channel.buffer(f"{purpose}.{name}", own, source, keep)
         transfer = post(group, [(channel.global_rank(place.peer(outer, inner)), rows)],
-                        [(channel.global_rank(place.peer(-outer, -inner)), received)], purpose)
+                        [(channel.global_rank(place.peer(-outer, -inner)), received)], purpose, groups.host)
         return transfer, received
 
     def to_next_window(rows, j):
@@ -100,7 +100,7 @@ def direct_exchange(channel, own, purpose, keep=False):
             channel.groups.ring_group,
             [(channel.global_rank(reader), own[start:stop]) for start, stop in channel.rows_needed(reader, place.rank)],
             [(channel.global_rank(source), received[start:stop]) for start, stop in channel.rows_needed(place.rank, source)],
-            purpose)
+            purpose, channel.groups.host)
         return transfer, received
 
     rows = own
@@ -124,7 +124,7 @@ def allgather_exchange(channel, own, purpose, keep=False):
         padded[:own.shape[0]] = own
 
     def gather():
-        return all_gather(gathered.flatten(0, 1), padded, groups.ring_group, purpose)
+        return all_gather(gathered.flatten(0, 1), padded, groups.ring_group, purpose, groups.host)
 
     transfer = gather() if channel.overlap else None
     yield channel.place.rank, own
@@ -173,7 +173,8 @@ class GradientReturn:
         received = channel.buffer(f"dkv.inner{t % 2}", self._like, held)
         transfer = post(channel.groups.ring_group,
                         [(channel.global_rank(place.peer(0, -t)), partial[start:stop]) for start, stop in rows_out],
-                        [(channel.global_rank(peer), received[start:stop]) for start, stop in rows_in], "dkv")
+                        [(channel.global_rank(peer), received[start:stop]) for start, stop in rows_in], "dkv",
+                        channel.groups.host)
         self._drain_inner()
         self._inner = (transfer, received, rows_in, self._window_sum)
 
@@ -193,7 +194,8 @@ class GradientReturn:
             sends = [(channel.global_rank(source), wire)]
         if self._window_reads(peer, place.rank):
             rows = ((0, received.shape[0]),)
-        transfer = post(channel.groups.outer_group, sends, [(channel.global_rank(peer), received)] if rows else [], "dkv")
+        transfer = post(channel.groups.outer_group, sends, [(channel.global_rank(peer), received)] if rows else [], "dkv",
+                        channel.groups.host)
         self._outer = (transfer, received, rows, self._own)
 
     def _window_reads(self, member, source):

@@ -12,6 +12,8 @@ from mindspeed_cp.comm import transport
 from mindspeed_cp.comm.counters import record
 from mindspeed_cp.layout import split_sizes as _split_sizes
 
+__all__ = ["all_to_all", "cal_split_sizes", "gather_forward_split_backward", "split_forward_gather_backward"]
+
 GRAD_SCALES = ("up", "down", None)
 
 

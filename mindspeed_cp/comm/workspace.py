@@ -24,5 +24,9 @@ class Workspace:
                 buffer = self._buffers[key] = torch.empty(count, dtype=dtype, device=device)
         return buffer[:count].view(shape)
 
+    @property
+    def num_bytes(self):
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
+
     def clear(self):
         self._buffers.clear()

@@ -30,6 +30,9 @@ class AttentionKernel(Protocol):
     A block is a rectangle, a causal square, or (``native_bands``) a band, in one or many pieces that lie end to end;
     its query i sees its key j when lower <= j - i <= upper, counted within a piece, and every row sees a key.
     ``attention_mask`` (bool, True = masked out, (1 or batch, nq, nk)) further masks a single full rectangle.
+
+    A kernel that is faster when (seq, dim) of each head is contiguous says ``contiguous_heads = True``; it gets such tensors
+    where an exchange copies anyway.
     """
 
     name: str

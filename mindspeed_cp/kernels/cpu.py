@@ -25,6 +25,7 @@ def unavailable():
 class CpuKernel:
     name = "cpu"
     native_bands = False
+    contiguous_heads = True  # a row stride of a power of two maps a head's rows to few sets of the cache: 5 to 7 % slower
 
     def __init__(self):
         self._blockwise = BlockwiseKernel()
