@@ -76,8 +76,9 @@ def context_parallel_attention(query, key, value, *, config, groups, layout, sof
 def _ulysses_problem(config, groups, layout, query, key, value, policy, kernel):
     if config.hierarchy[0] == 1:
         return None
+    unpack = "heads" if getattr(kernel, "contiguous_heads", False) else None
     exchange = SequenceExchange(groups.ulysses_group, groups.ulysses_rank, tuple(layout.ulysses_lengths(groups.ring_rank)),
-                                groups.workspace, config.alltoall, groups.host, "heads" if getattr(kernel, "contiguous_heads", False) else None)
+                                groups.workspace, config.alltoall, groups.host, unpack)
     return UlyssesProblem(exchange, query.shape[2], key.shape[2], query.shape[3], value.shape[3],
                           policy=policy if config.ring_size == 1 else None, allgather_kv=config.allgather_kv)
 

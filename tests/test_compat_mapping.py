@@ -12,6 +12,7 @@ from mindspeed_cp.comm.mapping import (
     cal_split_sizes,
     gather_forward_split_backward,
     split_forward_gather_backward,
+    start_all_to_all,
 )
 
 PAIRS = {num_dims: list(itertools.permutations(range(num_dims), 2)) for num_dims in (3, 4)}
@@ -123,3 +124,74 @@ def test_wrong_sizes_are_named_before_anything_is_sent():
 
 def test_split_sizes_give_the_remainder_to_the_first_ranks():
     assert cal_split_sizes(10, 4) == [3, 3, 2, 2] and cal_split_sizes(2, 3) == [1, 1, 0]
+
+
+def _pending_equals_awaited(rank, shape, scatter, gather):
+    """Results and gradients of three exchanges under way at once are those of exchanges one after the other."""
+    world = torch.distributed.get_world_size()
+    found = []
+    for start in (True, False):
+        leaves = [_own(_global(shape, seed), gather, rank, world).clone().requires_grad_() for seed in (1, 2, 3)]
+        if start:
+            pending = [start_all_to_all(leaf, None, scatter, gather, shape[gather]) for leaf in leaves]
+            tensors = [each.wait() for each in pending]
+            assert all(each.wait() is tensor for each, tensor in zip(pending, tensors))
+        else:
+            tensors = [all_to_all(leaf, None, scatter, gather, shape[gather]) for leaf in leaves]
+        (tensors[0] * tensors[1] + tensors[2]).square().sum().backward()
+        found.append([*(tensor.detach() for tensor in tensors), *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(*pair) for pair in zip(*found))
+
+
+def _every_pending(rank):
+    for shape in SHAPES.values():
+        _pending_equals_awaited(rank, shape, 2, 0)
+        _pending_equals_awaited(rank, shape, 0, 1)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_pending_exchanges_give_the_same_numbers_and_gradients(world):
+    run_ranks(world, _every_pending)
+
+
+class _Noted(torch.autograd.Function):
+    """A projection that notes when it computes."""
+
+    @staticmethod
+    def forward(ctx, tensor, name, events):
+        ctx.name, ctx.events = name, events
+        events.append(f"project {name}")
+        return tensor * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.events.append(f"backward {ctx.name}")
+        return grad * 2, None, None
+
+
+def _order_of_events(rank):
+    from mindspeed_cp.comm import transport
+
+    events, real = [], transport.all_to_all
+
+    class Noting:
+        def __init__(self, transfer):
+            self.transfer, self.number = transfer, sum(event.startswith("start") for event in events)
+            events.append(f"start {self.number}")
+
+        def wait(self):
+            events.append(f"wait {self.number}")
+            self.transfer.wait()
+
+    hidden = torch.ones(4, 2, 4, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transport, "all_to_all", lambda *args: Noting(real(*args)))
+        query, key = (start_all_to_all(_Noted.apply(hidden, name, events), None, 2, 0) for name in ("q", "k"))
+        (query.wait() + key.wait()).sum().backward()
+    return events
+
+
+def test_pending_exchanges_overlap_the_projections_that_follow():
+    expected = ["project q", "start 0", "project k", "start 1", "wait 0", "wait 1",
+                "start 2", "start 3", "wait 2", "backward k", "wait 3", "backward q"]
+    assert run_ranks(2, _order_of_events) == [expected] * 2

@@ -6,7 +6,8 @@ from math import gcd
 
 import torch
 
-from mindspeed_cp.comm.all_to_all import Part, SequenceExchange
+from mindspeed_cp.comm.all_to_all import SequenceExchange
+from mindspeed_cp.comm.messages import Part, Pending
 from mindspeed_cp.layout import split_sizes
 
 
@@ -82,23 +83,27 @@ class UlyssesProblem:
         messages = {None: [("query", "key", "value")], "full": [("query",), ("key", "value")],
                     "half": [("query", "value"), ("key",)]}[self.policy]
         received = {}
-        for kinds in messages:
-            received.update(self._send({kind: tensors[kind] for kind in kinds}))
+        for pending in [self._start({kind: tensors[kind] for kind in kinds}, turn=turn) for turn, kinds in enumerate(messages)]:
+            received.update(pending.wait())
         return received["query"], received["key"], received["value"]
 
-    def _send(self, tensors, name=None):
-        """Exchange a dict kind -> tensor in one message; an all-gather takes the key and value where that is asked for."""
+    def _start(self, tensors, name=None, turn=0):
+        """Start exchanging a dict kind -> tensor in one message; returns Pending of the dict.
+
+        An all-gather takes the key and value where that is asked for.
+        """
         received = {}
         keys = [kind for kind in tensors if kind in ("key", "value")]
         if self.allgather_kv and keys:
             gathered = self.exchange.gather_sequence("kv", torch.cat([tensors[kind] for kind in keys], dim=-1))
             heads = self.part("key").shares[self.exchange.rank]  # none where this rank has no query heads
             received.update(zip(keys, gathered[:, :, heads].split([tensors[kind].shape[-1] for kind in keys], dim=-1)))
-        parts = [self.part(kind) for kind in tensors if kind not in received]
-        if parts:
-            sent = [kind for kind in tensors if kind not in received]
-            received.update(zip(sent, self.exchange.scatter_heads_gather_sequence(parts, [tensors[k] for k in sent], name)))
-        return received
+        sent = [kind for kind in tensors if kind not in received]
+        if not sent:
+            return Pending(lambda: received)
+        pending = self.exchange.start_scatter_heads_gather_sequence(
+            [self.part(kind) for kind in sent], [tensors[kind] for kind in sent], name, turn)
+        return Pending(lambda: {**received, **dict(zip(sent, pending.wait()))})
 
     def gather_out(self, out, dtype):
         """Attention output (seq, batch, heads_local, dv) -> (seq_local, batch, heads, dv) in ``dtype``."""
@@ -114,7 +119,7 @@ class UlyssesProblem:
         Returns:
             (grad_out, dict of the same names), each for the whole sequence and this rank's heads.
         """
-        received = self._send({"grad_out": grad_out, **again}, name="a2a.backward")
+        received = self._start({"grad_out": grad_out, **again}, name="a2a.backward").wait()
         return received.pop("grad_out"), received
 
     def gather_gradients(self, dq, dk, dv, dtype):

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.algorithms.ulysses import head_shares
-from mindspeed_cp.comm.all_to_all import Part, SequenceExchange
+from mindspeed_cp.comm.all_to_all import SequenceExchange
 from mindspeed_cp.comm.host_memory import HostMemory
+from mindspeed_cp.comm.messages import Part
 from mindspeed_cp.comm.transport import all_gather
 from mindspeed_cp.comm.workspace import Workspace
 from mindspeed_cp.layout import split_sizes

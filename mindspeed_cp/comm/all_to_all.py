@@ -19,85 +19,8 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_cp.comm.counters import record
+from mindspeed_cp.comm.messages import Message, Pending, Slab, fill, heads_of
 from mindspeed_cp.comm.transport import all_gather, all_to_all, post
-
-
-@dataclass(frozen=True)
-class Part:
-    """One tensor of a message.
-
-    Args:
-        purpose: what its bytes count as.
-        num_heads, dim: heads of the whole tensor, and their size.
-        shares: per rank, the heads that it gets: a slice, or a list of indices. A head may go to several ranks.
-    """
-
-    purpose: str
-    num_heads: int
-    dim: int
-    shares: tuple
-
-    def count(self, rank):
-        share = self.shares[rank]
-        return share.stop - share.start if isinstance(share, slice) else len(share)
-
-    def width(self, rank):
-        return self.count(rank) * self.dim
-
-    @property
-    def replicated(self):
-        return sum(map(self.count, range(len(self.shares)))) > self.num_heads
-
-
-@dataclass(frozen=True)
-class _Slab:
-    """Shape of what goes from one rank to another: heads of several tensors side by side, for every token.
-
-    Args:
-        heads: ((number of heads, head_dim), ...) of the tensors.
-    """
-
-    rows: int
-    batch: int
-    heads: tuple
-
-    @property
-    def size(self):
-        return self.rows * self.batch * sum(count * dim for count, dim in self.heads)
-
-    def apart(self, flat):
-        """Views (rows, batch, heads, head_dim) of each tensor in a flat one."""
-        widths = [count * dim for count, dim in self.heads]
-        row = flat.view(self.rows, self.batch, sum(widths))
-        return [piece.unflatten(-1, shape) for piece, shape in zip(row.split(widths, dim=-1), self.heads)]
-
-
-@dataclass(frozen=True, eq=False)
-class _Message:
-    """What one rank has for all ranks.
-
-    Args:
-        like: a tensor of its dtype and device.
-        pieces: rank -> list of (rows, batch, heads, head_dim): that rank's part of each tensor.
-        packed: () -> flat tensor with all ranks' parts in rank order, as one collective wants it.
-        leaving, arriving: per rank, the _Slab that goes there and the one that comes from there.
-    """
-
-    like: torch.Tensor
-    pieces: object
-    packed: object
-    leaving: list
-    arriving: list
-
-
-class Pending:
-    """An exchange under way. ``wait`` returns its tensors; call it once, and in the same order on all ranks."""
-
-    def __init__(self, finish):
-        self._finish = finish
-
-    def wait(self):
-        return self._finish()
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,12 +57,13 @@ class SequenceExchange:
         """``start_scatter_sequence_gather_heads``, awaited at once."""
         return self.start_scatter_sequence_gather_heads(parts, tensors, dtype).wait()
 
-    def start_scatter_heads_gather_sequence(self, parts, tensors, name=None):
+    def start_scatter_heads_gather_sequence(self, parts, tensors, name=None, turn=0):
         """Give every rank its heads of the whole sequence.
 
         Args:
             parts, tensors: Part and (seq_local, batch, heads, dim) of each tensor of the message.
             name: workspace name of what is received, None for fresh memory that may be saved.
+            turn: 0 or 1, another one for each of two exchanges that are under way at once.
 
         Returns:
             Pending of a list of (seq, batch, heads_local, dim).
@@ -150,23 +74,23 @@ class SequenceExchange:
             return [tensor[:, :, part.shares[rank]] for part, tensor in zip(parts, tensors)]
 
         def packed():
-            send = self.workspace.get("a2a.send", (sum(slab.size for slab in leaving),), like.dtype, like.device)
+            send = self._buffer(f"a2a.send{turn}", (sum(slab.size for slab in leaving),), like)
             for rank, flat in enumerate(send.split([slab.size for slab in leaving])):
-                _fill(leaving[rank].apart(flat), pieces(rank))
+                fill(leaving[rank].apart(flat), pieces(rank))
             return send
 
-        leaving = [_Slab(rows, batch, _heads(parts, rank)) for rank in range(self.size)]
-        whole = _Slab(sum(self.lengths), batch, _heads(parts, self.rank))
-        arriving = [_Slab(length, batch, whole.heads) for length in self.lengths]
+        leaving = [Slab(rows, batch, heads_of(parts, rank)) for rank in range(self.size)]
+        whole = Slab(sum(self.lengths), batch, heads_of(parts, self.rank))
+        arriving = [Slab(length, batch, whole.heads) for length in self.lengths]
         into = self._buffer(name, (whole.size,), like) if self.unpack is None else None
-        arrived = self._start(_Message(like, pieces, packed, leaving, arriving), into)
+        arrived = self._start(Message(like, pieces, packed, leaving, arriving), turn, into)
         self._record(parts, [[rows * batch * part.width(rank) for rank in range(self.size)] for part in parts], like)
 
         def finish():
             results = self._unpacked(whole, name, like) if into is None else whole.apart(into)
             with arrived() as received:
                 for rank, parts_of_rank in received:
-                    _fill([result[self._rows(rank)] for result in results], parts_of_rank)
+                    fill([result[self._rows(rank)] for result in results], parts_of_rank)
             return results
         return Pending(finish)
 
@@ -186,10 +110,10 @@ class SequenceExchange:
         def pieces(rank):
             return [tensor[self._rows(rank)] for tensor in tensors]
 
-        leaving = [_Slab(length, batch, _heads(parts, self.rank)) for length in self.lengths]
-        arriving = [_Slab(self.lengths[self.rank], batch, _heads(parts, rank)) for rank in range(self.size)]
+        leaving = [Slab(length, batch, heads_of(parts, self.rank)) for length in self.lengths]
+        arriving = [Slab(self.lengths[self.rank], batch, heads_of(parts, rank)) for rank in range(self.size)]
         arrived = self._start(
-            _Message(like, pieces, lambda: _pack_heads(tensors, dtype, self.workspace), leaving, arriving))
+            Message(like, pieces, lambda: _pack_heads(tensors, dtype, self.workspace), leaving, arriving), turn=0)
         self._record(parts, [[length * batch * part.width(self.rank) for length in self.lengths] for part in parts], like)
 
         def finish():
@@ -209,7 +133,7 @@ class SequenceExchange:
             return gathered
         return torch.cat([shard[:length] for shard, length in zip(gathered.split(longest), self.lengths)])
 
-    def _start(self, message, into=None):
+    def _start(self, message, turn, into=None):
         """Post a message; returns () -> context manager of a list of (source rank, list of (rows, batch, heads, dim)).
 
         Args:
@@ -220,9 +144,9 @@ class SequenceExchange:
         peers = dist.get_process_group_ranks(self.group)
         others = [(rank, peer) for rank, peer in enumerate(peers) if rank != self.rank]
         if self.host and self.host.peers.issuperset(peer for _, peer in others) and message.like.device.type == "cpu":
-            return self._start_on_host(message, others)
+            return self._start_on_host(message, others, turn)
         sizes = [slab.size for slab in message.arriving]
-        received = self._buffer("a2a.receive", (sum(sizes),), message.like) if into is None else into
+        received = self._buffer(f"a2a.receive{turn}", (sum(sizes),), message.like) if into is None else into
         transfer = all_to_all(received, message.packed(), sizes, [slab.size for slab in message.leaving], self.group,
                               "heads and sequence")
 
@@ -233,18 +157,18 @@ class SequenceExchange:
                 (rank, slab.apart(flat)) for rank, (slab, flat) in enumerate(zip(message.arriving, received.split(sizes)))]
         return arrived
 
-    def _start_on_host(self, message, others):
+    def _start_on_host(self, message, others, turn):
         """``_start`` where all ranks share memory: pieces are packed into it, and read where the sender put them."""
         sends, receives = [], []
         for rank, peer in others:
             slab = message.leaving[rank]
-            target = self._buffer(f"a2a.send{rank}", (slab.size,), message.like)
+            target = self._buffer(f"a2a.send{turn}.{rank}", (slab.size,), message.like)
             carried = self.host.carries(peer, target)
             segment = self.host.outgoing((self.group, rank), [peer], target.numel() * target.element_size()) if carried else None
             flat = segment.view(target) if carried else target
-            _fill(slab.apart(flat), message.pieces(rank))
+            fill(slab.apart(flat), message.pieces(rank))
             sends.append((peer, segment if carried else target))
-            receives.append((peer, self._buffer(f"a2a.receive{rank}", (message.arriving[rank].size,), message.like)))
+            receives.append((peer, self._buffer(f"a2a.receive{turn}.{rank}", (message.arriving[rank].size,), message.like)))
         transfer = post(self.group, sends, receives, "heads and sequence", self.host, count=False)
 
         @contextmanager
@@ -301,22 +225,13 @@ class SequenceExchange:
         record(sent)
 
 
-def _heads(parts, rank):
-    return tuple((part.count(rank), part.dim) for part in parts)
-
-
-def _fill(targets, sources):
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
-
-
 def _pack_heads(tensors, dtype, workspace):
     """Heads of several tensors (seq, batch, heads, dim) side by side in ``dtype``, flat; one that fits is only viewed."""
     if len(tensors) == 1 and tensors[0].dtype == dtype:
         return tensors[0].contiguous().view(-1)
-    slab = _Slab(*tensors[0].shape[:2], tuple(tuple(tensor.shape[2:]) for tensor in tensors))
+    slab = Slab(*tensors[0].shape[:2], tuple(tuple(tensor.shape[2:]) for tensor in tensors))
     packed = workspace.get("a2a.packed", (slab.size,), dtype, tensors[0].device)
-    _fill(slab.apart(packed), tensors)
+    fill(slab.apart(packed), tensors)
     return packed
 
 

@@ -37,6 +37,12 @@ def all_to_all(input_, process_group, scatter_dim=2, gather_dim=1, gather_size=N
     Raises:
         ValueError: the dimensions do not fit the tensor, or this rank's part is not its share of ``gather_size``.
     """
+    arguments = _checked_dimensions(input_, process_group, scatter_dim, gather_dim, gather_size)
+    return input_ if dist.get_world_size(process_group) == 1 else _AllToAll.apply(input_, *arguments)
+
+
+def _checked_dimensions(input_, process_group, scatter_dim, gather_dim, gather_size):
+    """(process_group, scatter_dim, gather_dim, gather_size) with no negative dimension and no None."""
     if input_.dim() not in (3, 4):
         raise ValueError(f"all_to_all takes tensors of 3 or 4 dimensions, not {tuple(input_.shape)}; view it as one of "
                          "those.")
@@ -53,9 +59,40 @@ def all_to_all(input_, process_group, scatter_dim=2, gather_dim=1, gather_size=N
         raise ValueError(f"gather_size {gather_size} gives rank {dist.get_rank(process_group)} of {world_size} a "
                          f"length of {share} on dimension {gather_dim}, and its tensor has {input_.size(gather_dim)}; "
                          f"split with cal_split_sizes({gather_size}, {world_size}), or pass the sum of all lengths.")
-    if world_size == 1:
-        return input_
-    return _AllToAll.apply(input_, process_group, scatter_dim, gather_dim, gather_size)
+    return process_group, scatter_dim, gather_dim, gather_size
+
+
+def start_all_to_all(input_, process_group, scatter_dim=2, gather_dim=1, gather_size=None):
+    """``all_to_all`` that returns at once: a ``PendingTensor``, whose ``wait`` gives the result.
+
+    What is computed in between overlaps the exchange. Backward does the same the other way round: the gradient departs where
+    ``wait`` was, and is awaited only where ``input_``'s own gradient is needed. So with separate projections ::
+
+        query, key, value = (start_all_to_all(project(hidden), group) for project in (to_query, to_key, to_value))
+        out = attention(query.wait(), key.wait(), value.wait())
+
+    each exchange overlaps the next projection, forward, and the projections' own backward passes. All ranks start in one
+    order and wait in one order.
+    """
+    return PendingTensor(input_, *_checked_dimensions(input_, process_group, scatter_dim, gather_dim, gather_size))
+
+
+class PendingTensor:
+    """A tensor under way, made by ``start_all_to_all``."""
+
+    def __init__(self, input_, group, scatter_dim, gather_dim, gather_size):
+        self._result, self._flight = None, None
+        if dist.get_world_size(group) == 1:
+            self._result = input_
+        else:
+            self._flight = _Flight(group, scatter_dim, gather_dim, gather_size, input_.size(scatter_dim))
+            self._token = _Depart.apply(input_, self._flight)
+
+    def wait(self):
+        """The tensor; the same one each time."""
+        if self._result is None:
+            self._result = _Arrive.apply(self._token, self._flight)
+        return self._result
 
 
 def split_forward_gather_backward(input_, process_group, dim, split_sizes=None, grad_scale="down"):
@@ -105,6 +142,43 @@ class _AllToAll(torch.autograd.Function):
         return _exchange(grad_output, *ctx.inverse), None, None, None, None
 
 
+class _Flight:
+    """What the two ends of a pending all-to-all share: how to finish the exchange that is under way."""
+
+    def __init__(self, group, scatter_dim, gather_dim, gather_size, scatter_size):
+        self.forward = group, scatter_dim, gather_dim, gather_size
+        self.backward = group, gather_dim, scatter_dim, scatter_size
+        self.finish = None
+
+
+class _Depart(torch.autograd.Function):
+    """Starts an exchange; an empty token ties it to ``_Arrive``, so that autograd calls them in turn."""
+
+    @staticmethod
+    def forward(ctx, input_, flight):
+        ctx.flight = flight
+        flight.finish = _start_exchange(input_, *flight.forward)
+        return input_.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        return ctx.flight.finish(), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token, flight):
+        ctx.flight = flight
+        return flight.finish()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        ctx.flight.finish = _start_exchange(grad_output, *ctx.flight.backward)
+        return grad_output.new_empty(0), None
+
+
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input_, group, dim, sizes, grad_scale):
@@ -132,7 +206,14 @@ class _Gather(torch.autograd.Function):
 
 
 def _exchange(tensor, group, scatter_dim, gather_dim, gather_size):
-    """One all_to_all_single; a side whose dimension is the first needs no copy, its pieces lie in order already."""
+    return _start_exchange(tensor, group, scatter_dim, gather_dim, gather_size)()
+
+
+def _start_exchange(tensor, group, scatter_dim, gather_dim, gather_size):
+    """Post one all_to_all_single and return a function that waits for it and returns the result.
+
+    A side whose dimension is the first needs no copy, its pieces lie in order already.
+    """
     world_size, rank = dist.get_world_size(group), dist.get_rank(group)
     pieces = tensor.split(_split_sizes(tensor.size(scatter_dim), world_size), scatter_dim)
     send = tensor.contiguous().view(-1) if scatter_dim == 0 else _packed(pieces)
@@ -142,12 +223,16 @@ def _exchange(tensor, group, scatter_dim, gather_dim, gather_size):
         shapes[-1][gather_dim] = length
     sizes = [torch.Size(shape).numel() for shape in shapes]
     received = tensor.new_empty(sum(sizes))
-    transport.all_to_all(received, send, sizes, [piece.numel() for piece in pieces], group, "all_to_all").wait()
+    transfer = transport.all_to_all(received, send, sizes, [piece.numel() for piece in pieces], group, "all_to_all")
     record({"all_to_all": (send.numel() - pieces[rank].numel()) * send.element_size()})
-    if gather_dim == 0:
-        return received.view([gather_size, *shapes[rank][1:]])
-    parts = [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
-    return torch.cat(parts, dim=gather_dim)
+
+    def finish():
+        transfer.wait()
+        if gather_dim == 0:
+            return received.view([gather_size, *shapes[rank][1:]])
+        parts = [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
+        return torch.cat(parts, dim=gather_dim)
+    return finish
 
 
 def _packed(pieces):
