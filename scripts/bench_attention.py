@@ -1,6 +1,7 @@
 """Time context-parallel attention on this machine (CPU and gloo), variants interleaved in one run.
 
-``python scripts/bench_attention.py``            forward + backward over the ideal T(1 rank) / ranks, per algorithm
+``python scripts/bench_attention.py``            forward + backward over the ideal T(1 rank) / ranks, per algorithm, beside
+                                                 the floor: all ranks compute their share of the heads, without communication
 ``python scripts/bench_attention.py --stub``     communication, merging and copying alone: the kernel returns empty outputs,
                                                  CPU time per rank, beside a straightforward reference ring
 
@@ -26,6 +27,9 @@ from mindspeed_cp import (  # noqa: E402
     ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention)
 from mindspeed_cp.comm import count_bytes  # noqa: E402
 from mindspeed_cp.kernels import select_kernel  # noqa: E402
+
+
+FLOOR = "floor: no communication"
 
 
 class StubKernel:
@@ -150,6 +154,9 @@ def measure(rank, ranks, port, options):
         single = partial(context_parallel_attention, config=config, groups=ContextParallelGroups.build(config),
                          layout=SequenceLayout.build(config, options.seq_length), kernel=kernel)
         cases["1 rank"] = partial(step, single, whole[:3], whole[3]) if rank == 0 else (lambda: None)
+        if options.kv_heads % ranks == 0:
+            share = [tensor.chunk(ranks, dim=2)[rank].permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for tensor in whole]
+            cases[FLOOR] = partial(step, single, share[:3], share[3])
     times = {name: [] for name in cases}
     for repetition in range(options.repetitions + 1):
         for name, run in cases.items():

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Two hosts on one machine: two network namespaces joined by a veth pair, torchrun with two ranks on each, so that what
-# crosses the network is really crossed. Needs root (or the right to make namespaces) and iproute2.
+# Two hosts on one machine: two network namespaces joined by a veth pair, each with process numbers of its own, torchrun with
+# two ranks on each, so that what crosses the network is really crossed. Needs root (or the right to make namespaces),
+# iproute2 and util-linux.
 #   bash scripts/two_hosts.sh hybrid|double_ring [options of two_hosts_attention.py]      PYTHON=python
 #   CUT_AFTER=SECONDS   take the link down that long after the first step; both sides must then exit with an error
 # Exit status 77 where namespaces are not permitted.
@@ -22,8 +23,9 @@ cleanup() {
 }
 trap cleanup EXIT
 
-if ! ip netns add "${NAME}a" 2>/dev/null || ! ip netns exec "${NAME}a" true 2>/dev/null; then
-  echo "two_hosts.sh: network namespaces are not permitted here (ip netns add)" >&2
+ISOLATED=(unshare --pid --fork --kill-child --mount-proc)  # ranks of one host see each other's memory, those of the other not
+if ! ip netns add "${NAME}a" 2>/dev/null || ! ip netns exec "${NAME}a" "${ISOLATED[@]}" true 2>/dev/null; then
+  echo "two_hosts.sh: namespaces are not permitted here (ip netns add, unshare --pid)" >&2
   exit 77
 fi
 ip netns add "${NAME}b"
@@ -41,7 +43,7 @@ up b 1
 host() {
   local suffix=$1 index=$2
   shift 2
-  ip netns exec "$NAME$suffix" env GLOO_SOCKET_IFNAME="$NAME$index" OMP_NUM_THREADS=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" \
+  ip netns exec "$NAME$suffix" "${ISOLATED[@]}" env GLOO_SOCKET_IFNAME="$NAME$index" OMP_NUM_THREADS=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" \
     "$PYTHON" -m torch.distributed.run --nnodes 2 --node-rank "$index" --nproc-per-node 2 --master-addr 10.203.7.1 --master-port 29531 \
     scripts/two_hosts_attention.py --algorithm "$ALGORITHM" --counter "/sys/class/net/$NAME$index/statistics/tx_bytes" "$@"
 }

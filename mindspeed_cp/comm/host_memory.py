@@ -135,8 +135,8 @@ class HostMemory:
         segments = self._streams.setdefault(stream, [Segment(), Segment()])
         segments.reverse()
         if not _wait_until(lambda: segments[0].is_free, PATIENCE):
-            # A peer has failed, or the caller has more under way than it should. What is unread must stay.
-            self._late.append(segments[0])
+            # A peer has failed, or the caller has more under way than it should. What is unread must stay until it is read.
+            self._late = [segment for segment in (*self._late, segments[0]) if not segment.is_free]
             segments[0] = Segment()
         segments[0].begin([self._slot[reader] for reader in readers], num_bytes)
         return segments[0]
