@@ -51,12 +51,13 @@ class AttentionBridge:
         self._masks = MaskCache()
         state.on_change.append(self._masks.clear)
 
-    def __call__(self, module, query, key, value, attention_mask=None, packed_seq_params=None):
+    def __call__(self, module, query, key, value, attention_mask=None, packed_seq_params=None, **others):
         """Attention of the whole sequence for this rank's queries.
 
         Args:
             module: CoreAttention.
             packed_seq_params: Megatron's PackedSeqParams, or None.
+            others: whatever else core attention was called with; a gather-size calculator gets it as it is.
 
         Returns:
             (s, b, n * dv), or (s, n * dv) for tensors without batch.
@@ -71,7 +72,10 @@ class AttentionBridge:
             raise ValueError(f"packed_seq_params with qkv_format {packed_seq_params.qkv_format} are not supported with context "
                              "parallelism; use qkv_format thd, or leave them out.")
         else:
-            out = self._unpacked(module, query, key, value, attention_mask)
+            calculator = self._state.gather_size_calculator()
+            size = None if calculator is None else calculator.calculate(
+                attention_mask, packed_seq_params=packed_seq_params, **others)
+            out = self._unpacked(module, query, key, value, attention_mask, size)
         return out.flatten(2).squeeze(1) if without_batch else out.flatten(2)
 
     def _packed(self, module, query, key, value, params):
@@ -92,16 +96,18 @@ class AttentionBridge:
         config = self._state.config
         return self._state.groups is not None and config.attention_mask_type == "full"
 
-    def _unpacked(self, module, query, key, value, attention_mask):
+    def _unpacked(self, module, query, key, value, attention_mask, gather_size):
         if attention_mask is None:
-            shape = self._shape(module, query, key, value, None)
+            shape = self._shape(query.shape[0], gather_size)
             causal = (module.causal or shape.cu_seqlens is not None) and not self._asked_for_full
             return self._attend(module, query, key, value, shape, causal=causal)
         mask = _four_dimensional(attention_mask, query.shape[1])
-        shape = self._shape(module, query, key, value, mask)
-        if mask.shape[-2:] != (shape.seq_len, shape.seq_len):
-            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, and context parallelism needs the mask of "
-                             f"the whole sequence, (batch, 1, {shape.seq_len}, {shape.seq_len}); do not split it over the ranks.")
+        shape = self._shape(query.shape[0], mask.shape[-1] if gather_size is None else gather_size)
+        if mask.shape[-2:] != (shape.seq_len, shape.seq_len) or not self._holds(query.shape[0], shape.seq_len):
+            known = self._state.active or self._state.batch
+            size = "S" if known is None else known.seq_len
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, and context parallelism needs the mask "
+                             f"of the whole sequence, (batch, 1, {size}, {size}); do not split it over the ranks.")
         facts = self._masks.facts(mask)
         if module.window is not None:
             if not facts.is_causal:
@@ -118,16 +124,17 @@ class AttentionBridge:
                 for row, documents in enumerate(facts.documents)]
         return torch.cat(rows, dim=1)
 
-    def _shape(self, module, query, key, value, mask):
-        """Length and documents of the batch: by the gather-size calculator, by the mask, or as recorded."""
-        calculator = self._state.gather_size_calculator()
-        size = None if calculator is None else calculator.calculate(mask)
-        if size is None and mask is not None:
-            size = mask.shape[-1]
+    def _holds(self, rows, seq_len):
+        """Whether this rank's part of a sequence of ``seq_len`` tokens has ``rows``."""
+        state = self._state
+        return state.groups is None or SequenceLayout.build(state.config, seq_len).length(state.cp_rank) == rows
+
+    def _shape(self, rows, seq_len):
+        """Length and documents of the batch, of which this rank has ``rows``: as recorded, unless ``seq_len`` says otherwise."""
         recorded = self._state.active or self._state.batch
-        if size is None or (recorded is not None and recorded.seq_len == size):
-            return self._state.shape_for(query.shape[0])
-        return BatchShape(int(size))
+        if seq_len is None or (recorded is not None and recorded.seq_len == seq_len):
+            return self._state.shape_for(rows)
+        return BatchShape(int(seq_len))
 
     def _attend(self, module, query, key, value, shape, *, causal, mask=None):
         state, window = self._state, module.window

@@ -30,20 +30,12 @@ def batch_patches(state):
         Patch("megatron.core.pipeline_parallel.schedules.get_tensor_shapes", _tensor_shapes(state),
               "pipeline stages exchange seq_length / cp rows, which differs between ranks for uneven lengths"),
         Patch(f"{MTP}.roll_tensor", _roll(state),
-              "multi-token prediction shifts tokens across the ranks of Megatron's own zigzag",
-              _rolls_without_cp)]
+              "multi-token prediction shifts tokens within a rank before 0.14, later across the ranks of Megatron's own zigzag")]
 
 
 def _absent(module, name, why):
     """() -> why when ``module`` has no ``name``."""
     return lambda: "" if hasattr(importlib.import_module(module), name) else why
-
-
-def _rolls_without_cp():
-    from megatron.core.transformer.multi_token_prediction import roll_tensor
-
-    knows_cp = "cp_group" in inspect.signature(roll_tensor).parameters
-    return "" if knows_cp else "Megatron refuses multi-token prediction with cp > 1"
 
 
 def split_batch(batch, state):
@@ -155,22 +147,32 @@ def _tensor_shapes(state):
 
 def _roll(state):
     def build(original):
+        signature = inspect.signature(original)
+
         @wraps(original)
-        def roll_tensor(tensor, shifts=-1, dims=-1, cp_group=None, **kwargs):
-            if state.cp_size == 1 or cp_group is None or cp_group.size() == 1:
-                return original(tensor, shifts=shifts, dims=dims, cp_group=cp_group, **kwargs)
+        def roll_tensor(*args, **kwargs):
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            tensor, shifts, dims, group, params = (
+                given.arguments.get(name) for name in ("tensor", "shifts", "dims", "cp_group", "packed_seq_params"))
+            # Before 0.14 there is no group to pass.
+            alone = "cp_group" in signature.parameters and (group is None or group.size() == 1)
+            if state.cp_size == 1 or alone:
+                return original(*args, **kwargs)
             if shifts != -1:
                 raise ValueError(f"roll_tensor with shifts={shifts} is not supported with context parallelism; use shifts=-1.")
-            params, shape = kwargs.get("packed_seq_params"), state.shape_for(tensor.size(dims))
+            shape = state.shape_for(tensor.size(dims))
             documents = (0, shape.seq_len) if params is None else documents_of_packed_params(params, shape.seq_len)
-            rolled = _rolled_whole(state, tensor, shape.seq_len, dims, documents)
-            return rolled, rolled.sum()
+            whole = _rolled_whole(state, tensor, shape.seq_len, dims, documents)
+            # The sum divides each rank's loss, and gradients are averaged over the ranks: with the mean of the ranks' sums
+            # that is the mean over all tokens, however unevenly they are shared.
+            return state.layout(shape.seq_len).shard(whole, state.cp_rank, dim=dims).contiguous(), whole.sum() / state.cp_size
         return roll_tensor
     return build
 
 
 def _rolled_whole(state, tensor, seq_len, dim, documents):
-    """This rank's part of the whole sequence shifted by one to the left, with 0 at the end of each document.
+    """The whole sequence, of which ``tensor`` is this rank's part, shifted by one to the left; 0 ends each document.
 
     Tokens, labels and masks are small, so the whole sequence is gathered; that is right for every layout.
     """
@@ -186,4 +188,4 @@ def _rolled_whole(state, tensor, seq_len, dim, documents):
     for end in documents[1:]:
         if end:
             whole[end - 1] = 0
-    return layout.shard(whole, state.cp_rank).movedim(0, dim).contiguous()
+    return whole.movedim(0, dim)

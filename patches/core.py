@@ -1,6 +1,7 @@
 """The table of megatron-core names that are patched, each with its reason.
 
-With context_parallel_size 1 every replacement calls the original with the arguments it got.
+With context_parallel_size 1 every replacement calls the original with the arguments it got. Two things that the local
+DotProductAttention refuses with an error are computed here instead: packed sequences, and multi-latent attention.
 """
 
 import copy
@@ -11,7 +12,7 @@ from datetime import timedelta
 from functools import wraps
 
 import torch.distributed as dist
-from mindspeed_cp.patches import batch, rope
+from mindspeed_cp.patches import batch, experts, rope
 from mindspeed_cp.patches.manager import Patch
 
 from mindspeed_cp.attention import AttentionBridge, CoreAttention, layer_window
@@ -41,7 +42,8 @@ def core_patches(state, announce):
         Patch(f"{PARALLEL_STATE}.destroy_model_parallel", _destroy(state),
               "the process groups of context parallelism go with Megatron's"),
         *batch.batch_patches(state),
-        *rope.rope_patches(state)]
+        *rope.rope_patches(state),
+        *experts.expert_patches(state)]
 
 
 def _without_te():
@@ -83,7 +85,8 @@ def _dot_product_forward(attend):
             _refuse_bias(attention_bias)
             scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1)  # query-key layer scaling divides, then multiplies
             return attend(_described(self, self.attn_mask_type, scale, self.attention_dropout.p),
-                          query, key, value, attention_mask, packed_seq_params)
+                          query, key, value, attention_mask, packed_seq_params,
+                          attn_mask_type=attn_mask_type, attention_bias=attention_bias, **kwargs)
         return forward
     return build
 
@@ -106,7 +109,8 @@ def _te_forward(attend):
                 attention_mask = None  # Transformer Engine reads no mask with these types
             scale = self.softmax_scale if isinstance(self.softmax_scale, float) else query.shape[-1] ** -0.5
             return attend(_described(self, attn_mask_type, scale, self.config.attention_dropout),
-                          query, key, value, attention_mask, packed_seq_params)
+                          query, key, value, attention_mask, packed_seq_params,
+                          attn_mask_type=attn_mask_type, attention_bias=attention_bias, **kwargs)
         return forward
     return build
 

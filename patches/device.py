@@ -22,8 +22,10 @@ TENSOR_FACTORIES = ("new_tensor", "new_empty", "new_zeros", "new_ones", "new_ful
 
 def device_patches(when):
     """The table; ``when`` is () -> "" on a machine without accelerator, else why no stand-in is needed."""
-    return [Patch(target, build, reason, when) for target, build, reason in (
-        *_device_rows(), *_stream_rows(), *_random_rows(), *_tensor_rows(), *_distributed_rows())] + _megatron_patches(when)
+    # torch.Tensor has most of its methods from a base class in C++.
+    return [Patch(target, build, reason, when, inherited=target.startswith("torch.Tensor."))
+            for target, build, reason in (*_device_rows(), *_stream_rows(), *_random_rows(), *_tensor_rows(),
+                                          *_distributed_rows())] + _megatron_patches(when)
 
 
 def _device_rows():
@@ -86,7 +88,15 @@ def _megatron_patches(when):
         Patch("megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__", _norm_with_sequence_parallel,
               "torch's norms work with sequence parallelism once their parameters are marked for the gradient all-reduce", when),
         Patch("megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork", _fork_without_warning,
-              "the CUDA and the CPU random state are one here, so a fork always changes the CPU's", when)]
+              "the CUDA and the CPU random state are one here, so a fork always changes the CPU's", when),
+        Patch("megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu", _as_numpy_on_cpu,
+              "counts that are on the CPU already stay tensors, which expert parallelism's all-to-all does not take", when)]
+
+
+def _as_numpy_on_cpu(original):
+    def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+    return maybe_move_tensor_to_cpu
 
 
 class Stream:

@@ -16,6 +16,8 @@ from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.training import without_checkout, without_legacy
 
 TRITON_KERNELS = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
+MLA = "megatron.core.transformer.multi_latent_attention"
+EXPERTS = "megatron.core.transformer.moe.moe_utils"
 CHECKPOINT_WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 CHECKPOINTING = "megatron.training.checkpointing"
 FP8_FIX = "fix_fp8_params_lose_precision_when_loading_dist_ckpt"
@@ -25,6 +27,11 @@ def library_patches():
     """Names that newer libraries dropped or that are missing here; megatron.training is imported after these."""
     return [Patch(TRITON_KERNELS, _kernels_without_triton,
                   "0.16 imports its Triton kernels even when --batch-invariant-mode is off", _triton_is_there, create=True),
+            Patch(f"{MLA}.TELinear", lambda original: type("TELinear", (), {}),
+                  "without Transformer Engine 0.16 asks isinstance of a placeholder that is no class", _te_linear_is_a_class),
+            Patch(f"{EXPERTS}.te_general_gemm", lambda original: None,
+                  "without Transformer Engine 0.16 asks whether this name is None, and has not set it", _gemm_is_named,
+                  create=True),
             Patch("numpy.product", lambda original: numpy.prod,
                   "distributed checkpoints of 0.12 to 0.15 use a name that numpy 2 removed", _product_is_there, create=True),
             Patch(f"{CHECKPOINT_WRITER}._write_item", _with_serialization_format,
@@ -70,6 +77,20 @@ def _triton_is_there():
     except ModuleNotFoundError:
         found = None
     return "" if found else f"this version has no such kernels in {package}"
+
+
+def _te_linear_is_a_class():
+    module = importlib.import_module(MLA)
+    if not getattr(module, "HAVE_TE", False):
+        return "this version asks nothing of Transformer Engine here"
+    return "Transformer Engine is installed" if isinstance(module.TELinear, type) else ""
+
+
+def _gemm_is_named():
+    module = importlib.import_module(EXPERTS)
+    if "te_general_gemm" not in inspect.getsource(module):
+        return "this version asks nothing of Transformer Engine here"
+    return "Transformer Engine is installed" if hasattr(module, "te_general_gemm") else ""
 
 
 def _no_fp8_fix():

@@ -203,9 +203,12 @@ def _refused(adaptor, layout, rank):
              "hybrid": {"packed_seq_params": SimpleNamespace(qkv_format="thd", local_cp_size=1)}}
     messages = {name: _message(lambda kwargs=kwargs: attention(query, key, value, None, **kwargs))
                 for name, kwargs in calls.items()}
-    return messages | {"split mask": _message(lambda: attention(query, key, value, local)),
-                       "short mask": _message(lambda: attention(query, key, value, local[..., :query.size(0)])),
-                       "length": _message(lambda: attention(query[1:], key[1:], value[1:], None))}
+    square = local[..., :query.size(0)]  # as a script slices it that thinks of this rank alone
+    messages |= {"split mask": _message(lambda: attention(query, key, value, local)),
+                 "short mask": _message(lambda: attention(query, key, value, square)),
+                 "length": _message(lambda: attention(query[1:], key[1:], value[1:], None))}
+    adaptor.state().forget_batch()
+    return messages | {"short mask, no batch": _message(lambda: attention(query, key, value, square))}
 
 
 def _wrong_size(adaptor, parallel_state):
@@ -222,3 +225,27 @@ def _message(call):
     except ValueError as error:
         return str(error)
     return ""
+
+
+class RecordingCalculator:
+    """A calculator of the user's: takes the length from a keyword of its own and keeps what it was called with."""
+
+    calls = []
+
+    def calculate(self, *args, **kwargs):
+        self.calls.append((args, kwargs))
+        return kwargs.get("gather_size")
+
+
+def calculate_from_core_attention(rank):
+    """(positional arguments, keyword arguments, tokens that came back) of Megatron's core attention with an own calculator."""
+    from mindspeed_cp import ContextParallelConfig, SequenceLayout, TrainingSetup, megatron_adaptor
+
+    config = ContextParallelConfig(context_parallel_size=2, algorithm="ulysses_cp_algo")
+    setup = TrainingSetup(num_attention_heads=HEADS, gather_size_calculator="bridge_runs:RecordingCalculator")
+    megatron_adaptor.configure(config, setup=setup)
+    _initialize(2)
+    inputs = [SequenceLayout.build(config, SEQ - 1).shard(tensor, rank) for tensor in tensors(seq=SEQ - 1)[:3]]
+    out = module(2)(*inputs, None, gather_size=SEQ - 1)
+    (args, kwargs), = RecordingCalculator.calls
+    return args, kwargs, out.shape[0]

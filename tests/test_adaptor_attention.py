@@ -4,7 +4,7 @@ import re
 from importlib.metadata import version
 
 import pytest
-from bridge_runs import ALGORITHMS, DOCUMENTS, SEQ, cases, compare
+from bridge_runs import ALGORITHMS, DOCUMENTS, SEQ, calculate_from_core_attention, cases, compare
 from distributed import run_ranks
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
@@ -45,7 +45,8 @@ def test_recomputation_sees_the_batch_of_its_forward_pass(ranks, algorithm):
     ("format", ["qkv_format sbhd", "use qkv_format thd", "leave them out"]),
     ("hybrid", ["local_cp_size 1", "--context-parallel-size 2", "leave out --hybrid-context-parallel"]),
     ("split mask", ["attention_mask has shape (2, 1, 12, 24)", "(batch, 1, 24, 24)", "do not split it"]),
-    ("short mask", ["12", "6"]),
+    ("short mask", ["attention_mask has shape (2, 1, 12, 12)", "(batch, 1, 24, 24)", "do not split it over the ranks"]),
+    ("short mask, no batch", ["attention_mask has shape (2, 1, 12, 12)", "(batch, 1, S, S)", "do not split it over the ranks"]),
     ("length", ["holds 11 tokens", "a sequence of 24 gives it 12", "split every batch with"])])
 def test_attention_refuses_what_it_would_compute_wrongly(ranks, name, says):
     for rank in ranks:
@@ -64,3 +65,10 @@ def test_another_size_than_the_configured_one_is_refused_before_any_process_grou
     for message, has_groups in (rank["wrong size"] for rank in ranks):
         assert "--context-parallel-size 2 was configured" in message and "context_parallel_size=1" in message
         assert "pass the same size to both" in message and not has_groups
+
+
+def test_a_calculator_of_ones_own_gets_every_argument_of_the_attention_call():
+    for rank, (args, kwargs, tokens) in enumerate(run_ranks(2, calculate_from_core_attention, fresh=True)):
+        assert args == (None,)
+        assert kwargs == {"attn_mask_type": None, "attention_bias": None, "packed_seq_params": None, "gather_size": SEQ - 1}
+        assert tokens == [12, 11][rank]

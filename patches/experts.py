@@ -1,0 +1,186 @@
+"""Patches of the losses that balance a mixture of experts: the same weight whatever the context-parallel size.
+
+Every context-parallel rank routes its own tokens and adds the losses' gradients behind Megatron's back, outside the loss
+that the training script computes. s: tokens of this rank, S: of the whole sequence, cp: ranks.
+"""
+
+import importlib
+import inspect
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, wraps
+
+import torch.distributed as dist
+from mindspeed_cp.patches.manager import Patch
+
+from mindspeed_cp.notices import warn_rank0
+
+MOE = "megatron.core.transformer.moe"
+
+
+@dataclass(frozen=True)
+class _Share:
+    """This rank's share of the tokens of a micro batch.
+
+    Args:
+        share: s / (S / cp); 1 for even lengths.
+        counted: Megatron has counted the tokens itself (padding masks).
+        weight: factor on the gradients of the losses.
+    """
+
+    share: object
+    counted: bool
+    weight: object
+
+
+def expert_patches(state):
+    """The table; ``state`` is the AdaptorState that all replacements share."""
+    router = _Router(state)
+    return [
+        Patch(f"{MOE}.router.TopKRouter.routing", router.routing,
+              "the losses below must know which part of the sequence this rank routes"),
+        Patch(f"{MOE}.moe_utils.switch_load_balancing_loss_func", router.balancing_loss,
+              "every rank is taken to hold the same number of tokens; and before 0.16, or with a per-token loss, the loss counts "
+              "1 / cp of what it counts without context parallelism"),
+        Patch(f"{MOE}.moe_utils.get_tokens_per_expert_and_token_count", router.token_count,
+              "with a padding mask the count of this rank's tokens is overwritten by that of all ranks",
+              _absent("get_tokens_per_expert_and_token_count", "padding masks of experts come with 0.16")),
+        Patch(f"{MOE}.moe_utils.sequence_load_balancing_loss_func", router.sequence_loss,
+              "the same, and gathering the tokens fails for uneven lengths",
+              _absent("sequence_load_balancing_loss_func", "from 0.14 this loss is computed by the one for whole batches")),
+        Patch(f"{MOE}.moe_utils.z_loss_func", router.z_loss,
+              "the mean over a rank's tokens is the mean over all only for equal counts; and its weight as above")]
+
+
+def _absent(name, why):
+    """() -> why when moe_utils has no ``name``."""
+    return lambda: "" if hasattr(importlib.import_module(f"{MOE}.moe_utils"), name) else why
+
+
+class _Router:
+    """Builds the replacements; ``_now`` is the _Share of the router that runs."""
+
+    def __init__(self, state):
+        self._state, self._now = state, None
+
+    def routing(self, original):
+        @wraps(original)
+        def routing(module, logits, *args, **kwargs):
+            if self._state.cp_size == 1 or not module.training:
+                return original(module, logits, *args, **kwargs)
+            config, padding_mask = module.config, kwargs.get("padding_mask", args[0] if args else None)
+            local = logits.size(0) * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+            seq_len = self._state.shape_for(local).seq_len
+            _warn_of_local_decisions(config)
+            self._check_dispatcher(config, seq_len)
+            with self._sharing(self._share(config, local, seq_len, padding_mask)):
+                return original(module, logits, *args, **kwargs)
+        return routing
+
+    def _check_dispatcher(self, config, seq_len):
+        if config.moe_token_dispatcher_type != "allgather" or config.expert_model_parallel_size == 1:
+            return
+        if len(set(map(self._state.layout(seq_len).length, range(self._state.cp_size)))) > 1:
+            raise ValueError(f"--moe-token-dispatcher-type allgather gathers equally many tokens from every rank, and sequence "
+                             f"length {seq_len} gives the --context-parallel-size {self._state.cp_size} ranks different "
+                             "numbers; use --moe-token-dispatcher-type alltoall, or a length that all ranks share evenly.")
+
+    @contextmanager
+    def _sharing(self, share):
+        before, self._now = self._now, share
+        try:
+            yield
+        finally:
+            self._now = before
+
+    def _share(self, config, local, seq_len, padding_mask):
+        cp_size = self._state.cp_size
+        if padding_mask is None:
+            share = local * cp_size / seq_len
+        else:
+            valid = padding_mask.logical_not().sum().float()
+            total = valid.clone()
+            dist.all_reduce(total, group=self._state.groups.cp_group)
+            share = (valid * cp_size / total).clamp(min=1e-9)  # a rank of padding alone has losses of 0
+        if config.calculate_per_token_loss:
+            # Megatron multiplies by s, adds over the ranks and divides by all tokens; S instead of s is what cp = 1 has.
+            weight = cp_size / share
+        else:
+            weight = 1 if _scales_with_cp() else cp_size  # gradients are averaged over the ranks, and these are to be added
+        return _Share(share, padding_mask is not None, weight)
+
+    def balancing_loss(self, original):
+        @wraps(original)
+        def switch_load_balancing_loss_func(*args, **kwargs):
+            loss = original(*args, **kwargs)
+            if self._now is None:
+                return loss
+            # Megatron divides by (s * cp)^2, the count that it believes S to be.
+            return _weighted(loss if self._now.counted else loss * self._now.share ** 2, self._now.weight)
+        return switch_load_balancing_loss_func
+
+    def token_count(self, original):
+        signature = inspect.signature(original)
+
+        @wraps(original)
+        def get_tokens_per_expert_and_token_count(*args, **kwargs):
+            per_expert, local, total = original(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+            if self._now is not None and self._now.counted:
+                local = given["routing_map"].sum() / given["topk"]
+            return per_expert, local, total
+        return get_tokens_per_expert_and_token_count
+
+    def sequence_loss(self, original):
+        signature = inspect.signature(original)
+
+        @wraps(original)
+        def sequence_load_balancing_loss_func(*args, **kwargs):
+            if self._now is None:
+                return original(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+            return _weighted(_sequence_loss(**given, share=self._now.share), self._now.weight)
+        return sequence_load_balancing_loss_func
+
+    def z_loss(self, original):
+        @wraps(original)
+        def z_loss_func(*args, **kwargs):
+            loss = original(*args, **kwargs)
+            return loss if self._now is None else _weighted(loss * self._now.share, self._now.weight)
+        return z_loss_func
+
+
+def _sequence_loss(probs, routing_map, batch_size, seq_length, topk, moe_aux_loss_coeff, sequence_partition_group, share):
+    """This rank's term of the loss that balances the experts within each sequence; the ranks' terms add up to the loss.
+
+    Args:
+        probs, routing_map: (seq_length * batch_size, experts), the tokens of this rank.
+        sequence_partition_group: the ranks that hold parts of the sequence.
+        share: tokens of this rank over their mean.
+    """
+    probs, chosen = (tensor.view(seq_length, batch_size, -1).sum(0) for tensor in (probs, routing_map.float()))
+    dist.all_reduce(chosen, group=sequence_partition_group)
+    total = seq_length * dist.get_world_size(sequence_partition_group) / share
+    return (probs * chosen).sum() * (probs.size(-1) * moe_aux_loss_coeff / (batch_size * topk * total ** 2))
+
+
+def _weighted(loss, weight):
+    """The same value, for the log; its gradient times ``weight``."""
+    return loss.detach() + weight * (loss - loss.detach())
+
+
+@cache
+def _scales_with_cp():
+    """Whether Megatron multiplies these losses by cp, as it does with the loss of the training script."""
+    from megatron.core.pipeline_parallel import schedules
+
+    return "loss_scale * cp_group_size" in inspect.getsource(schedules)
+
+
+def _warn_of_local_decisions(config):
+    if config.moe_expert_capacity_factor is not None:
+        warn_rank0(f"--moe-expert-capacity-factor {config.moe_expert_capacity_factor} drops tokens by the capacity of each "
+                   "context-parallel rank, so results depend on --context-parallel-size; leave it out to be independent of it.")
+    if config.moe_router_load_balancing_type == "sinkhorn":
+        warn_rank0("--moe-router-load-balancing-type sinkhorn balances the tokens of each context-parallel rank, so results "
+                   "depend on --context-parallel-size; use aux_loss or seq_aux_loss to be independent of it.")

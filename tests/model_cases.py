@@ -1,0 +1,118 @@
+"""The models of the tests of whole models, their parameters and their samples."""
+
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+import torch
+
+VERSION = tuple(int(part) for part in version("megatron-core").split(".")[:2])
+ULYSSES, RING, HYBRID = "ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"
+BATCH, VOCABULARY, RATE = 2, 64, 0.1
+MODEL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 32, "hidden_dropout": 0.0,
+         "attention_dropout": 0.0, "gradient_accumulation_fusion": False, "masked_softmax_fusion": False,
+         "persist_layer_norm": False, "apply_rope_fusion": False, "bias_activation_fusion": False,
+         "bias_dropout_fusion": False, "moe_token_dispatcher_type": "alltoall", "init_method_std": 0.1}
+MTP = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}
+MLA = {"multi_latent_attention": True, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4,
+       "v_head_dim": 6, "rope_type": "rope", "add_bias_linear": False}
+MOE = {"num_moe_experts": 4, "moe_ffn_hidden_size": 32, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.0,
+       "add_bias_linear": False}
+AUX = MOE | {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.3, "moe_z_loss_coeff": 0.2}
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+PER_TOKEN = {"calculate_per_token_loss": True}
+DEEPSEEK = MLA | AUX | MTP | {"moe_router_load_balancing_type": "seq_aux_loss", "moe_router_score_function": "sigmoid",
+                              "moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model.
+
+    Args:
+        settings: of TransformerConfig, beyond MODEL.
+        documents: boundaries of packed documents, None for whole sequences.
+        padding: how many tokens at the end of each sequence experts must leave out of their losses.
+        steps: how many; the second sees what the first has updated.
+    """
+
+    settings: dict = field(default_factory=dict)
+    documents: tuple | None = None
+    padding: int = 0
+    steps: int = 1
+
+
+CASES = {
+    "multi-token prediction": Case(MTP, steps=2),
+    "multi-token prediction, per-token loss": Case(MTP | PER_TOKEN),
+    "multi-token prediction, packed": Case(MTP, documents=(0, 5, 6, 23)),
+    "multi-latent attention": Case(MLA),
+    "multi-latent attention, yarn": Case(MLA | {"rope_type": "yarn", "rotary_scaling_factor": 4, "mscale": 0.7}),
+    "multi-latent attention, packed": Case(MLA, documents=(0, 5, 6, 23)),
+    "experts": Case(MOE),
+    "experts, auxiliary losses": Case(AUX),
+    "experts, auxiliary loss of each sequence": Case(AUX | {"moe_router_load_balancing_type": "seq_aux_loss"}),
+    "experts, auxiliary losses, per-token loss": Case(AUX | PER_TOKEN),
+    "experts, auxiliary losses without padding": Case(AUX | PER_TOKEN, padding=11),
+    "all of them": Case(DEEPSEEK, steps=2),
+    "all of them, recomputed": Case(DEEPSEEK | RECOMPUTE),
+    "off-by-one softmax": Case({"softmax_type": "off-by-one"}),
+    "learnable softmax": Case({"softmax_type": "learnable", "num_query_groups": 2}, steps=2),
+}
+# What is said about them, or why they are refused, when experts are shared by ranks of uneven lengths.
+REMARKABLE = {"capacity": Case(MOE | {"moe_expert_capacity_factor": 1.0}),
+              "sinkhorn": Case(MOE | {"moe_router_load_balancing_type": "sinkhorn"}),
+              "allgather": Case(MOE | {"moe_token_dispatcher_type": "allgather"}), "nothing remarkable": Case(AUX)}
+IN_BF16 = {"dense, bf16": Case(), "multi-token prediction, bf16": Case(MTP), "multi-latent attention, bf16": Case(MLA)}
+
+
+def cases():
+    """The cases that this version of megatron-core has."""
+    absent = {"packed", "padding"} if VERSION < (0, 16) else set()
+    absent |= {"softmax"} if VERSION < (0, 15) else set()
+    return {name: case for name, case in CASES.items() if not any(word in name for word in absent)}
+
+
+def samples(seq_len, count, documents):
+    """Whole micro batches; about a quarter of the tokens has no loss, more of them at the end."""
+    generator = torch.Generator().manual_seed(3)
+    rows = 1 if documents else BATCH
+    for _ in range(count):
+        tokens, labels = torch.randint(1, VOCABULARY, (2, rows, seq_len), generator=generator)
+        counted = torch.rand(rows, seq_len, generator=generator) > torch.linspace(0, 0.5, seq_len)
+        positions = torch.arange(seq_len).expand(rows, -1)
+        yield {"tokens": tokens, "labels": labels, "loss_mask": counted.float(), "position_ids": positions}
+
+
+def build(case, cp_size, ep_size, bf16):
+    """GPTModel of megatron-core's local specs in its data-parallel wrapper."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+    from megatron.core.transformer.module import Float16Module
+
+    latent = case.settings.get("multi_latent_attention", False)
+    dtype = {"params_dtype": torch.bfloat16, "bf16": True} if bf16 else {}
+    config = (MLATransformerConfig if latent else TransformerConfig)(
+        **(MODEL | case.settings), **dtype, context_parallel_size=cp_size, expert_model_parallel_size=ep_size)
+    layer = get_gpt_layer_local_spec(config.num_moe_experts, False, multi_latent_attention=latent)
+    mtp = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False) if config.mtp_num_layers else None
+    model = GPTModel(config, layer, vocab_size=VOCABULARY, max_sequence_length=64, position_embedding_type="rope",
+                     mtp_block_spec=mtp)
+    for name, parameter in model.named_parameters():
+        if name.endswith("softmax_offset"):  # which 0.15 does not initialize
+            torch.nn.init.normal_(parameter)
+    model.cuda()
+    model = Float16Module(config, model) if bf16 else model
+    model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    config.finalize_model_grads_func = finalize_model_grads
+    return config, model
+
+
+def packed_params(documents, seq_len):
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    if documents is None:
+        return None
+    ends = torch.tensor([*documents, seq_len], dtype=torch.int32)
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=seq_len, max_seqlen_kv=seq_len)
