@@ -12,6 +12,7 @@ import yaml
 
 ALGORITHM_NAMES = {"ulysses_cp": "ulysses_cp_algo", "colossalai_cp": "megatron_cp_algo"}
 _NOT_GIVEN = object()
+_ALGORITHM_KEY = "parallel_config.context_parallel_algo"
 _SIZE, _SWITCH, _ALGORITHM = "a whole number of at least 1", "True or False", " or ".join(ALGORITHM_NAMES)
 
 
@@ -29,7 +30,7 @@ KEYS = {
     "parallel_config.model_parallel": Key("tensor_model_parallel_size", "--tensor-model-parallel-size", _SIZE),
     "parallel_config.context_parallel": Key("context_parallel_size", "--context-parallel-size", _SIZE),
     "parallel_config.pipeline_stage": Key("pipeline_model_parallel_size", "--pipeline-model-parallel-size", _SIZE),
-    "parallel_config.context_parallel_algo": Key("context_parallel_algo", "--context-parallel-algo", _ALGORITHM),
+    _ALGORITHM_KEY: Key("context_parallel_algo", "--context-parallel-algo", _ALGORITHM),
     "parallel_config.use_seq_parallel": Key("sequence_parallel", "--sequence-parallel", _SWITCH),
     "parallel.enable_alltoall": Key("cp_enable_alltoall", "", _SWITCH),
     "model.model_config.use_attn_mask_compression": Key("cp_attn_mask_compression", "", _SWITCH),
@@ -144,16 +145,17 @@ def apply_config_file(args, path, given):
     What was overruled or is not read goes to ``args.cp_notices``; ``validate`` says it on rank 0.
     """
     values, notices = read_cp_yaml(path)
-    if values.get("parallel_config.context_parallel", 1) > 1:
-        # MindFormers' own default, which differs from the flag's.
-        values.setdefault("parallel_config.context_parallel_algo", "colossalai_cp")
-    for key, value in values.items():
+    # MindFormers' own default, which differs from the flag's.
+    defaults = {_ALGORITHM_KEY: "colossalai_cp"} if values.get("parallel_config.context_parallel", 1) > 1 else {}
+    for key, value in (defaults | values).items():
         row = KEYS[key]
-        wanted = ALGORITHM_NAMES.get(value, value) if key.endswith("_algo") else value
+        wanted = ALGORITHM_NAMES[value] if key == _ALGORITHM_KEY else value
         if key not in given:
             setattr(args, row.dest, wanted)
         elif getattr(args, row.dest) != wanted:
-            notices.append(f"{row.flag} {getattr(args, row.dest)} on the command line wins over {key} {value} of {path}.")
+            default = f"{value}, MindFormers' default: {path} names no {key}"
+            held = f"{key} {value} of {path}" if key in values else default
+            notices.append(f"{row.flag} {getattr(args, row.dest)} on the command line wins over {held}.")
     args.cp_notices = notices
     _check_file_rules(args, path, values)
 
@@ -163,6 +165,6 @@ def _check_file_rules(args, path, values):
     if values.get("parallel_config.use_seq_parallel") and args.sequence_parallel and cp > 1:
         raise ValueError(f"--cp-config {path}: parallel_config.use_seq_parallel True does not go with --context-parallel-size "
                          f"{cp} (context_parallel); set use_seq_parallel: False, or context_parallel: 1.")
-    if values.get("parallel_config.context_parallel_algo") == "ulysses_cp" and cp == 1:
-        args.cp_notices.append(f"--cp-config {path}: parallel_config.context_parallel_algo ulysses_cp is ignored: it needs "
-                               "context_parallel above 1.")
+    if values.get(_ALGORITHM_KEY) == "ulysses_cp" and cp == 1:
+        args.cp_notices.append(f"--cp-config {path}: {_ALGORITHM_KEY} ulysses_cp is ignored: it needs context_parallel "
+                               "above 1.")

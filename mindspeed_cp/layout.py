@@ -42,8 +42,8 @@ def _take(runs, start, stop):
     return tuple(taken)
 
 
-def _join(runs):
-    """Merge runs that touch, drop empty ones."""
+def join_runs(runs):
+    """Merge runs that touch, drop empty ones; ``runs`` ascend."""
     joined = []
     for low, high in runs:
         if low == high:
@@ -55,15 +55,21 @@ def _join(runs):
     return tuple(joined)
 
 
+def run_positions(runs, device=None):
+    """LongTensor of the positions in ``runs``, in their order."""
+    pieces = [torch.arange(start, stop, device=device) for start, stop in runs]
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long, device=device)
+
+
 @lru_cache(maxsize=256)
 def _ring_runs(ring_size, zigzag, seq_len):
     """Per ring rank, the runs of global positions that it and its Ulysses partners hold together."""
     if not zigzag:
         offsets = _offsets(split_sizes(seq_len, ring_size))
-        return tuple(_join([(offsets[r], offsets[r + 1])]) for r in range(ring_size))
+        return tuple(join_runs([(offsets[r], offsets[r + 1])]) for r in range(ring_size))
     offsets = _offsets(split_sizes(seq_len, 2 * ring_size))
     pair = lambda r: [(offsets[c], offsets[c + 1]) for c in (r, 2 * ring_size - 1 - r)]  # noqa: E731
-    return tuple(_join(pair(r)) for r in range(ring_size))
+    return tuple(join_runs(pair(r)) for r in range(ring_size))
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,7 @@ class SequenceLayout:
 
     def positions(self, cp_rank):
         """LongTensor of the global positions that ``cp_rank`` holds, ascending."""
-        pieces = [torch.arange(start, stop) for start, stop in self.runs(cp_rank)]
-        return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long)
+        return run_positions(self.runs(cp_rank))
 
     def shard(self, tensor, cp_rank, dim=0):
         """The part of ``tensor``, whose ``dim`` is the whole sequence, that ``cp_rank`` holds; a view when it is one run."""

@@ -14,10 +14,14 @@ import torch
 
 from mindspeed_cp import compat
 from mindspeed_cp.kernels import npu_setup
-from mindspeed_cp.notices import ContextParallelWarning, is_rank0
+from mindspeed_cp.notices import ContextParallelWarning, is_rank0, warn_rank0
 
 TRIED_VERSIONS = ("0.12.1", "0.13.1", "0.14.0", "0.15.3", "0.16.1")
 DEVICE_VARIABLE = "MINDSPEED_CP_DEVICE"
+# A script imports these for a model; "import megatron.core" alone, as asking for the version does, brings none of them.
+MODEL_CODE = ("megatron.training", "megatron.legacy", "megatron.core.models.gpt", "megatron.core.transformer.attention",
+              "megatron.core.transformer.dot_product_attention", "megatron.core.transformer.transformer_block")
+_modules_before = frozenset(sys.modules)
 
 
 def _require_megatron():
@@ -104,6 +108,19 @@ def _warn_of_version():
                       ContextParallelWarning, stacklevel=3)
 
 
+def _warn_of_late_import():
+    first = [name for name in MODEL_CODE if name in _modules_before]
+    if not first:
+        return
+    copies = [copy for target, copy in _manager.copies()
+              if target.startswith("megatron.") and copy.rpartition(".")[0] in _modules_before]
+    copies.sort(key=lambda copy: copy.startswith("megatron."))  # the script's own are those to look at
+    named = f" ({', '.join(copies[:3])}{', ...' if len(copies) > 3 else ''})" if copies else ""
+    warn_rank0(f"Megatron was imported before mindspeed_cp.megatron_adaptor ({', '.join(first)}): {len(copies)} copies of "
+               f"patched names were rebound{named}. A copy that is not a module's own attribute, such as a default argument "
+               "or an entry of a table, is still Megatron's; put import mindspeed_cp.megatron_adaptor first in the script.")
+
+
 def apply():
     """Apply every patch, all or none; a second call changes nothing.
 
@@ -144,7 +161,6 @@ def configure(config, *, setup=None, kernel=None, documents_from_position_ids=Fa
         The setup after all fallbacks, None without one.
     """
     from mindspeed_cp.config import resolve
-    from mindspeed_cp.notices import warn_rank0
 
     if setup is not None:
         known = len(setup.notices)
@@ -188,3 +204,4 @@ if __name__ == "__main__":
     sys.exit()
 _build()
 apply()
+_warn_of_late_import()

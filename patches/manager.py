@@ -29,6 +29,8 @@ class Patch:
         reason: why, in one sentence; it is shown to the user.
         when: () -> why the patch is not needed here, or "" to apply it.
         create: the attribute may be absent; undo then removes it again.
+        inherited: a class may have the attribute from a base alone; undo then removes the class's own. Without it such
+            an attribute counts as gone: what the base has is another function than the one to replace.
     """
 
     target: str
@@ -36,6 +38,7 @@ class Patch:
     reason: str
     when: Callable[[], str] = field(default=lambda: "")
     create: bool = False
+    inherited: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,21 @@ class PatchManager:
                          "applied" if index in self._done else self._status.get(index) or "not applied")
                 for index, patch in enumerate(self._patches)]
 
+    def copies(self):
+        """(target, "module.attribute") of every copy in another module that holds a replacement now."""
+        return [(self._patches[index].target, f"{copy.owner.__name__}.{copy.name}")
+                for index, replacements in self._done.items() for copy in replacements[1:]]
+
     def _apply_one(self, patch, replacements):
         owner, name = self._resolve(patch)
         before = vars(owner).get(name, _ABSENT)
         original = before if before is not _ABSENT else inspect.getattr_static(owner, name, _ABSENT)
-        if original is _ABSENT and not patch.create:
-            raise self._missing(patch, f"{_describe(owner)} has no attribute {name!r}")
+        if before is _ABSENT and not patch.create:
+            if original is _ABSENT:
+                raise self._missing(patch, f"{_describe(owner)} has no attribute {name!r}")
+            if not patch.inherited:
+                raise self._missing(patch, f"{_describe(owner)} has no {name!r} of its own, it inherits it from "
+                                           f"{_heritage(owner, name)}")
         after = _rebuild(original, patch.build)
         replacements.append(_Replacement(owner, name, before, after))
         setattr(owner, name, after)
@@ -191,6 +203,12 @@ class PatchManager:
 
 def _describe(owner):
     return f"{'module' if inspect.ismodule(owner) else 'class'} {getattr(owner, '__name__', owner)}"
+
+
+def _heritage(owner, name):
+    """Name of the class from which ``owner`` has ``name``."""
+    bases = (*getattr(owner, "__mro__", ()), *type(owner).__mro__)
+    return next(base.__name__ for base in bases if name in vars(base))
 
 
 def _rebuild(original, build):

@@ -14,6 +14,7 @@ from mindspeed_cp.patches.manager import Patch
 
 from mindspeed_cp.attention import AttentionBridge, CoreAttention
 from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.notices import warn_rank0
 
 ARGUMENTS = "megatron.training.arguments"
 LEGACY = "megatron.legacy.model.transformer"
@@ -57,6 +58,12 @@ def _why_missing(module, missing):
     return ""
 
 
+_DOCUMENTS_WITHOUT_MASK = (
+    "--reset-attention-mask with --no-create-attention-mask-in-dataloader: attention stays within documents here, while "
+    "Megatron's own --context-parallel-size 1 has no mask then and attends across them; leave "
+    "--no-create-attention-mask-in-dataloader out there to compare the two.")
+
+
 def _add_flags(original):
     @wraps(original)
     def add_megatron_arguments(parser):
@@ -81,9 +88,11 @@ def _validate(state):
             args.use_flash_attn = switched_on
             if getattr(args, "virtual_pipeline_model_parallel_size", None) and _lengths_differ(config, args.seq_length):
                 args.variable_seq_lengths = True  # the interleaved schedule computes one length for all ranks otherwise
+            documents = args.reset_position_ids and args.reset_attention_mask
+            if documents and not getattr(args, "create_attention_mask_in_dataloader", True):
+                warn_rank0(_DOCUMENTS_WITHOUT_MASK)
             with readable_errors(PROGRAM):
-                state.configure(config, setup=setup, kernel=args.cp_kernel,
-                                documents_from_position_ids=args.reset_position_ids and args.reset_attention_mask)
+                state.configure(config, setup=setup, kernel=args.cp_kernel, documents_from_position_ids=documents)
             return result
         return validate_args
     return build

@@ -101,24 +101,51 @@ def megatron_first():
     targets = import_every_target()
     original, copy = (vars(sys.modules[name])[COPY_OF_ROPE[2]] for name in COPY_OF_ROPE[:2])
     before, finders, objects = snapshot(), list(sys.meta_path), held(targets)
+    script = ModuleType("toy_script")
+    script.split = sys.modules["megatron.core.utils"].get_batch_on_this_cp_rank
+    sys.modules["toy_script"] = script
+    late = _late_warnings(lambda: importlib.import_module("mindspeed_cp.megatron_adaptor"))
     from mindspeed_cp import megatron_adaptor
 
     replaced = [target for target, old, new in zip(targets, objects, held(targets)) if old is not new]
     applied, patched = snapshot(), [row.target for row in megatron_adaptor.report() if row.applied]
     rope, user = (vars(sys.modules[name])[COPY_OF_ROPE[2]] for name in COPY_OF_ROPE[:2])
     results = {"was_a_copy": original is copy, "is_a_copy": rope is user, "is_replaced": rope is not original,
-               "targets": targets, "patched": patched, "replaced": replaced, "changed": changed(before, applied)}
+               "targets": targets, "patched": patched, "replaced": replaced, "changed": changed(before, applied),
+               "late": late, "copies": [copy for target, copy in megatron_adaptor._manager.copies()
+                                        if target.startswith("megatron.")]}
     megatron_adaptor.undo()
     results |= {"targets_restored": [a is b for a, b in zip(objects, held(targets))],
                 "left_after_undo": changed(before, snapshot()),
                 "finders_after_undo": sys.meta_path == finders,
                 "applied_after_undo": [row.target for row in megatron_adaptor.report() if row.applied]}
-    megatron_adaptor.apply()
+    results["late_again"] = _late_warnings(megatron_adaptor.apply)
     results["changed_again"] = changed(before, snapshot())
     megatron_adaptor.apply()
     megatron_adaptor.undo()
     megatron_adaptor.undo()
     return results | {"left_after_second_undo": changed(before, snapshot())}
+
+
+def _late_warnings(call):
+    """Every warning inside ``call`` that Megatron was imported first."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(entry.message) for entry in caught if "imported before" in str(entry.message)]
+
+
+def on_another_rank():
+    """Megatron's model code first, then the adaptor; RANK says in the environment which rank this is."""
+    importlib.import_module("megatron.core.models.gpt")
+    return _late_warnings(lambda: importlib.import_module("mindspeed_cp.megatron_adaptor"))
+
+
+def version_first():
+    """A script that asks for Megatron's version, then imports the adaptor; then what that request alone imported."""
+    from megatron.core.package_info import __version__  # noqa: F401
+
+    return _late_warnings(lambda: importlib.import_module("mindspeed_cp.megatron_adaptor"))
 
 
 def _attempt(error_type):
@@ -155,6 +182,12 @@ def failed_imports():
     results["gone"] = _attempt(PatchError)
     results["version"] = package_info.__version__
     parallel_state.destroy_model_parallel = destroy
+
+    attention = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
+    forward = attention.forward
+    del attention.forward  # what is left is the forward that torch.nn.Module has
+    results["inherited"] = _attempt(PatchError)
+    attention.forward = forward
 
     package_info.__version__ = "0.99.0"
     torch.cuda.is_available = lambda: True

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from adaptor_runs import observe
-from trainer_runs import environment
+from adaptor_runs import COPY_OF_ROPE, observe
+from trainer_runs import REPOSITORY, environment
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
 
@@ -27,6 +27,33 @@ def test_importing_the_package_alone_changes_nothing():
 
 def test_copies_of_a_megatron_imported_before_the_adaptor_are_rebound(megatron_first):
     assert megatron_first["was_a_copy"] and megatron_first["is_a_copy"] and megatron_first["is_replaced"]
+
+
+def test_a_megatron_imported_before_the_adaptor_is_said_once_with_the_number_of_copies(megatron_first):
+    (message,) = megatron_first["late"]
+    assert "megatron.core.transformer.dot_product_attention" in message and "toy_script.split" in message
+    assert f"{len(megatron_first['copies'])} copies of patched names were rebound" in message
+    assert "put import mindspeed_cp.megatron_adaptor first" in message and megatron_first["late_again"] == []
+    assert {"toy_script.split", f"{COPY_OF_ROPE[1]}.{COPY_OF_ROPE[2]}"} <= set(megatron_first["copies"])
+
+
+def test_other_ranks_do_not_say_it():
+    assert observe("on_another_rank", RANK="1") == []
+
+
+def test_a_script_that_asked_for_the_version_alone_is_not_told_to_import_the_adaptor_first():
+    assert observe("version_first") == []
+
+
+@pytest.mark.parametrize("command", [["scripts/pretrain_gpt.py", "--help"], ["-m", "mindspeed_cp.run", "SCRIPT"]],
+                         ids=["trainer", "runner"])
+def test_our_own_programs_import_the_adaptor_first(command, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("from megatron.core.models.gpt import GPTModel\nprint('usage')\n")
+    result = subprocess.run([sys.executable, *(str(script) if word == "SCRIPT" else word for word in command)],
+                            env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "usage" in result.stdout, result.stderr
+    assert "imported before" not in result.stderr
 
 
 def test_the_targets_reported_as_applied_are_those_that_were_replaced(megatron_first):
@@ -81,6 +108,14 @@ def test_a_name_that_is_gone_names_its_path_and_the_version_and_changes_nothing(
     message, changed = failed_imports["gone"]
     assert "megatron.core.parallel_state.destroy_model_parallel" in message
     assert f"megatron-core {failed_imports['version']}" in message and "No patch was applied" in message
+    assert changed == []
+
+
+def test_a_method_that_only_a_base_class_still_has_names_its_path_and_the_version(failed_imports):
+    message, changed = failed_imports["inherited"]
+    assert "megatron.core.transformer.dot_product_attention.DotProductAttention.forward" in message
+    assert f"megatron-core {failed_imports['version']}" in message and "No patch was applied" in message
+    assert "has no 'forward' of its own" in message and "inherits it from Module" in message
     assert changed == []
 
 

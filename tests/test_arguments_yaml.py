@@ -84,6 +84,19 @@ def test_command_line_wins_and_says_so_even_with_a_default_value(write, order):
         validate(args, world_size=2)
 
 
+def test_a_flag_that_wins_over_the_files_default_says_that_the_file_does_not_name_it(write):
+    args = parse("--cp-config", write(SEQUENCE_PARALLEL_SAMPLE), "--context-parallel-algo", "ulysses_cp_algo")
+    (notice,) = args.cp_notices
+    assert "--context-parallel-algo ulysses_cp_algo on the command line wins over colossalai_cp" in notice
+    assert "MindFormers' default" in notice and "model.yaml names no parallel_config.context_parallel_algo" in notice
+    assert args.context_parallel_algo == "ulysses_cp_algo" and args.context_parallel_size == 2
+
+
+def test_a_flag_that_agrees_with_the_files_default_is_no_notice(write):
+    args = parse("--cp-config", write(SEQUENCE_PARALLEL_SAMPLE), "--context-parallel-algo", "megatron_cp_algo")
+    assert args.cp_notices == []
+
+
 def test_use_seq_parallel_is_refused_with_context_parallelism_alone(write, capsys):
     text = "parallel_config: {context_parallel: 2, use_seq_parallel: True}"
     with pytest.raises(SystemExit) as exit_:

@@ -69,7 +69,7 @@ ERRORS = {
     "cu_seqlens-not-integers": (dict(cu_seqlens=torch.tensor([0.0, 8.0])), r"cu_seqlens"),
     "mask-of-local-shape": (
         dict(attention_mask=torch.zeros(4, 8, dtype=torch.bool)),
-        r"attention_mask.*\(4, 8\).*\(8, 8\).*\(1, 1, 8, 8\)",
+        r"attention_mask.*\(4, 8\).*\(8, 8\).*\(1, 1, 8, 8\).*do not split it over the ranks",
     ),
     "mask-per-head": (dict(attention_mask=torch.zeros(1, 4, 8, 8, dtype=torch.bool)), r"attention_mask.*\(1, 4, 8, 8\)"),
     "mask-of-another-batch": (dict(attention_mask=torch.zeros(3, 1, 8, 8, dtype=torch.bool)), r"attention_mask.*\(3, 1, 8, 8\)"),
@@ -100,6 +100,16 @@ def test_the_whole_sequence_instead_of_the_local_part_is_refused_with_the_way_ou
     config = ContextParallelConfig(context_parallel_size=2, algorithm="megatron_cp_algo")
     with pytest.raises(ValueError, match=r"query has 8 tokens on rank 1, .*4.*layout\.shard"):
         call(**second_rank(config))
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (1, 1, 4, 4), (1, 1, 4, 8)])
+def test_a_mask_that_was_split_over_the_ranks_is_refused_with_both_shapes(shape):
+    config = ContextParallelConfig(context_parallel_size=2, algorithm="megatron_cp_algo")
+    with pytest.raises(ValueError) as error:
+        call(query=(4, 1, 4, 8), key=(4, 1, 2, 8), value=(4, 1, 2, 8), attention_mask=torch.zeros(shape, dtype=torch.bool),
+             **second_rank(config))
+    says = [str(shape), "(8, 8) or (1, 1, 8, 8)", "do not split it over the ranks"]
+    assert [part for part in says if part not in str(error.value)] == []
 
 
 def test_a_layout_of_another_configuration_is_refused():

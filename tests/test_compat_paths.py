@@ -27,6 +27,12 @@ NAMES = {
         "all_to_all", "cal_split_sizes", "split_forward_gather_backward", "gather_forward_split_backward"],
     f"{CP}.ring_context_parallel.ring_context_parallel": ["ringattn_context_parallel"],
     f"{CP}.model_parallel_utils": process_groups.__all__,
+    "mindspeed.core.parallel_state": process_groups.__all__,
+    f"{CP}.ring_context_parallel.context_parallel_kv_cache": ["get_cache_policy"],
+    # Older generations of MindSpeed have these a package higher.
+    f"{CP}.context_parallel_kv_cache": ["get_cache_policy"],
+    f"{CP}.unaligned_cp.mapping": ["all_to_all", "cal_split_sizes"],
+    f"{CP}.mapping": ["all_to_all", "split_forward_gather_backward", "gather_forward_split_backward"],
 }
 
 
@@ -46,8 +52,42 @@ def test_every_documented_path_gives_our_own_objects(installed, name):
     ours = importlib.import_module(compat.ALIASES[name])
     for attribute in NAMES[name]:
         assert getattr(module, attribute) is getattr(ours, attribute)
-    assert module is ours or name == f"{CP}.ulysses_context_parallel"  # which is a package too
     assert ours.__name__.startswith("mindspeed_cp.") and ours.__spec__.name == ours.__name__
+    assert module.__name__ == name and module.__all__ == ours.__all__
+
+
+@pytest.mark.parametrize(("statement", "says"), [
+    ("from mindspeed.core.parallel_state import get_tp_x_ring_global_ranks",
+     ["'get_tp_x_ring_global_ranks'", "mindspeed.core.parallel_state", "get_ring_group_for_intra_window"]),
+    (f"from {CP}.ring_context_parallel.context_parallel_kv_cache import ContextParallelKVCache",
+     ["get_cache_policy", "kv_cache_policy of ContextParallelConfig"]),
+    (f"from {CP}.ulysses_context_parallel.ulysses_context_parallel import ulyssesattn_context_parallel",
+     ["UlyssesContextAttention", "mindspeed_cp.context_parallel_attention"]),
+    (f"from {CP}.get_batch_utils import get_batch_on_this_cp_rank", ["megatron.core.utils.get_batch_on_this_cp_rank"]),
+    (f"import {CP}.adaptive_context_parallel.adaptive_context_parallel", ["--cp-kv-exchange direct"]),
+    (f"from {CP} import utils", ["'utils'", "ring_context_parallel, ", "ulysses_context_parallel"]),
+    (f"import {CP}.anything", ["'anything'"])])
+def test_a_name_that_only_mindspeed_has_is_an_import_error_that_says_what_is_here(installed, statement, says):
+    with pytest.raises(ImportError) as error:
+        exec(statement, {})
+    says = [*says, "mindspeed_cp answers", "docs/migration-from-mindspeed.md"]
+    assert [part for part in says if part not in str(error.value)] == []
+
+
+def test_asking_whether_a_name_is_there_has_an_answer(installed):
+    module = importlib.import_module("mindspeed.core.parallel_state")
+    assert hasattr(module, "get_ring_group_for_intra_window") and not hasattr(module, "get_tp_x_ring_global_ranks")
+
+
+@pytest.mark.parametrize("interval", [0, 1, 2, 5])
+@pytest.mark.parametrize("policy", [None, "half", "full"])
+def test_the_cache_policy_of_a_layer_is_that_of_the_configuration(installed, policy, interval):
+    from mindspeed.core.context_parallel.ring_context_parallel.context_parallel_kv_cache import get_cache_policy
+
+    config = ContextParallelConfig(context_parallel_size=2, algorithm="megatron_cp_algo", kv_cache_policy=policy,
+                                   kv_cache_interval=interval if policy else 0)
+    assert [get_cache_policy(layer, policy, interval) for layer in range(1, 13)] == [
+        config.kv_cache_policy_for(layer) for layer in range(1, 13)]
 
 
 def test_unknown_paths_are_not_found(installed):
@@ -158,7 +198,9 @@ parallel_state.initialize_model_parallel(context_parallel_size=2)
 '''
 AFTER = '''
 from mindspeed.core.context_parallel.ulysses_context_parallel.unaligned_cp.mapping import cal_split_sizes
+from mindspeed.core.parallel_state import get_context_parallel_next_rank, get_context_parallel_prev_rank
 rank, seq = int(sys.argv[2]), 7
+assert get_context_parallel_next_rank() == get_context_parallel_prev_rank() == 1 - rank
 query = torch.randn(seq, 1, 4, 2, generator=torch.Generator().manual_seed(1)).split(cal_split_sizes(seq, 2))[rank]
 mask = torch.zeros(1, 1, seq, seq, dtype=torch.bool)
 out = ulysses_attention(query, query, query, mask)

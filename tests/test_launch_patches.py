@@ -3,6 +3,7 @@
 import argparse
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,6 +83,21 @@ def test_resetting_flags_ask_for_documents_from_position_ids():
     args = flags(*"--context-parallel-size 2 --context-parallel-algo megatron_cp_algo --reset-position-ids --reset-attention-mask".split())
     training._validate(state)(as_megatron_checks)(args)
     assert state.documents_from_position_ids
+
+
+def test_documents_without_a_mask_are_said_to_differ_from_megatrons_own_size_1():
+    documents = "--context-parallel-algo megatron_cp_algo --reset-position-ids --reset-attention-mask --use-flash-attn".split()
+    for size, mask, warned in (("2", False, 1), ("2", True, 0), ("1", False, 0)):
+        args = flags("--context-parallel-size", size, *documents, create_attention_mask_in_dataloader=mask)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            training._validate(AdaptorState())(as_megatron_checks)(args)
+        messages = [str(entry.message) for entry in caught if "--no-create-attention-mask-in-dataloader" in str(entry.message)]
+        assert len(messages) == warned, (size, mask, messages)
+    args = flags("--context-parallel-size", "2", *documents[:2], "--use-flash-attn", create_attention_mask_in_dataloader=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        training._validate(AdaptorState())(as_megatron_checks)(args)
 
 
 def test_loss_of_unequal_counts_is_the_mean_over_all_tokens(monkeypatch):

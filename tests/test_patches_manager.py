@@ -82,6 +82,16 @@ def test_copies_imported_by_value_are_rebound_and_come_back(library, user):
     assert_identical(before, library, user)
 
 
+def test_copies_are_listed_while_they_hold_the_replacement(library, user):
+    manager = PatchManager([Patch("toy_library.triple", plus_one, "nobody copied it"),
+                            Patch("toy_library.double", plus_one, "a test")])
+    assert manager.copies() == []
+    manager.apply()
+    assert manager.copies() == [("toy_library.double", "toy_user.double"), ("toy_library.double", "toy_user.twice")]
+    manager.undo()
+    assert manager.copies() == []
+
+
 def test_a_copy_made_after_apply_gets_the_original_back(library, monkeypatch):
     original = library.double
     manager = PatchManager([Patch("toy_library.double", plus_one, "a test")])
@@ -127,7 +137,7 @@ def test_undo_restores_class_attributes_own_and_inherited(library, target, owner
     name = target.rpartition(".")[2]
     before = own_attributes(library, library.Base, library.Child)
     assert (name in vars(getattr(library, owner))) is kept_there
-    manager = PatchManager([Patch(target, lambda original: lambda *args: "patched", "a test")])
+    manager = PatchManager([Patch(target, lambda original: lambda *args: "patched", "a test", inherited=not kept_there)])
     manager.apply()
     assert name in vars(getattr(library, owner))
     manager.undo()
@@ -143,11 +153,31 @@ def test_static_and_class_methods_keep_their_kind(library):
 
 
 def test_patching_an_inherited_method_leaves_the_base_alone(library):
-    manager = PatchManager([Patch("toy_library.Child.speak", shout, "a test")])
+    manager = PatchManager([Patch("toy_library.Child.speak", shout, "a test", inherited=True)])
     manager.apply()
     assert (library.Child().speak(), library.Base().speak()) == ("BASE", "base")
     manager.undo()
-    assert library.Child().speak() == "base"
+    assert library.Child().speak() == "base" and "speak" not in vars(library.Child)
+
+
+@pytest.mark.parametrize("name", ["speak", "__repr__"])
+def test_an_attribute_that_only_a_base_class_has_is_missing(library, user, name):
+    before = own_attributes(library, library.Base, library.Child, user)
+    manager = PatchManager([Patch("toy_library.double", plus_one, "works"),
+                            Patch(f"toy_library.Child.{name}", shout, "it would be wrong otherwise")],
+                           subject=lambda: "toy-library 7.1")
+    with pytest.raises(PatchError) as error:
+        manager.apply()
+    says = [f"cannot patch toy_library.Child.{name} in toy-library 7.1", f"class Child has no {name!r} of its own",
+            f"inherits it from {'Base' if name == 'speak' else 'object'}", "No patch was applied"]
+    assert [part for part in says if part not in str(error.value)] == []
+    assert_identical(before, library, library.Base, library.Child, user)
+
+
+def test_inherited_is_permission_and_not_creation(library):
+    manager = PatchManager([Patch("toy_library.Child.gone", shout, "a test", inherited=True)])
+    with pytest.raises(PatchError, match="class Child has no attribute 'gone'"):
+        manager.apply()
 
 
 def test_an_attribute_that_was_absent_is_absent_again(library):

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mindspeed_cp.accumulate import add_in_place
+from mindspeed_cp.algorithms.partial_sums import KVPartial, PartialAttention, RowSum, accumulator
 from mindspeed_cp.blocks import Block, IntervalMask, needed_rows, plan_blocks
 from mindspeed_cp.comm.exchange import EXCHANGES, GradientReturn, RingChannel, concatenated, pack_rows, paired
-from mindspeed_cp.kernels.base import KernelOptions, accumulation_dtype
+from mindspeed_cp.kernels.base import KernelOptions
+from mindspeed_cp.layout import run_positions
 from mindspeed_cp.softmax import merge_attention
 
 
@@ -69,14 +70,9 @@ class RingProblem:
         if self.dense_mask is None:
             return None
         device = self.dense_mask.device
-        queries, keys = (_positions(self.runs[rank], device) for rank in (self.rank, source))
+        queries, keys = (run_positions(self.runs[rank], device) for rank in (self.rank, source))
         hidden = self.dense_mask[:, queries][:, :, keys]
         return hidden | _interval_hidden(queries, keys, self.mask)
-
-
-def _positions(runs, device):
-    pieces = [torch.arange(start, stop, device=device) for start, stop in runs]
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long, device=device)
 
 
 def _interval_hidden(queries, keys, mask):
@@ -108,7 +104,7 @@ def ring_forward(problem, query, key, value):
         (out, lse, saved): out in the kernel's dtype when one block made it, else in the accumulation dtype, and then in
         reused memory unless that is the query's dtype.
     """
-    partial = _PartialAttention(problem, query, value)
+    partial = PartialAttention(problem, query, value)
     kept, rngs = [], []
     for source, source_key, source_value in _forward_stream(problem, key, value, kept):
         mask = problem.mask_against(source)
@@ -125,49 +121,6 @@ def ring_forward(problem, query, key, value):
 def _local_blocks(problem, query, source):
     """This rank's blocks against ``source``; none when uneven heads leave it without a head (kernels want at least one)."""
     return problem.blocks(problem.rank, source) if query.numel() else ()
-
-
-def _accumulator(workspace, name, shape, like):
-    """Memory for a sum in the accumulation dtype: reused where the result is converted anyway, else fresh to be kept."""
-    dtype = accumulation_dtype(like.dtype)
-    if dtype == like.dtype:
-        return like.new_empty(shape, dtype=dtype)
-    return workspace.get(name, shape, dtype, like.device)
-
-
-class _PartialAttention:
-    """The merged (out, lse) so far; a first block that covers every row is taken over as it is."""
-
-    def __init__(self, problem, query, value):
-        self._problem, self._query, self._shape = problem, query, (*query.shape[:3], value.shape[-1])
-        self._out, self._lse, self._owned = None, None, False
-
-    def add(self, rows, block_out, block_lse):
-        if self._out is None and rows.stop - rows.start == self._shape[0]:
-            self._out, self._lse = block_out, block_lse
-            return
-        self._own()
-        self._problem.merge(self._out[rows], self._lse[rows], block_out, block_lse)
-
-    def _own(self):
-        """Move what there is into an accumulator that may be changed in place."""
-        if self._owned:
-            return
-        out = _accumulator(self._problem.groups.workspace, "out.sum", self._shape, self._query)
-        if self._out is None:
-            out.zero_()
-            self._lse = torch.full(self._shape[:3], -torch.inf, dtype=out.dtype, device=out.device)
-        elif self._out.dtype == out.dtype:
-            out = self._out
-        else:
-            out.copy_(self._out)
-        self._out, self._owned = out, True
-
-    def result(self):
-        """(out, lse); out may lie in reused memory when its dtype is not the query's."""
-        if self._out is None:
-            self._own()
-        return self._out, self._lse
 
 
 def _forward_stream(problem, key, value, kept):
@@ -234,14 +187,14 @@ def ring_backward(problem, grad_out, query, out, lse, saved):
                                        saved.rngs[0], problem.mask_against(0))
     split = query.shape[-1]
     wire = query.new_empty((0, *saved.tensors[0].shape[1:3], split + out.shape[-1]))
-    own = _accumulator(problem.groups.workspace, "dkv.own", (query.shape[0], *wire.shape[1:]), query)
+    own = accumulator(problem.groups.workspace, "dkv.own", (query.shape[0], *wire.shape[1:]), query)
     returns, rngs = GradientReturn(problem.channel, own, wire), iter(saved.rngs)
-    dq = _RowSum(query, problem.groups.workspace)
+    dq = RowSum(query, problem.groups.workspace)
     stream = _backward_stream(problem, saved.tensors, split)
     for (j, t, source), (_, key, value) in zip(problem.channel.place.steps(), stream, strict=True):
         blocks = _local_blocks(problem, query, source)
         target = returns.begin(j) if t == 0 else returns.wire(t, source)
-        partial = _KVPartial(target, len(blocks), problem.groups.workspace, t == 0)
+        partial = KVPartial(target, len(blocks), problem.groups.workspace, t == 0)
         mask = problem.mask_against(source)
         for block in blocks:
             rows, keys = block.query_rows, block.key_rows
@@ -257,61 +210,3 @@ def ring_backward(problem, grad_out, query, out, lse, saved):
             returns.end(j)
     own = returns.finish()
     return dq.result(), own[..., :split], own[..., split:]
-
-
-class _RowSum:
-    """The sum of per-block query gradients in the accumulation dtype; a first block that covers every row is taken over."""
-
-    def __init__(self, like, workspace):
-        self._like, self._workspace, self._first, self._total = like, workspace, None, None
-
-    def add(self, rows, part):
-        if self._first is None and self._total is None and rows.stop - rows.start == self._like.shape[0]:
-            self._first = part
-            return
-        add_in_place(self._sum()[rows], part)
-
-    def _sum(self):
-        if self._total is None:
-            total = _accumulator(self._workspace, "dq.sum", self._like.shape, self._like)
-            if self._first is None:
-                total.zero_()
-            elif self._first.dtype == total.dtype:
-                total = self._first
-            else:
-                total.copy_(self._first)
-            self._total, self._first = total, None
-        return self._total
-
-    def result(self):
-        return self._first if self._first is not None else self._sum()
-
-
-class _KVPartial:
-    """The gradient of one shard of keys and values from this rank's blocks, written into ``target`` (seq, ..., dk + dv).
-
-    One block is copied straight into the target, and so rounded once if that is a wire buffer. Several are summed in the
-    accumulation dtype first. Rows that no block touches are 0.
-    """
-
-    def __init__(self, target, num_blocks, workspace, accumulates):
-        self._target, self._single = target, num_blocks <= 1
-        self._sum = target
-        if not self._single and not accumulates and accumulation_dtype(target.dtype) != target.dtype:
-            self._sum = workspace.get("dkv.sum", target.shape, accumulation_dtype(target.dtype), target.device)
-        self._covered = slice(0, 0)
-        if not self._single:
-            self._sum.zero_()
-
-    def add(self, rows, grads, split):
-        parts = self._sum[rows, ..., :split], self._sum[rows, ..., split:]
-        for part, grad in zip(parts, grads):
-            part.copy_(grad) if self._single else add_in_place(part, grad)
-        self._covered = rows
-
-    def store(self):
-        if self._single:
-            self._target[:self._covered.start].zero_()
-            self._target[self._covered.stop:].zero_()
-        elif self._sum is not self._target:
-            self._target.copy_(self._sum)

@@ -1,8 +1,8 @@
 """MindSpeed's import paths, answered by this package while no real MindSpeed is installed.
 
 ``install`` adds one finder at the end of ``sys.meta_path``, so a real package always wins; ``uninstall`` removes it and
-every module that came through it. A leaf name is the module of this package itself; a name with others below it is a
-package that exports what its own module does.
+every module that came through it. An answered path exports what our module does; what MindSpeed has there and we do not
+is an ImportError that says so.
 """
 
 import importlib
@@ -12,16 +12,33 @@ import importlib.util
 import sys
 
 _CP = "mindspeed.core.context_parallel"
+_ADAPTOR = "mindspeed.megatron_adaptor"
 
 # MindSpeed's module -> ours; the packages above them come of themselves.
 ALIASES = {
-    "mindspeed.megatron_adaptor": "mindspeed_cp.megatron_adaptor",
+    _ADAPTOR: "mindspeed_cp.megatron_adaptor",
+    "mindspeed.core.parallel_state": "mindspeed_cp.compat.process_groups",
     f"{_CP}.ulysses_context_parallel": "mindspeed_cp.algorithms.ulysses_attention",
     f"{_CP}.ulysses_context_parallel.ulysses_context_parallel": "mindspeed_cp.algorithms.ulysses_attention",
     f"{_CP}.ulysses_context_parallel.unaligned_cp.mapping": "mindspeed_cp.comm.mapping",
+    f"{_CP}.unaligned_cp.mapping": "mindspeed_cp.comm.mapping",
+    f"{_CP}.mapping": "mindspeed_cp.comm.mapping",
     f"{_CP}.ring_context_parallel": "mindspeed_cp.compat.ring",
     f"{_CP}.ring_context_parallel.ring_context_parallel": "mindspeed_cp.compat.ring",
+    f"{_CP}.ring_context_parallel.context_parallel_kv_cache": "mindspeed_cp.compat.kv_cache",
+    f"{_CP}.context_parallel_kv_cache": "mindspeed_cp.compat.kv_cache",
     f"{_CP}.model_parallel_utils": "mindspeed_cp.compat.process_groups",
+}
+
+# Last name of what MindSpeed has below an answered path -> what serves the purpose here.
+INSTEAD = {
+    "get_batch_utils": "megatron.core.utils.get_batch_on_this_cp_rank, which the adaptor patches",
+    "rotary_pos_embedding_utils": "get_pos_emb_on_this_cp_rank of Megatron's rope_utils, which the adaptor patches",
+    "adaptive_context_parallel": "--context-parallel-algo megatron_cp_algo --cp-kv-exchange direct",
+    "dot_product_attention": "Megatron's own DotProductAttention, which the adaptor patches",
+    "ContextParallelKVCache": "kv_cache_policy of ContextParallelConfig (--context-parallel-kv-cache-policy)",
+    "ulyssesattn_context_parallel": "mindspeed_cp.context_parallel_attention",
+    "AttentionWithCp": "mindspeed_cp.context_parallel_attention",
 }
 
 
@@ -38,24 +55,34 @@ class MindSpeedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self._packages, self.made = _packages(), {}
 
     def find_spec(self, name, path=None, target=None):
-        if name not in ALIASES and name not in self._packages:
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=name in self._packages)
+        if name in ALIASES or name in self._packages:
+            # Every path is a package, for then ``from path import name`` comes here with a name that it does not have.
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        parent, _, missing = name.rpartition(".")
+        if parent in ALIASES or parent == _CP:
+            raise ModuleNotFoundError(self._explain(parent, missing))  # with a name it would be swallowed
+        return None
+
+    def _explain(self, parent, missing):
+        below = sorted({name[len(parent) + 1:].partition(".")[0] for name in ALIASES if name.startswith(f"{parent}.")})
+        here = [*(importlib.import_module(ALIASES[parent]).__all__ if parent in ALIASES else ()), *below]
+        instead = f"use {INSTEAD[missing]}" if missing in INSTEAD else "leave it out"
+        return (f"no {missing!r} in {parent}: mindspeed_cp answers this MindSpeed path with {', '.join(here)}; {instead}, "
+                "or see docs/migration-from-mindspeed.md.")
 
     def create_module(self, spec):
         return None
 
     def exec_module(self, module):
         name = module.__name__
-        if name in ALIASES:
-            real = importlib.import_module(ALIASES[name])
-            if name in self._packages:
-                module.__dict__.update({attribute: getattr(real, attribute) for attribute in real.__all__})
-            else:
-                # The import system takes what it finds here; the real module keeps its own name and spec.
-                sys.modules[name] = real
-        else:
-            module.__doc__ = "A MindSpeed import path that mindspeed_cp answers; see mindspeed_cp.compat."
+        module.__doc__ = "A MindSpeed import path that mindspeed_cp answers; see mindspeed_cp.compat."
+        real = importlib.import_module(ALIASES[name]) if name in ALIASES else None
+        if name == _ADAPTOR:
+            # It has state, so it must be the one module; the import system takes what it finds here.
+            sys.modules[name] = real
+        elif real is not None:
+            exported = {attribute: getattr(real, attribute) for attribute in real.__all__}
+            module.__dict__.update(exported, __all__=real.__all__)
         self.made[name] = sys.modules[name]
 
 

@@ -1,4 +1,4 @@
-"""MindSpeed's getters of process groups and ranks (``model_parallel_utils``), answered from ContextParallelGroups.
+"""MindSpeed's getters of process groups and ranks (``model_parallel_utils``, ``parallel_state``), from our groups.
 
 Our transfers name their peer by global rank, so one group over the whole ring also serves its windows: the getters of
 the window groups return it. Without a ring, Ulysses group or windows of its own a getter behaves as in MindSpeed where
@@ -10,6 +10,7 @@ from math import gcd
 import torch.distributed as dist
 
 __all__ = [
+    "get_context_parallel_next_rank", "get_context_parallel_prev_rank",
     "get_context_parallel_group_for_send_recv_overlap", "get_context_parallel_group_for_hybrid_ulysses",
     "get_context_parallel_for_hybrid_ulysses_world_size", "get_context_parallel_for_hybrid_ulysses_rank",
     "get_context_parallel_group_for_hybrid_ring", "get_context_parallel_for_hybrid_ring_world_size",
@@ -43,6 +44,22 @@ def _hybrid():
     """The groups of Hybrid, else None."""
     groups = _ring()
     return groups if groups is not None and groups.ulysses_degree > 1 else None
+
+
+def _neighbour(steps):
+    """Global rank of the context-parallel rank that many steps on."""
+    from megatron.core import parallel_state
+
+    ranks = parallel_state.get_context_parallel_global_ranks()
+    return ranks[(parallel_state.get_context_parallel_rank() + steps) % len(ranks)]
+
+
+def get_context_parallel_next_rank():
+    return _neighbour(1)
+
+
+def get_context_parallel_prev_rank():
+    return _neighbour(-1)
 
 
 def get_context_parallel_group_for_send_recv_overlap(check_initialized=True):

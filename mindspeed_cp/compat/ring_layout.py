@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
-import torch
-
-from mindspeed_cp.layout import _join
+from mindspeed_cp.layout import join_runs, run_positions
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,7 @@ class RunsLayout:
         return sum(stop - start for start, stop in self.all_runs[cp_rank])
 
     def positions(self, cp_rank, device):
-        pieces = [torch.arange(start, stop, device=device) for start, stop in self.all_runs[cp_rank]]
-        return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long, device=device)
+        return run_positions(self.all_runs[cp_rank], device)
 
 
 @lru_cache(maxsize=256)
@@ -48,8 +45,8 @@ def row_layout(lengths, zigzag, rows):
         chunks, mine = lengths, [(rank,) for rank in range(size)]
     starts = [0, *accumulate(chunks)]
     return RunsLayout(rows * starts[-1], tuple(
-        _join((row * starts[-1] + starts[chunk], row * starts[-1] + starts[chunk + 1])
-                for row in range(rows) for chunk in pair)
+        join_runs((row * starts[-1] + starts[chunk], row * starts[-1] + starts[chunk + 1])
+                  for row in range(rows) for chunk in pair)
         for pair in mine))
 
 
@@ -58,7 +55,7 @@ def document_layout(local_boundaries, size):
     """Both halves of every document, whose boundaries are counted in one rank's tokens."""
     documents = [row_layout((after - before,) * size, True, 1) for before, after in pairwise(local_boundaries)]
     return RunsLayout(size * local_boundaries[-1], tuple(
-        _join((size * first + start, size * first + stop)
-                for first, document in zip(local_boundaries, documents, strict=False)
-                for start, stop in document.ring_runs(rank))
+        join_runs((size * first + start, size * first + stop)
+                  for first, document in zip(local_boundaries, documents, strict=False)
+                  for start, stop in document.ring_runs(rank))
         for rank in range(size)))

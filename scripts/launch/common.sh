@@ -224,6 +224,23 @@ print_resolved() {
   echo
 }
 
+# Qwen and Qwen1.5 differ in the rotary base alone: qwen_model takes the script's arguments, launch_qwen the base.
+qwen_model() {
+  DEFAULT_TOKENIZER=HuggingFaceTokenizer
+  read_size "7b 14b 72b" "$@"
+  case $SIZE in
+    7b) model_shape 32 4096 11008 32 32 && default_parallel 2 1 && VOCAB_SIZE=${VOCAB_SIZE:-151936} ;;
+    14b) model_shape 40 5120 13696 40 40 && default_parallel 2 2 && VOCAB_SIZE=${VOCAB_SIZE:-152064} ;;
+    72b) model_shape 80 8192 24576 64 64 && default_parallel 8 4 && VOCAB_SIZE=${VOCAB_SIZE:-152064} ;;
+  esac
+}
+
+launch_qwen() {
+  ARCHITECTURE=(--normalization RMSNorm --norm-epsilon 1e-6 --swiglu --disable-bias-linear --add-qkv-bias
+    --position-embedding-type rope --rotary-base "${ROTARY_BASE:-$1}" --untie-embeddings-and-output-weights)
+  launch
+}
+
 # Resolve everything and start torchrun, or print with DRY_RUN=1.
 launch() {
   FLAGS=()

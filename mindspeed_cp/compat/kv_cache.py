@@ -1,0 +1,13 @@
+"""MindSpeed's rule of which layer the KV cache policy applies to (``context_parallel_kv_cache``)."""
+
+__all__ = ["get_cache_policy"]
+
+
+def get_cache_policy(layer_number, cache_policy_init, cache_interval):
+    """``cache_policy_init`` where it applies, else None; as ``ContextParallelConfig.kv_cache_policy_for``.
+
+    Args:
+        layer_number: global, 1-based.
+        cache_interval: how many layers without the policy follow each layer with it.
+    """
+    return cache_policy_init if (layer_number - 1) % (cache_interval + 1) == 0 else None
