@@ -1,5 +1,6 @@
 """Shared memory between ranks of one host: the same bits, the same counts, nothing overwritten, nothing left behind."""
 
+import copy
 import os
 import time
 from collections import Counter
@@ -14,12 +15,14 @@ from test_attention_exact import ALGORITHM_AND_SIZE, shapes
 from test_attention_layers import variants
 
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, UlyssesContextAttention
+from mindspeed_cp.algorithms import ulysses_attention
 from mindspeed_cp.comm import count_bytes, host_memory
 from mindspeed_cp.comm.host_memory import HEADER_BYTES, HostMemory
 from mindspeed_cp.comm.transport import all_gather, post
+from mindspeed_cp.comm.workspace import Workspace
 
 pytestmark = pytest.mark.cpu_only
-NOTICE = 24  # bytes
+NOTICE = 32  # bytes
 
 
 def both_ways(rank, case):
@@ -212,17 +215,54 @@ def test_nothing_stays_open_after_the_groups():
 def ulysses_module(rank):
     """The module's result and gradients with messages above the limit, through shared memory and through gloo."""
     results = []
-    for connected in (False, True):
-        module = UlyssesContextAttention(torch.nn.functional.scaled_dot_product_attention, dist.group.WORLD, 1, 2)
-        module._connected = not connected
+    for limit in (None, 1):
+        module = UlyssesContextAttention(torch.nn.functional.scaled_dot_product_attention, None, 1, 2)
+        host = limit and HostMemory.connect(dist.group.WORLD, limit)
+        ulysses_attention._memories[dist.group.WORLD] = Workspace(), host
+        module = copy.deepcopy(module)
         generator = torch.Generator().manual_seed(rank)
         leaves = [torch.randn(2, 8, 32, 64, generator=generator).requires_grad_() for _ in range(3)]
         out = module(*leaves)
         out.backward(torch.ones_like(out))
-        assert (module._host is not None) is connected
+        assert limit is None or host.num_bytes > 0
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    del ulysses_attention._memories[dist.group.WORLD]
     return [torch.equal(*pair) for pair in zip(*results)]
 
 
 def test_the_module_uses_it_too():
     assert run_ranks(2, ulysses_module) == [[True] * 4] * 2
+
+
+def disagreement(rank):
+    """The error of a receiver that expects fewer bytes than were sent."""
+    host = HostMemory.connect(dist.group.WORLD, 1)
+    transfer = post(None, [(1 - rank, torch.ones(10 - rank))], [(1 - rank, torch.empty(10 - rank))], "kv", host)
+    with pytest.raises(RuntimeError) as caught:
+        transfer.wait()
+    dist.barrier()
+    return str(caught.value)
+
+
+def test_another_length_than_expected_is_an_error_that_names_both():
+    for rank, message in enumerate(run_ranks(2, disagreement, fresh=True)):
+        assert f"rank {1 - rank} sent {4 * (10 - (1 - rank))} bytes where {4 * (10 - rank)} were expected" in message
+
+
+def far_behind(rank, number):
+    """Memory of a rank whose reader is behind by ``number`` messages, again and again: further segments are used again."""
+    host = HostMemory.connect(dist.group.WORLD, 1)
+    for _ in range(3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(host_memory, "PATIENCE", 0.01)
+            sends, receives = ([(1, torch.ones(8))], []) if rank == 0 else ([], [(0, torch.empty(8))])
+            transfers = [post(None, sends, receives, "kv", host) for _ in range(number)]
+            dist.barrier()
+            for transfer in transfers:
+                transfer.wait()
+            dist.barrier()
+    return host.num_bytes
+
+
+def test_further_segments_are_used_again():
+    assert run_ranks(2, far_behind, 5, fresh=True)[0] == 5 * (HEADER_BYTES + 32)

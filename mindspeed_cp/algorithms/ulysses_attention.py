@@ -8,6 +8,7 @@ A tensor whose last dimension is scattered has heads and head_dim merged; it is 
 """
 
 import inspect
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,18 @@ from mindspeed_cp.layout import split_sizes
 
 __all__ = ["DefaultGatherSizeCalculator", "DynamicGatherSizeCalculator", "GatherSizeCalculator",
            "UlyssesContextAttention"]
+
+
+# Process group -> (Workspace, HostMemory or None): all modules of a group share them, as layers do, and copies of a module too.
+_memories = weakref.WeakKeyDictionary()
+
+
+def _memory_of(group):
+    """The buffers of a group; made in the first call of one of its modules, which every rank makes."""
+    group = dist.group.WORLD if group is None else group
+    if group not in _memories:
+        _memories[group] = Workspace(), HostMemory.connect(group)
+    return _memories[group]
 
 
 class GatherSizeCalculator(ABC):
@@ -80,7 +93,6 @@ class UlyssesContextAttention(torch.nn.Module):
         self.local_attn = local_attention
         self.spg, self.scatter_idx, self.gather_idx = sequence_process_group, scatter_idx, gather_idx
         self.gather_size_calculator = gather_size_calculator
-        self._workspace, self._host, self._connected = Workspace(), None, False
 
     def forward(self, query, key, value, *args, **kwargs):
         """Attention of this rank's tokens; every rank of the group calls it.
@@ -105,8 +117,9 @@ class UlyssesContextAttention(torch.nn.Module):
             return self.local_attn(query, key, value, *args, **kwargs)
         axes = _Axes.of(query, self.scatter_idx, self.gather_idx)
         lengths = self._lengths(query, gather_size)
-        exchange = SequenceExchange(self.spg, dist.get_rank(self.spg), lengths, self._workspace, host=self._host_memory(),
-                                    unpack="sequence")
+        workspace, host = _memory_of(self.spg)
+        exchange = SequenceExchange(self.spg, dist.get_rank(self.spg), lengths, workspace, host=host,
+                                    unpack="sequence" if axes.sequence_first else None)
         parts, out_shares = _parts(axes, query, key, value, exchange.size)
         tensors = (axes.to_exchange(tensor, exchange.size) for tensor in (query, key, value))
         received = _GatherSequence.apply(exchange, parts, *tensors)
@@ -117,12 +130,6 @@ class UlyssesContextAttention(torch.nn.Module):
         part = Part("out", parts[0].num_heads, out.shape[-1], out_shares)
         out = axes.from_exchange(_GatherHeads.apply(exchange, part, out))
         return out.flatten(-2) if merged else out
-
-    def _host_memory(self):
-        """HostMemory of the group or None; made in the first call, which every rank makes."""
-        if not self._connected:
-            self._host, self._connected = HostMemory.connect(self.spg), True
-        return self._host
 
     def _local_kwargs(self, kwargs):
         """Without what the local attention does not take.
@@ -203,6 +210,12 @@ class _Axes:
         if others[0] > scatter:  # (seq, heads, dim)
             return cls((gather, None, scatter, others[0]), scatter)
         return cls((gather, others[0], scatter, None), scatter)
+
+    @property
+    def sequence_first(self):
+        """Whether the caller's order in memory is the exchange's."""
+        order = [dim for dim in self.order if dim is not None]
+        return order == sorted(order)
 
     @property
     def merged(self):

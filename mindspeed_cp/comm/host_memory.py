@@ -1,7 +1,7 @@
 """CPU tensors from rank to rank of one host through shared memory, with gloo for the notices.
 
 gloo sends a large message through the host's network stack, which copies it twice and wakes threads for every part. Here
-the sender writes it into a segment of shared memory and sends a notice of 24 bytes; the receiver reads the segment where it
+the sender writes it into a segment of shared memory and sends a notice of 32 bytes; the receiver reads the segment where it
 is and marks it as read. A dead peer is noticed as ever, because every notice is a message.
 
     segment = one slot for each reader (number of the last message it has read) | data
@@ -54,8 +54,9 @@ class Segment:
     """
 
     def __init__(self):
-        self._file, self._serial = _create_file("mindspeed_cp"), next(_serials)
-        self._number, self._readers = 0, []
+        self._serial = next(_serials)
+        self._file = os.memfd_create(_name(self._serial))
+        self._number, self._size, self._readers = 0, 0, []
         weakref.finalize(self, os.close, self._file).atexit = False  # the process's end closes it, after the farewell
         self._resize(0)
 
@@ -67,15 +68,15 @@ class Segment:
         """Take the segment, which must be free, for one message to the readers with these slots."""
         if self.data.numel() < num_bytes:
             self._resize(num_bytes)
-        self._number, self._readers = self._number + 1, readers
+        self._number, self._size, self._readers = self._number + 1, num_bytes, readers
 
     def view(self, like):
         """The message's memory as a flat tensor with the size and dtype of ``like``."""
         return self.data[:like.numel() * like.element_size()].view(like.dtype)
 
     def notice(self):
-        """int64 (3,) for every reader: where the message is, which segment that is (files are numbered anew), its number."""
-        return torch.tensor([self._file, self._serial, self._number])
+        """int64 (4,) for every reader: where the message is, which segment that is, the message's number and bytes."""
+        return torch.tensor([self._file, self._serial, self._number, self._size], device="cpu")
 
     @property
     def num_bytes(self):
@@ -97,7 +98,7 @@ class HostMemory:
     def __init__(self, members, processes, peers, smallest):
         self._slot = {rank: index for index, rank in enumerate(members)}
         self._processes, self.peers, self.smallest = dict(zip(members, processes)), peers, smallest
-        self._streams, self._late, self._mapped = {}, [], {}
+        self._streams, self._mapped = {}, {}
         weakref.finalize(self, _farewell, self._streams)
 
     @classmethod
@@ -111,14 +112,16 @@ class HostMemory:
         if dist.get_backend(group) != "gloo" or len(members) > HEADER_BYTES // 8:
             return None
         token = secrets.randbits(62)
-        file = _create_file(f"mindspeed_cp-{token}")
+        file = _create_file(_name(token))
         table = _gather([os.getpid(), file, token], group)
         reached = _gather([int(_reaches(*row)) for row in table.tolist()], group)
         if file >= 0:
             os.close(file)  # every rank has tried to open it, or the last gathering would not have ended
-        both = reached & reached.t()
+        both = (reached & reached.t()).fill_diagonal_(1)
         rank = dist.get_rank(group)
-        peers = frozenset(peer for index, peer in enumerate(members) if index != rank and both[rank, index])
+        # Only ranks that reach the very same members: then all of them agree on who shares memory with whom.
+        peers = frozenset(peer for index, peer in enumerate(members)
+                          if index != rank and both[rank, index] and torch.equal(both[rank], both[index]))
         return cls(members, table[:, 0].tolist(), peers, smallest) if peers else None
 
     def carries(self, peer, tensor):
@@ -129,17 +132,18 @@ class HostMemory:
     def outgoing(self, stream, readers, num_bytes):
         """A free Segment for a message of ``num_bytes`` to the global ranks ``readers``.
 
-        Two segments of each stream take turns, so memory does not depend on the number of ranks. Messages of a stream are
-        awaited in order and at most two are under way, so its last message but one is being read by now, or has been.
+        Two segments of each stream take turns, so memory does not depend on the number of ranks: what was sent two messages
+        ago has been read by now, unless a peer is far behind. Then a further segment joins, because what is unread must stay.
         """
-        segments = self._streams.setdefault(stream, [Segment(), Segment()])
-        segments.reverse()
-        if not _wait_until(lambda: segments[0].is_free, PATIENCE):
-            # A peer has failed, or the caller has more under way than it should. What is unread must stay until it is read.
-            self._late = [segment for segment in (*self._late, segments[0]) if not segment.is_free]
-            segments[0] = Segment()
-        segments[0].begin([self._slot[reader] for reader in readers], num_bytes)
-        return segments[0]
+        if stream not in self._streams:
+            self._streams[stream] = [Segment(), Segment()]
+        segments = self._streams[stream]
+        segment = segments[0]
+        if not _wait_until(lambda: segment.is_free, PATIENCE):
+            segment = next((other for other in segments if other.is_free), None) or Segment()
+        segments[:] = [*(other for other in segments if other is not segment), segment]
+        segment.begin([self._slot[reader] for reader in readers], num_bytes)
+        return segment
 
     def write(self, stream, readers, tensor):
         """A Segment for ``readers`` that holds a copy of a contiguous tensor."""
@@ -150,14 +154,21 @@ class HostMemory:
     @property
     def num_bytes(self):
         """Shared memory that this rank holds."""
-        return sum(segment.num_bytes for segments in (*self._streams.values(), self._late) for segment in segments)
+        return sum(segment.num_bytes for segments in self._streams.values() for segment in segments)
 
     def read(self, peer, notice, num_bytes):
-        """uint8 (num_bytes,) in the peer's memory, valid until ``release``."""
-        file, serial, _ = notice.tolist()
+        """uint8 (num_bytes,) in the peer's memory, valid until ``release``.
+
+        Raises:
+            RuntimeError: the peer sent another number of bytes.
+            OSError: its memory is gone.
+        """
+        file, serial, _, size = notice.tolist()
+        if size != num_bytes:
+            raise RuntimeError(f"rank {peer} sent {size} bytes where {num_bytes} were expected")
         mapped = self._mapped.get((peer, serial))
         if mapped is None or mapped[1].numel() < num_bytes:  # new, or grown since
-            opened = os.open(f"/proc/{self._processes[peer]}/fd/{file}", os.O_RDWR)
+            opened = _open(self._processes[peer], file, serial)
             try:
                 mapped = self._mapped[peer, serial] = _map_file(opened)
             finally:
@@ -166,24 +177,31 @@ class HostMemory:
 
     def release(self, peer, notice):
         """Tell the peer that its message has been read."""
-        _, serial, number = notice.tolist()
+        _, serial, number, _ = notice.tolist()
         self._mapped[peer, serial][0][self._slot[dist.get_rank()]] = number
 
     def close(self):
         """Wait a little for unread messages, then give the memory back."""
         _farewell(self._streams)
         self._streams.clear()
-        self._late.clear()
         self._mapped.clear()
 
 
-def _reaches(process, file, token):
-    """Whether this process can open another's file; the token in its name tells it from a stranger's of the same number."""
+def _name(token):
+    return f"mindspeed_cp-{token}"
+
+
+def _open(process, file, token):
+    """Open another process's file; the token in its name tells it from a stranger's, or a later one, of the same number."""
     path = f"/proc/{process}/fd/{file}"
+    if os.readlink(path) != f"/memfd:{_name(token)} (deleted)":
+        raise OSError(f"{path} is not the memory that was announced")
+    return os.open(path, os.O_RDWR)
+
+
+def _reaches(process, file, token):
     try:
-        if file < 0 or not os.readlink(path).startswith(f"/memfd:mindspeed_cp-{token}"):
-            return False
-        os.close(os.open(path, os.O_RDWR))
+        os.close(_open(process, file, token))
     except OSError:
         return False
     return True
@@ -191,8 +209,8 @@ def _reaches(process, file, token):
 
 def _gather(values, group):
     """(ranks, values) int64: every member's values."""
-    rows = [torch.empty(len(values), dtype=torch.int64) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(rows, torch.tensor(values), group=group)
+    rows = [torch.empty(len(values), dtype=torch.int64, device="cpu") for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, torch.tensor(values, device="cpu"), group=group)
     return torch.stack(rows)
 
 

@@ -72,7 +72,7 @@ def start_all_to_all(input_, process_group, scatter_dim=2, gather_dim=1, gather_
         out = attention(query.wait(), key.wait(), value.wait())
 
     each exchange overlaps the next projection, forward, and the projections' own backward passes. All ranks start in one
-    order and wait in one order.
+    order and wait in one order; ``input_`` must not be changed in place before ``wait``.
     """
     return PendingTensor(input_, *_checked_dimensions(input_, process_group, scatter_dim, gather_dim, gather_size))
 
@@ -143,12 +143,20 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _Flight:
-    """What the two ends of a pending all-to-all share: how to finish the exchange that is under way."""
+    """What the two ends of a pending all-to-all share: the exchange that is under way."""
 
     def __init__(self, group, scatter_dim, gather_dim, gather_size, scatter_size):
         self.forward = group, scatter_dim, gather_dim, gather_size
         self.backward = group, gather_dim, scatter_dim, scatter_size
-        self.finish = None
+        self._finish = None
+
+    def depart(self, tensor, route):
+        self._finish = _start_exchange(tensor, *route)
+
+    def arrive(self):
+        """Wait for the result; the buffers of the exchange are given up with it."""
+        finish, self._finish = self._finish, None
+        return finish()
 
 
 class _Depart(torch.autograd.Function):
@@ -157,25 +165,25 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input_, flight):
         ctx.flight = flight
-        flight.finish = _start_exchange(input_, *flight.forward)
+        flight.depart(input_, flight.forward)
         return input_.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
-        return ctx.flight.finish(), None
+        return ctx.flight.arrive(), None
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, token, flight):
         ctx.flight = flight
-        return flight.finish()
+        return flight.arrive()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        ctx.flight.finish = _start_exchange(grad_output, *ctx.flight.backward)
+        ctx.flight.depart(grad_output, ctx.flight.backward)
         return grad_output.new_empty(0), None
 
 

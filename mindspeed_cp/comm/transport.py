@@ -108,7 +108,7 @@ def post(group, sends, receives, purpose, host=None, count=True):
 
 
 def _no_notice_yet():
-    return torch.empty(3, dtype=torch.int64)
+    return torch.empty(4, dtype=torch.int64, device="cpu")
 
 
 def _leaving(host, stream, peer, message):
