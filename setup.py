@@ -30,6 +30,7 @@ TEST = [
     *TRAINER,
     "hypothesis",    # property-based tests draw sizes, documents and masks
     "pytest",
+    "pytest-xdist",  # scripts/test.sh: two tests at a time, since many wait for processes and time limits
 ]
 
 setup(

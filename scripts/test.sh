@@ -16,11 +16,14 @@ pip install --constraint constraints.txt --editable '.[dev]'
 # which are those of its own test suite and of tools that are not used here.
 [ -d "$OLD/megatron" ] || pip install --no-deps --target "$OLD" "megatron-core==$OLD_MEGATRON"
 
+# Two modules at a time, each worker with its own ranks; -n 0 as an argument runs one after the other.
+pytest() { .venv/bin/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder "$@"; }
+
 echo "== ruff"
 .venv/bin/python -m ruff check .
 
 echo "== All tests, $(.venv/bin/python -m pip list 2>/dev/null | grep megatron-core | tr -s ' ')"
-.venv/bin/python -m pytest -q "$@"
+pytest "$@"
 
 echo "== Tests that touch Megatron, megatron-core $OLD_MEGATRON"
-PYTHONPATH="$PWD/$OLD${PYTHONPATH:+:$PYTHONPATH}" .venv/bin/python -m pytest -q -m megatron "$@"
+PYTHONPATH="$PWD/$OLD${PYTHONPATH:+:$PYTHONPATH}" pytest -m megatron "$@"

@@ -2,13 +2,13 @@
 # Two hosts on one machine: two network namespaces joined by a veth pair, each with process numbers of its own, torchrun with
 # two ranks on each, so that what crosses the network is really crossed. Needs root (or the right to make namespaces),
 # iproute2 and util-linux.
-#   bash scripts/two_hosts.sh hybrid|double_ring [options of two_hosts_attention.py]      PYTHON=python
+#   bash scripts/two_hosts.sh hybrid|double_ring|hybrid,double_ring [options of two_hosts_attention.py]      PYTHON=python
 #   CUT_AFTER=SECONDS   take the link down that long after the first step; both sides must then exit with an error
 # Exit status 77 where namespaces are not permitted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
-ALGORITHM=${1:?usage: bash scripts/two_hosts.sh hybrid|double_ring [options]}
+IFS=, read -ra ALGORITHMS <<<"${1:?usage: bash scripts/two_hosts.sh hybrid|double_ring|hybrid,double_ring [options]}"
 shift
 NAME=cp$$
 OUTPUT=$(mktemp -d)
@@ -45,7 +45,7 @@ host() {
   shift 2
   ip netns exec "$NAME$suffix" "${ISOLATED[@]}" env GLOO_SOCKET_IFNAME="$NAME$index" OMP_NUM_THREADS=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" \
     "$PYTHON" -m torch.distributed.run --nnodes 2 --node-rank "$index" --nproc-per-node 2 --master-addr 10.203.7.1 --master-port 29531 \
-    scripts/two_hosts_attention.py --algorithm "$ALGORITHM" --counter "/sys/class/net/$NAME$index/statistics/tx_bytes" "$@"
+    scripts/two_hosts_attention.py --algorithm "${ALGORITHMS[@]}" --counter "/sys/class/net/$NAME$index/statistics/tx_bytes" "$@"
 }
 
 EXTRA=()

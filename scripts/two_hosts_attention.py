@@ -1,7 +1,7 @@
 """One attention layer over two hosts: counts what leaves this host and compares with dense attention (scripts/two_hosts.sh).
 
-Started by torchrun with an equal number of ranks on each host. Each rank prints one line of JSON: rank, bytes counted by purpose,
-bytes to ranks of the other host, largest error. With --steps-until-cut it repeats until a peer is lost.
+Started by torchrun with an equal number of ranks on each host. For each algorithm every rank prints one line of JSON: rank, bytes
+counted by purpose, bytes to ranks of the other host, largest error. With --steps-until-cut it repeats until a peer is lost.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def step(config, groups, layout, whole):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithm", choices=list(CONFIGS), required=True)
+    parser.add_argument("--algorithm", nargs="+", choices=list(CONFIGS), required=True)
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--timeout", type=float, default=20.0, help="seconds after which a silent peer is given up")
     parser.add_argument("--steps-until-cut", action="store_true", help="repeat until a peer is lost")
@@ -94,29 +94,35 @@ def main():
     timeout = timedelta(seconds=args.timeout)
     dist.init_process_group("gloo", timeout=timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
-    config = ContextParallelConfig(context_parallel_size=world, **CONFIGS[args.algorithm])
-    groups = ContextParallelGroups.build(config, timeout=timeout)
-    layout, whole = SequenceLayout.build(config, args.seq_length), inputs(args.seq_length, torch.float32)
-    if args.steps_until_cut:
-        for count in range(10 ** 6):
-            step(config, groups, layout, whole)
-            if rank == 0 and count == 0:
-                print("running", flush=True)
+    whole = inputs(args.seq_length, torch.float32)
+    wanted = None if args.steps_until_cut else dense(*whole)
+    for name in args.algorithm:
+        config = ContextParallelConfig(context_parallel_size=world, **CONFIGS[name])
+        groups = ContextParallelGroups.build(config, timeout=timeout)
+        layout = SequenceLayout.build(config, args.seq_length)
+        if args.steps_until_cut:
+            for count in range(10 ** 6):
+                step(config, groups, layout, whole)
+                if rank == 0 and count == 0:
+                    print("running", flush=True)
+        line = {"rank": rank, "algorithm": name, **measure(config, groups, layout, whole, wanted, args.counter)}
+        sys.stdout.write(json.dumps(line) + "\n")  # one write, so that lines of several ranks never mix
+        sys.stdout.flush()
+    dist.destroy_process_group()
+
+
+def measure(config, groups, layout, whole, wanted, counter):
+    """What one step sends and the largest error of its results."""
     step(config, groups, layout, whole)  # connections are made by the first step
-    per_host = int(os.environ["LOCAL_WORLD_SIZE"])
     dist.barrier()
-    before = read_counter(args.counter)
-    with count_bytes() as traffic, HostMeter(per_host) as meter:
+    before = read_counter(counter)
+    with count_bytes() as traffic, HostMeter(int(os.environ["LOCAL_WORLD_SIZE"])) as meter:
         results = step(config, groups, layout, whole)
     dist.barrier()
-    after = read_counter(args.counter)
-    wanted = [layout.shard(tensor, rank) for tensor in dense(*whole)]
-    error = max(float((got - want).abs().max()) for got, want in zip(results, wanted))
-    # One write, so that lines of several ranks never mix.
-    sys.stdout.write(json.dumps({"rank": rank, "counted": dict(traffic.bytes), "to_other_host": meter.bytes, "error": error,
-                                 "device_bytes": after - before}) + "\n")
-    sys.stdout.flush()
-    dist.destroy_process_group()
+    after = read_counter(counter)
+    shards = [layout.shard(tensor, groups.cp_rank) for tensor in wanted]
+    error = max(float((got - want).abs().max()) for got, want in zip(results, shards))
+    return {"counted": dict(traffic.bytes), "to_other_host": meter.bytes, "error": error, "device_bytes": after - before}
 
 
 def read_counter(path):

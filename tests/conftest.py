@@ -8,6 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import distributed
 import pytest
 
+LONGEST = ("test_trainer_parity", "test_models", "test_trainer", "test_two_hosts", "test_launch")
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -26,12 +28,21 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     chosen = config.getoption("--device")
+    # What takes longest comes first, or one of two workers would be left with it at the end.
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         needed = item.get_closest_marker("device")
         if needed and needed.args[0] != chosen:
             item.add_marker(pytest.mark.skip(reason=f"needs --device {needed.args[0]}, running with --device {chosen}"))
         if item.get_closest_marker("cpu_only") and chosen != "cpu":
             item.add_marker(pytest.mark.skip(reason=f"a CPU test, running with --device {chosen}"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _stop_ranks():
+    """The next module may not need them."""
+    yield
+    distributed.wake(None)
 
 
 def pytest_sessionfinish():

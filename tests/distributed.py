@@ -11,17 +11,23 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
+from unittest.mock import patch
 
 GRACE = 3.0  # seconds that the other ranks get to finish once one has failed
+PRELOAD = ("end_with_parent", "torch", "torch.distributed", "torch.fx.experimental.symbolic_shapes", "pytest", "hypothesis")
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
-_pools = {}
+_pools, _servers = {}, {}
+_awake = None  # the pool whose ranks run
 _device_type = "cpu"
 
 
@@ -53,14 +59,26 @@ class RankFailure(AssertionError):
     """At least one rank raised, died or hung; the message holds every rank's traceback or stack."""
 
 
+@contextmanager
+def _forking_from(imported):
+    """Processes started inside are forked from a server that has imported torch, then the modules named ``imported``.
+
+    One server for each list, because imports that change torch must not reach other ranks.
+    """
+    if imported not in _servers:
+        _servers[imported] = forkserver.ForkServer()
+        _servers[imported].set_forkserver_preload([*PRELOAD, *imported])
+    # The server starts at the first use, and takes over the environment but not sys.path.
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))), \
+            patch.object(forkserver, "connect_to_new_process", _servers[imported].connect_to_new_process):
+        yield
+
+
 class RankPool:
     """``world_size`` processes in one process group that wait for calls."""
 
-    def __init__(self, world_size, group_timeout=60.0, leave_after_failure=False):
+    def __init__(self, world_size, group_timeout=60.0, leave_after_failure=False, imported=()):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["torch", "torch.distributed", "torch.fx.experimental.symbolic_shapes", "pytest", "hypothesis"]
-        )
         self.world_size, self.folder = world_size, tempfile.mkdtemp(prefix="ranks-")
         self.connections, self.processes = [], []
         for rank in range(world_size):
@@ -70,7 +88,8 @@ class RankPool:
                 daemon=True,
                 args=(rank, world_size, self.folder, _device_type, group_timeout, leave_after_failure, theirs),
             )
-            process.start()
+            with _forking_from(imported):
+                process.start()
             theirs.close()
             self.connections.append(ours)
             self.processes.append(process)
@@ -116,7 +135,13 @@ class RankPool:
                 stacks[rank] = file.read()
         return stacks
 
+    def signal(self, number):
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
     def close(self):
+        self.signal(signal.SIGCONT)
         for connection in self.connections:
             connection.close()  # an idle rank sees the end of its pipe and leaves
         for process in self.processes:
@@ -131,7 +156,9 @@ def _serve(rank, world_size, folder, device, group_timeout, leave_after_failure,
     """The life of one rank: join the group, answer calls until the pipe closes."""
     import torch
     import torch.distributed as dist
+    from end_with_parent import end_with_parent
 
+    end_with_parent()
     # SIGUSR1 writes this rank's stack where the parent finds it.
     faulthandler.register(signal.SIGUSR1, open(os.path.join(folder, f"stack-{rank}"), "w", encoding="utf-8"))
     torch.set_num_threads(1)
@@ -169,29 +196,48 @@ def _answer(rank, function, args):
         return "raised", traceback.format_exc()
 
 
-def run_ranks(world_size, function, *args, timeout=120.0, fresh=False):
+def wake(pool=None):
+    """Let the ranks of this pool run and stop those of the pool before it; None stops all.
+
+    Idle ranks are not idle: every group of gloo has threads that look for work a hundred times a second, and those of all
+    pools together took half a core.
+    """
+    global _awake
+    if pool is not _awake:
+        if _awake is not None:
+            _awake.signal(signal.SIGSTOP)
+        if pool is not None:
+            pool.signal(signal.SIGCONT)
+        _awake = pool
+
+
+def run_ranks(world_size, function, *args, timeout=120.0, fresh=False, imported=()):
     """Call ``function(rank, *args)`` on every rank of a group and return the values in rank order.
 
     Args:
         function: importable by name; its values must pickle.
         timeout: seconds for the call, then the ranks are ended and RankFailure shows their stacks.
         fresh: use new processes and end them afterwards, for functions that leave their process changed.
+        imported: names of modules that these new processes have imported already, in this order.
 
     Raises:
         RankFailure: a rank raised, died or did not answer; the other ranks are ended.
     """
-    pool = RankPool(world_size) if fresh else _pools.get(world_size)
+    wake(None if fresh else _pools.get(world_size))
+    pool = RankPool(world_size, imported=imported) if fresh else _pools.get(world_size)
     if pool is None:
         pool = _pools[world_size] = RankPool(world_size)
+        wake(pool)
     outcomes = None
     try:
         outcomes = pool.call(function, args, timeout, GRACE)
     finally:
         failed = outcomes is None or any(outcome.kind != "returned" for outcome in outcomes)
         if failed or fresh:
-            pool.close()
             if not fresh:
+                wake(None)
                 del _pools[world_size]
+            pool.close()
     if failed:
         raise RankFailure(_describe(outcomes))
     return [outcome.detail for outcome in outcomes]
@@ -209,12 +255,13 @@ def _describe(outcomes):
     )
 
 
-def observe_ranks(world_size, function, *args, timeout=60.0, group_timeout=60.0, leave_after_failure=True):
+def observe_ranks(world_size, function, *args, timeout=60.0, group_timeout=60.0, leave_after_failure=True, imported=()):
     """Like ``run_ranks`` in fresh processes, but failures are the result: every rank's Outcome, none is ended early.
 
     ``leave_after_failure``: a rank that raised leaves, as a training script does; otherwise it stays and stays silent.
     """
-    pool = RankPool(world_size, group_timeout, leave_after_failure)
+    wake(None)
+    pool = RankPool(world_size, group_timeout, leave_after_failure, imported)
     try:
         return pool.call(function, args, timeout, grace=timeout)
     finally:
@@ -223,5 +270,6 @@ def observe_ranks(world_size, function, *args, timeout=60.0, group_timeout=60.0,
 
 def close_pools():
     """End all ranks; pytest calls it when the session finishes."""
+    wake(None)
     while _pools:
         _pools.popitem()[1].close()

@@ -2,14 +2,16 @@
 
 import json
 import os
+import runpy
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from trainer_runs import REPOSITORY, prepare_data, run_argvs
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCH = REPOSITORY / "scripts" / "launch"
 FAMILIES = {"llama2": ("7b", "13b", "70b"), "qwen": ("7b", "14b", "72b"), "qwen1_5": ("7b", "14b", "72b"), "gpt3": ("1.3b", "13b", "175b")}
 SIZES = [(family, size) for family, sizes in FAMILIES.items() for size in sizes]
@@ -27,8 +29,29 @@ def resolved(result):
     """NAME=VALUE lines of a dry run, and its command under "command"."""
     assert result.returncode == 0, result.stderr
     before, command = result.stdout.split("# command\n")
-    values = dict(line.split("=", 1) for line in before.splitlines() if "=" in line)
-    return {**values, "command": command.replace("\\", "")}
+    return {**pairs(before), "command": command.replace("\\", "")}
+
+
+def pairs(text):
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+@pytest.fixture
+def dry_run(tmp_path, monkeypatch, capsys):
+    """What ``resolved`` gives; describe.py runs in this process, where torch is imported already, with what the script gives it."""
+    asked, python = tmp_path / "asked", tmp_path / "python"
+    python.write_text(f"#!/usr/bin/env bash\nprintf '%s\\n' \"$WORLD_SIZE\" \"$@\" >'{asked}'\n")
+    python.chmod(0o755)
+
+    def run(family, *arguments, **environment):
+        values = resolved(launch(family, *arguments, DRY_RUN="1", PYTHON=str(python), **environment))
+        world_size, *argv = asked.read_text().splitlines()
+        assert argv[0] == str(LAUNCH / "describe.py")
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+        monkeypatch.setattr(sys, "argv", argv)
+        runpy.run_path(argv[0], run_name="__main__")
+        return {**values, **pairs(capsys.readouterr().out)}
+    return run
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
@@ -40,15 +63,15 @@ def test_scripts_are_shellcheck_clean():
 
 @pytest.mark.parametrize("length, cp, tokens", [("32k", "4", "8192"), ("128k", "8", "16384"), ("1m", "32", "32768")])
 @pytest.mark.parametrize("family, size", [("llama2", "70b"), ("gpt3", "13b")], ids=lambda value: value)
-def test_presets_of_sequence_length_fit_the_model(family, size, length, cp, tokens):
+def test_presets_of_sequence_length_fit_the_model(dry_run, family, size, length, cp, tokens):
     # describe.py checks every rule of the configuration, and fails the dry run when one is broken.
-    values = resolved(launch(family, size, DRY_RUN="1", SEQ_LENGTH=length, DEVICE="npu", NNODES="128", MASTER_ADDR="first"))
+    values = dry_run(family, size, SEQ_LENGTH=length, DEVICE="npu", NNODES="128", MASTER_ADDR="first")
     assert (values["CP"], values["TOKENS_PER_RANK"]) == (cp, tokens)
 
 
 @pytest.mark.parametrize("family, size", SIZES, ids=lambda value: value)
-def test_every_size_has_a_command(family, size):
-    values = resolved(launch(family, size, DRY_RUN="1", DEVICE="gpu", NNODES="64", NODE_RANK="3", MASTER_ADDR="first"))
+def test_every_size_has_a_command(dry_run, family, size):
+    values = dry_run(family, size, DEVICE="gpu", NNODES="64", NODE_RANK="3", MASTER_ADDR="first")
     for part in (f"--num-layers {values['LAYERS']}", f"--hidden-size {values['HIDDEN']}", f"--ffn-hidden-size {values['FFN']}",
                  "--node-rank 3", "--master-addr first", "--nnodes 64", "--context-parallel-algo ulysses_cp_algo"):
         assert part in values["command"]
@@ -83,27 +106,52 @@ def test_mistakes_are_named_with_a_way_out(environment, words):
     assert result.returncode == 2 and words in result.stderr, result.stderr
 
 
-@pytest.fixture(scope="session")
+TINY = [("llama2", "7b"), ("llama2", "70b"), ("qwen", "7b"), ("qwen1_5", "7b"), ("gpt3", "1.3b")]
+ALGORITHMS = {1: "ulysses_cp_algo", 2: "megatron_cp_algo"}
+
+
+@pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    prefix = tmp_path_factory.mktemp("launch") / "text"
-    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, str(REPOSITORY / "scripts" / "prepare_data.py"), "--output", str(prefix)], check=True,
-                   env={**os.environ, "PYTHONPATH": path}, capture_output=True)
-    return prefix
+    return prepare_data(tmp_path_factory.mktemp("launch"))
 
 
-@pytest.mark.parametrize("family, size", [("llama2", "7b"), ("llama2", "70b"), ("qwen", "7b"), ("qwen1_5", "7b"), ("gpt3", "1.3b")],
-                         ids=["llama2", "llama2-gqa", "qwen", "qwen1_5", "gpt3"])
-def test_tiny_model_trains_as_with_cp_1(family, size, text, tmp_path):
-    records = {}
-    for cp, algorithm in (("1", "ulysses_cp_algo"), ("2", "megatron_cp_algo")):
-        log = tmp_path / f"{cp}.jsonl"
-        result = launch(family, size, "--log-file", str(log), TINY="1", CP=cp, CP_ALGO=algorithm, TRAIN_ITERS="3", DEVICE="cpu",
-                        DATA_PATH=str(text), MASTER_PORT=str(21000 + os.getpid() % 20000))
-        assert result.returncode == 0, result.stderr[-3000:]
-        records[cp] = [json.loads(line) for line in log.read_text().splitlines()]
-    assert len(records["1"]) == len(records["2"]) == 3
-    for one, two in zip(records["1"], records["2"]):
-        assert two["cp_bytes_per_rank"] > 0
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+def tiny(text, cp, **environment):
+    return {"TINY": "1", "CP": str(cp), "CP_ALGO": ALGORITHMS[cp], "TRAIN_ITERS": "3", "DEVICE": "cpu", "DATA_PATH": text, **environment}
+
+
+@pytest.fixture(scope="module")
+def records(text):
+    """(family, size, cp) -> step records of the command that a dry run prints, without starting torchrun for each."""
+    def flags(family, size, cp):
+        result = launch(family, size, **tiny(text, cp, DRY_RUN="1", PYTHON="true"))
+        assert result.returncode == 0, result.stderr
+        command = shlex.split(result.stdout.split("# command\n")[1])
+        assert command[command.index("--nproc-per-node") + 1] == str(cp)
+        return command[command.index(str(REPOSITORY / "scripts" / "pretrain_gpt.py")) + 1:]
+
+    found = {}
+    for cp in ALGORITHMS:
+        found |= run_argvs(cp, {(family, size, cp): flags(family, size, cp) for family, size in TINY})
+    return found
+
+
+def check_equal(records, expected):
+    assert len(records) == len(expected) == 3
+    for record, reference in zip(records, expected):
+        assert record["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family, size", TINY, ids=["llama2", "llama2-gqa", "qwen", "qwen1_5", "gpt3"])
+def test_tiny_model_trains_as_with_cp_1(records, family, size):
+    check_equal(records[family, size, 2], records[family, size, 1])
+    assert all(record["cp_bytes_per_rank"] > 0 for record in records[family, size, 2])
+
+
+def test_a_launch_starts_the_command_that_its_dry_run_prints(records, text, tmp_path):
+    log = tmp_path / "log.jsonl"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    result = launch("llama2", "70b", "--log-file", str(log), **tiny(text, 2, MASTER_PORT=str(port)))
+    assert result.returncode == 0, result.stderr[-3000:]
+    check_equal([json.loads(line) for line in log.read_text().splitlines()], records["llama2", "70b", 2])

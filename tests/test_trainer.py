@@ -2,18 +2,19 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from compare_runs import main as compare_runs
-from distributed import observe_ranks, run_ranks
+from distributed import observe_ranks
 from trainer.arguments import build_parser, parse_args
 from trainer.lengths import micro_batch_length
-from trainer_runs import REPOSITORY, TINY, environment, largest_difference, prepare_data, train
+from trainer_runs import IMPORTED, REPOSITORY, TINY, environment, largest_difference, prepare_data, run_training, tiny, train
 
-pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
+pytestmark = pytest.mark.cpu_only
 RING, ULYSSES = "--context-parallel-algo megatron_cp_algo", "--context-parallel-algo ulysses_cp_algo"
 
 
@@ -24,7 +25,9 @@ def data(tmp_path_factory):
 
 def run_script(flags, **variables):
     command = [sys.executable, str(REPOSITORY / "scripts/pretrain_gpt.py"), *flags.split()]
-    return subprocess.run(command, env=environment() | variables, capture_output=True, text=True, timeout=200)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])  # another test may be using the default one
+    return subprocess.run(command, env=environment() | {"MASTER_PORT": port} | variables, capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.parametrize(("flags", "says"), [
@@ -77,6 +80,7 @@ def test_micro_batch_lengths_vary_and_never_exceed_the_sequence():
     assert sum(length % 4 != 0 for length in lengths) > 30
 
 
+@pytest.mark.megatron
 def test_a_run_logs_validates_and_shows_its_progress(data, tmp_path):
     log, board = tmp_path / "logs/run.jsonl", tmp_path / "board"
     result = run_script(f"{TINY} --train-iters 3 --global-batch-size 2 --bf16 --eval-iters 2 --data-path {data} --log-file {log} "
@@ -90,6 +94,7 @@ def test_a_run_logs_validates_and_shows_its_progress(data, tmp_path):
     assert list(board.glob("events.out.tfevents*"))
 
 
+@pytest.mark.megatron
 def test_checkpoint_of_a_ring_resumes_under_other_parallel_sizes(data, tmp_path):
     # 512: a size that every tensor-parallel size pads alike; padding takes part in the softmax.
     base = "--train-iters 8 --position-embedding-type rope --vocab-size 512"
@@ -99,7 +104,7 @@ def test_checkpoint_of_a_ring_resumes_under_other_parallel_sizes(data, tmp_path)
               "pp=2, cp=1": f"{base} --pipeline-model-parallel-size 2"}
     cases = {"whole": ring, "saved": f"{ring} --save {tmp_path} --exit-interval 4"}
     cases |= {name: f"{flags} --load {tmp_path}" for name, flags in others.items()}
-    results = run_ranks(4, train, data, cases, timeout=300, fresh=True)[0]
+    results = run_training(4, data, cases)
     assert [record["iteration"] for record in results["saved"]] == [1, 2, 3, 4]
     for name in others:
         assert [record["iteration"] for record in results[name]] == [5, 6, 7, 8]
@@ -111,8 +116,6 @@ def test_checkpoint_of_a_ring_resumes_under_other_parallel_sizes(data, tmp_path)
 def train_until_one_dies(rank, prefix):
     import trainer.loop
 
-    import mindspeed_cp.megatron_adaptor  # noqa: F401
-
     step, finished = trainer.loop.train_step, []
 
     def dying_step(*args):
@@ -121,11 +124,12 @@ def train_until_one_dies(rank, prefix):
             os._exit(7)
         return step(*args)
     trainer.loop.train_step = dying_step
-    train(rank, prefix, {"run": f"--context-parallel-size 4 {RING} --distributed-timeout-minutes 0.2"})
+    train(rank, {"run": tiny(prefix, f"--context-parallel-size 4 {RING} --distributed-timeout-minutes 0.2")})
 
 
+@pytest.mark.megatron
 def test_when_one_rank_dies_the_others_exit_with_an_error(data):
-    outcomes = observe_ranks(4, train_until_one_dies, data, timeout=90.0, group_timeout=12.0)
+    outcomes = observe_ranks(4, train_until_one_dies, data, timeout=90.0, group_timeout=12.0, imported=IMPORTED)
     assert outcomes[1].kind == "died" and "7" in str(outcomes[1].detail)
     assert [outcomes[rank].kind for rank in (0, 2, 3)] == ["raised"] * 3
     assert all(outcome.seconds < 75 for outcome in outcomes)

@@ -7,8 +7,7 @@ parallelism instead, so the two runs share nothing but the samples of a step.
 from importlib.metadata import version
 
 import pytest
-from distributed import run_ranks
-from trainer_runs import largest_difference, prepare_data, train
+from trainer_runs import largest_difference, prepare_data, run_training
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
 
@@ -79,7 +78,7 @@ def runs(data):
         cases[name_of(group, "cp=1")] = flags
         cases |= {name_of(group, case): f"{flags} {extra}" for case, extra in variants.items()}
     cases = {name: flags.replace("PARAGRAPHS", data[1]) for name, flags in cases.items()}
-    return run_ranks(4, train, data[0], cases, timeout=400, fresh=True)[0]
+    return run_training(4, data[0], cases, timeout=400)
 
 
 @pytest.mark.parametrize(("group", "case"), [(group, case) for group, (_, cases) in GROUPS.items() for case in cases])
@@ -110,6 +109,6 @@ def test_three_ranks_with_a_prime_like_length_for_each_batch(data):
     cases = {"cp=1": flags,
              "ulysses": f"{flags} --context-parallel-size 3 {ULYSSES} --gather-size-calculator dynamic",
              "ring": f"{flags} --context-parallel-size 3 {RING}"}
-    results = run_ranks(3, train, data[0], cases, timeout=300, fresh=True)[0]
+    results = run_training(3, data[0], cases)
     for case in ("ulysses", "ring"):
         assert largest_difference(results[case], results["cp=1"]) < TOLERANCE

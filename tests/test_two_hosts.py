@@ -13,26 +13,41 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOT_PERMITTED = 77
 OVERHEAD = 0.05  # headers of Ethernet, IP and TCP, acknowledgements, barriers
+ALGORITHMS, SEQ = ("hybrid", "double_ring"), 1024
 
 pytestmark = pytest.mark.cpu_only
 
 
-def two_hosts(*arguments, **environment):
-    """Run scripts/two_hosts.sh; skips where namespaces are not permitted."""
+def start(*arguments, **environment):
+    """scripts/two_hosts.sh as a process; skips where namespaces are impossible."""
     if shutil.which("ip") is None:
         pytest.skip("needs iproute2 (ip netns)")
-    result = subprocess.run(["bash", "scripts/two_hosts.sh", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
-                            env={**os.environ, "PYTHON": sys.executable, **environment})
-    if result.returncode == NOT_PERMITTED:
+    return subprocess.Popen(["bash", "scripts/two_hosts.sh", *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHON": sys.executable, **environment})
+
+
+def finish(process):
+    """(status, stdout, stderr); skips where namespaces are not permitted."""
+    out, err = process.communicate(timeout=300)
+    if process.returncode == NOT_PERMITTED:
         pytest.skip("network namespaces are not permitted here")
-    return result
+    return process.returncode, out, err
 
 
-@pytest.mark.parametrize("algorithm", ["hybrid", "double_ring"])
-def test_bytes_on_the_network_are_the_counted_ones(algorithm):
-    result = two_hosts(algorithm)
-    assert result.returncode == 0, result.stderr[-3000:]
-    ranks = [json.loads(line[3:]) for line in result.stdout.splitlines() if line[3:4] == "{"]
+@pytest.fixture(scope="module")
+def runs():
+    """A run of both algorithms and one whose link is cut; both at once, because the second mostly waits."""
+    processes = [start(",".join(ALGORITHMS), "--seq-length", str(SEQ)),
+                 start("double_ring", "--seq-length", str(SEQ), "--timeout", "8", CUT_AFTER="1")]
+    return [finish(process) for process in processes]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_bytes_on_the_network_are_the_counted_ones(runs, algorithm):
+    status, out, err = runs[0]
+    assert status == 0, err[-3000:]
+    lines = [json.loads(line[3:]) for line in out.splitlines() if line[3:4] == "{"]
+    ranks = [line for line in lines if line["algorithm"] == algorithm]
     assert sorted(rank["rank"] for rank in ranks) == [0, 1, 2, 3]
     assert max(rank["error"] for rank in ranks) < 2e-5
     _check_counted(algorithm, ranks)
@@ -46,7 +61,7 @@ def test_bytes_on_the_network_are_the_counted_ones(algorithm):
 
 def _check_counted(algorithm, ranks):
     """What crosses, by formula: K = local tokens x KV heads x (dk + dv) x 4 bytes; Ulysses stays within a host."""
-    shard = 4096 // 4 * 4 * (64 + 64) * 4
+    shard = SEQ // 4 * 4 * (64 + 64) * 4
     for rank in ranks:
         if algorithm == "hybrid":
             # Each of two ring ranks holds half the KV heads of twice the tokens: K forward, K again and its gradient backward.
@@ -56,11 +71,11 @@ def _check_counted(algorithm, ranks):
             assert rank["to_other_host"] == 3 * shard < rank["counted"]["kv"] + rank["counted"]["dkv"]
 
 
-def test_a_cut_link_ends_both_sides_with_an_error():
-    result = two_hosts("double_ring", "--timeout", "8", CUT_AFTER="1")
-    assert "link cut" in result.stdout
-    statuses = re.search(r"exit status: (\d+) on the first host, (\d+) on the second", result.stdout).groups()
+def test_a_cut_link_ends_both_sides_with_an_error(runs):
+    _, out, err = runs[1]
+    assert "link cut" in out
+    statuses = re.search(r"exit status: (\d+) on the first host, (\d+) on the second", out).groups()
     assert all(int(status) != 0 for status in statuses)
     for host in "ab":
-        lines = [line for line in result.stderr.splitlines() if line.startswith(f"{host}: ")]
+        lines = [line for line in err.splitlines() if line.startswith(f"{host}: ")]
         assert any("context parallelism: global rank" in line and "lost" in line for line in lines), lines[-20:]
