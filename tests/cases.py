@@ -139,7 +139,8 @@ def attend(rank, case):
     config, groups = setup_of(case.config, case.share_from)
     layout = SequenceLayout.build(config, case.seq_len)
     leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
-    torch.manual_seed(case.seed + rank)
+    if case.dropout_p:  # each call leaves a stack trace in a queue until CUDA starts
+        torch.manual_seed(case.seed + rank)
     out = context_parallel_attention(*leaves, **arguments(case, config, groups, layout, sinks, mask))
     assert out.dtype == leaves[0].dtype and out.shape == grad_out.shape, (out.dtype, out.shape)
     out.backward(grad_out)

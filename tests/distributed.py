@@ -23,7 +23,7 @@ from multiprocessing.connection import wait
 from unittest.mock import patch
 
 GRACE = 3.0  # seconds that the other ranks get to finish once one has failed
-PRELOAD = ("end_with_parent", "torch", "torch.distributed", "torch.fx.experimental.symbolic_shapes", "pytest", "hypothesis")
+PRELOAD = ("torch", "torch.distributed", "torch.fx.experimental.symbolic_shapes", "pytest", "hypothesis")
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 _pools, _servers = {}, {}
@@ -67,7 +67,7 @@ def _forking_from(imported):
     """
     if imported not in _servers:
         _servers[imported] = forkserver.ForkServer()
-        _servers[imported].set_forkserver_preload([*PRELOAD, *imported])
+        _servers[imported].set_forkserver_preload([*PRELOAD, *imported, "rank_server"])
     # The server starts at the first use, and takes over the environment but not sys.path.
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))), \
             patch.object(forkserver, "connect_to_new_process", _servers[imported].connect_to_new_process):
@@ -156,7 +156,7 @@ def _serve(rank, world_size, folder, device, group_timeout, leave_after_failure,
     """The life of one rank: join the group, answer calls until the pipe closes."""
     import torch
     import torch.distributed as dist
-    from end_with_parent import end_with_parent
+    from rank_server import end_with_parent
 
     end_with_parent()
     # SIGUSR1 writes this rank's stack where the parent finds it.
