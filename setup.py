@@ -20,15 +20,15 @@ def packages():
 NAMES, FOLDERS = packages()
 
 TRAINER = [
-    "einops",        # megatron-core 0.16 wants it for hierarchical process groups and does not declare it
-    "matplotlib",    # the loss curves of scripts/quickstart.sh
-    "psutil",        # megatron-core 0.12 imports it for checkpoints and does not declare it
-    "rich",          # progress bar and tables
-    "tensorboard",   # scalars of --tensorboard-dir
+    "einops",  # megatron-core 0.16 wants it for hierarchical process groups and does not declare it
+    "matplotlib",  # the loss curves of scripts/quickstart.sh
+    "psutil",  # megatron-core 0.12 imports it for checkpoints and does not declare it
+    "rich",  # progress bar and tables
+    "tensorboard",  # scalars of --tensorboard-dir
 ]
 TEST = [
     *TRAINER,
-    "hypothesis",    # property-based tests draw sizes, documents and masks
+    "hypothesis",  # property-based tests draw sizes, documents and masks
     "pytest",
     "pytest-xdist",  # scripts/test.sh: two tests at a time, since many wait for processes and time limits
 ]
@@ -38,7 +38,8 @@ setup(
     version="0.1.0",
     description="Context parallelism for Megatron-LM in one import: Ulysses, Ring, Double Ring, Hybrid, KV all-gather.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8")
-    if Path(__file__).with_name("README.md").exists() else "",
+    if Path(__file__).with_name("README.md").exists()
+    else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -47,14 +48,14 @@ setup(
     package_dir=FOLDERS,
     package_data={"mindspeed_cp": ["py.typed"]},
     install_requires=[
-        "torch>=2.6",              # the lowest that megatron-core 0.16 takes; tests run on the version in constraints.txt
-        "megatron-core>=0.12.1",   # the lowest version that tests run on
-        "PyYAML>=5.4",             # --cp-config reads MindFormers' YAML files
+        "torch>=2.6",  # the lowest that megatron-core 0.16 takes; tests run on the version in constraints.txt
+        "megatron-core>=0.12.1",  # the lowest version that tests run on
+        "PyYAML>=5.4",  # --cp-config reads MindFormers' YAML files
     ],
     extras_require={
-        "npu": ["torch-npu>=2.6"],             # Ascend: its release must match torch's and the installed CANN
-        "train": TRAINER,                      # scripts/pretrain_gpt.py
+        "npu": ["torch-npu>=2.6"],  # Ascend: its release must match torch's and the installed CANN
+        "train": TRAINER,  # scripts/pretrain_gpt.py
         "test": TEST,
-        "dev": [*TEST, "ruff", "setuptools", "wheel"],   # lint; packaging tests build without a network
+        "dev": [*TEST, "ruff", "setuptools", "wheel"],  # lint; packaging tests build without a network
     },
 )

@@ -8,5 +8,11 @@ from mindspeed_cp.arguments.convert import config_from_args, readable_errors, se
 from mindspeed_cp.arguments.flags import add_context_parallel_arguments
 from mindspeed_cp.arguments.yaml_file import read_cp_yaml
 
-__all__ = ["add_context_parallel_arguments", "config_from_args", "read_cp_yaml", "readable_errors", "setup_from_args",
-           "validate"]
+__all__ = [
+    "add_context_parallel_arguments",
+    "config_from_args",
+    "read_cp_yaml",
+    "readable_errors",
+    "setup_from_args",
+    "validate",
+]

@@ -39,75 +39,175 @@ def _flags(parser):
 
 def _size_flags(parser):
     algorithms = "; ".join(f"{name}: {row.summary}" for name, row in ALGORITHMS.items())
-    yield ("--context-parallel-size",), dict(
-        type=_whole(parser, "--context-parallel-size", 1), default=1, metavar="N",
-        help="ranks over which each sequence is split. Default: 1, which switches context parallelism off. Rule: world size "
-             "= tensor x context x pipeline x data parallel size.")
-    yield ("--context-parallel-algo",), dict(
-        type=_choice(parser, "--context-parallel-algo", ALGORITHMS), choices=list(ALGORITHMS), default="ulysses_cp_algo",
-        help=f"how the ranks share the attention. Default: ulysses_cp_algo. Choices: {algorithms}. Rule: Ulysses needs "
-             "num-attention-heads divisible by tensor x context parallel size; the ring does not.")
-    yield ("--cp-attention-mask-type", "--attention-mask-type"), dict(
-        dest="cp_attention_mask_type", type=_mask_type(parser), choices=list(MASK_TYPES), default="causal",
-        help="mask of self attention. Default: causal. Choices: causal: a token sees itself and what is before it; full "
-             "(also called general): every token sees every token. Rule: GPT models want causal.")
-    yield ("--cp-config",), dict(
-        default=None, metavar="FILE.yaml",
-        help="MindFormers YAML file with parallel_config, parallel and model.model_config. Default: none. Rule: a flag given "
-             "on the command line wins over the file, and says so.")
+    yield (
+        ("--context-parallel-size",),
+        dict(
+            type=_whole(parser, "--context-parallel-size", 1),
+            default=1,
+            metavar="N",
+            help="ranks over which each sequence is split. Default: 1, which switches context parallelism off. Rule: "
+            "world size "
+            "= tensor x context x pipeline x data parallel size.",
+        ),
+    )
+    yield (
+        ("--context-parallel-algo",),
+        dict(
+            type=_choice(parser, "--context-parallel-algo", ALGORITHMS),
+            choices=list(ALGORITHMS),
+            default="ulysses_cp_algo",
+            help=f"how the ranks share the attention. Default: ulysses_cp_algo. Choices: {algorithms}. Rule: Ulysses "
+            "needs "
+            "num-attention-heads divisible by tensor x context parallel size; the ring does not.",
+        ),
+    )
+    yield (
+        ("--cp-attention-mask-type", "--attention-mask-type"),
+        dict(
+            dest="cp_attention_mask_type",
+            type=_mask_type(parser),
+            choices=list(MASK_TYPES),
+            default="causal",
+            help="mask of self attention. Default: causal. Choices: causal: a token sees itself and what is before "
+            "it; full "
+            "(also called general): every token sees every token. Rule: GPT models want causal.",
+        ),
+    )
+    yield (
+        ("--cp-config",),
+        dict(
+            default=None,
+            metavar="FILE.yaml",
+            help="MindFormers YAML file with parallel_config, parallel and model.model_config. Default: none. Rule: a "
+            "flag given "
+            "on the command line wins over the file, and says so.",
+        ),
+    )
 
 
 def _ring_flags(parser):
-    yield ("--cp-window-size",), dict(
-        type=_whole(parser, "--cp-window-size", 1), default=1, metavar="W",
-        help="inner window of Double Ring. Default: 1, the plain ring. Rule: smaller than the ring size (context parallel "
-             "size, divided by the Ulysses degree in Hybrid) and a divisor of it; ring algorithms only.")
-    yield ("--use-cp-send-recv-overlap",), dict(
-        action="store_true",
-        help="post each transfer before the block of attention that hides it. Default: off. Rule: ring algorithms only.")
-    yield ("--cp-kv-exchange",), dict(
-        type=_choice(parser, "--cp-kv-exchange", KV_EXCHANGES), choices=list(KV_EXCHANGES), default="ring",
-        help="how keys and values reach the other ring ranks. Default: ring. Choices: ring: whole shards are forwarded; "
-             "direct: each peer gets just the rows its mask needs. Rule: direct needs a ring algorithm and --cp-window-size 1.")
+    yield (
+        ("--cp-window-size",),
+        dict(
+            type=_whole(parser, "--cp-window-size", 1),
+            default=1,
+            metavar="W",
+            help="inner window of Double Ring. Default: 1, the plain ring. Rule: smaller than the ring size (context "
+            "parallel "
+            "size, divided by the Ulysses degree in Hybrid) and a divisor of it; ring algorithms only.",
+        ),
+    )
+    yield (
+        ("--use-cp-send-recv-overlap",),
+        dict(
+            action="store_true",
+            help="post each transfer before the block of attention that hides it. Default: off. Rule: ring algorithms "
+            "only.",
+        ),
+    )
+    yield (
+        ("--cp-kv-exchange",),
+        dict(
+            type=_choice(parser, "--cp-kv-exchange", KV_EXCHANGES),
+            choices=list(KV_EXCHANGES),
+            default="ring",
+            help="how keys and values reach the other ring ranks. Default: ring. Choices: ring: whole shards are "
+            "forwarded; "
+            "direct: each peer gets just the rows its mask needs. Rule: direct needs a ring algorithm and "
+            "--cp-window-size 1.",
+        ),
+    )
     policies = [policy for policy in KV_CACHE_POLICIES if policy]
-    yield ("--context-parallel-kv-cache-policy",), dict(
-        type=_choice(parser, "--context-parallel-kv-cache-policy", policies), choices=policies, default=None,
-        help="what forward keeps for backward. Default: none. Choices: full: the ring keeps received keys and values (saves "
-             "communication), Ulysses keeps them as they were before communication (saves memory); half: the same for keys "
-             "only. Rule: needs --context-parallel-size above 1 and flash attention.")
-    yield ("--context-parallel-cache-interval",), dict(
-        type=_whole(parser, "--context-parallel-cache-interval", 0), default=0, metavar="N",
-        help="layers without the policy between two layers with it. Default: 0, every layer has it. Rule: needs a policy, "
-             "and 0 <= N < num-layers.")
-    yield ("--use-fused-ring-attention-update",), dict(
-        action="store_true",
-        help="merge blocks by the NPU's fused operator. Default: off. Rule: kernels without one ignore it, and say so.")
+    yield (
+        ("--context-parallel-kv-cache-policy",),
+        dict(
+            type=_choice(parser, "--context-parallel-kv-cache-policy", policies),
+            choices=policies,
+            default=None,
+            help="what forward keeps for backward. Default: none. Choices: full: the ring keeps received keys and "
+            "values (saves "
+            "communication), Ulysses keeps them as they were before communication (saves memory); half: the same for "
+            "keys "
+            "only. Rule: needs --context-parallel-size above 1 and flash attention.",
+        ),
+    )
+    yield (
+        ("--context-parallel-cache-interval",),
+        dict(
+            type=_whole(parser, "--context-parallel-cache-interval", 0),
+            default=0,
+            metavar="N",
+            help="layers without the policy between two layers with it. Default: 0, every layer has it. Rule: needs a "
+            "policy, "
+            "and 0 <= N < num-layers.",
+        ),
+    )
+    yield (
+        ("--use-fused-ring-attention-update",),
+        dict(
+            action="store_true",
+            help="merge blocks by the NPU's fused operator. Default: off. Rule: kernels without one ignore it, and "
+            "say so.",
+        ),
+    )
 
 
 def _ulysses_flags(parser):
-    yield ("--ulysses-degree-in-cp",), dict(
-        type=_whole(parser, "--ulysses-degree-in-cp", 1), default=None, metavar="U",
-        help="ranks that split the heads in Hybrid. Default: none. Rule: hybrid_cp_algo needs it, 1 < U < context parallel "
-             "size, and U divides the context parallel size.")
-    yield ("--use-ulysses-allgather-kv",), dict(
-        action="store_true",
-        help="Ulysses gathers keys and values instead of replicating heads. Default: off. Rule: ulysses_cp_algo and "
-             "grouped-query attention with one KV head per tensor-parallel rank.")
-    yield ("--gather-size-calculator",), dict(
-        type=_calculator(parser), default="default", metavar="{default,dynamic,package.module:Class}",
-        help="where unaligned Ulysses finds the true sequence length. Default: default. Choices: default: aligned, the length "
-             "is a multiple of the context parallel size; dynamic: any length, read from the batch; package.module:Class: "
-             "your GatherSizeCalculator. Rule: ulysses_cp_algo, no KV cache policy, no legacy models.")
+    yield (
+        ("--ulysses-degree-in-cp",),
+        dict(
+            type=_whole(parser, "--ulysses-degree-in-cp", 1),
+            default=None,
+            metavar="U",
+            help="ranks that split the heads in Hybrid. Default: none. Rule: hybrid_cp_algo needs it, 1 < U < context "
+            "parallel "
+            "size, and U divides the context parallel size.",
+        ),
+    )
+    yield (
+        ("--use-ulysses-allgather-kv",),
+        dict(
+            action="store_true",
+            help="Ulysses gathers keys and values instead of replicating heads. Default: off. Rule: ulysses_cp_algo "
+            "and "
+            "grouped-query attention with one KV head per tensor-parallel rank.",
+        ),
+    )
+    yield (
+        ("--gather-size-calculator",),
+        dict(
+            type=_calculator(parser),
+            default="default",
+            metavar="{default,dynamic,package.module:Class}",
+            help="where unaligned Ulysses finds the true sequence length. Default: default. Choices: default: "
+            "aligned, the length "
+            "is a multiple of the context parallel size; dynamic: any length, read from the batch; "
+            "package.module:Class: "
+            "your GatherSizeCalculator. Rule: ulysses_cp_algo, no KV cache policy, no legacy models.",
+        ),
+    )
 
 
 def _kernel_flags(parser):
-    yield ("--cp-kernel",), dict(
-        type=_choice(parser, "--cp-kernel", KERNELS), choices=list(KERNELS), default=None,
-        help=f"attention kernel. Default: chosen by the device of the tensors. Choices: {', '.join(KERNELS)}. Rule: a kernel "
-             "serves the device it is named after; blockwise serves every device.")
-    yield ("--use-flash-attn",), dict(
-        action="store_true",
-        help="use the device's flash attention. Default: off. Rule: context parallelism needs it and switches it on.")
+    yield (
+        ("--cp-kernel",),
+        dict(
+            type=_choice(parser, "--cp-kernel", KERNELS),
+            choices=list(KERNELS),
+            default=None,
+            help=f"attention kernel. Default: chosen by the device of the tensors. Choices: {', '.join(KERNELS)}. "
+            "Rule: a kernel "
+            "serves the device it is named after; blockwise serves every device.",
+        ),
+    )
+    yield (
+        ("--use-flash-attn",),
+        dict(
+            action="store_true",
+            help="use the device's flash attention. Default: off. Rule: context parallelism needs it and switches it "
+            "on.",
+        ),
+    )
 
 
 def _fail(parser, message):
@@ -121,6 +221,7 @@ def _choice(parser, flag, choices):
         if text not in names:
             _fail(parser, f"{flag} {text} is not known; choose one of {', '.join(names)}.")
         return text
+
     return convert
 
 
@@ -134,13 +235,18 @@ def _whole(parser, flag, minimum):
         if not re.fullmatch(r"[+-]?\d+", text) or int(text) < minimum:
             _fail(parser, f"{flag} {text} must be a whole number of at least {minimum}; try {flag} {max(minimum, 1)}.")
         return int(text)
+
     return convert
 
 
 def _calculator(parser):
     def convert(text):
         if text not in ("default", "dynamic") and not _CALCULATOR.fullmatch(text):
-            _fail(parser, f"--gather-size-calculator {text} is not known; choose default or dynamic, or name your class as "
-                          "package.module:Class.")
+            _fail(
+                parser,
+                f"--gather-size-calculator {text} is not known; choose default or dynamic, or name your class as "
+                "package.module:Class.",
+            )
         return text
+
     return convert

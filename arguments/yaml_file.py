@@ -1,7 +1,8 @@
 """MindFormers' YAML file (--cp-config) as another way to give the same flags.
 
 Keys read: ``parallel_config`` (data_parallel, model_parallel, context_parallel, pipeline_stage, context_parallel_algo,
-use_seq_parallel), ``parallel.enable_alltoall``, ``model.model_config`` (use_attn_mask_compression, use_flash_attention).
+use_seq_parallel), ``parallel.enable_alltoall``, ``model.model_config`` (use_attn_mask_compression,
+use_flash_attention).
 """
 
 import difflib
@@ -54,10 +55,17 @@ def read_cp_yaml(path):
         nearest = ", ".join(f"{key} (nearest known: {_nearest(key, 0.0)})" for key in others)
         notices.append(f"--cp-config {path}: not read here: {nearest}.")
     if values.get("model.model_config.use_attn_mask_compression") is False:
-        notices.append(f"--cp-config {path}: model.model_config.use_attn_mask_compression False is ignored: no mask of the "
-                       "size of the sequence is ever built.")
-    if values.get("model.model_config.use_flash_attention") is False and values.get("parallel_config.context_parallel", 1) == 1:
-        notices.append(f"--cp-config {path}: model.model_config.use_flash_attention False leaves the choice to Megatron.")
+        notices.append(
+            f"--cp-config {path}: model.model_config.use_attn_mask_compression False is ignored: no mask of the "
+            "size of the sequence is ever built."
+        )
+    if (
+        values.get("model.model_config.use_flash_attention") is False
+        and values.get("parallel_config.context_parallel", 1) == 1
+    ):
+        notices.append(
+            f"--cp-config {path}: model.model_config.use_flash_attention False leaves the choice to Megatron."
+        )
     return values, notices
 
 
@@ -67,16 +75,20 @@ def _load(path):
             # The guides abbreviate with lines of three dots, which are no YAML inside a mapping.
             text = "".join("\n" if line.strip() == "..." else line for line in file)
     except OSError as error:
-        raise ValueError(f"--cp-config {path} cannot be read ({error.strerror}); give the path of a MindFormers YAML file, "
-                         "or leave it out.") from error
+        raise ValueError(
+            f"--cp-config {path} cannot be read ({error.strerror}); give the path of a MindFormers YAML file, "
+            "or leave it out."
+        ) from error
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--cp-config {path} is not valid YAML: {reason}; correct that line.") from error
     if not isinstance(tree, dict | None):
-        raise ValueError(f"--cp-config {path} must be a mapping such as parallel_config: {{context_parallel: 2}}; it is a "
-                         f"{type(tree).__name__}.")
+        raise ValueError(
+            f"--cp-config {path} must be a mapping such as parallel_config: {{context_parallel: 2}}; it is a "
+            f"{type(tree).__name__}."
+        )
     return tree or {}
 
 
@@ -101,8 +113,10 @@ def _nearest(key, cutoff):
     """The known key most like ``key`` by its last part: in the same section if there is one, else in any."""
     section, _, last = key.rpartition(".")
     known = {name: name.rpartition(".") for name in (*_SECTIONS, *KEYS)}
-    for names in ({part[2]: name for name, part in known.items() if part[0] == section},
-                  {part[2]: name for name, part in known.items()}):
+    for names in (
+        {part[2]: name for name, part in known.items() if part[0] == section},
+        {part[2]: name for name, part in known.items()},
+    ):
         found = difflib.get_close_matches(last, names, 1, cutoff)
         if found:
             return names[found[0]]
@@ -111,7 +125,11 @@ def _nearest(key, cutoff):
 
 def _checked(key, value, path):
     kind = KEYS[key].values
-    fits = {_SIZE: type(value) is int and value >= 1, _SWITCH: isinstance(value, bool), _ALGORITHM: value in ALGORITHM_NAMES}
+    fits = {
+        _SIZE: type(value) is int and value >= 1,
+        _SWITCH: isinstance(value, bool),
+        _ALGORITHM: value in ALGORITHM_NAMES,
+    }
     if not fits[kind]:
         raise ValueError(f"--cp-config {path}: {key} {value} must be {kind}; correct it in the file.")
     return value
@@ -120,8 +138,8 @@ def _checked(key, value, path):
 def install_config_file(parser, fail):
     """Make ``parser`` apply --cp-config FILE after every parse; ``fail(parser, message)`` ends the program.
 
-    The hook sits on ``parse_known_args`` because only a second look at the command line tells a flag that was given with
-    its default value from one that was not given.
+    The hook sits on ``parse_known_args`` because only a second look at the command line tells a flag that was given
+    with its default value from one that was not given.
     """
     parse = parser.parse_known_args
 
@@ -131,10 +149,13 @@ def install_config_file(parser, fail):
         if path:
             given = parse(args, SimpleNamespace(**{key.dest: _NOT_GIVEN for key in KEYS.values()}))[0]
             try:
-                apply_config_file(result, path, {key for key, row in KEYS.items() if getattr(given, row.dest) is not _NOT_GIVEN})
+                apply_config_file(
+                    result, path, {key for key, row in KEYS.items() if getattr(given, row.dest) is not _NOT_GIVEN}
+                )
             except ValueError as error:
                 fail(parser, str(error))
         return result, rest
+
     parser.parse_known_args = parse_known_args
     parser.reads_cp_config = True
 
@@ -163,8 +184,11 @@ def apply_config_file(args, path, given):
 def _check_file_rules(args, path, values):
     cp = getattr(args, "context_parallel_size", 1)
     if values.get("parallel_config.use_seq_parallel") and args.sequence_parallel and cp > 1:
-        raise ValueError(f"--cp-config {path}: parallel_config.use_seq_parallel True does not go with --context-parallel-size "
-                         f"{cp} (context_parallel); set use_seq_parallel: False, or context_parallel: 1.")
+        raise ValueError(
+            f"--cp-config {path}: parallel_config.use_seq_parallel True does not go with --context-parallel-size "
+            f"{cp} (context_parallel); set use_seq_parallel: False, or context_parallel: 1."
+        )
     if values.get(_ALGORITHM_KEY) == "ulysses_cp" and cp == 1:
-        args.cp_notices.append(f"--cp-config {path}: {_ALGORITHM_KEY} ulysses_cp is ignored: it needs context_parallel "
-                               "above 1.")
+        args.cp_notices.append(
+            f"--cp-config {path}: {_ALGORITHM_KEY} ulysses_cp is ignored: it needs context_parallel above 1."
+        )

@@ -21,6 +21,15 @@ from mindspeed_cp.groups import ContextParallelGroups
 from mindspeed_cp.layout import SequenceLayout
 
 __version__ = "0.1.0"
-__all__ = ["ContextParallelConfig", "ContextParallelGroups", "DefaultGatherSizeCalculator",
-           "DynamicGatherSizeCalculator", "GatherSizeCalculator", "SequenceLayout", "TrainingSetup",
-           "UlyssesContextAttention", "context_parallel_attention", "resolve"]
+__all__ = [
+    "ContextParallelConfig",
+    "ContextParallelGroups",
+    "DefaultGatherSizeCalculator",
+    "DynamicGatherSizeCalculator",
+    "GatherSizeCalculator",
+    "SequenceLayout",
+    "TrainingSetup",
+    "UlyssesContextAttention",
+    "context_parallel_attention",
+    "resolve",
+]

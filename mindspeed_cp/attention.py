@@ -69,26 +69,34 @@ class AttentionBridge:
         if packed:
             out = self._packed(module, query, key, value, packed_seq_params)
         elif packed_seq_params is not None:
-            raise ValueError(f"packed_seq_params with qkv_format {packed_seq_params.qkv_format} are not supported with context "
-                             "parallelism; use qkv_format thd, or leave them out.")
+            raise ValueError(
+                f"packed_seq_params with qkv_format {packed_seq_params.qkv_format} are not supported with context "
+                "parallelism; use qkv_format thd, or leave them out."
+            )
         else:
             calculator = self._state.gather_size_calculator()
-            size = None if calculator is None else calculator.calculate(
-                attention_mask, packed_seq_params=packed_seq_params, **others)
+            size = (
+                None
+                if calculator is None
+                else calculator.calculate(attention_mask, packed_seq_params=packed_seq_params, **others)
+            )
             out = self._unpacked(module, query, key, value, attention_mask, size)
         return out.flatten(2).squeeze(1) if without_batch else out.flatten(2)
 
     def _packed(self, module, query, key, value, params):
         size = getattr(params, "local_cp_size", None)
         if size not in (None, self._state.cp_size):
-            raise ValueError(f"PackedSeqParams.local_cp_size {size} differs from --context-parallel-size {self._state.cp_size}; "
-                             "leave out --hybrid-context-parallel, which changes the size from batch to batch.")
+            raise ValueError(
+                f"PackedSeqParams.local_cp_size {size} differs from --context-parallel-size {self._state.cp_size}; "
+                "leave out --hybrid-context-parallel, which changes the size from batch to batch."
+            )
         documents = documents_of_packed_params(params)
         seq_len = self._state.packed_len(query.shape[0], documents[-1])
         if documents[-1] < seq_len:
             documents += (seq_len,)
-        return self._attend(module, query, key, value, BatchShape(seq_len, documents),
-                            causal=module.causal and not self._asked_for_full)
+        return self._attend(
+            module, query, key, value, BatchShape(seq_len, documents), causal=module.causal and not self._asked_for_full
+        )
 
     @property
     def _asked_for_full(self):
@@ -106,22 +114,34 @@ class AttentionBridge:
         if mask.shape[-2:] != (shape.seq_len, shape.seq_len) or not self._holds(query.shape[0], shape.seq_len):
             known = self._state.active or self._state.batch
             size = "S" if known is None else known.seq_len
-            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, and context parallelism needs the mask "
-                             f"of the whole sequence, (batch, 1, {size}, {size}); do not split it over the ranks.")
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, and context parallelism needs the mask "
+                f"of the whole sequence, (batch, 1, {size}, {size}); do not split it over the ranks."
+            )
         facts = self._masks.facts(mask)
         if module.window is not None:
             if not facts.is_causal:
-                warn_rank0("window_size replaces the attention mask of the batch, as in Megatron's own local attention; "
-                           "leave out --reset-attention-mask, or window_size.")
+                warn_rank0(
+                    "window_size replaces the attention mask of the batch, as in Megatron's own local attention; "
+                    "leave out --reset-attention-mask, or window_size."
+                )
             return self._attend(module, query, key, value, BatchShape(shape.seq_len), causal=False)
         if facts.documents is None:
             return self._attend(module, query, key, value, BatchShape(shape.seq_len), causal=False, mask=mask)
         if facts.shared_documents:
             shared = BatchShape(shape.seq_len, facts.shared_documents)
             return self._attend(module, query, key, value, shared, causal=not self._asked_for_full)
-        rows = [self._attend(module, query[:, row:row + 1], key[:, row:row + 1], value[:, row:row + 1],
-                             BatchShape(shape.seq_len, documents), causal=not self._asked_for_full)
-                for row, documents in enumerate(facts.documents)]
+        rows = [
+            self._attend(
+                module,
+                query[:, row : row + 1],
+                key[:, row : row + 1],
+                value[:, row : row + 1],
+                BatchShape(shape.seq_len, documents),
+                causal=not self._asked_for_full,
+            )
+            for row, documents in enumerate(facts.documents)
+        ]
         return torch.cat(rows, dim=1)
 
     def _holds(self, rows, seq_len):
@@ -130,7 +150,9 @@ class AttentionBridge:
         return state.groups is None or SequenceLayout.build(state.config, seq_len).length(state.cp_rank) == rows
 
     def _shape(self, rows, seq_len):
-        """Length and documents of the batch, of which this rank has ``rows``: as recorded, unless ``seq_len`` says otherwise."""
+        """Length and documents of the batch, of which this rank has ``rows``: as recorded, unless ``seq_len`` says
+        otherwise.
+        """
         recorded = self._state.active or self._state.batch
         if seq_len is None or (recorded is not None and recorded.seq_len == seq_len):
             return self._state.shape_for(rows)
@@ -150,10 +172,22 @@ class AttentionBridge:
         kernel = select_kernel(state.kernel, query.device.type)
         with module.rng() if module.dropout_p else nullcontext():
             return context_parallel_attention(
-                query, key, value, config=effective_config(config, "causal" if causal else "full"), groups=groups, layout=layout,
-                softmax_scale=module.softmax_scale, attention_mask=mask, cu_seqlens=shape.cu_seqlens,
-                dropout_p=module.dropout_p, layer_number=module.layer_number, kernel=kernel, sliding_window=window,
-                softmax_offset=module.softmax_offset, fused_update=state.setup is not None and state.setup.fused_update)
+                query,
+                key,
+                value,
+                config=effective_config(config, "causal" if causal else "full"),
+                groups=groups,
+                layout=layout,
+                softmax_scale=module.softmax_scale,
+                attention_mask=mask,
+                cu_seqlens=shape.cu_seqlens,
+                dropout_p=module.dropout_p,
+                layer_number=module.layer_number,
+                kernel=kernel,
+                sliding_window=window,
+                softmax_offset=module.softmax_offset,
+                fused_update=state.setup is not None and state.setup.fused_update,
+            )
 
 
 def _single():
@@ -166,8 +200,10 @@ def _four_dimensional(mask, batch):
     if mask.dim() == 2:
         mask = mask[None, None]
     if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1:
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; pass (S, S), (1, 1, S, S) or ({batch}, 1, S, S), "
-                         "True where attention is masked out.")
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; pass (S, S), (1, 1, S, S) or ({batch}, 1, S, S), "
+            "True where attention is masked out."
+        )
     if mask.shape[2] == 1 and mask.shape[3] > 1:
         mask = mask.expand(-1, -1, mask.shape[3], -1)
     return mask if mask.dtype == torch.bool else mask.bool()
@@ -178,8 +214,8 @@ def layer_window(window_size, skip_freq, layer_number):
 
     Args:
         window_size: (left, right) of TransformerConfig, or None.
-        skip_freq: TransformerConfig.window_attn_skip_freq: None windows every layer, N leaves out every N-th, a list says it
-            per layer.
+        skip_freq: TransformerConfig.window_attn_skip_freq: None windows every layer, N leaves out every N-th, a list
+            says it per layer.
         layer_number: global, 1-based.
     """
     if window_size is None:

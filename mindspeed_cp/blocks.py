@@ -3,8 +3,8 @@
 Every mask that is a question of intervals (causal, full, packed documents, sliding windows) lets the query at global
 position p see the keys lo(p) <= k < hi(p), where lo and hi never decrease. Counted in rows of the key shard, both are
 staircases whose steps have slope 0 (a document boundary, the edge of a shard) or slope 1 (a diagonal). Where neither
-slope changes, the visible keys are one block: a rectangle (0, 0), a causal square (hi has slope 1), a band (lo has too).
-Nothing of size S x S is ever made, and what is empty yields no block.
+slope changes, the visible keys are one block: a rectangle (0, 0), a causal square (hi has slope 1), a band (lo has
+too). Nothing of size S x S is ever made, and what is empty yields no block.
 """
 
 from bisect import bisect_right
@@ -32,8 +32,9 @@ class IntervalMask:
 class Block:
     """Pieces of attention of one shape that lie end to end in the rows of a query shard and of a key shard.
 
-    Piece n has query rows q_offsets[n] to q_offsets[n + 1] and key rows k_offsets[n] to k_offsets[n + 1]; its query i sees
-    its key j when lower <= j - i <= upper (None is unlimited). A single rectangle is one piece; packed documents are many.
+    Piece n has query rows q_offsets[n] to q_offsets[n + 1] and key rows k_offsets[n] to k_offsets[n + 1]; its query i
+    sees its key j when lower <= j - i <= upper (None is unlimited). A single rectangle is one piece; packed documents
+    are many.
     """
 
     q_offsets: tuple[int, ...]
@@ -66,8 +67,10 @@ class Block:
         """(query slice, key slice) of every piece, relative to the first row of the block."""
         q0, k0 = self.q_offsets[0], self.k_offsets[0]
         for n in range(self.num_pieces):
-            yield (slice(self.q_offsets[n] - q0, self.q_offsets[n + 1] - q0),
-                   slice(self.k_offsets[n] - k0, self.k_offsets[n + 1] - k0))
+            yield (
+                slice(self.q_offsets[n] - q0, self.q_offsets[n + 1] - q0),
+                slice(self.k_offsets[n] - k0, self.k_offsets[n + 1] - k0),
+            )
 
     @property
     def area(self):
@@ -77,15 +80,20 @@ class Block:
 
 def _area(rows, cols, lower, upper):
     """Pairs (i, j) of a rows x cols rectangle with lower <= j - i <= upper, in closed form."""
+
     def below(limit):  # pairs with j - i <= limit
         if limit is None:
             return rows * cols
-        first = min(max(limit + 1, 0), cols)          # visible in row 0
-        ramp_start = max(-limit - 1, 0)               # rows before it see nothing
+        first = min(max(limit + 1, 0), cols)  # visible in row 0
+        ramp_start = max(-limit - 1, 0)  # rows before it see nothing
         ramp_rows = min(max(cols - 1 - limit, 0), rows)  # rows before it see less than all columns
         ramp = max(ramp_rows - ramp_start, 0)
-        return ramp * first + ramp * (ramp - 1) // 2 + (rows - ramp_rows) * cols if ramp_start < ramp_rows \
+        return (
+            ramp * first + ramp * (ramp - 1) // 2 + (rows - ramp_rows) * cols
+            if ramp_start < ramp_rows
             else (rows - ramp_rows) * cols
+        )
+
     return below(upper) - (below(lower - 1) if lower is not None else 0)
 
 
@@ -111,8 +119,11 @@ class _Segment:
 
     def _joint_slope(self, value, slope, other_value, other_slope):
         for candidate in (0, 1):
-            if slope in (None, candidate) and other_slope in (None, candidate) \
-                    and value + candidate * self.count == other_value:
+            if (
+                slope in (None, candidate)
+                and other_slope in (None, candidate)
+                and value + candidate * self.count == other_value
+            ):
                 return candidate
         return None
 
@@ -215,13 +226,17 @@ def _split(block, native_bands):
     """Rewrite a single-piece block into shapes that the kernel has.
 
     A diagonal that does not begin in the corner becomes a rectangle and a causal square. A band becomes tiles of
-    BAND_TILE rows: a triangle at each boundary and a rectangle between them, or one small masked tile where they overlap.
+    BAND_TILE rows: a triangle at each boundary and a rectangle between them, or one small masked tile where they
+        overlap.
     """
     rows, cols = block.q_offsets[1] - block.q_offsets[0], block.k_offsets[1] - block.k_offsets[0]
     if block.is_full or block.is_causal:
         return [block]
     if block.lower is None:
-        return [_cut(block, (0, rows), (0, block.upper), None, None), _cut(block, (0, rows), (block.upper, cols), None, 0)]
+        return [
+            _cut(block, (0, rows), (0, block.upper), None, None),
+            _cut(block, (0, rows), (block.upper, cols), None, 0),
+        ]
     if native_bands:
         return [block]
     parts = []
@@ -246,9 +261,16 @@ def _pack(blocks):
     packed = []
     for block in blocks:
         last = packed[-1] if packed else None
-        if (last and (block.is_full or block.is_causal) and (last.lower, last.upper) == (block.lower, block.upper)
-                and last.q_offsets[-1] == block.q_offsets[0] and last.k_offsets[-1] == block.k_offsets[0]):
-            packed[-1] = Block(last.q_offsets + block.q_offsets[1:], last.k_offsets + block.k_offsets[1:], last.lower, last.upper)
+        if (
+            last
+            and (block.is_full or block.is_causal)
+            and (last.lower, last.upper) == (block.lower, block.upper)
+            and last.q_offsets[-1] == block.q_offsets[0]
+            and last.k_offsets[-1] == block.k_offsets[0]
+        ):
+            packed[-1] = Block(
+                last.q_offsets + block.q_offsets[1:], last.k_offsets + block.k_offsets[1:], last.lower, last.upper
+            )
         else:
             packed.append(block)
     return packed

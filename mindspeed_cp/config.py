@@ -61,14 +61,20 @@ class ContextParallelConfig:
 
     def __post_init__(self):
         cp = self.context_parallel_size
-        _require(isinstance(cp, int) and cp >= 1,
-                 f"--context-parallel-size {cp} must be a whole number of at least 1; 1 switches it off.")
-        _require(self.algorithm in ALGORITHMS,
-                 f"--context-parallel-algo {self.algorithm} is not known; choose one of {', '.join(ALGORITHMS)}.")
+        _require(
+            isinstance(cp, int) and cp >= 1,
+            f"--context-parallel-size {cp} must be a whole number of at least 1; 1 switches it off.",
+        )
+        _require(
+            self.algorithm in ALGORITHMS,
+            f"--context-parallel-algo {self.algorithm} is not known; choose one of {', '.join(ALGORITHMS)}.",
+        )
         if self.attention_mask_type == "general":
             object.__setattr__(self, "attention_mask_type", "full")
-        _require(self.attention_mask_type in MASK_TYPES,
-                 f"--cp-attention-mask-type {self.attention_mask_type} is not known; choose one of {', '.join(MASK_TYPES)}.")
+        _require(
+            self.attention_mask_type in MASK_TYPES,
+            f"--cp-attention-mask-type {self.attention_mask_type} is not known; choose one of {', '.join(MASK_TYPES)}.",
+        )
         self._check_degree()
         self._check_window()
         self._check_kv_cache()
@@ -81,70 +87,111 @@ class ContextParallelConfig:
         if self.algorithm != "hybrid_cp_algo":
             return
         choices = _divisors(cp, 2, cp - 1)
-        way_out = f"choose {choices}" if choices else (
-            f"--context-parallel-size {cp} has no such divisor: take a size that is not prime, such as 4, "
-            "or --context-parallel-algo ulysses_cp_algo or megatron_cp_algo")
-        _require(degree is not None,
-                 f"--ulysses-degree-in-cp is not given, and --context-parallel-algo hybrid_cp_algo needs it; {way_out}.")
-        _require(isinstance(degree, int) and 1 < degree < cp,
-                 f"--ulysses-degree-in-cp {degree} must lie between 1 and --context-parallel-size {cp}, both excluded; "
-                 f"{way_out}.")
-        _require(cp % degree == 0,
-                 f"--ulysses-degree-in-cp {degree} must divide --context-parallel-size {cp}; {way_out}.")
+        way_out = (
+            f"choose {choices}"
+            if choices
+            else (
+                f"--context-parallel-size {cp} has no such divisor: take a size that is not prime, such as 4, "
+                "or --context-parallel-algo ulysses_cp_algo or megatron_cp_algo"
+            )
+        )
+        _require(
+            degree is not None,
+            f"--ulysses-degree-in-cp is not given, and --context-parallel-algo hybrid_cp_algo needs it; {way_out}.",
+        )
+        _require(
+            isinstance(degree, int) and 1 < degree < cp,
+            f"--ulysses-degree-in-cp {degree} must lie between 1 and --context-parallel-size {cp}, both excluded; "
+            f"{way_out}.",
+        )
+        _require(
+            cp % degree == 0, f"--ulysses-degree-in-cp {degree} must divide --context-parallel-size {cp}; {way_out}."
+        )
 
     def _check_window(self):
         window = self.window_size
-        _require(isinstance(window, int) and window >= 1,
-                 f"--cp-window-size {window} must be a whole number of at least 1; 1 is the plain ring.")
+        _require(
+            isinstance(window, int) and window >= 1,
+            f"--cp-window-size {window} must be a whole number of at least 1; 1 is the plain ring.",
+        )
         if window == 1 or not ALGORITHMS[self.algorithm].uses_window:
             return
-        ring = self.context_parallel_size // (self.ulysses_degree or 1) if self.algorithm == "hybrid_cp_algo" \
+        ring = (
+            self.context_parallel_size // (self.ulysses_degree or 1)
+            if self.algorithm == "hybrid_cp_algo"
             else self.context_parallel_size
-        _require(window < ring and ring % window == 0,
-                 f"--cp-window-size {window} must be smaller than the ring size {ring} and divide it; "
-                 f"choose {_divisors(ring, 1, max(ring - 1, 1))}.")
+        )
+        _require(
+            window < ring and ring % window == 0,
+            f"--cp-window-size {window} must be smaller than the ring size {ring} and divide it; "
+            f"choose {_divisors(ring, 1, max(ring - 1, 1))}.",
+        )
 
     def _check_kv_cache(self):
         policy, interval = self.kv_cache_policy, self.kv_cache_interval
-        _require(policy in KV_CACHE_POLICIES,
-                 f"--context-parallel-kv-cache-policy {policy} is not known; choose full or half, or leave it out.")
-        _require(policy is None or self.context_parallel_size > 1,
-                 f"--context-parallel-kv-cache-policy {policy} needs --context-parallel-size above 1; "
-                 "leave it out or use --context-parallel-size 2 or more.")
-        _require(isinstance(interval, int) and interval >= 0,
-                 f"--context-parallel-cache-interval {interval} must be 0 or more; 0 applies the policy to every layer.")
-        _require(interval == 0 or policy is not None,
-                 f"--context-parallel-cache-interval {interval} needs --context-parallel-kv-cache-policy; "
-                 "add --context-parallel-kv-cache-policy full or half.")
+        _require(
+            policy in KV_CACHE_POLICIES,
+            f"--context-parallel-kv-cache-policy {policy} is not known; choose full or half, or leave it out.",
+        )
+        _require(
+            policy is None or self.context_parallel_size > 1,
+            f"--context-parallel-kv-cache-policy {policy} needs --context-parallel-size above 1; "
+            "leave it out or use --context-parallel-size 2 or more.",
+        )
+        _require(
+            isinstance(interval, int) and interval >= 0,
+            f"--context-parallel-cache-interval {interval} must be 0 or more; 0 applies the policy to every layer.",
+        )
+        _require(
+            interval == 0 or policy is not None,
+            f"--context-parallel-cache-interval {interval} needs --context-parallel-kv-cache-policy; "
+            "add --context-parallel-kv-cache-policy full or half.",
+        )
 
     def _check_exchange(self):
-        _require(self.kv_exchange in KV_EXCHANGES,
-                 f"--cp-kv-exchange {self.kv_exchange} is not known; choose one of {', '.join(KV_EXCHANGES)}.")
+        _require(
+            self.kv_exchange in KV_EXCHANGES,
+            f"--cp-kv-exchange {self.kv_exchange} is not known; choose one of {', '.join(KV_EXCHANGES)}.",
+        )
         if self.kv_exchange == "direct":
-            _require(ALGORITHMS[self.algorithm].exchange == "ring",
-                     f"--cp-kv-exchange direct needs a ring-type algorithm, not --context-parallel-algo {self.algorithm}; "
-                     "choose megatron_cp_algo or hybrid_cp_algo, or --cp-kv-exchange ring.")
-            _require(self.window_size == 1,
-                     f"--cp-kv-exchange direct forwards nothing, so --cp-window-size {self.window_size} has no meaning; "
-                     "use --cp-window-size 1, or --cp-kv-exchange ring.")
-        _require(not self.allgather_kv or self.algorithm == "ulysses_cp_algo",
-                 f"--use-ulysses-allgather-kv needs --context-parallel-algo ulysses_cp_algo, not {self.algorithm}; "
-                 "leave it out or change the algorithm.")
+            _require(
+                ALGORITHMS[self.algorithm].exchange == "ring",
+                f"--cp-kv-exchange direct needs a ring-type algorithm, not --context-parallel-algo {self.algorithm}; "
+                "choose megatron_cp_algo or hybrid_cp_algo, or --cp-kv-exchange ring.",
+            )
+            _require(
+                self.window_size == 1,
+                f"--cp-kv-exchange direct forwards nothing, so --cp-window-size {self.window_size} has no meaning; "
+                "use --cp-window-size 1, or --cp-kv-exchange ring.",
+            )
+        _require(
+            not self.allgather_kv or self.algorithm == "ulysses_cp_algo",
+            f"--use-ulysses-allgather-kv needs --context-parallel-algo ulysses_cp_algo, not {self.algorithm}; "
+            "leave it out or change the algorithm.",
+        )
 
     def ignored_settings(self):
         """Messages about settings that the chosen algorithm does not read; they are warnings, never silence."""
         row, messages = ALGORITHMS[self.algorithm], []
         if self.window_size > 1 and not row.uses_window:
-            messages.append(f"--cp-window-size {self.window_size} is ignored: --context-parallel-algo {self.algorithm} has no "
-                            "ring windows.")
+            messages.append(
+                f"--cp-window-size {self.window_size} is ignored: --context-parallel-algo {self.algorithm} has no "
+                "ring windows."
+            )
         if self.ulysses_degree is not None and self.algorithm != "hybrid_cp_algo":
-            messages.append(f"--ulysses-degree-in-cp {self.ulysses_degree} is ignored: only hybrid_cp_algo reads it, "
-                            f"not --context-parallel-algo {self.algorithm}.")
+            messages.append(
+                f"--ulysses-degree-in-cp {self.ulysses_degree} is ignored: only hybrid_cp_algo reads it, "
+                f"not --context-parallel-algo {self.algorithm}."
+            )
         if self.send_recv_overlap and row.exchange is None:
-            messages.append(f"--use-cp-send-recv-overlap is ignored: --context-parallel-algo {self.algorithm} sends nothing "
-                            "around a ring.")
+            messages.append(
+                f"--use-cp-send-recv-overlap is ignored: --context-parallel-algo {self.algorithm} sends nothing "
+                "around a ring."
+            )
         if not self.alltoall and row.exchange is not None and self.algorithm != "hybrid_cp_algo":
-            messages.append(f"enable_alltoall False is ignored: --context-parallel-algo {self.algorithm} uses no all-to-all.")
+            messages.append(
+                f"enable_alltoall False is ignored: --context-parallel-algo {self.algorithm} uses no all-to-all."
+            )
         return messages
 
     @property
@@ -163,7 +210,9 @@ class ContextParallelConfig:
         return self.ring_size > 1 and self.attention_mask_type == "causal"
 
     def kv_cache_policy_for(self, layer_number):
-        """The policy of one layer; ``layer_number`` is global and 1-based, the interval n means layer % (n + 1) == 1."""
+        """The policy of one layer; ``layer_number`` is global and 1-based, the interval n means layer % (n + 1) ==
+        1.
+        """
         return self.kv_cache_policy if (layer_number - 1) % (self.kv_cache_interval + 1) == 0 else None
 
     def describe(self):
@@ -171,10 +220,17 @@ class ContextParallelConfig:
         ulysses, window, windows = self.hierarchy
         name = ALGORITHMS[self.algorithm].title
         if windows > 1:
-            name = f"Double {name} (window {window})" if ulysses == 1 else f"{name} (ulysses {ulysses}, window {window})"
+            name = (
+                f"Double {name} (window {window})" if ulysses == 1 else f"{name} (ulysses {ulysses}, window {window})"
+            )
         elif 1 < ulysses < self.context_parallel_size:
             name = f"{name} (ulysses {ulysses}, ring {window})"
-        parts = [name, f"cp={self.context_parallel_size}", "zigzag" if self.zigzag else "contiguous", self.attention_mask_type]
+        parts = [
+            name,
+            f"cp={self.context_parallel_size}",
+            "zigzag" if self.zigzag else "contiguous",
+            self.attention_mask_type,
+        ]
         if self.kv_exchange != "ring":
             parts.append(f"{self.kv_exchange} exchange")
         if self.kv_cache_policy:
@@ -217,16 +273,20 @@ def resolve(config, setup):
     """
     cp, asked, notices = config.context_parallel_size, setup, []
     if setup.unaligned and config.hierarchy[0] == 1 and cp > 1:
-        notices.append(f"--gather-size-calculator {setup.gather_size_calculator} is ignored: only Ulysses and Hybrid read it; "
-                       f"--context-parallel-algo {config.algorithm} takes any sequence length as it is.")
+        notices.append(
+            f"--gather-size-calculator {setup.gather_size_calculator} is ignored: only Ulysses and Hybrid read it; "
+            f"--context-parallel-algo {config.algorithm} takes any sequence length as it is."
+        )
         setup = dataclasses.replace(setup, gather_size_calculator="default")
     setup = _fall_back_to_aligned(config, setup, notices)
     _check_world(config, setup)
     _check_heads(config, setup, asked)
     _check_length(config, setup)
-    _require(config.kv_cache_interval == 0 or config.kv_cache_interval < setup.num_layers,
-             f"--context-parallel-cache-interval {config.kv_cache_interval} must be smaller than --num-layers "
-             f"{setup.num_layers}; choose 0 to {setup.num_layers - 1}.")
+    _require(
+        config.kv_cache_interval == 0 or config.kv_cache_interval < setup.num_layers,
+        f"--context-parallel-cache-interval {config.kv_cache_interval} must be smaller than --num-layers "
+        f"{setup.num_layers}; choose 0 to {setup.num_layers - 1}.",
+    )
     if cp > 1 and not setup.use_flash_attn:
         notices.append(f"--use-flash-attn is switched on: --context-parallel-size {cp} needs flash attention.")
         setup = dataclasses.replace(setup, use_flash_attn=True)
@@ -238,16 +298,23 @@ def _fall_back_to_aligned(config, setup, notices):
     if not setup.unaligned or config.context_parallel_size == 1 or config.algorithm != "ulysses_cp_algo":
         return setup
     calculator = f"--gather-size-calculator {setup.gather_size_calculator}"
-    others = [flag for flag, given in (
-        (f"--context-parallel-kv-cache-policy {config.kv_cache_policy}", config.kv_cache_policy is not None),
-        ("--use-legacy-models", setup.use_legacy_models)) if given]
+    others = [
+        flag
+        for flag, given in (
+            (f"--context-parallel-kv-cache-policy {config.kv_cache_policy}", config.kv_cache_policy is not None),
+            ("--use-legacy-models", setup.use_legacy_models),
+        )
+        if given
+    ]
     if not others:
         return setup
     cp, length = config.context_parallel_size, setup.seq_length
-    _require(length is None or length % cp == 0,
-             f"{calculator} does not work with {' and '.join(others)}, and aligned Ulysses needs --seq-length {length} "
-             f"divisible by --context-parallel-size {cp}; drop {' and '.join(others)}, or use "
-             f"--seq-length {(length or 0) // cp * cp or cp}.")
+    _require(
+        length is None or length % cp == 0,
+        f"{calculator} does not work with {' and '.join(others)}, and aligned Ulysses needs --seq-length {length} "
+        f"divisible by --context-parallel-size {cp}; drop {' and '.join(others)}, or use "
+        f"--seq-length {(length or 0) // cp * cp or cp}.",
+    )
     notices.append(f"{calculator} does not work with {' and '.join(others)}: falling back to aligned Ulysses.")
     return dataclasses.replace(setup, gather_size_calculator="default")
 
@@ -256,10 +323,12 @@ def _check_world(config, setup):
     if setup.world_size is None:
         return
     model = setup.tensor_parallel_size * setup.pipeline_parallel_size * config.context_parallel_size
-    _require(setup.world_size % model == 0,
-             f"world size {setup.world_size} must be --tensor-model-parallel-size {setup.tensor_parallel_size} x "
-             f"--context-parallel-size {config.context_parallel_size} x --pipeline-model-parallel-size "
-             f"{setup.pipeline_parallel_size} x data parallel size; start {model} processes or a multiple of {model}.")
+    _require(
+        setup.world_size % model == 0,
+        f"world size {setup.world_size} must be --tensor-model-parallel-size {setup.tensor_parallel_size} x "
+        f"--context-parallel-size {config.context_parallel_size} x --pipeline-model-parallel-size "
+        f"{setup.pipeline_parallel_size} x data parallel size; start {model} processes or a multiple of {model}.",
+    )
 
 
 def _check_heads(config, setup, asked):
@@ -267,21 +336,30 @@ def _check_heads(config, setup, asked):
     heads, groups, tp = setup.num_attention_heads, setup.num_query_groups, setup.tensor_parallel_size
     degree = config.hierarchy[0]
     if groups:
-        _require(heads % groups == 0,
-                 f"--num-query-groups {groups} must divide --num-attention-heads {heads}; choose {_divisors(heads, 1, heads)}.")
+        _require(
+            heads % groups == 0,
+            f"--num-query-groups {groups} must divide --num-attention-heads {heads}; choose "
+            f"{_divisors(heads, 1, heads)}.",
+        )
     if degree > 1 and not setup.unaligned:
         flag = "--context-parallel-size" if config.algorithm == "ulysses_cp_algo" else "--ulysses-degree-in-cp"
-        uneven = "drop what made it fall back to aligned Ulysses" if asked.unaligned else "--gather-size-calculator dynamic"
+        uneven = (
+            "drop what made it fall back to aligned Ulysses" if asked.unaligned else "--gather-size-calculator dynamic"
+        )
         sizes = _divisors(heads // tp if heads % tp == 0 else 1, 1, config.context_parallel_size)
-        _require(heads % (tp * degree) == 0,
-                 f"--num-attention-heads {heads} must be divisible by --tensor-model-parallel-size {tp} x {flag} {degree} = "
-                 f"{tp * degree}; with these heads {flag} can be {sizes}, or use --context-parallel-algo megatron_cp_algo, "
-                 f"or {uneven} (uneven heads).")
+        _require(
+            heads % (tp * degree) == 0,
+            f"--num-attention-heads {heads} must be divisible by --tensor-model-parallel-size {tp} x {flag} {degree} = "
+            f"{tp * degree}; with these heads {flag} can be {sizes}, or use --context-parallel-algo megatron_cp_algo, "
+            f"or {uneven} (uneven heads).",
+        )
     if config.allgather_kv:
-        _require(groups is not None and groups < heads and groups == tp,
-                 f"--use-ulysses-allgather-kv needs grouped-query attention with one KV head per tensor-parallel rank: "
-                 f"--num-query-groups {groups} must equal --tensor-model-parallel-size {tp} and be smaller than "
-                 f"--num-attention-heads {heads}; use --num-query-groups {tp}, or leave out --use-ulysses-allgather-kv.")
+        _require(
+            groups is not None and groups < heads and groups == tp,
+            f"--use-ulysses-allgather-kv needs grouped-query attention with one KV head per tensor-parallel rank: "
+            f"--num-query-groups {groups} must equal --tensor-model-parallel-size {tp} and be smaller than "
+            f"--num-attention-heads {heads}; use --num-query-groups {tp}, or leave out --use-ulysses-allgather-kv.",
+        )
 
 
 def _check_length(config, setup):
@@ -289,12 +367,18 @@ def _check_length(config, setup):
     if length is None or cp == 1:
         return
     if config.algorithm == "ulysses_cp_algo" and not setup.unaligned:
-        _require(length % cp == 0,
-                 f"--seq-length {length} must be divisible by --context-parallel-size {cp} for aligned Ulysses; use "
-                 f"--seq-length {length // cp * cp or cp} or {(length // cp + 1) * cp}, or --gather-size-calculator dynamic, "
-                 "which takes any length.")
+        _require(
+            length % cp == 0,
+            f"--seq-length {length} must be divisible by --context-parallel-size {cp} for aligned Ulysses; use "
+            f"--seq-length {length // cp * cp or cp} or {(length // cp + 1) * cp}, or --gather-size-calculator "
+            "dynamic, "
+            "which takes any length.",
+        )
     if setup.sequence_parallel and tp > 1:
-        _require(length % (cp * tp) == 0,
-                 f"--seq-length {length} must be divisible by --context-parallel-size {cp} x --tensor-model-parallel-size {tp} = "
-                 f"{cp * tp} with --sequence-parallel, which splits each rank's tokens again; use --seq-length "
-                 f"{length // (cp * tp) * cp * tp or cp * tp}, or leave out --sequence-parallel.")
+        _require(
+            length % (cp * tp) == 0,
+            f"--seq-length {length} must be divisible by --context-parallel-size {cp} x --tensor-model-parallel-size "
+            f"{tp} = "
+            f"{cp * tp} with --sequence-parallel, which splits each rank's tokens again; use --seq-length "
+            f"{length // (cp * tp) * cp * tp or cp * tp}, or leave out --sequence-parallel.",
+        )

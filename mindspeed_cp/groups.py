@@ -1,7 +1,7 @@
 """The process groups of one rank, and the buffers that it reuses from layer to layer.
 
-Within a context-parallel group, cp_rank = ring_rank * ulysses_degree + ulysses_rank: Ulysses ranks are neighbours (their
-all-to-all wants the fastest links), ring ranks are strided.
+Within a context-parallel group, cp_rank = ring_rank * ulysses_degree + ulysses_rank: Ulysses ranks are neighbours
+(their all-to-all wants the fastest links), ring ranks are strided.
 """
 
 from dataclasses import dataclass, field
@@ -60,7 +60,7 @@ class ContextParallelGroups:
     @property
     def ring_global_ranks(self):
         """Global ranks of this rank's ring in ring_rank order."""
-        return self.global_ranks[self.ulysses_rank::self.ulysses_degree]
+        return self.global_ranks[self.ulysses_rank :: self.ulysses_degree]
 
     @classmethod
     def build(cls, config, cp_ranks=None, timeout=None, share_from=SMALLEST_MESSAGE):
@@ -70,7 +70,8 @@ class ContextParallelGroups:
             config: ContextParallelConfig.
             cp_ranks: global ranks of every context-parallel group, a list of lists; None is one group of all ranks.
             timeout: datetime.timedelta for the groups, None for the backend's default.
-            share_from: bytes from which a message between gloo ranks of one host goes through shared memory; None is never.
+            share_from: bytes from which a message between gloo ranks of one host goes through shared memory; None is
+                never.
 
         Raises:
             ValueError: the groups do not fit the configuration or the world; checked before any group is made.
@@ -91,7 +92,7 @@ class ContextParallelGroups:
             make("cp_group", ranks)
             for start in range(0, cp, ulysses):
                 if 1 < ulysses < cp:
-                    make("ulysses_group", ranks[start:start + ulysses])
+                    make("ulysses_group", ranks[start : start + ulysses])
             for first in range(ulysses):
                 if 1 < ulysses < cp:
                     make("ring_group", ranks[first::ulysses])
@@ -120,7 +121,9 @@ class ContextParallelGroups:
         return {id(group): group for group in groups if group is not None}.values()
 
     def destroy(self):
-        """Release the process groups; every rank calls it, after its last operation. The object cannot be used afterwards."""
+        """Release the process groups; every rank calls it, after its last operation. The object cannot be used
+        afterwards.
+        """
         if self.host is not None:
             self.host.close()
         for group in self._distinct():
@@ -130,19 +133,25 @@ class ContextParallelGroups:
 
 def _checked_ranks(cp, cp_ranks):
     if not dist.is_initialized():
-        raise ValueError(f"--context-parallel-size {cp} needs torch.distributed; call init_process_group first "
-                         "(torchrun starts the processes).")
+        raise ValueError(
+            f"--context-parallel-size {cp} needs torch.distributed; call init_process_group first "
+            "(torchrun starts the processes)."
+        )
     world = dist.get_world_size()
     all_ranks = [list(range(world))] if cp_ranks is None else [list(ranks) for ranks in cp_ranks]
     flat = [rank for ranks in all_ranks for rank in ranks]
     if any(len(ranks) != cp for ranks in all_ranks):
         sizes = sorted({len(ranks) for ranks in all_ranks})
-        raise ValueError(f"--context-parallel-size {cp} must equal the number of ranks in each context-parallel group, "
-                         f"here {', '.join(map(str, sizes))} (world size {world}); start {cp} processes, or pass cp_ranks with "
-                         f"groups of {cp}.")
+        raise ValueError(
+            f"--context-parallel-size {cp} must equal the number of ranks in each context-parallel group, "
+            f"here {', '.join(map(str, sizes))} (world size {world}); start {cp} processes, or pass cp_ranks with "
+            f"groups of {cp}."
+        )
     if sorted(flat) != list(range(world)):
-        raise ValueError(f"cp_ranks {all_ranks} must name each of the {world} ranks of the world exactly once; "
-                         "list every context-parallel group.")
+        raise ValueError(
+            f"cp_ranks {all_ranks} must name each of the {world} ranks of the world exactly once; "
+            "list every context-parallel group."
+        )
     if any(ranks != sorted(ranks) for ranks in all_ranks):
         # torch.distributed numbers the ranks of a group in ascending order, whatever order they are given in.
         raise ValueError(f"cp_ranks {all_ranks} must ascend within each group; sort them.")

@@ -115,7 +115,9 @@ class SequenceLayout:
     def runs(self, cp_rank):
         """Runs of global positions that ``cp_rank`` holds, ascending."""
         if not 0 <= cp_rank < self.cp_size:
-            raise ValueError(f"cp_rank {cp_rank} must lie in 0 to {self.cp_size - 1} (context parallel size {self.cp_size}).")
+            raise ValueError(
+                f"cp_rank {cp_rank} must lie in 0 to {self.cp_size - 1} (context parallel size {self.cp_size})."
+            )
         return self._runs[cp_rank]
 
     def length(self, cp_rank):
@@ -127,10 +129,14 @@ class SequenceLayout:
         return run_positions(self.runs(cp_rank))
 
     def shard(self, tensor, cp_rank, dim=0):
-        """The part of ``tensor``, whose ``dim`` is the whole sequence, that ``cp_rank`` holds; a view when it is one run."""
+        """The part of ``tensor``, whose ``dim`` is the whole sequence, that ``cp_rank`` holds; a view when it is one
+        run.
+        """
         if tensor.size(dim) != self.seq_len:
-            raise ValueError(f"dimension {dim} of the tensor has {tensor.size(dim)} entries, the layout {self.seq_len} tokens; "
-                             "pass the unsharded tensor, or build the layout for its length.")
+            raise ValueError(
+                f"dimension {dim} of the tensor has {tensor.size(dim)} entries, the layout {self.seq_len} tokens; "
+                "pass the unsharded tensor, or build the layout for its length."
+            )
         pieces = [tensor.narrow(dim, start, stop - start) for start, stop in self.runs(cp_rank)]
         if not pieces:
             return tensor.narrow(dim, 0, 0)
@@ -144,8 +150,10 @@ class SequenceLayout:
         for cp_rank, shard in enumerate(shards):
             sizes = [stop - start for start, stop in self.runs(cp_rank)]
             if shard.size(dim) != sum(sizes):
-                raise ValueError(f"shard {cp_rank} has {shard.size(dim)} tokens on dimension {dim}, the layout gives it "
-                                 f"{sum(sizes)}; pass the shards in rank order.")
+                raise ValueError(
+                    f"shard {cp_rank} has {shard.size(dim)} tokens on dimension {dim}, the layout gives it "
+                    f"{sum(sizes)}; pass the shards in rank order."
+                )
             starts = [start for start, _ in self.runs(cp_rank)]
             pieces += zip(starts, shard.split(sizes, dim=dim) if sizes else ())
         return torch.cat([piece for _, piece in sorted(pieces, key=lambda item: item[0])], dim=dim)

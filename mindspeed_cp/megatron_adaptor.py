@@ -1,7 +1,7 @@
 """Importing this module patches Megatron; ``python -m mindspeed_cp.megatron_adaptor`` lists every patch.
 
-Import it before Megatron. With context_parallel_size 1 and no flag Megatron behaves exactly as without the import. This is
-the only module of the package that reads the environment (MINDSPEED_CP_DEVICE) and keeps anything global.
+Import it before Megatron. With context_parallel_size 1 and no flag Megatron behaves exactly as without the import. This
+is the only module of the package that reads the environment (MINDSPEED_CP_DEVICE) and keeps anything global.
 """
 
 import importlib.metadata
@@ -19,8 +19,14 @@ from mindspeed_cp.notices import ContextParallelWarning, is_rank0, warn_rank0
 TRIED_VERSIONS = ("0.12.1", "0.13.1", "0.14.0", "0.15.3", "0.16.1")
 DEVICE_VARIABLE = "MINDSPEED_CP_DEVICE"
 # A script imports these for a model; "import megatron.core" alone, as asking for the version does, brings none of them.
-MODEL_CODE = ("megatron.training", "megatron.legacy", "megatron.core.models.gpt", "megatron.core.transformer.attention",
-              "megatron.core.transformer.dot_product_attention", "megatron.core.transformer.transformer_block")
+MODEL_CODE = (
+    "megatron.training",
+    "megatron.legacy",
+    "megatron.core.models.gpt",
+    "megatron.core.transformer.attention",
+    "megatron.core.transformer.dot_product_attention",
+    "megatron.core.transformer.transformer_block",
+)
 _modules_before = frozenset(sys.modules)
 
 
@@ -30,8 +36,10 @@ def _require_megatron():
     except ModuleNotFoundError:
         found = None
     if found is None:
-        raise ImportError("mindspeed_cp.megatron_adaptor needs Megatron, and there is no megatron.core; run "
-                          "pip install megatron-core==0.16.1, or put a Megatron-LM checkout on PYTHONPATH.")
+        raise ImportError(
+            "mindspeed_cp.megatron_adaptor needs Megatron, and there is no megatron.core; run "
+            "pip install megatron-core==0.16.1, or put a Megatron-LM checkout on PYTHONPATH."
+        )
 
 
 def megatron_version():
@@ -45,8 +53,10 @@ def _why_no_stand_in():
     """Why no CPU stand-in for CUDA is needed; "" when it is."""
     choice = os.environ.get(DEVICE_VARIABLE, "")
     if choice not in ("", "cpu"):
-        raise ValueError(f"{DEVICE_VARIABLE}={choice} is not known; use {DEVICE_VARIABLE}=cpu to run on the CPU, or unset it to "
-                         "choose by what the machine has.")
+        raise ValueError(
+            f"{DEVICE_VARIABLE}={choice} is not known; use {DEVICE_VARIABLE}=cpu to run on the CPU, or unset it to "
+            "choose by what the machine has."
+        )
     if choice == "cpu":
         return ""
     accelerator = "CUDA" if torch.cuda.is_available() else "NPU" if _npu_is_available() else None
@@ -59,7 +69,9 @@ def _npu_is_available():
         return False
     reason = npu_setup.unavailable()
     if reason:
-        warnings.warn(f"{reason} Set {DEVICE_VARIABLE}=cpu to run on the CPU knowingly.", ContextParallelWarning, stacklevel=2)
+        warnings.warn(
+            f"{reason} Set {DEVICE_VARIABLE}=cpu to run on the CPU knowingly.", ContextParallelWarning, stacklevel=2
+        )
         return False
     npu_setup.prepare_npu()
     return True
@@ -95,30 +107,42 @@ def _tables_of_patches():
     from mindspeed_cp.patches.training_device import checkout_device_patches, checkout_patches, library_patches
 
     why = _why_no_stand_in()
-    return {"device": device_patches(lambda: why), "core": core_patches(_state, _announce),
-            "libraries": library_patches(), "checkout device": [*checkout_patches(), *checkout_device_patches(lambda: why)],
-            "training": training_patches(_state)}
+    return {
+        "device": device_patches(lambda: why),
+        "core": core_patches(_state, _announce),
+        "libraries": library_patches(),
+        "checkout device": [*checkout_patches(), *checkout_device_patches(lambda: why)],
+        "training": training_patches(_state),
+    }
 
 
 def _warn_of_version():
     version = megatron_version()
     if version not in TRIED_VERSIONS and is_rank0():
-        warnings.warn(f"megatron-core {version} has not been tried with mindspeed_cp; tried: {', '.join(TRIED_VERSIONS)}. "
-                      "Every patch was applied; compare a short run with --context-parallel-size 1 before a long one.",
-                      ContextParallelWarning, stacklevel=3)
+        warnings.warn(
+            f"megatron-core {version} has not been tried with mindspeed_cp; tried: {', '.join(TRIED_VERSIONS)}. "
+            "Every patch was applied; compare a short run with --context-parallel-size 1 before a long one.",
+            ContextParallelWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_of_late_import():
     first = [name for name in MODEL_CODE if name in _modules_before]
     if not first:
         return
-    copies = [copy for target, copy in _manager.copies()
-              if target.startswith("megatron.") and copy.rpartition(".")[0] in _modules_before]
+    copies = [
+        copy
+        for target, copy in _manager.copies()
+        if target.startswith("megatron.") and copy.rpartition(".")[0] in _modules_before
+    ]
     copies.sort(key=lambda copy: copy.startswith("megatron."))  # the script's own are those to look at
     named = f" ({', '.join(copies[:3])}{', ...' if len(copies) > 3 else ''})" if copies else ""
-    warn_rank0(f"Megatron was imported before mindspeed_cp.megatron_adaptor ({', '.join(first)}): {len(copies)} copies of "
-               f"patched names were rebound{named}. A copy that is not a module's own attribute, such as a default argument "
-               "or an entry of a table, is still Megatron's; put import mindspeed_cp.megatron_adaptor first in the script.")
+    warn_rank0(
+        f"Megatron was imported before mindspeed_cp.megatron_adaptor ({', '.join(first)}): {len(copies)} copies of "
+        f"patched names were rebound{named}. A copy that is not a module's own attribute, such as a default argument "
+        "or an entry of a table, is still Megatron's; put import mindspeed_cp.megatron_adaptor first in the script."
+    )
 
 
 def apply():
@@ -179,8 +203,10 @@ def state():
 def _table():
     rows = report()
     width = max(len(row.target) for row in rows)
-    lines = [f"megatron-core {megatron_version()}, torch {torch.__version__}, {_manager.num_applied} of {len(rows)} patches "
-             "applied"]
+    lines = [
+        f"megatron-core {megatron_version()}, torch {torch.__version__}, {_manager.num_applied} of {len(rows)} patches "
+        "applied"
+    ]
     return "\n".join(lines + [f"{row.target:{width}}  {row.status}\n    {row.reason}" for row in rows])
 
 

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 -m mindspeed_cp.run pretrain_gpt.py --context-parallel-size 4 ...
 
-The script runs as ``__main__`` with its own command line, and its folder stands first in the import path, as under plain
-``python pretrain_gpt.py``; so a checkout's own megatron.core is the one that is patched and used.
+The script runs as ``__main__`` with its own command line, and its folder stands first in the import path, as under
+plain ``python pretrain_gpt.py``; so a checkout's own megatron.core is the one that is patched and used.
 """
 
 import os
@@ -27,8 +27,11 @@ def main():
         raise SystemExit(0 if argv else 2)
     script = Path(argv[0])
     if not script.is_file():
-        print(f"mindspeed_cp.run: error: {script} does not exist; give the path of a script, such as "
-              "MEGATRON_LM_PATH/pretrain_gpt.py.", file=sys.stderr)
+        print(
+            f"mindspeed_cp.run: error: {script} does not exist; give the path of a script, such as "
+            "MEGATRON_LM_PATH/pretrain_gpt.py.",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
     sys.argv[:] = argv
     sys.path[0] = str(script.resolve().parent)
@@ -39,8 +42,8 @@ def main():
 def execute(name):
     """Run the script in the namespace of the module ``name``.
 
-    That module keeps this one's spec, so a process that multiprocessing spawns (Megatron's checkpoint writers) comes here
-    as well: it gets the adaptor before the script's imports, which would fail without it on some machines.
+    That module keeps this one's spec, so a process that multiprocessing spawns (Megatron's checkpoint writers) comes
+    here as well: it gets the adaptor before the script's imports, which would fail without it on some machines.
     """
     import mindspeed_cp.megatron_adaptor  # noqa: F401  after the path is right, before the script imports Megatron
 

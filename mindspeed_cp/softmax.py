@@ -13,8 +13,8 @@ def merge_attention(out, lse, block_out, block_lse):
 
     Args:
         out, block_out: (seq, batch, heads, head_dim); out is float32 (float64 for float64), block_out any float dtype.
-        lse, block_lse: (seq, batch, heads) float32 or float64, natural-log sum of exp of the scaled scores; -inf where a
-            row saw no key.
+        lse, block_lse: (seq, batch, heads) float32 or float64, natural-log sum of exp of the scaled scores; -inf where
+            a row saw no key.
 
     Source: the log-sum-exp identity of FlashAttention-2, appendix B; sigmoid form, which cannot overflow.
     """
@@ -42,7 +42,8 @@ def add_softmax_offset(out, lse, offset):
 def softmax_offset_gradient(grad_out, out, lse, offset):
     """Gradient (heads,) of ``add_softmax_offset``'s offset; out and lse are those that include it.
 
-    The sink's value is 0, so the gradient of its score is -p * delta with p = exp(offset - lse), delta = sum(grad_out * out).
+    The sink's value is 0, so the gradient of its score is -p * delta with p = exp(offset - lse), delta = sum(grad_out *
+    out).
     """
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     return -(torch.exp(offset.to(lse.dtype) - lse) * delta).sum((0, 1)).to(offset.dtype)

@@ -31,19 +31,37 @@ def core_patches(state, announce):
     """
     attend = AttentionBridge(state)
     return [
-        Patch(f"{DOT_PRODUCT}.__init__", _lift_assert(state),
-              "the local attention refuses context_parallel_size above 1, multi-latent attention and, in 0.12, sliding windows"),
-        Patch(f"{DOT_PRODUCT}.forward", _dot_product_forward(attend),
-              "attention over the whole sequence, of which each rank holds a part"),
-        Patch(f"{TE_DOT_PRODUCT}.forward", _te_forward(attend),
-              "Transformer Engine would run its own context parallelism (not verified on hardware)", _without_te),
-        Patch(f"{PARALLEL_STATE}.initialize_model_parallel", _initialize(state, announce),
-              "the process groups of context parallelism are built from Megatron's"),
-        Patch(f"{PARALLEL_STATE}.destroy_model_parallel", _destroy(state),
-              "the process groups of context parallelism go with Megatron's"),
+        Patch(
+            f"{DOT_PRODUCT}.__init__",
+            _lift_assert(state),
+            "the local attention refuses context_parallel_size above 1, multi-latent attention and, in 0.12, sliding "
+            "windows",
+        ),
+        Patch(
+            f"{DOT_PRODUCT}.forward",
+            _dot_product_forward(attend),
+            "attention over the whole sequence, of which each rank holds a part",
+        ),
+        Patch(
+            f"{TE_DOT_PRODUCT}.forward",
+            _te_forward(attend),
+            "Transformer Engine would run its own context parallelism (not verified on hardware)",
+            _without_te,
+        ),
+        Patch(
+            f"{PARALLEL_STATE}.initialize_model_parallel",
+            _initialize(state, announce),
+            "the process groups of context parallelism are built from Megatron's",
+        ),
+        Patch(
+            f"{PARALLEL_STATE}.destroy_model_parallel",
+            _destroy(state),
+            "the process groups of context parallelism go with Megatron's",
+        ),
         *batch.batch_patches(state),
         *rope.rope_patches(state),
-        *experts.expert_patches(state)]
+        *experts.expert_patches(state),
+    ]
 
 
 def _without_te():
@@ -61,7 +79,11 @@ def _lift_assert(state):
         @wraps(original)
         def __init__(self, config, *args, **kwargs):
             # Multi-latent attention names its head sizes; only Transformer Engine's module takes them.
-            kwargs = {name: value for name, value in kwargs.items() if name in known or name not in ("k_channels", "v_channels")}
+            kwargs = {
+                name: value
+                for name, value in kwargs.items()
+                if name in known or name not in ("k_channels", "v_channels")
+            }
             if config.context_parallel_size == 1:
                 original(self, config, *args, **kwargs)
                 return
@@ -70,24 +92,56 @@ def _lift_assert(state):
             checked.context_parallel_size, checked.window_size = 1, None
             original(self, checked, *args, **kwargs)
             self.config = config
+
         return __init__
+
     return build
 
 
 def _dot_product_forward(attend):
     def build(original):
         @wraps(original)
-        def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None,
-                    packed_seq_params=None, **kwargs):
+        def forward(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            attn_mask_type=None,
+            attention_bias=None,
+            packed_seq_params=None,
+            **kwargs,
+        ):
             if self.config.context_parallel_size == 1 and packed_seq_params is None and _own_can(self, value):
-                return original(self, query, key, value, attention_mask, attn_mask_type=attn_mask_type,
-                                attention_bias=attention_bias, packed_seq_params=None, **kwargs)
+                return original(
+                    self,
+                    query,
+                    key,
+                    value,
+                    attention_mask,
+                    attn_mask_type=attn_mask_type,
+                    attention_bias=attention_bias,
+                    packed_seq_params=None,
+                    **kwargs,
+                )
             _refuse_bias(attention_bias)
-            scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1)  # query-key layer scaling divides, then multiplies
-            return attend(_described(self, self.attn_mask_type, scale, self.attention_dropout.p),
-                          query, key, value, attention_mask, packed_seq_params,
-                          attn_mask_type=attn_mask_type, attention_bias=attention_bias, **kwargs)
+            scale = self.softmax_scale * (
+                self.scale_mask_softmax.scale or 1
+            )  # query-key layer scaling divides, then multiplies
+            return attend(
+                _described(self, self.attn_mask_type, scale, self.attention_dropout.p),
+                query,
+                key,
+                value,
+                attention_mask,
+                packed_seq_params,
+                attn_mask_type=attn_mask_type,
+                attention_bias=attention_bias,
+                **kwargs,
+            )
+
         return forward
+
     return build
 
 
@@ -99,26 +153,47 @@ def _own_can(module, value):
 def _te_forward(attend):
     def build(original):
         @wraps(original)
-        def forward(self, query, key, value, attention_mask, attn_mask_type, attention_bias=None, packed_seq_params=None,
-                    **kwargs):
+        def forward(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            attn_mask_type,
+            attention_bias=None,
+            packed_seq_params=None,
+            **kwargs,
+        ):
             if self.config.context_parallel_size == 1:
-                return original(self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params,
-                                **kwargs)
+                return original(
+                    self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params, **kwargs
+                )
             _refuse_bias(attention_bias)
             if attn_mask_type.name in ("causal", "padding_causal"):
                 attention_mask = None  # Transformer Engine reads no mask with these types
             scale = self.softmax_scale if isinstance(self.softmax_scale, float) else query.shape[-1] ** -0.5
-            return attend(_described(self, attn_mask_type, scale, self.config.attention_dropout),
-                          query, key, value, attention_mask, packed_seq_params,
-                          attn_mask_type=attn_mask_type, attention_bias=attention_bias, **kwargs)
+            return attend(
+                _described(self, attn_mask_type, scale, self.config.attention_dropout),
+                query,
+                key,
+                value,
+                attention_mask,
+                packed_seq_params,
+                attn_mask_type=attn_mask_type,
+                attention_bias=attention_bias,
+                **kwargs,
+            )
+
         return forward
+
     return build
 
 
 def _refuse_bias(attention_bias):
     if attention_bias is not None:
-        raise ValueError("attention_bias is not supported with context parallelism; leave it out, or use "
-                         "--context-parallel-size 1.")
+        raise ValueError(
+            "attention_bias is not supported with context parallelism; leave it out, or use --context-parallel-size 1."
+        )
 
 
 def _described(module, attn_mask_type, softmax_scale, dropout_p):
@@ -128,12 +203,15 @@ def _described(module, attn_mask_type, softmax_scale, dropout_p):
     config = module.config
     skip_freq = getattr(config, "window_attn_skip_freq", None)  # absent before 0.15
     return CoreAttention(
-        layer_number=module.layer_number, causal=attn_mask_type.name in ("causal", "padding_causal"),
-        softmax_scale=softmax_scale, dropout_p=dropout_p if module.training else 0.0,
+        layer_number=module.layer_number,
+        causal=attn_mask_type.name in ("causal", "padding_causal"),
+        softmax_scale=softmax_scale,
+        dropout_p=dropout_p if module.training else 0.0,
         window=layer_window(config.window_size, skip_freq, module.layer_number),
         softmax_offset=getattr(module, "softmax_offset", None),  # absent before 0.15
         # With sequence parallelism Megatron is inside the fork already.
-        rng=nullcontext if config.sequence_parallel else get_cuda_rng_tracker().fork)
+        rng=nullcontext if config.sequence_parallel else get_cuda_rng_tracker().fork,
+    )
 
 
 def _initialize(state, announce):
@@ -150,7 +228,9 @@ def _initialize(state, announce):
             minutes = given.get("distributed_timeout_minutes")
             state.build_groups(config, _all_cp_ranks(), timedelta(minutes=minutes) if minutes else None)
             announce(config)
+
         return initialize_model_parallel
+
     return build
 
 
@@ -170,5 +250,7 @@ def _destroy(state):
         def destroy_model_parallel(*args, **kwargs):
             state.destroy_groups()
             return original(*args, **kwargs)
+
         return destroy_model_parallel
+
     return build

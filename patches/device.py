@@ -14,18 +14,48 @@ import torch
 from mindspeed_cp.patches.manager import Patch
 
 CPU = torch.device("cpu")
-FACTORIES = ("tensor", "as_tensor", "scalar_tensor", "empty", "empty_strided", "zeros", "ones", "full", "arange", "linspace",
-             "eye", "rand", "randn", "randint", "randperm", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like",
-             "randn_like", "randint_like", "tril_indices", "triu_indices")
+FACTORIES = (
+    "tensor",
+    "as_tensor",
+    "scalar_tensor",
+    "empty",
+    "empty_strided",
+    "zeros",
+    "ones",
+    "full",
+    "arange",
+    "linspace",
+    "eye",
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "tril_indices",
+    "triu_indices",
+)
 TENSOR_FACTORIES = ("new_tensor", "new_empty", "new_zeros", "new_ones", "new_full")
 
 
 def device_patches(when):
     """The table; ``when`` is () -> "" on a machine without accelerator, else why no stand-in is needed."""
     # torch.Tensor has most of its methods from a base class in C++.
-    return [Patch(target, build, reason, when, inherited=target.startswith("torch.Tensor."))
-            for target, build, reason in (*_device_rows(), *_stream_rows(), *_random_rows(), *_tensor_rows(),
-                                          *_distributed_rows())] + _megatron_patches(when)
+    return [
+        Patch(target, build, reason, when, inherited=target.startswith("torch.Tensor."))
+        for target, build, reason in (
+            *_device_rows(),
+            *_stream_rows(),
+            *_random_rows(),
+            *_tensor_rows(),
+            *_distributed_rows(),
+        )
+    ] + _megatron_patches(when)
 
 
 def _device_rows():
@@ -51,14 +81,28 @@ def _stream_rows():
 
 def _random_rows():
     yield "torch.cuda.default_generators", lambda original: _Generators(), "CPU operators draw from the CPU generator"
-    yield "torch.cuda._lazy_call", lambda original: lambda call, **kwargs: call(), "a build without CUDA queues it for ever"
+    yield (
+        "torch.cuda._lazy_call",
+        lambda original: lambda call, **kwargs: call(),
+        "a build without CUDA queues it for ever",
+    )
     for module in ("torch.cuda", "torch.cuda.random"):
-        yield f"{module}.get_rng_state", lambda original: lambda device=None: torch.get_rng_state(), \
-            "CPU operators draw from the CPU generator"
-        yield f"{module}.set_rng_state", lambda original: lambda new_state, device=None: torch.set_rng_state(new_state), \
-            "CPU operators draw from the CPU generator"
+        yield (
+            f"{module}.get_rng_state",
+            lambda original: lambda device=None: torch.get_rng_state(),
+            "CPU operators draw from the CPU generator",
+        )
+        yield (
+            f"{module}.set_rng_state",
+            lambda original: lambda new_state, device=None: torch.set_rng_state(new_state),
+            "CPU operators draw from the CPU generator",
+        )
         for name in ("manual_seed", "manual_seed_all"):
-            yield f"{module}.{name}", lambda original: _seed_cpu, "a build without CUDA queues the seed and never uses it"
+            yield (
+                f"{module}.{name}",
+                lambda original: _seed_cpu,
+                "a build without CUDA queues the seed and never uses it",
+            )
 
 
 def _tensor_rows():
@@ -83,19 +127,37 @@ def _distributed_rows():
 def _megatron_patches(when):
     """What Megatron itself asks of Transformer Engine or apex, neither of which runs on a CPU."""
     return [
-        Patch("megatron.core.fp8_utils.quantize_param_shard", _accept_no_parameters,
-              "without Transformer Engine 0.12 raises even when there is no FP8 parameter to quantize", when),
-        Patch("megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__", _norm_with_sequence_parallel,
-              "torch's norms work with sequence parallelism once their parameters are marked for the gradient all-reduce", when),
-        Patch("megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork", _fork_without_warning,
-              "the CUDA and the CPU random state are one here, so a fork always changes the CPU's", when),
-        Patch("megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu", _as_numpy_on_cpu,
-              "counts that are on the CPU already stay tensors, which expert parallelism's all-to-all does not take", when)]
+        Patch(
+            "megatron.core.fp8_utils.quantize_param_shard",
+            _accept_no_parameters,
+            "without Transformer Engine 0.12 raises even when there is no FP8 parameter to quantize",
+            when,
+        ),
+        Patch(
+            "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__",
+            _norm_with_sequence_parallel,
+            "torch's norms work with sequence parallelism once their parameters are marked for the gradient all-reduce",
+            when,
+        ),
+        Patch(
+            "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork",
+            _fork_without_warning,
+            "the CUDA and the CPU random state are one here, so a fork always changes the CPU's",
+            when,
+        ),
+        Patch(
+            "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu",
+            _as_numpy_on_cpu,
+            "counts that are on the CPU already stay tensors, which expert parallelism's all-to-all does not take",
+            when,
+        ),
+    ]
 
 
 def _as_numpy_on_cpu(original):
     def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
     return maybe_move_tensor_to_cpu
 
 
@@ -196,6 +258,7 @@ def _without_cuda_device(original):
             if _names_cuda(kwargs.get("device")):
                 kwargs["device"] = CPU
         return original(*args, **kwargs)
+
     return factory
 
 
@@ -207,6 +270,7 @@ def _to(original):
         if args and _names_cuda(args[0]):
             args = (CPU, *args[1:])
         return original(self, *args, **kwargs)
+
     return to
 
 
@@ -215,7 +279,10 @@ def _type(original):
     def type_(self, dtype=None, *args, **kwargs):
         if dtype is None:
             return original(self).replace("torch.", "torch.cuda.", 1)
-        return original(self, dtype.replace("torch.cuda.", "torch.") if isinstance(dtype, str) else dtype, *args, **kwargs)
+        return original(
+            self, dtype.replace("torch.cuda.", "torch.") if isinstance(dtype, str) else dtype, *args, **kwargs
+        )
+
     return type_
 
 
@@ -224,13 +291,15 @@ def _gloo(backend_index):
         @wraps(original)
         def make(*args, **kwargs):
             if len(args) > backend_index and "nccl" in str(args[backend_index]):
-                args = (*args[:backend_index], "gloo", *args[backend_index + 1:])
+                args = (*args[:backend_index], "gloo", *args[backend_index + 1 :])
             if "nccl" in str(kwargs.get("backend")):
                 kwargs["backend"] = "gloo"
             kwargs.pop("pg_options", None)
             kwargs.pop("device_id", None)
             return original(*args, **kwargs)
+
         return make
+
     return build
 
 
@@ -240,7 +309,9 @@ def _without(name):
         def call(*args, **kwargs):
             kwargs.pop(name, None)
             return original(*args, **kwargs)
+
         return call
+
     return build
 
 
@@ -248,6 +319,7 @@ def _accept_no_parameters(original):
     @wraps(original)
     def quantize_param_shard(model_params, *args, **kwargs):
         return original(model_params, *args, **kwargs) if len(model_params) else None
+
     return quantize_param_shard
 
 
@@ -261,6 +333,7 @@ def _norm_with_sequence_parallel(original):
         for parameter in norm.parameters():
             parameter.sequence_parallel = True  # Megatron's own mark, as its fused norms set it
         return norm
+
     return new
 
 
@@ -277,4 +350,5 @@ def _fork_without_warning(original):
                 yield
         finally:
             logger.removeFilter(drop)
+
     return fork

@@ -38,8 +38,8 @@ def examine_mask(mask):
     columns = torch.arange(seq, device=mask.device)
     firsts = []
     for start in range(0, seq, ROWS_AT_ONCE):
-        visible = mask[:, 0, start:start + ROWS_AT_ONCE].logical_not()
-        rows = columns[start:start + ROWS_AT_ONCE]
+        visible = mask[:, 0, start : start + ROWS_AT_ONCE].logical_not()
+        rows = columns[start : start + ROWS_AT_ONCE]
         first = visible.to(torch.uint8).argmax(-1)
         expected = (columns >= first.unsqueeze(-1)) & (columns <= rows.unsqueeze(-1))
         if not torch.equal(visible, expected):
@@ -87,16 +87,18 @@ def documents_of_position_ids(position_ids):
     starts = position_ids == 0
     starts[:, 0] = True
     if not (starts == starts[:1]).all():
-        raise ValueError("--reset-attention-mask without a mask in the batch needs document boundaries shared by all rows of a "
-                         "micro-batch; use --micro-batch-size 1, or leave out --no-create-attention-mask-in-dataloader.")
+        raise ValueError(
+            "--reset-attention-mask without a mask in the batch needs document boundaries shared by all rows of a "
+            "micro-batch; use --micro-batch-size 1, or leave out --no-create-attention-mask-in-dataloader."
+        )
     return (*starts[0].nonzero().flatten().tolist(), position_ids.size(1))
 
 
 def documents_of_packed_params(params, seq_len=None):
     """cu_seqlens of Megatron's PackedSeqParams, padding included.
 
-    With padded boundaries the tokens of a document are followed by its padding; the padding becomes a document of its own,
-    so that no token sees it. The same holds for tokens after the last document.
+    With padded boundaries the tokens of a document are followed by its padding; the padding becomes a document of its
+    own, so that no token sees it. The same holds for tokens after the last document.
 
     Args:
         params: PackedSeqParams in thd.

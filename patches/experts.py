@@ -1,7 +1,7 @@
 """Patches of the losses that balance a mixture of experts: the same weight whatever the context-parallel size.
 
-Every context-parallel rank routes its own tokens and adds the losses' gradients behind Megatron's back, outside the loss
-that the training script computes. s: tokens of this rank, S: of the whole sequence, cp: ranks.
+Every context-parallel rank routes its own tokens and adds the losses' gradients behind Megatron's back, outside the
+loss that the training script computes. s: tokens of this rank, S: of the whole sequence, cp: ranks.
 """
 
 import importlib
@@ -37,19 +37,38 @@ def expert_patches(state):
     """The table; ``state`` is the AdaptorState that all replacements share."""
     router = _Router(state)
     return [
-        Patch(f"{MOE}.router.TopKRouter.routing", router.routing,
-              "the losses below must know which part of the sequence this rank routes"),
-        Patch(f"{MOE}.moe_utils.switch_load_balancing_loss_func", router.balancing_loss,
-              "every rank is taken to hold the same number of tokens; and before 0.16, or with a per-token loss, the loss counts "
-              "1 / cp of what it counts without context parallelism"),
-        Patch(f"{MOE}.moe_utils.get_tokens_per_expert_and_token_count", router.token_count,
-              "with a padding mask the count of this rank's tokens is overwritten by that of all ranks",
-              _absent("get_tokens_per_expert_and_token_count", "padding masks of experts come with 0.16")),
-        Patch(f"{MOE}.moe_utils.sequence_load_balancing_loss_func", router.sequence_loss,
-              "the same, and gathering the tokens fails for uneven lengths",
-              _absent("sequence_load_balancing_loss_func", "from 0.14 this loss is computed by the one for whole batches")),
-        Patch(f"{MOE}.moe_utils.z_loss_func", router.z_loss,
-              "the mean over a rank's tokens is the mean over all only for equal counts; and its weight as above")]
+        Patch(
+            f"{MOE}.router.TopKRouter.routing",
+            router.routing,
+            "the losses below must know which part of the sequence this rank routes",
+        ),
+        Patch(
+            f"{MOE}.moe_utils.switch_load_balancing_loss_func",
+            router.balancing_loss,
+            "every rank is taken to hold the same number of tokens; and before 0.16, or with a per-token loss, the "
+            "loss counts "
+            "1 / cp of what it counts without context parallelism",
+        ),
+        Patch(
+            f"{MOE}.moe_utils.get_tokens_per_expert_and_token_count",
+            router.token_count,
+            "with a padding mask the count of this rank's tokens is overwritten by that of all ranks",
+            _absent("get_tokens_per_expert_and_token_count", "padding masks of experts come with 0.16"),
+        ),
+        Patch(
+            f"{MOE}.moe_utils.sequence_load_balancing_loss_func",
+            router.sequence_loss,
+            "the same, and gathering the tokens fails for uneven lengths",
+            _absent(
+                "sequence_load_balancing_loss_func", "from 0.14 this loss is computed by the one for whole batches"
+            ),
+        ),
+        Patch(
+            f"{MOE}.moe_utils.z_loss_func",
+            router.z_loss,
+            "the mean over a rank's tokens is the mean over all only for equal counts; and its weight as above",
+        ),
+    ]
 
 
 def _absent(name, why):
@@ -75,15 +94,18 @@ class _Router:
             self._check_dispatcher(config, seq_len)
             with self._sharing(self._share(config, local, seq_len, padding_mask)):
                 return original(module, logits, *args, **kwargs)
+
         return routing
 
     def _check_dispatcher(self, config, seq_len):
         if config.moe_token_dispatcher_type != "allgather" or config.expert_model_parallel_size == 1:
             return
         if len(set(map(self._state.layout(seq_len).length, range(self._state.cp_size)))) > 1:
-            raise ValueError(f"--moe-token-dispatcher-type allgather gathers equally many tokens from every rank, and sequence "
-                             f"length {seq_len} gives the --context-parallel-size {self._state.cp_size} ranks different "
-                             "numbers; use --moe-token-dispatcher-type alltoall, or a length that all ranks share evenly.")
+            raise ValueError(
+                f"--moe-token-dispatcher-type allgather gathers equally many tokens from every rank, and sequence "
+                f"length {seq_len} gives the --context-parallel-size {self._state.cp_size} ranks different "
+                "numbers; use --moe-token-dispatcher-type alltoall, or a length that all ranks share evenly."
+            )
 
     @contextmanager
     def _sharing(self, share):
@@ -103,10 +125,13 @@ class _Router:
             dist.all_reduce(total, group=self._state.groups.cp_group)
             share = (valid * cp_size / total).clamp(min=1e-9)  # a rank of padding alone has losses of 0
         if config.calculate_per_token_loss:
-            # Megatron multiplies by s, adds over the ranks and divides by all tokens; S instead of s is what cp = 1 has.
+            # Megatron multiplies by s, adds over the ranks and divides by all tokens; S instead of s is what cp = 1
+            # has.
             weight = cp_size / share
         else:
-            weight = 1 if _scales_with_cp() else cp_size  # gradients are averaged over the ranks, and these are to be added
+            weight = (
+                1 if _scales_with_cp() else cp_size
+            )  # gradients are averaged over the ranks, and these are to be added
         return _Share(share, padding_mask is not None, weight)
 
     def balancing_loss(self, original):
@@ -116,7 +141,8 @@ class _Router:
             if self._now is None:
                 return loss
             # Megatron divides by (s * cp)^2, the count that it believes S to be.
-            return _weighted(loss if self._now.counted else loss * self._now.share ** 2, self._now.weight)
+            return _weighted(loss if self._now.counted else loss * self._now.share**2, self._now.weight)
+
         return switch_load_balancing_loss_func
 
     def token_count(self, original):
@@ -129,6 +155,7 @@ class _Router:
             if self._now is not None and self._now.counted:
                 local = given["routing_map"].sum() / given["topk"]
             return per_expert, local, total
+
         return get_tokens_per_expert_and_token_count
 
     def sequence_loss(self, original):
@@ -140,6 +167,7 @@ class _Router:
                 return original(*args, **kwargs)
             given = signature.bind(*args, **kwargs).arguments
             return _weighted(_sequence_loss(**given, share=self._now.share), self._now.weight)
+
         return sequence_load_balancing_loss_func
 
     def z_loss(self, original):
@@ -147,10 +175,13 @@ class _Router:
         def z_loss_func(*args, **kwargs):
             loss = original(*args, **kwargs)
             return loss if self._now is None else _weighted(loss * self._now.share, self._now.weight)
+
         return z_loss_func
 
 
-def _sequence_loss(probs, routing_map, batch_size, seq_length, topk, moe_aux_loss_coeff, sequence_partition_group, share):
+def _sequence_loss(
+    probs, routing_map, batch_size, seq_length, topk, moe_aux_loss_coeff, sequence_partition_group, share
+):
     """This rank's term of the loss that balances the experts within each sequence; the ranks' terms add up to the loss.
 
     Args:
@@ -161,7 +192,7 @@ def _sequence_loss(probs, routing_map, batch_size, seq_length, topk, moe_aux_los
     probs, chosen = (tensor.view(seq_length, batch_size, -1).sum(0) for tensor in (probs, routing_map.float()))
     dist.all_reduce(chosen, group=sequence_partition_group)
     total = seq_length * dist.get_world_size(sequence_partition_group) / share
-    return (probs * chosen).sum() * (probs.size(-1) * moe_aux_loss_coeff / (batch_size * topk * total ** 2))
+    return (probs * chosen).sum() * (probs.size(-1) * moe_aux_loss_coeff / (batch_size * topk * total**2))
 
 
 def _weighted(loss, weight):
@@ -179,8 +210,12 @@ def _scales_with_cp():
 
 def _warn_of_local_decisions(config):
     if config.moe_expert_capacity_factor is not None:
-        warn_rank0(f"--moe-expert-capacity-factor {config.moe_expert_capacity_factor} drops tokens by the capacity of each "
-                   "context-parallel rank, so results depend on --context-parallel-size; leave it out to be independent of it.")
+        warn_rank0(
+            f"--moe-expert-capacity-factor {config.moe_expert_capacity_factor} drops tokens by the capacity of each "
+            "context-parallel rank, so results depend on --context-parallel-size; leave it out to be independent of it."
+        )
     if config.moe_router_load_balancing_type == "sinkhorn":
-        warn_rank0("--moe-router-load-balancing-type sinkhorn balances the tokens of each context-parallel rank, so results "
-                   "depend on --context-parallel-size; use aux_loss or seq_aux_loss to be independent of it.")
+        warn_rank0(
+            "--moe-router-load-balancing-type sinkhorn balances the tokens of each context-parallel rank, so results "
+            "depend on --context-parallel-size; use aux_loss or seq_aux_loss to be independent of it."
+        )

@@ -8,9 +8,15 @@ from mindspeed_cp.patches.manager import Patch
 
 def loss_patches(state):
     """The table; ``state`` is the AdaptorState that all replacements share."""
-    return [Patch("megatron.core.pipeline_parallel.schedules.forward_step", _forward_step(state),
-                  "from 0.13 each rank divides its loss by its own token count, which is the mean only for equal counts; uneven "
-                  "lengths and masked tokens make them differ")]
+    return [
+        Patch(
+            "megatron.core.pipeline_parallel.schedules.forward_step",
+            _forward_step(state),
+            "from 0.13 each rank divides its loss by its own token count, which is the mean only for equal counts; "
+            "uneven "
+            "lengths and masked tokens make them differ",
+        )
+    ]
 
 
 def _forward_step(state):
@@ -20,7 +26,9 @@ def _forward_step(state):
             if state.cp_size == 1:
                 return original(forward_step_func, data_iterator, model, *args, **kwargs)
             return original(_with_shared_count(state, forward_step_func), data_iterator, model, *args, **kwargs)
+
         return forward_step
+
     return build
 
 
@@ -29,6 +37,7 @@ def _with_shared_count(state, forward_step_func):
     def run(data_iterator, model, *args, **kwargs):
         output, loss_func = forward_step_func(data_iterator, model, *args, **kwargs)
         return output, loss_func if loss_func is None or _is_per_token(model) else _weighted(state, loss_func)
+
     return run
 
 
@@ -42,9 +51,10 @@ def _is_per_token(model):
 def _weighted(state, loss_func):
     """``loss_func`` whose loss, divided by the rank's own count, is the loss divided by the mean count of the ranks.
 
-    Gradients are averaged over the context-parallel ranks, so that is the mean over all tokens. Where every rank returns
-    the count of the whole sequence, as Megatron 0.12 does, the factor is 1.
+    Gradients are averaged over the context-parallel ranks, so that is the mean over all tokens. Where every rank
+    returns the count of the whole sequence, as Megatron 0.12 does, the factor is 1.
     """
+
     @wraps(loss_func)
     def call(*args, **kwargs):
         result = loss_func(*args, **kwargs)
@@ -55,4 +65,5 @@ def _weighted(state, loss_func):
         dist.all_reduce(total, group=state.groups.cp_group)
         factor = num_tokens.clamp(min=1) * state.cp_size / total.clamp(min=1)
         return loss * factor.to(loss.dtype), num_tokens, report
+
     return call

@@ -1,8 +1,8 @@
 """Declarative patches with exact undo; this module knows nothing of Megatron.
 
 A ``Patch`` names one attribute by its dotted path, says how to build the replacement from the original, and why. The
-manager applies all patches or none, rebinds the copies that other modules hold (``from x import y``), and restores every
-attribute to the identical object in reverse order.
+manager applies all patches or none, rebinds the copies that other modules hold (``from x import y``), and restores
+every attribute to the identical object in reverse order.
 """
 
 import importlib
@@ -80,7 +80,8 @@ class PatchManager:
     Args:
         patches: Patch objects; ``add`` takes more.
         subject: () -> what is patched with its version, for error messages ("megatron-core 0.16.1").
-        skip_copies_in: top-level packages whose copies of an original are left alone (torch keeps references of its own).
+        skip_copies_in: top-level packages whose copies of an original are left alone (torch keeps references of its
+            own).
     """
 
     def __init__(self, patches=(), *, subject=lambda: "the installed version", skip_copies_in=("torch",)):
@@ -122,14 +123,22 @@ class PatchManager:
 
     def report(self):
         """One PatchRow per patch, in the order of application."""
-        return [PatchRow(patch.target, patch.reason,
-                         "applied" if index in self._done else self._status.get(index) or "not applied")
-                for index, patch in enumerate(self._patches)]
+        return [
+            PatchRow(
+                patch.target,
+                patch.reason,
+                "applied" if index in self._done else self._status.get(index) or "not applied",
+            )
+            for index, patch in enumerate(self._patches)
+        ]
 
     def copies(self):
         """(target, "module.attribute") of every copy in another module that holds a replacement now."""
-        return [(self._patches[index].target, f"{copy.owner.__name__}.{copy.name}")
-                for index, replacements in self._done.items() for copy in replacements[1:]]
+        return [
+            (self._patches[index].target, f"{copy.owner.__name__}.{copy.name}")
+            for index, replacements in self._done.items()
+            for copy in replacements[1:]
+        ]
 
     def _apply_one(self, patch, replacements):
         owner, name = self._resolve(patch)
@@ -139,8 +148,10 @@ class PatchManager:
             if original is _ABSENT:
                 raise self._missing(patch, f"{_describe(owner)} has no attribute {name!r}")
             if not patch.inherited:
-                raise self._missing(patch, f"{_describe(owner)} has no {name!r} of its own, it inherits it from "
-                                           f"{_heritage(owner, name)}")
+                raise self._missing(
+                    patch,
+                    f"{_describe(owner)} has no {name!r} of its own, it inherits it from {_heritage(owner, name)}",
+                )
         after = _rebuild(original, patch.build)
         replacements.append(_Replacement(owner, name, before, after))
         setattr(owner, name, after)
@@ -196,9 +207,11 @@ class PatchManager:
         return rebound
 
     def _missing(self, patch, detail):
-        return PatchError(f"cannot patch {patch.target} in {self._subject()}: {detail}. No patch was applied. "
-                          "Install a version that mindspeed_cp names as tried, or adapt this row of mindspeed_cp/patches "
-                          f"(its reason: {patch.reason})")
+        return PatchError(
+            f"cannot patch {patch.target} in {self._subject()}: {detail}. No patch was applied. "
+            "Install a version that mindspeed_cp names as tried, or adapt this row of mindspeed_cp/patches "
+            f"(its reason: {patch.reason})"
+        )
 
 
 def _describe(owner):

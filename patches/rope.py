@@ -16,14 +16,27 @@ YARN = "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding.YarnRot
 def rope_patches(state):
     state.on_change.append(forget_cached_embeddings)
     return [
-        Patch(f"{ROPE_UTILS}.get_pos_emb_on_this_cp_rank", _slice_embedding(state),
-              "positions follow the chosen algorithm's layout; Megatron's own is an even zigzag"),
-        Patch(f"{ROTARY}.get_rotary_seq_len", _rotary_seq_len(state),
-              "the local length times cp is not the length of the sequence when lengths are uneven"),
-        Patch(f"{ROPE_UTILS}._apply_rotary_pos_emb_thd", _apply_packed(state),
-              "packed documents are split as one sequence, not each into 2 * cp padded chunks"),
-        Patch(f"{ROPE_UTILS}.apply_rotary_pos_emb", _unfused_when_packed(state),
-              "the fused packed embedding of Transformer Engine assumes its own split")]
+        Patch(
+            f"{ROPE_UTILS}.get_pos_emb_on_this_cp_rank",
+            _slice_embedding(state),
+            "positions follow the chosen algorithm's layout; Megatron's own is an even zigzag",
+        ),
+        Patch(
+            f"{ROTARY}.get_rotary_seq_len",
+            _rotary_seq_len(state),
+            "the local length times cp is not the length of the sequence when lengths are uneven",
+        ),
+        Patch(
+            f"{ROPE_UTILS}._apply_rotary_pos_emb_thd",
+            _apply_packed(state),
+            "packed documents are split as one sequence, not each into 2 * cp padded chunks",
+        ),
+        Patch(
+            f"{ROPE_UTILS}.apply_rotary_pos_emb",
+            _unfused_when_packed(state),
+            "the fused packed embedding of Transformer Engine assumes its own split",
+        ),
+    ]
 
 
 def forget_cached_embeddings():
@@ -45,7 +58,9 @@ def _slice_embedding(state):
             if state.cp_size == 1:
                 return original(pos_emb, seq_dim, *args, **kwargs)
             return state.layout(pos_emb.size(seq_dim)).shard(pos_emb, state.cp_rank, dim=seq_dim)
+
         return get_pos_emb_on_this_cp_rank
+
     return build
 
 
@@ -69,14 +84,17 @@ def _rotary_seq_len(state):
                 scale = config.tensor_model_parallel_size if config.sequence_parallel else 1
                 return state.shape_for(rows.size(0) * scale).seq_len
             return block_shape(state, block, rows.size(0)).seq_len
+
         return get_rotary_seq_len
+
     return build
 
 
 def _apply_packed(state):
     def build(original):
         utils = importlib.import_module(ROPE_UTILS)
-        # From 0.15 on, embeddings of the total length hold one row per packed token instead of one per place in a document.
+        # From 0.15 on, embeddings of the total length hold one row per packed token instead of one per place in a
+        # document.
         by_token = "offset" in inspect.signature(utils._get_thd_freqs_on_this_cp_rank).parameters
 
         @wraps(original)
@@ -91,7 +109,9 @@ def _apply_packed(state):
                 positions = _places_in_documents(positions, boundaries, seq_len)
             rows = freqs[positions.clamp_(max=freqs.size(0) - 1)]  # only padding after the last document lies beyond
             return utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), rows, *args, **kwargs).squeeze(1)
+
         return _apply_rotary_pos_emb_thd
+
     return build
 
 
@@ -110,7 +130,14 @@ def _unfused_when_packed(state):
             if state.cp_size == 1 or cu_seqlens is None or not config.apply_rope_fusion:
                 return original(t, freqs, config, cu_seqlens, mscale, *args, **kwargs)
             return utils._apply_rotary_pos_emb_thd(
-                t, cu_seqlens, freqs, rotary_interleaved=config.rotary_interleaved,
-                multi_latent_attention=config.multi_latent_attention, mscale=mscale)
+                t,
+                cu_seqlens,
+                freqs,
+                rotary_interleaved=config.rotary_interleaved,
+                multi_latent_attention=config.multi_latent_attention,
+                mscale=mscale,
+            )
+
         return apply_rotary_pos_emb
+
     return build

@@ -35,8 +35,8 @@ class AdaptorState:
         config: what ``configure`` or the flags said; None until then (Ulysses is taken when cp > 1).
         setup: TrainingSetup, None for scripts that use megatron-core alone.
         kernel: name of an attention kernel, None chooses by device.
-        documents_from_position_ids: whether position ids that start again at 0 begin a document when the batch has no mask
-            (Megatron's --reset-position-ids with --reset-attention-mask).
+        documents_from_position_ids: whether position ids that start again at 0 begin a document when the batch has no
+            mask (Megatron's --reset-position-ids with --reset-attention-mask).
         groups: ContextParallelGroups after Megatron has made its own groups.
         batch: shape of the batch that was split last; ``active`` is the one of the forward pass that runs now.
         on_change: called whenever a cached embedding may have become wrong.
@@ -54,8 +54,10 @@ class AdaptorState:
     def configure(self, config, *, setup=None, kernel=None, documents_from_position_ids=False):
         """Set the configuration; raises ValueError when groups of another configuration are in use."""
         if self.groups is not None and self.groups.hierarchy != config.hierarchy:
-            raise ValueError(f"the process groups were built for {self.config.describe()}, and {config.describe()} needs others; "
-                             "configure before initialize_model_parallel, or call destroy_model_parallel first.")
+            raise ValueError(
+                f"the process groups were built for {self.config.describe()}, and {config.describe()} needs others; "
+                "configure before initialize_model_parallel, or call destroy_model_parallel first."
+            )
         self.config, self.setup, self.kernel = config, setup, kernel
         self.documents_from_position_ids = documents_from_position_ids
         self.forget_batch()
@@ -84,8 +86,10 @@ class AdaptorState:
         if self.config is None:
             return ContextParallelConfig(context_parallel_size=cp_size)
         if self.config.context_parallel_size != cp_size:
-            raise ValueError(f"--context-parallel-size {self.config.context_parallel_size} was configured, and "
-                             f"initialize_model_parallel got context_parallel_size={cp_size}; pass the same size to both.")
+            raise ValueError(
+                f"--context-parallel-size {self.config.context_parallel_size} was configured, and "
+                f"initialize_model_parallel got context_parallel_size={cp_size}; pass the same size to both."
+            )
         return self.config
 
     def build_groups(self, config, cp_ranks, timeout=None):
@@ -109,9 +113,11 @@ class AdaptorState:
         config = self.config
         unaligned = self.setup is not None and self.setup.unaligned
         if config.algorithm == "ulysses_cp_algo" and not unaligned and seq_len % config.context_parallel_size:
-            raise ValueError(f"sequence length {seq_len} must be divisible by --context-parallel-size "
-                             f"{config.context_parallel_size} for aligned Ulysses; use --gather-size-calculator dynamic, which "
-                             "takes any length, or --context-parallel-algo megatron_cp_algo.")
+            raise ValueError(
+                f"sequence length {seq_len} must be divisible by --context-parallel-size "
+                f"{config.context_parallel_size} for aligned Ulysses; use --gather-size-calculator dynamic, which "
+                "takes any length, or --context-parallel-algo megatron_cp_algo."
+            )
         return _layout(config, seq_len)
 
     @contextmanager
@@ -131,6 +137,7 @@ class AdaptorState:
         def call(*args, **kwargs):
             with self.running(shape):
                 return function(*args, **kwargs)
+
         return call
 
     def shape_for(self, local_len, *, batch_is_known=True):
@@ -151,13 +158,17 @@ class AdaptorState:
             shape = BatchShape(int(total))
         expected = self.layout(shape.seq_len).length(self.cp_rank)
         if expected != local_len:
-            raise ValueError(f"context-parallel rank {self.cp_rank} holds {local_len} tokens, and a sequence of {shape.seq_len} "
-                             f"gives it {expected} ({self.config.describe()}); split every batch with get_batch_on_this_cp_rank "
-                             "or SequenceLayout.shard, and pass the same length to all ranks.")
+            raise ValueError(
+                f"context-parallel rank {self.cp_rank} holds {local_len} tokens, and a sequence of {shape.seq_len} "
+                f"gives it {expected} ({self.config.describe()}); split every batch with get_batch_on_this_cp_rank "
+                "or SequenceLayout.shard, and pass the same length to all ranks."
+            )
         return shape
 
     def packed_len(self, local_len, documents_end):
-        """Length of a packed sequence: as recorded (padding may follow the last document), else where the documents end."""
+        """Length of a packed sequence: as recorded (padding may follow the last document), else where the documents
+        end.
+        """
         if self.cp_size == 1:
             return local_len
         return self.shape_for(local_len).seq_len if self.active or self.batch else documents_end
@@ -189,6 +200,7 @@ def _calculator(name):
         return None
     if name == "dynamic":
         from mindspeed_cp import DynamicGatherSizeCalculator
+
         return DynamicGatherSizeCalculator()
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)()

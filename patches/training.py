@@ -26,16 +26,37 @@ def training_patches(state):
     attend = AttentionBridge(state)
     return [
         *loss_patches(state),
-        Patch(f"{ARGUMENTS}.add_megatron_arguments", _add_flags,
-              "Megatron's parser knows the flags of context parallelism", without_checkout),
-        Patch(f"{ARGUMENTS}.validate_args", _validate(state),
-              "flags become the configuration; uneven lengths and legacy models pass Megatron's assertions", without_checkout),
-        Patch(f"{LEGACY}.ParallelAttention.__init__", _legacy_attention(state),
-              "legacy models would ask for the flash-attn package; the core attention below is flash attention", without_legacy),
-        Patch(f"{LEGACY}.CoreAttention.forward", _legacy_core_attention(state, attend),
-              "legacy models: attention over the whole sequence, of which each rank holds a part", without_legacy),
-        Patch(f"{LEGACY}.ParallelTransformer.forward", _legacy_block(state),
-              "legacy models: layers learn the true length of the micro-batch", without_legacy)]
+        Patch(
+            f"{ARGUMENTS}.add_megatron_arguments",
+            _add_flags,
+            "Megatron's parser knows the flags of context parallelism",
+            without_checkout,
+        ),
+        Patch(
+            f"{ARGUMENTS}.validate_args",
+            _validate(state),
+            "flags become the configuration; uneven lengths and legacy models pass Megatron's assertions",
+            without_checkout,
+        ),
+        Patch(
+            f"{LEGACY}.ParallelAttention.__init__",
+            _legacy_attention(state),
+            "legacy models would ask for the flash-attn package; the core attention below is flash attention",
+            without_legacy,
+        ),
+        Patch(
+            f"{LEGACY}.CoreAttention.forward",
+            _legacy_core_attention(state, attend),
+            "legacy models: attention over the whole sequence, of which each rank holds a part",
+            without_legacy,
+        ),
+        Patch(
+            f"{LEGACY}.ParallelTransformer.forward",
+            _legacy_block(state),
+            "legacy models: layers learn the true length of the micro-batch",
+            without_legacy,
+        ),
+    ]
 
 
 def without_checkout():
@@ -59,15 +80,18 @@ def _why_missing(module, missing):
 
 
 _DOCUMENTS_WITHOUT_MASK = (
-    "--reset-attention-mask with --no-create-attention-mask-in-dataloader: attention stays within documents here, while "
+    "--reset-attention-mask with --no-create-attention-mask-in-dataloader: attention stays within documents here, "
+    "while "
     "Megatron's own --context-parallel-size 1 has no mask then and attends across them; leave "
-    "--no-create-attention-mask-in-dataloader out there to compare the two.")
+    "--no-create-attention-mask-in-dataloader out there to compare the two."
+)
 
 
 def _add_flags(original):
     @wraps(original)
     def add_megatron_arguments(parser):
         return add_context_parallel_arguments(original(parser))
+
     return add_megatron_arguments
 
 
@@ -94,7 +118,9 @@ def _validate(state):
             with readable_errors(PROGRAM):
                 state.configure(config, setup=setup, kernel=args.cp_kernel, documents_from_position_ids=documents)
             return result
+
         return validate_args
+
     return build
 
 
@@ -106,10 +132,14 @@ def _check_legacy(args):
     if args.context_parallel_size == 1 or not getattr(args, "use_legacy_models", False):
         return
     if args.ckpt_format != "torch":
-        raise ValueError(f"--ckpt-format {args.ckpt_format} does not work with --use-legacy-models; use --ckpt-format torch.")
+        raise ValueError(
+            f"--ckpt-format {args.ckpt_format} does not work with --use-legacy-models; use --ckpt-format torch."
+        )
     for name in NOT_WITH_LEGACY:
         if getattr(args, name, None):
-            raise ValueError(f"--{name.replace('_', '-')} does not work with --use-legacy-models; leave one of them out.")
+            raise ValueError(
+                f"--{name.replace('_', '-')} does not work with --use-legacy-models; leave one of them out."
+            )
 
 
 def _lengths_differ(config, seq_len):
@@ -153,7 +183,9 @@ def _legacy_attention(state):
                 original(self, *args, **kwargs)
             finally:
                 flags.use_flash_attn = flash
+
         return __init__
+
     return build
 
 
@@ -163,12 +195,20 @@ def _legacy_core_attention(state, attend):
         def forward(self, query_layer, key_layer, value_layer, attention_mask):
             if state.cp_size == 1:
                 return original(self, query_layer, key_layer, value_layer, attention_mask)
-            scale = (self.scale_mask_softmax.scale or 1) / self.norm_factor  # query-key layer scaling divides, then multiplies
+            scale = (
+                self.scale_mask_softmax.scale or 1
+            ) / self.norm_factor  # query-key layer scaling divides, then multiplies
             module = CoreAttention(
-                layer_number=self.layer_number, causal=self.attn_mask_type.name == "causal", softmax_scale=scale,
-                dropout_p=self.attention_dropout.p if self.training else 0.0, rng=_dropout_rng(self))
+                layer_number=self.layer_number,
+                causal=self.attn_mask_type.name == "causal",
+                softmax_scale=scale,
+                dropout_p=self.attention_dropout.p if self.training else 0.0,
+                rng=_dropout_rng(self),
+            )
             return attend(module, query_layer, key_layer, value_layer, attention_mask)
+
         return forward
+
     return build
 
 
@@ -191,5 +231,7 @@ def _legacy_block(state):
             local_len = rows * get_tensor_model_parallel_world_size() if self.sequence_parallel else rows
             with state.running(state.shape_for(local_len, batch_is_known=self.pre_process or self.post_process)):
                 return original(self, hidden_states, *args, **kwargs)
+
         return forward
+
     return build

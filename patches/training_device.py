@@ -25,46 +25,106 @@ FP8_FIX = "fix_fp8_params_lose_precision_when_loading_dist_ckpt"
 
 def library_patches():
     """Names that newer libraries dropped or that are missing here; megatron.training is imported after these."""
-    return [Patch(TRITON_KERNELS, _kernels_without_triton,
-                  "0.16 imports its Triton kernels even when --batch-invariant-mode is off", _triton_is_there, create=True),
-            Patch(f"{MLA}.TELinear", lambda original: type("TELinear", (), {}),
-                  "without Transformer Engine 0.16 asks isinstance of a placeholder that is no class", _te_linear_is_a_class),
-            Patch(f"{EXPERTS}.te_general_gemm", lambda original: None,
-                  "without Transformer Engine 0.16 asks whether this name is None, and has not set it", _gemm_is_named,
-                  create=True),
-            Patch("numpy.product", lambda original: numpy.prod,
-                  "distributed checkpoints of 0.12 to 0.15 use a name that numpy 2 removed", _product_is_there, create=True),
-            Patch(f"{CHECKPOINT_WRITER}._write_item", _with_serialization_format,
-                  "0.12 does not pass the format that newer torch requires", _format_is_passed)]
+    return [
+        Patch(
+            TRITON_KERNELS,
+            _kernels_without_triton,
+            "0.16 imports its Triton kernels even when --batch-invariant-mode is off",
+            _triton_is_there,
+            create=True,
+        ),
+        Patch(
+            f"{MLA}.TELinear",
+            lambda original: type("TELinear", (), {}),
+            "without Transformer Engine 0.16 asks isinstance of a placeholder that is no class",
+            _te_linear_is_a_class,
+        ),
+        Patch(
+            f"{EXPERTS}.te_general_gemm",
+            lambda original: None,
+            "without Transformer Engine 0.16 asks whether this name is None, and has not set it",
+            _gemm_is_named,
+            create=True,
+        ),
+        Patch(
+            "numpy.product",
+            lambda original: numpy.prod,
+            "distributed checkpoints of 0.12 to 0.15 use a name that numpy 2 removed",
+            _product_is_there,
+            create=True,
+        ),
+        Patch(
+            f"{CHECKPOINT_WRITER}._write_item",
+            _with_serialization_format,
+            "0.12 does not pass the format that newer torch requires",
+            _format_is_passed,
+        ),
+    ]
 
 
 def checkout_patches():
     """What a checkout asks of libraries that are missing, on any device."""
-    return [Patch(f"{CHECKPOINTING}.{FP8_FIX}", lambda original: lambda state_dict: None,
-                  "0.12 asks for the version of Transformer Engine when it loads, installed or not; without it nothing is FP8",
-                  _no_fp8_fix)]
+    return [
+        Patch(
+            f"{CHECKPOINTING}.{FP8_FIX}",
+            lambda original: lambda state_dict: None,
+            "0.12 asks for the version of Transformer Engine when it loads, installed or not; without it nothing is "
+            "FP8",
+            _no_fp8_fix,
+        )
+    ]
 
 
 def checkout_device_patches(when):
     """The table; ``when`` is () -> "" on a machine without accelerator, else why no stand-in is needed."""
     checkout, legacy = (lambda: when() or without_checkout()), (lambda: when() or without_legacy())
     return [
-        Patch("megatron.training.initialize.initialize_megatron", _allow_no_cuda,
-              "Megatron refuses to start without CUDA", checkout),
-        Patch("megatron.training.initialize._warmup_jit_function", lambda original: lambda: None,
-              "nothing is compiled, and the random numbers it draws would make initial weights depend on the parallel sizes",
-              checkout),
-        Patch("torch.cuda.device_count", lambda original: lambda: 1,
-              "without a device Megatron makes no process groups and seeds no generator", checkout),
-        Patch("torch.cuda.get_device_properties", lambda original: _properties,
-              "Megatron asks for the architecture of the device", checkout),
-        Patch("torch.cuda.device_memory_used", lambda original: lambda device=None: 0,
-              "Megatron prints the memory of the device", checkout),
-        Patch("megatron.core.datasets.utils.compile_helpers", _compile_if_missing,
-              "Megatron's Makefile compiles for the first python3 of the PATH, each time; this compiles once, for the Python "
-              "that runs", checkout),
-        Patch("megatron.legacy.fused_kernels.load", lambda original: lambda args: None,
-              "the fused kernels are CUDA; legacy models have plain versions", legacy)]
+        Patch(
+            "megatron.training.initialize.initialize_megatron",
+            _allow_no_cuda,
+            "Megatron refuses to start without CUDA",
+            checkout,
+        ),
+        Patch(
+            "megatron.training.initialize._warmup_jit_function",
+            lambda original: lambda: None,
+            "nothing is compiled, and the random numbers it draws would make initial weights depend on the parallel "
+            "sizes",
+            checkout,
+        ),
+        Patch(
+            "torch.cuda.device_count",
+            lambda original: lambda: 1,
+            "without a device Megatron makes no process groups and seeds no generator",
+            checkout,
+        ),
+        Patch(
+            "torch.cuda.get_device_properties",
+            lambda original: _properties,
+            "Megatron asks for the architecture of the device",
+            checkout,
+        ),
+        Patch(
+            "torch.cuda.device_memory_used",
+            lambda original: lambda device=None: 0,
+            "Megatron prints the memory of the device",
+            checkout,
+        ),
+        Patch(
+            "megatron.core.datasets.utils.compile_helpers",
+            _compile_if_missing,
+            "Megatron's Makefile compiles for the first python3 of the PATH, each time; this compiles once, for the "
+            "Python "
+            "that runs",
+            checkout,
+        ),
+        Patch(
+            "megatron.legacy.fused_kernels.load",
+            lambda original: lambda args: None,
+            "the fused kernels are CUDA; legacy models have plain versions",
+            legacy,
+        ),
+    ]
 
 
 def _triton_is_there():
@@ -121,7 +181,10 @@ def _kernels_without_triton(original):
     module = ModuleType(TRITON_KERNELS)
 
     def enable_batch_invariant_mode(*args, **kwargs):
-        raise ValueError("--batch-invariant-mode needs Triton, which is not installed; install it, or leave the flag out.")
+        raise ValueError(
+            "--batch-invariant-mode needs Triton, which is not installed; install it, or leave the flag out."
+        )
+
     module.enable_batch_invariant_mode = module.set_batch_invariant_mode = enable_batch_invariant_mode
     module.disable_batch_invariant_mode = lambda: None
     module.is_batch_invariant_mode_enabled = lambda: False
@@ -132,6 +195,7 @@ def _allow_no_cuda(original):
     def initialize_megatron(*args, **kwargs):
         # The fourth positional argument in every version; no caller passes it so.
         return original(*args, **{**kwargs, "allow_no_cuda": True})
+
     return initialize_megatron
 
 
@@ -145,6 +209,7 @@ def _compile_if_missing(original):
             importlib.import_module("megatron.core.datasets.helpers_cpp")
         except ImportError:
             _compile(Path(inspect.getfile(original)).parent)
+
     return compile_helpers
 
 
@@ -153,13 +218,24 @@ def _compile(folder):
     name = "helpers_cpp" + sysconfig.get_config_var("EXT_SUFFIX")
     includes = [sysconfig.get_paths()["include"], str(Path(torch.__file__).parent / "include")]
     with tempfile.TemporaryDirectory(dir=folder) as built:
-        command = ["c++", "-O3", "-shared", "-std=c++17", "-fPIC", *(f"-I{include}" for include in includes),
-                   str(folder / "helpers.cpp"), "-o", str(Path(built, name))]
+        command = [
+            "c++",
+            "-O3",
+            "-shared",
+            "-std=c++17",
+            "-fPIC",
+            *(f"-I{include}" for include in includes),
+            str(folder / "helpers.cpp"),
+            "-o",
+            str(Path(built, name)),
+        ]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
             reason = getattr(error, "stderr", None) or error
-            raise RuntimeError(f"the dataset helpers of Megatron-LM in {folder} could not be compiled ({reason}); install a C++ "
-                               "compiler and Python's headers, or run make there.") from error
+            raise RuntimeError(
+                f"the dataset helpers of Megatron-LM in {folder} could not be compiled ({reason}); install a C++ "
+                "compiler and Python's headers, or run make there."
+            ) from error
         Path(built, name).replace(folder / name)  # at once, so that a second run never sees half a file
     importlib.invalidate_caches()

@@ -1,9 +1,10 @@
 """Time context-parallel attention on this machine (CPU and gloo), variants interleaved in one run.
 
-``python scripts/bench_attention.py``            forward + backward over the ideal T(1 rank) / ranks, per algorithm, beside
-                                                 the floor: all ranks compute their share of the heads, without communication
-``python scripts/bench_attention.py --stub``     communication, merging and copying alone: the kernel returns empty outputs,
-                                                 CPU time per rank, beside a straightforward reference ring
+``python scripts/bench_attention.py``            forward + backward over the ideal T(1 rank) / ranks, per algorithm,
+                                                 beside the floor: all ranks compute their share of the heads, without
+                                                     communication
+``python scripts/bench_attention.py --stub``     communication, merging and copying alone: the kernel returns empty
+                                                 outputs, CPU time per rank, beside a straightforward reference ring
 
 Machines are shared and noisy: every repetition runs every variant once, and medians are printed. Set OMP_NUM_THREADS=1
 (the default here) so that ranks do not compete for cores.
@@ -24,7 +25,11 @@ import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 
 from mindspeed_cp import (  # noqa: E402
-    ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention)
+    ContextParallelConfig,
+    ContextParallelGroups,
+    SequenceLayout,
+    context_parallel_attention,
+)
 from mindspeed_cp.comm import count_bytes  # noqa: E402
 from mindspeed_cp.kernels import select_kernel  # noqa: E402
 
@@ -33,7 +38,9 @@ FLOOR = "floor: no communication"
 
 
 class StubKernel:
-    """Returns outputs of the right shapes that were made once, so that only communication, merging and copying are left."""
+    """Returns outputs of the right shapes that were made once, so that only communication, merging and copying are
+    left.
+    """
 
     name, native_bands, contiguous_heads = "stub", True, True
 
@@ -51,14 +58,20 @@ class StubKernel:
         return self.output("out", (*query.shape[:3], value.shape[-1]), query.dtype), lse.clone(), None
 
     def backward(self, grad_out, query, key, value, out, lse, block, options, rng, attention_mask=None):
-        return tuple(self.output(name, like.shape, like.dtype) for name, like in (("dq", query), ("dk", key), ("dv", value)))
+        return tuple(
+            self.output(name, like.shape, like.dtype) for name, like in (("dq", query), ("dk", key), ("dv", value))
+        )
 
 
 def variants(ranks):
     """name -> settings of ContextParallelConfig."""
     ring = {"algorithm": "megatron_cp_algo", "send_recv_overlap": True}
-    table = {"ulysses": {"algorithm": "ulysses_cp_algo"}, "ring": ring, "ring direct": {**ring, "kv_exchange": "direct"},
-             "kv all-gather": {"algorithm": "kvallgather_cp_algo"}}
+    table = {
+        "ulysses": {"algorithm": "ulysses_cp_algo"},
+        "ring": ring,
+        "ring direct": {**ring, "kv_exchange": "direct"},
+        "kv all-gather": {"algorithm": "kvallgather_cp_algo"},
+    }
     if ranks % 2 == 0 and ranks > 2:
         table["double ring w=2"] = {**ring, "window_size": 2}
         table["hybrid u=2"] = {**ring, "algorithm": "hybrid_cp_algo", "ulysses_degree": 2}
@@ -87,15 +100,23 @@ def reference_ring_step(query, key, value, grad_out, kernel, group, rank):
 
     def rotate(tensors):
         received = [torch.empty_like(tensor) for tensor in tensors]
-        ops = [op for tensor, into in zip(tensors, received) for op in (
-            dist.P2POp(dist.isend, tensor, (rank + 1) % ranks, group), dist.P2POp(dist.irecv, into, (rank - 1) % ranks, group))]
+        ops = [
+            op
+            for tensor, into in zip(tensors, received)
+            for op in (
+                dist.P2POp(dist.isend, tensor, (rank + 1) % ranks, group),
+                dist.P2POp(dist.irecv, into, (rank - 1) % ranks, group),
+            )
+        ]
         return dist.batch_isend_irecv(ops), received
 
     half, out, lse = query.shape[0] // 2, None, None
     local = (key.contiguous(), value.contiguous())
     everything, first, second = slice(None), slice(half), slice(half, None)
-    blocks = [(everything, everything) if t == 0 else (everything, first) if t <= rank else (second, everything)
-              for t in range(ranks)]
+    blocks = [
+        (everything, everything) if t == 0 else (everything, first) if t <= rank else (second, everything)
+        for t in range(ranks)
+    ]
     kv = local
     for t, (rows, _) in enumerate(blocks):
         works, following = rotate(kv) if t + 1 < ranks else ((), None)
@@ -138,7 +159,9 @@ def measure(rank, ranks, port, options):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=datetime.timedelta(minutes=5))
-    whole = sample((options.seq_length, options.heads, options.head_dim), options.kv_heads, getattr(torch, options.dtype))
+    whole = sample(
+        (options.seq_length, options.heads, options.head_dim), options.kv_heads, getattr(torch, options.dtype)
+    )
     kernel = StubKernel() if options.stub else select_kernel("cpu")
     cases, traffic = {}, {}
     for name, settings in variants(ranks).items():
@@ -151,11 +174,19 @@ def measure(rank, ranks, port, options):
         cases["reference ring"] = partial(reference_ring_step, *tensors, grad_out, kernel, groups.cp_group, rank)
     else:
         config = ContextParallelConfig()
-        single = partial(context_parallel_attention, config=config, groups=ContextParallelGroups.build(config),
-                         layout=SequenceLayout.build(config, options.seq_length), kernel=kernel)
+        single = partial(
+            context_parallel_attention,
+            config=config,
+            groups=ContextParallelGroups.build(config),
+            layout=SequenceLayout.build(config, options.seq_length),
+            kernel=kernel,
+        )
         cases["1 rank"] = partial(step, single, whole[:3], whole[3]) if rank == 0 else (lambda: None)
         if options.kv_heads % ranks == 0:
-            share = [tensor.chunk(ranks, dim=2)[rank].permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for tensor in whole]
+            share = [
+                tensor.chunk(ranks, dim=2)[rank].permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+                for tensor in whole
+            ]
             cases[FLOOR] = partial(step, single, share[:3], share[3])
     times = {name: [] for name in cases}
     for repetition in range(options.repetitions + 1):
@@ -177,8 +208,10 @@ def measure(rank, ranks, port, options):
 
 def report(times, traffic, ranks, options):
     medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"{ranks} ranks, S={options.seq_length}, H={options.heads}, KV heads={options.kv_heads}, D={options.head_dim}, "
-          f"{options.dtype}, forward + backward, {options.repetitions} interleaved repetitions")
+    print(
+        f"{ranks} ranks, S={options.seq_length}, H={options.heads}, KV heads={options.kv_heads}, D={options.head_dim}, "
+        f"{options.dtype}, forward + backward, {options.repetitions} interleaved repetitions"
+    )
     base = medians.pop("reference ring") if options.stub else medians.pop("1 rank") / ranks
     label = "reference ring, CPU time per rank" if options.stub else f"ideal T(1 rank) / {ranks}"
     print(f"| variant | median ms | over {label} | mean MB sent per rank |\n| --- | ---: | ---: | ---: |")

@@ -76,8 +76,10 @@ class RingRank:
     def __init__(self, args, kernel, length):
         config = ContextParallelConfig(context_parallel_size=args.ranks, algorithm="megatron_cp_algo")
         layout, mask = SequenceLayout.build(config, length), IntervalMask(right=0)
-        self.plans = [plan_blocks(layout.ring_runs(0), layout.ring_runs(source), mask, kernel.native_bands)
-                      for source in range(args.ranks)]
+        self.plans = [
+            plan_blocks(layout.ring_runs(0), layout.ring_runs(source), mask, kernel.native_bands)
+            for source in range(args.ranks)
+        ]
         self.kernel, self.tensors = kernel, sample(args, layout.length(0))
         self.merge = kernel.merge if args.fused_merge else merge_attention
 
@@ -99,8 +101,9 @@ class RingRank:
         out = out.to(query.dtype)
         for block, rng in zip(blocks, rngs, strict=True):
             q, k = block.query_rows, block.key_rows
-            backward = partial(self.kernel.backward, grad_out[q], query[q], key[k], value[k], out[q], lse[q], block,
-                               options, rng)
+            backward = partial(
+                self.kernel.backward, grad_out[q], query[q], key[k], value[k], out[q], lse[q], block, options, rng
+            )
             kernel_seconds += clock(backward)[0]
         return kernel_seconds, merge_seconds
 
@@ -108,8 +111,10 @@ class RingRank:
 def sample(args, length):
     """query, key, value and the output's gradient in bfloat16."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(length, 1, heads, args.head_dim, generator=generator).to(args.device, torch.bfloat16)
-            for heads in (args.heads, args.kv_heads, args.kv_heads, args.heads)]
+    return [
+        torch.randn(length, 1, heads, args.head_dim, generator=generator).to(args.device, torch.bfloat16)
+        for heads in (args.heads, args.kv_heads, args.kv_heads, args.heads)
+    ]
 
 
 def whole_step(kernel, tensors, clock):
@@ -145,10 +150,14 @@ def main(argv=None):
     kernel = select_kernel(args.kernel, args.device)
     if args.fused_merge and not hasattr(kernel, "merge"):
         raise SystemExit(f"--fused-merge: kernel {kernel.name} has no fused update on this machine; leave it out.")
-    print(f"kernel {kernel.name} on {hardware(args)}; bf16, {args.heads} heads, {args.kv_heads} KV heads, "
-          f"head dimension {args.head_dim}, forward + backward, medians of {args.repeat}\n")
-    print(f"| S | whole attention, ms | 1/{args.ranks} of it, ms | ring blocks of a rank, ms | merge, ms | ratio | "
-          "merge share |")
+    print(
+        f"kernel {kernel.name} on {hardware(args)}; bf16, {args.heads} heads, {args.kv_heads} KV heads, "
+        f"head dimension {args.head_dim}, forward + backward, medians of {args.repeat}\n"
+    )
+    print(
+        f"| S | whole attention, ms | 1/{args.ranks} of it, ms | ring blocks of a rank, ms | merge, ms | ratio | "
+        "merge share |"
+    )
     print("|---|---|---|---|---|---|---|")
     for length in args.lengths:
         whole, blocks, merge = measure(args, kernel, length)

@@ -2,8 +2,8 @@
 
     python scripts/compare_runs.py --tolerance 1e-4 --plot loss.png "cp=1=runs/cp1.jsonl" "Ring cp=4=runs/ring.jsonl"
 
-Each argument is NAME=FILE, FILE written by pretrain_gpt.py --log-file; the first run is the one to agree with. Exit status
-1 when a loss differs from it by more than the tolerance, relatively.
+Each argument is NAME=FILE, FILE written by pretrain_gpt.py --log-file; the first run is the one to agree with. Exit
+status 1 when a loss differs from it by more than the tolerance, relatively.
 """
 
 import argparse
@@ -40,8 +40,9 @@ def table(runs):
     result.add_section()
     result.add_row("difference", "", *(f"{largest_difference(run, columns[0]):.1e}" for run in columns[1:]))
     result.add_row("bytes per rank and step", *(f"{run[-1]['cp_bytes_per_rank']:,.0f}" for run in columns))
-    result.add_row("tokens/s", *(f"{sorted(record['tokens_per_second'] for record in run)[len(run) // 2]:,.0f}"
-                                 for run in columns))
+    result.add_row(
+        "tokens/s", *(f"{sorted(record['tokens_per_second'] for record in run)[len(run) // 2]:,.0f}" for run in columns)
+    )
     return result
 
 
@@ -54,8 +55,13 @@ def plot(runs, path):
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for index, (name, run) in enumerate(runs.items()):
-        axes.plot([record["iteration"] for record in run], [record["loss"] for record in run], label=name,
-                  linewidth=7 - 2.5 * index, linestyle="-" if index < 2 else "--")
+        axes.plot(
+            [record["iteration"] for record in run],
+            [record["loss"] for record in run],
+            label=name,
+            linewidth=7 - 2.5 * index,
+            linestyle="-" if index < 2 else "--",
+        )
     axes.set(xlabel="step", ylabel="loss", title="The same training, with and without context parallelism")
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -64,7 +70,9 @@ def plot(runs, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="NAME=FILE", help="a name and a --log-file of pretrain_gpt.py")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative difference allowed (default: 1e-4)")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest relative difference allowed (default: 1e-4)"
+    )
     parser.add_argument("--plot", metavar="PNG", help="where to save the picture of the losses")
     args = parser.parse_args(argv)
     runs = {name: read_run(path) for name, _, path in (run.rpartition("=") for run in args.runs)}

@@ -2,9 +2,11 @@
 
     python scripts/megatron_lm_runs.py CHECKOUT < runs.json > results.jsonl
 
-Input: a list of {"name", "world", "flags", "adaptor"}. Output: one line per run, {"name", "losses", "grad_norms", "error"}. Every
-rank is a fork of this process in which Megatron is imported already; it enters through mindspeed_cp.run, as with torchrun.
-With "adaptor": false only the stand-in for CUDA is applied, to compare with Megatron as it is (own process: --stand-in-only).
+Input: a list of {"name", "world", "flags", "adaptor"}. Output: one line per run, {"name", "losses", "grad_norms",
+"error"}. Every rank is a fork of this process in which Megatron is imported already; it enters through
+mindspeed_cp.run, as with torchrun. With "adaptor": false only the stand-in for CUDA is applied, to compare with
+Megatron as it is (own process:
+--stand-in-only).
 """
 
 import argparse
@@ -31,7 +33,10 @@ def _apply_stand_in_only():
 
     def needed():
         return ""
-    manager = PatchManager(device_patches(needed) + library_patches() + checkout_patches() + checkout_device_patches(needed))
+
+    manager = PatchManager(
+        device_patches(needed) + library_patches() + checkout_patches() + checkout_device_patches(needed)
+    )
     manager.apply()
     return manager
 
@@ -44,10 +49,13 @@ def _record_steps(records):
 
     def train_step(*args, **kwargs):
         result = original(*args, **kwargs)
-        losses = {name: float(value[0] / value[1]) if isinstance(value, (list, tuple)) else float(value)
-                  for name, value in result[0].items()}
+        losses = {
+            name: float(value[0] / value[1]) if isinstance(value, (list, tuple)) else float(value)
+            for name, value in result[0].items()
+        }
         records.append({"loss": losses.get("lm loss"), "grad_norm": float(result[5])})
         return result
+
     training.train_step = train_step
 
 
@@ -67,8 +75,14 @@ def _rank(script, run, rank, port, folder):
     os.dup2(log, 1)
     os.dup2(log, 2)
     world = run["world"]
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     records, error = [], None
     sys.argv = ["-", *run["flags"]]
     try:
@@ -123,17 +137,22 @@ def run_one(script, run, results_fd):
         for pid in children:  # what a rank started itself and left behind
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-        answers = [json.loads(path.read_text()) if path.exists() else {"records": [], "error": "ended without an answer"}
-                   for path in (folder / f"rank-{rank}.json" for rank in range(run["world"]))]
+        answers = [
+            json.loads(path.read_text()) if path.exists() else {"records": [], "error": "ended without an answer"}
+            for path in (folder / f"rank-{rank}.json" for rank in range(run["world"]))
+        ]
         errors = [f"rank {rank}: {answer['error']}" for rank, answer in enumerate(answers) if answer["error"]]
         if failed or errors:
             tails = [(folder / f"rank-{rank}.log").read_text(errors="replace")[-3000:] for rank in range(run["world"])]
             print("\n".join(tails), file=sys.stderr, flush=True)
     # The loss is known on the last pipeline stage, which holds the last ranks.
     records = answers[-1]["records"]
-    return {"name": run["name"], "losses": [record["loss"] for record in records],
-            "grad_norms": [record["grad_norm"] for record in records],
-            "error": "; ".join(errors) or ("failed" if failed else None)}
+    return {
+        "name": run["name"],
+        "losses": [record["loss"] for record in records],
+        "grad_norms": [record["grad_norm"] for record in records],
+        "error": "; ".join(errors) or ("failed" if failed else None),
+    }
 
 
 def main():

@@ -35,16 +35,22 @@ def write_documents(texts, prefix):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="data/topics", help="prefix of the two files (default: data/topics)")
-    parser.add_argument("--documents", choices=["topics", "paragraphs"], default="topics",
-                        help="what is one document: a topic of some thousand tokens, or a paragraph (default: topics)")
+    parser.add_argument(
+        "--documents",
+        choices=["topics", "paragraphs"],
+        default="topics",
+        help="what is one document: a topic of some thousand tokens, or a paragraph (default: topics)",
+    )
     args = parser.parse_args(argv)
     # Sorted, so that every machine with this Python writes the same bytes.
     texts = [text for _, text in sorted(pydoc_data.topics.topics.items())]
     if args.documents == "paragraphs":
         texts = [paragraph for text in texts for paragraph in text.split("\n\n") if paragraph.strip()]
     num_tokens = write_documents(texts, args.output)
-    print(f"{args.output}.bin, {args.output}.idx: {len(texts)} documents, {num_tokens} tokens "
-          "(--split 90,10,0 trains on nine tenths of the documents and validates on one)")
+    print(
+        f"{args.output}.bin, {args.output}.idx: {len(texts)} documents, {num_tokens} tokens "
+        "(--split 90,10,0 trains on nine tenths of the documents and validates on one)"
+    )
 
 
 if __name__ == "__main__":

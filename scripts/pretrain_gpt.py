@@ -1,6 +1,7 @@
-"""Train a GPT on megatron-core alone: no Megatron-LM checkout needed. ``--help`` lists the flags, named as Megatron's are.
+"""Train a GPT on megatron-core alone: no Megatron-LM checkout needed. ``--help`` lists the flags, named as Megatron's
+are.
 
-    torchrun --nproc-per-node 4 scripts/pretrain_gpt.py --data-path data/topics --context-parallel-size 4 ...
+torchrun --nproc-per-node 4 scripts/pretrain_gpt.py --data-path data/topics --context-parallel-size 4 ...
 """
 
 import trainer.quiet  # noqa: F401  before Megatron warns
@@ -19,8 +20,11 @@ def main(argv=None):
     show = warnings.showwarning
     with readable_errors("pretrain_gpt.py"), warnings.catch_warnings():
         # What the configuration has to say is for the user, not about a line of source.
-        warnings.showwarning = lambda message, category, *rest: print(f"note: {message}", flush=True) \
-            if issubclass(category, ContextParallelWarning) else show(message, category, *rest)
+        warnings.showwarning = lambda message, category, *rest: (
+            print(f"note: {message}", flush=True)
+            if issubclass(category, ContextParallelWarning)
+            else show(message, category, *rest)
+        )
         args = parse_args(argv)
     pretrain(args)
 

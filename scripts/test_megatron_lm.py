@@ -37,12 +37,29 @@ def find_checkouts(folder):
 def start_runs(checkout, runs, *options):
     """Yield the result of every run of one checkout; a process that ends early gives an error for the rest."""
     path = [str(checkout), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path),
-                   "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "MINDSPEED_CP_DEVICE": "cpu"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "MINDSPEED_CP_DEVICE": "cpu",
+    }
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(Path(__file__).with_name("megatron_lm_runs.py")), str(checkout), *options],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                str(Path(__file__).with_name("megatron_lm_runs.py")),
+                str(checkout),
+                *options,
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        )
         process.stdin.write(json.dumps(runs))
         process.stdin.close()
         for line in process.stdout:
@@ -56,10 +73,12 @@ def start_runs(checkout, runs, *options):
 
 
 def relative_difference(reference, result):
-    """Largest relative difference of the steps that ``result`` made, which are the last ones; None when it made none."""
+    """Largest relative difference of the steps that ``result`` made, which are the last ones; None when it made
+    none.
+    """
     worst = None
     for name in ("losses", "grad_norms"):
-        wanted, got = reference[name][-len(result[name]):], result[name]
+        wanted, got = reference[name][-len(result[name]) :], result[name]
         for a, b in zip(wanted, got, strict=True):
             worst = max(worst or 0.0, abs(a - b) / abs(a))
     return worst
@@ -103,7 +122,8 @@ def check_bitwise(checkout):
     return (0.0, "") if equal else (relative_difference(without, with_adaptor), "differs")
 
 
-# Sentences as documents, so that most samples of 64 tokens hold a boundary, and ranks unequal numbers of tokens with a loss.
+# Sentences as documents, so that most samples of 64 tokens hold a boundary, and ranks unequal numbers of tokens with a
+# loss.
 WRITE_SENTENCES = """
 import sys
 from pydoc_data.topics import topics
@@ -116,8 +136,12 @@ write_documents([sentence[:1 + 7 * index % 45] for index, sentence in enumerate(
 def prepare_text(prefix):
     """Write real text, in short documents, to PREFIX.bin and PREFIX.idx."""
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "scripts"), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, "-W", "ignore", "-c", WRITE_SENTENCES, prefix], check=True, stdout=subprocess.DEVNULL,
-                   env={**os.environ, "PYTHONPATH": path})
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WRITE_SENTENCES, prefix],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": path},
+    )
 
 
 def passed(result):
@@ -126,12 +150,14 @@ def passed(result):
 
 def table(results, cases):
     """Markdown: a row per case, a column per version, the largest relative difference of loss and gradient norm."""
+
     def cell(result):
         if result is None:
             return "not in Megatron"
         if result[0] is None:
             return "FAILED"
         return f"{result[0]:.0e}" if passed(result) else f"FAILED {result[0]:.0e}"
+
     versions = list(results)
     lines = ["| algorithm | parallelism | " + " | ".join(versions) + " |", "|---|---|" + "---|" * len(versions)]
     for case in cases:
@@ -148,12 +174,18 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="a short subset of the cases")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     args = parser.parse_args(argv)
-    checkouts = {version: path for version, path in find_checkouts(args.folder.resolve()).items()
-                 if not args.versions or version in args.versions}
+    checkouts = {
+        version: path
+        for version, path in find_checkouts(args.folder.resolve()).items()
+        if not args.versions or version in args.versions
+    }
     cases = [case for case in CASES if (case.quick or not args.quick) and args.only in case.name]
     if not checkouts or not cases:
-        parser.error(f"{args.folder} holds no Megatron-LM checkout (pretrain_gpt.py and megatron/core)" if cases else
-                     f"no case has {args.only} in its name")
+        parser.error(
+            f"{args.folder} holds no Megatron-LM checkout (pretrain_gpt.py and megatron/core)"
+            if cases
+            else f"no case has {args.only} in its name"
+        )
     results = {}
     with tempfile.TemporaryDirectory(prefix="megatron-lm-") as folder:
         prepare_text(f"{folder}/text")
@@ -162,13 +194,17 @@ def main(argv=None):
             work = Path(folder, version)
             work.mkdir()
             possible = [case for case in cases if version not in case.not_in]
-            results[version] = check_version(checkout, possible, str(work), f"{folder}/text",
-                                             lambda line: print(line, file=sys.stderr))
+            results[version] = check_version(
+                checkout, possible, str(work), f"{folder}/text", lambda line: print(line, file=sys.stderr)
+            )
             results[version]["plain"] = check_bitwise(checkout)
             failed = [name for name, result in results[version].items() if not passed(result)]
-            print(f"{version}: {len(results[version]) - len(failed)} of {len(results[version])} passed in "
-                  f"{time.monotonic() - start:.0f} s" + (f"; failed: {'; '.join(failed)}" if failed else ""),
-                  file=sys.stderr, flush=True)
+            print(
+                f"{version}: {len(results[version]) - len(failed)} of {len(results[version])} passed in "
+                f"{time.monotonic() - start:.0f} s" + (f"; failed: {'; '.join(failed)}" if failed else ""),
+                file=sys.stderr,
+                flush=True,
+            )
     print(table(results, cases))
     return 0 if all(passed(result) for rows in results.values() for result in rows.values()) else 1
 

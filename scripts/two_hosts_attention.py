@@ -1,7 +1,9 @@
-"""One attention layer over two hosts: counts what leaves this host and compares with dense attention (scripts/two_hosts.sh).
+"""One attention layer over two hosts: counts what leaves this host and compares with dense attention
+(scripts/two_hosts.sh).
 
-Started by torchrun with an equal number of ranks on each host. For each algorithm every rank prints one line of JSON: rank, bytes
-counted by purpose, bytes to ranks of the other host, largest error. With --steps-until-cut it repeats until a peer is lost.
+Started by torchrun with an equal number of ranks on each host. For each algorithm every rank prints one line of JSON:
+rank, bytes counted by purpose, bytes to ranks of the other host, largest error. With --steps-until-cut it repeats until
+a peer is lost.
 """
 
 import argparse
@@ -24,7 +26,9 @@ CONFIGS = {
 
 
 class HostMeter:
-    """Counts the bytes that this rank hands to torch.distributed for ranks of another host; use it as a context manager."""
+    """Counts the bytes that this rank hands to torch.distributed for ranks of another host; use it as a context
+    manager.
+    """
 
     def __init__(self, ranks_per_host):
         self.host, self.ranks_per_host, self.bytes = dist.get_rank() // ranks_per_host, ranks_per_host, 0
@@ -61,6 +65,7 @@ def inputs(seq_len, kind):
 
     def make(heads):
         return torch.randn(seq_len, 1, heads, DIM, generator=generator).to(kind)
+
     return make(HEADS), make(KV_HEADS), make(KV_HEADS), make(HEADS)
 
 
@@ -101,7 +106,7 @@ def main():
         groups = ContextParallelGroups.build(config, timeout=timeout)
         layout = SequenceLayout.build(config, args.seq_length)
         if args.steps_until_cut:
-            for count in range(10 ** 6):
+            for count in range(10**6):
                 step(config, groups, layout, whole)
                 if rank == 0 and count == 0:
                     print("running", flush=True)
@@ -122,7 +127,12 @@ def measure(config, groups, layout, whole, wanted, counter):
     after = read_counter(counter)
     shards = [layout.shard(tensor, groups.cp_rank) for tensor in wanted]
     error = max(float((got - want).abs().max()) for got, want in zip(results, shards))
-    return {"counted": dict(traffic.bytes), "to_other_host": meter.bytes, "error": error, "device_bytes": after - before}
+    return {
+        "counted": dict(traffic.bytes),
+        "to_other_host": meter.bytes,
+        "error": error,
+        "device_bytes": after - before,
+    }
 
 
 def read_counter(path):

@@ -25,8 +25,13 @@ def observe(name, module="adaptor_runs", **variables):
 
     paths = os.pathsep.join([environment()["PYTHONPATH"], str(REPOSITORY / "tests"), str(REPOSITORY / "scripts")])
     code = f"import json, {module}; print('RESULT', json.dumps({module}.{name}()), flush=True)"
-    result = subprocess.run([sys.executable, "-c", code], env={**environment(), "PYTHONPATH": paths, **variables},
-                            capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment(), "PYTHONPATH": paths, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.rpartition("RESULT ")[2])
 
@@ -52,7 +57,9 @@ def changed(before, after):
     """Names of attributes that are other objects, gone, or new on an owner that was there (submodules do not count)."""
     owners = {key[:2] for key in before}
     names = [key for key in before if key not in after or after[key] is not before[key]]
-    names += [key for key in after if key not in before and key[:2] in owners and not isinstance(after[key], ModuleType)]
+    names += [
+        key for key in after if key not in before and key[:2] in owners and not isinstance(after[key], ModuleType)
+    ]
     return sorted(".".join(key[1:]) for key in names if key[2] not in BOOKKEEPING)
 
 
@@ -92,8 +99,12 @@ def package_alone():
     before, finders = snapshot(), list(sys.meta_path)
     import mindspeed_cp  # noqa: F401
 
-    return {"changed": changed(before, snapshot()), "megatron": "megatron" in sys.modules,
-            "aliases": sys.meta_path != finders, "adaptor": "mindspeed_cp.megatron_adaptor" in sys.modules}
+    return {
+        "changed": changed(before, snapshot()),
+        "megatron": "megatron" in sys.modules,
+        "aliases": sys.meta_path != finders,
+        "adaptor": "mindspeed_cp.megatron_adaptor" in sys.modules,
+    }
 
 
 def megatron_first():
@@ -110,15 +121,24 @@ def megatron_first():
     replaced = [target for target, old, new in zip(targets, objects, held(targets)) if old is not new]
     applied, patched = snapshot(), [row.target for row in megatron_adaptor.report() if row.applied]
     rope, user = (vars(sys.modules[name])[COPY_OF_ROPE[2]] for name in COPY_OF_ROPE[:2])
-    results = {"was_a_copy": original is copy, "is_a_copy": rope is user, "is_replaced": rope is not original,
-               "targets": targets, "patched": patched, "replaced": replaced, "changed": changed(before, applied),
-               "late": late, "copies": [copy for target, copy in megatron_adaptor._manager.copies()
-                                        if target.startswith("megatron.")]}
+    results = {
+        "was_a_copy": original is copy,
+        "is_a_copy": rope is user,
+        "is_replaced": rope is not original,
+        "targets": targets,
+        "patched": patched,
+        "replaced": replaced,
+        "changed": changed(before, applied),
+        "late": late,
+        "copies": [copy for target, copy in megatron_adaptor._manager.copies() if target.startswith("megatron.")],
+    }
     megatron_adaptor.undo()
-    results |= {"targets_restored": [a is b for a, b in zip(objects, held(targets))],
-                "left_after_undo": changed(before, snapshot()),
-                "finders_after_undo": sys.meta_path == finders,
-                "applied_after_undo": [row.target for row in megatron_adaptor.report() if row.applied]}
+    results |= {
+        "targets_restored": [a is b for a, b in zip(objects, held(targets))],
+        "left_after_undo": changed(before, snapshot()),
+        "finders_after_undo": sys.meta_path == finders,
+        "applied_after_undo": [row.target for row in megatron_adaptor.report() if row.applied],
+    }
     results["late_again"] = _late_warnings(megatron_adaptor.apply)
     results["changed_again"] = changed(before, snapshot())
     megatron_adaptor.apply()
@@ -225,11 +245,25 @@ def _train_once():
 
     _join_alone()
     torch.manual_seed(3)
-    config = TransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2, attention_dropout=0.1,
-                               hidden_dropout=0.1, gradient_accumulation_fusion=False, masked_softmax_fusion=False,
-                               persist_layer_norm=False, apply_rope_fusion=False, bias_dropout_fusion=False,
-                               recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    model = GPTModel(config, get_gpt_layer_local_spec(), vocab_size=32, max_sequence_length=12, position_embedding_type="rope")
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=16,
+        num_attention_heads=4,
+        num_query_groups=2,
+        attention_dropout=0.1,
+        hidden_dropout=0.1,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        bias_dropout_fusion=False,
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+    )
+    model = GPTModel(
+        config, get_gpt_layer_local_spec(), vocab_size=32, max_sequence_length=12, position_embedding_type="rope"
+    )
     model.cuda()
     tokens, positions = torch.randint(0, 32, (2, 12)), torch.arange(12).expand(2, -1)
     mask = torch.ones(12, 12, dtype=torch.bool).triu(1)[None, None]
@@ -261,6 +295,10 @@ def without_context_parallelism():
     stand_in.apply()
     alone, original = _train_once(), attention.forward
     stand_in.undo()
-    return {"equal": with_all == alone, "count": len(alone), "patched": patched is not original,
-            "finite": not any("nan" in number or "inf" in number for number in alone),
-            "nonzero": sum(float.fromhex(number) != 0 for number in alone)}
+    return {
+        "equal": with_all == alone,
+        "count": len(alone),
+        "patched": patched is not original,
+        "finite": not any("nan" in number or "inf" in number for number in alone),
+        "nonzero": sum(float.fromhex(number) != 0 for number in alone),
+    }

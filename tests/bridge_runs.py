@@ -1,4 +1,6 @@
-"""Megatron's core attention on two ranks against Megatron's own at context_parallel_size 1; ``compare`` runs on each rank."""
+"""Megatron's core attention on two ranks against Megatron's own at context_parallel_size 1; ``compare`` runs on each
+rank.
+"""
 
 import contextlib
 import io
@@ -22,8 +24,10 @@ def masks():
     import reference
     import torch
 
-    pairs = {"causal": reference.allowed_pairs(SEQ, causal=True),
-             "documents": reference.allowed_pairs(SEQ, causal=True, cu_seqlens=DOCUMENTS)}
+    pairs = {
+        "causal": reference.allowed_pairs(SEQ, causal=True),
+        "documents": reference.allowed_pairs(SEQ, causal=True, cu_seqlens=DOCUMENTS),
+    }
     rows = [reference.allowed_pairs(SEQ, causal=True, cu_seqlens=ends) for ends in (DOCUMENTS, (0, 9, SEQ))]
     pairs["documents by row"] = torch.cat(rows)
     seen = torch.rand(2, SEQ, SEQ, generator=torch.Generator().manual_seed(2)) < 0.5
@@ -38,9 +42,16 @@ def module(cp_size, **settings):
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
 
-    config = TransformerConfig(num_layers=2, hidden_size=HEADS * DIM, num_attention_heads=HEADS, num_query_groups=GROUPS,
-                               attention_dropout=0.0, context_parallel_size=cp_size, masked_softmax_fusion=False,
-                               **{name: value for name, value in settings.items() if name != "layer_number"})
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=HEADS * DIM,
+        num_attention_heads=HEADS,
+        num_query_groups=GROUPS,
+        attention_dropout=0.0,
+        context_parallel_size=cp_size,
+        masked_softmax_fusion=False,
+        **{name: value for name, value in settings.items() if name != "layer_number"},
+    )
     attention = DotProductAttention(config, settings.get("layer_number", 1), AttnMaskType.causal, "self")
     if getattr(attention, "softmax_offset", None) is not None:
         with torch.no_grad():
@@ -61,7 +72,10 @@ def run(attention, inputs, mask, packed=None):
 def cases(old):
     """Name -> (settings of TransformerConfig, mask)."""
     found = {name: ({}, mask) for name, mask in masks().items()}
-    found |= {"no mask": ({}, None), "query-key scaling": ({"apply_query_key_layer_scaling": True, "layer_number": 2}, None)}
+    found |= {
+        "no mask": ({}, None),
+        "query-key scaling": ({"apply_query_key_layer_scaling": True, "layer_number": 2}, None),
+    }
     if not old:
         for left, right in ((7, 0), (3, 2)):
             found[f"window {left} {right}"] = ({"window_size": (left, right)}, None)
@@ -91,14 +105,17 @@ def compare(rank):
         results[f"announced {algorithm}"] = _initialize(2)
         for name, (settings, mask) in cases(old).items():
             results["differences"][f"{algorithm} {name}"], results["dense"][f"{algorithm} {name}"] = _difference(
-                megatron_adaptor, layout, rank, settings, mask, expected[name])
+                megatron_adaptor, layout, rank, settings, mask, expected[name]
+            )
         results["differences"][f"{algorithm} packed"] = _packed(megatron_adaptor, layout, rank)
         results[f"recompute {algorithm}"] = _recompute(megatron_adaptor, rank)
         results["refused"] = _refused(megatron_adaptor, layout, rank)
         parallel_state.destroy_model_parallel()
     results["wrong size"] = _wrong_size(megatron_adaptor, parallel_state)
     results["num_patches"] = sum(row.applied for row in megatron_adaptor.report())
-    results["stand_in"] = sum(row.applied and _is_stand_in(megatron_adaptor, row.target) for row in megatron_adaptor.report())
+    results["stand_in"] = sum(
+        row.applied and _is_stand_in(megatron_adaptor, row.target) for row in megatron_adaptor.report()
+    )
     dist.barrier()
     return results
 
@@ -115,7 +132,11 @@ def _initialize(cp_size):
 
 
 def _is_stand_in(adaptor, target):
-    return any(patch.target == target for table in ("device", "libraries", "checkout device") for patch in adaptor._tables[table])
+    return any(
+        patch.target == target
+        for table in ("device", "libraries", "checkout device")
+        for patch in adaptor._tables[table]
+    )
 
 
 def _split(adaptor, layout, rank, inputs):
@@ -139,7 +160,10 @@ def _difference(adaptor, layout, rank, settings, mask, expected):
     for gradient in offset:
         dist.all_reduce(gradient)
     whole, whole_offset = expected
-    pairs = [*zip(local, [layout.shard(tensor, rank) for tensor in whole], strict=True), *zip(offset, whole_offset, strict=True)]
+    pairs = [
+        *zip(local, [layout.shard(tensor, rank) for tensor in whole], strict=True),
+        *zip(offset, whole_offset, strict=True),
+    ]
     difference = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
     return difference, any(call.kwargs["attention_mask"] is not None for call in spy.call_args_list)
 
@@ -157,9 +181,12 @@ def by_document(inputs):
     import reference
     import torch
 
-    pieces = [reference.attention_with_gradients(*(tensor[start:stop] for tensor in inputs),
-                                                 reference.allowed_pairs(stop - start, causal=True))
-              for start, stop in zip(DOCUMENTS, DOCUMENTS[1:])]
+    pieces = [
+        reference.attention_with_gradients(
+            *(tensor[start:stop] for tensor in inputs), reference.allowed_pairs(stop - start, causal=True)
+        )
+        for start, stop in zip(DOCUMENTS, DOCUMENTS[1:])
+    ]
     out, *gradients = [torch.cat([piece[name] for piece in pieces]) for name in ("out", "dq", "dk", "dv")]
     return [out.flatten(2), *gradients]
 
@@ -175,7 +202,9 @@ def _packed(adaptor, layout, rank):
 
 
 def _recompute(adaptor, rank):
-    """Difference of gradients when another length was split between a checkpointed forward pass and its backward pass."""
+    """Difference of gradients when another length was split between a checkpointed forward pass and its backward
+    pass.
+    """
     from megatron.core.tensor_parallel import checkpoint
 
     from mindspeed_cp import SequenceLayout
@@ -198,15 +227,22 @@ def _recompute(adaptor, rank):
 def _refused(adaptor, layout, rank):
     """Name -> message of what attention refuses."""
     query, key, value, _ = _split(adaptor, layout, rank, tensors())
-    attention, local = module(2), masks()["neither"][:, :, :query.size(0)]  # as Megatron splits it
-    calls = {"bias": {"attention_bias": query}, "format": {"packed_seq_params": packed_params(DOCUMENTS, "sbhd")},
-             "hybrid": {"packed_seq_params": SimpleNamespace(qkv_format="thd", local_cp_size=1)}}
-    messages = {name: _message(lambda kwargs=kwargs: attention(query, key, value, None, **kwargs))
-                for name, kwargs in calls.items()}
-    square = local[..., :query.size(0)]  # as a script slices it that thinks of this rank alone
-    messages |= {"split mask": _message(lambda: attention(query, key, value, local)),
-                 "short mask": _message(lambda: attention(query, key, value, square)),
-                 "length": _message(lambda: attention(query[1:], key[1:], value[1:], None))}
+    attention, local = module(2), masks()["neither"][:, :, : query.size(0)]  # as Megatron splits it
+    calls = {
+        "bias": {"attention_bias": query},
+        "format": {"packed_seq_params": packed_params(DOCUMENTS, "sbhd")},
+        "hybrid": {"packed_seq_params": SimpleNamespace(qkv_format="thd", local_cp_size=1)},
+    }
+    messages = {
+        name: _message(lambda kwargs=kwargs: attention(query, key, value, None, **kwargs))
+        for name, kwargs in calls.items()
+    }
+    square = local[..., : query.size(0)]  # as a script slices it that thinks of this rank alone
+    messages |= {
+        "split mask": _message(lambda: attention(query, key, value, local)),
+        "short mask": _message(lambda: attention(query, key, value, square)),
+        "length": _message(lambda: attention(query[1:], key[1:], value[1:], None)),
+    }
     adaptor.state().forget_batch()
     return messages | {"short mask, no batch": _message(lambda: attention(query, key, value, square))}
 
@@ -238,7 +274,9 @@ class RecordingCalculator:
 
 
 def calculate_from_core_attention(rank):
-    """(positional arguments, keyword arguments, tokens that came back) of Megatron's core attention with an own calculator."""
+    """(positional arguments, keyword arguments, tokens that came back) of Megatron's core attention with an own
+    calculator.
+    """
     from mindspeed_cp import ContextParallelConfig, SequenceLayout, TrainingSetup, megatron_adaptor
 
     config = ContextParallelConfig(context_parallel_size=2, algorithm="ulysses_cp_algo")
@@ -247,5 +285,5 @@ def calculate_from_core_attention(rank):
     _initialize(2)
     inputs = [SequenceLayout.build(config, SEQ - 1).shard(tensor, rank) for tensor in tensors(seq=SEQ - 1)[:3]]
     out = module(2)(*inputs, None, gather_size=SEQ - 1)
-    (args, kwargs), = RecordingCalculator.calls
+    ((args, kwargs),) = RecordingCalculator.calls
     return args, kwargs, out.shape[0]

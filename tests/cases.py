@@ -18,8 +18,8 @@ class Case:
 
     Args:
         config: keyword arguments of ContextParallelConfig.
-        dense: None, "shared" for an (S, S) mask, or "batch" for (batch, 1, S, S); the last query row is hidden from every key.
-        window: (left, right) or None. cu_seqlens: tuple or None.
+        dense: None, "shared" for an (S, S) mask, or "batch" for (batch, 1, S, S); the last query row is hidden from
+        every key. window: (left, right) or None. cu_seqlens: tuple or None.
         share_from: messages of at least so many bytes cross through shared memory; None is never.
     """
 
@@ -80,7 +80,9 @@ class Case:
         )
 
     def __str__(self):
-        flags = [f"{key.removeprefix('kv_')}={value}" for key, value in self.config.items() if key != "context_parallel_size"]
+        flags = [
+            f"{key.removeprefix('kv_')}={value}" for key, value in self.config.items() if key != "context_parallel_size"
+        ]
         parts = [f"cp{self.cp}", *flags, f"S{self.seq_len}", f"h{self.heads}.{self.kv_heads}"]
         parts += [f"d{self.dk}.{self.dv}"] if self.dk != self.dv else []
         parts += [f"packed{len(self.cu_seqlens) - 1}"] if self.cu_seqlens else []
@@ -94,7 +96,9 @@ _setups = {}
 
 
 def setup_of(config, share_from=0):
-    """(ContextParallelConfig, ContextParallelGroups) of this rank; groups are made once per process, hierarchy and way."""
+    """(ContextParallelConfig, ContextParallelGroups) of this rank; groups are made once per process, hierarchy and
+    way.
+    """
     from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
 
     config = ContextParallelConfig(**config)
@@ -105,9 +109,13 @@ def setup_of(config, share_from=0):
 
 
 def local_inputs(rank, case, layout):
-    """This rank's leaves (query, key, value, sinks or None), grad_out shard and the global mask, on the session's device."""
+    """This rank's leaves (query, key, value, sinks or None), grad_out shard and the global mask, on the session's
+    device.
+    """
     tensors = {name: None if tensor is None else tensor.to(device_type()) for name, tensor in case.inputs().items()}
-    query, key, value, grad_out = (layout.shard(tensors[name], rank).clone() for name in ("query", "key", "value", "grad_out"))
+    query, key, value, grad_out = (
+        layout.shard(tensors[name], rank).clone() for name in ("query", "key", "value", "grad_out")
+    )
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
     sinks = None if tensors["sinks"] is None else tensors["sinks"].requires_grad_()
     return leaves, sinks, grad_out, tensors["attention_mask"]

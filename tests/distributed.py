@@ -1,8 +1,9 @@
-"""Runs functions in real process groups: ``run_ranks(4, function, *args)`` calls ``function(rank, *args)`` on four ranks.
+"""Runs functions in real process groups: ``run_ranks(4, function, *args)`` calls ``function(rank, *args)`` on four
+ranks.
 
-Ranks start once per world size and serve many calls (a pool), because a start costs more than a case. They are forked from
-a server that has imported torch already. After any failure the pool is replaced, so no call inherits a half-sent message.
-A call never hangs: what has not answered within its timeout is ended, and its stack is part of the error.
+Ranks start once per world size and serve many calls (a pool), because a start costs more than a case. They are forked
+from a server that has imported torch already. After any failure the pool is replaced, so no call inherits a half-sent
+message. A call never hangs: what has not answered within its timeout is ended, and its stack is part of the error.
 """
 
 import faulthandler
@@ -69,8 +70,10 @@ def _forking_from(imported):
         _servers[imported] = forkserver.ForkServer()
         _servers[imported].set_forkserver_preload([*PRELOAD, *imported, "rank_server"])
     # The server starts at the first use, and takes over the environment but not sys.path.
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))), \
-            patch.object(forkserver, "connect_to_new_process", _servers[imported].connect_to_new_process):
+    with (
+        patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))),
+        patch.object(forkserver, "connect_to_new_process", _servers[imported].connect_to_new_process),
+    ):
         yield
 
 
@@ -199,8 +202,8 @@ def _answer(rank, function, args):
 def wake(pool=None):
     """Let the ranks of this pool run and stop those of the pool before it; None stops all.
 
-    Idle ranks are not idle: every group of gloo has threads that look for work a hundred times a second, and those of all
-    pools together took half a core.
+    Idle ranks are not idle: every group of gloo has threads that look for work a hundred times a second, and those of
+    all pools together took half a core.
     """
     global _awake
     if pool is not _awake:
@@ -250,7 +253,8 @@ def _describe(outcomes):
         if outcome.kind != "returned":
             failures.setdefault((outcome.kind, outcome.detail), []).append(rank)
     return "\n".join(
-        f"---- rank {', '.join(map(str, ranks))} of {len(outcomes)} {kind} after {outcomes[ranks[0]].seconds:.1f} s\n{detail}"
+        f"---- rank {', '.join(map(str, ranks))} of {len(outcomes)} {kind} after {outcomes[ranks[0]].seconds:.1f} "
+        f"s\n{detail}"
         for (kind, detail), ranks in failures.items()
     )
 

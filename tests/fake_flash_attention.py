@@ -15,10 +15,12 @@ def installed():
     """Within it the four operators compute on CPU tensors; yields the list of calls (operator, is_varlen)."""
     library, calls = torch.library.Library("aten", "IMPL"), []
     try:
-        for name, function in (("_flash_attention_forward", _flash_forward),
-                               ("_flash_attention_backward", _flash_backward),
-                               ("_scaled_dot_product_cudnn_attention", _cudnn_forward),
-                               ("_scaled_dot_product_cudnn_attention_backward", _cudnn_backward)):
+        for name, function in (
+            ("_flash_attention_forward", _flash_forward),
+            ("_flash_attention_backward", _flash_backward),
+            ("_scaled_dot_product_cudnn_attention", _cudnn_forward),
+            ("_scaled_dot_product_cudnn_attention_backward", _cudnn_backward),
+        ):
             library.impl(name, _recorded(name, function, calls), "CPU")
         yield calls
     finally:
@@ -29,6 +31,7 @@ def _recorded(name, function, calls):
     def run(*args, **kwargs):
         calls.append((name, args[0].dim() == 3))
         return function(*args, **kwargs)
+
     return run
 
 
@@ -105,13 +108,30 @@ def _attend_backward(grad, query, key, value, out, lse, scale, hidden, dropout_p
     delta = (g * _heads_first(out)).sum(-1, keepdim=True)
     dscores = probs * (keep * (g @ _heads_first(value, group).transpose(-1, -2)) - delta) * scale
     dq = dscores @ _heads_first(key, group)
-    dk, dv = (part.unflatten(-3, (kv_heads, group)).sum(-3) for part in
-              (dscores.transpose(-1, -2) @ _heads_first(query), (probs * keep).transpose(-1, -2) @ g))
+    dk, dv = (
+        part.unflatten(-3, (kv_heads, group)).sum(-3)
+        for part in (dscores.transpose(-1, -2) @ _heads_first(query), (probs * keep).transpose(-1, -2) @ g)
+    )
     return [part.transpose(-3, -2).to(query.dtype) for part in (dq, dk, dv)]
 
 
-def _flash_forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *,
-                   scale=None, window_size_left=None, window_size_right=None, **others):
+def _flash_forward(
+    query,
+    key,
+    value,
+    cum_seq_q,
+    cum_seq_k,
+    max_q,
+    max_k,
+    dropout_p,
+    is_causal,
+    return_debug_mask,
+    *,
+    scale=None,
+    window_size_left=None,
+    window_size_right=None,
+    **others,
+):
     _check(query, key, value)
     require(not any(others.values()), f"the fake does not compute {others}")
     seed, out, lse = int(torch.randint(1 << 31, ())), torch.empty_like(query), []
@@ -125,8 +145,26 @@ def _flash_forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropou
     return out, lse, state, torch.empty((), dtype=torch.uint64), query.new_empty(0)
 
 
-def _flash_backward(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p,
-                    is_causal, rng_state, unused, *, scale=None, window_size_left=None, window_size_right=None):
+def _flash_backward(
+    grad_out,
+    query,
+    key,
+    value,
+    out,
+    logsumexp,
+    cum_seq_q,
+    cum_seq_k,
+    max_q,
+    max_k,
+    dropout_p,
+    is_causal,
+    rng_state,
+    unused,
+    *,
+    scale=None,
+    window_size_left=None,
+    window_size_right=None,
+):
     _check(query, key, value)
     require(grad_out.dtype == out.dtype == query.dtype, "dout and out must have the dtype of query")
     require(grad_out.shape == out.shape == query.shape, "dout and out must have the shape of query")
@@ -136,27 +174,64 @@ def _flash_backward(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_
     for q, k in _sequences(query, cum_seq_q, cum_seq_k, max_q, max_k):
         hidden = _hidden(query[q].shape[0], key[k].shape[0], is_causal, window_size_left, window_size_right)
         lse = logsumexp[q] if cum_seq_q is None else logsumexp[:, q]
-        parts = _attend_backward(grad_out[q], query[q], key[k], value[k], out[q], lse, scale, hidden, dropout_p,
-                                 generator)
+        parts = _attend_backward(
+            grad_out[q], query[q], key[k], value[k], out[q], lse, scale, hidden, dropout_p, generator
+        )
         for grad, rows, part in zip(grads, (q, k, k), parts):
             grad[rows] = part
     return tuple(grads)
 
 
-def _cudnn_forward(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False,
-                   return_debug_mask=False, *, scale=None):
+def _cudnn_forward(
+    query,
+    key,
+    value,
+    attn_bias,
+    compute_log_sumexp,
+    dropout_p=0.0,
+    is_causal=False,
+    return_debug_mask=False,
+    *,
+    scale=None,
+):
     require(attn_bias is None and compute_log_sumexp, "the fake computes logsumexp and no bias")
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     _check(q, k, v)
     seed = int(torch.randint(1 << 31, ()))
     hidden = _hidden(q.shape[1], k.shape[1], is_causal, None, None)
     out, lse = _attend(q, k, v, scale, hidden, dropout_p, torch.Generator().manual_seed(seed))
-    return (out.transpose(1, 2), lse.unsqueeze(-1), None, None, q.shape[1], k.shape[1], torch.tensor(seed),
-            torch.tensor(0), query.new_empty(0))
+    return (
+        out.transpose(1, 2),
+        lse.unsqueeze(-1),
+        None,
+        None,
+        q.shape[1],
+        k.shape[1],
+        torch.tensor(seed),
+        torch.tensor(0),
+        query.new_empty(0),
+    )
 
 
-def _cudnn_backward(grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q,
-                    cum_seq_k, max_q, max_k, dropout_p, is_causal, *, scale=None):
+def _cudnn_backward(
+    grad_out,
+    query,
+    key,
+    value,
+    out,
+    logsumexp,
+    philox_seed,
+    philox_offset,
+    attn_bias,
+    cum_seq_q,
+    cum_seq_k,
+    max_q,
+    max_k,
+    dropout_p,
+    is_causal,
+    *,
+    scale=None,
+):
     tensors = [tensor.transpose(1, 2) for tensor in (grad_out, query, key, value, out)]
     require(logsumexp.shape == (*query.shape[:3], 1), "logsumexp must be (batch, heads, rows, 1)")
     require(logsumexp.dtype == torch.float32, "logsumexp must be float32")

@@ -63,9 +63,14 @@ def tensors(case, dtype, device="cpu", seed=0):
     generator = torch.Generator().manual_seed(seed)
     nq, nk = (rows.stop - rows.start for rows in (case.block.query_rows, case.block.key_rows))
     query, key, value, grad_out = (
-        torch.randn(shape, generator=generator).to(device, dtype) for shape in (
-            (nq, case.batch, case.heads, case.dk), (nk, case.batch, case.kv_heads, case.dk),
-            (nk, case.batch, case.kv_heads, case.dv), (nq, case.batch, case.heads, case.dv)))
+        torch.randn(shape, generator=generator).to(device, dtype)
+        for shape in (
+            (nq, case.batch, case.heads, case.dk),
+            (nk, case.batch, case.kv_heads, case.dk),
+            (nk, case.batch, case.kv_heads, case.dv),
+            (nq, case.batch, case.heads, case.dv),
+        )
+    )
     mask = None
     if case.dense:
         mask = torch.rand(1 if case.dense == "shared" else case.batch, nq, nk, generator=generator) < 0.4
@@ -121,8 +126,8 @@ def check_block(kernel, case, dtype, device="cpu", strided=False):
     query, key, value, grad_out, mask = tensors(case, dtype, device)
     if strided:  # keys and values arrive as slices of one packed buffer
         packed = torch.cat([key, value], -1)
-        key, value = packed[..., :case.dk], packed[..., case.dk:]
-    scale = case.dk ** -0.5
+        key, value = packed[..., : case.dk], packed[..., case.dk :]
+    scale = case.dk**-0.5
     options = KernelOptions(scale)
     out, lse, rng = kernel.forward(query, key, value, case.block, options, mask)
     expected = reference(query, key, value, grad_out, hidden(case, mask), scale)

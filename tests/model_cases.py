@@ -8,20 +8,54 @@ import torch
 VERSION = tuple(int(part) for part in version("megatron-core").split(".")[:2])
 ULYSSES, RING, HYBRID = "ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"
 BATCH, VOCABULARY, RATE = 2, 64, 0.1
-MODEL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 32, "hidden_dropout": 0.0,
-         "attention_dropout": 0.0, "gradient_accumulation_fusion": False, "masked_softmax_fusion": False,
-         "persist_layer_norm": False, "apply_rope_fusion": False, "bias_activation_fusion": False,
-         "bias_dropout_fusion": False, "moe_token_dispatcher_type": "alltoall", "init_method_std": 0.1}
+MODEL = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 32,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "persist_layer_norm": False,
+    "apply_rope_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "moe_token_dispatcher_type": "alltoall",
+    "init_method_std": 0.1,
+}
 MTP = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}
-MLA = {"multi_latent_attention": True, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4,
-       "v_head_dim": 6, "rope_type": "rope", "add_bias_linear": False}
-MOE = {"num_moe_experts": 4, "moe_ffn_hidden_size": 32, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.0,
-       "add_bias_linear": False}
+MLA = {
+    "multi_latent_attention": True,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 6,
+    "rope_type": "rope",
+    "add_bias_linear": False,
+}
+MOE = {
+    "num_moe_experts": 4,
+    "moe_ffn_hidden_size": 32,
+    "moe_router_topk": 2,
+    "moe_aux_loss_coeff": 0.0,
+    "add_bias_linear": False,
+}
 AUX = MOE | {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.3, "moe_z_loss_coeff": 0.2}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 PER_TOKEN = {"calculate_per_token_loss": True}
-DEEPSEEK = MLA | AUX | MTP | {"moe_router_load_balancing_type": "seq_aux_loss", "moe_router_score_function": "sigmoid",
-                              "moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01}
+DEEPSEEK = (
+    MLA
+    | AUX
+    | MTP
+    | {
+        "moe_router_load_balancing_type": "seq_aux_loss",
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.01,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -59,9 +93,12 @@ CASES = {
     "learnable softmax": Case({"softmax_type": "learnable", "num_query_groups": 2}, steps=2),
 }
 # What is said about them, or why they are refused, when experts are shared by ranks of uneven lengths.
-REMARKABLE = {"capacity": Case(MOE | {"moe_expert_capacity_factor": 1.0}),
-              "sinkhorn": Case(MOE | {"moe_router_load_balancing_type": "sinkhorn"}),
-              "allgather": Case(MOE | {"moe_token_dispatcher_type": "allgather"}), "nothing remarkable": Case(AUX)}
+REMARKABLE = {
+    "capacity": Case(MOE | {"moe_expert_capacity_factor": 1.0}),
+    "sinkhorn": Case(MOE | {"moe_router_load_balancing_type": "sinkhorn"}),
+    "allgather": Case(MOE | {"moe_token_dispatcher_type": "allgather"}),
+    "nothing remarkable": Case(AUX),
+}
 IN_BF16 = {"dense, bf16": Case(), "multi-token prediction, bf16": Case(MTP), "multi-latent attention, bf16": Case(MLA)}
 
 
@@ -94,11 +131,13 @@ def build(case, cp_size, ep_size, bf16):
     latent = case.settings.get("multi_latent_attention", False)
     dtype = {"params_dtype": torch.bfloat16, "bf16": True} if bf16 else {}
     config = (MLATransformerConfig if latent else TransformerConfig)(
-        **(MODEL | case.settings), **dtype, context_parallel_size=cp_size, expert_model_parallel_size=ep_size)
+        **(MODEL | case.settings), **dtype, context_parallel_size=cp_size, expert_model_parallel_size=ep_size
+    )
     layer = get_gpt_layer_local_spec(config.num_moe_experts, False, multi_latent_attention=latent)
     mtp = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False) if config.mtp_num_layers else None
-    model = GPTModel(config, layer, vocab_size=VOCABULARY, max_sequence_length=64, position_embedding_type="rope",
-                     mtp_block_spec=mtp)
+    model = GPTModel(
+        config, layer, vocab_size=VOCABULARY, max_sequence_length=64, position_embedding_type="rope", mtp_block_spec=mtp
+    )
     for name, parameter in model.named_parameters():
         if name.endswith("softmax_offset"):  # which 0.15 does not initialize
             torch.nn.init.normal_(parameter)
@@ -115,4 +154,6 @@ def packed_params(documents, seq_len):
     if documents is None:
         return None
     ends = torch.tensor([*documents, seq_len], dtype=torch.int32)
-    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=seq_len, max_seqlen_kv=seq_len)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=seq_len, max_seqlen_kv=seq_len
+    )

@@ -1,8 +1,8 @@
 """Whole GPT models on several ranks, with context parallelism and without; ``compare`` runs on each rank.
 
-Every run trains on the same samples, one for each rank of the world: without context parallelism each rank computes one of
-them, with it each group of ranks computes as many as it has ranks, one micro batch after the other. Loss, gradients and
-updates must not depend on that.
+Every run trains on the same samples, one for each rank of the world: without context parallelism each rank computes one
+of them, with it each group of ranks computes as many as it has ranks, one micro batch after the other. Loss, gradients
+and updates must not depend on that.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class Trainer:
         self.config, self.model = build(case, cp_size, parallel_state.get_expert_model_parallel_world_size(), bf16)
         whole = list(samples(seq_len, dist.get_world_size(), case.documents))
         group = dist.get_rank() // cp_size
-        self.mine = list(enumerate(whole))[group * cp_size:(group + 1) * cp_size]
+        self.mine = list(enumerate(whole))[group * cp_size : (group + 1) * cp_size]
         rows = whole[0]["tokens"].size(0)
         self.losses = torch.zeros(len(whole), rows, seq_len, dtype=torch.float64)
 
@@ -63,12 +63,21 @@ class Trainer:
         padding = {}
         if self.case.padding:
             padding["padding_mask"] = local["position_ids"] >= self.seq_len - self.case.padding
-        losses = model(local["tokens"], local["position_ids"], None, labels=local["labels"], loss_mask=local["loss_mask"],
-                       packed_seq_params=packed_params(self.case.documents, self.seq_len), **padding)
+        losses = model(
+            local["tokens"],
+            local["position_ids"],
+            None,
+            labels=local["labels"],
+            loss_mask=local["loss_mask"],
+            packed_seq_params=packed_params(self.case.documents, self.seq_len),
+            **padding,
+        )
         return losses, partial(self.loss, index, sample["loss_mask"], local["loss_mask"])
 
     def loss(self, index, whole_mask, mask, losses):
-        """As Megatron's own pretrain_gpt.py: 0.12 wants the count of the whole sequence, later versions the rank's own."""
+        """As Megatron's own pretrain_gpt.py: 0.12 wants the count of the whole sequence, later versions the rank's
+        own.
+        """
         from mindspeed_cp import megatron_adaptor
 
         state = megatron_adaptor.state()
@@ -86,8 +95,14 @@ class Trainer:
             self.model.zero_grad_buffer()
             self.losses.zero_()
             get_forward_backward_func()(
-                forward_step_func=self.forward_step, data_iterator=iter(self.mine), model=[self.model],
-                num_microbatches=self.cp_size, seq_length=self.seq_len, micro_batch_size=BATCH, forward_only=False)
+                forward_step_func=self.forward_step,
+                data_iterator=iter(self.mine),
+                model=[self.model],
+                num_microbatches=self.cp_size,
+                seq_length=self.seq_len,
+                micro_batch_size=BATCH,
+                forward_only=False,
+            )
             results.append((self._sum(self.losses.clone()), self._mtp_loss(), self._gradients()))
             self._update()
         return results
@@ -130,12 +145,16 @@ def _forget_logged_losses():
 
 def dense_attention(query, key, value, *, config, softmax_scale, cu_seqlens, softmax_offset, **unused):
     """The textbook's attention in place of ours, for what Megatron's own local attention does not know."""
-    allowed = reference.allowed_pairs(query.size(0), causal=config.attention_mask_type == "causal", cu_seqlens=cu_seqlens)
+    allowed = reference.allowed_pairs(
+        query.size(0), causal=config.attention_mask_type == "causal", cu_seqlens=cu_seqlens
+    )
     return reference.attention(query, key, value, allowed, softmax_scale=softmax_scale, sinks=softmax_offset)
 
 
 def difference(results, expected):
-    """Largest relative difference over all steps: (per-token loss, gradient norm, one parameter's gradient, its name)."""
+    """Largest relative difference over all steps: (per-token loss, gradient norm, one parameter's gradient, its
+    name).
+    """
     worst = [0.0, 0.0, 0.0, ""]
     for (losses, mtp, gradients), (all_losses, all_mtp, all_gradients) in zip(results, expected, strict=True):
         worst[0] = max(worst[0], relative(losses, all_losses), relative(mtp, all_mtp))
@@ -144,7 +163,9 @@ def difference(results, expected):
         for name, gradient in all_gradients.items():
             found = float((gradients[name] - gradient).abs().max()) / max(float(gradient.abs().max()), smallest)
             worst[2:] = max(worst[2:], [found, name])
-        assert math.isfinite(norm(gradients) + float(losses.sum() + mtp.sum())), "max() above does not see what is not a number"
+        assert math.isfinite(norm(gradients) + float(losses.sum() + mtp.sum())), (
+            "max() above does not see what is not a number"
+        )
     return worst
 
 
@@ -160,8 +181,8 @@ def norm(gradients):
 def compare(rank, seq_len, parallel):
     """Name of the run -> name of the case -> what came out.
 
-    That is ``difference`` to the run without context parallelism, the ``errors`` of both runs for training in bfloat16, and
-    what is ``said`` of remarkable cases.
+    That is ``difference`` to the run without context parallelism, the ``errors`` of both runs for training in bfloat16,
+    and what is ``said`` of remarkable cases.
 
     Args:
         parallel: name -> (settings of ContextParallelConfig, names of cases).
@@ -244,11 +265,14 @@ def groups(settings):
     settings = dict(settings)
     calculator, ep_size = settings.pop("gather_size_calculator", None), settings.pop("expert_model_parallel_size", 1)
     config = ContextParallelConfig(**settings)
-    setup = TrainingSetup(num_attention_heads=MODEL["num_attention_heads"], gather_size_calculator=calculator or "default")
+    setup = TrainingSetup(
+        num_attention_heads=MODEL["num_attention_heads"], gather_size_calculator=calculator or "default"
+    )
     megatron_adaptor.configure(config, setup=setup)
     with contextlib.redirect_stdout(io.StringIO()):
-        parallel_state.initialize_model_parallel(context_parallel_size=config.context_parallel_size,
-                                                 expert_model_parallel_size=ep_size)
+        parallel_state.initialize_model_parallel(
+            context_parallel_size=config.context_parallel_size, expert_model_parallel_size=ep_size
+        )
     yield
     parallel_state.destroy_model_parallel()
     _release_groups()

@@ -1,7 +1,8 @@
 """What the server from which ranks are forked imports last.
 
-It ends with its parent, and so do ranks that call ``end_with_parent``: a process that is stopped does not see its pipe close.
-What has been imported is kept out of garbage collection, which would look through it, and so copy it, in every rank.
+It ends with its parent, and so do ranks that call ``end_with_parent``: a process that is stopped does not see its pipe
+close. What has been imported is kept out of garbage collection, which would look through it, and so copy it, in every
+rank.
 """
 
 import ctypes

@@ -1,4 +1,5 @@
-"""Attention as the textbook writes it: one process, float64, a dense mask, gradients by autograd. Slow and plain on purpose.
+"""Attention as the textbook writes it: one process, float64, a dense mask, gradients by autograd. Slow and plain on
+purpose.
 
 Shapes (sequence first)::
 

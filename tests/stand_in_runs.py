@@ -26,16 +26,28 @@ def stand_in():
 
 def _devices(torch):
     one = torch.ones(2)
-    made = {"current_device": torch.zeros(1, device=torch.cuda.current_device()), "factory": torch.zeros(1, device="cuda:0"),
-            "index": torch.arange(3, device=0), "like": torch.rand_like(one, device=torch.device("cuda", 0)),
-            "to": one.to("cuda"), "to_index": one.to(0), "to_keyword": one.to(device="cuda:1"), "tensor.cuda": one.cuda(),
-            "module": torch.nn.Linear(1, 1).cuda().to("cuda").weight, "new_zeros": one.new_zeros(2, device="cuda")}
+    made = {
+        "current_device": torch.zeros(1, device=torch.cuda.current_device()),
+        "factory": torch.zeros(1, device="cuda:0"),
+        "index": torch.arange(3, device=0),
+        "like": torch.rand_like(one, device=torch.device("cuda", 0)),
+        "to": one.to("cuda"),
+        "to_index": one.to(0),
+        "to_keyword": one.to(device="cuda:1"),
+        "tensor.cuda": one.cuda(),
+        "module": torch.nn.Linear(1, 1).cuda().to("cuda").weight,
+        "new_zeros": one.new_zeros(2, device="cuda"),
+    }
     decorated = torch.compile(dynamic=False)(_devices)
-    return {"devices": {name: tensor.device.type for name, tensor in made.items()},
-            "meta": torch.zeros(1, device="meta").device.type, "to_dtype": str(one.to(torch.float64).dtype),
-            "pinned": torch.ones(2, pin_memory=True).pin_memory().tolist(), "type": one.type(),
-            "cast": str(one.type("torch.cuda.DoubleTensor").dtype),
-            "compiled": [torch.compile(_devices) is _devices, decorated is _devices]}
+    return {
+        "devices": {name: tensor.device.type for name, tensor in made.items()},
+        "meta": torch.zeros(1, device="meta").device.type,
+        "to_dtype": str(one.to(torch.float64).dtype),
+        "pinned": torch.ones(2, pin_memory=True).pin_memory().tolist(),
+        "type": one.type(),
+        "cast": str(one.type("torch.cuda.DoubleTensor").dtype),
+        "compiled": [torch.compile(_devices) is _devices, decorated is _devices],
+    }
 
 
 def _random_numbers(torch):
@@ -49,8 +61,12 @@ def _random_numbers(torch):
     first = torch.rand(4)
     torch.cuda.set_rng_state(state)
     torch.cuda._lazy_call(lambda: calls.append(1))
-    return {"seeded": drawn == drawn[:1] * 4, "state_restored": torch.equal(first, torch.rand(4)), "lazy_call_runs": bool(calls),
-            "generator_is_cpu": torch.cuda.default_generators[torch.cuda.current_device()] is torch.default_generator}
+    return {
+        "seeded": drawn == drawn[:1] * 4,
+        "state_restored": torch.equal(first, torch.rand(4)),
+        "lazy_call_runs": bool(calls),
+        "generator_is_cpu": torch.cuda.default_generators[torch.cuda.current_device()] is torch.default_generator,
+    }
 
 
 def _streams(torch):
@@ -67,9 +83,18 @@ def _groups(torch):
     import tempfile
 
     dist = torch.distributed
-    dist.init_process_group("nccl", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1,
-                            device_id=torch.device("cuda", 0))
-    groups = [dist.group.WORLD, dist.new_group([0], None, "nccl"), dist.new_group([0], backend="nccl", pg_options=object())]
+    dist.init_process_group(
+        "nccl",
+        init_method=f"file://{tempfile.mkdtemp()}/store",
+        rank=0,
+        world_size=1,
+        device_id=torch.device("cuda", 0),
+    )
+    groups = [
+        dist.group.WORLD,
+        dist.new_group([0], None, "nccl"),
+        dist.new_group([0], backend="nccl", pg_options=object()),
+    ]
     dist.barrier(device_ids=[0])
     return {"backends": [dist.get_backend(group) for group in groups]}
 
@@ -95,5 +120,7 @@ def _norm_and_fork(torch):
     restored = torch.equal(before, torch.get_rng_state())
     with tracker.fork():
         goes_on = not torch.equal(first, torch.rand(2))
-    return {"norm": [type(norm).__name__, marked, parallel.sequence_parallel, hasattr(plain.weight, "sequence_parallel")],
-            "fork": [restored, logged, goes_on]}
+    return {
+        "norm": [type(norm).__name__, marked, parallel.sequence_parallel, hasattr(plain.weight, "sequence_parallel")],
+        "fork": [restored, logged, goes_on],
+    }

@@ -45,13 +45,20 @@ def test_a_script_that_asked_for_the_version_alone_is_not_told_to_import_the_ada
     assert observe("version_first") == []
 
 
-@pytest.mark.parametrize("command", [["scripts/pretrain_gpt.py", "--help"], ["-m", "mindspeed_cp.run", "SCRIPT"]],
-                         ids=["trainer", "runner"])
+@pytest.mark.parametrize(
+    "command", [["scripts/pretrain_gpt.py", "--help"], ["-m", "mindspeed_cp.run", "SCRIPT"]], ids=["trainer", "runner"]
+)
 def test_our_own_programs_import_the_adaptor_first(command, tmp_path):
     script = tmp_path / "script.py"
     script.write_text("from megatron.core.models.gpt import GPTModel\nprint('usage')\n")
-    result = subprocess.run([sys.executable, *(str(script) if word == "SCRIPT" else word for word in command)],
-                            env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, *(str(script) if word == "SCRIPT" else word for word in command)],
+        env=environment(),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert result.returncode == 0 and "usage" in result.stdout, result.stderr
     assert "imported before" not in result.stderr
 
@@ -79,13 +86,20 @@ def test_with_context_parallel_size_1_training_is_bitwise_that_of_megatron():
 
 
 def test_running_the_module_lists_every_patch_with_reason_and_status(megatron_first):
-    result = subprocess.run([sys.executable, "-m", "mindspeed_cp.megatron_adaptor"], env=environment(), capture_output=True,
-                            text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-m", "mindspeed_cp.megatron_adaptor"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     head, *lines = result.stdout.splitlines()
     assert result.returncode == 0, result.stderr
     rows = dict(line.split(None, 1) for line in lines[::2])
     assert set(megatron_first["targets"]) <= set(rows)
-    assert sorted(target for target, status in rows.items() if status == "applied") == sorted(set(megatron_first["patched"]))
+    assert sorted(target for target, status in rows.items() if status == "applied") == sorted(
+        set(megatron_first["patched"])
+    )
     assert rows["megatron.training.arguments.validate_args"].startswith("no Megatron-LM checkout")
     assert all(re.match(r"    \S.{10,}", reason) for reason in lines[1::2])
     counts = re.fullmatch(r"megatron-core \S+, torch \S+, (\d+) of (\d+) patches applied", head)

@@ -31,8 +31,12 @@ def test_only_a_mask_that_no_interval_describes_stays_dense(ranks, algorithm):
 
 
 def test_dense_masks_are_recognised(ranks):
-    assert ranks[0]["examined"] == {"causal": ((0, SEQ),), "documents": (DOCUMENTS,),
-                                    "documents by row": (DOCUMENTS, (0, 9, SEQ)), "neither": None}
+    assert ranks[0]["examined"] == {
+        "causal": ((0, SEQ),),
+        "documents": (DOCUMENTS,),
+        "documents by row": (DOCUMENTS, (0, 9, SEQ)),
+        "neither": None,
+    }
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -40,14 +44,24 @@ def test_recomputation_sees_the_batch_of_its_forward_pass(ranks, algorithm):
     assert [rank[f"recompute {algorithm}"] for rank in ranks] == [0, 0]
 
 
-@pytest.mark.parametrize(("name", "says"), [
-    ("bias", ["attention_bias is not supported", "leave it out", "--context-parallel-size 1"]),
-    ("format", ["qkv_format sbhd", "use qkv_format thd", "leave them out"]),
-    ("hybrid", ["local_cp_size 1", "--context-parallel-size 2", "leave out --hybrid-context-parallel"]),
-    ("split mask", ["attention_mask has shape (2, 1, 12, 24)", "(batch, 1, 24, 24)", "do not split it"]),
-    ("short mask", ["attention_mask has shape (2, 1, 12, 12)", "(batch, 1, 24, 24)", "do not split it over the ranks"]),
-    ("short mask, no batch", ["attention_mask has shape (2, 1, 12, 12)", "(batch, 1, S, S)", "do not split it over the ranks"]),
-    ("length", ["holds 11 tokens", "a sequence of 24 gives it 12", "split every batch with"])])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("bias", ["attention_bias is not supported", "leave it out", "--context-parallel-size 1"]),
+        ("format", ["qkv_format sbhd", "use qkv_format thd", "leave them out"]),
+        ("hybrid", ["local_cp_size 1", "--context-parallel-size 2", "leave out --hybrid-context-parallel"]),
+        ("split mask", ["attention_mask has shape (2, 1, 12, 24)", "(batch, 1, 24, 24)", "do not split it"]),
+        (
+            "short mask",
+            ["attention_mask has shape (2, 1, 12, 12)", "(batch, 1, 24, 24)", "do not split it over the ranks"],
+        ),
+        (
+            "short mask, no batch",
+            ["attention_mask has shape (2, 1, 12, 12)", "(batch, 1, S, S)", "do not split it over the ranks"],
+        ),
+        ("length", ["holds 11 tokens", "a sequence of 24 gives it 12", "split every batch with"]),
+    ],
+)
 def test_attention_refuses_what_it_would_compute_wrongly(ranks, name, says):
     for rank in ranks:
         assert [part for part in says if part not in rank["refused"][name]] == []
@@ -70,5 +84,10 @@ def test_another_size_than_the_configured_one_is_refused_before_any_process_grou
 def test_a_calculator_of_ones_own_gets_every_argument_of_the_attention_call():
     for rank, (args, kwargs, tokens) in enumerate(run_ranks(2, calculate_from_core_attention, fresh=True)):
         assert args == (None,)
-        assert kwargs == {"attn_mask_type": None, "attention_bias": None, "packed_seq_params": None, "gather_size": SEQ - 1}
+        assert kwargs == {
+            "attn_mask_type": None,
+            "attention_bias": None,
+            "packed_seq_params": None,
+            "gather_size": SEQ - 1,
+        }
         assert tokens == [12, 11][rank]

@@ -16,18 +16,35 @@ from mindspeed_cp.algorithms import ALGORITHMS
 from mindspeed_cp.notices import ContextParallelWarning
 
 DEFAULTS = {
-    "--context-parallel-size": 1, "--context-parallel-algo": "ulysses_cp_algo", "--ulysses-degree-in-cp": None,
-    "--cp-window-size": 1, "--cp-attention-mask-type": "causal", "--use-cp-send-recv-overlap": False,
-    "--context-parallel-kv-cache-policy": None, "--context-parallel-cache-interval": 0, "--use-ulysses-allgather-kv": False,
-    "--cp-kv-exchange": "ring", "--cp-kernel": None, "--gather-size-calculator": "default", "--use-flash-attn": False,
-    "--use-fused-ring-attention-update": False, "--cp-config": None}
+    "--context-parallel-size": 1,
+    "--context-parallel-algo": "ulysses_cp_algo",
+    "--ulysses-degree-in-cp": None,
+    "--cp-window-size": 1,
+    "--cp-attention-mask-type": "causal",
+    "--use-cp-send-recv-overlap": False,
+    "--context-parallel-kv-cache-policy": None,
+    "--context-parallel-cache-interval": 0,
+    "--use-ulysses-allgather-kv": False,
+    "--cp-kv-exchange": "ring",
+    "--cp-kernel": None,
+    "--gather-size-calculator": "default",
+    "--use-flash-attn": False,
+    "--use-fused-ring-attention-update": False,
+    "--cp-config": None,
+}
 MODEL = "--num-attention-heads 8 --num-layers 4 --seq-length 1024".split()
 
 
 def make_parser():
     parser = argparse.ArgumentParser(prog="pretrain_gpt.py")
-    for flag in ("--num-attention-heads", "--num-layers", "--seq-length", "--tensor-model-parallel-size",
-                 "--pipeline-model-parallel-size", "--num-query-groups"):
+    for flag in (
+        "--num-attention-heads",
+        "--num-layers",
+        "--seq-length",
+        "--tensor-model-parallel-size",
+        "--pipeline-model-parallel-size",
+        "--num-query-groups",
+    ):
         parser.add_argument(flag, type=int, default=1)
     for flag in ("--group-query-attention", "--sequence-parallel", "--use-legacy-models"):
         parser.add_argument(flag, action="store_true")
@@ -73,17 +90,21 @@ def test_flags_that_the_parser_has_are_left_alone_and_adding_twice_changes_nothi
     assert parser.parse_args([]).context_parallel_size == 7
 
 
-@pytest.mark.parametrize(("flag", "value", "says"), [
-    ("--context-parallel-algo", "ring", "choose one of ulysses_cp_algo, megatron_cp_algo"),
-    ("--context-parallel-size", "0", "at least 1"),
-    ("--context-parallel-size", "two", "whole number"),
-    ("--cp-window-size", "-1", "at least 1"),
-    ("--cp-attention-mask-type", "window", "choose one of causal, full"),
-    ("--context-parallel-kv-cache-policy", "all", "choose one of full, half"),
-    ("--context-parallel-cache-interval", "-2", "at least 0"),
-    ("--cp-kv-exchange", "mail", "choose one of ring, direct"),
-    ("--cp-kernel", "tpu", "choose one of cpu, cuda"),
-    ("--gather-size-calculator", "my_module", "package.module:Class")])
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [
+        ("--context-parallel-algo", "ring", "choose one of ulysses_cp_algo, megatron_cp_algo"),
+        ("--context-parallel-size", "0", "at least 1"),
+        ("--context-parallel-size", "two", "whole number"),
+        ("--cp-window-size", "-1", "at least 1"),
+        ("--cp-attention-mask-type", "window", "choose one of causal, full"),
+        ("--context-parallel-kv-cache-policy", "all", "choose one of full, half"),
+        ("--context-parallel-cache-interval", "-2", "at least 0"),
+        ("--cp-kv-exchange", "mail", "choose one of ring, direct"),
+        ("--cp-kernel", "tpu", "choose one of cpu, cuda"),
+        ("--gather-size-calculator", "my_module", "package.module:Class"),
+    ],
+)
 def test_wrong_value_exits_with_status_2_and_one_readable_line(capsys, flag, value, says):
     with pytest.raises(SystemExit) as exit_:
         parse(flag, value)
@@ -100,29 +121,55 @@ def test_broken_rule_becomes_one_line_and_status_2(capsys):
     assert exit_.value.code == 2 and error.count("\n") == 1 and "--num-attention-heads 8" in error
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--attention-mask-type", "general"), ("--cp-attention-mask-type", "full"),
-                                              ("--attention-mask-type", "full"), ("--cp-attention-mask-type", "general")])
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--attention-mask-type", "general"),
+        ("--cp-attention-mask-type", "full"),
+        ("--attention-mask-type", "full"),
+        ("--cp-attention-mask-type", "general"),
+    ],
+)
 def test_both_names_of_the_mask_flag_say_full(flag, value):
     assert config_from_args(parse(flag, value)).attention_mask_type == "full"
 
 
 def test_every_flag_reaches_the_configuration():
-    config = config_from_args(parse(
-        *"--context-parallel-size 8 --context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2 --cp-window-size 2 "
-         "--cp-attention-mask-type full --use-cp-send-recv-overlap --context-parallel-kv-cache-policy half "
-         "--context-parallel-cache-interval 1".split()))
+    config = config_from_args(
+        parse(
+            *"--context-parallel-size 8 --context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2 "
+            "--cp-window-size 2 "
+            "--cp-attention-mask-type full --use-cp-send-recv-overlap --context-parallel-kv-cache-policy half "
+            "--context-parallel-cache-interval 1".split()
+        )
+    )
     assert config.hierarchy == (2, 2, 2)
     assert (config.attention_mask_type, config.send_recv_overlap, config.kv_cache_policy, config.kv_cache_interval) == (
-        "full", True, "half", 1)
-    assert config_from_args(parse(*"--context-parallel-size 2 --context-parallel-algo megatron_cp_algo --cp-kv-exchange direct"
-                                   .split())).kv_exchange == "direct"
+        "full",
+        True,
+        "half",
+        1,
+    )
+    assert (
+        config_from_args(
+            parse(*"--context-parallel-size 2 --context-parallel-algo megatron_cp_algo --cp-kv-exchange direct".split())
+        ).kv_exchange
+        == "direct"
+    )
     assert config_from_args(parse("--context-parallel-size", "2", "--use-ulysses-allgather-kv")).allgather_kv
 
 
 def test_setup_reads_model_and_machine():
-    setup = setup_from_args(parse("--group-query-attention", "--num-query-groups", "2", "--use-flash-attn"), world_size=4)
-    assert (setup.num_attention_heads, setup.num_query_groups, setup.num_layers, setup.seq_length, setup.world_size) == (
-        8, 2, 4, 1024, 4)
+    setup = setup_from_args(
+        parse("--group-query-attention", "--num-query-groups", "2", "--use-flash-attn"), world_size=4
+    )
+    assert (
+        setup.num_attention_heads,
+        setup.num_query_groups,
+        setup.num_layers,
+        setup.seq_length,
+        setup.world_size,
+    ) == (8, 2, 4, 1024, 4)
     assert setup_from_args(parse("--num-query-groups", "2")).num_query_groups is None  # without --group-query-attention
 
 
@@ -134,16 +181,24 @@ def test_flash_attention_is_switched_on_and_says_so():
 
 
 def test_unaligned_with_kv_cache_falls_back_and_names_both_flags():
-    args = parse(*"--context-parallel-size 2 --gather-size-calculator dynamic --context-parallel-kv-cache-policy full "
-                  "--use-flash-attn".split())
-    with pytest.warns(ContextParallelWarning, match="--gather-size-calculator dynamic.*--context-parallel-kv-cache-policy full"):
+    args = parse(
+        *"--context-parallel-size 2 --gather-size-calculator dynamic --context-parallel-kv-cache-policy full "
+        "--use-flash-attn".split()
+    )
+    with pytest.warns(
+        ContextParallelWarning, match="--gather-size-calculator dynamic.*--context-parallel-kv-cache-policy full"
+    ):
         _, setup = validate(args, world_size=2)
     assert args.gather_size_calculator == "default" and not setup.unaligned
 
 
-@pytest.mark.parametrize(("name", "value", "says"), [
-    ("cp_comm_type", ["a2a"], "--cp-comm-type a2a is ignored"),
-    ("hierarchical_context_parallel_sizes", [2, 2], "--hierarchical-context-parallel-sizes 2 2 is ignored")])
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("cp_comm_type", ["a2a"], "--cp-comm-type a2a is ignored"),
+        ("hierarchical_context_parallel_sizes", [2, 2], "--hierarchical-context-parallel-sizes 2 2 is ignored"),
+    ],
+)
 def test_flag_that_nothing_reads_is_a_warning(name, value, says):
     args = parse("--context-parallel-size", "2", "--use-flash-attn")
     setattr(args, name, value)
@@ -158,8 +213,13 @@ def test_default_flags_warn_of_nothing(recwarn):
     assert not [warning for warning in recwarn if issubclass(warning.category, ContextParallelWarning)]
 
 
-@pytest.mark.parametrize(("name", "says"), [("no_such_module:Calculator", "cannot be imported"),
-                                             ("argparse:Namespace", "must be a class with a method calculate")])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("no_such_module:Calculator", "cannot be imported"),
+        ("argparse:Namespace", "must be a class with a method calculate"),
+    ],
+)
 def test_own_calculator_is_checked_before_training(name, says):
     args = parse("--context-parallel-size", "2", "--gather-size-calculator", name)
     with pytest.raises(ValueError, match=f"--gather-size-calculator {name} {says}.*choose default or dynamic"):
@@ -167,6 +227,11 @@ def test_own_calculator_is_checked_before_training(name, says):
 
 
 def test_own_calculator_is_accepted():
-    args = parse("--context-parallel-size", "2", "--use-flash-attn", "--gather-size-calculator",
-                 "mindspeed_cp:DynamicGatherSizeCalculator")
+    args = parse(
+        "--context-parallel-size",
+        "2",
+        "--use-flash-attn",
+        "--gather-size-calculator",
+        "mindspeed_cp:DynamicGatherSizeCalculator",
+    )
     assert validate(args, world_size=2)[1].unaligned

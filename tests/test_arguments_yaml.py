@@ -36,6 +36,7 @@ def write(tmp_path):
         path = tmp_path / "model.yaml"
         path.write_text(text, encoding="utf-8")
         return str(path)
+
     return write
 
 
@@ -56,10 +57,14 @@ def test_ulysses_sample(write, alltoall):
 
 
 def test_every_key_is_read(write):
-    args = parse("--cp-config", write(
-        "parallel_config: {data_parallel: 2, model_parallel: 2, context_parallel: 4, pipeline_stage: 2,\n"
-        "                  context_parallel_algo: colossalai_cp, use_seq_parallel: False}\n"
-        "model: {model_config: {use_flash_attention: True, use_attn_mask_compression: True}}\n"))
+    args = parse(
+        "--cp-config",
+        write(
+            "parallel_config: {data_parallel: 2, model_parallel: 2, context_parallel: 4, pipeline_stage: 2,\n"
+            "                  context_parallel_algo: colossalai_cp, use_seq_parallel: False}\n"
+            "model: {model_config: {use_flash_attention: True, use_attn_mask_compression: True}}\n"
+        ),
+    )
     config, setup = validate(args, world_size=32)
     assert config.describe() == "Ring, cp=4, zigzag, causal"
     assert (setup.tensor_parallel_size, setup.pipeline_parallel_size, setup.use_flash_attn) == (2, 2, True)
@@ -67,20 +72,28 @@ def test_every_key_is_read(write):
 
 def test_device_num_must_be_the_number_of_processes(write):
     args = parse("--cp-config", write("parallel_config: {data_parallel: 2, context_parallel: 2}"))
-    with pytest.raises(ValueError, match=r"device_num = data_parallel 2 x model_parallel 1 x context_parallel 2 x "
-                                         r"pipeline_stage 1 = 4, and 8 processes run; start 4"):
+    with pytest.raises(
+        ValueError,
+        match=r"device_num = data_parallel 2 x model_parallel 1 x context_parallel 2 x "
+        r"pipeline_stage 1 = 4, and 8 processes run; start 4",
+    ):
         validate(args, world_size=8)
     validate(args, world_size=4)
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_command_line_wins_and_says_so_even_with_a_default_value(write, order):
-    pieces = [["--cp-config", write(ULYSSES_SAMPLE.replace("ulysses_cp ", "colossalai_cp "))],
-              ["--context-parallel-algo=ulysses_cp_algo", "--use-flash-attn"]]
+    pieces = [
+        ["--cp-config", write(ULYSSES_SAMPLE.replace("ulysses_cp ", "colossalai_cp "))],
+        ["--context-parallel-algo=ulysses_cp_algo", "--use-flash-attn"],
+    ]
     args = parse(*sum(pieces[::order], []))
     assert args.context_parallel_algo == "ulysses_cp_algo" and args.context_parallel_size == 2
-    with pytest.warns(ContextParallelWarning, match="--context-parallel-algo ulysses_cp_algo on the command line wins over "
-                                                    "parallel_config.context_parallel_algo colossalai_cp of .*model.yaml"):
+    with pytest.warns(
+        ContextParallelWarning,
+        match="--context-parallel-algo ulysses_cp_algo on the command line wins over "
+        "parallel_config.context_parallel_algo colossalai_cp of .*model.yaml",
+    ):
         validate(args, world_size=2)
 
 
@@ -113,20 +126,29 @@ def test_ulysses_without_context_parallelism_is_said(write):
         validate(args, world_size=1)
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    ("parallel_config: {context_paralel: 2}", "unknown key parallel_config.context_paralel; did you mean "
-                                              "parallel_config.context_parallel?"),
-    ("paralel_config: {context_parallel: 2}", "unknown key paralel_config; did you mean parallel_config?"),
-    ("model: {model_config: {use_flash_atention: True}}", "did you mean model.model_config.use_flash_attention?"),
-    ("parallel: {enable_all2all: True}", "did you mean parallel.enable_alltoall?"),
-    ("context_parallel: 2", "unknown key context_parallel; did you mean parallel_config.context_parallel?"),
-    ("parallel_config: {context_parallel: two}", "parallel_config.context_parallel two must be a whole number"),
-    ("parallel_config: {context_parallel: True}", "context_parallel True must be a whole number"),
-    ("parallel_config: {context_parallel_algo: ring}", "context_parallel_algo ring must be ulysses_cp or colossalai_cp"),
-    ("parallel_config: {use_seq_parallel: 1}", "use_seq_parallel 1 must be True or False"),
-    ("parallel_config: 2", "parallel_config 2 must be a mapping"),
-    ("- 1", "must be a mapping"),
-    ("a: b: c", "is not valid YAML")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "parallel_config: {context_paralel: 2}",
+            "unknown key parallel_config.context_paralel; did you mean parallel_config.context_parallel?",
+        ),
+        ("paralel_config: {context_parallel: 2}", "unknown key paralel_config; did you mean parallel_config?"),
+        ("model: {model_config: {use_flash_atention: True}}", "did you mean model.model_config.use_flash_attention?"),
+        ("parallel: {enable_all2all: True}", "did you mean parallel.enable_alltoall?"),
+        ("context_parallel: 2", "unknown key context_parallel; did you mean parallel_config.context_parallel?"),
+        ("parallel_config: {context_parallel: two}", "parallel_config.context_parallel two must be a whole number"),
+        ("parallel_config: {context_parallel: True}", "context_parallel True must be a whole number"),
+        (
+            "parallel_config: {context_parallel_algo: ring}",
+            "context_parallel_algo ring must be ulysses_cp or colossalai_cp",
+        ),
+        ("parallel_config: {use_seq_parallel: 1}", "use_seq_parallel 1 must be True or False"),
+        ("parallel_config: 2", "parallel_config 2 must be a mapping"),
+        ("- 1", "must be a mapping"),
+        ("a: b: c", "is not valid YAML"),
+    ],
+)
 def test_file_errors_name_the_key_and_the_way_out(write, text, says):
     path = write(text)
     with pytest.raises(ValueError) as error:
@@ -144,4 +166,6 @@ def test_missing_file_is_named(capsys):
 def test_other_keys_of_a_model_file_are_named_with_the_nearest_known_one(write):
     values, notices = read_cp_yaml(write("seed: 0\nparallel_config: {micro_batch_num: 4, model_parallel: 2}\n"))
     assert values == {"parallel_config.model_parallel": 2}
-    assert len(notices) == 1 and "seed" in notices[0] and "parallel_config.micro_batch_num (nearest known: " in notices[0]
+    assert (
+        len(notices) == 1 and "seed" in notices[0] and "parallel_config.micro_batch_num (nearest known: " in notices[0]
+    )

@@ -25,7 +25,9 @@ def call(
     config = config or ContextParallelConfig()
     groups = groups or ContextParallelGroups.build(config)
     layout = layout or SequenceLayout.build(config, SEQ)
-    tensors = [shape if isinstance(shape, torch.Tensor) else torch.zeros(shape, dtype=dtype) for shape in (query, key, value)]
+    tensors = [
+        shape if isinstance(shape, torch.Tensor) else torch.zeros(shape, dtype=dtype) for shape in (query, key, value)
+    ]
     return context_parallel_attention(*tensors, config=config, groups=groups, layout=layout, **options)
 
 
@@ -48,7 +50,10 @@ ERRORS = {
     "key-and-value-heads-differ": (dict(value=(SEQ, 1, 4, 8)), r"same heads"),
     "batch-differs": (dict(key=(SEQ, 2, 2, 8), value=(SEQ, 2, 2, 8)), r"batch"),
     "key-dim-differs": (dict(key=(SEQ, 1, 2, 4)), r"head dimension 4.*8"),
-    "three-dimensions": (dict(query=(SEQ, 4, 8)), r"query has shape \(8, 4, 8\).*\(seq_local, batch, heads, head_dim\)"),
+    "three-dimensions": (
+        dict(query=(SEQ, 4, 8)),
+        r"query has shape \(8, 4, 8\).*\(seq_local, batch, heads, head_dim\)",
+    ),
     "wrong-length": (dict(query=(SEQ - 1, 1, 4, 8)), r"query has 7 tokens.*8.*layout\.shard"),
     "wrong-key-length": (dict(key=(SEQ + 1, 1, 2, 8)), r"key has 9 tokens"),
     "integer-dtype": (dict(dtype=torch.int64), r"dtype torch\.int64.*float64, float32, float16, bfloat16"),
@@ -71,8 +76,14 @@ ERRORS = {
         dict(attention_mask=torch.zeros(4, 8, dtype=torch.bool)),
         r"attention_mask.*\(4, 8\).*\(8, 8\).*\(1, 1, 8, 8\).*do not split it over the ranks",
     ),
-    "mask-per-head": (dict(attention_mask=torch.zeros(1, 4, 8, 8, dtype=torch.bool)), r"attention_mask.*\(1, 4, 8, 8\)"),
-    "mask-of-another-batch": (dict(attention_mask=torch.zeros(3, 1, 8, 8, dtype=torch.bool)), r"attention_mask.*\(3, 1, 8, 8\)"),
+    "mask-per-head": (
+        dict(attention_mask=torch.zeros(1, 4, 8, 8, dtype=torch.bool)),
+        r"attention_mask.*\(1, 4, 8, 8\)",
+    ),
+    "mask-of-another-batch": (
+        dict(attention_mask=torch.zeros(3, 1, 8, 8, dtype=torch.bool)),
+        r"attention_mask.*\(3, 1, 8, 8\)",
+    ),
     "mask-of-floats": (dict(attention_mask=torch.zeros(8, 8)), r"attention_mask.*float32.*bool"),
     "window-of-one-number": (dict(sliding_window=(3,)), r"sliding_window"),
     "window-of-a-number": (dict(sliding_window=3), r"sliding_window"),
@@ -106,8 +117,13 @@ def test_the_whole_sequence_instead_of_the_local_part_is_refused_with_the_way_ou
 def test_a_mask_that_was_split_over_the_ranks_is_refused_with_both_shapes(shape):
     config = ContextParallelConfig(context_parallel_size=2, algorithm="megatron_cp_algo")
     with pytest.raises(ValueError) as error:
-        call(query=(4, 1, 4, 8), key=(4, 1, 2, 8), value=(4, 1, 2, 8), attention_mask=torch.zeros(shape, dtype=torch.bool),
-             **second_rank(config))
+        call(
+            query=(4, 1, 4, 8),
+            key=(4, 1, 2, 8),
+            value=(4, 1, 2, 8),
+            attention_mask=torch.zeros(shape, dtype=torch.bool),
+            **second_rank(config),
+        )
     says = [str(shape), "(8, 8) or (1, 1, 8, 8)", "do not split it over the ranks"]
     assert [part for part in says if part not in str(error.value)] == []
 
@@ -147,7 +163,10 @@ def test_general_is_another_name_for_full():
         config = ContextParallelConfig(attention_mask_type=name)
         outs.append(
             context_parallel_attention(
-                *tensors, config=config, groups=ContextParallelGroups.build(config), layout=SequenceLayout.build(config, SEQ)
+                *tensors,
+                config=config,
+                groups=ContextParallelGroups.build(config),
+                layout=SequenceLayout.build(config, SEQ),
             )
         )
     assert torch.equal(*outs)
@@ -167,7 +186,14 @@ def test_only_the_inputs_that_ask_get_a_gradient():
 def test_the_case_helper_passes_every_argument_by_name():
     """A guard for the tests themselves: a feature of Case that is not passed on would be tested as absent."""
     case = replace(
-        Case({}), window=(1, 0), sinks=True, softmax_scale=0.5, dropout_p=0.1, layer_number=3, kernel="cpu", cu_seqlens=(0, 24)
+        Case({}),
+        window=(1, 0),
+        sinks=True,
+        softmax_scale=0.5,
+        dropout_p=0.1,
+        layer_number=3,
+        kernel="cpu",
+        cu_seqlens=(0, 24),
     )
     passed = arguments(case, None, None, None, torch.ones(4), torch.ones(1))
     assert passed["sliding_window"] == (1, 0) and passed["softmax_scale"] == 0.5 and passed["dropout_p"] == 0.1

@@ -1,4 +1,6 @@
-"""Dropout: the mask of the forward pass is recovered from its output, and the gradients must be those of that very mask."""
+"""Dropout: the mask of the forward pass is recovered from its output, and the gradients must be those of that very
+mask.
+"""
 
 from dataclasses import replace
 
@@ -17,7 +19,9 @@ PROBABILITY = 0.3
 
 
 def attend_to_positions(rank, case):
-    """attend with the identity as values: out[i, h, j] is the dropped probability of key j, so the mask can be read off it."""
+    """attend with the identity as values: out[i, h, j] is the dropped probability of key j, so the mask can be read off
+    it.
+    """
     from mindspeed_cp import context_parallel_attention
 
     config, groups = setup_of(case.config)
@@ -32,7 +36,11 @@ def attend_to_positions(rank, case):
 
 def identity_values(case):
     assert case.dv == case.seq_len
-    return torch.eye(case.seq_len, dtype=torch.float64)[:, None, None].expand(-1, case.batch, case.kv_heads, -1).contiguous()
+    return (
+        torch.eye(case.seq_len, dtype=torch.float64)[:, None, None]
+        .expand(-1, case.batch, case.kv_heads, -1)
+        .contiguous()
+    )
 
 
 def probabilities(case):
@@ -80,7 +88,9 @@ def check_gradients(case):
         keep=keep,
     )
     for name in want:
-        torch.testing.assert_close(got[name], want[name], atol=1e-9, rtol=0, msg=lambda text, name=name: f"{case} {name}: {text}")
+        torch.testing.assert_close(
+            got[name], want[name], atol=1e-9, rtol=0, msg=lambda text, name=name: f"{case} {name}: {text}"
+        )
     return keep
 
 
@@ -94,7 +104,12 @@ def test_backward_uses_exactly_the_mask_of_forward(algorithm, cp):
 
 @pytest.mark.parametrize(
     "options",
-    [{"cu_seqlens": (0, 3, 3, 15, 22)}, {"window": (6, 0)}, {"dense": "batch"}, {"cu_seqlens": (0, 1, 9, 22), "window": (4, 0)}],
+    [
+        {"cu_seqlens": (0, 3, 3, 15, 22)},
+        {"window": (6, 0)},
+        {"dense": "batch"},
+        {"cu_seqlens": (0, 1, 9, 22), "window": (4, 0)},
+    ],
     ids=["packed", "window", "dense", "packed-window"],
 )
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -25,13 +25,16 @@ def attend():
 
     def call(query, key, value, **options):
         return context_parallel_attention(query, key, value, config=config, groups=groups, layout=layout, **options)
+
     return call
 
 
 def inputs(dtype=torch.float64, **options):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(SEQ, 1, HEADS, DIM, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(**options)
-            for _ in range(3)]
+    return [
+        torch.randn(SEQ, 1, HEADS, DIM, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(**options)
+        for _ in range(3)
+    ]
 
 
 @pytest.mark.parametrize("strided", range(3))
@@ -47,7 +50,7 @@ def test_a_last_dimension_with_gaps_gives_the_same_numbers(attend, strided):
 @pytest.mark.parametrize("kernel", ["cpu", "blockwise"])
 def test_a_second_derivative_is_refused_and_not_wrong(attend, kernel):
     tensors = inputs()
-    grad, = torch.autograd.grad(attend(*tensors, kernel=kernel).sum(), tensors[0], create_graph=True)
+    (grad,) = torch.autograd.grad(attend(*tensors, kernel=kernel).sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError):
         grad.sum().backward()
 

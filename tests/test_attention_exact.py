@@ -1,7 +1,7 @@
 """Invariant 1: every algorithm equals dense attention, forward and backward, over the product of all features.
 
-The product is large, so it is sampled with a fixed seed: per context-parallel size and algorithm a number of random points,
-plus each feature on its own for every algorithm and size.
+The product is large, so it is sampled with a fixed seed: per context-parallel size and algorithm a number of random
+points, plus each feature on its own for every algorithm and size.
 """
 
 import random
@@ -94,7 +94,9 @@ def algorithms_at(cp):
     return [algorithm for algorithm in ALGORITHMS if any(shapes(algorithm, cp))]
 
 
-ALGORITHM_AND_SIZE = [pytest.param(algorithm, cp, id=f"{algorithm}-cp{cp}") for cp in SIZES for algorithm in algorithms_at(cp)]
+ALGORITHM_AND_SIZE = [
+    pytest.param(algorithm, cp, id=f"{algorithm}-cp{cp}") for cp in SIZES for algorithm in algorithms_at(cp)
+]
 for_every_algorithm = pytest.mark.parametrize("algorithm, cp", ALGORITHM_AND_SIZE)
 
 
@@ -271,7 +273,12 @@ def test_ulysses_takes_uneven_heads_and_lengths(cp, heads, kv_heads):
     """Heads are split like the sequence: the remainder to the first ranks, none to the last when there are too few."""
     check_cases(
         [
-            Case({"context_parallel_size": cp, "attention_mask_type": mask_type}, seq_len=seq_len, heads=heads, kv_heads=kv_heads)
+            Case(
+                {"context_parallel_size": cp, "attention_mask_type": mask_type},
+                seq_len=seq_len,
+                heads=heads,
+                kv_heads=kv_heads,
+            )
             for seq_len in (1, 17, 4 * cp)
             for mask_type in ("causal", "full")
         ]

@@ -76,7 +76,9 @@ def test_layers_in_flight_do_not_share_what_they_saved(algorithm, cp, order):
 def test_low_precision_layers_in_flight_do_not_share_what_they_saved(algorithm, cp):
     """bfloat16 accumulates in reused memory, float64 does not."""
     for config in variants(algorithm, cp):
-        cases = [Case(config, seq_len=length, heads=8, kv_heads=4, seed=length, dtype="bfloat16") for length in (24, 31)]
+        cases = [
+            Case(config, seq_len=length, heads=8, kv_heads=4, seed=length, dtype="bfloat16") for length in (24, 31)
+        ]
         alone = [run_ranks(cp, forward_all_then_backward, [case], (0,)) for case in cases]
         together = run_ranks(cp, forward_all_then_backward, cases, (0, 1))
         for rank in range(cp):
@@ -167,7 +169,12 @@ def ulysses_module_with_changing_lengths(rank, lengths):
     runs = []
     for length in lengths:
         case = Case(
-            {"context_parallel_size": dist.get_world_size()}, seq_len=length, heads=5, kv_heads=5, seed=length, dtype="float64"
+            {"context_parallel_size": dist.get_world_size()},
+            seq_len=length,
+            heads=5,
+            kv_heads=5,
+            seed=length,
+            dtype="float64",
         )
         inputs, sizes = case.inputs(), split_sizes(length, dist.get_world_size())
         leaves = [inputs[name].split(sizes)[rank].clone().requires_grad_() for name in ("query", "key", "value")]
@@ -184,7 +191,9 @@ def test_one_unaligned_module_serves_a_different_length_in_every_call(cp):
     for index, length in enumerate(lengths):
         case = Case({"context_parallel_size": cp}, seq_len=length, heads=5, kv_heads=5, seed=length, dtype="float64")
         inputs = case.inputs()
-        want = attention_with_gradients(*(inputs[name] for name in ("query", "key", "value", "grad_out")), case.allowed(None))
+        want = attention_with_gradients(
+            *(inputs[name] for name in ("query", "key", "value", "grad_out")), case.allowed(None)
+        )
         got = {name: torch.cat([shard[index][name] for shard in shards]) for name in want}
         assert max(largest_errors(got, want).values()) <= 1e-10, length
 

@@ -1,4 +1,6 @@
-"""Invariants 2 and 6: low precision is as good as one device's and flat in the size; results are the same every time."""
+"""Invariants 2 and 6: low precision is as good as one device's and flat in the size; results are the same every
+time.
+"""
 
 import pytest
 import torch
@@ -107,7 +109,9 @@ def test_poisoned_padding_and_stale_memory_never_reach_a_result(cp):
     for shape in low_precision_shapes(cp):
         for options in ({}, {"cu_seqlens": (0, 2, 2, 9, 13)}, {"window": (2, 0)}, {"dense": "shared"}):
             for dtype in ("float64", "bfloat16"):
-                case = Case(shape, seq_len=13, heads=2 * degree_of(shape), kv_heads=degree_of(shape), dtype=dtype, **options)
+                case = Case(
+                    shape, seq_len=13, heads=2 * degree_of(shape), kv_heads=degree_of(shape), dtype=dtype, **options
+                )
                 got = whole(case, run_ranks(cp, attend_among_poison, case))
                 clean = whole(case, run_ranks(cp, attend, case))
                 assert all(torch.equal(got[name], clean[name]) for name in got), str(case)
@@ -115,12 +119,16 @@ def test_poisoned_padding_and_stale_memory_never_reach_a_result(cp):
 
 
 def non_contiguous_inputs(rank, case):
-    """Inputs cut out of one projection, as a model makes them, and an expanded gradient, as sum().backward() makes it."""
+    """Inputs cut out of one projection, as a model makes them, and an expanded gradient, as sum().backward() makes
+    it.
+    """
     from mindspeed_cp import context_parallel_attention
 
     config, groups = setup_of(case.config)
     layout, tensors = SequenceLayout.build(config, case.seq_len), case.inputs()
-    fused = torch.cat([layout.shard(tensors[name], rank) for name in ("query", "key", "value")], dim=-1).requires_grad_()
+    fused = torch.cat(
+        [layout.shard(tensors[name], rank) for name in ("query", "key", "value")], dim=-1
+    ).requires_grad_()
     out = context_parallel_attention(
         *fused.split([case.dk, case.dk, case.dv], dim=-1), **arguments(case, config, groups, layout, None, None)
     )
@@ -139,4 +147,6 @@ def test_strided_inputs_and_an_expanded_gradient_work(algorithm):
             inputs["query"], inputs["key"], inputs["value"], torch.ones_like(inputs["grad_out"]), case.allowed(None)
         )
         for name in want:
-            torch.testing.assert_close(got[name], want[name], atol=1e-10, rtol=0, msg=lambda m, s=shape, n=name: f"{s} {n}: {m}")
+            torch.testing.assert_close(
+                got[name], want[name], atol=1e-10, rtol=0, msg=lambda m, s=shape, n=name: f"{s} {n}: {m}"
+            )

@@ -79,7 +79,8 @@ def test_blocks_cover_every_visible_pair_exactly_once(query_runs, key_runs, mask
 @given(st.integers(1, 8), st.integers(1, 80), masks(), st.sampled_from(["causal", "full"]), st.booleans())
 def test_blocks_of_a_ring_cover_every_visible_pair_exactly_once(cp, seq_len, mask, mask_type, native_bands):
     layout = SequenceLayout.build(
-        ContextParallelConfig(context_parallel_size=cp, algorithm="megatron_cp_algo", attention_mask_type=mask_type), seq_len
+        ContextParallelConfig(context_parallel_size=cp, algorithm="megatron_cp_algo", attention_mask_type=mask_type),
+        seq_len,
     )
     for rank in range(cp):
         for source in range(cp):
@@ -113,7 +114,12 @@ def test_needed_rows_are_exactly_the_keys_that_somebody_sees(query_runs, key_run
 
 
 @settings(thorough, max_examples=300)
-@given(st.integers(1, 9), st.integers(1, 9), st.one_of(st.none(), st.integers(-9, 9)), st.one_of(st.none(), st.integers(-9, 9)))
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.one_of(st.none(), st.integers(-9, 9)),
+    st.one_of(st.none(), st.integers(-9, 9)),
+)
 def test_area_is_the_number_of_pairs_for_any_rectangle_and_limits(rows, cols, lower, upper):
     if lower is not None and upper is not None and lower > upper:
         lower, upper = upper, lower
@@ -124,7 +130,9 @@ def test_area_is_the_number_of_pairs_for_any_rectangle_and_limits(rows, cols, lo
 @pytest.mark.parametrize("chunk", [1, 3, 16])
 @pytest.mark.parametrize("cp", range(2, 9))
 def test_zigzag_causal_work_is_equal_on_all_ranks(cp, chunk):
-    layout = SequenceLayout.build(ContextParallelConfig(context_parallel_size=cp, algorithm="megatron_cp_algo"), 2 * cp * chunk)
+    layout = SequenceLayout.build(
+        ContextParallelConfig(context_parallel_size=cp, algorithm="megatron_cp_algo"), 2 * cp * chunk
+    )
     work = [
         sum(
             block.area
@@ -139,7 +147,9 @@ def test_zigzag_causal_work_is_equal_on_all_ranks(cp, chunk):
 
 @pytest.mark.parametrize("cp", range(2, 9))
 def test_zigzag_causal_needs_at_most_one_rectangle_against_another_rank(cp):
-    """The half-rectangle trick: one kernel call per step, all keys or the first half, all queries or the second half."""
+    """The half-rectangle trick: one kernel call per step, all keys or the first half, all queries or the second
+    half.
+    """
     layout = SequenceLayout.build(ContextParallelConfig(context_parallel_size=cp, algorithm="megatron_cp_algo"), 8 * cp)
     for rank in range(cp):
         for source in set(range(cp)) - {rank}:

@@ -83,7 +83,12 @@ def test_a_ring_sends_every_shard_once_forward_and_keys_values_and_gradients_onc
 @pytest.mark.parametrize("shape", RINGS)
 def test_a_full_cache_sends_no_keys_or_values_in_backward_and_a_half_cache_the_values_only(shape):
     case = Case(
-        {**shape, "kv_cache_policy": "full"}, seq_len=4 * shape["context_parallel_size"], dk=6, dv=4, kv_heads=2, dtype="float32"
+        {**shape, "kv_cache_policy": "full"},
+        seq_len=4 * shape["context_parallel_size"],
+        dk=6,
+        dv=4,
+        kv_heads=2,
+        dtype="float32",
     )
     once = (case.cp - 1) * shard_bytes(case)
     values = once * case.dv // (case.dk + case.dv)
@@ -95,7 +100,12 @@ def test_a_full_cache_sends_no_keys_or_values_in_backward_and_a_half_cache_the_v
 
 def test_the_cache_interval_decides_by_the_layers_number_which_backward_fetches_again():
     case = Case(
-        {"context_parallel_size": 2, "algorithm": "megatron_cp_algo", "kv_cache_policy": "full", "kv_cache_interval": 2},
+        {
+            "context_parallel_size": 2,
+            "algorithm": "megatron_cp_algo",
+            "kv_cache_policy": "full",
+            "kv_cache_interval": 2,
+        },
         seq_len=8,
     )
     for layer in range(1, 8):
@@ -114,7 +124,9 @@ def test_an_all_gather_sends_the_own_shard_to_every_other_rank(cp):
 @pytest.mark.parametrize("cp", range(2, 9))
 def test_direct_exchange_of_even_zigzag_causal_sends_three_quarters_of_the_ring(cp):
     case = Case(
-        {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "kv_exchange": "direct"}, seq_len=8 * cp, kv_heads=2
+        {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "kv_exchange": "direct"},
+        seq_len=8 * cp,
+        kv_heads=2,
     )
     counts = traffic(case)
     ring = cp * (cp - 1) * shard_bytes(case)
@@ -159,7 +171,12 @@ def test_direct_exchange_sends_exactly_the_rows_that_the_mask_needs(kind, cp, po
 
 def test_direct_exchange_sends_nothing_when_every_document_lies_on_one_rank():
     case = Case(
-        {"context_parallel_size": 4, "algorithm": "megatron_cp_algo", "kv_exchange": "direct", "attention_mask_type": "full"},
+        {
+            "context_parallel_size": 4,
+            "algorithm": "megatron_cp_algo",
+            "kv_exchange": "direct",
+            "attention_mask_type": "full",
+        },
         seq_len=32,
         cu_seqlens=(0, 8, 12, 16, 24, 32),
     )

@@ -17,7 +17,11 @@ from mindspeed_cp.comm.mapping import (
 
 PAIRS = {num_dims: list(itertools.permutations(range(num_dims), 2)) for num_dims in (3, 4)}
 SHAPES = {  # for groups of 3: even, scatter uneven, gather uneven, both uneven, shorter than the group
-    "even": (6, 9, 3, 12), "uneven": (5, 7, 4, 8), "mixed": (6, 7, 9, 5), "short": (2, 1, 2, 4)}
+    "even": (6, 9, 3, 12),
+    "uneven": (5, 7, 4, 8),
+    "mixed": (6, 7, 9, 5),
+    "short": (2, 1, 2, 4),
+}
 
 
 def _global(shape, seed):
@@ -106,14 +110,15 @@ def test_split_and_gather_are_each_others_backward_with_every_scale():
 def _messages(rank):
     tensor = torch.zeros(2, 3, 4)
     for call, words in (
-            (lambda: all_to_all(tensor, None, 1, 1), "must differ"),
-            (lambda: all_to_all(tensor, None, 3, 1), "scatter_dim 3 does not exist"),
-            (lambda: all_to_all(tensor, None, 2, 1, 9), r"gather_size 9 gives rank \d of 2 a length of [45]"),
-            (lambda: all_to_all(tensor[0, 0], None), "3 or 4 dimensions"),
-            (lambda: split_forward_gather_backward(tensor, None, 1, [1, 1]), "must sum to 3"),
-            (lambda: split_forward_gather_backward(tensor, None, 1, grad_scale="sideways"), "'sideways'"),
-            (lambda: gather_forward_split_backward(tensor, None, 1, [5, 5]), "has 3 on dimension 1"),
-            (lambda: gather_forward_split_backward(tensor, None, 1, [3]), "each of the 2 ranks")):
+        (lambda: all_to_all(tensor, None, 1, 1), "must differ"),
+        (lambda: all_to_all(tensor, None, 3, 1), "scatter_dim 3 does not exist"),
+        (lambda: all_to_all(tensor, None, 2, 1, 9), r"gather_size 9 gives rank \d of 2 a length of [45]"),
+        (lambda: all_to_all(tensor[0, 0], None), "3 or 4 dimensions"),
+        (lambda: split_forward_gather_backward(tensor, None, 1, [1, 1]), "must sum to 3"),
+        (lambda: split_forward_gather_backward(tensor, None, 1, grad_scale="sideways"), "'sideways'"),
+        (lambda: gather_forward_split_backward(tensor, None, 1, [5, 5]), "has 3 on dimension 1"),
+        (lambda: gather_forward_split_backward(tensor, None, 1, [3]), "each of the 2 ranks"),
+    ):
         with pytest.raises(ValueError, match=words):
             call()
 
@@ -192,6 +197,18 @@ def _order_of_events(rank):
 
 
 def test_pending_exchanges_overlap_the_projections_that_follow():
-    expected = ["project q", "start 0", "project k", "start 1", "wait 0", "wait 1",
-                "start 2", "start 3", "wait 2", "backward k", "wait 3", "backward q"]
+    expected = [
+        "project q",
+        "start 0",
+        "project k",
+        "start 1",
+        "wait 0",
+        "wait 1",
+        "start 2",
+        "start 3",
+        "wait 2",
+        "backward k",
+        "wait 3",
+        "backward q",
+    ]
     assert run_ranks(2, _order_of_events) == [expected] * 2

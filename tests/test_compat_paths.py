@@ -19,12 +19,21 @@ ROOT = Path(__file__).resolve().parent.parent
 CP = "mindspeed.core.context_parallel"
 NAMES = {
     f"{CP}.ulysses_context_parallel": [
-        "UlyssesContextAttention", "GatherSizeCalculator", "DefaultGatherSizeCalculator",
-        "DynamicGatherSizeCalculator"],
+        "UlyssesContextAttention",
+        "GatherSizeCalculator",
+        "DefaultGatherSizeCalculator",
+        "DynamicGatherSizeCalculator",
+    ],
     f"{CP}.ulysses_context_parallel.ulysses_context_parallel": [
-        "UlyssesContextAttention", "DynamicGatherSizeCalculator"],
+        "UlyssesContextAttention",
+        "DynamicGatherSizeCalculator",
+    ],
     f"{CP}.ulysses_context_parallel.unaligned_cp.mapping": [
-        "all_to_all", "cal_split_sizes", "split_forward_gather_backward", "gather_forward_split_backward"],
+        "all_to_all",
+        "cal_split_sizes",
+        "split_forward_gather_backward",
+        "gather_forward_split_backward",
+    ],
     f"{CP}.ring_context_parallel.ring_context_parallel": ["ringattn_context_parallel"],
     f"{CP}.model_parallel_utils": process_groups.__all__,
     "mindspeed.core.parallel_state": process_groups.__all__,
@@ -56,17 +65,30 @@ def test_every_documented_path_gives_our_own_objects(installed, name):
     assert module.__name__ == name and module.__all__ == ours.__all__
 
 
-@pytest.mark.parametrize(("statement", "says"), [
-    ("from mindspeed.core.parallel_state import get_tp_x_ring_global_ranks",
-     ["'get_tp_x_ring_global_ranks'", "mindspeed.core.parallel_state", "get_ring_group_for_intra_window"]),
-    (f"from {CP}.ring_context_parallel.context_parallel_kv_cache import ContextParallelKVCache",
-     ["get_cache_policy", "kv_cache_policy of ContextParallelConfig"]),
-    (f"from {CP}.ulysses_context_parallel.ulysses_context_parallel import ulyssesattn_context_parallel",
-     ["UlyssesContextAttention", "mindspeed_cp.context_parallel_attention"]),
-    (f"from {CP}.get_batch_utils import get_batch_on_this_cp_rank", ["megatron.core.utils.get_batch_on_this_cp_rank"]),
-    (f"import {CP}.adaptive_context_parallel.adaptive_context_parallel", ["--cp-kv-exchange direct"]),
-    (f"from {CP} import utils", ["'utils'", "ring_context_parallel, ", "ulysses_context_parallel"]),
-    (f"import {CP}.anything", ["'anything'"])])
+@pytest.mark.parametrize(
+    ("statement", "says"),
+    [
+        (
+            "from mindspeed.core.parallel_state import get_tp_x_ring_global_ranks",
+            ["'get_tp_x_ring_global_ranks'", "mindspeed.core.parallel_state", "get_ring_group_for_intra_window"],
+        ),
+        (
+            f"from {CP}.ring_context_parallel.context_parallel_kv_cache import ContextParallelKVCache",
+            ["get_cache_policy", "kv_cache_policy of ContextParallelConfig"],
+        ),
+        (
+            f"from {CP}.ulysses_context_parallel.ulysses_context_parallel import ulyssesattn_context_parallel",
+            ["UlyssesContextAttention", "mindspeed_cp.context_parallel_attention"],
+        ),
+        (
+            f"from {CP}.get_batch_utils import get_batch_on_this_cp_rank",
+            ["megatron.core.utils.get_batch_on_this_cp_rank"],
+        ),
+        (f"import {CP}.adaptive_context_parallel.adaptive_context_parallel", ["--cp-kv-exchange direct"]),
+        (f"from {CP} import utils", ["'utils'", "ring_context_parallel, ", "ulysses_context_parallel"]),
+        (f"import {CP}.anything", ["'anything'"]),
+    ],
+)
 def test_a_name_that_only_mindspeed_has_is_an_import_error_that_says_what_is_here(installed, statement, says):
     with pytest.raises(ImportError) as error:
         exec(statement, {})
@@ -84,10 +106,15 @@ def test_asking_whether_a_name_is_there_has_an_answer(installed):
 def test_the_cache_policy_of_a_layer_is_that_of_the_configuration(installed, policy, interval):
     from mindspeed.core.context_parallel.ring_context_parallel.context_parallel_kv_cache import get_cache_policy
 
-    config = ContextParallelConfig(context_parallel_size=2, algorithm="megatron_cp_algo", kv_cache_policy=policy,
-                                   kv_cache_interval=interval if policy else 0)
+    config = ContextParallelConfig(
+        context_parallel_size=2,
+        algorithm="megatron_cp_algo",
+        kv_cache_policy=policy,
+        kv_cache_interval=interval if policy else 0,
+    )
     assert [get_cache_policy(layer, policy, interval) for layer in range(1, 13)] == [
-        config.kv_cache_policy_for(layer) for layer in range(1, 13)]
+        config.kv_cache_policy_for(layer) for layer in range(1, 13)
+    ]
 
 
 def test_unknown_paths_are_not_found(installed):
@@ -147,25 +174,34 @@ def test_group_getters_name_the_ranks_that_mindspeed_names():
         "get_context_parallel_group_for_hybrid_ring": [[0, 2], [1, 3], [0, 2], [1, 3]],
         "get_context_parallel_for_hybrid_ring_rank": [0, 0, 1, 1],
         "get_context_parallel_for_hybrid_ring_world_size": [2] * 4,
-        "get_context_parallel_for_hybrid_ring_global_ranks": [[0, 2], [1, 3], [0, 2], [1, 3]]}
+        "get_context_parallel_for_hybrid_ring_global_ranks": [[0, 2], [1, 3], [0, 2], [1, 3]],
+    }
     double = {
         "get_ring_ranks_for_intra_window": [[0, 1], [0, 1], [2, 3], [2, 3]],
         "get_ring_ranks_for_inter_window_kv": [[0, 2], [1, 3], [0, 2], [1, 3]],
         "get_ring_ranks_for_inter_window_dkv": [[0, 3], [1, 2], [1, 2], [0, 3]],
         "get_ring_group_for_intra_window": [[0, 1, 2, 3]] * 4,
-        "get_context_parallel_group_for_send_recv_overlap": [[0, 1, 2, 3]] * 4}
+        "get_context_parallel_group_for_send_recv_overlap": [[0, 1, 2, 3]] * 4,
+    }
     single = {
         "get_ring_ranks_for_intra_window": [[0], [1], [2], [3]],
         "get_ring_ranks_for_inter_window_kv": [[0, 1, 2, 3]] * 4,
-        "get_ring_ranks_for_inter_window_dkv": [[0, 1, 2, 3]] * 4}
-    run_ranks(4, _getters, [
-        ({"algorithm": "hybrid_cp_algo", "ulysses_degree": 2}, hybrid),
-        ({"algorithm": "megatron_cp_algo", "window_size": 2}, double),
-        ({"algorithm": "megatron_cp_algo"}, single), ({"algorithm": "ulysses_cp_algo"}, {})])
+        "get_ring_ranks_for_inter_window_dkv": [[0, 1, 2, 3]] * 4,
+    }
+    run_ranks(
+        4,
+        _getters,
+        [
+            ({"algorithm": "hybrid_cp_algo", "ulysses_degree": 2}, hybrid),
+            ({"algorithm": "megatron_cp_algo", "window_size": 2}, double),
+            ({"algorithm": "megatron_cp_algo"}, single),
+            ({"algorithm": "ulysses_cp_algo"}, {}),
+        ],
+    )
 
 
 # The published sample code, as it is, for both import paths.
-SAMPLE = '''
+SAMPLE = """
 # 示例代码
 import megatron.core.parallel_state as ps
 from {path} import UlyssesContextAttention, GatherSizeCalculator, DynamicGatherSizeCalculator
@@ -183,10 +219,10 @@ core_attention = FlashSelfAttention()
 calculator = DynamicGatherSizeCalculator()
 ulysses_attention = UlyssesContextAttention(core_attention, ps.get_context_parallel_group(),
                                             gather_size_calculator=calculator)
-'''
+"""
 
 # What a user's script does around it: MindSpeed's way of importing the adaptor, and one forward pass of an odd length.
-BEFORE = '''
+BEFORE = """
 import sys, torch, torch.distributed as dist
 import mindspeed_cp.megatron_adaptor
 from mindspeed import megatron_adaptor
@@ -195,8 +231,8 @@ assert megatron_adaptor is mindspeed.megatron_adaptor is sys.modules["mindspeed_
 from megatron.core import parallel_state
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
 parallel_state.initialize_model_parallel(context_parallel_size=2)
-'''
-AFTER = '''
+"""
+AFTER = """
 from mindspeed.core.context_parallel.ulysses_context_parallel.unaligned_cp.mapping import cal_split_sizes
 from mindspeed.core.parallel_state import get_context_parallel_next_rank, get_context_parallel_prev_rank
 rank, seq = int(sys.argv[2]), 7
@@ -210,8 +246,8 @@ custom = UlyssesContextAttention(core_attention, ps.get_context_parallel_group()
 assert torch.equal(custom(query, query, query, mask, gather_size=seq), query.flatten(2))
 assert torch.equal(ulysses_attention(query, query, query, None), query.flatten(2))
 print("done", rank)
-'''
-YOUR_LIBRARY = '''
+"""
+YOUR_LIBRARY = """
 import torch
 
 class FlashSelfAttention(torch.nn.Module):
@@ -220,20 +256,32 @@ class FlashSelfAttention(torch.nn.Module):
     def forward(self, query, key, value, attention_mask):
         self.lengths.append(len(query)) if not self.lengths else None
         return query.flatten(2)
-'''
+"""
 
 
 @pytest.mark.megatron
-@pytest.mark.parametrize("path", [
-    "mindspeed.core.context_parallel.ulysses_context_parallel.ulysses_context_parallel",
-    "mindspeed.core.context_parallel.ulysses_context_parallel"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "mindspeed.core.context_parallel.ulysses_context_parallel.ulysses_context_parallel",
+        "mindspeed.core.context_parallel.ulysses_context_parallel",
+    ],
+)
 def test_a_script_written_for_mindspeed_runs_with_the_published_sample_code(tmp_path, path):
     (tmp_path / "your_library.py").write_text(YOUR_LIBRARY)
     script = tmp_path / "train.py"
     script.write_text(BEFORE + SAMPLE.format(path=path) + AFTER)
-    ranks = [subprocess.Popen([sys.executable, script, tmp_path / "store", str(rank)], cwd=ROOT, text=True,
-                              env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "MINDSPEED_CP_DEVICE": "cpu"},
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, tmp_path / "store", str(rank)],
+            cwd=ROOT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "MINDSPEED_CP_DEVICE": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
     for rank, process in enumerate(ranks):
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0 and f"done {rank}" in output, output

@@ -25,14 +25,22 @@ def _halves_of_documents(ends, rank, world):
 
 
 def _para(causal, rank, world, **extra):
-    return {"causal": causal, "cp_group": torch.distributed.group.WORLD, "cp_size": world, "rank": rank,
-            "cp_global_ranks": list(range(world)), **extra}
+    return {
+        "causal": causal,
+        "cp_group": torch.distributed.group.WORLD,
+        "cp_size": world,
+        "rank": rank,
+        "cp_global_ranks": list(range(world)),
+        **extra,
+    }
 
 
 def _tensors(seq):
     generator = torch.Generator().manual_seed(11)
-    return [torch.randn(seq, BATCH, heads, dim, dtype=torch.float64, generator=generator)
-            for heads, dim in ((HEADS, DK), (KV_HEADS, DK), (KV_HEADS, DV), (HEADS, DV))]
+    return [
+        torch.randn(seq, BATCH, heads, dim, dtype=torch.float64, generator=generator)
+        for heads, dim in ((HEADS, DK), (KV_HEADS, DK), (KV_HEADS, DV), (HEADS, DV))
+    ]
 
 
 def _check(rank, seq, positions, para, allowed, call=None, **kwargs):
@@ -57,8 +65,15 @@ def _plain(rank):
     zigzag, contiguous = _halves(seq, rank, world), torch.arange(seq).chunk(world)[rank]
     compressed = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
     _check(rank, seq, zigzag, _para(True, rank, world), rows(("causal", True)))
-    _check(rank, seq, zigzag, _para(True, rank, world), rows(("causal", True)), softmax_scale=DK ** -0.5,
-           attn_mask=compressed)
+    _check(
+        rank,
+        seq,
+        zigzag,
+        _para(True, rank, world),
+        rows(("causal", True)),
+        softmax_scale=DK**-0.5,
+        attn_mask=compressed,
+    )
     _check(rank, seq, contiguous, _para(False, rank, world), rows())
     mask = torch.rand(seq, seq, generator=torch.Generator().manual_seed(5)) < 0.3
     _check(rank, seq, contiguous, _para(False, rank, world), rows(("attention_mask", mask)), attn_mask=mask)
@@ -98,12 +113,24 @@ def _uneven(rank):
         seq = sum(lengths)
         sizes = [length - length // 2 for length in lengths] + [length // 2 for length in reversed(lengths)]
         chunks = torch.arange(seq).split(sizes)
-        _check(rank, seq, torch.cat([chunks[rank], chunks[2 * world - 1 - rank]]), _para(True, rank, world),
-               reference.allowed_pairs(seq, causal=True), shapes=list(lengths))
+        _check(
+            rank,
+            seq,
+            torch.cat([chunks[rank], chunks[2 * world - 1 - rank]]),
+            _para(True, rank, world),
+            reference.allowed_pairs(seq, causal=True),
+            shapes=list(lengths),
+        )
     for lengths in ((2, 7, 1), (0, 3, 5)):
         seq = sum(lengths)
-        _check(rank, seq, torch.arange(seq).split(lengths)[rank], _para(False, rank, world),
-               reference.allowed_pairs(seq), shapes=list(lengths))
+        _check(
+            rank,
+            seq,
+            torch.arange(seq).split(lengths)[rank],
+            _para(False, rank, world),
+            reference.allowed_pairs(seq),
+            shapes=list(lengths),
+        )
 
 
 def test_shapes_give_every_rank_its_own_length():
@@ -127,8 +154,14 @@ def _packed(rank):
     _check(rank, seq, mine, para, allowed, packed_seq_params=padded)
     # MindSpeed's "general": contiguous, causal within documents.
     over_batch = [end + row * seq for row in range(BATCH) for end in documents[1:]]
-    _check(rank, seq, torch.arange(seq).chunk(world)[rank], _para(False, rank, world), allowed,
-           packed_seq_params=params(torch.tensor(over_batch)))
+    _check(
+        rank,
+        seq,
+        torch.arange(seq).chunk(world)[rank],
+        _para(False, rank, world),
+        allowed,
+        packed_seq_params=params(torch.tensor(over_batch)),
+    )
 
 
 @pytest.mark.filterwarnings("ignore::mindspeed_cp.notices.ContextParallelWarning")
@@ -171,16 +204,23 @@ def _messages(rank):
     tensors = [tensor.flatten(2) for tensor in _tensors(4)[:3]]
     good = _para(True, rank, 2)
     for para, kwargs, words in (
-            ({**good, "pse": torch.zeros(1)}, {}, "rotary"),
-            ({key: value for key, value in good.items() if key != "rank"}, {}, "has no rank"),
-            ({**good, "cp_global_ranks": [1, 0]}, {}, "in ring order"),
-            ({**good, "cp_size": 3}, {}, "cp_size 3"),
-            (good, {"shapes": [4, 5, 6]}, "each of the 2 ranks"),
-            (good, {"attn_mask": torch.zeros(3, 3, dtype=torch.bool)}, r"\(8, 8\)"),
-            (good, {"attn_mask": [torch.zeros(3, 3, dtype=torch.bool)] * 2}, "one per rank"),
-            (good, {"packed_seq_params": SimpleNamespace(cu_seqlens_q=torch.tensor([3, 5]))}, "ends with 5"),
-            (good, {"packed_seq_params": SimpleNamespace(cu_seqlens_q=torch.tensor([0, 8])),
-                    "attn_mask": torch.zeros(8, 8, dtype=torch.bool)}, "leave one out")):
+        ({**good, "pse": torch.zeros(1)}, {}, "rotary"),
+        ({key: value for key, value in good.items() if key != "rank"}, {}, "has no rank"),
+        ({**good, "cp_global_ranks": [1, 0]}, {}, "in ring order"),
+        ({**good, "cp_size": 3}, {}, "cp_size 3"),
+        (good, {"shapes": [4, 5, 6]}, "each of the 2 ranks"),
+        (good, {"attn_mask": torch.zeros(3, 3, dtype=torch.bool)}, r"\(8, 8\)"),
+        (good, {"attn_mask": [torch.zeros(3, 3, dtype=torch.bool)] * 2}, "one per rank"),
+        (good, {"packed_seq_params": SimpleNamespace(cu_seqlens_q=torch.tensor([3, 5]))}, "ends with 5"),
+        (
+            good,
+            {
+                "packed_seq_params": SimpleNamespace(cu_seqlens_q=torch.tensor([0, 8])),
+                "attn_mask": torch.zeros(8, 8, dtype=torch.bool),
+            },
+            "leave one out",
+        ),
+    ):
         with pytest.raises(ValueError, match=words):
             ringattn_context_parallel(*tensors, HEADS, para, **kwargs)
     with pytest.raises(ValueError, match="n = 5 heads"):

@@ -1,4 +1,6 @@
-"""The stand-in for torch.cuda on machines without an accelerator: what each name means on a CPU, and that it goes again."""
+"""The stand-in for torch.cuda on machines without an accelerator: what each name means on a CPU, and that it goes
+again.
+"""
 
 import pytest
 from adaptor_runs import observe
@@ -15,8 +17,21 @@ def test_the_variable_switches_it_on_although_cuda_is_there(facts):
     assert facts["rows"] and set(facts["rows"].values()) == {"applied"}
 
 
-@pytest.mark.parametrize("what", ["current_device", "factory", "index", "like", "to", "to_index", "to_keyword", "module",
-                                  "tensor.cuda", "new_zeros"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "current_device",
+        "factory",
+        "index",
+        "like",
+        "to",
+        "to_index",
+        "to_keyword",
+        "module",
+        "tensor.cuda",
+        "new_zeros",
+    ],
+)
 def test_a_cuda_device_is_the_cpu(facts, what):
     assert facts["devices"][what] == "cpu"
 

@@ -22,7 +22,15 @@ READMES = ["README.md", "README.zh-CN.md"]
 PAGES = READMES + [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
 # What users or runs make, and other people's files; everything else that looks like a path here must exist.
 ELSEWHERE = {
-    "data/topics", "loss.png", "attend.py", "report.md", "config.yaml", "FILE.yaml", "pretrain_gpt.py", "set_env.sh"}
+    "data/topics",
+    "loss.png",
+    "attend.py",
+    "report.md",
+    "config.yaml",
+    "FILE.yaml",
+    "pretrain_gpt.py",
+    "set_env.sh",
+}
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.M | re.S)
 
 
@@ -104,8 +112,11 @@ def test_every_file_named_in_the_text_exists(page):
     pattern = rf"(?<![\w./-])((?:{folders})/[\w./*-]+|[\w-]+\.(?:py|sh|md|toml|txt|yaml|png))(?![\w-])"
     names = re.findall(pattern, text_of(page))
     bases = [ROOT, (ROOT / page).parent, ROOT / "mindspeed_cp"]
-    missing = {name for name in (name.rstrip("./") for name in names)
-               if name not in ELSEWHERE and not any(list(base.glob(name)) for base in bases)}
+    missing = {
+        name
+        for name in (name.rstrip("./") for name in names)
+        if name not in ELSEWHERE and not any(list(base.glob(name)) for base in bases)
+    }
     assert not missing, f"{page} names files that do not exist"
 
 
@@ -121,20 +132,35 @@ def run_block(code, num_processes, tmp_path):
     script.write_text(code, encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     launcher = launcher if num_processes > 1 else []
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-                   "MINDSPEED_CP_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launcher, script], capture_output=True, text=True, timeout=300,
-                          cwd=tmp_path, env=environment, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "MINDSPEED_CP_DEVICE": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, *launcher, script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env=environment,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def unique_blocks(info):
     """pytest parameters; blocks that both READMEs share, comments aside, run once."""
-    found = {tuple(re.sub(r"#.*", "", code).split()): (code, label, page)
-             for page in reversed(PAGES) for label, code in blocks(page, info)}
-    return [pytest.param(code, label, id=f"{page}-{number}")
-            for number, (code, label, page) in enumerate(found.values())]
+    found = {
+        tuple(re.sub(r"#.*", "", code).split()): (code, label, page)
+        for page in reversed(PAGES)
+        for label, code in blocks(page, info)
+    }
+    return [
+        pytest.param(code, label, id=f"{page}-{number}") for number, (code, label, page) in enumerate(found.values())
+    ]
 
 
 @pytest.mark.cpu_only
@@ -164,8 +190,10 @@ def test_both_languages_have_the_same_structure_and_the_same_code():
     for pattern in (r"^#{1,3} ", r"^\| ?`?--", r"^\|", r"^<!-- .* -->$", r"^\* "):
         counts = [len(re.findall(pattern, FENCE.sub("", text), re.M)) for text in (english, chinese)]
         assert counts[0] == counts[1], f"{pattern}: {counts}"
-    code = [[re.sub(r"#.*", "", block).split() for info, block in FENCE.findall(text) if info]
-            for text in (english, chinese)]
+    code = [
+        [re.sub(r"#.*", "", block).split() for info, block in FENCE.findall(text) if info]
+        for text in (english, chinese)
+    ]
     assert code[0] == code[1]
     formulas = [re.findall(r"`([^`\n]*)`", FENCE.sub("", text)) for text in (english, chinese)]
     assert sorted(formulas[0]) == sorted(formulas[1])
@@ -181,8 +209,11 @@ def test_every_algorithm_page_says_when_what_and_needs():
 
 def repository_texts():
     """(path, text) of every text file that belongs to the repository."""
-    tops = [path for path in ROOT.iterdir() if path.name in (
-        "mindspeed_cp", "patches", "arguments", "tests", "scripts", "docs", ".ci", ".github")]
+    tops = [
+        path
+        for path in ROOT.iterdir()
+        if path.name in ("mindspeed_cp", "patches", "arguments", "tests", "scripts", "docs", ".ci", ".github")
+    ]
     files = [path for top in tops for path in top.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     files += [path for path in ROOT.iterdir() if path.is_file()]
     endings = (".py", ".sh", ".md", ".toml", ".txt", ".yml", ".yaml", ".cfg", "")
@@ -195,13 +226,14 @@ def repository_texts():
 FORBIDDEN = {
     "a path of one machine": r"(?<![\w.])/(?:[w]ork|[r]oot|[h]ome|[U]sers)/\w",
     "a package index": r"[i]ndex-url|[t]rusted-host|[p]ypi\.org"
-                       r"|https?://[^\s/)]*/(?:simple|pypi|artifactory|nexus|repository)\b",
+    r"|https?://[^\s/)]*/(?:simple|pypi|artifactory|nexus|repository)\b",
     "a bare address": r"https?://\d+\.\d+\.\d+\.\d+",
 }
 
 
 @pytest.mark.parametrize("what", FORBIDDEN)
 def test_nothing_names_one_machine_or_a_package_index(what):
-    found = [f"{path}: {match.group()}"
-             for path, text in repository_texts() for match in re.finditer(FORBIDDEN[what], text)]
+    found = [
+        f"{path}: {match.group()}" for path, text in repository_texts() for match in re.finditer(FORBIDDEN[what], text)
+    ]
     assert not found, f"{what} in {found}"

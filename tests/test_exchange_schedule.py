@@ -38,7 +38,9 @@ def test_every_rank_sees_every_shard_once_and_its_own_first(window, windows):
 def test_step_j_t_computes_with_the_published_source(window, windows):
     for rank in range(window * windows):
         place_w, place_i = divmod(rank, window)
-        want = [(place_w - j) % windows * window + (place_i - t) % window for j in range(windows) for t in range(window)]
+        want = [
+            (place_w - j) % windows * window + (place_i - t) % window for j in range(windows) for t in range(window)
+        ]
         assert forward_schedule(rank, window, windows) == want
 
 
@@ -75,7 +77,9 @@ class TracedWork:
 
 
 def traced(rank, case):
-    """Events of forward and of backward on this rank: "post" per batch of transfers, "wait" per work, "block" per kernel call."""
+    """Events of forward and of backward on this rank: "post" per batch of transfers, "wait" per work, "block" per
+    kernel call.
+    """
     from mindspeed_cp import context_parallel_attention
     from mindspeed_cp.comm import transport
 
@@ -190,7 +194,9 @@ class LateWork:
 
 
 class LateSender(threading.Thread):
-    """Posts sends in their order, each after a random pause; a buffer that is reused too early is sent with wrong contents."""
+    """Posts sends in their order, each after a random pause; a buffer that is reused too early is sent with wrong
+    contents.
+    """
 
     def __init__(self, seed):
         super().__init__(daemon=True)
@@ -210,7 +216,9 @@ class LateSender(threading.Thread):
         for op in ops:
             if op.op is dist.irecv:
                 works.append(
-                    dist.irecv(op.tensor, group=op.group, group_src=dist.get_group_rank(op.group or dist.group.WORLD, op.peer))
+                    dist.irecv(
+                        op.tensor, group=op.group, group_src=dist.get_group_rank(op.group or dist.group.WORLD, op.peer)
+                    )
                 )
             else:
                 works.append(LateWork())
@@ -266,7 +274,9 @@ def test_results_do_not_depend_on_when_a_send_really_starts(cp, window, degree, 
 
 
 def test_one_ranks_delay_does_not_change_a_bit():
-    case = Case({"context_parallel_size": 3, "algorithm": "megatron_cp_algo", "send_recv_overlap": True}, dtype="float32")
+    case = Case(
+        {"context_parallel_size": 3, "algorithm": "megatron_cp_algo", "send_recv_overlap": True}, dtype="float32"
+    )
     prompt, late = (run_ranks(3, function, [case]) for function in (attend_many, attend_with_late_sends))
     for a, b in zip(prompt, late):
         assert all(torch.equal(a[0][name], b[0][name]) for name in a[0])

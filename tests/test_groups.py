@@ -29,7 +29,9 @@ def described(rank, config, cp_ranks=None):
                 "ulysses_degree",
                 "ring_global_ranks",
             )
-        } | {name: ranks_of(getattr(groups, name)) for name in ("cp_group", "ulysses_group", "ring_group", "outer_group")}
+        } | {
+            name: ranks_of(getattr(groups, name)) for name in ("cp_group", "ulysses_group", "ring_group", "outer_group")
+        }
     finally:
         dist.barrier()  # gloo: a rank that leaves while another still connects breaks that one's connection
         groups.destroy()
@@ -64,7 +66,9 @@ def test_ulysses_ranks_are_neighbours_and_ring_ranks_are_strided(shape):
     "cp_ranks", [[[0, 1], [2, 3]], [[0, 2], [1, 3]], [[1, 3], [0, 2]]], ids=["neighbours", "strided", "second-first"]
 )
 def test_every_context_parallel_group_of_the_world_gets_its_own_groups(cp_ranks):
-    for rank, got in enumerate(run_ranks(4, described, {"context_parallel_size": 2, "algorithm": "megatron_cp_algo"}, cp_ranks)):
+    for rank, got in enumerate(
+        run_ranks(4, described, {"context_parallel_size": 2, "algorithm": "megatron_cp_algo"}, cp_ranks)
+    ):
         (mine,) = (ranks for ranks in cp_ranks if rank in ranks)
         assert got["global_ranks"] == tuple(mine)
         assert got["cp_rank"] == mine.index(rank)
@@ -176,4 +180,6 @@ def test_communication_buffers_are_reused_from_call_to_call():
 
 
 def test_groups_of_another_device_are_not_needed_for_layouts():
-    assert torch.equal(SequenceLayout.build(ContextParallelConfig(context_parallel_size=2), 4).positions(1), torch.tensor([2, 3]))
+    assert torch.equal(
+        SequenceLayout.build(ContextParallelConfig(context_parallel_size=2), 4).positions(1), torch.tensor([2, 3])
+    )

@@ -38,8 +38,14 @@ def both_ways(rank, case):
 @pytest.mark.parametrize("algorithm, cp", [point for point in ALGORITHM_AND_SIZE if point.values[1] in (2, 3, 4, 6)])
 def test_shared_memory_gives_the_bits_and_the_counts_of_gloo(algorithm, cp):
     for index, config in enumerate(variants(algorithm, cp)):
-        case = Case(config, seq_len=(8 * cp, 29, 7)[index % 3], heads=12, kv_heads=(12, 4, 1)[index % 3],
-                    dtype=("float64", "bfloat16")[index % 2], seed=index)
+        case = Case(
+            config,
+            seq_len=(8 * cp, 29, 7)[index % 3],
+            heads=12,
+            kv_heads=(12, 4, 1)[index % 3],
+            dtype=("float64", "bfloat16")[index % 2],
+            seed=index,
+        )
         for shared, sent in run_ranks(cp, both_ways, case):
             for name, tensor in shared[0].items():
                 assert torch.equal(tensor, sent[0][name]), (name, case)
@@ -194,8 +200,11 @@ def open_files(rank):
     warm = ContextParallelGroups.build(config, share_from=None)
 
     def count():
-        return sum(os.readlink(f"/proc/self/fd/{name}").startswith("/memfd:mindspeed_cp")
-                   for name in os.listdir("/proc/self/fd") if os.path.islink(f"/proc/self/fd/{name}"))
+        return sum(
+            os.readlink(f"/proc/self/fd/{name}").startswith("/memfd:mindspeed_cp")
+            for name in os.listdir("/proc/self/fd")
+            if os.path.islink(f"/proc/self/fd/{name}")
+        )
 
     before = count()
     groups = ContextParallelGroups.build(config, share_from=0)
@@ -250,7 +259,9 @@ def test_another_length_than_expected_is_an_error_that_names_both():
 
 
 def far_behind(rank, number):
-    """Memory of a rank whose reader is behind by ``number`` messages, again and again: further segments are used again."""
+    """Memory of a rank whose reader is behind by ``number`` messages, again and again: further segments are used
+    again.
+    """
     host = HostMemory.connect(dist.group.WORLD, 1)
     for _ in range(3):
         with pytest.MonkeyPatch.context() as patch:

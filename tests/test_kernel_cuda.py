@@ -59,9 +59,15 @@ def test_dropout_gradients_use_the_forward_mask(kernel, name, where):
     assert abs(result - expected) < 0.02 * (grad_out.double() * out).abs().sum()
 
 
-@pytest.mark.parametrize("change, reason", [
-    (dict(dtype=torch.float32), "torch.float32 tensors"), (dict(dense=True), "a dense attention mask"),
-    (dict(dk=264), "a head dimension of 264")], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dict(dtype=torch.float32), "torch.float32 tensors"),
+        (dict(dense=True), "a dense attention mask"),
+        (dict(dk=264), "a head dimension of 264"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_the_blockwise_path_is_announced(kernel, change, reason, where):
     dtype, dk = change.get("dtype", torch.float16), change.get("dk", 16)
     query = torch.randn(3, 1, 2, dk, dtype=dtype, device=where)
@@ -80,7 +86,11 @@ def test_half_precision_blocks_reach_the_fused_operators(kernel, calls):
             check_block(kernel, BY_NAME[name], torch.bfloat16)
     dense = "_scaled_dot_product_cudnn_attention" if kernel.name == "cudnn" else "_flash_attention_forward"
     assert [call for call in calls if "backward" not in call[0]] == [
-        (dense, False), ("_flash_attention_forward", True), ("_flash_attention_forward", False), (dense, False)]
+        (dense, False),
+        ("_flash_attention_forward", True),
+        ("_flash_attention_forward", False),
+        (dense, False),
+    ]
     assert len(calls) == 8
 
 

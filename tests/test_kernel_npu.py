@@ -60,8 +60,9 @@ def test_all_blocks_of_a_zigzag_rank_merge_to_dense_attention(kernel, where):
     grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
     for block in blocks:
         rows, keys = block.query_rows, block.key_rows
-        parts = kernel.backward(grad_out[rows], query[rows], key[keys], value[keys], out[rows], lse[rows], block,
-                                options, None)
+        parts = kernel.backward(
+            grad_out[rows], query[rows], key[keys], value[keys], out[rows], lse[rows], block, options, None
+        )
         for grad, span, part in zip(grads, (rows, keys, keys), parts):
             grad[span] += part
     expected = reference(query, key, value, grad_out, hidden(case, None), 0.3)
@@ -118,10 +119,16 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("block", [Block((0, 3072), (0, 3072), None, 0),
-                                   Block((0, 2048, 3072), (0, 2048, 3072), None, 0),
-                                   Block((0, 3072), (0, 3072), 0, None), Block((0, 3072), (0, 3072))],
-                         ids=["causal", "packed", "band", "full"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        Block((0, 3072), (0, 3072), None, 0),
+        Block((0, 2048, 3072), (0, 2048, 3072), None, 0),
+        Block((0, 3072), (0, 3072), 0, None),
+        Block((0, 3072), (0, 3072)),
+    ],
+    ids=["causal", "packed", "band", "full"],
+)
 def test_no_tensor_of_sequence_squared_elements_exists(kernel, block, where):
     npu.compressed_mask.cache_clear()
     query = torch.randn(3072, 1, 1, 16, dtype=torch.bfloat16, device=where)
@@ -173,26 +180,38 @@ def test_fused_ring_update_gives_the_numbers_of_the_plain_merge(torch_npu, kerne
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("change, message", [
-    (dict(atten_mask=torch.ones(9, 9, dtype=torch.bool).triu(1)), "compressed mask of 2048 x 2048"),
-    (dict(query=torch.zeros(9, 1, 64, dtype=torch.float64)), "must be float16, bfloat16 or float32"),
-    (dict(head_num=3), "must divide by head_num"),
-    (dict(key=torch.zeros(9, 1, 48), value=torch.zeros(9, 1, 48)), "multiple of 3 KV heads"),
-    (dict(value=torch.zeros(9, 1, 128)), "must not exceed key's"),
-    (dict(keep_prob=0.0), r"must lie in \(0, 1\]"),
-    (dict(actual_seq_qlen=[9], actual_seq_kvlen=[9]), "TND only"),
-], ids=lambda value: value if isinstance(value, str) else next(iter(value)))
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(atten_mask=torch.ones(9, 9, dtype=torch.bool).triu(1)), "compressed mask of 2048 x 2048"),
+        (dict(query=torch.zeros(9, 1, 64, dtype=torch.float64)), "must be float16, bfloat16 or float32"),
+        (dict(head_num=3), "must divide by head_num"),
+        (dict(key=torch.zeros(9, 1, 48), value=torch.zeros(9, 1, 48)), "multiple of 3 KV heads"),
+        (dict(value=torch.zeros(9, 1, 128)), "must not exceed key's"),
+        (dict(keep_prob=0.0), r"must lie in \(0, 1\]"),
+        (dict(actual_seq_qlen=[9], actual_seq_kvlen=[9]), "TND only"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
 def test_the_fake_refuses_what_the_documentation_refuses(torch_npu, change, message):
-    arguments = dict(query=torch.zeros(9, 1, 64), key=torch.zeros(9, 1, 64), value=torch.zeros(9, 1, 64), head_num=4,
-                     input_layout="SBH", atten_mask=npu.compressed_mask(torch.device("cpu")), sparse_mode=2)
+    arguments = dict(
+        query=torch.zeros(9, 1, 64),
+        key=torch.zeros(9, 1, 64),
+        value=torch.zeros(9, 1, 64),
+        head_num=4,
+        input_layout="SBH",
+        atten_mask=npu.compressed_mask(torch.device("cpu")),
+        sparse_mode=2,
+    )
     torch_npu.npu_fusion_attention(**arguments)
     with pytest.raises(RuntimeError, match=message):
         torch_npu.npu_fusion_attention(**arguments | change)
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("ends, message", [
-    ([0, 4, 9], "must not begin with 0"), ([4, 8], "ends at 8"), ([9, 4], "decrease")], ids=str)
+@pytest.mark.parametrize(
+    "ends, message", [([0, 4, 9], "must not begin with 0"), ([4, 8], "ends at 8"), ([9, 4], "decrease")], ids=str
+)
 def test_the_fake_refuses_wrong_cumulative_lengths(torch_npu, ends, message):
     rows = torch.zeros(9, 4, 16)
     with pytest.raises(RuntimeError, match=message):
@@ -209,12 +228,20 @@ def test_the_published_schemas_reject_wrong_names_and_positional_keywords(torch_
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("error, message", [
-    (ModuleNotFoundError("No module named 'torch_npu'"), "pip install torch_npu=="),
-    (ImportError("libhccl.so: cannot open shared object file"), "source /usr/local/Ascend/ascend-toolkit/set_env.sh")])
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (ModuleNotFoundError("No module named 'torch_npu'"), "pip install torch_npu=="),
+        (
+            ImportError("libhccl.so: cannot open shared object file"),
+            "source /usr/local/Ascend/ascend-toolkit/set_env.sh",
+        ),
+    ],
+)
 def test_a_missing_installation_says_what_to_install_and_source(monkeypatch, error, message):
     def fail(name):
         raise error
+
     monkeypatch.setattr(npu_setup, "import_module", fail)
     assert message in npu.unavailable()
     with pytest.raises(ValueError, match="the NPU cannot be used here"):

@@ -38,8 +38,11 @@ CASES = (
     Case(ring(4), **BASE, dense="batch"),
     Case(ring(4), **{**BASE, "dk": 24}, cu_seqlens=(0, 11, 30, 37)),
     Case(ulysses(4), **{**BASE, "seq_len": 36}, cu_seqlens=(0, 9, 10, 36)),
-    Case(dict(context_parallel_size=4, algorithm="hybrid_cp_algo", ulysses_degree=2, kv_cache_policy="half"), **BASE,
-         sinks=True),
+    Case(
+        dict(context_parallel_size=4, algorithm="hybrid_cp_algo", ulysses_degree=2, kv_cache_policy="half"),
+        **BASE,
+        sinks=True,
+    ),
     Case(dict(context_parallel_size=4, algorithm="kvallgather_cp_algo"), **{**BASE, "kv_heads": 1}),
 )
 PRECISION = Case(ring(4), seq_len=128, batch=1, heads=2, kv_heads=1, dk=32, dv=32)
@@ -51,9 +54,11 @@ def enter(stack, platform):
         return None
     if platform.startswith("torch_npu"):
         from mindspeed_cp.kernels import npu
+
         stack.enter_context(fake_torch_npu.installed(PLATFORMS[platform]))
         return npu.build()
     from mindspeed_cp.kernels import cuda, cudnn
+
     stack.enter_context(fake_flash_attention.installed())
     return (cuda if platform == "cuda" else cudnn).build()
 

@@ -20,8 +20,11 @@ from mindspeed_cp.softmax import merge_attention
 
 HEADS, KV_HEADS, DIM, BATCH = 4, 2, 16, 2
 MASKS = {
-    "causal": dict(causal=True), "full": dict(), "window": dict(causal=True, window=(7, 0)),
-    "two_sided_window": dict(window=(3, 5)), "packed": dict(causal=True, cu_seqlens=(0, 1, 8, 21, 43)),
+    "causal": dict(causal=True),
+    "full": dict(),
+    "window": dict(causal=True, window=(7, 0)),
+    "two_sided_window": dict(window=(3, 5)),
+    "packed": dict(causal=True, cu_seqlens=(0, 1, 8, 21, 43)),
     "packed_full": dict(cu_seqlens=(0, 8, 21, 43)),
     "packed_window": dict(causal=True, window=(4, 0), cu_seqlens=(0, 20, 43)),
 }
@@ -50,15 +53,20 @@ def kernel(request, device):
 
 def sample(dtype):
     generator = torch.Generator().manual_seed(3)
-    return [torch.randn(LENGTH, BATCH, heads, DIM, generator=generator).to(dtype)
-            for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    return [
+        torch.randn(LENGTH, BATCH, heads, DIM, generator=generator).to(dtype)
+        for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    ]
 
 
 def simulate(kernel, tensors, cp, kind, device):
     """Every rank computes its blocks against every shard; returns (global tensors by name, pairs per rank)."""
-    config = ContextParallelConfig(context_parallel_size=cp, algorithm="megatron_cp_algo",
-                                   attention_mask_type="causal" if kind.get("causal") else "full")
-    layout, options = SequenceLayout.build(config, LENGTH), KernelOptions(DIM ** -0.5)
+    config = ContextParallelConfig(
+        context_parallel_size=cp,
+        algorithm="megatron_cp_algo",
+        attention_mask_type="causal" if kind.get("causal") else "full",
+    )
+    layout, options = SequenceLayout.build(config, LENGTH), KernelOptions(DIM**-0.5)
     left, right = kind.get("window", (None, None))
     mask = IntervalMask(left, 0 if kind.get("causal") else right, kind.get("cu_seqlens"))
     shards = [[layout.shard(tensor, rank).to(device) for rank in range(cp)] for tensor in tensors]
@@ -66,8 +74,11 @@ def simulate(kernel, tensors, cp, kind, device):
     outs, areas = [], []
     for rank in range(cp):
         query, grad_out = shards[0][rank], shards[3][rank]
-        plans = [(source, block) for source in range(cp) for block in plan_blocks(
-            layout.ring_runs(rank), layout.ring_runs(source), mask, kernel.native_bands)]
+        plans = [
+            (source, block)
+            for source in range(cp)
+            for block in plan_blocks(layout.ring_runs(rank), layout.ring_runs(source), mask, kernel.native_bands)
+        ]
         out = torch.zeros_like(grad_out, dtype=accumulation_dtype(query.dtype))
         lse, rngs = torch.full(query.shape[:3], -torch.inf, dtype=out.dtype, device=device), []
         for source, block in plans:
@@ -78,8 +89,9 @@ def simulate(kernel, tensors, cp, kind, device):
         out = out.to(query.dtype)
         for (source, block), rng in zip(plans, rngs, strict=True):
             q, k = block.query_rows, block.key_rows
-            grads = kernel.backward(grad_out[q], query[q], shards[1][source][k], shards[2][source][k], out[q], lse[q],
-                                    block, options, rng)
+            grads = kernel.backward(
+                grad_out[q], query[q], shards[1][source][k], shards[2][source][k], out[q], lse[q], block, options, rng
+            )
             totals = sums[0][rank], sums[1][source], sums[2][source]
             for total, rows, grad in zip(totals, (q, k, k), grads, strict=True):
                 total[rows] += grad
@@ -95,7 +107,7 @@ def test_a_simulated_ring_equals_dense_attention(kernel, cp, name, device):
     kind, dtype = MASKS[name], torch.bfloat16 if kernel.name in ("cuda", "cudnn") else torch.float32
     tensors = sample(dtype)
     allowed = allowed_pairs(LENGTH, **kind)
-    expected = attention_with_gradients(*tensors, allowed, softmax_scale=DIM ** -0.5)
+    expected = attention_with_gradients(*tensors, allowed, softmax_scale=DIM**-0.5)
     result, areas = simulate(kernel, tensors, cp, kind, device)
     for key, value in result.items():
         assert_matches(f"{key} of {name} at cp={cp}", value, expected[key], dtype)

@@ -33,16 +33,27 @@ def test_a_fused_merge_that_is_absent_is_refused():
 
 
 def verify(*flags):
-    return subprocess.run(["bash", str(REPOSITORY / "scripts/verify_npu.sh"), *flags], capture_output=True, text=True,
-                          env={**environment(), "PYTHON": sys.executable}, timeout=120)
+    return subprocess.run(
+        ["bash", str(REPOSITORY / "scripts/verify_npu.sh"), *flags],
+        capture_output=True,
+        text=True,
+        env={**environment(), "PYTHON": sys.executable},
+        timeout=120,
+    )
 
 
 def test_verify_npu_lists_its_checks():
     result = verify("--list")
     assert result.returncode == 0
     assert [line.split(":")[0] for line in result.stdout.splitlines()] == [
-        "device and kernel", "operators, every block shape", "kernel choice", "parity of every algorithm",
-        "parity over all features", "launch scripts, dry run", "20 training steps, cp against none"]
+        "device and kernel",
+        "operators, every block shape",
+        "kernel choice",
+        "parity of every algorithm",
+        "parity over all features",
+        "launch scripts, dry run",
+        "20 training steps, cp against none",
+    ]
 
 
 def test_verify_npu_refuses_an_unknown_flag():

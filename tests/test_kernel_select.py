@@ -41,11 +41,14 @@ def test_a_kernel_can_be_chosen_by_name():
     assert select_kernel("blockwise", "meta").name == "blockwise"
 
 
-@pytest.mark.parametrize("name, device_type, message", [
-    ("flash", "cpu", "--cp-kernel flash is not known; choose one of cpu, cuda, cudnn, npu, blockwise"),
-    ("npu", "cpu", "--cp-kernel npu serves npu tensors, and these are on cpu; leave --cp-kernel out"),
-    (None, "xpu", "no attention kernel serves device xpu; choose --cp-kernel blockwise"),
-])
+@pytest.mark.parametrize(
+    "name, device_type, message",
+    [
+        ("flash", "cpu", "--cp-kernel flash is not known; choose one of cpu, cuda, cudnn, npu, blockwise"),
+        ("npu", "cpu", "--cp-kernel npu serves npu tensors, and these are on cpu; leave --cp-kernel out"),
+        (None, "xpu", "no attention kernel serves device xpu; choose --cp-kernel blockwise"),
+    ],
+)
 def test_a_wrong_choice_names_flag_value_rule_and_way_out(name, device_type, message):
     with pytest.raises(ValueError) as error:
         select_kernel(name, device_type)
@@ -53,8 +56,15 @@ def test_a_wrong_choice_names_flag_value_rule_and_way_out(name, device_type, mes
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("name, device_type, reason", [("npu", "npu", "torch_npu"), (None, "npu", "torch_npu"),
-                                                       ("cudnn", "cuda", "nvidia-smi"), (None, "cuda", "nvidia-smi")])
+@pytest.mark.parametrize(
+    "name, device_type, reason",
+    [
+        ("npu", "npu", "torch_npu"),
+        (None, "npu", "torch_npu"),
+        ("cudnn", "cuda", "nvidia-smi"),
+        (None, "cuda", "nvidia-smi"),
+    ],
+)
 def test_an_unavailable_kernel_raises_with_the_reason(monkeypatch, name, device_type, reason):
     """Also the automatic choice: no other kernel steps in."""
     monkeypatch.setitem(sys.modules, "torch_npu", None)  # makes the import fail, installed or not

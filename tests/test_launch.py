@@ -1,4 +1,6 @@
-"""The launch scripts: what they print with DRY_RUN=1, and a tiny model of every architecture that trains with cp 2 as with cp 1."""
+"""The launch scripts: what they print with DRY_RUN=1, and a tiny model of every architecture that trains with cp 2 as
+with cp 1.
+"""
 
 import json
 import os
@@ -13,16 +15,28 @@ import pytest
 from trainer_runs import REPOSITORY, prepare_data, run_argvs
 
 LAUNCH = REPOSITORY / "scripts" / "launch"
-FAMILIES = {"llama2": ("7b", "13b", "70b"), "qwen": ("7b", "14b", "72b"), "qwen1_5": ("7b", "14b", "72b"), "gpt3": ("1.3b", "13b", "175b")}
+FAMILIES = {
+    "llama2": ("7b", "13b", "70b"),
+    "qwen": ("7b", "14b", "72b"),
+    "qwen1_5": ("7b", "14b", "72b"),
+    "gpt3": ("1.3b", "13b", "175b"),
+}
 SIZES = [(family, size) for family, sizes in FAMILIES.items() for size in sizes]
 
 pytestmark = pytest.mark.cpu_only
 
 
 def launch(family, *arguments, **environment):
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM") and name != "MEGATRON_LM_PATH"}
-    return subprocess.run(["bash", str(LAUNCH / f"{family}.sh"), *arguments], capture_output=True, text=True, timeout=400,
-                          env={**kept, "PYTHON": sys.executable, **environment})
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith("SLURM") and name != "MEGATRON_LM_PATH"
+    }
+    return subprocess.run(
+        ["bash", str(LAUNCH / f"{family}.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**kept, "PYTHON": sys.executable, **environment},
+    )
 
 
 def resolved(result):
@@ -38,7 +52,9 @@ def pairs(text):
 
 @pytest.fixture
 def dry_run(tmp_path, monkeypatch, capsys):
-    """What ``resolved`` gives; describe.py runs in this process, where torch is imported already, with what the script gives it."""
+    """What ``resolved`` gives; describe.py runs in this process, where torch is imported already, with what the script
+    gives it.
+    """
     asked, python = tmp_path / "asked", tmp_path / "python"
     python.write_text(f"#!/usr/bin/env bash\nprintf '%s\\n' \"$WORLD_SIZE\" \"$@\" >'{asked}'\n")
     python.chmod(0o755)
@@ -51,6 +67,7 @@ def dry_run(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", argv)
         runpy.run_path(argv[0], run_name="__main__")
         return {**values, **pairs(capsys.readouterr().out)}
+
     return run
 
 
@@ -72,35 +89,72 @@ def test_presets_of_sequence_length_fit_the_model(dry_run, family, size, length,
 @pytest.mark.parametrize("family, size", SIZES, ids=lambda value: value)
 def test_every_size_has_a_command(dry_run, family, size):
     values = dry_run(family, size, DEVICE="gpu", NNODES="64", NODE_RANK="3", MASTER_ADDR="first")
-    for part in (f"--num-layers {values['LAYERS']}", f"--hidden-size {values['HIDDEN']}", f"--ffn-hidden-size {values['FFN']}",
-                 "--node-rank 3", "--master-addr first", "--nnodes 64", "--context-parallel-algo ulysses_cp_algo"):
+    for part in (
+        f"--num-layers {values['LAYERS']}",
+        f"--hidden-size {values['HIDDEN']}",
+        f"--ffn-hidden-size {values['FFN']}",
+        "--node-rank 3",
+        "--master-addr first",
+        "--nnodes 64",
+        "--context-parallel-algo ulysses_cp_algo",
+    ):
         assert part in values["command"]
 
 
 def test_slurm_variables_choose_the_nodes():
-    values = resolved(launch("llama2", "7b", DRY_RUN="1", DEVICE="gpu", SLURM_NNODES="4", SLURM_NODEID="2", SLURM_JOB_ID="7",
-                             MASTER_ADDR="first"))
+    values = resolved(
+        launch(
+            "llama2",
+            "7b",
+            DRY_RUN="1",
+            DEVICE="gpu",
+            SLURM_NNODES="4",
+            SLURM_NODEID="2",
+            SLURM_JOB_ID="7",
+            MASTER_ADDR="first",
+        )
+    )
     assert (values["NNODES"], values["NODE_RANK"], values["MASTER_PORT"], values["DP"]) == ("4", "2", "20007", "4")
 
 
 def test_environment_and_later_flags_win(tmp_path):
     (tmp_path / "pretrain_gpt.py").touch()
-    values = resolved(launch("qwen", "14b", "--seed", "9", DRY_RUN="1", DEVICE="npu", NNODES="8", MASTER_ADDR="first", CP="8", TP="1", PP="1",
-                             CP_ALGO="megatron_cp_algo", CP_WINDOW="2", MEGATRON_LM_PATH=str(tmp_path)))
+    values = resolved(
+        launch(
+            "qwen",
+            "14b",
+            "--seed",
+            "9",
+            DRY_RUN="1",
+            DEVICE="npu",
+            NNODES="8",
+            MASTER_ADDR="first",
+            CP="8",
+            TP="1",
+            PP="1",
+            CP_ALGO="megatron_cp_algo",
+            CP_WINDOW="2",
+            MEGATRON_LM_PATH=str(tmp_path),
+        )
+    )
     assert "Double Ring (window 2)" in values["CONTEXT_PARALLEL"]
     assert values["command"].rstrip().endswith("--seed 9")
     assert f"-m mindspeed_cp.run {tmp_path}/pretrain_gpt.py" in values["command"] and "--mock-data" in values["command"]
 
 
-@pytest.mark.parametrize("environment, words", [
-    ({"SIZE": "8b"}, "size 8b is not known; choose one of 7b, 13b, 70b."),
-    ({"NNODES": "2"}, "set MASTER_ADDR"),
-    ({"DEVICE": "gpu", "NPROC_PER_NODE": "6"}, "must be a multiple of TP 2 x CP 4 x PP 1 = 8; use NNODES=2"),
-    ({"SEQ_LENGTH": "32m"}, "must be 32k, 128k, 1m or a number"),
-    ({"DEVICE": "tpu"}, "choose npu, gpu or cpu"),
-    ({"MEGATRON_LM_PATH": "/nowhere"}, "holds no pretrain_gpt.py"),
-    ({"CP": "3"}, "must be divisible by --tensor-model-parallel-size 2 x --context-parallel-size 3"),
-], ids=["size", "address", "world", "length", "device", "checkout", "rule"])
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"SIZE": "8b"}, "size 8b is not known; choose one of 7b, 13b, 70b."),
+        ({"NNODES": "2"}, "set MASTER_ADDR"),
+        ({"DEVICE": "gpu", "NPROC_PER_NODE": "6"}, "must be a multiple of TP 2 x CP 4 x PP 1 = 8; use NNODES=2"),
+        ({"SEQ_LENGTH": "32m"}, "must be 32k, 128k, 1m or a number"),
+        ({"DEVICE": "tpu"}, "choose npu, gpu or cpu"),
+        ({"MEGATRON_LM_PATH": "/nowhere"}, "holds no pretrain_gpt.py"),
+        ({"CP": "3"}, "must be divisible by --tensor-model-parallel-size 2 x --context-parallel-size 3"),
+    ],
+    ids=["size", "address", "world", "length", "device", "checkout", "rule"],
+)
 def test_mistakes_are_named_with_a_way_out(environment, words):
     result = launch("llama2", DRY_RUN="1", **environment)
     assert result.returncode == 2 and words in result.stderr, result.stderr
@@ -116,18 +170,27 @@ def text(tmp_path_factory):
 
 
 def tiny(text, cp, **environment):
-    return {"TINY": "1", "CP": str(cp), "CP_ALGO": ALGORITHMS[cp], "TRAIN_ITERS": "3", "DEVICE": "cpu", "DATA_PATH": text, **environment}
+    return {
+        "TINY": "1",
+        "CP": str(cp),
+        "CP_ALGO": ALGORITHMS[cp],
+        "TRAIN_ITERS": "3",
+        "DEVICE": "cpu",
+        "DATA_PATH": text,
+        **environment,
+    }
 
 
 @pytest.fixture(scope="module")
 def records(text):
     """(family, size, cp) -> step records of the command that a dry run prints, without starting torchrun for each."""
+
     def flags(family, size, cp):
         result = launch(family, size, **tiny(text, cp, DRY_RUN="1", PYTHON="true"))
         assert result.returncode == 0, result.stderr
         command = shlex.split(result.stdout.split("# command\n")[1])
         assert command[command.index("--nproc-per-node") + 1] == str(cp)
-        return command[command.index(str(REPOSITORY / "scripts" / "pretrain_gpt.py")) + 1:]
+        return command[command.index(str(REPOSITORY / "scripts" / "pretrain_gpt.py")) + 1 :]
 
     found = {}
     for cp in ALGORITHMS:

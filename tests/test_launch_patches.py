@@ -1,4 +1,6 @@
-"""The patches for a checkout, on stand-ins for megatron.training: no Megatron-LM needed. And the runner of unchanged scripts."""
+"""The patches for a checkout, on stand-ins for megatron.training: no Megatron-LM needed. And the runner of unchanged
+scripts.
+"""
 
 import argparse
 import subprocess
@@ -17,17 +19,36 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def flags(*given, **more):
     """A namespace as Megatron's parser makes it, with the flags that the adaptor adds."""
+
     def megatron(parser):
-        for name in ("num-layers", "num-attention-heads", "seq-length", "tensor-model-parallel-size", "pipeline-model-parallel-size"):
+        for name in (
+            "num-layers",
+            "num-attention-heads",
+            "seq-length",
+            "tensor-model-parallel-size",
+            "pipeline-model-parallel-size",
+        ):
             parser.add_argument(f"--{name}", type=int, default=1)
         parser.add_argument("--context-parallel-size", type=int, default=1)
-        for name in ("sequence-parallel", "use-legacy-models", "reset-position-ids", "reset-attention-mask", "use-flash-attn"):
+        for name in (
+            "sequence-parallel",
+            "use-legacy-models",
+            "reset-position-ids",
+            "reset-attention-mask",
+            "use-flash-attn",
+        ):
             parser.add_argument(f"--{name}", action="store_true")
         return parser
+
     parser = training._add_flags(megatron)(argparse.ArgumentParser())
     args = parser.parse_args("--num-layers 2 --num-attention-heads 8 --seq-length 61".split() + list(given))
-    defaults = dict(world_size=args.context_parallel_size, ckpt_format="torch", max_position_embeddings=61, encoder_seq_length=None,
-                    decoder_seq_length=None)
+    defaults = dict(
+        world_size=args.context_parallel_size,
+        ckpt_format="torch",
+        max_position_embeddings=61,
+        encoder_seq_length=None,
+        decoder_seq_length=None,
+    )
     for name, value in {**defaults, **more}.items():
         setattr(args, name, value)
     return args
@@ -44,16 +65,26 @@ def as_megatron_checks(args, defaults=None):
 
 
 def test_uneven_length_and_legacy_models_pass_and_stay_as_given():
-    state, args = AdaptorState(), flags("--context-parallel-size", "4", "--context-parallel-algo", "megatron_cp_algo", "--use-legacy-models")
+    state, args = (
+        AdaptorState(),
+        flags("--context-parallel-size", "4", "--context-parallel-algo", "megatron_cp_algo", "--use-legacy-models"),
+    )
     with pytest.warns(UserWarning, match="--use-flash-attn is switched on"):
         assert training._validate(state)(as_megatron_checks)(args, {}) is args
-    assert (args.seq_length, args.encoder_seq_length, args.max_position_embeddings, args.decoder_seq_length) == (61, 61, 61, None)
+    assert (args.seq_length, args.encoder_seq_length, args.max_position_embeddings, args.decoder_seq_length) == (
+        61,
+        61,
+        61,
+        None,
+    )
     assert args.use_legacy_models and args.use_flash_attn
     assert state.config.algorithm == "megatron_cp_algo" and state.config.context_parallel_size == 4
 
 
 def test_megatrons_other_assertions_still_hold():
-    args = flags("--context-parallel-size", "4", "--context-parallel-algo", "megatron_cp_algo", max_position_embeddings=60)
+    args = flags(
+        "--context-parallel-size", "4", "--context-parallel-algo", "megatron_cp_algo", max_position_embeddings=60
+    )
     with pytest.raises(AssertionError):
         training._validate(AdaptorState())(as_megatron_checks)(args)
 
@@ -65,11 +96,18 @@ def test_without_context_parallelism_the_original_gets_what_it_got():
     assert seen == [((args, {"x": 1}), {})] and vars(args) == before and state.config is None
 
 
-@pytest.mark.parametrize("given, words", [
-    ("--context-parallel-size 3 --context-parallel-algo ulysses_cp_algo", "--num-attention-heads 8"),
-    ("--context-parallel-size 2 --context-parallel-algo hybrid_cp_algo", "--ulysses-degree-in-cp"),
-    ("--context-parallel-size 2 --context-parallel-algo megatron_cp_algo --use-legacy-models", "--ckpt-format torch_dist"),
-], ids=["heads", "degree", "legacy checkpoint"])
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("--context-parallel-size 3 --context-parallel-algo ulysses_cp_algo", "--num-attention-heads 8"),
+        ("--context-parallel-size 2 --context-parallel-algo hybrid_cp_algo", "--ulysses-degree-in-cp"),
+        (
+            "--context-parallel-size 2 --context-parallel-algo megatron_cp_algo --use-legacy-models",
+            "--ckpt-format torch_dist",
+        ),
+    ],
+    ids=["heads", "degree", "legacy checkpoint"],
+)
 def test_a_broken_rule_is_one_line_and_status_2(given, words, capsys):
     args = flags(*given.split(), ckpt_format="torch_dist")
     with pytest.raises(SystemExit) as stop:
@@ -80,21 +118,28 @@ def test_a_broken_rule_is_one_line_and_status_2(given, words, capsys):
 
 def test_resetting_flags_ask_for_documents_from_position_ids():
     state = AdaptorState()
-    args = flags(*"--context-parallel-size 2 --context-parallel-algo megatron_cp_algo --reset-position-ids --reset-attention-mask".split())
+    ring = "--context-parallel-size 2 --context-parallel-algo megatron_cp_algo"
+    args = flags(*f"{ring} --reset-position-ids --reset-attention-mask".split())
     training._validate(state)(as_megatron_checks)(args)
     assert state.documents_from_position_ids
 
 
 def test_documents_without_a_mask_are_said_to_differ_from_megatrons_own_size_1():
-    documents = "--context-parallel-algo megatron_cp_algo --reset-position-ids --reset-attention-mask --use-flash-attn".split()
+    documents = (
+        "--context-parallel-algo megatron_cp_algo --reset-position-ids --reset-attention-mask --use-flash-attn".split()
+    )
     for size, mask, warned in (("2", False, 1), ("2", True, 0), ("1", False, 0)):
         args = flags("--context-parallel-size", size, *documents, create_attention_mask_in_dataloader=mask)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             training._validate(AdaptorState())(as_megatron_checks)(args)
-        messages = [str(entry.message) for entry in caught if "--no-create-attention-mask-in-dataloader" in str(entry.message)]
+        messages = [
+            str(entry.message) for entry in caught if "--no-create-attention-mask-in-dataloader" in str(entry.message)
+        ]
         assert len(messages) == warned, (size, mask, messages)
-    args = flags("--context-parallel-size", "2", *documents[:2], "--use-flash-attn", create_attention_mask_in_dataloader=False)
+    args = flags(
+        "--context-parallel-size", "2", *documents[:2], "--use-flash-attn", create_attention_mask_in_dataloader=False
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         training._validate(AdaptorState())(as_megatron_checks)(args)
@@ -114,17 +159,25 @@ def test_loss_of_unequal_counts_is_the_mean_over_all_tokens(monkeypatch):
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, "-W", "ignore", "-m", "mindspeed_cp.run", *map(str, arguments)], capture_output=True,
-                          text=True, cwd=REPOSITORY, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "mindspeed_cp.run", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=120,
+    )
 
 
 def test_runner_gives_the_script_its_own_surroundings(tmp_path):
     (tmp_path / "neighbour.py").write_text("VALUE = 7\n")
     script = tmp_path / "script.py"
-    script.write_text("import os, sys, neighbour\nassert __name__ == '__main__' and sys.modules['__main__'].neighbour is neighbour\n"
-                      "assert 'mindspeed_cp.megatron_adaptor' in sys.modules\n"
-                      "print(sys.argv[1:], os.path.basename(sys.argv[0]), os.path.dirname(__file__) == sys.path[0], neighbour.VALUE)\n"
-                      "sys.exit(5)\n")
+    script.write_text(
+        "import os, sys, neighbour\nassert __name__ == '__main__' and sys.modules['__main__'].neighbour is neighbour\n"
+        "assert 'mindspeed_cp.megatron_adaptor' in sys.modules\n"
+        "print(sys.argv[1:], os.path.basename(sys.argv[0]), os.path.dirname(__file__) == sys.path[0], "
+        "neighbour.VALUE)\n"
+        "sys.exit(5)\n"
+    )
     result = run(script, "--flag", "value")
     assert result.returncode == 5, result.stderr
     assert result.stdout.splitlines()[-1] == "['--flag', 'value'] script.py True 7"
@@ -132,16 +185,21 @@ def test_runner_gives_the_script_its_own_surroundings(tmp_path):
 
 def test_spawned_processes_get_the_adaptor_too(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text("import multiprocessing, sys\n"
-                      "def ask(queue):\n    queue.put('mindspeed_cp.megatron_adaptor' in sys.modules)\n"
-                      "if __name__ == '__main__':\n    context = multiprocessing.get_context('spawn')\n    queue = context.Queue()\n"
-                      "    child = context.Process(target=ask, args=(queue,))\n    child.start()\n    print(queue.get(timeout=100))\n")
+    script.write_text(
+        "import multiprocessing, sys\n"
+        "def ask(queue):\n    queue.put('mindspeed_cp.megatron_adaptor' in sys.modules)\n"
+        "if __name__ == '__main__':\n    context = multiprocessing.get_context('spawn')\n    queue = context.Queue()\n"
+        "    child = context.Process(target=ask, args=(queue,))\n    child.start()\n    print(queue.get(timeout=100))\n"
+    )
     result = run(script)
     assert result.returncode == 0 and result.stdout.splitlines()[-1] == "True", result.stderr
 
 
-@pytest.mark.parametrize("arguments, status, words", [((), 2, "usage"), (("--help",), 0, "usage"), (("nowhere.py",), 2, "nowhere.py does not exist")],
-                         ids=["nothing", "help", "missing"])
+@pytest.mark.parametrize(
+    "arguments, status, words",
+    [((), 2, "usage"), (("--help",), 0, "usage"), (("nowhere.py",), 2, "nowhere.py does not exist")],
+    ids=["nothing", "help", "missing"],
+)
 def test_runner_says_what_it_wants(arguments, status, words):
     result = run(*arguments)
     assert result.returncode == status and words in result.stdout + result.stderr

@@ -85,7 +85,8 @@ def test_zigzag_lengths_differ_by_at_most_two(cp):
     """Two chunks whose sizes each differ by at most one."""
     for seq_len in LENGTHS:
         sizes = [
-            len(p) for p in positions(ContextParallelConfig(context_parallel_size=cp, algorithm="megatron_cp_algo"), seq_len)
+            len(p)
+            for p in positions(ContextParallelConfig(context_parallel_size=cp, algorithm="megatron_cp_algo"), seq_len)
         ]
         assert max(sizes) - min(sizes) <= (2 if seq_len % (2 * cp) else 0)
 
@@ -96,7 +97,9 @@ def test_hybrid_is_the_ring_layout_cut_contiguously_over_the_ulysses_ranks(cp, d
     hybrid = ContextParallelConfig(
         context_parallel_size=cp, algorithm="hybrid_cp_algo", ulysses_degree=degree, attention_mask_type=mask_type
     )
-    ring = ContextParallelConfig(context_parallel_size=cp // degree, algorithm="megatron_cp_algo", attention_mask_type=mask_type)
+    ring = ContextParallelConfig(
+        context_parallel_size=cp // degree, algorithm="megatron_cp_algo", attention_mask_type=mask_type
+    )
     for seq_len in LENGTHS:
         own = positions(hybrid, seq_len)
         for ring_rank, shared in enumerate(positions(ring, seq_len)):

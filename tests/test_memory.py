@@ -1,4 +1,6 @@
-"""Invariant 4: what a rank holds does not grow with the context-parallel size; what each cache policy saves, by formula."""
+"""Invariant 4: what a rank holds does not grow with the context-parallel size; what each cache policy saves, by
+formula.
+"""
 
 import gc
 import time
@@ -77,8 +79,8 @@ class LiveBytes(TorchDispatchMode):
 def peak_bytes(rank, case):
     """Most bytes alive at once in forward and backward: what they made, and what this rank keeps from call to call.
 
-    Two calls before that make the reused buffers (of which pairs take turns) and open the peers' shared memory, which counts
-    where it belongs.
+    Two calls before that make the reused buffers (of which pairs take turns) and open the peers' shared memory, which
+    counts where it belongs.
     """
     call, leaves, grad_out, groups = prepared(rank, case)
     for _ in range(2):
@@ -121,7 +123,9 @@ LOCAL = 64  # tokens per rank, whatever the size
 def test_peak_memory_of_a_ring_does_not_grow_with_its_size(options, dtype, overlap):
     def peak(cp):
         config = {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "send_recv_overlap": overlap, **options}
-        return max(run_ranks(cp, peak_bytes, Case(config, seq_len=cp * LOCAL, heads=4, kv_heads=4, dk=32, dv=32, dtype=dtype)))
+        return max(
+            run_ranks(cp, peak_bytes, Case(config, seq_len=cp * LOCAL, heads=4, kv_heads=4, dk=32, dv=32, dtype=dtype))
+        )
 
     # From 4 ranks on both buffers of every pair exist when the last kernel runs.
     assert peak(4) == peak(6) == peak(8)
@@ -161,7 +165,12 @@ def saved(case):
 def test_a_ring_cache_saves_the_received_keys_and_values(cp, window, exchange):
     if exchange == "direct" and window > 1:
         window = 1
-    config = {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "window_size": window, "kv_exchange": exchange}
+    config = {
+        "context_parallel_size": cp,
+        "algorithm": "megatron_cp_algo",
+        "window_size": window,
+        "kv_exchange": exchange,
+    }
     case = Case(config, seq_len=cp * 8, batch=2, heads=4, kv_heads=2, dk=6, dv=4, dtype="float32")
     without, full, half = (saved(case.with_config(kv_cache_policy=policy)) for policy in (None, "full", "half"))
     key, value = (8 * 2 * 2 * dim * 4 for dim in (6, 4))
@@ -170,11 +179,20 @@ def test_a_ring_cache_saves_the_received_keys_and_values(cp, window, exchange):
         assert half[rank] - without[rank] == (cp - 1) * key
 
 
-@pytest.mark.parametrize("cp, heads, kv_heads", [(2, 4, 4), (2, 4, 1), (4, 8, 2), (4, 4, 1), (3, 6, 2), (4, 12, 6), (8, 8, 1)])
+@pytest.mark.parametrize(
+    "cp, heads, kv_heads", [(2, 4, 4), (2, 4, 1), (4, 8, 2), (4, 4, 1), (3, 6, 2), (4, 12, 6), (8, 8, 1)]
+)
 def test_a_ulysses_cache_policy_saves_the_replicated_heads_of_keys_and_values(cp, heads, kv_heads):
     """Without replication (kv_heads % cp == 0) there is nothing to save, and the numbers say so."""
     case = Case(
-        {"context_parallel_size": cp}, seq_len=cp * 8, batch=2, heads=heads, kv_heads=kv_heads, dk=6, dv=4, dtype="float32"
+        {"context_parallel_size": cp},
+        seq_len=cp * 8,
+        batch=2,
+        heads=heads,
+        kv_heads=kv_heads,
+        dk=6,
+        dv=4,
+        dtype="float32",
     )
     without, full, half = (saved(case.with_config(kv_cache_policy=policy)) for policy in (None, "full", "half"))
     extra = (lcm(kv_heads, cp) - kv_heads) * 8 * case.batch * 4
@@ -192,7 +210,9 @@ def test_a_layer_outside_the_interval_saves_as_if_there_were_no_policy():
 
 
 def unreferenced_after(rank, case):
-    """Bytes still alive after forward, backward and the loss of every reference but the gradients' and the workspace's."""
+    """Bytes still alive after forward, backward and the loss of every reference but the gradients' and the
+    workspace's.
+    """
     call, leaves, grad_out, groups = prepared(rank, case)
     with LiveBytes() as live:
         call().backward(grad_out)
@@ -210,5 +230,7 @@ def unreferenced_after(rank, case):
 @pytest.mark.parametrize("algorithm", ["ulysses_cp_algo", "megatron_cp_algo", "kvallgather_cp_algo"])
 def test_nothing_outlives_the_backward_pass(algorithm):
     for policy in (None, "full", "half"):
-        case = Case({"context_parallel_size": 4, "algorithm": algorithm, "kv_cache_policy": policy}, seq_len=32, dtype="float32")
+        case = Case(
+            {"context_parallel_size": 4, "algorithm": algorithm, "kv_cache_policy": policy}, seq_len=32, dtype="float32"
+        )
         assert run_ranks(4, unreferenced_after, case) == [0] * 4, policy

@@ -1,4 +1,6 @@
-"""Whole models with what modern ones are made of: loss, gradients and updates equal those without context parallelism."""
+"""Whole models with what modern ones are made of: loss, gradients and updates equal those without context
+parallelism.
+"""
 
 import pytest
 from distributed import RankFailure, run_ranks
@@ -8,23 +10,57 @@ from model_runs import compare
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
 
 ALL, DYNAMIC = tuple(cases()), {"gather_size_calculator": "dynamic"}
-SOME = tuple(name for name in ALL if name in ("multi-token prediction", "multi-latent attention, packed", "all of them",
-                                              "experts, auxiliary losses without padding", "learnable softmax"))
+SOME = tuple(
+    name
+    for name in ALL
+    if name
+    in (
+        "multi-token prediction",
+        "multi-latent attention, packed",
+        "all of them",
+        "experts, auxiliary losses without padding",
+        "learnable softmax",
+    )
+)
 EXPERTS = tuple(name for name in ALL if name.startswith("experts, auxiliary") or name == "all of them")
 SHARED = "ring cp=2, experts on both"
-# Ranks -> (length, name of the run -> (settings, cases)). Lengths of two and three ranks are uneven, heads of three too.
+# Ranks -> (length, name of the run -> (settings, cases)). Lengths of two and three ranks are uneven, heads of three
+# too.
 RUNS = {
-    2: (31, {"ulysses cp=2": ({"context_parallel_size": 2, "algorithm": ULYSSES, **DYNAMIC}, (*ALL, *IN_BF16)),
-             "ring cp=2": ({"context_parallel_size": 2, "algorithm": RING}, (*ALL, *IN_BF16)),
-             SHARED: ({"context_parallel_size": 2, "algorithm": RING, "expert_model_parallel_size": 2},
-                      (*EXPERTS, *REMARKABLE))}),
-    3: (37, {"ulysses cp=3": ({"context_parallel_size": 3, "algorithm": ULYSSES, **DYNAMIC}, SOME),
-             "ring cp=3": ({"context_parallel_size": 3, "algorithm": RING}, SOME)}),
-    4: (32, {"ring cp=2, dp=2": ({"context_parallel_size": 2, "algorithm": RING}, SOME),
-             "ulysses cp=4": ({"context_parallel_size": 4, "algorithm": ULYSSES}, SOME),
-             "hybrid cp=4": ({"context_parallel_size": 4, "algorithm": HYBRID, "ulysses_degree": 2}, SOME)})}
-EXACT = [(count, name, case) for count, (_, parallel) in RUNS.items() for name, (_, chosen) in parallel.items()
-         for case in chosen if case in ALL]
+    2: (
+        31,
+        {
+            "ulysses cp=2": ({"context_parallel_size": 2, "algorithm": ULYSSES, **DYNAMIC}, (*ALL, *IN_BF16)),
+            "ring cp=2": ({"context_parallel_size": 2, "algorithm": RING}, (*ALL, *IN_BF16)),
+            SHARED: (
+                {"context_parallel_size": 2, "algorithm": RING, "expert_model_parallel_size": 2},
+                (*EXPERTS, *REMARKABLE),
+            ),
+        },
+    ),
+    3: (
+        37,
+        {
+            "ulysses cp=3": ({"context_parallel_size": 3, "algorithm": ULYSSES, **DYNAMIC}, SOME),
+            "ring cp=3": ({"context_parallel_size": 3, "algorithm": RING}, SOME),
+        },
+    ),
+    4: (
+        32,
+        {
+            "ring cp=2, dp=2": ({"context_parallel_size": 2, "algorithm": RING}, SOME),
+            "ulysses cp=4": ({"context_parallel_size": 4, "algorithm": ULYSSES}, SOME),
+            "hybrid cp=4": ({"context_parallel_size": 4, "algorithm": HYBRID, "ulysses_degree": 2}, SOME),
+        },
+    ),
+}
+EXACT = [
+    (count, name, case)
+    for count, (_, parallel) in RUNS.items()
+    for name, (_, chosen) in parallel.items()
+    for case in chosen
+    if case in ALL
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +77,7 @@ def world():
         if isinstance(found[count], RankFailure):
             raise found[count]
         return found[count]
+
     return results
 
 
@@ -59,11 +96,22 @@ def test_bfloat16_is_as_near_to_float32_as_without_context_parallelism(world, na
         assert 1e-5 < loss < 1.5 * loss_alone and 1e-4 < gradient < 1.5 * gradient_alone
 
 
-@pytest.mark.parametrize(("case", "parts"), [
-    ("allgather", ["--moe-token-dispatcher-type allgather", "sequence length 31", "--context-parallel-size 2",
-                   "use --moe-token-dispatcher-type alltoall"]),
-    ("capacity", ["--moe-expert-capacity-factor 1.0", "each context-parallel rank", "leave it out"]),
-    ("sinkhorn", ["--moe-router-load-balancing-type sinkhorn", "each context-parallel rank", "use aux_loss"])])
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        (
+            "allgather",
+            [
+                "--moe-token-dispatcher-type allgather",
+                "sequence length 31",
+                "--context-parallel-size 2",
+                "use --moe-token-dispatcher-type alltoall",
+            ],
+        ),
+        ("capacity", ["--moe-expert-capacity-factor 1.0", "each context-parallel rank", "leave it out"]),
+        ("sinkhorn", ["--moe-router-load-balancing-type sinkhorn", "each context-parallel rank", "use aux_loss"]),
+    ],
+)
 def test_experts_whose_results_depend_on_the_ranks_are_refused_or_said(world, case, parts):
     ranks = world(2)
     said = ranks[0][SHARED][case]

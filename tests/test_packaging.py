@@ -11,21 +11,27 @@ import pytest
 import tomllib
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PROBE = ("import mindspeed_cp, mindspeed_cp.patches, mindspeed_cp.arguments, mindspeed_cp.arguments.flags; "
-         "print(mindspeed_cp.__file__, mindspeed_cp.patches.__file__, mindspeed_cp.arguments.__file__, sep='\\n')")
+PROBE = (
+    "import mindspeed_cp, mindspeed_cp.patches, mindspeed_cp.arguments, mindspeed_cp.arguments.flags; "
+    "print(mindspeed_cp.__file__, mindspeed_cp.patches.__file__, mindspeed_cp.arguments.__file__, sep='\\n')"
+)
 
 
 def tracked_sources():
     skipped = {".venv", "build", "dist", "runs", "fake_torch_npu"}
-    return [path for path in REPOSITORY.rglob("*.py")
-            if not skipped & set(path.relative_to(REPOSITORY).parts) and not any(part.startswith(".") for part in
-                                                                                path.relative_to(REPOSITORY).parts)]
+    return [
+        path
+        for path in REPOSITORY.rglob("*.py")
+        if not skipped & set(path.relative_to(REPOSITORY).parts)
+        and not any(part.startswith(".") for part in path.relative_to(REPOSITORY).parts)
+    ]
 
 
 def probe(cwd, **environment):
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run([sys.executable, "-c", PROBE], cwd=cwd, env=clean | environment, check=True, text=True,
-                          capture_output=True).stdout.splitlines()
+    return subprocess.run(
+        [sys.executable, "-c", PROBE], cwd=cwd, env=clean | environment, check=True, text=True, capture_output=True
+    ).stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +42,17 @@ def wheel(tmp_path_factory):
     source, out = tmp_path_factory.mktemp("source") / "copy", tmp_path_factory.mktemp("wheel")
     ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "tests", "scripts")
     shutil.copytree(REPOSITORY, source, ignore=ignored)
-    subprocess.run([sys.executable, "-c", "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])",
-                    str(out)], cwd=source, check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])",
+            str(out),
+        ],
+        cwd=source,
+        check=True,
+        capture_output=True,
+    )
     return next(out.glob("*.whl"))
 
 
@@ -45,14 +60,26 @@ def test_wheel_puts_everything_under_one_name(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"mindspeed_cp"}
-    for name in ("patches/manager.py", "arguments/flags.py", "kernels/cpu.py", "comm/counters.py", "algorithms/ring.py",
-                 "py.typed"):
+    for name in (
+        "patches/manager.py",
+        "arguments/flags.py",
+        "kernels/cpu.py",
+        "comm/counters.py",
+        "algorithms/ring.py",
+        "py.typed",
+    ):
         assert f"mindspeed_cp/{name}" in names
     packaged = {name for name in names if name.endswith(".py")}
-    sources = {f"mindspeed_cp/{path.relative_to(folder)}" for folder in
-               (REPOSITORY / "mindspeed_cp",) for path in folder.rglob("*.py")}
-    sources |= {f"mindspeed_cp/{path.relative_to(REPOSITORY)}" for folder in ("patches", "arguments")
-                for path in (REPOSITORY / folder).rglob("*.py")}
+    sources = {
+        f"mindspeed_cp/{path.relative_to(folder)}"
+        for folder in (REPOSITORY / "mindspeed_cp",)
+        for path in folder.rglob("*.py")
+    }
+    sources |= {
+        f"mindspeed_cp/{path.relative_to(REPOSITORY)}"
+        for folder in ("patches", "arguments")
+        for path in (REPOSITORY / folder).rglob("*.py")
+    }
     assert packaged == sources
 
 
@@ -71,9 +98,13 @@ def test_bare_checkout_imports(tmp_path):
 
 
 def test_importing_the_package_changes_nothing_outside_it(tmp_path):
-    check = ("import sys, torch; before = torch.cuda.current_device; import mindspeed_cp; "
-             "assert torch.cuda.current_device is before; assert not any(n.split('.')[0] == 'megatron' for n in sys.modules)")
-    subprocess.run([sys.executable, "-c", check], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, check=True)
+    check = (
+        "import sys, torch; before = torch.cuda.current_device; import mindspeed_cp; "
+        "assert torch.cuda.current_device is before; assert not any(n.split('.')[0] == 'megatron' for n in sys.modules)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", check], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, check=True
+    )
 
 
 def test_no_source_imports_patches_or_arguments_by_their_top_level_name():
@@ -82,15 +113,23 @@ def test_no_source_imports_patches_or_arguments_by_their_top_level_name():
 
 
 def test_files_stay_readable():
-    too_long = [(path.name, count) for path in tracked_sources()
-                if (count := len(path.read_text(encoding="utf-8").splitlines())) > 450]
+    too_long = [
+        (path.name, count)
+        for path in tracked_sources()
+        if (count := len(path.read_text(encoding="utf-8").splitlines())) > 450
+    ]
     assert too_long == []
 
 
 def test_constraints_pin_every_dependency_that_setup_names():
-    named = set(re.findall(r'^\s+"([A-Za-z][\w-]*)[^"]*",', (REPOSITORY / "setup.py").read_text(encoding="utf-8"), re.MULTILINE))
-    pinned = dict(line.split("==") for line in (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
-                  if "==" in line)
+    named = set(
+        re.findall(r'^\s+"([A-Za-z][\w-]*)[^"]*",', (REPOSITORY / "setup.py").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    pinned = dict(
+        line.split("==")
+        for line in (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if "==" in line
+    )
     assert {"torch", "megatron-core", "rich", "pytest"} <= named
     assert named <= set(pinned), f"not pinned: {named - set(pinned)}"
     assert pinned["torch"] == "2.13.0"

@@ -1,4 +1,6 @@
-"""The patch manager on toy modules: all or none, copies included, and undo to the identical objects. No Megatron here."""
+"""The patch manager on toy modules: all or none, copies included, and undo to the identical objects. No Megatron
+here.
+"""
 
 import sys
 from types import ModuleType
@@ -48,8 +50,11 @@ def library(monkeypatch):
 @pytest.fixture
 def user(library, monkeypatch):
     """A module that holds copies, one of them under another name."""
-    return module_from("toy_user", "from toy_library import double, FLAG, Child\nfrom toy_library import double as twice\n",
-                       monkeypatch)
+    return module_from(
+        "toy_user",
+        "from toy_library import double, FLAG, Child\nfrom toy_library import double as twice\n",
+        monkeypatch,
+    )
 
 
 def plus_one(original):
@@ -83,8 +88,9 @@ def test_copies_imported_by_value_are_rebound_and_come_back(library, user):
 
 
 def test_copies_are_listed_while_they_hold_the_replacement(library, user):
-    manager = PatchManager([Patch("toy_library.triple", plus_one, "nobody copied it"),
-                            Patch("toy_library.double", plus_one, "a test")])
+    manager = PatchManager(
+        [Patch("toy_library.triple", plus_one, "nobody copied it"), Patch("toy_library.double", plus_one, "a test")]
+    )
     assert manager.copies() == []
     manager.apply()
     assert manager.copies() == [("toy_library.double", "toy_user.double"), ("toy_library.double", "toy_user.twice")]
@@ -129,15 +135,23 @@ def test_equal_plain_values_are_not_copies_of_the_target(library, user):
     assert library.FLAG is True
 
 
-@pytest.mark.parametrize(("target", "owner", "kept_there"), [
-    ("toy_library.Child.walk", "Child", True), ("toy_library.Child.speak", "Child", False),
-    ("toy_library.Child.helper", "Child", True), ("toy_library.Child.name", "Child", True),
-    ("toy_library.Base.speak", "Base", True)])
+@pytest.mark.parametrize(
+    ("target", "owner", "kept_there"),
+    [
+        ("toy_library.Child.walk", "Child", True),
+        ("toy_library.Child.speak", "Child", False),
+        ("toy_library.Child.helper", "Child", True),
+        ("toy_library.Child.name", "Child", True),
+        ("toy_library.Base.speak", "Base", True),
+    ],
+)
 def test_undo_restores_class_attributes_own_and_inherited(library, target, owner, kept_there):
     name = target.rpartition(".")[2]
     before = own_attributes(library, library.Base, library.Child)
     assert (name in vars(getattr(library, owner))) is kept_there
-    manager = PatchManager([Patch(target, lambda original: lambda *args: "patched", "a test", inherited=not kept_there)])
+    manager = PatchManager(
+        [Patch(target, lambda original: lambda *args: "patched", "a test", inherited=not kept_there)]
+    )
     manager.apply()
     assert name in vars(getattr(library, owner))
     manager.undo()
@@ -145,8 +159,9 @@ def test_undo_restores_class_attributes_own_and_inherited(library, target, owner
 
 
 def test_static_and_class_methods_keep_their_kind(library):
-    manager = PatchManager([Patch("toy_library.Child.helper", plus_one, "a test"),
-                            Patch("toy_library.Child.name", shout, "a test")])
+    manager = PatchManager(
+        [Patch("toy_library.Child.helper", plus_one, "a test"), Patch("toy_library.Child.name", shout, "a test")]
+    )
     manager.apply()
     assert (library.Child.helper(1), library.Child().helper(1), library.Child.name()) == (2, 2, "CHILD")
     manager.undo()
@@ -163,13 +178,21 @@ def test_patching_an_inherited_method_leaves_the_base_alone(library):
 @pytest.mark.parametrize("name", ["speak", "__repr__"])
 def test_an_attribute_that_only_a_base_class_has_is_missing(library, user, name):
     before = own_attributes(library, library.Base, library.Child, user)
-    manager = PatchManager([Patch("toy_library.double", plus_one, "works"),
-                            Patch(f"toy_library.Child.{name}", shout, "it would be wrong otherwise")],
-                           subject=lambda: "toy-library 7.1")
+    manager = PatchManager(
+        [
+            Patch("toy_library.double", plus_one, "works"),
+            Patch(f"toy_library.Child.{name}", shout, "it would be wrong otherwise"),
+        ],
+        subject=lambda: "toy-library 7.1",
+    )
     with pytest.raises(PatchError) as error:
         manager.apply()
-    says = [f"cannot patch toy_library.Child.{name} in toy-library 7.1", f"class Child has no {name!r} of its own",
-            f"inherits it from {'Base' if name == 'speak' else 'object'}", "No patch was applied"]
+    says = [
+        f"cannot patch toy_library.Child.{name} in toy-library 7.1",
+        f"class Child has no {name!r} of its own",
+        f"inherits it from {'Base' if name == 'speak' else 'object'}",
+        "No patch was applied",
+    ]
     assert [part for part in says if part not in str(error.value)] == []
     assert_identical(before, library, library.Base, library.Child, user)
 
@@ -190,7 +213,9 @@ def test_an_attribute_that_was_absent_is_absent_again(library):
 
 
 def test_a_created_module_can_be_imported_until_undo(library):
-    manager = PatchManager([Patch("toy_library.extra", lambda original: ModuleType("toy_library.extra"), "a test", create=True)])
+    manager = PatchManager(
+        [Patch("toy_library.extra", lambda original: ModuleType("toy_library.extra"), "a test", create=True)]
+    )
     manager.apply()
     assert sys.modules["toy_library.extra"] is library.extra
     manager.undo()
@@ -229,7 +254,10 @@ def test_two_patches_of_one_target_are_undone_in_reverse_order(library, user):
     def remember(original):
         seen.append(original)
         return lambda x: original(x) * 10
-    manager = PatchManager([Patch("toy_library.double", plus_one, "inner"), Patch("toy_library.double", remember, "outer")])
+
+    manager = PatchManager(
+        [Patch("toy_library.double", plus_one, "inner"), Patch("toy_library.double", remember, "outer")]
+    )
     manager.apply()
     assert library.double(1) == user.twice(1) == 30 and seen[0] is not before[0]["double"]
     manager.undo()
@@ -240,15 +268,20 @@ def fails(original):
     raise RuntimeError("cannot build")
 
 
-@pytest.mark.parametrize("broken", [
-    Patch("toy_library.triple", fails, "its build fails"),
-    Patch("toy_library.Child.gone", plus_one, "the attribute is gone"),
-    Patch("toy_library.triple", plus_one, "its condition fails", when=lambda: fails(None))],
-    ids=["build", "missing", "when"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        Patch("toy_library.triple", fails, "its build fails"),
+        Patch("toy_library.Child.gone", plus_one, "the attribute is gone"),
+        Patch("toy_library.triple", plus_one, "its condition fails", when=lambda: fails(None)),
+    ],
+    ids=["build", "missing", "when"],
+)
 def test_a_failure_takes_back_what_was_done(library, user, broken):
     before = own_attributes(library, library.Child, user)
-    manager = PatchManager([Patch("toy_library.double", plus_one, "works"), Patch("toy_library.Child.walk", shout, "works"),
-                            broken])
+    manager = PatchManager(
+        [Patch("toy_library.double", plus_one, "works"), Patch("toy_library.Child.walk", shout, "works"), broken]
+    )
     with pytest.raises(RuntimeError):
         manager.apply()
     assert_identical(before, library, library.Child, user)
@@ -258,7 +291,9 @@ def test_a_failure_takes_back_what_was_done(library, user, broken):
 def test_a_failure_keeps_what_an_earlier_apply_did(library):
     manager = PatchManager([Patch("toy_library.double", plus_one, "works")])
     manager.apply()
-    manager.add([Patch("toy_library.Child.walk", shout, "works"), Patch("toy_library.triple", fails, "its build fails")])
+    manager.add(
+        [Patch("toy_library.Child.walk", shout, "works"), Patch("toy_library.triple", fails, "its build fails")]
+    )
     with pytest.raises(RuntimeError, match="cannot build"):
         manager.apply()
     assert (library.double(3), library.Child().walk(), library.triple(3)) == (7, "child", 9)
@@ -266,37 +301,54 @@ def test_a_failure_keeps_what_an_earlier_apply_did(library):
     assert library.double(3) == 6
 
 
-@pytest.mark.parametrize(("target", "detail"), [
-    ("toy_library.gone", "module toy_library has no attribute 'gone'"),
-    ("toy_library.Child.gone", "class Child has no attribute 'gone'"),
-    ("toy_library.Gone.walk", "module toy_library has no attribute 'Gone'"),
-    ("toy_nowhere.double", "no module named 'toy_nowhere'")])
+@pytest.mark.parametrize(
+    ("target", "detail"),
+    [
+        ("toy_library.gone", "module toy_library has no attribute 'gone'"),
+        ("toy_library.Child.gone", "class Child has no attribute 'gone'"),
+        ("toy_library.Gone.walk", "module toy_library has no attribute 'Gone'"),
+        ("toy_nowhere.double", "no module named 'toy_nowhere'"),
+    ],
+)
 def test_a_missing_target_names_path_version_and_way_out(library, target, detail):
     manager = PatchManager([Patch(target, plus_one, "it would be wrong otherwise")], subject=lambda: "toy-library 7.1")
     with pytest.raises(PatchError) as error:
         manager.apply()
-    says = [f"cannot patch {target} in toy-library 7.1", detail, "No patch was applied", "Install a version",
-            "mindspeed_cp/patches", "it would be wrong otherwise"]
+    says = [
+        f"cannot patch {target} in toy-library 7.1",
+        detail,
+        "No patch was applied",
+        "Install a version",
+        "mindspeed_cp/patches",
+        "it would be wrong otherwise",
+    ]
     assert [part for part in says if part not in str(error.value)] == []
 
 
 def test_a_missing_dependency_of_the_target_is_not_a_missing_name(tmp_path, monkeypatch):
     (tmp_path / "toy_needs.py").write_text("import toy_dependency_that_nobody_has\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(PatchError, match="importing toy_needs failed: No module named 'toy_dependency_that_nobody_has'"):
+    with pytest.raises(
+        PatchError, match="importing toy_needs failed: No module named 'toy_dependency_that_nobody_has'"
+    ):
         PatchManager([Patch("toy_needs.double", plus_one, "a test")]).apply()
 
 
 def test_report_says_what_applied_and_why_not(library):
-    manager = PatchManager([Patch("toy_library.double", plus_one, "doubling was wrong"),
-                            Patch("toy_library.gone", plus_one, "only where gone exists", when=lambda: "nothing is gone here")])
+    manager = PatchManager(
+        [
+            Patch("toy_library.double", plus_one, "doubling was wrong"),
+            Patch("toy_library.gone", plus_one, "only where gone exists", when=lambda: "nothing is gone here"),
+        ]
+    )
     rows = manager.report()
     assert [row.status for row in rows] == ["not applied", "not applied"]
     manager.apply()
     rows = manager.report()
     assert [(row.target, row.reason, row.status, row.applied) for row in rows] == [
         ("toy_library.double", "doubling was wrong", "applied", True),
-        ("toy_library.gone", "only where gone exists", "nothing is gone here", False)]
+        ("toy_library.gone", "only where gone exists", "nothing is gone here", False),
+    ]
     assert manager.num_applied == 1
     manager.undo()
     assert not any(row.applied for row in manager.report())

@@ -10,7 +10,9 @@ SEQ, BATCH, HEADS, DIM = 5, 2, 3, 4
 
 
 def partial(scores, value):
-    """(out, lse) of scores (seq, batch, heads, keys) over value (keys, batch, heads, dim); rows of -inf give 0 and -inf."""
+    """(out, lse) of scores (seq, batch, heads, keys) over value (keys, batch, heads, dim); rows of -inf give 0 and
+    -inf.
+    """
     lse = scores.logsumexp(-1)
     probs = (scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)).exp()
     return torch.einsum("sbhk,kbhd->sbhd", probs, value), lse
@@ -102,7 +104,9 @@ def test_a_softmax_offset_is_one_more_key_with_value_zero():
 
 def test_the_gradient_of_the_offset_is_autograds():
     generator = torch.Generator().manual_seed(3)
-    query, key, value, grad = (torch.randn(SEQ, BATCH, HEADS, DIM, generator=generator, dtype=torch.float64) for _ in range(4))
+    query, key, value, grad = (
+        torch.randn(SEQ, BATCH, HEADS, DIM, generator=generator, dtype=torch.float64) for _ in range(4)
+    )
     offset = torch.tensor([0.7, -2.0, 3.0], dtype=torch.float64, requires_grad=True)
     allowed = torch.ones(1, SEQ, SEQ, dtype=torch.bool)
     allowed[0, 2] = False

@@ -12,7 +12,17 @@ from compare_runs import main as compare_runs
 from distributed import observe_ranks
 from trainer.arguments import build_parser, parse_args
 from trainer.lengths import micro_batch_length
-from trainer_runs import IMPORTED, REPOSITORY, TINY, environment, largest_difference, prepare_data, run_training, tiny, train
+from trainer_runs import (
+    IMPORTED,
+    REPOSITORY,
+    TINY,
+    environment,
+    largest_difference,
+    prepare_data,
+    run_training,
+    tiny,
+    train,
+)
 
 pytestmark = pytest.mark.cpu_only
 RING, ULYSSES = "--context-parallel-algo megatron_cp_algo", "--context-parallel-algo ulysses_cp_algo"
@@ -27,31 +37,50 @@ def run_script(flags, **variables):
     command = [sys.executable, str(REPOSITORY / "scripts/pretrain_gpt.py"), *flags.split()]
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])  # another test may be using the default one
-    return subprocess.run(command, env=environment() | {"MASTER_PORT": port} | variables, capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        command, env=environment() | {"MASTER_PORT": port} | variables, capture_output=True, text=True, timeout=200
+    )
 
 
-@pytest.mark.parametrize(("flags", "says"), [
-    ("--context-parallel-size 3 --context-parallel-algo megatron_cp_algo", ["world size 4", "multiple of 3"]),
-    ("--global-batch-size 6", ["--global-batch-size 6", "data parallel size 4", "use --global-batch-size 4"]),
-    ("--hidden-size 30", ["--hidden-size 30", "--num-attention-heads 4", "use --hidden-size 28"]),
-    ("--num-layers 3 --pipeline-model-parallel-size 2", ["--num-layers 3", "use --num-layers 4"]),
-    ("--max-position-embeddings 8", ["--max-position-embeddings 8", "--seq-length 64"]),
-    ("--sequence-parallel", ["--sequence-parallel", "--tensor-model-parallel-size is 1", "leave"]),
-    ("--group-query-attention --num-query-groups 4 --tensor-model-parallel-size 4 --num-attention-heads 4 "
-     "--num-virtual-stages-per-pipeline-rank 2", ["--num-virtual-stages-per-pipeline-rank 2", "pipeline"]),
-    (f"--variable-seq-lengths --context-parallel-size 4 {ULYSSES}", ["--variable-seq-lengths",
-                                                                     "--gather-size-calculator dynamic"]),
-    ("--variable-seq-lengths --sequence-parallel --tensor-model-parallel-size 2", ["--variable-seq-lengths", "leave one"]),
-    ("--use-distributed-optimizer --save somewhere", ["--use-distributed-optimizer", "--save", "leave"]),
-    ("--load no/such/folder", ["--load no/such/folder", "latest.txt"])])
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--context-parallel-size 3 --context-parallel-algo megatron_cp_algo", ["world size 4", "multiple of 3"]),
+        ("--global-batch-size 6", ["--global-batch-size 6", "data parallel size 4", "use --global-batch-size 4"]),
+        ("--hidden-size 30", ["--hidden-size 30", "--num-attention-heads 4", "use --hidden-size 28"]),
+        ("--num-layers 3 --pipeline-model-parallel-size 2", ["--num-layers 3", "use --num-layers 4"]),
+        ("--max-position-embeddings 8", ["--max-position-embeddings 8", "--seq-length 64"]),
+        ("--sequence-parallel", ["--sequence-parallel", "--tensor-model-parallel-size is 1", "leave"]),
+        (
+            "--group-query-attention --num-query-groups 4 --tensor-model-parallel-size 4 --num-attention-heads 4 "
+            "--num-virtual-stages-per-pipeline-rank 2",
+            ["--num-virtual-stages-per-pipeline-rank 2", "pipeline"],
+        ),
+        (
+            f"--variable-seq-lengths --context-parallel-size 4 {ULYSSES}",
+            ["--variable-seq-lengths", "--gather-size-calculator dynamic"],
+        ),
+        (
+            "--variable-seq-lengths --sequence-parallel --tensor-model-parallel-size 2",
+            ["--variable-seq-lengths", "leave one"],
+        ),
+        ("--use-distributed-optimizer --save somewhere", ["--use-distributed-optimizer", "--save", "leave"]),
+        ("--load no/such/folder", ["--load no/such/folder", "latest.txt"]),
+    ],
+)
 def test_wrong_flags_are_refused_before_any_process_group(data, flags, says):
     with pytest.raises(ValueError) as error:
         parse_args(f"{TINY} --data-path {data} {flags}".split(), world_size=4)
     assert all(part in str(error.value) for part in says), str(error.value)
 
 
-@pytest.mark.parametrize(("flags", "says"), [
-    ("", "--data-path is not given"), ("--data-path no/such", "the file no/such.bin does not exist; make it with: python")])
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("", "--data-path is not given"),
+        ("--data-path no/such", "the file no/such.bin does not exist; make it with: python"),
+    ],
+)
 def test_missing_data_says_which_file_and_how_to_make_it(flags, says):
     with pytest.raises(ValueError, match=says) as error:
         parse_args(f"{TINY} {flags}".split(), world_size=4)
@@ -60,16 +89,31 @@ def test_missing_data_says_which_file_and_how_to_make_it(flags, says):
 
 def test_wrong_world_size_exits_with_status_2_and_one_line(data):
     # Were a process group made first, this process would wait for two others that nobody starts.
-    result = run_script(f"{TINY} --data-path {data} --context-parallel-size 2", WORLD_SIZE="3", RANK="0", MASTER_ADDR="127.0.0.1",
-                        MASTER_PORT="29577")
+    result = run_script(
+        f"{TINY} --data-path {data} --context-parallel-size 2",
+        WORLD_SIZE="3",
+        RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="29577",
+    )
     assert result.returncode == 2
     assert result.stderr.strip().count("\n") == 0 and "world size 3" in result.stderr
 
 
 def test_flags_have_megatrons_names_and_help():
     actions = {name: action for action in build_parser()._actions for name in action.option_strings}
-    for name in ("--num-layers", "--ffn-hidden-size", "--seq-length", "--global-batch-size", "--lr-warmup-iters", "--clip-grad",
-                 "--recompute-granularity", "--use-distributed-optimizer", "--eod-mask-loss", "--calculate-per-token-loss"):
+    for name in (
+        "--num-layers",
+        "--ffn-hidden-size",
+        "--seq-length",
+        "--global-batch-size",
+        "--lr-warmup-iters",
+        "--clip-grad",
+        "--recompute-granularity",
+        "--use-distributed-optimizer",
+        "--eod-mask-loss",
+        "--calculate-per-token-loss",
+    ):
         assert name in actions
     assert all(action.help for action in actions.values())
 
@@ -83,8 +127,10 @@ def test_micro_batch_lengths_vary_and_never_exceed_the_sequence():
 @pytest.mark.megatron
 def test_a_run_logs_validates_and_shows_its_progress(data, tmp_path):
     log, board = tmp_path / "logs/run.jsonl", tmp_path / "board"
-    result = run_script(f"{TINY} --train-iters 3 --global-batch-size 2 --bf16 --eval-iters 2 --data-path {data} --log-file {log} "
-                        f"--tensorboard-dir {board}")
+    result = run_script(
+        f"{TINY} --train-iters 3 --global-batch-size 2 --bf16 --eval-iters 2 --data-path {data} --log-file {log} "
+        f"--tensorboard-dir {board}"
+    )
     assert result.returncode == 0, result.stderr
     assert "step    3/3  loss" in result.stdout and "grad norm" in result.stdout and "tokens/s" in result.stdout
     assert "validation loss" in result.stdout
@@ -99,18 +145,23 @@ def test_checkpoint_of_a_ring_resumes_under_other_parallel_sizes(data, tmp_path)
     # 512: a size that every tensor-parallel size pads alike; padding takes part in the softmax.
     base = "--train-iters 8 --position-embedding-type rope --vocab-size 512"
     ring = f"{base} --context-parallel-size 4 {RING}"
-    others = {"the same": ring, "ulysses cp=2": f"{base} --context-parallel-size 2 {ULYSSES}", "cp=1": base,
-              "tp=2, ring cp=2": f"{base} --tensor-model-parallel-size 2 --context-parallel-size 2 {RING}",
-              "pp=2, cp=1": f"{base} --pipeline-model-parallel-size 2"}
+    others = {
+        "the same": ring,
+        "ulysses cp=2": f"{base} --context-parallel-size 2 {ULYSSES}",
+        "cp=1": base,
+        "tp=2, ring cp=2": f"{base} --tensor-model-parallel-size 2 --context-parallel-size 2 {RING}",
+        "pp=2, cp=1": f"{base} --pipeline-model-parallel-size 2",
+    }
     cases = {"whole": ring, "saved": f"{ring} --save {tmp_path} --exit-interval 4"}
     cases |= {name: f"{flags} --load {tmp_path}" for name, flags in others.items()}
     results = run_training(4, data, cases)
     assert [record["iteration"] for record in results["saved"]] == [1, 2, 3, 4]
     for name in others:
         assert [record["iteration"] for record in results[name]] == [5, 6, 7, 8]
-        # Megatron-core 0.12 brings Adam's state to another number of pipeline stages with an error: 4e-5 after three steps.
+        # Megatron-core 0.12 brings Adam's state to another number of pipeline stages with an error: 4e-5 after three
+        # steps.
         steps = 1 if "pp=2" in name else 4
-        assert largest_difference(results[name][:steps], results["whole"][4:4 + steps]) < 1e-5, name
+        assert largest_difference(results[name][:steps], results["whole"][4 : 4 + steps]) < 1e-5, name
 
 
 def train_until_one_dies(rank, prefix):
@@ -123,6 +174,7 @@ def train_until_one_dies(rank, prefix):
         if rank == 1 and len(finished) == 3:
             os._exit(7)
         return step(*args)
+
     trainer.loop.train_step = dying_step
     train(rank, {"run": tiny(prefix, f"--context-parallel-size 4 {RING} --distributed-timeout-minutes 0.2")})
 
@@ -139,8 +191,17 @@ def test_when_one_rank_dies_the_others_exit_with_an_error(data):
 def test_comparison_fails_when_a_loss_differs(tmp_path, capsys, factor, status):
     runs = {"first": 1.0, "second": factor}
     for name, scale in runs.items():
-        lines = [json.dumps({"iteration": i, "loss": 5.0 / i * (scale if i == 2 else 1), "cp_bytes_per_rank": 1024.0,
-                             "tokens_per_second": 10.0}) for i in (1, 2, 3)]
+        lines = [
+            json.dumps(
+                {
+                    "iteration": i,
+                    "loss": 5.0 / i * (scale if i == 2 else 1),
+                    "cp_bytes_per_rank": 1024.0,
+                    "tokens_per_second": 10.0,
+                }
+            )
+            for i in (1, 2, 3)
+        ]
         Path(tmp_path, name).write_text("\n".join(lines), encoding="utf-8")
     picture = tmp_path / "loss.png"
     assert compare_runs(["--plot", str(picture), *(f"{name}={tmp_path / name}" for name in runs)]) == status

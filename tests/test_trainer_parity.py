@@ -1,7 +1,7 @@
 """Loss and gradient norm of a training run with context parallelism equal those without it, step by step.
 
-All ranks start once; the cases run one after the other in them. The run without context parallelism uses the ranks for data
-parallelism instead, so the two runs share nothing but the samples of a step.
+All ranks start once; the cases run one after the other in them. The run without context parallelism uses the ranks for
+data parallelism instead, so the two runs share nothing but the samples of a step.
 """
 
 from importlib.metadata import version
@@ -12,52 +12,79 @@ from trainer_runs import largest_difference, prepare_data, run_training
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
 
 ULYSSES, RING = "--context-parallel-algo ulysses_cp_algo", "--context-parallel-algo megatron_cp_algo"
-# One sequence a micro batch, as the run without context parallelism has it: masked losses and lengths of their own need it.
-SINGLE = {f"{name} cp={cp}": f"--context-parallel-size {cp} {flags}"
-          for name, flags in (("ulysses", ULYSSES), ("ring", RING)) for cp in (2, 4)}
+# One sequence a micro batch, as the run without context parallelism has it: masked losses and lengths of their own need
+# it.
+SINGLE = {
+    f"{name} cp={cp}": f"--context-parallel-size {cp} {flags}"
+    for name, flags in (("ulysses", ULYSSES), ("ring", RING))
+    for cp in (2, 4)
+}
 BASICS = {name: f"{flags} --micro-batch-size {name[-1]}" for name, flags in SINGLE.items()}
 CP4 = {name: flags for name, flags in BASICS.items() if name.endswith("=4")}
 CP2 = {name: flags for name, flags in BASICS.items() if name.endswith("=2")}
-UNALIGNED = {name: f"{SINGLE[name]} --gather-size-calculator dynamic" if "ulysses" in name else SINGLE[name] for name in CP4}
+UNALIGNED = {
+    name: f"{SINGLE[name]} --gather-size-calculator dynamic" if "ulysses" in name else SINGLE[name] for name in CP4
+}
 FOUR = "--context-parallel-size 4 --micro-batch-size 4"
 ROPE, SHORT = "--position-embedding-type rope", "--train-iters 5"
 PACKED = f"--reset-position-ids --reset-attention-mask --eod-mask-loss --seq-length 256 {SHORT} --data-path PARAGRAPHS"
 
 # name -> (flags of the model and the training, what is added to them in the runs that must agree with them alone)
 GROUPS = {
-    "rope": (ROPE, {
-        **BASICS, "ulysses with full recompute": f"{CP4['ulysses cp=4']} --recompute-granularity full",
-        "ring with full recompute": f"{CP4['ring cp=4']} --recompute-granularity full"}),
+    "rope": (
+        ROPE,
+        {
+            **BASICS,
+            "ulysses with full recompute": f"{CP4['ulysses cp=4']} --recompute-granularity full",
+            "ring with full recompute": f"{CP4['ring cp=4']} --recompute-granularity full",
+        },
+    ),
     "learned positions": ("--position-embedding-type learned_absolute", CP4),
-    "gqa, swiglu, rmsnorm": ("--group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm "
-                             f"--disable-bias-linear --untie-embeddings-and-output-weights {ROPE}", CP4),
+    "gqa, swiglu, rmsnorm": (
+        "--group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm "
+        f"--disable-bias-linear --untie-embeddings-and-output-weights {ROPE}",
+        CP4,
+    ),
     "tp=2": ("--tensor-model-parallel-size 2", {name: f"{flags} --micro-batch-size 2" for name, flags in CP2.items()}),
     "tp=2, sequence parallel": (f"--tensor-model-parallel-size 2 --sequence-parallel {ROPE}", CP2),
     "pp=2": (f"--pipeline-model-parallel-size 2 {ROPE}", CP2),
-    "other algorithms": (f"{ROPE} {SHORT}", {
-        "double ring": f"{FOUR} {RING} --cp-window-size 2 --use-cp-send-recv-overlap",
-        "hybrid": f"{FOUR} --context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2",
-        "kv all-gather": f"{FOUR} --context-parallel-algo kvallgather_cp_algo",
-        "direct ring": f"{FOUR} {RING} --cp-kv-exchange direct",
-        "ring with kv cache": f"{FOUR} {RING} --context-parallel-kv-cache-policy full",
-        "ulysses with kv cache": f"{FOUR} {ULYSSES} --context-parallel-kv-cache-policy half",
-        "ring with selective recompute": f"{CP2['ring cp=2']} --recompute-activations",
-        "ring with distributed optimizer": f"{CP2['ring cp=2']} --use-distributed-optimizer"}),
+    "other algorithms": (
+        f"{ROPE} {SHORT}",
+        {
+            "double ring": f"{FOUR} {RING} --cp-window-size 2 --use-cp-send-recv-overlap",
+            "hybrid": f"{FOUR} --context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2",
+            "kv all-gather": f"{FOUR} --context-parallel-algo kvallgather_cp_algo",
+            "direct ring": f"{FOUR} {RING} --cp-kv-exchange direct",
+            "ring with kv cache": f"{FOUR} {RING} --context-parallel-kv-cache-policy full",
+            "ulysses with kv cache": f"{FOUR} {ULYSSES} --context-parallel-kv-cache-policy half",
+            "ring with selective recompute": f"{CP2['ring cp=2']} --recompute-activations",
+            "ring with distributed optimizer": f"{CP2['ring cp=2']} --use-distributed-optimizer",
+        },
+    ),
     "full mask": (f"--cp-attention-mask-type full {SHORT}", CP4),
     "sliding window": (f"--window-size 10,0 {ROPE} {SHORT}", CP4),
     "per-token loss": (f"--calculate-per-token-loss --eod-mask-loss --data-path PARAGRAPHS {SHORT}", CP2),
     "masked loss": (f"--eod-mask-loss --data-path PARAGRAPHS {SHORT}", {name: SINGLE[name] for name in CP4}),
-    "packed documents": (PACKED, {**{name: SINGLE[name] for name in CP4},
-                                  "double ring cp=4": f"--context-parallel-size 4 {RING} --cp-window-size 2"}),
+    "packed documents": (
+        PACKED,
+        {
+            **{name: SINGLE[name] for name in CP4},
+            "double ring cp=4": f"--context-parallel-size 4 {RING} --cp-window-size 2",
+        },
+    ),
     "packed documents, rope, two rows": (f"{PACKED} {ROPE} --micro-batch-size 2 --global-batch-size 8", CP2),
     "uneven length": (f"--seq-length 61 {ROPE} {SHORT}", UNALIGNED),
     "a length for each batch": (f"--variable-seq-lengths {ROPE}", UNALIGNED),
-    "a length for each batch, pp=2": (f"--variable-seq-lengths --pipeline-model-parallel-size 2 {SHORT}",
-                                      {"ring cp=2": SINGLE["ring cp=2"]}),
+    "a length for each batch, pp=2": (
+        f"--variable-seq-lengths --pipeline-model-parallel-size 2 {SHORT}",
+        {"ring cp=2": SINGLE["ring cp=2"]},
+    ),
 }
 TOLERANCE = 1e-5
 if tuple(int(part) for part in version("megatron-core").split(".")[:2]) < (0, 14):
-    del GROUPS["sliding window"]  # without context parallelism Megatron's own local attention refuses windows before 0.14
+    del GROUPS[
+        "sliding window"
+    ]  # without context parallelism Megatron's own local attention refuses windows before 0.14
 
 
 def name_of(group, case):
@@ -94,21 +121,25 @@ def test_the_loss_goes_down_and_lengths_are_as_asked(runs):
     varied = runs[name_of("a length for each batch", "ring cp=4")]
     assert len({record["tokens"] for record in varied}) > 10
     assert [record["tokens"] for record in varied] == [
-        record["tokens"] for record in runs[name_of("a length for each batch", "cp=1")]]
+        record["tokens"] for record in runs[name_of("a length for each batch", "cp=1")]
+    ]
 
 
 def test_context_parallelism_communicates_and_its_absence_does_not(runs):
     assert {record["cp_bytes_per_rank"] for record in runs[name_of("rope", "cp=1")]} == {0.0}
-    # K: 4 sequences x 64/4 tokens x 4 heads x (8 + 8) x 4 bytes; the ring sends 3 K forward and 6 K backward in each layer.
+    # K: 4 sequences x 64/4 tokens x 4 heads x (8 + 8) x 4 bytes; the ring sends 3 K forward and 6 K backward in each
+    # layer.
     one_shard = 4 * 16 * 4 * 16 * 4
     assert {record["cp_bytes_per_rank"] for record in runs[name_of("rope", "ring cp=4")]} == {2 * 9 * one_shard}
 
 
 def test_three_ranks_with_a_prime_like_length_for_each_batch(data):
     flags = "--variable-seq-lengths --global-batch-size 3 --seq-length 67 --position-embedding-type rope"
-    cases = {"cp=1": flags,
-             "ulysses": f"{flags} --context-parallel-size 3 {ULYSSES} --gather-size-calculator dynamic",
-             "ring": f"{flags} --context-parallel-size 3 {RING}"}
+    cases = {
+        "cp=1": flags,
+        "ulysses": f"{flags} --context-parallel-size 3 {ULYSSES} --gather-size-calculator dynamic",
+        "ring": f"{flags} --context-parallel-size 3 {RING}",
+    }
     results = run_training(3, data[0], cases)
     for case in ("ulysses", "ring"):
         assert largest_difference(results[case], results["cp=1"]) < TOLERANCE

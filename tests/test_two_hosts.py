@@ -22,8 +22,14 @@ def start(*arguments, **environment):
     """scripts/two_hosts.sh as a process; skips where namespaces are impossible."""
     if shutil.which("ip") is None:
         pytest.skip("needs iproute2 (ip netns)")
-    return subprocess.Popen(["bash", "scripts/two_hosts.sh", *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHON": sys.executable, **environment})
+    return subprocess.Popen(
+        ["bash", "scripts/two_hosts.sh", *arguments],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+    )
 
 
 def finish(process):
@@ -37,8 +43,10 @@ def finish(process):
 @pytest.fixture(scope="module")
 def runs():
     """A run of both algorithms and one whose link is cut; both at once, because the second mostly waits."""
-    processes = [start(",".join(ALGORITHMS), "--seq-length", str(SEQ)),
-                 start("double_ring", "--seq-length", str(SEQ), "--timeout", "8", CUT_AFTER="1")]
+    processes = [
+        start(",".join(ALGORITHMS), "--seq-length", str(SEQ)),
+        start("double_ring", "--seq-length", str(SEQ), "--timeout", "8", CUT_AFTER="1"),
+    ]
     return [finish(process) for process in processes]
 
 
@@ -64,10 +72,12 @@ def _check_counted(algorithm, ranks):
     shard = SEQ // 4 * 4 * (64 + 64) * 4
     for rank in ranks:
         if algorithm == "hybrid":
-            # Each of two ring ranks holds half the KV heads of twice the tokens: K forward, K again and its gradient backward.
+            # Each of two ring ranks holds half the KV heads of twice the tokens: K forward, K again and its gradient
+            # backward.
             assert rank["to_other_host"] == 3 * shard
         else:
-            # Two windows of two: one crossing of K forward, one backward, one of the gradient; the rest stays within a host.
+            # Two windows of two: one crossing of K forward, one backward, one of the gradient; the rest stays within a
+            # host.
             assert rank["to_other_host"] == 3 * shard < rank["counted"]["kv"] + rank["counted"]["dkv"]
 
 

@@ -57,7 +57,8 @@ def _check(rank, seq, heads, kv_heads, order, merged, mask, calculator, kwargs):
     world = torch.distributed.get_world_size()
     tensors = _tensors(seq, heads, kv_heads)
     expected = reference.attention_with_gradients(
-        *tensors, reference.allowed_pairs(seq, causal=mask is None, attention_mask=mask))
+        *tensors, reference.allowed_pairs(seq, causal=mask is None, attention_mask=mask)
+    )
     outside = [order.index(dim) for dim in range(4)]
 
     def mine(tensor):
@@ -177,20 +178,25 @@ def _messages(rank):
         key = torch.zeros(seq_local, 1, kv_heads, 2)
         calculator = calculator or DefaultGatherSizeCalculator()
         return UlyssesContextAttention(LocalAttention(), None, gather_size_calculator=calculator)(
-            torch.zeros(seq_local, 1, heads, 2), key, key, **kwargs)
+            torch.zeros(seq_local, 1, heads, 2), key, key, **kwargs
+        )
 
     class Disagrees(GatherSizeCalculator):
         def calculate(self):
             return 6 + rank
 
     for call, words in (
-            (lambda: attend(5), r"hold \[3, 2\]; pass gather_size_calculator=DynamicGatherSizeCalculator"),
-            (lambda: attend(5, calculator=ByKeyword(), gather_size=7), r"return 5"),
-            (lambda: attend(5, calculator=DynamicGatherSizeCalculator(), seq_local=2 + rank), r"must be split as \[3, "
-                                                                                               r"2\]"),
-            (lambda: attend(6, calculator=Disagrees()), r"different lengths \[6, 7\]"),
-            (lambda: attend(4, heads=1, kv_heads=1), "1 heads cannot give each of 2 ranks one"),
-            (lambda: attend(4, heads=4, kv_heads=3), "divide the first")):
+        (lambda: attend(5), r"hold \[3, 2\]; pass gather_size_calculator=DynamicGatherSizeCalculator"),
+        (lambda: attend(5, calculator=ByKeyword(), gather_size=7), r"return 5"),
+        (
+            lambda: attend(5, calculator=DynamicGatherSizeCalculator(), seq_local=2 + rank),
+            r"must be split as \[3, "
+            r"2\]",
+        ),
+        (lambda: attend(6, calculator=Disagrees()), r"different lengths \[6, 7\]"),
+        (lambda: attend(4, heads=1, kv_heads=1), "1 heads cannot give each of 2 ranks one"),
+        (lambda: attend(4, heads=4, kv_heads=3), "divide the first"),
+    ):
         with pytest.raises(ValueError, match=words):
             call()
 

@@ -10,8 +10,10 @@ from unittest.mock import patch
 from distributed import run_ranks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TINY = ("--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64 --global-batch-size 4 --train-iters 20 "
-        "--lr 5e-3 --use-flash-attn")
+TINY = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64 --global-batch-size 4 --train-iters 20 "
+    "--lr 5e-3 --use-flash-attn"
+)
 # What ranks that train find imported when they start; the adaptor stands before Megatron.
 IMPORTED = ("trainer.quiet", "mindspeed_cp.megatron_adaptor", "trainer.loop", "prepare_data")
 
@@ -44,7 +46,9 @@ def run_training(world_size, prefix, cases, timeout=300):
 
 
 def run_argvs(world_size, cases, timeout=300):
-    """name -> list of step records; the cases (name -> list of arguments) run one after the other in the same new ranks."""
+    """name -> list of step records; the cases (name -> list of arguments) run one after the other in the same new
+    ranks.
+    """
     return run_ranks(world_size, train, cases, timeout=timeout, fresh=True, imported=IMPORTED)[0]
 
 
@@ -66,10 +70,11 @@ def train(rank, cases):
 
 
 class MegatronsGroups:
-    """Gives a run the process groups of the runs before it: Megatron makes dozens, and making and ending them takes seconds.
+    """Gives a run the process groups of the runs before it: Megatron makes dozens, and making and ending them takes
+    seconds.
 
-    The n-th group of the same ranks that a run asks for is the n-th that others asked for, so that no two groups of one run
-    share a communicator. Our own groups are made and ended by every run.
+    The n-th group of the same ranks that a run asks for is the n-th that others asked for, so that no two groups of one
+    run share a communicator. Our own groups are made and ended by every run.
     """
 
     def __init__(self):
@@ -97,8 +102,10 @@ class MegatronsGroups:
             if not any(group is kept for kept in self._groups.values()):
                 self._destroy(group)
 
-        with patch.object(parallel_state, "create_group", create_group), \
-                patch.object(dist, "destroy_process_group", destroy_process_group):
+        with (
+            patch.object(parallel_state, "create_group", create_group),
+            patch.object(dist, "destroy_process_group", destroy_process_group),
+        ):
             yield
 
 
@@ -119,7 +126,10 @@ def _release_groups():
 def largest_difference(records, expected):
     """Largest relative difference of loss and gradient norm over all steps."""
     assert len(records) == len(expected) > 0
-    pairs = [(record[key], reference[key]) for record, reference in zip(records, expected, strict=True)
-             for key in ("loss", "grad_norm")]
+    pairs = [
+        (record[key], reference[key])
+        for record, reference in zip(records, expected, strict=True)
+        for key in ("loss", "grad_norm")
+    ]
     assert all(math.isfinite(value) and value > 0 for pair in pairs for value in pair)
     return max(abs(value - reference) / reference for value, reference in pairs)

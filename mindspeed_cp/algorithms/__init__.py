@@ -34,15 +34,31 @@ def _ring_hierarchy(ulysses, ring, window):
 
 ALGORITHMS = {
     "ulysses_cp_algo": Algorithm(
-        "Ulysses", lambda c: (c.context_parallel_size, 1, 1), None, False,
-        "all-to-all: every rank sees the whole sequence for a share of the heads"),
+        "Ulysses",
+        lambda c: (c.context_parallel_size, 1, 1),
+        None,
+        False,
+        "all-to-all: every rank sees the whole sequence for a share of the heads",
+    ),
     "megatron_cp_algo": Algorithm(
-        "Ring", lambda c: _ring_hierarchy(1, c.context_parallel_size, c.window_size), "ring", True,
-        "keys and values travel around a ring, or a double ring with --cp-window-size"),
+        "Ring",
+        lambda c: _ring_hierarchy(1, c.context_parallel_size, c.window_size),
+        "ring",
+        True,
+        "keys and values travel around a ring, or a double ring with --cp-window-size",
+    ),
     "hybrid_cp_algo": Algorithm(
-        "Hybrid", lambda c: _ring_hierarchy(c.ulysses_degree, c.context_parallel_size // c.ulysses_degree, c.window_size),
-        "ring", True, "Ulysses inside groups of --ulysses-degree-in-cp ranks, a ring between them"),
+        "Hybrid",
+        lambda c: _ring_hierarchy(c.ulysses_degree, c.context_parallel_size // c.ulysses_degree, c.window_size),
+        "ring",
+        True,
+        "Ulysses inside groups of --ulysses-degree-in-cp ranks, a ring between them",
+    ),
     "kvallgather_cp_algo": Algorithm(
-        "KV all-gather", lambda c: (1, c.context_parallel_size, 1), "allgather", False,
-        "one all-gather of keys and values per layer"),
+        "KV all-gather",
+        lambda c: (1, c.context_parallel_size, 1),
+        "allgather",
+        False,
+        "one all-gather of keys and values per layer",
+    ),
 }

@@ -26,7 +26,9 @@ class AttentionCall:
 
 
 class ContextParallelAttention(torch.autograd.Function):
-    """query, key, value (seq_local, batch, heads, dim), softmax_offset (heads,) or None -> (seq_local, batch, heads, dv)."""
+    """query, key, value (seq_local, batch, heads, dim), softmax_offset (heads,) or None -> (seq_local, batch, heads,
+    dv).
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, softmax_offset, call):
@@ -49,8 +51,13 @@ class ContextParallelAttention(torch.autograd.Function):
         # Rows without a key have lse -inf; +inf makes exp(score - lse) 0 in backward.
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         ctx.call, ctx.rngs, ctx.again = call, saved.rngs, _saved_before(call)
-        kept = tuple(before[kind] if kind in ctx.again else tensor
-                     for kind, tensor in zip(("key", "value"), saved.tensors)) if ctx.again else saved.tensors
+        kept = (
+            tuple(
+                before[kind] if kind in ctx.again else tensor for kind, tensor in zip(("key", "value"), saved.tensors)
+            )
+            if ctx.again
+            else saved.tensors
+        )
         ctx.save_for_backward(query, out, lse, softmax_offset, *kept)
         return result
 

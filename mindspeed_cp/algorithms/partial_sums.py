@@ -105,7 +105,7 @@ class KVPartial:
 
     def store(self):
         if self._single:
-            self._target[:self._covered.start].zero_()
-            self._target[self._covered.stop:].zero_()
+            self._target[: self._covered.start].zero_()
+            self._target[self._covered.stop :].zero_()
         elif self._sum is not self._target:
             self._target.copy_(self._sum)

@@ -1,8 +1,8 @@
 """The ring engine: one loop forward, one loop backward, for every mask, exchange, window and cache policy.
 
 A schedule brings the keys and values of one rank after another; the plan says which blocks they make with this rank's
-queries; the kernel computes each block; results are merged and gradients summed in the accumulation dtype. A ring of one
-rank is the plain local attention that Ulysses needs.
+queries; the kernel computes each block; results are merged and gradients summed in the accumulation dtype. A ring of
+one rank is the plain local attention that Ulysses needs.
 
 Shapes: query (seq, batch, heads, dk), key (seq, batch, kv_heads, dk), value (seq, batch, kv_heads, dv), out
 (seq, batch, heads, dv), lse (seq, batch, heads); seq is what this rank holds.
@@ -60,7 +60,9 @@ class RingProblem:
         return (Block((0, lengths[reader]), (0, lengths[source])),)
 
     def _rows_needed(self, reader, source):
-        """Rows of ``source``'s shard to move to ``reader`` (and gradients back): the exact ones, or all where forwarded."""
+        """Rows of ``source``'s shard to move to ``reader`` (and gradients back): the exact ones, or all where
+        forwarded.
+        """
         if self.exchange == "direct" and self.dense_mask is None:
             return needed_rows(self.runs[reader], self.runs[source], self.mask)
         return ((0, self.channel.lengths[source]),) if self.blocks(reader, source) else ()
@@ -111,7 +113,8 @@ def ring_forward(problem, query, key, value):
         for block in _local_blocks(problem, query, source):
             rows, keys = block.query_rows, block.key_rows
             block_out, block_lse, rng = problem.kernel.forward(
-                query[rows], source_key[keys], source_value[keys], block, problem.options, mask)
+                query[rows], source_key[keys], source_value[keys], block, problem.options, mask
+            )
             partial.add(rows, block_out, block_lse)
             rngs.append(rng)
     out, lse = partial.result()
@@ -119,7 +122,9 @@ def ring_forward(problem, query, key, value):
 
 
 def _local_blocks(problem, query, source):
-    """This rank's blocks against ``source``; none when uneven heads leave it without a head (kernels want at least one)."""
+    """This rank's blocks against ``source``; none when uneven heads leave it without a head (kernels want at least
+    one).
+    """
     return problem.blocks(problem.rank, source) if query.numel() else ()
 
 
@@ -179,12 +184,21 @@ def ring_backward(problem, grad_out, query, out, lse, saved):
         out, lse: of the whole attention; lse is +inf where a row sees no key.
         saved: RingSaved of the forward pass.
 
-    The schedule runs again from the shard that the rank still holds, its own. Own partials are summed in place; those for
-    other ranks leave in the input's dtype, straight to the rank that sums them.
+    The schedule runs again from the shard that the rank still holds, its own. Own partials are summed in place; those
+    for other ranks leave in the input's dtype, straight to the rank that sums them.
     """
     if len(problem.runs) == 1 and len(blocks := _local_blocks(problem, query, 0)) == 1:
-        return problem.kernel.backward(grad_out, query, *saved.tensors, out, lse, blocks[0], problem.options,
-                                       saved.rngs[0], problem.mask_against(0))
+        return problem.kernel.backward(
+            grad_out,
+            query,
+            *saved.tensors,
+            out,
+            lse,
+            blocks[0],
+            problem.options,
+            saved.rngs[0],
+            problem.mask_against(0),
+        )
     split = query.shape[-1]
     wire = query.new_empty((0, *saved.tensors[0].shape[1:3], split + out.shape[-1]))
     own = accumulator(problem.groups.workspace, "dkv.own", (query.shape[0], *wire.shape[1:]), query)
@@ -199,8 +213,17 @@ def ring_backward(problem, grad_out, query, out, lse, saved):
         for block in blocks:
             rows, keys = block.query_rows, block.key_rows
             block_dq, *block_dkv = problem.kernel.backward(
-                grad_out[rows], query[rows], key[keys], value[keys], out[rows], lse[rows], block, problem.options,
-                next(rngs), mask)
+                grad_out[rows],
+                query[rows],
+                key[keys],
+                value[keys],
+                out[rows],
+                lse[rows],
+                block,
+                problem.options,
+                next(rngs),
+                mask,
+            )
             dq.add(rows, block_dq)
             partial.add(keys, block_dkv, split)
         partial.store()

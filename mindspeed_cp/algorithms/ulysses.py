@@ -15,9 +15,9 @@ from mindspeed_cp.layout import split_sizes
 def head_shares(num_heads, num_kv_heads, degree):
     """Which query heads and which KV heads each of ``degree`` ranks gets.
 
-    Query heads are split in order, the remainder to the first ranks. KV heads are replicated only as far as needed: with
-    ``unit`` the largest run of query heads that always shares a KV head and a rank, each rank gets one KV head for every
-    unit. For even splits that makes lcm(num_kv_heads, degree) KV heads in all.
+    Query heads are split in order, the remainder to the first ranks. KV heads are replicated only as far as needed:
+    with ``unit`` the largest run of query heads that always shares a KV head and a rank, each rank gets one KV head for
+    every unit. For even splits that makes lcm(num_kv_heads, degree) KV heads in all.
 
     Returns:
         (query shares, KV shares): per rank a slice of heads, or a list of KV heads where one is needed twice.
@@ -38,10 +38,14 @@ def head_shares(num_heads, num_kv_heads, degree):
 
 # kind of tensor -> (what its bytes count as, field with its number of heads, field with its head size, which shares)
 _PARTS = {
-    "query": ("q", "heads", "dk", "queries"), "key": ("kv", "kv_heads", "dk", "keys"),
-    "value": ("kv", "kv_heads", "dv", "keys"), "out": ("out", "heads", "dv", "queries"),
-    "grad_out": ("dout", "heads", "dv", "queries"), "grad_query": ("dq", "heads", "dk", "queries"),
-    "grad_key": ("dkv", "kv_heads", "dk", "keys"), "grad_value": ("dkv", "kv_heads", "dv", "keys"),
+    "query": ("q", "heads", "dk", "queries"),
+    "key": ("kv", "kv_heads", "dk", "keys"),
+    "value": ("kv", "kv_heads", "dv", "keys"),
+    "out": ("out", "heads", "dv", "queries"),
+    "grad_out": ("dout", "heads", "dv", "queries"),
+    "grad_query": ("dq", "heads", "dk", "queries"),
+    "grad_key": ("dkv", "kv_heads", "dk", "keys"),
+    "grad_value": ("dkv", "kv_heads", "dv", "keys"),
 }
 
 
@@ -52,8 +56,8 @@ class UlyssesProblem:
     Args:
         exchange: SequenceExchange of the group.
         heads, kv_heads, dk, dv: of the unsplit tensors.
-        policy: None, "full" or "half": which of K and V are saved before communication and communicated again in backward.
-        allgather_kv: gather the one KV head instead of sending copies of it.
+        policy: None, "full" or "half": which of K and V are saved before communication and communicated again in
+        backward. allgather_kv: gather the one KV head instead of sending copies of it.
     """
 
     exchange: SequenceExchange
@@ -80,10 +84,15 @@ class UlyssesProblem:
         One message, unless a policy needs what it does not keep to lie in a buffer of its own, that can be freed.
         """
         tensors = {"query": query, "key": key, "value": value}
-        messages = {None: [("query", "key", "value")], "full": [("query",), ("key", "value")],
-                    "half": [("query", "value"), ("key",)]}[self.policy]
+        messages = {
+            None: [("query", "key", "value")],
+            "full": [("query",), ("key", "value")],
+            "half": [("query", "value"), ("key",)],
+        }[self.policy]
         received = {}
-        for pending in [self._start({kind: tensors[kind] for kind in kinds}, turn=turn) for turn, kinds in enumerate(messages)]:
+        for pending in [
+            self._start({kind: tensors[kind] for kind in kinds}, turn=turn) for turn, kinds in enumerate(messages)
+        ]:
             received.update(pending.wait())
         return received["query"], received["key"], received["value"]
 
@@ -102,7 +111,8 @@ class UlyssesProblem:
         if not sent:
             return Pending(lambda: received)
         pending = self.exchange.start_scatter_heads_gather_sequence(
-            [self.part(kind) for kind in sent], [tensors[kind] for kind in sent], name, turn)
+            [self.part(kind) for kind in sent], [tensors[kind] for kind in sent], name, turn
+        )
         return Pending(lambda: {**received, **dict(zip(sent, pending.wait()))})
 
     def gather_out(self, out, dtype):

@@ -24,11 +24,16 @@ from mindspeed_cp.comm.transport import all_gather
 from mindspeed_cp.comm.workspace import Workspace
 from mindspeed_cp.layout import split_sizes
 
-__all__ = ["DefaultGatherSizeCalculator", "DynamicGatherSizeCalculator", "GatherSizeCalculator",
-           "UlyssesContextAttention"]
+__all__ = [
+    "DefaultGatherSizeCalculator",
+    "DynamicGatherSizeCalculator",
+    "GatherSizeCalculator",
+    "UlyssesContextAttention",
+]
 
 
-# Process group -> (Workspace, HostMemory or None): all modules of a group share them, as layers do, and copies of a module too.
+# Process group -> (Workspace, HostMemory or None): all modules of a group share them, as layers do, and copies of a
+# module too.
 _memories = weakref.WeakKeyDictionary()
 
 
@@ -87,8 +92,14 @@ class UlyssesContextAttention(torch.nn.Module):
         gather_size_calculator: a GatherSizeCalculator.
     """
 
-    def __init__(self, local_attention, sequence_process_group, scatter_idx=2, gather_idx=0,
-                 gather_size_calculator=DefaultGatherSizeCalculator()):  # noqa: B008  (stateless; the signature is published)
+    def __init__(
+        self,
+        local_attention,
+        sequence_process_group,
+        scatter_idx=2,
+        gather_idx=0,
+        gather_size_calculator=DefaultGatherSizeCalculator(),  # noqa: B008  stateless, and the signature is published
+    ):
         super().__init__()
         self.local_attn = local_attention
         self.spg, self.scatter_idx, self.gather_idx = sequence_process_group, scatter_idx, gather_idx
@@ -118,8 +129,14 @@ class UlyssesContextAttention(torch.nn.Module):
         axes = _Axes.of(query, self.scatter_idx, self.gather_idx)
         lengths = self._lengths(query, gather_size)
         workspace, host = _memory_of(self.spg)
-        exchange = SequenceExchange(self.spg, dist.get_rank(self.spg), lengths, workspace, host=host,
-                                    unpack="sequence" if axes.sequence_first else None)
+        exchange = SequenceExchange(
+            self.spg,
+            dist.get_rank(self.spg),
+            lengths,
+            workspace,
+            host=host,
+            unpack="sequence" if axes.sequence_first else None,
+        )
         parts, out_shares = _parts(axes, query, key, value, exchange.size)
         tensors = (axes.to_exchange(tensor, exchange.size) for tensor in (query, key, value))
         received = _GatherSequence.apply(exchange, parts, *tensors)
@@ -155,34 +172,44 @@ class UlyssesContextAttention(torch.nn.Module):
         all_gather(table, send, self.spg, "lengths").wait()
         lengths, sizes = table.view(-1, 2).t().tolist()
         if len(set(sizes)) > 1:
-            raise ValueError(f"the gather size calculator gives the ranks different lengths {sizes} (-1 is None); it "
-                             "must give all ranks the length of the whole sequence.")
+            raise ValueError(
+                f"the gather size calculator gives the ranks different lengths {sizes} (-1 is None); it "
+                "must give all ranks the length of the whole sequence."
+            )
         if gather_size is None:
             _check_aligned(lengths, self.gather_size_calculator)
         elif lengths != split_sizes(gather_size, len(lengths)):
-            raise ValueError(f"gather size {gather_size} gives the ranks {split_sizes(gather_size, len(lengths))} "
-                             f"tokens, and they hold {lengths}; split with cal_split_sizes({gather_size}, "
-                             f"{len(lengths)}), or let the calculator return {sum(lengths)}.")
+            raise ValueError(
+                f"gather size {gather_size} gives the ranks {split_sizes(gather_size, len(lengths))} "
+                f"tokens, and they hold {lengths}; split with cal_split_sizes({gather_size}, "
+                f"{len(lengths)}), or let the calculator return {sum(lengths)}."
+            )
         return tuple(lengths)
 
 
 def _check_single(length, gather_size):
     if gather_size is not None and gather_size != length:
-        raise ValueError(f"gather size {gather_size} must be the sequence length {length} in a group of one rank; pass "
-                         "the whole sequence.")
+        raise ValueError(
+            f"gather size {gather_size} must be the sequence length {length} in a group of one rank; pass "
+            "the whole sequence."
+        )
 
 
 def _check_aligned(lengths, calculator):
     """Lengths without a gather size: equal for aligned Ulysses, the usual split where they are summed."""
     if calculator.sums_local_lengths:
         if lengths != split_sizes(sum(lengths), len(lengths)):
-            raise ValueError(f"the ranks hold {lengths} tokens, and a sequence of {sum(lengths)} must be split as "
-                             f"{split_sizes(sum(lengths), len(lengths))}; split with cal_split_sizes({sum(lengths)}, "
-                             f"{len(lengths)}).")
+            raise ValueError(
+                f"the ranks hold {lengths} tokens, and a sequence of {sum(lengths)} must be split as "
+                f"{split_sizes(sum(lengths), len(lengths))}; split with cal_split_sizes({sum(lengths)}, "
+                f"{len(lengths)})."
+            )
     elif len(set(lengths)) > 1:
-        raise ValueError(f"aligned Ulysses needs the same number of tokens on every rank, and they hold {lengths}; "
-                         "pass gather_size_calculator=DynamicGatherSizeCalculator() (--gather-size-calculator "
-                         f"dynamic), which takes any length, or a sequence length that {len(lengths)} divides.")
+        raise ValueError(
+            f"aligned Ulysses needs the same number of tokens on every rank, and they hold {lengths}; "
+            "pass gather_size_calculator=DynamicGatherSizeCalculator() (--gather-size-calculator "
+            f"dynamic), which takes any length, or a sequence length that {len(lengths)} divides."
+        )
 
 
 @dataclass(frozen=True)
@@ -202,8 +229,10 @@ class _Axes:
         num_dims = query.dim()
         scatter, gather = scatter_idx % num_dims, gather_idx % num_dims
         if num_dims not in (3, 4) or scatter == gather:
-            raise ValueError(f"query has shape {tuple(query.shape)}, scatter_idx is {scatter_idx} and gather_idx "
-                             f"{gather_idx}; pass tensors of 3 or 4 dimensions and two different indices.")
+            raise ValueError(
+                f"query has shape {tuple(query.shape)}, scatter_idx is {scatter_idx} and gather_idx "
+                f"{gather_idx}; pass tensors of 3 or 4 dimensions and two different indices."
+            )
         others = [dim for dim in range(num_dims) if dim not in (scatter, gather)]
         if num_dims == 4:
             return cls((gather, others[0], scatter, others[1]), scatter)
@@ -239,9 +268,10 @@ class _Axes:
         if out.dim() == num_dims:
             return out, False
         if out.dim() != num_dims - 1 or self.scatter != num_dims - 2:
-            raise ValueError(f"the local attention returned {tuple(out.shape)}; it must return {num_dims} dimensions "
-                             "like the query"
-                             + (", or merge heads and head_dim." if self.scatter == num_dims - 2 else "."))
+            raise ValueError(
+                f"the local attention returned {tuple(out.shape)}; it must return {num_dims} dimensions "
+                "like the query" + (", or merge heads and head_dim." if self.scatter == num_dims - 2 else ".")
+            )
         return out.unflatten(-1, (num_heads, -1)), True
 
 
@@ -254,28 +284,38 @@ def _parts(axes, query, key, value, world_size):
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
         if tensor.dtype != query.dtype or tensor.size(axes.order[0]) != query.size(axes.order[0]):
-            raise ValueError(f"{name} is {tensor.dtype} with {tensor.size(axes.order[0])} tokens, the query "
-                             f"{query.dtype} with {query.size(axes.order[0])}; they must have the same of both.")
+            raise ValueError(
+                f"{name} is {tensor.dtype} with {tensor.size(axes.order[0])} tokens, the query "
+                f"{query.dtype} with {query.size(axes.order[0])}; they must have the same of both."
+            )
     heads, kv_heads, value_heads = (tensor.size(axes.scatter) for tensor in tensors.values())
     if axes.merged:
         for name, tensor in tensors.items():
             if tensor.size(axes.scatter) % world_size:
-                raise ValueError(f"{name} {tuple(tensor.shape)} has heads and head_dim merged, and "
-                                 f"{tensor.size(axes.scatter)} cannot be cut into {world_size} equal parts; pass (seq, "
-                                 "batch, heads, head_dim), which takes uneven heads.")
+                raise ValueError(
+                    f"{name} {tuple(tensor.shape)} has heads and head_dim merged, and "
+                    f"{tensor.size(axes.scatter)} cannot be cut into {world_size} equal parts; pass (seq, "
+                    "batch, heads, head_dim), which takes uneven heads."
+                )
         queries = keys = tuple(slice(rank, rank + 1) for rank in range(world_size))
         heads = kv_heads = world_size
     else:
         if kv_heads != value_heads or kv_heads == 0 or heads % kv_heads:
-            raise ValueError(f"query has {heads} heads, key {kv_heads} and value {value_heads}; the latter two must be "
-                             "equal and divide the first.")
+            raise ValueError(
+                f"query has {heads} heads, key {kv_heads} and value {value_heads}; the latter two must be "
+                "equal and divide the first."
+            )
         if heads < world_size:
-            raise ValueError(f"{heads} heads cannot give each of {world_size} ranks one; use a group of at most "
-                             f"{heads} ranks, or --context-parallel-algo megatron_cp_algo, which splits no heads.")
+            raise ValueError(
+                f"{heads} heads cannot give each of {world_size} ranks one; use a group of at most "
+                f"{heads} ranks, or --context-parallel-algo megatron_cp_algo, which splits no heads."
+            )
         queries, keys = head_shares(heads, kv_heads, world_size)
     rows = (("q", heads, query, queries), ("kv", kv_heads, key, keys), ("kv", kv_heads, value, keys))
-    return tuple(Part(purpose, count, axes.to_exchange(tensor, world_size).shape[-1], shares)
-                 for purpose, count, tensor, shares in rows), queries
+    return tuple(
+        Part(purpose, count, axes.to_exchange(tensor, world_size).shape[-1], shares)
+        for purpose, count, tensor, shares in rows
+    ), queries
 
 
 class _GatherSequence(torch.autograd.Function):

@@ -3,13 +3,13 @@
     heads -> sequence   (seq_local, batch, heads, dim), all heads    -> (seq, batch, heads_local, dim)
     sequence -> heads   (seq, batch, heads_local, dim)               -> (seq_local, batch, heads, dim)
 
-Several tensors travel in one message: each rank gets, for every token, its heads of all of them side by side. Sequence-first
-tensors make one side of each exchange a plain slice: one copy before or after it and none on the other side, unless the
-kernel wants its heads apart (``unpack``). ``start_...`` posts an exchange and returns a ``Pending``; what is computed before
-its ``wait`` hides it.
+Several tensors travel in one message: each rank gets, for every token, its heads of all of them side by side.
+Sequence-first tensors make one side of each exchange a plain slice: one copy before or after it and none on the other
+side, unless the kernel wants its heads apart (``unpack``). ``start_...`` posts an exchange and returns a ``Pending``;
+what is computed before its ``wait`` hides it.
 
-Between ranks of one host a message is packed into shared memory and unpacked from there: nothing else is copied, and what a
-rank keeps for itself is never packed.
+Between ranks of one host a message is packed into shared memory and unpacked from there: nothing else is copied, and
+what a rank keeps for itself is never packed.
 """
 
 from contextlib import contextmanager
@@ -33,8 +33,8 @@ class SequenceExchange:
         workspace: reused send and receive buffers.
         alltoall: False replaces the all-to-all by an all-gather of everything and slicing (same numbers, more bytes).
         host: HostMemory that may reach the group's ranks, or None.
-        unpack: how received heads lie in memory: None leaves them side by side, "sequence" makes each tensor contiguous,
-            "heads" makes (seq, head_dim) of each head contiguous.
+        unpack: how received heads lie in memory: None leaves them side by side, "sequence" makes each tensor
+            contiguous, "heads" makes (seq, head_dim) of each head contiguous.
     """
 
     group: object
@@ -92,6 +92,7 @@ class SequenceExchange:
                 for rank, parts_of_rank in received:
                     fill([result[self._rows(rank)] for result in results], parts_of_rank)
             return results
+
         return Pending(finish)
 
     def start_scatter_sequence_gather_heads(self, parts, tensors, dtype):
@@ -102,8 +103,8 @@ class SequenceExchange:
             dtype: what is sent, whatever the tensors' own dtype.
 
         Returns:
-            Pending of a list of fresh (seq_local, batch, heads, dim). A head that several ranks hold is summed in float32
-            (float64 for float64).
+            Pending of a list of fresh (seq_local, batch, heads, dim). A head that several ranks hold is summed in
+            float32 (float64 for float64).
         """
         batch, like = tensors[0].shape[1], tensors[0].new_empty(0, dtype=dtype)
 
@@ -113,20 +114,28 @@ class SequenceExchange:
         leaving = [Slab(length, batch, heads_of(parts, self.rank)) for length in self.lengths]
         arriving = [Slab(self.lengths[self.rank], batch, heads_of(parts, rank)) for rank in range(self.size)]
         arrived = self._start(
-            Message(like, pieces, lambda: _pack_heads(tensors, dtype, self.workspace), leaving, arriving), turn=0)
-        self._record(parts, [[length * batch * part.width(self.rank) for length in self.lengths] for part in parts], like)
+            Message(like, pieces, lambda: _pack_heads(tensors, dtype, self.workspace), leaving, arriving), turn=0
+        )
+        self._record(
+            parts, [[length * batch * part.width(self.rank) for length in self.lengths] for part in parts], like
+        )
 
         def finish():
             with arrived() as received:
                 by_rank = [parts_of_rank for _, parts_of_rank in sorted(received)]
-                return [_join_heads(part, [pieces[index] for pieces in by_rank], like) for index, part in enumerate(parts)]
+                return [
+                    _join_heads(part, [pieces[index] for pieces in by_rank], like) for index, part in enumerate(parts)
+                ]
+
         return Pending(finish)
 
     def gather_sequence(self, purpose, tensor):
-        """All-gather (seq_local, batch, heads, dim) along the sequence into a fresh tensor; uneven lengths are padded."""
+        """All-gather (seq_local, batch, heads, dim) along the sequence into a fresh tensor; uneven lengths are
+        padded.
+        """
         longest, tail = max(self.lengths), tensor.shape[1:]
         padded = self.workspace.get("gather.send", (longest, *tail), tensor.dtype, tensor.device)
-        padded[:tensor.shape[0]] = tensor
+        padded[: tensor.shape[0]] = tensor
         gathered = tensor.new_empty((self.size * longest, *tail))
         all_gather(gathered, padded, self.group, purpose, self.host).wait()
         if min(self.lengths) == longest:
@@ -147,14 +156,22 @@ class SequenceExchange:
             return self._start_on_host(message, others, turn)
         sizes = [slab.size for slab in message.arriving]
         received = self._buffer(f"a2a.receive{turn}", (sum(sizes),), message.like) if into is None else into
-        transfer = all_to_all(received, message.packed(), sizes, [slab.size for slab in message.leaving], self.group,
-                              "heads and sequence")
+        transfer = all_to_all(
+            received, message.packed(), sizes, [slab.size for slab in message.leaving], self.group, "heads and sequence"
+        )
 
         @contextmanager
         def arrived():
             transfer.wait()
-            yield [] if received is into else [
-                (rank, slab.apart(flat)) for rank, (slab, flat) in enumerate(zip(message.arriving, received.split(sizes)))]
+            yield (
+                []
+                if received is into
+                else [
+                    (rank, slab.apart(flat))
+                    for rank, (slab, flat) in enumerate(zip(message.arriving, received.split(sizes)))
+                ]
+            )
+
         return arrived
 
     def _start_on_host(self, message, others, turn):
@@ -164,19 +181,27 @@ class SequenceExchange:
             slab = message.leaving[rank]
             target = self._buffer(f"a2a.send{turn}.{rank}", (slab.size,), message.like)
             carried = self.host.carries(peer, target)
-            segment = self.host.outgoing((self.group, rank), [peer], target.numel() * target.element_size()) if carried else None
+            segment = (
+                self.host.outgoing((self.group, rank), [peer], target.numel() * target.element_size())
+                if carried
+                else None
+            )
             flat = segment.view(target) if carried else target
             fill(slab.apart(flat), message.pieces(rank))
             sends.append((peer, segment if carried else target))
-            receives.append((peer, self._buffer(f"a2a.receive{turn}.{rank}", (message.arriving[rank].size,), message.like)))
+            receives.append(
+                (peer, self._buffer(f"a2a.receive{turn}.{rank}", (message.arriving[rank].size,), message.like))
+            )
         transfer = post(self.group, sends, receives, "heads and sequence", self.host, count=False)
 
         @contextmanager
         def arrived():
             views = {**dict(receives), **dict(transfer.peek())}  # what is empty was not sent
             yield [(self.rank, message.pieces(self.rank))] + [
-                (rank, message.arriving[rank].apart(views[peer])) for rank, peer in others]
+                (rank, message.arriving[rank].apart(views[peer])) for rank, peer in others
+            ]
             transfer.release()
+
         return arrived
 
     @contextmanager
@@ -189,12 +214,14 @@ class SequenceExchange:
         table = table.view(self.size, self.size)
         longest = int(table.sum(1).max())
         padded = self._buffer("gather.send", (longest,), like)
-        padded[:send.numel()] = send
+        padded[: send.numel()] = send
         gathered = self._buffer("gather.receive", (self.size, longest), like)
         all_gather(gathered.view(-1), padded, self.group, "gathered", self.host, count=False).wait()
         starts = (table.cumsum(1) - table)[:, self.rank].tolist()
-        yield [(source, slab.apart(gathered[source, start:start + slab.size]))
-               for source, (slab, start) in enumerate(zip(message.arriving, starts))]
+        yield [
+            (source, slab.apart(gathered[source, start : start + slab.size]))
+            for source, (slab, start) in enumerate(zip(message.arriving, starts))
+        ]
 
     def _rows(self, rank):
         """The tokens of ``rank``, a slice of the whole sequence."""
@@ -206,7 +233,9 @@ class SequenceExchange:
         return like.new_empty(shape) if name is None else self.workspace.get(name, shape, like.dtype, like.device)
 
     def _unpacked(self, slab, name, like):
-        """Tensors (rows, batch, heads, dim) of their own for what a slab holds, in the order in memory that ``unpack`` says."""
+        """Tensors (rows, batch, heads, dim) of their own for what a slab holds, in the order in memory that ``unpack``
+        says.
+        """
         results = []
         for index, (count, dim) in enumerate(slab.heads):
             own = None if name is None else f"{name}.{index}"
@@ -226,7 +255,9 @@ class SequenceExchange:
 
 
 def _pack_heads(tensors, dtype, workspace):
-    """Heads of several tensors (seq, batch, heads, dim) side by side in ``dtype``, flat; one that fits is only viewed."""
+    """Heads of several tensors (seq, batch, heads, dim) side by side in ``dtype``, flat; one that fits is only
+    viewed.
+    """
     if len(tensors) == 1 and tensors[0].dtype == dtype:
         return tensors[0].contiguous().view(-1)
     slab = Slab(*tensors[0].shape[:2], tuple(tuple(tensor.shape[2:]) for tensor in tensors))

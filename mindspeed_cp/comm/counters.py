@@ -3,7 +3,8 @@
 from collections import Counter
 from contextlib import contextmanager
 
-# The counters that are open now. Autograd may run the backward pass in another thread, so this is not a context variable.
+# The counters that are open now. Autograd may run the backward pass in another thread, so this is not a context
+# variable.
 _active = []
 
 
@@ -30,7 +31,9 @@ class Traffic:
         return self.bytes[purpose]
 
     def __repr__(self):
-        rows = ", ".join(f"{purpose}: {self.bytes[purpose]} bytes in {self.messages[purpose]}" for purpose in sorted(self.bytes))
+        rows = ", ".join(
+            f"{purpose}: {self.bytes[purpose]} bytes in {self.messages[purpose]}" for purpose in sorted(self.bytes)
+        )
         return f"Traffic({rows or 'nothing'})"
 
 

@@ -1,10 +1,11 @@
 """How keys and values reach a rank: forwarded around a (double) ring, sent directly, or gathered at once.
 
-Each exchange is a generator over steps: it yields (source, rows), own rows first, and moves the data for later steps around
-the yield, where the caller computes. Rows are (seq, batch, kv_heads, dim), packed key and value or either of them.
+Each exchange is a generator over steps: it yields (source, rows), own rows first, and moves the data for later steps
+around the yield, where the caller computes. Rows are (seq, batch, kv_heads, dim), packed key and value or either of
+them.
 
-With ``overlap`` a transfer is posted before the block that hides it and awaited after it; without, it is posted after the
-block and awaited at once. In both cases the first local block starts before any wait.
+With ``overlap`` a transfer is posted before the block that hides it and awaited after it; without, it is posted after
+the block and awaited at once. In both cases the first local block starts before any wait.
 """
 
 from dataclasses import dataclass
@@ -41,7 +42,9 @@ class RingChannel:
         return self.groups.ring_global_ranks[ring_rank]
 
     def buffer(self, name, like, source, keep=False):
-        """A buffer for the shard of ``source``: fresh when it is kept for the backward pass, else from the workspace."""
+        """A buffer for the shard of ``source``: fresh when it is kept for the backward pass, else from the
+        workspace.
+        """
         shape = (self.lengths[source], *like.shape[1:])
         if keep:
             return like.new_empty(shape)
@@ -51,15 +54,20 @@ class RingChannel:
 def ring_exchange(channel, own, purpose, keep=False):
     """Forward whole shards around the (double) ring.
 
-    A buffer is received into only after everything sent from it has left: two inner and two outer buffers take turns. The
-    transfer to the next window starts with the inner ring, so that the whole inner ring hides it.
+    A buffer is received into only after everything sent from it has left: two inner and two outer buffers take turns.
+    The transfer to the next window starts with the inner ring, so that the whole inner ring hides it.
     """
     place, groups = channel.place, channel.groups
 
     def pass_on(rows, outer, inner, group, name, source):
         received = channel.buffer(f"{purpose}.{name}", own, source, keep)
-        transfer = post(group, [(channel.global_rank(place.peer(outer, inner)), rows)],
-                        [(channel.global_rank(place.peer(-outer, -inner)), received)], purpose, groups.host)
+        transfer = post(
+            group,
+            [(channel.global_rank(place.peer(outer, inner)), rows)],
+            [(channel.global_rank(place.peer(-outer, -inner)), received)],
+            purpose,
+            groups.host,
+        )
         return transfer, received
 
     def to_next_window(rows, j):
@@ -88,8 +96,8 @@ def ring_exchange(channel, own, purpose, keep=False):
 def direct_exchange(channel, own, purpose, keep=False):
     """At step t every rank sends to rank r + t exactly the rows that its blocks need, from its own memory.
 
-    Nothing is forwarded. Rows that nobody asked for are left undefined in the receive buffer. Transfers run one step ahead
-    of the computation.
+    Nothing is forwarded. Rows that nobody asked for are left undefined in the receive buffer. Transfers run one step
+    ahead of the computation.
     """
     place, ring_size = channel.place, len(channel.lengths)
 
@@ -99,8 +107,13 @@ def direct_exchange(channel, own, purpose, keep=False):
         transfer = post(
             channel.groups.ring_group,
             [(channel.global_rank(reader), own[start:stop]) for start, stop in channel.rows_needed(reader, place.rank)],
-            [(channel.global_rank(source), received[start:stop]) for start, stop in channel.rows_needed(place.rank, source)],
-            purpose, channel.groups.host)
+            [
+                (channel.global_rank(source), received[start:stop])
+                for start, stop in channel.rows_needed(place.rank, source)
+            ],
+            purpose,
+            channel.groups.host,
+        )
         return transfer, received
 
     rows = own
@@ -116,12 +129,14 @@ def allgather_exchange(channel, own, purpose, keep=False):
     """Gather every shard with one collective; uneven shards are padded to the longest."""
     groups, ring_size, longest = channel.groups, len(channel.lengths), max(channel.lengths)
     shape = (longest, *own.shape[1:])
-    get = own.new_empty if keep else lambda size: groups.workspace.get(f"{purpose}.gathered", size, own.dtype, own.device)
+    get = (
+        own.new_empty if keep else lambda size: groups.workspace.get(f"{purpose}.gathered", size, own.dtype, own.device)
+    )
     gathered = get((ring_size, *shape))
     padded = own
     if own.shape[0] < longest:
         padded = groups.workspace.get(f"{purpose}.padded", shape, own.dtype, own.device)
-        padded[:own.shape[0]] = own
+        padded[: own.shape[0]] = own
 
     def gather():
         return all_gather(gathered.flatten(0, 1), padded, groups.ring_group, purpose, groups.host)
@@ -131,7 +146,7 @@ def allgather_exchange(channel, own, purpose, keep=False):
     (transfer or gather()).wait()
     for t in range(1, ring_size):
         source = (channel.place.rank - t) % ring_size
-        yield source, gathered[source, :channel.lengths[source]]
+        yield source, gathered[source, : channel.lengths[source]]
 
 
 EXCHANGES = {"ring": ring_exchange, "direct": direct_exchange, "allgather": allgather_exchange}
@@ -145,7 +160,8 @@ class GradientReturn:
     dtype, and once more when it crosses windows. Without windows the first holder is the owner.
 
     Use: in window j, ``begin(j)`` gives the buffer of inner step 0 and ``wire(t, source)`` that of step t > 0, which
-    ``send(j, t, source, partial)`` then takes; ``end(j)`` closes the window; ``finish`` returns the sum for the own rows.
+    ``send(j, t, source, partial)`` then takes; ``end(j)`` closes the window; ``finish`` returns the sum for the own
+    rows.
     """
 
     def __init__(self, channel, own, like):
@@ -158,7 +174,9 @@ class GradientReturn:
         if j > 0:
             source = self._channel.place.peer(-j, 0)
             shape = (self._channel.lengths[source], *self._own.shape[1:])
-            self._window_sum = self._channel.groups.workspace.get("dkv.window", shape, self._own.dtype, self._own.device)
+            self._window_sum = self._channel.groups.workspace.get(
+                "dkv.window", shape, self._own.dtype, self._own.device
+            )
         return self._window_sum
 
     def wire(self, t, source):
@@ -166,15 +184,20 @@ class GradientReturn:
         return self._channel.buffer(f"dkv.wire{t % 2}", self._like, source)
 
     def send(self, j, t, source, partial):
-        """Send ``partial`` to the first holder of ``source`` and take the peer's partial for the shard held first here."""
+        """Send ``partial`` to the first holder of ``source`` and take the peer's partial for the shard held first
+        here.
+        """
         channel, place = self._channel, self._channel.place
         peer, held = place.peer(0, t), place.peer(-j, 0)
         rows_out, rows_in = channel.rows_needed(place.rank, source), channel.rows_needed(peer, held)
         received = channel.buffer(f"dkv.inner{t % 2}", self._like, held)
-        transfer = post(channel.groups.ring_group,
-                        [(channel.global_rank(place.peer(0, -t)), partial[start:stop]) for start, stop in rows_out],
-                        [(channel.global_rank(peer), received[start:stop]) for start, stop in rows_in], "dkv",
-                        channel.groups.host)
+        transfer = post(
+            channel.groups.ring_group,
+            [(channel.global_rank(place.peer(0, -t)), partial[start:stop]) for start, stop in rows_out],
+            [(channel.global_rank(peer), received[start:stop]) for start, stop in rows_in],
+            "dkv",
+            channel.groups.host,
+        )
         self._drain_inner()
         self._inner = (transfer, received, rows_in, self._window_sum)
 
@@ -194,8 +217,13 @@ class GradientReturn:
             sends = [(channel.global_rank(source), wire)]
         if self._window_reads(peer, place.rank):
             rows = ((0, received.shape[0]),)
-        transfer = post(channel.groups.outer_group, sends, [(channel.global_rank(peer), received)] if rows else [], "dkv",
-                        channel.groups.host)
+        transfer = post(
+            channel.groups.outer_group,
+            sends,
+            [(channel.global_rank(peer), received)] if rows else [],
+            "dkv",
+            channel.groups.host,
+        )
         self._outer = (transfer, received, rows, self._own)
 
     def _window_reads(self, member, source):
@@ -225,7 +253,9 @@ class GradientReturn:
 
 
 def concatenated(stream, split):
-    """Turn a stream of packed rows into a stream of (source, key, value); the key has ``split`` of the last dimension."""
+    """Turn a stream of packed rows into a stream of (source, key, value); the key has ``split`` of the last
+    dimension.
+    """
     for source, rows in stream:
         yield source, rows[..., :split], rows[..., split:]
 

@@ -1,15 +1,15 @@
 """CPU tensors from rank to rank of one host through shared memory, with gloo for the notices.
 
-gloo sends a large message through the host's network stack, which copies it twice and wakes threads for every part. Here
-the sender writes it into a segment of shared memory and sends a notice of 32 bytes; the receiver reads the segment where it
-is and marks it as read. A dead peer is noticed as ever, because every notice is a message.
+gloo sends a large message through the host's network stack, which copies it twice and wakes threads for every part.
+Here the sender writes it into a segment of shared memory and sends a notice of 32 bytes; the receiver reads the segment
+where it is and marks it as read. A dead peer is noticed as ever, because every notice is a message.
 
     segment = one slot for each reader (number of the last message it has read) | data
 
-A segment is an anonymous file that peers open through /proc: nothing is left behind when a process ends, and the size of
-/dev/shm does not matter. Ranks on other hosts, or in containers that do not see each other, are not reached; gloo carries
-their messages. Linux only. Tried on x86-64; the slots rely on the processor finishing a read before a store that is
-thousands of instructions later, which holds on Arm too.
+A segment is an anonymous file that peers open through /proc: nothing is left behind when a process ends, and the size
+of /dev/shm does not matter. Ranks on other hosts, or in containers that do not see each other, are not reached; gloo
+carries their messages. Linux only. Tried on x86-64; the slots rely on the processor finishing a read before a store
+that is thousands of instructions later, which holds on Arm too.
 """
 
 import itertools
@@ -72,7 +72,7 @@ class Segment:
 
     def view(self, like):
         """The message's memory as a flat tensor with the size and dtype of ``like``."""
-        return self.data[:like.numel() * like.element_size()].view(like.dtype)
+        return self.data[: like.numel() * like.element_size()].view(like.dtype)
 
     def notice(self):
         """int64 (4,) for every reader: where the message is, which segment that is, the message's number and bytes."""
@@ -120,8 +120,11 @@ class HostMemory:
         both = (reached & reached.t()).fill_diagonal_(1)
         rank = dist.get_rank(group)
         # Only ranks that reach the very same members: then all of them agree on who shares memory with whom.
-        peers = frozenset(peer for index, peer in enumerate(members)
-                          if index != rank and both[rank, index] and torch.equal(both[rank], both[index]))
+        peers = frozenset(
+            peer
+            for index, peer in enumerate(members)
+            if index != rank and both[rank, index] and torch.equal(both[rank], both[index])
+        )
         return cls(members, table[:, 0].tolist(), peers, smallest) if peers else None
 
     def carries(self, peer, tensor):
@@ -132,8 +135,9 @@ class HostMemory:
     def outgoing(self, stream, readers, num_bytes):
         """A free Segment for a message of ``num_bytes`` to the global ranks ``readers``.
 
-        Two segments of each stream take turns, so memory does not depend on the number of ranks: what was sent two messages
-        ago has been read by now, unless a peer is far behind. Then a further segment joins, because what is unread must stay.
+        Two segments of each stream take turns, so memory does not depend on the number of ranks: what was sent two
+        messages ago has been read by now, unless a peer is far behind. Then a further segment joins, because what is
+        unread must stay.
         """
         if stream not in self._streams:
             self._streams[stream] = [Segment(), Segment()]
@@ -192,7 +196,9 @@ def _name(token):
 
 
 def _open(process, file, token):
-    """Open another process's file; the token in its name tells it from a stranger's, or a later one, of the same number."""
+    """Open another process's file; the token in its name tells it from a stranger's, or a later one, of the same
+    number.
+    """
     path = f"/proc/{process}/fd/{file}"
     if os.readlink(path) != f"/memfd:{_name(token)} (deleted)":
         raise OSError(f"{path} is not the memory that was announced")

@@ -44,35 +44,41 @@ def all_to_all(input_, process_group, scatter_dim=2, gather_dim=1, gather_size=N
 def _checked_dimensions(input_, process_group, scatter_dim, gather_dim, gather_size):
     """(process_group, scatter_dim, gather_dim, gather_size) with no negative dimension and no None."""
     if input_.dim() not in (3, 4):
-        raise ValueError(f"all_to_all takes tensors of 3 or 4 dimensions, not {tuple(input_.shape)}; view it as one of "
-                         "those.")
-    scatter_dim, gather_dim = (_dimension(dim, input_.dim(), name)
-                               for dim, name in ((scatter_dim, "scatter_dim"), (gather_dim, "gather_dim")))
+        raise ValueError(
+            f"all_to_all takes tensors of 3 or 4 dimensions, not {tuple(input_.shape)}; view it as one of those."
+        )
+    scatter_dim, gather_dim = (
+        _dimension(dim, input_.dim(), name) for dim, name in ((scatter_dim, "scatter_dim"), (gather_dim, "gather_dim"))
+    )
     if scatter_dim == gather_dim:
-        raise ValueError(f"scatter_dim and gather_dim are both {scatter_dim} and must differ; name the dimension to "
-                         "cut and the dimension to join.")
+        raise ValueError(
+            f"scatter_dim and gather_dim are both {scatter_dim} and must differ; name the dimension to "
+            "cut and the dimension to join."
+        )
     world_size = dist.get_world_size(process_group)
     if gather_size is None:
         gather_size = input_.size(gather_dim) * world_size
     share = _split_sizes(gather_size, world_size)[dist.get_rank(process_group)]
     if share != input_.size(gather_dim):
-        raise ValueError(f"gather_size {gather_size} gives rank {dist.get_rank(process_group)} of {world_size} a "
-                         f"length of {share} on dimension {gather_dim}, and its tensor has {input_.size(gather_dim)}; "
-                         f"split with cal_split_sizes({gather_size}, {world_size}), or pass the sum of all lengths.")
+        raise ValueError(
+            f"gather_size {gather_size} gives rank {dist.get_rank(process_group)} of {world_size} a "
+            f"length of {share} on dimension {gather_dim}, and its tensor has {input_.size(gather_dim)}; "
+            f"split with cal_split_sizes({gather_size}, {world_size}), or pass the sum of all lengths."
+        )
     return process_group, scatter_dim, gather_dim, gather_size
 
 
 def start_all_to_all(input_, process_group, scatter_dim=2, gather_dim=1, gather_size=None):
     """``all_to_all`` that returns at once: a ``PendingTensor``, whose ``wait`` gives the result.
 
-    What is computed in between overlaps the exchange. Backward does the same the other way round: the gradient departs where
-    ``wait`` was, and is awaited only where ``input_``'s own gradient is needed. So with separate projections ::
+    What is computed in between overlaps the exchange. Backward does the same the other way round: the gradient departs
+    where ``wait`` was, and is awaited only where ``input_``'s own gradient is needed. So with separate projections ::
 
         query, key, value = (start_all_to_all(project(hidden), group) for project in (to_query, to_key, to_value))
         out = attention(query.wait(), key.wait(), value.wait())
 
-    each exchange overlaps the next projection, forward, and the projections' own backward passes. All ranks start in one
-    order and wait in one order; ``input_`` must not be changed in place before ``wait``.
+    each exchange overlaps the next projection, forward, and the projections' own backward passes. All ranks start in
+    one order and wait in one order; ``input_`` must not be changed in place before ``wait``.
     """
     return PendingTensor(input_, *_checked_dimensions(input_, process_group, scatter_dim, gather_dim, gather_size))
 
@@ -106,8 +112,10 @@ def split_forward_gather_backward(input_, process_group, dim, split_sizes=None, 
     dim, world_size = _dimension(dim, input_.dim(), "dim"), dist.get_world_size(process_group)
     sizes = _checked_sizes(split_sizes, world_size, "split_sizes") or _split_sizes(input_.size(dim), world_size)
     if sum(sizes) != input_.size(dim):
-        raise ValueError(f"split_sizes {sizes} must sum to {input_.size(dim)}, the length of dimension {dim}; "
-                         "leave them out for an even split.")
+        raise ValueError(
+            f"split_sizes {sizes} must sum to {input_.size(dim)}, the length of dimension {dim}; "
+            "leave them out for an even split."
+        )
     _check_grad_scale(grad_scale)
     return input_ if world_size == 1 else _Split.apply(input_, process_group, dim, tuple(sizes), grad_scale)
 
@@ -124,8 +132,10 @@ def gather_forward_split_backward(input_, process_group, dim, gather_sizes=None,
     sizes = _checked_sizes(gather_sizes, world_size, "gather_sizes") or [input_.size(dim)] * world_size
     rank = dist.get_rank(process_group)
     if sizes[rank] != input_.size(dim):
-        raise ValueError(f"gather_sizes {sizes} give rank {rank} a length of {sizes[rank]}, and its tensor has "
-                         f"{input_.size(dim)} on dimension {dim}; pass the length of every rank's part in rank order.")
+        raise ValueError(
+            f"gather_sizes {sizes} give rank {rank} a length of {sizes[rank]}, and its tensor has "
+            f"{input_.size(dim)} on dimension {dim}; pass the length of every rank's part in rank order."
+        )
     _check_grad_scale(grad_scale)
     return input_ if world_size == 1 else _Gather.apply(input_, process_group, dim, tuple(sizes), grad_scale)
 
@@ -240,6 +250,7 @@ def _start_exchange(tensor, group, scatter_dim, gather_dim, gather_size):
             return received.view([gather_size, *shapes[rank][1:]])
         parts = [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
         return torch.cat(parts, dim=gather_dim)
+
     return finish
 
 
@@ -263,7 +274,7 @@ def _gathered(tensor, group, dim, sizes):
     send = own.contiguous()
     if len(send) < longest:
         send = own.new_zeros((longest, *own.shape[1:]))
-        send[:len(own)] = own
+        send[: len(own)] = own
     received = send.new_empty((len(sizes) * longest, *send.shape[1:]))
     transport.all_gather(received, send, group, "gather").wait()
     if min(sizes) < longest:
@@ -279,8 +290,9 @@ def _scaled(grad, grad_scale, world_size):
 
 def _dimension(dim, num_dims, name):
     if not -num_dims <= dim < num_dims:
-        raise ValueError(f"{name} {dim} does not exist in a tensor of {num_dims} dimensions; choose 0 to "
-                         f"{num_dims - 1}.")
+        raise ValueError(
+            f"{name} {dim} does not exist in a tensor of {num_dims} dimensions; choose 0 to {num_dims - 1}."
+        )
     return dim % num_dims
 
 

@@ -1,7 +1,7 @@
 """The few torch.distributed calls that everything else is made of; a failure names the ranks that were waited for.
 
-Between ranks of one host, large CPU tensors cross through shared memory (``host_memory``) and only notices are sent. That
-changes no result, no order and no count of bytes.
+Between ranks of one host, large CPU tensors cross through shared memory (``host_memory``) and only notices are sent.
+That changes no result, no order and no count of bytes.
 """
 
 from contextlib import contextmanager
@@ -24,8 +24,10 @@ def _naming(purpose, peers):
         yield
     except (RuntimeError, OSError) as error:
         who = ", ".join(str(peer) for peer in peers)
-        raise RuntimeError(f"context parallelism: global rank {dist.get_rank()} lost rank {who} while exchanging {purpose}; "
-                           f"look at the log of that rank first. Back end: {error}") from error
+        raise RuntimeError(
+            f"context parallelism: global rank {dist.get_rank()} lost rank {who} while exchanging {purpose}; "
+            f"look at the log of that rank first. Back end: {error}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Transfer:
         self.release()
 
     def peek(self):
-        """Wait, and return (peer, what it sent) in the order of the receives: the target itself, or the sender's memory.
+        """Wait, and return (peer, what it sent) in the order of the receives: the target itself, or the sender's
+        memory.
 
         Such memory is flat and may be read until ``release``, which must follow.
         """
@@ -89,10 +92,15 @@ def post(group, sends, receives, purpose, host=None, count=True):
     """
     stream, purpose = (group, purpose), purpose.partition(".")[0]
     sends = [(peer, message) for peer, message in sends if isinstance(message, Segment) or message.numel()]
-    arrivals = [_Arrival(peer, tensor, _no_notice_yet() if host and host.carries(peer, tensor) else None)
-                for peer, tensor in receives if tensor.numel()]
-    ops = [dist.P2POp(dist.isend, _leaving(host, (*stream, index), peer, message), peer, group)
-           for index, (peer, message) in enumerate(sends)]
+    arrivals = [
+        _Arrival(peer, tensor, _no_notice_yet() if host and host.carries(peer, tensor) else None)
+        for peer, tensor in receives
+        if tensor.numel()
+    ]
+    ops = [
+        dist.P2POp(dist.isend, _leaving(host, (*stream, index), peer, message), peer, group)
+        for index, (peer, message) in enumerate(sends)
+    ]
     ops += [dist.P2POp(dist.irecv, arrival.lands_in, arrival.peer, group) for arrival in arrivals]
     if count:
         for _, tensor in sends:
@@ -121,7 +129,8 @@ def _leaving(host, stream, peer, message):
 
 
 def all_gather(gathered, tensor, group, purpose, host=None, count=True):
-    """Start gathering equal contiguous tensors into ``gathered`` (ranks in order along dimension 0); returns a Transfer.
+    """Start gathering equal contiguous tensors into ``gathered`` (ranks in order along dimension 0); returns a
+    Transfer.
 
     Args:
         host: HostMemory; where it reaches the whole group, each rank writes its tensor once and all others read it.
@@ -141,8 +150,11 @@ def all_gather(gathered, tensor, group, purpose, host=None, count=True):
 
 def all_to_all(received, send, receive_sizes, send_sizes, group, purpose):
     """Start an all-to-all of flat tensors with sizes in elements; the caller counts the bytes; returns a Transfer."""
-    return _collective(purpose, _others(group), lambda: dist.all_to_all_single(
-        received, send, receive_sizes, send_sizes, group=group, async_op=True))
+    return _collective(
+        purpose,
+        _others(group),
+        lambda: dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=group, async_op=True),
+    )
 
 
 def _collective(purpose, others, start):

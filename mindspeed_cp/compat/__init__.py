@@ -64,11 +64,13 @@ class MindSpeedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def _explain(self, parent, missing):
-        below = sorted({name[len(parent) + 1:].partition(".")[0] for name in ALIASES if name.startswith(f"{parent}.")})
+        below = sorted({name[len(parent) + 1 :].partition(".")[0] for name in ALIASES if name.startswith(f"{parent}.")})
         here = [*(importlib.import_module(ALIASES[parent]).__all__ if parent in ALIASES else ()), *below]
         instead = f"use {INSTEAD[missing]}" if missing in INSTEAD else "leave it out"
-        return (f"no {missing!r} in {parent}: mindspeed_cp answers this MindSpeed path with {', '.join(here)}; {instead}, "
-                "or see docs/migration-from-mindspeed.md.")
+        return (
+            f"no {missing!r} in {parent}: mindspeed_cp answers this MindSpeed path with {', '.join(here)}; {instead}, "
+            "or see docs/migration-from-mindspeed.md."
+        )
 
     def create_module(self, spec):
         return None

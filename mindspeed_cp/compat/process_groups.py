@@ -10,13 +10,21 @@ from math import gcd
 import torch.distributed as dist
 
 __all__ = [
-    "get_context_parallel_next_rank", "get_context_parallel_prev_rank",
-    "get_context_parallel_group_for_send_recv_overlap", "get_context_parallel_group_for_hybrid_ulysses",
-    "get_context_parallel_for_hybrid_ulysses_world_size", "get_context_parallel_for_hybrid_ulysses_rank",
-    "get_context_parallel_group_for_hybrid_ring", "get_context_parallel_for_hybrid_ring_world_size",
-    "get_context_parallel_for_hybrid_ring_rank", "get_context_parallel_for_hybrid_ring_global_ranks",
-    "get_ring_group_for_intra_window", "get_ring_group_for_intra_window_send_recv_overlap",
-    "get_ring_ranks_for_intra_window", "get_ring_ranks_for_inter_window_kv", "get_ring_ranks_for_inter_window_dkv",
+    "get_context_parallel_next_rank",
+    "get_context_parallel_prev_rank",
+    "get_context_parallel_group_for_send_recv_overlap",
+    "get_context_parallel_group_for_hybrid_ulysses",
+    "get_context_parallel_for_hybrid_ulysses_world_size",
+    "get_context_parallel_for_hybrid_ulysses_rank",
+    "get_context_parallel_group_for_hybrid_ring",
+    "get_context_parallel_for_hybrid_ring_world_size",
+    "get_context_parallel_for_hybrid_ring_rank",
+    "get_context_parallel_for_hybrid_ring_global_ranks",
+    "get_ring_group_for_intra_window",
+    "get_ring_group_for_intra_window_send_recv_overlap",
+    "get_ring_ranks_for_intra_window",
+    "get_ring_ranks_for_inter_window_kv",
+    "get_ring_ranks_for_inter_window_dkv",
 ]
 
 
@@ -29,8 +37,10 @@ def _adaptor_groups():
 
 def _required(found, name, check=True):
     if found is None and check:
-        raise ValueError(f"{name} is not there; import mindspeed_cp.megatron_adaptor, choose an algorithm that has it, "
-                         "and call initialize_model_parallel first.")
+        raise ValueError(
+            f"{name} is not there; import mindspeed_cp.megatron_adaptor, choose an algorithm that has it, "
+            "and call initialize_model_parallel first."
+        )
     return found
 
 
@@ -122,7 +132,7 @@ def _inner_size(ring):
 def get_ring_ranks_for_intra_window():
     """Global ranks of this rank's window."""
     ranks, window, place_w, _ = _window_place()
-    return ranks[place_w * window:(place_w + 1) * window]
+    return ranks[place_w * window : (place_w + 1) * window]
 
 
 def get_ring_ranks_for_inter_window_kv():

@@ -27,8 +27,9 @@ COMPRESSED = (2048, 2048)  # the causal mask that the NPU operators take, whatev
 REQUIRED = ("causal", "cp_group", "cp_size", "rank", "cp_global_ranks")
 
 
-def ringattn_context_parallel(q, k, v, n, cp_para, softmax_scale=None, attn_mask=None, dropout_p=0.,
-                              packed_seq_params=None, shapes=None):
+def ringattn_context_parallel(
+    q, k, v, n, cp_para, softmax_scale=None, attn_mask=None, dropout_p=0.0, packed_seq_params=None, shapes=None
+):
     """Ring or Double Ring attention over the ranks that ``cp_para`` names; every one of them calls it.
 
     Args:
@@ -49,17 +50,28 @@ def ringattn_context_parallel(q, k, v, n, cp_para, softmax_scale=None, attn_mask
     """
     place = _Place.of(cp_para)
     documents = None if packed_seq_params is None else _boundaries(packed_seq_params)
-    without_batch = documents is not None and q.shape[1] == n and documents.values[-1] == q.shape[0] * (
-        place.size if documents.padded else 1)
+    without_batch = (
+        documents is not None
+        and q.shape[1] == n
+        and documents.values[-1] == q.shape[0] * (place.size if documents.padded else 1)
+    )
     query, key, value = _with_heads(q, k, v, n, without_batch)
     lengths = _lengths(shapes, query.shape[0], place)
     layout, cu_seqlens, flattened = _layout(place, lengths, query.shape[1], documents)
     if flattened:
         query, key, value = (tensor.transpose(0, 1).flatten(0, 1).unsqueeze(1) for tensor in (query, key, value))
     out = context_parallel_attention(
-        query, key, value, config=place.config if documents is None else place.causal_config, groups=place.groups,
-        layout=layout, softmax_scale=softmax_scale, attention_mask=_global_mask(attn_mask, layout, place, documents),
-        cu_seqlens=cu_seqlens, dropout_p=dropout_p)
+        query,
+        key,
+        value,
+        config=place.config if documents is None else place.causal_config,
+        groups=place.groups,
+        layout=layout,
+        softmax_scale=softmax_scale,
+        attention_mask=_global_mask(attn_mask, layout, place, documents),
+        cu_seqlens=cu_seqlens,
+        dropout_p=dropout_p,
+    )
     if flattened:
         out = out.unflatten(0, (q.shape[1], q.shape[0])).squeeze(2).transpose(0, 1)
     return out.squeeze(1) if without_batch else out.flatten(2)
@@ -85,17 +97,25 @@ class _Place:
         if missing:
             raise ValueError(f"cp_para has no {', '.join(missing)}; it needs {', '.join(REQUIRED)}.")
         if para.get("pse") is not None:
-            raise ValueError("cp_para['pse'] (position bias, ALiBi) is not supported; leave it out and use rotary "
-                             "position embeddings, or run with --context-parallel-size 1.")
+            raise ValueError(
+                "cp_para['pse'] (position bias, ALiBi) is not supported; leave it out and use rotary "
+                "position embeddings, or run with --context-parallel-size 1."
+            )
         size, rank, ranks = para["cp_size"], para["rank"], tuple(para["cp_global_ranks"])
         if len(ranks) != size or not 0 <= rank < size or ranks[rank] != dist.get_rank():
-            raise ValueError(f"cp_para has cp_size {size}, rank {rank} and cp_global_ranks {list(ranks)} on global "
-                             f"rank {dist.get_rank()}; cp_global_ranks must list the ring's {size} ranks in ring "
-                             "order.")
+            raise ValueError(
+                f"cp_para has cp_size {size}, rank {rank} and cp_global_ranks {list(ranks)} on global "
+                f"rank {dist.get_rank()}; cp_global_ranks must list the ring's {size} ranks in ring "
+                "order."
+            )
         overlap = para.get("cp_group_for_send_recv_overlap")
         settings = {
-            "context_parallel_size": size, "algorithm": "megatron_cp_algo", "window_size": _window(para, ranks, rank),
-            "kv_cache_policy": para.get("cache_policy") if size > 1 else None, "send_recv_overlap": overlap is not None}
+            "context_parallel_size": size,
+            "algorithm": "megatron_cp_algo",
+            "window_size": _window(para, ranks, rank),
+            "kv_cache_policy": para.get("cache_policy") if size > 1 else None,
+            "send_recv_overlap": overlap is not None,
+        }
         causal = ContextParallelConfig(**settings)
         config = causal if para["causal"] else ContextParallelConfig(**settings, attention_mask_type="full")
         groups = _groups(config.hierarchy, rank, ranks, para["cp_group"], overlap)
@@ -109,9 +129,11 @@ def _window(para, ranks, rank):
     if window in (0, 1, len(ranks)):
         return 1
     start = rank // window * window
-    if len(ranks) % window or inner != list(ranks[start:start + window]):
-        raise ValueError(f"cp_para['cp_inner_ranks'] {inner} must be this rank's window of cp_global_ranks "
-                         f"{list(ranks)}: a size that divides {len(ranks)}, neighbours in ring order.")
+    if len(ranks) % window or inner != list(ranks[start : start + window]):
+        raise ValueError(
+            f"cp_para['cp_inner_ranks'] {inner} must be this rank's window of cp_global_ranks "
+            f"{list(ranks)}: a size that divides {len(ranks)}, neighbours in ring order."
+        )
     return window
 
 
@@ -134,12 +156,16 @@ def _with_heads(q, k, v, n, without_batch):
         return tuple(tensor.unsqueeze(1) for tensor in (q, k, v))
     width = q.shape[-1] // n
     if q.dim() != 3 or q.shape[-1] % n or k.shape[-1] % max(width, 1):
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (seq, batch, heads * head_dim), q with n "
-                         f"= {n} heads; k's last dimension must be a multiple of q's head_dim.")
+        raise ValueError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (seq, batch, heads * head_dim), q with n "
+            f"= {n} heads; k's last dimension must be a multiple of q's head_dim."
+        )
     kv_heads = k.shape[-1] // width
     if v.shape[-1] % kv_heads:
-        raise ValueError(f"v {tuple(v.shape)} cannot be cut into the {kv_heads} KV heads that k {tuple(k.shape)} has; "
-                         "give it as many.")
+        raise ValueError(
+            f"v {tuple(v.shape)} cannot be cut into the {kv_heads} KV heads that k {tuple(k.shape)} has; "
+            "give it as many."
+        )
     return q.unflatten(-1, (n, width)), k.unflatten(-1, (kv_heads, width)), v.unflatten(-1, (kv_heads, -1))
 
 
@@ -148,8 +174,10 @@ def _lengths(shapes, local, place):
     if shapes is None:
         return (local,) * place.size
     if len(shapes) != place.size or shapes[place.rank] != local:
-        raise ValueError(f"shapes {list(shapes)} must hold the tokens of each of the {place.size} ranks, and this rank "
-                         f"has {local}; pass the first dimension of every rank's q, in ring order.")
+        raise ValueError(
+            f"shapes {list(shapes)} must hold the tokens of each of the {place.size} ranks, and this rank "
+            f"has {local}; pass the first dimension of every rank's q, in ring order."
+        )
     return tuple(int(length) for length in shapes)
 
 
@@ -183,19 +211,27 @@ def _layout(place, lengths, batch, documents):
     values, total = documents.values, documents.values[-1]
     if not place.causal:
         # As in MindSpeed, where "general" with documents masks what lies after the query as well.
-        warn_rank0("cp_para['causal'] is False with packed_seq_params: ranks hold contiguous tokens, and attention is "
-                   "causal within each document, as in MindSpeed; call context_parallel_attention for full attention "
-                   "within documents.")
+        warn_rank0(
+            "cp_para['causal'] is False with packed_seq_params: ranks hold contiguous tokens, and attention is "
+            "causal within each document, as in MindSpeed; call context_parallel_attention for full attention "
+            "within documents."
+        )
     whole = total in (seq_len, seq_len * batch)
-    if zigzag and len(set(lengths)) == 1 and (
-            total == seq_len * batch if documents.padded
-            else total == local and not (whole and documents.leading_zero)):
+    if (
+        zigzag
+        and len(set(lengths)) == 1
+        and (
+            total == seq_len * batch if documents.padded else total == local and not (whole and documents.leading_zero)
+        )
+    ):
         values = tuple(value // place.size for value in values) if documents.padded else values
         return document_layout(values, place.size), tuple(place.size * value for value in values), batch > 1
     if not whole:
-        raise ValueError(f"packed_seq_params.cu_seqlens_q ends with {total}; it must end with the whole sequence's "
-                         f"{seq_len} tokens, or {seq_len * batch} over the batch"
-                         + (f", or with this rank's {local}." if zigzag else "."))
+        raise ValueError(
+            f"packed_seq_params.cu_seqlens_q ends with {total}; it must end with the whole sequence's "
+            f"{seq_len} tokens, or {seq_len * batch} over the batch"
+            + (f", or with this rank's {local}." if zigzag else ".")
+        )
     rows = 1 if total == seq_len else batch
     return row_layout(lengths, zigzag, rows), values, rows > 1
 
@@ -209,13 +245,16 @@ def _global_mask(attn_mask, layout, place, documents):
     if is_tensor and (place.causal or documents) and _is_causal(mask, seq_len):
         return None
     if documents:
-        raise ValueError("attn_mask cannot be combined with packed_seq_params, which describe the mask already; leave "
-                         "one out.")
+        raise ValueError(
+            "attn_mask cannot be combined with packed_seq_params, which describe the mask already; leave one out."
+        )
     if not is_tensor:
         return _mask_of_blocks(attn_mask, layout, place.rank)
     if mask.shape[-2:] != (seq_len, seq_len):
-        raise ValueError(f"attn_mask has shape {tuple(mask.shape)} and must cover the whole sequence, ({seq_len}, "
-                         f"{seq_len}) or (batch, 1, {seq_len}, {seq_len}), or be a list of one block per rank.")
+        raise ValueError(
+            f"attn_mask has shape {tuple(mask.shape)} and must cover the whole sequence, ({seq_len}, "
+            f"{seq_len}) or (batch, 1, {seq_len}, {seq_len}), or be a list of one block per rank."
+        )
     return mask
 
 
@@ -231,8 +270,10 @@ def _mask_of_blocks(blocks, layout, rank):
     size, seq_len = layout.ring_size, layout.seq_len
     expected = [(layout.length(rank), layout.length(source)) for source in range(size)]
     if [tuple(block.shape[-2:]) for block in blocks] != expected:
-        raise ValueError(f"attn_mask holds blocks of {[tuple(block.shape) for block in blocks]} and must hold one per "
-                         f"rank, of {expected}.")
+        raise ValueError(
+            f"attn_mask holds blocks of {[tuple(block.shape) for block in blocks]} and must hold one per "
+            f"rank, of {expected}."
+        )
     blocks = [block.bool() for block in blocks]
     mask = blocks[0].new_zeros((*blocks[0].shape[:-2], seq_len, seq_len))
     mine = layout.positions(rank, mask.device)

@@ -44,18 +44,31 @@ def row_layout(lengths, zigzag, rows):
     else:
         chunks, mine = lengths, [(rank,) for rank in range(size)]
     starts = [0, *accumulate(chunks)]
-    return RunsLayout(rows * starts[-1], tuple(
-        join_runs((row * starts[-1] + starts[chunk], row * starts[-1] + starts[chunk + 1])
-                  for row in range(rows) for chunk in pair)
-        for pair in mine))
+    return RunsLayout(
+        rows * starts[-1],
+        tuple(
+            join_runs(
+                (row * starts[-1] + starts[chunk], row * starts[-1] + starts[chunk + 1])
+                for row in range(rows)
+                for chunk in pair
+            )
+            for pair in mine
+        ),
+    )
 
 
 @lru_cache(maxsize=256)
 def document_layout(local_boundaries, size):
     """Both halves of every document, whose boundaries are counted in one rank's tokens."""
     documents = [row_layout((after - before,) * size, True, 1) for before, after in pairwise(local_boundaries)]
-    return RunsLayout(size * local_boundaries[-1], tuple(
-        join_runs((size * first + start, size * first + stop)
-                  for first, document in zip(local_boundaries, documents, strict=False)
-                  for start, stop in document.ring_runs(rank))
-        for rank in range(size)))
+    return RunsLayout(
+        size * local_boundaries[-1],
+        tuple(
+            join_runs(
+                (size * first + start, size * first + stop)
+                for first, document in zip(local_boundaries, documents, strict=False)
+                for start, stop in document.ring_runs(rank)
+            )
+            for rank in range(size)
+        ),
+    )

@@ -58,8 +58,10 @@ def merge_function(kernel, fused):
         fused: use the kernel's own operator (--use-fused-ring-attention-update); where it has none, that is said once.
     """
     if fused and not hasattr(kernel, "merge"):
-        warn_rank0(f"--use-fused-ring-attention-update changes nothing: kernel {kernel.name} has no fused update here; "
-                   "blocks are merged in place by torch operations.")
+        warn_rank0(
+            f"--use-fused-ring-attention-update changes nothing: kernel {kernel.name} has no fused update here; "
+            "blocks are merged in place by torch operations."
+        )
     return getattr(kernel, "merge", merge_attention) if fused else merge_attention
 
 
@@ -73,15 +75,19 @@ def select_kernel(name=None, device_type="cpu"):
     if name is None:
         names = [key for key, row in KERNELS.items() if row.automatic and row.device_type == device_type]
         if not names:
-            raise ValueError(f"no attention kernel serves device {device_type}; choose --cp-kernel blockwise, "
-                             f"or add a kernel to mindspeed_cp/kernels ({', '.join(KERNELS)} exist).")
+            raise ValueError(
+                f"no attention kernel serves device {device_type}; choose --cp-kernel blockwise, "
+                f"or add a kernel to mindspeed_cp/kernels ({', '.join(KERNELS)} exist)."
+            )
         name = names[0]
     if name not in KERNELS:
         raise ValueError(f"--cp-kernel {name} is not known; choose one of {', '.join(KERNELS)}.")
     row = KERNELS[name]
     if row.device_type not in (None, device_type):
-        raise ValueError(f"--cp-kernel {name} serves {row.device_type} tensors, and these are on {device_type}; "
-                         "leave --cp-kernel out to choose by device.")
+        raise ValueError(
+            f"--cp-kernel {name} serves {row.device_type} tensors, and these are on {device_type}; "
+            "leave --cp-kernel out to choose by device."
+        )
     module = row.load()
     reason = module.unavailable()
     if reason:

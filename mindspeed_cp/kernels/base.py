@@ -31,8 +31,8 @@ class AttentionKernel(Protocol):
     its query i sees its key j when lower <= j - i <= upper, counted within a piece, and every row sees a key.
     ``attention_mask`` (bool, True = masked out, (1 or batch, nq, nk)) further masks a single full rectangle.
 
-    A kernel that is faster when (seq, dim) of each head is contiguous says ``contiguous_heads = True``; it gets such tensors
-    where an exchange copies anyway.
+    A kernel that is faster when (seq, dim) of each head is contiguous says ``contiguous_heads = True``; it gets such
+    tensors where an exchange copies anyway.
     """
 
     name: str

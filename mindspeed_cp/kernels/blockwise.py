@@ -1,7 +1,8 @@
 """Attention of one block in plain torch operations, for every device and dtype: exact, slower than a fused kernel.
 
 Serves dropout, value dimensions that differ from the key's, float32 and float64 on devices whose kernel lacks them.
-Computes in the accumulation dtype, a tile of query rows at a time, so that no more than TILE_ELEMENTS scores exist at once.
+Computes in the accumulation dtype, a tile of query rows at a time, so that no more than TILE_ELEMENTS scores exist at
+once.
 """
 
 import torch
@@ -76,7 +77,9 @@ class BlockwiseKernel:
 
 
 class _Tile:
-    """Some query rows of one piece and the keys of that piece; the grouped form is (batch, kv_heads, group, rows, dim)."""
+    """Some query rows of one piece and the keys of that piece; the grouped form is (batch, kv_heads, group, rows,
+    dim).
+    """
 
     def __init__(self, q, k, hidden, kv_heads, dtype):
         self.q, self.k, self.hidden, self.kv_heads, self.dtype = q, k, hidden, kv_heads, dtype
@@ -116,7 +119,7 @@ def _tiles(query, key, block, attention_mask):
                 reach = None if block.upper is None else block.upper + start
                 hidden = band_mask(stop - start, cols, shift, reach, query.device)
             if attention_mask is not None:
-                dense = attention_mask[:, q.start + start:q.start + stop, k][:, None, None]
+                dense = attention_mask[:, q.start + start : q.start + stop, k][:, None, None]
                 hidden = dense if hidden is None else dense | hidden
             yield _Tile(slice(q.start + start, q.start + stop), k, hidden, key.shape[2], dtype)
 

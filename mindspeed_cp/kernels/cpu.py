@@ -1,8 +1,8 @@
 """The CPU kernel: torch's own flash attention operator, float64 included.
 
-The operator wants (batch, heads, seq, dim) with any strides, so the sequence-first tensors go in as views. A KV head that
-serves several query heads is expanded with stride 0, never copied. It has no dropout and wants dk == dv: those cases take
-the blockwise path, which is exact and slower.
+The operator wants (batch, heads, seq, dim) with any strides, so the sequence-first tensors go in as views. A KV head
+that serves several query heads is expanded with stride 0, never copied. It has no dropout and wants dk == dv: those
+cases take the blockwise path, which is exact and slower.
 """
 
 import torch
@@ -25,7 +25,9 @@ def unavailable():
 class CpuKernel:
     name = "cpu"
     native_bands = False
-    contiguous_heads = True  # a row stride of a power of two maps a head's rows to few sets of the cache: 5 to 7 % slower
+    contiguous_heads = (
+        True  # a row stride of a power of two maps a head's rows to few sets of the cache: 5 to 7 % slower
+    )
 
     def __init__(self):
         self._blockwise = BlockwiseKernel()
@@ -44,8 +46,10 @@ class CpuKernel:
             return self._blockwise.backward(grad_out, query, key, value, out, lse, block, options, rng, attention_mask)
         if block.num_pieces == 1:
             return _backward_piece(grad_out, query, key, value, out, lse, block, options, attention_mask)
-        grads = [_backward_piece(grad_out[q], query[q], key[k], value[k], out[q], lse[q], block, options, None)
-                 for q, k in block.pieces()]
+        grads = [
+            _backward_piece(grad_out[q], query[q], key[k], value[k], out[q], lse[q], block, options, None)
+            for q, k in block.pieces()
+        ]
         return tuple(torch.cat(parts) for parts in zip(*grads))
 
 
@@ -55,8 +59,10 @@ def _needs_blockwise(key, value, options):
 
 def _announce_blockwise(options):
     reason = "dropout" if options.dropout_p else "a value head dimension that differs from the key's"
-    warn_rank0(f"--cp-kernel cpu: torch's CPU flash attention does not take {reason}; the exact and slower blockwise kernel "
-               "computes it (--cp-kernel blockwise chooses it outright).")
+    warn_rank0(
+        f"--cp-kernel cpu: torch's CPU flash attention does not take {reason}; the exact and slower blockwise kernel "
+        "computes it (--cp-kernel blockwise chooses it outright)."
+    )
 
 
 def _group_queries(tensor, kv_heads):
@@ -117,8 +123,16 @@ def _backward_piece(grad_out, query, key, value, out, lse, block, options, atten
     else:
         rows = [_group_queries(tensor, kv_heads) for tensor in (grad_out, out, lse)]
     is_causal = block.is_causal and mask is None
-    dq, dk, dv = _backward(rows[0], *_views(query, key, value), rows[1], rows[2], 0.0, is_causal,
-                           attn_mask=mask, scale=options.softmax_scale)
+    dq, dk, dv = _backward(
+        rows[0],
+        *_views(query, key, value),
+        rows[1],
+        rows[2],
+        0.0,
+        is_causal,
+        attn_mask=mask,
+        scale=options.softmax_scale,
+    )
     if group == 1:
         return tuple(grad.permute(2, 0, 1, 3) for grad in (dq, dk, dv))
     dk, dv = (grad.sum(1).movedim(1, 0).reshape(like.shape) for grad, like in ((dk, key), (dv, value)))

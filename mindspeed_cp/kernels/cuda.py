@@ -35,13 +35,17 @@ def build():
 def unavailable():
     """Why this machine cannot use the CUDA kernel; "" when it can."""
     if not torch.cuda.is_available():
-        return ("torch finds no CUDA device; install a CUDA build of torch, and check `nvidia-smi` and "
-                "CUDA_VISIBLE_DEVICES.")
+        return (
+            "torch finds no CUDA device; install a CUDA build of torch, and check `nvidia-smi` and "
+            "CUDA_VISIBLE_DEVICES."
+        )
     if torch.cuda.get_device_capability() < (8, 0):
         return "flash attention needs compute capability 8.0 (Ampere) or newer; choose --cp-kernel blockwise."
     if not torch.backends.cuda.is_flash_attention_available():
-        return ("this build of torch has no flash attention; install an official CUDA build, or choose "
-                "--cp-kernel blockwise.")
+        return (
+            "this build of torch has no flash attention; install an official CUDA build, or choose "
+            "--cp-kernel blockwise."
+        )
     return ""
 
 
@@ -67,8 +71,10 @@ class CudaKernel:
         dims = query.shape[-1], key.shape[-1], value.shape[-1]
         out, grad_out = out.to(query.dtype), grad_out.to(query.dtype)
         query, key, value, out, grad_out = _padded((query, key, value, out, grad_out), *dims[1:])
-        grads = [self._backward_part(grad_out[q], query[q], key[k], value[k], out[q], lse[q], part, options, part_rng)
-                 for (q, k, part), part_rng in zip(_parts(block), rng, strict=True)]
+        grads = [
+            self._backward_part(grad_out[q], query[q], key[k], value[k], out[q], lse[q], part, options, part_rng)
+            for (q, k, part), part_rng in zip(_parts(block), rng, strict=True)
+        ]
         return tuple(_joined(part)[..., :dim] for part, dim in zip(zip(*grads), dims))
 
     def _needs_blockwise(self, query, value, attention_mask):
@@ -81,8 +87,10 @@ class CudaKernel:
         elif head_dim > MAX_HEAD_DIM:
             reason = f"a head dimension of {head_dim}"
         if reason:
-            warn_rank0(f"--cp-kernel {self.name}: flash attention does not take {reason}; the exact and slower "
-                       "blockwise kernel computes it (--cp-kernel blockwise chooses it outright).")
+            warn_rank0(
+                f"--cp-kernel {self.name}: flash attention does not take {reason}; the exact and slower "
+                "blockwise kernel computes it (--cp-kernel blockwise chooses it outright)."
+            )
         return reason is not None
 
     def _forward_part(self, query, key, value, block, options):
@@ -98,31 +106,61 @@ class CudaKernel:
     def _dense_forward(self, query, key, value, block, options):
         """(out, lse, rng) of one piece; lse is (batch, heads, rows) in the operator."""
         q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))
-        out, lse, *rng, _ = _forward(q, k, v, None, None, q.shape[1], k.shape[1], options.dropout_p, block.is_causal,
-                                     False, scale=options.softmax_scale, **_window(block, q.shape[1], k.shape[1]))
+        out, lse, *rng, _ = _forward(
+            q,
+            k,
+            v,
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            options.dropout_p,
+            block.is_causal,
+            False,
+            scale=options.softmax_scale,
+            **_window(block, q.shape[1], k.shape[1]),
+        )
         return out.transpose(0, 1), lse.permute(2, 0, 1), rng
 
     def _dense_backward(self, grad_out, query, key, value, out, lse, block, options, rng):
         tensors = (tensor.transpose(0, 1) for tensor in (grad_out.contiguous(), query, key, value, out.contiguous()))
         # The operator reads lse as contiguous memory, whatever its strides say.
-        grads = _backward(*tensors, lse.permute(1, 2, 0).contiguous(), None, None, query.shape[0], key.shape[0],
-                          options.dropout_p, block.is_causal, *rng, scale=options.softmax_scale,
-                          **_window(block, query.shape[0], key.shape[0]))
+        grads = _backward(
+            *tensors,
+            lse.permute(1, 2, 0).contiguous(),
+            None,
+            None,
+            query.shape[0],
+            key.shape[0],
+            options.dropout_p,
+            block.is_causal,
+            *rng,
+            scale=options.softmax_scale,
+            **_window(block, query.shape[0], key.shape[0]),
+        )
         return tuple(grad.transpose(0, 1) for grad in grads)
 
 
 def _varlen_forward(query, key, value, block, options):
     """(out, lse, rng) of packed pieces; lse is (batch * heads, rows) in the operator."""
     tensors = (tensor.flatten(1, 2) for tensor in (query, key, value))
-    out, lse, *rng, _ = _forward(*tensors, *_lengths(block, query.device), options.dropout_p, block.is_causal, False,
-                                 scale=options.softmax_scale)
+    out, lse, *rng, _ = _forward(
+        *tensors, *_lengths(block, query.device), options.dropout_p, block.is_causal, False, scale=options.softmax_scale
+    )
     return out.view(*query.shape[:3], -1), lse.t().reshape(query.shape[:3]), rng
 
 
 def _varlen_backward(grad_out, query, key, value, out, lse, block, options, rng):
     tensors = (tensor.flatten(1, 2) for tensor in (grad_out.contiguous(), query, key, value, out.contiguous()))
-    grads = _backward(*tensors, lse.flatten(1).t().contiguous(), *_lengths(block, query.device), options.dropout_p,
-                      block.is_causal, *rng, scale=options.softmax_scale)
+    grads = _backward(
+        *tensors,
+        lse.flatten(1).t().contiguous(),
+        *_lengths(block, query.device),
+        options.dropout_p,
+        block.is_causal,
+        *rng,
+        scale=options.softmax_scale,
+    )
     return tuple(grad.view(like.shape) for grad, like in zip(grads, (query, key, value)))
 
 
@@ -150,8 +188,10 @@ def _window(block, rows, cols):
         return {}
     shift = cols - rows
     assert block.lower is None or shift >= block.lower, "every row of a band sees a key (blocks.plan_blocks)"
-    return {"window_size_left": -1 if block.lower is None else shift - block.lower,
-            "window_size_right": -1 if block.upper is None else block.upper - shift}
+    return {
+        "window_size_left": -1 if block.lower is None else shift - block.lower,
+        "window_size_right": -1 if block.upper is None else block.upper - shift,
+    }
 
 
 def _padded(tensors, dk, dv):

@@ -34,7 +34,8 @@ class CudnnKernel(cuda.CudaKernel):
             return super()._dense_forward(query, key, value, block, options)
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         out, lse, _, _, _, _, seed, offset, _ = _forward(
-            q, k, v, None, True, options.dropout_p, block.is_causal, False, scale=options.softmax_scale)
+            q, k, v, None, True, options.dropout_p, block.is_causal, False, scale=options.softmax_scale
+        )
         # lse comes as (batch, heads, rows, 1)
         return out.permute(2, 0, 1, 3), lse.reshape(q.shape[:3]).permute(2, 0, 1), [seed, offset]
 
@@ -42,6 +43,17 @@ class CudnnKernel(cuda.CudaKernel):
         if not (block.is_full or block.is_causal):
             return super()._dense_backward(grad_out, query, key, value, out, lse, block, options, rng)
         tensors = (tensor.permute(1, 2, 0, 3) for tensor in (grad_out, query, key, value, out))
-        grads = _backward(*tensors, lse.permute(1, 2, 0).contiguous().unsqueeze(-1), *rng, None, None, None,
-                          query.shape[0], key.shape[0], options.dropout_p, block.is_causal, scale=options.softmax_scale)
+        grads = _backward(
+            *tensors,
+            lse.permute(1, 2, 0).contiguous().unsqueeze(-1),
+            *rng,
+            None,
+            None,
+            None,
+            query.shape[0],
+            key.shape[0],
+            options.dropout_p,
+            block.is_causal,
+            scale=options.softmax_scale,
+        )
         return tuple(grad.permute(2, 0, 1, 3) for grad in grads)

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from mindspeed_cp.kernels.npu_setup import unavailable  # noqa: F401  the table's probe of this module
 from mindspeed_cp.kernels.npu_statistics import LARGE, from_lse, probe_order, row_permutation, to_lse
 
-MASK_SIZE = 2048            # the operator's compressed triangle, whatever the sequence length
-UNLIMITED = 2147483647      # pre_tockens and next_tockens of an open side
-MAX_HEADS = 256             # query heads of one call
-MAX_PIECES = 1024           # documents of one TND call
+MASK_SIZE = 2048  # the operator's compressed triangle, whatever the sequence length
+UNLIMITED = 2147483647  # pre_tockens and next_tockens of an open side
+MAX_HEADS = 256  # query heads of one call
+MAX_PIECES = 1024  # documents of one TND call
 MAX_HEAD_DIM = 768
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -52,8 +52,8 @@ class OperatorVariant(NamedTuple):
 # Post-releases of an old torch branch carry newer operators (2.1.0.post17 has what 2.5.1 lacks), so the schema decides
 # and not the version number. Newest first.
 VARIANTS = (
-    OperatorVariant("softmax_layout", {"softmax_layout": "TND"}, "rows"),   # 2.1.0.post17, 2.7.1, 2.9.1, 2.13.0
-    OperatorVariant(None, {}, None),                                        # 2.5.1
+    OperatorVariant("softmax_layout", {"softmax_layout": "TND"}, "rows"),  # 2.1.0.post17, 2.7.1, 2.9.1, 2.13.0
+    OperatorVariant(None, {}, None),  # 2.5.1
 )
 
 
@@ -118,9 +118,15 @@ class NpuKernel:
         outs, lses, rngs = [], [], []
         for call in calls:
             out, softmax_max, softmax_sum, _, *rng = self._npu.npu_fusion_attention(
-                call.operand(query, call.q), call.operand(key, call.k), call.operand(value, call.k),
-                _num_heads(query, call), call.layout, scale=options.softmax_scale, keep_prob=1.0 - options.dropout_p,
-                **self._arguments(call))
+                call.operand(query, call.q),
+                call.operand(key, call.k),
+                call.operand(value, call.k),
+                _num_heads(query, call),
+                call.layout,
+                scale=options.softmax_scale,
+                keep_prob=1.0 - options.dropout_p,
+                **self._arguments(call),
+            )
             shape = query[call.q, call.batch].shape[:3]
             outs.append(out.view(*shape, -1))
             lses.append(self._rows_first(to_lse(softmax_max, softmax_sum), call, shape))
@@ -138,24 +144,46 @@ class NpuKernel:
         calls, parts = list(_calls(query, key, block, attention_mask)), []
         for call, (seed, offset, numels) in zip(calls, rng or [(0, 0, 0)] * len(calls), strict=True):
             softmax_max, softmax_sum = self._statistics(lse[call.q, call.batch], call)
-            parts.append(self._npu.npu_fusion_attention_grad(
-                call.operand(query, call.q), call.operand(key, call.k), call.operand(value, call.k),
-                call.operand(grad_out, call.q), _num_heads(query, call), call.layout, softmax_max=softmax_max,
-                softmax_sum=softmax_sum, attention_in=call.operand(out, call.q), scale_value=options.softmax_scale,
-                keep_prob=1.0 - options.dropout_p, seed=seed, offset=offset, numels=numels,
-                **self._arguments(call))[:3])
+            parts.append(
+                self._npu.npu_fusion_attention_grad(
+                    call.operand(query, call.q),
+                    call.operand(key, call.k),
+                    call.operand(value, call.k),
+                    call.operand(grad_out, call.q),
+                    _num_heads(query, call),
+                    call.layout,
+                    softmax_max=softmax_max,
+                    softmax_sum=softmax_sum,
+                    attention_in=call.operand(out, call.q),
+                    scale_value=options.softmax_scale,
+                    keep_prob=1.0 - options.dropout_p,
+                    seed=seed,
+                    offset=offset,
+                    numels=numels,
+                    **self._arguments(call),
+                )[:3]
+            )
         q_rows, k_rows = [call.q for call in calls], [call.k for call in calls]
         dq, dk, dv = (
-            _assembled([part.view(like[rows, call.batch].shape) for part, rows, call in zip(grads, all_rows, calls)],
-                       all_rows, calls, like.shape)
-            for grads, all_rows, like in zip(zip(*parts), (q_rows, k_rows, k_rows), (query, key, value)))
+            _assembled(
+                [part.view(like[rows, call.batch].shape) for part, rows, call in zip(grads, all_rows, calls)],
+                all_rows,
+                calls,
+                like.shape,
+            )
+            for grads, all_rows, like in zip(zip(*parts), (q_rows, k_rows, k_rows), (query, key, value))
+        )
         return dq[..., :head_dim], dk[..., :head_dim], dv
 
     def _arguments(self, call):
         if call.q_lengths is None:
             return call.mask_arguments
-        return {**call.mask_arguments, **self._variant.packed_arguments,
-                "actual_seq_qlen": _cumulative(call.q_lengths), "actual_seq_kvlen": _cumulative(call.k_lengths)}
+        return {
+            **call.mask_arguments,
+            **self._variant.packed_arguments,
+            "actual_seq_qlen": _cumulative(call.q_lengths),
+            "actual_seq_kvlen": _cumulative(call.k_lengths),
+        }
 
     def _rows_first(self, lse, call, shape):
         """lse as the operator laid it out -> (rows, batch, heads)."""
@@ -182,16 +210,21 @@ class NpuKernel:
 
     def _probe(self, query, key, value, lengths):
         ends = _cumulative(lengths)
-        return self._npu.npu_fusion_attention(query, key, value, query.shape[1], "TND", scale=1.0, actual_seq_qlen=ends,
-                                              actual_seq_kvlen=ends)[1:3]
+        return self._npu.npu_fusion_attention(
+            query, key, value, query.shape[1], "TND", scale=1.0, actual_seq_qlen=ends, actual_seq_kvlen=ends
+        )[1:3]
 
     def _fused_merge(self, out, lse, block_out, block_lse):
         """``softmax.merge_attention`` by npu_ring_attention_update: same arguments, same numbers, one operator."""
         # Rows without keys carry lse -inf, and the operator would compute -inf - -inf.
         finite = [tensor.permute(1, 2, 0).clamp(min=-LARGE) for tensor in (lse, block_lse)]
         merged, softmax_max, softmax_sum = self._npu.npu_ring_attention_update(
-            out.flatten(2), *from_lse(finite[0]), block_out.to(out.dtype).flatten(2), *from_lse(finite[1]),
-            input_layout="SBH")
+            out.flatten(2),
+            *from_lse(finite[0]),
+            block_out.to(out.dtype).flatten(2),
+            *from_lse(finite[1]),
+            input_layout="SBH",
+        )
         out.copy_(merged.view(out.shape))
         total = to_lse(softmax_max, softmax_sum).permute(2, 0, 1)
         lse.copy_(total.masked_fill(total <= -LARGE / 2, -torch.inf))
@@ -200,15 +233,21 @@ class NpuKernel:
 def _check(query, key, value):
     """Refuse what the operators do not take; the message says the way out."""
     if query.dtype not in DTYPES:
-        raise ValueError(f"--cp-kernel npu does not take {query.dtype} tensors, only float16, bfloat16 and float32; "
-                         "choose --cp-kernel blockwise, or train in --bf16.")
+        raise ValueError(
+            f"--cp-kernel npu does not take {query.dtype} tensors, only float16, bfloat16 and float32; "
+            "choose --cp-kernel blockwise, or train in --bf16."
+        )
     head_dim = max(query.shape[-1], value.shape[-1])
     if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"--cp-kernel npu does not take a head dimension of {head_dim}, at most {MAX_HEAD_DIM}; "
-                         "choose --cp-kernel blockwise.")
+        raise ValueError(
+            f"--cp-kernel npu does not take a head dimension of {head_dim}, at most {MAX_HEAD_DIM}; "
+            "choose --cp-kernel blockwise."
+        )
     if query.shape[2] > MAX_HEADS:
-        raise ValueError(f"--cp-kernel npu takes at most {MAX_HEADS} heads per rank, got {query.shape[2]}; raise "
-                         "--tensor-model-parallel-size, or choose --cp-kernel blockwise.")
+        raise ValueError(
+            f"--cp-kernel npu takes at most {MAX_HEADS} heads per rank, got {query.shape[2]}; raise "
+            "--tensor-model-parallel-size, or choose --cp-kernel blockwise."
+        )
 
 
 def _padded(query, key, value):
@@ -254,11 +293,17 @@ def _calls(query, key, block, attention_mask):
     arguments = _mask_arguments(block, 0, 0, None, query.device)
     for start in range(0, query.shape[1], per_call):
         for first in range(0, block.num_pieces, MAX_PIECES):
-            q_offsets, k_offsets = (offsets[first:first + MAX_PIECES + 1]
-                                    for offsets in (block.q_offsets, block.k_offsets))
+            q_offsets, k_offsets = (
+                offsets[first : first + MAX_PIECES + 1] for offsets in (block.q_offsets, block.k_offsets)
+            )
             lengths = (tuple(b - a for a, b in zip(offsets, offsets[1:])) for offsets in (q_offsets, k_offsets))
-            yield _Call(slice(q_offsets[0] - q0, q_offsets[-1] - q0), slice(k_offsets[0] - k0, k_offsets[-1] - k0),
-                        slice(start, min(start + per_call, query.shape[1])), *lengths, arguments)
+            yield _Call(
+                slice(q_offsets[0] - q0, q_offsets[-1] - q0),
+                slice(k_offsets[0] - k0, k_offsets[-1] - k0),
+                slice(start, min(start + per_call, query.shape[1])),
+                *lengths,
+                arguments,
+            )
 
 
 def _mask_arguments(block, rows, cols, attention_mask, device):
@@ -275,9 +320,12 @@ def _mask_arguments(block, rows, cols, attention_mask, device):
     # left.
     shift = cols - rows
     assert block.lower is None or shift >= block.lower, "every row of a band sees a key (blocks.plan_blocks)"
-    return {"sparse_mode": 4, "atten_mask": compressed_mask(device),
-            "pre_tockens": UNLIMITED if block.lower is None else shift - block.lower,
-            "next_tockens": UNLIMITED if block.upper is None else block.upper - shift}
+    return {
+        "sparse_mode": 4,
+        "atten_mask": compressed_mask(device),
+        "pre_tockens": UNLIMITED if block.lower is None else shift - block.lower,
+        "next_tockens": UNLIMITED if block.upper is None else block.upper - shift,
+    }
 
 
 def _clear_empty_rows(out, lse, attention_mask):

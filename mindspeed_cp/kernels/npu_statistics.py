@@ -74,5 +74,7 @@ def probe_order(attention, device):
         permutation = row_permutation(order, lengths, heads, device)
         if torch.allclose(lse if permutation is None else lse[permutation], expected, atol=1e-2):
             return order
-    raise ValueError("the packed attention statistics of this torch_npu release come in an unknown order; choose "
-                     "--cp-kernel blockwise, or install a torch_npu whose npu_fusion_attention takes softmax_layout.")
+    raise ValueError(
+        "the packed attention statistics of this torch_npu release come in an unknown order; choose "
+        "--cp-kernel blockwise, or install a torch_npu whose npu_fusion_attention takes softmax_layout."
+    )

@@ -1,6 +1,6 @@
 """Print what the context-parallel flags of a launch script come to, and check them: the last part of DRY_RUN=1.
 
-    WORLD_SIZE=8 python scripts/launch/describe.py FLAGS...
+WORLD_SIZE=8 python scripts/launch/describe.py FLAGS...
 """
 
 import argparse
@@ -17,8 +17,13 @@ from mindspeed_cp.arguments import add_context_parallel_arguments, readable_erro
 def parse(argv):
     """The flags that the rules of context parallelism need; all others are left to pretrain_gpt.py."""
     parser = argparse.ArgumentParser(prog="describe.py", allow_abbrev=False)
-    for flag in ("num-layers", "num-attention-heads", "seq-length", "tensor-model-parallel-size",
-                 "pipeline-model-parallel-size"):
+    for flag in (
+        "num-layers",
+        "num-attention-heads",
+        "seq-length",
+        "tensor-model-parallel-size",
+        "pipeline-model-parallel-size",
+    ):
         parser.add_argument(f"--{flag}", type=int, default=1)
     parser.add_argument("--num-query-groups", type=int)
     for flag in ("group-query-attention", "sequence-parallel", "use-legacy-models"):

@@ -1,4 +1,6 @@
-"""Flags of the embedded trainer. Names and meanings are Megatron's; what Megatron has and this trainer has not is refused."""
+"""Flags of the embedded trainer. Names and meanings are Megatron's; what Megatron has and this trainer has not is
+refused.
+"""
 
 import argparse
 import importlib.util
@@ -33,8 +35,9 @@ def parse_args(argv=None, world_size=None):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(prog="pretrain_gpt.py", description=__doc__,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="pretrain_gpt.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     _add_model(parser.add_argument_group("model"))
     _add_training(parser.add_argument_group("training"))
     _add_parallel(parser.add_argument_group("parallelism"))
@@ -54,8 +57,12 @@ def _add_model(group):
     add("--num-query-groups", type=int, default=1, help="KV heads, with --group-query-attention")
     add("--seq-length", type=int, default=1024, help="tokens of a sequence, over all context-parallel ranks")
     add("--max-position-embeddings", type=int, help="learned positions; default: --seq-length")
-    add("--position-embedding-type", choices=["learned_absolute", "rope", "none"], default="learned_absolute",
-        help="how tokens know their place")
+    add(
+        "--position-embedding-type",
+        choices=["learned_absolute", "rope", "none"],
+        default="learned_absolute",
+        help="how tokens know their place",
+    )
     add("--rotary-base", type=int, default=10000, help="base of RoPE")
     add("--rotary-percent", type=float, default=1.0, help="share of the head dimension that RoPE turns")
     add("--normalization", choices=["LayerNorm", "RMSNorm"], default="LayerNorm", help="kind of norm")
@@ -86,9 +93,15 @@ def _add_training(group):
     add("--clip-grad", type=float, default=1.0, help="largest gradient norm")
     add("--bf16", action="store_true", help="weights and activations in bfloat16, master weights in float32")
     add("--seed", type=int, default=1234, help="seed of weights, data order and dropout")
-    add("--calculate-per-token-loss", action="store_true", help="average over all tokens of the step, not per micro batch")
+    add(
+        "--calculate-per-token-loss",
+        action="store_true",
+        help="average over all tokens of the step, not per micro batch",
+    )
     add("--recompute-granularity", choices=["full", "selective"], help="recompute layers, or core attention alone")
-    add("--recompute-method", choices=["uniform", "block"], help="which layers, with granularity full; default: uniform")
+    add(
+        "--recompute-method", choices=["uniform", "block"], help="which layers, with granularity full; default: uniform"
+    )
     add("--recompute-num-layers", type=int, help="layers per recomputed piece; default: 1")
     add("--recompute-activations", action="store_true", help="the same as --recompute-granularity selective")
     add("--use-distributed-optimizer", action="store_true", help="shard the optimizer over data-parallel ranks")
@@ -114,8 +127,11 @@ def _add_data(group):
     add("--reset-position-ids", action="store_true", help="count positions from each document's start")
     add("--reset-attention-mask", action="store_true", help="attention never crosses the end of a document")
     add("--eod-mask-loss", action="store_true", help="no loss on end-of-document tokens")
-    add("--variable-seq-lengths", action="store_true",
-        help="cut every micro batch to a length of its own, at most --seq-length and the same in every run")
+    add(
+        "--variable-seq-lengths",
+        action="store_true",
+        help="cut every micro batch to a length of its own, at most --seq-length and the same in every run",
+    )
 
 
 def _add_files(group):
@@ -146,13 +162,17 @@ def _require(condition, message):
 
 def _check_model(args):
     heads, hidden = args.num_attention_heads, args.hidden_size
-    _require(args.kv_channels or hidden % heads == 0,
-             f"--hidden-size {hidden} must be divisible by --num-attention-heads {heads}; use --hidden-size "
-             f"{hidden // heads * heads or heads}, or give --kv-channels.")
+    _require(
+        args.kv_channels or hidden % heads == 0,
+        f"--hidden-size {hidden} must be divisible by --num-attention-heads {heads}; use --hidden-size "
+        f"{hidden // heads * heads or heads}, or give --kv-channels.",
+    )
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
-    _require(args.max_position_embeddings >= args.seq_length,
-             f"--max-position-embeddings {args.max_position_embeddings} must be at least --seq-length {args.seq_length}; "
-             f"use --max-position-embeddings {args.seq_length}.")
+    _require(
+        args.max_position_embeddings >= args.seq_length,
+        f"--max-position-embeddings {args.max_position_embeddings} must be at least --seq-length {args.seq_length}; "
+        f"use --max-position-embeddings {args.seq_length}.",
+    )
     if args.ffn_hidden_size is None:
         args.ffn_hidden_size = (4 * hidden * 2 // 3 + 63) // 64 * 64 if args.swiglu else 4 * hidden
     if args.recompute_activations:
@@ -176,52 +196,83 @@ def _check_parallel(args):
     tp, pp, layers = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.num_layers
     args.data_parallel_size = args.world_size // (tp * pp * args.context_parallel_size)
     stages = pp * (args.num_virtual_stages_per_pipeline_rank or 1)
-    _require(layers % stages == 0,
-             f"--num-layers {layers} must be divisible by --pipeline-model-parallel-size {pp} x virtual stages = {stages}; "
-             f"use --num-layers {(layers // stages + 1) * stages}.")
-    _require(not args.num_virtual_stages_per_pipeline_rank or pp > 1,
-             f"--num-virtual-stages-per-pipeline-rank {args.num_virtual_stages_per_pipeline_rank} needs a pipeline; use "
-             "--pipeline-model-parallel-size 2 or more, or leave it out.")
-    flag, groups = (("--num-query-groups", args.num_query_groups) if args.group_query_attention
-                    else ("--num-attention-heads", args.num_attention_heads))
-    _require(groups % tp == 0 or (args.group_query_attention and tp % groups == 0),
-             f"{flag} {groups} must be divisible by --tensor-model-parallel-size {tp}; use {flag} "
-             f"{max(groups // tp, 1) * tp}, or a --tensor-model-parallel-size that divides {groups}.")
-    _require(args.cp_config_resolved.attention_mask_type == "causal" or not args.reset_attention_mask,
-             "--cp-attention-mask-type full does not go with --reset-attention-mask, whose mask is causal within documents; "
-             "leave one of them out.")
-    _require(not (args.variable_seq_lengths and args.sequence_parallel),
-             "--variable-seq-lengths does not go with --sequence-parallel, which needs every length divisible by "
-             f"--tensor-model-parallel-size {tp}; leave one of them out.")
-    _require(not args.variable_seq_lengths or args.context_parallel_size == 1 or args.cp_setup.unaligned
-             or args.context_parallel_algo != "ulysses_cp_algo",
-             "--variable-seq-lengths with --context-parallel-algo ulysses_cp_algo needs unaligned Ulysses; use "
-             "--gather-size-calculator dynamic without --context-parallel-kv-cache-policy.")
-    _require(not args.sequence_parallel or tp > 1,
-             f"--sequence-parallel needs tensor parallelism, and --tensor-model-parallel-size is {tp}; use 2 or more, or "
-             "leave --sequence-parallel out.")
+    _require(
+        layers % stages == 0,
+        f"--num-layers {layers} must be divisible by --pipeline-model-parallel-size {pp} x virtual stages = {stages}; "
+        f"use --num-layers {(layers // stages + 1) * stages}.",
+    )
+    _require(
+        not args.num_virtual_stages_per_pipeline_rank or pp > 1,
+        f"--num-virtual-stages-per-pipeline-rank {args.num_virtual_stages_per_pipeline_rank} needs a pipeline; use "
+        "--pipeline-model-parallel-size 2 or more, or leave it out.",
+    )
+    flag, groups = (
+        ("--num-query-groups", args.num_query_groups)
+        if args.group_query_attention
+        else ("--num-attention-heads", args.num_attention_heads)
+    )
+    _require(
+        groups % tp == 0 or (args.group_query_attention and tp % groups == 0),
+        f"{flag} {groups} must be divisible by --tensor-model-parallel-size {tp}; use {flag} "
+        f"{max(groups // tp, 1) * tp}, or a --tensor-model-parallel-size that divides {groups}.",
+    )
+    _require(
+        args.cp_config_resolved.attention_mask_type == "causal" or not args.reset_attention_mask,
+        "--cp-attention-mask-type full does not go with --reset-attention-mask, whose mask is causal within documents; "
+        "leave one of them out.",
+    )
+    _require(
+        not (args.variable_seq_lengths and args.sequence_parallel),
+        "--variable-seq-lengths does not go with --sequence-parallel, which needs every length divisible by "
+        f"--tensor-model-parallel-size {tp}; leave one of them out.",
+    )
+    _require(
+        not args.variable_seq_lengths
+        or args.context_parallel_size == 1
+        or args.cp_setup.unaligned
+        or args.context_parallel_algo != "ulysses_cp_algo",
+        "--variable-seq-lengths with --context-parallel-algo ulysses_cp_algo needs unaligned Ulysses; use "
+        "--gather-size-calculator dynamic without --context-parallel-kv-cache-policy.",
+    )
+    _require(
+        not args.sequence_parallel or tp > 1,
+        f"--sequence-parallel needs tensor parallelism, and --tensor-model-parallel-size is {tp}; use 2 or more, or "
+        "leave --sequence-parallel out.",
+    )
     batch = args.micro_batch_size * args.data_parallel_size
     args.global_batch_size = args.global_batch_size or batch
-    _require(args.global_batch_size % batch == 0,
-             f"--global-batch-size {args.global_batch_size} must be divisible by --micro-batch-size {args.micro_batch_size} x "
-             f"data parallel size {args.data_parallel_size} = {batch}; use --global-batch-size "
-             f"{max(args.global_batch_size // batch, 1) * batch}.")
+    _require(
+        args.global_batch_size % batch == 0,
+        f"--global-batch-size {args.global_batch_size} must be divisible by --micro-batch-size "
+        f"{args.micro_batch_size} x "
+        f"data parallel size {args.data_parallel_size} = {batch}; use --global-batch-size "
+        f"{max(args.global_batch_size // batch, 1) * batch}.",
+    )
     args.num_microbatches = args.global_batch_size // batch
 
 
 def _check_files(args):
-    _require(args.data_path is not None,
-             "--data-path is not given, and training needs a dataset; make one with: python scripts/prepare_data.py --output "
-             "data/topics, then use --data-path data/topics.")
+    _require(
+        args.data_path is not None,
+        "--data-path is not given, and training needs a dataset; make one with: python scripts/prepare_data.py "
+        "--output "
+        "data/topics, then use --data-path data/topics.",
+    )
     for ending in (".bin", ".idx"):
-        _require(Path(args.data_path + ending).is_file(),
-                 f"--data-path {args.data_path}: the file {args.data_path}{ending} does not exist; make it with: python "
-                 f"scripts/prepare_data.py --output {args.data_path}")
+        _require(
+            Path(args.data_path + ending).is_file(),
+            f"--data-path {args.data_path}: the file {args.data_path}{ending} does not exist; make it with: python "
+            f"scripts/prepare_data.py --output {args.data_path}",
+        )
     fused_adam = any(importlib.util.find_spec(name) for name in ("apex", "transformer_engine"))
-    _require(fused_adam or not args.use_distributed_optimizer or not (args.save or args.load),
-             "--use-distributed-optimizer does not go with --save or --load on this machine: megatron-core stores its state "
-             "for the Adam of apex or Transformer Engine alone; leave --use-distributed-optimizer out, or install apex.")
+    _require(
+        fused_adam or not args.use_distributed_optimizer or not (args.save or args.load),
+        "--use-distributed-optimizer does not go with --save or --load on this machine: megatron-core stores its state "
+        "for the Adam of apex or Transformer Engine alone; leave --use-distributed-optimizer out, or install apex.",
+    )
     if args.load is not None:
-        _require(Path(args.load, "latest.txt").is_file(),
-                 f"--load {args.load} holds no checkpoint (no {Path(args.load, 'latest.txt')}); give the folder that --save "
-                 "wrote, or leave --load out.")
+        _require(
+            Path(args.load, "latest.txt").is_file(),
+            f"--load {args.load} holds no checkpoint (no {Path(args.load, 'latest.txt')}); give the folder that --save "
+            "wrote, or leave --load out.",
+        )

@@ -14,19 +14,25 @@ LATEST = "latest.txt"
 class SynchronousSave(torch_format.TorchDistSaveShardedStrategy):
     """Megatron's torch_dist format, written by torch's own file writer.
 
-    Megatron's writer starts helper processes, which import the whole training script once more, and that of 0.12 does not
-    work with torch 2.7 and later. Can go when asynchronous saving is wanted and 0.12 is not.
+    Megatron's writer starts helper processes, which import the whole training script once more, and that of 0.12 does
+    not work with torch 2.7 and later. Can go when asynchronous saving is wanted and 0.12 is not.
     """
 
     def __init__(self):
         super().__init__("torch_dist", 1)
 
     def save(self, sharded_state_dict, checkpoint_dir):
-        state, _, _ = torch_format._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        planner = torch_format.MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica,
-                                                flatten_state_dict=False)
-        torch_checkpoint.save(torch_format.mcore_to_pyt_state_dict(state, False), planner=planner,
-                              storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir))
+        state, _, _ = torch_format._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        planner = torch_format.MCoreSavePlanner(
+            dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+        )
+        torch_checkpoint.save(
+            torch_format.mcore_to_pyt_state_dict(state, False),
+            planner=planner,
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
+        )
 
 
 def _state(args, chunks, optimizer, scheduler, iteration, is_loading):
@@ -35,8 +41,12 @@ def _state(args, chunks, optimizer, scheduler, iteration, is_loading):
     models = {_name(chunks, stage): chunk.module.sharded_state_dict() for stage, chunk in enumerate(chunks)}
     everything = models if len(chunks) > 1 else models["model"]
     how = _reshardable_format() if args.use_distributed_optimizer else {}
-    return {**models, "optimizer": optimizer.sharded_state_dict(everything, is_loading=is_loading, **how),
-            "scheduler": scheduler.state_dict(), "iteration": iteration}
+    return {
+        **models,
+        "optimizer": optimizer.sharded_state_dict(everything, is_loading=is_loading, **how),
+        "scheduler": scheduler.state_dict(),
+        "iteration": iteration,
+    }
 
 
 def _reshardable_format():
@@ -55,7 +65,9 @@ def save_checkpoint(args, chunks, optimizer, scheduler, iteration):
     """Write --save/iter_NNNNNNN and name it in latest.txt once it is complete; collective."""
     folder = Path(args.save, f"iter_{iteration:07d}")
     folder.mkdir(parents=True, exist_ok=True)
-    dist_checkpointing.save(_state(args, chunks, optimizer, scheduler, iteration, False), str(folder), SynchronousSave())
+    dist_checkpointing.save(
+        _state(args, chunks, optimizer, scheduler, iteration, False), str(folder), SynchronousSave()
+    )
     dist.barrier()
     if dist.get_rank() == 0:
         Path(args.save, LATEST).write_text(folder.name, encoding="utf-8")

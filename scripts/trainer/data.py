@@ -1,7 +1,7 @@
 """Batches: which samples a step reads, their lengths, their documents, and this rank's part of them.
 
-Shapes: tokens, labels, loss_mask, position_ids (batch, seq). Every rank reads the same samples and keeps its own tokens,
-so no batch is sent between ranks and any rank can be asked for any step.
+Shapes: tokens, labels, loss_mask, position_ids (batch, seq). Every rank reads the same samples and keeps its own
+tokens, so no batch is sent between ranks and any rank can be asked for any step.
 """
 
 from dataclasses import dataclass
@@ -33,25 +33,33 @@ class Batch:
 def build_datasets(args):
     """(training, validation) GPTDataset; the second is None without --eval-iters."""
     config = GPTDatasetConfig(
-        random_seed=args.seed, sequence_length=args.seq_length, blend=([args.data_path], None), split=args.split,
-        path_to_cache=args.data_cache_path, tokenizer=ByteTokenizer(args.vocab_size),
-        reset_position_ids=args.reset_position_ids, reset_attention_mask=args.reset_attention_mask,
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=([args.data_path], None),
+        split=args.split,
+        path_to_cache=args.data_cache_path,
+        tokenizer=ByteTokenizer(args.vocab_size),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         # A dense mask serves the run without context parallelism; with it, document boundaries are enough.
-        create_attention_mask=args.reset_attention_mask and args.context_parallel_size == 1)
+        create_attention_mask=args.reset_attention_mask and args.context_parallel_size == 1,
+    )
     counts = [args.train_iters * args.global_batch_size, args.eval_iters * args.global_batch_size, 0]
     train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, counts, lambda: True, config).build()
     if train is None or (args.eval_iters and valid is None):
-        raise ValueError(f"--split {args.split} leaves no documents of {args.data_path} for "
-                         f"{'training' if train is None else 'validation'}; use --split 90,10,0.")
+        raise ValueError(
+            f"--split {args.split} leaves no documents of {args.data_path} for "
+            f"{'training' if train is None else 'validation'}; use --split 90,10,0."
+        )
     return train, valid if args.eval_iters else None
 
 
 def batches(dataset, args, first_step, vary_length=False):
     """Yield this data-parallel rank's micro batches from step ``first_step`` on.
 
-    Step s reads samples s*G to (s+1)*G of the dataset's shuffled order, G the global batch size, so that the same samples
-    make up a step whatever the parallel sizes are.
+    Step s reads samples s*G to (s+1)*G of the dataset's shuffled order, G the global batch size, so that the same
+    samples make up a step whatever the parallel sizes are.
     """
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     index = first_step * args.num_microbatches * size + rank
@@ -77,7 +85,9 @@ def prepare_batch(whole, args, length):
         mask = mask[:, :, :length, :length].to(device)
     num_positions = fields["tokens"].numel()
     local = utils.get_batch_on_this_cp_rank(fields)
-    return Batch(attention_mask=mask, packed_seq_params=packed, num_tokens=num_tokens, num_positions=num_positions, **local)
+    return Batch(
+        attention_mask=mask, packed_seq_params=packed, num_tokens=num_tokens, num_positions=num_positions, **local
+    )
 
 
 def documents(tokens, eod):
@@ -87,5 +97,6 @@ def documents(tokens, eod):
     rows = torch.arange(0, (batch + 1) * length, length, device=tokens.device)
     bounds = torch.cat([rows, ends]).unique().to(torch.int32)
     longest = int((bounds[1:] - bounds[:-1]).max())
-    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest,
-                           max_seqlen_kv=longest)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )

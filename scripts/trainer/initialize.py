@@ -29,7 +29,8 @@ def initialize(args):
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=args.num_virtual_stages_per_pipeline_rank,
         context_parallel_size=args.context_parallel_size,
-        distributed_timeout_minutes=args.distributed_timeout_minutes)
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
+    )
     seed_everything(args)
     return made
 

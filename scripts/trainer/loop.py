@@ -33,10 +33,19 @@ def _train(args, parts, datasets, first, report):
         start, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
         result = train_step(chunks, optimizer, scheduler, iterators, args)
         seconds = time.perf_counter() - start
-        records.append({
-            "iteration": iteration, "loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": rate,
-            "tokens": result.num_positions, "seconds": seconds, "tokens_per_second": result.num_positions / seconds,
-            "cp_bytes_per_rank": result.cp_bytes, "cp_bytes_of_rank_0": result.traffic})
+        records.append(
+            {
+                "iteration": iteration,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "learning_rate": rate,
+                "tokens": result.num_positions,
+                "seconds": seconds,
+                "tokens_per_second": result.num_positions / seconds,
+                "cp_bytes_per_rank": result.cp_bytes,
+                "cp_bytes_of_rank_0": result.traffic,
+            }
+        )
         report.step(records[-1])
         last = iteration == args.train_iters or bool(args.exit_interval and iteration % args.exit_interval == 0)
         if args.eval_iters and (iteration % args.eval_interval == 0 or last):

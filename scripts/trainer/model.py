@@ -20,7 +20,9 @@ _TAKES_STAGE = "vp_stage" in inspect.signature(GPTModel.__init__).parameters
 
 
 class Norm:
-    """LayerNorm or RMSNorm whose weights take part in sequence parallelism; Megatron's wrapper of torch's norms refuses it."""
+    """LayerNorm or RMSNorm whose weights take part in sequence parallelism; Megatron's wrapper of torch's norms refuses
+    it.
+    """
 
     def __new__(cls, config, hidden_size, eps=1e-5, **unused):
         kind = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization]
@@ -36,25 +38,45 @@ def transformer_config(args):
     uneven = args.variable_seq_lengths or args.seq_length % (2 * args.context_parallel_size) != 0
     packed = args.reset_attention_mask and args.context_parallel_size > 1
     return TransformerConfig(
-        num_layers=args.num_layers, hidden_size=args.hidden_size, ffn_hidden_size=args.ffn_hidden_size,
-        num_attention_heads=args.num_attention_heads, kv_channels=args.kv_channels,
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        kv_channels=args.kv_channels,
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
-        normalization=args.normalization, layernorm_epsilon=args.norm_epsilon, add_bias_linear=args.add_bias_linear,
-        add_qkv_bias=args.add_qkv_bias, gated_linear_unit=args.swiglu, activation_func=F.silu if args.swiglu else F.gelu,
-        attention_dropout=args.attention_dropout, hidden_dropout=args.hidden_dropout, window_size=args.window_size,
-        init_method_std=args.init_method_std, params_dtype=args.params_dtype, pipeline_dtype=args.params_dtype,
-        bf16=args.bf16, tensor_model_parallel_size=args.tensor_model_parallel_size,
+        normalization=args.normalization,
+        layernorm_epsilon=args.norm_epsilon,
+        add_bias_linear=args.add_bias_linear,
+        add_qkv_bias=args.add_qkv_bias,
+        gated_linear_unit=args.swiglu,
+        activation_func=F.silu if args.swiglu else F.gelu,
+        attention_dropout=args.attention_dropout,
+        hidden_dropout=args.hidden_dropout,
+        window_size=args.window_size,
+        init_method_std=args.init_method_std,
+        params_dtype=args.params_dtype,
+        pipeline_dtype=args.params_dtype,
+        bf16=args.bf16,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=args.num_virtual_stages_per_pipeline_rank,
-        context_parallel_size=args.context_parallel_size, sequence_parallel=args.sequence_parallel,
-        recompute_granularity=args.recompute_granularity, recompute_method=args.recompute_method,
-        recompute_num_layers=args.recompute_num_layers, calculate_per_token_loss=args.calculate_per_token_loss,
+        context_parallel_size=args.context_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+        recompute_granularity=args.recompute_granularity,
+        recompute_method=args.recompute_method,
+        recompute_num_layers=args.recompute_num_layers,
+        calculate_per_token_loss=args.calculate_per_token_loss,
         # Pipeline stages then tell each other the shapes instead of dividing the sequence length evenly.
         variable_seq_lengths=uneven or packed,
         # Read for mixtures of experts alone, but the default refuses variable lengths without any.
         moe_token_dispatcher_type="alltoall",
-        gradient_accumulation_fusion=False, masked_softmax_fusion=False,
-        persist_layer_norm=False, apply_rope_fusion=False, bias_activation_fusion=False, bias_dropout_fusion=False)
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+    )
 
 
 def _block(config, stage, causal):
@@ -71,14 +93,19 @@ def build_model(args):
     """List of model chunks, one for each virtual stage of this pipeline rank, wrapped for data parallelism."""
     config, chunks = transformer_config(args), []
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=args.overlap_grad_reduce,
-        use_distributed_optimizer=args.use_distributed_optimizer, check_for_nan_in_grad=True)
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        check_for_nan_in_grad=True,
+    )
     for stage in range(args.num_virtual_stages_per_pipeline_rank or 1):
         module = _gpt(args, config, stage if args.num_virtual_stages_per_pipeline_rank else None)
         module.cuda(torch.cuda.current_device())
         if args.bf16:
             module = Float16Module(config, module)
-        chunks.append(DistributedDataParallel(config=config, ddp_config=ddp, module=module, disable_bucketing=stage > 0))
+        chunks.append(
+            DistributedDataParallel(config=config, ddp_config=ddp, module=module, disable_bucketing=stage > 0)
+        )
     for chunk in chunks:
         chunk.broadcast_params()
     config.finalize_model_grads_func = finalize_model_grads
@@ -93,26 +120,51 @@ def _gpt(args, config, stage):
     where = {"ignore_virtual": False} | ({"vp_stage": stage} if _TAKES_STAGE else {})
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     return GPTModel(
-        config=config, transformer_layer_spec=_block(config, stage, args.cp_attention_mask_type == "causal"),
+        config=config,
+        transformer_layer_spec=_block(config, stage, args.cp_attention_mask_type == "causal"),
         vocab_size=(args.vocab_size + multiple - 1) // multiple * multiple,
         max_sequence_length=args.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**where),
         post_process=parallel_state.is_pipeline_last_stage(**where),
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type=args.position_embedding_type, rotary_base=args.rotary_base,
-        rotary_percent=args.rotary_percent, **({"vp_stage": stage} if _TAKES_STAGE else {}))
+        position_embedding_type=args.position_embedding_type,
+        rotary_base=args.rotary_base,
+        rotary_percent=args.rotary_percent,
+        **({"vp_stage": stage} if _TAKES_STAGE else {}),
+    )
 
 
 def build_optimizer(args, chunks):
     """(MegatronOptimizer, OptimizerParamScheduler)"""
-    optimizer = get_megatron_optimizer(OptimizerConfig(
-        optimizer="adam", lr=args.lr, min_lr=args.min_lr, weight_decay=args.weight_decay, adam_beta1=args.adam_beta1,
-        adam_beta2=args.adam_beta2, clip_grad=args.clip_grad, bf16=args.bf16, params_dtype=args.params_dtype,
-        use_distributed_optimizer=args.use_distributed_optimizer), chunks)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=args.lr,
+            min_lr=args.min_lr,
+            weight_decay=args.weight_decay,
+            adam_beta1=args.adam_beta1,
+            adam_beta2=args.adam_beta2,
+            clip_grad=args.clip_grad,
+            bf16=args.bf16,
+            params_dtype=args.params_dtype,
+            use_distributed_optimizer=args.use_distributed_optimizer,
+        ),
+        chunks,
+    )
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(
-        optimizer, init_lr=0.0, max_lr=args.lr, min_lr=args.min_lr, lr_warmup_steps=args.lr_warmup_iters,
-        lr_decay_steps=args.lr_decay_iters or args.train_iters, lr_decay_style=args.lr_decay_style,
-        start_wd=args.weight_decay, end_wd=args.weight_decay, wd_incr_steps=args.train_iters, wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True)
+        optimizer,
+        init_lr=0.0,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=args.lr_warmup_iters,
+        lr_decay_steps=args.lr_decay_iters or args.train_iters,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=args.train_iters,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
     return optimizer, scheduler

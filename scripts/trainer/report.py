@@ -18,8 +18,13 @@ class Report:
             return
         self.console = Console(highlight=False, soft_wrap=True)
         if self.console.is_terminal:
-            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                                console=self.console)
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
             self.task = self.bar.add_task("training", total=args.train_iters, completed=first_step)
         if args.log_file:
             Path(args.log_file).parent.mkdir(parents=True, exist_ok=True)
@@ -43,8 +48,10 @@ class Report:
         """One finished step; ``record`` is what --log-file keeps."""
         if not self.active:
             return
-        text = (f"loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3f}  "
-                f"{record['tokens_per_second']:,.0f} tokens/s")
+        text = (
+            f"loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s"
+        )
         if self.bar:
             self.bar.update(self.task, completed=record["iteration"], description=text)
         elif record["iteration"] % self.args.log_interval == 0:

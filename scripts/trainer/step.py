@@ -11,14 +11,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mindspeed_cp.comm import count_bytes
 
-# With --calculate-per-token-loss megatron-core 0.12 adds up token counts over the data-parallel ranks alone, so each must
-# be the whole sequence's; later versions add over the context-parallel ranks too.
+# With --calculate-per-token-loss megatron-core 0.12 adds up token counts over the data-parallel ranks alone, so each
+# must be the whole sequence's; later versions add over the context-parallel ranks too.
 _COUNT_IS_OF_WHOLE_SEQUENCE = core_version.startswith("0.12.")
 
 
 @dataclass
 class StepResult:
-    """What one step did, over all ranks; ``traffic`` maps purpose -> bytes, ``cp_bytes`` is their mean over the ranks."""
+    """What one step did, over all ranks; ``traffic`` maps purpose -> bytes, ``cp_bytes`` is their mean over the
+    ranks.
+    """
 
     loss: float
     grad_norm: float
@@ -31,8 +33,13 @@ def forward_step(iterator, model, *, args, counts):
     """Megatron's forward_step_func: run one micro batch and return (output, loss function)."""
     batch = next(iterator)
     counts[2] += batch.num_positions
-    output = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels,
-                   packed_seq_params=batch.packed_seq_params)
+    output = model(
+        batch.tokens,
+        batch.position_ids,
+        batch.attention_mask,
+        labels=batch.labels,
+        packed_seq_params=batch.packed_seq_params,
+    )
     return output, partial(loss_function, batch, args=args, counts=counts)
 
 
@@ -61,9 +68,13 @@ def _run(chunks, iterators, args, forward_only):
         get_forward_backward_func()(
             forward_step_func=partial(forward_step, args=args, counts=counts),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
-            model=chunks if len(chunks) > 1 else chunks[0], num_microbatches=args.num_microbatches,
-            seq_length=args.seq_length, micro_batch_size=args.micro_batch_size, decoder_seq_length=args.seq_length,
-            forward_only=forward_only)
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=args.num_microbatches,
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            decoder_seq_length=args.seq_length,
+            forward_only=forward_only,
+        )
     counts[3] = traffic.total_bytes
     return counts, traffic
 
@@ -86,7 +97,9 @@ def train_step(chunks, optimizer, scheduler, iterators, args):
     # Every rank and virtual stage has counted the tokens of its data-parallel rank's batches.
     repeats = dist.get_world_size() // parallel_state.get_data_parallel_world_size() * len(chunks)
     positions = int(counts[2]) // repeats
-    return StepResult(loss, float(grad_norm or 0.0), positions, float(counts[3]) / dist.get_world_size(), dict(traffic.bytes))
+    return StepResult(
+        loss, float(grad_norm or 0.0), positions, float(counts[3]) / dist.get_world_size(), dict(traffic.bytes)
+    )
 
 
 def evaluate(chunks, iterators, args):

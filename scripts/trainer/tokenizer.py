@@ -7,7 +7,9 @@ VOCAB_SIZE = 258
 
 
 class ByteTokenizer:
-    """What Megatron's datasets ask of a tokenizer; ``vocab_size`` may be larger for data that was tokenized elsewhere."""
+    """What Megatron's datasets ask of a tokenizer; ``vocab_size`` may be larger for data that was tokenized
+    elsewhere.
+    """
 
     eod, pad = EOD, PAD
 

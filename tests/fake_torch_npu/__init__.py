@@ -16,8 +16,12 @@ import torch
 from fake_torch_npu import attention
 
 SCHEMAS = Path(__file__).parent / "schemas"
-RELEASES = tuple(sorted((path.stem for path in SCHEMAS.glob("*.txt")),
-                        key=lambda release: [int(part) for part in release.split(".post")[0].split(".")]))
+RELEASES = tuple(
+    sorted(
+        (path.stem for path in SCHEMAS.glob("*.txt")),
+        key=lambda release: [int(part) for part in release.split(".post")[0].split(".")],
+    )
+)
 # Where softmax_layout is missing, the operator's page and MindSpeed disagree about the order of TND statistics.
 UNORDERED_RELEASES = ("2.5.1",)
 FUSED_UPDATE_RELEASES = ("2.13.0",)

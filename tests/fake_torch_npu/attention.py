@@ -50,6 +50,7 @@ class Operators:
             arguments = _bind(self._schemas[name], args, kwargs)
             self.calls.append((name, arguments))
             return function(arguments)
+
         return run
 
     def _npu_fusion_attention(self, a):
@@ -62,8 +63,15 @@ class Operators:
             maxima.append(softmax_max[..., 0])
             sums.append(softmax_sum[..., 0])
         out = _to_layout(outs, a).to(a.query.dtype)
-        return (out, self._statistics(maxima, a), self._statistics(sums, a), a.query.new_empty(0),
-                keep.seed, keep.offset, keep.numels)
+        return (
+            out,
+            self._statistics(maxima, a),
+            self._statistics(sums, a),
+            a.query.new_empty(0),
+            keep.seed,
+            keep.offset,
+            keep.numels,
+        )
 
     def _npu_fusion_attention_grad(self, a):
         check_gradient(a)
@@ -73,7 +81,8 @@ class Operators:
         stats = [self._split_statistics(statistic, a) for statistic in (a.softmax_max, a.softmax_sum)]
         grads = []
         for sequence, grad, out, maxima, sums in zip(
-                _sequences(a), _from_layout(a.dy, a.head_num, a), _from_layout(a.attention_in, a.head_num, a), *stats):
+            _sequences(a), _from_layout(a.dy, a.head_num, a), _from_layout(a.attention_in, a.head_num, a), *stats
+        ):
             grads.append(_gradients(sequence, grad.float(), out.float(), maxima, sums, a.scale_value, keep))
         parts = tuple(_to_layout(list(part), a).to(a.query.dtype) for part in zip(*grads))
         extra = ("sink" in a.names) + 1
@@ -82,8 +91,10 @@ class Operators:
     def _npu_ring_attention_update(self, a):
         check_ring_update(a)
         maximum = torch.maximum(a.prev_softmax_max, a.cur_softmax_max)
-        prev, cur = (s * (m - maximum).exp() for m, s in
-                     ((a.prev_softmax_max, a.prev_softmax_sum), (a.cur_softmax_max, a.cur_softmax_sum)))
+        prev, cur = (
+            s * (m - maximum).exp()
+            for m, s in ((a.prev_softmax_max, a.prev_softmax_sum), (a.cur_softmax_max, a.cur_softmax_sum))
+        )
         total = prev + cur
 
         def weight(part):

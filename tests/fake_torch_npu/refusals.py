@@ -151,8 +151,11 @@ def _check_mask(a, extents):
     mask = a.atten_mask
     require(mask.dtype in (torch.bool, torch.uint8), f"atten_mask is {mask.dtype}; must be bool or uint8")
     if a.sparse_mode in (2, 3, 4):
-        require(tuple(mask.shape) == (MASK_SIZE, MASK_SIZE), f"sparse_mode {a.sparse_mode} takes the compressed mask "
-                f"of {MASK_SIZE} x {MASK_SIZE}, got {tuple(mask.shape)}")
+        require(
+            tuple(mask.shape) == (MASK_SIZE, MASK_SIZE),
+            f"sparse_mode {a.sparse_mode} takes the compressed mask "
+            f"of {MASK_SIZE} x {MASK_SIZE}, got {tuple(mask.shape)}",
+        )
         require(_is_triangle(mask), "the compressed mask is not a triangle")
         if a.sparse_mode == 4:
             _check_band(a, extents)
