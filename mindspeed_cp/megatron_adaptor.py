@@ -64,17 +64,25 @@ def _why_no_stand_in():
 
 
 def _npu_is_available():
-    """Switch the process to NPUs where torch_npu works; say why not where it is installed and does not."""
-    if importlib.util.find_spec("torch_npu") is None:
-        return False
-    reason = npu_setup.unavailable()
-    if reason:
+    return importlib.util.find_spec("torch_npu") is not None and not npu_setup.unavailable()
+
+
+def _prepare_device():
+    """Before Megatron is imported: switch the process to NPUs where torch_npu works; where it is installed and does
+    not work, say why.
+    """
+    if os.environ.get(DEVICE_VARIABLE) == "cpu" or torch.cuda.is_available():
+        return
+    if _npu_is_available():
+        from mindspeed_cp.patches.npu import prepare_npu
+
+        prepare_npu()
+    elif importlib.util.find_spec("torch_npu") is not None:
         warnings.warn(
-            f"{reason} Set {DEVICE_VARIABLE}=cpu to run on the CPU knowingly.", ContextParallelWarning, stacklevel=2
+            f"{npu_setup.unavailable()} Set {DEVICE_VARIABLE}=cpu to run on the CPU knowingly.",
+            ContextParallelWarning,
+            stacklevel=4,
         )
-        return False
-    npu_setup.prepare_npu()
-    return True
 
 
 def _announce(config):
@@ -107,6 +115,7 @@ def _tables_of_patches():
     from mindspeed_cp.patches.training_device import checkout_device_patches, checkout_patches, library_patches
 
     why = _why_no_stand_in()
+    _prepare_device()
     return {
         "device": device_patches(lambda: why),
         "core": core_patches(_state, _announce),

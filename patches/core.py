@@ -12,10 +12,14 @@ from datetime import timedelta
 from functools import wraps
 
 import torch.distributed as dist
-from mindspeed_cp.patches import batch, experts, rope
+from mindspeed_cp.patches.attention import AttentionBridge, CoreAttention, layer_window
+from mindspeed_cp.patches.batch import batch_patches
+from mindspeed_cp.patches.experts import expert_patches
 from mindspeed_cp.patches.manager import Patch
-
-from mindspeed_cp.attention import AttentionBridge, CoreAttention, layer_window
+from mindspeed_cp.patches.mtp import mtp_patches
+from mindspeed_cp.patches.pipeline import pipeline_patches
+from mindspeed_cp.patches.recompute import recompute_patches
+from mindspeed_cp.patches.rope import rope_patches
 
 DOT_PRODUCT = "megatron.core.transformer.dot_product_attention.DotProductAttention"
 TE_DOT_PRODUCT = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
@@ -58,9 +62,12 @@ def core_patches(state, announce):
             _destroy(state),
             "the process groups of context parallelism go with Megatron's",
         ),
-        *batch.batch_patches(state),
-        *rope.rope_patches(state),
-        *experts.expert_patches(state),
+        *batch_patches(state),
+        *pipeline_patches(state),
+        *recompute_patches(state),
+        *mtp_patches(state),
+        *rope_patches(state),
+        *expert_patches(state),
     ]
 
 

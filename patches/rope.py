@@ -5,8 +5,8 @@ import inspect
 from functools import wraps
 
 import torch
-from mindspeed_cp.patches.batch import block_shape
 from mindspeed_cp.patches.manager import Patch
+from mindspeed_cp.patches.pipeline import block_shape
 
 ROPE_UTILS = "megatron.core.models.common.embeddings.rope_utils"
 ROTARY = "megatron.core.models.common.embeddings.rotary_pos_embedding.RotaryEmbedding"

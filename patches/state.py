@@ -81,6 +81,13 @@ class AdaptorState:
     def cp_rank(self):
         return self.groups.cp_rank if self.groups is not None else 0
 
+    @staticmethod
+    def cp_ranks():
+        """(global ranks of Megatron's context-parallel group, this rank's place among them), any size."""
+        from megatron.core import parallel_state
+
+        return parallel_state.get_context_parallel_global_ranks(), parallel_state.get_context_parallel_rank()
+
     def config_for(self, cp_size):
         """The configuration for Megatron's context-parallel size; ValueError when another size was configured."""
         if self.config is None:

@@ -9,10 +9,10 @@ from contextlib import contextmanager, nullcontext
 from functools import wraps
 
 from mindspeed_cp.arguments import add_context_parallel_arguments, readable_errors, validate
+from mindspeed_cp.patches.attention import AttentionBridge, CoreAttention
 from mindspeed_cp.patches.loss import loss_patches
 from mindspeed_cp.patches.manager import Patch
 
-from mindspeed_cp.attention import AttentionBridge, CoreAttention
 from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.notices import warn_rank0
 

@@ -151,8 +151,7 @@ def _split(adaptor, layout, rank, inputs):
 def _difference(adaptor, layout, rank, settings, mask, expected):
     """(largest difference, whether attention was asked with a dense mask)."""
     import torch.distributed as dist
-
-    from mindspeed_cp import attention as bridge
+    from mindspeed_cp.patches import attention as bridge
 
     real = bridge.context_parallel_attention
     with mock.patch.object(bridge, "context_parallel_attention", side_effect=real) as spy:

@@ -215,11 +215,11 @@ def _run_all(seq_len, settings, chosen, expected):
 
 def start(case, seq_len):
     """(weights, results) without context parallelism."""
-    import mindspeed_cp.attention
+    import mindspeed_cp.patches.attention
 
     runner = Trainer(case, 1, seq_len)
     weights = runner.weights()
-    with mock.patch.object(mindspeed_cp.attention, "context_parallel_attention", dense_attention):
+    with mock.patch.object(mindspeed_cp.patches.attention, "context_parallel_attention", dense_attention):
         return weights, runner.run()
 
 

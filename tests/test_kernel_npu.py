@@ -7,6 +7,7 @@ import fake_torch_npu
 import pytest
 import torch
 from kernel_cases import BY_NAME, CASES, check_block, hidden, offsets, reference, tensors
+from mindspeed_cp.patches import npu as npu_patches
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mindspeed_cp.blocks import Block
@@ -245,19 +246,20 @@ def test_a_missing_installation_says_what_to_install_and_source(monkeypatch, err
     monkeypatch.setattr(npu_setup, "import_module", fail)
     assert message in npu.unavailable()
     with pytest.raises(ValueError, match="the NPU cannot be used here"):
-        npu_setup.prepare_npu()
+        npu_patches.prepare_npu()
 
 
 @pytest.mark.cpu_only
 def test_prepare_npu_imports_transfer_to_npu_and_needs_no_apex(torch_npu, monkeypatch):
     imported = []
     real = npu_setup.import_module
-    monkeypatch.setattr(npu_setup, "import_module", lambda name: imported.append(name) or real(name))
-    npu_setup.prepare_npu()
+    for module in (npu_setup, npu_patches):
+        monkeypatch.setattr(module, "import_module", lambda name: imported.append(name) or real(name))
+    npu_patches.prepare_npu()
     assert imported == ["torch_npu", "torch_npu.contrib.transfer_to_npu"]
     torch_npu.npu.is_available = lambda: False
     with contextlib.suppress(ValueError):
-        npu_setup.prepare_npu()
+        npu_patches.prepare_npu()
     assert "npu-smi info" in npu.unavailable()
 
 

@@ -58,10 +58,10 @@ def _hybrid():
 
 def _neighbour(steps):
     """Global rank of the context-parallel rank that many steps on."""
-    from megatron.core import parallel_state
+    from mindspeed_cp import megatron_adaptor
 
-    ranks = parallel_state.get_context_parallel_global_ranks()
-    return ranks[(parallel_state.get_context_parallel_rank() + steps) % len(ranks)]
+    ranks, rank = megatron_adaptor.state().cp_ranks()
+    return ranks[(rank + steps) % len(ranks)]
 
 
 def get_context_parallel_next_rank():

@@ -1,4 +1,4 @@
-"""Whether this machine has a working torch_npu, and how the process is switched to it."""
+"""Whether this machine has a working torch_npu."""
 
 from importlib import import_module
 
@@ -24,17 +24,3 @@ def unavailable():
     if npu is not None and not npu.is_available():
         return "torch_npu finds no device; check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES."
     return ""
-
-
-def prepare_npu():
-    """Make code that says cuda and nccl run on NPUs and HCCL, through torch_npu's own contrib.transfer_to_npu.
-
-    Call it before Megatron is imported. Needs no apex; Ascend's apex, where installed, is left as it is.
-
-    Raises:
-        ValueError: CANN, torch_npu or the device is missing; the message says what to install and source.
-    """
-    reason = unavailable()
-    if reason:
-        raise ValueError(f"the NPU cannot be used here: {reason}")
-    import_module("torch_npu.contrib.transfer_to_npu")

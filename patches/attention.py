@@ -9,6 +9,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from mindspeed_cp.patches.documents import MaskCache, documents_of_packed_params
+from mindspeed_cp.patches.state import BatchShape, effective_config
 
 from mindspeed_cp.api import context_parallel_attention
 from mindspeed_cp.config import ContextParallelConfig
@@ -16,8 +18,6 @@ from mindspeed_cp.groups import ContextParallelGroups
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.notices import warn_rank0
-from mindspeed_cp.patches.documents import MaskCache, documents_of_packed_params
-from mindspeed_cp.patches.state import BatchShape, effective_config
 
 
 @dataclass(frozen=True)
