@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import distributed
+import pairs
 import pytest
 
 LONGEST = ("test_trainer_parity", "test_models", "test_trainer", "test_two_hosts", "test_launch")
@@ -18,12 +19,14 @@ def pytest_addoption(parser):
         default="cpu",
         help="device on which tensors live; npu and cuda run the same parity tests on real accelerators (default: cpu)",
     )
+    parser.addoption("--full", action="store_true", help="take large products whole instead of drawing them by pairs")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "device(name): needs this accelerator; skipped elsewhere with the reason")
     config.addinivalue_line("markers", "cpu_only: measures or relies on something that only the CPU path has")
     distributed.set_device_type(config.getoption("--device"))
+    pairs.take_whole_products(config.getoption("--full"))
 
 
 def pytest_collection_modifyitems(config, items):

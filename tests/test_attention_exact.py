@@ -1,21 +1,24 @@
 """Invariant 1: every algorithm equals dense attention, forward and backward, over the product of all features.
 
-The product is large, so it is sampled with a fixed seed: per context-parallel size and algorithm a number of random
-points, plus each feature on its own for every algorithm and size.
+The products are large, so the default run draws them by pairs (pairs.py): all features together over every algorithm
+and size, then each feature on its own for every algorithm, size, degree, window and exchange.
 """
 
 import random
+from functools import cache
 
 import pytest
 import torch
 from cases import Case, attend, attend_many, check_cases, expected, largest_errors, whole
 from distributed import run_ranks
+from pairs import all_pairs, drawn
 
 from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.algorithms import ALGORITHMS
 
 SIZES = list(range(1, 9))
-SAMPLES = 12
+MASK_TYPES = ("causal", "full")
+SCALES = (None, 0.7)
 
 
 def shapes(algorithm, cp):
@@ -38,6 +41,11 @@ def exchanges(shape):
     return ["ring", "direct"] if direct else ["ring"]
 
 
+def setups(algorithm, cp):
+    """Every (degree, window, exchange) of an algorithm at this size, as keyword arguments of the configuration."""
+    return [{**shape, "kv_exchange": exchange} for shape in shapes(algorithm, cp) for exchange in exchanges(shape)]
+
+
 def degree_of(shape):
     return ContextParallelConfig(**shape).hierarchy[0]
 
@@ -56,37 +64,68 @@ def documents(rng, seq_len):
     return (0, *cuts, seq_len)
 
 
-def sample(rng, shape):
-    """One random point of the product for this shape."""
-    cp = shape["context_parallel_size"]
-    heads, kv_heads = rng.choice(head_choices(degree_of(shape)))
-    seq_len = rng.choice([1, max(1, cp - 1), cp + 1, 2 * cp, 4 * cp, 13, 29, 31, 47])
-    mask_type = rng.choice(["causal", "full"])
-    config = {**shape, "attention_mask_type": mask_type, "kv_exchange": rng.choice(exchanges(shape))}
-    if has_ring(shape):
-        config["send_recv_overlap"] = rng.random() < 0.5
-    if degree_of(shape) > 1:
-        config["alltoall"] = rng.random() < 0.7
+# What a point of the whole product has beside algorithm and size; sizes and heads depend on those.
+FEATURES = {
+    "seq_len": range(9),
+    "mask": ("none", "packed", "dense", "window", "packed+window", "packed+dense"),
+    "heads": range(5),
+    "window": ((3, 0), (0, 0), (5, 2), (None, 1), (4, -1)),
+    "kv_cache_policy": (None, "full", "half"),
+    "dims": ((4, 4), (6, 4), (4, 6)),
+    "mask_type": MASK_TYPES,
+    "setup": range(2),
+    "send_recv_overlap": (False, True),
+    "alltoall": (True, False),
+    "allgather_kv": (False, True),
+    "dense": ("shared", "batch"),
+    "batch": (1, 2),
+    "sinks": (False, True),
+    "softmax_scale": (None, 0.3),
+}
+
+
+@cache
+def points():
+    """(algorithm, size) -> its points, each a dict of the features; every feature meets every algorithm and size."""
+    pairs = [param.values for param in ALGORITHM_AND_SIZE]
+    rows = all_pairs([len(pairs), *map(len, FEATURES.values())])
+    found = {pair: [] for pair in pairs}
+    for first, *rest in rows:
+        found[pairs[first]].append({name: FEATURES[name][index] for name, index in zip(FEATURES, rest)})
+    return found
+
+
+def case_of(point, number, algorithm, cp):
+    """The case of this point, as far as the algorithm has its features."""
+    choices, seed = setups(algorithm, cp), random.Random(f"{algorithm} {cp} {number}")
+    setup = choices[(number + point["setup"]) % len(choices)]
+    degree = degree_of(setup)
+    heads, kv_heads = head_choices(degree)[point["heads"]]
+    seq_len = (1, max(1, cp - 1), cp + 1, 2 * cp, 4 * cp, 13, 29, 31, 47)[point["seq_len"]]
+    config = {**setup, "attention_mask_type": point["mask_type"]}
+    if has_ring(setup):
+        config["send_recv_overlap"] = point["send_recv_overlap"]
+    if degree > 1:
+        config["alltoall"] = point["alltoall"]
     if cp > 1:
-        config["kv_cache_policy"] = rng.choice([None, "full", "half"])
-    if shape["algorithm"] == "ulysses_cp_algo" and kv_heads == 1 and heads > 1:
-        config["allgather_kv"] = rng.random() < 0.5
-    mask = rng.choice(["none", "packed", "dense", "window", "packed+window", "packed+dense"])
-    dk, dv = rng.choice([(4, 4), (4, 4), (6, 4), (4, 6)])
+        config["kv_cache_policy"] = point["kv_cache_policy"]
+    if algorithm == "ulysses_cp_algo" and kv_heads == 1 and heads > 1:
+        config["allgather_kv"] = point["allgather_kv"]
+    mask, (dk, dv) = point["mask"], point["dims"]
     return Case(
         config=config,
         seq_len=seq_len,
-        batch=rng.choice([1, 2]),
+        batch=point["batch"],
         heads=heads,
         kv_heads=kv_heads,
         dk=dk,
         dv=dv,
-        cu_seqlens=documents(rng, seq_len) if "packed" in mask else None,
-        window=rng.choice([(3, 0), (0, 0), (5, 2), (None, 1), (4, -1)]) if "window" in mask else None,
-        dense=rng.choice(["shared", "batch"]) if "dense" in mask else None,
-        sinks=rng.random() < 0.25,
-        softmax_scale=rng.choice([None, 0.3]),
-        seed=rng.randrange(1 << 30),
+        cu_seqlens=documents(seed, seq_len) if "packed" in mask else None,
+        window=point["window"] if "window" in mask else None,
+        dense=point["dense"] if "dense" in mask else None,
+        sinks=point["sinks"],
+        softmax_scale=point["softmax_scale"],
+        seed=seed.randrange(1 << 30),
     )
 
 
@@ -101,26 +140,22 @@ for_every_algorithm = pytest.mark.parametrize("algorithm, cp", ALGORITHM_AND_SIZ
 
 
 @for_every_algorithm
-def test_random_points_of_the_product_equal_dense_attention(algorithm, cp):
-    rng = random.Random(f"{algorithm} {cp}")
-    options = list(shapes(algorithm, cp))
-    check_cases([sample(rng, options[n % len(options)]) for n in range(max(SAMPLES, 4 * len(options)))])
+def test_features_together_equal_dense_attention(algorithm, cp):
+    chosen = points()[algorithm, cp]
+    check_cases([case_of(point, number, algorithm, cp) for number, point in enumerate(chosen)])
 
 
 @for_every_algorithm
-@pytest.mark.parametrize("mask_type", ["causal", "full"])
-def test_plain_attention_equals_dense_attention(algorithm, cp, mask_type):
+def test_plain_attention_equals_dense_attention(algorithm, cp):
     check_cases(
         [
             Case(
-                {**shape, "attention_mask_type": mask_type, "kv_exchange": exchange},
+                {**setup, "attention_mask_type": mask_type},
                 seq_len=seq_len,
-                heads=2 * degree_of(shape),
-                kv_heads=2 * degree_of(shape),
+                heads=2 * degree_of(setup),
+                kv_heads=2 * degree_of(setup),
             )
-            for shape in shapes(algorithm, cp)
-            for exchange in exchanges(shape)
-            for seq_len in (4 * cp, 29)
+            for setup, mask_type, seq_len in drawn(setups(algorithm, cp), MASK_TYPES, (4 * cp, 29))
         ]
     )
 
@@ -128,18 +163,16 @@ def test_plain_attention_equals_dense_attention(algorithm, cp, mask_type):
 @for_every_algorithm
 def test_any_length_from_one_token_up_works(algorithm, cp):
     """Shorter than the group (ranks without tokens), one more or less than a multiple, primes."""
+    lengths = sorted({1, max(1, cp - 1), cp + 1, 2 * cp + 1, 17})
     check_cases(
         [
             Case(
-                {**shape, "kv_exchange": exchange, "attention_mask_type": mask_type},
+                {**setup, "attention_mask_type": mask_type},
                 seq_len=seq_len,
-                heads=degree_of(shape),
-                kv_heads=degree_of(shape),
+                heads=degree_of(setup),
+                kv_heads=degree_of(setup),
             )
-            for shape in shapes(algorithm, cp)
-            for exchange in exchanges(shape)
-            for seq_len in sorted({1, max(1, cp - 1), cp + 1, 2 * cp + 1, 17})
-            for mask_type in ("causal", "full")
+            for setup, seq_len, mask_type in drawn(setups(algorithm, cp), lengths, MASK_TYPES)
         ]
     )
 
@@ -151,77 +184,62 @@ def test_packed_documents_of_any_length_equal_dense_attention(algorithm, cp):
     check_cases(
         [
             Case(
-                {**shape, "kv_exchange": exchange, "attention_mask_type": mask_type},
+                {**setup, "attention_mask_type": mask_type},
                 seq_len=31,
                 cu_seqlens=cu_seqlens,
-                heads=degree_of(shape),
+                heads=degree_of(setup),
                 kv_heads=1,
             )
-            for shape in shapes(algorithm, cp)
-            for exchange in exchanges(shape)
-            for cu_seqlens in boundaries
-            for mask_type in ("causal", "full")
+            for setup, cu_seqlens, mask_type in drawn(setups(algorithm, cp), boundaries, MASK_TYPES)
         ]
     )
 
 
 @for_every_algorithm
 def test_sliding_windows_equal_dense_attention(algorithm, cp):
-    windows = [
-        ("causal", (0, 0)),
-        ("causal", (3, 0)),
-        ("causal", (9, 5)),
-        ("full", (2, 3)),
-        ("full", (None, 4)),
-        ("full", (-1, -1)),
-        ("full", (7, -1)),
-        ("causal", (1000, 1000)),
-    ]
+    windows = [(0, 0), (3, 0), (9, 5), (2, 3), (None, 4), (-1, -1), (7, -1), (1000, 1000)]
     check_cases(
         [
             Case(
-                {**shape, "kv_exchange": exchange, "attention_mask_type": mask_type},
+                {**setup, "attention_mask_type": mask_type},
                 seq_len=33,
                 window=window,
-                heads=degree_of(shape),
-                kv_heads=degree_of(shape),
+                heads=degree_of(setup),
+                kv_heads=degree_of(setup),
             )
-            for shape in shapes(algorithm, cp)
-            for exchange in exchanges(shape)
-            for mask_type, window in windows
+            for setup, window, mask_type in drawn(setups(algorithm, cp), windows, MASK_TYPES)
         ]
     )
 
 
 @for_every_algorithm
 def test_dense_masks_equal_dense_attention(algorithm, cp):
+    documents = (None, (0, 4, 4, 15, 21))
     check_cases(
         [
             Case(
-                {**shape, "kv_exchange": exchange, "attention_mask_type": mask_type},
+                {**setup, "attention_mask_type": mask_type},
                 seq_len=21,
                 dense=dense,
                 batch=2,
-                heads=2 * degree_of(shape),
-                kv_heads=degree_of(shape),
+                heads=2 * degree_of(setup),
+                kv_heads=degree_of(setup),
                 cu_seqlens=cu_seqlens,
             )
-            for shape in shapes(algorithm, cp)
-            for exchange in exchanges(shape)
-            for dense in ("shared", "batch")
-            for mask_type in ("causal", "full")
-            for cu_seqlens in (None, (0, 4, 4, 15, 21))
+            for setup, dense, mask_type, cu_seqlens in drawn(
+                setups(algorithm, cp), ("shared", "batch"), MASK_TYPES, documents
+            )
         ]
     )
 
 
 @for_every_algorithm
 def test_grouped_multi_query_and_latent_attention_equal_dense_attention(algorithm, cp):
+    dims = ((4, 4), (6, 4), (3, 5))
     cases = []
-    for shape in shapes(algorithm, cp):
-        for heads, kv_heads in head_choices(degree_of(shape)):
-            for dk, dv in ((4, 4), (6, 4), (3, 5)):
-                cases.append(Case(shape, seq_len=19, batch=2, heads=heads, kv_heads=kv_heads, dk=dk, dv=dv))
+    for shape, number, (dk, dv) in drawn(list(shapes(algorithm, cp)), range(5), dims):
+        heads, kv_heads = head_choices(degree_of(shape))[number]
+        cases.append(Case(shape, seq_len=19, batch=2, heads=heads, kv_heads=kv_heads, dk=dk, dv=dv))
     check_cases(cases)
 
 
@@ -238,10 +256,9 @@ def test_softmax_offsets_and_their_gradient_equal_dense_attention(algorithm, cp)
                 softmax_scale=scale,
                 dense=dense,
             )
-            for shape in shapes(algorithm, cp)
-            for mask_type in ("causal", "full")
-            for scale in (None, 0.7)
-            for dense in (None, "shared")
+            for shape, mask_type, scale, dense in drawn(
+                list(shapes(algorithm, cp)), MASK_TYPES, SCALES, (None, "shared")
+            )
         ]
     )
 
