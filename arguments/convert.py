@@ -4,16 +4,24 @@ import importlib
 import sys
 from contextlib import contextmanager
 
+from mindspeed_cp.arguments.comm_type import ALGORITHM_OF, Choice, choice_of_comm_type, comm_kinds, degree_from_sizes
+from mindspeed_cp.arguments.mindspeed_flags import (
+    notices_of_accepted,
+    refusal_of_algorithm,
+    refusal_of_positions,
+)
+
 from mindspeed_cp.config import ContextParallelConfig, TrainingSetup, resolve
 from mindspeed_cp.notices import is_rank0, warn_rank0
 
 
 def config_from_args(args):
     """The ContextParallelConfig that the flags describe; raises ValueError for a combination that cannot work."""
+    choice = chosen_algorithm(args)
     return ContextParallelConfig(
         context_parallel_size=args.context_parallel_size,
-        algorithm=args.context_parallel_algo,
-        ulysses_degree=args.ulysses_degree_in_cp,
+        algorithm=choice.algorithm,
+        ulysses_degree=choice.ulysses_degree,
         window_size=args.cp_window_size,
         attention_mask_type=args.cp_attention_mask_type,
         kv_cache_policy=args.context_parallel_kv_cache_policy,
@@ -23,6 +31,36 @@ def config_from_args(args):
         alltoall=getattr(args, "cp_enable_alltoall", True),
         kv_exchange=args.cp_kv_exchange,
     )
+
+
+def chosen_algorithm(args):
+    """The algorithm that was named: by --context-parallel-algo, else by --cp-comm-type, else the default.
+
+    A parser notes in ``args.cp_given`` what was given; in a namespace without the note every name was, and every
+    communication type but p2p, Megatron's default.
+
+    Raises:
+        ValueError: the name belongs to MindSpeed alone, or the communication type is none or not one.
+    """
+    name = args.context_parallel_algo
+    refusal = refusal_of_algorithm(name)
+    if refusal:
+        raise ValueError(refusal)
+    cp, degree = args.context_parallel_size, args.ulysses_degree_in_cp
+    sizes = getattr(args, "hierarchical_context_parallel_sizes", None)
+    if cp > 1 and not _algorithm_is_given(args) and _given_kinds(args):
+        return choice_of_comm_type(_given_kinds(args), cp, sizes, degree)
+    return Choice(name, degree_from_sizes(cp, sizes, degree) if name == "hybrid_cp_algo" else degree)
+
+
+def _algorithm_is_given(args):
+    return "context_parallel_algo" in getattr(args, "cp_given", ("context_parallel_algo",))
+
+
+def _given_kinds(args):
+    """The communication types that somebody gave, () for Megatron's default."""
+    kinds = comm_kinds(getattr(args, "cp_comm_type", None))
+    return kinds if "cp_comm_type" in getattr(args, "cp_given", ()) or kinds != ("p2p",) else ()
 
 
 def setup_from_args(args, world_size=None):
@@ -52,12 +90,17 @@ def validate(args, world_size=None):
     Raises:
         ValueError: a rule is broken; the message names flag, value, rule and a way out.
     """
+    refusal = refusal_of_positions(getattr(args, "position_embedding_type", None))
+    if refusal and args.context_parallel_size > 1:
+        raise ValueError(refusal)
     config = config_from_args(args)
     setup = resolve(config, setup_from_args(args, world_size))
     _check_device_num(args, config, setup)
     _check_calculator(setup.gather_size_calculator)
     args.use_flash_attn, args.gather_size_calculator = setup.use_flash_attn, setup.gather_size_calculator
-    for notice in (*getattr(args, "cp_notices", ()), *setup.notices, *_ignored_flags(args, config)):
+    ignored = (*notices_of_accepted(args), *_ignored_flags(args, config))
+    args.context_parallel_algo, args.ulysses_degree_in_cp = config.algorithm, config.ulysses_degree
+    for notice in (*getattr(args, "cp_notices", ()), *setup.notices, *ignored):
         warn_rank0(notice)
     return config, setup
 
@@ -97,8 +140,9 @@ def _check_calculator(name):
     way_out = "choose default or dynamic, or name an importable class as package.module:Class"
     try:
         found = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
-        raise ValueError(f"--gather-size-calculator {name} cannot be imported ({error}); {way_out}.") from error
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise ValueError(f"--gather-size-calculator {name} cannot be imported ({reason}); {way_out}.") from error
     if not callable(getattr(found, "calculate", None)):
         raise ValueError(
             f"--gather-size-calculator {name} must be a class with a method calculate(*args, **kwargs); {way_out}."
@@ -106,20 +150,18 @@ def _check_calculator(name):
 
 
 def _ignored_flags(args, config):
-    """Megatron's own context-parallel flags, which nothing here reads."""
+    """Megatron's own context-parallel flags, where the algorithm was named otherwise."""
     if config.context_parallel_size == 1:
         return
-    kinds = getattr(args, "cp_comm_type", None)
-    if kinds not in (None, "p2p", ["p2p"]):
-        text = kinds if isinstance(kinds, str) else " ".join(map(str, kinds))
+    kinds = _given_kinds(args)
+    if any(ALGORITHM_OF.get(kind) != config.algorithm for kind in kinds) and _algorithm_is_given(args):
         yield (
-            f"--cp-comm-type {text} is ignored: --context-parallel-algo {config.algorithm} decides how ranks "
-            "communicate."
+            f"--cp-comm-type {' '.join(kinds)} is ignored: --context-parallel-algo {config.algorithm} decides how "
+            "ranks communicate."
         )
     sizes = getattr(args, "hierarchical_context_parallel_sizes", None)
-    if sizes:
+    if sizes and not config.ulysses_degree and _algorithm_is_given(args):
         yield (
-            f"--hierarchical-context-parallel-sizes {' '.join(map(str, sizes))} is ignored: use "
-            "--context-parallel-algo "
-            "hybrid_cp_algo with --ulysses-degree-in-cp."
+            f"--hierarchical-context-parallel-sizes {' '.join(map(str, sizes))} is ignored: "
+            f"--context-parallel-algo {config.algorithm} has one level; use hybrid_cp_algo."
         )

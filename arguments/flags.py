@@ -2,7 +2,8 @@
 
 import re
 
-from mindspeed_cp.arguments.yaml_file import install_config_file
+from mindspeed_cp.arguments import given
+from mindspeed_cp.arguments.mindspeed_flags import add_accepted_flags, refusal_of_algorithm, refuse_alibi
 
 from mindspeed_cp.algorithms import ALGORITHMS
 from mindspeed_cp.config import KV_CACHE_POLICIES, KV_EXCHANGES, MASK_TYPES
@@ -25,7 +26,9 @@ def add_context_parallel_arguments(parser):
         free = [name for name in names if name not in parser._option_string_actions]
         if names[0] in free:
             group.add_argument(*free, **options)
-    install_config_file(parser, _fail)
+    add_accepted_flags(parser, lambda flag: _whole(parser, flag, -1))
+    refuse_alibi(parser, _fail)
+    given.install(parser, _fail)
     return parser
 
 
@@ -53,12 +56,12 @@ def _size_flags(parser):
     yield (
         ("--context-parallel-algo",),
         dict(
-            type=_choice(parser, "--context-parallel-algo", ALGORITHMS),
+            type=_algorithm(parser),
             choices=list(ALGORITHMS),
             default="ulysses_cp_algo",
-            help=f"how the ranks share the attention. Default: ulysses_cp_algo. Choices: {algorithms}. Rule: Ulysses "
-            "needs "
-            "num-attention-heads divisible by tensor x context parallel size; the ring does not.",
+            help=f"how the ranks share the attention. Default: ulysses_cp_algo, or what --cp-comm-type names. Choices: "
+            f"{algorithms}. Rule: Ulysses needs num-attention-heads divisible by tensor x context parallel size; the "
+            "ring does not.",
         ),
     )
     yield (
@@ -228,6 +231,18 @@ def _choice(parser, flag, choices):
 def _mask_type(parser):
     choose = _choice(parser, "--cp-attention-mask-type", (*MASK_TYPES, "general"))
     return lambda text: "full" if choose(text) == "general" else text
+
+
+def _algorithm(parser):
+    choose = _choice(parser, "--context-parallel-algo", ALGORITHMS)
+
+    def convert(text):
+        refusal = refusal_of_algorithm(text)
+        if refusal:
+            _fail(parser, refusal)
+        return choose(text)
+
+    return convert
 
 
 def _whole(parser, flag, minimum):

@@ -7,12 +7,10 @@ use_flash_attention).
 
 import difflib
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import yaml
 
 ALGORITHM_NAMES = {"ulysses_cp": "ulysses_cp_algo", "colossalai_cp": "megatron_cp_algo"}
-_NOT_GIVEN = object()
 _ALGORITHM_KEY = "parallel_config.context_parallel_algo"
 _SIZE, _SWITCH, _ALGORITHM = "a whole number of at least 1", "True or False", " or ".join(ALGORITHM_NAMES)
 
@@ -79,6 +77,8 @@ def _load(path):
             f"--cp-config {path} cannot be read ({error.strerror}); give the path of a MindFormers YAML file, "
             "or leave it out."
         ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--cp-config {path} is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -128,57 +128,38 @@ def _checked(key, value, path):
     fits = {
         _SIZE: type(value) is int and value >= 1,
         _SWITCH: isinstance(value, bool),
-        _ALGORITHM: value in ALGORITHM_NAMES,
+        _ALGORITHM: isinstance(value, str) and value in ALGORITHM_NAMES,
     }
     if not fits[kind]:
         raise ValueError(f"--cp-config {path}: {key} {value} must be {kind}; correct it in the file.")
     return value
 
 
-def install_config_file(parser, fail):
-    """Make ``parser`` apply --cp-config FILE after every parse; ``fail(parser, message)`` ends the program.
-
-    The hook sits on ``parse_known_args`` because only a second look at the command line tells a flag that was given
-    with its default value from one that was not given.
-    """
-    parse = parser.parse_known_args
-
-    def parse_known_args(args=None, namespace=None):
-        result, rest = parse(args, namespace)
-        path = getattr(result, "cp_config", None)
-        if path:
-            given = parse(args, SimpleNamespace(**{key.dest: _NOT_GIVEN for key in KEYS.values()}))[0]
-            try:
-                apply_config_file(
-                    result, path, {key for key, row in KEYS.items() if getattr(given, row.dest) is not _NOT_GIVEN}
-                )
-            except ValueError as error:
-                fail(parser, str(error))
-        return result, rest
-
-    parser.parse_known_args = parse_known_args
-    parser.reads_cp_config = True
-
-
 def apply_config_file(args, path, given):
     """Set on ``args`` what the file says, except for the keys in ``given``, whose flags stand on the command line.
 
     What was overruled or is not read goes to ``args.cp_notices``; ``validate`` says it on rank 0.
+
+    Returns:
+        The attributes that were set, which count as given.
     """
     values, notices = read_cp_yaml(path)
     # MindFormers' own default, which differs from the flag's.
     defaults = {_ALGORITHM_KEY: "colossalai_cp"} if values.get("parallel_config.context_parallel", 1) > 1 else {}
+    taken = set()
     for key, value in (defaults | values).items():
         row = KEYS[key]
         wanted = ALGORITHM_NAMES[value] if key == _ALGORITHM_KEY else value
         if key not in given:
             setattr(args, row.dest, wanted)
+            taken.add(row.dest)
         elif getattr(args, row.dest) != wanted:
             default = f"{value}, MindFormers' default: {path} names no {key}"
             held = f"{key} {value} of {path}" if key in values else default
             notices.append(f"{row.flag} {getattr(args, row.dest)} on the command line wins over {held}.")
     args.cp_notices = notices
     _check_file_rules(args, path, values)
+    return taken
 
 
 def _check_file_rules(args, path, values):

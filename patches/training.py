@@ -152,16 +152,18 @@ def _passing_assertions(args):
     """Show Megatron's validation a length that 2 x cp divides, and no legacy models; both are supported here.
 
     Every version asserts seq_length % (2 * cp) == 0 and that legacy models and cp > 1 exclude each other. The length is
-    rounded up for the check, and every attribute that took it over gets the true one back.
+    rounded up for the check, and every attribute that took it over gets the true one back. The communication type is
+    the algorithm's name here; Megatron would ask for the sizes of its own hierarchical groups.
     """
     length, legacy, limit = args.seq_length, getattr(args, "use_legacy_models", False), args.max_position_embeddings
     step = 2 * args.context_parallel_size
     rounded = length if length is None or length % step == 0 else (length // step + 1) * step
-    args.seq_length, args.use_legacy_models = rounded, False
+    kinds = args.cp_comm_type
+    args.seq_length, args.use_legacy_models, args.cp_comm_type = rounded, False, ["p2p"]
     if rounded != length and limit is not None and limit >= length:
         args.max_position_embeddings = max(limit, rounded)
     yield
-    args.use_legacy_models, args.max_position_embeddings = legacy, limit
+    args.use_legacy_models, args.max_position_embeddings, args.cp_comm_type = legacy, limit, kinds
     if rounded != length:
         for name in ("seq_length", "encoder_seq_length", "decoder_seq_length"):
             if getattr(args, name, None) == rounded:

@@ -192,20 +192,6 @@ def test_unaligned_with_kv_cache_falls_back_and_names_both_flags():
     assert args.gather_size_calculator == "default" and not setup.unaligned
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "says"),
-    [
-        ("cp_comm_type", ["a2a"], "--cp-comm-type a2a is ignored"),
-        ("hierarchical_context_parallel_sizes", [2, 2], "--hierarchical-context-parallel-sizes 2 2 is ignored"),
-    ],
-)
-def test_flag_that_nothing_reads_is_a_warning(name, value, says):
-    args = parse("--context-parallel-size", "2", "--use-flash-attn")
-    setattr(args, name, value)
-    with pytest.warns(ContextParallelWarning, match=says):
-        validate(args, world_size=2)
-
-
 def test_default_flags_warn_of_nothing(recwarn):
     args = parse()
     args.cp_comm_type = ["p2p"]
