@@ -6,20 +6,31 @@ Python blocks marked ``python run`` run in one process, those marked ``python to
 import argparse
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
-from mindspeed_cp.arguments import add_context_parallel_arguments
+from mindspeed_cp.arguments import add_context_parallel_arguments, validate
 
+from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.algorithms import ALGORITHMS
 from mindspeed_cp.config import KV_CACHE_POLICIES
 from mindspeed_cp.kernels import KERNELS
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ["README.md", "README.zh-CN.md"]
-PAGES = READMES + [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*READMES, "CONTRIBUTING.md", "CHANGELOG.md", *DOCS]
+FLAG_PAGES = ["docs/flags.md", "docs/zh-CN/flags.md"]
+# English page -> the same page in Chinese.
+TRANSLATIONS = {"README.md": "README.zh-CN.md"} | {
+    page.replace("/zh-CN/", "/"): page for page in DOCS if page.startswith("docs/zh-CN/")
+}
+README_LINES = 220
 # What users or runs make, and other people's files; everything else that looks like a path here must exist.
 ELSEWHERE = {
     "data/topics",
@@ -31,6 +42,8 @@ ELSEWHERE = {
     "pretrain_gpt.py",
     "set_env.sh",
 }
+# What the tests run with.
+PINNED = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.M | re.S)
 
 
@@ -62,7 +75,7 @@ def flag_table(page):
     return {row[0].split("`")[1]: row for row in rows}
 
 
-@pytest.mark.parametrize("page", READMES)
+@pytest.mark.parametrize("page", FLAG_PAGES)
 @pytest.mark.parametrize("action", actions(), ids=lambda action: action.option_strings[0])
 def test_the_flag_table_gives_every_flag_with_its_default_and_choices(page, action):
     name, default, choices, rule = flag_table(page)[action.option_strings[0]]
@@ -74,17 +87,34 @@ def test_the_flag_table_gives_every_flag_with_its_default_and_choices(page, acti
     assert rule
 
 
-@pytest.mark.parametrize("page", READMES)
+@pytest.mark.parametrize("page", FLAG_PAGES)
 def test_the_flag_table_has_no_flag_that_does_not_exist(page):
     assert set(flag_table(page)) == {action.option_strings[0] for action in actions()}
 
 
 def test_every_algorithm_kernel_and_policy_is_documented():
-    pages = "".join(text_of(page) for page in PAGES if page.startswith("docs/algorithms"))
+    pages = "".join(text_of(page) for page in DOCS if page.startswith("docs/algorithms"))
     assert all(name in pages for name in ALGORITHMS)
-    for page in READMES:
+    for page in FLAG_PAGES:
         assert all(re.search(rf"(?<!\w){name}(?!\w)", text_of(page)) for name in [*ALGORITHMS, *KERNELS])
+    for page in READMES:
+        assert all(name in text_of(page) for name in ALGORITHMS)
+    for page in ("docs/choosing.md", "docs/zh-CN/choosing.md"):
         assert all(f"| {policy} |" in text_of(page) for policy in KV_CACHE_POLICIES if policy)
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_the_readme_is_short(page):
+    assert len(text_of(page).splitlines()) <= README_LINES
+
+
+@pytest.mark.parametrize("index", ["docs/README.md", "docs/zh-CN/README.md"])
+def test_every_page_is_in_the_index_in_its_language(index):
+    linked = {((ROOT / index).parent / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)", text_of(index))}
+    pages = [page for page in DOCS if "/zh-CN/" not in page and page != "docs/README.md"]
+    if "/zh-CN/" in index:
+        pages = [TRANSLATIONS.get(page, page) for page in pages]
+    assert not [page for page in pages if (ROOT / page).resolve() not in linked]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -151,56 +181,122 @@ def run_block(code, num_processes, tmp_path):
     return done.stdout
 
 
+OUTPUT = re.compile(r"^```python ([^\n]*)\n(.*?)^```$(?:(?!^```).)*?^```text output\n(.*?)^```$", re.M | re.S)
+
+
 def unique_blocks(info):
-    """pytest parameters; blocks that both READMEs share, comments aside, run once."""
+    """pytest parameters (code, label, printed text or None); blocks that two pages share, comments aside, run once."""
+    printed = {code: output for page in PAGES for _, code, output in OUTPUT.findall(text_of(page))}
     found = {
-        tuple(re.sub(r"#.*", "", code).split()): (code, label, page)
+        tuple(re.sub(r"#.*", "", code).split()): (code, label, printed.get(code), page)
         for page in reversed(PAGES)
         for label, code in blocks(page, info)
     }
     return [
-        pytest.param(code, label, id=f"{page}-{number}") for number, (code, label, page) in enumerate(found.values())
+        pytest.param(code, label, output, id=f"{page}-{number}")
+        for number, (code, label, output, page) in enumerate(found.values())
     ]
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("code, label", unique_blocks("python run"))
-def test_examples_for_one_process_run(code, label, tmp_path):
-    run_block(code, 1, tmp_path)
+@pytest.mark.parametrize("code, label, output", unique_blocks("python run"))
+def test_examples_for_one_process_run(code, label, output, tmp_path):
+    printed = run_block(code, 1, tmp_path)
+    assert output is None or printed == output
 
 
 @pytest.mark.cpu_only
 @pytest.mark.megatron
-@pytest.mark.parametrize("code, label", unique_blocks("python torchrun="))
-def test_examples_for_several_processes_run(code, label, tmp_path):
-    run_block(code, int(label.partition("=")[2]), tmp_path)
+@pytest.mark.parametrize("code, label, output", unique_blocks("python torchrun="))
+def test_examples_for_several_processes_run(code, label, output, tmp_path):
+    printed = run_block(code, int(label.partition("=")[2]), tmp_path)
+    # The documents speak of the default Megatron; others have more or fewer patches.
+    assert output is None or metadata.version("megatron-core") != PINNED["megatron-core"] or printed == output
 
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("page", READMES)
 def test_the_picture_of_the_split_is_what_the_program_prints(page, tmp_path):
     picture = next(code for _, code in blocks(page, "text") if code.startswith("token "))
-    code = next(code for _, code in blocks(page, "python run") if "SequenceLayout.build" in code)
+    code = next(code for _, code in blocks("docs/batch-layouts.md", "python run") if "SequenceLayout.build" in code)
     printed = [line.split() for line in run_block(code, 1, tmp_path).splitlines()]
     assert printed == [line.split() for line in picture.splitlines()]
 
 
-def test_both_languages_have_the_same_structure_and_the_same_code():
-    english, chinese = (text_of(page) for page in READMES)
+def default_patches():
+    """How many patches a run on megatron-core alone counts: the line of the example that really runs."""
+    (line,) = [output for _, _, output in OUTPUT.findall(text_of("docs/megatron.md"))]
+    return int(re.search(r"(\d+) patches", line).group(1))
+
+
+def described_configurations():
+    """Every phrase that the documents may use for what is on."""
+    for algorithm in ALGORITHMS:
+        for size in (2, 4, 8):
+            degree = 2 if algorithm == "hybrid_cp_algo" else None
+            if degree != size:
+                config = ContextParallelConfig(context_parallel_size=size, algorithm=algorithm, ulysses_degree=degree)
+                yield config.describe()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_startup_line_is_what_the_program_would_say(page):
+    lines = re.findall(r"Context parallelism: (.+), kernel (\w+), (\d+) patches", text_of(page))
+    for phrase, kernel, patches in lines:
+        assert phrase in set(described_configurations()), phrase
+        assert kernel in KERNELS
+        # With a Megatron-LM checkout there are those of its training code as well.
+        assert int(patches) == default_patches() or kernel == "npu"
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_the_worked_command_resolves_to_the_line_below_it(page):
+    ((label, script),) = blocks(page, "bash torchrun=")
+    command = shlex.split(script.replace("\\\n", " ").splitlines()[-1])
+    size = int(label.partition("=")[2])
+    assert command[:3] == ["torchrun", "--nproc-per-node", str(size)]
+    parse = runpy.run_path(str(ROOT / "scripts/launch/describe.py"))["parse"]
+    config, setup = validate(parse(command[command.index("pretrain_gpt.py") + 1 :]), size)
+    assert not setup.notices
+    assert f"Context parallelism: {config.describe()}, kernel npu, " in text_of(page)
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_versions_in_the_readme_are_those_of_the_package(page):
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    lowest = re.search(r"torch>=([\d.]+)", setup).group(1), re.search(r'python_requires=">=([\d.]+)"', setup).group(1)
+    schemas = sorted((ROOT / "tests/fake_torch_npu/schemas").glob("*.txt"), key=lambda path: version_key(path.stem))
+    adaptor = (ROOT / "mindspeed_cp/megatron_adaptor.py").read_text(encoding="utf-8")
+    megatron = re.findall(r'"([\d.]+)"', re.search(r"TRIED_VERSIONS = (.*)", adaptor).group(1))
+    tried = megatron[0], megatron[-1], schemas[0].stem, schemas[-1].stem
+    for version in (*lowest, *tried, PINNED["torch"], PINNED["megatron-core"]):
+        assert re.search(rf"(?<![\d.]){re.escape(version)}(?![\d])", text_of(page)), version
+
+
+def version_key(text):
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def without_prose(text):
+    return FENCE.sub("", text)
+
+
+@pytest.mark.parametrize("english, chinese", TRANSLATIONS.items())
+def test_both_languages_have_the_same_structure_and_the_same_code(english, chinese):
+    if english == "docs/README.md":  # an index says which pages exist in its language
+        return
+    texts = text_of(english), text_of(chinese)
     for pattern in (r"^#{1,3} ", r"^\| ?`?--", r"^\|", r"^<!-- .* -->$", r"^\* "):
-        counts = [len(re.findall(pattern, FENCE.sub("", text), re.M)) for text in (english, chinese)]
+        counts = [len(re.findall(pattern, without_prose(text), re.M)) for text in texts]
         assert counts[0] == counts[1], f"{pattern}: {counts}"
-    code = [
-        [re.sub(r"#.*", "", block).split() for info, block in FENCE.findall(text) if info]
-        for text in (english, chinese)
-    ]
+    code = [[re.sub(r"#.*", "", block).split() for info, block in FENCE.findall(text) if info] for text in texts]
     assert code[0] == code[1]
-    formulas = [re.findall(r"`([^`\n]*)`", FENCE.sub("", text)) for text in (english, chinese)]
-    assert sorted(formulas[0]) == sorted(formulas[1])
+    formulas = [sorted(re.findall(r"`([^`\n]*)`", without_prose(text))) for text in texts]
+    assert formulas[0] == formulas[1]
 
 
 def test_every_algorithm_page_says_when_what_and_needs():
-    for page in (page for page in PAGES if page.startswith("docs/algorithms")):
+    for page in (page for page in DOCS if page.startswith("docs/algorithms")):
         for heading in ("## What it communicates", "## What it needs", "## Example"):
             assert heading in text_of(page), f"{page}: {heading}"
         assert "## When" in text_of(page) or "## How the length is found" in text_of(page), page
@@ -215,7 +311,7 @@ def repository_texts():
         if path.name in ("mindspeed_cp", "patches", "arguments", "tests", "scripts", "docs", ".ci", ".github")
     ]
     files = [path for top in tops for path in top.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    files += [path for path in ROOT.iterdir() if path.is_file()]
+    files += [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]  # a file in a worktree
     endings = (".py", ".sh", ".md", ".toml", ".txt", ".yml", ".yaml", ".cfg", "")
     for path in files:
         if path.suffix in endings and path.stat().st_size < 1 << 20:
