@@ -68,12 +68,12 @@ def _size_flags(parser):
         ("--cp-attention-mask-type", "--attention-mask-type"),
         dict(
             dest="cp_attention_mask_type",
-            type=_mask_type(parser),
+            type=_choice(parser, "--cp-attention-mask-type", MASK_TYPES),
             choices=list(MASK_TYPES),
             default="causal",
             help="mask of self attention. Default: causal. Choices: causal: a token sees itself and what is before "
-            "it; full "
-            "(also called general): every token sees every token. Rule: GPT models want causal.",
+            "it; full: every token sees every token; general: the mask or the documents that come with the batch, "
+            "else causal. Rule: a mask in the batch wins over this flag; GPT models want causal or general.",
         ),
     )
     yield (
@@ -115,9 +115,8 @@ def _ring_flags(parser):
             choices=list(KV_EXCHANGES),
             default="ring",
             help="how keys and values reach the other ring ranks. Default: ring. Choices: ring: whole shards are "
-            "forwarded; "
-            "direct: each peer gets just the rows its mask needs. Rule: direct needs a ring algorithm and "
-            "--cp-window-size 1.",
+            "forwarded; direct: each peer gets just the rows its mask needs; auto: what sends less for the batch. "
+            "Rule: direct needs a ring algorithm and --cp-window-size 1.",
         ),
     )
     policies = [policy for policy in KV_CACHE_POLICIES if policy]
@@ -226,11 +225,6 @@ def _choice(parser, flag, choices):
         return text
 
     return convert
-
-
-def _mask_type(parser):
-    choose = _choice(parser, "--cp-attention-mask-type", (*MASK_TYPES, "general"))
-    return lambda text: "full" if choose(text) == "general" else text
 
 
 def _algorithm(parser):

@@ -19,6 +19,7 @@ from mindspeed_cp.api import context_parallel_attention
 from mindspeed_cp.config import ContextParallelConfig, TrainingSetup, resolve
 from mindspeed_cp.groups import ContextParallelGroups
 from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sharding import gather_sequence, shard_batch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,5 +32,7 @@ __all__ = [
     "TrainingSetup",
     "UlyssesContextAttention",
     "context_parallel_attention",
+    "gather_sequence",
     "resolve",
+    "shard_batch",
 ]

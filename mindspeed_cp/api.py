@@ -1,52 +1,57 @@
 """``context_parallel_attention``: the public entry; checks its arguments and assembles the call."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 
-from mindspeed_cp.algorithms import ALGORITHMS
 from mindspeed_cp.algorithms.function import AttentionCall, ContextParallelAttention
 from mindspeed_cp.algorithms.ring import RingProblem
 from mindspeed_cp.algorithms.ulysses import UlyssesProblem
-from mindspeed_cp.blocks import IntervalMask
+from mindspeed_cp.blocks import needed_rows
 from mindspeed_cp.comm.all_to_all import SequenceExchange
+from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.groups import ContextParallelGroups
 from mindspeed_cp.kernels import merge_function, select_kernel
-from mindspeed_cp.kernels.base import KernelOptions
+from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions
+from mindspeed_cp.layout import SequenceLayout, run_positions
+from mindspeed_cp.masks import dense_mask, interval_masks
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def context_parallel_attention(
-    query,
-    key,
-    value,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     *,
-    config,
-    groups,
-    layout,
-    softmax_scale=None,
-    attention_mask=None,
-    cu_seqlens=None,
-    dropout_p=0.0,
-    layer_number=1,
-    kernel=None,
-    sliding_window=None,
-    softmax_offset=None,
-    fused_update=False,
-):
+    config: ContextParallelConfig,
+    groups: ContextParallelGroups,
+    layout: SequenceLayout,
+    softmax_scale: float | None = None,
+    attention_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    dropout_p: float = 0.0,
+    layer_number: int = 1,
+    kernel: AttentionKernel | str | None = None,
+    sliding_window: tuple[int | None, int | None] | None = None,
+    softmax_offset: torch.Tensor | None = None,
+    fused_update: bool = False,
+) -> torch.Tensor:
     """Attention over a sequence that is split over the ranks of a context-parallel group; every rank of it calls this.
 
     Args:
-        query: (seq_local, batch, heads, dk); seq_local is layout.length(cp_rank).
+        query: (seq_local, batch, heads, dk); seq_local is layout.length(cp_rank), in the order of layout.positions.
         key: (seq_local, batch, kv_heads, dk); heads % kv_heads == 0.
         value: (seq_local, batch, kv_heads, dv); dv may differ from dk.
-        config: ContextParallelConfig; groups: ContextParallelGroups; layout: SequenceLayout, all of the same
-        configuration. softmax_scale: None is dk ** -0.5.
-        attention_mask: bool, True = masked out, global (S, S) or (batch, 1, S, S); applies on top of the causal mask of
-            ``config``, of documents and of the window. A row that sees no key gives 0.
-        cu_seqlens: int32 tensor or sequence of ints, document boundaries with the leading 0 and the total; attention
-            never crosses one.
-        dropout_p: probability with which attention weights are dropped.
+        config, groups, layout: of the same configuration; the layout may be any partition of the positions.
+        softmax_scale: None is dk ** -0.5.
+        attention_mask: bool, True = masked out, global (S, S) or (batch, 1, S, S); applies on top of documents, of the
+            window, and of the causal mask unless the mask type is "general", whose mask is the batch's alone. A row
+            that sees no key gives 0.
+        cu_seqlens: int32 tensor or ints, document boundaries with the leading 0 and the total; attention never crosses
+            one. A sequence of those, one for each row of the batch, where rows hold different documents.
+        dropout_p: probability with which attention weights are dropped, below 1.
         layer_number: global, 1-based; decides where the KV cache policy applies.
         kernel: an AttentionKernel, or its name; None chooses by device.
         sliding_window: (left, right): the query at p sees keys p - left to p + right; None or -1 is unlimited.
@@ -61,45 +66,68 @@ def context_parallel_attention(
     """
     _check_tensors(query, key, value, groups, layout)
     _check_same_hierarchy(config, groups, layout)
-    if config.allgather_kv and key.shape[2] != 1:
-        raise ValueError(
-            f"--use-ulysses-allgather-kv needs one KV head on each rank, not {key.shape[2]}; leave it out."
-        )
-    mask = interval_mask(config.attention_mask_type, layout.seq_len, cu_seqlens, sliding_window)
-    _check_offset(softmax_offset, query)
-    if not isinstance(layer_number, int) or layer_number < 1:
-        raise ValueError(
-            f"layer_number {layer_number} must be a whole number of at least 1; it is global and counts from 1."
-        )
-    policy = config.kv_cache_policy_for(layer_number)
-    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p {dropout_p} must lie between 0 and 1.")
+    _check_options(config, query, key, softmax_offset, layer_number, dropout_p)
     if kernel is None or isinstance(kernel, str):
         kernel = select_kernel(kernel, query.device.type)
-    # Kernels take any strides but the last dimension's; torch's CPU operator would read past it without a word.
-    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    causal = config.causal and not (config.attention_mask_type == "general" and attention_mask is not None)
+    masks = interval_masks(causal, layout.seq_len, query.shape[1], cu_seqlens, sliding_window)
+    policy = config.kv_cache_policy_for(layer_number)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))):
         policy = None  # nothing will run backward, so nothing is kept for it
     ring = RingProblem(
         groups=groups,
         runs=tuple(layout.ring_runs(rank) for rank in range(layout.ring_size)),
-        mask=mask,
+        mask=masks[0],
         kernel=kernel,
         options=KernelOptions(
             query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, float(dropout_p), groups.cp_rank
         ),
-        exchange="direct" if config.kv_exchange == "direct" else ALGORITHMS[config.algorithm].exchange or "ring",
+        exchange=_exchange(config, layout, masks, attention_mask),
         policy=policy if config.ring_size > 1 else None,
         overlap=config.send_recv_overlap,
-        dense_mask=_dense_mask(attention_mask, query.shape[1], layout.seq_len),
+        dense_mask=dense_mask(attention_mask, query.shape[1], layout.seq_len),
         merge=merge_function(kernel, fused_update),
     )
-    return ContextParallelAttention.apply(
-        query,
-        key,
-        value,
-        softmax_offset,
-        AttentionCall(ring, _ulysses_problem(config, groups, layout, query, key, value, policy, kernel)),
+    call = AttentionCall(ring, _ulysses_problem(config, groups, layout, query, key, value, policy, kernel))
+    # Kernels take any strides but the last dimension's; torch's CPU operator would read past it without a word.
+    tensors = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
+    order = None if layout.ulysses_degree > 1 else _ascending(layout, groups.cp_rank, query.device)
+    if order is None:
+        return ContextParallelAttention.apply(*tensors, softmax_offset, call)
+    ascending = order.argsort()
+    return ContextParallelAttention.apply(*(tensor[ascending] for tensor in tensors), softmax_offset, call)[order]
+
+
+@lru_cache(maxsize=256)
+def _ascending(layout, cp_rank, device):
+    """(seq_local,) the place of each of this rank's tokens among them in ascending order; None where they ascend.
+
+    Blocks are planned over ascending positions. With a Ulysses group the exchange puts the rows in order.
+    """
+    rows = layout.ulysses_rows(cp_rank)[0]
+    return None if len(rows) <= 1 else run_positions(rows, device)
+
+
+def _exchange(config, layout, masks, attention_mask):
+    """How keys and values travel around the ring: what the configuration says, or for "auto" what sends less."""
+    row = config.row.exchange or "ring"
+    if config.kv_exchange != "auto" or row != "ring":
+        return "direct" if config.kv_exchange == "direct" else row
+    saves = attention_mask is None and config.hierarchy[2] == 1 and _direct_saves(layout, masks)
+    return "direct" if saves else "ring"
+
+
+@lru_cache(maxsize=256)
+def _direct_saves(layout, masks):
+    """Whether fewer rows cross when each rank gets just those that it needs; every rank answers alike."""
+    ranks = range(layout.ring_size)
+    runs = [layout.ring_runs(rank) for rank in ranks]
+    return any(
+        sum(stop - start for start, stop in needed_rows(runs[reader], runs[source], mask)) < layout.ring_length(source)
+        for mask in masks
+        for reader in ranks
+        for source in ranks
+        if reader != source
     )
 
 
@@ -127,91 +155,22 @@ def _ulysses_problem(config, groups, layout, query, key, value, policy, kernel):
     )
 
 
-def interval_mask(mask_type, seq_len, cu_seqlens=None, sliding_window=None):
-    """The IntervalMask of a mask type ("causal" or "full"), document boundaries and a (left, right) window.
-
-    Raises:
-        ValueError: cu_seqlens does not start with 0, descends, or does not end with ``seq_len``; the window is
-            malformed.
-    """
-    window = (None, None) if sliding_window is None else sliding_window
-    if (
-        not isinstance(window, (tuple, list))
-        or len(window) != 2
-        or any(side is not None and (not isinstance(side, int) or side < -1) for side in window)
-    ):
+def _check_options(config, query, key, softmax_offset, layer_number, dropout_p):
+    if config.allgather_kv and key.shape[2] != 1:
         raise ValueError(
-            f"sliding_window {sliding_window} must be two whole numbers of at least 0, or -1 or None for no limit."
+            f"--use-ulysses-allgather-kv needs one KV head on each rank, not {key.shape[2]}; leave it out."
         )
-    left, right = (None if side in (None, -1) else side for side in window)
-    return _interval_mask(mask_type == "causal", seq_len, left, right, _boundaries(cu_seqlens))
-
-
-@lru_cache(maxsize=256)
-def _interval_mask(causal, seq_len, left, right, cu_seqlens):
-    if cu_seqlens is not None:
-        if len(cu_seqlens) < 2 or cu_seqlens[0] != 0:
-            raise ValueError(
-                f"cu_seqlens {_short(cu_seqlens)} must start with 0 and hold at least one document; "
-                "prepend the leading 0."
-            )
-        if any(after < before for before, after in zip(cu_seqlens, cu_seqlens[1:])):
-            raise ValueError(f"cu_seqlens {_short(cu_seqlens)} must not descend; pass cumulative document lengths.")
-        if cu_seqlens[-1] != seq_len:
-            raise ValueError(
-                f"cu_seqlens ends with {cu_seqlens[-1]} and must end with the sequence length {seq_len}; "
-                "add a last document for the padding, or build the layout for the documents' total."
-            )
-        # Empty documents hold no token; a single one is no boundary at all.
-        cu_seqlens = tuple(dict.fromkeys(cu_seqlens))
-        cu_seqlens = None if len(cu_seqlens) == 2 else cu_seqlens
-    if left is not None and left >= seq_len - 1:
-        left = None
-    if right is not None and right >= seq_len - 1 > 0:
-        right = None
-    return IntervalMask(left, 0 if causal else right, cu_seqlens)
-
-
-def _boundaries(cu_seqlens):
-    if cu_seqlens is None:
-        return None
-    numbers = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens
-    if not isinstance(numbers, (tuple, list)) or not all(isinstance(number, int) for number in numbers):
-        raise ValueError(
-            f"cu_seqlens {cu_seqlens} must be one row of whole numbers: the document boundaries from 0 to the total."
-        )
-    return tuple(numbers)
-
-
-def _short(numbers):
-    return str(list(numbers)) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:4]))}, ..., {numbers[-1]}]"
-
-
-def _dense_mask(attention_mask, batch, seq_len):
-    """(S, S) or (batch, 1, S, S) -> (1 or batch, S, S)."""
-    if attention_mask is None:
-        return None
-    shape = tuple(attention_mask.shape)
-    if attention_mask.dtype != torch.bool:
-        raise ValueError(
-            f"attention_mask has dtype {attention_mask.dtype} and must be bool, True = masked out; compare it first."
-        )
-    if shape == (seq_len, seq_len):
-        return attention_mask[None]
-    if shape not in ((batch, 1, seq_len, seq_len), (1, 1, seq_len, seq_len)):
-        raise ValueError(
-            f"attention_mask has shape {shape} and must be the mask of the whole sequence, ({seq_len}, {seq_len}) "
-            f"or ({batch}, 1, {seq_len}, {seq_len}); do not split it over the ranks."
-        )
-    return attention_mask[:, 0]
-
-
-def _check_offset(softmax_offset, query):
     if softmax_offset is not None and tuple(softmax_offset.shape) != (query.shape[2],):
         raise ValueError(
             f"softmax_offset has shape {tuple(softmax_offset.shape)} and must be ({query.shape[2]},), one logit for "
             "each query head of this rank."
         )
+    if not isinstance(layer_number, int) or layer_number < 1:
+        raise ValueError(
+            f"layer_number {layer_number} must be a whole number of at least 1; it is global and counts from 1."
+        )
+    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p {dropout_p} must lie between 0 and 1.")
 
 
 def _check_same_hierarchy(config, groups, layout):

@@ -7,24 +7,33 @@ fallbacks. Errors name the flag, the value, the rule and a value that works.
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-from mindspeed_cp.algorithms import ALGORITHMS
+from mindspeed_cp.algorithms import ALGORITHMS, Algorithm, Hierarchy, names_with
 from mindspeed_cp.notices import warn_rank0
 
-MASK_TYPES = ("causal", "full")
-KV_CACHE_POLICIES = (None, "full", "half")
-KV_EXCHANGES = ("ring", "direct")
+MaskType = Literal["causal", "full", "general"]
+KVCachePolicy = Literal["full", "half"]
+KVExchange = Literal["ring", "direct", "auto"]
+BatchLayout = Literal["auto", "contiguous", "zigzag", "document_zigzag"]
+
+MASK_TYPES: tuple[str, ...] = get_args(MaskType)
+KV_CACHE_POLICIES = (None, *get_args(KVCachePolicy))
+KV_EXCHANGES: tuple[str, ...] = get_args(KVExchange)
+BATCH_LAYOUTS: tuple[str, ...] = get_args(BatchLayout)
 
 
-def _divisors(number, low, high):
+def _listed(numbers: list[int]) -> str:
+    found = [str(number) for number in numbers]
+    return found[0] if len(found) == 1 else ", ".join(found[:-1]) + " or " + found[-1] if found else ""
+
+
+def _divisors(number: int, low: int, high: int) -> str:
     """Divisors d of ``number`` with low <= d <= high, as text for an error message."""
-    found = [str(d) for d in range(max(low, 1), high + 1) if number % d == 0]
-    if not found:
-        return ""
-    return found[0] if len(found) == 1 else ", ".join(found[:-1]) + " or " + found[-1]
+    return _listed([d for d in range(max(low, 1), high + 1) if number % d == 0])
 
 
-def _require(condition, message):
+def _require(condition: object, message: str) -> None:
     if not condition:
         raise ValueError(message)
 
@@ -38,28 +47,33 @@ class ContextParallelConfig:
         algorithm: a key of ALGORITHMS (--context-parallel-algo).
         ulysses_degree: ranks that split the heads, Hybrid only (--ulysses-degree-in-cp).
         window_size: inner window of Double Ring; 1 is the plain ring (--cp-window-size).
-        attention_mask_type: "causal" or "full"; "general" is accepted as "full" (--cp-attention-mask-type).
+        attention_mask_type: what a layer sees that brings no mask of its own (--cp-attention-mask-type): "causal";
+            "full", every token; "general", the mask or the documents that come with the batch, else causal.
         kv_cache_policy: None, "full" or "half" (--context-parallel-kv-cache-policy).
         kv_cache_interval: layers without the policy between two with it (--context-parallel-cache-interval).
         allgather_kv: Ulysses gathers the one KV head instead of replicating it (--use-ulysses-allgather-kv).
         send_recv_overlap: post transfers before the block that hides them (--use-cp-send-recv-overlap).
         alltoall: False replaces all-to-all by all-gather and slicing (MindFormers' enable_alltoall).
-        kv_exchange: "ring" forwards whole shards, "direct" sends each peer the rows its mask needs (--cp-kv-exchange).
+        kv_exchange: "ring" forwards whole shards, "direct" sends each peer the rows its mask needs, "auto" takes what
+            sends less for the batch (--cp-kv-exchange).
+        batch_layout: which tokens a rank holds (--cp-batch-layout): "auto" is what the algorithm likes, "contiguous",
+            "zigzag" over the whole row as Megatron cuts it, "document_zigzag" over every document on its own.
     """
 
     context_parallel_size: int = 1
     algorithm: str = "ulysses_cp_algo"
     ulysses_degree: int | None = None
     window_size: int = 1
-    attention_mask_type: str = "causal"
-    kv_cache_policy: str | None = None
+    attention_mask_type: MaskType = "causal"
+    kv_cache_policy: KVCachePolicy | None = None
     kv_cache_interval: int = 0
     allgather_kv: bool = False
     send_recv_overlap: bool = False
     alltoall: bool = True
-    kv_exchange: str = "ring"
+    kv_exchange: KVExchange = "ring"
+    batch_layout: BatchLayout = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         cp = self.context_parallel_size
         _require(
             isinstance(cp, int) and cp >= 1,
@@ -69,8 +83,6 @@ class ContextParallelConfig:
             self.algorithm in ALGORITHMS,
             f"--context-parallel-algo {self.algorithm} is not known; choose one of {', '.join(ALGORITHMS)}.",
         )
-        if self.attention_mask_type == "general":
-            object.__setattr__(self, "attention_mask_type", "full")
         _require(
             self.attention_mask_type in MASK_TYPES,
             f"--cp-attention-mask-type {self.attention_mask_type} is not known; choose one of {', '.join(MASK_TYPES)}.",
@@ -79,25 +91,34 @@ class ContextParallelConfig:
         self._check_window()
         self._check_kv_cache()
         self._check_exchange()
+        _require(
+            self.batch_layout in BATCH_LAYOUTS,
+            f"--cp-batch-layout {self.batch_layout} is not known; choose one of {', '.join(BATCH_LAYOUTS)}.",
+        )
         for notice in self.ignored_settings():
             warn_rank0(notice)
 
+    @property
+    def row(self) -> Algorithm:
+        """The algorithm's row of the table."""
+        return ALGORITHMS[self.algorithm]
+
     def _check_degree(self):
-        cp, degree = self.context_parallel_size, self.ulysses_degree
-        if self.algorithm != "hybrid_cp_algo":
+        cp, degree, name = self.context_parallel_size, self.ulysses_degree, self.algorithm
+        if not self.row.takes_degree:
             return
         choices = _divisors(cp, 2, cp - 1)
         way_out = (
             f"choose {choices}"
             if choices
             else (
-                f"--context-parallel-size {cp} has no such divisor: take a size that is not prime, such as 4, "
-                "or --context-parallel-algo ulysses_cp_algo or megatron_cp_algo"
+                f"no number does for --context-parallel-size {cp}: take a size that is not prime, such as 4, or "
+                f"--context-parallel-algo {names_with(takes_degree=False)}"
             )
         )
         _require(
             degree is not None,
-            f"--ulysses-degree-in-cp is not given, and --context-parallel-algo hybrid_cp_algo needs it; {way_out}.",
+            f"--ulysses-degree-in-cp is not given, and --context-parallel-algo {name} needs it; {way_out}.",
         )
         _require(
             isinstance(degree, int) and 1 < degree < cp,
@@ -114,13 +135,9 @@ class ContextParallelConfig:
             isinstance(window, int) and window >= 1,
             f"--cp-window-size {window} must be a whole number of at least 1; 1 is the plain ring.",
         )
-        if window == 1 or not ALGORITHMS[self.algorithm].uses_window:
+        if window == 1 or not self.row.takes_window:
             return
-        ring = (
-            self.context_parallel_size // (self.ulysses_degree or 1)
-            if self.algorithm == "hybrid_cp_algo"
-            else self.context_parallel_size
-        )
+        ring = self.context_parallel_size // (self.ulysses_degree if self.row.takes_degree else 1)
         _require(
             window < ring and ring % window == 0,
             f"--cp-window-size {window} must be smaller than the ring size {ring} and divide it; "
@@ -155,9 +172,9 @@ class ContextParallelConfig:
         )
         if self.kv_exchange == "direct":
             _require(
-                ALGORITHMS[self.algorithm].exchange == "ring",
+                self.row.exchange == "ring",
                 f"--cp-kv-exchange direct needs a ring-type algorithm, not --context-parallel-algo {self.algorithm}; "
-                "choose megatron_cp_algo or hybrid_cp_algo, or --cp-kv-exchange ring.",
+                f"choose {names_with(exchange='ring')}, or --cp-kv-exchange ring.",
             )
             _require(
                 self.window_size == 1,
@@ -165,60 +182,56 @@ class ContextParallelConfig:
                 "use --cp-window-size 1, or --cp-kv-exchange ring.",
             )
         _require(
-            not self.allgather_kv or self.algorithm == "ulysses_cp_algo",
-            f"--use-ulysses-allgather-kv needs --context-parallel-algo ulysses_cp_algo, not {self.algorithm}; "
-            "leave it out or change the algorithm.",
+            not self.allgather_kv or (self.row.splits_heads and self.row.exchange is None),
+            f"--use-ulysses-allgather-kv needs --context-parallel-algo {names_with(splits_heads=True, exchange=None)}, "
+            f"not {self.algorithm}; leave it out or change the algorithm.",
         )
 
-    def ignored_settings(self):
+    def ignored_settings(self) -> list[str]:
         """Messages about settings that the chosen algorithm does not read; they are warnings, never silence."""
-        row, messages = ALGORITHMS[self.algorithm], []
-        if self.window_size > 1 and not row.uses_window:
-            messages.append(
-                f"--cp-window-size {self.window_size} is ignored: --context-parallel-algo {self.algorithm} has no "
-                "ring windows."
-            )
-        if self.ulysses_degree is not None and self.algorithm != "hybrid_cp_algo":
-            messages.append(
-                f"--ulysses-degree-in-cp {self.ulysses_degree} is ignored: only hybrid_cp_algo reads it, "
-                f"not --context-parallel-algo {self.algorithm}."
-            )
-        if self.send_recv_overlap and row.exchange is None:
-            messages.append(
-                f"--use-cp-send-recv-overlap is ignored: --context-parallel-algo {self.algorithm} sends nothing "
-                "around a ring."
-            )
-        if not self.alltoall and row.exchange is not None and self.algorithm != "hybrid_cp_algo":
-            messages.append(
-                f"enable_alltoall False is ignored: --context-parallel-algo {self.algorithm} uses no all-to-all."
-            )
-        return messages
+        row, algorithm = self.row, f"--context-parallel-algo {self.algorithm}"
+        ignored = {
+            f"--cp-window-size {self.window_size} is ignored: {algorithm} has no ring windows.": self.window_size > 1
+            and not row.takes_window,
+            f"--ulysses-degree-in-cp {self.ulysses_degree} is ignored: only {names_with(takes_degree=True)} reads it, "
+            f"not {algorithm}.": self.ulysses_degree is not None and not row.takes_degree,
+            f"--use-cp-send-recv-overlap is ignored: {algorithm} sends nothing around a ring.": self.send_recv_overlap
+            and row.exchange is None,
+            f"enable_alltoall False is ignored: {algorithm} uses no all-to-all.": not self.alltoall
+            and not row.splits_heads,
+        }
+        return [message for message, applies in ignored.items() if applies]
 
     @property
-    def hierarchy(self):
+    def hierarchy(self) -> Hierarchy:
         """(ulysses, window, windows), whose product is context_parallel_size (the one idea of the design)."""
-        return ALGORITHMS[self.algorithm].hierarchy(self)
+        return self.row.hierarchy(self)
 
     @property
-    def ring_size(self):
+    def ring_size(self) -> int:
         _, window, windows = self.hierarchy
         return window * windows
 
     @property
-    def zigzag(self):
-        """Whether shards are zigzag chunks (a causal ring) rather than contiguous pieces."""
-        return self.ring_size > 1 and self.attention_mask_type == "causal"
+    def causal(self) -> bool:
+        """Whether a layer is causal when the batch brings no mask."""
+        return self.attention_mask_type != "full"
 
-    def kv_cache_policy_for(self, layer_number):
-        """The policy of one layer; ``layer_number`` is global and 1-based, the interval n means layer % (n + 1) ==
-        1.
-        """
+    @property
+    def layout_kind(self) -> Literal["contiguous", "zigzag", "document_zigzag"]:
+        """The kind that ``batch_layout`` stands for: by itself a causal ring is zigzag, everything else contiguous."""
+        if self.batch_layout != "auto":
+            return self.batch_layout
+        return "zigzag" if self.ring_size > 1 and self.causal else "contiguous"
+
+    def kv_cache_policy_for(self, layer_number: int) -> KVCachePolicy | None:
+        """The policy of one layer; ``layer_number`` is global and 1-based, interval n means layer % (n + 1) == 1."""
         return self.kv_cache_policy if (layer_number - 1) % (self.kv_cache_interval + 1) == 0 else None
 
-    def describe(self):
+    def describe(self) -> str:
         """One phrase for the line that says what is on, such as "Ring, cp=4, zigzag, causal"."""
         ulysses, window, windows = self.hierarchy
-        name = ALGORITHMS[self.algorithm].title
+        name = self.row.title
         if windows > 1:
             name = (
                 f"Double {name} (window {window})" if ulysses == 1 else f"{name} (ulysses {ulysses}, window {window})"
@@ -228,7 +241,7 @@ class ContextParallelConfig:
         parts = [
             name,
             f"cp={self.context_parallel_size}",
-            "zigzag" if self.zigzag else "contiguous",
+            self.layout_kind,
             self.attention_mask_type,
         ]
         if self.kv_exchange != "ring":
@@ -254,14 +267,14 @@ class TrainingSetup:
     use_legacy_models: bool = False
     gather_size_calculator: str = "default"
     fused_update: bool = False
-    notices: tuple = field(default=(), compare=False)
+    notices: tuple[str, ...] = field(default=(), compare=False)
 
     @property
-    def unaligned(self):
+    def unaligned(self) -> bool:
         return self.gather_size_calculator != "default"
 
 
-def resolve(config, setup):
+def resolve(config: ContextParallelConfig, setup: TrainingSetup) -> TrainingSetup:
     """Check ``config`` against ``setup`` and apply the fallbacks.
 
     Returns:
@@ -272,9 +285,10 @@ def resolve(config, setup):
         ValueError: a rule of the configuration is broken.
     """
     cp, asked, notices = config.context_parallel_size, setup, []
-    if setup.unaligned and config.hierarchy[0] == 1 and cp > 1:
+    if setup.unaligned and not config.row.splits_heads and cp > 1:
         notices.append(
-            f"--gather-size-calculator {setup.gather_size_calculator} is ignored: only Ulysses and Hybrid read it; "
+            f"--gather-size-calculator {setup.gather_size_calculator} is ignored: only {names_with(splits_heads=True)} "
+            "read it; "
             f"--context-parallel-algo {config.algorithm} takes any sequence length as it is."
         )
         setup = dataclasses.replace(setup, gather_size_calculator="default")
@@ -295,7 +309,7 @@ def resolve(config, setup):
 
 def _fall_back_to_aligned(config, setup, notices):
     """Unaligned Ulysses with a KV cache policy or legacy models becomes aligned Ulysses, said aloud."""
-    if not setup.unaligned or config.context_parallel_size == 1 or config.algorithm != "ulysses_cp_algo":
+    if not setup.unaligned or config.context_parallel_size == 1 or config.row.any_length:
         return setup
     calculator = f"--gather-size-calculator {setup.gather_size_calculator}"
     others = [
@@ -342,16 +356,15 @@ def _check_heads(config, setup, asked):
             f"{_divisors(heads, 1, heads)}.",
         )
     if degree > 1 and not setup.unaligned:
-        flag = "--context-parallel-size" if config.algorithm == "ulysses_cp_algo" else "--ulysses-degree-in-cp"
+        flag, sizes = _degrees_for(config, heads // tp if heads % tp == 0 else 1)
         uneven = (
             "drop what made it fall back to aligned Ulysses" if asked.unaligned else "--gather-size-calculator dynamic"
         )
-        sizes = _divisors(heads // tp if heads % tp == 0 else 1, 1, config.context_parallel_size)
         _require(
             heads % (tp * degree) == 0,
             f"--num-attention-heads {heads} must be divisible by --tensor-model-parallel-size {tp} x {flag} {degree} = "
-            f"{tp * degree}; with these heads {flag} can be {sizes}, or use --context-parallel-algo megatron_cp_algo, "
-            f"or {uneven} (uneven heads).",
+            f"{tp * degree}; with these heads {flag} can be {sizes or 'nothing'}, or use --context-parallel-algo "
+            f"{names_with(splits_heads=False)}, or {uneven} (uneven heads).",
         )
     if config.allgather_kv:
         _require(
@@ -362,23 +375,29 @@ def _check_heads(config, setup, asked):
         )
 
 
+def _degrees_for(config, heads):
+    """(flag of the Ulysses degree, as text the degrees that split so many heads and that other rules allow)."""
+    cp = config.context_parallel_size
+    if config.row.takes_degree:
+        return "--ulysses-degree-in-cp", _listed([d for d in range(2, cp) if cp % d == 0 and heads % d == 0])
+    return "--context-parallel-size", _divisors(heads, 1, cp)
+
+
 def _check_length(config, setup):
     length, cp, tp = setup.seq_length, config.context_parallel_size, setup.tensor_parallel_size
     if length is None or cp == 1:
         return
-    if config.algorithm == "ulysses_cp_algo" and not setup.unaligned:
+    if not config.row.any_length and not setup.unaligned:
         _require(
             length % cp == 0,
             f"--seq-length {length} must be divisible by --context-parallel-size {cp} for aligned Ulysses; use "
             f"--seq-length {length // cp * cp or cp} or {(length // cp + 1) * cp}, or --gather-size-calculator "
-            "dynamic, "
-            "which takes any length.",
+            "dynamic, which takes any length.",
         )
     if setup.sequence_parallel and tp > 1:
         _require(
             length % (cp * tp) == 0,
             f"--seq-length {length} must be divisible by --context-parallel-size {cp} x --tensor-model-parallel-size "
-            f"{tp} = "
-            f"{cp * tp} with --sequence-parallel, which splits each rank's tokens again; use --seq-length "
+            f"{tp} = {cp * tp} with --sequence-parallel, which splits each rank's tokens again; use --seq-length "
             f"{length // (cp * tp) * cp * tp or cp * tp}, or leave out --sequence-parallel.",
         )

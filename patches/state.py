@@ -119,7 +119,7 @@ class AdaptorState:
         """
         config = self.config
         unaligned = self.setup is not None and self.setup.unaligned
-        if config.algorithm == "ulysses_cp_algo" and not unaligned and seq_len % config.context_parallel_size:
+        if not config.row.any_length and not unaligned and seq_len % config.context_parallel_size:
             raise ValueError(
                 f"sequence length {seq_len} must be divisible by --context-parallel-size "
                 f"{config.context_parallel_size} for aligned Ulysses; use --gather-size-calculator dynamic, which "

@@ -19,7 +19,8 @@ class Case:
     Args:
         config: keyword arguments of ContextParallelConfig.
         dense: None, "shared" for an (S, S) mask, or "batch" for (batch, 1, S, S); the last query row is hidden from
-        every key. window: (left, right) or None. cu_seqlens: tuple or None.
+        every key. window: (left, right) or None. cu_seqlens: tuple, one tuple for each row of the batch, or None.
+        runs: which positions each rank holds, where the configuration's own layout does not say it.
         share_from: messages of at least so many bytes cross through shared memory; None is never.
     """
 
@@ -42,6 +43,7 @@ class Case:
     fused_update: bool = False
     share_from: int | None = 0
     seed: int = 0
+    runs: tuple | None = None
 
     @property
     def cp(self):
@@ -74,10 +76,31 @@ class Case:
         return tensors
 
     def allowed(self, attention_mask):
-        causal = self.config.get("attention_mask_type", "causal") == "causal"
-        return allowed_pairs(
-            self.seq_len, causal=causal, window=self.window, cu_seqlens=self.cu_seqlens, attention_mask=attention_mask
-        )
+        mask_type = self.config.get("attention_mask_type", "causal")
+        causal = mask_type == "causal" or (mask_type == "general" and attention_mask is None)
+        rows = self.cu_seqlens if self.differs_by_row else [self.cu_seqlens]
+        allowed = [
+            allowed_pairs(
+                self.seq_len, causal=causal, window=self.window, cu_seqlens=row, attention_mask=attention_mask
+            )
+            for row in rows
+        ]
+        if len(allowed) == 1:
+            return allowed[0]
+        return torch.cat([pairs[index if len(pairs) > 1 else 0][None] for index, pairs in enumerate(allowed)])
+
+    @property
+    def differs_by_row(self):
+        """Whether cu_seqlens holds boundaries for every row of the batch."""
+        return self.cu_seqlens is not None and not isinstance(self.cu_seqlens[0], int)
+
+    def layout(self):
+        from mindspeed_cp import ContextParallelConfig, SequenceLayout
+
+        config = ContextParallelConfig(**self.config)
+        if self.runs is not None:
+            return SequenceLayout.from_runs(config, self.runs)
+        return SequenceLayout.build(config, self.seq_len, None if self.differs_by_row else self.cu_seqlens)
 
     def __str__(self):
         flags = [
@@ -123,7 +146,9 @@ def local_inputs(rank, case, layout):
 
 def arguments(case, config, groups, layout, sinks, mask):
     """Keyword arguments of context_parallel_attention for this case."""
-    cu_seqlens = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens, dtype=torch.int32)
+    cu_seqlens = case.cu_seqlens
+    if cu_seqlens is not None and not case.differs_by_row:
+        cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
     return dict(
         config=config,
         groups=groups,
@@ -142,10 +167,10 @@ def arguments(case, config, groups, layout, sinks, mask):
 
 def attend(rank, case):
     """Forward and backward on this rank; dict of CPU tensors out, dq, dk, dv (local shards) and d_offset."""
-    from mindspeed_cp import SequenceLayout, context_parallel_attention
+    from mindspeed_cp import context_parallel_attention
 
     config, groups = setup_of(case.config, case.share_from)
-    layout = SequenceLayout.build(config, case.seq_len)
+    layout = case.layout()
     leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
     if case.dropout_p:  # each call leaves a stack trace in a queue until CUDA starts
         torch.manual_seed(case.seed + rank)
@@ -166,9 +191,7 @@ def attend_many(rank, cases):
 
 def whole(case, shards):
     """The ranks' results as global float64 tensors; the sinks' gradient is the sum over ranks."""
-    from mindspeed_cp import ContextParallelConfig, SequenceLayout
-
-    layout = SequenceLayout.build(ContextParallelConfig(**case.config), case.seq_len)
+    layout = case.layout()
     return {
         name: (
             sum(shard[name].double() for shard in shards)

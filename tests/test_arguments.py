@@ -130,8 +130,8 @@ def test_broken_rule_becomes_one_line_and_status_2(capsys):
         ("--cp-attention-mask-type", "general"),
     ],
 )
-def test_both_names_of_the_mask_flag_say_full(flag, value):
-    assert config_from_args(parse(flag, value)).attention_mask_type == "full"
+def test_both_names_of_the_mask_flag_reach_the_configuration(flag, value):
+    assert config_from_args(parse(flag, value)).attention_mask_type == value
 
 
 def test_every_flag_reaches_the_configuration():

@@ -155,21 +155,24 @@ def test_empty_documents_are_legal_anywhere(empty):
     assert call(cu_seqlens=torch.tensor(empty, dtype=torch.int32)).shape == (SEQ, 1, 4, 8)
 
 
-def test_general_is_another_name_for_full():
+def test_general_is_the_mask_that_comes_along_else_causal():
     torch.manual_seed(0)
     tensors = [torch.randn(SEQ, 1, 4, 8) for _ in range(3)]
-    outs = []
-    for name in ("general", "full"):
-        config = ContextParallelConfig(attention_mask_type=name)
-        outs.append(
-            context_parallel_attention(
-                *tensors,
-                config=config,
-                groups=ContextParallelGroups.build(config),
-                layout=SequenceLayout.build(config, SEQ),
-            )
+    shows_what_follows = torch.ones(SEQ, SEQ, dtype=torch.bool).tril(-1)
+
+    def attend(mask_type, attention_mask):
+        config = ContextParallelConfig(attention_mask_type=mask_type)
+        return context_parallel_attention(
+            *tensors,
+            config=config,
+            groups=ContextParallelGroups.build(config),
+            layout=SequenceLayout.build(config, SEQ),
+            attention_mask=attention_mask,
         )
-    assert torch.equal(*outs)
+
+    assert torch.equal(attend("general", None), attend("causal", None))
+    assert torch.equal(attend("general", shows_what_follows), attend("full", shows_what_follows))
+    assert not torch.equal(attend("general", shows_what_follows), attend("causal", shows_what_follows))
 
 
 def test_the_output_has_no_gradient_when_nothing_asks_for_one():

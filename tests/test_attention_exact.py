@@ -27,7 +27,7 @@ def shapes(algorithm, cp):
     degrees = [d for d in range(2, cp) if cp % d == 0] if algorithm == "hybrid_cp_algo" else [None]
     for degree in degrees:
         ring = cp // (degree or 1)
-        for window in [1] + [w for w in range(2, ring) if ring % w == 0 and row.uses_window]:
+        for window in [1] + [w for w in range(2, ring) if ring % w == 0 and row.takes_window]:
             yield {
                 "context_parallel_size": cp,
                 "algorithm": algorithm,

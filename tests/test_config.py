@@ -115,6 +115,7 @@ CONFIG_RULES = {
         "--cp-window-size 2",
         "use --cp-window-size 1",
     ),
+    "layout": (dict(batch_layout="spiral"), "--cp-batch-layout spiral", "not known", "auto, contiguous, zigzag"),
     "all-gather without ulysses": (
         dict(context_parallel_size=2, algorithm=RING, allgather_kv=True),
         "--use-ulysses-allgather-kv",
@@ -286,8 +287,35 @@ def test_setting_that_the_algorithm_ignores_is_a_warning(changes, says):
         ContextParallelConfig(**({"context_parallel_size": 4} | changes))
 
 
-def test_general_means_full():
-    assert config(2, attention_mask_type="general") == config(2, attention_mask_type="full")
+def test_general_is_causal_until_the_batch_brings_a_mask():
+    general = config(2, RING, attention_mask_type="general")
+    assert general.causal and general.layout_kind == "zigzag" and general.attention_mask_type == "general"
+    assert not config(2, RING, attention_mask_type="full").causal
+
+
+def test_a_row_added_to_the_table_obeys_its_own_rules(monkeypatch):
+    """Nothing compares names: degree, window, heads and length are asked as the row says."""
+    row = dataclasses.replace(ALGORITHMS[HYBRID], title="Mine")
+    monkeypatch.setitem(ALGORITHMS, "my_cp_algo", row)
+    assert config(8, "my_cp_algo", ulysses_degree=2, window_size=2).hierarchy == (2, 2, 2)
+    with pytest.raises(ValueError, match="--ulysses-degree-in-cp is not given, and --context-parallel-algo my_cp_algo"):
+        config(8, "my_cp_algo")
+    with pytest.raises(ValueError, match="ring size 4 and divide it"):
+        config(8, "my_cp_algo", ulysses_degree=2, window_size=3)
+    with pytest.raises(ValueError, match="--num-attention-heads 9"):
+        resolve(config(8, "my_cp_algo", ulysses_degree=2), setup(num_attention_heads=9))
+
+
+@pytest.mark.parametrize(
+    ("given", "changes", "says"),
+    [
+        (config(8, HYBRID, ulysses_degree=4), dict(num_attention_heads=6), "--ulysses-degree-in-cp can be 2,"),
+        (config(8, HYBRID, ulysses_degree=2), dict(num_attention_heads=9), "--ulysses-degree-in-cp can be nothing"),
+    ],
+)
+def test_degrees_that_a_message_offers_pass_the_other_rules(given, changes, says):
+    with pytest.raises(ValueError, match=says):
+        resolve(given, setup(**changes))
 
 
 def test_configuration_is_frozen_and_takes_keywords_alone():

@@ -205,7 +205,7 @@ def _boundaries(params):
 
 def _layout(place, lengths, batch, documents):
     """(RunsLayout, cu_seqlens or None, whether batch rows become one sequence)."""
-    zigzag, seq_len, local = place.config.zigzag, sum(lengths), lengths[0] * batch
+    zigzag, seq_len, local = place.causal, sum(lengths), lengths[0] * batch
     if documents is None:
         return row_layout(lengths, zigzag, 1), None, False
     values, total = documents.values, documents.values[-1]

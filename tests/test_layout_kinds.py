@@ -1,0 +1,151 @@
+"""Layouts as values: document zigzag, layouts that somebody else made, and what tells a batch's names apart."""
+
+import pytest
+import torch
+from distributed import run_ranks
+
+from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, gather_sequence, shard_batch
+from mindspeed_cp.layout import split_sizes
+
+RING = "megatron_cp_algo"
+
+
+def config(cp, algorithm=RING, **changes):
+    return ContextParallelConfig(context_parallel_size=cp, algorithm=algorithm, **changes)
+
+
+def megatrons_document_zigzag(cu_seqlens, cp, rank):
+    """Positions as Megatron, TransformerEngine and verl cut packed documents, written as they write it."""
+    held = []
+    for start, stop in zip(cu_seqlens, cu_seqlens[1:]):
+        chunk = (stop - start) // (2 * cp)
+        held += range(start + rank * chunk, start + (rank + 1) * chunk)
+        held += range(stop - (rank + 1) * chunk, stop - rank * chunk)
+    return held
+
+
+@pytest.mark.parametrize("algorithm", [RING, "ulysses_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo"])
+def test_document_zigzag_is_the_split_of_packed_batches(algorithm):
+    cp, documents = 4, [0, 8, 8, 32, 40]
+    degree = 2 if algorithm == "hybrid_cp_algo" else None
+    layout = SequenceLayout.build(
+        config(cp, algorithm, ulysses_degree=degree, batch_layout="document_zigzag"), 40, torch.tensor(documents)
+    )
+    assert layout.kind == "document_zigzag"
+    for rank in range(cp):
+        assert layout.positions(rank).tolist() == megatrons_document_zigzag(documents, cp, rank)
+
+
+@pytest.mark.parametrize("algorithm, degree", [("ulysses_cp_algo", None), ("hybrid_cp_algo", 2), (RING, None)])
+def test_zigzag_on_request_is_megatrons_whatever_the_algorithm(algorithm, degree):
+    layout = SequenceLayout.build(config(4, algorithm, ulysses_degree=degree, batch_layout="zigzag"), 16)
+    assert [layout.positions(rank).tolist() for rank in range(4)] == [
+        [0, 1, 14, 15],
+        [2, 3, 12, 13],
+        [4, 5, 10, 11],
+        [6, 7, 8, 9],
+    ]
+
+
+def test_document_that_cannot_be_cut_equally_is_an_error_with_a_way_out():
+    with pytest.raises(ValueError, match=r"document 1 has 6 tokens.*multiple of 4.*--cp-batch-layout zigzag"):
+        SequenceLayout.build(config(2, batch_layout="document_zigzag"), 14, (0, 8, 14))
+
+
+@pytest.mark.parametrize("cu_seqlens", [(0, 8), (4, 16), (0, 12, 8, 16), (0, 24)])
+def test_boundaries_that_do_not_fit_the_length_are_an_error(cu_seqlens):
+    with pytest.raises(ValueError, match="ascend from 0 to the sequence length 16"):
+        SequenceLayout.build(config(2, batch_layout="document_zigzag"), 16, cu_seqlens)
+
+
+OTHERS = ([(6, 8), (0, 2)], [], [(2, 6), (8, 9)])
+
+
+def test_layout_of_somebody_else_keeps_its_order():
+    layout = SequenceLayout.from_runs(config(3), OTHERS)
+    assert [layout.positions(rank).tolist() for rank in range(3)] == [[6, 7, 0, 1], [], [2, 3, 4, 5, 8]]
+    assert (layout.seq_len, layout.kind, layout.is_even) == (9, "runs", False)
+    whole = torch.arange(9) * 10
+    shards = [layout.shard(whole, rank) for rank in range(3)]
+    assert shards[0].tolist() == [60, 70, 0, 10]
+    assert torch.equal(layout.unshard(shards), whole)
+
+
+@pytest.mark.parametrize(
+    ("runs", "says"),
+    [
+        ([[(0, 4)], [(4, 8)]], "holds 2 lists and --context-parallel-size is 3"),
+        ([[(0, 4)], [(3, 8)], []], r"exactly once, and after 4 comes \(3, 8\)"),
+        ([[(0, 4)], [(5, 8)], []], r"exactly once, and after 4 comes \(5, 8\)"),
+        ([[(1, 4)], [(4, 8)], []], "exactly once"),
+        ([[], [], []], "no position at all"),
+    ],
+)
+def test_runs_that_are_no_partition_are_an_error(runs, says):
+    with pytest.raises(ValueError, match=says):
+        SequenceLayout.from_runs(config(3), runs)
+
+
+def test_rows_say_where_each_ulysses_rank_lies_in_what_they_hold_together():
+    runs = ([(6, 8), (0, 2)], [(2, 4)], [(4, 6)], [(8, 12)])
+    layout = SequenceLayout.from_runs(config(4, "hybrid_cp_algo", ulysses_degree=2), runs)
+    assert layout.ring_runs(0) == ((0, 4), (6, 8))
+    assert layout.ulysses_rows(0) == (((4, 6), (0, 2)), ((2, 4),))
+    assert layout.ulysses_rows(1) == (((0, 2),), ((2, 6),))
+
+
+def test_layouts_are_equal_by_what_the_ranks_hold():
+    built = SequenceLayout.build(config(2), 8)
+    same = SequenceLayout.from_runs(config(2), [[(0, 2), (6, 8)], [(2, 6)]])
+    assert built == same and hash(built) == hash(same)
+    assert built != SequenceLayout.build(config(2), 10)
+
+
+def test_batch_is_split_by_name_and_never_by_size():
+    layout = SequenceLayout.build(config(2), 8)
+    batch = {
+        "tokens": torch.arange(16).view(2, 8),
+        "loss_mask": torch.ones(2, 8),
+        "labels": None,
+        "attention_mask": torch.ones(2, 1, 8, 8, dtype=torch.bool),
+        "cu_seqlens": torch.arange(8)[None],
+        "max_seqlen": torch.tensor([8]),
+    }
+    local = shard_batch(batch, layout=layout, cp_rank=1)
+    assert local["tokens"].tolist() == [[2, 3, 4, 5], [10, 11, 12, 13]] and local["loss_mask"].shape == (2, 4)
+    for name in ("labels", "attention_mask", "cu_seqlens", "max_seqlen"):
+        assert local[name] is batch[name]
+    assert batch["tokens"].shape == (2, 8)
+
+
+def test_unknown_name_that_may_be_a_sequence_is_an_error():
+    layout = SequenceLayout.build(config(2), 8)
+    batch = {"tokens": torch.zeros(1, 8), "advantages": torch.zeros(1, 8)}
+    with pytest.raises(ValueError, match=r"advantages .*sequences=\('advantages',\)"):
+        shard_batch(batch, layout=layout, cp_rank=0)
+    assert shard_batch(batch, layout=layout, cp_rank=0, sequences=["advantages"])["advantages"].shape == (1, 4)
+    with pytest.raises(ValueError, match="labels .*8 tokens"):
+        shard_batch({"tokens": torch.zeros(1, 8), "labels": torch.zeros(1, 7)}, layout=layout, cp_rank=0)
+
+
+def gathered(rank):
+    """(what is gathered, gradient of this rank's part) of a layout with an empty rank and tokens out of order."""
+    ring = config(3)
+    layout = SequenceLayout.from_runs(ring, OTHERS)
+    groups = ContextParallelGroups.build(ring)
+    whole = torch.arange(18.0, dtype=torch.float64).view(2, 9)
+    part = layout.shard(whole, rank, 1).clone().requires_grad_()
+    out = gather_sequence(part, groups=groups, layout=layout, dim=1)
+    (out * whole).sum().backward()
+    groups.destroy()
+    return out.detach(), part.grad, layout.shard(whole, rank, 1)
+
+
+def test_whole_sequence_comes_back_in_order_with_each_ranks_own_gradient():
+    for out, grad, expected in run_ranks(3, gathered):
+        assert torch.equal(out, torch.arange(18.0, dtype=torch.float64).view(2, 9))
+        assert torch.equal(grad, expected)
+
+
+def test_sizes_differ_by_at_most_one():
+    assert split_sizes(7, 3) == [3, 2, 2] and split_sizes(2, 3) == [1, 1, 0]
