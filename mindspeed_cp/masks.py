@@ -82,8 +82,8 @@ def _boundaries(cu_seqlens):
     numbers = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens
     if not isinstance(numbers, (tuple, list)) or not all(isinstance(number, int) for number in numbers):
         raise ValueError(
-            f"cu_seqlens {cu_seqlens} must be one row of whole numbers, the document boundaries from 0 to the total, or "
-            "a list of such rows, one for each row of the batch."
+            f"cu_seqlens {cu_seqlens} must be one row of whole numbers, the document boundaries from 0 to the total, "
+            "or a list of such rows, one for each row of the batch."
         )
     return tuple(numbers)
 
