@@ -4,9 +4,11 @@ Import it before Megatron. With context_parallel_size 1 and no flag Megatron beh
 is the only module of the package that reads the environment (MINDSPEED_CP_DEVICE) and keeps anything global.
 """
 
+import argparse
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import sys
 import warnings
 
@@ -209,14 +211,26 @@ def state():
     return _state
 
 
-def _table():
-    rows = report()
-    width = max(len(row.target) for row in rows)
-    lines = [
-        f"megatron-core {megatron_version()}, torch {torch.__version__}, {_manager.num_applied} of {len(rows)} patches "
-        "applied"
-    ]
-    return "\n".join(lines + [f"{row.target:{width}}  {row.status}\n    {row.reason}" for row in rows])
+def _table(*, everything: bool, width: int) -> str:
+    from mindspeed_cp.patches.table import patch_table
+
+    rows = iter(report())
+    groups = {name: [next(rows) for _ in patches] for name, patches in _tables.items()}
+    head = f"megatron-core {megatron_version()}, torch {torch.__version__}"
+    return patch_table(head, groups, everything=everything, width=width)
+
+
+def _print_table():
+    """The command line: what is patched, without the notices of Megatron about libraries that it does not find."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mindspeed_cp.megatron_adaptor", description="Show what importing this module patches."
+    )
+    parser.add_argument("--all", action="store_true", help="every patch, with its reason")
+    everything = parser.parse_args().all
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|apex|transformer_engine)\b")
+    from mindspeed_cp import megatron_adaptor
+
+    print(megatron_adaptor._table(everything=everything, width=shutil.get_terminal_size((110, 40)).columns))
 
 
 def _build():
@@ -233,9 +247,7 @@ def _build():
 
 _require_megatron()
 if __name__ == "__main__":
-    from mindspeed_cp import megatron_adaptor
-
-    print(megatron_adaptor._table())
+    _print_table()
     sys.exit()
 _build()
 apply()

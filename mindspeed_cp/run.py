@@ -12,7 +12,16 @@ from pathlib import Path
 
 # Where a spawned process finds the script; the import machinery overwrites its sys.argv[0].
 SCRIPT_VARIABLE = "MINDSPEED_CP_SCRIPT"
-USAGE = "usage: torchrun ... -m mindspeed_cp.run SCRIPT.py [arguments of the script ...]"
+USAGE = """\
+usage: torchrun ... -m mindspeed_cp.run SCRIPT.py [arguments of the script ...]
+
+Runs a training script of Megatron-LM, unchanged, with context parallelism: Megatron is patched first, and the flags
+of context parallelism are part of its command line. For instance, from a Megatron-LM checkout:
+
+    torchrun --nproc-per-node 4 -m mindspeed_cp.run pretrain_gpt.py --context-parallel-size 4 ...
+
+python -m mindspeed_cp.megatron_adaptor lists what is patched.
+"""
 
 
 def main():
@@ -23,7 +32,7 @@ def main():
     """
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE, file=sys.stdout if argv else sys.stderr)
+        print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
     script = Path(argv[0])
     if not script.is_file():

@@ -86,24 +86,37 @@ def test_with_context_parallel_size_1_training_is_bitwise_that_of_megatron():
 
 
 def test_running_the_module_lists_every_patch_with_reason_and_status(megatron_first):
+    lines = run_module("--all").splitlines()
+    counts = re.fullmatch(r"megatron-core \S+, torch \S+, (\d+) of (\d+) patches applied", lines[0])
+    rows = [(line, reason.strip()) for line, reason in zip(lines, lines[1:]) if reason.startswith("    ")]
+    statuses = dict(line.split(None, 1) for line, _ in rows)
+    assert set(megatron_first["targets"]) <= set(statuses)
+    applied = [target for target, status in statuses.items() if status == "applied"]
+    assert sorted(applied) == sorted(set(megatron_first["patched"]))
+    assert statuses["megatron.training.arguments.validate_args"].startswith("no Megatron-LM checkout")
+    assert all(len(reason) > 10 for _, reason in rows)
+    assert [int(count) for count in counts.groups()] == [len(megatron_first["patched"]), len(rows)]
+
+
+def test_the_table_of_patches_fits_a_screen(megatron_first):
+    lines = run_module().splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 100
+    assert "  DotProductAttention.__init__" in "\n".join(lines) and "--all" in lines[-1]
+    assert any(re.search(r"checkout: 0 of \d+ \(no Megatron-LM checkout", line) for line in lines)
+
+
+def run_module(*arguments):
+    """Output of ``python -m mindspeed_cp.megatron_adaptor`` in a window of 100 columns; nothing may come before it."""
     result = subprocess.run(
-        [sys.executable, "-m", "mindspeed_cp.megatron_adaptor"],
-        env=environment(),
+        [sys.executable, "-m", "mindspeed_cp.megatron_adaptor", *arguments],
+        env={**environment(), "COLUMNS": "100"},
         capture_output=True,
         text=True,
         timeout=60,
     )
-    head, *lines = result.stdout.splitlines()
-    assert result.returncode == 0, result.stderr
-    rows = dict(line.split(None, 1) for line in lines[::2])
-    assert set(megatron_first["targets"]) <= set(rows)
-    assert sorted(target for target, status in rows.items() if status == "applied") == sorted(
-        set(megatron_first["patched"])
-    )
-    assert rows["megatron.training.arguments.validate_args"].startswith("no Megatron-LM checkout")
-    assert all(re.match(r"    \S.{10,}", reason) for reason in lines[1::2])
-    counts = re.fullmatch(r"megatron-core \S+, torch \S+, (\d+) of (\d+) patches applied", head)
-    assert [int(count) for count in counts.groups()] == [len(megatron_first["patched"]), len(lines) // 2]
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert result.stdout.startswith("megatron-core ")
+    return result.stdout
 
 
 def test_a_missing_megatron_is_said_with_the_command_that_installs_it(failed_imports):

@@ -186,9 +186,7 @@ def records(text):
     """(family, size, cp) -> step records of the command that a dry run prints, without starting torchrun for each."""
 
     def flags(family, size, cp):
-        result = launch(family, size, **tiny(text, cp, DRY_RUN="1", PYTHON="true"))
-        assert result.returncode == 0, result.stderr
-        command = shlex.split(result.stdout.split("# command\n")[1])
+        command = shlex.split(printed_command(launch(family, size, **tiny(text, cp, DRY_RUN="1", PYTHON="true"))))
         assert command[command.index("--nproc-per-node") + 1] == str(cp)
         return command[command.index(str(REPOSITORY / "scripts" / "pretrain_gpt.py")) + 1 :]
 
@@ -211,10 +209,43 @@ def test_tiny_model_trains_as_with_cp_1(records, family, size):
     assert all(record["cp_bytes_per_rank"] > 0 for record in records[family, size, 2])
 
 
-def test_a_launch_starts_the_command_that_its_dry_run_prints(records, text, tmp_path):
-    log = tmp_path / "log.jsonl"
+def printed_command(result):
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split("# command\n")[1]
+
+
+def test_a_dry_run_prints_a_command_that_runs_in_another_shell_and_folder(records, text, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    result = launch("llama2", "70b", "--log-file", str(log), **tiny(text, 2, MASTER_PORT=str(port)))
+    settings = tiny(text, 2, DRY_RUN="1", MASTER_PORT=str(port))
+    command = printed_command(launch("llama2", "70b", "--log-file", str(tmp_path / "log.jsonl"), **settings))
+    bare = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    result = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=400, cwd=tmp_path, env=bare
+    )
     assert result.returncode == 0, result.stderr[-3000:]
-    check_equal([json.loads(line) for line in log.read_text().splitlines()], records["llama2", "70b", 2])
+    check_equal(
+        [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()], records["llama2", "70b", 2]
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu", "npu"])
+def test_a_launch_starts_the_command_that_its_dry_run_prints_with_its_environment(device, tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\nenv\n')
+    python.chmod(0o755)
+    settings = dict(DEVICE=device, PYTHON=str(python), DATA_PATH="data", HCCL_CONNECT_TIMEOUT="7")
+    cd, folder, then, env, *words = shlex.split(printed_command(launch("llama2", "7b", DRY_RUN="1", **settings)))
+    start = words.index(str(python))
+    started = launch("llama2", "7b", **settings).stdout.splitlines()
+    assert (cd, folder, then, env) == ("cd", os.getcwd(), "&&", "env")
+    assert started[: len(words) - start - 1] == words[start + 1 :]
+    assert set(words[:start]) <= set(started)
+    assert ("HCCL_CONNECT_TIMEOUT=7" in words and "TASK_QUEUE_ENABLE=2" in words) == (device == "npu")
+
+
+def test_a_dry_run_without_data_makes_it_first(tmp_path):
+    settings = dict(DEVICE="cpu", TINY="1", PYTHON="true", DRY_RUN="1")
+    command = printed_command(launch("llama2", "7b", **settings))
+    prepare, train = command.split("; } && ")
+    assert "prepare_data.py --output" in prepare and "MINDSPEED_CP_DEVICE=cpu" in prepare and "pretrain_gpt.py" in train

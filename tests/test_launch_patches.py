@@ -197,7 +197,7 @@ def test_spawned_processes_get_the_adaptor_too(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments, status, words",
-    [((), 2, "usage"), (("--help",), 0, "usage"), (("nowhere.py",), 2, "nowhere.py does not exist")],
+    [((), 2, "with context parallelism"), (("--help",), 0, "usage"), (("nowhere.py",), 2, "nowhere.py does not exist")],
     ids=["nothing", "help", "missing"],
 )
 def test_runner_says_what_it_wants(arguments, status, words):

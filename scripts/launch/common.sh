@@ -4,7 +4,7 @@
 #
 #   SIZE=7b                   or the first argument of the family's script
 #   TINY=1                    the same architecture, small enough to train on a CPU
-#   DRY_RUN=1                 print the full command and the resolved configuration, start nothing
+#   DRY_RUN=1                 print the resolved configuration and a command to paste into any shell, start nothing
 #   MEGATRON_LM_PATH=DIR      run DIR/pretrain_gpt.py; without it the trainer of this repository
 #   SEQ_LENGTH=32k|128k|1m|N  tokens of a sequence; the first three choose a fitting CP, CP_ALGO, ULYSSES_DEGREE, CP_WINDOW
 #   CP TP PP                  context, tensor and pipeline parallel sizes; data parallel is what is left
@@ -17,7 +17,7 @@
 
 LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 REPOSITORY=$(cd "$LAUNCH_DIR/../.." && pwd)
-PYTHON=${PYTHON:-python}
+PYTHON=$(command -v "${PYTHON:-python}" || echo "${PYTHON:-python}")
 # shellcheck disable=SC2034  # printed by name
 MODEL=$(basename "$0" .sh)
 
@@ -195,19 +195,39 @@ megatron_flags() {
 embedded_flags() {
   PROGRAM=("$REPOSITORY/scripts/pretrain_gpt.py")
   FLAGS+=(--data-path "${DATA_PATH:-$REPOSITORY/data/topics}" --vocab-size "$VOCAB_SIZE" --split "${SPLIT:-90,10,0}")
-  if [[ -z ${DATA_PATH:-} && ! -f $REPOSITORY/data/topics.idx && ${DRY_RUN:-0} != 1 ]]; then
-    "$PYTHON" "$REPOSITORY/scripts/prepare_data.py" --output "$REPOSITORY/data/topics"
+  if [[ -z ${DATA_PATH:-} ]]; then
+    PREPARE=("$PYTHON" "$REPOSITORY/scripts/prepare_data.py" --output "$REPOSITORY/data/topics")
   fi
 }
 
+# put NAME VALUE: a variable of the run, unless the environment has it; ENVIRONMENT collects what the run gets.
+put() {
+  export "$1=${!1:-$2}"
+  ENVIRONMENT+=("$1=${!1}")
+}
+
 set_environment() {
-  export PYTHONPATH="${MEGATRON_LM_PATH:+$MEGATRON_LM_PATH:}$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
+  ENVIRONMENT=()
+  PYTHONPATH="${MEGATRON_LM_PATH:+$MEGATRON_LM_PATH:}$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
+  put PYTHONPATH ""
+  # Megatron orders communication and computation by submitting them to one hardware queue.
+  put CUDA_DEVICE_MAX_CONNECTIONS 1
   case $DEVICE in
-    # Megatron orders communication and computation by submitting them to one hardware queue.
-    npu) export CUDA_DEVICE_MAX_CONNECTIONS=1 HCCL_CONNECT_TIMEOUT="${HCCL_CONNECT_TIMEOUT:-1800}" ;;
-    gpu) export CUDA_DEVICE_MAX_CONNECTIONS=1 ;;
-    # Several ranks share the cores.
-    cpu) export CUDA_DEVICE_MAX_CONNECTIONS=1 MINDSPEED_CP_DEVICE=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" ;;
+    npu)
+      # What Ascend's users set: less fragmentation, operators enqueued by a thread of their own, threads bound to the
+      # cores near the device, and time for slow starts.
+      put PYTORCH_NPU_ALLOC_CONF expandable_segments:True
+      put TASK_QUEUE_ENABLE 2
+      put CPU_AFFINITY_CONF 1
+      put HCCL_CONNECT_TIMEOUT 1800
+      put HCCL_EXEC_TIMEOUT "$((${TIMEOUT_MINUTES:-30} * 60))"
+      ;;
+    cpu)
+      # Several ranks share the cores. Where torch_npu is installed without CANN, torch itself fails to load it.
+      put MINDSPEED_CP_DEVICE cpu
+      put OMP_NUM_THREADS 1
+      put TORCH_DEVICE_BACKEND_AUTOLOAD 0
+      ;;
   esac
 }
 
@@ -218,9 +238,17 @@ print_resolved() {
     ULYSSES_DEGREE CP_WINDOW LAYERS HIDDEN FFN HEADS KV_HEADS VOCAB_SIZE PRECISION; do
     printf '%s=%s\n' "$name" "${!name}"
   done
-  WORLD_SIZE=$WORLD "$PYTHON" "$LAUNCH_DIR/describe.py" "${FLAGS[@]}" "${EXTRA_FLAGS[@]}"
+  # It needs no device, and torch_npu without CANN would not even let torch start.
+  TORCH_DEVICE_BACKEND_AUTOLOAD=0 WORLD_SIZE=$WORLD "$PYTHON" "$LAUNCH_DIR/describe.py" "${FLAGS[@]}" "${EXTRA_FLAGS[@]}"
+  # Paths may be relative, so the command begins where this script was started.
   echo "# command"
-  printf '%q ' env PYTHONPATH="$PYTHONPATH" "${COMMAND[@]}"
+  printf 'cd %q && ' "$PWD"
+  if ((${#PREPARE[@]})); then
+    printf '{ [ -f %q ] || ' "$REPOSITORY/data/topics.idx"
+    printf '%q ' env "${ENVIRONMENT[@]}" "${PREPARE[@]}"
+    printf '; } && '
+  fi
+  printf '%q ' env "${ENVIRONMENT[@]}" "${COMMAND[@]}"
   echo
 }
 
@@ -243,7 +271,7 @@ launch_qwen() {
 
 # Resolve everything and start torchrun, or print with DRY_RUN=1.
 launch() {
-  FLAGS=()
+  FLAGS=() PREPARE=()
   choose_context_parallel
   choose_device
   choose_nodes
@@ -258,6 +286,7 @@ launch() {
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     print_resolved
   else
+    if ((${#PREPARE[@]})) && [[ ! -f $REPOSITORY/data/topics.idx ]]; then "${PREPARE[@]}"; fi
     exec "${COMMAND[@]}"
   fi
 }
