@@ -14,7 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from mindspeed_cp.arguments import add_context_parallel_arguments, validate
+from mindspeed_cp.arguments import add_context_parallel_arguments, mindspeed_flags, validate
+from mindspeed_cp.arguments.flags import GROUP_TITLE
 
 from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.algorithms import ALGORITHMS
@@ -60,10 +61,11 @@ def prose(page):
     return FENCE.sub("", text_of(page))
 
 
-def actions():
-    """Every flag of the project's argument group."""
+def actions(title=GROUP_TITLE):
+    """Every flag of one of the project's argument groups."""
     parser = add_context_parallel_arguments(argparse.ArgumentParser())
-    return [action for action in parser._actions if action.dest != "help"]
+    (group,) = [group for group in parser._action_groups if group.title == title]
+    return group._group_actions
 
 
 def flag_table(page):
@@ -90,6 +92,13 @@ def test_the_flag_table_gives_every_flag_with_its_default_and_choices(page, acti
 @pytest.mark.parametrize("page", FLAG_PAGES)
 def test_the_flag_table_has_no_flag_that_does_not_exist(page):
     assert set(flag_table(page)) == {action.option_strings[0] for action in actions()}
+
+
+@pytest.mark.parametrize("page", FLAG_PAGES)
+def test_every_flag_that_is_accepted_without_effect_is_named(page):
+    flags = [flag for action in actions(mindspeed_flags.GROUP_TITLE) for flag in action.option_strings]
+    assert [flag for flag in flags if f"`{flag}`" not in text_of(page)] == []
+    assert [name for name in mindspeed_flags.REFUSED_ALGORITHMS if name not in text_of(page)] == []
 
 
 def test_every_algorithm_kernel_and_policy_is_documented():
@@ -221,6 +230,12 @@ def test_the_picture_of_the_split_is_what_the_program_prints(page, tmp_path):
     code = next(code for _, code in blocks("docs/batch-layouts.md", "python run") if "SequenceLayout.build" in code)
     printed = [line.split() for line in run_block(code, 1, tmp_path).splitlines()]
     assert printed == [line.split() for line in picture.splitlines()]
+
+
+def test_the_picture_of_the_kinds_of_layouts_is_what_the_program_prints():
+    page = text_of("docs/batch-layouts.md")
+    picture = next(code for info, code in FENCE.findall(page) if info == "text")
+    assert picture in [output for _, _, output in OUTPUT.findall(page)]  # which the examples' test compares with a run
 
 
 def default_patches():
