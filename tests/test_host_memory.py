@@ -1,11 +1,16 @@
 """Shared memory between ranks of one host: the same bits, the same counts, nothing overwritten, nothing left behind."""
 
 import copy
+import multiprocessing
 import os
+import resource
 import time
+import warnings
 from collections import Counter
+from datetime import timedelta
 
 import cases
+import distributed
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +22,7 @@ from test_attention_layers import variants
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, UlyssesContextAttention
 from mindspeed_cp.algorithms import ulysses_attention
 from mindspeed_cp.comm import count_bytes, host_memory
-from mindspeed_cp.comm.host_memory import HEADER_BYTES, HostMemory
+from mindspeed_cp.comm.host_memory import LINE, HostMemory
 from mindspeed_cp.comm.transport import all_gather, post
 from mindspeed_cp.comm.workspace import Workspace
 
@@ -117,67 +122,199 @@ def test_a_rank_that_cannot_be_reached_gets_its_messages_through_gloo(stranger):
 
 
 def exchanged(rank, sizes):
-    """Messages of these sizes one after the other, between two ranks; True where each arrived as it was sent."""
+    """Messages of these sizes, whether each arrived as it was sent, and how much memory this rank used."""
     host = HostMemory.connect(dist.group.WORLD, 1)
-    right = []
-    for index, size in enumerate(sizes):
-        sent = torch.arange(size, dtype=torch.float32) + 1000 * index + rank
-        received = torch.empty(size)
-        post(None, [(1 - rank, sent)], [(1 - rank, received)], "kv", host).wait()
-        right.append(torch.equal(received, sent + 1 - 2 * rank))
+    right = list(swapped(rank, host, sizes))
     held = host.num_bytes
     host.close()
     return right, held
 
 
-def test_segments_grow_with_the_messages_and_two_take_turns():
+def test_messages_of_any_size_take_the_lowest_free_place():
     sizes = [1, 1000, 10, 100_000, 100_000, 3]
     for right, held in run_ranks(2, exchanged, sizes):
         assert right == [True] * len(sizes)
-        assert held == 2 * (HEADER_BYTES + 400_000)
+        assert held <= 2 * (400_000 + 2 * LINE), "the one before may not have been read yet"
 
 
 def run_ahead(rank, number):
-    """Rank 0 posts more messages than a stream has segments before rank 1 reads the first."""
-    host = HostMemory.connect(dist.group.WORLD, 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host_memory, "PATIENCE", 0.05)
-        if rank == 0:
-            transfers = [post(None, [(1, torch.full((8,), float(index)))], [], "kv", host) for index in range(number)]
-            dist.barrier()
-            for transfer in transfers:
-                transfer.wait()
-            dist.barrier()
-            return None
-        received = [torch.empty(8) for _ in range(number)]
-        transfers = [post(None, [], [(0, tensor)], "kv", host) for tensor in received]
+    """Rank 0 posts many messages before rank 1 reads the first; what it holds for them, then for as many again."""
+    host, held = HostMemory.connect(dist.group.WORLD, 1), []
+    for round_ in range(2):
+        started = time.monotonic()
+        tensors = [torch.full((8,), float(index + round_)) if rank == 0 else torch.empty(8) for index in range(number)]
+        transfers = [post(None, *([(1 - rank, tensor)], [])[:: 1 - 2 * rank], "kv", host) for tensor in tensors]
+        posted = time.monotonic() - started
         dist.barrier()
         for transfer in transfers:
             transfer.wait()
         dist.barrier()
-        return [tensor.unique().tolist() for tensor in received]
+        held.append(host.num_bytes)
+    return [tensor.unique().tolist() for tensor in tensors], held, posted
 
 
-def test_a_message_is_never_overwritten_before_it_is_read():
-    assert run_ranks(2, run_ahead, 5, fresh=True)[1] == [[float(index)] for index in range(5)]
+def test_a_message_is_never_overwritten_before_it_is_read_and_nobody_waits_for_that():
+    (_, held, posted), (received, *_) = run_ranks(2, run_ahead, 5, fresh=True)
+    assert received == [[float(index + 1)] for index in range(5)]
+    assert held == [5 * 2 * LINE] * 2, "places that were read are used again"
+    assert posted < 0.1
 
 
-def leave_at_once(rank):
-    """Rank 0 gives its memory back right after sending; rank 1 looks late."""
+def send_and_destroy(rank, number):
+    """Rank 0 sends, gives its memory back and destroys the group; only then rank 1 looks. How often that was right."""
+    right = 0
+    for index in range(number):
+        group = dist.new_group([0, 1])
+        host = HostMemory.connect(group, 1)
+        message = torch.full((1000,), float(index)) if rank == 0 else torch.empty(1000)
+        transfer = post(group, *([(1 - rank, message)], [])[:: 1 - 2 * rank], "kv", host)
+        if rank == 0:
+            transfer.wait()
+            host.close()
+            dist.destroy_process_group(group)
+        dist.barrier()
+        if rank == 1:
+            transfer.wait()
+            right += bool((message == index).all())
+            host.close()
+            dist.destroy_process_group(group)
+    return right
+
+
+def test_a_message_arrives_though_its_sender_destroys_the_group_at_once():
+    assert run_ranks(2, send_and_destroy, 160, fresh=True)[1] == 160
+
+
+def leave_by_os_exit(rank, path, sender_lives, sender_lives_until_closed):
+    """A whole rank: rank 0 ends in the line after its send; rank 1 looks when rank 0 is gone, and exits with 0."""
+    store = dist.FileStore(path, 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
     host = HostMemory.connect(dist.group.WORLD, 1)
     if rank == 0:
-        transfer = post(None, [(1, torch.full((1000,), 3.0))], [], "kv", host)
-        host.close()
-        transfer.wait()
-        return None
-    time.sleep(0.3)
+        post(None, [(1, torch.full((1000,), 3.0))], [], "kv", host).wait()
+        os._exit(0)
+    os.close(sender_lives_until_closed)
     received = torch.empty(1000)
-    post(None, [], [(0, received)], "kv", host).wait()
-    return received.unique().tolist()
+    transfer = post(None, [], [(0, received)], "kv", host)
+    assert os.read(sender_lives, 1) == b""
+    transfer.wait()
+    os._exit(0 if bool((received == 3).all()) else 1)
 
 
-def test_a_rank_that_leaves_lets_the_others_read_what_it_sent_last():
-    assert run_ranks(2, leave_at_once, fresh=True)[1] == [3.0]
+def leave_many_times(connection, folder, number):
+    """Sends the exit codes of ``number`` pairs of such ranks, forked from here."""
+    codes = []
+    for index in range(number):
+        ends, pids = os.pipe(), []
+        for rank in range(2):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                try:
+                    leave_by_os_exit(rank, f"{folder}/{index}", *ends)
+                finally:
+                    os._exit(2)
+        for end in ends:
+            os.close(end)
+        codes.append([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
+    connection.send(codes)
+
+
+def test_a_message_arrives_though_its_sender_ends_by_os_exit(tmp_path):
+    ours, theirs = multiprocessing.Pipe()
+    with distributed._forking_from(()):
+        process = multiprocessing.get_context("forkserver").Process(
+            target=leave_many_times, args=(theirs, str(tmp_path), 40), daemon=True
+        )
+        process.start()
+    try:
+        assert ours.poll(100) and ours.recv() == [[0, 0]] * 40
+    finally:
+        process.kill()
+        process.join()
+
+
+def without_resources(rank, sizes):
+    """Messages when nothing can be opened, made or enlarged any more since the groups exist."""
+    host = HostMemory.connect(dist.group.WORLD, 1)
+    limits = {name: resource.getrlimit(name) for name in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE)}
+    if rank == 0:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[resource.RLIMIT_NOFILE][1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[resource.RLIMIT_FSIZE][1]))
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr(os, "memfd_create")
+            return all(swapped(rank, host, sizes)), host.num_bytes >= max(sizes)
+    finally:
+        for name, limit in limits.items():
+            resource.setrlimit(name, limit)
+
+
+def swapped(rank, host, sizes):
+    """Messages of so many float32 one after the other, between two ranks; True where each arrived as it was sent."""
+    for index, size in enumerate(sizes):
+        sent = torch.arange(size, dtype=torch.float32) + 1000 * index + rank
+        received = torch.empty(size)
+        post(None, [(1 - rank, sent)], [(1 - rank, received)], "kv", host).wait()
+        yield torch.equal(received, sent + 1 - 2 * rank)
+
+
+def test_messages_grow_when_no_file_can_be_opened_or_enlarged_any_more():
+    assert run_ranks(2, without_resources, [10, 100_000, 300_000], fresh=True) == [(True, True)] * 2
+
+
+def without_room(rank, ranks):
+    """Messages, both ways at once, when these ranks get no more memory; the warnings that this rank gave."""
+    host = HostMemory.connect(dist.group.WORLD, 1)
+
+    def refuse(*args):
+        raise OSError("no memory")
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        if rank in ranks:
+            patch.setattr(os, "posix_fallocate", refuse)
+        right = all(swapped(rank, host, [1000, 10, 50_000]))
+        gathered = torch.empty(2 * 1000)
+        all_gather(gathered, torch.full((1000,), float(rank)), None, "kv", host).wait()
+    right &= gathered.view(2, 1000).unique(dim=1).flatten().tolist() == [0.0, 1.0]
+    return right, host.num_bytes > 0, [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)], ids=str)
+def test_gloo_carries_what_shared_memory_has_no_room_for_and_that_is_said_once(ranks):
+    for rank, (right, held, said) in enumerate(run_ranks(2, without_room, ranks, fresh=True)):
+        assert right and held == (rank not in ranks)
+        assert len(said) == (rank in ranks) and all("gloo carries" in text for text in said)
+
+
+def refused_at_the_start(rank, limit):
+    """Whether the ranks share memory, and the warnings, when rank 1 cannot map what the others have made."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        if rank == 1:
+            resource.setrlimit(getattr(resource, limit), (64 if limit == "RLIMIT_NOFILE" else 1 << 33,) * 2)
+            held = [os.open("/dev/null", os.O_RDONLY) for _ in range(limit == "RLIMIT_NOFILE" and _free_files())]
+        host = HostMemory.connect(dist.group.WORLD, 1)
+        if rank == 1:
+            for file in held:
+                os.close(file)
+    right = all(swapped(rank, host, [1000])) if rank < 2 else True
+    return sorted(host.peers) if host else None, right, [str(warning.message) for warning in caught]
+
+
+def _free_files():
+    """How many files may still be opened but one."""
+    used = len(os.listdir("/proc/self/fd")) - 1
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - used - 1
+
+
+@pytest.mark.parametrize("limit", ["RLIMIT_NOFILE", "RLIMIT_AS", "RLIMIT_FSIZE"])
+def test_a_rank_without_the_resources_for_it_is_left_out_by_all_and_that_is_said_once(limit):
+    outcomes = run_ranks(3, refused_at_the_start, limit, fresh=True)
+    assert [peers for peers, *_ in outcomes] == [[2], None, [0]]
+    assert all(right for _, right, _ in outcomes)
+    (said,) = (text for *_, texts in outcomes for text in texts)
+    assert "global ranks [1] cannot share memory" in said
 
 
 def gathered_once(rank):
@@ -191,7 +328,7 @@ def gathered_once(rank):
 
 
 def test_a_gathered_tensor_is_written_once_for_all_readers():
-    assert run_ranks(3, gathered_once) == [([0.0, 1.0, 2.0], 2 * HEADER_BYTES + 4000)] * 3
+    assert run_ranks(3, gathered_once) == [([0.0, 1.0, 2.0], LINE + 4032)] * 3
 
 
 def open_files(rank):
@@ -256,24 +393,3 @@ def disagreement(rank):
 def test_another_length_than_expected_is_an_error_that_names_both():
     for rank, message in enumerate(run_ranks(2, disagreement, fresh=True)):
         assert f"rank {1 - rank} sent {4 * (10 - (1 - rank))} bytes where {4 * (10 - rank)} were expected" in message
-
-
-def far_behind(rank, number):
-    """Memory of a rank whose reader is behind by ``number`` messages, again and again: further segments are used
-    again.
-    """
-    host = HostMemory.connect(dist.group.WORLD, 1)
-    for _ in range(3):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(host_memory, "PATIENCE", 0.01)
-            sends, receives = ([(1, torch.ones(8))], []) if rank == 0 else ([], [(0, torch.empty(8))])
-            transfers = [post(None, sends, receives, "kv", host) for _ in range(number)]
-            dist.barrier()
-            for transfer in transfers:
-                transfer.wait()
-            dist.barrier()
-    return host.num_bytes
-
-
-def test_further_segments_are_used_again():
-    assert run_ranks(2, far_behind, 5, fresh=True)[0] == 5 * (HEADER_BYTES + 32)

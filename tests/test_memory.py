@@ -14,8 +14,10 @@ from distributed import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mindspeed_cp import SequenceLayout
+from mindspeed_cp.comm.host_memory import LINE
 
 pytestmark = pytest.mark.cpu_only
+FLOAT32 = 4  # bytes
 
 
 def prepared(rank, case):
@@ -24,8 +26,6 @@ def prepared(rank, case):
 
     config, groups = setup_of(case.config)
     groups.workspace.clear()
-    if groups.host:
-        groups.host.close()
     layout = SequenceLayout.build(config, case.seq_len)
     leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
     keywords = arguments(case, config, groups, layout, sinks, mask)
@@ -77,23 +77,34 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(rank, case):
-    """Most bytes alive at once in forward and backward: what they made, and what this rank keeps from call to call.
+    """(most bytes alive at once in forward and backward: what they made, and what this rank keeps from call to call;
+    bytes of shared memory).
 
-    Two calls before that make the reused buffers (of which pairs take turns) and open the peers' shared memory, which
-    counts where it belongs.
+    Two calls before that make the reused buffers, of which pairs take turns.
     """
     call, leaves, grad_out, groups = prepared(rank, case)
     for _ in range(2):
         call().backward(grad_out)
-    before = groups.workspace.num_bytes + (groups.host.num_bytes if groups.host else 0)
+    before = groups.workspace.num_bytes
     for leaf in leaves:
         leaf.grad = None
     with LiveBytes() as live:
         out = call()
         out.backward(grad_out)
     assert leaves[0].grad is not None
-    assert groups.workspace.num_bytes + (groups.host.num_bytes if groups.host else 0) == before
-    return live.peak + before
+    assert groups.workspace.num_bytes == before
+    return live.peak + before, groups.host.num_bytes if groups.host else 0
+
+
+UNREAD = 8  # messages of a rank that its peers may not have read yet: two of each kind, and one more of the gradients
+
+
+def peak_of_all(case):
+    """The largest peak of a rank; shared memory holds no more than the messages that may be under way at once."""
+    peaks, shared = zip(*run_ranks(case.cp, peak_bytes, case))
+    message = LOCAL * case.batch * case.kv_heads * (case.dk + case.dv) * FLOAT32  # the memory may be a case's before
+    assert max(shared) <= UNREAD * (message + 2 * LINE)
+    return max(peaks)
 
 
 def test_the_meter_sees_what_lives_and_forgets_what_died():
@@ -123,9 +134,7 @@ LOCAL = 64  # tokens per rank, whatever the size
 def test_peak_memory_of_a_ring_does_not_grow_with_its_size(options, dtype, overlap):
     def peak(cp):
         config = {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "send_recv_overlap": overlap, **options}
-        return max(
-            run_ranks(cp, peak_bytes, Case(config, seq_len=cp * LOCAL, heads=4, kv_heads=4, dk=32, dv=32, dtype=dtype))
-        )
+        return peak_of_all(Case(config, seq_len=cp * LOCAL, heads=4, kv_heads=4, dk=32, dv=32, dtype=dtype))
 
     # From 4 ranks on both buffers of every pair exist when the last kernel runs.
     assert peak(4) == peak(6) == peak(8)
@@ -140,7 +149,7 @@ def test_peak_memory_of_a_double_ring_does_not_grow_with_its_size(overlap):
             "window_size": window,
             "send_recv_overlap": overlap,
         }
-        return max(run_ranks(cp, peak_bytes, Case(config, seq_len=cp * LOCAL, dk=32, dv=32, dtype="float32")))
+        return peak_of_all(Case(config, seq_len=cp * LOCAL, dk=32, dv=32, dtype="float32"))
 
     assert peak(8, 2) == peak(6, 2)
 
@@ -150,7 +159,7 @@ def test_a_full_cache_holds_every_received_shard_and_so_grows_with_the_size():
 
     def peak(cp):
         config = {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "kv_cache_policy": "full"}
-        return max(run_ranks(cp, peak_bytes, Case(config, seq_len=cp * LOCAL, dk=32, dv=32, dtype="float32")))
+        return peak_of_all(Case(config, seq_len=cp * LOCAL, dk=32, dv=32, dtype="float32"))
 
     shard = LOCAL * 4 * 64 * 4
     assert peak(8) - peak(4) == 4 * shard

@@ -181,14 +181,10 @@ class SequenceExchange:
             slab = message.leaving[rank]
             target = self._buffer(f"a2a.send{turn}.{rank}", (slab.size,), message.like)
             carried = self.host.carries(peer, target)
-            segment = (
-                self.host.outgoing((self.group, rank), [peer], target.numel() * target.element_size())
-                if carried
-                else None
-            )
-            flat = segment.view(target) if carried else target
+            parcel = self.host.place([peer], target.numel() * target.element_size()) if carried else None
+            flat = target if parcel is None else parcel.view(target)
             fill(slab.apart(flat), message.pieces(rank))
-            sends.append((peer, segment if carried else target))
+            sends.append((peer, target if parcel is None else parcel))
             receives.append(
                 (peer, self._buffer(f"a2a.receive{turn}.{rank}", (message.arriving[rank].size,), message.like))
             )

@@ -1,90 +1,74 @@
 """CPU tensors from rank to rank of one host through shared memory, with gloo for the notices.
 
 gloo sends a large message through the host's network stack, which copies it twice and wakes threads for every part.
-Here the sender writes it into a segment of shared memory and sends a notice of 32 bytes; the receiver reads the segment
-where it is and marks it as read. A dead peer is noticed as ever, because every notice is a message.
+Here the sender writes it into memory that its peers see and sends a notice of 32 bytes; the receiver reads it where it
+is and marks it as read. A dead peer is noticed as ever, because every notice is a message.
 
-    segment = one slot for each reader (number of the last message it has read) | data
+    a rank's memory = messages, each at the lowest free place: one mark for every member | data
 
-A segment is an anonymous file that peers open through /proc: nothing is left behind when a process ends, and the size
-of /dev/shm does not matter. Ranks on other hosts, or in containers that do not see each other, are not reached; gloo
-carries their messages. Linux only. Tried on x86-64; the slots rely on the processor finishing a read before a store
-that is thousands of instructions later, which holds on Arm too.
+Every rank has one piece of memory: an anonymous file of SPAN bytes, of which only what was once used is backed by
+pages. Peers map all of it when the groups are made and keep it mapped. So nothing is opened later, and nothing can
+fail later: a message whose notice has left arrives, whatever its sender does next (end by os._exit included), and
+nothing is left behind when the last process ends. Where there is no room, the notice says that gloo carries the
+message.
+
+Ranks on other hosts, or in containers that do not see each other, are not reached; gloo carries their messages. Linux
+only. Tried on x86-64; the marks rely on the processor finishing a read before a store that is thousands of instructions
+later, which holds on Arm too.
 """
 
-import itertools
 import mmap
 import os
 import secrets
-import time
-import weakref
+import warnings
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-HEADER_BYTES = 4096  # 512 slots; a whole page keeps the data aligned
+from mindspeed_cp.notices import ContextParallelWarning, warn_rank0
+
+SPAN = 1 << 36  # bytes of address space for what one rank sends; 64 GiB, and a thousand ranks fit into one process
 SMALLEST_MESSAGE = 1 << 14  # bytes; below this the message itself is as cheap as its notice
-FAREWELL = 2.0  # seconds that a rank which leaves gives its peers to read what it sent last
-PATIENCE = 1.0  # seconds to wait for a segment before a further one is made
-POLL = 1e-4
-
-_serials = itertools.count()
+LINE = 64  # bytes of a cache line, to which messages are aligned
+BY_GLOO = -1  # place of a message that follows its notice through gloo
 
 
-def _create_file(name):
-    """A file descriptor, or -1 where the system has no anonymous files or forbids them."""
-    try:
-        return os.memfd_create(name)
-    except (AttributeError, OSError):
-        return -1
+@dataclass(frozen=True)
+class Parcel:
+    """A message in this rank's memory.
 
-
-def _map_file(file):
-    """(slots int64, data uint8) of a segment's file as it is now."""
-    with torch.inference_mode(False):  # memory mapped during inference could not be written during training
-        flat = torch.frombuffer(mmap.mmap(file, os.fstat(file).st_size), dtype=torch.uint8)
-    return flat[:HEADER_BYTES].view(torch.int64), flat[HEADER_BYTES:]
-
-
-class Segment:
-    """Memory that this rank writes and its readers read, one message at a time.
-
-    Attributes:
-        data: (at least the message's bytes,) uint8, to be written before the notice is sent.
+    Args:
+        start, stop: bytes of the memory that it takes, its marks included.
+        marks: words that its readers set.
+        number: which message of this rank it is, from 1.
+        data: uint8 (num_bytes,), to be written before the notice is sent.
     """
 
-    def __init__(self):
-        self._serial = next(_serials)
-        self._file = os.memfd_create(_name(self._serial))
-        self._number, self._size, self._readers = 0, 0, []
-        weakref.finalize(self, os.close, self._file).atexit = False  # the process's end closes it, after the farewell
-        self._resize(0)
+    start: int
+    stop: int
+    marks: tuple[int, ...]
+    number: int
+    data: torch.Tensor
 
-    def _resize(self, num_bytes):
-        os.ftruncate(self._file, HEADER_BYTES + num_bytes)
-        self._slots, self.data = _map_file(self._file)
-
-    def begin(self, readers, num_bytes):
-        """Take the segment, which must be free, for one message to the readers with these slots."""
-        if self.data.numel() < num_bytes:
-            self._resize(num_bytes)
-        self._number, self._size, self._readers = self._number + 1, num_bytes, readers
-
-    def view(self, like):
+    def view(self, like: torch.Tensor) -> torch.Tensor:
         """The message's memory as a flat tensor with the size and dtype of ``like``."""
         return self.data[: like.numel() * like.element_size()].view(like.dtype)
 
-    def notice(self):
-        """int64 (4,) for every reader: where the message is, which segment that is, the message's number and bytes."""
-        return torch.tensor([self._file, self._serial, self._number, self._size], device="cpu")
+    def notice(self) -> torch.Tensor:
+        """int64 (4,) for every reader: where the message is, its bytes and its number."""
+        return _notice(self.start, self.data.numel(), self.number)
 
-    @property
-    def num_bytes(self):
-        return HEADER_BYTES + self.data.numel()
 
-    @property
-    def is_free(self):
-        return all(self._slots[reader] == self._number for reader in self._readers)
+class _Memory:
+    """One rank's memory as this process sees it: ``data``, uint8, and the same memory as ``words`` of 8 bytes."""
+
+    def __init__(self, file: int):
+        mapped = mmap.mmap(file, SPAN)
+        mapped.madvise(mmap.MADV_DONTDUMP)  # a core file need not hold what the peers hold too
+        self.words = memoryview(mapped).cast("q")
+        with torch.inference_mode(False):  # memory mapped during inference could not be written during training
+            self.data = torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 class HostMemory:
@@ -93,143 +77,181 @@ class HostMemory:
     Attributes:
         peers: global ranks that are reached.
         smallest: messages of fewer bytes go through gloo.
+        num_bytes: shared memory that this rank holds.
     """
 
-    def __init__(self, members, processes, peers, smallest):
+    def __init__(self, members: list[int], file: int, memories: dict[int, _Memory], smallest: int):
         self._slot = {rank: index for index, rank in enumerate(members)}
-        self._processes, self.peers, self.smallest = dict(zip(members, processes)), peers, smallest
-        self._streams, self._mapped = {}, {}
-        weakref.finalize(self, _farewell, self._streams)
+        self._marks = -(-8 * len(members) // LINE) * LINE  # bytes before the data
+        self._file, self._memories, self._own = file, memories, memories[dist.get_rank()]
+        self.peers, self.smallest = frozenset(memories) - {dist.get_rank()}, smallest
+        self._unread: list[Parcel] = []  # ascending in memory
+        self._number, self.num_bytes = 0, 0
 
     @classmethod
-    def connect(cls, group, smallest=SMALLEST_MESSAGE):
+    def connect(cls, group: dist.ProcessGroup, smallest: int = SMALLEST_MESSAGE) -> "HostMemory | None":
         """Find out which members of ``group`` share memory with this rank; collective over the group.
 
         Returns:
             None where there is nobody, or the group's back end is not gloo.
         """
-        members = dist.get_process_group_ranks(group)
-        if dist.get_backend(group) != "gloo" or len(members) > HEADER_BYTES // 8:
+        if dist.get_backend(group) != "gloo":
             return None
+        members, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
         token = secrets.randbits(62)
         file = _create_file(_name(token))
-        table = _gather([os.getpid(), file, token], group)
-        reached = _gather([int(_reaches(*row)) for row in table.tolist()], group)
-        if file >= 0:
-            os.close(file)  # every rank has tried to open it, or the last gathering would not have ended
-        both = (reached & reached.t()).fill_diagonal_(1)
-        rank = dist.get_rank(group)
+        table = _gather([os.getpid(), file, token], group).tolist()
+        memories, failed = _map_all(members, table)
+        *columns, failures = _gather([*(int(member in memories) for member in members), failed], group).t()
+        reached = torch.stack(columns)
         # Only ranks that reach the very same members: then all of them agree on who shares memory with whom.
-        peers = frozenset(
-            peer
-            for index, peer in enumerate(members)
-            if index != rank and both[rank, index] and torch.equal(both[rank], both[index])
-        )
-        return cls(members, table[:, 0].tolist(), peers, smallest) if peers else None
+        both = reached & reached.t()
+        alike = [bool(both[rank, index]) and torch.equal(both[rank], both[index]) for index in range(len(members))]
+        _announce([member for member, has_failed in zip(members, failures.tolist()) if has_failed])
+        shared = {member: memories[member] for member, is_alike in zip(members, alike) if is_alike}
+        if len(shared) > 1:
+            return cls(members, file, shared, smallest)
+        if file >= 0:
+            os.close(file)
+        return None
 
-    def carries(self, peer, tensor):
-        """Whether a message with ``peer`` that fills ``tensor`` goes through shared memory; both ends answer alike."""
+    def carries(self, peer: int, tensor: torch.Tensor) -> bool:
+        """Whether a message with ``peer`` that fills ``tensor`` is announced by a notice; both ends answer alike."""
         size = tensor.numel() * tensor.element_size()
         return peer in self.peers and tensor.device.type == "cpu" and size >= max(self.smallest, 1)
 
-    def outgoing(self, stream, readers, num_bytes):
-        """A free Segment for a message of ``num_bytes`` to the global ranks ``readers``.
+    def place(self, readers: list[int], num_bytes: int) -> Parcel | None:
+        """Room for a message to the global ranks ``readers``, at the lowest place that is free; None where there is
+        none.
 
-        Two segments of each stream take turns, so memory does not depend on the number of ranks: what was sent two
-        messages ago has been read by now, unless a peer is far behind. Then a further segment joins, because what is
-        unread must stay.
+        What has been read is free. A rank that never waits for a slow peer so needs more memory meanwhile, and all
+        others the same places, whose pages are there already, again and again.
         """
-        if stream not in self._streams:
-            self._streams[stream] = [Segment(), Segment()]
-        segments = self._streams[stream]
-        segment = segments[0]
-        if not _wait_until(lambda: segment.is_free, PATIENCE):
-            segment = next((other for other in segments if other.is_free), None) or Segment()
-        segments[:] = [*(other for other in segments if other is not segment), segment]
-        segment.begin([self._slot[reader] for reader in readers], num_bytes)
-        return segment
+        size = self._marks + -(-num_bytes // LINE) * LINE
+        self._unread = [parcel for parcel in self._unread if not all(map(self._own.words.__getitem__, parcel.marks))]
+        index, start = 0, 0
+        while index < len(self._unread) and self._unread[index].start - start < size:
+            start = self._unread[index].stop
+            index += 1
+        if not self._backed(start + size):
+            return None
+        marks = tuple(start // 8 + self._slot[reader] for reader in readers)
+        for mark in marks:
+            self._own.words[mark] = 0
+        self._number += 1
+        data = self._own.data[start + self._marks : start + self._marks + num_bytes]
+        parcel = Parcel(start, start + size, marks, self._number, data)
+        self._unread.insert(index, parcel)
+        return parcel
 
-    def write(self, stream, readers, tensor):
-        """A Segment for ``readers`` that holds a copy of a contiguous tensor."""
-        segment = self.outgoing(stream, readers, tensor.numel() * tensor.element_size())
-        segment.view(tensor).copy_(tensor.view(-1))
-        return segment
+    def _backed(self, stop: int) -> bool:
+        """Make sure that memory up to ``stop`` has pages; without, a write into it would end the process."""
+        if stop <= self.num_bytes:
+            return True
+        try:
+            if stop > SPAN:
+                raise OSError(f"{stop} bytes are more than the {SPAN} of its address space")
+            os.posix_fallocate(self._file, self.num_bytes, stop - self.num_bytes)
+        except OSError as error:
+            text = f"shared memory between ranks has no room for a message ({error}); gloo carries it."
+            warnings.warn(text, ContextParallelWarning, stacklevel=2)  # by the rank that it happens to
+            return False
+        self.num_bytes = stop
+        return True
 
-    @property
-    def num_bytes(self):
-        """Shared memory that this rank holds."""
-        return sum(segment.num_bytes for segments in self._streams.values() for segment in segments)
+    def write(self, readers: list[int], tensor: torch.Tensor) -> Parcel | None:
+        """A Parcel for ``readers`` that holds a copy of a contiguous tensor, None where there is no room."""
+        parcel = self.place(readers, tensor.numel() * tensor.element_size())
+        if parcel is not None:
+            parcel.view(tensor).copy_(tensor.view(-1))
+        return parcel
 
-    def read(self, peer, notice, num_bytes):
-        """uint8 (num_bytes,) in the peer's memory, valid until ``release``.
+    def notice_of_gloo(self, num_bytes: int) -> torch.Tensor:
+        """The notice of a message that follows through gloo, with its number as the tag."""
+        self._number += 1
+        return _notice(BY_GLOO, num_bytes, self._number)
 
-        Raises:
-            RuntimeError: the peer sent another number of bytes.
-            OSError: its memory is gone.
-        """
-        file, serial, _, size = notice.tolist()
-        if size != num_bytes:
-            raise RuntimeError(f"rank {peer} sent {size} bytes where {num_bytes} were expected")
-        mapped = self._mapped.get((peer, serial))
-        if mapped is None or mapped[1].numel() < num_bytes:  # new, or grown since
-            opened = _open(self._processes[peer], file, serial)
-            try:
-                mapped = self._mapped[peer, serial] = _map_file(opened)
-            finally:
-                os.close(opened)
-        return mapped[1][:num_bytes]
+    def read(self, peer: int, notice: torch.Tensor) -> torch.Tensor:
+        """uint8, the message in the peer's memory, valid until ``release``."""
+        start, num_bytes, *_ = notice.tolist()
+        return self._memories[peer].data[start + self._marks : start + self._marks + num_bytes]
 
-    def release(self, peer, notice):
+    def release(self, peer: int, notice: torch.Tensor) -> None:
         """Tell the peer that its message has been read."""
-        _, serial, number, _ = notice.tolist()
-        self._mapped[peer, serial][0][self._slot[dist.get_rank()]] = number
+        self._memories[peer].words[int(notice[0]) // 8 + self._slot[dist.get_rank()]] = 1
 
-    def close(self):
-        """Wait a little for unread messages, then give the memory back."""
-        _farewell(self._streams)
-        self._streams.clear()
-        self._mapped.clear()
+    def close(self) -> None:
+        """Give the memory back; what peers have mapped stays theirs until they close."""
+        if self._memories:
+            os.close(self._file)
+        self.peers, self._unread, self._memories, self._own = frozenset(), [], {}, None
+
+    __del__ = close
 
 
-def _name(token):
+def _notice(place: int, num_bytes: int, number: int) -> torch.Tensor:
+    return torch.tensor([place, num_bytes, number, 0], device="cpu")
+
+
+def _name(token: int) -> str:
     return f"mindspeed_cp-{token}"
 
 
-def _open(process, file, token):
-    """Open another process's file; the token in its name tells it from a stranger's, or a later one, of the same
-    number.
+def _create_file(name: str) -> int:
+    """A file of SPAN bytes, or -1 where the system has no anonymous files or forbids them or their size."""
+    try:
+        file = os.memfd_create(name)
+    except (AttributeError, OSError):
+        return -1
+    try:
+        os.ftruncate(file, SPAN)
+    except OSError:
+        os.close(file)
+        return -1
+    return file
+
+
+def _map_all(members: list[int], table: list[list[int]]) -> tuple[dict[int, _Memory], bool]:
+    """(memories of the members that are seen from here, whether this rank's could not be made or one not be mapped)."""
+    memories, failed = {}, table[members.index(dist.get_rank())][1] < 0
+    for member, (process, file, token) in zip(members, table):
+        try:
+            memory = _map_peer(process, file, token)
+        except (OSError, ValueError):  # too many open files, no address space
+            memory, failed = None, True
+        if memory is not None:
+            memories[member] = memory
+    return memories, failed
+
+
+def _map_peer(process: int, file: int, token: int) -> _Memory | None:
+    """Another process's memory, None where it is not seen from here.
+
+    The token in its name tells the file from a stranger's of the same number.
     """
     path = f"/proc/{process}/fd/{file}"
-    if os.readlink(path) != f"/memfd:{_name(token)} (deleted)":
-        raise OSError(f"{path} is not the memory that was announced")
-    return os.open(path, os.O_RDWR)
-
-
-def _reaches(process, file, token):
     try:
-        os.close(_open(process, file, token))
-    except OSError:
-        return False
-    return True
+        if os.readlink(path) != f"/memfd:{_name(token)} (deleted)":
+            return None
+        opened = os.open(path, os.O_RDWR)
+    except (FileNotFoundError, PermissionError):
+        return None
+    try:
+        return _Memory(opened)
+    finally:
+        os.close(opened)
 
 
-def _gather(values, group):
+def _gather(values: list[int], group: dist.ProcessGroup) -> torch.Tensor:
     """(ranks, values) int64: every member's values."""
     rows = [torch.empty(len(values), dtype=torch.int64, device="cpu") for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, torch.tensor(values, device="cpu"), group=group)
     return torch.stack(rows)
 
 
-def _farewell(streams):
-    """Return when all messages have been read, or after FAREWELL seconds: a peer may have ended without reading."""
-    _wait_until(lambda: all(segment.is_free for segments in streams.values() for segment in segments), FAREWELL)
-
-
-def _wait_until(condition, seconds):
-    """Whether the condition came true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(POLL)
-    return True
+def _announce(ranks: list[int]) -> None:
+    if ranks:
+        warn_rank0(
+            f"global ranks {ranks} cannot share memory with others of their host (look at ulimit -n, -f and -v there); "
+            "gloo carries their messages, which takes longer."
+        )

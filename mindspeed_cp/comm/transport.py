@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_cp.comm.counters import record
-from mindspeed_cp.comm.host_memory import Segment
+from mindspeed_cp.comm.host_memory import BY_GLOO, Parcel
 
 # torch 2.13 renames the collective and warns about the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -44,10 +44,14 @@ class _Arrival:
 
 
 class Transfer:
-    """Posted work; ``wait`` returns when the received data is there and the sent buffers are free."""
+    """Posted work; ``wait`` returns when the received data is there and the sent buffers are free.
 
-    def __init__(self, works, purpose, arrivals=(), host=None):
-        self._works, self._purpose, self._arrivals, self._host = works, purpose, arrivals, host
+    Args:
+        works: list of (work, global ranks that it waits for); receives first, because a notice may ask for one more.
+    """
+
+    def __init__(self, works, purpose, arrivals=(), host=None, group=None):
+        self._works, self._purpose, self._arrivals, self._host, self._group = works, purpose, arrivals, host, group
 
     def wait(self):
         for (_, view), arrival in zip(self.peek(), self._arrivals):
@@ -61,21 +65,33 @@ class Transfer:
 
         Such memory is flat and may be read until ``release``, which must follow.
         """
-        for work, peers in self._works:
+        receives, sends = self._works[: len(self._arrivals)], self._works[len(self._arrivals) :]
+        self._await(receives)
+        views = [(arrival.peer, self._view(arrival)) for arrival in self._arrivals]
+        self._await(sends)
+        return views
+
+    def _await(self, works):
+        for work, peers in works:
             with _naming(self._purpose, peers):
                 work.wait()
-        return [(arrival.peer, self._view(arrival)) for arrival in self._arrivals]
 
     def _view(self, arrival):
         if arrival.notice is None:
             return arrival.target
         with _naming(self._purpose, [arrival.peer]):
-            size = arrival.target.numel() * arrival.target.element_size()
-            return self._host.read(arrival.peer, arrival.notice, size).view(arrival.target.dtype)
+            expected = arrival.target.numel() * arrival.target.element_size()
+            place, size, number, _ = arrival.notice.tolist()
+            if size != expected:
+                raise RuntimeError(f"rank {arrival.peer} sent {size} bytes where {expected} were expected")
+            if place == BY_GLOO:
+                dist.irecv(arrival.target, arrival.peer, self._group, tag=number).wait()
+                return arrival.target
+            return self._host.read(arrival.peer, arrival.notice).view(arrival.target.dtype)
 
     def release(self):
         for arrival in self._arrivals:
-            if arrival.notice is not None:
+            if arrival.notice is not None and arrival.notice[0] != BY_GLOO:
                 self._host.release(arrival.peer, arrival.notice)
 
 
@@ -84,24 +100,22 @@ def post(group, sends, receives, purpose, host=None, count=True):
 
     Args:
         group: process group that holds both ends.
-        sends: list of (global rank of the peer, contiguous tensor, or Segment of ``host`` that holds the message).
+        sends: list of (global rank of the peer, contiguous tensor, or Parcel of ``host`` that holds the message).
         receives: list of (global rank of the peer, contiguous tensor).
         purpose: what the bytes count as; a suffix after a dot tells buffers apart and is not counted separately.
         host: HostMemory, or None to send everything.
         count: False leaves the bytes to the caller.
     """
-    stream, purpose = (group, purpose), purpose.partition(".")[0]
-    sends = [(peer, message) for peer, message in sends if isinstance(message, Segment) or message.numel()]
+    purpose = purpose.partition(".")[0]
+    sends = [(peer, message) for peer, message in sends if isinstance(message, Parcel) or message.numel()]
     arrivals = [
         _Arrival(peer, tensor, _no_notice_yet() if host and host.carries(peer, tensor) else None)
         for peer, tensor in receives
         if tensor.numel()
     ]
-    ops = [
-        dist.P2POp(dist.isend, _leaving(host, (*stream, index), peer, message), peer, group)
-        for index, (peer, message) in enumerate(sends)
-    ]
-    ops += [dist.P2POp(dist.irecv, arrival.lands_in, arrival.peer, group) for arrival in arrivals]
+    ops = [dist.P2POp(dist.irecv, arrival.lands_in, arrival.peer, group) for arrival in arrivals]
+    for peer, message in sends:
+        ops += _leaving(host, group, peer, message)
     if count:
         for _, tensor in sends:
             record({purpose: tensor.numel() * tensor.element_size()})
@@ -112,20 +126,25 @@ def post(group, sends, receives, purpose, host=None, count=True):
         works = dist.batch_isend_irecv(ops)
     # NCCL and HCCL return one work for the whole batch, gloo one for each operation.
     each = [[peer] for peer in peers] if len(works) == len(peers) else [sorted(set(peers))] * len(works)
-    return Transfer(list(zip(works, each)), purpose, arrivals, host)
+    return Transfer(list(zip(works, each)), purpose, arrivals, host, group)
 
 
 def _no_notice_yet():
     return torch.empty(4, dtype=torch.int64, device="cpu")
 
 
-def _leaving(host, stream, peer, message):
-    """What is sent for a message: itself, or the notice of the segment that holds it."""
-    if isinstance(message, Segment):
-        return message.notice()
+def _leaving(host, group, peer, message):
+    """The operations that send a message: itself, or the notice of where it is, or a notice and itself."""
+    if isinstance(message, Parcel):
+        return [dist.P2POp(dist.isend, message.notice(), peer, group)]
     if host is None or not host.carries(peer, message):
-        return message
-    return host.write(stream, [peer], message).notice()
+        return [dist.P2POp(dist.isend, message, peer, group)]
+    parcel = host.write([peer], message)
+    if parcel is not None:
+        return [dist.P2POp(dist.isend, parcel.notice(), peer, group)]
+    notice = host.notice_of_gloo(message.numel() * message.element_size())
+    number = int(notice[2])
+    return [dist.P2POp(dist.isend, notice, peer, group), dist.P2POp(dist.isend, message, peer, group, tag=number)]
 
 
 def all_gather(gathered, tensor, group, purpose, host=None, count=True):
@@ -143,9 +162,11 @@ def all_gather(gathered, tensor, group, purpose, host=None, count=True):
         return _collective(purpose, others, lambda: _all_gather(gathered, tensor, group=group, async_op=True))
     shards = gathered.view(dist.get_world_size(group), *tensor.shape)
     shards[dist.get_rank(group)] = tensor
-    segment = host.write((group, purpose), others, tensor)
+    parcel = host.write(others, tensor)
     receives = [(peer, shards[dist.get_group_rank(_known(group), peer)]) for peer in others]
-    return post(group, [(peer, segment) for peer in others], receives, purpose, host, count=False)
+    return post(
+        group, [(peer, tensor if parcel is None else parcel) for peer in others], receives, purpose, host, count=False
+    )
 
 
 def all_to_all(received, send, receive_sizes, send_sizes, group, purpose):
