@@ -46,12 +46,13 @@ def table(runs):
     return result
 
 
-def plot(runs, path):
-    """Loss curves as a picture; the lines lie on each other, so each is thinner than the one before."""
+def plot(runs):
+    """Loss curves as a figure; the lines lie on each other, so each is thinner than the one before."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for index, (name, run) in enumerate(runs.items()):
@@ -59,12 +60,13 @@ def plot(runs, path):
             [record["iteration"] for record in run],
             [record["loss"] for record in run],
             label=name,
-            linewidth=7 - 2.5 * index,
+            linewidth=max(7 - 2.5 * index, 1),
             linestyle="-" if index < 2 else "--",
         )
     axes.set(xlabel="step", ylabel="loss", title="The same training, with and without context parallelism")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main(argv=None):
@@ -78,7 +80,7 @@ def main(argv=None):
     runs = {name: read_run(path) for name, _, path in (run.rpartition("=") for run in args.runs)}
     Console(width=None if sys.stdout.isatty() else 100).print(table(runs))
     if args.plot:
-        plot(runs, args.plot)
+        plot(runs).savefig(args.plot, dpi=120)
         print(f"loss curves: {args.plot}")
     first, *others = runs.values()
     difference = max((largest_difference(run, first) for run in others), default=0.0)

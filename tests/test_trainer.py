@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from compare_runs import main as compare_runs
+from compare_runs import plot
 from distributed import observe_ranks
 from trainer.arguments import build_parser, parse_args
 from trainer.lengths import micro_batch_length
@@ -208,3 +209,11 @@ def test_comparison_fails_when_a_loss_differs(tmp_path, capsys, factor, status):
     assert picture.read_bytes()[:4] == b"\x89PNG"
     printed = capsys.readouterr().out
     assert "1,024" in printed and ("within" if status == 0 else "ABOVE") in printed
+
+
+def test_the_picture_of_losses_marks_whole_steps_and_draws_any_number_of_runs():
+    run = [{"iteration": i, "loss": 5.0 / i} for i in (1, 2, 3)]
+    (axes,) = plot({f"run {number}": run for number in range(5)}).axes
+    ticks = axes.get_xticks()
+    assert len(ticks) >= 3 and all(float(tick).is_integer() for tick in ticks)
+    assert all(line.get_linewidth() >= 1 for line in axes.lines)
