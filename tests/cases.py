@@ -219,9 +219,10 @@ def largest_errors(got, want):
 
 
 def check_cases(cases):
-    """Run cases of one context-parallel size together and compare each with the dense reference."""
+    """Run cases of one context-parallel size together, compare each with the dense reference; results of every rank."""
     results = run_ranks(cases[0].cp, attend_many, cases)
     for index, case in enumerate(cases):
         errors = largest_errors(whole(case, [rank_results[index] for rank_results in results]), expected(case))
         wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= TOLERANCE[case.dtype]}
         assert not wrong, f"{case}: largest differences {wrong}\n{case!r}"
+    return results

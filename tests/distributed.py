@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import forkserver
@@ -141,7 +141,8 @@ class RankPool:
     def signal(self, number):
         for process in self.processes:
             if process.is_alive():
-                os.kill(process.pid, number)
+                with suppress(ProcessLookupError):  # it may end at this moment
+                    os.kill(process.pid, number)
 
     def close(self):
         self.signal(signal.SIGCONT)

@@ -14,7 +14,12 @@ def take_whole_products(whole):
     _whole = whole
 
 
-def drawn(*parameters, seed=0):
+def whole():
+    """Whether products are taken whole."""
+    return _whole
+
+
+def drawn(*parameters):
     """Points of the product of ``parameters`` (sequences of values): all of them with --full.
 
     Otherwise as many as it takes for every value of a parameter to meet every value of every other one; always the
@@ -22,24 +27,29 @@ def drawn(*parameters, seed=0):
     """
     if _whole or len(parameters) < 3:
         return list(product(*parameters))
-    rows = all_pairs([len(values) for values in parameters], seed)
-    return [tuple(values[index] for values, index in zip(parameters, row)) for row in rows]
+    return [
+        tuple(values[index] for values, index in zip(parameters, row)) for row in all_pairs([*map(len, parameters)])
+    ]
 
 
-def all_pairs(sizes, seed=0):
-    """Tuples of indices, index i below sizes[i], in which any two parameters take every pair of their values."""
+def all_pairs(sizes, seed=0, fits=lambda first, second: True):
+    """Tuples of indices, index i below sizes[i], in which any two parameters take every pair of their values.
+
+    ``fits(i, j)``: whether value i of the first parameter and j of the second go together; they never meet otherwise.
+    """
     rng = random.Random(seed)
     left = {
         ((a, i), (b, j))
         for a, b in combinations(range(len(sizes)), 2)
         for i, j in product(range(sizes[a]), range(sizes[b]))
+        if (a, b) != (0, 1) or fits(i, j)
     }
     rows = []
     while left:
         start = min(left)
-        row = max((_filled(start, sizes, left, rng) for _ in range(ATTEMPTS)), key=lambda row: len(left & _met(row)))
-        left -= _met(row)
-        rows.append(row)
+        attempts = [_filled(start, sizes, left, rng, fits) for _ in range(ATTEMPTS)]
+        rows.append(max(attempts, key=lambda row: len(left & _met(row))))
+        left -= _met(rows[-1])
     return sorted(rows)
 
 
@@ -48,14 +58,18 @@ def _met(row):
     return set(combinations(enumerate(row), 2))
 
 
-def _filled(pair, sizes, left, rng):
+def _filled(pair, sizes, left, rng, fits):
     """A row that holds this pair; the other parameters, in random order, take what meets most that is left to meet."""
     row = dict(pair)
     others = [parameter for parameter in range(len(sizes)) if parameter not in row]
     for parameter in rng.sample(others, len(others)):
 
+        def possible(value, parameter=parameter):
+            chosen = {**row, parameter: value}
+            return parameter > 1 or not {0, 1} <= set(chosen) or fits(chosen[0], chosen[1])
+
         def gain(value, parameter=parameter):
             return sum(tuple(sorted(((parameter, value), fixed))) in left for fixed in row.items()), rng.random()
 
-        row[parameter] = max(range(sizes[parameter]), key=gain)
+        row[parameter] = max(filter(possible, range(sizes[parameter])), key=gain)
     return tuple(row[parameter] for parameter in range(len(sizes)))

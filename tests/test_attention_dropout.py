@@ -9,7 +9,7 @@ import torch
 from cases import Case, arguments, attend, setup_of, whole
 from distributed import run_ranks
 from reference import attention, attention_with_gradients
-from test_attention_exact import ALGORITHM_AND_SIZE, degree_of, exchanges, shapes
+from setups import ALGORITHM_AND_SIZE, degree_of, exchanges, shapes
 
 from mindspeed_cp import SequenceLayout
 from mindspeed_cp.algorithms import ALGORITHMS

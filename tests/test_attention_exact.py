@@ -1,57 +1,21 @@
 """Invariant 1: every algorithm equals dense attention, forward and backward, over the product of all features.
 
 The products are large, so the default run draws them by pairs (pairs.py): all features together over every algorithm
-and size, then each feature on its own for every algorithm, size, degree, window and exchange.
+and size, then each feature on its own over sizes and the kinds of algorithms (with a window, with direct exchange).
 """
 
 import random
 from functools import cache
 
+import pairs
 import pytest
 import torch
-from cases import Case, attend, attend_many, check_cases, expected, largest_errors, whole
+from cases import Case, attend, check_cases, expected, largest_errors, whole
 from distributed import run_ranks
-from pairs import all_pairs, drawn
+from setups import ALGORITHM_AND_SIZE, degree_of, drawn, for_every_algorithm, has_ring, setups, shapes
 
-from mindspeed_cp import ContextParallelConfig
-from mindspeed_cp.algorithms import ALGORITHMS
-
-SIZES = list(range(1, 9))
 MASK_TYPES = ("causal", "full")
 SCALES = (None, 0.7)
-
-
-def shapes(algorithm, cp):
-    """Every (degree, window) of an algorithm at this size, as keyword arguments of the configuration."""
-    row = ALGORITHMS[algorithm]
-    degrees = [d for d in range(2, cp) if cp % d == 0] if algorithm == "hybrid_cp_algo" else [None]
-    for degree in degrees:
-        ring = cp // (degree or 1)
-        for window in [1] + [w for w in range(2, ring) if ring % w == 0 and row.takes_window]:
-            yield {
-                "context_parallel_size": cp,
-                "algorithm": algorithm,
-                **({"ulysses_degree": degree} if degree else {}),
-                **({"window_size": window} if window > 1 else {}),
-            }
-
-
-def exchanges(shape):
-    direct = ALGORITHMS[shape["algorithm"]].exchange == "ring" and "window_size" not in shape
-    return ["ring", "direct"] if direct else ["ring"]
-
-
-def setups(algorithm, cp):
-    """Every (degree, window, exchange) of an algorithm at this size, as keyword arguments of the configuration."""
-    return [{**shape, "kv_exchange": exchange} for shape in shapes(algorithm, cp) for exchange in exchanges(shape)]
-
-
-def degree_of(shape):
-    return ContextParallelConfig(**shape).hierarchy[0]
-
-
-def has_ring(shape):
-    return ALGORITHMS[shape["algorithm"]].exchange is not None
 
 
 def head_choices(degree):
@@ -73,7 +37,6 @@ FEATURES = {
     "kv_cache_policy": (None, "full", "half"),
     "dims": ((4, 4), (6, 4), (4, 6)),
     "mask_type": MASK_TYPES,
-    "setup": range(2),
     "send_recv_overlap": (False, True),
     "alltoall": (True, False),
     "allgather_kv": (False, True),
@@ -87,18 +50,18 @@ FEATURES = {
 @cache
 def points():
     """(algorithm, size) -> its points, each a dict of the features; every feature meets every algorithm and size."""
-    pairs = [param.values for param in ALGORITHM_AND_SIZE]
-    rows = all_pairs([len(pairs), *map(len, FEATURES.values())])
-    found = {pair: [] for pair in pairs}
-    for first, *rest in rows:
-        found[pairs[first]].append({name: FEATURES[name][index] for name, index in zip(FEATURES, rest)})
+    places = [param.values for param in ALGORITHM_AND_SIZE]
+    found = {place: [] for place in places}
+    for seed in range(10 if pairs.whole() else 1):
+        for first, *rest in pairs.all_pairs([len(places), *map(len, FEATURES.values())], seed):
+            found[places[first]].append({name: FEATURES[name][index] for name, index in zip(FEATURES, rest)})
     return found
 
 
 def case_of(point, number, algorithm, cp):
     """The case of this point, as far as the algorithm has its features."""
     choices, seed = setups(algorithm, cp), random.Random(f"{algorithm} {cp} {number}")
-    setup = choices[(number + point["setup"]) % len(choices)]
+    setup = choices[number % len(choices)]
     degree = degree_of(setup)
     heads, kv_heads = head_choices(degree)[point["heads"]]
     seq_len = (1, max(1, cp - 1), cp + 1, 2 * cp, 4 * cp, 13, 29, 31, 47)[point["seq_len"]]
@@ -129,16 +92,6 @@ def case_of(point, number, algorithm, cp):
     )
 
 
-def algorithms_at(cp):
-    return [algorithm for algorithm in ALGORITHMS if any(shapes(algorithm, cp))]
-
-
-ALGORITHM_AND_SIZE = [
-    pytest.param(algorithm, cp, id=f"{algorithm}-cp{cp}") for cp in SIZES for algorithm in algorithms_at(cp)
-]
-for_every_algorithm = pytest.mark.parametrize("algorithm, cp", ALGORITHM_AND_SIZE)
-
-
 @for_every_algorithm
 def test_features_together_equal_dense_attention(algorithm, cp):
     chosen = points()[algorithm, cp]
@@ -151,11 +104,11 @@ def test_plain_attention_equals_dense_attention(algorithm, cp):
         [
             Case(
                 {**setup, "attention_mask_type": mask_type},
-                seq_len=seq_len,
+                seq_len=4 * cp if multiple else 29,
                 heads=2 * degree_of(setup),
                 kv_heads=2 * degree_of(setup),
             )
-            for setup, mask_type, seq_len in drawn(setups(algorithm, cp), MASK_TYPES, (4 * cp, 29))
+            for setup, mask_type, multiple in drawn(algorithm, cp, MASK_TYPES, (True, False))
         ]
     )
 
@@ -163,16 +116,16 @@ def test_plain_attention_equals_dense_attention(algorithm, cp):
 @for_every_algorithm
 def test_any_length_from_one_token_up_works(algorithm, cp):
     """Shorter than the group (ranks without tokens), one more or less than a multiple, primes."""
-    lengths = sorted({1, max(1, cp - 1), cp + 1, 2 * cp + 1, 17})
+    lengths = (1, max(1, cp - 1), cp + 1, 2 * cp + 1, 17)
     check_cases(
         [
             Case(
                 {**setup, "attention_mask_type": mask_type},
-                seq_len=seq_len,
+                seq_len=lengths[number],
                 heads=degree_of(setup),
                 kv_heads=degree_of(setup),
             )
-            for setup, seq_len, mask_type in drawn(setups(algorithm, cp), lengths, MASK_TYPES)
+            for setup, number, mask_type in drawn(algorithm, cp, range(5), MASK_TYPES)
         ]
     )
 
@@ -180,7 +133,7 @@ def test_any_length_from_one_token_up_works(algorithm, cp):
 @for_every_algorithm
 def test_packed_documents_of_any_length_equal_dense_attention(algorithm, cp):
     """Documents shorter than the group, of length 1 and 0, one that spans every rank."""
-    boundaries = [(0, 31), (0, 1, 31), (0, 0, 0, 5, 5, 6, 31, 31), tuple(range(32)), (0, 3, 7, 12, 18, 25, 31)]
+    boundaries = (0, 31), (0, 1, 31), (0, 0, 0, 5, 5, 6, 31, 31), tuple(range(32)), (0, 3, 7, 12, 18, 25, 31)
     check_cases(
         [
             Case(
@@ -190,14 +143,14 @@ def test_packed_documents_of_any_length_equal_dense_attention(algorithm, cp):
                 heads=degree_of(setup),
                 kv_heads=1,
             )
-            for setup, cu_seqlens, mask_type in drawn(setups(algorithm, cp), boundaries, MASK_TYPES)
+            for setup, cu_seqlens, mask_type in drawn(algorithm, cp, boundaries, MASK_TYPES)
         ]
     )
 
 
 @for_every_algorithm
 def test_sliding_windows_equal_dense_attention(algorithm, cp):
-    windows = [(0, 0), (3, 0), (9, 5), (2, 3), (None, 4), (-1, -1), (7, -1), (1000, 1000)]
+    windows = (0, 0), (3, 0), (9, 5), (2, 3), (None, 4), (-1, -1), (7, -1), (1000, 1000)
     check_cases(
         [
             Case(
@@ -207,7 +160,7 @@ def test_sliding_windows_equal_dense_attention(algorithm, cp):
                 heads=degree_of(setup),
                 kv_heads=degree_of(setup),
             )
-            for setup, window, mask_type in drawn(setups(algorithm, cp), windows, MASK_TYPES)
+            for setup, window, mask_type in drawn(algorithm, cp, windows, MASK_TYPES)
         ]
     )
 
@@ -226,9 +179,7 @@ def test_dense_masks_equal_dense_attention(algorithm, cp):
                 kv_heads=degree_of(setup),
                 cu_seqlens=cu_seqlens,
             )
-            for setup, dense, mask_type, cu_seqlens in drawn(
-                setups(algorithm, cp), ("shared", "batch"), MASK_TYPES, documents
-            )
+            for setup, dense, mask_type, cu_seqlens in drawn(algorithm, cp, ("shared", "batch"), MASK_TYPES, documents)
         ]
     )
 
@@ -237,9 +188,9 @@ def test_dense_masks_equal_dense_attention(algorithm, cp):
 def test_grouped_multi_query_and_latent_attention_equal_dense_attention(algorithm, cp):
     dims = ((4, 4), (6, 4), (3, 5))
     cases = []
-    for shape, number, (dk, dv) in drawn(list(shapes(algorithm, cp)), range(5), dims):
-        heads, kv_heads = head_choices(degree_of(shape))[number]
-        cases.append(Case(shape, seq_len=19, batch=2, heads=heads, kv_heads=kv_heads, dk=dk, dv=dv))
+    for setup, number, (dk, dv) in drawn(algorithm, cp, range(5), dims):
+        heads, kv_heads = head_choices(degree_of(setup))[number]
+        cases.append(Case(setup, seq_len=19, batch=2, heads=heads, kv_heads=kv_heads, dk=dk, dv=dv))
     check_cases(cases)
 
 
@@ -248,17 +199,15 @@ def test_softmax_offsets_and_their_gradient_equal_dense_attention(algorithm, cp)
     check_cases(
         [
             Case(
-                {**shape, "attention_mask_type": mask_type},
+                {**setup, "attention_mask_type": mask_type},
                 seq_len=19,
-                heads=2 * degree_of(shape),
-                kv_heads=degree_of(shape),
+                heads=2 * degree_of(setup),
+                kv_heads=degree_of(setup),
                 sinks=True,
                 softmax_scale=scale,
                 dense=dense,
             )
-            for shape, mask_type, scale, dense in drawn(
-                list(shapes(algorithm, cp)), MASK_TYPES, SCALES, (None, "shared")
-            )
+            for setup, mask_type, scale, dense in drawn(algorithm, cp, MASK_TYPES, SCALES, (None, "shared"))
         ]
     )
 
@@ -266,22 +215,17 @@ def test_softmax_offsets_and_their_gradient_equal_dense_attention(algorithm, cp)
 @pytest.mark.parametrize("algorithm, cp", [p for p in ALGORITHM_AND_SIZE if p.values[1] > 1])
 def test_every_cache_policy_and_overlap_gives_the_same_gradients(algorithm, cp):
     """Bitwise the same, not just close: what is kept or fetched again are the same numbers in the same order."""
-    for shape in shapes(algorithm, cp):
-        degree = degree_of(shape)
-        for exchange in exchanges(shape):
-            variants = [
-                {"kv_cache_policy": policy, **({"send_recv_overlap": overlap} if has_ring(shape) else {})}
-                for policy in (None, "full", "half")
-                for overlap in ((False, True) if has_ring(shape) else (False,))
-            ]
-            cases = [
-                Case({**shape, "kv_exchange": exchange, **variant}, seq_len=27, heads=2 * degree, kv_heads=2)
-                for variant in variants
-            ]
-            check_cases(cases)
-            for results in run_ranks(cp, attend_many, cases):
-                for case, result in zip(cases[1:], results[1:]):
-                    assert all(torch.equal(result[name], results[0][name]) for name in result), str(case)
+    for setup in setups(algorithm, cp):
+        variants = [
+            {"kv_cache_policy": policy, **({"send_recv_overlap": overlap} if has_ring(setup) else {})}
+            for policy in (None, "full", "half")
+            for overlap in ((False, True) if has_ring(setup) else (False,))
+        ]
+        heads = 2 * degree_of(setup)
+        cases = [Case({**setup, **variant}, seq_len=27, heads=heads, kv_heads=2) for variant in variants]
+        for results in check_cases(cases):
+            for case, result in zip(cases[1:], results[1:]):
+                assert all(torch.equal(result[name], results[0][name]) for name in result), str(case)
 
 
 @pytest.mark.parametrize("cp", [2, 3, 4, 8])

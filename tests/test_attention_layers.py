@@ -7,7 +7,7 @@ import torch
 from cases import Case, arguments, check_cases, expected, largest_errors, local_inputs, setup_of, whole
 from distributed import run_ranks
 from reference import allowed_pairs, attention, attention_with_gradients
-from test_attention_exact import ALGORITHM_AND_SIZE, exchanges, shapes
+from setups import ALGORITHM_AND_SIZE, shapes, variants
 from torch.utils.checkpoint import checkpoint
 
 from mindspeed_cp import DynamicGatherSizeCalculator, SequenceLayout, UlyssesContextAttention
@@ -15,19 +15,6 @@ from mindspeed_cp.layout import split_sizes
 
 AT_FOUR = [point for point in ALGORITHM_AND_SIZE if point.values[1] in (3, 4)]
 for_every_algorithm = pytest.mark.parametrize("algorithm, cp", AT_FOUR)
-
-
-def variants(algorithm, cp):
-    """Every (degree, window, exchange, policy, overlap) of an algorithm."""
-    for shape in shapes(algorithm, cp):
-        for exchange in exchanges(shape):
-            for policy in (None, "full", "half"):
-                yield {
-                    **shape,
-                    "kv_exchange": exchange,
-                    "kv_cache_policy": policy,
-                    **({"send_recv_overlap": True} if algorithm != "ulysses_cp_algo" else {}),
-                }
 
 
 def prepared(rank, case):

@@ -7,7 +7,7 @@ import torch
 from cases import Case, arguments, attend, expected, setup_of, whole
 from distributed import run_ranks
 from reference import attention_with_gradients
-from test_attention_exact import degree_of, shapes
+from setups import degree_of, drawn, for_every_algorithm, shapes
 
 from mindspeed_cp import SequenceLayout
 from mindspeed_cp.algorithms import ALGORITHMS
@@ -104,18 +104,16 @@ def attend_among_poison(rank, case):
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("cp", [2, 3, 4, 6])
-def test_poisoned_padding_and_stale_memory_never_reach_a_result(cp):
-    for shape in low_precision_shapes(cp):
-        for options in ({}, {"cu_seqlens": (0, 2, 2, 9, 13)}, {"window": (2, 0)}, {"dense": "shared"}):
-            for dtype in ("float64", "bfloat16"):
-                case = Case(
-                    shape, seq_len=13, heads=2 * degree_of(shape), kv_heads=degree_of(shape), dtype=dtype, **options
-                )
-                got = whole(case, run_ranks(cp, attend_among_poison, case))
-                clean = whole(case, run_ranks(cp, attend, case))
-                assert all(torch.equal(got[name], clean[name]) for name in got), str(case)
-                assert all(got[name].isfinite().all() for name in got), str(case)
+@for_every_algorithm
+def test_poisoned_padding_and_stale_memory_never_reach_a_result(algorithm, cp):
+    options = ({}, {"cu_seqlens": (0, 2, 2, 9, 13)}, {"window": (2, 0)}, {"dense": "shared"})
+    for setup, number, dtype in drawn(algorithm, cp, range(len(options)), ("float64", "bfloat16")):
+        heads, kv_heads = 2 * degree_of(setup), degree_of(setup)
+        case = Case(setup, seq_len=13, heads=heads, kv_heads=kv_heads, dtype=dtype, **options[number])
+        got = whole(case, run_ranks(cp, attend_among_poison, case))
+        clean = whole(case, run_ranks(cp, attend, case))
+        assert all(torch.equal(got[name], clean[name]) for name in got), str(case)
+        assert all(got[name].isfinite().all() for name in got), str(case)
 
 
 def non_contiguous_inputs(rank, case):

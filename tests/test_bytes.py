@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import Case, arguments, local_inputs, setup_of
 from distributed import run_ranks
-from test_attention_exact import degree_of, shapes
+from setups import degree_of, shapes
 
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
 from mindspeed_cp.comm import count_bytes

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from cases import Case, arguments, expected, largest_errors, local_inputs, setup_of, whole
 from distributed import run_ranks
-from test_attention_exact import shapes
+from setups import shapes
 
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout
 

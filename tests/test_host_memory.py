@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from cases import Case, attend
 from distributed import run_ranks
-from test_attention_exact import ALGORITHM_AND_SIZE, shapes
-from test_attention_layers import variants
+from setups import ALGORITHM_AND_SIZE, shapes, variants
 
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, UlyssesContextAttention
 from mindspeed_cp.algorithms import ulysses_attention

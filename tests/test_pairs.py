@@ -30,6 +30,16 @@ def test_few_points_suffice(sizes):
     assert len(pairs.all_pairs(sizes)) <= 1.4 * largest * second
 
 
+def test_values_that_do_not_fit_never_meet_and_all_others_do():
+    def fits(first, second):
+        return (first + second) % 3 > 0
+
+    rows = pairs.all_pairs((6, 5, 4, 2), fits=fits)
+    assert {row[:2] for row in rows} == {(i, j) for i, j in product(range(6), range(5)) if fits(i, j)}
+    for a, b in [*combinations(range(4), 2)][1:]:
+        assert {(row[a], row[b]) for row in rows} == set(product(range((6, 5, 4, 2)[a]), range((6, 5, 4, 2)[b])))
+
+
 def test_the_points_are_always_the_same():
     assert pairs.all_pairs(SIZES[0], seed=3) == pairs.all_pairs(SIZES[0], seed=3) != pairs.all_pairs(SIZES[0], seed=4)
 

@@ -4,7 +4,7 @@ from cases import Case, attend, expected, largest_errors, whole
 from distributed import run_ranks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_attention_exact import degree_of, exchanges, has_ring, shapes
+from setups import degree_of, exchanges, has_ring, shapes
 
 from mindspeed_cp.algorithms import ALGORITHMS
 
