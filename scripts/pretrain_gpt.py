@@ -7,18 +7,22 @@ torchrun --nproc-per-node 4 scripts/pretrain_gpt.py --data-path data/topics --co
 import trainer.quiet  # noqa: F401  before Megatron warns
 import mindspeed_cp.megatron_adaptor  # noqa: F401  before anything else of Megatron
 
+import os
 import warnings
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from trainer.arguments import parse_args
+from trainer.failures import readable_failures, readable_flags
 from trainer.loop import pretrain
 
-from mindspeed_cp.arguments import readable_errors
 from mindspeed_cp.notices import ContextParallelWarning
 
 
+@record
 def main(argv=None):
     show = warnings.showwarning
-    with readable_errors("pretrain_gpt.py"), warnings.catch_warnings():
+    with readable_flags(), warnings.catch_warnings():
         # What the configuration has to say is for the user, not about a line of source.
         warnings.showwarning = lambda message, category, *rest: (
             print(f"note: {message}", flush=True)
@@ -26,7 +30,8 @@ def main(argv=None):
             else show(message, category, *rest)
         )
         args = parse_args(argv)
-    pretrain(args)
+    with readable_failures(int(os.environ.get("RANK", "0"))):
+        pretrain(args)
 
 
 if __name__ == "__main__":

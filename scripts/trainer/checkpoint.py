@@ -1,5 +1,7 @@
 """Sharded checkpoints: written under one set of parallel sizes, resumed under any other."""
 
+import os
+import re
 from pathlib import Path
 
 import torch.distributed as dist
@@ -7,8 +9,12 @@ import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import torch as torch_format
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
-LATEST = "latest.txt"
+from trainer.checkpoint_files import MODEL, PARALLEL, Checkpoint, complete, digest_of, now, prepare
+from trainer.failures import Refused, gather
+from trainer.random_state import load_random_state, save_random_state
+from trainer.safe_reading import check_metadata, tensors_alone
 
 
 class SynchronousSave(torch_format.TorchDistSaveShardedStrategy):
@@ -62,24 +68,86 @@ def _name(chunks, stage):
 
 
 def save_checkpoint(args, chunks, optimizer, scheduler, iteration):
-    """Write --save/iter_NNNNNNN and name it in latest.txt once it is complete; collective."""
-    folder = Path(args.save, f"iter_{iteration:07d}")
-    folder.mkdir(parents=True, exist_ok=True)
-    dist_checkpointing.save(
-        _state(args, chunks, optimizer, scheduler, iteration, False), str(folder), SynchronousSave()
-    )
-    dist.barrier()
-    if dist.get_rank() == 0:
-        Path(args.save, LATEST).write_text(folder.name, encoding="utf-8")
-    dist.barrier()
+    """Write --save/iter_NNNNNNN and make it the latest once it is complete; collective.
+
+    Raises:
+        Refused: on every rank, when a rank could not write its part; the latest checkpoint is then the one before.
+    """
+    folder, rank = args.save, dist.get_rank()
+    name = f"iter_{iteration:07d}"
+
+    def write(part):
+        try:
+            part()
+        except (OSError, CheckpointException) as error:
+            return f"rank {rank}: {_reason(error)}"
+
+    def agree(error):
+        errors = [error for error in gather(error) if error]
+        if errors:
+            raise Refused(
+                f"--save {folder}: the checkpoint of step {iteration} could not be written ({errors[0]}); make room or "
+                f"give another folder, and go on from the last good one with --load {folder}."
+            )
+
+    agree(write(lambda: prepare(folder, iteration)) if rank == 0 else None)
+    path = Path(folder, name)
+    state = _state(args, chunks, optimizer, scheduler, iteration, False)
+    agree(write(lambda: dist_checkpointing.save(state, str(path), SynchronousSave())))
+    files = {}
+
+    def finish_part():
+        save_random_state(path)
+        mine = (name for name in os.listdir(path) if writer_of(name) == rank)
+        files.update({name: [Path(path, name).stat().st_size, digest_of(Path(path, name))] for name in mine})
+
+    agree(write(finish_part))
+    everything = {name: entry for part in gather(files) for name, entry in part.items()}
+    settings = {"model": MODEL, "parallel": PARALLEL}
+    flags = {part: {name: getattr(args, name) for name in names} for part, names in settings.items()}
+    checkpoint = Checkpoint(folder, name, iteration, now(), **flags, files=everything)
+    agree(write(lambda: complete(checkpoint, args.keep_last)) if rank == 0 else None)
+
+
+def writer_of(name: str) -> int:
+    """The rank that wrote a file of a checkpoint: shards and random states carry its number, rank 0 wrote the rest."""
+    found = re.fullmatch(r"__([0-9]+)_[0-9]+\.distcp|random_([0-9]+)\.pt", name)
+    return int(found.group(1) or found.group(2)) if found else 0
+
+
+def _reason(error):
+    """The failure that a rank met, out of torch's collection of all ranks' failures."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def load_checkpoint(args, chunks, optimizer, scheduler):
-    """Read the latest checkpoint of --load into everything; returns the number of finished steps; collective."""
-    folder = Path(args.load, Path(args.load, LATEST).read_text(encoding="utf-8").strip())
-    state = dist_checkpointing.load(_state(args, chunks, optimizer, scheduler, 0, True), str(folder))
+    """Read ``args.resume`` into everything; returns the number of finished steps; collective.
+
+    Raises:
+        Refused: on every rank, when a file holds other bytes than were written, or names code to run.
+    """
+    checkpoint, rank, world = args.resume, dist.get_rank(), dist.get_world_size()
+    seen = sorted(set(gather(str(checkpoint.name))))
+    if len(seen) > 1:
+        raise Refused(
+            f"--load {args.load} shows some ranks {seen[0]} and others {seen[1]}; give a folder that all share."
+        )
+    wrong = gather(checkpoint.damaged(sorted(checkpoint.files)[rank::world], digests=True))
+    wrong = [line for part in wrong for line in part]
+    if wrong:
+        raise Refused(gather(checkpoint.describe_damage(wrong) if rank == 0 else None)[0])
+    if not checkpoint.files and rank == 0:
+        print(f"note: {checkpoint.path} was written without checksums; its bytes are not checked.", flush=True)
+    check_metadata(checkpoint.path)
+    with tensors_alone():
+        state = dist_checkpointing.load(_state(args, chunks, optimizer, scheduler, 0, True), str(checkpoint.path))
     for stage, chunk in enumerate(chunks):
         chunk.module.load_state_dict(state[_name(chunks, stage)])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
+    if checkpoint.parallel == {name: getattr(args, name) for name in PARALLEL}:
+        load_random_state(checkpoint.path)
     return state["iteration"]

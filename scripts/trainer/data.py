@@ -7,11 +7,14 @@ tokens, so no batch is sent between ranks and any rank can be asked for any step
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state, utils
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from trainer.failures import Refused
+from trainer.files import drop_broken_caches
 from trainer.lengths import micro_batch_length
 from trainer.tokenizer import ByteTokenizer
 
@@ -46,9 +49,11 @@ def build_datasets(args):
         create_attention_mask=args.reset_attention_mask and args.context_parallel_size == 1,
     )
     counts = [args.train_iters * args.global_batch_size, args.eval_iters * args.global_batch_size, 0]
+    if dist.get_rank() == 0:
+        drop_broken_caches(args)
     train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, counts, lambda: True, config).build()
     if train is None or (args.eval_iters and valid is None):
-        raise ValueError(
+        raise Refused(
             f"--split {args.split} leaves no documents of {args.data_path} for "
             f"{'training' if train is None else 'validation'}; use --split 90,10,0."
         )
@@ -82,12 +87,31 @@ def prepare_batch(whole, args, length):
         # Documents lie end to end in one row (Megatron's thd format), whatever row they came from.
         fields = {name: value.reshape(1, -1) for name, value in fields.items()}
     elif mask is not None:
-        mask = mask[:, :, :length, :length].to(device)
+        mask = within_window(mask[:, :, :length, :length].to(device), args.window_size)
     num_positions = fields["tokens"].numel()
     local = utils.get_batch_on_this_cp_rank(fields)
     return Batch(
         attention_mask=mask, packed_seq_params=packed, num_tokens=num_tokens, num_positions=num_positions, **local
     )
+
+
+def within_window(mask, window):
+    """Mask out what lies beyond ``window`` (LEFT, RIGHT; -1 is without limit) too.
+
+    Megatron's local attention forgets the window where the batch has a mask. mask: bool (batch, 1, seq, seq), True is
+    masked out.
+    """
+    if window is None:
+        return mask
+    query = torch.arange(mask.shape[-2], device=mask.device)[:, None]
+    key = torch.arange(mask.shape[-1], device=mask.device)[None, :]
+    left, right = window
+    outside = torch.zeros_like(query == key)
+    if left >= 0:
+        outside |= key < query - left
+    if right >= 0:
+        outside |= key > query + right
+    return mask | outside
 
 
 def documents(tokens, eod):

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 import mindspeed_cp.megatron_adaptor as megatron_adaptor
+from trainer.rendezvous import attempt_store
 
 
 def initialize(args):
@@ -22,7 +23,9 @@ def initialize(args):
     if made:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         _defaults_for_one_process()
-        dist.init_process_group("nccl", timeout=timeout, world_size=args.world_size, rank=int(os.environ["RANK"]))
+        rank = int(os.environ["RANK"])
+        store = attempt_store(rank, args.world_size, timeout)
+        dist.init_process_group("nccl", timeout=timeout, world_size=args.world_size, rank=rank, store=store)
     megatron_adaptor.configure(args.cp_config_resolved, setup=args.cp_setup, kernel=args.cp_kernel)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=args.tensor_model_parallel_size,

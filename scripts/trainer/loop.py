@@ -2,6 +2,8 @@
 
 import time
 
+import torch.distributed as dist
+
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.data import batches, build_datasets
 from trainer.initialize import initialize, shut_down
@@ -13,15 +15,17 @@ from trainer.step import evaluate, train_step
 def pretrain(args):
     """Train as ``args`` say; returns one record a step (what --log-file holds)."""
     made = initialize(args)
-    try:
-        train_set, valid_set = build_datasets(args)
-        chunks = build_model(args)
-        optimizer, scheduler = build_optimizer(args, chunks)
-        first = load_checkpoint(args, chunks, optimizer, scheduler) if args.load else 0
-        with Report(args, first) as report:
-            return _train(args, (chunks, optimizer, scheduler), (train_set, valid_set), first, report)
-    finally:
-        shut_down(made)
+    train_set, valid_set = build_datasets(args)
+    chunks = build_model(args)
+    optimizer, scheduler = build_optimizer(args, chunks)
+    first = load_checkpoint(args, chunks, optimizer, scheduler) if args.resume else 0
+    if first and dist.get_rank() == 0:
+        print(f"going on from {args.resume.path}, saved at {args.resume.saved_at}", flush=True)
+    with Report(args, first) as report:
+        records = _train(args, (chunks, optimizer, scheduler), (train_set, valid_set), first, report)
+    # Not after a failure: ranks that take leave of a peer that is gone would wait for it, or hide what happened.
+    shut_down(made)
+    return records
 
 
 def _train(args, parts, datasets, first, report):

@@ -15,6 +15,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from trainer.checks import has_uneven_shapes
+
 # Megatron-core 0.12 knows virtual stages by a global rank; later versions pass the stage.
 _TAKES_STAGE = "vp_stage" in inspect.signature(GPTModel.__init__).parameters
 
@@ -35,8 +37,6 @@ class Norm:
 
 def transformer_config(args):
     """TransformerConfig of the flags."""
-    uneven = args.variable_seq_lengths or args.seq_length % (2 * args.context_parallel_size) != 0
-    packed = args.reset_attention_mask and args.context_parallel_size > 1
     return TransformerConfig(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
@@ -66,8 +66,7 @@ def transformer_config(args):
         recompute_method=args.recompute_method,
         recompute_num_layers=args.recompute_num_layers,
         calculate_per_token_loss=args.calculate_per_token_loss,
-        # Pipeline stages then tell each other the shapes instead of dividing the sequence length evenly.
-        variable_seq_lengths=uneven or packed,
+        variable_seq_lengths=has_uneven_shapes(args),
         # Read for mixtures of experts alone, but the default refuses variable lengths without any.
         moe_token_dispatcher_type="alltoall",
         gradient_accumulation_fusion=False,

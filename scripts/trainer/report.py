@@ -27,8 +27,8 @@ class Report:
             )
             self.task = self.bar.add_task("training", total=args.train_iters, completed=first_step)
         if args.log_file:
-            Path(args.log_file).parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(args.log_file, "a" if args.load else "w", encoding="utf-8")
+            keep_steps(Path(args.log_file), first_step)
+            self.file = open(args.log_file, "a", encoding="utf-8")
         if args.tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
@@ -66,8 +66,26 @@ class Report:
 
     def _keep(self, record, scalars):
         if self.file:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(record) + "\n")
+                self.file.flush()
+            except OSError as error:  # a long job is worth more than its log
+                self.console.print(f"note: --log-file {self.args.log_file} is no longer written ({error.strerror}).")
+                self.file = None
         if self.writer:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, record["iteration"])
+
+
+def keep_steps(path, last):
+    """Leave in the log at ``path`` what a run that goes on after step ``last`` will not report again."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if last and path.is_file() else []
+    path.write_text("".join(line + "\n" for line in lines if 0 < _step_of(line) <= last), encoding="utf-8")
+
+
+def _step_of(line):
+    """The step of a line of the log; 0 for one that was cut when its run was ended."""
+    try:
+        return json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError):
+        return 0

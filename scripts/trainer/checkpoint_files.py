@@ -1,0 +1,228 @@
+"""Checkpoints as files: which one is the latest, whether it is whole, which ones may go. Needs neither torch nor ranks.
+
+FOLDER/latest.txt                    name of the latest complete checkpoint
+FOLDER/iter_0000040/checkpoint.json  written last: step, time, settings, size and SHA-256 of every file
+                   /...              Megatron's torch_dist format, and each rank's random state
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+LATEST, RECORD = "latest.txt", "checkpoint.json"
+NAME = re.compile(r"iter_([0-9]{7,})")
+# Flags that say what the weights are; a checkpoint fits a run that has the same.
+MODEL = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "group_query_attention",
+    "num_query_groups", "position_embedding_type", "normalization", "swiglu", "add_bias_linear", "add_qkv_bias",
+    "untie_embeddings_and_output_weights", "vocab_size",
+)  # fmt: skip
+PARALLEL = (
+    "world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+    "num_virtual_stages_per_pipeline_rank",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint.
+
+    Args:
+        folder: the folder --load or --save names; ``name`` lies in it.
+        saved_at: local time at which it was complete.
+        model, parallel: flags of the run that wrote it.
+        files: name -> [size in bytes, SHA-256]; empty for one that an earlier version of this trainer wrote.
+    """
+
+    folder: str
+    name: str
+    iteration: int
+    saved_at: str = "an unknown time"
+    model: dict = field(default_factory=dict)
+    parallel: dict = field(default_factory=dict)
+    files: dict = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder, self.name)
+
+    @classmethod
+    def read(cls, folder: str, name: str) -> "Checkpoint":
+        """Read its record; raises ValueError that says what is damaged."""
+        path = Path(folder, name)
+        try:
+            record = json.loads(Path(path, RECORD).read_text(encoding="utf-8"))
+            return cls(folder, name, **record)
+        except FileNotFoundError:
+            if Path(path, ".metadata").is_file() and Path(path, "common.pt").is_file():
+                return cls(folder, name, int(NAME.fullmatch(name).group(1)))
+            raise ValueError(f"{path} is incomplete: its run ended while it was written") from None
+        except (OSError, ValueError, TypeError):
+            raise ValueError(f"{Path(path, RECORD)} is damaged ({_since(Path(path, RECORD))})") from None
+
+    def damaged(self, names, digests: bool) -> list[str]:
+        """What is wrong with the files ``names``: sizes, and with ``digests`` every byte."""
+        wrong = []
+        for name in names:
+            path, (size, digest) = Path(self.path, name), self.files[name]
+            if not path.is_file():
+                wrong.append(f"{path} is missing")
+            elif path.stat().st_size != size:
+                wrong.append(f"{path} has {path.stat().st_size:,} bytes of {size:,} ({_since(path)})")
+            elif digests and digest_of(path) != digest:
+                wrong.append(f"{path} holds other bytes than were written ({_since(path)})")
+        return wrong
+
+    def check(self, args) -> None:
+        """Raise ValueError unless its files have their sizes and it fits the flags."""
+        wrong = self.damaged(sorted(self.files), digests=False)
+        if wrong:
+            raise ValueError(self.describe_damage(wrong))
+        for name, value in self.model.items():
+            if getattr(args, name) != value:
+                given, kept = _as_flag(name, getattr(args, name)), _as_flag(name, value)
+                raise ValueError(f"{given} does not fit the checkpoint of --load {self.folder}, which was trained with "
+                                 f"{kept}; use {kept}, or another --load.")  # fmt: skip
+        if self.iteration > args.train_iters:
+            raise ValueError(
+                f"--train-iters {args.train_iters} is fewer than the {self.iteration} steps that the checkpoint of "
+                f"--load {self.folder} has behind it; use --train-iters {self.iteration + args.train_iters}, or "
+                "another --load."
+            )
+
+    def describe_damage(self, wrong: list[str]) -> str:
+        """One line: what is damaged, since when, which checkpoint is the last good one."""
+        more = f", and {len(wrong) - 1} more files" if len(wrong) > 1 else ""
+        return (
+            f"--load {self.folder}: {wrong[0]}{more}, since the checkpoint was saved at {self.saved_at}; "
+            f"{_way_back(self.folder, self.name)}."
+        )
+
+
+def find_checkpoint(load: str, save: str | None) -> Checkpoint | None:
+    """The checkpoint that latest.txt of ``load`` names; None where ``save`` is the same folder and holds none yet.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    latest = Path(load, LATEST)
+    if not latest.is_file():
+        names = _names(load)
+        if (
+            save is not None
+            and Path(save).resolve() == Path(load).resolve()
+            and not any(_is_whole(load, n) for n in names)
+        ):
+            return None
+        way_out = _way_back(load, "") if names else "give the folder that --save wrote, or leave --load out"
+        raise ValueError(f"--load {load} holds no checkpoint (no {latest}); {way_out}.")
+    name = latest.read_bytes().decode("utf-8", "replace").strip()
+    if not NAME.fullmatch(name):
+        what = f"names {name!r}, which is no checkpoint" if name else "is empty"
+        raise ValueError(f"--load {load}: {latest} {what} ({_since(latest)}); {_way_back(load, name)}.")
+    if not Path(load, name).is_dir():
+        raise ValueError(f"--load {load}: {latest} names {name}, which does not exist; {_way_back(load, name)}.")
+    try:
+        return Checkpoint.read(load, name)
+    except ValueError as error:
+        raise ValueError(f"--load {load}: {error}; {_way_back(load, name)}.") from None
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Whoever reads ``path`` finds the old text or the new one, whole, whenever the machine stops."""
+    temporary = path.with_name(f".{path.name}.new")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def prepare(folder: str, iteration: int) -> str:
+    """Make the empty folder of a new checkpoint, in place of one of the same step; returns its name."""
+    name = f"iter_{iteration:07d}"
+    remove(Path(folder, name))
+    Path(folder, name).mkdir(parents=True)
+    return name
+
+
+def complete(checkpoint: Checkpoint, keep_last: int | None) -> None:
+    """Write its record, make it the latest, and remove what --keep-last lets go."""
+    record = asdict(checkpoint)
+    del record["folder"], record["name"]
+    write_atomically(Path(checkpoint.path, RECORD), json.dumps(record, indent=1))
+    write_atomically(Path(checkpoint.folder, LATEST), checkpoint.name)
+    if keep_last is not None:
+        done = [name for name in _names(checkpoint.folder) if int(name[5:]) <= checkpoint.iteration]
+        for name in done[keep_last:]:
+            remove(Path(checkpoint.folder, name))
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint; if this is interrupted, what is left does not look complete."""
+    for name in (RECORD, ".metadata"):
+        Path(path, name).unlink(missing_ok=True)
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _names(folder):
+    """Names of the checkpoints in ``folder``, the newest first."""
+    found = [path.name for path in Path(folder).glob("iter_*") if path.is_dir() and NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda name: int(name[5:]), reverse=True)
+
+
+def _is_whole(folder, name, digests=False):
+    try:
+        found = Checkpoint.read(folder, name)
+    except ValueError:
+        return False
+    return not found.damaged(found.files, digests)
+
+
+def _way_back(folder, damaged):
+    """How to go on from the newest checkpoint that is whole, byte by byte."""
+    for name in _names(folder):
+        if name != damaged and _is_whole(folder, name, digests=True):
+            found = Checkpoint.read(folder, name)
+            return (
+                f"the last good one is {name}, saved at {found.saved_at}: go on from it with: echo {name} > "
+                f"{Path(folder, LATEST)}"
+            )
+    return "no other checkpoint in it is whole; leave --load out to start again, or restore the folder from a copy"
+
+
+def _since(path):
+    return "last changed " + time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+
+
+def _as_flag(name, value):
+    flag = "--" + name.replace("_", "-")
+    if name == "add_bias_linear":
+        flag, value = "--disable-bias-linear", not value
+    if isinstance(value, bool):
+        return flag if value else f"no {flag}"
+    return f"no {flag}" if value is None else f"{flag} {value}"

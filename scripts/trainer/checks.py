@@ -1,0 +1,193 @@
+"""Rules between flags; the rule of a single value stands beside its flag (trainer/rules.py)."""
+
+
+def require(condition: object, message: str) -> None:
+    """Raise ValueError(message), which names flag, value, rule and a way out, unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_model(args):
+    heads, hidden = args.num_attention_heads, args.hidden_size
+    require(
+        args.kv_channels or hidden % heads == 0,
+        f"--hidden-size {hidden} must be divisible by --num-attention-heads {heads}; use --hidden-size "
+        f"{hidden // heads * heads or heads}, or give --kv-channels.",
+    )
+    args.max_position_embeddings = args.max_position_embeddings or args.seq_length
+    require(
+        args.max_position_embeddings >= args.seq_length,
+        f"--max-position-embeddings {args.max_position_embeddings} must be at least --seq-length {args.seq_length}; "
+        f"use --max-position-embeddings {args.seq_length}.",
+    )
+    if args.ffn_hidden_size is None:
+        args.ffn_hidden_size = (4 * hidden * 2 // 3 + 63) // 64 * 64 if args.swiglu else 4 * hidden
+    _check_rotary(args)
+    _check_recompute(args)
+
+
+def _check_rotary(args):
+    channels = args.kv_channels or args.hidden_size // args.num_attention_heads
+    turned = int(channels * args.rotary_percent)
+    require(
+        args.position_embedding_type != "rope" or (turned >= 2 and turned % 2 == 0),
+        f"--position-embedding-type rope turns pairs of channels, and --rotary-percent {args.rotary_percent:g} of "
+        f"{channels} channels a head are {turned}, which must be even; use --kv-channels {max(channels // 2, 1) * 2} "
+        "with --rotary-percent 1.0.",
+    )
+
+
+def _check_recompute(args):
+    if args.recompute_activations:
+        require(
+            args.recompute_granularity != "full",
+            "--recompute-activations is --recompute-granularity selective and does not go with full; leave one of "
+            "them out.",
+        )
+        args.recompute_granularity = "selective"
+    if args.recompute_granularity == "full":
+        args.recompute_method = args.recompute_method or "uniform"
+        args.recompute_num_layers = args.recompute_num_layers or 1
+        return
+    for flag, value in (
+        ("--recompute-method", args.recompute_method),
+        ("--recompute-num-layers", args.recompute_num_layers),
+    ):
+        require(
+            value is None,
+            f"{flag} {value} says which layers are recomputed as a whole; add --recompute-granularity full, or leave "
+            f"{flag} out.",
+        )
+
+
+def check_parallel(args):
+    tp, pp, layers = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.num_layers
+    args.data_parallel_size = args.world_size // (tp * pp * args.context_parallel_size)
+    _check_stages(args, pp, layers)
+    flag, groups = (
+        ("--num-query-groups", args.num_query_groups)
+        if args.group_query_attention
+        else ("--num-attention-heads", args.num_attention_heads)
+    )
+    require(
+        groups % tp == 0 or (args.group_query_attention and tp % groups == 0),
+        f"{flag} {groups} must be divisible by --tensor-model-parallel-size {tp}; use {flag} "
+        f"{max(groups // tp, 1) * tp}, or a --tensor-model-parallel-size that divides {groups}.",
+    )
+    require(
+        args.num_attention_heads % tp == 0,
+        f"--num-attention-heads {args.num_attention_heads} must be divisible by --tensor-model-parallel-size {tp}; use "
+        f"--num-attention-heads {(args.num_attention_heads // tp + 1) * tp}.",
+    )
+    require(
+        args.ffn_hidden_size % tp == 0,
+        f"--ffn-hidden-size {args.ffn_hidden_size} must be divisible by --tensor-model-parallel-size {tp}; use "
+        f"--ffn-hidden-size {(args.ffn_hidden_size // tp + 1) * tp}.",
+    )
+    require(
+        not args.sequence_parallel or tp > 1,
+        f"--sequence-parallel needs tensor parallelism, and --tensor-model-parallel-size is {tp}; use 2 or more, or "
+        "leave --sequence-parallel out.",
+    )
+    _check_lengths(args, tp)
+
+
+def _check_stages(args, pp, layers):
+    virtual = args.num_virtual_stages_per_pipeline_rank
+    require(
+        not virtual or pp > 1,
+        f"--num-virtual-stages-per-pipeline-rank {virtual} needs a pipeline; use --pipeline-model-parallel-size 2 or "
+        "more, or leave it out.",
+    )
+    stages = pp * (virtual or 1)
+    require(
+        layers % stages == 0,
+        f"--num-layers {layers} must be divisible by --pipeline-model-parallel-size {pp} x virtual stages = {stages}; "
+        f"use --num-layers {(layers // stages + 1) * stages}.",
+    )
+    pieces, of_stage = args.recompute_num_layers, layers // stages
+    require(
+        not pieces or pieces <= of_stage and (args.recompute_method == "block" or of_stage % pieces == 0),
+        f"--recompute-num-layers {pieces} must divide the {of_stage} layers of a pipeline stage (with "
+        f"--recompute-method block: be at most {of_stage}); use --recompute-num-layers 1.",
+    )
+
+
+def _check_lengths(args, tp):
+    """Lengths that vary, have documents or leave a rank without a token."""
+    shortest = args.seq_length - max(args.seq_length // 2 - 2, 0) if args.variable_seq_lengths else args.seq_length
+    cp = args.context_parallel_size
+    require(
+        shortest >= cp,
+        f"--seq-length {args.seq_length} leaves a context-parallel rank without a token (shortest sequence {shortest}, "
+        f"--context-parallel-size {cp}); use --seq-length {2 * cp} or more, or a smaller --context-parallel-size.",
+    )
+    require(
+        args.cp_config_resolved.attention_mask_type == "causal" or not args.reset_attention_mask,
+        "--cp-attention-mask-type full does not go with --reset-attention-mask, whose mask is causal within documents; "
+        "leave one of them out.",
+    )
+    require(
+        not (args.variable_seq_lengths and args.sequence_parallel),
+        "--variable-seq-lengths does not go with --sequence-parallel, which needs every length divisible by "
+        f"--tensor-model-parallel-size {tp}; leave one of them out.",
+    )
+    require(
+        not args.variable_seq_lengths
+        or cp == 1
+        or args.cp_setup.unaligned
+        or args.context_parallel_algo != "ulysses_cp_algo",
+        "--variable-seq-lengths with --context-parallel-algo ulysses_cp_algo needs unaligned Ulysses; use "
+        "--gather-size-calculator dynamic without --context-parallel-kv-cache-policy.",
+    )
+    require(
+        not (args.num_virtual_stages_per_pipeline_rank and has_uneven_shapes(args)),
+        f"--num-virtual-stages-per-pipeline-rank {args.num_virtual_stages_per_pipeline_rank} needs stages that pass on "
+        f"tensors of one even shape; use a --seq-length divisible by {2 * cp} without --variable-seq-lengths and "
+        "--reset-attention-mask, or leave it out.",
+    )
+
+
+def has_uneven_shapes(args) -> bool:
+    """Whether pipeline stages must tell each other the shapes instead of dividing the sequence length evenly."""
+    packed = args.reset_attention_mask and args.context_parallel_size > 1
+    return args.variable_seq_lengths or args.seq_length % (2 * args.context_parallel_size) != 0 or packed
+
+
+def check_batch(args):
+    batch = args.micro_batch_size * args.data_parallel_size
+    args.global_batch_size = args.global_batch_size or batch
+    require(
+        args.global_batch_size % batch == 0,
+        f"--global-batch-size {args.global_batch_size} must be divisible by --micro-batch-size "
+        f"{args.micro_batch_size} x data parallel size {args.data_parallel_size} = {batch}; use --global-batch-size "
+        f"{max(args.global_batch_size // batch, 1) * batch}.",
+    )
+    args.num_microbatches = args.global_batch_size // batch
+    pp = args.pipeline_model_parallel_size
+    require(
+        not args.num_virtual_stages_per_pipeline_rank or args.num_microbatches % pp == 0,
+        f"--num-virtual-stages-per-pipeline-rank {args.num_virtual_stages_per_pipeline_rank} needs micro batches in "
+        f"multiples of --pipeline-model-parallel-size {pp}, and a step has {args.num_microbatches}; use "
+        f"--global-batch-size {batch * pp}.",
+    )
+
+
+def check_training(args):
+    decay = args.lr_decay_iters or args.train_iters
+    require(
+        args.min_lr <= args.lr,
+        f"--min-lr {args.min_lr:g} must be at most --lr {args.lr:g}; use --min-lr 0.",
+    )
+    require(
+        args.lr_warmup_iters < decay,
+        f"--lr-warmup-iters {args.lr_warmup_iters} must be below the steps of decay {decay} (--lr-decay-iters, else "
+        f"--train-iters); use --lr-warmup-iters {decay // 10}.",
+    )
+    require(
+        not args.eval_iters or float((args.split + ",0").split(",")[1]) > 0,
+        f"--eval-iters {args.eval_iters} needs documents for validation, and --split {args.split} leaves none; use "
+        "--split 90,10,0, or --eval-iters 0.",
+    )
+    for flag, value in (("--save-interval", args.save_interval), ("--keep-last", args.keep_last)):
+        require(value is None or args.save, f"{flag} {value} needs a folder; add --save FOLDER, or leave {flag} out.")

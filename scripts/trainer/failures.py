@@ -1,0 +1,80 @@
+"""What a run says when it cannot go on: one line where the reason is known, a traceback for what is a bug, and one
+line from each rank that only lost another.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from trainer.rules import leave_with_one_line
+
+PROGRAM = "pretrain_gpt.py"
+# What gloo, NCCL, the store and this package say of a peer that is gone or silent.
+LOST = (
+    "lost rank", "Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out waiting",
+    "timed out", "connectFullMesh", "Socket Timeout", "failed to recv", "waited",
+)  # fmt: skip
+
+
+class Refused(ValueError):
+    """The run cannot go on and every rank knows it; the message names what, why and a way out."""
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's ``value`` (small, picklable), in rank order; collective."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def readable_flags() -> Iterator[None]:
+    """A ValueError inside, which a flag caused, becomes one line and exit status 2."""
+    try:
+        yield
+    except ValueError as error:
+        leave_with_one_line(f"{PROGRAM}: error: {error}", 2)
+
+
+@contextmanager
+def readable_failures(rank: int) -> Iterator[None]:
+    """What goes wrong inside is said once: a refusal by rank 0, the loss of another rank in one line by each that lost
+    it; an error of this rank's own passes on, with its traceback.
+    """
+    try:
+        yield
+    except Refused as error:
+        _leave(f"{PROGRAM}: error: {error}" if rank == 0 else None, 1)
+    except KeyboardInterrupt:
+        _leave(f"{PROGRAM}: interrupted." if rank == 0 else None, 130)
+    except (RuntimeError, ConnectionError, TimeoutError) as error:
+        if not is_loss_of_a_peer(error):
+            raise
+        _leave(f"rank {rank}: {_first_line(error)} (another rank has failed or is silent; what it says comes first)", 1)
+
+
+def is_loss_of_a_peer(error: BaseException | None) -> bool:
+    """Whether ``error``, or what caused it, says that another rank is gone or silent."""
+    while error is not None:
+        if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
+            return True
+        if isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in LOST):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _first_line(error):
+    """The message without source positions, call stacks and good wishes."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return text.partition("] ")[2].partition(". This is typically")[0] if text.startswith("[/") else text
+
+
+def _leave(line, status) -> NoReturn:
+    if line:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+    raise SystemExit(status)

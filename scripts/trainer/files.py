@@ -1,0 +1,150 @@
+"""What the flags name on disk, looked at before any process group exists: the dataset, folders to write to, the
+checkpoint to go on from.
+"""
+
+import importlib.util
+import os
+import struct
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from trainer.checkpoint_files import Checkpoint, find_checkpoint
+from trainer.checks import require
+
+MAGIC = b"MMIDIDX\x00\x00"  # how Megatron's index files begin
+HEADER = 34  # bytes: magic, version, code of the dtype, numbers of sequences and of documents
+DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}  # Megatron's codes
+LOOKED_AT = 1 << 23  # tokens whose values are compared with the vocabulary: all of a small dataset
+
+
+def check_files(args) -> Checkpoint | None:
+    """Check every path among the flags; returns the checkpoint to go on from, None to start from scratch.
+
+    Raises:
+        ValueError: a file is missing or damaged, or a folder cannot be written to.
+    """
+    require(
+        args.data_path is not None,
+        "--data-path is not given, and training needs a dataset; make one with: python scripts/prepare_data.py "
+        "--output data/topics, then use --data-path data/topics.",
+    )
+    check_dataset(args.data_path, args.vocab_size)
+    fused_adam = any(importlib.util.find_spec(name) for name in ("apex", "transformer_engine"))
+    require(
+        fused_adam or not args.use_distributed_optimizer or not (args.save or args.load),
+        "--use-distributed-optimizer does not go with --save or --load on this machine: megatron-core stores its state "
+        "for the Adam of apex or Transformer Engine alone; leave --use-distributed-optimizer out, or install apex.",
+    )
+    checkpoint = find_checkpoint(args.load, args.save) if args.load is not None else None
+    if checkpoint is not None:
+        checkpoint.check(args)
+    _check_writable(args)
+    return checkpoint
+
+
+def _check_writable(args):
+    for flag, folder in (
+        ("--save", args.save),
+        ("--tensorboard-dir", args.tensorboard_dir),
+        ("--data-cache-path", args.data_cache_path),
+    ):
+        if folder is not None:
+            _try_to_write(flag, folder, Path(folder))
+    if args.log_file is not None:
+        require(
+            not Path(args.log_file).is_dir(),
+            f"--log-file {args.log_file} is a folder, and the log is a file in it; use --log-file "
+            f"{Path(args.log_file, 'run.jsonl')}.",
+        )
+        _try_to_write("--log-file", args.log_file, Path(args.log_file).parent)
+    if args.data_cache_path is None:
+        # Megatron keeps its index caches in a folder named like the dataset.
+        _try_to_write("--data-path", args.data_path, Path(args.data_path), "give a folder for the index caches by "
+                      "--data-cache-path")  # fmt: skip
+
+
+def _try_to_write(flag, value, folder, way_out="give a folder that can be written to"):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0" * 4096)
+            file.flush()
+    except OSError as error:
+        raise ValueError(f"{flag} {value} cannot be written to ({error.strerror}); {way_out}.") from None
+
+
+def check_dataset(prefix: str, vocab_size: int) -> None:
+    """Raise ValueError unless PREFIX.idx is a whole Megatron index that fits PREFIX.bin and ``vocab_size``.
+
+    Values are read in the first 8 million tokens only, the size of both files always.
+    """
+    for ending in (".bin", ".idx"):
+        require(
+            Path(prefix + ending).is_file(),
+            f"--data-path {prefix}: the file {prefix}{ending} does not exist; make it with: python "
+            f"scripts/prepare_data.py --output {prefix}",
+        )
+    dtype, lengths, pointers = _read_index(prefix)
+    tokens = Path(prefix + ".bin")
+    end = int((pointers + lengths.astype(np.int64) * dtype.itemsize).max())
+    _require_whole(
+        tokens.stat().st_size >= end and int(pointers.min()) >= 0 and int(lengths.min()) >= 0,
+        prefix,
+        tokens,
+        f"holds {tokens.stat().st_size:,} bytes, and {prefix}.idx counts {end:,}",
+    )
+    values = np.fromfile(tokens, dtype, LOOKED_AT)
+    largest = int(values.max())
+    require(
+        largest < vocab_size,
+        f"--vocab-size {vocab_size} is too small for --data-path {prefix}, which holds the token {largest}; use "
+        f"--vocab-size {largest + 1}.",
+    )
+
+
+def _read_index(prefix):
+    """(dtype of the tokens, lengths of the sequences, their places in bytes) of PREFIX.idx."""
+    path = Path(prefix + ".idx")
+    size = path.stat().st_size
+    _require_whole(size > 0, prefix, path, "is empty")
+    content = np.memmap(path, mode="r")
+    header = content[:HEADER].tobytes()
+    _require_whole(header.startswith(MAGIC), prefix, path, "does not begin as Megatron's index files do (wrong magic)")
+    _require_whole(size >= HEADER, prefix, path, f"ends within its header ({size} of {HEADER} bytes)")
+    version, code, sequences, documents = struct.unpack_from("<QBQQ", header, len(MAGIC))
+    _require_whole(version == 1 and code in DTYPES, prefix, path, f"has version {version} and type code {code}")
+    needed = HEADER + 12 * sequences + 8 * documents
+    _require_whole(size >= needed, prefix, path, f"is truncated: {size:,} of {needed:,} bytes")
+    lengths = np.frombuffer(content, "<i4", sequences, HEADER)
+    _require_whole(documents > 1 and lengths.sum(dtype=np.int64) > 0, prefix, path, "counts no documents")
+    return np.dtype(DTYPES[code]), lengths, np.frombuffer(content, "<i8", sequences, HEADER + 4 * sequences)
+
+
+def _require_whole(condition, prefix, path, what):
+    if not condition:
+        changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+        raise ValueError(
+            f"--data-path {prefix}: {path} {what} (last changed {changed}); write the dataset again, such as by: "
+            f"python scripts/prepare_data.py --output {prefix}"
+        )
+
+
+def drop_broken_caches(args) -> list[str]:
+    """Remove index caches that a run left half-written when it was ended, and those of a dataset that has been written
+    again since: Megatron would trust both. Returns their names. One rank calls it before datasets are built.
+    """
+    folder = Path(args.data_cache_path or Path(args.data_path, "cache", "GPTDataset_indices"))
+    written, broken = Path(args.data_path + ".idx").stat().st_mtime, []
+    for path in sorted(folder.glob("*.npy")):
+        try:
+            np.load(path, mmap_mode="r")
+            stale = args.data_cache_path is None and path.stat().st_mtime < written
+        except (OSError, ValueError, EOFError):
+            stale = True
+        if stale:
+            broken.append(path.name)
+            os.unlink(path)
+    return broken

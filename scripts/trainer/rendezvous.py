@@ -1,0 +1,86 @@
+"""How the ranks of one attempt find each other in a store that earlier attempts have written to.
+
+``torchrun --max-restarts`` restarts all ranks after a failure. Its agent keeps one store for all attempts (static
+rendezvous, the default) and, since torch 2.5, the ranks of a new attempt read it without a prefix of their own
+(pytorch/pytorch#135712 took TORCHELASTIC_RESTART_COUNT out, because hosts count for themselves, and #135957 renews the
+store for the c10d rendezvous alone). So they find the addresses of processes that are gone, and gloo's connectFullMesh
+is refused until the restarts are used up. Here the ranks agree on a prefix by showing each other that they are alive.
+Can go when torch gives every attempt a store or a prefix of its own.
+"""
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch.distributed as dist
+
+PAUSE = 0.02  # seconds between two looks at the store
+
+
+def attempt_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """A store that the ranks of this attempt alone use: the one of MASTER_ADDR and MASTER_PORT with a prefix.
+
+    Raises:
+        dist.DistStoreError: the other ranks did not come within ``timeout``.
+    """
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master=rank == 0 and not agents,
+        timeout=timeout,
+        multi_tenant=True,
+    )
+    return dist.PrefixStore(f"attempt/{meet(store, rank, world_size, timeout)}", store)
+
+
+def meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """Agree with the living ranks on a name that no other attempt has.
+
+    Every rank says hello with a token of its own. Rank 0 makes a plan of the hellos that it finds and names it; a rank
+    confirms a plan that holds its token, and a plan is good once all have confirmed. A hello of the last attempt is
+    never confirmed, because its process is gone, and the rank that follows overwrites it.
+    """
+    store, token, deadline = dist.PrefixStore(f"meeting/{world_size}", store), uuid.uuid4().hex, timeout
+    store.set(f"hello/{rank}", token)
+    end, name, plan = time.monotonic() + deadline.total_seconds(), None, None
+
+    def wait_for(condition: Callable[[], bool]):
+        while not condition():
+            if time.monotonic() > end:
+                raise dist.DistStoreError(f"rank {rank} waited {timeout} for the other ranks of this attempt.")
+            time.sleep(PAUSE)
+
+    def lead():
+        nonlocal name, plan
+        found = _read(store, [f"hello/{other}" for other in range(world_size)])
+        if found is None:
+            return False
+        if found != plan:
+            plan, name = found, uuid.uuid4().hex
+            store.set("plan", json.dumps([name, plan]))
+        if not store.check([f"confirmed/{name}/{other}" for other in range(1, world_size)]):
+            return False
+        store.set(f"good/{name}", "1")
+        return True
+
+    def follow():
+        nonlocal name
+        found = _read(store, ["plan"])
+        current, tokens = json.loads(found[0]) if found else (None, [])
+        if current != name and token in tokens:
+            name = current
+            store.set(f"confirmed/{name}/{rank}", "1")
+        return name is not None and store.check([f"good/{name}"])
+
+    wait_for(lead if rank == 0 else follow)
+    return name
+
+
+def _read(store, keys):
+    """Values of ``keys`` as text, None unless all are there."""
+    return [value.decode() for value in store.multi_get(keys)] if store.check(keys) else None

@@ -1,0 +1,179 @@
+"""What the value of a flag may be. A rule turns the text of the command line into a value, or says what works."""
+
+import argparse
+import difflib
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+LARGEST = 2**31 - 1
+GRACE = 2.0  # seconds that another rank waits before it complains: most mistakes are rank 0's too, and it speaks first
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of value.
+
+    Args:
+        says: the rule as it stands in the error, such as "a whole number of at least 1".
+        example: a value that works.
+        convert: text -> value; raises ValueError for what breaks the rule.
+        metavar: stands for the value in --help.
+        choices: the only values there are, or None.
+    """
+
+    says: str
+    example: str
+    convert: Callable[[str], Any]
+    metavar: str
+    choices: tuple[str, ...] | None = None
+
+    def of(self, flag: str) -> Callable[[str], Any]:
+        """What argparse calls with the text that stands behind ``flag``."""
+
+        def convert(text):
+            try:
+                return self.convert(text)
+            except ValueError:
+                raise argparse.ArgumentTypeError(
+                    f"{flag} {text or repr(text)} must be {self.says}; use {flag} {self.example}."
+                ) from None
+
+        return convert
+
+
+def _require(condition):
+    if not condition:
+        raise ValueError
+
+
+def whole(minimum: int, maximum: int = LARGEST) -> Rule:
+    """A whole number from ``minimum`` to ``maximum``, both included."""
+
+    def convert(text):
+        _require(re.fullmatch(r"[+-]?[0-9]+", text) and minimum <= int(text) <= maximum)
+        return int(text)
+
+    upper = "" if maximum == LARGEST else f" and at most {maximum}"
+    return Rule(f"a whole number of at least {minimum}{upper}", str(max(minimum, 1)), convert, "N")
+
+
+def real(low: float, high: float = math.inf, *, example: str, open_low: bool = False, open_high: bool = False) -> Rule:
+    """A finite number from ``low`` to ``high``; an open end is excluded."""
+
+    def convert(text):
+        value = float(text)
+        _require(math.isfinite(value) and low <= value <= high)
+        _require(not (open_low and value == low or open_high and value == high))
+        return value
+
+    lower = f"above {low:g}" if open_low else f"of at least {low:g}"
+    upper = "" if high == math.inf else f" and {'below' if open_high else 'at most'} {high:g}"
+    return Rule(f"a finite number {lower}{upper}", example, convert, "X")
+
+
+def one_of(*names: str) -> Rule:
+    def convert(text):
+        _require(text in names)
+        return text
+
+    return Rule(f"one of {', '.join(names)}", names[0], convert, "{" + ",".join(names) + "}", names)
+
+
+def path(example: str, metavar: str = "FOLDER") -> Rule:
+    def convert(text):
+        _require(text.strip() and "\0" not in text)
+        return text
+
+    return Rule("a path", example, convert, metavar)
+
+
+def window() -> Rule:
+    """LEFT,RIGHT: two whole numbers of at least -1, where -1 is without limit."""
+
+    def convert(text):
+        left, right = (whole(-1).convert(part.strip()) for part in text.strip("()").split(","))
+        return left, right
+
+    says = "LEFT,RIGHT, two whole numbers of at least 0 (or -1: without limit)"
+    return Rule(says, "128,0", convert, "LEFT,RIGHT")
+
+
+def shares() -> Rule:
+    """TRAINING,VALIDATION,TEST: up to three numbers of at least 0, the first above 0; kept as text for Megatron."""
+
+    def convert(text):
+        # Plain decimals: Megatron finds the numbers in the text by looking for digits and dots.
+        parts = text.split(",")
+        _require(len(parts) <= 3 and all(re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", part) for part in parts))
+        _require(0 < float(parts[0]) < 1e9 and all(float(part) < 1e9 for part in parts))
+        return text
+
+    says = "up to three shares TRAINING,VALIDATION,TEST, plain numbers of at least 0, the first above 0"
+    return Rule(says, "90,10,0", convert, "A,B,C")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names a default once, and only where there is one."""
+
+    def _get_help_string(self, action):
+        named = "default:" in (action.help or "").lower()
+        return action.help if named or action.nargs == 0 or action.default is None else super()._get_help_string(action)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line with a way out, said once for all ranks, and exit status 2."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+        # argparse would take -5,0 or -1e3 for flags that it does not know.
+        self._negative_number_matcher = re.compile(r"-[.0-9]|-(inf|nan)", re.IGNORECASE)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {self._readable(message)}\n")
+
+    def _readable(self, message):
+        flag, text = re.fullmatch(r"(?:argument ([^\s:/]+)[^:]*: )?(.*)", message, re.DOTALL).groups()
+        if flag and text.startswith("expected "):
+            return f"{flag} needs a value; see {self.prog} --help."
+        if flag and text.startswith("ignored explicit argument"):
+            return f"{flag} takes no value ({text.rpartition(' ')[2]} is given); write {flag} alone, or leave it out."
+        if text.startswith("unrecognized arguments: "):
+            return self._unknown(text.partition(": ")[2].split()[0])
+        return text
+
+    def _unknown(self, word):
+        name = word.partition("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, 1)
+        way_out = f"use {near[0]}" if near and name.startswith("-") else f"see {self.prog} --help"
+        what = "is not a flag of this trainer" if name.startswith("-") else "stands alone and belongs to no flag"
+        return f"{word} {what}; {way_out}."
+
+    def exit(self, status=0, message=None):
+        if message and status:
+            leave_with_one_line(message, status)
+        super().exit(status, message if _rank() == 0 else None)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def leave_with_one_line(message: str, status: int) -> None:
+    """Print one line and end this process with ``status``, before any process group exists.
+
+    Rank 0 speaks for all. Another rank waits a moment, in which torchrun ends it if rank 0 has left, and then says that
+    the mistake is its own alone.
+    """
+    line, rank = "\\n".join(message.rstrip("\n").splitlines()), _rank()
+    if rank:
+        time.sleep(GRACE)
+        line = f"rank {rank}: {line}"
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+    raise SystemExit(status)

@@ -1,0 +1,63 @@
+"""Reading a checkpoint without running what is in it: tensors, plain values and torch's own metadata, nothing else."""
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+from trainer.failures import Refused
+
+# What a .metadata of torch.distributed.checkpoint is made of.
+CLASSES = {
+    "torch.distributed.checkpoint.metadata": None,  # all of it: dataclasses and enumerations
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed._shard.sharded_tensor.metadata": {"TensorProperties", "MEM_FORMAT_ENCODING"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {
+        "Size", "device", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8",
+        "bool", "strided", "contiguous_format", "preserve_format",
+    },
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath", "Path"},
+    "pathlib._local": {"PosixPath", "PurePosixPath", "Path"},
+}  # fmt: skip
+
+
+class _ForeignName(Exception):
+    """The pickle names something that torch's metadata does not."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        allowed = CLASSES.get(module, ())
+        if "." in name or (allowed is not None and name not in allowed):
+            raise _ForeignName(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def check_metadata(path: Path) -> None:
+    """Raise Refused if the .metadata of the checkpoint ``path`` names anything but torch's metadata, for torch's own
+    reader calls whatever it names.
+    """
+    file = Path(path, ".metadata")
+    try:
+        with open(file, "rb") as stream:
+            _MetadataUnpickler(stream).load()
+    except _ForeignName as error:
+        raise Refused(
+            f"{file} would run {error}, which no checkpoint of this trainer does; load only checkpoints you trust, and "
+            "restore this one from a copy."
+        ) from None
+    except Exception as error:
+        raise Refused(
+            f"{file} is damaged ({type(error).__name__}); restore it from a copy, or use another checkpoint."
+        ) from None
+
+
+@contextmanager
+def tensors_alone() -> Iterator[None]:
+    """torch.load inside reads with weights_only, whatever its callers ask for."""
+    with patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
+        yield
