@@ -1,0 +1,177 @@
+"""Draw command lines for the embedded trainer, run them in forked ranks, and say how each ended.
+
+    python scripts/fuzz_cli.py --seconds 120 --seed 1 [--verbose]
+
+    equal     it trained to the losses of the same command line without context parallelism
+    refused   exit status 2, one line with the flag, before any process group
+    wrong     it trained to other losses
+    crash     a traceback, a signal, or more than one line
+    hang      it did not end within --limit seconds
+    no pair   it trained, and without context parallelism its model is refused
+
+Exit status 1 if anything is wrong, a crash or a hang; those command lines are printed. One seed draws one sequence of
+them.
+"""
+
+import trainer.quiet  # noqa: F401  before Megatron warns
+import mindspeed_cp.megatron_adaptor  # noqa: F401  before anything of Megatron
+
+import argparse
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.fuzz import CommandLine, draw
+
+KINDS = ("equal", "refused", "wrong", "crash", "hang", "no pair")
+TOLERANCE, TOLERANCE_BF16 = 1e-4, 2e-2
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the ranks of one command line ended: trained, refused, crash or hang; losses by step; what was said."""
+
+    kind: str
+    losses: tuple[float, ...] = ()
+    said: str = ""
+
+
+def launch(flags: list[str], world_size: int, folder: Path, limit: float) -> Ending:
+    """Run the trainer with ``flags`` on ``world_size`` ranks forked from this process."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    log = folder / "run.jsonl"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    sys.stdout.flush()
+    ranks = {}
+    for rank in range(world_size):
+        pid = os.fork()
+        if pid == 0:
+            be_rank([*flags, "--log-file", str(log)], rank, world_size, port, folder)
+        ranks[pid] = rank
+    statuses = wait_for(ranks, limit)
+    said = "".join((folder / f"{rank}.err").read_text(encoding="utf-8", errors="replace") for rank in range(world_size))
+    if len(statuses) < world_size:
+        return Ending("hang", said=said)
+    if set(statuses.values()) == {0}:
+        records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        return Ending("trained", tuple(record["loss"] for record in records), said)
+    if set(statuses.values()) == {2} and said.count("\n") == 1 and "pretrain_gpt.py: error: " in said:
+        return Ending("refused", said=said)
+    return Ending("crash", said=f"{said}\nexit statuses {sorted(statuses.values())}")
+
+
+def be_rank(flags, rank, world_size, port, folder):
+    """The life of a forked rank; never returns."""
+    status = 1
+    try:
+        for name, target in (("out", sys.stdout), ("err", sys.stderr)):
+            handle = os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT)
+            os.dup2(handle, target.fileno())
+        import trainer.rules
+        from pretrain_gpt import main
+
+        trainer.rules.GRACE = 0.0 if rank == 0 else 60.0  # rank 0 says what all would say; the others are ended
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )  # fmt: skip
+        main(flags)
+        status = 0
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def wait_for(ranks: dict[int, int], limit: float) -> dict[int, int]:
+    """rank -> exit status (negative: a signal); who has not ended after ``limit`` seconds is ended and not in it.
+
+    When rank 0 leaves with status 2, the others wait to say the same, and count as if they had.
+    """
+    statuses, end = {}, time.monotonic() + limit
+    while len(statuses) < len(ranks) and time.monotonic() < end:
+        for pid, rank in ranks.items():
+            if rank not in statuses and (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                statuses[rank] = os.waitstatus_to_exitcode(ended[1])
+        if statuses.get(0) == 2:
+            break
+        time.sleep(0.01)
+    for pid, rank in ranks.items():
+        if rank not in statuses:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            if statuses.get(0) == 2:
+                statuses[rank] = 2
+    return statuses
+
+
+def classify(line: CommandLine, prefix: str, folder: Path, limit: float, references: dict) -> tuple[str, str]:
+    """(kind, what was said) of one command line."""
+    ending = launch([*line.flags(), "--data-path", prefix], line.world_size, folder / "drawn", limit)
+    if ending.kind != "trained":
+        return ending.kind, ending.said
+    plain = line.without_context_parallelism()
+    key = (tuple(plain.flags()), plain.world_size)
+    if key not in references:
+        references[key] = launch([*plain.flags(), "--data-path", prefix], plain.world_size, folder / "plain", limit)
+    reference = references[key]
+    if reference.kind == "refused":
+        return "no pair", reference.said
+    if reference.kind != "trained":
+        return reference.kind, f"without context parallelism: {reference.said}"
+    tolerance = TOLERANCE_BF16 if "--bf16" in line.flags() else TOLERANCE
+    differences = [abs(a - b) / abs(b) for a, b in zip(ending.losses, reference.losses)]
+    same = len(ending.losses) == len(reference.losses) and all(value <= tolerance for value in differences)
+    return ("equal" if same else "wrong"), f"{ending.losses} against {reference.losses}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=120.0, help="how long to draw (default: 120)")
+    parser.add_argument("--cases", type=int, help="stop after so many command lines")
+    parser.add_argument("--seed", type=int, default=1, help="of the drawing (default: 1)")
+    parser.add_argument("--limit", type=float, default=90.0, help="seconds after which a run hangs (default: 90)")
+    parser.add_argument("--verbose", action="store_true", help="print every command line with its kind")
+    args = parser.parse_args(argv)
+    from prepare_data import main as prepare_data
+
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    prefix = str(folder / "paragraphs")
+    prepare_data(["--output", prefix, "--documents", "paragraphs"])
+    rng, counts, references, end = random.Random(args.seed), Counter(), {}, time.monotonic() + args.seconds
+    try:
+        while time.monotonic() < end and sum(counts.values()) < (args.cases or sys.maxsize):
+            line = draw(rng)
+            kind, said = classify(line, prefix, folder, args.limit, references)
+            counts[kind] += 1
+            if kind in ("wrong", "crash", "hang") or args.verbose:
+                print(f"{kind}: {line.world_size} ranks: {shlex.join(line.flags())}", flush=True)
+                print("    " + "\n    ".join(said.strip().splitlines()[-12:]), flush=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print("| seed | command lines | " + " | ".join(KINDS) + " |")
+    print("|---" * (len(KINDS) + 2) + "|")
+    print(f"| {args.seed} | {sum(counts.values())} | " + " | ".join(str(counts[kind]) for kind in KINDS) + " |")
+    return 1 if counts["wrong"] or counts["crash"] or counts["hang"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
