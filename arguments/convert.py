@@ -68,7 +68,7 @@ def setup_from_args(args, world_size=None):
     return TrainingSetup(
         num_attention_heads=args.num_attention_heads,
         num_query_groups=args.num_query_groups if getattr(args, "group_query_attention", False) else None,
-        num_layers=args.num_layers or 1,
+        num_layers=args.num_layers or args.context_parallel_cache_interval + 1,  # not known: no rule is broken
         seq_length=args.seq_length,
         world_size=(getattr(args, "world_size", None) if world_size is None else world_size) or None,
         tensor_parallel_size=args.tensor_model_parallel_size,

@@ -255,7 +255,7 @@ class ContextParallelConfig:
 class TrainingSetup:
     """What the launch script says about the model and the machine, as far as context parallelism must know it."""
 
-    num_attention_heads: int
+    num_attention_heads: int | None
     num_query_groups: int | None = None
     num_layers: int = 1
     seq_length: int | None = None
@@ -349,6 +349,8 @@ def _check_heads(config, setup, asked):
     """asked: the setup before the fallbacks, so that no message offers what was given and could not be used."""
     heads, groups, tp = setup.num_attention_heads, setup.num_query_groups, setup.tensor_parallel_size
     degree = config.hierarchy[0]
+    if heads is None:
+        return
     if groups:
         _require(
             heads % groups == 0,

@@ -206,6 +206,33 @@ def configure(config, *, setup=None, kernel=None, documents_from_position_ids=Fa
     return setup
 
 
+def configure_from(settings):
+    """Set the configuration from a framework's own settings; MindSpeed calls this ``repatch``.
+
+    May be called again with other settings before the process groups exist; each call replaces the one before. No
+    command line is read.
+
+    Args:
+        settings: a dict, a namespace or a dataclass, with the names of Megatron's and MindSpeed's arguments. Missing
+            ones get the flags' defaults, unknown ones are ignored; the context-parallel size may be left to
+            initialize_model_parallel, the algorithm to cp_comm_type of the TransformerConfig.
+
+    Returns:
+        The ContextParallelConfig, None while the size is not known.
+
+    Raises:
+        ValueError: a value or a combination cannot work, or the process groups are there and do not fit.
+    """
+    from mindspeed_cp.arguments import FrameworkSettings
+    from mindspeed_cp.patches import decision
+
+    decision.configure_from(_state, FrameworkSettings.read(settings))
+    return _state.config
+
+
+repatch = configure_from
+
+
 def state():
     """The AdaptorState in use: config, setup, groups, layout(seq_len)."""
     return _state

@@ -14,6 +14,7 @@ from functools import wraps
 import torch.distributed as dist
 from mindspeed_cp.patches.attention import AttentionBridge, CoreAttention, layer_window
 from mindspeed_cp.patches.batch import batch_patches
+from mindspeed_cp.patches.decision import config_for, take_comm_type
 from mindspeed_cp.patches.experts import expert_patches
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.mtp import mtp_patches
@@ -24,6 +25,7 @@ from mindspeed_cp.patches.rope import rope_patches
 DOT_PRODUCT = "megatron.core.transformer.dot_product_attention.DotProductAttention"
 TE_DOT_PRODUCT = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
 PARALLEL_STATE = "megatron.core.parallel_state"
+TRANSFORMER_CONFIG = "megatron.core.transformer.transformer_config.TransformerConfig"
 
 
 def core_patches(state, announce):
@@ -61,6 +63,11 @@ def core_patches(state, announce):
             f"{PARALLEL_STATE}.destroy_model_parallel",
             _destroy(state),
             "the process groups of context parallelism go with Megatron's",
+        ),
+        Patch(
+            f"{TRANSFORMER_CONFIG}.__post_init__",
+            _take_comm_type(state, announce),
+            "cp_comm_type of a model's configuration names the algorithm where no flag and no framework does",
         ),
         *batch_patches(state),
         *pipeline_patches(state),
@@ -228,7 +235,9 @@ def _initialize(state, announce):
         @wraps(original)
         def initialize_model_parallel(*args, **kwargs):
             given = signature.bind(*args, **kwargs).arguments
-            config = state.config_for(given.get("context_parallel_size", 1))
+            config = config_for(
+                state, given.get("context_parallel_size", 1), given.get("hierarchical_context_parallel_sizes")
+            )
             original(*args, **kwargs)
             if config.context_parallel_size == 1:
                 return
@@ -259,5 +268,18 @@ def _destroy(state):
             return original(*args, **kwargs)
 
         return destroy_model_parallel
+
+    return build
+
+
+def _take_comm_type(state, announce):
+    def build(original):
+        @wraps(original)
+        def __post_init__(self):
+            original(self)
+            if take_comm_type(state, self.cp_comm_type, self.context_parallel_size):
+                announce(state.config)
+
+        return __post_init__
 
     return build

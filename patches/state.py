@@ -8,6 +8,7 @@ from functools import cache, lru_cache, wraps
 
 import torch
 import torch.distributed as dist
+from mindspeed_cp.patches.decision import OpenDecision
 
 from mindspeed_cp.config import ContextParallelConfig, TrainingSetup
 from mindspeed_cp.groups import ContextParallelGroups
@@ -38,6 +39,7 @@ class AdaptorState:
         documents_from_position_ids: whether position ids that start again at 0 begin a document when the batch has no
             mask (Megatron's --reset-position-ids with --reset-attention-mask).
         groups: ContextParallelGroups after Megatron has made its own groups.
+        undecided: what is still to be decided; None once ``configure`` has decided everything.
         batch: shape of the batch that was split last; ``active`` is the one of the forward pass that runs now.
         on_change: called whenever a cached embedding may have become wrong.
     """
@@ -47,6 +49,7 @@ class AdaptorState:
     kernel: str | None = None
     documents_from_position_ids: bool = False
     groups: ContextParallelGroups | None = None
+    undecided: OpenDecision | None = field(default_factory=OpenDecision)
     batch: BatchShape | None = None
     active: BatchShape | None = None
     on_change: list[Callable] = field(default_factory=list)
@@ -58,13 +61,14 @@ class AdaptorState:
                 f"the process groups were built for {self.config.describe()}, and {config.describe()} needs others; "
                 "configure before initialize_model_parallel, or call destroy_model_parallel first."
             )
-        self.config, self.setup, self.kernel = config, setup, kernel
+        self.config, self.setup, self.kernel, self.undecided = config, setup, kernel, None
         self.documents_from_position_ids = documents_from_position_ids
         self.forget_batch()
 
     def reset(self):
         """Forget everything, as after the import."""
         self.config = self.setup = self.kernel = self.groups = None
+        self.undecided = OpenDecision()
         self.documents_from_position_ids = False
         self.forget_batch()
 
@@ -88,17 +92,6 @@ class AdaptorState:
 
         return parallel_state.get_context_parallel_global_ranks(), parallel_state.get_context_parallel_rank()
 
-    def config_for(self, cp_size):
-        """The configuration for Megatron's context-parallel size; ValueError when another size was configured."""
-        if self.config is None:
-            return ContextParallelConfig(context_parallel_size=cp_size)
-        if self.config.context_parallel_size != cp_size:
-            raise ValueError(
-                f"--context-parallel-size {self.config.context_parallel_size} was configured, and "
-                f"initialize_model_parallel got context_parallel_size={cp_size}; pass the same size to both."
-            )
-        return self.config
-
     def build_groups(self, config, cp_ranks, timeout=None):
         """Make the process groups of ``config``; collective over the world."""
         self.config = config
@@ -109,6 +102,8 @@ class AdaptorState:
         if self.groups is not None:
             self.groups.destroy()
         self.groups = None
+        if self.undecided is not None:
+            self.undecided = OpenDecision(self.undecided.settings)
         self.forget_batch()
 
     def layout(self, seq_len):

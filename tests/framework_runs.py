@@ -1,0 +1,156 @@
+"""What a framework's settings and a TransformerConfig decide on, on ranks with Megatron; the tests read the outcome."""
+
+import contextlib
+import io
+from argparse import Namespace
+
+RING, ULYSSES, HYBRID, GATHER = "megatron_cp_algo", "ulysses_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo"
+
+
+def transformer_config(cp_size, cp_comm_type=None):
+    from megatron.core.transformer import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        context_parallel_size=cp_size,
+        cp_comm_type=cp_comm_type,
+        masked_softmax_fusion=False,
+    )
+
+
+@contextlib.contextmanager
+def process_groups(**sizes):
+    """Megatron's process groups; yields what was printed meanwhile."""
+    from megatron.core import parallel_state
+    from trainer_runs import _release_groups
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        parallel_state.initialize_model_parallel(**sizes)
+        try:
+            yield printed
+        finally:
+            parallel_state.destroy_model_parallel()
+            _release_groups()
+
+
+def attention_error(cp_size, cp_comm_type):
+    """Largest difference of Megatron's attention from the dense one, with whatever algorithm is in force now."""
+    import reference
+    import torch
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from mindspeed_cp import megatron_adaptor
+
+    attention = DotProductAttention(
+        transformer_config(cp_size, cp_comm_type), 1, AttnMaskType.causal, "self", attention_dropout=0.0
+    )
+    state = megatron_adaptor.state()
+    generator = torch.Generator().manual_seed(5)
+    whole = [torch.randn(16, 1, 4, 8, generator=generator, dtype=torch.float64) for _ in range(3)]
+    layout = state.layout(16)
+    out = attention(*(layout.shard(tensor, state.cp_rank) for tensor in whole), None)
+    allowed = reference.allowed_pairs(16, causal=True)
+    expected = reference.attention(*whole, allowed=allowed).flatten(2)
+    return float((out - layout.shard(expected, state.cp_rank)).abs().max())
+
+
+def decided():
+    from mindspeed_cp import megatron_adaptor
+
+    config = megatron_adaptor.state().config
+    return config.algorithm, config.ulysses_degree
+
+
+def outcome(settings=None, comm_type=None, sizes=None, config_first=False):
+    """(algorithm, degree) and the attention error, or the message of the ValueError."""
+    from mindspeed_cp import megatron_adaptor
+
+    try:
+        if settings is not None:
+            megatron_adaptor.configure_from(settings)
+        if config_first:
+            transformer_config(4, comm_type)
+        levels = {} if sizes is None else {"hierarchical_context_parallel_sizes": sizes}
+        with process_groups(context_parallel_size=4, **levels):
+            error = attention_error(4, comm_type)
+            return *decided(), error
+    except ValueError as error:
+        return str(error)
+    finally:
+        megatron_adaptor.state().reset()
+
+
+CASES = {
+    "nothing said": ({}, (ULYSSES, None)),
+    "p2p": ({"comm_type": "p2p"}, (RING, None)),
+    "a2a": ({"comm_type": "a2a"}, (ULYSSES, None)),
+    "all_gather": ({"comm_type": "all_gather"}, (GATHER, None)),
+    "one for each layer": ({"comm_type": ["p2p", "p2p"]}, (RING, None)),
+    "a2a+p2p": ({"comm_type": "a2a+p2p", "sizes": [2, 2]}, (HYBRID, 2)),
+    "sizes, then p2p": ({"comm_type": "p2p", "sizes": [2, 2]}, (RING, None)),
+    "before the groups": ({"comm_type": "p2p", "config_first": True}, (RING, None)),
+    "mixed": ({"comm_type": ["p2p", "a2a"]}, "one kind for all layers"),
+    "a2a+p2p without sizes": ({"comm_type": "a2a+p2p"}, "--hierarchical-context-parallel-sizes 2 2"),
+    "dict": ({"settings": {"context_parallel_size": 4, "use_flash_attn": True}}, (ULYSSES, None)),
+    "dict, then p2p": ({"settings": {"context_parallel_size": 4}, "comm_type": "p2p"}, (RING, None)),
+    "dict without the size": ({"settings": {"multi_head_latent_attention": True}}, (ULYSSES, None)),
+    "algorithm without the size": ({"settings": {"context_parallel_algo": GATHER}}, (GATHER, None)),
+    "algorithm wins": ({"settings": {"context_parallel_algo": RING}, "comm_type": "a2a"}, (RING, None)),
+    "dict's own p2p": ({"settings": {"context_parallel_size": 4, "cp_comm_type": "p2p"}}, (RING, None)),
+    "hybrid": (
+        {"settings": {"context_parallel_algo": HYBRID, "ulysses_degree_in_cp": "2", "num_attention_heads": 4}},
+        (HYBRID, 2),
+    ),
+    "namespace": ({"settings": Namespace(context_parallel_size=4, context_parallel_algo=RING)}, (RING, None)),
+    "namespace with Megatron's default": (
+        {"settings": Namespace(context_parallel_size=4, cp_comm_type=["p2p"])},
+        (ULYSSES, None),
+    ),
+    "another size": ({"settings": {"context_parallel_size": 2}}, "pass the same size to both"),
+    "heads": ({"settings": {"context_parallel_size": 4, "num_attention_heads": 6}}, "--num-attention-heads 6"),
+    "refused": ({"settings": {"context_parallel_algo": "adaptive_cp_algo"}}, "adaptive_cp_algo is not supported"),
+    "nonsense": ({"settings": {"context_parallel_size": "two"}}, "--context-parallel-size two"),
+    "a flag of another kind": ({"settings": {"use_cp_send_recv_overlap": "maybe"}}, "must be True or False"),
+}
+
+
+def decide(rank):
+    """Rank's outcomes of CASES, and what happens when settings come again."""
+    return {name: outcome(**said) for name, (said, _) in CASES.items()} | {"again": again()}
+
+
+def again():
+    """configure_from before the groups, twice, and while they are there; then with two models that disagree."""
+    from mindspeed_cp import megatron_adaptor
+
+    found = []
+    megatron_adaptor.repatch({"context_parallel_size": 2, "context_parallel_algo": RING})
+    megatron_adaptor.repatch({"context_parallel_size": 4, "context_parallel_algo": GATHER, "kv_lora_rank": 512})
+    with process_groups(context_parallel_size=4):
+        found.append(decided())
+        megatron_adaptor.repatch({"context_parallel_size": 4, "use_flash_attn": True})
+        found.append(decided())
+        found.append(_refused(lambda: megatron_adaptor.repatch({"context_parallel_algo": ULYSSES})))
+        found.append(_refused(lambda: megatron_adaptor.repatch({"context_parallel_size": 2})))
+        found.append(decided())
+    megatron_adaptor.state().reset()
+    with process_groups(context_parallel_size=4) as printed:
+        transformer_config(4, "p2p")
+        found.append(printed.getvalue().count("Context parallelism: "))
+        transformer_config(1, "a2a")
+        transformer_config(4, "p2p")
+        found.append(_refused(lambda: transformer_config(4, "all_gather")))
+        found.append(decided())
+    megatron_adaptor.state().reset()
+    return found
+
+
+def _refused(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,93 @@
+"""Settings of frameworks and of a TransformerConfig, where no command line decides."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import framework_runs
+import pytest
+from distributed import run_ranks
+from framework_runs import CASES, GATHER, RING, ULYSSES
+from mindspeed_cp.arguments import FrameworkSettings
+from trainer_runs import IMPORTED
+
+pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    return run_ranks(4, framework_runs.decide, fresh=True, imported=IMPORTED)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_was_said_decides_and_attention_is_exact(outcomes, name):
+    expected = CASES[name][1]
+    for ranks in outcomes:
+        if isinstance(expected, str):
+            assert isinstance(ranks[name], str) and expected in ranks[name]
+        else:
+            assert ranks[name][:2] == expected and ranks[name][2] < 1e-10
+
+
+def test_settings_may_come_again_before_the_groups_and_what_they_leave_open_stays_afterwards(outcomes):
+    for rank, ranks in enumerate(outcomes):
+        first, kept, algorithm, size, still, announced, models, ring = ranks["again"]
+        assert first == kept == still == (GATHER, None) and ring == (RING, None)
+        assert "configure before initialize_model_parallel" in algorithm and "destroy_model_parallel first" in size
+        assert announced == (2 if rank == 0 else 0)
+        assert "cp_comm_type all_gather" in models and "of an earlier one" in models
+
+
+@dataclass
+class Arguments:
+    """As ms-swift's: a dataclass with everything in it."""
+
+    context_parallel_size: int = 2
+    cp_comm_type: str | None = None
+    use_flash_attn: bool = True
+    max_length: int = 2048
+    learning_rate: float | None = None
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        Arguments(),
+        vars(Arguments()),
+        Namespace(**vars(Arguments())),
+        SimpleNamespace(**vars(Arguments())),
+        {"context_parallel_size": "2", "use_flash_attn": "true", "of another world": object()},
+    ],
+    ids=["dataclass", "dict", "namespace", "simple namespace", "text"],
+)
+def test_every_kind_of_settings_is_read_and_what_is_missing_gets_the_flags_default(source):
+    resolved = FrameworkSettings.read(source).resolve()
+    assert (resolved.config.context_parallel_size, resolved.config.algorithm) == (2, ULYSSES)
+    assert resolved.setup.use_flash_attn and resolved.config.attention_mask_type == "causal"
+
+
+@pytest.mark.parametrize("name", ["attention_mask_type", "cp_attention_mask_type"])
+def test_both_names_of_the_mask_type_are_read(name):
+    settings = FrameworkSettings.read({"context_parallel_size": 2, name: "full"})
+    assert settings.resolve().config.attention_mask_type == "full"
+
+
+def test_every_field_of_a_configuration_comes_back_through_settings():
+    values = {
+        "context_parallel_size": 8,
+        "context_parallel_algo": "hybrid_cp_algo",
+        "ulysses_degree_in_cp": 2,
+        "cp_window_size": 2,
+        "context_parallel_kv_cache_policy": "half",
+        "context_parallel_cache_interval": 3,
+        "use_cp_send_recv_overlap": True,
+        "use_flash_attn": True,
+    }
+    config = FrameworkSettings.read(values).resolve().config
+    again = FrameworkSettings.read({"context_parallel_size": 8, "use_flash_attn": True}).keeping(config)
+    assert again.resolve().config == config and config.kv_cache_interval == 3
+
+
+def test_settings_that_are_neither_are_refused():
+    with pytest.raises(ValueError, match="must be a namespace, a dict or a dataclass, not int"):
+        FrameworkSettings.read(4)
