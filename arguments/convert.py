@@ -30,6 +30,7 @@ def config_from_args(args):
         send_recv_overlap=args.use_cp_send_recv_overlap,
         alltoall=getattr(args, "cp_enable_alltoall", True),
         kv_exchange=args.cp_kv_exchange,
+        batch_layout=getattr(args, "cp_batch_layout", "auto"),
     )
 
 

@@ -6,10 +6,17 @@ from mindspeed_cp.arguments import given
 from mindspeed_cp.arguments.mindspeed_flags import add_accepted_flags, refusal_of_algorithm, refuse_alibi
 
 from mindspeed_cp.algorithms import ALGORITHMS
-from mindspeed_cp.config import KV_CACHE_POLICIES, KV_EXCHANGES, MASK_TYPES
+from mindspeed_cp.config import BATCH_LAYOUTS, KV_CACHE_POLICIES, KV_EXCHANGES, MASK_TYPES
 from mindspeed_cp.kernels import KERNELS
 
 GROUP_TITLE = "context parallelism (mindspeed_cp)"
+LAYOUTS = {
+    "auto": "what the algorithm likes, and document_zigzag for a packed batch that arrives split",
+    "contiguous": "one piece for each rank",
+    "zigzag": "two chunks of the row for each rank, as Megatron cuts it",
+    "document_zigzag": "two chunks of every document, as Megatron, verl and ms-swift cut packed batches",
+    "balanced": "equal tokens, and equal work for the documents of the batch",
+}
 _CALCULATOR = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -76,6 +83,17 @@ def _size_flags(parser):
             "else causal. Rule: a mask in the batch wins over this flag; GPT models want causal or general.",
         ),
     )
+    kinds = "; ".join(f"{kind}: {LAYOUTS[kind]}" for kind in BATCH_LAYOUTS)
+    yield (
+        ("--cp-batch-layout",),
+        dict(
+            type=_choice(parser, "--cp-batch-layout", BATCH_LAYOUTS),
+            choices=list(BATCH_LAYOUTS),
+            default="auto",
+            help=f"which tokens a rank holds. Default: auto. Choices: {kinds}. Rule: every algorithm computes every "
+            "layout; document_zigzag needs documents that 2 x context parallel size divides.",
+        ),
+    )
     yield (
         ("--cp-config",),
         dict(
@@ -115,7 +133,7 @@ def _ring_flags(parser):
             choices=list(KV_EXCHANGES),
             default="ring",
             help="how keys and values reach the other ring ranks. Default: ring. Choices: ring: whole shards are "
-            "forwarded; direct: each peer gets just the rows its mask needs; auto: what sends less for the batch. "
+            "forwarded; direct: each peer gets just the rows its mask needs; auto: whichever sends less for the batch. "
             "Rule: direct needs a ring algorithm and --cp-window-size 1.",
         ),
     )

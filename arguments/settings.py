@@ -49,6 +49,7 @@ FIELDS = {
     "allgather_kv": "use_ulysses_allgather_kv",
     "send_recv_overlap": "use_cp_send_recv_overlap",
     "kv_exchange": "cp_kv_exchange",
+    "batch_layout": "cp_batch_layout",
 }
 _ALGORITHM = ("context_parallel_algo", "cp_comm_type")
 

@@ -26,6 +26,7 @@ DEFAULTS = {
     "--context-parallel-cache-interval": 0,
     "--use-ulysses-allgather-kv": False,
     "--cp-kv-exchange": "ring",
+    "--cp-batch-layout": "auto",
     "--cp-kernel": None,
     "--gather-size-calculator": "default",
     "--use-flash-attn": False,
@@ -101,6 +102,7 @@ def test_flags_that_the_parser_has_are_left_alone_and_adding_twice_changes_nothi
         ("--context-parallel-kv-cache-policy", "all", "choose one of full, half"),
         ("--context-parallel-cache-interval", "-2", "at least 0"),
         ("--cp-kv-exchange", "mail", "choose one of ring, direct"),
+        ("--cp-batch-layout", "spiral", "choose one of auto, contiguous, zigzag"),
         ("--cp-kernel", "tpu", "choose one of cpu, cuda"),
         ("--gather-size-calculator", "my_module", "package.module:Class"),
     ],
@@ -156,6 +158,8 @@ def test_every_flag_reaches_the_configuration():
         ).kv_exchange
         == "direct"
     )
+    layout = config_from_args(parse("--context-parallel-size", "2", "--cp-batch-layout", "zigzag")).batch_layout
+    assert layout == "zigzag"
     assert config_from_args(parse("--context-parallel-size", "2", "--use-ulysses-allgather-kv")).allgather_kv
 
 

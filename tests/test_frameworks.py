@@ -81,11 +81,14 @@ def test_every_field_of_a_configuration_comes_back_through_settings():
         "context_parallel_kv_cache_policy": "half",
         "context_parallel_cache_interval": 3,
         "use_cp_send_recv_overlap": True,
+        "cp_batch_layout": "zigzag",
+        "attention_mask_type": "general",
         "use_flash_attn": True,
     }
     config = FrameworkSettings.read(values).resolve().config
     again = FrameworkSettings.read({"context_parallel_size": 8, "use_flash_attn": True}).keeping(config)
     assert again.resolve().config == config and config.kv_cache_interval == 3
+    assert (config.batch_layout, config.attention_mask_type) == ("zigzag", "general")
 
 
 def test_settings_that_are_neither_are_refused():
