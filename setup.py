@@ -50,6 +50,7 @@ setup(
     install_requires=[
         "torch>=2.6",  # the lowest that megatron-core 0.16 takes; tests run on the version in constraints.txt
         "megatron-core>=0.12.1",  # the lowest version that tests run on
+        "numpy",  # plans for thousands of documents
         "PyYAML>=5.4",  # --cp-config reads MindFormers' YAML files
     ],
     extras_require={

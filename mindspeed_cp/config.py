@@ -15,7 +15,7 @@ from mindspeed_cp.notices import warn_rank0
 MaskType = Literal["causal", "full", "general"]
 KVCachePolicy = Literal["full", "half"]
 KVExchange = Literal["ring", "direct", "auto"]
-BatchLayout = Literal["auto", "contiguous", "zigzag", "document_zigzag"]
+BatchLayout = Literal["auto", "contiguous", "zigzag", "document_zigzag", "balanced"]
 
 MASK_TYPES: tuple[str, ...] = get_args(MaskType)
 KV_CACHE_POLICIES = (None, *get_args(KVCachePolicy))
@@ -57,7 +57,8 @@ class ContextParallelConfig:
         kv_exchange: "ring" forwards whole shards, "direct" sends each peer the rows its mask needs, "auto" takes what
             sends less for the batch (--cp-kv-exchange).
         batch_layout: which tokens a rank holds (--cp-batch-layout): "auto" is what the algorithm likes, "contiguous",
-            "zigzag" over the whole row as Megatron cuts it, "document_zigzag" over every document on its own.
+            "zigzag" over the whole row as Megatron cuts it, "document_zigzag" over every document on its own,
+            "balanced" by the attention area of packed documents.
     """
 
     context_parallel_size: int = 1
@@ -199,6 +200,9 @@ class ContextParallelConfig:
             and row.exchange is None,
             f"enable_alltoall False is ignored: {algorithm} uses no all-to-all.": not self.alltoall
             and not row.splits_heads,
+            f"--cp-batch-layout balanced is contiguous for {algorithm}, whose ranks have equal work by nature.": (
+                self.batch_layout == "balanced" and row.exchange is None and self.context_parallel_size > 1
+            ),
         }
         return [message for message, applies in ignored.items() if applies]
 
@@ -218,8 +222,10 @@ class ContextParallelConfig:
         return self.attention_mask_type != "full"
 
     @property
-    def layout_kind(self) -> Literal["contiguous", "zigzag", "document_zigzag"]:
+    def layout_kind(self) -> Literal["contiguous", "zigzag", "document_zigzag", "balanced"]:
         """The kind that ``batch_layout`` stands for: by itself a causal ring is zigzag, everything else contiguous."""
+        if self.batch_layout == "balanced" and self.ring_size == 1:
+            return "contiguous"
         if self.batch_layout != "auto":
             return self.batch_layout
         return "zigzag" if self.ring_size > 1 and self.causal else "contiguous"

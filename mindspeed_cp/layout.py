@@ -10,6 +10,7 @@ The picture, two ranks and eight tokens (uneven lengths give the extra tokens to
     contiguous       0 0 0 0 1 1 1 1      Ulysses; ring with a full mask
     zigzag           0 0 1 1 1 1 0 0      chunks r and 2n-1-r of 2n, so that every rank has equal causal work
     document_zigzag  0 1 1 0|0 1 1 0      every document on its own: packed batches of Megatron, verl, ms-swift
+    balanced         0 1 1 0 1 0 0 1|..   chunks shared out so that packed documents load every ring rank alike
 
 Hybrid's own zigzag is over the ring ranks, and each ring rank's tokens are contiguous over its Ulysses ranks.
 Runs are half-open intervals (start, stop) of global positions; rows are places in the order in which something is held.
@@ -24,10 +25,13 @@ from typing import Literal
 
 import torch
 
+from mindspeed_cp.balance import balanced_rings, imbalance
 from mindspeed_cp.config import ContextParallelConfig
 
 Runs = tuple[tuple[int, int], ...]
 LayoutKind = Literal["contiguous", "zigzag", "document_zigzag", "balanced", "runs"]
+
+UNEVEN = 1.1  # largest area over the mean from which "auto" leaves the zigzag
 
 
 def split_sizes(length: int, parts: int) -> list[int]:
@@ -92,15 +96,18 @@ class SequenceLayout:
         if not isinstance(seq_len, int) or seq_len < 1:
             raise ValueError(f"sequence length {seq_len} must be a whole number of at least 1; pass the global length.")
         kind, degree, ring_size = config.layout_kind, config.hierarchy[0], config.ring_size
-        if kind not in DOCUMENT_KINDS:
-            return _even(kind, degree, ring_size, seq_len, config.batch_layout == "auto")
+        auto = config.batch_layout == "auto"
+        if kind not in DOCUMENT_KINDS and not (auto and kind == "zigzag" and cu_seqlens is not None):
+            return _even(kind, degree, ring_size, seq_len, auto)
         documents = (0, seq_len) if cu_seqlens is None else tuple(map(int, cu_seqlens))
         if documents[0] != 0 or documents[-1] != seq_len or any(b < a for a, b in zip(documents, documents[1:])):
             raise ValueError(
                 f"cu_seqlens must ascend from 0 to the sequence length {seq_len}, and goes from {documents[0]} to "
                 f"{documents[-1]}; pass the cumulative lengths of all documents, padding included."
             )
-        return _by_documents(kind, degree, ring_size, documents)
+        if kind not in DOCUMENT_KINDS:
+            return _zigzag_or_balanced(degree, ring_size, documents)
+        return _by_documents(kind, degree, ring_size, documents, config.causal)
 
     @classmethod
     def from_runs(cls, config: ContextParallelConfig, runs: Sequence[Sequence[tuple[int, int]]]) -> "SequenceLayout":
@@ -294,12 +301,31 @@ def _even(kind: LayoutKind, degree: int, ring_size: int, seq_len: int, nested: b
     return SequenceLayout(tuple(piece for runs in rings for piece in _cut(runs, degree)), degree, kind)
 
 
-@lru_cache(maxsize=256)
-def _by_documents(kind: LayoutKind, degree: int, ring_size: int, documents: tuple[int, ...]) -> SequenceLayout:
-    return SequenceLayout(DOCUMENT_KINDS[kind](documents, degree, ring_size), degree, kind)
+@lru_cache(maxsize=64)
+def _by_documents(
+    kind: LayoutKind, degree: int, ring_size: int, documents: tuple[int, ...], causal: bool
+) -> SequenceLayout:
+    return SequenceLayout(DOCUMENT_KINDS[kind](documents, degree, ring_size, causal), degree, kind)
 
 
-def _document_zigzag(documents: tuple[int, ...], degree: int, ring_size: int) -> tuple[Runs, ...]:
+@lru_cache(maxsize=64)
+def _zigzag_or_balanced(degree: int, ring_size: int, documents: tuple[int, ...]) -> SequenceLayout:
+    """What "auto" takes for a causal ring: the zigzag, unless these documents load its ranks unevenly."""
+    zigzag = _even("zigzag", degree, ring_size, documents[-1], True)
+    if imbalance([zigzag.ring_runs(rank) for rank in range(ring_size)], documents) <= UNEVEN:
+        return zigzag
+    return _by_documents("balanced", degree, ring_size, documents, True)
+
+
+def _balanced(documents: tuple[int, ...], degree: int, ring_size: int, causal: bool) -> tuple[Runs, ...]:
+    """Equal areas on every ring rank, whose tokens lie contiguous over its Ulysses ranks; one document is a zigzag."""
+    if len(set(documents)) <= 2:
+        return _even("zigzag", degree, ring_size, documents[-1], True).all_runs
+    rings = map(join_runs, balanced_rings(documents, ring_size, causal))
+    return tuple(piece for runs in rings for piece in _cut(runs, degree))
+
+
+def _document_zigzag(documents: tuple[int, ...], degree: int, ring_size: int, causal: bool) -> tuple[Runs, ...]:
     """Every document zigzag over all ranks on its own; within a rank document by document."""
     ranks = degree * ring_size
     held: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
@@ -315,5 +341,5 @@ def _document_zigzag(documents: tuple[int, ...], degree: int, ring_size: int) ->
     return tuple(map(join_runs, held))
 
 
-# Kinds that depend on where documents end: kind -> (boundaries, ulysses degree, ring size) -> runs of every rank.
-DOCUMENT_KINDS = {"document_zigzag": _document_zigzag}
+# Kinds that depend on where documents end: (boundaries, ulysses degree, ring size, causal) -> every rank's runs.
+DOCUMENT_KINDS = {"document_zigzag": _document_zigzag, "balanced": _balanced}

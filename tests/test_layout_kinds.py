@@ -5,6 +5,7 @@ import torch
 from distributed import run_ranks
 
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, gather_sequence, shard_batch
+from mindspeed_cp.blocks import IntervalMask, plan_blocks
 from mindspeed_cp.layout import split_sizes
 
 RING = "megatron_cp_algo"
@@ -56,6 +57,53 @@ def test_document_that_cannot_be_cut_equally_is_an_error_with_a_way_out():
 def test_boundaries_that_do_not_fit_the_length_are_an_error(cu_seqlens):
     with pytest.raises(ValueError, match="ascend from 0 to the sequence length 16"):
         SequenceLayout.build(config(2, batch_layout="document_zigzag"), 16, cu_seqlens)
+
+
+PACKED = {
+    "one long and many short": (0, 3, 60, *range(2100, 4096, 31), 4096),
+    "pareto": (0, 1400, 1410, 1500, 1502, 2900, 3000, 3005, 4096),
+    "an odd total": (0, 700, 2000, 2001, 3001, 4099),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("cp, degree", [(2, None), (3, None), (4, None), (8, None), (8, 2)])
+def test_balanced_layout_gives_every_ring_rank_equal_tokens_and_equal_area(name, cp, degree):
+    """Invariant 7c, with areas counted pair by pair from the plan."""
+    documents = PACKED[name]
+    algorithm = "hybrid_cp_algo" if degree else RING
+    layout = SequenceLayout.build(
+        config(cp, algorithm, ulysses_degree=degree, batch_layout="balanced"), documents[-1], documents
+    )
+    lengths = [layout.ring_length(rank) for rank in range(layout.ring_size)]
+    assert layout.kind == "balanced" and max(lengths) - min(lengths) <= 1
+    mask = IntervalMask(None, 0, documents)
+    areas = [
+        sum(
+            block.area
+            for source in range(layout.ring_size)
+            for block in plan_blocks(layout.ring_runs(rank), layout.ring_runs(source), mask)
+        )
+        for rank in range(layout.ring_size)
+    ]
+    assert sum(areas) == sum(n * (n + 1) // 2 for n in map(int.__sub__, documents[1:], documents))
+    assert max(areas) * len(areas) / sum(areas) <= 1.05
+    together = torch.cat([layout.positions(rank) for rank in range(cp)])
+    assert torch.equal(together.sort().values, torch.arange(documents[-1]))
+
+
+def test_auto_leaves_the_zigzag_only_when_documents_make_it_uneven():
+    uneven, even = PACKED["one long and many short"], (0, *range(64, 4097, 64))
+    auto = config(4)
+    assert SequenceLayout.build(auto, 4096).kind == "zigzag"
+    assert SequenceLayout.build(auto, 4096, even).kind == "zigzag"
+    assert SequenceLayout.build(auto, 4096, uneven).kind == "balanced"
+    assert SequenceLayout.build(config(4, "ulysses_cp_algo"), 4096, uneven).kind == "contiguous"
+    assert SequenceLayout.build(config(4, attention_mask_type="full"), 4096, uneven).kind == "contiguous"
+
+
+def test_balanced_without_documents_is_the_zigzag():
+    assert SequenceLayout.build(config(4, batch_layout="balanced"), 37) == SequenceLayout.build(config(4), 37)
 
 
 OTHERS = ([(6, 8), (0, 2)], [], [(2, 6), (8, 9)])
