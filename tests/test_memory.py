@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import Case, arguments, local_inputs, setup_of
 from distributed import run_ranks
+from pairs import drawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mindspeed_cp import SequenceLayout
@@ -126,10 +127,10 @@ def test_the_meter_sees_what_lives_and_forgets_what_died():
 LOCAL = 64  # tokens per rank, whatever the size
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["awaited", "overlap"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "options", [{}, {"kv_exchange": "direct"}, {"attention_mask_type": "full"}], ids=["ring", "direct", "full"]
+    "options, dtype, overlap",
+    drawn([{}, {"kv_exchange": "direct"}, {"attention_mask_type": "full"}], ["float32", "bfloat16"], [False, True]),
+    ids=str,
 )
 def test_peak_memory_of_a_ring_does_not_grow_with_its_size(options, dtype, overlap):
     def peak(cp):

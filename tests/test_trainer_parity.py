@@ -6,6 +6,7 @@ data parallelism instead, so the two runs share nothing but the samples of a ste
 
 from importlib.metadata import version
 
+import pairs
 import pytest
 from trainer_runs import largest_difference, prepare_data, run_training
 
@@ -27,6 +28,7 @@ UNALIGNED = {
 }
 FOUR = "--context-parallel-size 4 --micro-batch-size 4"
 ROPE, SHORT = "--position-embedding-type rope", "--train-iters 5"
+LONG = "" if pairs.whole() else SHORT  # 20 steps with --full; "rope" takes them always
 PACKED = f"--reset-position-ids --reset-attention-mask --eod-mask-loss --seq-length 256 {SHORT} --data-path PARAGRAPHS"
 
 # name -> (flags of the model and the training, what is added to them in the runs that must agree with them alone)
@@ -39,15 +41,18 @@ GROUPS = {
             "ring with full recompute": f"{CP4['ring cp=4']} --recompute-granularity full",
         },
     ),
-    "learned positions": ("--position-embedding-type learned_absolute", CP4),
+    "learned positions": (f"--position-embedding-type learned_absolute {LONG}", CP4),
     "gqa, swiglu, rmsnorm": (
         "--group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm "
-        f"--disable-bias-linear --untie-embeddings-and-output-weights {ROPE}",
+        f"--disable-bias-linear --untie-embeddings-and-output-weights {ROPE} {LONG}",
         CP4,
     ),
-    "tp=2": ("--tensor-model-parallel-size 2", {name: f"{flags} --micro-batch-size 2" for name, flags in CP2.items()}),
-    "tp=2, sequence parallel": (f"--tensor-model-parallel-size 2 --sequence-parallel {ROPE}", CP2),
-    "pp=2": (f"--pipeline-model-parallel-size 2 {ROPE}", CP2),
+    "tp=2": (
+        f"--tensor-model-parallel-size 2 {LONG}",
+        {name: f"{flags} --micro-batch-size 2" for name, flags in CP2.items()},
+    ),
+    "tp=2, sequence parallel": (f"--tensor-model-parallel-size 2 --sequence-parallel {ROPE} {LONG}", CP2),
+    "pp=2": (f"--pipeline-model-parallel-size 2 {ROPE} {LONG}", CP2),
     "other algorithms": (
         f"{ROPE} {SHORT}",
         {
@@ -74,7 +79,7 @@ GROUPS = {
     ),
     "packed documents, rope, two rows": (f"{PACKED} {ROPE} --micro-batch-size 2 --global-batch-size 8", CP2),
     "uneven length": (f"--seq-length 61 {ROPE} {SHORT}", UNALIGNED),
-    "a length for each batch": (f"--variable-seq-lengths {ROPE}", UNALIGNED),
+    "a length for each batch": (f"--variable-seq-lengths {ROPE} {LONG}", UNALIGNED),
     "a length for each batch, pp=2": (
         f"--variable-seq-lengths --pipeline-model-parallel-size 2 {SHORT}",
         {"ring cp=2": SINGLE["ring cp=2"]},
@@ -119,7 +124,7 @@ def test_the_loss_goes_down_and_lengths_are_as_asked(runs):
     assert len(records) == 20
     assert {record["tokens"] for record in records} == {4 * 64}
     varied = runs[name_of("a length for each batch", "ring cp=4")]
-    assert len({record["tokens"] for record in varied}) > 10
+    assert len({record["tokens"] for record in varied}) > len(varied) / 2
     assert [record["tokens"] for record in varied] == [
         record["tokens"] for record in runs[name_of("a length for each batch", "cp=1")]
     ]
@@ -134,7 +139,7 @@ def test_context_parallelism_communicates_and_its_absence_does_not(runs):
 
 
 def test_three_ranks_with_a_prime_like_length_for_each_batch(data):
-    flags = "--variable-seq-lengths --global-batch-size 3 --seq-length 67 --position-embedding-type rope"
+    flags = f"--variable-seq-lengths --global-batch-size 3 --seq-length 67 {ROPE} {LONG}"
     cases = {
         "cp=1": flags,
         "ulysses": f"{flags} --context-parallel-size 3 {ULYSSES} --gather-size-calculator dynamic",
