@@ -44,6 +44,14 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Typing :: Typed",
+    ],
     packages=NAMES,
     package_dir=FOLDERS,
     package_data={"mindspeed_cp": ["py.typed"]},
@@ -52,11 +60,12 @@ setup(
         "megatron-core>=0.12.1",  # the lowest version that tests run on
         "numpy",  # plans for thousands of documents
         "PyYAML>=5.4",  # --cp-config reads MindFormers' YAML files
+        "numpy",  # plans of blocks for thousands of documents
     ],
     extras_require={
         "npu": ["torch-npu>=2.6"],  # Ascend: its release must match torch's and the installed CANN
         "train": TRAINER,  # scripts/pretrain_gpt.py
         "test": TEST,
-        "dev": [*TEST, "ruff", "setuptools", "wheel"],  # lint; packaging tests build without a network
+        "dev": [*TEST, "mypy", "ruff", "setuptools", "wheel"],  # checks; packaging tests build without a network
     },
 )

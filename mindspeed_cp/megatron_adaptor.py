@@ -17,8 +17,9 @@ import torch
 from mindspeed_cp import compat
 from mindspeed_cp.kernels import npu_setup
 from mindspeed_cp.notices import ContextParallelWarning, is_rank0, warn_rank0
+from mindspeed_cp.patches.versions import DEFAULT, MEGATRONS
 
-TRIED_VERSIONS = ("0.12.1", "0.13.1", "0.14.0", "0.15.3", "0.16.1")
+TRIED_VERSIONS = tuple(row.version for row in MEGATRONS)
 DEVICE_VARIABLE = "MINDSPEED_CP_DEVICE"
 # A script imports these for a model; "import megatron.core" alone, as asking for the version does, brings none of them.
 MODEL_CODE = (
@@ -40,7 +41,7 @@ def _require_megatron():
     if found is None:
         raise ImportError(
             "mindspeed_cp.megatron_adaptor needs Megatron, and there is no megatron.core; run "
-            "pip install megatron-core==0.16.1, or put a Megatron-LM checkout on PYTHONPATH."
+            f"pip install megatron-core=={DEFAULT}, or put a Megatron-LM checkout on PYTHONPATH."
         )
 
 

@@ -1,20 +1,16 @@
 #!/usr/bin/env bash
 # Installs into .venv, trains the same small GPT three times (without context parallelism, with Ulysses and with Ring on four
 # ranks) and compares the losses. Needs Python 3.10 or later with venv, and two cores. Exit status 1 when the losses differ.
+# PYTHON and TORCH_INDEX_URL: see scripts/environment.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PYTHON=${PYTHON:-python3}
 RUNS=${RUNS:-runs/quickstart}
 STEPS=${STEPS:-20}
 SEQ_LENGTH=${SEQ_LENGTH:-1024}
 export OMP_NUM_THREADS=1 MINDSPEED_CP_DEVICE=cpu
 
-if [ ! -x .venv/bin/python ]; then
-  echo "== Installing into .venv (torch, megatron-core and a few small packages)"
-  "$PYTHON" -m venv .venv
-fi
-.venv/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[train]'
+"${PYTHON:-python3}" scripts/environment.py train
 
 echo "== Preparing data: the help topics of Python's standard library as bytes"
 mkdir -p "$RUNS"

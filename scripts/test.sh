@@ -1,29 +1,56 @@
 #!/usr/bin/env bash
-# Installs what the tests need into .venv and runs them all on the default megatron-core, then those that touch Megatron on
-# the oldest supported one. Arguments go to pytest.
+# Installs what the tests need into .venv, then runs formatter, linter, type checker and tests: all tests on the default
+# megatron-core and, at the same time, those that touch Megatron on the oldest supported one.
+#
+#   bash scripts/test.sh [--full] [arguments for pytest]
+#
+# --full takes the large products whole that are otherwise drawn by pairs. MEGATRON names the versions of megatron-core to
+# test on, of which the default one gets all tests; WORKERS how many modules of it run at a time. PYTHON and TORCH_INDEX_URL:
+# see scripts/environment.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PYTHON=${PYTHON:-python3}
-OLD_MEGATRON=${OLD_MEGATRON:-0.12.1}
-OLD=.venv/megatron-core-$OLD_MEGATRON
 export OMP_NUM_THREADS=1
+"${PYTHON:-python3}" scripts/environment.py dev
+python=$PWD/.venv/bin/python
+default=$(sed -n 's/^megatron-core==//p' constraints.txt)
+read -ra versions <<<"${MEGATRON:-$default $("$python" scripts/environment.py --oldest)}"
 
-[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-pip() { .venv/bin/python -m pip "$1" -qq --disable-pip-version-check "${@:2}"; }
-pip install --constraint constraints.txt --editable '.[dev]'
-# Beside the default one and found before it: the same environment otherwise. Without the dependencies that 0.12 declares,
-# which are those of its own test suite and of tools that are not used here.
-[ -d "$OLD/megatron" ] || pip install --no-deps --target "$OLD" "megatron-core==$OLD_MEGATRON"
+echo "== ruff, mypy"
+"$python" -m ruff format --check .
+"$python" -m ruff check .
+"$python" scripts/check_types.py
 
-# Two modules at a time, each worker with its own ranks; -n 0 as an argument runs one after the other.
-pytest() { .venv/bin/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder "$@"; }
+# Each worker takes whole modules and has ranks of its own.
+run_pytest() { "$python" -m pytest -q --dist loadscope --no-loadscope-reorder "$@"; }
 
-echo "== ruff"
-.venv/bin/python -m ruff check .
+run_beside() { # version, arguments for pytest
+  local folder=.venv/megatron-core-$1 version=$1 status=0
+  shift
+  # Found before the default one: the same environment otherwise. Without the dependencies that older ones declare, which
+  # are those of their own test suites, tools that are not used here, and numpy before 2.
+  [ -d "$folder/megatron" ] ||
+    "$python" -m pip install -qq --disable-pip-version-check --no-deps --target "$folder" "megatron-core==$version"
+  PYTHONPATH="$PWD/$folder${PYTHONPATH:+:$PYTHONPATH}" run_pytest -n 2 -m megatron -p no:cacheprovider "$@" || status=$?
+  [ "$status" -eq 5 ] || return "$status" # 5: these arguments choose no test that touches Megatron
+}
 
-echo "== All tests, $(.venv/bin/python -m pip list 2>/dev/null | grep megatron-core | tr -s ' ')"
-pytest "$@"
-
-echo "== Tests that touch Megatron, megatron-core $OLD_MEGATRON"
-PYTHONPATH="$PWD/$OLD${PYTHONPATH:+:$PYTHONPATH}" pytest -m megatron "$@"
+logs=$(mktemp -d) failed=0
+declare -A started=()
+trap 'kill "${started[@]}" 2>/dev/null || true; rm -rf "$logs"' EXIT
+for version in "${versions[@]}"; do
+  [ "$version" = "$default" ] && continue
+  run_beside "$version" "$@" >"$logs/$version" 2>&1 &
+  started[$version]=$!
+done
+if [[ " ${versions[*]} " == *" $default "* ]]; then
+  echo "== All tests, megatron-core $default"
+  run_pytest -n "${WORKERS:-3}" "$@" || failed=1
+fi
+for version in "${!started[@]}"; do
+  wait "${started[$version]}" || failed=1
+  unset "started[$version]"
+  echo "== Tests that touch Megatron, megatron-core $version"
+  cat "$logs/$version"
+done
+exit "$failed"

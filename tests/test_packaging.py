@@ -8,7 +8,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import tomllib
+
+if sys.version_info < (3, 11):  # noqa: UP036  tomli comes with pytest there
+    import tomli as tomllib
+else:
+    import tomllib
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROBE = (
@@ -122,17 +126,11 @@ def test_files_stay_readable():
 
 
 def test_constraints_pin_every_dependency_that_setup_names():
-    named = set(
-        re.findall(r'^\s+"([A-Za-z][\w-]*)[^"]*",', (REPOSITORY / "setup.py").read_text(encoding="utf-8"), re.MULTILINE)
-    )
-    pinned = dict(
-        line.split("==")
-        for line in (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
-        if "==" in line
-    )
+    setup = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
+    named = set(re.findall(r'^\s+"([A-Za-z][\w-]*)(?:[<>=!~][^"]*)?",', setup, re.MULTILINE))
+    pinned = set(re.findall(r"^([\w-]+)==", (REPOSITORY / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
     assert {"torch", "megatron-core", "rich", "pytest"} <= named
-    assert named <= set(pinned), f"not pinned: {named - set(pinned)}"
-    assert pinned["torch"] == "2.13.0"
+    assert named <= pinned, f"not pinned: {named - pinned}"
 
 
 def test_version_and_python_agree_between_the_files():

@@ -1,0 +1,47 @@
+"""The versions that were tried together: the one table that everything else goes by.
+
+The adaptor's warning, scripts/, constraints.txt, CI's jobs, the table in docs/versions.md and the tests read it or are
+checked against it. It imports nothing that has to be installed, because scripts/environment.py reads it before that.
+"""
+
+from typing import NamedTuple
+
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+# The lowest that was tried and the one of constraints.txt; scripts/ take an installed torch between them as it is.
+LOWEST_TORCH, TORCH = "2.6.0", "2.13.0"
+
+
+class Megatron(NamedTuple):
+    """A version of Megatron that was tried.
+
+    Args:
+        version: of megatron-core, and of the checkout core_v<version>.
+        pythons: lowest and highest Python that it has wheels for.
+        notes: how it was tried, and what it needs.
+    """
+
+    version: str
+    pythons: tuple[str, str]
+    notes: str
+
+
+CHECKOUT = "every case of scripts/test_megatron_lm.sh on a checkout; tests that touch Megatron in CI"
+MEGATRONS = (
+    Megatron("0.12.1", ("3.10", "3.11"), "the oldest: tests that touch Megatron run in scripts/test.sh; no windows"),
+    Megatron("0.13.1", ("3.10", "3.11"), f"{CHECKOUT}; declares numpy<2, installed without its dependencies here"),
+    Megatron("0.14.0", ("3.10", "3.13"), f"{CHECKOUT}; declares numpy<2, installed without its dependencies here"),
+    Megatron("0.15.3", ("3.10", "3.13"), f"{CHECKOUT}; declares numpy<2, installed without its dependencies here"),
+    Megatron("0.16.1", ("3.10", "3.13"), "the default: the whole test suite; needs einops for hierarchical groups"),
+)
+OLDEST, DEFAULT = MEGATRONS[0].version, MEGATRONS[-1].version
+
+
+def minor(version: str) -> tuple[int, int]:
+    """(major, minor) of a version such as "3.11" or "2.13.0+cpu"."""
+    major, second, *_ = version.partition("+")[0].split(".")
+    return int(major), int(second)
+
+
+def oldest_for(python: str) -> str:
+    """The oldest Megatron with wheels for this Python."""
+    return next(row.version for row in MEGATRONS if minor(row.pythons[0]) <= minor(python) <= minor(row.pythons[1]))
