@@ -293,19 +293,6 @@ def test_general_is_causal_until_the_batch_brings_a_mask():
     assert not config(2, RING, attention_mask_type="full").causal
 
 
-def test_a_row_added_to_the_table_obeys_its_own_rules(monkeypatch):
-    """Nothing compares names: degree, window, heads and length are asked as the row says."""
-    row = dataclasses.replace(ALGORITHMS[HYBRID], title="Mine")
-    monkeypatch.setitem(ALGORITHMS, "my_cp_algo", row)
-    assert config(8, "my_cp_algo", ulysses_degree=2, window_size=2).hierarchy == (2, 2, 2)
-    with pytest.raises(ValueError, match="--ulysses-degree-in-cp is not given, and --context-parallel-algo my_cp_algo"):
-        config(8, "my_cp_algo")
-    with pytest.raises(ValueError, match="ring size 4 and divide it"):
-        config(8, "my_cp_algo", ulysses_degree=2, window_size=3)
-    with pytest.raises(ValueError, match="--num-attention-heads 9"):
-        resolve(config(8, "my_cp_algo", ulysses_degree=2), setup(num_attention_heads=9))
-
-
 @pytest.mark.parametrize(
     ("given", "changes", "says"),
     [
