@@ -2,8 +2,12 @@
 
 The operator wants (batch, heads, seq, dim) with any strides, so the sequence-first tensors go in as views. A KV head
 that serves several query heads is expanded with stride 0, never copied. It has no dropout and wants dk == dv: those
-cases take the blockwise path, which is exact and slower.
+cases take the blockwise path, which is exact and slower. Where the processor has no instructions for half precision its
+backward pass takes 8 to 12 times as long as in float32; there a block's tensors are converted first.
 """
+
+import platform
+from functools import cache
 
 import torch
 
@@ -13,9 +17,23 @@ from mindspeed_cp.notices import warn_rank0
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+# Queries of torch.cpu: instructions on x86 with which the operator multiplies half precision as it is.
+HALF_INSTRUCTIONS = {
+    torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+    torch.float16: ("_is_amx_fp16_supported",),
+}
+
 
 def build():
     return CpuKernel()
+
+
+@cache
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether backward is faster in float32 than in this dtype: half precision on x86 without instructions for it."""
+    if dtype not in HALF_INSTRUCTIONS or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return not any(getattr(torch.cpu, query, lambda: False)() for query in HALF_INSTRUCTIONS[dtype])
 
 
 def unavailable():
@@ -44,6 +62,8 @@ class CpuKernel:
     def backward(self, grad_out, query, key, value, out, lse, block, options, rng, attention_mask=None):
         if _needs_blockwise(key, value, options):
             return self._blockwise.backward(grad_out, query, key, value, out, lse, block, options, rng, attention_mask)
+        if is_slow(query.dtype):
+            grad_out, query, key, value, out = (tensor.float() for tensor in (grad_out, query, key, value, out))
         if block.num_pieces == 1:
             return _backward_piece(grad_out, query, key, value, out, lse, block, options, attention_mask)
         grads = [
