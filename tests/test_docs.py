@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from mindspeed_cp.arguments import add_context_parallel_arguments, mindspeed_flags, validate
+from mindspeed_cp.arguments import add_context_parallel_arguments, mindspeed_flags, validate, yaml_file
 from mindspeed_cp.arguments.flags import GROUP_TITLE
 
 from mindspeed_cp import ContextParallelConfig
@@ -308,6 +308,19 @@ def test_both_languages_have_the_same_structure_and_the_same_code(english, chine
     assert code[0] == code[1]
     formulas = [sorted(re.findall(r"`([^`\n]*)`", without_prose(text))) for text in texts]
     assert formulas[0] == formulas[1]
+
+
+def test_the_page_on_launching_has_the_presets_and_every_key_of_the_yaml_file():
+    page = text_of("docs/launching.md")
+    presets = re.findall(
+        r"(\w+)\) SEQ_LENGTH=\d+ preset=\((\d+) (\w+) (\S+) (\d+)\)", text_of("scripts/launch/common.sh")
+    )
+    assert len(presets) == 3
+    for length, size, algorithm, degree, window in presets:
+        assert re.search(rf"\| {length} \| {size} \| {algorithm} \| {degree.strip(chr(34))} ?\| {window} \|", page), (
+            length
+        )
+    assert not [key for key in yaml_file.KEYS if f"`{key}`" not in page and f"`{key.rpartition('.')[2]}`" not in page]
 
 
 def test_every_algorithm_page_says_when_what_and_needs():
