@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from mindspeed_cp.arguments import add_context_parallel_arguments, mindspeed_flags, validate, yaml_file
 from mindspeed_cp.arguments.flags import GROUP_TITLE
+from mindspeed_cp.patches import versions
 
 from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.algorithms import ALGORITHMS
@@ -281,11 +282,18 @@ def test_versions_in_the_readme_are_those_of_the_package(page):
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     lowest = re.search(r"torch>=([\d.]+)", setup).group(1), re.search(r'python_requires=">=([\d.]+)"', setup).group(1)
     schemas = sorted((ROOT / "tests/fake_torch_npu/schemas").glob("*.txt"), key=lambda path: version_key(path.stem))
-    adaptor = (ROOT / "mindspeed_cp/megatron_adaptor.py").read_text(encoding="utf-8")
-    megatron = re.findall(r'"([\d.]+)"', re.search(r"TRIED_VERSIONS = (.*)", adaptor).group(1))
-    tried = megatron[0], megatron[-1], schemas[0].stem, schemas[-1].stem
+    tried = versions.OLDEST, versions.DEFAULT, schemas[0].stem, schemas[-1].stem
     for version in (*lowest, *tried, PINNED["torch"], PINNED["megatron-core"]):
         assert re.search(rf"(?<![\d.]){re.escape(version)}(?![\d])", text_of(page)), version
+
+
+def test_the_page_of_versions_has_the_table_that_everything_goes_by():
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text_of("docs/versions.md").splitlines()]
+    for row in versions.MEGATRONS:
+        assert [row.version, " to ".join(row.pythons), row.notes] in rows
+    assert ["Python", ", ".join(versions.PYTHONS)] in [row[:2] for row in rows]
+    assert ["torch", f"{versions.LOWEST_TORCH} to {versions.TORCH}"] in [row[:2] for row in rows]
+    assert PINNED["torch"] == versions.TORCH and PINNED["megatron-core"] == versions.DEFAULT
 
 
 def version_key(text):

@@ -144,7 +144,8 @@ def test_version_and_python_agree_between_the_files():
 
 def test_ci_calls_exactly_the_test_script():
     lines = (REPOSITORY / ".ci/run").read_text(encoding="utf-8").splitlines()
-    assert "bash scripts/test.sh" in lines
+    assert lines[-1] == "bash scripts/test.sh" and len(lines) == 4
+    assert "bash scripts/test.sh" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert os.access(REPOSITORY / ".ci/run", os.X_OK)
 
 
