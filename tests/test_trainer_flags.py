@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 
 import pytest
 from trainer.arguments import build_parser, parse_args
@@ -253,6 +254,23 @@ def test_a_checkpoint_of_another_model_or_of_more_steps_is_refused(folder, capsy
         assert flags.split()[0] in line and f"trained with {kept}" in line, line
     line = refusal(["--load", "ck", "--train-iters", "3"], capsys)
     assert "--train-iters 3" in line and "4 steps" in line
+
+
+@pytest.mark.parametrize(
+    "body", ["raise RuntimeError('two\\nlines')", "import sys; sys.exit(3)", "import no_such_part", "("]
+)
+def test_a_calculator_module_that_fails_or_leaves_is_refused_in_one_line(body, folder, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(folder))
+    (folder / "own_calculator.py").write_text(body, encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "own_calculator", raising=False)
+    flags = "--context-parallel-size 2 --gather-size-calculator own_calculator:Class"
+    assert "--gather-size-calculator own_calculator:Class cannot be imported" in refusal(flags.split(), capsys)
+
+
+@pytest.mark.parametrize("value", [b"[2]", b"{a: 2}", b"two", b"2.5", b"\xe9"])
+def test_a_file_of_settings_with_other_than_numbers_is_refused_in_one_line(value, folder, capsys):
+    (folder / "cp.yaml").write_bytes(b"parallel_config:\n  context_parallel: " + value + b"\n")
+    assert "--cp-config cp.yaml" in refusal(["--cp-config", "cp.yaml"], capsys)
 
 
 def test_the_same_command_starts_and_restarts(folder):

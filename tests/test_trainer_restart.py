@@ -122,7 +122,7 @@ def lost():
 
 
 def refused():
-    raise Refused("--save x: no space")
+    raise Refused("--save x: no space", status=1)
 
 
 @pytest.mark.parametrize(

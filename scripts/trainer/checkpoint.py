@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from trainer.checkpoint_files import MODEL, PARALLEL, Checkpoint, complete, digest_of, now, prepare
-from trainer.failures import Refused, gather
+from trainer.failures import Refused, gather, is_loss_of_a_peer
 from trainer.random_state import load_random_state, save_random_state
 from trainer.safe_reading import check_metadata, tensors_alone
 
@@ -71,42 +72,49 @@ def save_checkpoint(args, chunks, optimizer, scheduler, iteration):
     """Write --save/iter_NNNNNNN and make it the latest once it is complete; collective.
 
     Raises:
-        Refused: on every rank, when a rank could not write its part; the latest checkpoint is then the one before.
+        Refused: a rank could not write its part; the latest checkpoint is then the one before.
     """
-    folder, rank = args.save, dist.get_rank()
+    folder, first = args.save, dist.get_rank() == 0
     name = f"iter_{iteration:07d}"
+    _together(args, iteration, lambda: prepare(folder, iteration) if first else None)
+    _save_state(args, _state(args, chunks, optimizer, scheduler, iteration, False), Path(folder, name))
+    parts = _together(args, iteration, lambda: _finish_part(Path(folder, name)))
+    files = {file: entry for part in parts for file, entry in part.items()}
+    checkpoint = Checkpoint(folder, name, iteration, now(), **_settings(args), files=files)
+    _together(args, iteration, lambda: complete(checkpoint, args.keep_last) if first else None)
 
-    def write(part):
-        try:
-            part()
-        except (OSError, CheckpointException) as error:
-            return f"rank {rank}: {_reason(error)}"
 
-    def agree(error):
-        errors = [error for error in gather(error) if error]
-        if errors:
-            raise Refused(
-                f"--save {folder}: the checkpoint of step {iteration} could not be written ({errors[0]}); make room or "
-                f"give another folder, and go on from the last good one with --load {folder}."
-            )
+def _together(args, iteration, part):
+    """Every rank's value of ``part()``, which communicates nothing: its failure on one rank is a failure on all."""
+    value, error = None, None
+    try:
+        value = part()
+    except OSError as own:
+        error = f"rank {dist.get_rank()}: {_reason(own)}"
+    outcomes = gather((value, error))
+    errors = [error for _, error in outcomes if error]
+    if errors:
+        raise _save_failed(args, iteration, errors[0])
+    return [value for value, _ in outcomes]
 
-    agree(write(lambda: prepare(folder, iteration)) if rank == 0 else None)
-    path = Path(folder, name)
-    state = _state(args, chunks, optimizer, scheduler, iteration, False)
-    agree(write(lambda: dist_checkpointing.save(state, str(path), SynchronousSave())))
-    files = {}
 
-    def finish_part():
-        save_random_state(path)
-        mine = (name for name in os.listdir(path) if writer_of(name) == rank)
-        files.update({name: [Path(path, name).stat().st_size, digest_of(Path(path, name))] for name in mine})
+def _save_state(args, state, path):
+    iteration = state["iteration"]
+    try:
+        dist_checkpointing.save(state, str(path), SynchronousSave())
+    except CheckpointException as error:  # torch has told every rank
+        raise _save_failed(args, iteration, _reason(error)) from None
+    except (OSError, RuntimeError) as error:
+        if is_loss_of_a_peer(error):
+            raise
+        raise _save_failed(args, iteration, _reason(error), everywhere=False) from None
 
-    agree(write(finish_part))
-    everything = {name: entry for part in gather(files) for name, entry in part.items()}
-    settings = {"model": MODEL, "parallel": PARALLEL}
-    flags = {part: {name: getattr(args, name) for name in names} for part, names in settings.items()}
-    checkpoint = Checkpoint(folder, name, iteration, now(), **flags, files=everything)
-    agree(write(lambda: complete(checkpoint, args.keep_last)) if rank == 0 else None)
+
+def _finish_part(path):
+    """Write this rank's random state; name -> [size, SHA-256] of what this rank has written."""
+    save_random_state(path)
+    mine = [Path(path, name) for name in os.listdir(path) if writer_of(name) == dist.get_rank()]
+    return {file.name: [file.stat().st_size, digest_of(file)] for file in mine}
 
 
 def writer_of(name: str) -> int:
@@ -115,12 +123,30 @@ def writer_of(name: str) -> int:
     return int(found.group(1) or found.group(2)) if found else 0
 
 
+def _save_failed(args, iteration, reason, everywhere=True):
+    room = f"{shutil.disk_usage(args.save).free:,} bytes are free there"
+    return Refused(
+        f"--save {args.save}: the checkpoint of step {iteration} could not be written ({reason}; {room}); make room or "
+        f"give another folder, and go on from the checkpoint before it with --load {args.save}.",
+        everywhere,
+        status=1,
+    )
+
+
 def _reason(error):
-    """The failure that a rank met, out of torch's collection of all ranks' failures."""
+    """The failure itself in one line, where torch has collected the failures of all ranks."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _settings(args):
+    """The flags that a checkpoint's record keeps."""
+    return {
+        part: {name: getattr(args, name) for name in names}
+        for part, names in {"model": MODEL, "parallel": PARALLEL}.items()
+    }
 
 
 def load_checkpoint(args, chunks, optimizer, scheduler):
@@ -129,8 +155,24 @@ def load_checkpoint(args, chunks, optimizer, scheduler):
     Raises:
         Refused: on every rank, when a file holds other bytes than were written, or names code to run.
     """
-    checkpoint, rank, world = args.resume, dist.get_rank(), dist.get_world_size()
-    seen = sorted(set(gather(str(checkpoint.name))))
+    checkpoint = args.resume
+    _check_bytes(args, checkpoint)
+    check_metadata(checkpoint.path)
+    with tensors_alone():
+        state = dist_checkpointing.load(_state(args, chunks, optimizer, scheduler, 0, True), str(checkpoint.path))
+    for stage, chunk in enumerate(chunks):
+        chunk.module.load_state_dict(state[_name(chunks, stage)])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    if checkpoint.parallel == _settings(args)["parallel"]:
+        load_random_state(checkpoint.path)
+    return state["iteration"]
+
+
+def _check_bytes(args, checkpoint):
+    """Compare every file with its checksum, the files shared out over the ranks."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    seen = sorted(set(gather(checkpoint.name)))
     if len(seen) > 1:
         raise Refused(
             f"--load {args.load} shows some ranks {seen[0]} and others {seen[1]}; give a folder that all share."
@@ -141,13 +183,3 @@ def load_checkpoint(args, chunks, optimizer, scheduler):
         raise Refused(gather(checkpoint.describe_damage(wrong) if rank == 0 else None)[0])
     if not checkpoint.files and rank == 0:
         print(f"note: {checkpoint.path} was written without checksums; its bytes are not checked.", flush=True)
-    check_metadata(checkpoint.path)
-    with tensors_alone():
-        state = dist_checkpointing.load(_state(args, chunks, optimizer, scheduler, 0, True), str(checkpoint.path))
-    for stage, chunk in enumerate(chunks):
-        chunk.module.load_state_dict(state[_name(chunks, stage)])
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    if checkpoint.parallel == {name: getattr(args, name) for name in PARALLEL}:
-        load_random_state(checkpoint.path)
-    return state["iteration"]

@@ -99,7 +99,7 @@ class Checkpoint:
         """One line: what is damaged, since when, which checkpoint is the last good one."""
         more = f", and {len(wrong) - 1} more files" if len(wrong) > 1 else ""
         return (
-            f"--load {self.folder}: {wrong[0]}{more}, since the checkpoint was saved at {self.saved_at}; "
+            f"--load {self.folder}: {wrong[0]}{more}; the checkpoint was whole when it was saved at {self.saved_at}; "
             f"{_way_back(self.folder, self.name)}."
         )
 

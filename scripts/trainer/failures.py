@@ -20,7 +20,16 @@ LOST = (
 
 
 class Refused(ValueError):
-    """The run cannot go on and every rank knows it; the message names what, why and a way out."""
+    """The run cannot go on; the message names what, why and a way out.
+
+    Args:
+        everywhere: every rank raises this, so that one of them need say it; else the rank that raises it is alone.
+        status: the exit status; 2 is for what could be known before the first step.
+    """
+
+    def __init__(self, message: str, everywhere: bool = True, status: int = 2):
+        super().__init__(message)
+        self.everywhere, self.status = everywhere, status
 
 
 def gather(value: Any) -> list[Any]:
@@ -47,7 +56,8 @@ def readable_failures(rank: int) -> Iterator[None]:
     try:
         yield
     except Refused as error:
-        _leave(f"{PROGRAM}: error: {error}" if rank == 0 else None, 1)
+        speaks = rank == 0 or not error.everywhere
+        _leave(f"{PROGRAM}: error: {error}" if speaks else None, error.status)
     except KeyboardInterrupt:
         _leave(f"{PROGRAM}: interrupted." if rank == 0 else None, 130)
     except (RuntimeError, ConnectionError, TimeoutError) as error:
@@ -70,7 +80,8 @@ def is_loss_of_a_peer(error: BaseException | None) -> bool:
 def _first_line(error):
     """The message without source positions, call stacks and good wishes."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return text.partition("] ")[2].partition(". This is typically")[0] if text.startswith("[/") else text
+    text = text.partition(". This is typically")[0]
+    return text.partition("] ")[2] if text.startswith("[/") else text
 
 
 def _leave(line, status) -> NoReturn:

@@ -60,7 +60,7 @@ def _check_writable(args):
             f"{Path(args.log_file, 'run.jsonl')}.",
         )
         _try_to_write("--log-file", args.log_file, Path(args.log_file).parent)
-    if args.data_cache_path is None:
+    if args.data_cache_path is None and not any(Path(args.data_path, "cache", "GPTDataset_indices").glob("*.npy")):
         # Megatron keeps its index caches in a folder named like the dataset.
         _try_to_write("--data-path", args.data_path, Path(args.data_path), "give a folder for the index caches by "
                       "--data-cache-path")  # fmt: skip

@@ -14,7 +14,10 @@ def save_random_state(path: Path) -> None:
         "device": torch.cuda.get_rng_state(),
         "tracker": dict(get_cuda_rng_tracker().get_states()),
     }
-    torch.save(state, _file(path))
+    try:
+        torch.save(state, _file(path))
+    except RuntimeError as error:  # torch's writer says so when the disk is full
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def load_random_state(path: Path) -> None:
