@@ -40,8 +40,8 @@ def say(text):
 
 
 def torch_of(python):
-    """The version of the torch that this interpreter imports, None where it imports none."""
-    code = "import torch; print(torch.__version__)"
+    """The version, as pip knows it, of the torch that this interpreter imports; None where it imports none."""
+    code = "import importlib.metadata, torch; print(importlib.metadata.version('torch'))"
     result = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tempfile.gettempdir())
     return result.stdout.split()[-1] if result.returncode == 0 and result.stdout else None
 
@@ -73,7 +73,8 @@ def make(folder, with_pip=True):
 def pip(command, *arguments):
     """Run pip of this environment."""
     line = [sys.executable, "-m", "pip", command, "-qq", "--disable-pip-version-check", *arguments]
-    subprocess.run(line, check=True, cwd=ROOT)
+    if subprocess.run(line, cwd=ROOT).returncode != 0:
+        raise SystemExit(f"pip failed: {' '.join(arguments)}")
 
 
 def pinned(name):

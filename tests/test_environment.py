@@ -61,12 +61,15 @@ def test_a_torch_of_another_environment_is_imported_from_there(monkeypatch, tmp_
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(subprocess.run([python, "-c", where], check=True, capture_output=True, text=True).stdout.strip())
     (packages / "torch").mkdir()
-    (packages / "torch" / "__init__.py").write_text(f"__version__ = '{versions.LOWEST_TORCH}+stub'\n")
+    (packages / "torch" / "__init__.py").touch()
+    (packages / "torch-stub.dist-info").mkdir()
+    metadata = f"Metadata-Version: 2.1\nName: torch\nVersion: {versions.LOWEST_TORCH}\n"
+    (packages / "torch-stub.dist-info" / "METADATA").write_text(metadata, encoding="utf-8")
     make = f"import environment, pathlib; environment.make(pathlib.Path({str(ours)!r}), with_pip=False)"
     clean = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
     subprocess.run([python, "-c", make], check=True, env=clean)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    assert environment.torch_of(str(ours / "bin" / "python")) == f"{versions.LOWEST_TORCH}+stub"
+    assert environment.torch_of(str(ours / "bin" / "python")) == versions.LOWEST_TORCH
     assert not sees_system_packages(ours)
 
 
