@@ -119,7 +119,7 @@ class FrameworkSettings:
         Raises:
             ValueError: a rule is broken; the message names flag, value, rule and a way out.
         """
-        values = {name: value for name, value in further.items() if value is not None} | self.values
+        values = {name: value for name, value in further.items() if value is not None} | dict(self.values)
         known = SimpleNamespace(**(_defaults() | MODEL_DEFAULTS | values), cp_given=frozenset(values))
         if known.cp_config:
             named = {key for key, row in KEYS.items() if row.dest in values}
@@ -166,6 +166,7 @@ def _converted(action: argparse.Action, value: Any) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError(f"{action.option_strings[0]} {value!r} must be text or a whole number.")
+    assert callable(action.type), "the parser registers no types by name"
     return action.type(str(value))
 
 

@@ -55,7 +55,8 @@ def balanced_rings(documents: tuple[int, ...], num_ranks: int, causal: bool = Tr
         documents: boundaries with the leading 0 and the total.
         causal: causal attention within documents, else full.
     """
-    area, seq_len, best = _Area(documents, causal), documents[-1], None
+    area, seq_len = _Area(documents, causal), documents[-1]
+    best: tuple[float, np.ndarray, np.ndarray] | None = None
     for per_rank in CHUNKS_PER_RANK:
         cuts = _cuts(seq_len, num_ranks * per_rank)
         areas, homes = np.diff(area(cuts)), area.document(cuts[:-1])
@@ -66,6 +67,7 @@ def balanced_rings(documents: tuple[int, ...], num_ranks: int, causal: bool = Tr
             best = ratio, cuts, owner
         if ratio <= GOOD or seq_len < 2 * num_ranks * per_rank:
             break
+    assert best is not None
     _, cuts, owner = best
     runs = list(zip(cuts[:-1].tolist(), cuts[1:].tolist()))
     return tuple(tuple(runs[chunk] for chunk in np.flatnonzero(owner == rank)) for rank in range(num_ranks))

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,10 @@ from mindspeed_cp import compat
 from mindspeed_cp.kernels import npu_setup
 from mindspeed_cp.notices import ContextParallelWarning, is_rank0, warn_rank0
 from mindspeed_cp.patches.versions import DEFAULT, MEGATRONS
+
+if TYPE_CHECKING:
+    from mindspeed_cp.patches.manager import Patch, PatchManager
+    from mindspeed_cp.patches.state import AdaptorState
 
 TRIED_VERSIONS = tuple(row.version for row in MEGATRONS)
 DEVICE_VARIABLE = "MINDSPEED_CP_DEVICE"
@@ -31,6 +36,9 @@ MODEL_CODE = (
     "megatron.core.transformer.transformer_block",
 )
 _modules_before = frozenset(sys.modules)
+_state: "AdaptorState"
+_manager: "PatchManager"
+_tables: "dict[str, list[Patch]]"  # name -> patches, in the order of application
 
 
 def _require_megatron():

@@ -180,7 +180,7 @@ def _joined(row, count, lo, hi, lo_slope, hi_slope) -> Pieces:
         follows &= goes_up | stays
     if not follows.any():
         return Pieces(*parts)
-    joined = []
+    joined: list[tuple[int, ...]] = []
     for piece in zip(*parts):
         if joined and (longer := _one_piece(joined[-1], piece)):
             joined[-1] = longer

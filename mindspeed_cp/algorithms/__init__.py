@@ -44,6 +44,11 @@ def _ring_hierarchy(ulysses: int, ring: int, window: int) -> Hierarchy:
     return (ulysses, ring, 1) if window == 1 else (ulysses, window, ring // window)
 
 
+def _degree(config: "ContextParallelConfig") -> int:
+    assert config.ulysses_degree is not None, "a rule of the configuration"
+    return config.ulysses_degree
+
+
 ALGORITHMS: dict[str, Algorithm] = {
     "ulysses_cp_algo": Algorithm(
         "Ulysses",
@@ -62,7 +67,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "hybrid_cp_algo": Algorithm(
         "Hybrid",
-        lambda c: _ring_hierarchy(c.ulysses_degree, c.context_parallel_size // c.ulysses_degree, c.window_size),
+        lambda c: _ring_hierarchy(_degree(c), c.context_parallel_size // _degree(c), c.window_size),
         "ring",
         "Ulysses inside groups of --ulysses-degree-in-cp ranks, a ring between them",
         splits_heads=True,

@@ -34,7 +34,9 @@ __all__ = [
 
 # Process group -> (Workspace, HostMemory or None): all modules of a group share them, as layers do, and copies of a
 # module too.
-_memories = weakref.WeakKeyDictionary()
+_memories: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[Workspace, HostMemory | None]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _memory_of(group):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 # The counters that are open now. Autograd may run the backward pass in another thread, so this is not a context
 # variable.
-_active = []
+_active: list["Traffic"] = []
 
 
 class Traffic:

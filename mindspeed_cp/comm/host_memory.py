@@ -184,7 +184,8 @@ class HostMemory:
         """Give the memory back; what peers have mapped stays theirs until they close."""
         if self._memories:
             os.close(self._file)
-        self.peers, self._unread, self._memories, self._own = frozenset(), [], {}, None
+        self.peers, self._unread, self._memories = frozenset(), [], {}
+        self._own = None  # type: ignore[assignment]  # nothing is sent or read after this
 
     __del__ = close
 
