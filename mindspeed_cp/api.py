@@ -6,16 +6,18 @@ from functools import lru_cache
 import torch
 
 from mindspeed_cp.algorithms.function import AttentionCall, ContextParallelAttention
+from mindspeed_cp.algorithms.kv_cache import KVCache
 from mindspeed_cp.algorithms.ring import RingProblem
 from mindspeed_cp.algorithms.ulysses import UlyssesProblem
 from mindspeed_cp.blocks import needed_rows
-from mindspeed_cp.comm.all_to_all import SequenceExchange
+from mindspeed_cp.comm.sequence_exchange import SequenceExchange
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.groups import ContextParallelGroups
-from mindspeed_cp.kernels import merge_function, select_kernel
+from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions
 from mindspeed_cp.layout import SequenceLayout, run_positions
 from mindspeed_cp.masks import dense_mask, interval_masks
+from mindspeed_cp.softmax import merge_function
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -67,28 +69,30 @@ def context_parallel_attention(
     _check_tensors(query, key, value, groups, layout)
     _check_same_hierarchy(config, groups, layout)
     _check_options(config, query, key, softmax_offset, layer_number, dropout_p)
-    if kernel is None or isinstance(kernel, str):
-        kernel = select_kernel(kernel, query.device.type)
+    if dropout_p == 1:
+        kernel = "blockwise"  # fused kernels divide by the probability of keeping
+    chosen = select_kernel(kernel, query.device.type) if kernel is None or isinstance(kernel, str) else kernel
     causal = config.causal and not (config.attention_mask_type == "general" and attention_mask is not None)
     masks = interval_masks(causal, layout.seq_len, query.shape[1], cu_seqlens, sliding_window)
     policy = config.kv_cache_policy_for(layer_number)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))):
         policy = None  # nothing will run backward, so nothing is kept for it
+    cache = KVCache.resolve(policy, config.ring_size)
     ring = RingProblem(
         groups=groups,
         runs=tuple(layout.ring_runs(rank) for rank in range(layout.ring_size)),
-        mask=masks[0],
-        kernel=kernel,
+        masks=masks,
+        kernel=chosen,
         options=KernelOptions(
             query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, float(dropout_p), groups.cp_rank
         ),
         exchange=_exchange(config, layout, masks, attention_mask),
-        policy=policy if config.ring_size > 1 else None,
+        keep=cache.keep,
         overlap=config.send_recv_overlap,
         dense_mask=dense_mask(attention_mask, query.shape[1], layout.seq_len),
-        merge=merge_function(kernel, fused_update),
+        merge=merge_function(chosen, fused_update),
     )
-    call = AttentionCall(ring, _ulysses_problem(config, groups, layout, query, key, value, policy, kernel))
+    call = AttentionCall(ring, _ulysses_problem(config, groups, layout, query, key, value, cache, chosen))
     # Kernels take any strides but the last dimension's; torch's CPU operator would read past it without a word.
     tensors = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
     order = None if layout.ulysses_degree > 1 else _ascending(layout, groups.cp_rank, query.device)
@@ -131,26 +135,18 @@ def _direct_saves(layout, masks):
     )
 
 
-def _ulysses_problem(config, groups, layout, query, key, value, policy, kernel):
+def _ulysses_problem(config, groups, layout, query, key, value, cache, kernel):
     if config.hierarchy[0] == 1:
         return None
     unpack = "heads" if getattr(kernel, "contiguous_heads", False) else None
-    exchange = SequenceExchange(
-        groups.ulysses_group,
-        groups.ulysses_rank,
-        tuple(layout.ulysses_lengths(groups.ring_rank)),
-        groups.workspace,
-        config.alltoall,
-        groups.host,
-        unpack,
-    )
+    exchange = SequenceExchange(groups.ulysses, layout.ulysses_rows(groups.ring_rank), config.alltoall, unpack)
     return UlyssesProblem(
         exchange,
         query.shape[2],
         key.shape[2],
         query.shape[3],
         value.shape[3],
-        policy=policy if config.ring_size == 1 else None,
+        refetch=cache.refetch,
         allgather_kv=config.allgather_kv,
     )
 

@@ -4,12 +4,16 @@ Within a context-parallel group, cp_rank = ring_rank * ulysses_degree + ulysses_
 (their all-to-all wants the fastest links), ring ranks are strided.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch.distributed as dist
 
 from mindspeed_cp.comm.host_memory import SMALLEST_MESSAGE, HostMemory
+from mindspeed_cp.comm.link import Link, within
 from mindspeed_cp.comm.workspace import Workspace
+from mindspeed_cp.config import ContextParallelConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,56 +24,81 @@ class ContextParallelGroups:
         hierarchy: (ulysses, window, windows).
         cp_rank: this rank within the context-parallel group.
         global_ranks: global ranks of the group in cp_rank order.
-        cp_group, ulysses_group, ring_group: process groups, None where the part has one rank.
-        outer_group: a second communicator over the ring, for transfers between windows, so that they run beside the
+        cp, ulysses, ring: links over the whole group, the Ulysses ranks and the ring, None where the part has one rank.
+        outer: a second communicator over the ring, for transfers between windows, so that they run beside the
             transfers within a window instead of queueing behind them; None without windows.
         workspace: reused communication buffers.
-        host: HostMemory shared with the ranks on this host, None where gloo or another back end carries everything.
+        made: the process groups that ``build`` made, and ``destroy`` destroys.
     """
 
     hierarchy: tuple[int, int, int]
     cp_rank: int
     global_ranks: tuple[int, ...]
-    cp_group: object = None
-    ulysses_group: object = None
-    ring_group: object = None
-    outer_group: object = None
+    cp: Link | None = None
+    ulysses: Link | None = None
+    ring: Link | None = None
+    outer: Link | None = None
     workspace: Workspace = field(default_factory=Workspace, repr=False)
-    host: HostMemory | None = field(default=None, repr=False)
+    made: tuple[dist.ProcessGroup, ...] = field(default=(), repr=False)
 
     @property
-    def cp_size(self):
+    def cp_group(self) -> dist.ProcessGroup | None:
+        return None if self.cp is None else self.cp.group
+
+    @property
+    def ulysses_group(self) -> dist.ProcessGroup | None:
+        return None if self.ulysses is None else self.ulysses.group
+
+    @property
+    def ring_group(self) -> dist.ProcessGroup | None:
+        return None if self.ring is None else self.ring.group
+
+    @property
+    def outer_group(self) -> dist.ProcessGroup | None:
+        return None if self.outer is None else self.outer.group
+
+    @property
+    def cp_size(self) -> int:
         return len(self.global_ranks)
 
     @property
-    def ulysses_degree(self):
+    def ulysses_degree(self) -> int:
         return self.hierarchy[0]
 
     @property
-    def ulysses_rank(self):
+    def ulysses_rank(self) -> int:
         return self.cp_rank % self.ulysses_degree
 
     @property
-    def ring_rank(self):
+    def ring_rank(self) -> int:
         return self.cp_rank // self.ulysses_degree
 
     @property
-    def ring_size(self):
+    def ring_size(self) -> int:
         return self.hierarchy[1] * self.hierarchy[2]
 
     @property
-    def ring_global_ranks(self):
+    def ring_global_ranks(self) -> tuple[int, ...]:
         """Global ranks of this rank's ring in ring_rank order."""
         return self.global_ranks[self.ulysses_rank :: self.ulysses_degree]
 
     @classmethod
-    def build(cls, config, cp_ranks=None, timeout=None, share_from=SMALLEST_MESSAGE):
+    def build(
+        cls,
+        config: ContextParallelConfig,
+        cp_ranks: Sequence[Sequence[int]] | None = None,
+        *,
+        timeout: timedelta | None = None,
+        cp_group: dist.ProcessGroup | None = None,
+        share_from: int | None = SMALLEST_MESSAGE,
+    ) -> "ContextParallelGroups":
         """Make the process groups; collective over the world, so every rank calls it with the same arguments.
 
         Args:
-            config: ContextParallelConfig.
-            cp_ranks: global ranks of every context-parallel group, a list of lists; None is one group of all ranks.
-            timeout: datetime.timedelta for the groups, None for the backend's default.
+            cp_ranks: global ranks of every context-parallel group; None is one group of all ranks.
+            timeout: of the groups that are made, None for the backend's default.
+            cp_group: this rank's context-parallel group where it exists already, as Megatron's does; it is used and
+                never destroyed. Every communicator costs an NPU 400 MB of buffers. All ranks have one, or none has.
             share_from: bytes from which a message between gloo ranks of one host goes through shared memory; None is
                 never.
 
@@ -80,55 +109,69 @@ class ContextParallelGroups:
         if cp == 1:
             return cls(config.hierarchy, 0, (dist.get_rank() if dist.is_initialized() else 0,))
         all_ranks = _checked_ranks(cp, cp_ranks)
-        ulysses, window, windows = config.hierarchy
-        mine, rank = {}, dist.get_rank()
-
-        def make(name, ranks):
-            group = dist.new_group(list(ranks), timeout=timeout)
-            if rank in ranks:
-                mine[name] = group
-
-        for ranks in all_ranks:
-            make("cp_group", ranks)
-            for start in range(0, cp, ulysses):
-                if 1 < ulysses < cp:
-                    make("ulysses_group", ranks[start : start + ulysses])
-            for first in range(ulysses):
-                if 1 < ulysses < cp:
-                    make("ring_group", ranks[first::ulysses])
-                if windows > 1:
-                    make("outer_group", ranks[first::ulysses])
-            if rank in ranks:
-                mine["global_ranks"], mine["cp_rank"] = tuple(ranks), ranks.index(rank)
-        if ulysses == cp:
-            mine["ulysses_group"] = mine["cp_group"]
-        elif ulysses == 1:
-            mine["ring_group"] = mine["cp_group"]
-        if share_from is not None:
-            mine["host"] = HostMemory.connect(mine["cp_group"], share_from)
-        groups = cls(config.hierarchy, **mine)
+        rank = dist.get_rank()
+        (mine,) = (tuple(ranks) for ranks in all_ranks if rank in ranks)
+        if cp_group is not None and tuple(dist.get_process_group_ranks(cp_group)) != mine:
+            raise ValueError(
+                f"cp_group has the global ranks {dist.get_process_group_ranks(cp_group)} and must have {list(mine)}, "
+                f"the context-parallel group of rank {rank}; pass that group, or leave cp_group out."
+            )
+        made = _make(all_ranks, config.hierarchy, timeout, () if cp_group is None else ("cp",))
+        whole = made.get("cp", cp_group)
+        assert whole is not None
+        carrier = None if share_from is None else HostMemory.connect(whole, share_from)
+        link = Link(whole, mine.index(rank), mine, carrier=carrier)
+        links = {"cp": link}
+        if config.hierarchy[0] in (1, cp):
+            links["ring" if config.hierarchy[0] == 1 else "ulysses"] = link
+        for name, group in made.items():
+            links.setdefault(name, within(link, group, dist.get_process_group_ranks(group)))
+        groups = cls(config.hierarchy, link.rank, mine, **links, workspace=link.workspace, made=tuple(made.values()))
         groups._warm_up()
         return groups
 
-    def _warm_up(self):
+    def _warm_up(self) -> None:
         """Connect every pair now: NCCL and HCCL want every rank in a group's first operation, and a ring may start with
         fewer; with gloo, a rank that destroys its groups early would break connections that others still make."""
-        for group in self._distinct():
+        links = (self.cp, self.ulysses, self.ring, self.outer)
+        for group in {id(link.group): link.group for link in links if link is not None}.values():
             dist.barrier(group)
 
-    def _distinct(self):
-        groups = (self.cp_group, self.ulysses_group, self.ring_group, self.outer_group)
-        return {id(group): group for group in groups if group is not None}.values()
-
-    def destroy(self):
-        """Release the process groups; every rank calls it, after its last operation. The object cannot be used
-        afterwards.
+    def destroy(self) -> None:
+        """Release the process groups that were made here; every rank calls it, after its last operation. The object
+        cannot be used afterwards.
         """
-        if self.host is not None:
-            self.host.close()
-        for group in self._distinct():
+        if self.cp is not None and self.cp.carrier is not None:
+            self.cp.carrier.close()
+        for group in self.made:
             dist.destroy_process_group(group)
         self.workspace.clear()
+
+
+def _make(all_ranks, hierarchy, timeout, existing) -> dict[str, dist.ProcessGroup]:
+    """This rank's process groups by name, without the existing ones; all ranks make all of them, in one order."""
+    ulysses, _, windows = hierarchy
+    made = {}
+    for name, ranks in _parts(all_ranks, ulysses, windows):
+        if name not in existing:
+            group = dist.new_group(list(ranks), timeout=timeout)
+            if dist.get_rank() in ranks:
+                made[name] = group
+    return made
+
+
+def _parts(all_ranks, ulysses, windows):
+    """(name, global ranks) of every process group, in the order in which all ranks make them."""
+    for ranks in all_ranks:
+        yield "cp", ranks
+        if 1 < ulysses < len(ranks):
+            for start in range(0, len(ranks), ulysses):
+                yield "ulysses", ranks[start : start + ulysses]
+        for first in range(ulysses):
+            if 1 < ulysses < len(ranks):
+                yield "ring", ranks[first::ulysses]
+            if windows > 1:
+                yield "outer", ranks[first::ulysses]
 
 
 def _checked_ranks(cp, cp_ranks):

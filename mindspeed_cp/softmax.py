@@ -1,14 +1,47 @@
-"""Merging of partial attention results.
+"""What an attention call merges and sums over its blocks, in the accumulation dtype: out and lse, and the gradients.
 
-Shapes: out (seq, batch, heads, head_dim) and lse (seq, batch, heads), both in the accumulation dtype.
+Shapes: out (seq, batch, heads, dv), lse (seq, batch, heads), dq (seq, batch, heads, dk), the gradient of a shard of
+keys and values (seq, batch, kv_heads, dk + dv). A block covers some rows of the sequence (``rows``) for some rows of
+the batch (``batch``), both slices.
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from mindspeed_cp.accumulate import row_chunks
+from mindspeed_cp.comm.workspace import Workspace
+from mindspeed_cp.kernels.base import AttentionKernel, accumulation_dtype
+from mindspeed_cp.notices import warn_rank0
+
+CHUNK_ELEMENTS = 1 << 16  # a converted chunk of 256 KiB stays in a core's second-level cache
+
+Merge = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Any]
 
 
-def merge_attention(out, lse, block_out, block_lse):
+def row_chunks(tensor: torch.Tensor) -> list[slice]:
+    """Slices of the first dimension that cover the tensor in pieces of about CHUNK_ELEMENTS; one piece off the CPU.
+
+    Off the CPU a conversion is part of the arithmetic kernel and small launches would cost more.
+    """
+    rows = tensor.shape[0]
+    if tensor.device.type != "cpu" or tensor.numel() <= CHUNK_ELEMENTS:
+        return [slice(0, rows)]
+    step = max(1, CHUNK_ELEMENTS * rows // tensor.numel())
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def add_in_place(total: torch.Tensor, part: torch.Tensor) -> None:
+    """total += part; both (seq, ...), part in the same or a lower precision."""
+    if part.dtype == total.dtype:
+        total.add_(part)
+        return
+    # On the CPU a mixed addition converts its whole operand into fresh memory first; page faults dominate it.
+    for rows in row_chunks(total):
+        total[rows].add_(part[rows].to(total.dtype))
+
+
+def merge_attention(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_lse: torch.Tensor) -> None:
     """Combine attention over two disjoint sets of keys into attention over their union, in place.
 
     Args:
@@ -26,7 +59,7 @@ def merge_attention(out, lse, block_out, block_lse):
     torch.logaddexp(lse, block_lse, out=lse)
 
 
-def add_softmax_offset(out, lse, offset):
+def add_softmax_offset(out: torch.Tensor, lse: torch.Tensor, offset: torch.Tensor) -> None:
     """Let every row see one more key with score ``offset`` and value 0 (an attention sink), in place.
 
     Args:
@@ -39,7 +72,9 @@ def add_softmax_offset(out, lse, offset):
     torch.logaddexp(lse, offset.expand_as(lse), out=lse)
 
 
-def softmax_offset_gradient(grad_out, out, lse, offset):
+def softmax_offset_gradient(
+    grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, offset: torch.Tensor
+) -> torch.Tensor:
     """Gradient (heads,) of ``add_softmax_offset``'s offset; out and lse are those that include it.
 
     The sink's value is 0, so the gradient of its score is -p * delta with p = exp(offset - lse), delta = sum(grad_out *
@@ -47,3 +82,128 @@ def softmax_offset_gradient(grad_out, out, lse, offset):
     """
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     return -(torch.exp(offset.to(lse.dtype) - lse) * delta).sum((0, 1)).to(offset.dtype)
+
+
+def merge_function(kernel: AttentionKernel, fused: bool) -> Merge:
+    """The function that merges a block's (out, lse) into the result so far, as ``merge_attention`` does.
+
+    Args:
+        fused: use the kernel's own operator (--use-fused-ring-attention-update); where it has none, that is said once.
+    """
+    if fused and not hasattr(kernel, "merge"):
+        warn_rank0(
+            f"--use-fused-ring-attention-update changes nothing: kernel {kernel.name} has no fused update here; "
+            "blocks are merged in place by torch operations."
+        )
+    return getattr(kernel, "merge", merge_attention) if fused else merge_attention
+
+
+def accumulator(workspace: Workspace, name: str, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """Memory for a sum in the accumulation dtype: reused where the result is converted anyway, else fresh, to keep."""
+    dtype = accumulation_dtype(like.dtype)
+    if dtype == like.dtype:
+        return like.new_empty(shape, dtype=dtype)
+    return workspace.get(name, shape, dtype, like.device)
+
+
+def _is_whole(rows: slice, batch: slice, tensor: torch.Tensor) -> bool:
+    return (
+        len(range(tensor.shape[0])[rows]) == tensor.shape[0] and len(range(tensor.shape[1])[batch]) == tensor.shape[1]
+    )
+
+
+class PartialAttention:
+    """The merged (out, lse) so far; a first block that covers every row is taken over as it is."""
+
+    def __init__(self, workspace: Workspace, merge: Merge, query: torch.Tensor, dv: int) -> None:
+        self._workspace, self._merge, self._query, self._shape = workspace, merge, query, (*query.shape[:3], dv)
+        self._out: torch.Tensor | None = None
+        self._lse: torch.Tensor | None = None
+        self._owned = False
+
+    def add(self, rows: slice, batch: slice, block_out: torch.Tensor, block_lse: torch.Tensor) -> None:
+        if self._out is None and _is_whole(rows, batch, self._query):
+            self._out, self._lse = block_out, block_lse
+            return
+        out, lse = self._own()
+        self._merge(out[rows, batch], lse[rows, batch], block_out, block_lse)
+
+    def _own(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse) in accumulators that may be changed in place."""
+        if self._owned and self._out is not None and self._lse is not None:
+            return self._out, self._lse
+        out = accumulator(self._workspace, "out.sum", self._shape, self._query)
+        lse = self._lse
+        if self._out is None or lse is None:
+            out.zero_()
+            lse = torch.full(self._shape[:3], -torch.inf, dtype=out.dtype, device=out.device)
+        elif self._out.dtype == out.dtype:
+            out = self._out
+        else:
+            out.copy_(self._out)
+        self._out, self._lse, self._owned = out, lse, True
+        return out, lse
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse); out may lie in reused memory when its dtype is not the query's."""
+        return self._own() if self._out is None or self._lse is None else (self._out, self._lse)
+
+
+class RowSum:
+    """The sum of the blocks' query gradients; a first block that covers every row is taken over as it is."""
+
+    def __init__(self, like: torch.Tensor, workspace: Workspace) -> None:
+        self._like, self._workspace = like, workspace
+        self._first: torch.Tensor | None = None
+        self._total: torch.Tensor | None = None
+
+    def add(self, rows: slice, batch: slice, part: torch.Tensor) -> None:
+        if self._first is None and self._total is None and _is_whole(rows, batch, self._like):
+            self._first = part
+            return
+        add_in_place(self._sum()[rows, batch], part)
+
+    def _sum(self) -> torch.Tensor:
+        if self._total is None:
+            total = accumulator(self._workspace, "dq.sum", self._like.shape, self._like)
+            if self._first is None:
+                total.zero_()
+            elif self._first.dtype == total.dtype:
+                total = self._first
+            else:
+                total.copy_(self._first)
+            self._total, self._first = total, None
+        return self._total
+
+    def result(self) -> torch.Tensor:
+        return self._first if self._first is not None else self._sum()
+
+
+class KVPartial:
+    """The gradient of one shard of keys and values from this rank's blocks, written into ``target`` (seq, .., dk + dv).
+
+    One block of the whole batch is copied straight into the target, and so rounded once if that is a wire buffer.
+    Several are summed in the accumulation dtype first. Rows that no block touches are 0.
+    """
+
+    def __init__(self, target: torch.Tensor, single: bool, workspace: Workspace, accumulates: bool) -> None:
+        """single: at most one block comes, of the whole batch; accumulates: the target is in the accumulation dtype."""
+        self._target, self._single, self._sum = target, single, target
+        if not single and not accumulates and accumulation_dtype(target.dtype) != target.dtype:
+            self._sum = workspace.get("dkv.sum", target.shape, accumulation_dtype(target.dtype), target.device)
+        self._covered = slice(0, 0)
+        if not single:
+            self._sum.zero_()
+
+    def add(self, rows: slice, batch: slice, grads: Sequence[torch.Tensor], split: int) -> None:
+        parts = self._sum[rows, batch, :, :split], self._sum[rows, batch, :, split:]
+        for part, grad in zip(parts, grads):
+            part.copy_(grad) if self._single else add_in_place(part, grad)
+        self._covered = rows
+
+    def store(self) -> None:
+        if self._single:
+            self._target[: self._covered.start].zero_()
+            self._target[self._covered.stop :].zero_()
+        elif self._sum is not self._target:
+            self._target.copy_(self._sum)

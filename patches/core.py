@@ -154,6 +154,7 @@ def _dot_product_forward(attend):
                 **kwargs,
             )
 
+        forward.exchanges_context_parallel = True  # UlyssesContextAttention around it must not exchange again
         return forward
 
     return build
@@ -198,6 +199,7 @@ def _te_forward(attend):
                 **kwargs,
             )
 
+        forward.exchanges_context_parallel = True  # UlyssesContextAttention around it must not exchange again
         return forward
 
     return build
@@ -230,6 +232,8 @@ def _described(module, attn_mask_type, softmax_scale, dropout_p):
 
 def _initialize(state, announce):
     def build(original):
+        from megatron.core import parallel_state
+
         signature = inspect.signature(original)
 
         @wraps(original)
@@ -242,7 +246,8 @@ def _initialize(state, announce):
             if config.context_parallel_size == 1:
                 return
             minutes = given.get("distributed_timeout_minutes")
-            state.build_groups(config, _all_cp_ranks(), timedelta(minutes=minutes) if minutes else None)
+            timeout = timedelta(minutes=minutes) if minutes else None
+            state.build_groups(config, _all_cp_ranks(), timeout, parallel_state.get_context_parallel_group())
             announce(config)
 
         return initialize_model_parallel

@@ -92,10 +92,10 @@ class AdaptorState:
 
         return parallel_state.get_context_parallel_global_ranks(), parallel_state.get_context_parallel_rank()
 
-    def build_groups(self, config, cp_ranks, timeout=None):
-        """Make the process groups of ``config``; collective over the world."""
+    def build_groups(self, config, cp_ranks, timeout=None, cp_group=None):
+        """Make the process groups of ``config`` beside Megatron's own ``cp_group``; collective over the world."""
         self.config = config
-        self.groups = ContextParallelGroups.build(config, cp_ranks, timeout)
+        self.groups = ContextParallelGroups.build(config, cp_ranks, timeout=timeout, cp_group=cp_group)
         self.forget_batch()
 
     def destroy_groups(self):

@@ -82,6 +82,9 @@ def attend_among_poison(rank, case):
         handed_out.append(name)
         return buffer.fill_(torch.nan)
 
+    def poisoned_borrow(self, count, dtype, device, borrow=Workspace.borrow):
+        return borrow(self, count, dtype, device).fill_(torch.nan)
+
     def padded(name):
         shard = layout.shard(tensors[name], rank)
         room = torch.full((shard.shape[0] + 3, *shard.shape[1:]), torch.nan, dtype=shard.dtype)
@@ -92,6 +95,7 @@ def attend_among_poison(rank, case):
     keywords = arguments(case, config, groups, layout, tensors["sinks"], tensors["attention_mask"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Workspace, "get", poisoned_get)
+        patch.setattr(Workspace, "borrow", poisoned_borrow)
         torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
         try:
             assert torch.empty(3).isnan().all()

@@ -278,13 +278,18 @@ def test_one_rank_sends_nothing():
 
 def nested_counts(rank):
     peer, ones = 1 - rank, torch.ones(4)
-    from mindspeed_cp.comm.transport import post
+    from mindspeed_cp.comm.link import link_of
+
+    link = link_of(None)
+
+    def send(purpose):
+        link.exchange([(peer, [ones])], [(peer, [torch.empty(4)])], purpose).wait()
 
     with count_bytes() as outer:
         with count_bytes() as inner:
-            post(None, [(peer, ones)], [(peer, torch.empty(4))], "kv").wait()
-        post(None, [(peer, ones)], [(peer, torch.empty(4))], "q").wait()
-    post(None, [(peer, ones)], [(peer, torch.empty(4))], "out").wait()
+            send("kv")
+        send("q")
+    send("out")
     return dict(inner.bytes), dict(outer.bytes), outer.total_bytes, outer.total_messages
 
 

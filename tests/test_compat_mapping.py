@@ -1,4 +1,4 @@
-"""Differentiable collectives (mindspeed_cp.comm.mapping) against one process that holds every rank's tensor."""
+"""Differentiable collectives (mindspeed_cp.compat.mapping) against one process that holds every rank's tensor."""
 
 import itertools
 
@@ -7,7 +7,8 @@ import torch
 from distributed import run_ranks
 
 from mindspeed_cp.comm import count_bytes
-from mindspeed_cp.comm.mapping import (
+from mindspeed_cp.comm.messages import Pending
+from mindspeed_cp.compat.mapping import (
     all_to_all,
     cal_split_sizes,
     gather_forward_split_backward,
@@ -175,22 +176,19 @@ class _Noted(torch.autograd.Function):
 
 
 def _order_of_events(rank):
-    from mindspeed_cp.comm import transport
+    from mindspeed_cp.comm.link import Link
 
-    events, real = [], transport.all_to_all
+    events, real = [], Link.all_to_all
 
-    class Noting:
-        def __init__(self, transfer):
-            self.transfer, self.number = transfer, sum(event.startswith("start") for event in events)
-            events.append(f"start {self.number}")
-
-        def wait(self):
-            events.append(f"wait {self.number}")
-            self.transfer.wait()
+    def noting(self, *args):
+        number = sum(event.startswith("start") for event in events)
+        events.append(f"start {number}")
+        pending = real(self, *args)
+        return Pending(lambda: (events.append(f"wait {number}"), pending.wait()))
 
     hidden = torch.ones(4, 2, 4, requires_grad=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transport, "all_to_all", lambda *args: Noting(real(*args)))
+        patch.setattr(Link, "all_to_all", noting)
         query, key = (start_all_to_all(_Noted.apply(hidden, name, events), None, 2, 0) for name in ("q", "k"))
         (query.wait() + key.wait()).sum().backward()
     return events

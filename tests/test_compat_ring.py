@@ -1,11 +1,14 @@
 """MindSpeed's ringattn_context_parallel on SBH tensors, against dense attention in one process."""
 
+import gc
+import weakref
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import reference
 import torch
+import torch.distributed as dist
 from distributed import run_ranks
 
 from mindspeed_cp.comm import count_bytes
@@ -229,3 +232,24 @@ def _messages(rank):
 
 def test_what_cannot_be_computed_raises_with_a_way_out():
     run_ranks(2, _messages)
+
+
+def _group_goes(rank):
+    """Whether a group's buffers are gone with it, though nobody collects garbage."""
+    group = dist.new_group([0, 1])
+    para = {"causal": True, "cp_group": group, "cp_size": 2, "rank": rank, "cp_global_ranks": [0, 1]}
+    query = torch.randn(4, 1, 8, dtype=torch.float64)
+    ringattn_context_parallel(query, query, query, 2, para)
+    found = weakref.ref(group)
+    dist.barrier()
+    dist.destroy_process_group(group)
+    gc.disable()
+    try:
+        del group, para
+        return found() is None
+    finally:
+        gc.enable()
+
+
+def test_a_group_that_was_used_once_is_not_kept():
+    assert run_ranks(2, _group_goes) == [True] * 2

@@ -81,12 +81,12 @@ def traced(rank, case):
     kernel call.
     """
     from mindspeed_cp import context_parallel_attention
-    from mindspeed_cp.comm import transport
+    from mindspeed_cp.comm import link
 
     config, groups = setup_of(case.config, case.share_from)
     layout = SequenceLayout.build(config, case.seq_len)
     leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
-    trace, batch, gather = [], dist.batch_isend_irecv, transport._all_gather
+    trace, batch, gather = [], dist.batch_isend_irecv, link._all_gather
 
     def traced_batch(ops):
         trace.append("post")
@@ -98,7 +98,7 @@ def traced(rank, case):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "batch_isend_irecv", traced_batch)
-        patch.setattr(transport, "_all_gather", traced_gather)
+        patch.setattr(link, "_all_gather", traced_gather)
         keywords = arguments(case, config, groups, layout, sinks, mask)
         out = context_parallel_attention(*leaves, **{**keywords, "kernel": TracingKernel(trace)})
         forward, trace[:] = list(trace), []

@@ -1,5 +1,8 @@
 """Process groups: which ranks they join, for one and for many context-parallel groups, and what is refused."""
 
+import gc
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -183,3 +186,62 @@ def test_groups_of_another_device_are_not_needed_for_layouts():
     assert torch.equal(
         SequenceLayout.build(ContextParallelConfig(context_parallel_size=2), 4).positions(1), torch.tensor([2, 3])
     )
+
+
+def rebuilt(rank, number):
+    """Open files, threads and process groups after building, using and destroying groups, first and last time."""
+    from mindspeed_cp import context_parallel_attention
+
+    case = Case({"context_parallel_size": 2, "algorithm": "megatron_cp_algo"}, dtype="float32", share_from=0)
+    seen = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(number):
+            config = ContextParallelConfig(**case.config)
+            groups = ContextParallelGroups.build(config, share_from=case.share_from)
+            layout = SequenceLayout.build(config, case.seq_len)
+            leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
+            keywords = arguments(case, config, groups, layout, sinks, mask)
+            context_parallel_attention(*leaves, **keywords).backward(grad_out)
+            dist.barrier()
+            groups.destroy()
+            del groups, keywords, leaves
+            seen.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
+    finally:
+        gc.enable()
+    return seen
+
+
+@pytest.mark.cpu_only
+def test_groups_that_were_destroyed_leave_no_files_and_no_threads_though_nobody_collects_garbage():
+    for seen in run_ranks(2, rebuilt, 6, fresh=True):
+        assert seen[1:] == [seen[1]] * 5, seen
+
+
+def with_a_group_of_their_own(rank, cp_ranks, config):
+    """How many groups were made, which one is used, and that it outlives ours."""
+    mine = None
+    for ranks in cp_ranks:
+        group = dist.new_group(ranks)
+        mine = group if rank in ranks else mine
+    made, new_group = [], dist.new_group
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "new_group", lambda *args, **kwargs: made.append(args) or new_group(*args, **kwargs))
+        groups = ContextParallelGroups.build(ContextParallelConfig(**config), cp_ranks, cp_group=mine)
+    is_used = groups.cp_group is mine and groups.cp.group is mine
+    dist.barrier()
+    groups.destroy()
+    total = torch.ones(())
+    dist.all_reduce(total, group=mine)
+    with pytest.raises(ValueError, match=r"cp_group has the global ranks \[0, 1, 2, 3\] and must have"):
+        ContextParallelGroups.build(ContextParallelConfig(**config), cp_ranks, cp_group=dist.group.WORLD)
+    dist.barrier()
+    dist.destroy_process_group(mine)
+    return is_used, len(made), float(total)
+
+
+@pytest.mark.parametrize("algorithm, window, made", [("megatron_cp_algo", 1, 0), ("ulysses_cp_algo", 1, 0)])
+def test_a_context_parallel_group_that_exists_is_used_and_left_alone(algorithm, window, made):
+    config = {"context_parallel_size": 2, "algorithm": algorithm, "window_size": window}
+    assert run_ranks(4, with_a_group_of_their_own, [[0, 2], [1, 3]], config) == [(True, made, 2.0)] * 4

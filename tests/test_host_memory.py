@@ -1,6 +1,7 @@
 """Shared memory between ranks of one host: the same bits, the same counts, nothing overwritten, nothing left behind."""
 
 import copy
+import itertools
 import multiprocessing
 import os
 import resource
@@ -19,14 +20,27 @@ from distributed import run_ranks
 from setups import ALGORITHM_AND_SIZE, shapes, variants
 
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, UlyssesContextAttention
-from mindspeed_cp.algorithms import ulysses_attention
 from mindspeed_cp.comm import count_bytes, host_memory
+from mindspeed_cp.comm import link as link_module
 from mindspeed_cp.comm.host_memory import LINE, HostMemory
-from mindspeed_cp.comm.transport import all_gather, post
+from mindspeed_cp.comm.host_memory import SMALLEST_MESSAGE as LIMIT
+from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.workspace import Workspace
 
 pytestmark = pytest.mark.cpu_only
-NOTICE = 32  # bytes
+NOTICE = 40  # bytes
+
+
+def linked(group=None):
+    """A Link over a group, None is the whole world, whose messages all go through shared memory."""
+    group = dist.group.WORLD if group is None else group
+    ranks = tuple(dist.get_process_group_ranks(group))
+    return Link(group, dist.get_rank(group), ranks, carrier=HostMemory.connect(group, 1))
+
+
+def one_way(link, rank, tensor):
+    """Post a message from rank 0 to rank 1: what is sent, or where it is received."""
+    return link.exchange([(1, [tensor])] if rank == 0 else [], [(0, [tensor])] if rank == 1 else [], "kv")
 
 
 def both_ways(rank, case):
@@ -71,7 +85,7 @@ def bytes_through_gloo(rank, case):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "batch_isend_irecv", traced)
         patch.setattr(dist, "all_to_all_single", unused)
-        patch.setattr("mindspeed_cp.comm.transport._all_gather", unused)
+        patch.setattr("mindspeed_cp.comm.link._all_gather", unused)
         attend(rank, case)
     return sizes
 
@@ -86,16 +100,18 @@ def test_only_notices_go_through_gloo(algorithm):
 def small_messages(rank, case):
     config = ContextParallelConfig(**case.config)
     groups = ContextParallelGroups.build(config)
-    large, small = (torch.empty(size, dtype=torch.uint8) for size in (1 << 14, (1 << 14) - 1))
-    peer = 1 - rank
-    answer = groups.host.carries(peer, large), groups.host.carries(peer, small), groups.host.carries(rank, large)
+    host, device = groups.cp.carrier, torch.device("cpu")
+    answer = [
+        host.carries(*message)
+        for message in ((1 - rank, device, LIMIT), (1 - rank, device, LIMIT - 1), (rank, device, LIMIT))
+    ]
     groups.destroy()
     return answer
 
 
 def test_small_messages_go_as_they_are():
     case = Case({"context_parallel_size": 2, "algorithm": "megatron_cp_algo"})
-    assert run_ranks(2, small_messages, case) == [(True, False, False)] * 2
+    assert run_ranks(2, small_messages, case) == [[True, False, False]] * 2
 
 
 def with_a_stranger(rank, stranger):
@@ -109,7 +125,7 @@ def with_a_stranger(rank, stranger):
     case = Case({"context_parallel_size": 3, "algorithm": "megatron_cp_algo"}, seq_len=24, share_from="stranger")
     got, wanted = attend(rank, case), attend(rank, Case(**{**vars(case), "share_from": None}))
     del cases._setups[config.hierarchy, "stranger"]
-    peers = sorted(groups.host.peers) if groups.host else None
+    peers = sorted(groups.cp.carrier.peers) if groups.cp.carrier else None
     groups.destroy()
     return peers, all(torch.equal(got[name], wanted[name]) for name in wanted)
 
@@ -122,10 +138,10 @@ def test_a_rank_that_cannot_be_reached_gets_its_messages_through_gloo(stranger):
 
 def exchanged(rank, sizes):
     """Messages of these sizes, whether each arrived as it was sent, and how much memory this rank used."""
-    host = HostMemory.connect(dist.group.WORLD, 1)
-    right = list(swapped(rank, host, sizes))
-    held = host.num_bytes
-    host.close()
+    link = linked()
+    right = list(swapped(rank, link, sizes))
+    held = link.carrier.num_bytes
+    link.carrier.close()
     return right, held
 
 
@@ -138,17 +154,17 @@ def test_messages_of_any_size_take_the_lowest_free_place():
 
 def run_ahead(rank, number):
     """Rank 0 posts many messages before rank 1 reads the first; what it holds for them, then for as many again."""
-    host, held = HostMemory.connect(dist.group.WORLD, 1), []
+    link, held = linked(), []
     for round_ in range(2):
         started = time.monotonic()
         tensors = [torch.full((8,), float(index + round_)) if rank == 0 else torch.empty(8) for index in range(number)]
-        transfers = [post(None, *([(1 - rank, tensor)], [])[:: 1 - 2 * rank], "kv", host) for tensor in tensors]
+        transfers = [one_way(link, rank, tensor) for tensor in tensors]
         posted = time.monotonic() - started
         dist.barrier()
         for transfer in transfers:
             transfer.wait()
         dist.barrier()
-        held.append(host.num_bytes)
+        held.append(link.carrier.num_bytes)
     return [tensor.unique().tolist() for tensor in tensors], held, posted
 
 
@@ -164,18 +180,18 @@ def send_and_destroy(rank, number):
     right = 0
     for index in range(number):
         group = dist.new_group([0, 1])
-        host = HostMemory.connect(group, 1)
+        link = linked(group)
         message = torch.full((1000,), float(index)) if rank == 0 else torch.empty(1000)
-        transfer = post(group, *([(1 - rank, message)], [])[:: 1 - 2 * rank], "kv", host)
+        transfer = one_way(link, rank, message)
         if rank == 0:
             transfer.wait()
-            host.close()
+            link.carrier.close()
             dist.destroy_process_group(group)
         dist.barrier()
         if rank == 1:
             transfer.wait()
             right += bool((message == index).all())
-            host.close()
+            link.carrier.close()
             dist.destroy_process_group(group)
     return right
 
@@ -188,13 +204,13 @@ def leave_by_os_exit(rank, path, sender_lives, sender_lives_until_closed):
     """A whole rank: rank 0 ends in the line after its send; rank 1 looks when rank 0 is gone, and exits with 0."""
     store = dist.FileStore(path, 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
-    host = HostMemory.connect(dist.group.WORLD, 1)
+    link = linked()
     if rank == 0:
-        post(None, [(1, torch.full((1000,), 3.0))], [], "kv", host).wait()
+        one_way(link, rank, torch.full((1000,), 3.0)).wait()
         os._exit(0)
     os.close(sender_lives_until_closed)
     received = torch.empty(1000)
-    transfer = post(None, [], [(0, received)], "kv", host)
+    transfer = one_way(link, rank, received)
     assert os.read(sender_lives, 1) == b""
     transfer.wait()
     os._exit(0 if bool((received == 3).all()) else 1)
@@ -234,7 +250,7 @@ def test_a_message_arrives_though_its_sender_ends_by_os_exit(tmp_path):
 
 def without_resources(rank, sizes):
     """Messages when nothing can be opened, made or enlarged any more since the groups exist."""
-    host = HostMemory.connect(dist.group.WORLD, 1)
+    link = linked()
     limits = {name: resource.getrlimit(name) for name in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE)}
     if rank == 0:
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[resource.RLIMIT_NOFILE][1]))
@@ -242,18 +258,18 @@ def without_resources(rank, sizes):
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.delattr(os, "memfd_create")
-            return all(swapped(rank, host, sizes)), host.num_bytes >= max(sizes)
+            return all(swapped(rank, link, sizes)), link.carrier.num_bytes >= max(sizes)
     finally:
         for name, limit in limits.items():
             resource.setrlimit(name, limit)
 
 
-def swapped(rank, host, sizes):
+def swapped(rank, link, sizes):
     """Messages of so many float32 one after the other, between two ranks; True where each arrived as it was sent."""
     for index, size in enumerate(sizes):
         sent = torch.arange(size, dtype=torch.float32) + 1000 * index + rank
         received = torch.empty(size)
-        post(None, [(1 - rank, sent)], [(1 - rank, received)], "kv", host).wait()
+        link.exchange([(1 - rank, [sent])], [(1 - rank, [received])], "kv").wait()
         yield torch.equal(received, sent + 1 - 2 * rank)
 
 
@@ -263,7 +279,7 @@ def test_messages_grow_when_no_file_can_be_opened_or_enlarged_any_more():
 
 def without_room(rank, ranks):
     """Messages, both ways at once, when these ranks get no more memory; the warnings that this rank gave."""
-    host = HostMemory.connect(dist.group.WORLD, 1)
+    link = linked()
 
     def refuse(*args):
         raise OSError("no memory")
@@ -272,11 +288,10 @@ def without_room(rank, ranks):
         warnings.simplefilter("default")
         if rank in ranks:
             patch.setattr(os, "posix_fallocate", refuse)
-        right = all(swapped(rank, host, [1000, 10, 50_000]))
-        gathered = torch.empty(2 * 1000)
-        all_gather(gathered, torch.full((1000,), float(rank)), None, "kv", host).wait()
-    right &= gathered.view(2, 1000).unique(dim=1).flatten().tolist() == [0.0, 1.0]
-    return right, host.num_bytes > 0, [str(warning.message) for warning in caught]
+        right = all(swapped(rank, link, [1000, 10, 50_000]))
+        gathered = link.gather(torch.full((1000,), float(rank)), [1000] * 2, "kv").wait()
+    right &= [shard.unique().tolist() for shard in gathered] == [[0.0], [1.0]]
+    return right, link.carrier.num_bytes > 0, [str(warning.message) for warning in caught]
 
 
 @pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)], ids=str)
@@ -293,12 +308,12 @@ def refused_at_the_start(rank, limit):
         if rank == 1:
             resource.setrlimit(getattr(resource, limit), (64 if limit == "RLIMIT_NOFILE" else 1 << 33,) * 2)
             held = [os.open("/dev/null", os.O_RDONLY) for _ in range(limit == "RLIMIT_NOFILE" and _free_files())]
-        host = HostMemory.connect(dist.group.WORLD, 1)
+        link = linked()
         if rank == 1:
             for file in held:
                 os.close(file)
-    right = all(swapped(rank, host, [1000])) if rank < 2 else True
-    return sorted(host.peers) if host else None, right, [str(warning.message) for warning in caught]
+    right = all(swapped(rank, link, [1000])) if rank < 2 else True
+    return sorted(link.carrier.peers) if link.carrier else None, right, [str(warning.message) for warning in caught]
 
 
 def _free_files():
@@ -318,16 +333,15 @@ def test_a_rank_without_the_resources_for_it_is_left_out_by_all_and_that_is_said
 
 def gathered_once(rank):
     """All ranks' tensors, and how much memory this rank used to give its own to all of them."""
-    host = HostMemory.connect(dist.group.WORLD, 1)
-    gathered = torch.empty(3 * 1000)
-    all_gather(gathered, torch.full((1000,), float(rank)), None, "kv", host).wait()
-    held = host.num_bytes
-    host.close()
-    return gathered.view(3, 1000).unique(dim=1).flatten().tolist(), held
+    link = linked()
+    gathered = link.gather(torch.full((1000,), float(rank)), [1000] * 3, "kv").wait()
+    held = link.carrier.num_bytes
+    link.carrier.close()
+    return [shard.unique().tolist() for shard in gathered], held
 
 
 def test_a_gathered_tensor_is_written_once_for_all_readers():
-    assert run_ranks(3, gathered_once) == [([0.0, 1.0, 2.0], LINE + 4032)] * 3
+    assert run_ranks(3, gathered_once) == [([[0.0], [1.0], [2.0]], LINE + 4032)] * 3
 
 
 def open_files(rank):
@@ -345,7 +359,7 @@ def open_files(rank):
     before = count()
     groups = ContextParallelGroups.build(config, share_from=0)
     sent, received = torch.ones(100), torch.empty(100)
-    post(groups.ring_group, [(1 - rank, sent)], [(1 - rank, received)], "kv", groups.host).wait()
+    groups.ring.exchange([(1 - rank, [sent])], [(1 - rank, [received])], "kv").wait()
     during = count()
     dist.barrier()
     groups.destroy()
@@ -363,7 +377,7 @@ def ulysses_module(rank):
     for limit in (None, 1):
         module = UlyssesContextAttention(torch.nn.functional.scaled_dot_product_attention, None, 1, 2)
         host = limit and HostMemory.connect(dist.group.WORLD, limit)
-        ulysses_attention._memories[dist.group.WORLD] = Workspace(), host
+        link_module._memories[dist.group.WORLD] = Workspace(), host, itertools.count(1)
         module = copy.deepcopy(module)
         generator = torch.Generator().manual_seed(rank)
         leaves = [torch.randn(2, 8, 32, 64, generator=generator).requires_grad_() for _ in range(3)]
@@ -371,7 +385,7 @@ def ulysses_module(rank):
         out.backward(torch.ones_like(out))
         assert limit is None or host.num_bytes > 0
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
-    del ulysses_attention._memories[dist.group.WORLD]
+    del link_module._memories[dist.group.WORLD]
     return [torch.equal(*pair) for pair in zip(*results)]
 
 
@@ -381,8 +395,8 @@ def test_the_module_uses_it_too():
 
 def disagreement(rank):
     """The error of a receiver that expects fewer bytes than were sent."""
-    host = HostMemory.connect(dist.group.WORLD, 1)
-    transfer = post(None, [(1 - rank, torch.ones(10 - rank))], [(1 - rank, torch.empty(10 - rank))], "kv", host)
+    link = linked()
+    transfer = link.exchange([(1 - rank, [torch.ones(10 - rank)])], [(1 - rank, [torch.empty(10 - rank)])], "kv")
     with pytest.raises(RuntimeError) as caught:
         transfer.wait()
     dist.barrier()

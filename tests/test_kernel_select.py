@@ -6,11 +6,14 @@ import types
 import pytest
 import torch
 from kernel_cases import CASES, check_block
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mindspeed_cp.kernels import KERNELS, KernelRow, merge_function, select_kernel
+from mindspeed_cp.blocks import Block
+from mindspeed_cp.kernels import KERNELS, KernelRow, select_kernel
+from mindspeed_cp.kernels.base import KernelOptions
 from mindspeed_cp.kernels.blockwise import BlockwiseKernel
 from mindspeed_cp.notices import ContextParallelWarning
-from mindspeed_cp.softmax import merge_attention
+from mindspeed_cp.softmax import merge_attention, merge_function
 
 
 @pytest.fixture(autouse=True)
@@ -115,3 +118,24 @@ def test_a_new_device_finds_its_kernel_by_itself(monkeypatch):
     monkeypatch.setitem(sys.modules, "dummy_kernel", module)
     monkeypatch.setitem(KERNELS, "dummy", KernelRow("xpu", "dummy_kernel"))
     assert select_kernel(None, "xpu").name == "dummy"
+
+
+def test_a_dense_mask_is_never_made_once_for_each_head():
+    """The largest tensor that the CPU kernel makes stays that of one mask, however many heads there are."""
+    heads, length = 16, 64
+    query = torch.randn(length, 1, heads, 8)
+    hidden = torch.rand(1, length, length) < 0.5
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    sizes.append(tensor.untyped_storage().nbytes())
+            return result
+
+    block = Block((0, length), (0, length))
+    with Sizes():
+        select_kernel("cpu").forward(query, query, query, block, KernelOptions(1.0), hidden)
+    assert max(sizes) <= max(4 * length * length, query.numel() * 4)

@@ -94,7 +94,7 @@ def peak_bytes(rank, case):
         out.backward(grad_out)
     assert leaves[0].grad is not None
     assert groups.workspace.num_bytes == before
-    return live.peak + before, groups.host.num_bytes if groups.host else 0
+    return live.peak + before, groups.cp.carrier.num_bytes if groups.cp and groups.cp.carrier else 0
 
 
 UNREAD = 8  # messages of a rank that its peers may not have read yet: two of each kind, and one more of the gradients

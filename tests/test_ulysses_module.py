@@ -1,5 +1,9 @@
 """UlyssesContextAttention around local attention modules of several kinds, against dense attention in one process."""
 
+import gc
+import os
+from types import SimpleNamespace
+
 import pytest
 import reference
 import torch
@@ -12,7 +16,7 @@ from mindspeed_cp import (
     UlyssesContextAttention,
 )
 from mindspeed_cp.comm import count_bytes
-from mindspeed_cp.comm.mapping import cal_split_sizes
+from mindspeed_cp.compat.mapping import cal_split_sizes
 
 
 class LocalAttention(torch.nn.Module):
@@ -116,7 +120,7 @@ def _minimal_replication(rank):
     assert seen[1][2] == 1  # one of lcm(2, 4) = 4 KV heads, not one of 8
     sent = 3 * 2 * 2 * 8  # to 3 ranks, 2 tokens, batch 2, 8 bytes
     assert traffic["q"] == sent * 2 * 4 and traffic["kv"] == sent * (4 + 6) and traffic["out"] == sent * 2 * 6
-    assert traffic.messages == {"lengths": 1, "q": 1, "kv": 0, "out": 1, "dout": 1, "dq": 1, "dkv": 0}
+    assert traffic.messages == {"q": 1, "kv": 0, "out": 1, "dout": 1, "dq": 1, "dkv": 0}
 
 
 def test_kv_heads_are_replicated_minimally_and_travel_with_the_query():
@@ -211,3 +215,115 @@ def test_dynamic_calculator_reads_the_mask_wherever_it_is():
     assert calculator.calculate(None, attn_mask=mask) == 9
     assert calculator.calculate() is None and calculator.calculate([mask]) is None
     assert DefaultGatherSizeCalculator().calculate(mask) is None
+
+
+def _traffic_of_calls(rank):
+    """Messages by purpose of a first and of a second call, aligned and with a gather size."""
+    found = []
+    for calculator, kwargs in ((DefaultGatherSizeCalculator(), {}), (ByKeyword(), {"gather_size": 6})):
+        module = UlyssesContextAttention(LocalAttention(), None, gather_size_calculator=calculator)
+        for _ in range(2):
+            query = torch.zeros(3, 1, 4, 2)
+            with count_bytes() as traffic:
+                module(query, query, query, **kwargs)
+            found.append(dict(traffic.messages))
+    return found
+
+
+def test_lengths_cost_no_message_of_their_own():
+    assert run_ranks(2, _traffic_of_calls) == [[{"q": 1, "kv": 0, "out": 1}] * 4] * 2
+
+
+def _one_rank_changes(rank):
+    """The errors when rank 1 alone has another length, or gather size, than in the calls before; then all is well."""
+
+    def attend(length, **kwargs):
+        calculator = ByKeyword() if kwargs else DefaultGatherSizeCalculator()
+        query = torch.ones(length, 1, 4, 64)
+        module = UlyssesContextAttention(LocalAttention(), None, gather_size_calculator=calculator)
+        return module(query, query, query, **kwargs).shape[0]
+
+    errors = []
+    assert attend(4) == 4 and attend(4) == 4 and attend(4, gather_size=8) == 4
+    for call in (lambda: attend(4 + rank), lambda: attend(4 - 3 * rank), lambda: attend(4, gather_size=8 + rank)):
+        with pytest.raises(ValueError) as error:
+            call()
+        errors.append(str(error.value))
+        assert attend(4) == 4
+    return errors
+
+
+def test_a_length_that_one_rank_changes_is_an_error_on_every_rank_and_no_hang():
+    for longer, shorter, size in run_ranks(2, _one_rank_changes, timeout=30):
+        assert "they hold [4, 5]" in longer and "they hold [4, 1]" in shorter
+        assert "different lengths [8, 9]" in size
+
+
+def _lengths_that_are_summed(rank):
+    """Rank 0 keeps its length while the sum changes: 5 + 4, then 5 + 5 tokens."""
+    module = UlyssesContextAttention(LocalAttention(), None, gather_size_calculator=DynamicGatherSizeCalculator())
+    for length in ((5, 4), (5, 5), (5, 4)):
+        query = torch.zeros(length[rank], 1, 4, 2)
+        module(query, query, query)
+        assert module.local_attn.seen[0][0] == sum(length)
+
+
+def test_a_sum_of_lengths_may_change_while_a_ranks_own_stays():
+    run_ranks(2, _lengths_that_are_summed, timeout=30)
+
+
+def _memory_files():
+    links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+    return sum(os.readlink(link).startswith("/memfd:mindspeed_cp") for link in links if os.path.islink(link))
+
+
+def _module_and_group_go(rank):
+    """Shared memory while a module and its group live, and after both are gone, without garbage collection."""
+    before = _memory_files()
+    group = torch.distributed.new_group([0, 1])
+    module = UlyssesContextAttention(LocalAttention(), group)
+    query = torch.ones(64, 1, 4, 64)
+    module(query, query, query)
+    during = _memory_files() - before
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group(group)
+    gc.disable()
+    try:
+        del module, group
+        return during, _memory_files() - before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.cpu_only
+def test_shared_memory_goes_with_the_module_and_its_group():
+    for during, after in run_ranks(2, _module_and_group_go):
+        assert during > 0 and after == 0
+
+
+class ExchangesItself(torch.nn.Module):
+    """Like Megatron's core attention under the adaptor: it takes this rank's tokens and attends over all."""
+
+    def __init__(self, context_parallel_size):
+        super().__init__()
+        self.config = SimpleNamespace(context_parallel_size=context_parallel_size)
+
+    def forward(self, query, key, value):
+        return query
+
+    forward.exchanges_context_parallel = True
+
+
+def _passed_through(rank):
+    query = torch.ones(3, 1, 4, 2)
+    seen = []
+    for size in (2, 1):
+        with count_bytes() as traffic:
+            out = UlyssesContextAttention(ExchangesItself(size), None)(query, query, query)
+        assert torch.equal(out, query)
+        seen.append(traffic.total_messages)
+    return seen
+
+
+def test_a_local_attention_that_exchanges_itself_is_not_exchanged_around():
+    assert run_ranks(2, _passed_through) == [[0, 2]] * 2

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
+from mindspeed_cp.algorithms.kv_cache import NAMES, Name
 from mindspeed_cp.algorithms.ring import RingProblem, RingSaved, ring_backward, ring_forward
 from mindspeed_cp.algorithms.ulysses import UlyssesProblem
 from mindspeed_cp.softmax import add_softmax_offset, softmax_offset_gradient
@@ -21,7 +22,12 @@ class AttentionCall:
     ring: RingProblem
     ulysses: UlyssesProblem | None = None
 
-    def local_offset(self, softmax_offset):
+    @property
+    def refetch(self) -> frozenset[Name]:
+        """Which of key and value are saved before Ulysses' communication, and communicated again in backward."""
+        return frozenset() if self.ulysses is None else self.ulysses.refetch
+
+    def local_offset(self, softmax_offset: torch.Tensor) -> torch.Tensor:
         return softmax_offset if self.ulysses is None else softmax_offset[self.ulysses.head_slice()]
 
 
@@ -50,14 +56,9 @@ class ContextParallelAttention(torch.autograd.Function):
         result = call.ulysses.gather_out(out, dtype) if call.ulysses else out
         # Rows without a key have lse -inf; +inf makes exp(score - lse) 0 in backward.
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-        ctx.call, ctx.rngs, ctx.again = call, saved.rngs, _saved_before(call)
-        kept = (
-            tuple(
-                before[kind] if kind in ctx.again else tensor for kind, tensor in zip(("key", "value"), saved.tensors)
-            )
-            if ctx.again
-            else saved.tensors
-        )
+        ctx.call, ctx.rngs, kept = call, saved.rngs, saved.tensors
+        if call.refetch:
+            kept = tuple(before[name] if name in call.refetch else tensor for name, tensor in zip(NAMES, kept))
         ctx.save_for_backward(query, out, lse, softmax_offset, *kept)
         return result
 
@@ -72,10 +73,10 @@ class ContextParallelAttention(torch.autograd.Function):
         call, (query, out, lse, softmax_offset, *kept) = ctx.call, ctx.saved_tensors
         dtype = query.dtype
         if call.ulysses:
-            again = {kind: tensor for kind, tensor in zip(("key", "value"), kept) if kind in ctx.again}
+            again = {name: tensor for name, tensor in zip(NAMES, kept) if name in call.refetch}
             grad_out, fetched = call.ulysses.scatter_for_backward(grad_out, again)
             if again:
-                kept = [fetched.get(kind, tensor) for kind, tensor in zip(("key", "value"), kept)]
+                kept = [fetched.get(name, tensor) for name, tensor in zip(NAMES, kept)]
         grads = ring_backward(call.ring, grad_out, query, out, lse, RingSaved(tuple(kept), ctx.rngs))
         d_offset = None
         if softmax_offset is not None:
@@ -85,10 +86,3 @@ class ContextParallelAttention(torch.autograd.Function):
         if call.ulysses:
             grads = call.ulysses.gather_gradients(*grads, dtype)
         return *(grad.to(dtype) for grad in grads), d_offset, None
-
-
-def _saved_before(call):
-    """Which of key and value are saved before Ulysses' communication, and communicated again in backward."""
-    if call.ulysses is None:
-        return ()
-    return {None: (), "half": ("key",), "full": ("key", "value")}[call.ulysses.policy]

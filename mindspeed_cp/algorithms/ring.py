@@ -9,15 +9,20 @@ Shapes: query (seq, batch, heads, dk), key (seq, batch, kv_heads, dk), value (se
 """
 
 from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 import torch
 
-from mindspeed_cp.algorithms.partial_sums import KVPartial, PartialAttention, RowSum, accumulator
-from mindspeed_cp.blocks import Block, IntervalMask, needed_rows, plan_blocks
-from mindspeed_cp.comm.exchange import EXCHANGES, GradientReturn, RingChannel, concatenated, pack_rows, paired
-from mindspeed_cp.kernels.base import KernelOptions
+from mindspeed_cp.algorithms.kv_cache import NAMES, Name
+from mindspeed_cp.algorithms.ring_plan import RingPlan, Task
+from mindspeed_cp.blocks import IntervalMask
+from mindspeed_cp.comm.kv_exchange import EXCHANGES, GradientReturn, RingChannel, concatenated, paired
+from mindspeed_cp.comm.link import Link
+from mindspeed_cp.comm.schedule import RingPlace
+from mindspeed_cp.groups import ContextParallelGroups
+from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions
 from mindspeed_cp.layout import run_positions
-from mindspeed_cp.softmax import merge_attention
+from mindspeed_cp.softmax import KVPartial, Merge, PartialAttention, RowSum, accumulator, merge_attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,58 +31,57 @@ class RingProblem:
 
     Args:
         runs: per ring rank, the runs of global positions that it holds.
-        mask: IntervalMask; dense_mask: None or bool (1 or batch, S, S), True = masked out, on top of it.
-        exchange: "ring", "direct" or "allgather".
-        policy: None, "full" or "half": what forward keeps of the received keys and values.
+        masks: one IntervalMask for all rows of the batch, or one for each.
+        dense_mask: None or bool (1 or batch, S, S), True = masked out, on top of them.
+        exchange: how keys and values travel.
+        keep: which received keys and values forward keeps; backward communicates the others again.
+        overlap: transfers are posted before the block that hides them.
     """
 
-    groups: object
-    runs: tuple
-    mask: IntervalMask
-    kernel: object
+    groups: ContextParallelGroups
+    runs: tuple[tuple[tuple[int, int], ...], ...]
+    masks: tuple[IntervalMask, ...]
+    kernel: AttentionKernel
     options: KernelOptions
-    exchange: str = "ring"
-    policy: str | None = None
+    exchange: Literal["ring", "direct", "allgather"] = "ring"
+    keep: frozenset[Name] = frozenset()
     overlap: bool = False
     dense_mask: torch.Tensor | None = None
-    merge: object = merge_attention
+    merge: Merge = merge_attention
+    plan: RingPlan = field(init=False)
     channel: RingChannel = field(init=False)
 
-    def __post_init__(self):
-        lengths = tuple(sum(stop - start for start, stop in runs) for runs in self.runs)
-        object.__setattr__(self, "channel", RingChannel(self.groups, lengths, self._rows_needed, self.overlap))
+    def __post_init__(self) -> None:
+        dense, groups = self.dense_mask is not None, self.groups
+        # Neither knows the problem: it would not be freed before the garbage collector runs, nor the groups with it.
+        plan = RingPlan(self.runs, self.masks, self.kernel.native_bands, dense, self.exchange == "direct" and not dense)
+        place = RingPlace(self.rank, *groups.hierarchy[1:])
+        ring, outer = cast(Link, groups.ring), cast(Link, groups.outer)  # used where there is something to exchange
+        channel = RingChannel(place, ring, outer, plan.lengths, plan.rows_needed, self.overlap)
+        object.__setattr__(self, "plan", plan)
+        object.__setattr__(self, "channel", channel)
 
     @property
-    def rank(self):
+    def rank(self) -> int:
         return self.groups.ring_rank
 
-    def blocks(self, reader, source):
-        """The blocks of ``reader``'s queries against ``source``'s keys; a dense mask makes one rectangle of them."""
-        plan = plan_blocks(self.runs[reader], self.runs[source], self.mask, self.kernel.native_bands)
-        if self.dense_mask is None or not plan:
-            return plan
-        lengths = self.channel.lengths
-        return (Block((0, lengths[reader]), (0, lengths[source])),)
-
-    def _rows_needed(self, reader, source):
-        """Rows of ``source``'s shard to move to ``reader`` (and gradients back): the exact ones, or all where
-        forwarded.
+    def tasks(self, query: torch.Tensor, source: int) -> tuple[Task, ...]:
+        """This rank's blocks against ``source``; none when uneven heads leave it without a head (kernels want at least
+        one).
         """
-        if self.exchange == "direct" and self.dense_mask is None:
-            return needed_rows(self.runs[reader], self.runs[source], self.mask)
-        return ((0, self.channel.lengths[source]),) if self.blocks(reader, source) else ()
+        return self.plan.tasks(self.rank, source) if query.numel() else ()
 
-    def mask_against(self, source):
+    def mask_against(self, source: int) -> torch.Tensor | None:
         """The dense mask of this rank's queries against ``source``'s keys, intervals included; None without one."""
         if self.dense_mask is None:
             return None
         device = self.dense_mask.device
         queries, keys = (run_positions(self.runs[rank], device) for rank in (self.rank, source))
         hidden = self.dense_mask[:, queries][:, :, keys]
-        return hidden | _interval_hidden(queries, keys, self.mask)
+        return hidden | torch.stack([_interval_hidden(queries, keys, mask) for mask in self.masks])
 
 
-def _interval_hidden(queries, keys, mask):
+def _interval_hidden(queries: torch.Tensor, keys: torch.Tensor, mask: IntervalMask) -> torch.Tensor:
     """Bool (queries, keys): hidden by the interval mask. Only beside a dense mask, which is that large already."""
     offset = keys - queries.unsqueeze(1)
     hidden = torch.zeros_like(offset, dtype=torch.bool)
@@ -95,59 +99,63 @@ def _interval_hidden(queries, keys, mask):
 class RingSaved:
     """What forward hands to backward besides query, out and lse: tensors to save, and the kernels' dropout states."""
 
-    tensors: tuple
-    rngs: tuple
+    tensors: tuple[torch.Tensor, ...]
+    rngs: tuple[Any, ...]
 
 
-def ring_forward(problem, query, key, value):
+def ring_forward(
+    problem: RingProblem, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, RingSaved]:
     """Attention of this rank's queries over all keys.
 
     Returns:
         (out, lse, saved): out in the kernel's dtype when one block made it, else in the accumulation dtype, and then in
         reused memory unless that is the query's dtype.
     """
-    partial = PartialAttention(problem, query, value)
-    kept, rngs = [], []
+    partial = PartialAttention(problem.groups.workspace, problem.merge, query, value.shape[-1])
+    kept: list[torch.Tensor] = []
+    rngs = []
     for source, source_key, source_value in _forward_stream(problem, key, value, kept):
         mask = problem.mask_against(source)
-        for block in _local_blocks(problem, query, source):
+        for batch, block in problem.tasks(query, source):
             rows, keys = block.query_rows, block.key_rows
             block_out, block_lse, rng = problem.kernel.forward(
-                query[rows], source_key[keys], source_value[keys], block, problem.options, mask
+                query[rows, batch],
+                source_key[keys, batch],
+                source_value[keys, batch],
+                block,
+                problem.options,
+                mask,
             )
-            partial.add(rows, block_out, block_lse)
+            partial.add(rows, batch, block_out, block_lse)
             rngs.append(rng)
     out, lse = partial.result()
     return out, lse, RingSaved(tuple(kept), tuple(rngs))
 
 
-def _local_blocks(problem, query, source):
-    """This rank's blocks against ``source``; none when uneven heads leave it without a head (kernels want at least
-    one).
-    """
-    return problem.blocks(problem.rank, source) if query.numel() else ()
-
-
 def _forward_stream(problem, key, value, kept):
     """Stream (source, key, value) by the problem's exchange; ``kept`` collects the tensors that backward starts from.
 
-    Key and value travel packed in one message, except under the policy "half", which keeps the keys only.
+    Key and value travel packed in one message, unless just one of them is kept.
     """
     if len(problem.runs) == 1:
         kept += [key, value]
         yield problem.rank, key, value
         return
     exchange = EXCHANGES[problem.exchange]
-    if problem.policy == "half":
+    if len(problem.keep) == 1:
         own = (key.contiguous(), value.contiguous())
         kept += own
-        keys = _collect(exchange(problem.channel, own[0], "kv", keep=True), kept)
-        yield from paired(keys, exchange(problem.channel, own[1], "kv.value"))
+        streams = []
+        for name, rows in zip(NAMES, own):
+            stream = exchange(problem.channel, rows, f"kv.{name}", keep=name in problem.keep)
+            streams.append(_collect(stream, kept) if name in problem.keep else stream)
+        yield from paired(*streams)
         return
-    own = pack_rows([key, value])
+    own = torch.cat([key, value], dim=-1)
     kept.append(own)
-    stream = exchange(problem.channel, own, "kv", keep=problem.policy == "full")
-    yield from concatenated(_collect(stream, kept) if problem.policy == "full" else stream, key.shape[-1])
+    stream = exchange(problem.channel, own, "kv", keep=bool(problem.keep))
+    yield from concatenated(_collect(stream, kept) if problem.keep else stream, key.shape[-1])
 
 
 def _collect(stream, kept):
@@ -163,21 +171,31 @@ def _backward_stream(problem, kept, split):
     if len(problem.runs) == 1:
         yield problem.rank, *kept
         return
-    exchange, sources = EXCHANGES[problem.exchange], _sources(problem)
-    if problem.policy == "full":
+    exchange, sources = EXCHANGES[problem.exchange], [source for _, _, source in problem.channel.place.steps()]
+    if len(problem.keep) == 1:
+        own, received = kept[: len(NAMES)], kept[len(NAMES) :]
+        yield from paired(
+            *(
+                zip(sources, (rows, *received), strict=True)
+                if name in problem.keep
+                else exchange(problem.channel, rows, f"kv.{name}")
+                for name, rows in zip(NAMES, own)
+            )
+        )
+    elif problem.keep:
         yield from concatenated(zip(sources, kept, strict=True), split)
-    elif problem.policy == "half":
-        keys = zip(sources, (kept[0], *kept[2:]), strict=True)
-        yield from paired(keys, exchange(problem.channel, kept[1], "kv.value"))
     else:
         yield from concatenated(exchange(problem.channel, kept[0], "kv"), split)
 
 
-def _sources(problem):
-    return [source for _, _, source in problem.channel.place.steps()]
-
-
-def ring_backward(problem, grad_out, query, out, lse, saved):
+def ring_backward(
+    problem: RingProblem,
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    saved: RingSaved,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients (dq, dk, dv) in the accumulation dtype, or in the kernel's where one block makes them.
 
     Args:
@@ -187,17 +205,10 @@ def ring_backward(problem, grad_out, query, out, lse, saved):
     The schedule runs again from the shard that the rank still holds, its own. Own partials are summed in place; those
     for other ranks leave in the input's dtype, straight to the rank that sums them.
     """
-    if len(problem.runs) == 1 and len(blocks := _local_blocks(problem, query, 0)) == 1:
+    if len(problem.runs) == 1 and len(tasks := problem.tasks(query, 0)) == 1 and tasks[0].is_whole:
+        mask, (key, value) = problem.mask_against(0), saved.tensors
         return problem.kernel.backward(
-            grad_out,
-            query,
-            *saved.tensors,
-            out,
-            lse,
-            blocks[0],
-            problem.options,
-            saved.rngs[0],
-            problem.mask_against(0),
+            grad_out, query, key, value, out, lse, tasks[0].block, problem.options, saved.rngs[0], mask
         )
     split = query.shape[-1]
     wire = query.new_empty((0, *saved.tensors[0].shape[1:3], split + out.shape[-1]))
@@ -206,26 +217,27 @@ def ring_backward(problem, grad_out, query, out, lse, saved):
     dq = RowSum(query, problem.groups.workspace)
     stream = _backward_stream(problem, saved.tensors, split)
     for (j, t, source), (_, key, value) in zip(problem.channel.place.steps(), stream, strict=True):
-        blocks = _local_blocks(problem, query, source)
+        tasks = problem.tasks(query, source)
         target = returns.begin(j) if t == 0 else returns.wire(t, source)
-        partial = KVPartial(target, len(blocks), problem.groups.workspace, t == 0)
+        single = not tasks or (len(tasks) == 1 and tasks[0].is_whole)
+        partial = KVPartial(target, single, problem.groups.workspace, t == 0)
         mask = problem.mask_against(source)
-        for block in blocks:
+        for batch, block in tasks:
             rows, keys = block.query_rows, block.key_rows
             block_dq, *block_dkv = problem.kernel.backward(
-                grad_out[rows],
-                query[rows],
-                key[keys],
-                value[keys],
-                out[rows],
-                lse[rows],
+                grad_out[rows, batch],
+                query[rows, batch],
+                key[keys, batch],
+                value[keys, batch],
+                out[rows, batch],
+                lse[rows, batch],
                 block,
                 problem.options,
                 next(rngs),
                 mask,
             )
-            dq.add(rows, block_dq)
-            partial.add(keys, block_dkv, split)
+            dq.add(rows, batch, block_dq)
+            partial.add(keys, batch, block_dkv, split)
         partial.store()
         if t > 0:
             returns.send(j, t, source, target)

@@ -6,13 +6,16 @@ from math import gcd
 
 import torch
 
-from mindspeed_cp.comm.all_to_all import SequenceExchange
-from mindspeed_cp.comm.messages import Part, Pending
+from mindspeed_cp.algorithms.kv_cache import Name
+from mindspeed_cp.comm.messages import Pending
+from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
 from mindspeed_cp.layout import split_sizes
 
 
 @lru_cache(maxsize=256)
-def head_shares(num_heads, num_kv_heads, degree):
+def head_shares(
+    num_heads: int, num_kv_heads: int, degree: int
+) -> tuple[tuple[slice, ...], tuple[slice | list[int], ...]]:
     """Which query heads and which KV heads each of ``degree`` ranks gets.
 
     Query heads are split in order, the remainder to the first ranks. KV heads are replicated only as far as needed:
@@ -56,8 +59,8 @@ class UlyssesProblem:
     Args:
         exchange: SequenceExchange of the group.
         heads, kv_heads, dk, dv: of the unsplit tensors.
-        policy: None, "full" or "half": which of K and V are saved before communication and communicated again in
-        backward. allgather_kv: gather the one KV head instead of sending copies of it.
+        refetch: which of key and value are saved before communication and communicated again in backward.
+        allgather_kv: gather the one KV head instead of sending copies of it.
     """
 
     exchange: SequenceExchange
@@ -65,61 +68,62 @@ class UlyssesProblem:
     kv_heads: int
     dk: int
     dv: int
-    policy: str | None = None
+    refetch: frozenset[Name] = frozenset()
     allgather_kv: bool = False
 
-    def part(self, kind):
+    def part(self, kind: str) -> Part:
         """How the tensor of this kind is split; see _PARTS."""
         purpose, heads, dim, shares = _PARTS[kind]
         queries, keys = head_shares(self.heads, self.kv_heads, self.exchange.size)
         return Part(purpose, getattr(self, heads), getattr(self, dim), queries if shares == "queries" else keys)
 
-    def head_slice(self):
+    def head_slice(self) -> slice:
         """The query heads of this rank, a slice."""
         return head_shares(self.heads, self.kv_heads, self.exchange.size)[0][self.exchange.rank]
 
-    def scatter(self, query, key, value):
+    def scatter(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(seq_local, batch, heads, dim) -> (seq, batch, heads_local, dim), each of query, key and value.
 
-        One message, unless a policy needs what it does not keep to lie in a buffer of its own, that can be freed.
+        One message, unless something is not kept: that must lie in a buffer of its own, which can be freed.
         """
         tensors = {"query": query, "key": key, "value": value}
-        messages = {
-            None: [("query", "key", "value")],
-            "full": [("query",), ("key", "value")],
-            "half": [("query", "value"), ("key",)],
-        }[self.policy]
-        received = {}
-        for pending in [
-            self._start({kind: tensors[kind] for kind in kinds}, turn=turn) for turn, kinds in enumerate(messages)
-        ]:
+        received: dict[str, torch.Tensor] = {}
+        messages = (
+            {kind: tensor for kind, tensor in tensors.items() if (kind in self.refetch) == again}
+            for again in (False, True)
+        )
+        for pending in [self._start(message) for message in messages if message]:
             received.update(pending.wait())
         return received["query"], received["key"], received["value"]
 
-    def _start(self, tensors, name=None, turn=0):
+    def _start(self, tensors: dict[str, torch.Tensor], name: str | None = None) -> Pending[dict[str, torch.Tensor]]:
         """Start exchanging a dict kind -> tensor in one message; returns Pending of the dict.
 
         An all-gather takes the key and value where that is asked for.
         """
-        received = {}
+        received: dict[str, torch.Tensor] = {}
         keys = [kind for kind in tensors if kind in ("key", "value")]
         if self.allgather_kv and keys:
-            gathered = self.exchange.gather_sequence("kv", torch.cat([tensors[kind] for kind in keys], dim=-1))
+            gathered = self.exchange.gather_sequence(torch.cat([tensors[kind] for kind in keys], dim=-1), "kv")
             heads = self.part("key").shares[self.exchange.rank]  # none where this rank has no query heads
             received.update(zip(keys, gathered[:, :, heads].split([tensors[kind].shape[-1] for kind in keys], dim=-1)))
         sent = [kind for kind in tensors if kind not in received]
         if not sent:
             return Pending(lambda: received)
-        pending = self.exchange.start_scatter_heads_gather_sequence(
-            [self.part(kind) for kind in sent], [tensors[kind] for kind in sent], name, turn
+        pending = self.exchange.scatter_heads_gather_sequence(
+            [self.part(kind) for kind in sent], [tensors[kind] for kind in sent], name
         )
-        return Pending(lambda: {**received, **dict(zip(sent, pending.wait()))})
+        return pending.then(lambda arrived: {**received, **dict(zip(sent, arrived))})
 
-    def gather_out(self, out, dtype):
+    def gather_out(self, out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Attention output (seq, batch, heads_local, dv) -> (seq_local, batch, heads, dv) in ``dtype``."""
-        return self.exchange.scatter_sequence_gather_heads([self.part("out")], [out], dtype)[0]
+        return self.exchange.scatter_sequence_gather_heads([self.part("out")], [out], dtype).wait()[0]
 
-    def scatter_for_backward(self, grad_out, again):
+    def scatter_for_backward(
+        self, grad_out: torch.Tensor, again: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The gradient of the output, and the keys and values that were saved before communication, in one message.
 
         Args:
@@ -132,7 +136,9 @@ class UlyssesProblem:
         received = self._start({"grad_out": grad_out, **again}, name="a2a.backward").wait()
         return received.pop("grad_out"), received
 
-    def gather_gradients(self, dq, dk, dv, dtype):
+    def gather_gradients(
+        self, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, dtype: torch.dtype
+    ) -> list[torch.Tensor]:
         """Gradients of the whole sequence and this rank's heads -> (seq_local, batch, heads, dim), each."""
         parts = [self.part(kind) for kind in ("grad_query", "grad_key", "grad_value")]
-        return self.exchange.scatter_sequence_gather_heads(parts, [dq, dk, dv], dtype)
+        return self.exchange.scatter_sequence_gather_heads(parts, [dq, dk, dv], dtype).wait()

@@ -8,20 +8,24 @@ A tensor whose last dimension is scattered has heads and head_dim merged; it is 
 """
 
 import inspect
-import weakref
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from mindspeed_cp.algorithms.gather_size import (
+    DefaultGatherSizeCalculator,
+    DynamicGatherSizeCalculator,
+    GatherSizeCalculator,
+    check_lengths,
+    check_single,
+)
 from mindspeed_cp.algorithms.ulysses import head_shares
-from mindspeed_cp.comm.all_to_all import SequenceExchange
-from mindspeed_cp.comm.host_memory import HostMemory
-from mindspeed_cp.comm.messages import Part
-from mindspeed_cp.comm.transport import all_gather
-from mindspeed_cp.comm.workspace import Workspace
+from mindspeed_cp.comm.link import Link, link_of
+from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
 from mindspeed_cp.layout import split_sizes
 
 __all__ = [
@@ -32,63 +36,14 @@ __all__ = [
 ]
 
 
-# Process group -> (Workspace, HostMemory or None): all modules of a group share them, as layers do, and copies of a
-# module too.
-_memories: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[Workspace, HostMemory | None]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def _memory_of(group):
-    """The buffers of a group; made in the first call of one of its modules, which every rank makes."""
-    group = dist.group.WORLD if group is None else group
-    if group not in _memories:
-        _memories[group] = Workspace(), HostMemory.connect(group)
-    return _memories[group]
-
-
-class GatherSizeCalculator(ABC):
-    """Says how long the sequence is after the all-to-all; write a subclass for lengths that only your model knows.
-
-    Attributes:
-        sums_local_lengths: True makes a None of ``calculate`` mean the sum of the lengths that the ranks hold.
-    """
-
-    sums_local_lengths = False
-
-    @abstractmethod
-    def calculate(self, *args, **kwargs):
-        """The length of the whole sequence, or None when every rank holds equally much of it.
-
-        Args:
-            args, kwargs: those of the attention call after query, key and value.
-        """
-
-
-class DefaultGatherSizeCalculator(GatherSizeCalculator):
-    """Aligned Ulysses: every rank holds the same number of tokens."""
-
-    def calculate(self, *args, **kwargs):
-        return None
-
-
-class DynamicGatherSizeCalculator(GatherSizeCalculator):
-    """The length of the attention mask, or what the ranks hold together when there is no mask."""
-
-    sums_local_lengths = True
-
-    def calculate(self, *args, **kwargs):
-        """Last dimension of the mask: the first positional argument, or ``attention_mask`` or ``attn_mask``."""
-        candidates = [*args[:1], kwargs.get("attention_mask"), kwargs.get("attn_mask")]
-        return next((mask.shape[-1] for mask in candidates if isinstance(mask, torch.Tensor)), None)
-
-
 class UlyssesContextAttention(torch.nn.Module):
     """Attention over a sequence split over a group, by a local attention that sees all of it for some heads.
 
     Args:
         local_attention: called as local_attention(query, key, value, *args, **kwargs) with this rank's heads of the
-            whole sequence; returns them as (seq, batch, heads, dim), or merged as (seq, batch, heads * dim).
+            whole sequence; returns them as (seq, batch, heads, dim), or merged as (seq, batch, heads * dim). One whose
+            ``forward`` says that it ``exchanges_context_parallel``, as Megatron's core attention does under the
+            adaptor, gets this rank's tokens as they are.
         sequence_process_group: the ranks that share the sequence; None is the default group.
         scatter_idx, gather_idx: dimension of the heads, and of the sequence.
         gather_size_calculator: a GatherSizeCalculator.
@@ -96,18 +51,19 @@ class UlyssesContextAttention(torch.nn.Module):
 
     def __init__(
         self,
-        local_attention,
-        sequence_process_group,
-        scatter_idx=2,
-        gather_idx=0,
-        gather_size_calculator=DefaultGatherSizeCalculator(),  # noqa: B008  stateless, and the signature is published
-    ):
+        local_attention: Callable[..., torch.Tensor],
+        sequence_process_group: dist.ProcessGroup | None,
+        scatter_idx: int = 2,
+        gather_idx: int = 0,
+        gather_size_calculator: GatherSizeCalculator = DefaultGatherSizeCalculator(),  # noqa: B008  stateless, published
+    ) -> None:
         super().__init__()
         self.local_attn = local_attention
         self.spg, self.scatter_idx, self.gather_idx = sequence_process_group, scatter_idx, gather_idx
         self.gather_size_calculator = gather_size_calculator
+        self._checked: set[tuple[int, int]] = set()  # (length, gather size) that all ranks were seen to agree on
 
-    def forward(self, query, key, value, *args, **kwargs):
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Attention of this rank's tokens; every rank of the group calls it.
 
         Args:
@@ -125,20 +81,13 @@ class UlyssesContextAttention(torch.nn.Module):
         """
         gather_size = self.gather_size_calculator.calculate(*args, **kwargs)
         kwargs = self._local_kwargs(kwargs)
+        if _exchanges_itself(self.local_attn):
+            return self.local_attn(query, key, value, *args, **kwargs)
         if dist.get_world_size(self.spg) == 1:
-            _check_single(query.size(self.gather_idx), gather_size)
+            check_single(query.size(self.gather_idx), gather_size)
             return self.local_attn(query, key, value, *args, **kwargs)
         axes = _Axes.of(query, self.scatter_idx, self.gather_idx)
-        lengths = self._lengths(query, gather_size)
-        workspace, host = _memory_of(self.spg)
-        exchange = SequenceExchange(
-            self.spg,
-            dist.get_rank(self.spg),
-            lengths,
-            workspace,
-            host=host,
-            unpack="sequence" if axes.sequence_first else None,
-        )
+        exchange = self._exchange(query, gather_size, "sequence" if axes.sequence_first else None)
         parts, out_shares = _parts(axes, query, key, value, exchange.size)
         tensors = (axes.to_exchange(tensor, exchange.size) for tensor in (query, key, value))
         received = _GatherSequence.apply(exchange, parts, *tensors)
@@ -166,52 +115,45 @@ class UlyssesContextAttention(torch.nn.Module):
             return kwargs
         return {name: argument for name, argument in kwargs.items() if name in parameters}
 
-    def _lengths(self, query, gather_size):
-        """Tokens of every rank, the same on all ranks: they tell each other, so that no wrong length becomes a hang."""
-        mine = [query.size(self.gather_idx), -1 if gather_size is None else int(gather_size)]
-        send = torch.tensor(mine, device=query.device)
-        table = send.new_empty(2 * dist.get_world_size(self.spg))
-        all_gather(table, send, self.spg, "lengths").wait()
-        lengths, sizes = table.view(-1, 2).t().tolist()
-        if len(set(sizes)) > 1:
-            raise ValueError(
-                f"the gather size calculator gives the ranks different lengths {sizes} (-1 is None); it "
-                "must give all ranks the length of the whole sequence."
-            )
-        if gather_size is None:
-            _check_aligned(lengths, self.gather_size_calculator)
-        elif lengths != split_sizes(gather_size, len(lengths)):
-            raise ValueError(
-                f"gather size {gather_size} gives the ranks {split_sizes(gather_size, len(lengths))} "
-                f"tokens, and they hold {lengths}; split with cal_split_sizes({gather_size}, "
-                f"{len(lengths)}), or let the calculator return {sum(lengths)}."
-            )
-        return tuple(lengths)
+    def _exchange(self, query, gather_size, unpack):
+        """The SequenceExchange of one call.
+
+        What the ranks hold follows from what this rank holds, and the ranks must agree: a wrong length is an error on
+        all of them, not a hang. They tell each other with their messages where those can be announced, and at no cost.
+        Where they cannot, on devices, they ask once for each length. The lengths that a calculator leaves to be summed
+        are asked for every time: another rank's may change while this rank's does not.
+        """
+        link, length = link_of(self.spg), query.size(self.gather_idx)
+        stamp = (length, -1 if gather_size is None else int(gather_size))
+        check = partial(check_lengths, self.gather_size_calculator)
+        if gather_size is None and self.gather_size_calculator.sums_local_lengths:
+            lengths = check(_stamps_of_all(link, stamp, query.device))
+            return SequenceExchange(link, _in_rank_order(lengths), unpack=unpack)
+        lengths = [length] * link.size if gather_size is None else split_sizes(int(gather_size), link.size)
+        if link.tells(query.device):
+            return SequenceExchange(link, _in_rank_order(lengths), unpack=unpack, stamp=stamp, check=check)
+        if stamp not in self._checked:
+            check(_stamps_of_all(link, stamp, query.device))
+            self._checked.add(stamp)
+        return SequenceExchange(link, _in_rank_order(lengths), unpack=unpack)
 
 
-def _check_single(length, gather_size):
-    if gather_size is not None and gather_size != length:
-        raise ValueError(
-            f"gather size {gather_size} must be the sequence length {length} in a group of one rank; pass "
-            "the whole sequence."
-        )
+def _exchanges_itself(local_attention) -> bool:
+    """Whether this is Megatron's core attention, patched by the adaptor to attend over the whole sequence."""
+    marked = getattr(getattr(type(local_attention), "forward", None), "exchanges_context_parallel", False)
+    return marked and local_attention.config.context_parallel_size > 1
 
 
-def _check_aligned(lengths, calculator):
-    """Lengths without a gather size: equal for aligned Ulysses, the usual split where they are summed."""
-    if calculator.sums_local_lengths:
-        if lengths != split_sizes(sum(lengths), len(lengths)):
-            raise ValueError(
-                f"the ranks hold {lengths} tokens, and a sequence of {sum(lengths)} must be split as "
-                f"{split_sizes(sum(lengths), len(lengths))}; split with cal_split_sizes({sum(lengths)}, "
-                f"{len(lengths)})."
-            )
-    elif len(set(lengths)) > 1:
-        raise ValueError(
-            f"aligned Ulysses needs the same number of tokens on every rank, and they hold {lengths}; "
-            "pass gather_size_calculator=DynamicGatherSizeCalculator() (--gather-size-calculator "
-            f"dynamic), which takes any length, or a sequence length that {len(lengths)} divides."
-        )
+def _in_rank_order(lengths):
+    ends = [0]
+    for length in lengths:
+        ends.append(ends[-1] + length)
+    return tuple(((start, stop),) for start, stop in zip(ends, ends[1:]))
+
+
+def _stamps_of_all(link: Link, stamp: tuple[int, int], device: torch.device) -> list[tuple[int, int]]:
+    rows = link.gather(torch.tensor(stamp, device=device), [2] * link.size, "lengths").wait()
+    return [tuple(row.tolist()) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -326,12 +268,12 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, exchange, parts, *tensors):
         ctx.exchange, ctx.parts = exchange, [replace(part, purpose=f"d{part.purpose}") for part in parts]
-        return tuple(exchange.scatter_heads_gather_sequence(parts, tensors))
+        return tuple(exchange.scatter_heads_gather_sequence(parts, tensors).wait())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        return None, None, *ctx.exchange.scatter_sequence_gather_heads(ctx.parts, grads, grads[0].dtype)
+        return None, None, *ctx.exchange.scatter_sequence_gather_heads(ctx.parts, grads, grads[0].dtype).wait()
 
 
 class _GatherHeads(torch.autograd.Function):
@@ -340,9 +282,9 @@ class _GatherHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, exchange, part, out):
         ctx.exchange, ctx.part = exchange, replace(part, purpose=f"d{part.purpose}")
-        return exchange.scatter_sequence_gather_heads([part], [out], out.dtype)[0]
+        return exchange.scatter_sequence_gather_heads([part], [out], out.dtype).wait()[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        return None, None, ctx.exchange.scatter_heads_gather_sequence([ctx.part], [grad_out])[0]
+        return None, None, ctx.exchange.scatter_heads_gather_sequence([ctx.part], [grad_out]).wait()[0]

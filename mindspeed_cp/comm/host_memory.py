@@ -1,7 +1,7 @@
 """CPU tensors from rank to rank of one host through shared memory, with gloo for the notices.
 
 gloo sends a large message through the host's network stack, which copies it twice and wakes threads for every part.
-Here the sender writes it into memory that its peers see and sends a notice of 32 bytes; the receiver reads it where it
+Here the sender writes it into memory that its peers see and sends a notice of 40 bytes; the receiver reads it where it
 is and marks it as read. A dead peer is noticed as ever, because every notice is a message.
 
     a rank's memory = messages, each at the lowest free place: one mark for every member | data
@@ -26,12 +26,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from mindspeed_cp.comm.messages import Message
 from mindspeed_cp.notices import ContextParallelWarning, warn_rank0
 
 SPAN = 1 << 36  # bytes of address space for what one rank sends; 64 GiB, and a thousand ranks fit into one process
 SMALLEST_MESSAGE = 1 << 14  # bytes; below this the message itself is as cheap as its notice
 LINE = 64  # bytes of a cache line, to which messages are aligned
-BY_GLOO = -1  # place of a message that follows its notice through gloo
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,13 @@ class Parcel:
     Args:
         start, stop: bytes of the memory that it takes, its marks included.
         marks: words that its readers set.
-        number: which message of this rank it is, from 1.
         data: uint8 (num_bytes,), to be written before the notice is sent.
     """
 
     start: int
     stop: int
     marks: tuple[int, ...]
-    number: int
     data: torch.Tensor
-
-    def view(self, like: torch.Tensor) -> torch.Tensor:
-        """The message's memory as a flat tensor with the size and dtype of ``like``."""
-        return self.data[: like.numel() * like.element_size()].view(like.dtype)
-
-    def notice(self) -> torch.Tensor:
-        """int64 (4,) for every reader: where the message is, its bytes and its number."""
-        return _notice(self.start, self.data.numel(), self.number)
 
 
 class _Memory:
@@ -86,7 +76,7 @@ class HostMemory:
         self._file, self._memories, self._own = file, memories, memories[dist.get_rank()]
         self.peers, self.smallest = frozenset(memories) - {dist.get_rank()}, smallest
         self._unread: list[Parcel] = []  # ascending in memory
-        self._number, self.num_bytes = 0, 0
+        self.num_bytes = 0
 
     @classmethod
     def connect(cls, group: dist.ProcessGroup, smallest: int = SMALLEST_MESSAGE) -> "HostMemory | None":
@@ -115,10 +105,9 @@ class HostMemory:
             os.close(file)
         return None
 
-    def carries(self, peer: int, tensor: torch.Tensor) -> bool:
-        """Whether a message with ``peer`` that fills ``tensor`` is announced by a notice; both ends answer alike."""
-        size = tensor.numel() * tensor.element_size()
-        return peer in self.peers and tensor.device.type == "cpu" and size >= max(self.smallest, 1)
+    def carries(self, peer: int, device: torch.device, num_bytes: int) -> bool:
+        """Whether such a message with ``peer`` goes through shared memory, if there is room; both ends answer alike."""
+        return peer in self.peers and device.type == "cpu" and num_bytes >= max(self.smallest, 1)
 
     def place(self, readers: list[int], num_bytes: int) -> Parcel | None:
         """Room for a message to the global ranks ``readers``, at the lowest place that is free; None where there is
@@ -138,9 +127,8 @@ class HostMemory:
         marks = tuple(start // 8 + self._slot[reader] for reader in readers)
         for mark in marks:
             self._own.words[mark] = 0
-        self._number += 1
         data = self._own.data[start + self._marks : start + self._marks + num_bytes]
-        parcel = Parcel(start, start + size, marks, self._number, data)
+        parcel = Parcel(start, start + size, marks, data)
         self._unread.insert(index, parcel)
         return parcel
 
@@ -159,39 +147,29 @@ class HostMemory:
         self.num_bytes = stop
         return True
 
-    def write(self, readers: list[int], tensor: torch.Tensor) -> Parcel | None:
-        """A Parcel for ``readers`` that holds a copy of a contiguous tensor, None where there is no room."""
-        parcel = self.place(readers, tensor.numel() * tensor.element_size())
+    def write(self, readers: list[int], message: Message) -> Parcel | None:
+        """A Parcel for ``readers`` that holds a copy of the message, None where there is no room."""
+        parcel = self.place(readers, message.num_bytes)
         if parcel is not None:
-            parcel.view(tensor).copy_(tensor.view(-1))
+            message.write(parcel.data.view(message.dtype))
         return parcel
 
-    def notice_of_gloo(self, num_bytes: int) -> torch.Tensor:
-        """The notice of a message that follows through gloo, with its number as the tag."""
-        self._number += 1
-        return _notice(BY_GLOO, num_bytes, self._number)
-
-    def read(self, peer: int, notice: torch.Tensor) -> torch.Tensor:
-        """uint8, the message in the peer's memory, valid until ``release``."""
-        start, num_bytes, *_ = notice.tolist()
+    def read(self, peer: int, start: int, num_bytes: int) -> torch.Tensor:
+        """uint8, the message at ``start`` of the peer's memory, valid until ``release``."""
         return self._memories[peer].data[start + self._marks : start + self._marks + num_bytes]
 
-    def release(self, peer: int, notice: torch.Tensor) -> None:
+    def release(self, peer: int, start: int) -> None:
         """Tell the peer that its message has been read."""
-        self._memories[peer].words[int(notice[0]) // 8 + self._slot[dist.get_rank()]] = 1
+        self._memories[peer].words[start // 8 + self._slot[dist.get_rank()]] = 1
 
     def close(self) -> None:
         """Give the memory back; what peers have mapped stays theirs until they close."""
         if self._memories:
             os.close(self._file)
+            del self._own
         self.peers, self._unread, self._memories = frozenset(), [], {}
-        self._own = None  # type: ignore[assignment]  # nothing is sent or read after this
 
     __del__ = close
-
-
-def _notice(place: int, num_bytes: int, number: int) -> torch.Tensor:
-    return torch.tensor([place, num_bytes, number, 0], device="cpu")
 
 
 def _name(token: int) -> str:

@@ -1,100 +1,148 @@
-"""What an all-to-all sends: the shapes of its parts, and the exchange while it is under way.
+"""What travels between two ranks: the tensors of one message, and the transfer while it is under way."""
 
-Shapes: (rows, batch, heads, head_dim); rows are tokens of one rank or of the whole sequence.
-"""
-
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, TypeVar
 
 import torch
 
-
-@dataclass(frozen=True)
-class Part:
-    """One tensor of a message.
-
-    Args:
-        purpose: what its bytes count as.
-        num_heads, dim: heads of the whole tensor, and their size.
-        shares: per rank, the heads that it gets: a slice, or a list of indices. A head may go to several ranks.
-    """
-
-    purpose: str
-    num_heads: int
-    dim: int
-    shares: tuple
-
-    def count(self, rank):
-        share = self.shares[rank]
-        return share.stop - share.start if isinstance(share, slice) else len(share)
-
-    def width(self, rank):
-        return self.count(rank) * self.dim
-
-    @property
-    def replicated(self):
-        return sum(map(self.count, range(len(self.shares)))) > self.num_heads
+T = TypeVar("T")
+U = TypeVar("U")
 
 
-@dataclass(frozen=True)
-class Slab:
-    """Shape of what goes from one rank to another: heads of several tensors side by side, for every token.
-
-    Args:
-        heads: ((number of heads, head_dim), ...) of the tensors.
-    """
-
-    rows: int
-    batch: int
-    heads: tuple
-
-    @property
-    def size(self):
-        return self.rows * self.batch * sum(count * dim for count, dim in self.heads)
-
-    def apart(self, flat):
-        """Views (rows, batch, heads, head_dim) of each tensor in a flat one."""
-        widths = [count * dim for count, dim in self.heads]
-        row = flat.view(self.rows, self.batch, sum(widths))
-        return [piece.unflatten(-1, shape) for piece, shape in zip(row.split(widths, dim=-1), self.heads)]
-
-
-@dataclass(frozen=True, eq=False)
-class Message:
-    """What one rank has for all ranks.
-
-    Args:
-        like: a tensor of its dtype and device.
-        pieces: rank -> list of (rows, batch, heads, head_dim): that rank's part of each tensor.
-        packed: () -> flat tensor with all ranks' parts in rank order, as one collective wants it.
-        leaving, arriving: per rank, the Slab that goes there and the one that comes from there.
-    """
-
-    like: torch.Tensor
-    pieces: object
-    packed: object
-    leaving: list
-    arriving: list
-
-
-class Pending:
-    """An exchange under way. ``wait`` returns its tensors; call it once, and in the same order on all ranks.
+class Pending(Generic[T]):
+    """A transfer under way. ``wait`` returns its result; call it once, and in the same order on all ranks.
 
     The tensors that were given to it must not change before.
     """
 
-    def __init__(self, finish):
-        self._finish = finish
+    def __init__(self, finish: Callable[[], T]) -> None:
+        self._finish: Callable[[], T] | None = finish
 
-    def wait(self):
-        return self._finish()
+    def wait(self) -> T:
+        """The result, when what was received is there and what was sent may change again.
+
+        Raises:
+            RuntimeError: it was called before, or a rank that is waited for is lost; the message says which.
+        """
+        finish, self._finish = self._finish, None
+        if finish is None:
+            raise RuntimeError("this transfer was awaited before; keep what the first wait() returned.")
+        return finish()
+
+    def then(self, function: Callable[[T], U]) -> "Pending[U]":
+        """The transfer with ``function`` of its result as the result."""
+        return Pending(lambda: function(self.wait()))
 
 
-def heads_of(parts, rank):
-    """((number of heads, head_dim), ...) that ``rank`` gets of each part."""
-    return tuple((part.count(rank), part.dim) for part in parts)
+@dataclass(frozen=True, eq=False)
+class Message:
+    """Tensors that travel together: those of a rank that are sent, or those that are received into.
+
+    Args:
+        blocks: they lie end to end in the message. The tensors of one block, (rows, batch, heads, head_dim) with the
+            same rows and batch, lie side by side there for every row; one alone may have any shape.
+        dtype: that of the message, whatever the tensors' own.
+    """
+
+    blocks: tuple[tuple[torch.Tensor, ...], ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def joined(cls, messages: Iterable["Message"]) -> "Message":
+        """Messages of one dtype end to end, in as few blocks as the memory of their tensors allows."""
+        blocks: list[tuple[torch.Tensor, ...]] = []
+        dtype = torch.float32
+        for message in messages:
+            dtype = message.dtype
+            for block in message.blocks:
+                if not any(tensor.numel() for tensor in block):
+                    continue
+                if blocks and _go_on(blocks[-1], block):
+                    blocks[-1] = tuple(map(_with_more_rows, blocks[-1], block))
+                else:
+                    blocks.append(block)
+        return cls(tuple(blocks), dtype)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for block in self.blocks for tensor in block]
+
+    @property
+    def numel(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks[0][0].device
+
+    @cached_property
+    def in_place(self) -> torch.Tensor | None:
+        """The message, flat, where the tensors' memory is it already; else None."""
+        blocks = Message.joined([self]).blocks
+        if len(blocks) != 1 or len(blocks[0]) != 1:
+            return None
+        (tensor,) = blocks[0]
+        return tensor.view(-1) if tensor.dtype == self.dtype and tensor.is_contiguous() else None
+
+    def write(self, flat: torch.Tensor) -> None:
+        """Copy the tensors into a flat message."""
+        for part, tensor in zip(self._apart(flat), self.tensors, strict=True):
+            part.copy_(tensor)
+
+    def read(self, flat: torch.Tensor) -> None:
+        """Copy a flat message into the tensors."""
+        for part, tensor in zip(self._apart(flat), self.tensors, strict=True):
+            tensor.copy_(part)
+
+    def _apart(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a flat message, one with the shape of each tensor."""
+        parts: list[torch.Tensor] = []
+        sizes = [sum(tensor.numel() for tensor in block) for block in self.blocks]
+        for block, part in zip(self.blocks, flat.split(sizes)):
+            if len(block) == 1:
+                parts.append(part.view(block[0].shape))
+                continue
+            widths = [tensor.shape[2:].numel() for tensor in block]
+            row = part.view(*block[0].shape[:2], sum(widths))
+            parts += [piece.unflatten(-1, tensor.shape[2:]) for piece, tensor in zip(row.split(widths, dim=-1), block)]
+        return parts
 
 
-def fill(targets, sources):
-    """Copy each source into its target."""
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
+def copy_message(source: Message, target: Message) -> None:
+    """What a rank sends to itself."""
+    if source.numel == 0:
+        return
+    if target.in_place is not None:
+        source.write(target.in_place)
+    elif source.in_place is not None:
+        target.read(source.in_place)
+    elif [tensor.shape for tensor in source.tensors] == [tensor.shape for tensor in target.tensors]:
+        for part, tensor in zip(source.tensors, target.tensors):
+            tensor.copy_(part)
+    else:
+        flat = source.tensors[0].new_empty(source.numel, dtype=source.dtype)
+        source.write(flat)
+        target.read(flat)
+
+
+def _go_on(before: tuple[torch.Tensor, ...], after: tuple[torch.Tensor, ...]) -> bool:
+    """Whether each tensor's memory goes on where that of the block before ends, row by row."""
+    return len(before) == len(after) and all(
+        a.dim() > 0
+        and a.dtype == b.dtype
+        and a.shape[1:] == b.shape[1:]
+        and a.stride() == b.stride()
+        and a.data_ptr() + a.shape[0] * a.stride(0) * a.element_size() == b.data_ptr()
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        for a, b in zip(before, after)
+    )
+
+
+def _with_more_rows(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    return before.as_strided((before.shape[0] + after.shape[0], *before.shape[1:]), before.stride())

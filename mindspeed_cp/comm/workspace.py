@@ -9,24 +9,50 @@ class Workspace:
     """Named buffers that grow to the largest request and are handed out again; contents are undefined.
 
     A name is free again when the transfer or computation that used it has ended: forward and backward of a layer leave
-    nothing in flight, so layers share them.
+    nothing in flight, so layers share them. What a transfer needs for itself it borrows and gives back.
     """
 
-    def __init__(self):
-        self._buffers = {}
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+        self._free: list[torch.Tensor] = []
+        self._lent_bytes = 0
 
-    def get(self, name, shape, dtype, device):
+    def get(self, name: str, shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A contiguous tensor of ``shape`` that shares memory with earlier tensors of the same name and dtype."""
         count, key = math.prod(shape), (name, dtype, device)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < count:
-            with torch.inference_mode(False):  # a buffer made during inference could not be written during training
-                buffer = self._buffers[key] = torch.empty(count, dtype=dtype, device=device)
+            buffer = self._buffers[key] = _flat(count, dtype, device)
         return buffer[:count].view(shape)
 
-    @property
-    def num_bytes(self):
-        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
+    def borrow(self, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A flat tensor of at least ``count`` elements that is nobody else's until ``give_back``."""
+        alike = [buffer for buffer in self._free if buffer.dtype == dtype and buffer.device == device]
+        lent = next((buffer for buffer in alike if buffer.numel() >= count), None)
+        for buffer in alike[-1:] if lent is None else [lent]:  # one that is too small makes room for its successor
+            self._free = [other for other in self._free if other is not buffer]
+        lent = _flat(count, dtype, device) if lent is None else lent
+        self._lent_bytes += _num_bytes(lent)
+        return lent
 
-    def clear(self):
+    def give_back(self, lent: torch.Tensor) -> None:
+        """Take back what ``borrow`` returned; its contents may be overwritten from now on."""
+        self._lent_bytes -= _num_bytes(lent)
+        self._free.append(lent)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._lent_bytes + sum(map(_num_bytes, [*self._buffers.values(), *self._free]))
+
+    def clear(self) -> None:
         self._buffers.clear()
+        self._free.clear()
+
+
+def _flat(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # a buffer made during inference could not be written during training
+        return torch.empty(count, dtype=dtype, device=device)
+
+
+def _num_bytes(buffer: torch.Tensor) -> int:
+    return buffer.numel() * buffer.element_size()

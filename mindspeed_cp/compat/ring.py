@@ -10,12 +10,12 @@ Which tokens a rank holds follows MindSpeed:
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.distributed as dist
 
 from mindspeed_cp.api import context_parallel_attention
+from mindspeed_cp.comm.link import link_of, within
 from mindspeed_cp.compat.ring_layout import document_layout, row_layout
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.groups import ContextParallelGroups
@@ -137,17 +137,20 @@ def _window(para, ranks, rank):
     return window
 
 
-@lru_cache(maxsize=16)
 def _groups(hierarchy, rank, global_ranks, cp_group, overlap_group):
-    """ContextParallelGroups from groups that exist already, remembered so that layers share their buffers.
+    """ContextParallelGroups from groups that exist already; layers share the buffers, which live as long as cp_group.
 
-    Peers are named by global rank, so the whole ring's group serves the windows too. The second group keeps transfers
-    between windows out of the queue of those within one.
+    The whole ring's group serves the windows too. The second group keeps transfers between windows out of the queue of
+    those within one.
     """
     if len(global_ranks) == 1:
         return ContextParallelGroups(hierarchy, 0, global_ranks)
-    outer = (overlap_group or cp_group) if hierarchy[2] > 1 else None
-    return ContextParallelGroups(hierarchy, rank, global_ranks, cp_group, ring_group=cp_group, outer_group=outer)
+    link = link_of(cp_group)
+    ring = within(link, link.group, global_ranks)
+    outer = within(ring, overlap_group or link.group, global_ranks) if hierarchy[2] > 1 else None
+    return ContextParallelGroups(
+        hierarchy, rank, global_ranks, cp=ring, ring=ring, outer=outer, workspace=ring.workspace
+    )
 
 
 def _with_heads(q, k, v, n, without_batch):

@@ -20,9 +20,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 
-from mindspeed_cp.notices import warn_rank0
-from mindspeed_cp.softmax import merge_attention
-
 
 @dataclass(frozen=True)
 class KernelRow:
@@ -49,20 +46,6 @@ KERNELS = {
     "npu": KernelRow("npu", "mindspeed_cp.kernels.npu"),
     "blockwise": KernelRow(None, "mindspeed_cp.kernels.blockwise", automatic=False),
 }
-
-
-def merge_function(kernel, fused):
-    """The function that merges a block's (out, lse) into the result so far, as ``softmax.merge_attention`` does.
-
-    Args:
-        fused: use the kernel's own operator (--use-fused-ring-attention-update); where it has none, that is said once.
-    """
-    if fused and not hasattr(kernel, "merge"):
-        warn_rank0(
-            f"--use-fused-ring-attention-update changes nothing: kernel {kernel.name} has no fused update here; "
-            "blocks are merged in place by torch operations."
-        )
-    return getattr(kernel, "merge", merge_attention) if fused else merge_attention
 
 
 @cache

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from mindspeed_cp.blocks import Block
+
 
 class KernelOptions(NamedTuple):
     """What stays the same for all blocks of one call."""
@@ -19,7 +21,7 @@ class KernelOptions(NamedTuple):
     rng_stream: int = 0  # differs between ranks that share torch's seed; kernels with a seed of their own mix it in
 
 
-def accumulation_dtype(dtype):
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -38,11 +40,31 @@ class AttentionKernel(Protocol):
     name: str
     native_bands: bool
 
-    def forward(self, query, key, value, block, options, attention_mask=None) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        block: Block,
+        options: KernelOptions,
+        attention_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Returns (out, lse, rng): out in the input's or the accumulation dtype, 0 where a row sees no key; lse in the
         accumulation dtype, -inf there; rng is whatever backward needs to draw the same dropout mask, else None."""
 
-    def backward(self, grad_out, query, key, value, out, lse, block, options, rng, attention_mask=None):
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        block: Block,
+        options: KernelOptions,
+        rng: Any,
+        attention_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns (dq, dk, dv), each with the shape of its input, of the block alone.
 
         out and lse are those of the whole attention (all blocks merged), cut to the block's query rows; rows that see

@@ -105,38 +105,44 @@ def _views(query, key, value):
     return _group_queries(query, kv_heads), _expand_keys(key, group), _expand_keys(value, group)
 
 
-def _additive_mask(query, key, block, attention_mask):
-    """None for shapes that the operator knows; else 0 and -inf, broadcast over heads, of a tile or a dense mask."""
+def _hidden(query, key, block, attention_mask):
+    """Bool (1 or batch, nq, nk) of a tile or a dense mask; None for shapes that the operator knows."""
     if attention_mask is None and (block.is_full or block.is_causal):
+        return None
+    if block.is_full:
+        return attention_mask
+    band = band_mask(query.shape[0], key.shape[0], block.lower, block.upper, query.device)[None]
+    return band if attention_mask is None else attention_mask | band
+
+
+def _additive_mask(hidden, query, key):
+    """0 and -inf, with stride 0 over the heads; None without a mask."""
+    if hidden is None:
         return None
     num_queries, batch, heads, _ = query.shape
     num_keys, _, kv_heads, _ = key.shape
-    hidden = attention_mask
-    if not block.is_full:
-        band = band_mask(num_queries, num_keys, block.lower, block.upper, query.device)
-        hidden = band[None] if hidden is None else hidden | band
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).unsqueeze(1).to(query.dtype)
-    mask = mask.expand(batch, heads if heads == kv_heads else kv_heads, -1, -1)
+    mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -torch.inf).unsqueeze(1)
+    mask = mask.expand(batch, kv_heads, -1, -1)
     return mask if heads == kv_heads else mask.reshape(batch * kv_heads, 1, num_queries, num_keys)
 
 
 def _forward_piece(query, key, value, block, options, attention_mask):
-    mask = _additive_mask(query, key, block, attention_mask)
+    hidden = _hidden(query, key, block, attention_mask)
+    mask = _additive_mask(hidden, query, key)
     is_causal = block.is_causal and mask is None
     out, lse = _forward(*_views(query, key, value), 0.0, is_causal, attn_mask=mask, scale=options.softmax_scale)
     seq, batch, heads = query.shape[:3]
     out = out.movedim(2, 0).reshape(seq, batch, heads, -1)
     lse = lse.movedim(2, 0).reshape(seq, batch, heads)
-    if mask is not None:
+    if hidden is not None:
         # The operator gives rows without a key a finite lse, so they are found from the mask itself.
-        empty = (mask == -torch.inf).all(-1).view(batch, -1, seq)[:, :1].permute(2, 0, 1)
+        empty = hidden.all(-1).t().unsqueeze(-1)
         out, lse = out.masked_fill(empty.unsqueeze(-1), 0), lse.masked_fill(empty, -torch.inf)
     return out, lse
 
 
 def _backward_piece(grad_out, query, key, value, out, lse, block, options, attention_mask):
-    mask = _additive_mask(query, key, block, attention_mask)
+    mask = _additive_mask(_hidden(query, key, block, attention_mask), query, key)
     kv_heads, group = key.shape[2], query.shape[2] // key.shape[2]
     if group == 1:
         rows = [tensor.permute(1, 2, 0, 3) for tensor in (grad_out, out)] + [lse.permute(1, 2, 0)]

@@ -8,13 +8,19 @@ With ``overlap`` a transfer is posted before the block that hides it and awaited
 the block and awaited at once. In both cases the first local block starts before any wait.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from mindspeed_cp.accumulate import add_in_place
+from mindspeed_cp.comm.link import Link
+from mindspeed_cp.comm.messages import Pending
 from mindspeed_cp.comm.schedule import RingPlace
-from mindspeed_cp.comm.transport import all_gather, post
+from mindspeed_cp.softmax import add_in_place
+
+Rows = tuple[tuple[int, int], ...]
+Stream = Iterator[tuple[int, torch.Tensor]]
+_Waiting = tuple[Pending[None], list[torch.Tensor], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -22,59 +28,51 @@ class RingChannel:
     """What every exchange needs to know of the ring.
 
     Args:
-        groups: ContextParallelGroups.
+        place: this rank's place in it.
+        link: over the ring; unused where it has one rank.
+        outer: a link for transfers between windows; unused without.
         lengths: rows of every ring rank's shard.
         rows_needed: (query rank, source rank) -> ((start, stop), ...), the rows of the source's shard that are wanted.
         overlap: post transfers before the block that hides them.
     """
 
-    groups: object
+    place: RingPlace
+    link: Link
+    outer: Link
     lengths: tuple[int, ...]
-    rows_needed: object
+    rows_needed: Callable[[int, int], Rows]
     overlap: bool
 
-    @property
-    def place(self):
-        _, window, windows = self.groups.hierarchy
-        return RingPlace(self.groups.ring_rank, window, windows)
-
-    def global_rank(self, ring_rank):
-        return self.groups.ring_global_ranks[ring_rank]
-
-    def buffer(self, name, like, source, keep=False):
+    def buffer(self, name: str, like: torch.Tensor, source: int, keep: bool = False) -> torch.Tensor:
         """A buffer for the shard of ``source``: fresh when it is kept for the backward pass, else from the
         workspace.
         """
         shape = (self.lengths[source], *like.shape[1:])
         if keep:
             return like.new_empty(shape)
-        return self.groups.workspace.get(name, shape, like.dtype, like.device)
+        return self.link.workspace.get(name, shape, like.dtype, like.device)
 
 
-def ring_exchange(channel, own, purpose, keep=False):
+def ring_exchange(channel: RingChannel, own: torch.Tensor, purpose: str, keep: bool = False) -> Stream:
     """Forward whole shards around the (double) ring.
 
     A buffer is received into only after everything sent from it has left: two inner and two outer buffers take turns.
     The transfer to the next window starts with the inner ring, so that the whole inner ring hides it.
     """
-    place, groups = channel.place, channel.groups
+    place = channel.place
 
-    def pass_on(rows, outer, inner, group, name, source):
+    def pass_on(rows, outer, inner, link, name, source):
         received = channel.buffer(f"{purpose}.{name}", own, source, keep)
-        transfer = post(
-            group,
-            [(channel.global_rank(place.peer(outer, inner)), rows)],
-            [(channel.global_rank(place.peer(-outer, -inner)), received)],
-            purpose,
-            groups.host,
+        pending = link.exchange(
+            [(place.peer(outer, inner), [rows])], [(place.peer(-outer, -inner), [received])], purpose
         )
-        return transfer, received
+        return pending, received
 
     def to_next_window(rows, j):
-        return pass_on(rows, 1, 0, groups.outer_group, f"outer{j % 2}", place.peer(-j - 1, 0))
+        return pass_on(rows, 1, 0, channel.outer, f"outer{j % 2}", place.peer(-j - 1, 0))
 
     def within_window(rows, j, t):
-        return pass_on(rows, 0, 1, groups.ring_group, f"inner{t % 2}", place.peer(-j, -t - 1))
+        return pass_on(rows, 0, 1, channel.link, f"inner{t % 2}", place.peer(-j, -t - 1))
 
     head = own
     for j in range(place.windows):
@@ -86,70 +84,61 @@ def ring_exchange(channel, own, purpose, keep=False):
             step = within_window(rows, j, t) if channel.overlap and not last_step else None
             yield place.peer(-j, -t), rows
             if not last_step:
-                transfer, rows = step or within_window(rows, j, t)
-                transfer.wait()
+                pending, rows = step or within_window(rows, j, t)
+                pending.wait()
         if not last_window:
-            transfer, head = crossing or to_next_window(head, j)
-            transfer.wait()
+            pending, head = crossing or to_next_window(head, j)
+            pending.wait()
 
 
-def direct_exchange(channel, own, purpose, keep=False):
+def direct_exchange(channel: RingChannel, own: torch.Tensor, purpose: str, keep: bool = False) -> Stream:
     """At step t every rank sends to rank r + t exactly the rows that its blocks need, from its own memory.
 
     Nothing is forwarded. Rows that nobody asked for are left undefined in the receive buffer. Transfers run one step
     ahead of the computation.
     """
-    place, ring_size = channel.place, len(channel.lengths)
+    rank, ring_size = channel.place.rank, len(channel.lengths)
 
     def fetch(t):
-        reader, source = (place.rank + t) % ring_size, (place.rank - t) % ring_size
+        reader, source = (rank + t) % ring_size, (rank - t) % ring_size
         received = channel.buffer(f"{purpose}.direct{t % 2}", own, source, keep)
-        transfer = post(
-            channel.groups.ring_group,
-            [(channel.global_rank(reader), own[start:stop]) for start, stop in channel.rows_needed(reader, place.rank)],
-            [
-                (channel.global_rank(source), received[start:stop])
-                for start, stop in channel.rows_needed(place.rank, source)
-            ],
+        pending = channel.link.exchange(
+            [(reader, parts(own, channel.rows_needed(reader, rank)))],
+            [(source, parts(received, channel.rows_needed(rank, source)))],
             purpose,
-            channel.groups.host,
         )
-        return transfer, received
+        return pending, received
 
     rows = own
     for t in range(ring_size):
         ahead = fetch(t + 1) if channel.overlap and t + 1 < ring_size else None
-        yield (place.rank - t) % ring_size, rows
+        yield (rank - t) % ring_size, rows
         if t + 1 < ring_size:
-            transfer, rows = ahead or fetch(t + 1)
-            transfer.wait()
+            pending, rows = ahead or fetch(t + 1)
+            pending.wait()
 
 
-def allgather_exchange(channel, own, purpose, keep=False):
-    """Gather every shard with one collective; uneven shards are padded to the longest."""
-    groups, ring_size, longest = channel.groups, len(channel.lengths), max(channel.lengths)
-    shape = (longest, *own.shape[1:])
-    get = (
-        own.new_empty if keep else lambda size: groups.workspace.get(f"{purpose}.gathered", size, own.dtype, own.device)
-    )
-    gathered = get((ring_size, *shape))
-    padded = own
-    if own.shape[0] < longest:
-        padded = groups.workspace.get(f"{purpose}.padded", shape, own.dtype, own.device)
-        padded[: own.shape[0]] = own
+def allgather_exchange(channel: RingChannel, own: torch.Tensor, purpose: str, keep: bool = False) -> Stream:
+    """Gather every shard with one collective."""
+    rank, ring_size = channel.place.rank, len(channel.lengths)
 
     def gather():
-        return all_gather(gathered.flatten(0, 1), padded, groups.ring_group, purpose, groups.host)
+        return channel.link.gather(own, channel.lengths, purpose, None if keep else f"{purpose}.gathered")
 
-    transfer = gather() if channel.overlap else None
-    yield channel.place.rank, own
-    (transfer or gather()).wait()
+    pending = gather() if channel.overlap else None
+    yield rank, own
+    shards = (pending or gather()).wait()
     for t in range(1, ring_size):
-        source = (channel.place.rank - t) % ring_size
-        yield source, gathered[source, : channel.lengths[source]]
+        source = (rank - t) % ring_size
+        yield source, shards[source]
 
 
 EXCHANGES = {"ring": ring_exchange, "direct": direct_exchange, "allgather": allgather_exchange}
+
+
+def parts(rows: torch.Tensor, ranges: Rows) -> list[torch.Tensor]:
+    """Views of these (start, stop) of the rows; they travel in one message."""
+    return [rows[start:stop] for start, stop in ranges]
 
 
 class GradientReturn:
@@ -164,44 +153,38 @@ class GradientReturn:
     rows.
     """
 
-    def __init__(self, channel, own, like):
+    def __init__(self, channel: RingChannel, own: torch.Tensor, like: torch.Tensor) -> None:
         """own: accumulator for this rank's rows, which step 0 fills; like: a tensor with the wire dtype."""
         self._channel, self._own, self._like = channel, own, like
-        self._window_sum, self._inner, self._outer = own, None, None
+        self._window_sum = own
+        self._inner: _Waiting | None = None
+        self._outer: _Waiting | None = None
 
-    def begin(self, j):
+    def begin(self, j: int) -> torch.Tensor:
         """The accumulator that the partial of inner step 0 of window j is to be written into."""
         if j > 0:
-            source = self._channel.place.peer(-j, 0)
-            shape = (self._channel.lengths[source], *self._own.shape[1:])
-            self._window_sum = self._channel.groups.workspace.get(
-                "dkv.window", shape, self._own.dtype, self._own.device
-            )
+            self._window_sum = self._channel.buffer("dkv.window", self._own, self._channel.place.peer(-j, 0))
         return self._window_sum
 
-    def wire(self, t, source):
+    def wire(self, t: int, source: int) -> torch.Tensor:
         """The buffer that the partial of inner step t > 0 is to be written into, in the wire dtype."""
         return self._channel.buffer(f"dkv.wire{t % 2}", self._like, source)
 
-    def send(self, j, t, source, partial):
+    def send(self, j: int, t: int, source: int, partial: torch.Tensor) -> None:
         """Send ``partial`` to the first holder of ``source`` and take the peer's partial for the shard held first
         here.
         """
         channel, place = self._channel, self._channel.place
         peer, held = place.peer(0, t), place.peer(-j, 0)
-        rows_out, rows_in = channel.rows_needed(place.rank, source), channel.rows_needed(peer, held)
         received = channel.buffer(f"dkv.inner{t % 2}", self._like, held)
-        transfer = post(
-            channel.groups.ring_group,
-            [(channel.global_rank(place.peer(0, -t)), partial[start:stop]) for start, stop in rows_out],
-            [(channel.global_rank(peer), received[start:stop]) for start, stop in rows_in],
-            "dkv",
-            channel.groups.host,
+        arriving = parts(received, channel.rows_needed(peer, held))
+        pending = channel.link.exchange(
+            [(place.peer(0, -t), parts(partial, channel.rows_needed(place.rank, source)))], [(peer, arriving)], "dkv"
         )
         self._drain_inner()
-        self._inner = (transfer, received, rows_in, self._window_sum)
+        self._inner = pending, arriving, parts(self._window_sum, channel.rows_needed(peer, held))
 
-    def end(self, j):
+    def end(self, j: int) -> None:
         """Close window j: its sum goes to the owner, while the next window is computed."""
         channel, place = self._channel, self._channel.place
         self._drain_inner()
@@ -209,50 +192,44 @@ class GradientReturn:
         if j == 0:
             return
         source, peer = place.peer(-j, 0), place.peer(j, 0)
-        wire = channel.buffer("dkv.crossing", self._like, source)
-        received = channel.buffer("dkv.outer", self._like, place.rank)
-        sends, rows = [], ()
+        leaving, arriving = [], []
         if self._window_reads(place.rank, source):
-            wire.copy_(self._window_sum)
-            sends = [(channel.global_rank(source), wire)]
+            leaving = [channel.buffer("dkv.crossing", self._like, source)]
+            leaving[0].copy_(self._window_sum)
         if self._window_reads(peer, place.rank):
-            rows = ((0, received.shape[0]),)
-        transfer = post(
-            channel.groups.outer_group,
-            sends,
-            [(channel.global_rank(peer), received)] if rows else [],
-            "dkv",
-            channel.groups.host,
-        )
-        self._outer = (transfer, received, rows, self._own)
+            arriving = [channel.buffer("dkv.outer", self._like, place.rank)]
+        pending = channel.outer.exchange([(source, leaving)], [(peer, arriving)], "dkv")
+        self._outer = pending, arriving, [self._own]
 
-    def _window_reads(self, member, source):
+    def _window_reads(self, member: int, source: int) -> bool:
         """Whether any rank of ``member``'s window has a block against the shard of ``source``."""
         window = self._channel.place.window
         first = member // window * window
         return any(self._channel.rows_needed(reader, source) for reader in range(first, first + window))
 
-    def finish(self):
+    def finish(self) -> torch.Tensor:
         self._drain_inner()
         self._drain_outer()
         return self._own
 
-    def _drain_inner(self):
-        self._inner = self._add(self._inner)
+    def _drain_inner(self) -> None:
+        _add_received(self._inner)
+        self._inner = None
 
-    def _drain_outer(self):
-        self._outer = self._add(self._outer)
-
-    @staticmethod
-    def _add(pending):
-        if pending:
-            transfer, received, rows, target = pending
-            transfer.wait()
-            for start, stop in rows:
-                add_in_place(target[start:stop], received[start:stop])
+    def _drain_outer(self) -> None:
+        _add_received(self._outer)
+        self._outer = None
 
 
-def concatenated(stream, split):
+def _add_received(waiting: _Waiting | None) -> None:
+    if waiting is not None:
+        pending, received, targets = waiting
+        pending.wait()
+        for target, part in zip(targets, received):
+            add_in_place(target, part)
+
+
+def concatenated(stream: Iterable[tuple[int, torch.Tensor]], split: int):
     """Turn a stream of packed rows into a stream of (source, key, value); the key has ``split`` of the last
     dimension.
     """
@@ -260,12 +237,7 @@ def concatenated(stream, split):
         yield source, rows[..., :split], rows[..., split:]
 
 
-def paired(keys, values):
+def paired(keys: Iterable[tuple[int, torch.Tensor]], values: Iterable[tuple[int, torch.Tensor]]):
     """Turn two streams that run in step into one of (source, key, value)."""
     for (source, key), (_, value) in zip(keys, values, strict=True):
         yield source, key, value
-
-
-def pack_rows(tensors):
-    """Concatenate along the last dimension into one contiguous tensor: one copy."""
-    return torch.cat(tensors, dim=-1)

@@ -1,0 +1,262 @@
+"""``Link``: one process group seen from one rank. Every transfer of this package is one of its three.
+
+    exchange      messages between single ranks, at most one for each peer and direction
+    gather        every rank's tensor to all
+    all_to_all    a message from every rank to every other
+
+Each is posted without waiting and returns a ``Pending``; what is computed before its ``wait`` hides it. Empty messages
+are skipped on both sides, which know each other's sizes. A failure names the ranks that were waited for.
+
+Between ranks of one host, large messages of CPU tensors cross through shared memory, the link's carrier, and gloo
+carries the notices. That changes no result, no order and no count of bytes.
+"""
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.distributed as dist
+
+from mindspeed_cp.comm.batch import Batch, Stamp
+from mindspeed_cp.comm.counters import record
+from mindspeed_cp.comm.host_memory import HostMemory
+from mindspeed_cp.comm.messages import Message, Pending, copy_message
+from mindspeed_cp.comm.workspace import Workspace
+
+# torch 2.13 renames the collective and warns about the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """One process group seen from one rank. Peers are named by their rank in it.
+
+    Args:
+        group: process group. rank: this rank's place in ``global_ranks``.
+        global_ranks: of the members, in the order in which this link counts them; collectives want it ascending.
+        workspace: reused buffers.
+        carrier: shared memory with the members on this host, or None.
+        numbers: tells messages apart that follow their notice; links over one group share it.
+    """
+
+    group: dist.ProcessGroup
+    rank: int
+    global_ranks: tuple[int, ...]
+    workspace: Workspace = field(default_factory=Workspace, repr=False)
+    carrier: HostMemory | None = field(default=None, repr=False)
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1), repr=False)
+
+    @property
+    def size(self) -> int:
+        return len(self.global_ranks)
+
+    @property
+    def peers(self) -> list[int]:
+        """The other ranks."""
+        return [rank for rank in range(self.size) if rank != self.rank]
+
+    def exchange(
+        self,
+        sends: Sequence[tuple[int, Sequence[torch.Tensor]]],
+        receives: Sequence[tuple[int, Sequence[torch.Tensor]]],
+        purpose: str,
+    ) -> Pending[None]:
+        """Send and receive messages.
+
+        Args:
+            sends, receives: (rank, tensors that lie end to end in the message); every rank at most once. What is
+                contiguous travels without a copy.
+            purpose: what the bytes count as; what follows a dot in it tells streams apart and is not counted.
+        """
+        for ends in (sends, receives):
+            assert len({rank for rank, _ in ends}) == len(ends), "two messages for one rank in a batch"
+        batch = Batch(self, purpose)
+        for rank, tensors in receives:
+            batch.receive(rank, _end_to_end(tensors))
+        for rank, tensors in sends:
+            message = _end_to_end(tensors)
+            batch.send(rank, message)
+            if message.numel:
+                record({batch.purpose: message.num_bytes})
+        batch.post()
+        return Pending(batch.finish)
+
+    def gather(
+        self, tensor: torch.Tensor, lengths: Sequence[int], purpose: str, name: str | None = None, count: bool = True
+    ) -> Pending[list[torch.Tensor]]:
+        """Every rank's rows on all ranks; the result is a list of them in rank order.
+
+        Args:
+            tensor: (lengths[rank], ...), padded here to the longest where lengths differ.
+            name: workspace name of what is received, None for fresh memory.
+            count: False leaves the bytes to the caller.
+        """
+        longest, borrowed = max(lengths), None
+        shape = (self.size, longest, *tensor.shape[1:])
+        if name is None:
+            gathered = tensor.new_empty(shape)
+        else:
+            gathered = self.workspace.get(name, shape, tensor.dtype, tensor.device)
+        shards = [shard[:length] for shard, length in zip(gathered, lengths)]
+        size = gathered[0].numel() * tensor.element_size()
+        if count:
+            record({purpose.partition(".")[0]: size * (self.size - 1)})
+        if self._shares_memory(tensor.device, size):
+            return self._gather_through_memory(tensor, shards, purpose)
+        padded = tensor.contiguous()
+        if len(tensor) < longest:
+            borrowed = self.workspace.borrow(gathered[0].numel(), tensor.dtype, tensor.device)
+            padded = borrowed[: gathered[0].numel()].view(gathered[0].shape)
+            padded[: len(tensor)] = tensor
+        finish = self._start(purpose, lambda: _all_gather(gathered.flatten(0, 1), padded, self.group, async_op=True))
+
+        def finished() -> list[torch.Tensor]:
+            finish()
+            if borrowed is not None:
+                self.workspace.give_back(borrowed)
+            return shards
+
+        return Pending(finished)
+
+    def all_to_all(
+        self,
+        leaving: Sequence[Message],
+        arriving: Sequence[Message],
+        purpose: str,
+        stamp: Stamp | None = None,
+        check: Callable[[list[Stamp]], None] | None = None,
+    ) -> Pending[None]:
+        """Trade messages with every rank; the caller counts the bytes.
+
+        Args:
+            leaving, arriving: the message to, and from, each rank, this one included.
+            stamp: what every rank tells the others beside its messages, where ``tells`` says that it can.
+            check: called with all ranks' stamps in rank order before anything is unpacked; it may raise.
+        """
+        if stamp is None and not self._shares_memory(leaving[self.rank].device):
+            return self._all_to_all_at_once(leaving, arriving, purpose)
+        batch = Batch(self, purpose, stamp, check)
+        for rank in self.peers:
+            batch.receive(rank, arriving[rank])
+        for rank in self.peers:
+            batch.send(rank, leaving[rank])
+        batch.post()
+
+        def finish() -> None:
+            batch.finish()
+            copy_message(leaving[self.rank], arriving[self.rank])
+
+        return Pending(finish)
+
+    def tells(self, device: torch.device) -> bool:
+        """Whether stamps travel with messages of this device: gloo's can be announced, for its peers are processes."""
+        return device.type == "cpu" and dist.get_backend(self.group) == "gloo"
+
+    def _shares_memory(self, device: torch.device, size: int | None = None) -> bool:
+        """Whether all peers share memory with this rank, and messages of ``size`` bytes go through it."""
+        carrier, peers = self.carrier, [self.global_ranks[rank] for rank in self.peers]
+        if carrier is None or device.type != "cpu" or not carrier.peers.issuperset(peers):
+            return False
+        return size is None or all(carrier.carries(peer, device, size) for peer in peers)
+
+    def _gather_through_memory(self, tensor, shards, purpose):
+        batch = Batch(self, purpose)
+        message = Message(((tensor,),), tensor.dtype)
+        for rank in self.peers:
+            batch.receive(rank, Message(((shards[rank],),), tensor.dtype), announced=True)
+        if tensor.numel():
+            parcel = self.carrier.write([self.global_ranks[rank] for rank in self.peers], message)
+            for rank in self.peers:
+                batch.send(rank, message, announced=True, parcel=parcel)
+        batch.post()
+        shards[self.rank].copy_(tensor)
+
+        def finish():
+            batch.finish()
+            return shards
+
+        return Pending(finish)
+
+    def _all_to_all_at_once(self, leaving, arriving, purpose):
+        """One collective; what is not contiguous over all ranks is packed into one buffer, and out of one."""
+        sizes = [[message.numel for message in messages] for messages in (arriving, leaving)]
+        outgoing, incoming = Message.joined(leaving), Message.joined(arriving)
+        like, lent = leaving[self.rank], []
+
+        def flat(message):
+            found = message.in_place
+            if found is None:
+                lent.append(self.workspace.borrow(message.numel, like.dtype, like.device))
+                found = lent[-1][: message.numel]
+            return found
+
+        send, received = flat(outgoing), flat(incoming)
+        if outgoing.in_place is None:
+            outgoing.write(send)
+        finish = self._start(
+            purpose, lambda: dist.all_to_all_single(received, send, *sizes, group=self.group, async_op=True)
+        )
+
+        def finished():
+            finish()
+            if incoming.in_place is None:
+                incoming.read(received)
+            for buffer in lent:
+                self.workspace.give_back(buffer)
+
+        return Pending(finished)
+
+    def _start(self, purpose: str, collective: Callable) -> Callable[[], None]:
+        """Start a collective; returns what waits for it."""
+        with self.naming(purpose, self.peers):
+            work = collective()
+
+        def finish() -> None:
+            with self.naming(purpose, self.peers):
+                work.wait()
+
+        return finish
+
+    @contextmanager
+    def naming(self, purpose: str, ranks: Sequence[int]):
+        """Turn a back end's error into one that says who was waited for and why."""
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            who = ", ".join(str(rank) for rank in sorted({self.global_ranks[rank] for rank in ranks}))
+            raise RuntimeError(
+                f"context parallelism: global rank {dist.get_rank()} lost rank {who} while exchanging {purpose}; "
+                f"look at the log of that rank first. Back end: {error}"
+            ) from error
+
+
+def _end_to_end(tensors: Sequence[torch.Tensor]) -> Message:
+    return Message.joined(Message(((tensor,),), tensor.dtype) for tensor in tensors)
+
+
+# Process group -> (workspace, carrier) of those that somebody else made: they live as long as the group does.
+_memories: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
+
+
+def link_of(group: dist.ProcessGroup | None) -> Link:
+    """The link over a group that was made elsewhere, None is the default group. Its first call is collective.
+
+    All links of a group share their buffers.
+    """
+    group = dist.group.WORLD if group is None else group
+    assert group is not None, "torch.distributed is not initialized"
+    if group not in _memories:
+        _memories[group] = Workspace(), HostMemory.connect(group), itertools.count(1)
+    workspace, carrier, numbers = _memories[group]
+    ranks = tuple(dist.get_process_group_ranks(group))
+    return Link(group, dist.get_rank(group), ranks, workspace, carrier, numbers)
+
+
+def within(link: Link, group: dist.ProcessGroup, global_ranks: Sequence[int]) -> Link:
+    """A link over some of ``link``'s ranks, by a group of their own (or the same), with the same buffers."""
+    numbers = link.numbers if group is link.group else itertools.count(1)
+    ranks = tuple(global_ranks)
+    return replace(link, group=group, rank=ranks.index(dist.get_rank()), global_ranks=ranks, numbers=numbers)

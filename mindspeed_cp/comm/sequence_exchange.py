@@ -1,0 +1,241 @@
+"""All-to-all that trades a split of the sequence for a split of the heads, and back.
+
+    heads -> sequence   (seq_local, batch, heads, dim), all heads    -> (seq, batch, heads_local, dim)
+    sequence -> heads   (seq, batch, heads_local, dim)               -> (seq_local, batch, heads, dim)
+
+Several tensors travel in one message: each rank gets, for every token, its heads of all of them side by side. After the
+exchange the sequence ascends, in whatever order the ranks hold it: the copy that unpacks puts the rows in place.
+Sequence-first tensors make one side of each exchange a plain slice where ranks hold one range each, in rank order: one
+copy before or after it and none on the other side, unless the kernel wants its heads apart (``unpack``).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mindspeed_cp.comm.counters import record
+from mindspeed_cp.comm.link import Link, Stamp
+from mindspeed_cp.comm.messages import Message, Pending
+from mindspeed_cp.kernels.base import accumulation_dtype
+
+Rows = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a message.
+
+    Args:
+        purpose: what its bytes count as.
+        num_heads, dim: heads of the whole tensor, and their size.
+        shares: per rank, the heads that it gets: a slice, or a list of indices. A head may go to several ranks.
+    """
+
+    purpose: str
+    num_heads: int
+    dim: int
+    shares: tuple[slice | list[int], ...]
+
+    def count(self, rank: int) -> int:
+        share = self.shares[rank]
+        return share.stop - share.start if isinstance(share, slice) else len(share)
+
+    def width(self, rank: int) -> int:
+        return self.count(rank) * self.dim
+
+    @property
+    def total_count(self) -> int:
+        """Heads that all ranks get together."""
+        return sum(map(self.count, range(len(self.shares))))
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether each head goes to one rank, and each rank's heads are a slice."""
+        return self.total_count == self.num_heads and all(isinstance(share, slice) for share in self.shares)
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceExchange:
+    """The all-to-all of one Ulysses group for a given sequence.
+
+    Args:
+        link: over the group.
+        rows: per rank, the (start, stop) of the ascending sequence that it holds, in the order in which it holds them.
+        alltoall: False replaces the all-to-all by an all-gather of everything and slicing (same numbers, more bytes).
+        unpack: how received heads lie in memory: None leaves them side by side, "sequence" makes each tensor
+            contiguous, "heads" makes (seq, head_dim) of each head contiguous.
+        stamp, check: what ranks tell each other with what leaves for the sequence; see ``Link.all_to_all``.
+    """
+
+    link: Link
+    rows: tuple[Rows, ...]
+    alltoall: bool = True
+    unpack: Literal["sequence", "heads"] | None = None
+    stamp: Stamp | None = None
+    check: Callable[[list[Stamp]], None] | None = None
+
+    @property
+    def size(self) -> int:
+        return self.link.size
+
+    @property
+    def rank(self) -> int:
+        return self.link.rank
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every rank before the exchange; any lengths, zero included."""
+        return [sum(stop - start for start, stop in ranges) for ranges in self.rows]
+
+    def scatter_heads_gather_sequence(
+        self, parts: Sequence[Part], tensors: Sequence[torch.Tensor], name: str | None = None
+    ) -> Pending[list[torch.Tensor]]:
+        """Give every rank its heads of the whole sequence.
+
+        Args:
+            parts, tensors: Part and (seq_local, batch, heads, dim) of each tensor of the message.
+            name: workspace name of what is received, None for fresh memory that may be saved.
+
+        Returns:
+            Pending of a list of (seq, batch, heads_local, dim).
+        """
+        like, lengths = tensors[0], self.lengths
+        leaving = [
+            Message((tuple(tensor[:, :, part.shares[rank]] for part, tensor in zip(parts, tensors)),), like.dtype)
+            for rank in range(self.size)
+        ]
+        results, wholes = self._results(parts, like, name)
+        arriving = [self._rows_of(wholes, rank, like.dtype) for rank in range(self.size)]
+        batch = like.shape[1]
+        table = [[length * batch * _width(parts, rank) for rank in range(self.size)] for length in lengths]
+        pending = self._trade(leaving, arriving, table, self.stamp, self.check)
+        rows = lengths[self.rank] * batch
+        self._record(parts, [[rows * part.width(rank) for rank in range(self.size)] for part in parts], like)
+        return pending.then(lambda _: results)
+
+    def scatter_sequence_gather_heads(
+        self, parts: Sequence[Part], tensors: Sequence[torch.Tensor], dtype: torch.dtype
+    ) -> Pending[list[torch.Tensor]]:
+        """Give every rank its tokens of all heads: the inverse, and the gradient, of the other direction.
+
+        Args:
+            parts, tensors: Part and (seq, batch, heads_local, dim) of each tensor of the message, this rank's heads.
+            dtype: what is sent, whatever the tensors' own dtype.
+
+        Returns:
+            Pending of a list of fresh (seq_local, batch, heads, dim). A head that several ranks hold is summed in
+            float32 (float64 for float64).
+        """
+        like, batch, length = tensors[0].new_empty(0, dtype=dtype), tensors[0].shape[1], self.lengths[self.rank]
+        leaving = [self._rows_of(tensors, rank, dtype) for rank in range(self.size)]
+        joined = [like.new_empty((length, batch, part.total_count, part.dim)) for part in parts]
+        arriving = [
+            Message((tuple(_heads_from(part, tensor, rank) for part, tensor in zip(parts, joined)),), dtype)
+            for rank in range(self.size)
+        ]
+        table = [[rows * batch * _width(parts, rank) for rows in self.lengths] for rank in range(self.size)]
+        pending = self._trade(leaving, arriving, table)
+        self._record(parts, [[rows * batch * part.width(self.rank) for rows in self.lengths] for part in parts], like)
+        return pending.then(lambda _: [_summed(part, tensor) for part, tensor in zip(parts, joined)])
+
+    def gather_sequence(self, tensor: torch.Tensor, purpose: str) -> torch.Tensor:
+        """All-gather (seq_local, batch, heads, dim) along the sequence into a tensor of the whole."""
+        shards = self.link.gather(tensor, self.lengths, purpose).wait()
+        found = Message.joined(Message(((shard,),), tensor.dtype) for shard in shards)
+        if self._in_order and len(found.blocks) == 1:
+            return found.blocks[0][0]
+        whole = tensor.new_empty((sum(self.lengths), *tensor.shape[1:]))
+        for rank, shard in enumerate(shards):
+            if len(shard):
+                self._rows_of([whole], rank, tensor.dtype).read(shard.reshape(-1))
+        return whole
+
+    @property
+    def _in_order(self) -> bool:
+        ends = [end for ranges in self.rows for span in ranges for end in span]
+        return ends == sorted(ends)
+
+    def _rows_of(self, wholes: Sequence[torch.Tensor], rank: int, dtype: torch.dtype) -> Message:
+        """The message of ``rank``'s tokens of tensors of the whole sequence."""
+        ranges = self.rows[rank] or ((0, 0),)
+        return Message(tuple(tuple(whole[start:stop] for whole in wholes) for start, stop in ranges), dtype)
+
+    def _results(self, parts, like, name):
+        """(tensors (seq, batch, heads_local, dim), in memory as ``unpack`` says, and what to receive into)."""
+        seq, batch = sum(self.lengths), like.shape[1]
+        shapes = [(seq, batch, part.count(self.rank), part.dim) for part in parts]
+
+        def memory(shape, suffix):
+            if name is None:
+                return like.new_empty(shape)
+            return self.link.workspace.get(name + suffix, shape, like.dtype, like.device)
+
+        if self.unpack is None:
+            whole = memory((seq, batch, _width(parts, self.rank)), "")
+            columns = whole.split([part.width(self.rank) for part in parts], dim=-1)
+            return [column.unflatten(-1, shape[2:]) for column, shape in zip(columns, shapes)], [whole]
+        if self.unpack == "sequence":
+            results = [memory(shape, f".{index}") for index, shape in enumerate(shapes)]
+        else:
+            results = [
+                memory((batch, heads, seq, dim), f".{index}").permute(2, 0, 1, 3)
+                for index, (_, _, heads, dim) in enumerate(shapes)
+            ]
+        return results, results
+
+    def _trade(self, leaving, arriving, table, stamp=None, check=None):
+        """All-to-all, or the same by gathering every rank's whole message and taking this rank's slices.
+
+        Args:
+            table: (source, target) -> elements of the message between them.
+        """
+        if self.alltoall:
+            return self.link.all_to_all(leaving, arriving, "heads and sequence", stamp, check)
+        packed = Message.joined(leaving)
+        send = packed.in_place
+        if send is None:
+            send = leaving[self.rank].blocks[0][0].new_empty(packed.numel, dtype=packed.dtype)
+            packed.write(send)
+        pending = self.link.gather(send, [sum(row) for row in table], "gathered", count=False)
+
+        def unpack(messages):
+            for source, message in enumerate(arriving):
+                start = sum(table[source][: self.rank])
+                message.read(messages[source][start : start + message.numel])
+
+        return pending.then(unpack)
+
+    def _record(self, parts, elements, like):
+        """Count one message; ``elements`` has, for each part, the number of elements for every rank."""
+        sent: dict[str, int] = {}
+        for part, sizes in zip(parts, elements):
+            leaving = sum(sizes) - sizes[self.rank] if self.alltoall else sum(sizes) * (self.size - 1)
+            sent[part.purpose] = sent.get(part.purpose, 0) + leaving * like.element_size()
+        record(sent)
+
+
+def _width(parts: Sequence[Part], rank: int) -> int:
+    """Elements of one token's heads of all parts that ``rank`` gets."""
+    return sum(part.width(rank) for part in parts)
+
+
+def _heads_from(part: Part, joined: torch.Tensor, rank: int) -> torch.Tensor:
+    """Where the heads that ``rank`` holds go: into the tensor of all heads, or side by side, to be summed."""
+    if part.is_cut:
+        return joined[:, :, part.shares[rank]]
+    start = sum(map(part.count, range(rank)))
+    return joined[:, :, start : start + part.count(rank)]
+
+
+def _summed(part: Part, joined: torch.Tensor) -> torch.Tensor:
+    """(seq_local, batch, heads, dim): heads that came from several ranks summed, in rank order."""
+    if part.is_cut:
+        return joined
+    dtype = accumulation_dtype(joined.dtype)
+    total = torch.zeros((*joined.shape[:2], part.num_heads, part.dim), dtype=dtype, device=joined.device)
+    heads = torch.arange(part.num_heads, device=joined.device)
+    for rank, share in enumerate(part.shares):
+        total.index_add_(2, heads[share], _heads_from(part, joined, rank).to(dtype))
+    return total.to(joined.dtype)

@@ -1,0 +1,171 @@
+"""Link: exchange, gather and all-to-all over one process group, each a Pending; one message for each peer."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Case, attend, expected, largest_errors, whole
+from distributed import run_ranks
+
+from mindspeed_cp.comm import count_bytes
+from mindspeed_cp.comm.host_memory import HostMemory
+from mindspeed_cp.comm.link import Link
+from mindspeed_cp.comm.messages import Message, Pending, copy_message
+from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
+from mindspeed_cp.comm.workspace import Workspace
+
+
+def link(share_from):
+    world = dist.group.WORLD
+    carrier = None if share_from is None else HostMemory.connect(world, share_from)
+    return Link(world, dist.get_rank(), tuple(range(dist.get_world_size())), carrier=carrier)
+
+
+def test_a_pending_is_awaited_once_and_says_so():
+    pending = Pending(lambda: 3).then(lambda number: number + 1)
+    assert pending.wait() == 4
+    with pytest.raises(RuntimeError, match="awaited before; keep what the first"):
+        pending.wait()
+
+
+def test_messages_whose_tensors_lie_end_to_end_in_memory_are_not_copied():
+    rows = torch.arange(24.0).view(6, 2, 2)
+    messages = [Message(((rows[start:stop],),), rows.dtype) for start, stop in ((0, 2), (2, 2), (2, 6))]
+    assert Message.joined(messages).in_place.data_ptr() == rows.data_ptr()
+    for other in ([rows[:2], rows[3:]], [rows[:, :1]], [rows[:2], torch.zeros(4, 2, 2)], [rows.double()]):
+        assert Message.joined(Message(((tensor,),), rows.dtype) for tensor in other).in_place is None
+
+
+def test_a_message_is_the_same_however_each_side_cuts_it():
+    query, key = torch.randn(5, 2, 3, 4), torch.randn(5, 2, 1, 6)
+    source = Message(((query, key),), torch.float32)
+    flat = torch.empty(source.numel)
+    source.write(flat)
+    apart = torch.zeros_like(query), torch.zeros_like(key)
+    Message(((apart[0][3:], apart[1][3:]), (apart[0][:3], apart[1][:3])), torch.float32).read(flat)
+    assert torch.equal(apart[0].roll(-3, 0), query) and torch.equal(apart[1].roll(-3, 0), key)
+    beside = torch.zeros(5, 2, 18)
+    copy_message(source, Message(((beside[2:],), (beside[:2],)), torch.float32))
+    assert torch.equal(beside.roll(-2, 0)[..., :12], query.flatten(2))
+    copy_message(source, Message(((beside,),), torch.float32))
+    assert torch.equal(beside[..., 12:], key.flatten(2))
+
+
+def test_what_is_borrowed_is_nobody_elses_and_is_used_again():
+    workspace, device = Workspace(), torch.device("cpu")
+    first, second = (workspace.borrow(10, torch.float32, device) for _ in range(2))
+    assert first.data_ptr() != second.data_ptr() and workspace.num_bytes == 80
+    workspace.give_back(first)
+    assert workspace.borrow(8, torch.float32, device).data_ptr() == first.data_ptr()
+    workspace.give_back(second)
+    assert workspace.borrow(20, torch.float32, device).numel() == 20
+    assert workspace.num_bytes == 40 + 80, "what is too small makes room"
+
+
+def transfers(rank, share_from):
+    """All three kinds of transfer between three ranks, uneven, empty and in pieces."""
+    over, size = link(share_from), dist.get_world_size()
+    after, before = (rank + 1) % size, (rank - 1) % size
+    rows = torch.arange(10.0) + 100 * rank
+    received = torch.zeros(10)
+    pieces = [received[1:2], received[4:4], received[7:9]]
+    over.exchange([(after, [rows[:1], rows[5:7]])], [(before, pieces)], "kv").wait()
+    assert received.tolist() == [0, 100 * before, 0, 0, 0, 0, 0, *(100 * before + i for i in (5, 6)), 0]
+    lengths = [3, 0, 2]
+    shards = over.gather(torch.full((lengths[rank], 2), float(rank)), lengths, "kv").wait()
+    assert [shard.tolist() for shard in shards] == [[[float(r)] * 2] * n for r, n in enumerate(lengths)]
+    leaving = [Message(((torch.full((rank + peer, 1), 10.0 * rank + peer),),), torch.float32) for peer in range(size)]
+    arrived = [torch.zeros(rank + peer, 1) for peer in range(size)]
+    over.all_to_all(leaving, [Message(((tensor,),), torch.float32) for tensor in arrived], "q").wait()
+    assert [tensor.flatten().tolist() for tensor in arrived] == [[10.0 * p + rank] * (rank + p) for p in range(size)]
+    with pytest.raises(AssertionError, match="two messages for one rank"):
+        over.exchange([(after, [rows]), (after, [rows])], [], "kv")
+
+
+@pytest.mark.parametrize("share_from", [None, 0, 20])
+def test_transfers_arrive_through_gloo_and_through_memory(share_from):
+    run_ranks(3, transfers, share_from)
+
+
+def stamped(rank, share_from, length):
+    """What the check of an all-to-all is told, and whether messages arrive; ``length`` is rank 1's."""
+    over, mine = link(share_from), (length if rank == 1 else 2, 7 + rank)
+    told = []
+    leaving = [Message(((torch.full((mine[0], 1), float(rank)),),), torch.float32) for _ in range(2)]
+    arrived = [torch.zeros(2, 1) for _ in range(2)]
+    arriving = [Message(((tensor,),), torch.float32) for tensor in arrived]
+
+    def check(stamps):
+        told.extend(stamps)
+        if len({rows for rows, _ in stamps}) > 1:
+            raise ValueError("they differ")
+
+    pending = over.all_to_all(leaving, arriving, "q", mine, check)
+    try:
+        pending.wait()
+        return told, [tensor.flatten().tolist() for tensor in arrived]
+    except ValueError as error:
+        return told, str(error)
+
+
+@pytest.mark.parametrize("share_from", [None, 0])
+@pytest.mark.parametrize("length", [2, 3, 0])
+def test_ranks_tell_each_other_something_with_their_messages(share_from, length):
+    wanted = [[0.0, 0.0], [1.0, 1.0]] if length == 2 else "they differ"
+    assert run_ranks(2, stamped, share_from, length, fresh=True) == [([(2, 7), (length, 8)], wanted)] * 2
+
+
+def messages_in_a_batch(rank, case):
+    """Most messages for one peer in one direction of one batch, and the counts of messages of a pass."""
+    attend(rank, case)
+    most, batch = [], dist.batch_isend_irecv
+
+    def traced(ops):
+        most.append(max(Counter((op.op.__name__, op.peer) for op in ops).values()))
+        return batch(ops)
+
+    with pytest.MonkeyPatch.context() as patch, count_bytes() as traffic:
+        patch.setattr(dist, "batch_isend_irecv", traced)
+        result = attend(rank, case)
+    return result, max(most), dict(traffic.messages)
+
+
+@pytest.mark.parametrize("share_from", [None, 0])
+def test_the_rows_that_a_peer_needs_travel_in_one_message(share_from):
+    case = Case(
+        {"context_parallel_size": 3, "algorithm": "megatron_cp_algo", "kv_exchange": "direct"},
+        seq_len=48,
+        cu_seqlens=(0, 3, 12, 20, 27, 41, 48),
+        share_from=share_from,
+    )
+    results = run_ranks(3, messages_in_a_batch, case)
+    errors = largest_errors(whole(case, [result for result, *_ in results]), expected(case))
+    assert max(errors.values()) < 1e-10
+    for _, most, messages in results:
+        assert most == 1
+        assert messages["kv"] <= 2 * 2 and messages["dkv"] <= 2, "one for each peer, forward and backward"
+
+
+def scattered(rank, alltoall, unpack, share_from):
+    """Heads to sequence and back for ranks that hold pieces of the sequence in any order."""
+    rows = (((7, 9), (0, 3)), ((3, 5),), ((9, 10), (5, 7)))
+    exchange = SequenceExchange(link(share_from), rows, alltoall, unpack)
+    generator = torch.Generator().manual_seed(1)
+    query, key = (torch.randn(10, 2, heads, 4, generator=generator) for heads in (7, 1))
+    parts = [
+        Part("q", 7, 4, (slice(0, 3), slice(3, 5), slice(5, 7))),
+        Part("kv", 1, 4, (slice(0, 1), slice(0, 1), slice(0, 1))),
+    ]
+    held = torch.cat([torch.arange(start, stop) for start, stop in rows[rank]])
+    arrived = exchange.scatter_heads_gather_sequence(parts, [query[held], key[held]]).wait()
+    assert torch.equal(arrived[0], query[:, :, parts[0].shares[rank]]) and torch.equal(arrived[1], key)
+    back = exchange.scatter_sequence_gather_heads(parts, arrived, torch.float32).wait()
+    assert torch.equal(back[0], query[held]) and torch.equal(back[1], 3 * key[held])
+    assert torch.equal(exchange.gather_sequence(key[held], "kv"), key)
+
+
+@pytest.mark.parametrize("unpack", [None, "sequence", "heads"])
+@pytest.mark.parametrize("alltoall, share_from", [(True, None), (True, 0), (False, None)])
+def test_the_sequence_ascends_after_the_exchange_whatever_order_the_ranks_hold_it_in(alltoall, unpack, share_from):
+    run_ranks(3, scattered, alltoall, unpack, share_from)
