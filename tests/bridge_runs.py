@@ -108,6 +108,7 @@ def compare(rank):
                 megatron_adaptor, layout, rank, settings, mask, expected[name]
             )
         results["differences"][f"{algorithm} packed"] = _packed(megatron_adaptor, layout, rank)
+        results["differences"][f"{algorithm} wrapped"] = _wrapped(megatron_adaptor, layout, rank, expected["no mask"])
         results[f"recompute {algorithm}"] = _recompute(megatron_adaptor, rank)
         results["refused"] = _refused(megatron_adaptor, layout, rank)
         parallel_state.destroy_model_parallel()
@@ -198,6 +199,18 @@ def packed_difference(cp_size, inputs, expected):
 def _packed(adaptor, layout, rank):
     expected = [layout.shard(tensor, rank) for tensor in by_document(tensors(batch=1))]
     return packed_difference(2, _split(adaptor, layout, rank, tensors(batch=1)), expected)
+
+
+def _wrapped(adaptor, layout, rank, expected):
+    """Ulysses around Megatron's core attention, as MindSpeed's own tests build it: exchanged once, by the adaptor."""
+    from megatron.core import parallel_state
+
+    from mindspeed_cp import UlyssesContextAttention
+
+    attention = UlyssesContextAttention(module(2), parallel_state.get_context_parallel_group())
+    local, _ = run(attention, _split(adaptor, layout, rank, tensors()), None)
+    pairs = zip(local, [layout.shard(tensor, rank) for tensor in expected[0]], strict=True)
+    return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
 
 
 def _recompute(adaptor, rank):

@@ -18,7 +18,7 @@ def ranks():
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("name", [*cases(OLD), "packed"])
+@pytest.mark.parametrize("name", [*cases(OLD), "packed", "wrapped"])
 def test_two_ranks_give_what_megatron_gives_alone(ranks, algorithm, name):
     differences = [rank["differences"][f"{algorithm} {name}"] for rank in ranks]
     assert all(difference < 1e-5 for difference in differences), differences
