@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 TRIED_VERSIONS = tuple(row.version for row in MEGATRONS)
 DEVICE_VARIABLE = "MINDSPEED_CP_DEVICE"
+TRANSFER = "torch_npu.contrib.transfer_to_npu"
 # A script imports these for a model; "import megatron.core" alone, as asking for the version does, brings none of them.
 MODEL_CODE = (
     "megatron.training",
@@ -70,8 +71,15 @@ def _why_no_stand_in():
         )
     if choice == "cpu":
         return ""
-    accelerator = "CUDA" if torch.cuda.is_available() else "NPU" if _npu_is_available() else None
+    accelerator = _accelerator()
     return f"{accelerator} is there ({DEVICE_VARIABLE}=cpu switches the stand-in on)" if accelerator else ""
+
+
+def _accelerator():
+    """ "CUDA", "NPU" or "", whatever torch was built for: transfer_to_npu makes torch.cuda answer for the NPU."""
+    if TRANSFER not in sys.modules and torch.cuda.is_available():
+        return "CUDA"
+    return "NPU" if _npu_is_available() else ""
 
 
 def _npu_is_available():
@@ -82,7 +90,7 @@ def _prepare_device():
     """Before Megatron is imported: switch the process to NPUs where torch_npu works; where it is installed and does
     not work, say why.
     """
-    if os.environ.get(DEVICE_VARIABLE) == "cpu" or torch.cuda.is_available():
+    if os.environ.get(DEVICE_VARIABLE) == "cpu" or _accelerator() == "CUDA":
         return
     if _npu_is_available():
         from mindspeed_cp.patches.npu import prepare_npu
@@ -110,11 +118,11 @@ def _announce(config):
 def _device_type():
     if not _why_no_stand_in():
         return "cpu"
-    return "cuda" if torch.version.cuda else "npu"
+    return "cuda" if _accelerator() == "CUDA" else "npu"
 
 
 def _num_cp_patches():
-    stand_in = {patch.target for table in ("device", "libraries", "checkout device") for patch in _tables[table]}
+    stand_in = {patch.target for table in ("device", "npu", "libraries", "checkout device") for patch in _tables[table]}
     return sum(row.applied and row.target not in stand_in for row in _manager.report())
 
 
@@ -122,13 +130,16 @@ def _tables_of_patches():
     """table name -> patches, in the order of application: Megatron is imported on top of the device stand-in."""
     from mindspeed_cp.patches.core import core_patches
     from mindspeed_cp.patches.device import device_patches
+    from mindspeed_cp.patches.npu import npu_patches
     from mindspeed_cp.patches.training import training_patches
     from mindspeed_cp.patches.training_device import checkout_device_patches, checkout_patches, library_patches
 
     why = _why_no_stand_in()
+    why_no_npu = "" if _device_type() == "npu" else "no NPU is in use"
     _prepare_device()
     return {
         "device": device_patches(lambda: why),
+        "npu": npu_patches(lambda: why_no_npu),
         "core": core_patches(_state, _announce),
         "libraries": library_patches(),
         "checkout device": [*checkout_patches(), *checkout_device_patches(lambda: why)],

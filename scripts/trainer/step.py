@@ -96,7 +96,7 @@ def train_step(chunks, optimizer, scheduler, iterators, args):
     loss = _loss_of_all(counts)
     # Every rank and virtual stage has counted the tokens of its data-parallel rank's batches.
     repeats = dist.get_world_size() // parallel_state.get_data_parallel_world_size() * len(chunks)
-    positions = int(counts[2]) // repeats
+    positions = round(float(counts[2]) / repeats)  # an NPU adds in float32
     return StepResult(
         loss, float(grad_norm or 0.0), positions, float(counts[3]) / dist.get_world_size(), dict(traffic.bytes)
     )
