@@ -45,6 +45,21 @@ def test_cuda_block_equals_dense_attention(kernel, case, dtype, where):
     check_block(kernel, case, dtype, where, strided=True)
 
 
+@pytest.mark.parametrize("name", ["causal", "packed_causal"])
+def test_ranks_that_share_a_seed_draw_different_masks(kernel, name, where):
+    case = BY_NAME[name]
+    query, key, value, _, _ = tensors(case, torch.float16, where)
+    outs, after = [], []
+    for stream in (0, 1, 2, 1):
+        torch.manual_seed(5)
+        options = KernelOptions(0.25, dropout_p=0.3, rng_stream=stream)
+        outs.append(kernel.forward(query, key, value, case.block, options)[0])
+        after.append(torch.rand(2, device=where))
+    assert torch.equal(outs[1], outs[3])
+    assert not any(torch.equal(outs[a], outs[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+    assert torch.equal(after[1], after[2])
+
+
 @pytest.mark.parametrize("name", ["causal", "packed_causal", "packed_full", "band_window"])
 def test_dropout_gradients_use_the_forward_mask(kernel, name, where):
     """out is linear in the values, so that <dv, value> equals <grad_out, out> only under one mask."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from mindspeed_cp.blocks import Block
 from mindspeed_cp.kernels.blockwise import BlockwiseKernel
+from mindspeed_cp.kernels.random_stream import random_stream
 from mindspeed_cp.notices import warn_rank0
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -61,7 +62,8 @@ class CudaKernel:
             return self._blockwise.forward(query, key, value, block, options, attention_mask)
         head_dim = value.shape[-1]
         query, key, value = _padded((query, key, value), query.shape[-1], head_dim)
-        parts = [self._forward_part(query[q], key[k], value[k], part, options) for q, k, part in _parts(block)]
+        with random_stream(query.device, options.rng_stream if options.dropout_p else 0):
+            parts = [self._forward_part(query[q], key[k], value[k], part, options) for q, k, part in _parts(block)]
         outs, lses, rngs = zip(*parts)
         return _joined(outs)[..., :head_dim], _joined(lses), rngs
 

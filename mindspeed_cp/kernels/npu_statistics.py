@@ -10,6 +10,7 @@ they are a (rows, heads, 8) tensor whose memory order depends on the release:
 The two sources disagree where the argument is missing, so ``probe_order`` asks the device once and believes neither.
 """
 
+from collections import deque
 from functools import lru_cache
 
 import torch
@@ -47,7 +48,37 @@ def to_lse(softmax_max, softmax_sum):
 def from_lse(lse):
     """(max, sum) with eight lanes that stand for ``lse``: the sum is 1. A row without any key (+inf) has weight 0."""
     softmax_max = lse.float().clamp(max=LARGE).unsqueeze(-1).expand(*lse.shape, LANES).contiguous()
-    return softmax_max, torch.ones_like(softmax_max)
+    return softmax_max, _ones(softmax_max.shape, softmax_max.device)
+
+
+@lru_cache(maxsize=8)
+def _ones(shape, device):
+    """float32; the operators only read it."""
+    with torch.inference_mode(False):
+        return torch.ones(shape, device=device)
+
+
+class StatisticsOfLast:
+    """(max, sum) of the last few lse tensors: the blocks of one backward pass share their query rows.
+
+    A tensor is known again by its memory, which is kept so long, and by its version. One without a version
+    (torch.inference_mode) is never known again.
+    """
+
+    def __init__(self):
+        self._kept = deque(maxlen=2)  # a zigzag rank has two kinds of blocks: all of its rows, and the later chunk
+
+    def of(self, lse, lengths, make):
+        """What ``make()`` returned for this lse and these lengths of documents."""
+        if lse.is_inference():
+            return make()
+        key = (lse.data_ptr(), lse._version, lse.shape, lse.stride(), lse.dtype, lse.device, lengths)
+        for known, _, statistics in self._kept:
+            if known == key:
+                return statistics
+        statistics = make()
+        self._kept.append((key, lse, statistics))
+        return statistics
 
 
 def probe_order(attention, device):

@@ -34,14 +34,15 @@ def schemas(release):
 
 
 @contextmanager
-def installed(release, tnd_order="documents"):
+def installed(release, tnd_order="documents", cann=(8, 3)):
     """Within it ``import torch_npu`` and torch.ops.npu are the fake of ``release``; yields the module.
 
     Args:
         tnd_order: memory order of TND statistics where nobody asks for one: "documents" or "heads".
+        cann: (major, minor) of CANN, which is not torch_npu's: before 8.3 no operator takes softmax_layout.
     """
     library = torch.library.Library("npu", "DEF")
-    operators = attention.Operators(schemas(release), tnd_order)
+    operators = attention.Operators(schemas(release), tnd_order, cann)
     try:
         for name, schema in schemas(release).items():
             library.define(schema)

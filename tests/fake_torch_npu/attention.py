@@ -4,6 +4,8 @@ Everything is brought to (batch, heads, seq, dim) and computed densely, one batc
 of softmax_max and softmax_sum are float32 with eight equal lanes.
 """
 
+import collections
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +40,10 @@ class Sequence:
 class Operators:
     """The implementations that one release registers; ``calls`` records (operator, arguments) for tests."""
 
-    def __init__(self, schemas, tnd_order):
-        self._schemas, self._tnd_order, self.calls = schemas, tnd_order, []
+    def __init__(self, schemas, tnd_order, cann=(8, 3)):
+        self._schemas, self._tnd_order, self._cann, self.calls = schemas, tnd_order, cann, []
+        self._uninitialised = itertools.count(7_000_001)  # what lies where nothing was written
+        self._given = collections.deque(maxlen=4096)
 
     def implementation(self, name):
         function = getattr(self, "_" + name, None)
@@ -48,6 +52,7 @@ class Operators:
             if function is None:
                 raise RuntimeError(f"the fake torch_npu does not compute {name}")
             arguments = _bind(self._schemas[name], args, kwargs)
+            arguments.cann = self._cann
             self.calls.append((name, arguments))
             return function(arguments)
 
@@ -68,13 +73,16 @@ class Operators:
             self._statistics(maxima, a),
             self._statistics(sums, a),
             a.query.new_empty(0),
-            keep.seed,
-            keep.offset,
-            keep.numels,
+            *((keep.seed, keep.offset, keep.numels) if a.keep_prob < 1 else self._garbage()),
         )
 
+    def _garbage(self):
+        numbers = [next(self._uninitialised) for _ in range(3)]
+        self._given.extend(numbers)
+        return numbers
+
     def _npu_fusion_attention_grad(self, a):
-        check_gradient(a)
+        check_gradient(a, self._given)
         keep = _Dropout(a, seed=a.seed)
         if (a.offset, a.numels) != (keep.offset, keep.numels) and a.keep_prob < 1:
             raise RuntimeError("offset and numels are not those that the forward pass returned")
@@ -140,7 +148,9 @@ class _Dropout:
 
     def __init__(self, a, seed):
         self._keep_prob, self.offset = a.keep_prob, 0
-        self.seed = int(torch.randint(1, 1 << 31, ())) if seed is None else seed
+        if seed is None:  # a call without dropout draws nothing
+            seed = int(torch.randint(1, 1 << 31, ())) if a.keep_prob < 1 else 0
+        self.seed = seed
         sizes = (a.head_num * s.query.shape[1] * s.key.shape[1] for s in _sequences(a))
         self.numels = sum(sizes) if a.keep_prob < 1 else 0
         self._generator = torch.Generator().manual_seed(self.seed)

@@ -1,11 +1,15 @@
-"""What the published documentation says the operators refuse; every refusal is a RuntimeError, as torch_npu raises."""
+"""What the operators refuse, by the published documentation and by the tilings in the CANN kernels' sources.
+
+Every refusal is a RuntimeError, as torch_npu raises.
+"""
 
 import torch
 
 LAYOUTS = {"BSH": 3, "SBH": 3, "BNSD": 4, "BSND": 4, "TND": 3}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEADS, MAX_HEAD_DIM, MAX_DOCUMENTS, MASK_SIZE = 256, 768, 1024, 2048
-UNLIMITED = 2147483647
+LARGEST_INT32 = 2147483647
+MAX_ROWS = 1 << 20  # S, and T in TND
 
 
 def require(condition, message):
@@ -33,17 +37,26 @@ def check_attention(a):
     require(0 < a.keep_prob <= 1, f"keep_prob {a.keep_prob} must lie in (0, 1]")
     require(a.softmax_layout in ("", "TND"), f"softmax_layout {a.softmax_layout!r} must be TND or empty")
     require(not a.softmax_layout or a.input_layout == "TND", "softmax_layout is for input_layout TND only")
+    require(not a.softmax_layout or a.cann >= (8, 3), "softmax_layout is not supported")  # op-plugin's own words
     for name in ("pse", "padding_mask", "prefix", "sink", "dropout_mask"):
         require(getattr(a, name, None) is None, f"the fake torch_npu does not compute {name}")
     if a.input_layout == "TND":
         _check_documents(a)
     else:
         require(a.actual_seq_qlen is None and a.actual_seq_kvlen is None, "actual_seq_qlen is for TND only")
-    _check_mask(a, _extents(a))
+    extents = _extents(a)
+    require(max(map(max, extents)) <= MAX_ROWS, f"S must not exceed {MAX_ROWS}")
+    if a.input_layout == "TND":
+        require(max(a.query.shape[0], a.key.shape[0]) <= MAX_ROWS, f"T must not exceed {MAX_ROWS}")
+        require(all(cols for rows, cols in extents if rows), "a document with query rows must have key rows")
+    _check_mask(a, extents)
 
 
-def check_gradient(a):
+def check_gradient(a, uninitialised):
     check_attention(a)
+    if a.keep_prob == 1:
+        garbage = {a.seed, a.offset, a.numels} & set(uninitialised)
+        require(not garbage, "seed, offset and numels of a forward pass without dropout are uninitialised")
     packed = a.input_layout == "TND"
     rows = (a.query.shape[0], a.head_num) if packed else (_batch(a), a.head_num, _extents(a)[0][0])
     for name in ("softmax_max", "softmax_sum"):
@@ -157,6 +170,8 @@ def _check_mask(a, extents):
             f"of {MASK_SIZE} x {MASK_SIZE}, got {tuple(mask.shape)}",
         )
         require(_is_triangle(mask), "the compressed mask is not a triangle")
+        if a.sparse_mode == 3:
+            require(all(rows <= cols for rows, cols in extents), "sparse_mode 3 needs as many key rows as query rows")
         if a.sparse_mode == 4:
             _check_band(a, extents)
         return
@@ -180,7 +195,7 @@ def _is_triangle(mask):
 
 
 def _check_band(a, extents):
-    for rows, cols in extents:
-        require(-a.pre_tockens <= a.next_tockens, "pre_tockens and next_tockens must overlap")
-        require(a.next_tockens >= 0 or -a.next_tockens < cols, "a negative next_tockens must stay below the key rows")
-        require(a.pre_tockens >= 0 or -a.pre_tockens < rows, "a negative pre_tockens must stay below the query rows")
+    for name in ("pre_tockens", "next_tockens"):
+        require(getattr(a, name) >= 0, f"a band with a negative {name} is refused")
+    total = a.pre_tockens + a.next_tockens
+    require(total <= LARGEST_INT32, f"pre_tockens + next_tockens is {total}, which one template adds in int32")

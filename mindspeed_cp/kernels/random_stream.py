@@ -1,0 +1,64 @@
+"""Different dropout masks on ranks whose generators are in the same state.
+
+The flash attention operators of GPUs and NPUs draw their seed from the device's default generator, which Megatron seeds
+alike on all context-parallel ranks. Their backward passes take the seed that the forward pass returned, so that only
+the forward pass needs to be inside ``random_stream``.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+ODD = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: consecutive streams get seeds that differ in half of their bits
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that operators on ``device`` draw from."""
+    if device.type == "cpu":
+        return torch.default_generator
+    module = getattr(torch, device.type)
+    return module.default_generators[module.current_device() if device.index is None else device.index]
+
+
+@contextmanager
+def random_stream(device: torch.device, number: int) -> Iterator[None]:
+    """Within it the default generator of ``device`` draws from its stream ``number``; 0 is its own.
+
+    Afterwards it goes on with its own seed, as far ahead as what was drawn inside. Nothing waits for the device: the
+    state of these generators, a seed and an offset, lies in the host's memory.
+    """
+    if not number:
+        yield
+        return
+    generator = default_generator(device)
+    if device.type == "cpu":  # where tests run the operators' stand-ins; this generator has no offset to go ahead by
+        seed = int(torch.randint(1 << 62, (), generator=generator))
+        after = generator.get_state()
+        generator.manual_seed(_mixed(seed, number))
+        try:
+            yield
+        finally:
+            generator.set_state(after)
+        return
+    own, _ = _words(generator.get_state())
+    _set(generator, seed=_mixed(own, number))
+    try:
+        yield
+    finally:
+        _set(generator, seed=own)
+
+
+def _mixed(seed, number):
+    return (seed ^ (number * ODD)) % (1 << 63)
+
+
+def _words(state):
+    """(seed, offset): the last sixteen bytes of the state in every release."""
+    return state[-16:].clone().view(torch.int64).tolist()
+
+
+def _set(generator, seed):
+    state = generator.get_state()
+    state[-16:-8] = torch.tensor([seed], dtype=torch.int64).view(torch.uint8)
+    generator.set_state(state)
