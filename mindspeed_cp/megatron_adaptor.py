@@ -192,7 +192,7 @@ def apply():
 
 def undo():
     """Restore every attribute of Megatron and torch to the object it was, and forget the configuration."""
-    _state.forget_batch()
+    _state.forget_batches()
     compat.uninstall()
     _manager.undo()
     _state.reset()
@@ -203,7 +203,7 @@ def report():
     return _manager.report()
 
 
-def configure(config, *, setup=None, kernel=None, documents_from_position_ids=False):
+def configure(config, *, setup=None, kernel=None, documents_from_position_ids=False, end_of_document=None):
     """Set the configuration for scripts without Megatron's flags; call it before initialize_model_parallel.
 
     Args:
@@ -211,6 +211,8 @@ def configure(config, *, setup=None, kernel=None, documents_from_position_ids=Fa
         setup: TrainingSetup; checked against ``config``, with every fallback applied.
         kernel: name of an attention kernel, None chooses by device.
         documents_from_position_ids: position ids that start again at 0 begin a document when the batch has no mask.
+        end_of_document: a token, or a function that returns it when a batch is split: a document ends behind each such
+            token when the batch has no mask.
 
     Returns:
         The setup after all fallbacks, None without one.
@@ -222,7 +224,13 @@ def configure(config, *, setup=None, kernel=None, documents_from_position_ids=Fa
         setup = resolve(config, setup)
         for notice in setup.notices[known:]:
             warn_rank0(notice)
-    _state.configure(config, setup=setup, kernel=kernel, documents_from_position_ids=documents_from_position_ids)
+    _state.configure(
+        config,
+        setup=setup,
+        kernel=kernel,
+        documents_from_position_ids=documents_from_position_ids,
+        end_of_document=end_of_document,
+    )
     return setup
 
 

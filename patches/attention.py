@@ -5,18 +5,19 @@ Shapes, s: tokens of this rank, b: batch, n: query heads of this tensor-parallel
 Packed sequences (thd) have no batch: (s, n, d) -> (s, n * dv). The dense mask is global, (b, 1, S, S) or (1, 1, S, S).
 """
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
-from mindspeed_cp.patches.documents import MaskCache, documents_of_packed_params
-from mindspeed_cp.patches.state import BatchShape, effective_config
+from mindspeed_cp.patches.packed import packed_batch
+from mindspeed_cp.patches.records import MicroBatch
+from mindspeed_cp.patches.state import SINGLE, effective_config
 
 from mindspeed_cp.api import context_parallel_attention
-from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.groups import ContextParallelGroups
 from mindspeed_cp.kernels import select_kernel
-from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.notices import warn_rank0
 
 
@@ -40,7 +41,7 @@ class CoreAttention:
     dropout_p: float = 0.0
     window: tuple[int, int] | None = None
     softmax_offset: torch.Tensor | None = None
-    rng: object = nullcontext
+    rng: Callable[[], AbstractContextManager] = nullcontext
 
 
 class AttentionBridge:
@@ -48,8 +49,6 @@ class AttentionBridge:
 
     def __init__(self, state):
         self._state = state
-        self._masks = MaskCache()
-        state.on_change.append(self._masks.clear)
 
     def __call__(self, module, query, key, value, attention_mask=None, packed_seq_params=None, **others):
         """Attention of the whole sequence for this rank's queries.
@@ -84,92 +83,83 @@ class AttentionBridge:
         return out.flatten(2).squeeze(1) if without_batch else out.flatten(2)
 
     def _packed(self, module, query, key, value, params):
-        size = getattr(params, "local_cp_size", None)
-        if size not in (None, self._state.cp_size):
-            raise ValueError(
-                f"PackedSeqParams.local_cp_size {size} differs from --context-parallel-size {self._state.cp_size}; "
-                "leave out --hybrid-context-parallel, which changes the size from batch to batch."
-            )
-        documents = documents_of_packed_params(params)
-        seq_len = self._state.packed_len(query.shape[0], documents[-1])
-        if documents[-1] < seq_len:
-            documents += (seq_len,)
-        return self._attend(
-            module, query, key, value, BatchShape(seq_len, documents), causal=module.causal and not self._asked_for_full
-        )
+        """Packed documents: each query sees its own, all of it or what lies before."""
+        state, rows = self._state, query.shape[0]
+        record = state.active
+        if record is None or record.documents is None:
+            record = packed_batch(state, params, rows, record=record)
+        with state.running(record):
+            record = state.micro_batch(rows)
+        return self._attend(module, query, key, value, record, causal=module.causal and not self._asked_for_full)
 
     @property
     def _asked_for_full(self):
-        """--cp-attention-mask-type full: every query sees its whole document, whatever the layer's own mask type is."""
+        """--cp-attention-mask-type full: without a mask every query sees its whole document, whatever the layer's own
+        mask type is.
+        """
         config = self._state.config
         return self._state.groups is not None and config.attention_mask_type == "full"
 
     def _unpacked(self, module, query, key, value, attention_mask, gather_size):
         if attention_mask is None:
-            shape = self._shape(query.shape[0], gather_size)
-            causal = (module.causal or shape.cu_seqlens is not None) and not self._asked_for_full
-            return self._attend(module, query, key, value, shape, causal=causal)
-        mask = _four_dimensional(attention_mask, query.shape[1])
-        shape = self._shape(query.shape[0], mask.shape[-1] if gather_size is None else gather_size)
-        if mask.shape[-2:] != (shape.seq_len, shape.seq_len) or not self._holds(query.shape[0], shape.seq_len):
-            known = self._state.active or self._state.batch
-            size = "S" if known is None else known.seq_len
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, and context parallelism needs the mask "
-                f"of the whole sequence, (batch, 1, {size}, {size}); do not split it over the ranks."
-            )
-        facts = self._masks.facts(mask)
+            record = self._record(query.shape[0], gather_size)
+            causal = (module.causal or record.documents is not None) and not self._asked_for_full
+            return self._attend(module, query, key, value, record, causal=causal)
+        mask = self._checked_mask(attention_mask, query)
+        size = mask.shape[-1] if gather_size is None else gather_size
+        record = self._record(query.shape[0], size, mask=attention_mask)
+        facts = self._state.masks.facts(attention_mask, lambda: _as_bool(mask))
         if module.window is not None:
             if not facts.is_causal:
                 warn_rank0(
                     "window_size replaces the attention mask of the batch, as in Megatron's own local attention; "
                     "leave out --reset-attention-mask, or window_size."
                 )
-            return self._attend(module, query, key, value, BatchShape(shape.seq_len), causal=False)
+            return self._attend(module, query, key, value, MicroBatch(record.layout), causal=False)
         if facts.documents is None:
-            return self._attend(module, query, key, value, BatchShape(shape.seq_len), causal=False, mask=mask)
-        if facts.shared_documents:
-            shared = BatchShape(shape.seq_len, facts.shared_documents)
-            return self._attend(module, query, key, value, shared, causal=not self._asked_for_full)
-        rows = [
-            self._attend(
-                module,
-                query[:, row : row + 1],
-                key[:, row : row + 1],
-                value[:, row : row + 1],
-                BatchShape(shape.seq_len, documents),
-                causal=not self._asked_for_full,
-            )
-            for row, documents in enumerate(facts.documents)
-        ]
-        return torch.cat(rows, dim=1)
+            mask, record = _as_bool(mask), MicroBatch(record.layout)
+            return self._attend(module, query, key, value, record, causal=False, mask=mask)
+        # The mask is the batch's, and wins over every flag: it is causal within these documents.
+        return self._attend(module, query, key, value, MicroBatch(record.layout, facts.documents), causal=True)
 
-    def _holds(self, rows, seq_len):
-        """Whether this rank's part of a sequence of ``seq_len`` tokens has ``rows``."""
-        state = self._state
-        return state.groups is None or SequenceLayout.build(state.config, seq_len).length(state.cp_rank) == rows
+    def _checked_mask(self, attention_mask, query):
+        mask = _four_dimensional(attention_mask, query.shape[1])
+        if mask.shape[2] != mask.shape[3]:
+            raise self._partial_mask(attention_mask)
+        return mask
 
-    def _shape(self, rows, seq_len):
-        """Length and documents of the batch, of which this rank has ``rows``: as recorded, unless ``seq_len`` says
-        otherwise.
+    def _partial_mask(self, attention_mask):
+        active = self._state.active
+        size = "S" if active is None else active.seq_len
+        return ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, and context parallelism needs the mask "
+            f"of the whole sequence, (batch, 1, {size}, {size}); do not split it over the ranks."
+        )
+
+    def _record(self, rows, seq_len, mask=None):
+        """The record of the batch, of which this rank has ``rows`` tokens.
+
+        Args:
+            seq_len: length of the whole sequence where a mask or a calculator says it, else None.
+            mask: the mask that says it.
         """
-        recorded = self._state.active or self._state.batch
-        if seq_len is None or (recorded is not None and recorded.seq_len == seq_len):
-            return self._state.shape_for(rows)
-        return BatchShape(int(seq_len))
+        state = self._state
+        if seq_len is None or (state.active is not None and state.active.seq_len == seq_len):
+            return state.micro_batch(rows)
+        if mask is not None and (state.active is not None or _holds(state, int(seq_len)) != rows):
+            raise self._partial_mask(mask)
+        return MicroBatch(state.layout(int(seq_len)))
 
-    def _attend(self, module, query, key, value, shape, *, causal, mask=None):
+    def _attend(self, module, query, key, value, record, *, causal, mask=None):
         state, window = self._state, module.window
         if window is not None:
             left, right = (None if side is None or side < 0 else side for side in window)
             causal = right == 0 or (right is None and causal)
             window = (left, None if causal else right)
-        if state.groups is None:  # packed sequences with context_parallel_size 1
-            config, groups = _single()
-            layout = SequenceLayout.build(config, shape.seq_len)
-        else:
-            config, groups, layout = state.config, state.groups, state.layout(shape.seq_len)
+        # Packed sequences reach this with context_parallel_size 1 too.
+        config, groups = (SINGLE, _single_groups()) if state.groups is None else (state.config, state.groups)
         kernel = select_kernel(state.kernel, query.device.type)
+        documents = record.documents
         with module.rng() if module.dropout_p else nullcontext():
             return context_parallel_attention(
                 query,
@@ -177,10 +167,10 @@ class AttentionBridge:
                 value,
                 config=effective_config(config, "causal" if causal else "full"),
                 groups=groups,
-                layout=layout,
+                layout=record.layout,
                 softmax_scale=module.softmax_scale,
                 attention_mask=mask,
-                cu_seqlens=shape.cu_seqlens,
+                cu_seqlens=documents[0] if documents is not None and len(documents) == 1 else documents,
                 dropout_p=module.dropout_p,
                 layer_number=module.layer_number,
                 kernel=kernel,
@@ -190,13 +180,18 @@ class AttentionBridge:
             )
 
 
-def _single():
-    config = ContextParallelConfig(context_parallel_size=1)
-    return config, ContextParallelGroups.build(config)
+def _holds(state, seq_len):
+    """How many tokens of a sequence that this project splits lie on this rank."""
+    return state.layout(seq_len).length(state.cp_rank)
+
+
+@cache
+def _single_groups():
+    return ContextParallelGroups.build(SINGLE)
 
 
 def _four_dimensional(mask, batch):
-    """The mask as bool (batch or 1, 1, S, S); a mask of keys alone is broadcast over the queries."""
+    """The mask as (batch or 1, 1, S, S); a mask of keys alone is broadcast over the queries."""
     if mask.dim() == 2:
         mask = mask[None, None]
     if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1:
@@ -204,8 +199,10 @@ def _four_dimensional(mask, batch):
             f"attention_mask has shape {tuple(mask.shape)}; pass (S, S), (1, 1, S, S) or ({batch}, 1, S, S), "
             "True where attention is masked out."
         )
-    if mask.shape[2] == 1 and mask.shape[3] > 1:
-        mask = mask.expand(-1, -1, mask.shape[3], -1)
+    return mask.expand(-1, -1, mask.shape[3], -1) if mask.shape[2] == 1 and mask.shape[3] > 1 else mask
+
+
+def _as_bool(mask):
     return mask if mask.dtype == torch.bool else mask.bool()
 
 

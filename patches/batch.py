@@ -1,13 +1,15 @@
-"""Patches of how Megatron splits a batch over the context-parallel ranks."""
+"""Patches of how Megatron splits a batch over the context-parallel ranks; batches that others split."""
 
 import importlib
 from functools import wraps
 
 import torch
 import torch.distributed as dist
-from mindspeed_cp.patches.documents import documents_of_position_ids
+from mindspeed_cp.patches.documents import documents_of_position_ids, documents_of_tokens
 from mindspeed_cp.patches.manager import Patch
-from mindspeed_cp.patches.state import BatchShape
+from mindspeed_cp.patches.records import Documents, MicroBatch
+
+from mindspeed_cp.sharding import SEQUENCES, WHOLE
 
 UTILS = "megatron.core.utils"
 
@@ -18,7 +20,7 @@ def batch_patches(state):
         Patch(
             f"{UTILS}.get_batch_on_this_cp_rank",
             _slice_batch(state),
-            "a rank gets the tokens of the chosen algorithm's layout; any length, the dense mask stays whole",
+            "a rank gets the tokens of the chosen layout; any length, the dense mask stays whole",
         ),
         Patch(
             f"{UTILS}.get_thd_batch_on_this_cp_rank",
@@ -34,38 +36,59 @@ def _absent(module, name, why):
     return lambda: "" if hasattr(importlib.import_module(module), name) else why
 
 
-def split_batch(batch, state):
-    """Replace every sequence of ``batch`` by the part of this rank, in place, and record the shape of the batch.
+def split_batch(batch, state, documents: Documents | None = None):
+    """Replace every sequence of ``batch`` by the part of this rank, in place, and record how the batch was split.
 
     Args:
         batch: dict of (b, S) tensors, None, and an optional attention_mask (b, 1, S, S), which stays whole: attention
             takes its rows and columns through the layout.
+        documents: boundaries that the caller knows; None looks for them where the settings say.
     """
-    sequences = {
-        name: value
-        for name, value in batch.items()
-        if name != "attention_mask" and isinstance(value, torch.Tensor) and value.dim() >= 2
-    }
+    sequences = {name: value for name, value in batch.items() if name not in WHOLE and _may_be_sequence(value)}
     if not sequences:
         return batch
-    lengths = {value.size(1) for value in sequences.values()}
-    if len(lengths) > 1:
+    documents = documents_of_batch(batch, state) if documents is None else documents
+    record = MicroBatch(state.layout(length_of(sequences), documents), documents)
+    for name, value in sequences.items():
+        batch[name] = record.layout.shard(value, state.cp_rank, dim=1).contiguous()
+    state.records.remember((batch[name] for name in sequences), record)
+    return batch
+
+
+def _may_be_sequence(value):
+    return isinstance(value, torch.Tensor) and value.dim() >= 2
+
+
+def named_sequences(batch, sequences=()):
+    """The (b, S, ...) tensors that a batch of some framework calls by the names of sequences."""
+    named = SEQUENCES.union(sequences)
+    return {name: value for name, value in batch.items() if name in named and _may_be_sequence(value)}
+
+
+def length_of(sequences) -> int:
+    """The one length of these (b, S, ...) tensors; name -> tensor."""
+    lengths = {name: value.size(1) for name, value in sequences.items()}
+    if len(set(lengths.values())) > 1:
         raise ValueError(
             "the batch holds sequences of different lengths on dimension 1: "
-            f"{', '.join(f'{name} {value.size(1)}' for name, value in sequences.items())}; pad them to one length."
+            f"{', '.join(f'{name} {length}' for name, length in lengths.items())}; pad them to one length."
         )
-    seq_len, documents = lengths.pop(), None
-    if (
-        state.documents_from_position_ids
-        and batch.get("attention_mask") is None
-        and batch.get("position_ids") is not None
-    ):
-        documents = documents_of_position_ids(batch["position_ids"])
-    layout = state.layout(seq_len)
-    for name, value in sequences.items():
-        batch[name] = layout.shard(value, state.cp_rank, dim=1).contiguous()
-    state.batch = BatchShape(seq_len, documents)
-    return batch
+    if not lengths:
+        raise ValueError(f"the batch holds no sequence; name one of {', '.join(sorted(SEQUENCES))}.")
+    return next(iter(lengths.values()))
+
+
+def documents_of_batch(batch, state) -> Documents | None:
+    """Where the documents of a whole batch end, by what the settings say; None when a mask in the batch says it."""
+    if batch.get("attention_mask") is not None:
+        return None
+    if state.documents_from_position_ids and batch.get("position_ids") is not None:
+        return documents_of_position_ids(batch["position_ids"])
+    tokens = batch.get("tokens", batch.get("input_ids"))
+    if state.end_of_document is not None and tokens is not None:
+        ends = state.end_of_document
+        return documents_of_tokens(tokens, ends() if callable(ends) else ends)
+    return None
 
 
 def _slice_batch(state):
@@ -90,7 +113,8 @@ def _slice_packed_batch(state):
                 return original(batch, cu_seqlens, cu_seqlens_padded, max_seqlen, cp_size, cp_rank)
             # Given as one rank, Megatron makes the parameters and splits nothing.
             batch, params = original(batch, cu_seqlens, cu_seqlens_padded, max_seqlen, 1, 0)
-            return split_batch(batch, state), params
+            documents = (state.boundaries.documents(params, length_of(named_sequences(batch))),)
+            return split_batch(batch, state, documents), params
 
         return get_thd_batch_on_this_cp_rank
 

@@ -14,9 +14,12 @@ from functools import wraps
 import torch.distributed as dist
 from mindspeed_cp.patches.attention import AttentionBridge, CoreAttention, layer_window
 from mindspeed_cp.patches.batch import batch_patches
+from mindspeed_cp.patches.compiler import outside_compiler
 from mindspeed_cp.patches.decision import config_for, take_comm_type
 from mindspeed_cp.patches.experts import expert_patches
+from mindspeed_cp.patches.mamba import mamba_patches
 from mindspeed_cp.patches.manager import Patch
+from mindspeed_cp.patches.models import model_patches
 from mindspeed_cp.patches.mtp import mtp_patches
 from mindspeed_cp.patches.pipeline import pipeline_patches
 from mindspeed_cp.patches.recompute import recompute_patches
@@ -35,7 +38,7 @@ def core_patches(state, announce):
         state: AdaptorState that the replacements share.
         announce: config -> None, called on every rank after the process groups were built.
     """
-    attend = AttentionBridge(state)
+    bridge = AttentionBridge(state)
     return [
         Patch(
             f"{DOT_PRODUCT}.__init__",
@@ -45,12 +48,12 @@ def core_patches(state, announce):
         ),
         Patch(
             f"{DOT_PRODUCT}.forward",
-            _dot_product_forward(attend),
+            _dot_product_forward(bridge),
             "attention over the whole sequence, of which each rank holds a part",
         ),
         Patch(
             f"{TE_DOT_PRODUCT}.forward",
-            _te_forward(attend),
+            _te_forward(bridge),
             "Transformer Engine would run its own context parallelism (not verified on hardware)",
             _without_te,
         ),
@@ -70,11 +73,13 @@ def core_patches(state, announce):
             "cp_comm_type of a model's configuration names the algorithm where no flag and no framework does",
         ),
         *batch_patches(state),
+        *model_patches(state),
         *pipeline_patches(state),
         *recompute_patches(state),
         *mtp_patches(state),
         *rope_patches(state),
         *expert_patches(state),
+        *mamba_patches(state),
     ]
 
 
@@ -112,8 +117,10 @@ def _lift_assert(state):
     return build
 
 
-def _dot_product_forward(attend):
+def _dot_product_forward(bridge):
     def build(original):
+        attend = outside_compiler(bridge.__call__)
+
         @wraps(original)
         def forward(
             self,
@@ -165,8 +172,10 @@ def _own_can(module, value):
     return module.num_attention_heads_per_partition * value.shape[-1] == module.hidden_size_per_partition
 
 
-def _te_forward(attend):
+def _te_forward(bridge):
     def build(original):
+        attend = outside_compiler(bridge.__call__)
+
         @wraps(original)
         def forward(
             self,
@@ -248,6 +257,7 @@ def _initialize(state, announce):
             minutes = given.get("distributed_timeout_minutes")
             timeout = timedelta(minutes=minutes) if minutes else None
             state.build_groups(config, _all_cp_ranks(), timeout, parallel_state.get_context_parallel_group())
+            state.is_pipeline = given.get("pipeline_model_parallel_size", 1) > 1
             announce(config)
 
         return initialize_model_parallel

@@ -9,7 +9,9 @@ import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
+from types import SimpleNamespace
 
+import torch
 import torch.distributed as dist
 from mindspeed_cp.patches.manager import Patch
 
@@ -28,9 +30,9 @@ class _Share:
         weight: factor on the gradients of the losses.
     """
 
-    share: object
+    share: float | torch.Tensor
     counted: bool
-    weight: object
+    weight: float | torch.Tensor
 
 
 def expert_patches(state):
@@ -89,23 +91,13 @@ class _Router:
                 return original(module, logits, *args, **kwargs)
             config, padding_mask = module.config, kwargs.get("padding_mask", args[0] if args else None)
             local = logits.size(0) * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
-            seq_len = self._state.shape_for(local).seq_len
+            layout = self._state.micro_batch(local).layout
             _warn_of_local_decisions(config)
-            self._check_dispatcher(config, seq_len)
-            with self._sharing(self._share(config, local, seq_len, padding_mask)):
+            _check_dispatcher(config, layout)
+            with self._sharing(self._share(config, local, layout.seq_len, padding_mask)):
                 return original(module, logits, *args, **kwargs)
 
         return routing
-
-    def _check_dispatcher(self, config, seq_len):
-        if config.moe_token_dispatcher_type != "allgather" or config.expert_model_parallel_size == 1:
-            return
-        if len(set(map(self._state.layout(seq_len).length, range(self._state.cp_size)))) > 1:
-            raise ValueError(
-                f"--moe-token-dispatcher-type allgather gathers equally many tokens from every rank, and sequence "
-                f"length {seq_len} gives the --context-parallel-size {self._state.cp_size} ranks different "
-                "numbers; use --moe-token-dispatcher-type alltoall, or a length that all ranks share evenly."
-            )
 
     @contextmanager
     def _sharing(self, share):
@@ -123,7 +115,8 @@ class _Router:
             valid = padding_mask.logical_not().sum().float()
             total = valid.clone()
             dist.all_reduce(total, group=self._state.groups.cp_group)
-            share = (valid * cp_size / total).clamp(min=1e-9)  # a rank of padding alone has losses of 0
+            # A rank of padding alone has losses of 0, and so has a micro-batch of padding alone.
+            share = (valid * cp_size / total.clamp(min=1)).clamp(min=1e-9)
         if config.calculate_per_token_loss:
             # Megatron multiplies by s, adds over the ranks and divides by all tokens; S instead of s is what cp = 1
             # has.
@@ -154,6 +147,7 @@ class _Router:
             given = signature.bind(*args, **kwargs).arguments
             if self._now is not None and self._now.counted:
                 local = given["routing_map"].sum() / given["topk"]
+                total = total.clamp(min=1)  # of padding alone: the losses are 0 / 0 otherwise
             return per_expert, local, total
 
         return get_tokens_per_expert_and_token_count
@@ -195,6 +189,16 @@ def _sequence_loss(
     return (probs * chosen).sum() * (probs.size(-1) * moe_aux_loss_coeff / (batch_size * topk * total**2))
 
 
+def _check_dispatcher(config, layout):
+    if config.moe_token_dispatcher_type != "allgather" or config.expert_model_parallel_size == 1 or layout.is_even:
+        return
+    raise ValueError(
+        f"--moe-token-dispatcher-type allgather gathers equally many tokens from every rank, and sequence "
+        f"length {layout.seq_len} gives the --context-parallel-size {layout.cp_size} ranks different "
+        "numbers; use --moe-token-dispatcher-type alltoall, or a length that all ranks share evenly."
+    )
+
+
 def _weighted(loss, weight):
     """The same value, for the log; its gradient times ``weight``."""
     return loss.detach() + weight * (loss - loss.detach())
@@ -202,10 +206,37 @@ def _weighted(loss, weight):
 
 @cache
 def _scales_with_cp():
-    """Whether Megatron multiplies these losses by cp, as it does with the loss of the training script."""
-    from megatron.core.pipeline_parallel import schedules
+    """Whether Megatron multiplies these losses by cp, as it does with the loss of the training script.
 
-    return "loss_scale * cp_group_size" in inspect.getsource(schedules)
+    Asked by letting its schedule set the factor for a made-up micro-batch, as it does after every forward pass.
+    """
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    calculate = getattr(schedules, "forward_step_calc_loss", None)
+    if calculate is None or "cp_group_size" not in inspect.signature(calculate).parameters:
+        return False  # the factor is set without knowing cp
+    config = SimpleNamespace(
+        calculate_per_token_loss=False, num_moe_experts=1, mtp_num_layers=None, grad_scale_func=None, timers=None
+    )
+    given = {
+        "model": None,
+        "output_tensor": torch.zeros(1),
+        "loss_func": None,
+        "config": config,
+        "vp_stage": None,
+        "collect_non_loss_data": False,
+        "num_microbatches": 1,
+        "forward_data_store": [],
+        "cp_group_size": 2,
+        "is_last_stage": False,
+    }
+    before = MoEAuxLossAutoScaler.main_loss_backward_scale
+    try:
+        calculate(**{name: given[name] for name in inspect.signature(calculate).parameters if name in given})
+        return float(MoEAuxLossAutoScaler.main_loss_backward_scale) == 2
+    finally:
+        MoEAuxLossAutoScaler.main_loss_backward_scale = before
 
 
 def _warn_of_local_decisions(config):

@@ -4,9 +4,9 @@ import inspect
 from functools import wraps
 
 import torch
-import torch.distributed as dist
-from mindspeed_cp.patches.documents import documents_of_packed_params
 from mindspeed_cp.patches.manager import Patch
+
+from mindspeed_cp.sharding import gather_sequence
 
 MTP = "megatron.core.transformer.multi_token_prediction"
 
@@ -42,35 +42,22 @@ def _roll(state):
                 raise ValueError(
                     f"roll_tensor with shifts={shifts} is not supported with context parallelism; use shifts=-1."
                 )
-            shape = state.shape_for(tensor.size(dims))
-            documents = (0, shape.seq_len) if params is None else documents_of_packed_params(params, shape.seq_len)
-            whole = _rolled_whole(state, tensor, shape.seq_len, dims, documents)
+            layout = state.micro_batch(tensor.size(dims)).layout
+            documents = (0, layout.seq_len) if params is None else state.boundaries.documents(params, layout.seq_len)
+            whole = _shifted(gather_sequence(tensor, groups=state.groups, layout=layout, dim=dims), dims, documents)
             # The sum divides each rank's loss, and gradients are averaged over the ranks: with the mean of the ranks'
             # sums that is the mean over all tokens, however unevenly they are shared.
-            return state.layout(shape.seq_len).shard(
-                whole, state.cp_rank, dim=dims
-            ).contiguous(), whole.sum() / state.cp_size
+            mine = layout.shard(whole, state.cp_rank, dim=dims).contiguous()
+            return mine, whole.sum() / state.cp_size
 
         return roll_tensor
 
     return build
 
 
-def _rolled_whole(state, tensor, seq_len, dim, documents):
-    """The whole sequence, of which ``tensor`` is this rank's part, shifted by one to the left; 0 ends each document.
-
-    Tokens, labels and masks are small, so the whole sequence is gathered; that is right for every layout.
-    """
-    layout = state.layout(seq_len)
-    rows = tensor.movedim(dim, 0).contiguous()
-    longest = max(layout.length(rank) for rank in range(state.cp_size))
-    padded = rows.new_zeros((longest, *rows.shape[1:]))
-    padded[: rows.size(0)] = rows
-    gathered = [torch.empty_like(padded) for _ in range(state.cp_size)]
-    dist.all_gather(gathered, padded, group=state.groups.cp_group)
-    whole = layout.unshard([shard[: layout.length(rank)] for rank, shard in enumerate(gathered)])
-    whole = torch.cat([whole[1:], torch.zeros_like(whole[:1])])
-    for end in documents[1:]:
-        if end:
-            whole[end - 1] = 0
-    return whole.movedim(0, dim)
+def _shifted(whole, dim, documents):
+    """The whole sequence shifted by one to the left; 0 ends each document."""
+    rows = whole.movedim(dim, 0)
+    rows = torch.cat([rows[1:], torch.zeros_like(rows[:1])])
+    rows[[end - 1 for end in documents[1:] if end]] = 0
+    return rows.movedim(0, dim)

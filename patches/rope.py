@@ -2,11 +2,11 @@
 
 import importlib
 import inspect
-from functools import wraps
+from functools import lru_cache, wraps
 
-import torch
 from mindspeed_cp.patches.manager import Patch
-from mindspeed_cp.patches.pipeline import block_shape
+from mindspeed_cp.patches.packed import layout_of_packed, places_in_documents
+from mindspeed_cp.patches.pipeline import block_record
 
 ROPE_UTILS = "megatron.core.models.common.embeddings.rope_utils"
 ROTARY = "megatron.core.models.common.embeddings.rotary_pos_embedding.RotaryEmbedding"
@@ -57,37 +57,50 @@ def _slice_embedding(state):
         def get_pos_emb_on_this_cp_rank(pos_emb, seq_dim, *args, **kwargs):
             if state.cp_size == 1:
                 return original(pos_emb, seq_dim, *args, **kwargs)
-            return state.layout(pos_emb.size(seq_dim)).shard(pos_emb, state.cp_rank, dim=seq_dim)
+            return _layout_for(state, pos_emb.size(seq_dim)).shard(pos_emb, state.cp_rank, dim=seq_dim)
 
         return get_pos_emb_on_this_cp_rank
 
     return build
 
 
+def _layout_for(state, seq_len):
+    """The layout of the forward pass that runs, or of the configuration for a sequence of another length."""
+    record = state.active
+    return record.layout if record is not None and record.seq_len == seq_len else state.layout(seq_len)
+
+
 def _rotary_seq_len(state):
     def build(original):
         signature = inspect.signature(original)
+        embedded = {}  # length -> layout with which Megatron's cache holds an embedding of that length
+        state.on_change.append(embedded.clear)
 
         @wraps(original)
         def get_rotary_seq_len(self, *args, **kwargs):
             given = signature.bind(self, *args, **kwargs).arguments
-            inference = given.get("inference_context") or given.get("inference_params")
-            if state.cp_size == 1 or inference or given.get("packed_seq_params") is not None:
+            if state.cp_size == 1 or given.get("packed_seq_params") is not None:
                 return original(self, *args, **kwargs)
-            if state.active is not None:
-                return state.active.seq_len
-            block, rows = given["transformer"], given["transformer_input"]
-            if block is not None and block.input_tensor is not None:
-                rows = block.input_tensor
-            if block is None:
-                config = given["transformer_config"]
-                scale = config.tensor_model_parallel_size if config.sequence_parallel else 1
-                return state.shape_for(rows.size(0) * scale).seq_len
-            return block_shape(state, block, rows.size(0)).seq_len
+            layout = _entering(state, given).layout
+            if embedded.get(layout.seq_len, layout) != layout:  # Megatron's cache goes by the length alone
+                forget_cached_embeddings()
+                embedded.clear()
+            embedded[layout.seq_len] = layout
+            return layout.seq_len
 
         return get_rotary_seq_len
 
     return build
+
+
+def _entering(state, given):
+    """The record of the micro-batch for which a model asks the length; ``given`` are the arguments of the question."""
+    if state.active is not None:
+        return state.active
+    block, rows = given["transformer"], given["transformer_input"]
+    if block is not None and block.input_tensor is not None:
+        rows = block.input_tensor
+    return block_record(state, given["transformer_config"] if block is None else block.config, rows.size(0))
 
 
 def _apply_packed(state):
@@ -102,12 +115,17 @@ def _apply_packed(state):
             if state.cp_size == 1:
                 return original(t, cu_seqlens, freqs, *args, **kwargs)
             kwargs.pop("cp_group", None)
-            boundaries = cu_seqlens.flatten().tolist()
-            seq_len = state.packed_len(t.size(0), boundaries[-1])
-            positions = state.layout(seq_len).positions(state.cp_rank).to(freqs.device)
-            if not (by_token and freqs.size(0) == boundaries[-1]):
-                positions = _places_in_documents(positions, boundaries, seq_len)
-            rows = freqs[positions.clamp_(max=freqs.size(0) - 1)]  # only padding after the last document lies beyond
+            boundaries = state.boundaries.boundaries(cu_seqlens)
+            layout = layout_of_packed(state, boundaries, t.size(0))
+            rows = freqs[
+                _places(
+                    layout,
+                    state.cp_rank,
+                    None if by_token and freqs.size(0) == boundaries[-1] else boundaries,
+                    freqs.size(0),
+                    freqs.device,
+                )
+            ]
             return utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), rows, *args, **kwargs).squeeze(1)
 
         return _apply_rotary_pos_emb_thd
@@ -115,10 +133,17 @@ def _apply_packed(state):
     return build
 
 
-def _places_in_documents(positions, boundaries, seq_len):
-    """How far each global position lies from the start of its document."""
-    starts = torch.tensor(boundaries if boundaries[-1] < seq_len else boundaries[:-1], device=positions.device)
-    return positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
+@lru_cache(maxsize=16)
+def _places(layout, cp_rank, boundaries, num_rows, device):
+    """(s,) the row of the embedding for each token of this rank; the layers of a micro-batch share it.
+
+    Args:
+        boundaries: of the documents, None when the embedding has one row for each token of the sequence.
+        num_rows: of the embedding; only padding after the last document lies beyond.
+    """
+    positions = layout.positions(cp_rank)
+    places = positions if boundaries is None else places_in_documents(positions, boundaries)
+    return places.clamp_(max=num_rows - 1).to(device)
 
 
 def _unfused_when_packed(state):

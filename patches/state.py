@@ -1,31 +1,27 @@
-"""What the adaptor knows between two calls of Megatron: configuration, process groups and the shape of the batch."""
+"""What the adaptor knows between two calls of Megatron: configuration, process groups, the micro-batch that runs."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import cache, lru_cache, wraps
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from mindspeed_cp.patches import batch as batches
 from mindspeed_cp.patches.decision import OpenDecision
+from mindspeed_cp.patches.documents import BoundaryCache, MaskCache, documents_of_rows
+from mindspeed_cp.patches.packed import packed_batch
+from mindspeed_cp.patches.records import BatchRecords, Documents, MicroBatch
 
+from mindspeed_cp import sharding
 from mindspeed_cp.config import ContextParallelConfig, TrainingSetup
 from mindspeed_cp.groups import ContextParallelGroups
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.layout import DOCUMENT_KINDS, SequenceLayout
 
-
-@dataclass(frozen=True)
-class BatchShape:
-    """What every layer must know of a micro-batch.
-
-    Args:
-        seq_len: length of the whole sequence, before it was split over the context-parallel ranks.
-        cu_seqlens: document boundaries shared by all rows, or None.
-    """
-
-    seq_len: int
-    cu_seqlens: tuple[int, ...] | None = None
+SINGLE = ContextParallelConfig(context_parallel_size=1)
 
 
 @dataclass
@@ -38,9 +34,15 @@ class AdaptorState:
         kernel: name of an attention kernel, None chooses by device.
         documents_from_position_ids: whether position ids that start again at 0 begin a document when the batch has no
             mask (Megatron's --reset-position-ids with --reset-attention-mask).
-        groups: ContextParallelGroups after Megatron has made its own groups.
+        end_of_document: the token behind which a document ends when the batch has no mask and position ids say nothing
+            (--reset-attention-mask alone), or () -> that token, asked when a batch is split; None without.
+        groups: ContextParallelGroups after Megatron has made its own groups; ``epoch`` counts how often it did.
         undecided: what is still to be decided; None once ``configure`` has decided everything.
-        batch: shape of the batch that was split last; ``active`` is the one of the forward pass that runs now.
+        is_pipeline: whether there is more than one pipeline stage: stages then split the same batch knowing different
+            parts of it, and must come to the same layout.
+        active: record of the forward pass that runs now.
+        records: where the record of a batch is found again.
+        masks, boundaries: what was read of the masks and of the packed boundaries under way.
         on_change: called whenever a cached embedding may have become wrong.
     """
 
@@ -48,13 +50,26 @@ class AdaptorState:
     setup: TrainingSetup | None = None
     kernel: str | None = None
     documents_from_position_ids: bool = False
+    end_of_document: int | Callable[[], int] | None = None
     groups: ContextParallelGroups | None = None
+    epoch: int = 0
+    is_pipeline: bool = False
     undecided: OpenDecision | None = field(default_factory=OpenDecision)
-    batch: BatchShape | None = None
-    active: BatchShape | None = None
-    on_change: list[Callable] = field(default_factory=list)
+    active: MicroBatch | None = None
+    records: BatchRecords = field(default_factory=BatchRecords)
+    masks: MaskCache = field(default_factory=MaskCache)
+    boundaries: BoundaryCache = field(default_factory=BoundaryCache)
+    on_change: list[Callable[[], None]] = field(default_factory=list)
 
-    def configure(self, config, *, setup=None, kernel=None, documents_from_position_ids=False):
+    def configure(
+        self,
+        config: ContextParallelConfig,
+        *,
+        setup: TrainingSetup | None = None,
+        kernel: str | None = None,
+        documents_from_position_ids: bool = False,
+        end_of_document: int | Callable[[], int] | None = None,
+    ) -> None:
         """Set the configuration; raises ValueError when groups of another configuration are in use."""
         if self.groups is not None and self.groups.hierarchy != config.hierarchy:
             raise ValueError(
@@ -62,57 +77,74 @@ class AdaptorState:
                 "configure before initialize_model_parallel, or call destroy_model_parallel first."
             )
         self.config, self.setup, self.kernel, self.undecided = config, setup, kernel, None
-        self.documents_from_position_ids = documents_from_position_ids
-        self.forget_batch()
+        self.documents_from_position_ids, self.end_of_document = documents_from_position_ids, end_of_document
+        self.forget_batches()
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget everything, as after the import."""
-        self.config = self.setup = self.kernel = self.groups = None
+        self.config = self.setup = self.kernel = self.groups = self.end_of_document = None
         self.undecided = OpenDecision()
         self.documents_from_position_ids = False
-        self.forget_batch()
+        self.forget_batches()
 
-    def forget_batch(self):
-        self.batch = self.active = None
+    def forget_batches(self) -> None:
+        self.active = None
+        self.records.clear()
+        self.masks.clear()
         for call in self.on_change:
             call()
 
     @property
-    def cp_size(self):
+    def cp_size(self) -> int:
         return self.groups.cp_size if self.groups is not None else 1
 
     @property
-    def cp_rank(self):
+    def cp_rank(self) -> int:
         return self.groups.cp_rank if self.groups is not None else 0
 
     @staticmethod
-    def cp_ranks():
+    def cp_ranks() -> tuple[list[int], int]:
         """(global ranks of Megatron's context-parallel group, this rank's place among them), any size."""
         from megatron.core import parallel_state
 
         return parallel_state.get_context_parallel_global_ranks(), parallel_state.get_context_parallel_rank()
 
-    def build_groups(self, config, cp_ranks, timeout=None, cp_group=None):
+    @property
+    def expects_documents(self) -> bool:
+        """Whether the settings say that documents end where tokens or position ids say so."""
+        return self.documents_from_position_ids or self.end_of_document is not None
+
+    def build_groups(
+        self,
+        config: ContextParallelConfig,
+        cp_ranks: list[list[int]],
+        timeout: timedelta | None = None,
+        cp_group: dist.ProcessGroup | None = None,
+    ) -> None:
         """Make the process groups of ``config`` beside Megatron's own ``cp_group``; collective over the world."""
         self.config = config
         self.groups = ContextParallelGroups.build(config, cp_ranks, timeout=timeout, cp_group=cp_group)
-        self.forget_batch()
+        self.epoch += 1
+        self.forget_batches()
 
-    def destroy_groups(self):
+    def destroy_groups(self) -> None:
         if self.groups is not None:
             self.groups.destroy()
         self.groups = None
         if self.undecided is not None:
             self.undecided = OpenDecision(self.undecided.settings)
-        self.forget_batch()
+        self.forget_batches()
 
-    def layout(self, seq_len):
-        """The SequenceLayout of the configuration for one length.
+    def layout(self, seq_len: int, documents: Documents | None = None) -> SequenceLayout:
+        """The SequenceLayout of the configuration for a sequence that this project splits.
 
         Raises:
-            ValueError: aligned Ulysses cannot split this length.
+            ValueError: aligned Ulysses cannot split this length, a rank would get no token, or the layout goes by
+                documents and the rows of the batch differ in theirs.
         """
-        config = self.config
+        if self.groups is None:
+            return _layout(SINGLE, seq_len, None)
+        config, shared = self.config, None
         unaligned = self.setup is not None and self.setup.unaligned
         if not config.row.any_length and not unaligned and seq_len % config.context_parallel_size:
             raise ValueError(
@@ -120,60 +152,125 @@ class AdaptorState:
                 f"{config.context_parallel_size} for aligned Ulysses; use --gather-size-calculator dynamic, which "
                 "takes any length, or --context-parallel-algo megatron_cp_algo."
             )
-        return _layout(config, seq_len)
+        if config.layout_kind in DOCUMENT_KINDS:
+            shared = self._shared(documents)
+        elif documents is not None and len(documents) == 1 and not self.is_pipeline:
+            shared = documents[0]  # "auto" may go by them
+        return with_tokens_everywhere(_layout(config, seq_len, shared))
+
+    def _shared(self, documents):
+        """The documents by which a named layout goes."""
+        named = f"--cp-batch-layout {self.config.batch_layout} goes by documents"
+        if documents is None and self.expects_documents and self.is_pipeline:
+            raise ValueError(
+                f"{named}, and Megatron gives the tokens that say where they end to the first pipeline stage alone; "
+                "use --cp-batch-layout auto."
+            )
+        if documents is not None and len(documents) > 1:
+            raise ValueError(
+                f"{named}, and the {len(documents)} rows of this micro-batch hold different ones; use "
+                "--micro-batch-size 1, or --cp-batch-layout auto."
+            )
+        return None if documents is None else documents[0]
 
     @contextmanager
-    def running(self, shape):
-        """Make ``shape`` the one that layers see inside the block."""
-        before, self.active = self.active, shape
+    def running(self, record: MicroBatch | None) -> Iterator[None]:
+        """Make ``record`` the one that layers see inside the block: the explicit way to hand it over."""
+        before, self.active = self.active, record
         try:
             yield
         finally:
             self.active = before
 
-    def bound(self, function):
-        """``function``, seeing the shape of now whenever it runs: recomputation runs after later batches were split."""
-        shape = self.active or self.batch
+    def bound(self, function: Callable) -> Callable:
+        """``function``, seeing the record of now whenever it runs: recomputation runs after later batches."""
+        record = self.active
 
         @wraps(function)
         def call(*args, **kwargs):
-            with self.running(shape):
+            with self.running(record):
                 return function(*args, **kwargs)
 
         return call
 
-    def shape_for(self, local_len, *, batch_is_known=True):
-        """The shape of the micro-batch of which this rank holds ``local_len`` tokens.
+    def micro_batch(self, local_len: int) -> MicroBatch:
+        """The record of the forward pass that runs, of which this rank holds ``local_len`` tokens.
 
-        Pipeline stages that were given no batch ask the other context-parallel ranks; whether they ask depends on the
-        stage alone, so all ranks of the group ask together.
+        A pipeline stage that was given no batch, and attention that runs outside a model, know no record. The length
+        is then what the ranks hold together, and the layout that of the configuration; whether a rank asks the others
+        depends on the code that runs alone, so all ranks of the group ask together.
 
-        Args:
-            batch_is_known: False on a pipeline stage that splits no batch of its own.
+        Raises:
+            ValueError: the record, or the layout, gives this rank another number of tokens; or documents are
+                expected and nothing says where they end.
         """
-        if self.groups is None:
-            return BatchShape(local_len)
-        shape = self.active or (self.batch if batch_is_known else None)
-        if shape is None:
-            total = torch.tensor([local_len], device=_collective_device(self.groups.cp_group))
-            dist.all_reduce(total, group=self.groups.cp_group)
-            shape = BatchShape(int(total))
-        expected = self.layout(shape.seq_len).length(self.cp_rank)
+        record = self.active
+        if record is None:
+            record = MicroBatch(self.layout(self._total(local_len)))
+        expected = record.layout.length(self.cp_rank)
         if expected != local_len:
             raise ValueError(
-                f"context-parallel rank {self.cp_rank} holds {local_len} tokens, and a sequence of {shape.seq_len} "
-                f"gives it {expected} ({self.config.describe()}); split every batch with get_batch_on_this_cp_rank "
-                "or SequenceLayout.shard, and pass the same length to all ranks."
+                f"context-parallel rank {self.cp_rank} holds {local_len} tokens, and a sequence of {record.seq_len} "
+                f"gives it {expected} (layout {record.layout.kind}); split every batch with get_batch_on_this_cp_rank "
+                "or state().shard_batch, and pass the same length to all ranks."
             )
-        return shape
+        return record
 
-    def packed_len(self, local_len, documents_end):
-        """Length of a packed sequence: as recorded (padding may follow the last document), else where the documents
-        end.
-        """
-        if self.cp_size == 1:
+    def _total(self, local_len):
+        if self.groups is None:
             return local_len
-        return self.shape_for(local_len).seq_len if self.active or self.batch else documents_end
+        total = torch.tensor([local_len], device=_collective_device(self.groups.cp_group))
+        dist.all_reduce(total, group=self.groups.cp_group)
+        return int(total)
+
+    def shard_batch(
+        self,
+        batch: Mapping[str, Any],
+        cu_seqlens: torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        sequences: Collection[str] = (),
+    ) -> dict[str, Any]:
+        """This rank's part of a whole batch, for training loops that do not call Megatron's get_batch_on_this_cp_rank.
+
+        Args:
+            batch: name -> (batch, seq) tensor or anything else; ``mindspeed_cp.shard_batch`` says what is split.
+            cu_seqlens: document boundaries with the leading 0 and the total, for all rows or one row for each; None
+                looks for documents where the settings say.
+            sequences: further names to split.
+
+        Returns:
+            a new dict, by whose tensors the model finds layout and documents again.
+        """
+        documents = batches.documents_of_batch(batch, self) if cu_seqlens is None else documents_of_rows(cu_seqlens)
+        length = batches.length_of(batches.named_sequences(batch, sequences))
+        record = MicroBatch(self.layout(length, documents), documents)
+        local = sharding.shard_batch(batch, layout=record.layout, cp_rank=self.cp_rank, sequences=sequences)
+        self.records.remember(batches.named_sequences(local, sequences).values(), record)
+        return local
+
+    def gather_sequence(self, tensor: torch.Tensor, of: Any = None, dim: int = 1) -> torch.Tensor:
+        """The whole sequence in order, from every rank's part of it; differentiable, and every rank calls this.
+
+        Args:
+            tensor: ``dim`` holds this rank's tokens: (batch, seq, ...) by default, as Megatron's models return logits.
+            of: what says how the batch was split: a tensor of it, such as the tokens or the model's output, the batch
+                itself, or the PackedSeqParams of one that a framework split. None is ``tensor`` itself.
+
+        Raises:
+            ValueError: nothing says how the batch was split.
+        """
+        if self.groups is None:
+            return tensor
+        values = of.values() if isinstance(of, Mapping) else (tensor if of is None else of,)
+        if getattr(of, "qkv_format", None) == "thd":
+            record = packed_batch(self, of, tensor.size(dim))
+        else:
+            record = self.records.find(values) or self.active
+        if record is None:
+            raise ValueError(
+                "nothing says how the batch of this tensor was split; pass of=, the local tokens, the output of the "
+                "model, or the PackedSeqParams."
+            )
+        return sharding.gather_sequence(tensor, groups=self.groups, layout=record.layout, dim=dim)
 
     def gather_size_calculator(self):
         """The calculator object of --gather-size-calculator, None for the aligned default."""
@@ -181,8 +278,20 @@ class AdaptorState:
         return _calculator(name)
 
 
+def with_tokens_everywhere(layout: SequenceLayout) -> SequenceLayout:
+    """``layout``; ValueError when it leaves a rank without tokens, which Megatron's layers cannot reshape."""
+    empty = [rank for rank in range(layout.cp_size) if not layout.length(rank)]
+    if empty:
+        raise ValueError(
+            f"a sequence of {layout.seq_len} tokens leaves context-parallel rank {', '.join(map(str, empty))} of "
+            f"{layout.cp_size} without any, and Megatron's layers need one on each; use at least {layout.cp_size} "
+            "tokens, or a smaller --context-parallel-size."
+        )
+    return layout
+
+
 def effective_config(config, attention_mask_type):
-    """``config`` with another mask type; the layout, and so what each rank holds, stays the configured one."""
+    """``config`` with another mask type; what each rank holds is the layout's matter."""
     return config if config.attention_mask_type == attention_mask_type else _with_mask(config, attention_mask_type)
 
 
@@ -192,8 +301,8 @@ def _with_mask(config, attention_mask_type):
 
 
 @lru_cache(maxsize=1024)
-def _layout(config, seq_len):
-    return SequenceLayout.build(config, seq_len)
+def _layout(config, seq_len, documents):
+    return SequenceLayout.build(config, seq_len, documents)
 
 
 @cache

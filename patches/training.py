@@ -10,20 +10,24 @@ from functools import wraps
 
 from mindspeed_cp.arguments import add_context_parallel_arguments, readable_errors, validate
 from mindspeed_cp.patches.attention import AttentionBridge, CoreAttention
+from mindspeed_cp.patches.compiler import outside_compiler
 from mindspeed_cp.patches.loss import loss_patches
 from mindspeed_cp.patches.manager import Patch
+from mindspeed_cp.patches.models import with_record
+from mindspeed_cp.patches.state import with_tokens_everywhere
 
 from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.notices import warn_rank0
 
 ARGUMENTS = "megatron.training.arguments"
 LEGACY = "megatron.legacy.model.transformer"
+LEGACY_LANGUAGE = "megatron.legacy.model.language_model"
 PROGRAM = "pretrain_gpt.py"
 
 
 def training_patches(state):
     """The table; ``state`` is the AdaptorState that all replacements share."""
-    attend = AttentionBridge(state)
+    bridge = AttentionBridge(state)
     return [
         *loss_patches(state),
         Patch(
@@ -46,7 +50,7 @@ def training_patches(state):
         ),
         Patch(
             f"{LEGACY}.CoreAttention.forward",
-            _legacy_core_attention(state, attend),
+            _legacy_core_attention(state, bridge),
             "legacy models: attention over the whole sequence, of which each rank holds a part",
             without_legacy,
         ),
@@ -54,6 +58,12 @@ def training_patches(state):
             f"{LEGACY}.ParallelTransformer.forward",
             _legacy_block(state),
             "legacy models: layers learn the true length of the micro-batch",
+            without_legacy,
+        ),
+        Patch(
+            f"{LEGACY_LANGUAGE}.TransformerLanguageModel.forward",
+            with_record(state),
+            "legacy models: a forward pass uses the layout and the documents of its own batch",
             without_legacy,
         ),
     ]
@@ -81,9 +91,13 @@ def _why_missing(module, missing):
 
 _DOCUMENTS_WITHOUT_MASK = (
     "--reset-attention-mask with --no-create-attention-mask-in-dataloader: attention stays within documents here, "
-    "while "
-    "Megatron's own --context-parallel-size 1 has no mask then and attends across them; leave "
+    "while Megatron's own --context-parallel-size 1 has no mask then and attends across them; leave "
     "--no-create-attention-mask-in-dataloader out there to compare the two."
+)
+_STAGES_WITHOUT_MASK = (
+    "--reset-attention-mask with more than two pipeline stages: Megatron gives the mask to the first and the last "
+    "stage alone, and layers in between attend across documents, whatever --context-parallel-size; with "
+    "--no-create-attention-mask-in-dataloader every stage gets the document boundaries here."
 )
 
 
@@ -110,13 +124,10 @@ def _validate(state):
             with _passing_assertions(args):
                 result = original(args, *defaults, **kwargs)
             args.use_flash_attn = switched_on
-            if getattr(args, "virtual_pipeline_model_parallel_size", None) and _lengths_differ(config, args.seq_length):
-                args.variable_seq_lengths = True  # the interleaved schedule computes one length for all ranks otherwise
-            documents = args.reset_position_ids and args.reset_attention_mask
-            if documents and not getattr(args, "create_attention_mask_in_dataloader", True):
-                warn_rank0(_DOCUMENTS_WITHOUT_MASK)
             with readable_errors(PROGRAM):
-                state.configure(config, setup=setup, kernel=args.cp_kernel, documents_from_position_ids=documents)
+                state.configure(config, setup=setup, kernel=args.cp_kernel, **_documents(args))
+                if args.seq_length:
+                    with_tokens_everywhere(SequenceLayout.build(config, args.seq_length))
             return result
 
         return validate_args
@@ -142,9 +153,24 @@ def _check_legacy(args):
             )
 
 
-def _lengths_differ(config, seq_len):
-    layout = SequenceLayout.build(config, seq_len)
-    return len({layout.length(rank) for rank in range(config.context_parallel_size)}) > 1
+def _documents(args):
+    """Where documents end when the batch has no mask: settings of AdaptorState.configure."""
+    if not args.reset_attention_mask:
+        return {}
+    if not getattr(args, "create_attention_mask_in_dataloader", True):
+        warn_rank0(_DOCUMENTS_WITHOUT_MASK)
+    elif args.pipeline_model_parallel_size > 2:
+        warn_rank0(_STAGES_WITHOUT_MASK)
+    if args.reset_position_ids:
+        return {"documents_from_position_ids": True}
+    return {"end_of_document": _token_of_tokenizer}
+
+
+def _token_of_tokenizer():
+    """The end-of-document token; Megatron makes the tokenizer after it has validated the flags."""
+    from megatron.training import get_tokenizer
+
+    return get_tokenizer().eod
 
 
 @contextmanager
@@ -158,16 +184,18 @@ def _passing_assertions(args):
     length, legacy, limit = args.seq_length, getattr(args, "use_legacy_models", False), args.max_position_embeddings
     step = 2 * args.context_parallel_size
     rounded = length if length is None or length % step == 0 else (length // step + 1) * step
-    kinds = args.cp_comm_type
+    kinds = getattr(args, "cp_comm_type", None)
     args.seq_length, args.use_legacy_models, args.cp_comm_type = rounded, False, ["p2p"]
     if rounded != length and limit is not None and limit >= length:
         args.max_position_embeddings = max(limit, rounded)
-    yield
-    args.use_legacy_models, args.max_position_embeddings, args.cp_comm_type = legacy, limit, kinds
-    if rounded != length:
-        for name in ("seq_length", "encoder_seq_length", "decoder_seq_length"):
-            if getattr(args, name, None) == rounded:
-                setattr(args, name, length)
+    try:
+        yield
+    finally:
+        args.use_legacy_models, args.max_position_embeddings, args.cp_comm_type = legacy, limit, kinds
+        if rounded != length:
+            for name in ("seq_length", "encoder_seq_length", "decoder_seq_length"):
+                if getattr(args, name, None) == rounded:
+                    setattr(args, name, length)
 
 
 def _legacy_attention(state):
@@ -191,8 +219,10 @@ def _legacy_attention(state):
     return build
 
 
-def _legacy_core_attention(state, attend):
+def _legacy_core_attention(state, bridge):
     def build(original):
+        attend = outside_compiler(bridge.__call__)
+
         @wraps(original)
         def forward(self, query_layer, key_layer, value_layer, attention_mask):
             if state.cp_size == 1:
@@ -231,7 +261,7 @@ def _legacy_block(state):
 
             rows = (hidden_states if self.pre_process else self.input_tensor).size(0)
             local_len = rows * get_tensor_model_parallel_world_size() if self.sequence_parallel else rows
-            with state.running(state.shape_for(local_len, batch_is_known=self.pre_process or self.post_process)):
+            with state.running(state.micro_batch(local_len)):
                 return original(self, hidden_states, *args, **kwargs)
 
         return forward

@@ -6,7 +6,7 @@ import inspect
 import subprocess
 import sysconfig
 import tempfile
-from functools import partial
+from functools import wraps
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -148,9 +148,17 @@ def _te_linear_is_a_class():
 
 def _gemm_is_named():
     module = importlib.import_module(EXPERTS)
-    if "te_general_gemm" not in inspect.getsource(module):
-        return "this version asks nothing of Transformer Engine here"
-    return "Transformer Engine is installed" if hasattr(module, "te_general_gemm") else ""
+    if hasattr(module, "te_general_gemm"):
+        return "Transformer Engine is installed"
+    asked = any("te_general_gemm" in _names_in(member) for member in vars(module).values())
+    return "" if asked else "this version asks nothing of Transformer Engine here"
+
+
+def _names_in(member):
+    """Global names and attributes that a function or the methods of a class read."""
+    functions = vars(member).values() if isinstance(member, type) else (member,)
+    codes = [getattr(getattr(function, "__func__", function), "__code__", None) for function in functions]
+    return {name for code in codes if code is not None for name in code.co_names}
 
 
 def _no_fp8_fix():
@@ -166,15 +174,22 @@ def _product_is_there():
 
 def _format_is_passed():
     writer = importlib.import_module(CHECKPOINT_WRITER)
-    if "serialization_format" not in inspect.signature(writer._write_item).parameters:
-        return "this torch wants no format"
-    return "this version passes it" if "serialization_format" in inspect.getsource(writer) else ""
+    wanted = "serialization_format" in inspect.signature(writer._write_item).parameters
+    return "" if wanted else "this torch wants no format"
 
 
 def _with_serialization_format(original):
     from torch.distributed.checkpoint.filesystem import SerializationFormat
 
-    return partial(original, serialization_format=SerializationFormat.TORCH_SAVE)
+    signature = inspect.signature(original)
+
+    @wraps(original)
+    def _write_item(*args, **kwargs):
+        if "serialization_format" not in signature.bind_partial(*args, **kwargs).arguments:
+            kwargs["serialization_format"] = SerializationFormat.TORCH_SAVE
+        return original(*args, **kwargs)
+
+    return _write_item
 
 
 def _kernels_without_triton(original):

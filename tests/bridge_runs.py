@@ -140,12 +140,16 @@ def _is_stand_in(adaptor, target):
     )
 
 
-def _split(adaptor, layout, rank, inputs):
-    """This rank's part, after the batch was split as a training step does."""
+def record_of(adaptor, seq_len):
+    """The record of a batch of that length, split as a training step does."""
     import torch
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    get_batch_on_this_cp_rank({"tokens": torch.zeros(2, inputs[0].size(0), dtype=torch.long)})
+    batch = get_batch_on_this_cp_rank({"tokens": torch.zeros(2, seq_len, dtype=torch.long)})
+    return adaptor.state().records.find(batch.values())
+
+
+def _shards(layout, rank, inputs):
     return [layout.shard(tensor, rank) for tensor in inputs]
 
 
@@ -156,7 +160,7 @@ def _difference(adaptor, layout, rank, settings, mask, expected):
 
     real = bridge.context_parallel_attention
     with mock.patch.object(bridge, "context_parallel_attention", side_effect=real) as spy:
-        local, offset = run(module(2, **settings), _split(adaptor, layout, rank, tensors()), mask)
+        local, offset = run(module(2, **settings), _shards(layout, rank, tensors()), mask)
     for gradient in offset:
         dist.all_reduce(gradient)
     whole, whole_offset = expected
@@ -198,7 +202,8 @@ def packed_difference(cp_size, inputs, expected):
 
 def _packed(adaptor, layout, rank):
     expected = [layout.shard(tensor, rank) for tensor in by_document(tensors(batch=1))]
-    return packed_difference(2, _split(adaptor, layout, rank, tensors(batch=1)), expected)
+    with adaptor.state().running(record_of(adaptor, SEQ)):
+        return packed_difference(2, _shards(layout, rank, tensors(batch=1)), expected)
 
 
 def _wrapped(adaptor, layout, rank, expected):
@@ -222,40 +227,39 @@ def _recompute(adaptor, rank):
     from mindspeed_cp import SequenceLayout
 
     attention, results = module(2), []
+    layout = SequenceLayout.build(adaptor.state().config, SEQ)
     for recomputed in (False, True):
-        layout = SequenceLayout.build(adaptor.state().config, SEQ)
-        *qkv, grad_out = _split(adaptor, layout, rank, tensors())
+        *qkv, grad_out = _shards(layout, rank, tensors())
         leaves = [tensor.clone().requires_grad_() for tensor in qkv]
         call = lambda *inputs: attention(*inputs, None)  # noqa: E731
-        out = checkpoint(call, False, *leaves) if recomputed else call(*leaves)
-        if recomputed:
-            shorter = SequenceLayout.build(adaptor.state().config, SEQ // 2)
-            _split(adaptor, shorter, rank, tensors(seq=SEQ // 2))
-        out.backward(grad_out.flatten(-2))
+        with adaptor.state().running(record_of(adaptor, SEQ)):
+            out = checkpoint(call, False, *leaves) if recomputed else call(*leaves)
+        with adaptor.state().running(record_of(adaptor, SEQ // 2)):
+            out.backward(grad_out.flatten(-2))
         results.append([leaf.grad for leaf in leaves])
     return max(float((one - two).abs().max()) for one, two in zip(*results))
 
 
 def _refused(adaptor, layout, rank):
     """Name -> message of what attention refuses."""
-    query, key, value, _ = _split(adaptor, layout, rank, tensors())
+    query, key, value, _ = _shards(layout, rank, tensors())
     attention, local = module(2), masks()["neither"][:, :, : query.size(0)]  # as Megatron splits it
     calls = {
         "bias": {"attention_bias": query},
         "format": {"packed_seq_params": packed_params(DOCUMENTS, "sbhd")},
         "hybrid": {"packed_seq_params": SimpleNamespace(qkv_format="thd", local_cp_size=1)},
     }
-    messages = {
-        name: _message(lambda kwargs=kwargs: attention(query, key, value, None, **kwargs))
-        for name, kwargs in calls.items()
-    }
     square = local[..., : query.size(0)]  # as a script slices it that thinks of this rank alone
-    messages |= {
-        "split mask": _message(lambda: attention(query, key, value, local)),
-        "short mask": _message(lambda: attention(query, key, value, square)),
-        "length": _message(lambda: attention(query[1:], key[1:], value[1:], None)),
-    }
-    adaptor.state().forget_batch()
+    with adaptor.state().running(record_of(adaptor, SEQ)):
+        messages = {
+            name: _message(lambda kwargs=kwargs: attention(query, key, value, None, **kwargs))
+            for name, kwargs in calls.items()
+        }
+        messages |= {
+            "split mask": _message(lambda: attention(query, key, value, local)),
+            "short mask": _message(lambda: attention(query, key, value, square)),
+            "length": _message(lambda: attention(query[1:], key[1:], value[1:], None)),
+        }
     return messages | {"short mask, no batch": _message(lambda: attention(query, key, value, square))}
 
 

@@ -1,0 +1,309 @@
+"""Whole GPT models whose batches come in every way that frameworks bring them; ``compare`` runs on each rank.
+
+Expected is always the same model without context parallelism that is given Megatron's own dense mask of the documents.
+"""
+
+import contextlib
+import io
+import zlib
+from importlib.metadata import version
+from importlib.util import find_spec
+
+import mamba_runs
+import reference
+import torch
+import torch.distributed as dist
+from model_cases import MODEL, VOCABULARY
+
+VERSION = tuple(int(part) for part in version("megatron-core").split(".")[:2])
+SEQ, ROWS, END = 48, 2, 0
+DOCUMENTS = ((0, 5, 6, 29, SEQ), (0, 17, 40, SEQ))  # one row for each row of the batch
+OTHERS = ((0, 13, SEQ), (0, 44, SEQ))
+ALGORITHMS = {
+    "ulysses": {"algorithm": "ulysses_cp_algo"},
+    "ring": {"algorithm": "megatron_cp_algo"},
+    "double ring": {"algorithm": "megatron_cp_algo", "window_size": 2},
+    "hybrid": {"algorithm": "hybrid_cp_algo", "ulysses_degree": 2},
+    "kv all-gather": {"algorithm": "kvallgather_cp_algo"},
+}
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def build(cp_size, pre=True, post=True, stage=None, **settings):
+    """GPTModel with weights that depend on their names alone, wherever the layer is."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+
+    model_parallel_cuda_manual_seed(3)
+    config = TransformerConfig(
+        **(MODEL | {"num_query_groups": 2, "variable_seq_lengths": False} | settings), context_parallel_size=cp_size
+    )
+    where = {} if stage is None or VERSION < (0, 13) else {"vp_stage": stage}
+    model = GPTModel(
+        config,
+        get_gpt_layer_local_spec(),
+        vocab_size=VOCABULARY,
+        max_sequence_length=2 * SEQ,
+        pre_process=pre,
+        post_process=post,
+        position_embedding_type="rope",
+        **where,
+    )
+    with torch.no_grad():
+        for name, parameter in named(model):
+            if parameter.dim() > 1:
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def named(model):
+    """(name with the global number of the layer, parameter)"""
+    for name, parameter in model.named_parameters():
+        if name.startswith("decoder.layers."):
+            _, _, index, rest = name.split(".", 3)
+            name = f"layer {model.decoder.layers[int(index)].layer_number}.{rest}"
+        yield name, parameter
+
+
+def batch_of(documents, seed=5, seq=SEQ):
+    """A whole batch with an END token behind each document, and position ids that begin again with each."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, labels = torch.randint(1, VOCABULARY, (2, len(documents), seq), generator=generator)
+    places = torch.arange(seq).repeat(len(documents), 1)
+    for row, ends in enumerate(documents):
+        for start, stop in zip(ends, ends[1:]):
+            tokens[row, stop - 1] = END
+            places[row, start:stop] = torch.arange(stop - start)
+    counted = (torch.rand(tokens.shape, generator=generator) > 0.25).float()
+    return {"tokens": tokens, "labels": labels, "loss_mask": counted, "position_ids": places}
+
+
+def mask_of(documents, seq=SEQ):
+    """(rows, 1, S, S) as Megatron's dataloader makes it, True where masked out."""
+    rows = [reference.allowed_pairs(seq, causal=True, cu_seqlens=ends) for ends in documents]
+    return ~torch.cat([allowed.reshape(1, 1, seq, seq) for allowed in rows])
+
+
+def losses_of(model, batch, mask=None, **more):
+    return model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"], **more)
+
+
+def gradients(model, loss):
+    """name -> gradient of the sum of the ranks' losses."""
+    model.zero_grad()
+    loss.backward()
+    return summed(model)
+
+
+def summed(model):
+    found = {name: parameter.grad.clone() for name, parameter in named(model)}
+    if model.config.context_parallel_size > 1:
+        from megatron.core import parallel_state
+
+        for gradient in found.values():
+            dist.all_reduce(gradient, group=parallel_state.get_context_parallel_group())
+    return found
+
+
+def split(batch):
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    return get_batch_on_this_cp_rank(dict(batch))
+
+
+def difference(losses, found, whole, expected, take):
+    """Largest difference of this rank's losses and of the gradients, over the largest that there is."""
+    worst = float((losses - take(whole)).detach().abs().max() / whole.detach().abs().max())
+    assert set(found) <= set(expected) and found
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in found.items():
+        worst = max(worst, float((gradient - expected[name]).abs().max()) / scale)
+    return worst
+
+
+def configure(settings, cp_size=4, **documents):
+    from mindspeed_cp import ContextParallelConfig, megatron_adaptor
+
+    megatron_adaptor.configure(ContextParallelConfig(context_parallel_size=cp_size, **settings), **documents)
+
+
+@contextlib.contextmanager
+def groups(settings, cp_size=4, pp_size=1):
+    from megatron.core import parallel_state
+    from trainer_runs import _release_groups
+
+    configure(settings, cp_size)
+    with contextlib.redirect_stdout(io.StringIO()):
+        parallel_state.initialize_model_parallel(context_parallel_size=cp_size, pipeline_model_parallel_size=pp_size)
+    yield
+    parallel_state.destroy_model_parallel()
+    _release_groups()
+
+
+def expected_of(documents, seed=5, **settings):
+    """(losses, gradients) without context parallelism, with the dense mask."""
+    batch, model = batch_of(documents, seed), build(1, **settings)
+    losses = losses_of(model, batch, mask_of(documents))
+    return losses, gradients(model, (losses * batch["loss_mask"]).sum())
+
+
+def _own_difference(whole, batch, mask=None, seed=None, **settings):
+    """Difference of a batch that this project splits."""
+    from mindspeed_cp import megatron_adaptor
+
+    state, model, local = megatron_adaptor.state(), build(state_size(), **settings), split(batch)
+    record = state.records.find(local.values())
+    losses = losses_of(model, local, mask)
+    found = gradients(model, (losses * local["loss_mask"]).sum())
+    return difference(losses, found, *whole, lambda tensor: record.layout.shard(tensor, state.cp_rank, dim=1))
+
+
+def state_size():
+    from mindspeed_cp import megatron_adaptor
+
+    return megatron_adaptor.state().cp_size
+
+
+def _prefetched(first, second, **settings):
+    """Two batches are split before the first one runs, and both run before either goes back."""
+    from mindspeed_cp import megatron_adaptor
+
+    state, results = megatron_adaptor.state(), []
+    locals_ = [split(batch_of(DOCUMENTS)), split(batch_of(OTHERS, 6))]
+    models = [build(state_size(), **settings) for _ in locals_]
+    runs = [losses_of(model, local) for model, local in zip(models, locals_)]
+    for model, local, losses, whole in zip(models, locals_, runs, (first, second)):
+        record = state.records.find(local.values())
+        found = gradients(model, (losses * local["loss_mask"]).sum())
+        results.append(
+            difference(losses, found, *whole, lambda t, layout=record.layout: layout.shard(t, state.cp_rank, dim=1))
+        )
+    return max(results)
+
+
+def chunks_of(boundaries, cp_size, cp_rank):
+    """Positions of a rank in the order of Megatron's contract: every document on its own, two of its 2 cp chunks."""
+    found = []
+    for start, stop in zip(boundaries, boundaries[1:]):
+        pieces = torch.arange(start, stop).chunk(2 * cp_size)
+        found += [pieces[cp_rank], pieces[2 * cp_size - 1 - cp_rank]]
+    return torch.cat(found)
+
+
+PADDED, TRUE = (0, 8, 32, SEQ), (0, 5, 29, 40)  # the documents of a packed row, padded to 2 cp chunks and as they are
+
+
+def packed_params(true=TRUE, padded=PADDED):
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    true, padded = (torch.tensor(ends, dtype=torch.int32) for ends in (true, padded))
+    longest = int((padded[1:] - padded[:-1]).max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=true,
+        cu_seqlens_kv=true,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def packed_batch():
+    """A packed row whose padding has no loss, and the documents with which it is a dense mask."""
+    batch = batch_of((PADDED,))
+    for start, stop, length in zip(PADDED, PADDED[1:], (after - before for before, after in zip(TRUE, TRUE[1:]))):
+        batch["loss_mask"][0, start + length : stop] = 0
+    return batch
+
+
+def expected_packed(**settings):
+    batch, model = packed_batch(), build(1, **settings)
+    losses = losses_of(model, batch, mask_of((PADDED,))) * batch["loss_mask"]
+    return losses, gradients(model, losses.sum())
+
+
+def _packed_difference(whole, positions=True, **settings):
+    """Difference of a packed batch that a framework split: nothing of this project cut it."""
+    from mindspeed_cp import megatron_adaptor
+
+    state, model = megatron_adaptor.state(), build(4, **settings)
+    mine = chunks_of(PADDED, 4, dist.get_rank())
+    local = {name: value[:, mine].contiguous() for name, value in packed_batch().items()}
+    params = packed_params()
+    if not positions:
+        local["position_ids"] = None
+    losses = losses_of(model, local, packed_seq_params=params)
+    losses = losses * local["loss_mask"]
+    gathered = state.gather_sequence(losses.detach(), of=params)
+    found = difference(losses, gradients(model, losses.sum()), *whole, lambda tensor: tensor[:, mine])
+    return max(found, float((gathered - whole[0].detach()).abs().max()))
+
+
+def compare(rank):
+    """algorithm -> case -> difference."""
+    import trainer.quiet  # noqa: F401
+
+    from mindspeed_cp import megatron_adaptor  # noqa: F401
+
+    results = {}
+    with groups({}, cp_size=1):
+        first, second, packed = expected_of(DOCUMENTS), expected_of(OTHERS, 6), expected_packed()
+        shorter = _evaluated(batch_of(((0, 24),), seq=24))
+    for name, settings in ALGORITHMS.items():
+        with groups(settings):
+            results[name] = _all_cases(settings, first, second, packed, shorter)
+    return results
+
+
+def _all_cases(settings, first, second, packed, shorter):
+    from mindspeed_cp import megatron_adaptor
+
+    found, batch = {}, batch_of(DOCUMENTS)
+    for flag in ("general", "full", "causal"):
+        configure(settings | {"attention_mask_type": flag})
+        found[f"mask of the dataloader, {flag}"] = _own_difference(first, batch, mask_of(DOCUMENTS))
+    configure(settings, end_of_document=END)
+    found["end-of-document tokens"] = _own_difference(first, batch)
+    found["prefetch"] = _prefetched(first, second)
+    found["prefetch, recomputed"] = _prefetched(first, second, **RECOMPUTE)
+    configure(settings, documents_from_position_ids=True)
+    found["position ids"] = _own_difference(first, batch)
+    configure(settings)
+    found["packed elsewhere"] = _packed_difference(packed)
+    found["packed elsewhere, recomputed"] = _packed_difference(packed, positions=False, **RECOMPUTE)
+    if find_spec("megatron.core.ssm.mamba_context_parallel"):
+        found["state-space layers"], found["state-space layers, uneven"] = mamba_runs.compare(
+            megatron_adaptor.state().config
+        )
+    found["inference"] = _refused_inference()
+    found["evaluation"] = float((_evaluated(batch_of(((0, 24),), seq=24)) - shorter).abs().max())
+    return found
+
+
+def _evaluated(batch):
+    """Whole losses without gradients, in the order of the sequence, of a model that trains on another length."""
+    from mindspeed_cp import megatron_adaptor
+
+    size = state_size()
+    model = build(size)
+    local = split(batch) if size > 1 else batch
+    model.eval()
+    with torch.no_grad():
+        losses = losses_of(model, local)
+        return megatron_adaptor.state().gather_sequence(losses)
+
+
+def _refused_inference():
+    """What is said of Megatron's inference contexts."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    try:
+        with torch.no_grad():
+            losses_of(build(4).eval(), split(batch_of(DOCUMENTS)), inference_context=StaticInferenceContext(ROWS, SEQ))
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,131 @@
+"""Pipelines whose stages get what Megatron gives them: tokens the first, labels the last, nothing those between."""
+
+import torch
+from batch_runs import END, ROWS, SEQ, VERSION, batch_of, build, configure, difference, groups, split, summed
+
+MICRO_BATCHES = 4
+LAYERS = {"num_layers": 4}
+FIRST, LAST = ("tokens", "position_ids"), ("labels", "loss_mask")
+
+
+def stages(pp_size, vpp_size, cp_size):
+    """The model chunks of this pipeline rank."""
+    from megatron.core import parallel_state
+
+    found = []
+    for stage in range(vpp_size or 1):
+        if vpp_size is not None and VERSION < (0, 13):
+            parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
+        where = {"ignore_virtual": False} | ({"vp_stage": stage} if VERSION >= (0, 13) else {})
+        found.append(
+            build(
+                cp_size,
+                parallel_state.is_pipeline_first_stage(**where),
+                parallel_state.is_pipeline_last_stage(**where),
+                stage if vpp_size else None,
+                pipeline_model_parallel_size=pp_size,
+                virtual_pipeline_model_parallel_size=vpp_size,
+                pipeline_dtype=torch.float32,
+                overlap_p2p_comm=vpp_size is not None,  # two interleaved stages are neighbours on both sides
+                batch_p2p_comm=vpp_size is None,
+                **LAYERS,
+            )
+        )
+    return found
+
+
+def batches(model, documents, seq):
+    """What a stage gets of each micro-batch, all of it split before the first one runs."""
+    given = FIRST * model.pre_process + LAST * model.post_process
+    whole = [batch_of(rows, seed, seq) for seed, rows in documents]
+    return [split({name: batch[name] if name in given else None for name in FIRST + LAST}) for batch in whole]
+
+
+def run(pp_size, vpp_size, documents, seq, whole):
+    """Largest difference of losses and gradients on this rank; ``whole`` is (losses of each, summed gradients)."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from mindspeed_cp import megatron_adaptor
+
+    state, losses = megatron_adaptor.state(), []
+    chunks = stages(pp_size, vpp_size, state.cp_size)
+    iterators = [iter(batches(chunk, documents, seq)) for chunk in chunks]
+
+    def forward_step(iterator, model):
+        local = next(iterator)
+        output = model(local["tokens"], local["position_ids"], None, labels=local["labels"])
+
+        def loss(output):
+            losses.append((output.detach(), state.records.find(local.values()).layout))
+            return (output * local["loss_mask"]).sum(), {}
+
+        return output, loss
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if vpp_size else iterators[0],
+        model=chunks if vpp_size else chunks[0],
+        num_microbatches=len(documents),
+        seq_length=seq,
+        micro_batch_size=ROWS,
+        forward_only=False,
+    )
+    expected, gradients = whole
+    worst = 0.0
+    for (found, layout), alone in zip(losses, expected, strict=bool(losses)):
+        mine = layout.shard(alone, state.cp_rank, dim=1)
+        worst = max(worst, float((found - mine).abs().max() / alone.abs().max()))
+    # The schedule multiplies a loss by cp and divides it by the number of micro-batches.
+    scale = len(documents) / state.cp_size
+    own = {name: value * scale for chunk in chunks for name, value in summed(chunk).items()}
+    nothing = torch.zeros(1)
+    return max(worst, difference(nothing, own, nothing + 1e-30, gradients, lambda tensor: nothing))
+
+
+def expected_of(documents, seq, masked):
+    """(losses of each micro-batch, gradients of all) of one process."""
+    from batch_runs import gradients, losses_of, mask_of
+
+    losses, total = [], {}
+    for seed, rows in documents:
+        batch, model = batch_of(rows, seed, seq), build(1, **LAYERS)
+        losses.append(losses_of(model, batch, mask_of(rows if masked else ((0, seq),) * ROWS, seq)))
+        for name, gradient in gradients(model, (losses[-1] * batch["loss_mask"]).sum()).items():
+            total[name] = total.get(name, 0) + gradient
+    return [loss.detach() for loss in losses], total
+
+
+RUNS = {
+    "ring": {"algorithm": "megatron_cp_algo"},
+    "ulysses": {"algorithm": "ulysses_cp_algo"},
+}
+
+
+def compare(rank):
+    """name -> difference."""
+    import trainer.quiet  # noqa: F401
+
+    from mindspeed_cp import megatron_adaptor  # noqa: F401
+
+    ends = [((0, 5 + 7 * index, SEQ), (0, 30 - index, SEQ)) for index in range(MICRO_BATCHES)]
+    documents, plain = list(enumerate(ends)), list(enumerate(((0, SEQ - 1),) * ROWS for _ in ends))
+    with groups({}, cp_size=1):
+        whole, odd = expected_of(documents, SEQ, True), expected_of(plain, SEQ - 1, False)
+    found = {}
+    for name, settings in RUNS.items():
+        with groups(settings, cp_size=2, pp_size=2):
+            for title, vpp_size in (("one after the other", None), ("interleaved", 2)):
+                virtual_stages(vpp_size)
+                configure(settings, 2, end_of_document=END)
+                found[f"{name}, {title}"] = run(2, vpp_size, documents, SEQ, whole)
+                if name == "ring":
+                    configure(settings, 2)
+                    found[f"odd length, {title}"] = run(2, vpp_size, plain, SEQ - 1, odd)
+    return found
+
+
+def virtual_stages(count):
+    from megatron.core import parallel_state
+
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(count)
+    parallel_state.set_virtual_pipeline_model_parallel_rank(None if count is None else 0)

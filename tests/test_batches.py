@@ -1,0 +1,64 @@
+"""Batches as frameworks bring them, through Megatron's own models: losses and gradients are those without context
+parallelism.
+"""
+
+from importlib.util import find_spec
+
+import pytest
+from batch_runs import ALGORITHMS, compare
+from distributed import run_ranks
+from pipeline_runs import compare as compare_pipelines
+
+pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
+CASES = (
+    "mask of the dataloader, general",
+    "mask of the dataloader, full",
+    "mask of the dataloader, causal",
+    "end-of-document tokens",
+    "position ids",
+    "prefetch",
+    "prefetch, recomputed",
+    "packed elsewhere",
+    "packed elsewhere, recomputed",
+    "evaluation",
+)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return run_ranks(4, compare, timeout=400, fresh=True)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("case", CASES)
+def test_every_batch_gives_what_it_gives_without_context_parallelism(ranks, algorithm, case):
+    differences = [rank[algorithm][case] for rank in ranks]
+    assert all(difference < 1e-5 for difference in differences), differences
+
+
+@pytest.mark.skipif(
+    not find_spec("megatron.core.ssm.mamba_context_parallel"), reason="Mamba without context parallelism"
+)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_state_space_layers_see_the_sequence_in_order_in_every_layout(ranks, algorithm):
+    for rank in ranks:
+        assert rank[algorithm]["state-space layers"] == 0
+        assert "equally many tokens on every rank" in rank[algorithm]["state-space layers, uneven"]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_generation_is_refused_by_name(ranks, algorithm):
+    for rank in ranks:
+        assert "StaticInferenceContext" in rank[algorithm]["inference"]
+
+
+@pytest.fixture(scope="module")
+def pipelines():
+    return run_ranks(4, compare_pipelines, timeout=400, fresh=True)
+
+
+@pytest.mark.parametrize("schedule", ["one after the other", "interleaved"])
+@pytest.mark.parametrize("name", ["ring", "ulysses", "odd length"])
+def test_every_stage_of_a_pipeline_uses_the_documents_and_lengths_of_its_own_micro_batch(pipelines, name, schedule):
+    differences = [rank[f"{name}, {schedule}"] for rank in pipelines]
+    assert all(difference < 1e-5 for difference in differences), differences
