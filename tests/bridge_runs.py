@@ -213,7 +213,7 @@ def _wrapped(adaptor, layout, rank, expected):
     from mindspeed_cp import UlyssesContextAttention
 
     attention = UlyssesContextAttention(module(2), parallel_state.get_context_parallel_group())
-    local, _ = run(attention, _split(adaptor, layout, rank, tensors()), None)
+    local, _ = run(attention, _shards(layout, rank, tensors()), None)
     pairs = zip(local, [layout.shard(tensor, rank) for tensor in expected[0]], strict=True)
     return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
 
