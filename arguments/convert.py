@@ -11,8 +11,9 @@ from mindspeed_cp.arguments.mindspeed_flags import (
     refusal_of_positions,
 )
 
+from mindspeed_cp.agreement import SAID, refuse
 from mindspeed_cp.config import ContextParallelConfig, TrainingSetup, resolve
-from mindspeed_cp.notices import is_rank0, warn_rank0
+from mindspeed_cp.notices import warn_rank0
 
 
 def config_from_args(args):
@@ -106,15 +107,35 @@ def validate(args, world_size=None):
     return config, setup
 
 
+class Refused(SystemExit):
+    """The end of a rank whose settings cannot work, after the other ranks were told."""
+
+
 @contextmanager
-def readable_errors(prog):
-    """Turn a ValueError inside the block into one line on rank 0 and exit status 2."""
+def readable_errors(prog, backend="nccl"):
+    """Turn a ValueError inside the block into one line and exit status 2, on all ranks together.
+
+    The other ranks are told, so that none waits for one that has left; rank 0 prints the line. A parser that ended the
+    program has printed its own.
+
+    Args:
+        backend: of the process group that the ranks are about to make.
+    """
+
+    def say(message):
+        if message != SAID:
+            print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
+
     try:
         yield
     except ValueError as error:
-        if is_rank0():
-            print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        refuse(str(error), say=say, backend=backend)
+        raise Refused(2) from None
+    except SystemExit as error:
+        if error.code and not isinstance(error, Refused):
+            refuse(SAID, say=say, backend=backend)
+            raise Refused(error.code) from None
+        raise
 
 
 def _check_device_num(args, config, setup):

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from mindspeed_cp.agreement import agree, settings_of
 from mindspeed_cp.comm.host_memory import SMALLEST_MESSAGE, HostMemory
 from mindspeed_cp.comm.link import Link, within
 from mindspeed_cp.comm.workspace import Workspace
@@ -108,7 +109,7 @@ class ContextParallelGroups:
         cp = config.context_parallel_size
         if cp == 1:
             return cls(config.hierarchy, 0, (dist.get_rank() if dist.is_initialized() else 0,))
-        all_ranks = _checked_ranks(cp, cp_ranks)
+        all_ranks = _agreed_ranks(config, cp_ranks)
         rank = dist.get_rank()
         (mine,) = (tuple(ranks) for ranks in all_ranks if rank in ranks)
         if cp_group is not None and tuple(dist.get_process_group_ranks(cp_group)) != mine:
@@ -172,6 +173,17 @@ def _parts(all_ranks, ulysses, windows):
                 yield "ring", ranks[first::ulysses]
             if windows > 1:
                 yield "outer", ranks[first::ulysses]
+
+
+def _agreed_ranks(config, cp_ranks):
+    """The checked ranks of all groups, once all ranks of the world have been found to ask for the same."""
+    try:
+        all_ranks = _checked_ranks(config.context_parallel_size, cp_ranks)
+    except ValueError as error:
+        agree({}, refusal=str(error))
+        raise
+    agree(settings_of(config) | {"cp_ranks": str(all_ranks)})
+    return all_ranks
 
 
 def _checked_ranks(cp, cp_ranks):

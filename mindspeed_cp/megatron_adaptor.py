@@ -261,6 +261,21 @@ def configure_from(settings):
 repatch = configure_from
 
 
+def compare_on_all_ranks(args, *, program=""):
+    """Let initialize_model_parallel stop all ranks unless their ``args`` agree in what shapes model and training.
+
+    The configuration and the versions are compared in any case. Call it before initialize_model_parallel.
+
+    Args:
+        args: namespace or dict with Megatron's names; ``mindspeed_cp.arguments.compared`` lists what is compared.
+        program: name of the program whose flags these are; it ends with status 2 and one line on rank 0, where a
+            script gets a ValueError on every rank.
+    """
+    from mindspeed_cp.arguments import compared_arguments
+
+    _state.compared, _state.program = compared_arguments(args), program
+
+
 def state():
     """The AdaptorState in use: config, setup, groups, layout(seq_len)."""
     return _state

@@ -79,7 +79,12 @@ def length_of(sequences) -> int:
 
 
 def documents_of_batch(batch, state) -> Documents | None:
-    """Where the documents of a whole batch end, by what the settings say; None when a mask in the batch says it."""
+    """Where the documents of a whole batch end: as handed over for it, else by what the settings say; None when a mask
+    in the batch says it.
+    """
+    if state.handed.waiting:
+        sequences = named_sequences(batch)
+        return state.handed.take(len(next(iter(sequences.values()))), length_of(sequences)) if sequences else None
     if batch.get("attention_mask") is not None:
         return None
     if state.documents_from_position_ids and batch.get("position_ids") is not None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from mindspeed_cp.patches.attention import AttentionBridge, CoreAttention, layer_window
 from mindspeed_cp.patches.batch import batch_patches
 from mindspeed_cp.patches.compiler import outside_compiler
-from mindspeed_cp.patches.decision import config_for, take_comm_type
+from mindspeed_cp.patches.decision import take_comm_type
 from mindspeed_cp.patches.experts import expert_patches
 from mindspeed_cp.patches.mamba import mamba_patches
 from mindspeed_cp.patches.manager import Patch
@@ -24,6 +24,9 @@ from mindspeed_cp.patches.mtp import mtp_patches
 from mindspeed_cp.patches.pipeline import pipeline_patches
 from mindspeed_cp.patches.recompute import recompute_patches
 from mindspeed_cp.patches.rope import rope_patches
+from mindspeed_cp.patches.start import agreed_config
+
+from mindspeed_cp.compat import process_groups
 
 DOT_PRODUCT = "megatron.core.transformer.dot_product_attention.DotProductAttention"
 TE_DOT_PRODUCT = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
@@ -66,6 +69,15 @@ def core_patches(state, announce):
             f"{PARALLEL_STATE}.destroy_model_parallel",
             _destroy(state),
             "the process groups of context parallelism go with Megatron's",
+        ),
+        *(
+            Patch(
+                f"{PARALLEL_STATE}.{name}",
+                lambda original, name=name: original or getattr(process_groups, name),
+                "code written for MindSpeed asks Megatron's parallel state for its groups",
+                create=True,
+            )
+            for name in process_groups.GETTERS
         ),
         Patch(
             f"{TRANSFORMER_CONFIG}.__post_init__",
@@ -248,9 +260,7 @@ def _initialize(state, announce):
         @wraps(original)
         def initialize_model_parallel(*args, **kwargs):
             given = signature.bind(*args, **kwargs).arguments
-            config = config_for(
-                state, given.get("context_parallel_size", 1), given.get("hierarchical_context_parallel_sizes")
-            )
+            config = agreed_config(state, given)
             original(*args, **kwargs)
             if config.context_parallel_size == 1:
                 return

@@ -129,7 +129,5 @@ def regrouped(groups, config):
             f"cp_comm_type a2a+p2p of a TransformerConfig asks for {config.describe()}, and the process groups are "
             "there already; pass hierarchical_context_parallel_sizes to initialize_model_parallel."
         )
-    one_level = {"ulysses_group": None, "ring_group": groups.cp_group}
-    if ulysses > 1:
-        one_level = {"ulysses_group": groups.cp_group, "ring_group": None}
-    return replace(groups, hierarchy=config.hierarchy, outer_group=None, **one_level)
+    one_level = {"ulysses": None, "ring": groups.cp} if ulysses == 1 else {"ulysses": groups.cp, "ring": None}
+    return replace(groups, hierarchy=config.hierarchy, outer=None, **one_level)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from mindspeed_cp.patches import batch as batches
 from mindspeed_cp.patches.decision import OpenDecision
 from mindspeed_cp.patches.documents import BoundaryCache, MaskCache, documents_of_rows
+from mindspeed_cp.patches.handed import Handed
 from mindspeed_cp.patches.packed import packed_batch
 from mindspeed_cp.patches.records import BatchRecords, Documents, MicroBatch
 
@@ -38,6 +39,9 @@ class AdaptorState:
             (--reset-attention-mask alone), or () -> that token, asked when a batch is split; None without.
         groups: ContextParallelGroups after Megatron has made its own groups; ``epoch`` counts how often it did.
         undecided: what is still to be decided; None once ``configure`` has decided everything.
+        compared: flag -> value of what must be equal on all ranks, beside the configuration.
+        program: the program whose flags they are; it ends with one line where a script gets an exception.
+        handed: document ends that a framework hands over before the batch is split.
         is_pipeline: whether there is more than one pipeline stage: stages then split the same batch knowing different
             parts of it, and must come to the same layout.
         active: record of the forward pass that runs now.
@@ -55,6 +59,9 @@ class AdaptorState:
     epoch: int = 0
     is_pipeline: bool = False
     undecided: OpenDecision | None = field(default_factory=OpenDecision)
+    compared: Mapping[str, str] = field(default_factory=dict)
+    program: str = ""
+    handed: Handed = field(default_factory=Handed)
     active: MicroBatch | None = None
     records: BatchRecords = field(default_factory=BatchRecords)
     masks: MaskCache = field(default_factory=MaskCache)
@@ -83,7 +90,7 @@ class AdaptorState:
     def reset(self) -> None:
         """Forget everything, as after the import."""
         self.config = self.setup = self.kernel = self.groups = self.end_of_document = None
-        self.undecided = OpenDecision()
+        self.undecided, self.compared, self.program, self.handed = OpenDecision(), {}, "", Handed()
         self.documents_from_position_ids = False
         self.forget_batches()
 

@@ -8,7 +8,12 @@ import importlib.util
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 
-from mindspeed_cp.arguments import add_context_parallel_arguments, readable_errors, validate
+from mindspeed_cp.arguments import (
+    add_context_parallel_arguments,
+    compared_arguments,
+    readable_errors,
+    validate,
+)
 from mindspeed_cp.patches.attention import AttentionBridge, CoreAttention
 from mindspeed_cp.patches.compiler import outside_compiler
 from mindspeed_cp.patches.loss import loss_patches
@@ -104,9 +109,25 @@ _STAGES_WITHOUT_MASK = (
 def _add_flags(original):
     @wraps(original)
     def add_megatron_arguments(parser):
-        return add_context_parallel_arguments(original(parser))
+        return _refusing_together(add_context_parallel_arguments(original(parser)))
 
     return add_megatron_arguments
+
+
+def _refusing_together(parser):
+    """``parser``, whose errors end all ranks and not this one alone."""
+    for name in ("parse_args", "parse_known_args"):
+        setattr(parser, name, _told(getattr(parser, name)))
+    return parser
+
+
+def _told(parse):
+    @wraps(parse)
+    def parsed(*args, **kwargs):
+        with readable_errors(PROGRAM):
+            return parse(*args, **kwargs)
+
+    return parsed
 
 
 def _validate(state):
@@ -114,12 +135,15 @@ def _validate(state):
         @wraps(original)
         def validate_args(args, *defaults, **kwargs):
             flash = args.use_flash_attn
-            with readable_errors(PROGRAM):
+            with readable_errors(PROGRAM, args.distributed_backend):
                 # At size 1 the world is Megatron's business (0.12's encoder ranks are counted in no rule here).
                 config, setup = validate(args, world_size=0 if args.context_parallel_size == 1 else None)
                 _check_legacy(args)
+            state.program = PROGRAM
             if config.context_parallel_size == 1:
-                return original(args, *defaults, **kwargs)
+                result = original(args, *defaults, **kwargs)
+                state.compared = compared_arguments(args)
+                return result
             switched_on, args.use_flash_attn = args.use_flash_attn, flash  # Megatron's checks are about its own kernels
             with _passing_assertions(args):
                 result = original(args, *defaults, **kwargs)
@@ -128,6 +152,7 @@ def _validate(state):
                 state.configure(config, setup=setup, kernel=args.cp_kernel, **_documents(args))
                 if args.seq_length:
                     with_tokens_everywhere(SequenceLayout.build(config, args.seq_length))
+            state.compared = compared_arguments(args)
             return result
 
         return validate_args

@@ -27,6 +27,7 @@ NAMES = {
     f"{CP}.ulysses_context_parallel.ulysses_context_parallel": [
         "UlyssesContextAttention",
         "DynamicGatherSizeCalculator",
+        "ulyssesattn_context_parallel",
     ],
     f"{CP}.ulysses_context_parallel.unaligned_cp.mapping": [
         "all_to_all",
@@ -38,6 +39,11 @@ NAMES = {
     f"{CP}.model_parallel_utils": process_groups.__all__,
     "mindspeed.core.parallel_state": process_groups.__all__,
     f"{CP}.ring_context_parallel.context_parallel_kv_cache": ["get_cache_policy"],
+    f"{CP}.get_batch_utils": ["set_actual_seq_len", "get_actual_seq_len"],
+    f"{CP}.utils": ["sbh_to_tnd", "tnd_to_sbh"],
+    "mindspeed.utils": ["set_position_ids", "get_position_ids", "set_actual_seq_len", "get_actual_seq_len"],
+    "mindspeed.patch_utils": ["MindSpeedPatchesManager"],
+    "mindspeed.arguments": ["process_args"],
     # Older generations of MindSpeed have these a package higher.
     f"{CP}.context_parallel_kv_cache": ["get_cache_policy"],
     f"{CP}.unaligned_cp.mapping": ["all_to_all", "cal_split_sizes"],
@@ -77,15 +83,12 @@ def test_every_documented_path_gives_our_own_objects(installed, name):
             ["get_cache_policy", "kv_cache_policy of ContextParallelConfig"],
         ),
         (
-            f"from {CP}.ulysses_context_parallel.ulysses_context_parallel import ulyssesattn_context_parallel",
-            ["UlyssesContextAttention", "mindspeed_cp.context_parallel_attention"],
-        ),
-        (
             f"from {CP}.get_batch_utils import get_batch_on_this_cp_rank",
             ["megatron.core.utils.get_batch_on_this_cp_rank"],
         ),
         (f"import {CP}.adaptive_context_parallel.adaptive_context_parallel", ["--cp-kv-exchange direct"]),
-        (f"from {CP} import utils", ["'utils'", "ring_context_parallel, ", "ulysses_context_parallel"]),
+        (f"from {CP} import adaptor", ["'adaptor'", "ring_context_parallel, ", "ulysses_context_parallel"]),
+        ("from mindspeed.utils import print_rank_0", ["'print_rank_0'", "set_actual_seq_len", "leave it out"]),
         (f"import {CP}.anything", ["'anything'"]),
     ],
 )

@@ -18,8 +18,14 @@ _ADAPTOR = "mindspeed.megatron_adaptor"
 ALIASES = {
     _ADAPTOR: "mindspeed_cp.megatron_adaptor",
     "mindspeed.core.parallel_state": "mindspeed_cp.compat.process_groups",
-    f"{_CP}.ulysses_context_parallel": "mindspeed_cp.algorithms.ulysses_attention",
-    f"{_CP}.ulysses_context_parallel.ulysses_context_parallel": "mindspeed_cp.algorithms.ulysses_attention",
+    "mindspeed.arguments": "mindspeed_cp.compat.arguments",
+    "mindspeed.patch_utils": "mindspeed_cp.compat.patch_manager",
+    "mindspeed.utils": "mindspeed_cp.compat.handed",
+    "mindspeed.core.ssm.gated_delta_net": "mindspeed_cp.compat.delta_net",
+    f"{_CP}.get_batch_utils": "mindspeed_cp.compat.handed",
+    f"{_CP}.utils": "mindspeed_cp.compat.tensors",
+    f"{_CP}.ulysses_context_parallel": "mindspeed_cp.compat.ulysses",
+    f"{_CP}.ulysses_context_parallel.ulysses_context_parallel": "mindspeed_cp.compat.ulysses",
     f"{_CP}.ulysses_context_parallel.unaligned_cp.mapping": "mindspeed_cp.compat.mapping",
     f"{_CP}.unaligned_cp.mapping": "mindspeed_cp.compat.mapping",
     f"{_CP}.mapping": "mindspeed_cp.compat.mapping",
@@ -32,12 +38,12 @@ ALIASES = {
 
 # Last name of what MindSpeed has below an answered path -> what serves the purpose here.
 INSTEAD = {
-    "get_batch_utils": "megatron.core.utils.get_batch_on_this_cp_rank, which the adaptor patches",
+    "get_batch_on_this_cp_rank": "megatron.core.utils.get_batch_on_this_cp_rank, which the adaptor patches",
     "rotary_pos_embedding_utils": "get_pos_emb_on_this_cp_rank of Megatron's rope_utils, which the adaptor patches",
     "adaptive_context_parallel": "--context-parallel-algo megatron_cp_algo --cp-kv-exchange direct",
     "dot_product_attention": "Megatron's own DotProductAttention, which the adaptor patches",
     "ContextParallelKVCache": "kv_cache_policy of ContextParallelConfig (--context-parallel-kv-cache-policy)",
-    "ulyssesattn_context_parallel": "mindspeed_cp.context_parallel_attention",
+    "get_ring_degree": "mindspeed_cp.megatron_adaptor.state().config.ring_size",
     "AttentionWithCp": "mindspeed_cp.context_parallel_attention",
 }
 

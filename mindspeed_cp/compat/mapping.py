@@ -13,7 +13,14 @@ from mindspeed_cp.comm.link import link_of
 from mindspeed_cp.comm.messages import Message
 from mindspeed_cp.layout import split_sizes as _split_sizes
 
-__all__ = ["all_to_all", "cal_split_sizes", "gather_forward_split_backward", "split_forward_gather_backward"]
+__all__ = [
+    "_gather",
+    "_split",
+    "all_to_all",
+    "cal_split_sizes",
+    "gather_forward_split_backward",
+    "split_forward_gather_backward",
+]
 
 GRAD_SCALES = ("up", "down", None)
 
@@ -139,6 +146,18 @@ def gather_forward_split_backward(input_, process_group, dim, gather_sizes=None,
         )
     _check_grad_scale(grad_scale)
     return input_ if world_size == 1 else _Gather.apply(input_, process_group, dim, tuple(sizes), grad_scale)
+
+
+@torch.no_grad()
+def _split(input_, pg, dim=-1, split_sizes=None):
+    """``split_forward_gather_backward`` under MindSpeed's name for the part without gradients."""
+    return split_forward_gather_backward(input_, pg, dim, split_sizes, None)
+
+
+@torch.no_grad()
+def _gather(input_, pg, dim=-1, gather_sizes=None):
+    """``gather_forward_split_backward`` under MindSpeed's name for the part without gradients."""
+    return gather_forward_split_backward(input_, pg, dim, gather_sizes, None)
 
 
 class _AllToAll(torch.autograd.Function):

@@ -25,7 +25,12 @@ __all__ = [
     "get_ring_ranks_for_intra_window",
     "get_ring_ranks_for_inter_window_kv",
     "get_ring_ranks_for_inter_window_dkv",
+    "initialize_context_parallel_group_for_double_ring",
+    "initialize_context_parallel_group_for_hybrid_cp",
+    "initialize_context_parallel_group_for_send_recv_overlap",
 ]
+# What MindSpeed sets on megatron.core.parallel_state as well.
+GETTERS = tuple(name for name in __all__ if name.startswith("get_"))
 
 
 def _adaptor_groups():
@@ -152,3 +157,20 @@ def get_ring_ranks_for_inter_window_dkv():
         found.append(ranks[place[0] * window + place[1]])
         place = (place[0] + 1) % windows, (place[1] + 1) % window
     return found
+
+
+def _initialized_for(purpose):
+    """MindSpeed's maker of groups: here initialize_model_parallel has made them all."""
+
+    def initialize(
+        tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size, nccl_comm_cfgs=None
+    ):
+        if context_parallel_size > 1:
+            _required(_adaptor_groups(), f"the groups for {purpose}")
+
+    return initialize
+
+
+initialize_context_parallel_group_for_send_recv_overlap = _initialized_for("send-recv overlap")
+initialize_context_parallel_group_for_hybrid_cp = _initialized_for("hybrid_cp_algo")
+initialize_context_parallel_group_for_double_ring = _initialized_for("double ring")

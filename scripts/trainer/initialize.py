@@ -26,6 +26,7 @@ def initialize(args):
         rank = int(os.environ["RANK"])
         store = attempt_store(rank, args.world_size, timeout)
         dist.init_process_group("nccl", timeout=timeout, world_size=args.world_size, rank=rank, store=store)
+    megatron_adaptor.compare_on_all_ranks(args, program="pretrain_gpt.py")
     megatron_adaptor.configure(args.cp_config_resolved, setup=args.cp_setup, kernel=args.cp_kernel)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=args.tensor_model_parallel_size,

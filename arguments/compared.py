@@ -1,0 +1,74 @@
+"""What must be equal on all ranks, by name: what shapes the model, the training and the communication.
+
+Ranks may differ in everything else: rank and local rank, paths, logging, profiling, seeds that Megatron derives itself.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mindspeed_cp.arguments.settings import FIELDS
+
+from mindspeed_cp.config import ContextParallelConfig, TrainingSetup
+
+MODEL = """
+num_layers encoder_num_layers decoder_num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
+group_query_attention kv_channels seq_length decoder_seq_length max_position_embeddings position_embedding_type
+rotary_base rotary_percent rotary_interleaved rotary_scaling_factor use_rope_scaling normalization norm_epsilon swiglu
+squared_relu add_bias_linear add_qkv_bias qk_layernorm untie_embeddings_and_output_weights vocab_size
+padded_vocab_size make_vocab_size_divisible_by window_size window_attn_skip_freq softmax_type multi_latent_attention
+q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim num_experts moe_layer_freq moe_router_topk
+moe_ffn_hidden_size moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff moe_expert_capacity_factor
+moe_token_dispatcher_type moe_router_score_function moe_shared_expert_intermediate_size mtp_num_layers
+mtp_loss_scaling_factor hybrid_override_pattern is_hybrid_model transformer_impl use_legacy_models
+attention_softmax_in_fp32 apply_query_key_layer_scaling init_method_std
+""".split()
+TRAINING = """
+micro_batch_size global_batch_size rampup_batch_size train_iters train_samples lr min_lr lr_decay_style lr_decay_iters
+lr_decay_samples lr_warmup_iters lr_warmup_fraction lr_warmup_samples lr_wsd_decay_style lr_wsd_decay_iters optimizer
+weight_decay start_weight_decay end_weight_decay clip_grad adam_beta1 adam_beta2 adam_eps sgd_momentum seed
+data_parallel_random_init bf16 fp16 fp8 params_dtype loss_scale initial_loss_scale accumulate_allreduce_grads_in_fp32
+attention_dropout hidden_dropout recompute_granularity recompute_method recompute_num_layers recompute_modules
+recompute_activations calculate_per_token_loss reset_position_ids reset_attention_mask eod_mask_loss split
+create_attention_mask_in_dataloader variable_seq_lengths eval_iters eval_interval save_interval exit_interval
+tokenizer_type mock_data dataloader_type check_for_nan_in_loss_and_grad deterministic_mode
+""".split()
+PARALLEL = """
+world_size tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
+num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage context_parallel_size cp_comm_type
+hierarchical_context_parallel_sizes expert_model_parallel_size expert_tensor_parallel_size sequence_parallel
+use_distributed_optimizer overlap_grad_reduce overlap_param_gather use_tp_pp_dp_mapping distributed_backend
+ckpt_format use_dist_ckpt num_distributed_optimizer_instances tp_comm_overlap
+""".split()
+CONTEXT_PARALLEL = (*FIELDS.values(), "cp_kernel", "gather_size_calculator", "use_fused_ring_attention_update")
+COMPARED = (*PARALLEL, *CONTEXT_PARALLEL, *MODEL, *TRAINING)
+# TrainingSetup's own names, where they are not the flag's.
+SETUP = {
+    "tensor_parallel_size": "tensor_model_parallel_size",
+    "pipeline_parallel_size": "pipeline_model_parallel_size",
+    "fused_update": "use_fused_ring_attention_update",
+}
+
+
+def flag_of(dest: str) -> str:
+    return f"--{dest.replace('_', '-')}"
+
+
+def compared_arguments(args: Any) -> dict[str, str]:
+    """flag -> value of everything in ``COMPARED`` that the namespace or mapping ``args`` has."""
+    values = args if isinstance(args, Mapping) else vars(args)
+    return {flag_of(name): _text(values[name]) for name in COMPARED if name in values}
+
+
+def compared_config(config: ContextParallelConfig, setup: TrainingSetup | None = None) -> dict[str, str]:
+    """flag -> value of a configuration, and of what it was checked against."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    found = {FIELDS.get(name, name): value for name, value in fields.items()}
+    if setup is not None:
+        of_setup = {field.name: getattr(setup, field.name) for field in dataclasses.fields(setup) if field.compare}
+        found |= {SETUP.get(name, name): value for name, value in of_setup.items()}
+    return {flag_of(name): _text(value) for name, value in found.items()}
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,176 @@
+"""Before they work together, all ranks compare what must be equal, through the store in which they found each other.
+
+A rank publishes its settings; rank 0 reads those of all and publishes a verdict, which every rank reads. No tensor is
+sent, so it works before any group exists and whatever differs; a rank that refuses its own settings says why instead.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+KEY = "mindspeed_cp/agreement"
+PATIENCE = timedelta(minutes=10)  # for ranks that come later
+FAREWELL = timedelta(seconds=10)  # rank 0 may own the store: it stays until the others have read the verdict
+SHOWN = 3  # differences in one message
+
+
+class RanksDiffer(ValueError):
+    """The ranks were started with different settings, or one of them refuses its own."""
+
+
+SAID = "the command line is refused."  # its rank has printed more than that
+
+
+def agree(
+    settings: Mapping[str, str],
+    *,
+    refusal: str | None = None,
+    say: Callable[[str], None] = lambda message: None,
+    patience: timedelta = PATIENCE,
+) -> None:
+    """Compare ``settings`` (flag -> value as text) with all other ranks; collective over the world.
+
+    Args:
+        refusal: why this rank cannot work with its own settings; ``SAID`` when it has said so itself.
+        say: called on rank 0 with the verdict, before any rank learns it, so that it is said before a rank leaves.
+        patience: how long to wait for ranks that come later.
+
+    Raises:
+        RanksDiffer: a setting differs, or a rank refuses; the message names the flag, the values and the ranks.
+        RuntimeError: a rank did not take part in time.
+    """
+    if not _is_comparable():
+        if refusal is not None:
+            say(refusal)
+            raise RanksDiffer(refusal)
+        return
+    store, rank, size = _get_default_store(), dist.get_rank(), dist.get_world_size()
+    place = f"{KEY}/{store.add(f'{KEY}/{rank}', 1)}"  # every rank counts its own calls
+    store.set(f"{place}/{rank}", json.dumps([refusal, dict(settings)]))
+    if rank == 0:
+        verdict = _verdict([json.loads(_read(store, f"{place}/{other}", other, patience)) for other in range(size)])
+        if verdict:
+            say(verdict)
+        store.set(f"{place}/verdict", verdict or "-")
+    verdict = _read(store, f"{place}/verdict", 0, 2 * patience).decode()
+    store.delete_key(f"{place}/{rank}")
+    if verdict != "-":
+        _leave_last(store, place, rank, size)
+        raise RanksDiffer(verdict)
+
+
+def refuse(
+    refusal: str, *, say: Callable[[str], None], backend: str = "nccl", patience: timedelta = timedelta(minutes=1)
+) -> None:
+    """Tell the other ranks, which are starting, that this one cannot; the caller then ends it.
+
+    Without a process group it joins the one that the others are about to make, where a launcher has said how; otherwise
+    they would wait for it until their own timeout.
+
+    Args:
+        say: called with what to print: on rank 0, or here when there is nobody to tell or nobody answers.
+        backend: that of the others, as they name it.
+    """
+    try:
+        if not dist.is_initialized():
+            dist.init_process_group(backend, timeout=patience)
+        agree({}, refusal=refusal, say=say, patience=patience)
+    except RanksDiffer:
+        return
+    except (ValueError, RuntimeError):  # no launcher, or the others have not come
+        say(refusal)
+
+
+def versions(**others: str) -> dict[str, str]:
+    """What computes, and its version; ``others`` are added."""
+    from mindspeed_cp import __version__
+
+    return {"the version of torch": torch.__version__, "the version of mindspeed_cp": __version__, **others}
+
+
+def settings_of(config: Any) -> dict[str, str]:
+    """name -> value of every field of a dataclass, and the versions of what computes."""
+    fields = dataclasses.fields(config)
+    return {field.name: str(getattr(config, field.name)) for field in fields} | versions()
+
+
+def _is_comparable() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake"
+
+
+def _read(store, key: str, rank: int, patience: timedelta) -> bytes:
+    try:
+        store.wait([key], patience)
+        return store.get(key)
+    except RuntimeError as error:  # DistStoreError is one
+        raise RuntimeError(
+            f"rank {rank} has not said within {patience.total_seconds():.0f} s which settings it runs with; see what "
+            "it printed, it may have ended."
+        ) from error
+
+
+def _leave_last(store, place: str, rank: int, size: int) -> None:
+    if store.add(f"{place}/left", 1) == size:
+        store.set(f"{place}/all-left", "-")
+    if rank == 0:
+        try:
+            store.wait([f"{place}/all-left"], FAREWELL)
+        except RuntimeError:
+            pass  # somebody is gone already; nobody else needs the store
+
+
+def _verdict(said: list) -> str:
+    """What stops the ranks, "" when nothing does; ``said``: (refusal, settings) of every rank."""
+    refusals = _ranks_by([refusal for refusal, _ in said])
+    accepting = refusals.pop(None, [])
+    if refusals:
+        return _refused(refusals, accepting)
+    names = dict.fromkeys(name for _, settings in said for name in settings)
+    differing = {}
+    for name in names:
+        ranks = _ranks_by([settings.get(name, "not there") for _, settings in said])
+        if len(ranks) > 1:
+            differing[name] = ranks
+    if not differing:
+        return ""
+    parts = [
+        f"{name} is {' and '.join(f'{value} on {named(ranks)}' for value, ranks in differing[name].items())}"
+        for name in list(differing)[:SHOWN]
+    ]
+    more = f"; {len(differing) - SHOWN} more differ" if len(differing) > SHOWN else ""
+    return f"the ranks were started with different settings: {'; '.join(parts)}{more}; give all ranks the same."
+
+
+def _refused(refusals: dict, accepting: list[int]) -> str:
+    if len(refusals) == 1 and not accepting:
+        return next(iter(refusals))
+    parts = [f"on {named(ranks)}: {message}" for message, ranks in refusals.items()]
+    others = f" ({named(accepting)} can work with what was given there)" if accepting else ""
+    return " ".join(parts[:SHOWN]) + others
+
+
+def _ranks_by(values: Iterable) -> dict:
+    """value -> the ranks that have it, in the order of the ranks."""
+    found: dict = {}
+    for rank, value in enumerate(values):
+        found.setdefault(value, []).append(rank)
+    return found
+
+
+def named(ranks: list[int]) -> str:
+    """ "rank 2", "ranks 0 and 3", "ranks 0, 2 to 7 and 9"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    parts = [text for run in runs for text in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]
+    text = ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}"

@@ -1,0 +1,18 @@
+"""Names of MindSpeed's gated delta net that ms-swift imports for every model as soon as context parallelism is on."""
+
+__all__ = ["tensor_a2a_cp2hp", "tensor_a2a_hp2cp"]
+
+
+def _refuse(name):
+    def refused(*args, **kwargs):
+        raise NotImplementedError(
+            f"{name}: gated delta nets with context parallelism are not supported; use --context-parallel-size 1 for "
+            "models that have them, or a Megatron whose own gated delta net is context-parallel (0.18 and later)."
+        )
+
+    refused.__name__ = name
+    return refused
+
+
+tensor_a2a_cp2hp = _refuse("tensor_a2a_cp2hp")
+tensor_a2a_hp2cp = _refuse("tensor_a2a_hp2cp")
