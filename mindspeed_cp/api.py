@@ -8,8 +8,8 @@ import torch
 from mindspeed_cp.algorithms.function import AttentionCall, ContextParallelAttention
 from mindspeed_cp.algorithms.kv_cache import KVCache
 from mindspeed_cp.algorithms.ring import RingProblem
+from mindspeed_cp.algorithms.ring_plan import ring_plan
 from mindspeed_cp.algorithms.ulysses import UlyssesProblem
-from mindspeed_cp.blocks import needed_rows
 from mindspeed_cp.comm.sequence_exchange import SequenceExchange
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.groups import ContextParallelGroups
@@ -80,7 +80,7 @@ def context_parallel_attention(
     cache = KVCache.resolve(policy, config.ring_size)
     ring = RingProblem(
         groups=groups,
-        runs=tuple(layout.ring_runs(rank) for rank in range(layout.ring_size)),
+        layout=layout,
         masks=masks,
         kernel=chosen,
         options=KernelOptions(
@@ -117,22 +117,8 @@ def _exchange(config, layout, masks, attention_mask):
     row = config.row.exchange or "ring"
     if config.kv_exchange != "auto" or row != "ring":
         return "direct" if config.kv_exchange == "direct" else row
-    saves = attention_mask is None and config.hierarchy[2] == 1 and _direct_saves(layout, masks)
-    return "direct" if saves else "ring"
-
-
-@lru_cache(maxsize=256)
-def _direct_saves(layout, masks):
-    """Whether fewer rows cross when each rank gets just those that it needs; every rank answers alike."""
-    ranks = range(layout.ring_size)
-    runs = [layout.ring_runs(rank) for rank in ranks]
-    return any(
-        sum(stop - start for start, stop in needed_rows(runs[reader], runs[source], mask)) < layout.ring_length(source)
-        for mask in masks
-        for reader in ranks
-        for source in ranks
-        if reader != source
-    )
+    saves = attention_mask is None and config.hierarchy[2] == 1
+    return "direct" if saves and ring_plan(layout, masks, True, exact=True).direct_sends_less else "ring"
 
 
 def _ulysses_problem(config, groups, layout, query, key, value, cache, kernel):

@@ -8,7 +8,6 @@ too). Nothing of size S x S is ever made, and what is empty yields no block.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from operator import itemgetter
 
 from mindspeed_cp.staircases import IntervalMask, Pieces, visible_pieces
@@ -142,7 +141,6 @@ def _shapes(pieces: Pieces):
             yield row, stop, hi - 1, hi - 1 + count, None, 0
 
 
-@lru_cache(maxsize=4096)
 def plan_blocks(query_runs: Runs, key_runs: Runs, mask: IntervalMask, native_bands: bool = False) -> tuple[Block, ...]:
     """The blocks that the queries at ``query_runs`` must compute against the keys at ``key_runs``.
 
@@ -183,7 +181,6 @@ def plan_blocks(query_runs: Runs, key_runs: Runs, mask: IntervalMask, native_ban
     return tuple(blocks)
 
 
-@lru_cache(maxsize=4096)
 def needed_rows(query_runs: Runs, key_runs: Runs, mask: IntervalMask) -> Runs:
     """Rows of the key shard that some query at ``query_runs`` sees, as ascending disjoint (start, stop)."""
     needed: list[tuple[int, int]] = []

@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.groups import ContextParallelGroups
@@ -94,15 +93,11 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, groups, layout, dim):
         ctx.groups, ctx.layout, ctx.dim = groups, layout, dim
-        rows = tensor.movedim(dim, 0).contiguous()
-        if layout.cp_size == 1:
+        rows = tensor.movedim(dim, 0)
+        if groups.cp is None:
             return layout.unshard([rows]).movedim(0, dim)
         lengths = [layout.length(rank) for rank in range(layout.cp_size)]
-        padded = rows.new_zeros((max(lengths), *rows.shape[1:]))
-        padded[: rows.size(0)] = rows
-        gathered = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(gathered, padded, group=groups.cp_group)
-        return layout.unshard([part[:length] for part, length in zip(gathered, lengths)]).movedim(0, dim)
+        return layout.unshard(groups.cp.gather(rows, lengths, "gathered").wait()).movedim(0, dim)
 
     @staticmethod
     @once_differentiable

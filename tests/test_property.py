@@ -1,5 +1,7 @@
 """The facts of invariant 1 for points that nobody thought of: hypothesis draws the problem, the ranks solve it."""
 
+from dataclasses import replace
+
 from cases import Case, attend, expected, largest_errors, whole
 from distributed import run_ranks
 from hypothesis import HealthCheck, given, settings
@@ -65,3 +67,37 @@ def test_any_drawn_problem_equals_dense_attention(case):
     # The gradient of an offset sums over every row, its rounding too.
     limits = {name: LIMIT[case.dtype] * (case.seq_len if name == "d_offset" else 1) for name in errors}
     assert all(errors[name] <= limits[name] for name in errors), (errors, repr(case))
+
+
+@st.composite
+def partitions(draw, cp, seq_len):
+    """Any partition of the positions: pieces of any length, in any order, on any rank; a rank may hold nothing."""
+    edges = [0, *sorted(draw(st.sets(st.integers(1, seq_len), max_size=10)) - {seq_len}), seq_len]
+    pieces = draw(st.permutations(list(zip(edges, edges[1:]))))
+    owners = draw(st.lists(st.integers(0, cp - 1), min_size=len(pieces), max_size=len(pieces)))
+    return tuple(tuple(run for run, owner in zip(pieces, owners) if owner == rank) for rank in range(cp))
+
+
+@st.composite
+def anybodys_cases(draw):
+    """Batches that somebody else split: any partition, documents of their own in every row, masks that come along."""
+    case = draw(cases())
+    config = {**case.config, "attention_mask_type": draw(st.sampled_from(["causal", "full", "general"]))}
+    if config.get("kv_exchange") == "direct":
+        config["kv_exchange"] = draw(st.sampled_from(["direct", "auto"]))
+    documents = case.cu_seqlens
+    if documents and draw(st.booleans()):
+        cuts = st.lists(st.integers(0, case.seq_len), max_size=6)
+        documents = tuple((0, *sorted(draw(cuts)), case.seq_len) for _ in range(case.batch))
+    runs = draw(partitions(case.cp, case.seq_len))
+    return replace(case, config=config, dtype="float64", cu_seqlens=documents, runs=runs)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(anybodys_cases())
+def test_any_partition_of_the_sequence_is_exact(case):
+    errors = largest_errors(whole(case, run_ranks(case.cp, attend, case)), expected(case))
+    assert all(error <= 1e-10 * (case.seq_len if name == "d_offset" else 1) for name, error in errors.items()), (
+        errors,
+        repr(case),
+    )

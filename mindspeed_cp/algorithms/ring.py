@@ -14,14 +14,14 @@ from typing import Any, Literal, cast
 import torch
 
 from mindspeed_cp.algorithms.kv_cache import NAMES, Name
-from mindspeed_cp.algorithms.ring_plan import RingPlan, Task
+from mindspeed_cp.algorithms.ring_plan import RingPlan, Task, ring_plan
 from mindspeed_cp.blocks import IntervalMask
 from mindspeed_cp.comm.kv_exchange import EXCHANGES, GradientReturn, RingChannel, concatenated, paired
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.schedule import RingPlace
 from mindspeed_cp.groups import ContextParallelGroups
 from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions
-from mindspeed_cp.layout import run_positions
+from mindspeed_cp.layout import SequenceLayout, run_positions
 from mindspeed_cp.softmax import KVPartial, Merge, PartialAttention, RowSum, accumulator, merge_attention
 
 
@@ -30,7 +30,7 @@ class RingProblem:
     """Everything about one attention call that is not a tensor of the autograd graph.
 
     Args:
-        runs: per ring rank, the runs of global positions that it holds.
+        layout: which global positions each ring rank holds.
         masks: one IntervalMask for all rows of the batch, or one for each.
         dense_mask: None or bool (1 or batch, S, S), True = masked out, on top of them.
         exchange: how keys and values travel.
@@ -39,7 +39,7 @@ class RingProblem:
     """
 
     groups: ContextParallelGroups
-    runs: tuple[tuple[tuple[int, int], ...], ...]
+    layout: SequenceLayout
     masks: tuple[IntervalMask, ...]
     kernel: AttentionKernel
     options: KernelOptions
@@ -54,7 +54,8 @@ class RingProblem:
     def __post_init__(self) -> None:
         dense, groups = self.dense_mask is not None, self.groups
         # Neither knows the problem: it would not be freed before the garbage collector runs, nor the groups with it.
-        plan = RingPlan(self.runs, self.masks, self.kernel.native_bands, dense, self.exchange == "direct" and not dense)
+        exact = self.exchange == "direct" and not dense
+        plan = ring_plan(self.layout, self.masks, self.kernel.native_bands, dense, exact)
         place = RingPlace(self.rank, *groups.hierarchy[1:])
         ring, outer = cast(Link, groups.ring), cast(Link, groups.outer)  # used where there is something to exchange
         channel = RingChannel(place, ring, outer, plan.lengths, plan.rows_needed, self.overlap)
@@ -76,7 +77,7 @@ class RingProblem:
         if self.dense_mask is None:
             return None
         device = self.dense_mask.device
-        queries, keys = (run_positions(self.runs[rank], device) for rank in (self.rank, source))
+        queries, keys = (run_positions(self.layout.ring_runs(rank), device) for rank in (self.rank, source))
         hidden = self.dense_mask[:, queries][:, :, keys]
         return hidden | torch.stack([_interval_hidden(queries, keys, mask) for mask in self.masks])
 
@@ -138,7 +139,7 @@ def _forward_stream(problem, key, value, kept):
 
     Key and value travel packed in one message, unless just one of them is kept.
     """
-    if len(problem.runs) == 1:
+    if problem.layout.ring_size == 1:
         kept += [key, value]
         yield problem.rank, key, value
         return
@@ -168,7 +169,7 @@ def _collect(stream, kept):
 
 def _backward_stream(problem, kept, split):
     """The forward's stream again: from what was kept, and fetching again what was not."""
-    if len(problem.runs) == 1:
+    if problem.layout.ring_size == 1:
         yield problem.rank, *kept
         return
     exchange, sources = EXCHANGES[problem.exchange], [source for _, _, source in problem.channel.place.steps()]
@@ -205,7 +206,7 @@ def ring_backward(
     The schedule runs again from the shard that the rank still holds, its own. Own partials are summed in place; those
     for other ranks leave in the input's dtype, straight to the rank that sums them.
     """
-    if len(problem.runs) == 1 and len(tasks := problem.tasks(query, 0)) == 1 and tasks[0].is_whole:
+    if problem.layout.ring_size == 1 and len(tasks := problem.tasks(query, 0)) == 1 and tasks[0].is_whole:
         mask, (key, value) = problem.mask_against(0), saved.tensors
         return problem.kernel.backward(
             grad_out, query, key, value, out, lse, tasks[0].block, problem.options, saved.rngs[0], mask

@@ -1,13 +1,13 @@
 """Which blocks every ring rank computes against every shard, and which rows of the shard it needs for that."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
 from mindspeed_cp.blocks import Block, IntervalMask, needed_rows, plan_blocks
+from mindspeed_cp.layout import Runs, SequenceLayout
 
-Runs = tuple[tuple[int, int], ...]
 ALL = slice(None)
 
 
@@ -23,28 +23,30 @@ class Task(NamedTuple):
         return self.batch == ALL
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RingPlan:
-    """The plan of one attention call.
+    """The plan of every attention call of a batch; get it from ``ring_plan``. What has been asked is remembered.
 
     Args:
-        runs: per ring rank, the runs of global positions that it holds.
+        layout: which positions each ring rank holds.
         masks: one for all rows of the batch, or one for each.
         native_bands: the kernel computes bands itself.
         dense: a dense mask comes on top; it makes one rectangle of all blocks.
         exact: only needed rows travel; else whole shards, where any row is needed.
     """
 
-    runs: tuple[Runs, ...]
+    layout: SequenceLayout
     masks: tuple[IntervalMask, ...]
     native_bands: bool
     dense: bool = False
     exact: bool = False
+    _tasks: dict[tuple[int, int], tuple[Task, ...]] = field(default_factory=dict, repr=False)
+    _needed: dict[tuple[int, int], Runs] = field(default_factory=dict, repr=False)
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Rows of every ring rank's shard."""
-        return tuple(sum(stop - start for start, stop in runs) for runs in self.runs)
+        return tuple(self.layout.ring_length(rank) for rank in range(self.layout.ring_size))
 
     @cached_property
     def _batches(self) -> list[tuple[slice, IntervalMask]]:
@@ -60,10 +62,16 @@ class RingPlan:
 
     def tasks(self, reader: int, source: int) -> tuple[Task, ...]:
         """The blocks of ``reader``'s queries against ``source``'s keys."""
+        if (reader, source) not in self._tasks:
+            self._tasks[reader, source] = self._plan(reader, source)
+        return self._tasks[reader, source]
+
+    def _plan(self, reader: int, source: int) -> tuple[Task, ...]:
+        queries, keys = self.layout.ring_runs(reader), self.layout.ring_runs(source)
         tasks = tuple(
             Task(batch, block)
             for batch, mask in self._batches
-            for block in plan_blocks(self.runs[reader], self.runs[source], mask, self.native_bands)
+            for block in plan_blocks(queries, keys, mask, self.native_bands)
         )
         if self.dense and tasks:
             return (Task(ALL, Block((0, self.lengths[reader]), (0, self.lengths[source]))),)
@@ -73,8 +81,34 @@ class RingPlan:
         """Rows of ``source``'s shard to move to ``reader`` (and gradients back), for any row of the batch."""
         if not self.exact:
             return ((0, self.lengths[source]),) if self.tasks(reader, source) else ()
-        needed = [needed_rows(self.runs[reader], self.runs[source], mask) for _, mask in self._batches]
-        return needed[0] if len(needed) == 1 else _union(needed)
+        if (reader, source) not in self._needed:
+            queries, keys = self.layout.ring_runs(reader), self.layout.ring_runs(source)
+            needed = [needed_rows(queries, keys, mask) for _, mask in self._batches]
+            self._needed[reader, source] = needed[0] if len(needed) == 1 else _union(needed)
+        return self._needed[reader, source]
+
+    @cached_property
+    def direct_sends_less(self) -> bool:
+        """Whether some rank needs less than the whole shard of another: then sending what is needed saves bytes."""
+        ranks = range(self.layout.ring_size)
+        return any(
+            sum(stop - start for start, stop in self.rows_needed(reader, source)) < self.lengths[source]
+            for reader in ranks
+            for source in ranks
+            if reader != source
+        )
+
+
+@lru_cache(maxsize=64)
+def ring_plan(
+    layout: SequenceLayout,
+    masks: tuple[IntervalMask, ...],
+    native_bands: bool,
+    dense: bool = False,
+    exact: bool = False,
+) -> RingPlan:
+    """The RingPlan of these, made once for all layers and steps that see the same batch shape."""
+    return RingPlan(layout, masks, native_bands, dense, exact)
 
 
 def _union(rows: list[Runs]) -> Runs:
