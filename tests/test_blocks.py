@@ -92,12 +92,10 @@ def test_blocks_of_a_ring_cover_every_visible_pair_exactly_once(cp, seq_len, mas
 def test_bands_longer_than_a_tile_are_cut_into_tiles(tile, query_runs, key_runs, mask):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mindspeed_cp.blocks.BAND_TILE", tile)
-        plan_blocks.cache_clear()  # plans do not remember the tile size
         check_plan(query_runs, key_runs, mask, False)
         for block in plan_blocks(query_runs, key_runs, mask, False):
             if not (block.is_full or block.is_causal):
                 assert block.query_rows.stop - block.query_rows.start <= tile
-    plan_blocks.cache_clear()
 
 
 @thorough
