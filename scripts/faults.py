@@ -102,7 +102,10 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.write((folder / "undisturbed/0-0.err").read_text(encoding="utf-8"))
             return 1
         plans = [faults] if args.together else [[fault] for fault in faults]
-        rows = [row for i, plan in enumerate(plans) for row in rows_of(plan, prefix, folder / f"case-{i}", wanted)]
+        rows = []
+        for index, plan in enumerate(plans):
+            rows += rows_of(plan, prefix, folder / f"case-{index}", wanted)
+            print(f"{len(rows)} of {len(faults)}: {', '.join(rows[-1])}", file=sys.stderr, flush=True)
     finally:
         if args.keep:
             print(f"what the ranks printed: {folder}")

@@ -23,8 +23,8 @@ from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parent
 FLAGS = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 128 --global-batch-size 4 --lr 2e-3 "
-    "--attention-dropout 0.1 --hidden-dropout 0.1 --context-parallel-algo megatron_cp_algo --use-flash-attn "
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64 --global-batch-size 1 --lr 2e-3 "
+    "--hidden-dropout 0.1 --context-parallel-algo megatron_cp_algo --use-flash-attn "
     "--use-cp-send-recv-overlap --distributed-timeout-minutes 0.5 --log-interval 10"
 ).split()
 
@@ -186,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keep", action="store_true", help="keep the folder with logs and checkpoints, and name it")
     args = parser.parse_args(argv)
     args.steps = args.steps or int(200 * args.minutes)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the job ends with this process
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     try:
         if args.hosts == 2:

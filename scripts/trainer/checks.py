@@ -1,7 +1,9 @@
 """Rules between flags; the rule of a single value stands beside its flag (trainer/rules.py)."""
 
+from typing import Any
 
-def require(condition: object, message: str) -> None:
+
+def require(condition: Any, message: str) -> None:
     """Raise ValueError(message), which names flag, value, rule and a way out, unless ``condition`` holds."""
     if not condition:
         raise ValueError(message)

@@ -5,6 +5,7 @@ has imported everything, restarts the ranks after each, and the run must end wit
 """
 
 import json
+import logging
 import os
 import resource
 import signal
@@ -18,7 +19,6 @@ from typing import Literal
 VICTIM, STEP = 1, 3  # the rank and the step (counted from 1) that a fault meets
 PHASES = ("groups", "data", "forward", "backward", "between", "shards", "latest")
 IMPORTED = ("trainer.quiet", "mindspeed_cp.megatron_adaptor", "trainer.loop", "trainer.faults")
-LOG_LEVEL = "CRITICAL"  # of torch's agent, which would otherwise tell every restart in ten lines
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def run(argv: list[str], plan: Sequence[Fault], world_size: int, port: int, note
     """
     import multiprocessing
 
-    os.environ.update(LOGLEVEL=LOG_LEVEL, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2", OMP_NUM_THREADS="1")
+    logging.disable(logging.ERROR)  # torch's agent would tell every restart in ten lines
+    os.environ.update(OMP_NUM_THREADS="1")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the server takes over no more than this
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
