@@ -36,6 +36,7 @@ README_LINES = 220
 # What users or runs make, and other people's files; everything else that looks like a path here must exist.
 ELSEWHERE = {
     "data/topics",
+    "latest.txt",
     "loss.png",
     "attend.py",
     "report.md",
