@@ -1,6 +1,7 @@
 """What ``python -m mindspeed_cp.megatron_adaptor`` prints: one screen, or every patch with its reason."""
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 from mindspeed_cp.patches.manager import PatchRow
 
@@ -22,8 +23,8 @@ def patch_table(head: str, groups: Mapping[str, Sequence[PatchRow]], *, everythi
     Args:
         head: versions, for the first line.
         groups: name of a group -> its rows; TITLES says what known groups are for.
-        everything: list all rows with target, status and reason; else the rows of "core" in one line each, and one line
-            for every other group.
+        everything: list all rows with target, status and reason; else the rows of "core" in one line each, or one for
+            several of one reason, and one line for every other group.
         width: columns that a line of the short form may have.
     """
     rows = [row for group in groups.values() for row in group]
@@ -37,7 +38,7 @@ def patch_table(head: str, groups: Mapping[str, Sequence[PatchRow]], *, everythi
         else:
             lines.append(_clip(f"{TITLES.get(name, name)}: {_count(group)}{_why_none(group)}", width))
             if name == "core":
-                lines += [_clip(_short(row), width) for row in group]
+                lines += [_clip(_short(list(alike)), width) for _, alike in groupby(group, _said)]
     return "\n".join(lines if everything else [*lines, MORE])
 
 
@@ -53,10 +54,16 @@ def _why_none(rows: Sequence[PatchRow]) -> str:
     return "" if not rows or any(row.applied for row in rows) else f" ({rows[0].status})"
 
 
-def _short(row: PatchRow) -> str:
-    """Class and method, or module and function: the last two parts of the target."""
-    name = ".".join(row.target.split(".")[-2:])
-    return f"  {name:46} {row.reason if row.applied else f'not applied: {row.status}'}"
+def _said(row: PatchRow) -> str:
+    return row.reason if row.applied else f"not applied: {row.status}"
+
+
+def _short(rows: list[PatchRow]) -> str:
+    """Class and method, or module and function: the last two parts of the target; and what is said of it."""
+    name = ".".join(rows[0].target.split(".")[-2:])
+    if len(rows) > 1:
+        name += f" and {len(rows) - 1} more"
+    return f"  {name:46} {_said(rows[0])}"
 
 
 def _clip(line: str, width: int) -> str:
