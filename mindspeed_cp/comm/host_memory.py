@@ -192,7 +192,8 @@ def _create_file(name: str) -> int:
 
 def _map_all(members: list[int], table: list[list[int]]) -> tuple[dict[int, _Memory], bool]:
     """(memories of the members that are seen from here, whether this rank's could not be made or one not be mapped)."""
-    memories, failed = {}, table[members.index(dist.get_rank())][1] < 0
+    own_file = table[members.index(dist.get_rank())][1]
+    memories, failed = {}, own_file < 0 and hasattr(os, "memfd_create")  # where there is none, nobody expects it
     for member, (process, file, token) in zip(members, table):
         try:
             memory = _map_peer(process, file, token)
@@ -213,7 +214,7 @@ def _map_peer(process: int, file: int, token: int) -> _Memory | None:
         if os.readlink(path) != f"/memfd:{_name(token)} (deleted)":
             return None
         opened = os.open(path, os.O_RDWR)
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     try:
         return _Memory(opened)
