@@ -11,7 +11,6 @@ from distributed import run_ranks
 from reference import attention, attention_with_gradients
 from setups import ALGORITHM_AND_SIZE, degree_of, exchanges, shapes
 
-from mindspeed_cp import SequenceLayout
 from mindspeed_cp.algorithms import ALGORITHMS
 
 pytestmark = pytest.mark.cpu_only
@@ -25,7 +24,7 @@ def attend_to_positions(rank, case):
     from mindspeed_cp import context_parallel_attention
 
     config, groups = setup_of(case.config)
-    layout, inputs = SequenceLayout.build(config, case.seq_len), case.inputs()
+    layout, inputs = case.layout(), case.inputs()
     inputs["value"] = identity_values(case)
     leaves = [layout.shard(inputs[name], rank).clone().requires_grad_() for name in ("query", "key", "value")]
     torch.manual_seed(case.seed + rank)

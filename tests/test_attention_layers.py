@@ -10,7 +10,7 @@ from reference import allowed_pairs, attention, attention_with_gradients
 from setups import ALGORITHM_AND_SIZE, shapes, variants
 from torch.utils.checkpoint import checkpoint
 
-from mindspeed_cp import DynamicGatherSizeCalculator, SequenceLayout, UlyssesContextAttention
+from mindspeed_cp import DynamicGatherSizeCalculator, UlyssesContextAttention
 from mindspeed_cp.layout import split_sizes
 
 AT_FOUR = [point for point in ALGORITHM_AND_SIZE if point.values[1] in (3, 4)]
@@ -22,7 +22,7 @@ def prepared(rank, case):
     from mindspeed_cp import context_parallel_attention
 
     config, groups = setup_of(case.config)
-    layout = SequenceLayout.build(config, case.seq_len)
+    layout = case.layout()
     leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
     keywords = arguments(case, config, groups, layout, sinks, mask)
     return (lambda *tensors: context_parallel_attention(*tensors, **keywords)), leaves, grad_out

@@ -9,7 +9,6 @@ from distributed import run_ranks
 from reference import attention_with_gradients
 from setups import degree_of, drawn, for_every_algorithm, shapes
 
-from mindspeed_cp import SequenceLayout
 from mindspeed_cp.algorithms import ALGORITHMS
 
 LOW = {"seq_len": 512, "heads": 8, "kv_heads": 8, "dk": 32, "dv": 32, "seed": 7}
@@ -74,7 +73,7 @@ def attend_among_poison(rank, case):
     from mindspeed_cp.comm.workspace import Workspace
 
     config, groups = setup_of(case.config)
-    layout, tensors = SequenceLayout.build(config, case.seq_len), case.inputs()
+    layout, tensors = case.layout(), case.inputs()
     handed_out = []
 
     def poisoned_get(self, name, shape, dtype, device, get=Workspace.get):
@@ -127,7 +126,7 @@ def non_contiguous_inputs(rank, case):
     from mindspeed_cp import context_parallel_attention
 
     config, groups = setup_of(case.config)
-    layout, tensors = SequenceLayout.build(config, case.seq_len), case.inputs()
+    layout, tensors = case.layout(), case.inputs()
     fused = torch.cat(
         [layout.shard(tensors[name], rank) for name in ("query", "key", "value")], dim=-1
     ).requires_grad_()
