@@ -27,7 +27,7 @@ class Megatron(NamedTuple):
 
 CHECKOUT = "every case of scripts/test_megatron_lm.sh on a checkout; tests that touch Megatron in CI"
 MEGATRONS = (
-    Megatron("0.12.1", ("3.10", "3.11"), "the oldest: tests that touch Megatron run in scripts/test.sh; no windows"),
+    Megatron("0.12.1", ("3.10", "3.11"), "the oldest: tests that touch Megatron run in scripts/test.sh"),
     Megatron("0.13.1", ("3.10", "3.11"), f"{CHECKOUT}; declares numpy<2, installed without its dependencies here"),
     Megatron("0.14.0", ("3.10", "3.13"), f"{CHECKOUT}; declares numpy<2, installed without its dependencies here"),
     Megatron("0.15.3", ("3.10", "3.13"), f"{CHECKOUT}; declares numpy<2, installed without its dependencies here"),

@@ -86,10 +86,10 @@ GROUPS = {
     ),
 }
 TOLERANCE = 1e-5
-if tuple(int(part) for part in version("megatron-core").split(".")[:2]) < (0, 14):
+if tuple(int(part) for part in version("megatron-core").split(".")[:2]) < (0, 15):
     del GROUPS[
         "sliding window"
-    ]  # without context parallelism Megatron's own local attention refuses windows before 0.14
+    ]  # without context parallelism Megatron's own local attention refuses windows before 0.15
 
 
 def name_of(group, case):
