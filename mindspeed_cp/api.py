@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Literal
 
 import torch
 
@@ -18,6 +19,7 @@ from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions
 from mindspeed_cp.layout import SequenceLayout, run_positions
 from mindspeed_cp.masks import dense_mask, interval_masks
 from mindspeed_cp.softmax import merge_function
+from mindspeed_cp.staircases import IntervalMask
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -97,13 +99,15 @@ def context_parallel_attention(
     tensors = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
     order = None if layout.ulysses_degree > 1 else _ascending(layout, groups.cp_rank, query.device)
     if order is None:
-        return ContextParallelAttention.apply(*tensors, softmax_offset, call)
+        out: torch.Tensor = ContextParallelAttention.apply(*tensors, softmax_offset, call)
+        return out
     ascending = order.argsort()
-    return ContextParallelAttention.apply(*(tensor[ascending] for tensor in tensors), softmax_offset, call)[order]
+    out = ContextParallelAttention.apply(*(tensor[ascending] for tensor in tensors), softmax_offset, call)
+    return out[order]
 
 
 @lru_cache(maxsize=256)
-def _ascending(layout, cp_rank, device):
+def _ascending(layout: SequenceLayout, cp_rank: int, device: torch.device) -> torch.Tensor | None:
     """(seq_local,) the place of each of this rank's tokens among them in ascending order; None where they ascend.
 
     Blocks are planned over ascending positions. With a Ulysses group the exchange puts the rows in order.
@@ -112,7 +116,12 @@ def _ascending(layout, cp_rank, device):
     return None if len(rows) <= 1 else run_positions(rows, device)
 
 
-def _exchange(config, layout, masks, attention_mask):
+def _exchange(
+    config: ContextParallelConfig,
+    layout: SequenceLayout,
+    masks: tuple[IntervalMask, ...],
+    attention_mask: torch.Tensor | None,
+) -> Literal["ring", "direct", "allgather"]:
     """How keys and values travel around the ring: what the configuration says, or for "auto" what sends less."""
     row = config.row.exchange or "ring"
     if config.kv_exchange != "auto" or row != "ring":
@@ -121,10 +130,19 @@ def _exchange(config, layout, masks, attention_mask):
     return "direct" if saves and ring_plan(layout, masks, True, exact=True).direct_sends_less else "ring"
 
 
-def _ulysses_problem(config, groups, layout, query, key, value, cache, kernel):
-    if config.hierarchy[0] == 1:
+def _ulysses_problem(
+    config: ContextParallelConfig,
+    groups: ContextParallelGroups,
+    layout: SequenceLayout,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: KVCache,
+    kernel: AttentionKernel,
+) -> UlyssesProblem | None:
+    if groups.ulysses is None:
         return None
-    unpack = "heads" if getattr(kernel, "contiguous_heads", False) else None
+    unpack: Literal["heads"] | None = "heads" if getattr(kernel, "contiguous_heads", False) else None
     exchange = SequenceExchange(groups.ulysses, layout.ulysses_rows(groups.ring_rank), config.alltoall, unpack)
     return UlyssesProblem(
         exchange,
@@ -137,7 +155,14 @@ def _ulysses_problem(config, groups, layout, query, key, value, cache, kernel):
     )
 
 
-def _check_options(config, query, key, softmax_offset, layer_number, dropout_p):
+def _check_options(
+    config: ContextParallelConfig,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    softmax_offset: torch.Tensor | None,
+    layer_number: int,
+    dropout_p: float,
+) -> None:
     if config.allgather_kv and key.shape[2] != 1:
         raise ValueError(
             f"--use-ulysses-allgather-kv needs one KV head on each rank, not {key.shape[2]}; leave it out."
@@ -155,7 +180,7 @@ def _check_options(config, query, key, softmax_offset, layer_number, dropout_p):
         raise ValueError(f"dropout_p {dropout_p} must lie between 0 and 1.")
 
 
-def _check_same_hierarchy(config, groups, layout):
+def _check_same_hierarchy(config: ContextParallelConfig, groups: ContextParallelGroups, layout: SequenceLayout) -> None:
     wanted = (config.hierarchy[0], config.ring_size)
     if (layout.ulysses_degree, layout.ring_size) != wanted or groups.hierarchy != config.hierarchy:
         raise ValueError(
@@ -165,7 +190,13 @@ def _check_same_hierarchy(config, groups, layout):
         )
 
 
-def _check_tensors(query, key, value, groups, layout):
+def _check_tensors(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    groups: ContextParallelGroups,
+    layout: SequenceLayout,
+) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)} and must be (seq_local, batch, heads, head_dim).")

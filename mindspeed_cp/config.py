@@ -104,7 +104,7 @@ class ContextParallelConfig:
         """The algorithm's row of the table."""
         return ALGORITHMS[self.algorithm]
 
-    def _check_degree(self):
+    def _check_degree(self) -> None:
         cp, degree, name = self.context_parallel_size, self.ulysses_degree, self.algorithm
         if not self.row.takes_degree:
             return
@@ -121,6 +121,7 @@ class ContextParallelConfig:
             degree is not None,
             f"--ulysses-degree-in-cp is not given, and --context-parallel-algo {name} needs it; {way_out}.",
         )
+        assert degree is not None
         _require(
             isinstance(degree, int) and 1 < degree < cp,
             f"--ulysses-degree-in-cp {degree} must lie between 1 and --context-parallel-size {cp}, both excluded; "
@@ -130,7 +131,7 @@ class ContextParallelConfig:
             cp % degree == 0, f"--ulysses-degree-in-cp {degree} must divide --context-parallel-size {cp}; {way_out}."
         )
 
-    def _check_window(self):
+    def _check_window(self) -> None:
         window = self.window_size
         _require(
             isinstance(window, int) and window >= 1,
@@ -138,14 +139,14 @@ class ContextParallelConfig:
         )
         if window == 1 or not self.row.takes_window:
             return
-        ring = self.context_parallel_size // (self.ulysses_degree if self.row.takes_degree else 1)
+        ring = self.context_parallel_size // (self.ulysses_degree or 1 if self.row.takes_degree else 1)
         _require(
             window < ring and ring % window == 0,
             f"--cp-window-size {window} must be smaller than the ring size {ring} and divide it; "
             f"choose {_divisors(ring, 1, max(ring - 1, 1))}.",
         )
 
-    def _check_kv_cache(self):
+    def _check_kv_cache(self) -> None:
         policy, interval = self.kv_cache_policy, self.kv_cache_interval
         _require(
             policy in KV_CACHE_POLICIES,
@@ -166,7 +167,7 @@ class ContextParallelConfig:
             "add --context-parallel-kv-cache-policy full or half.",
         )
 
-    def _check_exchange(self):
+    def _check_exchange(self) -> None:
         _require(
             self.kv_exchange in KV_EXCHANGES,
             f"--cp-kv-exchange {self.kv_exchange} is not known; choose one of {', '.join(KV_EXCHANGES)}.",
@@ -313,7 +314,7 @@ def resolve(config: ContextParallelConfig, setup: TrainingSetup) -> TrainingSetu
     return dataclasses.replace(setup, notices=setup.notices + tuple(notices))
 
 
-def _fall_back_to_aligned(config, setup, notices):
+def _fall_back_to_aligned(config: ContextParallelConfig, setup: TrainingSetup, notices: list[str]) -> TrainingSetup:
     """Unaligned Ulysses with a KV cache policy or legacy models becomes aligned Ulysses, said aloud."""
     if not setup.unaligned or config.context_parallel_size == 1 or config.row.any_length:
         return setup
@@ -339,7 +340,7 @@ def _fall_back_to_aligned(config, setup, notices):
     return dataclasses.replace(setup, gather_size_calculator="default")
 
 
-def _check_world(config, setup):
+def _check_world(config: ContextParallelConfig, setup: TrainingSetup) -> None:
     if setup.world_size is None:
         return
     model = setup.tensor_parallel_size * setup.pipeline_parallel_size * config.context_parallel_size
@@ -351,7 +352,7 @@ def _check_world(config, setup):
     )
 
 
-def _check_heads(config, setup, asked):
+def _check_heads(config: ContextParallelConfig, setup: TrainingSetup, asked: TrainingSetup) -> None:
     """asked: the setup before the fallbacks, so that no message offers what was given and could not be used."""
     heads, groups, tp = setup.num_attention_heads, setup.num_query_groups, setup.tensor_parallel_size
     degree = config.hierarchy[0]
@@ -383,7 +384,7 @@ def _check_heads(config, setup, asked):
         )
 
 
-def _degrees_for(config, heads):
+def _degrees_for(config: ContextParallelConfig, heads: int) -> tuple[str, str]:
     """(flag of the Ulysses degree, as text the degrees that split so many heads and that other rules allow)."""
     cp = config.context_parallel_size
     if config.row.takes_degree:
@@ -391,7 +392,7 @@ def _degrees_for(config, heads):
     return "--context-parallel-size", _divisors(heads, 1, cp)
 
 
-def _check_length(config, setup):
+def _check_length(config: ContextParallelConfig, setup: TrainingSetup) -> None:
     length, cp, tp = setup.seq_length, config.context_parallel_size, setup.tensor_parallel_size
     if length is None or cp == 1:
         return

@@ -4,17 +4,20 @@ Within a context-parallel group, cp_rank = ring_rank * ulysses_degree + ulysses_
 (their all-to-all wants the fastest links), ring ranks are strided.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from mindspeed_cp.agreement import agree, settings_of
+from mindspeed_cp.algorithms import Hierarchy
 from mindspeed_cp.comm.host_memory import SMALLEST_MESSAGE, HostMemory
 from mindspeed_cp.comm.link import Link, within
 from mindspeed_cp.comm.workspace import Workspace
 from mindspeed_cp.config import ContextParallelConfig
+
+Ranks = list[list[int]]  # global ranks of every context-parallel group
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +35,7 @@ class ContextParallelGroups:
         made: the process groups that ``build`` made, and ``destroy`` destroys.
     """
 
-    hierarchy: tuple[int, int, int]
+    hierarchy: Hierarchy
     cp_rank: int
     global_ranks: tuple[int, ...]
     cp: Link | None = None
@@ -149,7 +152,9 @@ class ContextParallelGroups:
         self.workspace.clear()
 
 
-def _make(all_ranks, hierarchy, timeout, existing) -> dict[str, dist.ProcessGroup]:
+def _make(
+    all_ranks: Ranks, hierarchy: Hierarchy, timeout: timedelta | None, existing: Sequence[str]
+) -> dict[str, dist.ProcessGroup]:
     """This rank's process groups by name, without the existing ones; all ranks make all of them, in one order."""
     ulysses, _, windows = hierarchy
     made = {}
@@ -161,7 +166,7 @@ def _make(all_ranks, hierarchy, timeout, existing) -> dict[str, dist.ProcessGrou
     return made
 
 
-def _parts(all_ranks, ulysses, windows):
+def _parts(all_ranks: Ranks, ulysses: int, windows: int) -> Iterator[tuple[str, Sequence[int]]]:
     """(name, global ranks) of every process group, in the order in which all ranks make them."""
     for ranks in all_ranks:
         yield "cp", ranks
@@ -175,7 +180,7 @@ def _parts(all_ranks, ulysses, windows):
                 yield "outer", ranks[first::ulysses]
 
 
-def _agreed_ranks(config, cp_ranks):
+def _agreed_ranks(config: ContextParallelConfig, cp_ranks: Sequence[Sequence[int]] | None) -> Ranks:
     """The checked ranks of all groups, once all ranks of the world have been found to ask for the same."""
     try:
         all_ranks = _checked_ranks(config.context_parallel_size, cp_ranks)
@@ -186,7 +191,7 @@ def _agreed_ranks(config, cp_ranks):
     return all_ranks
 
 
-def _checked_ranks(cp, cp_ranks):
+def _checked_ranks(cp: int, cp_ranks: Sequence[Sequence[int]] | None) -> Ranks:
     if not dist.is_initialized():
         raise ValueError(
             f"--context-parallel-size {cp} needs torch.distributed; call init_process_group first "

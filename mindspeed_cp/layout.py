@@ -17,7 +17,7 @@ Runs are half-open intervals (start, stop) of global positions; rows are places 
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -40,11 +40,11 @@ def split_sizes(length: int, parts: int) -> list[int]:
     return [base + (part < extra) for part in range(parts)]
 
 
-def _offsets(sizes) -> list[int]:
+def _offsets(sizes: Iterable[int]) -> list[int]:
     return [0, *accumulate(sizes)]
 
 
-def join_runs(runs) -> Runs:
+def join_runs(runs: Iterable[tuple[int, int]]) -> Runs:
     """Merge runs of which one begins where the one before it ends, drop empty ones; the order stays."""
     joined: list[tuple[int, int]] = []
     for low, high in runs:
@@ -57,7 +57,7 @@ def join_runs(runs) -> Runs:
     return tuple(joined)
 
 
-def run_positions(runs: Runs, device=None) -> torch.Tensor:
+def run_positions(runs: Runs, device: torch.device | str | None = None) -> torch.Tensor:
     """LongTensor of the positions in ``runs``, in their order."""
     pieces = [torch.arange(start, stop, device=device) for start, stop in runs]
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long, device=device)
@@ -152,13 +152,13 @@ class SequenceLayout:
         return self.cp_size // self.ulysses_degree
 
     @cached_property
-    def _hash(self):
+    def _hash(self) -> int:
         return hash((self.all_runs, self.ulysses_degree))
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return self._hash
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         if self is other:
             return True
         return isinstance(other, SequenceLayout) and (self._hash, self.ulysses_degree, self.all_runs) == (
@@ -216,7 +216,7 @@ class SequenceLayout:
         """Whether all ranks hold equally many tokens."""
         return len(set(map(_length, self.all_runs))) == 1
 
-    def positions(self, cp_rank: int, device=None) -> torch.Tensor:
+    def positions(self, cp_rank: int, device: torch.device | str | None = None) -> torch.Tensor:
         """LongTensor of the global positions that ``cp_rank`` holds, in the order in which it holds them."""
         return run_positions(self.runs(cp_rank), device)
 
@@ -253,7 +253,7 @@ def _rows_of(runs: Runs, held: Runs) -> Runs:
     """Where the positions of ``runs`` lie among the ascending runs ``held``, which contain them, as rows."""
     starts, before = [start for start, _ in held], _offsets(stop - start for start, stop in held)
 
-    def rows():
+    def rows() -> Iterator[tuple[int, int]]:
         for low, high in runs:
             index = bisect_right(starts, low) - 1
             row = before[index] + low - starts[index]

@@ -11,17 +11,19 @@ import os
 import shutil
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from mindspeed_cp import compat
+from mindspeed_cp.config import ContextParallelConfig, TrainingSetup
 from mindspeed_cp.kernels import npu_setup
 from mindspeed_cp.notices import ContextParallelWarning, is_rank0, warn_rank0
 from mindspeed_cp.patches.versions import DEFAULT, MEGATRONS
 
 if TYPE_CHECKING:
-    from mindspeed_cp.patches.manager import Patch, PatchManager
+    from mindspeed_cp.patches.manager import Patch, PatchManager, PatchRow
     from mindspeed_cp.patches.state import AdaptorState
 
 TRIED_VERSIONS = tuple(row.version for row in MEGATRONS)
@@ -42,7 +44,7 @@ _manager: "PatchManager"
 _tables: "dict[str, list[Patch]]"  # name -> patches, in the order of application
 
 
-def _require_megatron():
+def _require_megatron() -> None:
     try:
         found = importlib.util.find_spec("megatron.core")
     except ModuleNotFoundError:
@@ -54,14 +56,15 @@ def _require_megatron():
         )
 
 
-def megatron_version():
+def megatron_version() -> str:
     """Version of the megatron.core that is imported, "unknown" when it does not say."""
     from megatron.core import package_info
 
-    return getattr(package_info, "__version__", "unknown").split("rc")[0]
+    version: str = getattr(package_info, "__version__", "unknown")
+    return version.split("rc")[0]
 
 
-def _why_no_stand_in():
+def _why_no_stand_in() -> str:
     """Why no CPU stand-in for CUDA is needed; "" when it is."""
     choice = os.environ.get(DEVICE_VARIABLE, "")
     if choice not in ("", "cpu"):
@@ -75,18 +78,18 @@ def _why_no_stand_in():
     return f"{accelerator} is there ({DEVICE_VARIABLE}=cpu switches the stand-in on)" if accelerator else ""
 
 
-def _accelerator():
+def _accelerator() -> Literal["CUDA", "NPU", ""]:
     """ "CUDA", "NPU" or "", whatever torch was built for: transfer_to_npu makes torch.cuda answer for the NPU."""
     if TRANSFER not in sys.modules and torch.cuda.is_available():
         return "CUDA"
     return "NPU" if _npu_is_available() else ""
 
 
-def _npu_is_available():
+def _npu_is_available() -> bool:
     return importlib.util.find_spec("torch_npu") is not None and not npu_setup.unavailable()
 
 
-def _prepare_device():
+def _prepare_device() -> None:
     """Before Megatron is imported: switch the process to NPUs where torch_npu works; where it is installed and does
     not work, say why.
     """
@@ -104,7 +107,7 @@ def _prepare_device():
         )
 
 
-def _announce(config):
+def _announce(config: ContextParallelConfig) -> None:
     """Rank 0 says what is on, so that nobody has to wonder."""
     if is_rank0():
         from mindspeed_cp.kernels import KERNELS
@@ -115,18 +118,18 @@ def _announce(config):
         print(f"Context parallelism: {config.describe()}, kernel {kernel}, {_num_cp_patches()} patches", flush=True)
 
 
-def _device_type():
+def _device_type() -> Literal["cpu", "cuda", "npu"]:
     if not _why_no_stand_in():
         return "cpu"
     return "cuda" if _accelerator() == "CUDA" else "npu"
 
 
-def _num_cp_patches():
+def _num_cp_patches() -> int:
     stand_in = {patch.target for table in ("device", "npu", "libraries", "checkout device") for patch in _tables[table]}
     return sum(row.applied and row.target not in stand_in for row in _manager.report())
 
 
-def _tables_of_patches():
+def _tables_of_patches() -> "dict[str, list[Patch]]":
     """table name -> patches, in the order of application: Megatron is imported on top of the device stand-in."""
     from mindspeed_cp.patches.core import core_patches
     from mindspeed_cp.patches.device import device_patches
@@ -147,7 +150,7 @@ def _tables_of_patches():
     }
 
 
-def _warn_of_version():
+def _warn_of_version() -> None:
     version = megatron_version()
     if version not in TRIED_VERSIONS and is_rank0():
         warnings.warn(
@@ -158,7 +161,7 @@ def _warn_of_version():
         )
 
 
-def _warn_of_late_import():
+def _warn_of_late_import() -> None:
     first = [name for name in MODEL_CODE if name in _modules_before]
     if not first:
         return
@@ -176,7 +179,7 @@ def _warn_of_late_import():
     )
 
 
-def apply():
+def apply() -> None:
     """Apply every patch, all or none; a second call changes nothing.
 
     Raises:
@@ -190,7 +193,7 @@ def apply():
     _warn_of_version()
 
 
-def undo():
+def undo() -> None:
     """Restore every attribute of Megatron and torch to the object it was, and forget the configuration."""
     _state.forget_batches()
     compat.uninstall()
@@ -198,12 +201,20 @@ def undo():
     _state.reset()
 
 
-def report():
+def report() -> "list[PatchRow]":
     """One row (target, reason, status) per patch."""
-    return _manager.report()
+    rows: list[PatchRow] = _manager.report()
+    return rows
 
 
-def configure(config, *, setup=None, kernel=None, documents_from_position_ids=False, end_of_document=None):
+def configure(
+    config: ContextParallelConfig,
+    *,
+    setup: TrainingSetup | None = None,
+    kernel: str | None = None,
+    documents_from_position_ids: bool = False,
+    end_of_document: int | Callable[[], int] | None = None,
+) -> TrainingSetup | None:
     """Set the configuration for scripts without Megatron's flags; call it before initialize_model_parallel.
 
     Args:
@@ -234,7 +245,7 @@ def configure(config, *, setup=None, kernel=None, documents_from_position_ids=Fa
     return setup
 
 
-def configure_from(settings):
+def configure_from(settings: Any) -> ContextParallelConfig | None:
     """Set the configuration from a framework's own settings; MindSpeed calls this ``repatch``.
 
     May be called again with other settings before the process groups exist; each call replaces the one before. No
@@ -261,7 +272,7 @@ def configure_from(settings):
 repatch = configure_from
 
 
-def compare_on_all_ranks(args, *, program=""):
+def compare_on_all_ranks(args: Any, *, program: str = "") -> None:
     """Let initialize_model_parallel stop all ranks unless their ``args`` agree in what shapes model and training.
 
     The configuration and the versions are compared in any case. Call it before initialize_model_parallel.
@@ -276,7 +287,7 @@ def compare_on_all_ranks(args, *, program=""):
     _state.compared, _state.program = compared_arguments(args), program
 
 
-def state():
+def state() -> "AdaptorState":
     """The AdaptorState in use: config, setup, groups, layout(seq_len)."""
     return _state
 
@@ -290,7 +301,7 @@ def _table(*, everything: bool, width: int) -> str:
     return patch_table(head, groups, everything=everything, width=width)
 
 
-def _print_table():
+def _print_table() -> None:
     """The command line: what is patched, without the notices of Megatron about libraries that it does not find."""
     parser = argparse.ArgumentParser(
         prog="python -m mindspeed_cp.megatron_adaptor", description="Show what importing this module patches."
@@ -303,7 +314,7 @@ def _print_table():
     print(megatron_adaptor._table(everything=everything, width=shutil.get_terminal_size((110, 40)).columns))
 
 
-def _build():
+def _build() -> None:
     from mindspeed_cp.patches.manager import PatchManager
     from mindspeed_cp.patches.state import AdaptorState
 

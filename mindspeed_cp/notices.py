@@ -10,14 +10,14 @@ class ContextParallelWarning(UserWarning):
     """A fallback or an ignored setting; filter this class to act on it."""
 
 
-def is_rank0():
+def is_rank0() -> bool:
     """True on global rank 0, also before the process group exists (torchrun's RANK), and in a single process."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def warn_rank0(message):
+def warn_rank0(message: str) -> None:
     """Issue ``message`` as a ContextParallelWarning on rank 0 only; Python's warning filter says it once per text."""
     if is_rank0():
         warnings.warn(message, ContextParallelWarning, stacklevel=3)

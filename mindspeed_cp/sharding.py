@@ -86,12 +86,15 @@ def gather_sequence(
             f"the tensor has {tensor.size(dim)} entries on dimension {dim}, and the layout gives rank {groups.cp_rank} "
             f"{expected} tokens; pass this rank's part."
         )
-    return _GatherSequence.apply(tensor, groups, layout, dim % tensor.dim())
+    whole: torch.Tensor = _GatherSequence.apply(tensor, groups, layout, dim % tensor.dim())
+    return whole
 
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor, groups, layout, dim):
+    def forward(
+        ctx: Any, tensor: torch.Tensor, groups: ContextParallelGroups, layout: SequenceLayout, dim: int
+    ) -> torch.Tensor:
         ctx.groups, ctx.layout, ctx.dim = groups, layout, dim
         rows = tensor.movedim(dim, 0)
         if groups.cp is None:
@@ -101,5 +104,5 @@ class _GatherSequence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return ctx.layout.shard(grad_out, ctx.groups.cp_rank, ctx.dim).contiguous(), None, None, None

@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from mindspeed_cp.patches.records import Documents, one_row_if_shared
@@ -132,7 +133,7 @@ class MaskCache:
     """
 
     def __init__(self) -> None:
-        self._entries = {}  # memory of the mask -> (weak reference to the tensor that owns it, facts)
+        self._entries: dict[Any, Any] = {}  # memory of the mask -> (weak reference to the tensor that owns it, facts)
 
     def facts(self, mask: torch.Tensor, as_bool) -> MaskFacts:
         """What ``mask`` is; ``as_bool`` is () -> the same mask as bool (batch, 1, seq, seq)."""

@@ -31,7 +31,7 @@ class Handed:
         Raises:
             ValueError: the ends do not ascend to the end of the batch.
         """
-        if not self.waiting:
+        if not self.waiting or self.ends is None:
             return None
         self.waiting = False
         given = self.ends.flatten().tolist() if isinstance(self.ends, torch.Tensor) else list(self.ends)

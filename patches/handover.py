@@ -7,6 +7,7 @@ what the first one computed, so nobody waits for what is not there.
 """
 
 import json
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +22,7 @@ class HandOver:
 
     def __init__(self, state) -> None:
         self._state, self._epoch = state, 0
-        self._passes = WeakKeyDictionary()  # model -> how many forward passes it has seen
+        self._passes: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # model -> forward passes it has seen
 
     def __call__(self, model, record: MicroBatch | None, values) -> MicroBatch | None:
         """The record with which ``model`` runs its next forward pass; ``values`` are its arguments.

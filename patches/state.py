@@ -78,7 +78,7 @@ class AdaptorState:
         end_of_document: int | Callable[[], int] | None = None,
     ) -> None:
         """Set the configuration; raises ValueError when groups of another configuration are in use."""
-        if self.groups is not None and self.groups.hierarchy != config.hierarchy:
+        if self.config is not None and self.groups is not None and self.groups.hierarchy != config.hierarchy:
             raise ValueError(
                 f"the process groups were built for {self.config.describe()}, and {config.describe()} needs others; "
                 "configure before initialize_model_parallel, or call destroy_model_parallel first."
@@ -149,7 +149,7 @@ class AdaptorState:
             ValueError: aligned Ulysses cannot split this length, a rank would get no token, or the layout goes by
                 documents and the rows of the batch differ in theirs.
         """
-        if self.groups is None:
+        if self.groups is None or self.config is None:
             return _layout(SINGLE, seq_len, None)
         config, shared = self.config, None
         unaligned = self.setup is not None and self.setup.unaligned
@@ -268,6 +268,7 @@ class AdaptorState:
         if self.groups is None:
             return tensor
         values = of.values() if isinstance(of, Mapping) else (tensor if of is None else of,)
+        record: MicroBatch | None
         if getattr(of, "qkv_format", None) == "thd":
             record = packed_batch(self, of, tensor.size(dim))
         else:

@@ -19,6 +19,9 @@ Adding a kernel, in ten lines:
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from types import ModuleType
+
+from mindspeed_cp.kernels.base import AttentionKernel
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class KernelRow:
     module: str
     automatic: bool = True
 
-    def load(self):
+    def load(self) -> ModuleType:
         return import_module(self.module)
 
 
@@ -49,7 +52,7 @@ KERNELS = {
 
 
 @cache
-def select_kernel(name=None, device_type="cpu"):
+def select_kernel(name: str | None = None, device_type: str = "cpu") -> AttentionKernel:
     """The kernel called ``name``, or the automatic one of ``device_type``; never a silent substitute.
 
     Raises:
@@ -72,7 +75,8 @@ def select_kernel(name=None, device_type="cpu"):
             "leave --cp-kernel out to choose by device."
         )
     module = row.load()
-    reason = module.unavailable()
+    reason: str = module.unavailable()
     if reason:
         raise ValueError(f"--cp-kernel {name} cannot be used here: {reason}")
-    return module.build()
+    built: AttentionKernel = module.build()
+    return built

@@ -77,12 +77,15 @@ def operator_calls(
             q_offsets, k_offsets = (
                 offsets[first : first + MAX_PIECES + 1] for offsets in (block.q_offsets, block.k_offsets)
             )
-            lengths = (tuple(b - a for a, b in zip(offsets, offsets[1:])) for offsets in (q_offsets, k_offsets))
+            q_lengths, k_lengths = (
+                tuple(b - a for a, b in zip(offsets, offsets[1:])) for offsets in (q_offsets, k_offsets)
+            )
             yield Call(
                 slice(q_offsets[0] - q0, q_offsets[-1] - q0),
                 slice(k_offsets[0] - k0, k_offsets[-1] - k0),
                 slice(start, min(start + per_call, query.shape[1])),
-                *lengths,
+                q_lengths,
+                k_lengths,
                 arguments,
             )
 
