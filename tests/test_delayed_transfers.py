@@ -1,0 +1,131 @@
+"""Every algorithm on a process group whose sends read late and whose receives write early gives the bits of gloo's."""
+
+import socket
+from dataclasses import replace
+
+import cases
+import delayed_transfers
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Case, attend_many
+from distributed import RankFailure, run_ranks
+
+pytestmark = pytest.mark.cpu_only
+
+RING = dict(context_parallel_size=4, algorithm="megatron_cp_algo")
+ULYSSES = dict(context_parallel_size=4, algorithm="ulysses_cp_algo")
+HYBRID = dict(context_parallel_size=4, algorithm="hybrid_cp_algo", ulysses_degree=2)
+PACKED = (0, 5, 6, 17, 24)
+CONFIGS = (
+    *({**RING, "kv_cache_policy": policy} for policy in (None, "full", "half")),
+    {**RING, "send_recv_overlap": True},
+    {**RING, "attention_mask_type": "full"},
+    *({**RING, "kv_exchange": "direct", "kv_cache_policy": policy} for policy in (None, "full", "half")),
+    *({**RING, "window_size": 2, "kv_cache_policy": policy} for policy in (None, "full", "half")),
+    {**RING, "window_size": 2, "attention_mask_type": "full"},
+    *({**ULYSSES, "kv_cache_policy": policy} for policy in (None, "full", "half")),
+    {**ULYSSES, "alltoall": False},
+    *({**HYBRID, "kv_cache_policy": policy} for policy in (None, "full", "half")),
+    {**HYBRID, "kv_exchange": "direct"},
+    dict(context_parallel_size=4, algorithm="kvallgather_cp_algo"),
+)
+FLOAT32 = dict(dtype="float32", share_from=None)
+
+
+def problems():
+    for config in CONFIGS:
+        yield Case(config, **FLOAT32)
+    for config in (RING, {**RING, "kv_exchange": "direct"}, ULYSSES, HYBRID):
+        yield Case(config, cu_seqlens=PACKED, kv_heads=2, **FLOAT32)
+    yield Case({**RING, "window_size": 2}, window=(7, 0), **FLOAT32)
+    yield Case(RING, seq_len=23, dtype="bfloat16", share_from=None)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def on_delayed_group(rank, world_size, port, function, *arguments):
+    """``function(rank, *arguments)`` with the delayed group as the world."""
+    dist.destroy_process_group()
+    cases._setups.clear()
+    delayed_transfers.register()
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
+    dist.init_process_group("delayed", store=store, rank=rank, world_size=world_size)
+    try:
+        return function(rank, *arguments)
+    finally:
+        delayed_transfers.finish(store, world_size)
+
+
+def run_delayed(world_size, function, *arguments):
+    return run_ranks(
+        world_size, on_delayed_group, world_size, free_port(), function, *arguments, fresh=True, timeout=240
+    )
+
+
+def test_every_algorithm_exchange_and_policy_is_bitwise_the_same():
+    every = list(problems())
+    delayed, plain = run_delayed(4, attend_many, every), run_ranks(4, attend_many, every)
+    wrong = [
+        (str(case), rank, name)
+        for index, case in enumerate(every)
+        for rank in range(4)
+        for name in plain[rank][index]
+        if not torch.equal(delayed[rank][index][name], plain[rank][index][name])
+    ]
+    assert not wrong
+
+
+def test_odd_sizes_and_two_layers_are_bitwise_the_same():
+    every = [
+        replace(case.with_config(context_parallel_size=3), heads=6, kv_heads=3)
+        for case in (
+            Case(RING, **FLOAT32),
+            Case({**RING, "kv_exchange": "direct"}, **FLOAT32),
+            Case(ULYSSES, **FLOAT32),
+        )
+    ] * 2
+    for a, b in zip(run_delayed(3, attend_many, every), run_ranks(3, attend_many, every)):
+        for got, wanted in zip(a, b):
+            assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def reuse(rank, wrong):
+    """Send a buffer round the ring of two; ``wrong`` writes it, or reads the receiving one, before the wait."""
+    sent, received = torch.full((4,), 1.0 + rank), torch.zeros(4)
+    works = dist.batch_isend_irecv([dist.P2POp(dist.irecv, received, 1 - rank), dist.P2POp(dist.isend, sent, 1 - rank)])
+    seen = received.clone() if wrong == "early read" else None
+    if wrong == "write while sending":
+        sent += 10
+    for work in works:
+        work.wait()
+    if wrong == "":
+        sent += 10
+    return received.tolist(), None if seen is None else bool(seen.isnan().all())
+
+
+def test_a_wrong_reuse_of_a_buffer_is_caught():
+    assert [result[0] for result in run_delayed(2, reuse, "")] == [[2.0] * 4, [1.0] * 4]
+    assert [result[0] for result in run_delayed(2, reuse, "write while sending")] == [[12.0] * 4, [11.0] * 4]
+    assert all(result[1] for result in run_delayed(2, reuse, "early read"))
+
+
+def duplicates(rank):
+    tensors = torch.zeros(2, 4)
+    dist.batch_isend_irecv([dist.P2POp(dist.isend, tensor, 1 - rank) for tensor in tensors])
+
+
+def reduction(rank):
+    dist.all_reduce(torch.zeros(1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "function, message", [(duplicates, "two tasks"), (reduction, "at::kDouble")], ids=["batch", "float64"]
+)
+def test_it_refuses_what_hccl_refuses(function, message):
+    with pytest.raises(RankFailure, match=message):
+        run_delayed(2, function)
