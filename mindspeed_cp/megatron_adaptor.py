@@ -133,7 +133,7 @@ def _tables_of_patches() -> "dict[str, list[Patch]]":
     """table name -> patches, in the order of application: Megatron is imported on top of the device stand-in."""
     from mindspeed_cp.patches.core import core_patches
     from mindspeed_cp.patches.device import device_patches
-    from mindspeed_cp.patches.npu import npu_patches
+    from mindspeed_cp.patches.npu import npu_checkout_patches, npu_patches
     from mindspeed_cp.patches.training import training_patches
     from mindspeed_cp.patches.training_device import checkout_device_patches, checkout_patches, library_patches
 
@@ -145,7 +145,11 @@ def _tables_of_patches() -> "dict[str, list[Patch]]":
         "npu": npu_patches(lambda: why_no_npu),
         "core": core_patches(_state, _announce),
         "libraries": library_patches(),
-        "checkout device": [*checkout_patches(), *checkout_device_patches(lambda: why)],
+        "checkout device": [
+            *checkout_patches(),
+            *checkout_device_patches(lambda: why),
+            *npu_checkout_patches(lambda: why_no_npu),
+        ],
         "training": training_patches(_state),
     }
 

@@ -13,7 +13,7 @@ from functools import wraps
 from importlib import import_module
 
 import torch
-from mindspeed_cp.patches import device
+from mindspeed_cp.patches import device, training_device
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.training import without_checkout
 
@@ -39,9 +39,18 @@ def prepare_npu():
 
 def npu_patches(when):
     """The table; ``when`` is () -> "" on an NPU that is in use, else why nothing here is needed."""
+    return _table(when, (*_torch_rows(), *_core_rows()))
+
+
+def npu_checkout_patches(when):
+    """What a Megatron-LM checkout needs besides; it can be imported once ``training_device.library_patches`` are on."""
+    return _table(when, _checkout_rows())
+
+
+def _table(when, rows):
     return [
         Patch(target, build, f"{releases}: {reason}", _when(when, target, extra), inherited=target in INHERITED)
-        for target, build, releases, reason, extra in (*_torch_rows(), *_megatron_rows())
+        for target, build, releases, reason, extra in rows
     ]
 
 
@@ -108,7 +117,7 @@ def _torch_rows():
         )
 
 
-def _megatron_rows():
+def _core_rows():
     yield (
         "megatron.core.fp8_utils.quantize_param_shard",
         device._accept_no_parameters,
@@ -123,6 +132,17 @@ def _megatron_rows():
         "every release",
         "it refuses sequence parallelism, with which torch's norms work once their parameters are marked",
         None,
+    )
+
+
+def _checkout_rows():
+    yield (
+        "megatron.core.datasets.utils.compile_helpers",
+        training_device._compile_if_missing,
+        "every release",
+        "Megatron's Makefile compiles for the first python3 of the PATH, each time; this compiles once, for the Python "
+        "that runs",
+        without_checkout,
     )
     yield (
         f"{FUSED_KERNELS}.load",

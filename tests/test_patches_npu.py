@@ -69,7 +69,8 @@ def test_properties_and_capability_answer_as_a_gpu_with_bfloat16():
 
 
 def test_every_row_says_which_releases_need_it_and_nothing_is_applied_elsewhere():
-    manager = PatchManager(npu.npu_patches(lambda: "no NPU is in use"))
+    tables = npu.npu_patches, npu.npu_checkout_patches
+    manager = PatchManager(patch for table in tables for patch in table(lambda: "no NPU is in use"))
     before = torch.Tensor.type, torch.compile, torch.distributed.all_reduce
     manager.apply()
     assert {row.status for row in manager.report()} == {"no NPU is in use"}
