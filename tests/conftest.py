@@ -9,7 +9,19 @@ import distributed
 import pairs
 import pytest
 
-LONGEST = ("test_trainer_parity", "test_models", "test_trainer", "test_two_hosts", "test_launch")
+LONGEST = (
+    "test_attention_exact",
+    "test_trainer_parity",
+    "test_models",
+    "test_adaptor",
+    "test_attention_numerics",
+    "test_memory",
+    "test_trainer",
+    "test_two_hosts",
+    "test_docs",
+    "test_launch",
+    "test_failures",
+)
 
 
 def pytest_addoption(parser):

@@ -1,8 +1,8 @@
 """MindFormers' YAML files: the samples of its guide verbatim, precedence, and every error."""
 
 import pytest
+from flags import parse
 from mindspeed_cp.arguments import config_from_args, read_cp_yaml, validate
-from test_arguments import parse
 
 from mindspeed_cp.notices import ContextParallelWarning
 

@@ -3,9 +3,9 @@
 import argparse
 
 import pytest
+from flags import MODEL, make_parser, parse
 from mindspeed_cp.arguments import add_context_parallel_arguments, config_from_args, validate
 from mindspeed_cp.arguments.mindspeed_flags import ACCEPTED_FLAGS
-from test_arguments import MODEL, make_parser, parse
 
 from mindspeed_cp.notices import ContextParallelWarning
 
