@@ -4,6 +4,8 @@
 #   bash scripts/verify_npu.sh [--device npu|cuda|cpu] [--report FILE] [--list]
 # Uses the python of the environment (PYTHON=...), with torch, torch_npu and megatron-core installed; sources CANN's
 # set_env.sh from ASCEND_HOME_PATH's usual places when no one has. Every check runs, whatever the others gave.
+#   RANKS=8                   devices that the training runs use
+#   MEGATRON_LM_PATH=DIR      also run DIR/pretrain_gpt.py
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
@@ -21,6 +23,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THRE
 LOGS=$(mktemp -d)
 ROWS=()
 FAILED=0
+RANKS=${RANKS:-$([[ $DEVICE == cpu ]] && echo 4 || echo 8)}
 
 if [[ $DEVICE == npu && -z ${ASCEND_HOME_PATH:-} ]]; then
   for setup in /usr/local/Ascend/ascend-toolkit/set_env.sh "$HOME/Ascend/ascend-toolkit/set_env.sh"; do
@@ -79,39 +82,8 @@ dry_runs() {
   printf 'all launch scripts resolve\n'
 }
 
-# Twenty steps with and without context parallelism; loss and gradient norm are compared step by step.
-training() {
-  local folder=$LOGS/training name flags ranks=8 common
-  [[ $DEVICE == cpu ]] && ranks=4
-  mkdir -p "$folder"
-  "$PYTHON" scripts/prepare_data.py --output "$folder/topics" || return 1
-  common="--data-path $folder/topics --num-layers 2 --hidden-size 256 --num-attention-heads 16 --seq-length 1024 --train-iters 20
-    --global-batch-size 8 --lr 3e-4 --position-embedding-type rope --use-flash-attn"
-  while read -r name flags; do
-    # shellcheck disable=SC2086  # flags are words
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node $ranks scripts/pretrain_gpt.py $common $flags \
-      --log-file "$folder/$name.jsonl" || return 1
-  done <<EOF
-alone
-ulysses --context-parallel-size $ranks --context-parallel-algo ulysses_cp_algo
-ring --context-parallel-size $ranks --context-parallel-algo megatron_cp_algo --use-cp-send-recv-overlap
-double_ring --context-parallel-size $ranks --context-parallel-algo megatron_cp_algo --cp-window-size 2
-hybrid --context-parallel-size $ranks --context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2
-EOF
-  "$PYTHON" - "$folder" <<'PY'
-import json, pathlib, sys
-runs = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in pathlib.Path(sys.argv[1]).glob("*.jsonl")}
-steps = {name: [record for record in records if "loss" in record] for name, records in runs.items()}
-alone, worst = steps.pop("alone"), 0.0
-assert len(alone) == 20 and all(len(records) == 20 for records in steps.values()), {name: len(r) for name, r in steps.items()}
-for name, records in steps.items():
-    gap = max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(records, alone) for key in ("loss", "grad_norm"))
-    print(f"{name}: largest relative difference of loss and gradient norm {gap:.1e}")
-    worst = max(worst, gap)
-print(f"largest relative difference {worst:.1e}, allowed 1e-3")
-sys.exit(worst > 1e-3)
-PY
-}
+# One row of the report for each: twenty steps a run, loss and gradient norm compared step by step.
+runs() { "$PYTHON" scripts/verify_runs.py "$1" "$LOGS/runs" --ranks "$RANKS" "${@:2}"; }
 
 pytest() { "$PYTHON" -m pytest -q -p no:cacheprovider --device "$DEVICE" "$@"; }
 
@@ -121,13 +93,28 @@ check "kernel choice" pytest tests/test_kernel_select.py
 check "parity of every algorithm" pytest tests/test_kernel_parity.py
 check "parity over all features" pytest tests/test_attention_exact.py
 check "launch scripts, dry run" dry_runs
-check "20 training steps, cp against none" training
+check "training, every algorithm" runs algorithms
+check "training, KV cache policies" runs policies
+check "training, sequence parallel, distributed optimizer, recompute, bf16" runs modes
+check "training, packed documents, unaligned" runs batches
+check "checkpoint and resume" runs resume
+if [[ -n ${MEGATRON_LM_PATH:-} ]]; then
+  check "Megatron-LM's own pretrain_gpt.py" runs megatron --checkout "$MEGATRON_LM_PATH"
+fi
+if [[ $DEVICE == cpu ]]; then check "performance" runs performance --tiny; else check "performance" runs performance; fi
 (( LIST )) && exit 0
 
 {
   printf '\n**mindspeed_cp on %s**: %s\n\n' "$DEVICE" "$(versions 2>&1 | tail -n 1)"
   printf '| check | result | time | last line |\n|---|---|---|---|\n'
   printf '%s\n' "${ROWS[@]}"
+  if [[ -f $LOGS/performance.log ]]; then printf '\n'; grep '^|' "$LOGS/performance.log"; fi
+  if (( FAILED )); then
+    printf '\n```\n'
+    "$PYTHON" -m mindspeed_cp.megatron_adaptor 2>&1 | head -n 1
+    { [[ $DEVICE == npu ]] && npu-smi info; } 2>/dev/null | head -n 20
+    printf '```\n'
+  fi
 } | tee "${REPORT:-/dev/null}"
 printf '\nlogs: %s\n' "$LOGS"
 exit $FAILED

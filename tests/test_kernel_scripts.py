@@ -52,7 +52,12 @@ def test_verify_npu_lists_its_checks():
         "parity of every algorithm",
         "parity over all features",
         "launch scripts, dry run",
-        "20 training steps, cp against none",
+        "training, every algorithm",
+        "training, KV cache policies",
+        "training, sequence parallel, distributed optimizer, recompute, bf16",
+        "training, packed documents, unaligned",
+        "checkpoint and resume",
+        "performance",
     ]
 
 
