@@ -83,7 +83,11 @@ dry_runs() {
 }
 
 # One row of the report for each: twenty steps a run, loss and gradient norm compared step by step.
-runs() { "$PYTHON" scripts/verify_runs.py "$1" "$LOGS/runs" --ranks "$RANKS" "${@:2}"; }
+runs() {
+  local size=()
+  [[ $DEVICE == cpu ]] && size=(--tiny)
+  "$PYTHON" scripts/verify_runs.py "$1" "$LOGS/runs" --ranks "$RANKS" "${size[@]}" "${@:2}"
+}
 
 pytest() { "$PYTHON" -m pytest -q -p no:cacheprovider --device "$DEVICE" "$@"; }
 
@@ -101,7 +105,7 @@ check "checkpoint and resume" runs resume
 if [[ -n ${MEGATRON_LM_PATH:-} ]]; then
   check "Megatron-LM's own pretrain_gpt.py" runs megatron --checkout "$MEGATRON_LM_PATH"
 fi
-if [[ $DEVICE == cpu ]]; then check "performance" runs performance --tiny; else check "performance" runs performance; fi
+check "performance" runs performance
 (( LIST )) && exit 0
 
 {

@@ -20,9 +20,10 @@ from pathlib import Path
 SCRIPTS = Path(__file__).resolve().parent
 TOLERANCE = 1e-3  # relative, loss and gradient norm of every step, float32
 TRAINING = (
-    "--num-layers 2 --hidden-size 256 --num-attention-heads 16 --seq-length 1024 --train-iters 20 "
-    "--global-batch-size 8 --lr 3e-4 --position-embedding-type rope --use-flash-attn"
+    "--num-layers 2 --num-attention-heads 16 --train-iters 20 --global-batch-size 8 --lr 3e-4 "
+    "--position-embedding-type rope --use-flash-attn"
 )
+SIZES = {False: "--hidden-size 256 --seq-length 1024", True: "--hidden-size 64 --seq-length 128"}  # by --tiny
 RING, ULYSSES = "--context-parallel-algo megatron_cp_algo", "--context-parallel-algo ulysses_cp_algo"
 HYBRID, GATHER = "--context-parallel-algo hybrid_cp_algo", "--context-parallel-algo kvallgather_cp_algo"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -62,10 +63,14 @@ RUNS = {
     "batches": (
         Run("packed documents, ring", RING, DOCUMENTS),
         Run("packed documents, ulysses", ULYSSES, DOCUMENTS),
-        Run("unaligned", f"{ULYSSES} --gather-size-calculator dynamic", "--seq-length 1021"),
+        Run("unaligned", f"{ULYSSES} --gather-size-calculator dynamic", "--seq-length 125"),
     ),
 }
 LOOSE = {"bf16": 3e-2}  # the order of the blocks rounds differently
+
+
+def training_flags(args):
+    return [*TRAINING.split(), *SIZES[args.tiny].split()]
 
 
 def torchrun(ranks, script, flags, module=False):
@@ -98,7 +103,7 @@ def gap(records, reference):
 def training(args):
     worst, references = 0.0, {}
     for run in RUNS[args.what]:
-        shared = [*TRAINING.split(), *run.shared.split(), "--tensor-model-parallel-size", str(run.tp)]
+        shared = [*training_flags(args), *run.shared.split(), "--tensor-model-parallel-size", str(run.tp)]
         key = run.shared, run.tp
         if key not in references:
             references[key] = train(args.folder, f"without {run.name}", args.ranks, shared)
@@ -111,7 +116,7 @@ def training(args):
 
 def resume(args):
     """Ten steps with a checkpoint, ten more from it, under context parallelism, then without."""
-    flags, save = TRAINING.split(), str(args.folder / "checkpoint")
+    flags, save = training_flags(args), str(args.folder / "checkpoint")
     reference = train(args.folder, "without", args.ranks, flags)
     parallel = [*flags, "--context-parallel-size", str(args.ranks), *RING.split()]
     train(args.folder, "first half", args.ranks, [*parallel, "--save", save, "--exit-interval", "10"])
