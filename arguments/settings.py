@@ -16,6 +16,7 @@ from mindspeed_cp.arguments.flags import add_context_parallel_arguments
 from mindspeed_cp.arguments.yaml_file import KEYS, apply_config_file
 
 from mindspeed_cp.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.notices import warn_rank0
 
 # What the configuration is checked against; None: not known, and not checked.
 MODEL_DEFAULTS = {
@@ -126,6 +127,12 @@ class FrameworkSettings:
             known.cp_given |= apply_config_file(known, known.cp_config, named)
         config, setup = validate(known)
         documents = known.reset_position_ids and known.reset_attention_mask
+        if known.reset_attention_mask and not known.reset_position_ids:
+            warn_rank0(
+                "reset_attention_mask without reset_position_ids: documents end behind end-of-document tokens, and a "
+                "framework's settings name none; for batches without a mask or cu_seqlens set "
+                "megatron_adaptor.state().end_of_document = TOKEN."
+            )
         return Resolved(config, setup, known.cp_kernel, bool(documents))
 
 

@@ -48,6 +48,7 @@ def flags(*given, **more):
         max_position_embeddings=61,
         encoder_seq_length=None,
         decoder_seq_length=None,
+        distributed_backend="gloo",
     )
     for name, value in {**defaults, **more}.items():
         setattr(args, name, value)
@@ -122,6 +123,44 @@ def test_resetting_flags_ask_for_documents_from_position_ids():
     args = flags(*f"{ring} --reset-position-ids --reset-attention-mask".split())
     training._validate(state)(as_megatron_checks)(args)
     assert state.documents_from_position_ids
+
+
+def test_resetting_the_mask_alone_asks_the_tokenizer_for_the_end_of_a_document(monkeypatch):
+    state, tokenizer = AdaptorState(), SimpleNamespace(get_tokenizer=lambda: SimpleNamespace(eod=7))
+    args = flags(*"--context-parallel-size 2 --context-parallel-algo megatron_cp_algo --reset-attention-mask".split())
+    training._validate(state)(as_megatron_checks)(args)
+    assert not state.documents_from_position_ids
+    monkeypatch.setitem(sys.modules, "megatron.training", tokenizer)  # Megatron makes it after the flags
+    assert state.end_of_document() == 7
+
+
+def test_flags_are_as_given_again_when_megatrons_validation_raises():
+    args = flags(*"--context-parallel-size 4 --context-parallel-algo megatron_cp_algo --use-legacy-models".split())
+
+    def fails(args):
+        raise AssertionError("something else")
+
+    with pytest.raises(AssertionError, match="something else"), pytest.warns(UserWarning):
+        training._validate(AdaptorState())(fails)(args)
+    assert (args.seq_length, args.max_position_embeddings, args.use_legacy_models) == (61, 61, True)
+
+
+def test_a_length_that_leaves_ranks_without_tokens_is_refused_before_the_start(capsys):
+    ring = "--context-parallel-size 4 --context-parallel-algo megatron_cp_algo --use-flash-attn"
+    args = flags(*ring.split(), seq_length=3)
+    with pytest.raises(SystemExit):
+        training._validate(AdaptorState())(as_megatron_checks)(args)
+    assert "3 tokens leaves context-parallel rank 3 of 4 without any" in capsys.readouterr().err
+
+
+def test_stages_between_the_first_and_the_last_are_said_to_get_no_mask():
+    ring = "--context-parallel-size 2 --context-parallel-algo megatron_cp_algo --use-flash-attn --reset-attention-mask"
+    for stages, warned in (("2", 0), ("3", 1)):
+        args = flags(*ring.split(), "--pipeline-model-parallel-size", stages, world_size=2 * int(stages))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            training._validate(AdaptorState())(as_megatron_checks)(args)
+        assert sum("more than two pipeline stages" in str(entry.message) for entry in caught) == warned
 
 
 def test_documents_without_a_mask_are_said_to_differ_from_megatrons_own_size_1():
