@@ -106,13 +106,16 @@ def _layout(config, padded):
 
 
 def _check_positions(positions, given, padded, documents):
-    """Position ids count from the start of each document, or of the whole sequence; padding may hold anything."""
+    """Position ids count from the start of each document, or of the whole sequence; padding may hold anything.
+
+    Where the boundaries do not tell padding from tokens, as with verl and ms-swift, padding holds 0: 0 says nothing.
+    """
     places = places_in_documents(positions, padded)
     starts = torch.tensor(sorted(set(padded[:-1])))
     first = torch.searchsorted(starts, positions, right=True) - 1
     ends = torch.tensor(documents)[torch.searchsorted(torch.tensor(documents), starts, right=True)]
     real = positions < ends[first]
-    wrong = (given != places) & (given != positions) & real
+    wrong = (given != places) & (given != positions) & (given != 0) & real
     if wrong.any():
         at = int(wrong.nonzero()[0])
         raise ValueError(

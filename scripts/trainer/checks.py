@@ -125,7 +125,7 @@ def _check_lengths(args, tp):
         f"--context-parallel-size {cp}); use --seq-length {2 * cp} or more, or a smaller --context-parallel-size.",
     )
     require(
-        args.cp_config_resolved.attention_mask_type == "causal" or not args.reset_attention_mask,
+        args.cp_config_resolved.attention_mask_type != "full" or not args.reset_attention_mask,
         "--cp-attention-mask-type full does not go with --reset-attention-mask, whose mask is causal within documents; "
         "leave one of them out.",
     )
