@@ -2,8 +2,17 @@
 
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+
+
+def has(module):
+    """Whether the installed Megatron has this module; nothing is imported for the answer, which takes seconds."""
+    top, *inner = module.split(".")
+    return any(Path(folder, *inner).with_suffix(".py").exists() for folder in find_spec(top).submodule_search_locations)
+
 
 VERSION = tuple(int(part) for part in version("megatron-core").split(".")[:2])
 ULYSSES, RING, HYBRID = "ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"

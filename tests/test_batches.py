@@ -2,11 +2,10 @@
 parallelism.
 """
 
-from importlib.util import find_spec
-
 import pytest
 from batch_runs import ALGORITHMS, compare
 from distributed import run_ranks
+from model_cases import has
 from pipeline_runs import compare as compare_pipelines
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
@@ -36,9 +35,7 @@ def test_every_batch_gives_what_it_gives_without_context_parallelism(ranks, algo
     assert all(difference < 1e-5 for difference in differences), differences
 
 
-@pytest.mark.skipif(
-    not find_spec("megatron.core.ssm.mamba_context_parallel"), reason="Mamba without context parallelism"
-)
+@pytest.mark.skipif(not has("megatron.core.ssm.mamba_context_parallel"), reason="Mamba without context parallelism")
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_state_space_layers_see_the_sequence_in_order_in_every_layout(ranks, algorithm):
     for rank in ranks:
