@@ -120,7 +120,7 @@ def _gpt(args, config, stage):
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     return GPTModel(
         config=config,
-        transformer_layer_spec=_block(config, stage, args.cp_attention_mask_type == "causal"),
+        transformer_layer_spec=_block(config, stage, args.cp_attention_mask_type != "full"),
         vocab_size=(args.vocab_size + multiple - 1) // multiple * multiple,
         max_sequence_length=args.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**where),
