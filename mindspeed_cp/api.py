@@ -113,7 +113,8 @@ def _ascending(layout: SequenceLayout, cp_rank: int, device: torch.device) -> to
     Blocks are planned over ascending positions. With a Ulysses group the exchange puts the rows in order.
     """
     rows = layout.ulysses_rows(cp_rank)[0]
-    return None if len(rows) <= 1 else run_positions(rows, device)
+    with torch.inference_mode(False):  # an index made during inference could not be used in training
+        return None if len(rows) <= 1 else run_positions(rows, device)
 
 
 def _exchange(

@@ -23,7 +23,7 @@ def attend():
     config = ContextParallelConfig()
     groups, layout = ContextParallelGroups.build(config), SequenceLayout.build(config, SEQ)
 
-    def call(query, key, value, **options):
+    def call(query, key, value, layout=layout, **options):
         return context_parallel_attention(query, key, value, config=config, groups=groups, layout=layout, **options)
 
     return call
@@ -69,6 +69,15 @@ def test_buffers_made_during_inference_serve_training(attend):
         attend(*inputs(torch.bfloat16, requires_grad=False), **documents)
     tensors = inputs(torch.bfloat16)
     attend(*tensors, **documents).float().sum().backward()
+    assert all(torch.isfinite(tensor.grad).all() for tensor in tensors)
+
+
+def test_an_order_read_during_inference_serves_training(attend):
+    layout = SequenceLayout.from_runs(ContextParallelConfig(), [[(SEQ - 3, SEQ), (0, SEQ - 3)]])
+    with torch.inference_mode():
+        attend(*inputs(requires_grad=False), layout=layout)
+    tensors = inputs()
+    attend(*tensors, layout=layout).sum().backward()
     assert all(torch.isfinite(tensor.grad).all() for tensor in tensors)
 
 
