@@ -112,19 +112,13 @@ class ContextParallelGroups:
         cp = config.context_parallel_size
         if cp == 1:
             return cls(config.hierarchy, 0, (dist.get_rank() if dist.is_initialized() else 0,))
-        all_ranks = _agreed_ranks(config, cp_ranks)
-        rank = dist.get_rank()
-        (mine,) = (tuple(ranks) for ranks in all_ranks if rank in ranks)
-        if cp_group is not None and tuple(dist.get_process_group_ranks(cp_group)) != mine:
-            raise ValueError(
-                f"cp_group has the global ranks {dist.get_process_group_ranks(cp_group)} and must have {list(mine)}, "
-                f"the context-parallel group of rank {rank}; pass that group, or leave cp_group out."
-            )
+        all_ranks = _agreed_ranks(config, cp_ranks, cp_group)
+        mine = _ranks_of_mine(all_ranks)
         made = _make(all_ranks, config.hierarchy, timeout, () if cp_group is None else ("cp",))
         whole = made.get("cp", cp_group)
         assert whole is not None
         carrier = None if share_from is None else HostMemory.connect(whole, share_from)
-        link = Link(whole, mine.index(rank), mine, carrier=carrier)
+        link = Link(whole, mine.index(dist.get_rank()), mine, carrier=carrier)
         links = {"cp": link}
         if config.hierarchy[0] in (1, cp):
             links["ring" if config.hierarchy[0] == 1 else "ulysses"] = link
@@ -180,15 +174,33 @@ def _parts(all_ranks: Ranks, ulysses: int, windows: int) -> Iterator[tuple[str, 
                 yield "outer", ranks[first::ulysses]
 
 
-def _agreed_ranks(config: ContextParallelConfig, cp_ranks: Sequence[Sequence[int]] | None) -> Ranks:
+def _agreed_ranks(
+    config: ContextParallelConfig, cp_ranks: Sequence[Sequence[int]] | None, cp_group: dist.ProcessGroup | None
+) -> Ranks:
     """The checked ranks of all groups, once all ranks of the world have been found to ask for the same."""
     try:
         all_ranks = _checked_ranks(config.context_parallel_size, cp_ranks)
+        _check_existing(cp_group, _ranks_of_mine(all_ranks))
     except ValueError as error:
         agree({}, refusal=str(error))
         raise
-    agree(settings_of(config) | {"cp_ranks": str(all_ranks)})
+    existing = "not given" if cp_group is None else "given"
+    agree(settings_of(config) | {"cp_ranks": str(all_ranks), "cp_group": existing})
     return all_ranks
+
+
+def _ranks_of_mine(all_ranks: Ranks) -> tuple[int, ...]:
+    """Global ranks of this rank's context-parallel group."""
+    rank = dist.get_rank()
+    return next(tuple(ranks) for ranks in all_ranks if rank in ranks)
+
+
+def _check_existing(cp_group: dist.ProcessGroup | None, mine: tuple[int, ...]) -> None:
+    if cp_group is not None and tuple(dist.get_process_group_ranks(cp_group)) != mine:
+        raise ValueError(
+            f"cp_group has the global ranks {dist.get_process_group_ranks(cp_group)} and must have {list(mine)}, "
+            f"the context-parallel group of rank {dist.get_rank()}; pass that group, or leave cp_group out."
+        )
 
 
 def _checked_ranks(cp: int, cp_ranks: Sequence[Sequence[int]] | None) -> Ranks:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import time
 
 import pytest
 import torch
@@ -239,6 +240,37 @@ def with_a_group_of_their_own(rank, cp_ranks, config):
     dist.barrier()
     dist.destroy_process_group(mine)
     return is_used, len(made), float(total)
+
+
+def refusal_of_a_group_that(rank, cp_group_of):
+    """What this rank is told when it passes ``cp_group_of(rank)``."""
+    config = ContextParallelConfig(context_parallel_size=2, algorithm="megatron_cp_algo")
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="cp_group") as caught:
+        ContextParallelGroups.build(config, [[0, 1], [2, 3]], cp_group=cp_group_of(rank))
+    assert time.monotonic() - started < 10
+    return str(caught.value)
+
+
+def the_whole_world_on_rank_2(rank):
+    made = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    return dist.group.WORLD if rank == 2 else made[rank // 2]
+
+
+def none_on_rank_3(rank):
+    made = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    return None if rank == 3 else made[rank // 2]
+
+
+@pytest.mark.parametrize(
+    "cp_group_of, said",
+    [
+        (the_whole_world_on_rank_2, "on rank 2: cp_group has the global ranks [0, 1, 2, 3] and must have [2, 3]"),
+        (none_on_rank_3, "cp_group is given on ranks 0 to 2 and not given on rank 3"),
+    ],
+)
+def test_a_group_that_does_not_fit_on_one_rank_stops_all_ranks(cp_group_of, said):
+    assert all(said in message for message in run_ranks(4, refusal_of_a_group_that, cp_group_of))
 
 
 @pytest.mark.parametrize("algorithm, window, made", [("megatron_cp_algo", 1, 0), ("ulysses_cp_algo", 1, 0)])
