@@ -216,7 +216,8 @@ def failed_imports():
         adaptor = importlib.import_module("mindspeed_cp.megatron_adaptor")
     results["untried"] = [str(entry.message) for entry in caught if "has not been tried" in str(entry.message)]
     results["tried"] = adaptor.TRIED_VERSIONS
-    results["with_cuda"] = {row.target: row.status for row in adaptor.report()}
+    # A name may stand in the table for CPUs, which comes first, and in the one for NPUs.
+    results["with_cuda"] = {row.target: row.status for row in reversed(adaptor.report())}
     return results
 
 

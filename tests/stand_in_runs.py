@@ -13,7 +13,9 @@ def stand_in():
     from mindspeed_cp import megatron_adaptor
 
     targets = {patch.target for patch in device_patches(str)}
-    facts = {"rows": {row.target: row.status for row in megatron_adaptor.report() if row.target in targets}}
+    # A name may stand in the table for CPUs, which comes first, and in the one for NPUs.
+    rows = {row.target: row.status for row in reversed(megatron_adaptor.report())}
+    facts = {"rows": {target: rows[target] for target in targets}}
     facts |= _devices(torch) | _random_numbers(torch) | _streams(torch) | _groups(torch) | _norm_and_fork(torch)
     megatron_adaptor.undo()
     try:
