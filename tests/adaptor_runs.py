@@ -86,7 +86,7 @@ def import_every_target():
         for count in range(1, len(parts)):
             try:
                 importlib.import_module(".".join(parts[:count]))
-            except ModuleNotFoundError:
+            except ImportError:  # the path goes on with a class, or the module needs a library that is missing here
                 break
     importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     return targets

@@ -10,8 +10,11 @@ import torch
 
 def has(module):
     """Whether the installed Megatron has this module; nothing is imported for the answer, which takes seconds."""
-    top, *inner = module.split(".")
-    return any(Path(folder, *inner).with_suffix(".py").exists() for folder in find_spec(top).submodule_search_locations)
+    top, package, *inner = module.split(".")
+    # Several versions may lie on the path; the first one that has the package is imported.
+    folders = (Path(folder, package) for folder in find_spec(top).submodule_search_locations)
+    found = next((folder for folder in folders if folder.is_dir()), None)
+    return found is not None and (not inner or found.joinpath(*inner).with_suffix(".py").exists())
 
 
 VERSION = tuple(int(part) for part in version("megatron-core").split(".")[:2])
