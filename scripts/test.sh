@@ -31,7 +31,7 @@ run_beside() { # version, arguments for pytest
   # are those of their own test suites, tools that are not used here, and numpy before 2.
   [ -d "$folder/megatron" ] ||
     "$python" -m pip install -qq --disable-pip-version-check --no-deps --target "$folder" "megatron-core==$version"
-  PYTHONPATH="$PWD/$folder${PYTHONPATH:+:$PYTHONPATH}" run_pytest -n 2 -m megatron -p no:cacheprovider "$@" || status=$?
+  PYTHONPATH="$PWD/$folder${PYTHONPATH:+:$PYTHONPATH}" run_pytest -n 1 -m megatron -p no:cacheprovider "$@" || status=$?
   [ "$status" -eq 5 ] || return "$status" # 5: these arguments choose no test that touches Megatron
 }
 
@@ -45,7 +45,7 @@ for version in "${versions[@]}"; do
 done
 if [[ " ${versions[*]} " == *" $default "* ]]; then
   echo "== All tests, megatron-core $default"
-  run_pytest -n "${WORKERS:-3}" "$@" || failed=1
+  run_pytest -n "${WORKERS:-2}" "$@" || failed=1
 fi
 for version in "${!started[@]}"; do
   wait "${started[$version]}" || failed=1

@@ -110,7 +110,7 @@ def runs(data):
         cases[name_of(group, "cp=1")] = flags
         cases |= {name_of(group, case): f"{flags} {extra}" for case, extra in variants.items()}
     cases = {name: flags.replace("PARAGRAPHS", data[1]) for name, flags in cases.items()}
-    return run_training(4, data[0], cases, timeout=400)
+    return run_training(4, data[0], cases, timeout=900)
 
 
 @pytest.mark.parametrize(("group", "case"), [(group, case) for group, (_, cases) in GROUPS.items() for case in cases])
