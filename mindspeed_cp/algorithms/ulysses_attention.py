@@ -77,7 +77,8 @@ class UlyssesContextAttention(torch.nn.Module):
             The local attention's output for this rank's tokens and all heads, with as many dimensions as it had.
 
         Raises:
-            ValueError: lengths or heads cannot be split like this; every rank raises it.
+            ValueError: lengths or heads cannot be split like this. With gloo every rank raises it; NCCL and HCCL
+                check a length when it is new, so one that a single rank changes back ends in their timeout.
         """
         gather_size = self.gather_size_calculator.calculate(*args, **kwargs)
         kwargs = self._local_kwargs(kwargs)
