@@ -84,7 +84,10 @@ def documents_of_batch(batch, state) -> Documents | None:
     """
     if state.handed.waiting:
         sequences = named_sequences(batch)
-        return state.handed.take(len(next(iter(sequences.values()))), length_of(sequences)) if sequences else None
+        if not sequences:
+            return None
+        state.documents_by_hand = True
+        return state.handed.take(len(next(iter(sequences.values()))), length_of(sequences))
     if batch.get("attention_mask") is not None:
         return None
     if state.documents_from_position_ids and batch.get("position_ids") is not None:

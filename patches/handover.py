@@ -15,6 +15,10 @@ from mindspeed_cp.patches.records import MicroBatch
 from torch.distributed.distributed_c10d import _get_default_store
 
 KEPT = 1024  # records in the store for each pipeline; a stage is never that many micro-batches behind the first
+LOST = (
+    ", and the tokens of this forward pass are those of no batch that was split; give the model the tensors that "
+    "get_batch_on_this_cp_rank or shard_batch returned, not copies of them, or run it inside state().running(record)."
+)
 
 
 class HandOver:
@@ -28,21 +32,21 @@ class HandOver:
         """The record with which ``model`` runs its next forward pass; ``values`` are its arguments.
 
         Raises:
-            ValueError: documents are expected, and nothing says where they end.
+            ValueError: documents are expected, or were given by hand, and nothing says where those of this pass end.
         """
         from megatron.core import parallel_state
 
-        if not self._state.expects_documents or any(getattr(value, "qkv_format", None) == "thd" for value in values):
+        if any(getattr(value, "qkv_format", None) == "thd" for value in values):
+            return record
+        if not self._state.expects_documents:
+            if record is None and self._state.documents_by_hand and model.pre_process:
+                raise ValueError(f"documents were given by hand (set_actual_seq_len, cu_seqlens){LOST}")
             return record
         number = self._count(model)
         if not model.pre_process:
             return self._take(parallel_state.get_pipeline_model_parallel_first_rank(), number)
         if record is None:
-            raise ValueError(
-                "documents are expected (--reset-attention-mask), and the tokens of this forward pass are those of no "
-                "batch that was split; give the model the tensors that get_batch_on_this_cp_rank returned, not copies "
-                "of them, or run it inside state().running(record)."
-            )
+            raise ValueError(f"documents are expected (--reset-attention-mask){LOST}")
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             self._put(parallel_state.get_pipeline_model_parallel_first_rank(), number, record)
         return record

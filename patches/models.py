@@ -37,7 +37,7 @@ def with_record(state):
                 return original(self, *args, **kwargs)
             values = (*args, *kwargs.values())
             refuse_inference(values)
-            record = hand_over(self, record_of(state, args, kwargs), values) or state.active
+            record = hand_over(self, record_of(state, args, kwargs) or state.active, values)
             with state.running(record):
                 output = original(self, *args, **kwargs)
             if record is not None:

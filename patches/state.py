@@ -42,6 +42,8 @@ class AdaptorState:
         compared: flag -> value of what must be equal on all ranks, beside the configuration.
         program: the program whose flags they are; it ends with one line where a script gets an exception.
         handed: document ends that a framework hands over before the batch is split.
+        documents_by_hand: whether documents were given for a batch by hand, so that a forward pass of no known batch
+            would lose them.
         is_pipeline: whether there is more than one pipeline stage: stages then split the same batch knowing different
             parts of it, and must come to the same layout.
         active: record of the forward pass that runs now.
@@ -62,6 +64,7 @@ class AdaptorState:
     compared: Mapping[str, str] = field(default_factory=dict)
     program: str = ""
     handed: Handed = field(default_factory=Handed)
+    documents_by_hand: bool = False
     active: MicroBatch | None = None
     records: BatchRecords = field(default_factory=BatchRecords)
     masks: MaskCache = field(default_factory=MaskCache)
@@ -95,7 +98,7 @@ class AdaptorState:
         self.forget_batches()
 
     def forget_batches(self) -> None:
-        self.active = None
+        self.active, self.documents_by_hand = None, False
         self.records.clear()
         self.masks.clear()
         for call in self.on_change:
@@ -247,7 +250,10 @@ class AdaptorState:
         Returns:
             a new dict, by whose tensors the model finds layout and documents again.
         """
-        documents = batches.documents_of_batch(batch, self) if cu_seqlens is None else documents_of_rows(cu_seqlens)
+        if cu_seqlens is None:
+            documents = batches.documents_of_batch(batch, self)
+        else:
+            documents, self.documents_by_hand = documents_of_rows(cu_seqlens), True
         length = batches.length_of(batches.named_sequences(batch, sequences))
         record = MicroBatch(self.layout(length, documents), documents)
         local = sharding.shard_batch(batch, layout=record.layout, cp_rank=self.cp_rank, sequences=sequences)

@@ -273,6 +273,7 @@ def _all_cases(settings, first, second, packed, shorter):
     configure(settings, documents_from_position_ids=True)
     found["position ids"] = _own_difference(first, batch)
     configure(settings)
+    found["by hand"], found["by hand, lost"] = _by_hand(first)
     found["packed elsewhere"] = _packed_difference(packed)
     found["packed elsewhere, recomputed"] = _packed_difference(packed, positions=False, **RECOMPUTE)
     if find_spec("megatron.core.ssm.mamba_context_parallel"):
@@ -295,6 +296,27 @@ def _evaluated(batch):
     with torch.no_grad():
         losses = losses_of(model, local)
         return megatron_adaptor.state().gather_sequence(losses)
+
+
+def _by_hand(whole):
+    """Difference of copies of a batch whose documents were given by hand, and what is said of them without its record.
+
+    The copies are what a framework makes that moves or pads tensors; the record is handed over explicitly.
+    """
+    from mindspeed_cp import megatron_adaptor
+
+    state, model = megatron_adaptor.state(), build(4)
+    local = state.shard_batch(batch_of(DOCUMENTS), cu_seqlens=DOCUMENTS)
+    record, said = state.records.find(local.values()), ""
+    copies = {name: tensor.clone() for name, tensor in local.items()}
+    try:
+        losses_of(model, copies)
+    except ValueError as error:
+        said = str(error)
+    with state.running(record):
+        losses = losses_of(model, copies)
+    found = gradients(model, (losses * copies["loss_mask"]).sum())
+    return difference(losses, found, *whole, lambda t: record.layout.shard(t, state.cp_rank, dim=1)), said
 
 
 def _refused_inference():

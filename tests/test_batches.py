@@ -15,6 +15,7 @@ CASES = (
     "mask of the dataloader, causal",
     "end-of-document tokens",
     "position ids",
+    "by hand",
     "prefetch",
     "prefetch, recomputed",
     "packed elsewhere",
@@ -41,6 +42,13 @@ def test_state_space_layers_see_the_sequence_in_order_in_every_layout(ranks, alg
     for rank in ranks:
         assert rank[algorithm]["state-space layers"] == 0
         assert "equally many tokens on every rank" in rank[algorithm]["state-space layers, uneven"]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_documents_given_by_hand_are_not_lost_with_the_tensors_of_their_batch(ranks, algorithm):
+    for rank in ranks:
+        said = rank[algorithm]["by hand, lost"]
+        assert "documents were given by hand" in said and "state().running(record)" in said
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
