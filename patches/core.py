@@ -32,6 +32,7 @@ DOT_PRODUCT = "megatron.core.transformer.dot_product_attention.DotProductAttenti
 TE_DOT_PRODUCT = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
 PARALLEL_STATE = "megatron.core.parallel_state"
 TRANSFORMER_CONFIG = "megatron.core.transformer.transformer_config.TransformerConfig"
+CAUSAL_TYPES = ("causal", "padding_causal")  # of AttnMaskType
 
 
 def core_patches(state, announce):
@@ -130,6 +131,36 @@ def _lift_assert(state):
 
 
 def _dot_product_forward(bridge):
+    def own_can(module, value, packed_seq_params):
+        """Megatron's local attention knows neither packed sequences nor the value heads of multi-latent attention."""
+        width = module.num_attention_heads_per_partition * value.shape[-1]
+        return packed_seq_params is None and width == module.hidden_size_per_partition
+
+    def described(module, query, attn_mask_type):
+        # Query-key layer scaling divides, then multiplies.
+        scale = module.softmax_scale * (module.scale_mask_softmax.scale or 1)
+        return _described(module, module.attn_mask_type, scale, module.attention_dropout.p)
+
+    return _attention_forward(bridge, own_can, described)
+
+
+def _te_forward(bridge):
+    def described(module, query, attn_mask_type):
+        scale = module.softmax_scale if isinstance(module.softmax_scale, float) else query.shape[-1] ** -0.5
+        return _described(module, attn_mask_type, scale, module.config.attention_dropout)
+
+    # Transformer Engine reads no mask with causal types.
+    return _attention_forward(bridge, lambda *_: True, described, causal_types_read_the_mask=False)
+
+
+def _attention_forward(bridge, own_can, described, causal_types_read_the_mask=True):
+    """Builds the forward of one of Megatron's core attention modules.
+
+    Args:
+        own_can: (module, value, packed_seq_params) -> whether the original computes it without context parallelism.
+        described: (module, query, attn_mask_type) -> CoreAttention.
+    """
+
     def build(original):
         attend = outside_compiler(bridge.__call__)
 
@@ -145,80 +176,15 @@ def _dot_product_forward(bridge):
             packed_seq_params=None,
             **kwargs,
         ):
-            if self.config.context_parallel_size == 1 and packed_seq_params is None and _own_can(self, value):
-                return original(
-                    self,
-                    query,
-                    key,
-                    value,
-                    attention_mask,
-                    attn_mask_type=attn_mask_type,
-                    attention_bias=attention_bias,
-                    packed_seq_params=None,
-                    **kwargs,
-                )
+            asked = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, **kwargs}
+            if self.config.context_parallel_size == 1 and own_can(self, value, packed_seq_params):
+                packed = {"packed_seq_params": packed_seq_params}
+                return original(self, query, key, value, attention_mask, **asked, **packed)
             _refuse_bias(attention_bias)
-            scale = self.softmax_scale * (
-                self.scale_mask_softmax.scale or 1
-            )  # query-key layer scaling divides, then multiplies
-            return attend(
-                _described(self, self.attn_mask_type, scale, self.attention_dropout.p),
-                query,
-                key,
-                value,
-                attention_mask,
-                packed_seq_params,
-                attn_mask_type=attn_mask_type,
-                attention_bias=attention_bias,
-                **kwargs,
-            )
-
-        forward.exchanges_context_parallel = True  # UlyssesContextAttention around it must not exchange again
-        return forward
-
-    return build
-
-
-def _own_can(module, value):
-    """Whether Megatron's local attention knows this value head dimension (not that of multi-latent attention)."""
-    return module.num_attention_heads_per_partition * value.shape[-1] == module.hidden_size_per_partition
-
-
-def _te_forward(bridge):
-    def build(original):
-        attend = outside_compiler(bridge.__call__)
-
-        @wraps(original)
-        def forward(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            attn_mask_type,
-            attention_bias=None,
-            packed_seq_params=None,
-            **kwargs,
-        ):
-            if self.config.context_parallel_size == 1:
-                return original(
-                    self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params, **kwargs
-                )
-            _refuse_bias(attention_bias)
-            if attn_mask_type.name in ("causal", "padding_causal"):
-                attention_mask = None  # Transformer Engine reads no mask with these types
-            scale = self.softmax_scale if isinstance(self.softmax_scale, float) else query.shape[-1] ** -0.5
-            return attend(
-                _described(self, attn_mask_type, scale, self.config.attention_dropout),
-                query,
-                key,
-                value,
-                attention_mask,
-                packed_seq_params,
-                attn_mask_type=attn_mask_type,
-                attention_bias=attention_bias,
-                **kwargs,
-            )
+            if not causal_types_read_the_mask and attn_mask_type.name in CAUSAL_TYPES:
+                attention_mask = None
+            core = described(self, query, attn_mask_type)
+            return attend(core, query, key, value, attention_mask, packed_seq_params, **asked)
 
         forward.exchanges_context_parallel = True  # UlyssesContextAttention around it must not exchange again
         return forward
@@ -241,7 +207,7 @@ def _described(module, attn_mask_type, softmax_scale, dropout_p):
     skip_freq = getattr(config, "window_attn_skip_freq", None)  # absent before 0.15
     return CoreAttention(
         layer_number=module.layer_number,
-        causal=attn_mask_type.name in ("causal", "padding_causal"),
+        causal=attn_mask_type.name in CAUSAL_TYPES,
         softmax_scale=softmax_scale,
         dropout_p=dropout_p if module.training else 0.0,
         window=layer_window(config.window_size, skip_freq, module.layer_number),

@@ -1,7 +1,6 @@
 """Shared memory between ranks of one host: the same bits, the same counts, nothing overwritten, nothing left behind."""
 
 import copy
-import itertools
 import multiprocessing
 import os
 import resource
@@ -377,7 +376,7 @@ def ulysses_module(rank):
     for limit in (None, 1):
         module = UlyssesContextAttention(torch.nn.functional.scaled_dot_product_attention, None, 1, 2)
         host = limit and HostMemory.connect(dist.group.WORLD, limit)
-        link_module._memories[dist.group.WORLD] = Workspace(), host, itertools.count(1)
+        link_module._memories[dist.group.WORLD] = Workspace(), host
         module = copy.deepcopy(module)
         generator = torch.Generator().manual_seed(rank)
         leaves = [torch.randn(2, 8, 32, 64, generator=generator).requires_grad_() for _ in range(3)]

@@ -8,9 +8,10 @@ import torch.distributed as dist
 from cases import Case, attend, expected, largest_errors, whole
 from distributed import run_ranks
 
+from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
 from mindspeed_cp.comm import count_bytes
 from mindspeed_cp.comm.host_memory import HostMemory
-from mindspeed_cp.comm.link import Link
+from mindspeed_cp.comm.link import Link, link_of
 from mindspeed_cp.comm.messages import Message, Pending, copy_message
 from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
 from mindspeed_cp.comm.workspace import Workspace
@@ -169,3 +170,17 @@ def scattered(rank, alltoall, unpack, share_from):
 @pytest.mark.parametrize("alltoall, share_from", [(True, None), (True, 0), (False, None)])
 def test_the_sequence_ascends_after_the_exchange_whatever_order_the_ranks_hold_it_in(alltoall, unpack, share_from):
     run_ranks(3, scattered, alltoall, unpack, share_from)
+
+
+def numbered(rank):
+    """Numbers of two links over one group that were made apart."""
+    made = ContextParallelGroups.build(ContextParallelConfig(context_parallel_size=2), cp_group=dist.group.WORLD)
+    found = [next(made.cp.numbers), next(link_of(dist.group.WORLD).numbers)]
+    made.destroy()
+    return found
+
+
+@pytest.mark.cpu_only
+def test_messages_of_all_links_over_a_group_have_numbers_of_their_own():
+    for first, second in run_ranks(2, numbered):
+        assert second == first + 1

@@ -295,6 +295,22 @@ def _module_and_group_go(rank):
         gc.enable()
 
 
+def _group_went(rank):
+    group = torch.distributed.new_group([0, 1])
+    module = UlyssesContextAttention(LocalAttention(), group)
+    query = torch.ones(8, 1, 4, 8)
+    module(query, query, query)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group(group)
+    with pytest.raises(ValueError, match="the process group was destroyed.*build the module with a group that exists"):
+        module(query, query, query)
+
+
+@pytest.mark.cpu_only
+def test_a_module_whose_group_was_destroyed_says_so():
+    run_ranks(2, _group_went)
+
+
 @pytest.mark.cpu_only
 def test_shared_memory_goes_with_the_module_and_its_group():
     for during, after in run_ranks(2, _module_and_group_go):

@@ -24,7 +24,7 @@ from mindspeed_cp.algorithms.gather_size import (
     check_single,
 )
 from mindspeed_cp.algorithms.ulysses import head_shares
-from mindspeed_cp.comm.link import Link, link_of
+from mindspeed_cp.comm.link import Link, link_of, ranks_of
 from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
 from mindspeed_cp.layout import split_sizes
 
@@ -84,7 +84,7 @@ class UlyssesContextAttention(torch.nn.Module):
         kwargs = self._local_kwargs(kwargs)
         if _exchanges_itself(self.local_attn):
             return self.local_attn(query, key, value, *args, **kwargs)
-        if dist.get_world_size(self.spg) == 1:
+        if len(ranks_of(self.spg)) == 1:
             check_single(query.size(self.gather_idx), gather_size)
             return self.local_attn(query, key, value, *args, **kwargs)
         axes = _Axes.of(query, self.scatter_idx, self.gather_idx)

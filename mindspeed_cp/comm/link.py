@@ -39,7 +39,6 @@ class Link:
         global_ranks: of the members, in the order in which this link counts them; collectives want it ascending.
         workspace: reused buffers.
         carrier: shared memory with the members on this host, or None.
-        numbers: tells messages apart that follow their notice; links over one group share it.
     """
 
     group: dist.ProcessGroup
@@ -47,11 +46,15 @@ class Link:
     global_ranks: tuple[int, ...]
     workspace: Workspace = field(default_factory=Workspace, repr=False)
     carrier: HostMemory | None = field(default=None, repr=False)
-    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1), repr=False)
 
     @property
     def size(self) -> int:
         return len(self.global_ranks)
+
+    @property
+    def numbers(self) -> Iterator[int]:
+        """Tells messages apart that follow their notice; all links over one group count on."""
+        return _numbers.setdefault(self.group, itertools.count(1))
 
     @property
     def peers(self) -> list[int]:
@@ -237,7 +240,9 @@ def _end_to_end(tensors: Sequence[torch.Tensor]) -> Message:
     return Message.joined(Message(((tensor,),), tensor.dtype) for tensor in tensors)
 
 
-# Process group -> (workspace, carrier) of those that somebody else made: they live as long as the group does.
+# Of every process group, as long as it lives: the number of its last message; and (workspace, carrier) of those that
+# somebody else made.
+_numbers: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 _memories: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
 
@@ -245,18 +250,30 @@ def link_of(group: dist.ProcessGroup | None) -> Link:
     """The link over a group that was made elsewhere, None is the default group. Its first call is collective.
 
     All links of a group share their buffers.
+
+    Raises:
+        ValueError: the group was destroyed.
     """
     group = dist.group.WORLD if group is None else group
     assert group is not None, "torch.distributed is not initialized"
+    ranks = ranks_of(group)
     if group not in _memories:
-        _memories[group] = Workspace(), HostMemory.connect(group), itertools.count(1)
-    workspace, carrier, numbers = _memories[group]
-    ranks = tuple(dist.get_process_group_ranks(group))
-    return Link(group, dist.get_rank(group), ranks, workspace, carrier, numbers)
+        _memories[group] = Workspace(), HostMemory.connect(group)
+    return Link(group, dist.get_rank(group), ranks, *_memories[group])
+
+
+def ranks_of(group: dist.ProcessGroup | None) -> tuple[int, ...]:
+    """Global ranks of a group that was made elsewhere; ValueError when it has been destroyed."""
+    try:
+        return tuple(dist.get_process_group_ranks(group))
+    except KeyError:
+        raise ValueError(
+            "the process group was destroyed (destroy_process_group), and attention over it is called afterwards; "
+            "build the module with a group that exists."
+        ) from None
 
 
 def within(link: Link, group: dist.ProcessGroup, global_ranks: Sequence[int]) -> Link:
     """A link over some of ``link``'s ranks, by a group of their own (or the same), with the same buffers."""
-    numbers = link.numbers if group is link.group else itertools.count(1)
     ranks = tuple(global_ranks)
-    return replace(link, group=group, rank=ranks.index(dist.get_rank()), global_ranks=ranks, numbers=numbers)
+    return replace(link, group=group, rank=ranks.index(dist.get_rank()), global_ranks=ranks)
