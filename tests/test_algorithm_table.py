@@ -6,6 +6,7 @@ import pytest
 from cases import TOLERANCE, Case, attend, expected, largest_errors, whole
 from distributed import run_ranks
 from mindspeed_cp.arguments import add_context_parallel_arguments, config_from_args
+from trainer_runs import IMPORTED, largest_difference, prepare_data, tiny, train
 
 from mindspeed_cp import ContextParallelConfig, TrainingSetup, resolve
 from mindspeed_cp.algorithms import ALGORITHMS
@@ -65,3 +66,20 @@ def test_attention_and_its_gradients_are_exact_with_the_row(row):
     case = Case(config(context_parallel_size=4).__dict__, seq_len=37, heads=4, kv_heads=2)
     errors = largest_errors(whole(case, run_ranks(4, attend_with_the_row, case)), expected(case))
     assert all(error <= TOLERANCE[case.dtype] for error in errors.values()), errors
+
+
+def train_with_the_row(rank, cases):
+    ALGORITHMS[NAME] = ROW
+    return train(rank, cases)
+
+
+@pytest.mark.megatron
+@pytest.mark.cpu_only
+def test_a_training_with_the_row_has_the_losses_of_one_without_context_parallelism(tmp_path):
+    short = "--train-iters 3 --micro-batch-size 4"
+    chosen = f"--context-parallel-size 4 --context-parallel-algo {NAME} --ulysses-degree-in-cp 2"
+    data = prepare_data(tmp_path)
+    cases = {name: tiny(data, flags) for name, flags in {"cp=1": "--train-iters 3", NAME: f"{short} {chosen}"}.items()}
+    records = run_ranks(4, train_with_the_row, cases, fresh=True, imported=IMPORTED)[0]
+    assert largest_difference(records[NAME], records["cp=1"]) < 1e-5
+    assert all(record["cp_bytes_per_rank"] > 0 for record in records[NAME])
