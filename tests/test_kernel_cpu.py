@@ -56,3 +56,28 @@ def test_processor_without_instructions_for_half_precision_is_slow_at_it(monkeyp
             monkeypatch.setattr(torch.cpu, query, lambda: supported, raising=False)
         assert cpu.is_slow(dtype) is expected
     assert not cpu.is_slow(torch.float32) and not cpu.is_slow(torch.float64)
+
+
+def test_masks_of_batch_rows_are_not_copied_for_every_kv_head(monkeypatch):
+    """float64 against the rows computed alone; the operator's mask has one row's memory."""
+    seen = []
+
+    def forward(query, key, value, dropout_p, is_causal, *, attn_mask, scale):
+        seen.append(attn_mask.untyped_storage().nbytes())
+        return original(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
+
+    original = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    monkeypatch.setattr(cpu, "_forward", forward)
+    generator = torch.Generator().manual_seed(0)
+    query, grad_out = torch.randn(2, SEQ, 3, 8, DIM, dtype=torch.float64, generator=generator)
+    key, value = torch.randn(2, SEQ, 3, 4, DIM, dtype=torch.float64, generator=generator)
+    hidden = torch.rand(3, SEQ, SEQ, generator=generator) > 0.5
+    kernel, options, full = cpu.CpuKernel(), KernelOptions(DIM**-0.5), Block((0, SEQ), (0, SEQ), None, None)
+    out, lse, rng = kernel.forward(query, key, value, full, options, hidden)
+    grads = kernel.backward(grad_out, query, key, value, out, lse, full, options, rng, hidden)
+    assert seen == [SEQ * SEQ * 8] * 3
+    for row in range(3):
+        alone = [tensor[:, row : row + 1] for tensor in (query, key, value, grad_out)]
+        want = attention_with_gradients(*alone, ~hidden[row : row + 1])
+        for name, got in zip(("out", "dq", "dk", "dv"), (out, *grads)):
+            assert (got[:, row : row + 1] - want[name]).abs().max() < 1e-10, name

@@ -115,6 +115,15 @@ def _hidden(query, key, block, attention_mask):
     return band if attention_mask is None else attention_mask | band
 
 
+def _batch_rows(query, key, attention_mask):
+    """Slices of the batch to compute apart: the operator takes a mask for each row and grouped heads only as copies of
+    the mask for every KV head; a mask of one row serves them with stride 0. One slice where that does not arise.
+    """
+    if attention_mask is None or attention_mask.shape[0] == 1 or query.shape[2] == key.shape[2]:
+        return [slice(None)]
+    return [slice(row, row + 1) for row in range(query.shape[1])]
+
+
 def _additive_mask(hidden, query, key):
     """0 and -inf, with stride 0 over the heads; None without a mask."""
     if hidden is None:
@@ -127,6 +136,13 @@ def _additive_mask(hidden, query, key):
 
 
 def _forward_piece(query, key, value, block, options, attention_mask):
+    rows = _batch_rows(query, key, attention_mask)
+    if len(rows) > 1:
+        parts = (
+            _forward_piece(query[:, row], key[:, row], value[:, row], block, options, attention_mask[row])
+            for row in rows
+        )
+        return tuple(torch.cat(part, 1) for part in zip(*parts))
     hidden = _hidden(query, key, block, attention_mask)
     mask = _additive_mask(hidden, query, key)
     is_causal = block.is_causal and mask is None
@@ -142,6 +158,13 @@ def _forward_piece(query, key, value, block, options, attention_mask):
 
 
 def _backward_piece(grad_out, query, key, value, out, lse, block, options, attention_mask):
+    rows, tensors = _batch_rows(query, key, attention_mask), (grad_out, query, key, value, out, lse)
+    if len(rows) > 1:
+        parts = (
+            _backward_piece(*(tensor[:, row] for tensor in tensors), block, options, attention_mask[row])
+            for row in rows
+        )
+        return tuple(torch.cat(part, 1) for part in zip(*parts))
     mask = _additive_mask(_hidden(query, key, block, attention_mask), query, key)
     kv_heads, group = key.shape[2], query.shape[2] // key.shape[2]
     if group == 1:
