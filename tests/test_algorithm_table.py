@@ -73,7 +73,6 @@ def train_with_the_row(rank, cases):
     return train(rank, cases)
 
 
-@pytest.mark.megatron
 @pytest.mark.cpu_only
 def test_a_training_with_the_row_has_the_losses_of_one_without_context_parallelism(tmp_path):
     short = "--train-iters 3 --micro-batch-size 4"

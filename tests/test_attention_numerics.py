@@ -7,7 +7,7 @@ import torch
 from cases import Case, arguments, attend, expected, setup_of, whole
 from distributed import run_ranks
 from reference import attention_with_gradients
-from setups import degree_of, drawn, for_every_algorithm, shapes
+from setups import SOME_SIZES, degree_of, drawn, shapes
 
 from mindspeed_cp.algorithms import ALGORITHMS
 
@@ -107,7 +107,7 @@ def attend_among_poison(rank, case):
 
 
 @pytest.mark.cpu_only
-@for_every_algorithm
+@pytest.mark.parametrize("algorithm, cp", SOME_SIZES)
 def test_poisoned_padding_and_stale_memory_never_reach_a_result(algorithm, cp):
     options = ({}, {"cu_seqlens": (0, 2, 2, 9, 13)}, {"window": (2, 0)}, {"dense": "shared"})
     for setup, number, dtype in drawn(algorithm, cp, range(len(options)), ("float64", "bfloat16")):

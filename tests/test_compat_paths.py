@@ -262,7 +262,6 @@ class FlashSelfAttention(torch.nn.Module):
 """
 
 
-@pytest.mark.megatron
 @pytest.mark.parametrize(
     "path",
     [

@@ -2,12 +2,13 @@
 
 import os
 
+import pairs
 import pytest
 from cases import Case, arguments, local_inputs
 from distributed import run_ranks
 
 pytestmark = pytest.mark.cpu_only
-CALLS, LONGEST = 600, 300
+CALLS, LONGEST = 600 if pairs.whole() else 240, 300
 CONFIGS = {
     "ring": {"context_parallel_size": 2, "algorithm": "megatron_cp_algo"},
     "ulysses": {"context_parallel_size": 2, "algorithm": "ulysses_cp_algo"},
@@ -31,7 +32,7 @@ def attend_once(rank, config, groups, seq_len):
 
 
 def call_with_growing_lengths(rank, settings):
-    """(held before, held after, bytes sent) of 600 calls; the longest was called before them."""
+    """(held before, held after, bytes sent) of many calls; the longest was called before them."""
     from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
     from mindspeed_cp.comm import count_bytes
 
@@ -52,5 +53,5 @@ def call_with_growing_lengths(rank, settings):
 def test_calls_with_growing_lengths_leave_nothing_behind(name):
     for before, after, sent in run_ranks(2, call_with_growing_lengths, CONFIGS[name]):
         assert after[1:] == before[1:], "descriptors or threads"
-        # A twentieth of what was sent: were one message in twenty kept, this would be red.
-        assert after[0] - before[0] < sent / 20, (after[0] - before[0], sent)
+        # A part of what was sent: were one message in CALLS / 30 kept, this would be red.
+        assert after[0] - before[0] < 30 * sent / CALLS, (after[0] - before[0], sent)

@@ -180,7 +180,6 @@ def train_until_one_dies(rank, prefix):
     train(rank, {"run": tiny(prefix, f"--context-parallel-size 4 {RING} --distributed-timeout-minutes 0.2")})
 
 
-@pytest.mark.megatron
 def test_when_one_rank_dies_the_others_exit_with_an_error(data):
     outcomes = observe_ranks(4, train_until_one_dies, data, timeout=90.0, group_timeout=12.0, imported=IMPORTED)
     assert outcomes[1].kind == "died" and "7" in str(outcomes[1].detail)

@@ -7,7 +7,7 @@ import pytest
 from trainer_runs import REPOSITORY, environment
 
 PHASES = ("groups", "forward", "backward", "shards", "latest")  # scripts/faults.py knows two more
-pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
+pytestmark = pytest.mark.cpu_only
 
 
 def test_a_run_whose_ranks_are_killed_at_every_phase_ends_with_the_same_losses():

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 import pairs
 import pytest
+from mindspeed_cp.patches.versions import DEFAULT
 from trainer_runs import largest_difference, prepare_data, run_training
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
@@ -28,13 +29,15 @@ UNALIGNED = {
 }
 FOUR = "--context-parallel-size 4 --micro-batch-size 4"
 ROPE, SHORT = "--position-embedding-type rope", "--train-iters 5"
-LONG = "" if pairs.whole() else SHORT  # 20 steps with --full; "rope" takes them always
+LONG = "" if pairs.whole() else SHORT  # 20 steps with --full
 PACKED = f"--reset-position-ids --reset-attention-mask --eod-mask-loss --seq-length 256 {SHORT} --data-path PARAGRAPHS"
+
 
 # name -> (flags of the model and the training, what is added to them in the runs that must agree with them alone)
 GROUPS = {
+    "20 steps": (ROPE, CP4),
     "rope": (
-        ROPE,
+        f"{ROPE} {LONG}",
         {
             **BASICS,
             "ulysses with full recompute": f"{CP4['ulysses cp=4']} --recompute-granularity full",
@@ -86,7 +89,12 @@ GROUPS = {
     ),
 }
 TOLERANCE = 1e-5
-if tuple(int(part) for part in version("megatron-core").split(".")[:2]) < (0, 15):
+VERSION = version("megatron-core")
+if VERSION != DEFAULT and not pairs.whole():
+    # What is this project's own work, whatever Megatron it runs in, is left to the run on the default version.
+    for name in ("learned positions", "full mask", "uneven length", "packed documents, rope, two rows"):
+        del GROUPS[name]
+if tuple(int(part) for part in VERSION.split(".")[:2]) < (0, 15):
     del GROUPS[
         "sliding window"
     ]  # without context parallelism Megatron's own local attention refuses windows before 0.15
@@ -119,7 +127,7 @@ def test_loss_and_grad_norm_equal_the_run_without_context_parallelism(runs, grou
 
 
 def test_the_loss_goes_down_and_lengths_are_as_asked(runs):
-    records = runs[name_of("rope", "cp=1")]
+    records = runs[name_of("20 steps", "cp=1")]
     assert records[-1]["loss"] < 0.8 * records[0]["loss"], [record["loss"] for record in records]
     assert len(records) == 20
     assert {record["tokens"] for record in records} == {4 * 64}
