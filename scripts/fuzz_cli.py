@@ -66,7 +66,7 @@ def launch(flags: list[str], world_size: int, folder: Path, limit: float) -> End
         return Ending("hang", said=said)
     if set(statuses.values()) == {0}:
         records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        return Ending("trained", tuple(record["loss"] for record in records), said)
+        return Ending("trained", tuple(record["loss"] for record in records if "loss" in record), said)
     if set(statuses.values()) == {2} and said.count("\n") == 1 and "pretrain_gpt.py: error: " in said:
         return Ending("refused", said=said)
     return Ending("crash", said=f"{said}\nexit statuses {sorted(statuses.values())}")

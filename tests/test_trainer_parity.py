@@ -80,6 +80,7 @@ GROUPS = {
             "double ring cp=4": f"--context-parallel-size 4 {RING} --cp-window-size 2",
         },
     ),
+    "packed documents, sliding window": (f"{PACKED} --window-size 10,0", {name: SINGLE[name] for name in CP2}),
     "packed documents, rope, two rows": (f"{PACKED} {ROPE} --micro-batch-size 2 --global-batch-size 8", CP2),
     "uneven length": (f"--seq-length 61 {ROPE} {SHORT}", UNALIGNED),
     "a length for each batch": (f"--variable-seq-lengths {ROPE} {LONG}", UNALIGNED),

@@ -46,7 +46,7 @@ def build_datasets(args):
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         # A dense mask serves the run without context parallelism; with it, document boundaries are enough.
-        create_attention_mask=args.reset_attention_mask and args.context_parallel_size == 1,
+        create_attention_mask=has_mask(args),
     )
     counts = [args.train_iters * args.global_batch_size, args.eval_iters * args.global_batch_size, 0]
     if dist.get_rank() == 0:
@@ -95,11 +95,17 @@ def prepare_batch(whole, args, length):
     )
 
 
+def has_mask(args):
+    """Whether the batch has a mask, which then holds the window too: Megatron's local attention applies one of them
+    alone, from 0.15 on the window.
+    """
+    return args.reset_attention_mask and args.context_parallel_size == 1
+
+
 def within_window(mask, window):
     """Mask out what lies beyond ``window`` (LEFT, RIGHT; -1 is without limit) too.
 
-    Megatron's local attention forgets the window where the batch has a mask. mask: bool (batch, 1, seq, seq), True is
-    masked out.
+    mask: bool (batch, 1, seq, seq), True is masked out.
     """
     if window is None:
         return mask

@@ -16,6 +16,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from trainer.checks import has_uneven_shapes
+from trainer.data import has_mask
 
 # Megatron-core 0.12 knows virtual stages by a global rank; later versions pass the stage.
 _TAKES_STAGE = "vp_stage" in inspect.signature(GPTModel.__init__).parameters
@@ -52,7 +53,7 @@ def transformer_config(args):
         activation_func=F.silu if args.swiglu else F.gelu,
         attention_dropout=args.attention_dropout,
         hidden_dropout=args.hidden_dropout,
-        window_size=args.window_size,
+        window_size=None if has_mask(args) else args.window_size,
         init_method_std=args.init_method_std,
         params_dtype=args.params_dtype,
         pipeline_dtype=args.params_dtype,
