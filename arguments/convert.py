@@ -32,6 +32,7 @@ def config_from_args(args):
         alltoall=getattr(args, "cp_enable_alltoall", True),
         kv_exchange=args.cp_kv_exchange,
         batch_layout=getattr(args, "cp_batch_layout", "auto"),
+        keep_attention=getattr(args, "cp_keep_attention", False),
     )
 
 
@@ -80,7 +81,17 @@ def setup_from_args(args, world_size=None):
         use_legacy_models=bool(getattr(args, "use_legacy_models", False)),
         gather_size_calculator=args.gather_size_calculator,
         fused_update=bool(getattr(args, "use_fused_ring_attention_update", False)),
+        recomputes_attention=_recomputes_attention(args),
     )
+
+
+def _recomputes_attention(args):
+    """Whether Megatron's checkpoints run attention twice; None where ``args`` are not Megatron's."""
+    if not hasattr(args, "recompute_granularity"):
+        return None
+    modules = getattr(args, "recompute_modules", None) or ["core_attn"]  # Megatron's default
+    selective = args.recompute_granularity == "selective" or getattr(args, "recompute_activations", False)
+    return args.recompute_granularity == "full" or (selective and "core_attn" in modules)
 
 
 def validate(args, world_size=None):

@@ -163,6 +163,15 @@ def _ring_flags(parser):
         ),
     )
     yield (
+        ("--cp-keep-attention",),
+        dict(
+            action="store_true",
+            help="recomputation takes attention from the forward pass instead of communicating and computing it again. "
+            "Default: off. Rule: needs --context-parallel-size above 1, and --recompute-granularity full, or selective "
+            "with core_attn.",
+        ),
+    )
+    yield (
         ("--use-fused-ring-attention-update",),
         dict(
             action="store_true",

@@ -51,6 +51,7 @@ FIELDS = {
     "send_recv_overlap": "use_cp_send_recv_overlap",
     "kv_exchange": "cp_kv_exchange",
     "batch_layout": "cp_batch_layout",
+    "keep_attention": "cp_keep_attention",
 }
 _ALGORITHM = ("context_parallel_algo", "cp_comm_type")
 

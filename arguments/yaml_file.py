@@ -1,8 +1,8 @@
 """MindFormers' YAML file (--cp-config) as another way to give the same flags.
 
 Keys read: ``parallel_config`` (data_parallel, model_parallel, context_parallel, pipeline_stage, context_parallel_algo,
-use_seq_parallel), ``parallel.enable_alltoall``, ``model.model_config`` (use_attn_mask_compression,
-use_flash_attention).
+use_seq_parallel, and this project's own keep_attention), ``parallel.enable_alltoall``, ``model.model_config``
+(use_attn_mask_compression, use_flash_attention).
 """
 
 import difflib
@@ -31,6 +31,7 @@ KEYS = {
     "parallel_config.pipeline_stage": Key("pipeline_model_parallel_size", "--pipeline-model-parallel-size", _SIZE),
     _ALGORITHM_KEY: Key("context_parallel_algo", "--context-parallel-algo", _ALGORITHM),
     "parallel_config.use_seq_parallel": Key("sequence_parallel", "--sequence-parallel", _SWITCH),
+    "parallel_config.keep_attention": Key("cp_keep_attention", "--cp-keep-attention", _SWITCH),
     "parallel.enable_alltoall": Key("cp_enable_alltoall", "", _SWITCH),
     "model.model_config.use_attn_mask_compression": Key("cp_attn_mask_compression", "", _SWITCH),
     "model.model_config.use_flash_attention": Key("use_flash_attn", "--use-flash-attn", _SWITCH),

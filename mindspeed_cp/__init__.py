@@ -9,6 +9,7 @@ from pathlib import Path
 if not (Path(__file__).parent / "patches").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
+from mindspeed_cp.algorithms.kept import KeptAttention
 from mindspeed_cp.algorithms.ulysses_attention import (
     DefaultGatherSizeCalculator,
     DynamicGatherSizeCalculator,
@@ -28,6 +29,7 @@ __all__ = [
     "DefaultGatherSizeCalculator",
     "DynamicGatherSizeCalculator",
     "GatherSizeCalculator",
+    "KeptAttention",
     "SequenceLayout",
     "TrainingSetup",
     "UlyssesContextAttention",

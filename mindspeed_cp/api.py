@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from mindspeed_cp.algorithms.function import AttentionCall, ContextParallelAttention
+from mindspeed_cp.algorithms.kept import KeptAttention
 from mindspeed_cp.algorithms.kv_cache import KVCache
 from mindspeed_cp.algorithms.ring import RingProblem
 from mindspeed_cp.algorithms.ring_plan import ring_plan
@@ -41,6 +42,7 @@ def context_parallel_attention(
     sliding_window: tuple[int | None, int | None] | None = None,
     softmax_offset: torch.Tensor | None = None,
     fused_update: bool = False,
+    kept: KeptAttention | None = None,
 ) -> torch.Tensor:
     """Attention over a sequence that is split over the ranks of a context-parallel group; every rank of it calls this.
 
@@ -61,6 +63,7 @@ def context_parallel_attention(
         sliding_window: (left, right): the query at p sees keys p - left to p + right; None or -1 is unlimited.
         softmax_offset: (heads,) one more logit per head with value 0 (an attention sink); gets a gradient.
         fused_update: merge blocks by the kernel's own operator where it has one (--use-fused-ring-attention-update).
+        kept: of the checkpoint around this call; its recomputation takes what the first pass computed.
 
     Returns:
         (seq_local, batch, heads, dv) in the query's dtype; float64, float32, float16 and bfloat16.
@@ -77,7 +80,8 @@ def context_parallel_attention(
     causal = config.causal and not (config.attention_mask_type == "general" and attention_mask is not None)
     masks = interval_masks(causal, layout.seq_len, query.shape[1], cu_seqlens, sliding_window)
     policy = config.kv_cache_policy_for(layer_number)
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))):
+    differentiates = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    if not differentiates and (kept is None or not kept.is_active):
         policy = None  # nothing will run backward, so nothing is kept for it
     cache = KVCache.resolve(policy, config.ring_size)
     ring = RingProblem(
@@ -94,7 +98,8 @@ def context_parallel_attention(
         dense_mask=dense_mask(attention_mask, query.shape[1], layout.seq_len),
         merge=merge_function(chosen, fused_update),
     )
-    call = AttentionCall(ring, _ulysses_problem(config, groups, layout, query, key, value, cache, chosen))
+    ulysses = _ulysses_problem(config, groups, layout, query, key, value, cache, chosen)
+    call = AttentionCall(ring, ulysses, layer_number, kept)
     # Kernels take any strides but the last dimension's; torch's CPU operator would read past it without a word.
     tensors = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
     order = None if layout.ulysses_degree > 1 else _ascending(layout, groups.cp_rank, query.device)

@@ -59,6 +59,8 @@ class ContextParallelConfig:
         batch_layout: which tokens a rank holds (--cp-batch-layout): "auto" is what the algorithm likes, "contiguous",
             "zigzag" over the whole row as Megatron cuts it, "document_zigzag" over every document on its own,
             "balanced" by the attention area of packed documents.
+        keep_attention: recomputation takes attention from the forward pass (--cp-keep-attention). Megatron's
+            checkpoints read it; with torch's, pass ``kept`` to ``context_parallel_attention``.
     """
 
     context_parallel_size: int = 1
@@ -73,6 +75,7 @@ class ContextParallelConfig:
     alltoall: bool = True
     kv_exchange: KVExchange = "ring"
     batch_layout: BatchLayout = "auto"
+    keep_attention: bool = False
 
     def __post_init__(self) -> None:
         cp = self.context_parallel_size
@@ -95,6 +98,11 @@ class ContextParallelConfig:
         _require(
             self.batch_layout in BATCH_LAYOUTS,
             f"--cp-batch-layout {self.batch_layout} is not known; choose one of {', '.join(BATCH_LAYOUTS)}.",
+        )
+        _require(
+            not self.keep_attention or cp > 1,
+            "--cp-keep-attention needs --context-parallel-size above 1; leave it out or use --context-parallel-size 2 "
+            "or more.",
         )
         for notice in self.ignored_settings():
             warn_rank0(notice)
@@ -255,12 +263,17 @@ class ContextParallelConfig:
             parts.append(f"{self.kv_exchange} exchange")
         if self.kv_cache_policy:
             parts.append(f"kv cache {self.kv_cache_policy}")
+        if self.keep_attention:
+            parts.append("attention kept across recomputation")
         return ", ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
-    """What the launch script says about the model and the machine, as far as context parallelism must know it."""
+    """What the launch script says about the model and the machine, as far as context parallelism must know it.
+
+    ``recomputes_attention`` is None where it does not say whether layers, or core attention, are recomputed.
+    """
 
     num_attention_heads: int | None
     num_query_groups: int | None = None
@@ -274,6 +287,7 @@ class TrainingSetup:
     use_legacy_models: bool = False
     gather_size_calculator: str = "default"
     fused_update: bool = False
+    recomputes_attention: bool | None = field(default=None, compare=False)
     notices: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -308,6 +322,11 @@ def resolve(config: ContextParallelConfig, setup: TrainingSetup) -> TrainingSetu
         f"--context-parallel-cache-interval {config.kv_cache_interval} must be smaller than --num-layers "
         f"{setup.num_layers}; choose 0 to {setup.num_layers - 1}.",
     )
+    if config.keep_attention and setup.recomputes_attention is False:
+        notices.append(
+            "--cp-keep-attention is ignored: nothing recomputes attention; add --recompute-granularity full, or "
+            "selective with core_attn among --recompute-modules."
+        )
     if cp > 1 and not setup.use_flash_attn:
         notices.append(f"--use-flash-attn is switched on: --context-parallel-size {cp} needs flash attention.")
         setup = dataclasses.replace(setup, use_flash_attn=True)

@@ -177,6 +177,7 @@ class AttentionBridge:
                 sliding_window=window,
                 softmax_offset=module.softmax_offset,
                 fused_update=state.setup is not None and state.setup.fused_update,
+                kept=state.kept,
             )
 
 

@@ -18,6 +18,7 @@ from mindspeed_cp.patches.packed import packed_batch
 from mindspeed_cp.patches.records import BatchRecords, Documents, MicroBatch
 
 from mindspeed_cp import sharding
+from mindspeed_cp.algorithms.kept import KeptAttention
 from mindspeed_cp.config import ContextParallelConfig, TrainingSetup
 from mindspeed_cp.groups import ContextParallelGroups
 from mindspeed_cp.layout import DOCUMENT_KINDS, SequenceLayout
@@ -47,6 +48,7 @@ class AdaptorState:
         is_pipeline: whether there is more than one pipeline stage: stages then split the same batch knowing different
             parts of it, and must come to the same layout.
         active: record of the forward pass that runs now.
+        kept: KeptAttention of the checkpoint whose function runs now, where --cp-keep-attention asks for it.
         records: where the record of a batch is found again.
         masks, boundaries: what was read of the masks and of the packed boundaries under way.
         on_change: called whenever a cached embedding may have become wrong.
@@ -66,6 +68,7 @@ class AdaptorState:
     handed: Handed = field(default_factory=Handed)
     documents_by_hand: bool = False
     active: MicroBatch | None = None
+    kept: KeptAttention | None = None
     records: BatchRecords = field(default_factory=BatchRecords)
     masks: MaskCache = field(default_factory=MaskCache)
     boundaries: BoundaryCache = field(default_factory=BoundaryCache)

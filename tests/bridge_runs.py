@@ -4,6 +4,7 @@ rank.
 
 import contextlib
 import io
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -47,10 +48,9 @@ def module(cp_size, **settings):
         hidden_size=HEADS * DIM,
         num_attention_heads=HEADS,
         num_query_groups=GROUPS,
-        attention_dropout=0.0,
         context_parallel_size=cp_size,
         masked_softmax_fusion=False,
-        **{name: value for name, value in settings.items() if name != "layer_number"},
+        **{name: value for name, value in ({"attention_dropout": 0.0} | settings).items() if name != "layer_number"},
     )
     attention = DotProductAttention(config, settings.get("layer_number", 1), AttnMaskType.causal, "self")
     if getattr(attention, "softmax_offset", None) is not None:
@@ -113,6 +113,7 @@ def compare(rank):
         results["differences"][f"{algorithm} packed"] = _packed(megatron_adaptor, layout, rank)
         results["differences"][f"{algorithm} wrapped"] = _wrapped(megatron_adaptor, layout, rank, expected["no mask"])
         results[f"recompute {algorithm}"] = _recompute(megatron_adaptor, rank)
+        results[f"kept {algorithm}"] = _kept(megatron_adaptor, rank)
         results["refused"] = _refused(megatron_adaptor, layout, rank)
         parallel_state.destroy_model_parallel()
     results["wrong size"] = _wrong_size(megatron_adaptor, parallel_state)
@@ -241,6 +242,54 @@ def _recompute(adaptor, rank):
             out.backward(grad_out.flatten(-2))
         results.append([leaf.grad for leaf in leaves])
     return max(float((one - two).abs().max()) for one, two in zip(*results))
+
+
+def _kept(adaptor, rank):
+    """name -> (largest difference of gradients from a recomputation, bytes that each call of attention sent)."""
+    import torch
+    from megatron.core.tensor_parallel import checkpoint
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from mindspeed_cp import SequenceLayout
+    from mindspeed_cp.comm import count_bytes
+
+    state, plain = adaptor.state(), adaptor.state().config
+    attention, layout = module(2, attention_dropout=0.2), SequenceLayout.build(plain, SEQ)
+    *qkv, grad_out = _shards(layout, rank, tensors())
+
+    def call(*inputs):
+        with count_bytes() as traffic:
+            out = attention(*inputs, None)
+        sent.append(traffic.total_bytes)
+        return out + torch.rand(1, dtype=out.dtype)  # random numbers go on
+
+    def nested(*inputs):
+        return checkpoint(call, False, *inputs) * 2
+
+    def two(*inputs):
+        """Two micro-batches under way: the first's backward pass runs when the second's forward has."""
+        out, later = checkpoint(call, False, *inputs), checkpoint(call, False, *(tensor * 0.5 for tensor in inputs))
+        out.backward(grad_out.flatten(-2))
+        return later
+
+    found, functions = {}, {"alone": lambda *inputs: checkpoint(call, False, *inputs), "two": two}
+    functions |= {"nested": lambda *inputs: checkpoint(nested, False, *inputs)}
+    for name, function in functions.items():
+        gradients = []
+        for config in (plain, replace(plain, keep_attention=True)):
+            adaptor.configure(config)
+            sent, leaves = [], [tensor.clone().requires_grad_() for tensor in qkv]
+            model_parallel_cuda_manual_seed(5)
+            with state.running(record_of(adaptor, SEQ)):
+                out = function(*leaves)
+            out.backward(grad_out.flatten(-2))
+            gradients.append([leaf.grad for leaf in leaves])
+        found[name] = max(float((one - two).abs().max()) for one, two in zip(*gradients)), sent
+    with torch.no_grad(), state.running(record_of(adaptor, SEQ)):
+        sent = []
+        checkpoint(call, False, *leaves)
+    adaptor.configure(plain)
+    return found | {"without a graph": (0.0, sent)}
 
 
 def _refused(adaptor, layout, rank):

@@ -1,14 +1,14 @@
 """Pipelines whose stages get what Megatron gives them: tokens the first, labels the last, nothing those between."""
 
 import torch
-from batch_runs import END, ROWS, SEQ, VERSION, batch_of, build, configure, difference, groups, split, summed
+from batch_runs import END, RECOMPUTE, ROWS, SEQ, VERSION, batch_of, build, configure, difference, groups, split, summed
 
 MICRO_BATCHES = 4
 LAYERS = {"num_layers": 4}
 FIRST, LAST = ("tokens", "position_ids"), ("labels", "loss_mask")
 
 
-def stages(pp_size, vpp_size, cp_size):
+def stages(pp_size, vpp_size, cp_size, **settings):
     """The model chunks of this pipeline rank."""
     from megatron.core import parallel_state
 
@@ -29,6 +29,7 @@ def stages(pp_size, vpp_size, cp_size):
                 overlap_p2p_comm=vpp_size is not None,  # two interleaved stages are neighbours on both sides
                 batch_p2p_comm=vpp_size is None,
                 **LAYERS,
+                **settings,
             )
         )
     return found
@@ -41,14 +42,14 @@ def batches(model, documents, seq):
     return [split({name: batch[name] if name in given else None for name in FIRST + LAST}) for batch in whole]
 
 
-def run(pp_size, vpp_size, documents, seq, whole):
+def run(pp_size, vpp_size, documents, seq, whole, **settings):
     """Largest difference of losses and gradients on this rank; ``whole`` is (losses of each, summed gradients)."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from mindspeed_cp import megatron_adaptor
 
     state, losses = megatron_adaptor.state(), []
-    chunks = stages(pp_size, vpp_size, state.cp_size)
+    chunks = stages(pp_size, vpp_size, state.cp_size, **settings)
     iterators = [iter(batches(chunk, documents, seq)) for chunk in chunks]
 
     def forward_step(iterator, model):
@@ -82,6 +83,19 @@ def run(pp_size, vpp_size, documents, seq, whole):
     return max(worst, difference(nothing, own, nothing + 1e-30, gradients, lambda tensor: nothing))
 
 
+def kept(settings, pp_size, vpp_size, documents, whole):
+    """(difference with the attention kept, bytes sent without recomputation, with it, and with the attention kept)."""
+    from mindspeed_cp.comm import count_bytes
+
+    sent, worst = [], 0.0
+    for keep, recompute in ((False, {}), (False, RECOMPUTE), (True, RECOMPUTE)):
+        configure({**settings, "keep_attention": keep}, 2, end_of_document=END)
+        with count_bytes() as traffic:
+            worst = max(worst, run(pp_size, vpp_size, documents, SEQ, whole, **recompute))
+        sent.append(traffic.total_bytes)
+    return worst, sent
+
+
 def expected_of(documents, seq, masked):
     """(losses of each micro-batch, gradients of all) of one process."""
     from batch_runs import gradients, losses_of, mask_of
@@ -102,7 +116,7 @@ RUNS = {
 
 
 def compare(rank):
-    """name -> difference."""
+    """(name -> difference, name -> bytes sent without recomputation, with it, and with the attention kept)."""
     import trainer.quiet  # noqa: F401
 
     from mindspeed_cp import megatron_adaptor  # noqa: F401
@@ -111,17 +125,17 @@ def compare(rank):
     documents, plain = list(enumerate(ends)), list(enumerate(((0, SEQ - 1),) * ROWS for _ in ends))
     with groups({}, cp_size=1):
         whole, odd = expected_of(documents, SEQ, True), expected_of(plain, SEQ - 1, False)
-    found = {}
+    found, sent = {}, {}
     for name, settings in RUNS.items():
         with groups(settings, cp_size=2, pp_size=2):
             for title, vpp_size in (("one after the other", None), ("interleaved", 2)):
                 virtual_stages(vpp_size)
                 configure(settings, 2, end_of_document=END)
-                found[f"{name}, {title}"] = run(2, vpp_size, documents, SEQ, whole)
+                found[f"{name}, {title}"], sent[f"{name}, {title}"] = kept(settings, 2, vpp_size, documents, whole)
                 if name == "ring":
                     configure(settings, 2)
                     found[f"odd length, {title}"] = run(2, vpp_size, plain, SEQ - 1, odd)
-    return found
+    return found, sent
 
 
 def virtual_stages(count):

@@ -44,6 +44,19 @@ def test_recomputation_sees_the_batch_of_its_forward_pass(ranks, algorithm):
     assert [rank[f"recompute {algorithm}"] for rank in ranks] == [0, 0]
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_kept_attention_gives_the_gradients_of_its_recomputation_and_sends_nothing_twice(ranks, algorithm):
+    for rank in ranks:
+        found = rank[f"kept {algorithm}"]
+        assert [difference for difference, _ in found.values()] == [0, 0, 0, 0]
+        assert [tuple(bool(sent) for sent in calls) for _, calls in found.values()] == [
+            (True, False),
+            (True, True, False, False),
+            (True, False, False),
+            (True,),
+        ]
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [

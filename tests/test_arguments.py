@@ -28,6 +28,7 @@ DEFAULTS = {
     "--use-ulysses-allgather-kv": False,
     "--cp-kv-exchange": "ring",
     "--cp-batch-layout": "auto",
+    "--cp-keep-attention": False,
     "--cp-kernel": None,
     "--gather-size-calculator": "default",
     "--use-flash-attn": False,
@@ -141,6 +142,26 @@ def test_every_flag_reaches_the_configuration():
     layout = config_from_args(parse("--context-parallel-size", "2", "--cp-batch-layout", "zigzag")).batch_layout
     assert layout == "zigzag"
     assert config_from_args(parse("--context-parallel-size", "2", "--use-ulysses-allgather-kv")).allgather_kv
+    assert config_from_args(parse("--context-parallel-size", "2", "--cp-keep-attention")).keep_attention
+
+
+@pytest.mark.parametrize(
+    ("recompute", "recomputes"),
+    [
+        ({}, None),
+        ({"recompute_granularity": None}, False),
+        ({"recompute_granularity": "full"}, True),
+        ({"recompute_granularity": "selective"}, True),
+        ({"recompute_granularity": "selective", "recompute_modules": ["mlp", "core_attn"]}, True),
+        ({"recompute_granularity": "selective", "recompute_modules": ["mlp"]}, False),
+        ({"recompute_granularity": None, "recompute_activations": True}, True),
+    ],
+)
+def test_the_setup_knows_whether_attention_is_recomputed(recompute, recomputes):
+    args = parse()
+    for name, value in recompute.items():
+        setattr(args, name, value)
+    assert setup_from_args(args, world_size=1).recomputes_attention is recomputes
 
 
 def test_setup_reads_model_and_machine():

@@ -61,12 +61,12 @@ def test_every_key_is_read(write):
         "--cp-config",
         write(
             "parallel_config: {data_parallel: 2, model_parallel: 2, context_parallel: 4, pipeline_stage: 2,\n"
-            "                  context_parallel_algo: colossalai_cp, use_seq_parallel: False}\n"
+            "                  context_parallel_algo: colossalai_cp, use_seq_parallel: False, keep_attention: True}\n"
             "model: {model_config: {use_flash_attention: True, use_attn_mask_compression: True}}\n"
         ),
     )
     config, setup = validate(args, world_size=32)
-    assert config.describe() == "Ring, cp=4, zigzag, causal"
+    assert config.describe() == "Ring, cp=4, zigzag, causal, attention kept across recomputation"
     assert (setup.tensor_parallel_size, setup.pipeline_parallel_size, setup.use_flash_attn) == (2, 2, True)
 
 

@@ -287,6 +287,17 @@ def test_setting_that_the_algorithm_ignores_is_a_warning(changes, says):
         ContextParallelConfig(**({"context_parallel_size": 4} | changes))
 
 
+def test_kept_attention_needs_ranks_and_says_so_where_nothing_is_recomputed():
+    with pytest.raises(ValueError, match="--cp-keep-attention needs --context-parallel-size above 1; leave it out"):
+        config(1, keep_attention=True)
+    kept = config(2, RING, keep_attention=True)
+    assert "attention kept across recomputation" in kept.describe()
+    assert [
+        "--cp-keep-attention is ignored" in " ".join(resolve(kept, setup(recomputes_attention=known)).notices)
+        for known in (False, True, None)
+    ] == [True, False, False]
+
+
 def test_general_is_causal_until_the_batch_brings_a_mask():
     general = config(2, RING, attention_mask_type="general")
     assert general.causal and general.layout_kind == "zigzag" and general.attention_mask_type == "general"

@@ -42,6 +42,7 @@ GROUPS = {
             **BASICS,
             "ulysses with full recompute": f"{CP4['ulysses cp=4']} --recompute-granularity full",
             "ring with full recompute": f"{CP4['ring cp=4']} --recompute-granularity full",
+            "ring, attention kept": f"{CP4['ring cp=4']} --recompute-granularity full --cp-keep-attention",
         },
     ),
     "learned positions": (f"--position-embedding-type learned_absolute {LONG}", CP4),
@@ -66,6 +67,8 @@ GROUPS = {
             "ring with kv cache": f"{FOUR} {RING} --context-parallel-kv-cache-policy full",
             "ulysses with kv cache": f"{FOUR} {ULYSSES} --context-parallel-kv-cache-policy half",
             "ring with selective recompute": f"{CP2['ring cp=2']} --recompute-activations",
+            "hybrid, attention kept": f"{FOUR} --context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2 "
+            "--recompute-activations --cp-keep-attention",
             "ring with distributed optimizer": f"{CP2['ring cp=2']} --use-distributed-optimizer",
         },
     ),
@@ -145,6 +148,11 @@ def test_context_parallelism_communicates_and_its_absence_does_not(runs):
     # layer.
     one_shard = 4 * 16 * 4 * 16 * 4
     assert {record["cp_bytes_per_rank"] for record in runs[name_of("rope", "ring cp=4")]} == {2 * 9 * one_shard}
+    recomputed, kept = (runs[name_of("rope", f"ring{case}")] for case in (" with full recompute", ", attention kept"))
+    assert {record["cp_bytes_per_rank"] for record in recomputed} == {2 * 12 * one_shard}
+    assert {record["cp_bytes_per_rank"] for record in kept} == {2 * 9 * one_shard}
+    for record, other in zip(recomputed, kept, strict=True):
+        assert (record["loss"], record["grad_norm"]) == (other["loss"], other["grad_norm"])
 
 
 def test_three_ranks_with_a_prime_like_length_for_each_batch(data):

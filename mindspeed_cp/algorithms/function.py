@@ -5,27 +5,92 @@ same in reverse. A part that has one rank does nothing.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from mindspeed_cp.algorithms.kept import Computed, KeptAttention, Stamp
 from mindspeed_cp.algorithms.kv_cache import NAMES, Name
-from mindspeed_cp.algorithms.ring import RingProblem, RingSaved, ring_backward, ring_forward
+from mindspeed_cp.algorithms.ring import RingProblem, RingSaved, own_rows, ring_backward, ring_forward
 from mindspeed_cp.algorithms.ulysses import UlyssesProblem
 from mindspeed_cp.softmax import add_softmax_offset, softmax_offset_gradient
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """One call: the ring's problem, and Ulysses' where the group has more than one rank."""
+    """One call: the ring's problem, and Ulysses' where the group has more than one rank.
+
+    Args:
+        layer_number: global, 1-based.
+        kept: of the checkpoint around the call, whose recomputation takes what its first pass computed.
+    """
 
     ring: RingProblem
     ulysses: UlyssesProblem | None = None
+    layer_number: int = 1
+    kept: KeptAttention | None = None
 
     @property
     def refetch(self) -> frozenset[Name]:
         """Which of key and value are saved before Ulysses' communication, and communicated again in backward."""
         return frozenset() if self.ulysses is None else self.ulysses.refetch
+
+    def without_communication(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> dict[int, torch.Tensor]:
+        """Place in ``Computed.saved`` -> what the rank has there without communication: all of its own in a ring alone,
+        and what is saved before Ulysses' exchange.
+        """
+        if self.ulysses is None:
+            return dict(enumerate((query, *own_rows(self.ring, key, value))))
+        return {place: rows for place, name, rows in zip((1, 2), NAMES, (key, value)) if name in self.refetch}
+
+    def stamp(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Stamp:
+        ring, dense = self.ring, self.ring.dense_mask
+        return Stamp(
+            layer_number=self.layer_number,
+            query=query.shape,
+            key=key.shape,
+            value=value.shape,
+            dtype=query.dtype,
+            softmax_scale=ring.options.softmax_scale,
+            dropout_p=ring.options.dropout_p,
+            exchange=ring.exchange,
+            keep=ring.keep,
+            refetch=self.refetch,
+            layout=ring.layout,
+            masks=ring.masks,
+            dense_mask=None if dense is None else dense.shape,
+        )
+
+    def compute(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        softmax_offset: torch.Tensor | None,
+        local: dict[int, torch.Tensor],
+    ) -> Computed:
+        """Run the call; ``local`` is what ``without_communication`` returned."""
+        dtype = query.dtype
+        if self.ulysses is None:
+            own = tuple(local[place] for place in range(1, len(local)))
+        else:
+            query, key, value = self.ulysses.scatter(query, key, value)
+            own = own_rows(self.ring, key, value)
+        out, lse, saved = ring_forward(self.ring, query, own)
+        if softmax_offset is not None:
+            if out.dtype != lse.dtype:
+                out = out.to(lse.dtype)
+            add_softmax_offset(out, lse, self.local_offset(softmax_offset))
+        out = out.to(dtype)
+        result = self.ulysses.gather_out(out, dtype) if self.ulysses else out
+        # Rows without a key have lse -inf; +inf makes exp(score - lse) 0 in backward.
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+        tensors = (query, *saved.tensors)
+        kept = tuple(None if place in local else tensor for place, tensor in enumerate(tensors))
+        return Computed(result, out, lse, kept, saved.rngs)
 
     def local_offset(self, softmax_offset: torch.Tensor) -> torch.Tensor:
         return softmax_offset if self.ulysses is None else softmax_offset[self.ulysses.head_slice()]
@@ -44,23 +109,16 @@ class ContextParallelAttention(torch.autograd.Function):
 
     @staticmethod
     def _forward(ctx, query, key, value, softmax_offset, call):
-        dtype, before = query.dtype, {"key": key, "value": value}
-        if call.ulysses:
-            query, key, value = call.ulysses.scatter(query, key, value)
-        out, lse, saved = ring_forward(call.ring, query, key, value)
-        if softmax_offset is not None:
-            if out.dtype != lse.dtype:
-                out = out.to(lse.dtype)
-            add_softmax_offset(out, lse, call.local_offset(softmax_offset))
-        out = out.to(dtype)
-        result = call.ulysses.gather_out(out, dtype) if call.ulysses else out
-        # Rows without a key have lse -inf; +inf makes exp(score - lse) 0 in backward.
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-        ctx.call, ctx.rngs, kept = call, saved.rngs, saved.tensors
-        if call.refetch:
-            kept = tuple(before[name] if name in call.refetch else tensor for name, tensor in zip(NAMES, kept))
-        ctx.save_for_backward(query, out, lse, softmax_offset, *kept)
-        return result
+        local = call.without_communication(query, key, value)
+        compute = partial(call.compute, query, key, value, softmax_offset, local)
+        if call.kept is None:
+            found = compute()
+        else:
+            found = call.kept.once(call.stamp(query, key, value), query.device, compute)
+        ctx.call, ctx.rngs = call, found.rngs
+        query, *kept = (local.get(place, tensor) for place, tensor in enumerate(found.saved))
+        ctx.save_for_backward(query, found.out, found.lse, softmax_offset, *kept)
+        return found.result
 
     @staticmethod
     @once_differentiable

@@ -104,19 +104,28 @@ class RingSaved:
     rngs: tuple[Any, ...]
 
 
+def own_rows(problem: RingProblem, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """This rank's keys and values as they travel: packed in one message, unless just one of them is kept."""
+    if problem.layout.ring_size == 1:
+        return key, value
+    if len(problem.keep) == 1:
+        return key.contiguous(), value.contiguous()
+    return (torch.cat([key, value], dim=-1),)
+
+
 def ring_forward(
-    problem: RingProblem, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    problem: RingProblem, query: torch.Tensor, own: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, torch.Tensor, RingSaved]:
-    """Attention of this rank's queries over all keys.
+    """Attention of this rank's queries over all keys, of which ``own_rows`` gives it ``own``.
 
     Returns:
         (out, lse, saved): out in the kernel's dtype when one block made it, else in the accumulation dtype, and then in
-        reused memory unless that is the query's dtype.
+        reused memory unless that is the query's dtype. saved begins with ``own``.
     """
-    partial = PartialAttention(problem.groups.workspace, problem.merge, query, value.shape[-1])
-    kept: list[torch.Tensor] = []
-    rngs = []
-    for source, source_key, source_value in _forward_stream(problem, key, value, kept):
+    value_dim = own[-1].shape[-1] - (query.shape[-1] if len(own) == 1 else 0)
+    partial = PartialAttention(problem.groups.workspace, problem.merge, query, value_dim)
+    kept, rngs = [*own], []
+    for source, source_key, source_value in _forward_stream(problem, own, query.shape[-1], kept):
         mask = problem.mask_against(source)
         for batch, block in problem.tasks(query, source):
             rows, keys = block.query_rows, block.key_rows
@@ -134,29 +143,21 @@ def ring_forward(
     return out, lse, RingSaved(tuple(kept), tuple(rngs))
 
 
-def _forward_stream(problem, key, value, kept):
-    """Stream (source, key, value) by the problem's exchange; ``kept`` collects the tensors that backward starts from.
-
-    Key and value travel packed in one message, unless just one of them is kept.
-    """
+def _forward_stream(problem, own, split, kept):
+    """Stream (source, key, value) by the problem's exchange; what backward needs besides ``own`` joins ``kept``."""
     if problem.layout.ring_size == 1:
-        kept += [key, value]
-        yield problem.rank, key, value
+        yield problem.rank, *own
         return
     exchange = EXCHANGES[problem.exchange]
     if len(problem.keep) == 1:
-        own = (key.contiguous(), value.contiguous())
-        kept += own
         streams = []
         for name, rows in zip(NAMES, own):
             stream = exchange(problem.channel, rows, f"kv.{name}", keep=name in problem.keep)
             streams.append(_collect(stream, kept) if name in problem.keep else stream)
         yield from paired(*streams)
         return
-    own = torch.cat([key, value], dim=-1)
-    kept.append(own)
-    stream = exchange(problem.channel, own, "kv", keep=bool(problem.keep))
-    yield from concatenated(_collect(stream, kept) if problem.keep else stream, key.shape[-1])
+    stream = exchange(problem.channel, own[0], "kv", keep=bool(problem.keep))
+    yield from concatenated(_collect(stream, kept) if problem.keep else stream, split)
 
 
 def _collect(stream, kept):
