@@ -31,6 +31,7 @@ def config_from_args(args):
         send_recv_overlap=args.use_cp_send_recv_overlap,
         alltoall=getattr(args, "cp_enable_alltoall", True),
         kv_exchange=args.cp_kv_exchange,
+        p2p=getattr(args, "cp_p2p", "auto"),
         batch_layout=getattr(args, "cp_batch_layout", "auto"),
         keep_attention=getattr(args, "cp_keep_attention", False),
     )

@@ -6,7 +6,7 @@ from mindspeed_cp.arguments import given
 from mindspeed_cp.arguments.mindspeed_flags import add_accepted_flags, refusal_of_algorithm, refuse_alibi
 
 from mindspeed_cp.algorithms import ALGORITHMS
-from mindspeed_cp.config import BATCH_LAYOUTS, KV_CACHE_POLICIES, KV_EXCHANGES, MASK_TYPES
+from mindspeed_cp.config import BATCH_LAYOUTS, KV_CACHE_POLICIES, KV_EXCHANGES, MASK_TYPES, P2P_KINDS
 from mindspeed_cp.kernels import KERNELS
 
 GROUP_TITLE = "context parallelism (mindspeed_cp)"
@@ -135,6 +135,18 @@ def _ring_flags(parser):
             help="how keys and values reach the other ring ranks. Default: ring. Choices: ring: whole shards are "
             "forwarded; direct: each peer gets just the rows its mask needs; auto: whichever sends less for the batch. "
             "Rule: direct needs a ring algorithm and --cp-window-size 1.",
+        ),
+    )
+    yield (
+        ("--cp-p2p",),
+        dict(
+            type=_choice(parser, "--cp-p2p", P2P_KINDS),
+            choices=list(P2P_KINDS),
+            default="auto",
+            help="how messages between single ranks are posted. Default: auto. Choices: batch: those of one step "
+            "together; isend: one after the other, in an order in which no ranks wait for each other in a circle; "
+            "auto: batch, and isend on NPUs with virtual pipeline stages. Rule: ring algorithms only; HCCL allows no "
+            "batches beside virtual pipeline stages, and three at a time on more than 500 ranks.",
         ),
     )
     policies = [policy for policy in KV_CACHE_POLICIES if policy]

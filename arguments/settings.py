@@ -50,6 +50,7 @@ FIELDS = {
     "allgather_kv": "use_ulysses_allgather_kv",
     "send_recv_overlap": "use_cp_send_recv_overlap",
     "kv_exchange": "cp_kv_exchange",
+    "p2p": "cp_p2p",
     "batch_layout": "cp_batch_layout",
     "keep_attention": "cp_keep_attention",
 }

@@ -15,11 +15,13 @@ from mindspeed_cp.notices import warn_rank0
 MaskType = Literal["causal", "full", "general"]
 KVCachePolicy = Literal["full", "half"]
 KVExchange = Literal["ring", "direct", "auto"]
+P2P = Literal["auto", "batch", "isend"]
 BatchLayout = Literal["auto", "contiguous", "zigzag", "document_zigzag", "balanced"]
 
 MASK_TYPES: tuple[str, ...] = get_args(MaskType)
 KV_CACHE_POLICIES = (None, *get_args(KVCachePolicy))
 KV_EXCHANGES: tuple[str, ...] = get_args(KVExchange)
+P2P_KINDS: tuple[str, ...] = get_args(P2P)
 BATCH_LAYOUTS: tuple[str, ...] = get_args(BatchLayout)
 
 
@@ -56,6 +58,8 @@ class ContextParallelConfig:
         alltoall: False replaces all-to-all by all-gather and slicing (MindFormers' enable_alltoall).
         kv_exchange: "ring" forwards whole shards, "direct" sends each peer the rows its mask needs, "auto" takes what
             sends less for the batch (--cp-kv-exchange).
+        p2p: how messages between single ranks are posted (--cp-p2p): "batch", all of one step together; "isend", one
+            after the other; "auto", as a batch but where HCCL forbids it, beside virtual pipeline stages.
         batch_layout: which tokens a rank holds (--cp-batch-layout): "auto" is what the algorithm likes, "contiguous",
             "zigzag" over the whole row as Megatron cuts it, "document_zigzag" over every document on its own,
             "balanced" by the attention area of packed documents.
@@ -74,6 +78,7 @@ class ContextParallelConfig:
     send_recv_overlap: bool = False
     alltoall: bool = True
     kv_exchange: KVExchange = "ring"
+    p2p: P2P = "auto"
     batch_layout: BatchLayout = "auto"
     keep_attention: bool = False
 
@@ -180,6 +185,7 @@ class ContextParallelConfig:
             self.kv_exchange in KV_EXCHANGES,
             f"--cp-kv-exchange {self.kv_exchange} is not known; choose one of {', '.join(KV_EXCHANGES)}.",
         )
+        _require(self.p2p in P2P_KINDS, f"--cp-p2p {self.p2p} is not known; choose one of {', '.join(P2P_KINDS)}.")
         if self.kv_exchange == "direct":
             _require(
                 self.row.exchange == "ring",
@@ -207,6 +213,8 @@ class ContextParallelConfig:
             f"not {algorithm}.": self.ulysses_degree is not None and not row.takes_degree,
             f"--use-cp-send-recv-overlap is ignored: {algorithm} sends nothing around a ring.": self.send_recv_overlap
             and row.exchange is None,
+            f"--cp-p2p {self.p2p} is ignored: {algorithm} sends no messages between single ranks.": self.p2p != "auto"
+            and row.exchange != "ring",
             f"enable_alltoall False is ignored: {algorithm} uses no all-to-all.": not self.alltoall
             and not row.splits_heads,
             f"--cp-batch-layout balanced is contiguous for {algorithm}, whose ranks have equal work by nature.": (
@@ -261,6 +269,8 @@ class ContextParallelConfig:
         ]
         if self.kv_exchange != "ring":
             parts.append(f"{self.kv_exchange} exchange")
+        if self.p2p == "isend" and self.row.exchange == "ring":
+            parts.append("single messages")
         if self.kv_cache_policy:
             parts.append(f"kv cache {self.kv_cache_policy}")
         if self.keep_attention:

@@ -95,6 +95,7 @@ class ContextParallelGroups:
         timeout: timedelta | None = None,
         cp_group: dist.ProcessGroup | None = None,
         share_from: int | None = SMALLEST_MESSAGE,
+        virtual_pipeline: bool = False,
     ) -> "ContextParallelGroups":
         """Make the process groups; collective over the world, so every rank calls it with the same arguments.
 
@@ -105,20 +106,24 @@ class ContextParallelGroups:
                 never destroyed. Every communicator costs an NPU 400 MB of buffers. All ranks have one, or none has.
             share_from: bytes from which a message between gloo ranks of one host goes through shared memory; None is
                 never.
+            virtual_pipeline: whether the model's pipeline has virtual stages, beside which HCCL allows no batches of
+                messages between single ranks.
 
         Raises:
-            ValueError: the groups do not fit the configuration or the world; checked before any group is made.
+            ValueError: the groups do not fit the configuration or the world, or --cp-p2p batch asks for what HCCL
+                forbids; checked before any group is made.
         """
         cp = config.context_parallel_size
         if cp == 1:
             return cls(config.hierarchy, 0, (dist.get_rank() if dist.is_initialized() else 0,))
         all_ranks = _agreed_ranks(config, cp_ranks, cp_group)
+        one_by_one = _one_by_one(config, virtual_pipeline)
         mine = _ranks_of_mine(all_ranks)
         made = _make(all_ranks, config.hierarchy, timeout, () if cp_group is None else ("cp",))
         whole = made.get("cp", cp_group)
         assert whole is not None
         carrier = None if share_from is None else HostMemory.connect(whole, share_from)
-        link = Link(whole, mine.index(dist.get_rank()), mine, carrier=carrier)
+        link = Link(whole, mine.index(dist.get_rank()), mine, carrier=carrier, one_by_one=one_by_one)
         links = {"cp": link}
         if config.hierarchy[0] in (1, cp):
             links["ring" if config.hierarchy[0] == 1 else "ulysses"] = link
@@ -187,6 +192,17 @@ def _agreed_ranks(
     existing = "not given" if cp_group is None else "given"
     agree(settings_of(config) | {"cp_ranks": str(all_ranks), "cp_group": existing})
     return all_ranks
+
+
+def _one_by_one(config: ContextParallelConfig, virtual_pipeline: bool) -> bool:
+    """Whether messages between single ranks are posted one after the other."""
+    forbidden = virtual_pipeline and "hccl" in dist.get_backend()
+    if config.p2p == "batch" and forbidden:
+        raise ValueError(
+            "--cp-p2p batch cannot work with virtual pipeline stages on an NPU: HCCL allows no batches of sends and "
+            "receives beside them; leave it out, or use --cp-p2p isend."
+        )
+    return config.p2p == "isend" or forbidden
 
 
 def _ranks_of_mine(all_ranks: Ranks) -> tuple[int, ...]:

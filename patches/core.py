@@ -232,7 +232,13 @@ def _initialize(state, announce):
                 return
             minutes = given.get("distributed_timeout_minutes")
             timeout = timedelta(minutes=minutes) if minutes else None
-            state.build_groups(config, _all_cp_ranks(), timeout, parallel_state.get_context_parallel_group())
+            state.build_groups(
+                config,
+                _all_cp_ranks(),
+                timeout,
+                parallel_state.get_context_parallel_group(),
+                virtual_pipeline=(given.get("virtual_pipeline_model_parallel_size") or 1) > 1,
+            )
             state.is_pipeline = given.get("pipeline_model_parallel_size", 1) > 1
             announce(config)
 

@@ -133,10 +133,13 @@ class AdaptorState:
         cp_ranks: list[list[int]],
         timeout: timedelta | None = None,
         cp_group: dist.ProcessGroup | None = None,
+        virtual_pipeline: bool = False,
     ) -> None:
         """Make the process groups of ``config`` beside Megatron's own ``cp_group``; collective over the world."""
         self.config = config
-        self.groups = ContextParallelGroups.build(config, cp_ranks, timeout=timeout, cp_group=cp_group)
+        self.groups = ContextParallelGroups.build(
+            config, cp_ranks, timeout=timeout, cp_group=cp_group, virtual_pipeline=virtual_pipeline
+        )
         self.epoch += 1
         self.forget_batches()
 

@@ -125,7 +125,7 @@ def setup_of(config, share_from=0):
     from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
 
     config = ContextParallelConfig(**config)
-    key = config.hierarchy, share_from
+    key = config.hierarchy, config.p2p, share_from
     if key not in _setups:
         _setups[key] = ContextParallelGroups.build(config, share_from=share_from)
     return config, _setups[key]

@@ -27,6 +27,7 @@ DEFAULTS = {
     "--context-parallel-cache-interval": 0,
     "--use-ulysses-allgather-kv": False,
     "--cp-kv-exchange": "ring",
+    "--cp-p2p": "auto",
     "--cp-batch-layout": "auto",
     "--cp-keep-attention": False,
     "--cp-kernel": None,

@@ -115,6 +115,12 @@ CONFIG_RULES = {
         "--cp-window-size 2",
         "use --cp-window-size 1",
     ),
+    "p2p": (
+        dict(context_parallel_size=2, algorithm=RING, p2p="mail"),
+        "--cp-p2p mail",
+        "not known",
+        "auto, batch, isend",
+    ),
     "layout": (dict(batch_layout="spiral"), "--cp-batch-layout spiral", "not known", "auto, contiguous, zigzag"),
     "all-gather without ulysses": (
         dict(context_parallel_size=2, algorithm=RING, allgather_kv=True),

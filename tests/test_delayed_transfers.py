@@ -21,6 +21,10 @@ CONFIGS = (
     *({**RING, "kv_cache_policy": policy} for policy in (None, "full", "half")),
     {**RING, "send_recv_overlap": True},
     {**RING, "attention_mask_type": "full"},
+    *(
+        {**RING, **more, "p2p": "isend"}
+        for more in ({}, {"send_recv_overlap": True}, {"kv_exchange": "direct"}, {"window_size": 2})
+    ),
     *({**RING, "kv_exchange": "direct", "kv_cache_policy": policy} for policy in (None, "full", "half")),
     *({**RING, "window_size": 2, "kv_cache_policy": policy} for policy in (None, "full", "half")),
     {**RING, "window_size": 2, "attention_mask_type": "full"},
@@ -86,6 +90,8 @@ def test_odd_sizes_and_two_layers_are_bitwise_the_same():
         for case in (
             Case(RING, **FLOAT32),
             Case({**RING, "kv_exchange": "direct"}, **FLOAT32),
+            Case({**RING, "p2p": "isend"}, **FLOAT32),
+            Case({**RING, "p2p": "isend", "kv_exchange": "direct"}, **FLOAT32),
             Case(ULYSSES, **FLOAT32),
         )
     ] * 2

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from cases import Case, attend, expected, largest_errors, whole
 from distributed import run_ranks
 
-from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
+from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, groups
 from mindspeed_cp.comm import count_bytes
+from mindspeed_cp.comm.batch import turn
 from mindspeed_cp.comm.host_memory import HostMemory
 from mindspeed_cp.comm.link import Link, link_of
 from mindspeed_cp.comm.messages import Message, Pending, copy_message
@@ -184,3 +185,93 @@ def numbered(rank):
 def test_messages_of_all_links_over_a_group_have_numbers_of_their_own():
     for first, second in run_ranks(2, numbered):
         assert second == first + 1
+
+
+def unfinished(size, messages, order):
+    """How many messages (sender, receiver) never end, where every rank finishes its own one after the other in
+    ``order`` and each needs both of its ends; and how many rounds the others take.
+    """
+    waiting = [sorted((m for m in messages if rank in m), key=order) for rank in range(size)]
+    rounds = 0
+    while True:
+        ready = [m for m in messages if all(waiting[rank][:1] == [m] for rank in m)]
+        if not ready:
+            return sum(map(len, waiting)) // 2, rounds
+        rounds += 1
+        for message in ready:
+            for rank in message:
+                waiting[rank].pop(0)
+
+
+@pytest.mark.parametrize("size", range(2, 14))
+def test_messages_in_turn_never_wait_in_a_circle_and_a_ring_takes_two_rounds_or_three(size):
+    def in_turn(message):
+        return turn(*message, size)
+
+    ring = [(rank, (rank + 1) % size) for rank in range(size)]
+    everyone = [(a, b) for a in range(size) for b in range(size) if a != b]
+    some = [(a, b) for a, b in everyone if (3 * a + 5 * b) % 7 < 3]
+    assert unfinished(size, ring, in_turn) == (0, 2 + size % 2)
+    for messages in (everyone, some):
+        assert unfinished(size, messages, in_turn)[0] == 0
+        assert len(set(map(in_turn, messages))) == len(messages)
+
+
+def test_ranks_that_all_send_before_they_receive_wait_in_a_circle():
+    ring = [(rank, (rank + 1) % 4) for rank in range(4)]
+    waiting = [sorted((m for m in ring if rank in m), key=lambda m: m[0] != rank) for rank in range(4)]
+    assert not [m for m in ring if all(waiting[rank][0] == m for rank in m)]
+
+
+def attend_one_by_one(rank, case, forbidden):
+    """The case's results where a batch would raise, and how many batches were posted."""
+    batches = []
+
+    def batch_isend_irecv(operations):
+        batches.append(len(operations))
+        assert not forbidden, "HCCL forbids batches here"
+        return original(operations)
+
+    original, dist.batch_isend_irecv = dist.batch_isend_irecv, batch_isend_irecv
+    try:
+        return attend(rank, case), len(batches)
+    finally:
+        dist.batch_isend_irecv = original
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("cp", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize(
+    "more", [{}, {"kv_exchange": "direct"}, {"window_size": 2}, {"send_recv_overlap": True}], ids=str
+)
+def test_messages_one_by_one_give_the_same_bits_without_a_batch(cp, more):
+    if "window_size" in more and cp not in (4, 8):
+        pytest.skip("windows of two need an even ring of four or more")
+    config = {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", **more}
+    together, alone = (Case({**config, "p2p": p2p}, seq_len=29, heads=2, kv_heads=2) for p2p in ("batch", "isend"))
+    as_batch = run_ranks(cp, attend_one_by_one, together, False)
+    for (got, none), (wanted, some) in zip(run_ranks(cp, attend_one_by_one, alone, True), as_batch):
+        assert none == 0 < some and all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(
+    "p2p, virtual, backend, expected",
+    [
+        ("auto", False, "hccl", False),
+        ("auto", True, "gloo", False),
+        ("auto", True, "cpu:gloo,npu:hccl", True),
+        ("isend", False, "gloo", True),
+        ("batch", True, "nccl", False),
+    ],
+)
+def test_hccl_gets_single_messages_beside_virtual_pipeline_stages(monkeypatch, p2p, virtual, backend, expected):
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    config = ContextParallelConfig(context_parallel_size=2, algorithm="megatron_cp_algo", p2p=p2p)
+    assert groups._one_by_one(config, virtual) is expected
+
+
+def test_batches_that_hccl_forbids_are_refused_with_a_way_out(monkeypatch):
+    monkeypatch.setattr(dist, "get_backend", lambda: "hccl")
+    config = ContextParallelConfig(context_parallel_size=2, algorithm="megatron_cp_algo", p2p="batch")
+    with pytest.raises(ValueError, match="--cp-p2p batch cannot work with virtual pipeline stages.*--cp-p2p isend"):
+        groups._one_by_one(config, True)

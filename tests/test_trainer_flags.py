@@ -46,7 +46,7 @@ NONSENSE = {
     **dict.fromkeys(
         (
             "--position-embedding-type", "--normalization", "--lr-decay-style", "--recompute-granularity",
-            "--recompute-method", "--context-parallel-algo", "--cp-attention-mask-type", "--cp-kv-exchange",
+            "--recompute-method", "--context-parallel-algo", "--cp-attention-mask-type", "--cp-kv-exchange", "--cp-p2p",
             "--context-parallel-kv-cache-policy", "--cp-kernel", "--cp-batch-layout",
         ),
         CHOICE,

@@ -1,11 +1,13 @@
 """Messages between single ranks that are posted together, at most one for each peer and direction.
 
-HCCL's batch of sends and receives forbids two for the same rank. Where shared memory carries a message, or the ranks
-tell each other something with it, a notice goes ahead ::
+HCCL's batch of sends and receives forbids two for the same rank, and is itself forbidden beside virtual pipeline
+stages: there a link posts its messages one by one, in the order of ``turn``. Where shared memory carries a message, or
+the ranks tell each other something with it, a notice goes ahead ::
 
     place in the sender's memory, or BY_GLOO | bytes | number, the tag of what follows by gloo | stamp
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +23,21 @@ if TYPE_CHECKING:
 
 Stamp = tuple[int, int]
 BY_GLOO = -1  # the place of a message that follows its notice through gloo
+
+
+def turn(sender: int, receiver: int, size: int) -> tuple[int, int, int]:
+    """When a message has its turn among those of a batch, the same on both of its ends and comparable with all others.
+
+    Ranks whose messages are finished one after the other in one order that all of them share never wait in a circle:
+    the first unfinished message of all is the next one of its sender and of its receiver. Messages that jump equally
+    far come together, those from every second rank of their circle first, so that a ring of any even size is done in
+    two rounds and one of odd size in three.
+    """
+    step = (receiver - sender) % size
+    circles = math.gcd(step, size)
+    around = size // circles
+    place = sender // circles * pow(step // circles, -1, around) % around
+    return step, 2 if place == around - 1 and around % 2 else place % 2, sender
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +103,25 @@ class Batch:
             return
         ranks = [self._link.global_ranks.index(op.peer) for op in self._ops]
         with self._link.naming(self.purpose, ranks):
-            works = dist.batch_isend_irecv(self._ops)
+            works = self._one_by_one() if self._link.one_by_one else dist.batch_isend_irecv(self._ops)
         # NCCL and HCCL return one work for the whole batch, gloo one for each operation.
         each = [[rank] for rank in ranks] if len(works) == len(ranks) else [ranks] * len(works)
         self._works = list(zip(works, each))
         self._ops = []
+
+    def _one_by_one(self) -> list[dist.Work | None]:
+        """Post every operation by itself; what it returns, in the order of the operations."""
+        link, works = self._link, dict.fromkeys(range(len(self._ops)))
+
+        def when(index: int) -> tuple[int, int, int]:
+            op, peer = self._ops[index], link.global_ranks.index(self._ops[index].peer)
+            ends = (link.rank, peer) if op.op is dist.isend else (peer, link.rank)
+            return turn(*ends, link.size)
+
+        for index in sorted(works, key=when):
+            op = self._ops[index]
+            works[index] = op.op(op.tensor, op.peer, op.group, op.tag)
+        return list(works.values())
 
     def finish(self) -> None:
         """Wait for all that was posted, and unpack it."""

@@ -39,6 +39,7 @@ class Link:
         global_ranks: of the members, in the order in which this link counts them; collectives want it ascending.
         workspace: reused buffers.
         carrier: shared memory with the members on this host, or None.
+        one_by_one: post the messages of a batch one after the other, not as the back end's batch.
     """
 
     group: dist.ProcessGroup
@@ -46,6 +47,7 @@ class Link:
     global_ranks: tuple[int, ...]
     workspace: Workspace = field(default_factory=Workspace, repr=False)
     carrier: HostMemory | None = field(default=None, repr=False)
+    one_by_one: bool = False
 
     @property
     def size(self) -> int:

@@ -13,7 +13,7 @@ SHARING = {
     "--context-parallel-size", "--context-parallel-algo", "--cp-window-size", "--ulysses-degree-in-cp",
     "--context-parallel-kv-cache-policy", "--context-parallel-cache-interval", "--cp-kv-exchange",
     "--use-cp-send-recv-overlap", "--gather-size-calculator", "--use-ulysses-allgather-kv", "--cp-kernel",
-    "--cp-batch-layout", "--cp-keep-attention", "--use-fused-ring-attention-update",
+    "--cp-batch-layout", "--cp-p2p", "--cp-keep-attention", "--use-fused-ring-attention-update",
 }  # fmt: skip
 
 
@@ -117,6 +117,7 @@ def _draw_sharing(rng, settings, maybe):
         maybe(0.3, "--context-parallel-cache-interval", "1", "1", "1", "7")
     rings = hybrid or algorithm.startswith("megatron")
     maybe(0.3 if rings else 0.02, "--cp-kv-exchange", "direct", "ring", "auto")
+    maybe(0.2 if rings else 0.02, "--cp-p2p", "isend", "batch")
     maybe(0.3, "--cp-batch-layout", "auto", "contiguous", "zigzag", "document_zigzag", "balanced")
     maybe(0.2, "--use-cp-send-recv-overlap")
     maybe(0.3 if cp > 1 else 0.02, "--cp-keep-attention")
