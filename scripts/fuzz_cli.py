@@ -7,7 +7,8 @@
     wrong     it trained to other losses
     crash     a traceback, a signal, or more than one line
     hang      it did not end within --limit seconds
-    no pair   it trained, and without context parallelism its model is refused
+    no pair   it trained, and without context parallelism its model is refused; or its gradients stop being numbers, and
+              do so without context parallelism too
 
 Exit status 1 if anything is wrong, a crash or a hang; those command lines are printed. One seed draws one sequence of
 them.
@@ -33,6 +34,7 @@ from pathlib import Path
 
 from trainer.fuzz import CommandLine, draw
 
+NO_NUMBER = "found NaN in local grad norm"  # Megatron's own words, at a learning rate of nonsense
 KINDS = ("equal", "refused", "wrong", "crash", "hang", "no pair")
 TOLERANCE, TOLERANCE_BF16 = 1e-4, 2e-2
 
@@ -126,15 +128,17 @@ def wait_for(ranks: dict[int, int], limit: float) -> dict[int, int]:
 def classify(line: CommandLine, prefix: str, folder: Path, limit: float, references: dict) -> tuple[str, str]:
     """(kind, what was said) of one command line."""
     ending = launch([*line.flags(), "--data-path", prefix], line.world_size, folder / "drawn", limit)
-    if ending.kind != "trained":
+    if ending.kind != "trained" and NO_NUMBER not in ending.said:
         return ending.kind, ending.said
     plain = line.without_context_parallelism()
     key = (tuple(plain.flags()), plain.world_size)
     if key not in references:
         references[key] = launch([*plain.flags(), "--data-path", prefix], plain.world_size, folder / "plain", limit)
     reference = references[key]
-    if reference.kind == "refused":
+    if reference.kind == "refused" or (NO_NUMBER in ending.said and NO_NUMBER in reference.said):
         return "no pair", reference.said
+    if ending.kind != "trained":
+        return ending.kind, ending.said
     if reference.kind != "trained":
         return reference.kind, f"without context parallelism: {reference.said}"
     tolerance = TOLERANCE_BF16 if "--bf16" in line.flags() else TOLERANCE

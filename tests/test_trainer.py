@@ -65,6 +65,14 @@ def run_script(flags, **variables):
             "--variable-seq-lengths --sequence-parallel --tensor-model-parallel-size 2",
             ["--variable-seq-lengths", "leave one"],
         ),
+        (
+            f"--cp-batch-layout document_zigzag --context-parallel-size 2 --seq-length 62 {RING}",
+            ["--cp-batch-layout document_zigzag", "--seq-length 62", "use --cp-batch-layout zigzag"],
+        ),
+        (
+            f"--cp-batch-layout document_zigzag --context-parallel-size 2 --reset-attention-mask {RING}",
+            ["--cp-batch-layout document_zigzag", "--reset-attention-mask", "or balanced"],
+        ),
         ("--use-distributed-optimizer --save somewhere", ["--use-distributed-optimizer", "--save", "leave"]),
         ("--load no/such/folder", ["--load no/such/folder", "latest.txt"]),
     ],

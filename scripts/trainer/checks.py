@@ -129,6 +129,13 @@ def _check_lengths(args, tp):
         "--cp-attention-mask-type full does not go with --reset-attention-mask, whose mask is causal within documents; "
         "leave one of them out.",
     )
+    uneven = args.reset_attention_mask or args.variable_seq_lengths or args.seq_length % (2 * cp)
+    require(
+        cp == 1 or args.cp_config_resolved.layout_kind != "document_zigzag" or not uneven,
+        "--cp-batch-layout document_zigzag needs documents that 2 x --context-parallel-size "
+        f"{cp} = {2 * cp} divides, and with --reset-attention-mask, --variable-seq-lengths or --seq-length "
+        f"{args.seq_length} they have other lengths; use --cp-batch-layout zigzag or balanced, which take any.",
+    )
     require(
         not (args.variable_seq_lengths and args.sequence_parallel),
         "--variable-seq-lengths does not go with --sequence-parallel, which needs every length divisible by "
