@@ -145,3 +145,19 @@ def test_megatron_lms_own_script_makes_five_steps(version):
             same(run(2, "--context-parallel-size", "2", "--context-parallel-algo", algorithm), alone)
     finally:
         server.close()
+
+
+@pytest.mark.slow
+def test_fused_kernels_of_a_checkout_are_not_compiled():
+    """Red without its row: Megatron asks for nvcc where CUDA_HOME is None. No later version than 0.17 has them."""
+    checkout = checkouts().get("0.12.1")
+    if checkout is None:
+        pytest.skip("no Megatron-LM checkout core_v0.12.1 in MEGATRON_LM_FOLDER")
+    pytest.importorskip("six", reason="Megatron-LM imports six: pip install six")
+    server = bed.Server(checkout)
+    try:
+        server.run("load_fused_kernels")
+        with pytest.raises(bed.JobFailed, match="TypeError.*NoneType"):
+            server.run("load_fused_kernels", without=["megatron.legacy.fused_kernels.load"])
+    finally:
+        server.close()
