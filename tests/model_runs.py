@@ -55,11 +55,23 @@ class Trainer:
             index, dot, tail = tail.partition(".")
             yield (f"{head}{local}{int(index) + first}{dot}{tail}" if local else head), parameter
 
-    def forward_step(self, iterator, model):
+    def split(self, sample):
+        """This rank's part of a sample; only a layout by documents must know them then."""
         from megatron.core.utils import get_batch_on_this_cp_rank
 
+        from mindspeed_cp import megatron_adaptor
+
+        state = megatron_adaptor.state()
+        if state.config.batch_layout != "balanced":
+            return get_batch_on_this_cp_rank(dict(sample))
+        local = state.shard_batch(sample, cu_seqlens=(*self.case.documents, self.seq_len))
+        layout = state.records.find(local.values()).layout
+        assert layout.kind == "balanced" and layout != state.layout(self.seq_len), "the zigzag would not show anything"
+        return local
+
+    def forward_step(self, iterator, model):
         index, sample = next(iterator)
-        local = get_batch_on_this_cp_rank(dict(sample))
+        local = self.split(sample)
         padding = {}
         if self.case.padding:
             padding["padding_mask"] = local["position_ids"] >= self.seq_len - self.case.padding
@@ -72,16 +84,17 @@ class Trainer:
             packed_seq_params=packed_params(self.case.documents, self.seq_len),
             **padding,
         )
-        return losses, partial(self.loss, index, sample["loss_mask"], local["loss_mask"])
+        return losses, partial(self.loss, index, sample["loss_mask"], local)
 
-    def loss(self, index, whole_mask, mask, losses):
+    def loss(self, index, whole_mask, local, losses):
         """As Megatron's own pretrain_gpt.py: 0.12 wants the count of the whole sequence, later versions the rank's
         own.
         """
         from mindspeed_cp import megatron_adaptor
 
-        state = megatron_adaptor.state()
-        where = state.layout(self.seq_len).positions(state.cp_rank) if self.cp_size > 1 else slice(None)
+        state, mask, where = megatron_adaptor.state(), local["loss_mask"], slice(None)
+        if self.cp_size > 1:
+            where = state.records.find(local.values()).layout.positions(state.cp_rank)
         self.losses[index][:, where] = losses.detach().double()
         count = (whole_mask if VERSION < (0, 13) else mask).sum().to(torch.int)
         return (losses.float() * mask).sum(), count, {}

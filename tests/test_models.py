@@ -22,6 +22,8 @@ SOME = tuple(
         "learnable softmax",
     )
 )
+PACKED = tuple(name for name in ALL if "packed" in name)
+BALANCED = {"context_parallel_size": 4, "batch_layout": "balanced", "kv_exchange": "auto", "keep_attention": True}
 EXPERTS = tuple(name for name in ALL if name.startswith("experts, auxiliary") or name == "all of them")
 SHARED = "ring cp=2, experts on both"
 # Ranks -> (length, name of the run -> (settings, cases)). Lengths of two and three ranks are uneven, heads of three
@@ -51,6 +53,8 @@ RUNS = {
             "ring cp=2, dp=2": ({"context_parallel_size": 2, "algorithm": RING}, SOME),
             "ulysses cp=4": ({"context_parallel_size": 4, "algorithm": ULYSSES}, SOME),
             "hybrid cp=4": ({"context_parallel_size": 4, "algorithm": HYBRID, "ulysses_degree": 2}, SOME),
+            "ring cp=4, balanced": ({**BALANCED, "algorithm": RING}, PACKED),
+            "hybrid cp=4, balanced": ({**BALANCED, "algorithm": HYBRID, "ulysses_degree": 2}, PACKED),
         },
     ),
 }
