@@ -2,6 +2,7 @@
 
 import torch
 from batch_runs import END, RECOMPUTE, ROWS, SEQ, VERSION, batch_of, build, configure, difference, groups, split, summed
+from model_cases import packed_params
 
 MICRO_BATCHES = 4
 LAYERS = {"num_layers": 4}
@@ -37,9 +38,19 @@ def stages(pp_size, vpp_size, cp_size, **settings):
 
 def batches(model, documents, seq):
     """What a stage gets of each micro-batch, all of it split before the first one runs."""
+    from mindspeed_cp import megatron_adaptor
+
+    state, found = megatron_adaptor.state(), []
     given = FIRST * model.pre_process + LAST * model.post_process
-    whole = [batch_of(rows, seed, seq) for seed, rows in documents]
-    return [split({name: batch[name] if name in given else None for name in FIRST + LAST}) for batch in whole]
+    for seed, rows in documents:
+        batch = {name: tensor if name in given else None for name, tensor in batch_of(rows, seed, seq).items()}
+        if state.config.batch_layout != "balanced":
+            found.append((split(batch), {}))
+            continue
+        local = state.shard_batch(batch, cu_seqlens=rows[0]) if given else batch
+        assert not given or state.records.find(local.values()).layout != state.layout(seq), "as good as the zigzag"
+        found.append((local, {"packed_seq_params": packed_params(rows[0][:-1], seq)}))
+    return found
 
 
 def run(pp_size, vpp_size, documents, seq, whole, **settings):
@@ -53,8 +64,8 @@ def run(pp_size, vpp_size, documents, seq, whole, **settings):
     iterators = [iter(batches(chunk, documents, seq)) for chunk in chunks]
 
     def forward_step(iterator, model):
-        local = next(iterator)
-        output = model(local["tokens"], local["position_ids"], None, labels=local["labels"])
+        local, packed = next(iterator)
+        output = model(local["tokens"], local["position_ids"], None, labels=local["labels"], **packed)
 
         def loss(output):
             losses.append((output.detach(), state.records.find(local.values()).layout))
@@ -68,7 +79,7 @@ def run(pp_size, vpp_size, documents, seq, whole, **settings):
         model=chunks if vpp_size else chunks[0],
         num_microbatches=len(documents),
         seq_length=seq,
-        micro_batch_size=ROWS,
+        micro_batch_size=len(documents[0][1]),
         forward_only=False,
     )
     expected, gradients = whole
@@ -89,7 +100,8 @@ def kept(settings, pp_size, vpp_size, documents, whole):
 
     sent, worst = [], 0.0
     for keep, recompute in ((False, {}), (False, RECOMPUTE), (True, RECOMPUTE)):
-        configure({**settings, "keep_attention": keep}, 2, end_of_document=END)
+        named = {} if "batch_layout" in settings else {"end_of_document": END}
+        configure({**settings, "keep_attention": keep}, 2, **named)
         with count_bytes() as traffic:
             worst = max(worst, run(pp_size, vpp_size, documents, SEQ, whole, **recompute))
         sent.append(traffic.total_bytes)
@@ -103,12 +115,13 @@ def expected_of(documents, seq, masked):
     losses, total = [], {}
     for seed, rows in documents:
         batch, model = batch_of(rows, seed, seq), build(1, **LAYERS)
-        losses.append(losses_of(model, batch, mask_of(rows if masked else ((0, seq),) * ROWS, seq)))
+        losses.append(losses_of(model, batch, mask_of(rows if masked else ((0, seq),) * len(rows), seq)))
         for name, gradient in gradients(model, (losses[-1] * batch["loss_mask"]).sum()).items():
             total[name] = total.get(name, 0) + gradient
     return [loss.detach() for loss in losses], total
 
 
+BALANCED = {"algorithm": "megatron_cp_algo", "batch_layout": "balanced", "kv_exchange": "auto"}
 RUNS = {
     "ring": {"algorithm": "megatron_cp_algo"},
     "ulysses": {"algorithm": "ulysses_cp_algo"},
@@ -125,6 +138,8 @@ def compare(rank):
     documents, plain = list(enumerate(ends)), list(enumerate(((0, SEQ - 1),) * ROWS for _ in ends))
     with groups({}, cp_size=1):
         whole, odd = expected_of(documents, SEQ, True), expected_of(plain, SEQ - 1, False)
+        packed = [(seed, rows[:1]) for seed, rows in documents]
+        alone = expected_of(packed, SEQ, True)
     found, sent = {}, {}
     for name, settings in RUNS.items():
         with groups(settings, cp_size=2, pp_size=2):
@@ -133,6 +148,8 @@ def compare(rank):
                 configure(settings, 2, end_of_document=END)
                 found[f"{name}, {title}"], sent[f"{name}, {title}"] = kept(settings, 2, vpp_size, documents, whole)
                 if name == "ring":
+                    run_name = f"packed and balanced, {title}"
+                    found[run_name], sent[run_name] = kept(BALANCED, 2, vpp_size, packed, alone)
                     configure(settings, 2)
                     found[f"odd length, {title}"] = run(2, vpp_size, plain, SEQ - 1, odd)
     return found, sent

@@ -63,14 +63,14 @@ def pipelines():
 
 
 @pytest.mark.parametrize("schedule", ["one after the other", "interleaved"])
-@pytest.mark.parametrize("name", ["ring", "ulysses", "odd length"])
+@pytest.mark.parametrize("name", ["ring", "ulysses", "odd length", "packed and balanced"])
 def test_every_stage_of_a_pipeline_uses_the_documents_and_lengths_of_its_own_micro_batch(pipelines, name, schedule):
     differences = [rank[f"{name}, {schedule}"] for rank, _ in pipelines]
     assert all(difference < 1e-5 for difference in differences), differences
 
 
 @pytest.mark.parametrize("schedule", ["one after the other", "interleaved"])
-@pytest.mark.parametrize("name", ["ring", "ulysses"])
+@pytest.mark.parametrize("name", ["ring", "ulysses", "packed and balanced"])
 def test_a_pipeline_that_keeps_attention_sends_as_if_nothing_were_recomputed(pipelines, name, schedule):
     for _, sent in pipelines:
         without, recomputed, kept = sent[f"{name}, {schedule}"]

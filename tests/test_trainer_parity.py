@@ -30,6 +30,7 @@ UNALIGNED = {
 FOUR = "--context-parallel-size 4 --micro-batch-size 4"
 ROPE, SHORT = "--position-embedding-type rope", "--train-iters 5"
 LONG = "" if pairs.whole() else SHORT  # 20 steps with --full
+BALANCED = "--cp-batch-layout balanced --cp-kv-exchange auto --recompute-granularity full --cp-keep-attention"
 PACKED = f"--reset-position-ids --reset-attention-mask --eod-mask-loss --seq-length 256 {SHORT} --data-path PARAGRAPHS"
 
 
@@ -81,6 +82,9 @@ GROUPS = {
         {
             **{name: SINGLE[name] for name in CP4},
             "double ring cp=4": f"--context-parallel-size 4 {RING} --cp-window-size 2",
+            "ring, balanced": f"--context-parallel-size 4 {RING} {BALANCED}",
+            "hybrid, balanced": f"--context-parallel-size 4 --context-parallel-algo hybrid_cp_algo "
+            f"--ulysses-degree-in-cp 2 {BALANCED}",
         },
     ),
     "packed documents, sliding window": (f"{PACKED} --window-size 10,0", {name: SINGLE[name] for name in CP2}),
