@@ -2,12 +2,14 @@
 time.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import Case, arguments, attend, expected, setup_of, whole
 from distributed import run_ranks
 from reference import attention_with_gradients
-from setups import SOME_SIZES, degree_of, drawn, shapes
+from setups import SOME_SIZES, degree_of, drawn, exchanges, shapes
 
 from mindspeed_cp.algorithms import ALGORITHMS
 
@@ -63,8 +65,13 @@ def attend_twice(rank, case):
 def test_two_runs_are_bitwise_equal(cp, dtype):
     for shape in low_precision_shapes(cp):
         case = Case(shape, seq_len=45, heads=2 * degree_of(shape), kv_heads=1, dtype=dtype)
-        for first, second in run_ranks(cp, attend_twice, case):
-            assert all(torch.equal(first[name], second[name]) for name in first), str(case)
+        cases = [case]
+        if "direct" in exchanges(shape):
+            packed = replace(case, seq_len=96, cu_seqlens=(0, 9, 60, 63, 96))
+            cases.append(packed.with_config(batch_layout="balanced", kv_exchange="auto"))
+        for case in cases:
+            for first, second in run_ranks(cp, attend_twice, case):
+                assert all(torch.equal(first[name], second[name]) for name in first), str(case)
 
 
 def attend_among_poison(rank, case):

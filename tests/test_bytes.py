@@ -25,7 +25,7 @@ def traffic_of(rank, case):
     from mindspeed_cp import context_parallel_attention
 
     config, groups = setup_of(case.config, case.share_from)
-    layout = SequenceLayout.build(config, case.seq_len)
+    layout = case.layout()
     leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
     with count_bytes() as forward:
         out = context_parallel_attention(*leaves, **arguments(case, config, groups, layout, sinks, mask))
@@ -56,7 +56,7 @@ def shard_bytes(case):
 
 def needed_by(case, reader, source):
     """How many rows of source's shard some query of reader sees, by the dense mask."""
-    layout = SequenceLayout.build(ContextParallelConfig(**case.config), case.seq_len)
+    layout = case.layout()
     return int(case.allowed(None)[0][layout.positions(reader)][:, layout.positions(source)].any(0).sum())
 
 
@@ -142,6 +142,9 @@ DIRECT_CASES = {
     "full": {"seq_len": 30, "mask_type": "full"},
     "packed": {"seq_len": 40, "cu_seqlens": (0, 3, 3, 17, 18, 40)},
     "packed-full": {"seq_len": 40, "cu_seqlens": (0, 9, 40), "mask_type": "full"},
+    "packed-zigzag": {"seq_len": 96, "cu_seqlens": (0, 9, 60, 63, 96), "batch_layout": "zigzag"},
+    "packed-balanced": {"seq_len": 96, "cu_seqlens": (0, 9, 60, 63, 96), "batch_layout": "balanced"},
+    "packed-balanced-full": {"seq_len": 96, "cu_seqlens": (0, 70, 96), "batch_layout": "balanced", "mask_type": "full"},
     "window": {"seq_len": 40, "window": (5, 0)},
     "window-full": {"seq_len": 37, "window": (2, 3), "mask_type": "full"},
     "window-packed": {"seq_len": 40, "cu_seqlens": (0, 11, 30, 40), "window": (4, 0)},
@@ -159,6 +162,7 @@ def test_direct_exchange_sends_exactly_the_rows_that_the_mask_needs(kind, cp, po
         "kv_exchange": "direct",
         "kv_cache_policy": policy,
         "attention_mask_type": options.pop("mask_type", "causal"),
+        "batch_layout": options.pop("batch_layout", "auto"),
     }
     case = Case(config, kv_heads=2, dk=4, dv=6, **options)
     for rank, (forward, _, backward, _) in enumerate(traffic(case)):

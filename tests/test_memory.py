@@ -14,7 +14,6 @@ from distributed import run_ranks
 from pairs import drawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mindspeed_cp import SequenceLayout
 from mindspeed_cp.comm.host_memory import LINE
 
 pytestmark = pytest.mark.cpu_only
@@ -27,7 +26,7 @@ def prepared(rank, case):
 
     config, groups = setup_of(case.config)
     groups.workspace.clear()
-    layout = SequenceLayout.build(config, case.seq_len)
+    layout = case.layout()
     leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
     keywords = arguments(case, config, groups, layout, sinks, mask)
     return (lambda: context_parallel_attention(*leaves, **keywords)), leaves, grad_out, groups
@@ -139,6 +138,13 @@ def test_peak_memory_of_a_ring_does_not_grow_with_its_size(options, dtype, overl
 
     # From 4 ranks on both buffers of every pair exist when the last kernel runs.
     assert peak(4) == peak(6) == peak(8)
+
+
+@pytest.mark.parametrize("documents", [(0, 30, 37, 200, 256), (0, 256), tuple(range(0, 257, 16))], ids=len)
+def test_peak_memory_of_the_balanced_layout_is_not_above_the_zigzags(documents):
+    zigzag = {"context_parallel_size": 4, "algorithm": "megatron_cp_algo", "batch_layout": "zigzag"}
+    case = Case(zigzag, seq_len=256, heads=4, kv_heads=4, dk=32, dv=32, dtype="float32", cu_seqlens=documents)
+    assert peak_of_all(case.with_config(batch_layout="balanced", kv_exchange="auto")) <= peak_of_all(case)
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["awaited", "overlap"])
