@@ -1,6 +1,7 @@
 """Link: exchange, gather and all-to-all over one process group, each a Pending; one message for each peer."""
 
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -63,6 +64,35 @@ def test_what_is_borrowed_is_nobody_elses_and_is_used_again():
     workspace.give_back(second)
     assert workspace.borrow(20, torch.float32, device).numel() == 20
     assert workspace.num_bytes == 40 + 80, "what is too small makes room"
+
+
+def split_lists(rank, lengths, heads):
+    """The split lists with which Ulysses' exchange calls the collective: there and back."""
+    over, called, real = link(None), [], dist.all_to_all_single
+    ends = [sum(lengths[:index]) for index in range(len(lengths) + 1)]
+    exchange = SequenceExchange(over, tuple(((start, stop),) for start, stop in zip(ends, ends[1:])))
+    starts = [sum(heads[:index]) for index in range(len(heads) + 1)]
+    part = Part("q", sum(heads), 4, tuple(map(slice, starts, starts[1:])))
+
+    def spy(received, send, *splits, **options):
+        called.append(splits)
+        return real(received, send, *splits, **options)
+
+    mine = torch.randn(lengths[rank], 2, sum(heads), 4)
+    with mock.patch.object(dist, "all_to_all_single", spy):
+        gathered = exchange.scatter_heads_gather_sequence([part], [mine]).wait()
+        (back,) = exchange.scatter_sequence_gather_heads([part], gathered, torch.float32).wait()
+    assert torch.equal(mine, back)
+    return called
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "is_equal"),
+    [((3, 3), (2, 2), True), ((3, 2), (2, 2), False), ((3, 3), (2, 1), False), ((0, 3), (0, 2), False)],
+)
+def test_equal_messages_of_an_all_to_all_need_no_split_lists(lengths, heads, is_equal):
+    for called in run_ranks(2, split_lists, lengths, heads):
+        assert [not splits for splits in called] == [is_equal, is_equal]
 
 
 def transfers(rank, share_from):

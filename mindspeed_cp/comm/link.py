@@ -137,7 +137,8 @@ class Link:
         """Trade messages with every rank; the caller counts the bytes.
 
         Args:
-            leaving, arriving: the message to, and from, each rank, this one included.
+            leaving, arriving: the message to, and from, each rank, this one included. A size is a number of the sender
+                times one of the receiver, as rows times heads are.
             stamp: what every rank tells the others beside its messages, where ``tells`` says that it can.
             check: called with all ranks' stamps in rank order before anything is unpacked; it may raise.
         """
@@ -188,6 +189,8 @@ class Link:
     def _all_to_all_at_once(self, leaving, arriving, purpose):
         """One collective; what is not contiguous over all ranks is packed into one buffer, and out of one."""
         sizes = [[message.numel for message in messages] for messages in (arriving, leaving)]
+        if len({*sizes[0], *sizes[1]}) == 1 and sizes[0][0]:
+            sizes = []  # then they are equal on all ranks, and HCCL has an operator for that
         outgoing, incoming = Message.joined(leaving), Message.joined(arriving)
         like, lent = leaving[self.rank], []
 
