@@ -23,6 +23,7 @@ KV_CACHE_POLICIES = (None, *get_args(KVCachePolicy))
 KV_EXCHANGES: tuple[str, ...] = get_args(KVExchange)
 P2P_KINDS: tuple[str, ...] = get_args(P2P)
 BATCH_LAYOUTS: tuple[str, ...] = get_args(BatchLayout)
+MOST_RANKS = 1 << 16  # that a message looks for; a flag may say any number
 
 
 def _listed(numbers: list[int]) -> str:
@@ -31,8 +32,8 @@ def _listed(numbers: list[int]) -> str:
 
 
 def _divisors(number: int, low: int, high: int) -> str:
-    """Divisors d of ``number`` with low <= d <= high, as text for an error message."""
-    return _listed([d for d in range(max(low, 1), high + 1) if number % d == 0])
+    """Divisors d of ``number`` with low <= d <= high, as text for an error message; none above any number of ranks."""
+    return _listed([d for d in range(max(low, 1), min(high, MOST_RANKS) + 1) if number % d == 0])
 
 
 def _require(condition: object, message: str) -> None:

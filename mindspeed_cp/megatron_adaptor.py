@@ -125,7 +125,11 @@ def _device_type() -> Literal["cpu", "cuda", "npu"]:
 
 
 def _num_cp_patches() -> int:
-    stand_in = {patch.target for table in ("device", "npu", "libraries", "checkout device") for patch in _tables[table]}
+    stand_in = {
+        patch.target
+        for table in ("triton", "device", "npu", "libraries", "checkout device")
+        for patch in _tables[table]
+    }
     return sum(row.applied and row.target not in stand_in for row in _manager.report())
 
 
@@ -136,11 +140,13 @@ def _tables_of_patches() -> "dict[str, list[Patch]]":
     from mindspeed_cp.patches.npu import npu_checkout_patches, npu_patches
     from mindspeed_cp.patches.training import training_patches
     from mindspeed_cp.patches.training_device import checkout_device_patches, checkout_patches, library_patches
+    from mindspeed_cp.patches.triton import triton_patches
 
     why = _why_no_stand_in()
     why_no_npu = "" if _device_type() == "npu" else "no NPU is in use"
     _prepare_device()
     return {
+        "triton": triton_patches(),
         "device": device_patches(lambda: why),
         "npu": npu_patches(lambda: why_no_npu),
         "core": core_patches(_state, _announce),

@@ -46,8 +46,9 @@ def mamba_patches(state):
         Patch(
             f"{SSM}.gated_delta_net.GatedDeltaNet.__init__",
             _refuse_layer("a gated delta net", "attention or Mamba layers"),
-            "a gated delta net takes a rank's part for the whole sequence",
+            "a gated delta net takes a rank's part for the whole sequence; its split from 0.18 on was not tried",
             lambda: _missing("gated_delta_net"),
+            inherited=True,  # from 0.19 on
         ),
     ]
 
@@ -130,8 +131,8 @@ def _refuse_layer(what, instead):
         def __init__(self, config, *args, **kwargs):
             if config.context_parallel_size > 1:
                 raise ValueError(
-                    f"{what} of this megatron-core has no context parallelism: it would take the tokens of one rank "
-                    f"for the whole sequence; use --context-parallel-size 1, or {instead}."
+                    f"{what} of this megatron-core is not supported with context parallelism: it may take the tokens "
+                    f"of one rank for the whole sequence; use --context-parallel-size 1, or {instead}."
                 )
             original(self, config, *args, **kwargs)
 

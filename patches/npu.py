@@ -5,7 +5,6 @@ were seen to fail without the patch on torch_npu 2.13.0 (tests/ascend), except t
 real MindSpeed has patched already is left to it.
 """
 
-import importlib.util
 import inspect
 import sys
 import warnings
@@ -19,7 +18,6 @@ from mindspeed_cp.patches.training import without_checkout
 
 from mindspeed_cp.kernels.npu_setup import unavailable
 
-FUSED_KERNELS = "megatron.legacy.fused_kernels"
 CAPABILITY = (8, 0)  # of the NVIDIA GPUs that have what an NPU has: bfloat16
 
 
@@ -145,11 +143,11 @@ def _checkout_rows():
         without_checkout,
     )
     yield (
-        f"{FUSED_KERNELS}.load",
+        f"{training_device.FUSED_KERNELS}.load",
         lambda original: lambda args: None,
         "every release",
         "it calls nvcc; Megatron has plain versions of these kernels",
-        _without_fused_kernels,
+        training_device.without_fused_kernels,
     )
 
 
@@ -205,14 +203,6 @@ def _generators_follow():
     queued = getattr(_npu(), "_queued_calls", [])
     waiting = any("default_generators" in getattr(call, "__name__", "") for call, *_ in queued)
     return "this release fills them" if waiting or len(torch.cuda.default_generators) else ""
-
-
-def _without_fused_kernels():
-    why = without_checkout()
-    if why:
-        return why
-    found = importlib.util.find_spec(FUSED_KERNELS) is not None
-    return "" if found else "this Megatron-LM has no fused kernels"
 
 
 def _all_reduce(original):

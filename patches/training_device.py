@@ -13,9 +13,10 @@ from types import ModuleType, SimpleNamespace
 import numpy
 import torch
 from mindspeed_cp.patches.manager import Patch
-from mindspeed_cp.patches.training import without_checkout, without_legacy
+from mindspeed_cp.patches.training import without_checkout
 
 TRITON_KERNELS = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
+FUSED_KERNELS = "megatron.legacy.fused_kernels"
 MLA = "megatron.core.transformer.multi_latent_attention"
 EXPERTS = "megatron.core.transformer.moe.moe_utils"
 CHECKPOINT_WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
@@ -77,7 +78,10 @@ def checkout_patches():
 
 def checkout_device_patches(when):
     """The table; ``when`` is () -> "" on a machine without accelerator, else why no stand-in is needed."""
-    checkout, legacy = (lambda: when() or without_checkout()), (lambda: when() or without_legacy())
+
+    def checkout():
+        return when() or without_checkout()
+
     return [
         Patch(
             "megatron.training.initialize.initialize_megatron",
@@ -119,12 +123,24 @@ def checkout_device_patches(when):
             checkout,
         ),
         Patch(
-            "megatron.legacy.fused_kernels.load",
+            f"{FUSED_KERNELS}.load",
             lambda original: lambda args: None,
             "the fused kernels are CUDA; legacy models have plain versions",
-            legacy,
+            lambda: when() or without_fused_kernels(),
         ),
     ]
+
+
+def without_fused_kernels():
+    """Why nothing is to be done about fused kernels: 0.17 and later have none."""
+    why = without_checkout()
+    if why:
+        return why
+    try:
+        found = importlib.util.find_spec(FUSED_KERNELS)
+    except ModuleNotFoundError:  # megatron.legacy went too
+        found = None
+    return "" if found else "this Megatron-LM has no fused kernels"
 
 
 def _triton_is_there():

@@ -115,6 +115,12 @@ CONFIG_RULES = {
         "--cp-window-size 2",
         "use --cp-window-size 1",
     ),
+    "more ranks than there are": (
+        dict(context_parallel_size=99999999999, algorithm="hybrid_cp_algo"),  # in less than a second
+        "--ulysses-degree-in-cp is not given",
+        "needs it",
+        "choose 3, 9",
+    ),
     "p2p": (
         dict(context_parallel_size=2, algorithm=RING, p2p="mail"),
         "--cp-p2p mail",
