@@ -13,19 +13,20 @@ def install(parser, fail):
     """Make ``parser`` note in ``cp_given`` which of ``WATCHED`` were given, and apply --cp-config FILE, at every parse.
 
     The hook sits on ``parse_known_args``, through which every way of parsing goes. ``fail(parser, message)`` ends the
-    program.
+    program. The note is a list of names: Megatron writes its arguments into checkpoints, and reads them back as plain
+    values alone.
     """
     parse = parser.parse_known_args
 
     def parse_known_args(args=None, namespace=None):
         result, rest = parse(args, namespace)
         again = parse(args, SimpleNamespace(**{dest: _NOT_GIVEN for dest in WATCHED}))[0]
-        result.cp_given = frozenset(dest for dest in WATCHED if getattr(again, dest) is not _NOT_GIVEN)
+        result.cp_given = sorted(dest for dest in WATCHED if getattr(again, dest) is not _NOT_GIVEN)
         path = getattr(result, "cp_config", None)
         if path:
             given = {key for key, row in KEYS.items() if row.dest in result.cp_given}
             try:
-                result.cp_given |= apply_config_file(result, path, given)
+                result.cp_given += sorted(apply_config_file(result, path, given))
             except ValueError as error:
                 fail(parser, str(error))
         return result, rest

@@ -123,10 +123,10 @@ class FrameworkSettings:
             ValueError: a rule is broken; the message names flag, value, rule and a way out.
         """
         values = {name: value for name, value in further.items() if value is not None} | dict(self.values)
-        known = SimpleNamespace(**(_defaults() | MODEL_DEFAULTS | values), cp_given=frozenset(values))
+        known = SimpleNamespace(**(_defaults() | MODEL_DEFAULTS | values), cp_given=list(values))
         if known.cp_config:
             named = {key for key, row in KEYS.items() if row.dest in values}
-            known.cp_given |= apply_config_file(known, known.cp_config, named)
+            known.cp_given += apply_config_file(known, known.cp_config, named)
         config, setup = validate(known)
         documents = known.reset_position_ids and known.reset_attention_mask
         if known.reset_attention_mask and not known.reset_position_ids:

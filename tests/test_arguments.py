@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+import torch
 from flags import make_parser, parse
 from mindspeed_cp.arguments import (
     add_context_parallel_arguments,
@@ -227,3 +228,11 @@ def test_own_calculator_is_accepted():
         "mindspeed_cp:DynamicGatherSizeCalculator",
     )
     assert validate(args, world_size=2)[1].unaligned
+
+
+def test_arguments_in_a_checkpoint_are_read_back_as_plain_values(tmp_path):
+    """Megatron saves its namespace, and from 0.17 on reads it without executing anything."""
+    args = parse("--context-parallel-size", "2", "--context-parallel-algo", "megatron_cp_algo")
+    torch.save(vars(args), tmp_path / "common.pt")
+    assert torch.load(tmp_path / "common.pt", weights_only=True) == vars(args)
+    assert args.cp_given == ["context_parallel_algo", "context_parallel_size"]
