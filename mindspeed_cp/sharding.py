@@ -13,6 +13,7 @@ from mindspeed_cp.layout import SequenceLayout
 SEQUENCES = frozenset({"tokens", "input_ids", "labels", "loss_mask", "position_ids", "padding_mask", "token_type_ids"})
 WHOLE = frozenset(
     {"attention_mask", "cu_seqlens", "cu_seqlens_argmin", "cu_seqlens_padded", "max_seqlen", "max_seqlen_argmin"}
+    | {"local_cp_size", "hybrid_cp_group", "cp_group"}
     | {
         f"{name}_{side}{end}"
         for name in ("cu_seqlens", "max_seqlen")

@@ -1,7 +1,9 @@
 """Patches of how Megatron splits a batch over the context-parallel ranks; batches that others split."""
 
 import importlib
+import inspect
 from functools import wraps
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from mindspeed_cp.patches.documents import documents_of_position_ids, documents_
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.records import Documents, MicroBatch
 
+from mindspeed_cp.notices import warn_rank0
 from mindspeed_cp.sharding import SEQUENCES, WHOLE
 
 UTILS = "megatron.core.utils"
@@ -44,7 +47,7 @@ def split_batch(batch, state, documents: Documents | None = None):
             takes its rows and columns through the layout.
         documents: boundaries that the caller knows; None looks for them where the settings say.
     """
-    sequences = {name: value for name, value in batch.items() if name not in WHOLE and _may_be_sequence(value)}
+    sequences = _sequences(batch)
     if not sequences:
         return batch
     documents = documents_of_batch(batch, state) if documents is None else documents
@@ -53,6 +56,25 @@ def split_batch(batch, state, documents: Documents | None = None):
         batch[name] = record.layout.shard(value, state.cp_rank, dim=1).contiguous()
     state.records.remember((batch[name] for name in sequences), record)
     return batch
+
+
+def _sequences(batch):
+    """The (b, S, ...) tensors of Megatron's own batch: those known by name, and others that are as long, said aloud."""
+    named = named_sequences(batch)
+    others = {
+        name: value
+        for name, value in batch.items()
+        if name not in WHOLE and name not in named and _may_be_sequence(value)
+    }
+    if named:
+        length = length_of(named)
+        others = {name: value for name, value in others.items() if value.size(1) == length}
+    if others:
+        warn_rank0(
+            f"{', '.join(sorted(others))}: not known by name, and split over the context-parallel ranks because of a "
+            "length like that of the sequence, as Megatron does; take out of the batch what describes it as a whole."
+        )
+    return named | others
 
 
 def _may_be_sequence(value):
@@ -101,16 +123,47 @@ def documents_of_batch(batch, state) -> Documents | None:
 
 def _slice_batch(state):
     def build(original):
+        signature = inspect.signature(original)
+
         @wraps(original)
         def get_batch_on_this_cp_rank(batch, *args, **kwargs):
-            group = kwargs.get("cp_group", args[0] if args else None)
+            given = signature.bind_partial(batch, *args, **kwargs).arguments
+            if "is_hybrid_cp" in signature.parameters and "is_hybrid_cp" not in given:
+                kwargs["is_hybrid_cp"] = False  # code written for a Megatron before 0.18 does not say it
+            group = given.get("cp_group")
             if state.cp_size == 1 or (isinstance(group, dist.ProcessGroup) and group.size() != state.cp_size):
                 return original(batch, *args, **kwargs)
-            return split_batch(batch, state)
+            return split_batch(batch, state, _documents_that_come_along(batch, state, given.get("is_hybrid_cp")))
 
         return get_batch_on_this_cp_rank
 
     return build
+
+
+def _documents_that_come_along(batch, state, is_hybrid) -> Documents | None:
+    """The documents of a batch that brings cu_seqlens (1, n), as those of 0.18 and later do; None without.
+
+    Raises:
+        ValueError: dynamic context parallelism, whose groups are other ones in every micro-batch; or several rows.
+    """
+    ends, padded = batch.get("cu_seqlens"), batch.get("cu_seqlens_padded")
+    if ends is None:
+        return None
+    if is_hybrid:
+        raise ValueError(
+            "--hybrid-context-parallel gives every micro-batch a context-parallel size of its own, which mindspeed_cp "
+            f"does not support (--context-parallel-size {state.cp_size}); leave out --hybrid-context-parallel."
+        )
+    sequences = named_sequences(batch)
+    if not sequences:
+        return None  # a stage in the middle of a pipeline
+    if ends.dim() > 1 and ends.size(0) > 1:
+        raise ValueError(
+            f"cu_seqlens of the batch has shape {tuple(ends.shape)}, and a packed batch is one row; use "
+            "--micro-batch-size 1."
+        )
+    params = SimpleNamespace(cu_seqlens_q=ends, cu_seqlens_q_padded=padded)
+    return (state.boundaries.documents(params, length_of(sequences)),)
 
 
 def _slice_packed_batch(state):

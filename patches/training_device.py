@@ -91,7 +91,7 @@ def checkout_device_patches(when):
         ),
         Patch(
             "megatron.training.initialize._warmup_jit_function",
-            lambda original: lambda: None,
+            lambda original: lambda *args, **kwargs: None,
             "nothing is compiled, and the random numbers it draws would make initial weights depend on the parallel "
             "sizes",
             checkout,

@@ -21,7 +21,7 @@ ROPE_GQA = (
 )
 DOCUMENTS = "--reset-position-ids --reset-attention-mask --eod-mask-loss"
 LEGACY = "--use-legacy-models --ckpt-format torch --normalization RMSNorm"  # their LayerNorm needs Apex
-NO_LEGACY = ("0.15.3", "0.16.1")  # their legacy models lack attributes that their own schedules read
+NO_LEGACY = "0.15"  # from then on legacy models lack attributes that Megatron's own schedules read, then they are gone
 TP, PP, TP_PP = (
     "--tensor-model-parallel-size 2 --sequence-parallel",
     "--pipeline-model-parallel-size 2",
@@ -55,7 +55,7 @@ class Case:
         text: real text in an indexed dataset.
         resume: "" or a checkpoint format: train under cp, resume under cp = 1 and the other way round.
         quick: part of the short subset.
-        not_in: versions whose own run with cp = 1 fails.
+        since, before: versions of Megatron that have it, whose own run with cp = 1 works.
     """
 
     algorithm: str
@@ -68,7 +68,8 @@ class Case:
     text: bool = False
     resume: str = ""
     quick: bool = False
-    not_in: tuple = ()
+    since: str = "0"
+    before: str = "99"
 
     @property
     def ranks(self):
@@ -142,8 +143,21 @@ CASES = (
         text=True,
     ),
     Case("Ring", "cp2, text, documents, no mask in the dataloader", RING, shared=f"{LENGTH} {DOCUMENTS}", text=True),
-    Case("Ring", "cp2, legacy models", RING, shared=f"{LENGTH} {LEGACY}", not_in=NO_LEGACY),
-    Case("Ulysses", "cp2, legacy models", ULYSSES, shared=f"{LENGTH} {LEGACY}", not_in=NO_LEGACY),
+    *(
+        Case(
+            name,
+            f"cp{cp}, text, documents that the batch brings",
+            flags,
+            cp,
+            shared=f"{LENGTH} --dataloader-inter-document-masking --eod-mask-loss",
+            text=True,
+            quick=cp == 2,
+            since="0.19",
+        )
+        for name, flags, cp in (("Ring", RING, 2), ("Ulysses", ULYSSES, 2), ("Hybrid", HYBRID, 4))
+    ),
+    Case("Ring", "cp2, legacy models", RING, shared=f"{LENGTH} {LEGACY}", before=NO_LEGACY),
+    Case("Ulysses", "cp2, legacy models", ULYSSES, shared=f"{LENGTH} {LEGACY}", before=NO_LEGACY),
     Case("Ring", "cp2, checkpoint torch", RING, shared=f"{LENGTH} --ckpt-format torch", resume="torch"),
     Case(
         "Ring",
@@ -172,7 +186,17 @@ def context_parallel_flags(case):
     return flags
 
 
-def runs_of(case, folder, text_prefix):
+def numbers(version):
+    """ "0.18.2" -> (0, 18, 2)"""
+    return tuple(int(part) for part in version.split("."))
+
+
+def vocabulary_of_text(version):
+    """--vocab-size with which token 256 ends a document: NullTokenizer adds that token to the number before 0.18."""
+    return "256" if numbers(version) < (0, 18) else "257"
+
+
+def runs_of(case, folder, text_prefix, version):
     """The runs that a case needs, as megatron_lm_runs.py wants them; the last is compared with the reference.
 
     A reference is named by its flags alone, so that cases share it. With ``resume`` the case trains two steps and
@@ -185,7 +209,7 @@ def runs_of(case, folder, text_prefix):
             "--tokenizer-type",
             "NullTokenizer",
             "--vocab-size",
-            "256",
+            vocabulary_of_text(version),
             "--data-cache-path",
             f"{folder}/cache",
         ]

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from megatron_lm_cases import CASES, LENGTH, MOCK, MODEL, runs_of
+from megatron_lm_cases import CASES, LENGTH, MOCK, MODEL, numbers, runs_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-5  # relative, float32
@@ -84,11 +84,11 @@ def relative_difference(reference, result):
     return worst
 
 
-def check_version(checkout, cases, folder, text_prefix, tell):
+def check_version(checkout, version, cases, folder, text_prefix, tell):
     """{case name: (relative difference or None, error or "")} of one checkout."""
     runs, plan = {}, {}
     for case in cases:
-        reference, own = runs_of(case, folder, text_prefix)
+        reference, own = runs_of(case, folder, text_prefix, version)
         plan[case.name] = (reference["name"], [run["name"] for run in own])
         runs |= {run["name"]: run for run in (reference, *own)}
     answers = {}
@@ -193,9 +193,9 @@ def main(argv=None):
             start = time.monotonic()
             work = Path(folder, version)
             work.mkdir()
-            possible = [case for case in cases if version not in case.not_in]
+            possible = [case for case in cases if numbers(case.since) <= numbers(version) < numbers(case.before)]
             results[version] = check_version(
-                checkout, possible, str(work), f"{folder}/text", lambda line: print(line, file=sys.stderr)
+                checkout, version, possible, str(work), f"{folder}/text", lambda line: print(line, file=sys.stderr)
             )
             results[version]["plain"] = check_bitwise(checkout)
             failed = [name for name, result in results[version].items() if not passed(result)]
