@@ -1,0 +1,128 @@
+"""What Megatron 0.17 and later changed, by stand-ins of their signatures and modules; no Megatron is needed.
+
+The versions themselves are tried by scripts/test_megatron_lm.sh and, where they are installed, by every test that
+touches Megatron.
+"""
+
+import importlib
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mindspeed_cp.patches import batch as batches
+from mindspeed_cp.patches import triton as without_triton
+from mindspeed_cp.patches.state import AdaptorState
+
+from mindspeed_cp import ContextParallelConfig
+from mindspeed_cp.notices import ContextParallelWarning
+
+pytestmark = pytest.mark.cpu_only
+RING = ContextParallelConfig(context_parallel_size=2, algorithm="megatron_cp_algo")
+SEQ = 8
+PAGED_STASH = """
+import torch
+import triton
+import triton.language as tl
+from math import pi
+
+@triton.jit
+def copy_kernel(pointer, SIZE: tl.constexpr):
+    pass
+"""
+
+
+def state_of(cp_size=2, cp_rank=0):
+    groups = SimpleNamespace(cp_size=cp_size, cp_rank=cp_rank, hierarchy=(1, cp_size, 1))
+    return AdaptorState(config=RING, groups=groups)
+
+
+def as_in_0_16(batch, cp_group=None):
+    return {"original": True}
+
+
+def as_in_0_18(batch, is_hybrid_cp, cp_group=None, hybrid_cp_group_func=None):
+    return {"original": True, "is_hybrid_cp": is_hybrid_cp}
+
+
+def as_in_0_19(batch, is_hybrid_cp, cp_group=None, hybrid_cp_group_func=None, use_per_sequence_balancing=False):
+    return {"original": True, "is_hybrid_cp": is_hybrid_cp}
+
+
+def batch_of(**more):
+    tokens = torch.arange(SEQ)[None]
+    return {"tokens": tokens, "labels": tokens + 1, "loss_mask": torch.ones(1, SEQ), "position_ids": tokens, **more}
+
+
+@pytest.mark.parametrize("original", [as_in_0_16, as_in_0_18, as_in_0_19])
+def test_code_written_for_another_version_splits_batches(original):
+    split = batches._slice_batch(state_of())(original)
+    assert split(batch_of())["tokens"].tolist() == [[0, 1, 6, 7]]
+    alone = batches._slice_batch(state_of(cp_size=1))(original)(batch_of())
+    assert alone["original"] and alone.get("is_hybrid_cp", False) is False
+
+
+@pytest.mark.parametrize("padded", [None, torch.tensor([[0, 4, 8]])], ids=["as they are", "padded"])
+@pytest.mark.parametrize("original", [as_in_0_18, as_in_0_19])
+def test_documents_that_a_batch_brings_are_used_and_stay_whole(original, padded):
+    state, ends = state_of(), torch.tensor([[0, 3, 6]] if padded is not None else [[0, 3, 8]])
+    more = dict(cu_seqlens=ends, cu_seqlens_padded=padded, max_seqlen=torch.tensor([5]), local_cp_size=None)
+    local = batches._slice_batch(state)(original)(batch_of(**more), is_hybrid_cp=False)
+    assert local["cu_seqlens"] is ends and local["cu_seqlens_padded"] is padded and local["max_seqlen"].tolist() == [5]
+    found = state.records.find([local["tokens"]]).shared_documents
+    assert found == ((0, 3, 8) if padded is None else (0, 3, 4, 7, 8))
+
+
+def test_boundaries_as_many_as_tokens_are_not_split():
+    ends = torch.tensor([[0, 1, 2, 3, 4, 5, 6, SEQ]])
+    local = batches._slice_batch(state_of())(as_in_0_19)(batch_of(cu_seqlens=ends), is_hybrid_cp=False)
+    assert ends.size(1) == SEQ and torch.equal(local["cu_seqlens"], ends)
+
+
+def test_what_is_not_known_by_name_is_split_by_its_length_and_named():
+    weights, statistics = torch.arange(SEQ)[None], torch.zeros(1, 3)
+    with pytest.warns(ContextParallelWarning, match="weights_of_tokens: not known by name, and split"):
+        local = batches._slice_batch(state_of())(as_in_0_16)(batch_of(weights_of_tokens=weights, statistics=statistics))
+    assert local["weights_of_tokens"].tolist() == [[0, 1, 6, 7]] and local["statistics"] is statistics
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batches._slice_batch(state_of())(as_in_0_16)(batch_of(statistics=statistics))
+
+
+def test_dynamic_context_parallelism_is_refused_by_name():
+    split = batches._slice_batch(state_of())(as_in_0_18)
+    with pytest.raises(ValueError, match="--hybrid-context-parallel gives every micro-batch.*leave out"):
+        split(batch_of(cu_seqlens=torch.tensor([[0, SEQ]]), local_cp_size=torch.tensor(1)), is_hybrid_cp=True)
+
+
+def test_several_packed_rows_are_refused():
+    rows = {"tokens": torch.zeros(2, SEQ), "cu_seqlens": torch.tensor([[0, SEQ], [0, SEQ]])}
+    with pytest.raises(ValueError, match="a packed batch is one row; use --micro-batch-size 1"):
+        batches._slice_batch(state_of())(as_in_0_19)(rows, is_hybrid_cp=False)
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A module that imports Triton, and one that tries to, where there is no Triton."""
+    package = tmp_path / "a_megatron"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "paged_stash.py").write_text(PAGED_STASH)
+    (package / "careful.py").write_text("try:\n    import triton\nexcept ImportError:\n    triton = None\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(sys, "meta_path", [without_triton.WithoutTriton("a_megatron.paged_stash"), *sys.meta_path])
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "a_megatron"]:
+        del sys.modules[name]
+
+
+def test_the_module_with_kernels_alone_is_imported_without_triton(library):
+    module = importlib.import_module("a_megatron.paged_stash")
+    assert module.torch is torch and module.pi > 3
+    with pytest.raises(ValueError, match="kernel copy_kernel needs Triton, which is not installed"):
+        module.copy_kernel[(1,)](None)
+    assert importlib.import_module("a_megatron.careful").triton is None
+    with pytest.raises(ImportError):
+        importlib.import_module("triton")
