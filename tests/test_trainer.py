@@ -73,6 +73,10 @@ def run_script(flags, **variables):
             f"--cp-batch-layout document_zigzag --context-parallel-size 2 --reset-attention-mask {RING}",
             ["--cp-batch-layout document_zigzag", "--reset-attention-mask", "or balanced"],
         ),
+        (
+            "--sequence-parallel --tensor-model-parallel-size 2 --seq-length 17",
+            ["--seq-length 17", "--tensor-model-parallel-size 2", "use --seq-length 16"],
+        ),
         ("--use-distributed-optimizer --save somewhere", ["--use-distributed-optimizer", "--save", "leave"]),
         ("--load no/such/folder", ["--load no/such/folder", "latest.txt"]),
     ],

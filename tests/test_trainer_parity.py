@@ -28,6 +28,7 @@ UNALIGNED = {
     name: f"{SINGLE[name]} --gather-size-calculator dynamic" if "ulysses" in name else SINGLE[name] for name in CP4
 }
 FOUR = "--context-parallel-size 4 --micro-batch-size 4"
+VIRTUAL = "--num-layers 4 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
 ROPE, SHORT = "--position-embedding-type rope", "--train-iters 5"
 LONG = "" if pairs.whole() else SHORT  # 20 steps with --full
 BALANCED = "--cp-batch-layout balanced --cp-kv-exchange auto --recompute-granularity full --cp-keep-attention"
@@ -58,6 +59,10 @@ GROUPS = {
     ),
     "tp=2, sequence parallel": (f"--tensor-model-parallel-size 2 --sequence-parallel {ROPE} {LONG}", CP2),
     "pp=2": (f"--pipeline-model-parallel-size 2 {ROPE} {LONG}", CP2),
+    "pp=2, virtual stages": (
+        f"{VIRTUAL} {ROPE} {SHORT} --global-batch-size 8",
+        {name: flags for name, flags in SINGLE.items() if name.endswith("=2")},
+    ),
     "other algorithms": (
         f"{ROPE} {SHORT}",
         {

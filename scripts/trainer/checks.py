@@ -137,6 +137,11 @@ def _check_lengths(args, tp):
         f"{args.seq_length} they have other lengths; use --cp-batch-layout zigzag or balanced, which take any.",
     )
     require(
+        not args.sequence_parallel or args.seq_length % tp == 0,  # the configuration asks it where cp > 1
+        f"--seq-length {args.seq_length} must be divisible by --tensor-model-parallel-size {tp} with "
+        f"--sequence-parallel; use --seq-length {args.seq_length // tp * tp or tp}, or leave out --sequence-parallel.",
+    )
+    require(
         not (args.variable_seq_lengths and args.sequence_parallel),
         "--variable-seq-lengths does not go with --sequence-parallel, which needs every length divisible by "
         f"--tensor-model-parallel-size {tp}; leave one of them out.",

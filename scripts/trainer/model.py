@@ -61,6 +61,9 @@ def transformer_config(args):
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=args.num_virtual_stages_per_pipeline_rank,
+        # As Megatron's own flags: between two ranks with virtual stages a batch would mix up the two directions.
+        overlap_p2p_comm=bool(args.num_virtual_stages_per_pipeline_rank),
+        batch_p2p_comm=not args.num_virtual_stages_per_pipeline_rank,
         context_parallel_size=args.context_parallel_size,
         sequence_parallel=args.sequence_parallel,
         recompute_granularity=args.recompute_granularity,
