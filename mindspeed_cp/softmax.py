@@ -180,30 +180,38 @@ class RowSum:
 
 
 class KVPartial:
-    """The gradient of one shard of keys and values from this rank's blocks, written into ``target`` (seq, .., dk + dv).
+    """The gradients of one shard of keys and values from this rank's blocks, written into ``targets``.
 
-    One block of the whole batch is copied straight into the target, and so rounded once if that is a wire buffer.
+    One block of the whole batch is copied straight into the targets, and so rounded once if they are wire buffers.
     Several are summed in the accumulation dtype first. Rows that no block touches are 0.
     """
 
-    def __init__(self, target: torch.Tensor, single: bool, workspace: Workspace, accumulates: bool) -> None:
-        """single: at most one block comes, of the whole batch; accumulates: the target is in the accumulation dtype."""
-        self._target, self._single, self._sum = target, single, target
-        if not single and not accumulates and accumulation_dtype(target.dtype) != target.dtype:
-            self._sum = workspace.get("dkv.sum", target.shape, accumulation_dtype(target.dtype), target.device)
+    def __init__(self, targets: Sequence[torch.Tensor], single: bool, workspace: Workspace, accumulates: bool) -> None:
+        """targets: (seq, batch, kv_heads, dk) and (.., dv). single: at most one block comes, of the whole batch.
+        accumulates: the targets are in the accumulation dtype.
+        """
+        self._targets, self._single, self._sums = targets, single, targets
+        dtype = accumulation_dtype(targets[0].dtype)
+        if not single and not accumulates and dtype != targets[0].dtype:
+            self._sums = [
+                workspace.get(f"dkv.sum{index}", target.shape, dtype, target.device)
+                for index, target in enumerate(targets)
+            ]
         self._covered = slice(0, 0)
         if not single:
-            self._sum.zero_()
+            for total in self._sums:
+                total.zero_()
 
-    def add(self, rows: slice, batch: slice, grads: Sequence[torch.Tensor], split: int) -> None:
-        parts = self._sum[rows, batch, :, :split], self._sum[rows, batch, :, split:]
-        for part, grad in zip(parts, grads):
+    def add(self, rows: slice, batch: slice, grads: Sequence[torch.Tensor]) -> None:
+        for total, grad in zip(self._sums, grads):
+            part = total[rows, batch]
             part.copy_(grad) if self._single else add_in_place(part, grad)
         self._covered = rows
 
     def store(self) -> None:
-        if self._single:
-            self._target[: self._covered.start].zero_()
-            self._target[self._covered.stop :].zero_()
-        elif self._sum is not self._target:
-            self._target.copy_(self._sum)
+        for target, total in zip(self._targets, self._sums):
+            if self._single:
+                target[: self._covered.start].zero_()
+                target[self._covered.stop :].zero_()
+            elif total is not target:
+                target.copy_(total)

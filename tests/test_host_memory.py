@@ -120,10 +120,10 @@ def with_a_stranger(rank, stranger):
         if rank == stranger:
             patch.setattr(host_memory, "_create_file", lambda name: -1)
         groups = ContextParallelGroups.build(config, share_from=0)
-    cases._setups[config.hierarchy, "stranger"] = groups
+    cases._setups[config.hierarchy, config.p2p, "stranger"] = groups
     case = Case({"context_parallel_size": 3, "algorithm": "megatron_cp_algo"}, seq_len=24, share_from="stranger")
     got, wanted = attend(rank, case), attend(rank, Case(**{**vars(case), "share_from": None}))
-    del cases._setups[config.hierarchy, "stranger"]
+    del cases._setups[config.hierarchy, config.p2p, "stranger"]
     peers = sorted(groups.cp.carrier.peers) if groups.cp.carrier else None
     groups.destroy()
     return peers, all(torch.equal(got[name], wanted[name]) for name in wanted)

@@ -9,6 +9,8 @@ import fake_flash_attention
 import fake_torch_npu
 import pytest
 import torch
+from cases import Case, arguments, local_inputs, setup_of
+from distributed import run_ranks
 from kernel_cases import assert_matches
 from reference import allowed_pairs, attention_with_gradients
 
@@ -112,3 +114,53 @@ def test_a_simulated_ring_equals_dense_attention(kernel, cp, name, device):
     for key, value in result.items():
         assert_matches(f"{key} of {name} at cp={cp}", value, expected[key], dtype)
     assert sum(areas) == int(allowed.sum()), "every visible pair is computed exactly once"
+
+
+class Contiguous:
+    """The CPU's kernel, which asserts that the keys and values it gets are contiguous."""
+
+    name, native_bands = "contiguous", False
+
+    def __init__(self):
+        self._kernel, self.calls = select_kernel("cpu", "cpu"), 0
+
+    def _check(self, *tensors):
+        assert all(tensor.is_contiguous() for tensor in tensors), [tensor.stride() for tensor in tensors]
+        self.calls += 1
+
+    def forward(self, query, key, value, *others):
+        self._check(key, value)
+        return self._kernel.forward(query, key, value, *others)
+
+    def backward(self, grad_out, query, key, value, *others):
+        self._check(key, value)
+        return self._kernel.backward(grad_out, query, key, value, *others)
+
+
+def attend_contiguously(rank, case):
+    """How many blocks the kernel saw, forward and backward."""
+    from mindspeed_cp import context_parallel_attention
+
+    config, groups = setup_of(case.config)
+    layout, kernel = case.layout(), Contiguous()
+    leaves, _, grad_out, mask = local_inputs(rank, case, layout)
+    # As a model's projection returns them: key and value side by side for every token.
+    beside = torch.cat(leaves[1:], dim=-1).detach().requires_grad_()
+    split = [leaves[0], *beside.split([case.dk, case.dv], dim=-1)]
+    assert not split[1].is_contiguous()
+    keywords = arguments(case, config, groups, layout, None, mask) | {"kernel": kernel}
+    context_parallel_attention(*split, **keywords).backward(grad_out)
+    return kernel.calls
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("policy", [None, "half", "full"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"kv_exchange": "direct"}, {"window_size": 2}, {"algorithm": "kvallgather_cp_algo"}],
+    ids=str,
+)
+def test_a_kernel_gets_keys_and_values_that_are_contiguous(settings, policy):
+    ring = {"context_parallel_size": 4, "algorithm": "megatron_cp_algo", "kv_cache_policy": policy}
+    case = Case({**ring, **settings}, seq_len=32, batch=2, dtype="float32")
+    assert min(run_ranks(4, attend_contiguously, case)) >= 8

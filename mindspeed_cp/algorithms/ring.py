@@ -16,7 +16,7 @@ import torch
 from mindspeed_cp.algorithms.kv_cache import NAMES, Name
 from mindspeed_cp.algorithms.ring_plan import RingPlan, Task, ring_plan
 from mindspeed_cp.blocks import IntervalMask
-from mindspeed_cp.comm.kv_exchange import EXCHANGES, GradientReturn, RingChannel, concatenated, paired
+from mindspeed_cp.comm.kv_exchange import EXCHANGES, GradientReturn, RingChannel, packed, paired
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.schedule import RingPlace
 from mindspeed_cp.groups import ContextParallelGroups
@@ -104,17 +104,18 @@ class RingSaved:
     rngs: tuple[Any, ...]
 
 
-def own_rows(problem: RingProblem, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """This rank's keys and values as they travel: packed in one message, unless just one of them is kept."""
+def own_rows(problem: RingProblem, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's key and value as they travel: in one message, unless just one of them is kept."""
     if problem.layout.ring_size == 1:
         return key, value
     if len(problem.keep) == 1:
         return key.contiguous(), value.contiguous()
-    return (torch.cat([key, value], dim=-1),)
+    key, value = packed((key, value))
+    return key, value
 
 
 def ring_forward(
-    problem: RingProblem, query: torch.Tensor, own: tuple[torch.Tensor, ...]
+    problem: RingProblem, query: torch.Tensor, own: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, RingSaved]:
     """Attention of this rank's queries over all keys, of which ``own_rows`` gives it ``own``.
 
@@ -122,10 +123,9 @@ def ring_forward(
         (out, lse, saved): out in the kernel's dtype when one block made it, else in the accumulation dtype, and then in
         reused memory unless that is the query's dtype. saved begins with ``own``.
     """
-    value_dim = own[-1].shape[-1] - (query.shape[-1] if len(own) == 1 else 0)
-    partial = PartialAttention(problem.groups.workspace, problem.merge, query, value_dim)
+    partial = PartialAttention(problem.groups.workspace, problem.merge, query, own[1].shape[-1])
     kept, rngs = [*own], []
-    for source, source_key, source_value in _forward_stream(problem, own, query.shape[-1], kept):
+    for source, (source_key, source_value) in _forward_stream(problem, own, kept):
         mask = problem.mask_against(source)
         for batch, block in problem.tasks(query, source):
             rows, keys = block.query_rows, block.key_rows
@@ -143,51 +143,51 @@ def ring_forward(
     return out, lse, RingSaved(tuple(kept), tuple(rngs))
 
 
-def _forward_stream(problem, own, split, kept):
-    """Stream (source, key, value) by the problem's exchange; what backward needs besides ``own`` joins ``kept``."""
+def _forward_stream(problem, own, kept):
+    """Stream (source, (key, value)) by the problem's exchange; what backward needs besides ``own`` joins ``kept``."""
     if problem.layout.ring_size == 1:
-        yield problem.rank, *own
+        yield problem.rank, own
         return
     exchange = EXCHANGES[problem.exchange]
-    if len(problem.keep) == 1:
-        streams = []
-        for name, rows in zip(NAMES, own):
-            stream = exchange(problem.channel, rows, f"kv.{name}", keep=name in problem.keep)
-            streams.append(_collect(stream, kept) if name in problem.keep else stream)
-        yield from paired(*streams)
+    if len(problem.keep) != 1:
+        stream = exchange(problem.channel, own, "kv", keep=bool(problem.keep))
+        yield from _collect(stream, kept) if problem.keep else stream
         return
-    stream = exchange(problem.channel, own[0], "kv", keep=bool(problem.keep))
-    yield from concatenated(_collect(stream, kept) if problem.keep else stream, split)
+    streams = []
+    for name, rows in zip(NAMES, own):
+        stream = exchange(problem.channel, (rows,), f"kv.{name}", keep=name in problem.keep)
+        streams.append(_collect(stream, kept) if name in problem.keep else stream)
+    yield from paired(*streams)
 
 
 def _collect(stream, kept):
     """Pass a stream on and keep every received shard (not the own one, which is kept already)."""
     for step, (source, rows) in enumerate(stream):
         if step:
-            kept.append(rows)
+            kept += rows
         yield source, rows
 
 
-def _backward_stream(problem, kept, split):
+def _backward_stream(problem, saved):
     """The forward's stream again: from what was kept, and fetching again what was not."""
+    own, received = saved[: len(NAMES)], saved[len(NAMES) :]
     if problem.layout.ring_size == 1:
-        yield problem.rank, *kept
+        yield problem.rank, own
         return
     exchange, sources = EXCHANGES[problem.exchange], [source for _, _, source in problem.channel.place.steps()]
     if len(problem.keep) == 1:
-        own, received = kept[: len(NAMES)], kept[len(NAMES) :]
         yield from paired(
             *(
-                zip(sources, (rows, *received), strict=True)
+                zip(sources, ((shard,) for shard in (rows, *received)), strict=True)
                 if name in problem.keep
-                else exchange(problem.channel, rows, f"kv.{name}")
+                else exchange(problem.channel, (rows,), f"kv.{name}")
                 for name, rows in zip(NAMES, own)
             )
         )
     elif problem.keep:
-        yield from concatenated(zip(sources, kept, strict=True), split)
+        yield from zip(sources, zip(saved[::2], saved[1::2], strict=True), strict=True)
     else:
-        yield from concatenated(exchange(problem.channel, kept[0], "kv"), split)
+        yield from exchange(problem.channel, own, "kv")
 
 
 def ring_backward(
@@ -212,17 +212,16 @@ def ring_backward(
         return problem.kernel.backward(
             grad_out, query, key, value, out, lse, tasks[0].block, problem.options, saved.rngs[0], mask
         )
-    split = query.shape[-1]
-    wire = query.new_empty((0, *saved.tensors[0].shape[1:3], split + out.shape[-1]))
-    own = accumulator(problem.groups.workspace, "dkv.own", (query.shape[0], *wire.shape[1:]), query)
-    returns, rngs = GradientReturn(problem.channel, own, wire), iter(saved.rngs)
-    dq = RowSum(query, problem.groups.workspace)
-    stream = _backward_stream(problem, saved.tensors, split)
-    for (j, t, source), (_, key, value) in zip(problem.channel.place.steps(), stream, strict=True):
+    workspace, like = problem.groups.workspace, saved.tensors[: len(NAMES)]
+    own = tuple(accumulator(workspace, f"dkv.own.{name}", rows.shape, query) for name, rows in zip(NAMES, like))
+    returns, rngs = GradientReturn(problem.channel, own, like), iter(saved.rngs)
+    dq = RowSum(query, workspace)
+    stream = _backward_stream(problem, saved.tensors)
+    for (j, t, source), (_, (key, value)) in zip(problem.channel.place.steps(), stream, strict=True):
         tasks = problem.tasks(query, source)
         target = returns.begin(j) if t == 0 else returns.wire(t, source)
         single = not tasks or (len(tasks) == 1 and tasks[0].is_whole)
-        partial = KVPartial(target, single, problem.groups.workspace, t == 0)
+        partial = KVPartial(target, single, workspace, t == 0)
         mask = problem.mask_against(source)
         for batch, block in tasks:
             rows, keys = block.query_rows, block.key_rows
@@ -239,11 +238,11 @@ def ring_backward(
                 mask,
             )
             dq.add(rows, batch, block_dq)
-            partial.add(keys, batch, block_dkv, split)
+            partial.add(keys, batch, block_dkv)
         partial.store()
         if t > 0:
             returns.send(j, t, source, target)
         if t + 1 == problem.channel.place.window:
             returns.end(j)
-    own = returns.finish()
-    return dq.result(), own[..., :split], own[..., split:]
+    dk, dv = returns.finish()
+    return dq.result(), dk, dv

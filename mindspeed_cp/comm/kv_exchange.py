@@ -1,26 +1,29 @@
 """How keys and values reach a rank: forwarded around a (double) ring, sent directly, or gathered at once.
 
 Each exchange is a generator over steps: it yields (source, rows), own rows first, and moves the data for later steps
-around the yield, where the caller computes. Rows are (seq, batch, kv_heads, dim), packed key and value or either of
-them.
+around the yield, where the caller computes. Rows are a tuple of tensors (seq, batch, kv_heads, dim), key and value or
+either of them. They travel in one message, all rows of the key before those of the value, so that each is contiguous
+where it arrives: kernels that want it so need not copy.
 
 With ``overlap`` a transfer is posted before the block that hides it and awaited after it; without, it is posted after
 the block and awaited at once. In both cases the first local block starts before any wait.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from mindspeed_cp.comm.link import Link
-from mindspeed_cp.comm.messages import Pending
+from mindspeed_cp.comm.messages import Pending, end_to_end, flat_memory
 from mindspeed_cp.comm.schedule import RingPlace
 from mindspeed_cp.softmax import add_in_place
 
 Rows = tuple[tuple[int, int], ...]
-Stream = Iterator[tuple[int, torch.Tensor]]
-_Waiting = tuple[Pending[None], list[torch.Tensor], list[torch.Tensor]]
+Tensors = tuple[torch.Tensor, ...]
+Stream = Iterator[tuple[int, Tensors]]
+_Waiting = tuple[Pending[None], Sequence[torch.Tensor], Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,17 @@ class RingChannel:
     rows_needed: Callable[[int, int], Rows]
     overlap: bool
 
-    def buffer(self, name: str, like: torch.Tensor, source: int, keep: bool = False) -> torch.Tensor:
+    def buffer(self, name: str, like: Tensors, source: int, keep: bool = False) -> Tensors:
         """A buffer for the shard of ``source``: fresh when it is kept for the backward pass, else from the
         workspace.
         """
-        shape = (self.lengths[source], *like.shape[1:])
-        if keep:
-            return like.new_empty(shape)
-        return self.link.workspace.get(name, shape, like.dtype, like.device)
+        shapes = [(self.lengths[source], *tensor.shape[1:]) for tensor in like]
+        count, first = sum(map(math.prod, shapes)), like[0]
+        flat = first.new_empty(count) if keep else self.link.workspace.get(name, (count,), first.dtype, first.device)
+        return end_to_end(flat, shapes)
 
 
-def ring_exchange(channel: RingChannel, own: torch.Tensor, purpose: str, keep: bool = False) -> Stream:
+def ring_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool = False) -> Stream:
     """Forward whole shards around the (double) ring.
 
     A buffer is received into only after everything sent from it has left: two inner and two outer buffers take turns.
@@ -63,9 +66,7 @@ def ring_exchange(channel: RingChannel, own: torch.Tensor, purpose: str, keep: b
 
     def pass_on(rows, outer, inner, link, name, source):
         received = channel.buffer(f"{purpose}.{name}", own, source, keep)
-        pending = link.exchange(
-            [(place.peer(outer, inner), [rows])], [(place.peer(-outer, -inner), [received])], purpose
-        )
+        pending = link.exchange([(place.peer(outer, inner), rows)], [(place.peer(-outer, -inner), received)], purpose)
         return pending, received
 
     def to_next_window(rows, j):
@@ -91,7 +92,7 @@ def ring_exchange(channel: RingChannel, own: torch.Tensor, purpose: str, keep: b
             pending.wait()
 
 
-def direct_exchange(channel: RingChannel, own: torch.Tensor, purpose: str, keep: bool = False) -> Stream:
+def direct_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool = False) -> Stream:
     """At step t every rank sends to rank r + t exactly the rows that its blocks need, from its own memory.
 
     Nothing is forwarded. Rows that nobody asked for are left undefined in the receive buffer. Transfers run one step
@@ -118,27 +119,41 @@ def direct_exchange(channel: RingChannel, own: torch.Tensor, purpose: str, keep:
             pending.wait()
 
 
-def allgather_exchange(channel: RingChannel, own: torch.Tensor, purpose: str, keep: bool = False) -> Stream:
+def allgather_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool = False) -> Stream:
     """Gather every shard with one collective."""
     rank, ring_size = channel.place.rank, len(channel.lengths)
+    widths = [tensor.shape[1:] for tensor in own]
+    sizes = [rows * sum(width.numel() for width in widths) for rows in channel.lengths]
 
     def gather():
-        return channel.link.gather(own, channel.lengths, purpose, None if keep else f"{purpose}.gathered")
+        flat = flat_memory(own)
+        assert flat is not None, "own rows are packed"
+        return channel.link.gather(flat, sizes, purpose, None if keep else f"{purpose}.gathered")
 
     pending = gather() if channel.overlap else None
     yield rank, own
     shards = (pending or gather()).wait()
     for t in range(1, ring_size):
         source = (rank - t) % ring_size
-        yield source, shards[source]
+        yield source, end_to_end(shards[source], [(channel.lengths[source], *width) for width in widths])
 
 
 EXCHANGES = {"ring": ring_exchange, "direct": direct_exchange, "allgather": allgather_exchange}
 
 
-def parts(rows: torch.Tensor, ranges: Rows) -> list[torch.Tensor]:
+def packed(tensors: Tensors) -> Tensors:
+    """Copies of the tensors, each contiguous, that lie end to end in memory: they are sent as they are."""
+    copies = end_to_end(
+        tensors[0].new_empty(sum(tensor.numel() for tensor in tensors)), [tuple(tensor.shape) for tensor in tensors]
+    )
+    for copy, tensor in zip(copies, tensors):
+        copy.copy_(tensor)
+    return copies
+
+
+def parts(rows: Tensors, ranges: Rows) -> list[torch.Tensor]:
     """Views of these (start, stop) of the rows; they travel in one message."""
-    return [rows[start:stop] for start, stop in ranges]
+    return [tensor[start:stop] for tensor in rows for start, stop in ranges]
 
 
 class GradientReturn:
@@ -153,24 +168,24 @@ class GradientReturn:
     rows.
     """
 
-    def __init__(self, channel: RingChannel, own: torch.Tensor, like: torch.Tensor) -> None:
-        """own: accumulator for this rank's rows, which step 0 fills; like: a tensor with the wire dtype."""
+    def __init__(self, channel: RingChannel, own: Tensors, like: Tensors) -> None:
+        """own: accumulators for this rank's rows, which step 0 fills; like: tensors with the wire dtype."""
         self._channel, self._own, self._like = channel, own, like
         self._window_sum = own
         self._inner: _Waiting | None = None
         self._outer: _Waiting | None = None
 
-    def begin(self, j: int) -> torch.Tensor:
-        """The accumulator that the partial of inner step 0 of window j is to be written into."""
+    def begin(self, j: int) -> Tensors:
+        """The accumulators that the partial of inner step 0 of window j is to be written into."""
         if j > 0:
             self._window_sum = self._channel.buffer("dkv.window", self._own, self._channel.place.peer(-j, 0))
         return self._window_sum
 
-    def wire(self, t: int, source: int) -> torch.Tensor:
+    def wire(self, t: int, source: int) -> Tensors:
         """The buffer that the partial of inner step t > 0 is to be written into, in the wire dtype."""
         return self._channel.buffer(f"dkv.wire{t % 2}", self._like, source)
 
-    def send(self, j: int, t: int, source: int, partial: torch.Tensor) -> None:
+    def send(self, j: int, t: int, source: int, partial: Tensors) -> None:
         """Send ``partial`` to the first holder of ``source`` and take the peer's partial for the shard held first
         here.
         """
@@ -192,14 +207,16 @@ class GradientReturn:
         if j == 0:
             return
         source, peer = place.peer(-j, 0), place.peer(j, 0)
-        leaving, arriving = [], []
+        leaving: Tensors = ()
+        arriving: Tensors = ()
         if self._window_reads(place.rank, source):
-            leaving = [channel.buffer("dkv.crossing", self._like, source)]
-            leaving[0].copy_(self._window_sum)
+            leaving = channel.buffer("dkv.crossing", self._like, source)
+            for wire, total in zip(leaving, self._window_sum):
+                wire.copy_(total)
         if self._window_reads(peer, place.rank):
-            arriving = [channel.buffer("dkv.outer", self._like, place.rank)]
+            arriving = channel.buffer("dkv.outer", self._like, place.rank)
         pending = channel.outer.exchange([(source, leaving)], [(peer, arriving)], "dkv")
-        self._outer = pending, arriving, [self._own]
+        self._outer = pending, arriving, self._own
 
     def _window_reads(self, member: int, source: int) -> bool:
         """Whether any rank of ``member``'s window has a block against the shard of ``source``."""
@@ -207,7 +224,7 @@ class GradientReturn:
         first = member // window * window
         return any(self._channel.rows_needed(reader, source) for reader in range(first, first + window))
 
-    def finish(self) -> torch.Tensor:
+    def finish(self) -> Tensors:
         self._drain_inner()
         self._drain_outer()
         return self._own
@@ -229,15 +246,7 @@ def _add_received(waiting: _Waiting | None) -> None:
             add_in_place(target, part)
 
 
-def concatenated(stream: Iterable[tuple[int, torch.Tensor]], split: int):
-    """Turn a stream of packed rows into a stream of (source, key, value); the key has ``split`` of the last
-    dimension.
-    """
-    for source, rows in stream:
-        yield source, rows[..., :split], rows[..., split:]
-
-
-def paired(keys: Iterable[tuple[int, torch.Tensor]], values: Iterable[tuple[int, torch.Tensor]]):
-    """Turn two streams that run in step into one of (source, key, value)."""
-    for (source, key), (_, value) in zip(keys, values, strict=True):
-        yield source, key, value
+def paired(*streams: Iterable[tuple[int, Tensors]]) -> Stream:
+    """Streams that run in step as one, each step with the tensors of all."""
+    for steps in zip(*streams, strict=True):
+        yield steps[0][0], tuple(tensor for _, rows in steps for tensor in rows)

@@ -1,6 +1,7 @@
 """What travels between two ranks: the tensors of one message, and the transfer while it is under way."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
@@ -85,10 +86,12 @@ class Message:
     def in_place(self) -> torch.Tensor | None:
         """The message, flat, where the tensors' memory is it already; else None."""
         blocks = Message.joined([self]).blocks
-        if len(blocks) != 1 or len(blocks[0]) != 1:
+        if not blocks or any(len(block) > 1 for block in blocks):
             return None
-        (tensor,) = blocks[0]
-        return tensor.view(-1) if tensor.dtype == self.dtype and tensor.is_contiguous() else None
+        tensors = [tensor for (tensor,) in blocks]
+        if any(tensor.dtype != self.dtype or not tensor.is_contiguous() for tensor in tensors):
+            return None
+        return flat_memory(tensors)
 
     def write(self, flat: torch.Tensor) -> None:
         """Copy the tensors into a flat message."""
@@ -112,6 +115,23 @@ class Message:
             row = part.view(*block[0].shape[:2], sum(widths))
             parts += [piece.unflatten(-1, tensor.shape[2:]) for piece, tensor in zip(row.split(widths, dim=-1), block)]
         return parts
+
+
+def flat_memory(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The memory of contiguous tensors, flat, where they lie end to end in one storage; else None."""
+    first = tensors[0]
+    for before, after in zip(tensors, tensors[1:]):
+        if before.data_ptr() + before.numel() * before.element_size() != after.data_ptr():
+            return None
+        if before.untyped_storage().data_ptr() != after.untyped_storage().data_ptr():
+            return None
+    return first.as_strided((sum(tensor.numel() for tensor in tensors),), (1,))
+
+
+def end_to_end(flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, ...]:
+    """Contiguous tensors of these shapes that lie end to end in ``flat``."""
+    sizes = [math.prod(shape) for shape in shapes]
+    return tuple(part.view(shape) for part, shape in zip(flat.split(sizes), shapes))
 
 
 def copy_message(source: Message, target: Message) -> None:
