@@ -15,6 +15,7 @@ from mindspeed_cp.arguments import (
     validate,
 )
 from mindspeed_cp.patches.attention import AttentionBridge, CoreAttention
+from mindspeed_cp.patches.checks import check_flags
 from mindspeed_cp.patches.compiler import outside_compiler
 from mindspeed_cp.patches.loss import loss_patches
 from mindspeed_cp.patches.manager import Patch
@@ -138,7 +139,7 @@ def _validate(state):
             with readable_errors(PROGRAM, args.distributed_backend):
                 # At size 1 the world is Megatron's business (0.12's encoder ranks are counted in no rule here).
                 config, setup = validate(args, world_size=0 if args.context_parallel_size == 1 else None)
-                _check_legacy(args)
+                check_flags(args)
             state.program = PROGRAM
             if config.context_parallel_size == 1:
                 result = original(args, *defaults, **kwargs)
@@ -158,24 +159,6 @@ def _validate(state):
         return validate_args
 
     return build
-
-
-# Megatron's own assertions about legacy models, which _passing_assertions keeps from running.
-NOT_WITH_LEGACY = ("rotary_interleaved", "mtp_num_layers", "decoupled_lr", "decoupled_min_lr", "overlap_param_gather")
-
-
-def _check_legacy(args):
-    if args.context_parallel_size == 1 or not getattr(args, "use_legacy_models", False):
-        return
-    if args.ckpt_format != "torch":
-        raise ValueError(
-            f"--ckpt-format {args.ckpt_format} does not work with --use-legacy-models; use --ckpt-format torch."
-        )
-    for name in NOT_WITH_LEGACY:
-        if getattr(args, name, None):
-            raise ValueError(
-                f"--{name.replace('_', '-')} does not work with --use-legacy-models; leave one of them out."
-            )
 
 
 def _documents(args):

@@ -3,6 +3,7 @@ scripts.
 """
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 import warnings
@@ -115,6 +116,35 @@ def test_a_broken_rule_is_one_line_and_status_2(given, words, capsys):
         training._validate(AdaptorState())(as_megatron_checks)(args)
     text = capsys.readouterr().err
     assert stop.value.code == 2 and text.count("\n") == 1 and words in text
+
+
+RING_OF_2 = "--context-parallel-size 2 --context-parallel-algo megatron_cp_algo"
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"hybrid_context_parallel": True}, "--context-parallel-size 2 for all; leave out --hybrid-context-parallel"),
+        ({"transformer_impl": "transformer_engine"}, "is not installed; use --transformer-impl local"),
+    ],
+    ids=["dynamic context parallelism", "no Transformer Engine"],
+)
+def test_what_cannot_work_is_refused_with_a_way_out(more, words, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        training._validate(AdaptorState())(as_megatron_checks)(flags(*RING_OF_2.split(), **more))
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+    # Without context parallelism it is Megatron's own matter.
+    assert training._validate(AdaptorState())(as_megatron_checks)(flags(**more))
+
+
+@pytest.mark.parametrize("more", [{"spec": ["a", "b"]}, {"transformer_impl": "local"}, {"installed": True}], ids=str)
+def test_transformer_engine_is_asked_for_where_it_is_used_and_missing(more, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformer_engine", object() if more.get("installed") else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    args = flags(*RING_OF_2.split(), **{"transformer_impl": "transformer_engine", **more})
+    assert training._validate(AdaptorState())(as_megatron_checks)(args)
 
 
 def test_resetting_flags_ask_for_documents_from_position_ids():

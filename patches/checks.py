@@ -1,0 +1,47 @@
+"""Flags of Megatron-LM that do not work with context parallelism, or not on this machine."""
+
+import importlib.util
+import sys
+
+# Megatron's own assertions about legacy models, which _passing_assertions keeps from running.
+NOT_WITH_LEGACY = ("rotary_interleaved", "mtp_num_layers", "decoupled_lr", "decoupled_min_lr", "overlap_param_gather")
+
+
+def check_flags(args) -> None:
+    """Raise ValueError for Megatron's flags that do not work with context parallelism here; size 1 is left to it."""
+    if args.context_parallel_size == 1:
+        return
+    if getattr(args, "hybrid_context_parallel", False):
+        raise ValueError(
+            "--hybrid-context-parallel gives every micro-batch a context-parallel size of its own, and here it is "
+            f"--context-parallel-size {args.context_parallel_size} for all; leave out --hybrid-context-parallel."
+        )
+    if getattr(args, "use_legacy_models", False):
+        _check_legacy(args)
+    elif not getattr(args, "spec", None):  # a model built from --spec does not read the flag below
+        _check_transformer_engine(args)
+
+
+def _check_legacy(args):
+    if args.ckpt_format != "torch":
+        raise ValueError(
+            f"--ckpt-format {args.ckpt_format} does not work with --use-legacy-models; use --ckpt-format torch."
+        )
+    for name in NOT_WITH_LEGACY:
+        if getattr(args, name, None):
+            raise ValueError(
+                f"--{name.replace('_', '-')} does not work with --use-legacy-models; leave one of them out."
+            )
+
+
+def _check_transformer_engine(args):
+    if getattr(args, "transformer_impl", "local") == "transformer_engine" and not _is_there("transformer_engine"):
+        raise ValueError(
+            "--transformer-impl transformer_engine (Megatron's default) needs Transformer Engine, which is not "
+            "installed; use --transformer-impl local, or install it."
+        )
+
+
+def _is_there(library):
+    # A framework may have put a module of its own there, which importlib.util.find_spec does not like.
+    return sys.modules.get(library) is not None or importlib.util.find_spec(library) is not None
