@@ -293,6 +293,46 @@ def test_fused_ring_update_gives_the_numbers_of_the_plain_merge(torch_npu, kerne
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize(
+    "torch_npu", [(release, "documents") for release in fake_torch_npu.FUSED_UPDATE_RELEASES], indirect=True
+)
+def test_fused_merges_take_the_statistics_that_the_operators_gave(kernel, torch_npu, monkeypatch):
+    """None is made from lse, but for the later rows of a zigzag rank when their own blocks begin."""
+    rows, later = 8, slice(4, 8)
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(n, 2, 4, 16, generator=generator) * 3 for n in (rows, 4 * rows, 4 * rows))
+    made = []
+    original = npu.from_lse
+    monkeypatch.setattr(npu, "from_lse", lambda lse: made.append(lse.shape) or original(lse))
+    options = KernelOptions(0.25)
+
+    def attend():
+        out = lse = None
+        for step, spans in enumerate((slice(0, 8), slice(0, 8), slice(0, 8), later, later)):
+            keys = slice(6 * step, 6 * step + 6)
+            block = Block((0, spans.stop - spans.start), (0, 6))
+            part, part_lse, _ = kernel.forward(query[spans], key[keys], value[keys], block, options)
+            if out is None:
+                out, lse = part, part_lse
+            else:
+                kernel.merge(out[spans], lse[spans], part, part_lse)
+        return out, lse
+
+    attend()  # the first merge of all tells forward to keep what it got
+    del made[:]
+    out, lse = attend()
+    assert made == [torch.Size([2, 4, 4])]  # four merges made one: the later rows' first
+    scores = torch.einsum("sbhd,tbhd->sbht", query.double(), key.double()) * 0.25
+    scores[:4, ..., 18:] = -torch.inf
+    wanted = torch.einsum("sbht,tbhd->sbhd", scores[..., :30].softmax(-1), value[:30].double())
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), scores[..., :30].logsumexp(-1), rtol=1e-6, atol=1e-6)
+    lse.sub_(1)  # the same memory with other numbers
+    kernel.merge(out[later], lse[later], out[later].clone(), lse[later].clone())
+    assert len(made) == 3
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
     "error, message",
     [
         (ModuleNotFoundError("No module named 'torch_npu'"), "pip install torch_npu=="),

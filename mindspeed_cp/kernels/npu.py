@@ -91,6 +91,7 @@ class NpuKernel:
         self._npu, self._variant = torch_npu, operator_variant(torch_npu)
         self._packed = None  # (further arguments of TND calls, order of their statistics), once asked for
         self._given = StatisticsOfLast()
+        self._merged, self._merges = StatisticsOfLast(), False  # forward's own, once somebody merges by the operator
         if hasattr(torch_npu, "npu_ring_attention_update"):
             self.merge = self._fused_merge
 
@@ -119,11 +120,14 @@ class NpuKernel:
             rngs.append(tuple(rng))
         out = assembled(outs, [call.q for call in calls], calls, (*query.shape[:3], value.shape[-1]))
         lse = assembled(lses, [call.q for call in calls], calls, query.shape[:3])
+        if self._merges and len(calls) == 1 and calls[0].q_lengths is None:
+            self._merged.put(lse, (softmax_max, softmax_sum))
         if attention_mask is not None:
             _clear_empty_rows(out, lse, attention_mask)
         return out, lse, tuple(rngs) if options.dropout_p else None
 
     def backward(self, grad_out, query, key, value, out, lse, block, options, rng, attention_mask=None):
+        self._merged.clear()
         head_dim = query.shape[-1]
         query, key = _padded(query, key, value)
         out, grad_out = out.to(query.dtype), grad_out.to(query.dtype)
@@ -221,19 +225,27 @@ class NpuKernel:
         )[1:3]
 
     def _fused_merge(self, out, lse, block_out, block_lse):
-        """``softmax.merge_attention`` by npu_ring_attention_update: same arguments, same numbers, one operator."""
-        # Rows without keys carry lse -inf, and the operator would compute -inf - -inf.
-        finite = [tensor.permute(1, 2, 0).clamp(min=-LARGE) for tensor in (lse, block_lse)]
-        merged, softmax_max, softmax_sum = self._npu.npu_ring_attention_update(
+        """``softmax.merge_attention`` by npu_ring_attention_update: same arguments, same numbers, one operator.
+
+        Both sides' (max, sum) are those that the operators returned with them, while nobody has changed the lse since.
+        """
+        self._merges = True
+        merged, *statistics = self._npu.npu_ring_attention_update(
             out.flatten(2),
-            *from_lse(finite[0]),
+            *self._merged.of(lse, None, lambda: _finite(lse)),
             block_out.to(out.dtype).flatten(2),
-            *from_lse(finite[1]),
+            *self._merged.of(block_lse, None, lambda: _finite(block_lse)),
             input_layout="SBH",
         )
         out.copy_(merged.view(out.shape))
-        total = to_lse(softmax_max, softmax_sum).permute(2, 0, 1)
+        total = to_lse(*statistics).permute(2, 0, 1)
         lse.copy_(total.masked_fill(total <= -LARGE / 2, -torch.inf))
+        self._merged.put(lse, statistics)
+
+
+def _finite(lse):
+    """The operator's (max, sum) of lse (rows, batch, heads); of -inf, a row without keys, it would make NaN."""
+    return from_lse(lse.permute(1, 2, 0).clamp(min=-LARGE))
 
 
 def _check(query, key, value, options):

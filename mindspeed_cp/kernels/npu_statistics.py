@@ -59,7 +59,8 @@ def _ones(shape, device):
 
 
 class StatisticsOfLast:
-    """(max, sum) of the last few lse tensors: the blocks of one backward pass share their query rows.
+    """(max, sum) of the last few lse tensors: the blocks of one backward pass share their query rows, and the merge of
+    a block follows its forward call.
 
     A tensor is known again by its memory, which is kept so long, and by its version. One without a version
     (torch.inference_mode) is never known again.
@@ -69,16 +70,28 @@ class StatisticsOfLast:
         self._kept = deque(maxlen=2)  # a zigzag rank has two kinds of blocks: all of its rows, and the later chunk
 
     def of(self, lse, lengths, make):
-        """What ``make()`` returned for this lse and these lengths of documents."""
+        """What was put, or what ``make()`` returned, for this lse and these lengths of documents."""
         if lse.is_inference():
             return make()
-        key = (lse.data_ptr(), lse._version, lse.shape, lse.stride(), lse.dtype, lse.device, lengths)
+        key = _identity(lse, lengths)
         for known, _, statistics in self._kept:
             if known == key:
                 return statistics
         statistics = make()
         self._kept.append((key, lse, statistics))
         return statistics
+
+    def put(self, lse, statistics):
+        """Keep what the operator itself gave beside this lse."""
+        if not lse.is_inference():
+            self._kept.append((_identity(lse, None), lse, statistics))
+
+    def clear(self):
+        self._kept.clear()
+
+
+def _identity(lse, lengths):
+    return lse.data_ptr(), lse._version, lse.shape, lse.stride(), lse.dtype, lse.device, lengths
 
 
 def probe_order(attention, device):

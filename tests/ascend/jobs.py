@@ -203,6 +203,15 @@ def train(rank, algorithm="", steps=3, tp=1, options=None):
     return tiny_gpt.train(algorithm, rank.world // tp, tp, steps, tiny_gpt.Options(**(options or {})))
 
 
+def train_with_fused_updates(rank, algorithm):
+    """What ``train`` returns under --use-fused-ring-attention-update, and how often the operator was called."""
+    import npu_on_cpu
+
+    npu_on_cpu.record = True
+    records = train(rank, algorithm, options=dict(fused_update=True))
+    return records, sum(name.startswith("npu::npu_ring_attention_update") for name in npu_on_cpu.calls)
+
+
 def collectives(rank):
     """What mindspeed_cp and Megatron ask of HCCL, compared with what it must give; returns the names that differ."""
     import torch

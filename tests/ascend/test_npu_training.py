@@ -44,6 +44,12 @@ def test_modes_of_training(server, mode):
     )
 
 
+def test_the_fused_update_trains_to_the_losses_of_one(server):
+    losses, updates = server.run("train_with_fused_updates", 2, algorithm=RING)[0]
+    same(losses, server.run("train")[0])
+    assert updates > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm, more",
@@ -114,6 +120,14 @@ def test_the_embedded_trainer_makes_five_steps(server, tmp_path):
     assert len(alone) == 5
     for algorithm in (RING, ULYSSES):
         same(run(2, "--context-parallel-size", "2", "--context-parallel-algo", algorithm), alone)
+    # Two pipeline ranks of two virtual stages, where HCCL forbids batches of messages. Four micro batches, so that a
+    # rank sends forward and backward at once, to the same neighbour.
+    stages = "--global-batch-size 4 --num-layers 4 --pipeline-model-parallel-size 2".split()
+    stages += ["--num-virtual-stages-per-pipeline-rank", "2"]
+    ring = ["--context-parallel-size", "2", "--context-parallel-algo", RING]
+    same(run(4, *stages, *ring), run(2, *stages))
+    with pytest.raises(bed.JobFailed, match="--cp-p2p batch cannot work with virtual pipeline stages"):
+        run(4, *stages, *ring, "--cp-p2p", "batch")
 
 
 def checkouts():

@@ -26,6 +26,7 @@ class Options:
     distributed_optimizer: bool = False
     sequence_parallel: bool = False
     recompute: str = ""
+    fused_update: bool = False
     cp_options: tuple = ()  # further (name, value) pairs of ContextParallelConfig
 
 
@@ -34,7 +35,7 @@ def train(algorithm, cp, tp, steps, options):
     if cp > 1:
         adaptor.configure(
             ContextParallelConfig(context_parallel_size=cp, algorithm=algorithm, **dict(options.cp_options)),
-            setup=TrainingSetup(num_attention_heads=HEADS, tensor_parallel_size=tp),
+            setup=TrainingSetup(num_attention_heads=HEADS, tensor_parallel_size=tp, fused_update=options.fused_update),
         )
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, context_parallel_size=cp)
     tensor_parallel.model_parallel_cuda_manual_seed(7)
