@@ -64,7 +64,9 @@ def launch(flags: list[str], world_size: int, folder: Path, limit: float) -> End
             be_rank([*flags, "--log-file", str(log)], rank, world_size, port, folder)
         ranks[pid] = rank
     statuses = wait_for(ranks, limit)
-    said = "".join((folder / f"{rank}.err").read_text(encoding="utf-8", errors="replace") for rank in range(world_size))
+    errors = [folder / f"{rank}.err" for rank in range(world_size)]
+    # A rank that was ended because rank 0 had refused may not have opened its file.
+    said = "".join(path.read_text(encoding="utf-8", errors="replace") for path in errors if path.is_file())
     if len(statuses) < world_size:
         return Ending("hang", said=said)
     if set(statuses.values()) == {0}:
