@@ -1,9 +1,11 @@
 """Patch of multi-token prediction, which shifts tokens by one within the whole sequence."""
 
+import importlib
 import inspect
 from functools import wraps
 
 import torch
+import torch.distributed as dist
 from mindspeed_cp.patches.manager import Patch
 
 from mindspeed_cp.sharding import gather_sequence
@@ -20,7 +22,42 @@ def mtp_patches(state):
             "multi-token prediction shifts tokens within a rank before 0.14, later across the ranks of Megatron's own "
             "zigzag",
         ),
+        Patch(
+            f"{MTP}.process_mtp_loss",
+            _with_tokens_of_the_sequence(state),
+            "from 0.17 on the loss per token counts each rank's own tokens, of which ranks may hold unequal numbers",
+            lambda: "" if hasattr(importlib.import_module(MTP), "process_mtp_loss") else "this version counts nothing",
+        ),
     ]
+
+
+class _Counted:
+    """A rank's part of a loss mask whose sum is the mean of all ranks' sums, as that of ``roll_tensor`` is."""
+
+    def __init__(self, mask, state):
+        self.mask, self._state = mask, state
+
+    def sum(self):
+        total = self.mask.sum()
+        dist.all_reduce(total, group=self._state.groups.cp_group)
+        return total / self._state.cp_size
+
+
+def _with_tokens_of_the_sequence(state):
+    def build(original):
+        signature = inspect.signature(original)
+
+        @wraps(original)
+        def process_mtp_loss(*args, **kwargs):
+            given = signature.bind(*args, **kwargs).arguments
+            mask, labels = given.get("loss_mask"), given.get("labels")
+            if state.cp_size > 1 and labels is not None:
+                given["loss_mask"] = _Counted(torch.ones_like(labels) if mask is None else mask, state)
+            return original(**given)
+
+        return process_mtp_loss
+
+    return build
 
 
 def _roll(state):
@@ -34,6 +71,9 @@ def _roll(state):
             tensor, shifts, dims, group, params = (
                 given.arguments.get(name) for name in ("tensor", "shifts", "dims", "cp_group", "packed_seq_params")
             )
+            if isinstance(tensor, _Counted):
+                tensor = given.arguments["tensor"] = tensor.mask
+                args, kwargs = given.args, given.kwargs
             # Before 0.14 there is no group to pass.
             alone = "cp_group" in signature.parameters and (group is None or group.size() == 1)
             if state.cp_size == 1 or alone:
