@@ -129,7 +129,10 @@ def _slice_batch(state):
         def get_batch_on_this_cp_rank(batch, *args, **kwargs):
             given = signature.bind_partial(batch, *args, **kwargs).arguments
             if "is_hybrid_cp" in signature.parameters and "is_hybrid_cp" not in given:
-                kwargs["is_hybrid_cp"] = False  # code written for a Megatron before 0.18 does not say it
+                # Code written for a Megatron before 0.18 does not say it, and leaves the group to Megatron.
+                kwargs["is_hybrid_cp"] = False
+                if given.get("cp_group") is None and dist.is_initialized():
+                    kwargs["cp_group"] = _own_group()
             group = given.get("cp_group")
             if state.cp_size == 1 or (isinstance(group, dist.ProcessGroup) and group.size() != state.cp_size):
                 return original(batch, *args, **kwargs)
@@ -138,6 +141,12 @@ def _slice_batch(state):
         return get_batch_on_this_cp_rank
 
     return build
+
+
+def _own_group():
+    from megatron.core import parallel_state
+
+    return parallel_state.get_context_parallel_group()
 
 
 def _documents_that_come_along(batch, state, is_hybrid) -> Documents | None:

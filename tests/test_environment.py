@@ -167,7 +167,9 @@ def test_ci_has_a_job_for_every_python_and_every_megatron():
     workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))
     assert tuple(workflow["jobs"]["python"]["strategy"]["matrix"]["python"]) == versions.PYTHONS
     tested = workflow["jobs"]["megatron"]["strategy"]["matrix"]["megatron"]
-    assert tuple(tested) == tuple(row.version for row in versions.MEGATRONS if row.version != versions.DEFAULT)
+    assert tuple(tested) == tuple(
+        row.version for row in versions.MEGATRONS if row.in_ci and row.version != versions.DEFAULT
+    )
 
 
 def test_ci_runs_on_pythons_that_the_megatron_has_wheels_for():
@@ -175,7 +177,7 @@ def test_ci_runs_on_pythons_that_the_megatron_has_wheels_for():
     (python,) = [step["with"]["python-version"] for step in workflow["jobs"]["megatron"]["steps"] if "with" in step]
     assert all(
         versions.minor(low) <= versions.minor(python) <= versions.minor(high)
-        for low, high in (row.pythons for row in versions.MEGATRONS)
+        for low, high in (row.pythons for row in versions.MEGATRONS if row.in_ci)
     )
 
 
