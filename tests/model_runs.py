@@ -10,6 +10,7 @@ import io
 import math
 import warnings
 from functools import partial
+from importlib.util import find_spec
 from unittest import mock
 
 import reference
@@ -152,6 +153,11 @@ def _forget_logged_losses():
     from megatron.core import parallel_state
     from megatron.core.transformer.moe import moe_utils
 
+    if find_spec("megatron.core.transformer.moe.moe_logging"):  # from 0.18 on
+        from megatron.core.transformer.moe import moe_logging
+
+        moe_logging.destroy_moe_metrics_tracker()
+        return
     where = moe_utils if hasattr(moe_utils, "get_moe_layer_wise_logging_tracker") else parallel_state
     where.get_moe_layer_wise_logging_tracker().clear()
 

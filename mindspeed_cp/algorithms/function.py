@@ -4,6 +4,7 @@ Forward: heads are scattered over the Ulysses group, the ring computes, the outp
 same in reverse. A part that has one rank does nothing.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -96,6 +97,11 @@ class AttentionCall:
         return softmax_offset if self.ulysses is None else softmax_offset[self.ulysses.head_slice()]
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """Meta tensors, with which the planner runs dry, have no autocast to switch off."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 class ContextParallelAttention(torch.autograd.Function):
     """query, key, value (seq_local, batch, heads, dim), softmax_offset (heads,) or None -> (seq_local, batch, heads,
     dv).
@@ -104,7 +110,7 @@ class ContextParallelAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, softmax_offset, call):
         # The dtypes are chosen here and in the kernels; autocast would round what is accumulated in float32.
-        with torch.autocast(query.device.type, enabled=False):
+        with _without_autocast(query.device):
             return ContextParallelAttention._forward(ctx, query, key, value, softmax_offset, call)
 
     @staticmethod
@@ -123,7 +129,7 @@ class ContextParallelAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        with torch.autocast(grad_out.device.type, enabled=False):
+        with _without_autocast(grad_out.device):
             return ContextParallelAttention._backward(ctx, grad_out)
 
     @staticmethod

@@ -1,0 +1,168 @@
+"""Every setting of context parallelism for one attention layer, timed on a model of the cluster."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mindspeed_cp.algorithms import ALGORITHMS
+from mindspeed_cp.config import KV_CACHE_POLICIES, ContextParallelConfig, MaskType, TrainingSetup, resolve
+from mindspeed_cp.planner.cluster import Cluster
+from mindspeed_cp.planner.trace import Compute, Event, Post, Problem, trace
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One pass of one rank, seconds; exposed is what computation waits for."""
+
+    compute: float
+    exposed: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting: times (seconds) of the slowest traced rank, bytes as the largest that a traced rank sends.
+
+    Args:
+        intra_bytes, inter_bytes: to ranks of the own node and of others, forward and backward together.
+    """
+
+    config: ContextParallelConfig
+    compute: float
+    exposed: float
+    intra_bytes: int
+    inter_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.exposed
+
+
+@dataclass(frozen=True)
+class Found:
+    """Candidates, fastest first, and for every algorithm without one the first rule that excludes it."""
+
+    candidates: tuple[Candidate, ...]
+    excluded: dict[str, str]
+
+
+def timeline(events: list[Event], cluster: Cluster, node: int) -> Timing:
+    """Play one rank's events: transfers within and between nodes queue apart; peers post when this rank posts."""
+    now = compute = exposed = 0.0
+    free, ready = {False: 0.0, True: 0.0}, {}
+    for event in events:
+        if isinstance(event, Compute):
+            compute += event.flops / cluster.rate
+            now += event.flops / cluster.rate
+        elif isinstance(event, Post):
+            ready[event.number] = now
+            for inter in (False, True):
+                size = max(_apart(ends, cluster, node)[inter] for ends in (event.sent, event.received))
+                if size:
+                    free[inter] = max(now, free[inter]) + cluster.latency + size / cluster.bandwidth(inter)
+                    ready[event.number] = max(ready[event.number], free[inter])
+        else:
+            waited = max(ready[event.number] - now, 0.0)
+            exposed += waited
+            now += waited
+    return Timing(compute, exposed)
+
+
+def _apart(ends: dict[int, int], cluster: Cluster, node: int) -> dict[bool, int]:
+    """Bytes within (False) and between (True) nodes."""
+    sizes = {False: 0, True: 0}
+    for rank, size in ends.items():
+        sizes[cluster.node(rank) != node] += size
+    return sizes
+
+
+def variants(cp: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(algorithm, arguments of the configuration), whether or not they work together: the configuration says that."""
+    divisors = [number for number in range(2, cp) if cp % number == 0]
+    for name, row in ALGORITHMS.items():
+        degrees: list[int | None] = [*divisors] if row.takes_degree and divisors else [None]
+        for degree in degrees:
+            for window in [1, *divisors] if row.takes_window else [1]:
+                for exchange in ("ring", "direct") if row.exchange == "ring" else ("ring",):
+                    for policy in KV_CACHE_POLICIES:
+                        yield (
+                            name,
+                            dict(
+                                context_parallel_size=cp,
+                                algorithm=name,
+                                ulysses_degree=degree,
+                                window_size=window,
+                                kv_exchange=exchange,
+                                kv_cache_policy=policy,
+                                send_recv_overlap=row.exchange is not None,
+                            ),
+                        )
+
+
+def search(
+    cp: int,
+    problem: Problem,
+    setup: TrainingSetup,
+    cluster: Cluster,
+    mask_type: MaskType = "causal",
+    policies: bool = False,
+) -> Found:
+    """Trace and time every setting that config.py's own rules allow.
+
+    Args:
+        policies: KV cache policies too; they trade memory, which is not predicted, for time.
+    """
+    found: list[Candidate] = []
+    first_rule: dict[str, str] = {}
+    for name, arguments in variants(cp):
+        if arguments["kv_cache_policy"] and not policies:
+            continue
+        try:
+            config = ContextParallelConfig(**arguments, attention_mask_type=mask_type)
+            resolve(config, setup)
+            found.append(_candidate(config, problem, cluster))
+        except ValueError as error:
+            first_rule.setdefault(name, str(error))
+    found.sort(key=lambda found: (found.seconds, found.intra_bytes + found.inter_bytes))
+    working = {candidate.config.algorithm for candidate in found}
+    return Found(tuple(found), {name: rule for name, rule in first_rule.items() if name not in working})
+
+
+def _candidate(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> Candidate:
+    cp, slowest, intra, inter = config.context_parallel_size, Timing(0.0, 0.0), 0, 0
+    for rank in traced_ranks(cp, problem.stride, cluster):
+        passes = trace(config, problem, rank)
+        node = cluster.node(rank * problem.stride)
+        times = [timeline(each.events, cluster, node) for each in passes]
+        total = Timing(sum(time.compute for time in times), sum(time.exposed for time in times))
+        slowest = max(slowest, total, key=lambda time: time.compute + time.exposed)
+        sizes = [_apart(each.sent, cluster, node) for each in passes]
+        intra, inter = max(intra, sum(s[False] for s in sizes)), max(inter, sum(s[True] for s in sizes))
+    return Candidate(config, slowest.compute, slowest.exposed, intra, inter)
+
+
+def traced_ranks(cp: int, stride: int, cluster: Cluster) -> list[int]:
+    """All ranks of a small group; of a large one the first, the last, and the last of the first node."""
+    if cp <= 8:
+        return list(range(cp))
+    return sorted({0, min(max(cluster.devices_per_node // stride, 1), cp) - 1, cp - 1})
+
+
+def hiding_tokens(problem: Problem, cluster: Cluster, inter: bool, causal: bool = True) -> float:
+    """Local tokens from which a ring step's transfer hides behind its forward computation (docs/choosing.md)."""
+    share = 0.5 if causal else 1.0
+    ratio = problem.kv_heads * problem.dtype.itemsize / (2 * share * problem.heads)
+    return cluster.rate / cluster.bandwidth(inter) * ratio
+
+
+def flags(config: ContextParallelConfig) -> str:
+    """The flags to paste."""
+    line = f"--context-parallel-size {config.context_parallel_size} --context-parallel-algo {config.algorithm}"
+    given = {
+        "--cp-attention-mask-type": config.attention_mask_type,
+        "--ulysses-degree-in-cp": config.ulysses_degree,
+        "--cp-window-size": config.window_size if config.window_size > 1 else None,
+        "--cp-kv-exchange": config.kv_exchange if config.kv_exchange != "ring" else None,
+        "--context-parallel-kv-cache-policy": config.kv_cache_policy,
+    }
+    line += "".join(f" {flag} {value}" for flag, value in given.items() if value is not None)
+    return line + (" --use-cp-send-recv-overlap" if config.send_recv_overlap else "") + " --use-flash-attn"
