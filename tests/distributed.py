@@ -24,7 +24,16 @@ from multiprocessing.connection import wait
 from unittest.mock import patch
 
 GRACE = 3.0  # seconds that the other ranks get to finish once one has failed
-PRELOAD = ("torch", "torch.distributed", "torch.fx.experimental.symbolic_shapes", "pytest", "hypothesis")
+# Of torch also what its first optimizer and its first deterministic algorithm import, seconds in every rank.
+PRELOAD = (
+    "torch",
+    "torch.distributed",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch._dynamo",
+    "torch._inductor.config",
+    "pytest",
+    "hypothesis",
+)
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 _pools, _servers = {}, {}

@@ -6,6 +6,7 @@ from importlib.metadata import version
 import pytest
 from bridge_runs import ALGORITHMS, DOCUMENTS, SEQ, calculate_from_core_attention, cases, compare
 from distributed import run_ranks
+from trainer_runs import IMPORTED
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
 OLD = version("megatron-core").startswith("0.12")
@@ -14,7 +15,7 @@ DENSE = {"neither"}
 
 @pytest.fixture(scope="module")
 def ranks():
-    return run_ranks(2, compare, fresh=True)
+    return run_ranks(2, compare, fresh=True, imported=IMPORTED)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -95,7 +96,9 @@ def test_another_size_than_the_configured_one_is_refused_before_any_process_grou
 
 
 def test_a_calculator_of_ones_own_gets_every_argument_of_the_attention_call():
-    for rank, (args, kwargs, tokens) in enumerate(run_ranks(2, calculate_from_core_attention, fresh=True)):
+    for rank, (args, kwargs, tokens) in enumerate(
+        run_ranks(2, calculate_from_core_attention, fresh=True, imported=IMPORTED)
+    ):
         assert args == (None,)
         assert kwargs == {
             "attn_mask_type": None,

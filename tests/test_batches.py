@@ -7,6 +7,7 @@ from batch_runs import ALGORITHMS, compare
 from distributed import run_ranks
 from model_cases import has
 from pipeline_runs import compare as compare_pipelines
+from trainer_runs import IMPORTED
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
 CASES = (
@@ -26,7 +27,7 @@ CASES = (
 
 @pytest.fixture(scope="module")
 def ranks():
-    return run_ranks(4, compare, timeout=400, fresh=True)
+    return run_ranks(4, compare, timeout=400, fresh=True, imported=IMPORTED)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -59,7 +60,7 @@ def test_generation_is_refused_by_name(ranks, algorithm):
 
 @pytest.fixture(scope="module")
 def pipelines():
-    return run_ranks(4, compare_pipelines, timeout=400, fresh=True)
+    return run_ranks(4, compare_pipelines, timeout=400, fresh=True, imported=IMPORTED)
 
 
 @pytest.mark.parametrize("schedule", ["one after the other", "interleaved"])

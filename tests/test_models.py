@@ -6,6 +6,7 @@ import pytest
 from distributed import RankFailure, run_ranks
 from model_cases import HYBRID, IN_BF16, REMARKABLE, RING, ULYSSES, cases
 from model_runs import compare
+from trainer_runs import IMPORTED
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
 
@@ -75,7 +76,7 @@ def world():
     def results(count):
         if count not in found:
             try:
-                found[count] = run_ranks(count, compare, *RUNS[count], timeout=400, fresh=True)
+                found[count] = run_ranks(count, compare, *RUNS[count], timeout=400, fresh=True, imported=IMPORTED)
             except RankFailure as failure:
                 found[count] = failure
         if isinstance(found[count], RankFailure):
