@@ -8,7 +8,7 @@ import pytest
 from adaptor_runs import COPY_OF_ROPE, observe
 from trainer_runs import REPOSITORY, environment
 
-pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
+pytestmark = pytest.mark.cpu_only
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,7 @@ def test_importing_the_package_alone_changes_nothing():
     assert observe("package_alone") == {"changed": [], "megatron": False, "aliases": False, "adaptor": False}
 
 
+@pytest.mark.megatron
 def test_copies_of_a_megatron_imported_before_the_adaptor_are_rebound(megatron_first):
     assert megatron_first["was_a_copy"] and megatron_first["is_a_copy"] and megatron_first["is_replaced"]
 
@@ -63,28 +64,33 @@ def test_our_own_programs_import_the_adaptor_first(command, tmp_path):
     assert "imported before" not in result.stderr
 
 
+@pytest.mark.megatron
 def test_the_targets_reported_as_applied_are_those_that_were_replaced(megatron_first):
     reported = [target for target in megatron_first["targets"] if target in megatron_first["patched"]]
     assert len(reported) > 60 and reported == megatron_first["replaced"]
 
 
+@pytest.mark.megatron
 def test_undo_restores_every_attribute_to_the_identical_object(megatron_first):
     assert all(megatron_first["targets_restored"])
     assert megatron_first["left_after_undo"] == [] and megatron_first["applied_after_undo"] == []
     assert megatron_first["finders_after_undo"]
 
 
+@pytest.mark.megatron
 def test_apply_after_undo_changes_the_same_again_and_undo_restores_it(megatron_first):
     assert megatron_first["changed_again"] == megatron_first["changed"] != []
     assert megatron_first["left_after_second_undo"] == []
 
 
+@pytest.mark.megatron
 def test_with_context_parallel_size_1_training_is_bitwise_that_of_megatron():
     result = observe("without_context_parallelism")
     assert result["equal"] and result["patched"] and result["finite"]
     assert result["nonzero"] > result["count"] / 2 > 1000
 
 
+@pytest.mark.megatron
 def test_running_the_module_lists_every_patch_with_reason_and_status(megatron_first):
     lines = run_module("--all").splitlines()
     counts = re.fullmatch(r"megatron-core \S+, torch \S+, (\d+) of (\d+) patches applied", lines[0])

@@ -15,6 +15,7 @@ from distributed import run_ranks
 from setups import ALGORITHM_AND_SIZE, SOME_SIZES, degree_of, drawn, for_every_algorithm, has_ring, setups, shapes
 
 MASK_TYPES = ("causal", "full")
+for_some_sizes = pytest.mark.parametrize("algorithm, cp", SOME_SIZES)
 SCALES = (None, 0.7)
 
 
@@ -148,7 +149,7 @@ def test_packed_documents_of_any_length_equal_dense_attention(algorithm, cp):
     )
 
 
-@for_every_algorithm
+@for_some_sizes
 def test_sliding_windows_equal_dense_attention(algorithm, cp):
     windows = (0, 0), (3, 0), (9, 5), (2, 3), (None, 4), (-1, -1), (7, -1), (1000, 1000)
     check_cases(
@@ -165,7 +166,7 @@ def test_sliding_windows_equal_dense_attention(algorithm, cp):
     )
 
 
-@for_every_algorithm
+@for_some_sizes
 def test_dense_masks_equal_dense_attention(algorithm, cp):
     documents = (None, (0, 4, 4, 15, 21))
     check_cases(
@@ -184,7 +185,7 @@ def test_dense_masks_equal_dense_attention(algorithm, cp):
     )
 
 
-@for_every_algorithm
+@for_some_sizes
 def test_grouped_multi_query_and_latent_attention_equal_dense_attention(algorithm, cp):
     dims = ((4, 4), (6, 4), (3, 5))
     cases = []
@@ -194,7 +195,7 @@ def test_grouped_multi_query_and_latent_attention_equal_dense_attention(algorith
     check_cases(cases)
 
 
-@for_every_algorithm
+@for_some_sizes
 def test_softmax_offsets_and_their_gradient_equal_dense_attention(algorithm, cp):
     check_cases(
         [
@@ -246,7 +247,7 @@ def test_ulysses_takes_uneven_heads_and_lengths(cp, heads, kv_heads):
     )
 
 
-@for_every_algorithm
+@for_some_sizes
 def test_float32_results_are_accurate_to_float32(algorithm, cp):
     for shape in shapes(algorithm, cp):
         case = Case(shape, seq_len=32, heads=degree_of(shape), kv_heads=degree_of(shape), dtype="float32")

@@ -105,8 +105,21 @@ TOLERANCE = 1e-5
 VERSION = version("megatron-core")
 if VERSION != DEFAULT and not pairs.whole():
     # What is this project's own work, whatever Megatron it runs in, is left to the run on the default version.
-    for name in ("learned positions", "full mask", "uneven length", "packed documents, rope, two rows"):
+    for name in (
+        "learned positions",
+        "tp=2",
+        "full mask",
+        "uneven length",
+        "packed documents, sliding window",
+        "packed documents, rope, two rows",
+    ):
         del GROUPS[name]
+    kept = "double ring", "hybrid", "ring with selective recompute", "ring with distributed optimizer"
+    GROUPS["other algorithms"] = (
+        GROUPS["other algorithms"][0],
+        {name: GROUPS["other algorithms"][1][name] for name in kept},
+    )
+    GROUPS["rope"] = GROUPS["rope"][0], {name: flags for name, flags in GROUPS["rope"][1].items() if "cp=2" not in name}
 if tuple(int(part) for part in VERSION.split(".")[:2]) < (0, 15):
     del GROUPS[
         "sliding window"

@@ -13,7 +13,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOT_PERMITTED = 77
 OVERHEAD = 0.05  # headers of Ethernet, IP and TCP, acknowledgements, barriers
-ALGORITHMS, SEQ = ("hybrid", "double_ring"), 1024
+ALGORITHMS, SEQ = ("hybrid", "double_ring"), 512
 
 pytestmark = pytest.mark.cpu_only
 
@@ -45,7 +45,7 @@ def runs():
     """A run of both algorithms and one whose link is cut; both at once, because the second mostly waits."""
     processes = [
         start(",".join(ALGORITHMS), "--seq-length", str(SEQ)),
-        start("double_ring", "--seq-length", str(SEQ), "--timeout", "8", CUT_AFTER="1"),
+        start("double_ring", "--seq-length", str(SEQ), "--timeout", "5", CUT_AFTER="0.3"),
     ]
     return [finish(process) for process in processes]
 
