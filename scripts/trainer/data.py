@@ -13,6 +13,8 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.packed_seq_params import PackedSeqParams
 
+import mindspeed_cp.megatron_adaptor as megatron_adaptor
+
 from trainer.failures import Refused
 from trainer.files import drop_broken_caches
 from trainer.lengths import micro_batch_length
@@ -89,7 +91,10 @@ def prepare_batch(whole, args, length):
     elif mask is not None:
         mask = within_window(mask[:, :, :length, :length].to(device), args.window_size)
     num_positions = fields["tokens"].numel()
-    local = utils.get_batch_on_this_cp_rank(fields)
+    if packed is None:
+        local = utils.get_batch_on_this_cp_rank(fields)
+    else:  # Megatron's function is not told of the documents, by which the layout may go
+        local = megatron_adaptor.state().shard_batch(fields, cu_seqlens=packed.cu_seqlens_q)
     return Batch(
         attention_mask=mask, packed_seq_params=packed, num_tokens=num_tokens, num_positions=num_positions, **local
     )
