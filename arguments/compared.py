@@ -55,9 +55,11 @@ def flag_of(dest: str) -> str:
 
 
 def compared_arguments(args: Any) -> dict[str, str]:
-    """flag -> value of everything in ``COMPARED`` that the namespace or mapping ``args`` has."""
+    """flag -> value of everything that must be equal and that the namespace or mapping ``args`` has."""
     values = args if isinstance(args, Mapping) else vars(args)
-    return {flag_of(name): _text(values[name]) for name in COMPARED if name in values}
+    # With --cp-log the ranks meet at the end of every interval.
+    names = (*COMPARED, "log_interval") if values.get("cp_log") else COMPARED
+    return {flag_of(name): _text(values[name]) for name in names if name in values}
 
 
 def compared_config(config: ContextParallelConfig, setup: TrainingSetup | None = None) -> dict[str, str]:

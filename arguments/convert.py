@@ -34,6 +34,7 @@ def config_from_args(args):
         p2p=getattr(args, "cp_p2p", "auto"),
         batch_layout=getattr(args, "cp_batch_layout", "auto"),
         keep_attention=getattr(args, "cp_keep_attention", False),
+        log=getattr(args, "cp_log", False),
     )
 
 

@@ -56,8 +56,7 @@ def _size_flags(parser):
             default=1,
             metavar="N",
             help="ranks over which each sequence is split. Default: 1, which switches context parallelism off. Rule: "
-            "world size "
-            "= tensor x context x pipeline x data parallel size.",
+            "world size = tensor x context x pipeline x data parallel size.",
         ),
     )
     yield (
@@ -95,13 +94,20 @@ def _size_flags(parser):
         ),
     )
     yield (
+        ("--cp-log",),
+        dict(
+            action="store_true",
+            help="every --log-interval steps rank 0 says what context parallelism sent, how long it waited and how "
+            "unevenly, and writes it to TensorBoard. Default: off. Rule: needs --context-parallel-size above 1.",
+        ),
+    )
+    yield (
         ("--cp-config",),
         dict(
             default=None,
             metavar="FILE.yaml",
             help="MindFormers YAML file with parallel_config, parallel and model.model_config. Default: none. Rule: a "
-            "flag given "
-            "on the command line wins over the file, and says so.",
+            "flag given on the command line wins over the file, and says so.",
         ),
     )
 
@@ -114,8 +120,7 @@ def _ring_flags(parser):
             default=1,
             metavar="W",
             help="inner window of Double Ring. Default: 1, the plain ring. Rule: smaller than the ring size (context "
-            "parallel "
-            "size, divided by the Ulysses degree in Hybrid) and a divisor of it; ring algorithms only.",
+            "parallel size, divided by the Ulysses degree in Hybrid) and a divisor of it; ring algorithms only.",
         ),
     )
     yield (
@@ -157,10 +162,8 @@ def _ring_flags(parser):
             choices=policies,
             default=None,
             help="what forward keeps for backward. Default: none. Choices: full: the ring keeps received keys and "
-            "values (saves "
-            "communication), Ulysses keeps them as they were before communication (saves memory); half: the same for "
-            "keys "
-            "only. Rule: needs --context-parallel-size above 1 and flash attention.",
+            "values (saves communication), Ulysses keeps them as they were before communication (saves memory); half: "
+            "the same for keys only. Rule: needs --context-parallel-size above 1 and flash attention.",
         ),
     )
     yield (
@@ -170,8 +173,7 @@ def _ring_flags(parser):
             default=0,
             metavar="N",
             help="layers without the policy between two layers with it. Default: 0, every layer has it. Rule: needs a "
-            "policy, "
-            "and 0 <= N < num-layers.",
+            "policy, and 0 <= N < num-layers.",
         ),
     )
     yield (
@@ -201,8 +203,7 @@ def _ulysses_flags(parser):
             default=None,
             metavar="U",
             help="ranks that split the heads in Hybrid. Default: none. Rule: hybrid_cp_algo needs it, 1 < U < context "
-            "parallel "
-            "size, and U divides the context parallel size.",
+            "parallel size, and U divides the context parallel size.",
         ),
     )
     yield (
@@ -210,8 +211,7 @@ def _ulysses_flags(parser):
         dict(
             action="store_true",
             help="Ulysses gathers keys and values instead of replicating heads. Default: off. Rule: ulysses_cp_algo "
-            "and "
-            "grouped-query attention with one KV head per tensor-parallel rank.",
+            "and grouped-query attention with one KV head per tensor-parallel rank.",
         ),
     )
     yield (

@@ -53,6 +53,7 @@ FIELDS = {
     "p2p": "cp_p2p",
     "batch_layout": "cp_batch_layout",
     "keep_attention": "cp_keep_attention",
+    "log": "cp_log",
 }
 _ALGORITHM = ("context_parallel_algo", "cp_comm_type")
 

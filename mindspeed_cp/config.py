@@ -66,6 +66,7 @@ class ContextParallelConfig:
             "balanced" by the attention area of packed documents.
         keep_attention: recomputation takes attention from the forward pass (--cp-keep-attention). Megatron's
             checkpoints read it; with torch's, pass ``kept`` to ``context_parallel_attention``.
+        log: training reports bytes, waits and imbalance of context parallelism (--cp-log).
     """
 
     context_parallel_size: int = 1
@@ -82,6 +83,7 @@ class ContextParallelConfig:
     p2p: P2P = "auto"
     batch_layout: BatchLayout = "auto"
     keep_attention: bool = False
+    log: bool = False
 
     def __post_init__(self) -> None:
         cp = self.context_parallel_size
@@ -221,6 +223,8 @@ class ContextParallelConfig:
             f"--cp-batch-layout balanced is contiguous for {algorithm}, whose ranks have equal work by nature.": (
                 self.batch_layout == "balanced" and row.exchange is None and self.context_parallel_size > 1
             ),
+            "--cp-log is ignored: --context-parallel-size 1 exchanges nothing.": self.log
+            and self.context_parallel_size == 1,
         }
         return [message for message, applies in ignored.items() if applies]
 
@@ -276,6 +280,8 @@ class ContextParallelConfig:
             parts.append(f"kv cache {self.kv_cache_policy}")
         if self.keep_attention:
             parts.append("attention kept across recomputation")
+        if self.log:
+            parts.append("logged")
         return ", ".join(parts)
 
 

@@ -22,6 +22,7 @@ from mindspeed_cp.algorithms.kept import KeptAttention
 from mindspeed_cp.config import ContextParallelConfig, TrainingSetup
 from mindspeed_cp.groups import ContextParallelGroups
 from mindspeed_cp.layout import DOCUMENT_KINDS, SequenceLayout
+from mindspeed_cp.step_log import ContextParallelLog
 
 SINGLE = ContextParallelConfig(context_parallel_size=1)
 
@@ -47,6 +48,7 @@ class AdaptorState:
             would lose them.
         is_pipeline: whether there is more than one pipeline stage: stages then split the same batch knowing different
             parts of it, and must come to the same layout.
+        log: measures the steps of training with --cp-log, as long as there are groups; None without.
         active: record of the forward pass that runs now.
         kept: KeptAttention of the checkpoint whose function runs now, where --cp-keep-attention asks for it.
         records: where the record of a batch is found again.
@@ -67,6 +69,7 @@ class AdaptorState:
     program: str = ""
     handed: Handed = field(default_factory=Handed)
     documents_by_hand: bool = False
+    log: ContextParallelLog | None = None
     active: MicroBatch | None = None
     kept: KeptAttention | None = None
     records: BatchRecords = field(default_factory=BatchRecords)
@@ -95,7 +98,7 @@ class AdaptorState:
 
     def reset(self) -> None:
         """Forget everything, as after the import."""
-        self.config = self.setup = self.kernel = self.groups = self.end_of_document = None
+        self.config = self.setup = self.kernel = self.groups = self.log = self.end_of_document = None
         self.undecided, self.compared, self.program, self.handed = OpenDecision(), {}, "", Handed()
         self.documents_from_position_ids = False
         self.forget_batches()
@@ -140,13 +143,14 @@ class AdaptorState:
         self.groups = ContextParallelGroups.build(
             config, cp_ranks, timeout=timeout, cp_group=cp_group, virtual_pipeline=virtual_pipeline
         )
+        self.log = ContextParallelLog(cp_ranks, _collective_device(dist.group.WORLD)) if config.log else None
         self.epoch += 1
         self.forget_batches()
 
     def destroy_groups(self) -> None:
         if self.groups is not None:
             self.groups.destroy()
-        self.groups = None
+        self.groups = self.log = None
         if self.undecided is not None:
             self.undecided = OpenDecision(self.undecided.settings)
         self.forget_batches()

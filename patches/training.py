@@ -21,6 +21,7 @@ from mindspeed_cp.patches.loss import loss_patches
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.models import with_record
 from mindspeed_cp.patches.state import with_tokens_everywhere
+from mindspeed_cp.patches.step_log import log_patches
 
 from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.notices import warn_rank0
@@ -36,6 +37,7 @@ def training_patches(state):
     bridge = AttentionBridge(state)
     return [
         *loss_patches(state),
+        *log_patches(state, without_checkout),
         Patch(
             f"{ARGUMENTS}.add_megatron_arguments",
             _add_flags,

@@ -73,6 +73,7 @@ def test_what_is_compared_shapes_the_job_and_nothing_that_ranks_may_have_of_thei
         "--lr": "0.1",
         "--cp-comm-type": "p2p p2p",
     }
+    assert compared_arguments({"cp_log": True, "log_interval": 5}) == {"--cp-log": "True", "--log-interval": "5"}
 
 
 # A program whose rank 1 gets a flag of its own; the others go on to make the process group, as Megatron does.

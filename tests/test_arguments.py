@@ -31,6 +31,7 @@ DEFAULTS = {
     "--cp-p2p": "auto",
     "--cp-batch-layout": "auto",
     "--cp-keep-attention": False,
+    "--cp-log": False,
     "--cp-kernel": None,
     "--gather-size-calculator": "default",
     "--use-flash-attn": False,

@@ -19,6 +19,7 @@ from mindspeed_cp.blocks import IntervalMask
 from mindspeed_cp.comm.kv_exchange import EXCHANGES, GradientReturn, RingChannel, packed, paired
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.schedule import RingPlace
+from mindspeed_cp.comm.watch import note_area
 from mindspeed_cp.groups import ContextParallelGroups
 from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions
 from mindspeed_cp.layout import SequenceLayout, run_positions
@@ -123,6 +124,7 @@ def ring_forward(
         (out, lse, saved): out in the kernel's dtype when one block made it, else in the accumulation dtype, and then in
         reused memory unless that is the query's dtype. saved begins with ``own``.
     """
+    note_area(lambda: problem.plan.area(problem.rank, query.shape[1]) * query.shape[2])
     partial = PartialAttention(problem.groups.workspace, problem.merge, query, own[1].shape[-1])
     kept, rngs = [*own], []
     for source, (source_key, source_value) in _forward_stream(problem, own, kept):

@@ -42,6 +42,7 @@ class RingPlan:
     exact: bool = False
     _tasks: dict[tuple[int, int], tuple[Task, ...]] = field(default_factory=dict, repr=False)
     _needed: dict[tuple[int, int], Runs] = field(default_factory=dict, repr=False)
+    _areas: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -65,6 +66,16 @@ class RingPlan:
         if (reader, source) not in self._tasks:
             self._tasks[reader, source] = self._plan(reader, source)
         return self._tasks[reader, source]
+
+    def area(self, reader: int, num_rows: int) -> int:
+        """(query, key) pairs that ``reader`` computes for one head of a batch of ``num_rows`` rows."""
+        if (reader, num_rows) not in self._areas:
+            self._areas[reader, num_rows] = sum(
+                task.block.area * len(range(num_rows)[task.batch])
+                for source in range(self.layout.ring_size)
+                for task in self.tasks(reader, source)
+            )
+        return self._areas[reader, num_rows]
 
     def _plan(self, reader: int, source: int) -> tuple[Task, ...]:
         queries, keys = self.layout.ring_runs(reader), self.layout.ring_runs(source)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from mindspeed_cp.comm.host_memory import Parcel
 from mindspeed_cp.comm.messages import Message
+from mindspeed_cp.comm.watch import wait_for
 
 if TYPE_CHECKING:
     from mindspeed_cp.comm.link import Link
@@ -66,7 +67,7 @@ class Batch:
         self._link, self.purpose, self._stamp, self._check = link, purpose.partition(".")[0], stamp, check
         self._arrivals: list[Arrival] = []
         self._ops: list[dist.P2POp] = []  # receives first, because a notice may ask for one more before sends end
-        self._works: list = []
+        self._works: list = []  # (work, ranks that it waits for, device of its tensor)
         self._lent: list[torch.Tensor] = []
 
     def receive(self, rank: int, message: Message, announced: bool = False) -> None:
@@ -102,11 +103,12 @@ class Batch:
         if not self._ops:
             return
         ranks = [self._link.global_ranks.index(op.peer) for op in self._ops]
+        devices = [op.tensor.device for op in self._ops]
         with self._link.naming(self.purpose, ranks):
             works = self._one_by_one() if self._link.one_by_one else dist.batch_isend_irecv(self._ops)
         # NCCL and HCCL return one work for the whole batch, gloo one for each operation.
         each = [[rank] for rank in ranks] if len(works) == len(ranks) else [ranks] * len(works)
-        self._works = list(zip(works, each))
+        self._works = list(zip(works, each, devices))
         self._ops = []
 
     def _one_by_one(self) -> list[dist.Work | None]:
@@ -164,14 +166,14 @@ class Batch:
                 return
             landing = self._flat(message)
             work = dist.irecv(landing, peer, self._link.group, tag=number)
-            self._await([(work, [arrival.rank])])
+            self._await([(work, [arrival.rank], landing.device)])
         if message.in_place is None and landing is not None:
             message.read(landing)
 
     def _await(self, works) -> None:
-        for work, ranks in works:
+        for work, ranks, device in works:
             with self._link.naming(self.purpose, ranks):
-                work.wait()
+                wait_for(work, device)
 
     def _announces(self, rank: int, message: Message) -> bool:
         carrier = self._link.carrier

@@ -24,6 +24,7 @@ from mindspeed_cp.comm.batch import Batch, Stamp
 from mindspeed_cp.comm.counters import record
 from mindspeed_cp.comm.host_memory import HostMemory
 from mindspeed_cp.comm.messages import Message, Pending, copy_message
+from mindspeed_cp.comm.watch import wait_for
 from mindspeed_cp.comm.workspace import Workspace
 
 # torch 2.13 renames the collective and warns about the old name.
@@ -116,7 +117,11 @@ class Link:
             borrowed = self.workspace.borrow(gathered[0].numel(), tensor.dtype, tensor.device)
             padded = borrowed[: gathered[0].numel()].view(gathered[0].shape)
             padded[: len(tensor)] = tensor
-        finish = self._start(purpose, lambda: _all_gather(gathered.flatten(0, 1), padded, self.group, async_op=True))
+        finish = self._start(
+            purpose,
+            tensor.device,
+            lambda: _all_gather(gathered.flatten(0, 1), padded, self.group, async_op=True),
+        )
 
         def finished() -> list[torch.Tensor]:
             finish()
@@ -205,7 +210,9 @@ class Link:
         if outgoing.in_place is None:
             outgoing.write(send)
         finish = self._start(
-            purpose, lambda: dist.all_to_all_single(received, send, *sizes, group=self.group, async_op=True)
+            purpose,
+            like.device,
+            lambda: dist.all_to_all_single(received, send, *sizes, group=self.group, async_op=True),
         )
 
         def finished():
@@ -217,14 +224,14 @@ class Link:
 
         return Pending(finished)
 
-    def _start(self, purpose: str, collective: Callable) -> Callable[[], None]:
+    def _start(self, purpose: str, device: torch.device, collective: Callable) -> Callable[[], None]:
         """Start a collective; returns what waits for it."""
         with self.naming(purpose, self.peers):
             work = collective()
 
         def finish() -> None:
             with self.naming(purpose, self.peers):
-                work.wait()
+                wait_for(work, device)
 
         return finish
 

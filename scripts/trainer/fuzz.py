@@ -13,7 +13,7 @@ SHARING = {
     "--context-parallel-size", "--context-parallel-algo", "--cp-window-size", "--ulysses-degree-in-cp",
     "--context-parallel-kv-cache-policy", "--context-parallel-cache-interval", "--cp-kv-exchange",
     "--use-cp-send-recv-overlap", "--gather-size-calculator", "--use-ulysses-allgather-kv", "--cp-kernel",
-    "--cp-batch-layout", "--cp-p2p", "--cp-keep-attention", "--use-fused-ring-attention-update",
+    "--cp-batch-layout", "--cp-p2p", "--cp-keep-attention", "--use-fused-ring-attention-update", "--cp-log",
 }  # fmt: skip
 
 
@@ -124,4 +124,5 @@ def _draw_sharing(rng, settings, maybe):
     maybe(0.7 if "ulysses" in algorithm else 0.02, "--gather-size-calculator", "dynamic", "dynamic", "default")
     maybe(0.05 if "ulysses" in algorithm else 0.01, "--use-ulysses-allgather-kv")
     maybe(0.05, "--cp-kernel", "blockwise")
+    maybe(0.1, "--cp-log")
     return tp * pp * cp * (rng.choice((1, 2)) if tp * pp * cp <= 2 else 1)

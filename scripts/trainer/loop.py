@@ -1,8 +1,12 @@
 """The whole run: set up, resume, train, validate, save."""
 
+import dataclasses
 import time
+from contextlib import nullcontext
 
 import torch.distributed as dist
+
+import mindspeed_cp.megatron_adaptor as megatron_adaptor
 
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.data import batches, build_datasets
@@ -32,10 +36,11 @@ def _train(args, parts, datasets, first, report):
     chunks, optimizer, scheduler = parts
     # One iterator for each virtual stage: every stage reads the same samples.
     iterators = [batches(datasets[0], args, first, args.variable_seq_lengths) for _ in chunks]
-    records = []
+    log, records = megatron_adaptor.state().log, []
     for iteration in range(first + 1, args.train_iters + 1):
         start, rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
-        result = train_step(chunks, optimizer, scheduler, iterators, args)
+        with nullcontext() if log is None else log.step():
+            result = train_step(chunks, optimizer, scheduler, iterators, args)
         seconds = time.perf_counter() - start
         records.append(
             {
@@ -50,7 +55,10 @@ def _train(args, parts, datasets, first, report):
                 "cp_bytes_of_rank_0": result.traffic,
             }
         )
-        report.step(records[-1])
+        figures = log.interval() if log is not None and iteration % args.log_interval == 0 else None
+        if figures is not None:
+            records[-1]["context_parallelism"] = dataclasses.asdict(figures)
+        report.step(records[-1], figures)
         last = iteration == args.train_iters or bool(args.exit_interval and iteration % args.exit_interval == 0)
         if args.eval_iters and (iteration % args.eval_interval == 0 or last):
             report.validation(iteration, evaluate(chunks, [batches(datasets[1], args, 0) for _ in chunks], args))

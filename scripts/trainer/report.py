@@ -44,8 +44,13 @@ class Report:
             if part:
                 getattr(part, close)()
 
-    def step(self, record):
-        """One finished step; ``record`` is what --log-file keeps."""
+    def step(self, record, figures=None):
+        """One finished step.
+
+        Args:
+            record: what --log-file keeps.
+            figures: IntervalFigures of --cp-log at the end of an interval, else None.
+        """
         if not self.active:
             return
         text = (
@@ -57,7 +62,10 @@ class Report:
         elif record["iteration"] % self.args.log_interval == 0:
             self.console.print(f"step {record['iteration']:>4}/{self.args.train_iters}  {text}")
         scalars = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "cp_bytes_per_rank")
-        self._keep(record, {name: record[name] for name in scalars})
+        if figures is not None:
+            self.console.print(f"step {record['iteration']:>4}  {figures.line()}")
+        more = figures.scalars() if figures is not None else {}
+        self._keep(record, {name: record[name] for name in scalars} | more)
 
     def validation(self, iteration, loss):
         if self.active:
