@@ -3,24 +3,27 @@
 Importing this package changes nothing outside it; ``import mindspeed_cp.megatron_adaptor`` patches Megatron.
 """
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # In a bare checkout patches/ and arguments/ lie beside this package; an installation has them inside it.
 if not (Path(__file__).parent / "patches").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
-from mindspeed_cp.algorithms.kept import KeptAttention
-from mindspeed_cp.algorithms.ulysses_attention import (
-    DefaultGatherSizeCalculator,
-    DynamicGatherSizeCalculator,
-    GatherSizeCalculator,
-    UlyssesContextAttention,
-)
-from mindspeed_cp.api import context_parallel_attention
-from mindspeed_cp.config import ContextParallelConfig, TrainingSetup, resolve
-from mindspeed_cp.groups import ContextParallelGroups
-from mindspeed_cp.layout import SequenceLayout
-from mindspeed_cp.sharding import gather_sequence, shard_batch
+if TYPE_CHECKING:
+    from mindspeed_cp.algorithms.kept import KeptAttention
+    from mindspeed_cp.algorithms.ulysses_attention import (
+        DefaultGatherSizeCalculator,
+        DynamicGatherSizeCalculator,
+        GatherSizeCalculator,
+        UlyssesContextAttention,
+    )
+    from mindspeed_cp.api import context_parallel_attention
+    from mindspeed_cp.config import ContextParallelConfig, TrainingSetup, resolve
+    from mindspeed_cp.groups import ContextParallelGroups
+    from mindspeed_cp.layout import SequenceLayout
+    from mindspeed_cp.sharding import gather_sequence, shard_batch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,3 +41,28 @@ __all__ = [
     "resolve",
     "shard_batch",
 ]
+_HOMES = (
+    "mindspeed_cp.algorithms.kept",
+    "mindspeed_cp.algorithms.ulysses_attention",
+    "mindspeed_cp.api",
+    "mindspeed_cp.config",
+    "mindspeed_cp.groups",
+    "mindspeed_cp.layout",
+    "mindspeed_cp.sharding",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is public when it is first asked for: the doctor must start where torch itself does not load."""
+    if not name.startswith("_"):
+        for home in _HOMES:
+            module = import_module(home)
+            if name in __all__ and name in vars(module):
+                globals()[name] = vars(module)[name]
+        if name in globals():  # or a module that came with those, such as mindspeed_cp.comm
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,6 +7,7 @@ from importlib import import_module
 # name -> (module, summary)
 COMMANDS = {
     "plan": ("mindspeed_cp.plan", "which algorithm, degree, window and exchange, and why"),
+    "doctor": ("mindspeed_cp.doctor", "is it on here, with which device and kernel, and what to do if not"),
 }
 
 

@@ -5,8 +5,10 @@ is the only module of the package that reads the environment (MINDSPEED_CP_DEVIC
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -311,17 +313,36 @@ def _table(*, everything: bool, width: int) -> str:
     return patch_table(head, groups, everything=everything, width=width)
 
 
+def _why_cpu() -> str:
+    return f"{DEVICE_VARIABLE}=cpu" if os.environ.get(DEVICE_VARIABLE) else "no accelerator can be used"
+
+
+def _record() -> dict[str, Any]:
+    rows = iter(report())
+    return {
+        "megatron": megatron_version(),
+        "device": _device_type(),
+        "device_reason": _why_no_stand_in() or _why_cpu(),
+        "imported_before": sorted(name for name in MODEL_CODE if name in _modules_before),
+        "patches": {name: [dataclasses.asdict(next(rows)) for _ in patches] for name, patches in _tables.items()},
+    }
+
+
 def _print_table() -> None:
     """The command line: what is patched, without the notices of Megatron about libraries that it does not find."""
     parser = argparse.ArgumentParser(
         prog="python -m mindspeed_cp.megatron_adaptor", description="Show what importing this module patches."
     )
     parser.add_argument("--all", action="store_true", help="every patch, with its reason")
-    everything = parser.parse_args().all
+    parser.add_argument("--json", action="store_true", help="everything, machine-readable")
+    given = parser.parse_args()
     warnings.filterwarnings("ignore", module=r"(megatron|torch|apex|transformer_engine)\b")
     from mindspeed_cp import megatron_adaptor
 
-    print(megatron_adaptor._table(everything=everything, width=shutil.get_terminal_size((110, 40)).columns))
+    if given.json:
+        print(json.dumps(megatron_adaptor._record()))
+    else:
+        print(megatron_adaptor._table(everything=given.all, width=shutil.get_terminal_size((110, 40)).columns))
 
 
 def _build() -> None:

@@ -1,0 +1,75 @@
+"""The command: every check in its section, on one screen or as JSON."""
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+
+from mindspeed_cp.doctor import device, environment, installed
+from mindspeed_cp.doctor.finding import Finding, as_json, has_problem
+
+DESCRIPTION = "Say whether context parallelism is on here, with which device and kernel, and what to do if not."
+Sections = dict[str, list[Finding]]
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("mindspeed-cp doctor", description=DESCRIPTION)
+    parser.add_argument("--json", action="store_true", help="everything, machine-readable")
+    return parser
+
+
+def examine(given: argparse.Namespace) -> Sections:
+    """Every check; those that need torch are left out where it does not load."""
+    sections: Sections = {
+        "Installed": [*installed.fitting(), *installed.ascend(os.environ), *installed.optional()],
+    }
+    broken = installed.loads_torch()
+    if broken:
+        sections["Installed"].append(broken)
+        return sections
+    record, patches = device.adaptor()
+    if record:
+        chosen, why = record["device"], record["device_reason"]
+    else:
+        chosen, why = device.device_without_megatron()
+    sections["Device"] = list(device.kernels(chosen, why))
+    sections["Patches"] = patches
+    sections["Environment"] = [
+        *environment.variables(os.environ, chosen),
+        *environment.interfaces(os.environ, chosen),
+        *environment.meeting(os.environ),
+    ]
+    return sections
+
+
+def text(sections: Sections, width: int) -> str:
+    lines = []
+    for title, findings in sections.items():
+        lines.append(title)
+        for finding in findings:
+            lines += finding.lines(width)
+    return "\n".join([*lines, verdict(_all(sections))])
+
+
+def verdict(findings: Iterable[Finding]) -> str:
+    counts = {level: sum(finding.level == level for finding in findings) for level in ("problem", "warning")}
+    problems, warnings = (f"{number} {level}{'' if number == 1 else 's'}" for level, number in counts.items())
+    return f"{problems}, {warnings}. Lines with -> say what to do." if any(counts.values()) else "All is well."
+
+
+def _all(sections: Sections) -> list[Finding]:
+    return [finding for findings in sections.values() for finding in findings]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print what was found; returns 0, or 1 where a problem was found."""
+    given = parser().parse_args(arguments)
+    sections = examine(given)
+    healthy = not has_problem(_all(sections))
+    if given.json:
+        found = {title: as_json(findings) for title, findings in sections.items()}
+        print(json.dumps({"healthy": healthy, "sections": found}, indent=2))
+    else:
+        print(text(sections, min(shutil.get_terminal_size((110, 40)).columns, 120)))
+    return 0 if healthy else 1

@@ -1,0 +1,84 @@
+"""Which device and kernel are used, why not the others, and what is patched."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mindspeed_cp.doctor.finding import Finding
+from mindspeed_cp.doctor.installed import ask
+
+# Groups of patches without which context parallelism is not on; the others depend on the device and on libraries.
+NEEDED = "core"
+
+
+def adaptor() -> tuple[dict[str, Any] | None, list[Finding]]:
+    """What the adaptor says of itself in a process of its own, and what is wrong with it."""
+    try:
+        record: dict[str, Any] = ask("mindspeed_cp.megatron_adaptor", "--json")
+    except RuntimeError as error:
+        return None, [Finding("problem", f"no patch is applied: {error}", _way_out(str(error)))]
+    return record, list(_patches(record))
+
+
+def _way_out(error: str) -> str:
+    if "cannot patch" in error:
+        return "pip install a megatron-core that the line above names as tried, or bash scripts/try_megatron.sh VERSION"
+    if "; run pip install" in error:
+        return error.partition("; run ")[2]
+    return "python -m mindspeed_cp.megatron_adaptor shows the whole error"
+
+
+def _patches(record: dict[str, Any]) -> Iterator[Finding]:
+    for name, rows in record["patches"].items():
+        applied = sum(row["status"] == "applied" for row in rows)
+        others: dict[str, int] = {}
+        for row in rows:
+            if row["status"] != "applied":
+                others[row["status"]] = others.get(row["status"], 0) + 1
+        reasons = "; ".join(f"{count} not needed: {status}" for status, count in others.items())
+        well = bool(applied) or name != NEEDED
+        text = f"patches of {name}: {applied} of {len(rows)} applied" + (f" ({reasons})" if reasons else "")
+        if well:
+            yield Finding("ok", text)
+        else:
+            yield Finding("problem", text, "python -m mindspeed_cp.megatron_adaptor --all says why")
+    if record["imported_before"]:
+        yield Finding(
+            "problem",
+            f"Megatron was imported before the adaptor ({', '.join(record['imported_before'])}), at Python's start",
+            "take Megatron's import out of sitecustomize.py, usercustomize.py and .pth files",
+        )
+
+
+def kernels(device: str, why: str) -> Iterator[Finding]:
+    """The device, its kernel, and why not the others; needs torch.
+
+    Args:
+        device: as the adaptor chose it.
+        why: its reason.
+    """
+    from mindspeed_cp.kernels import KERNELS
+
+    yield Finding("ok", f"device {device}: {why}")
+    chosen = next(name for name, row in KERNELS.items() if row.automatic and row.device_type == device)
+    for name, row in KERNELS.items():
+        reason = row.load().unavailable()
+        if name == chosen and reason:
+            yield Finding("problem", f"kernel {name} cannot be used: {reason}", "use --cp-kernel blockwise")
+        elif name == chosen:
+            yield Finding("ok", f"kernel {name}: the automatic choice for {device}")
+        elif reason:
+            yield Finding("note", f"not {name}: {reason}")
+        elif row.device_type in (None, device):
+            yield Finding("note", f"not {name}: works here, by --cp-kernel {name} only")
+        else:
+            yield Finding("note", f"not {name}: it serves {row.device_type}, and {device} is used")
+
+
+def device_without_megatron() -> tuple[str, str]:
+    """(device, why) by the kernels alone, where no adaptor can be asked."""
+    from mindspeed_cp.kernels import KERNELS
+
+    for name in ("cuda", "npu"):
+        if not KERNELS[name].load().unavailable():
+            return name, "its kernel can be used"
+    return "cpu", "no kernel of an accelerator can be used"

@@ -1,0 +1,131 @@
+"""Environment variables that matter, each with the line to add; interfaces and the port that ranks meet at."""
+
+import socket
+from collections.abc import Iterator, Mapping
+
+from mindspeed_cp.doctor.finding import Finding
+
+DEFAULT_PORT = 29500  # torchrun's
+# device -> variable -> (value, why); what scripts/launch/common.sh sets.
+WANTED = {
+    "npu": {
+        "PYTORCH_NPU_ALLOC_CONF": ("expandable_segments:True", "long sequences fragment the memory"),
+        "TASK_QUEUE_ENABLE": ("2", "operators are enqueued by the thread that computes"),
+        "CPU_AFFINITY_CONF": ("1", "threads wander away from the cores near their device"),
+        "HCCL_CONNECT_TIMEOUT": ("1800", "a slow node breaks the start"),
+        "HCCL_EXEC_TIMEOUT": ("1800", "HCCL gives up at another time than Megatron"),
+        "CUDA_DEVICE_MAX_CONNECTIONS": ("1", "Megatron asserts it for tensor and sequence parallelism"),
+    },
+    "cuda": {
+        "CUDA_DEVICE_MAX_CONNECTIONS": ("1", "Megatron asserts it, and transfers may not overlap as they should"),
+    },
+    "cpu": {"OMP_NUM_THREADS": ("1", "several ranks on one machine fight for its cores")},
+}
+# variable -> (odd values, what they do)
+ODD = {
+    "ASCEND_LAUNCH_BLOCKING": ({"1"}, "every operator waits for the one before: nothing overlaps"),
+    "CUDA_LAUNCH_BLOCKING": ({"1"}, "every kernel waits for the one before: nothing overlaps"),
+    "NCCL_P2P_DISABLE": ({"1"}, "GPUs of a node exchange through host memory"),
+    "NCCL_IB_DISABLE": ({"1"}, "nodes exchange over TCP"),
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": ({"0"}, "a lost rank makes the others hang"),
+    "NCCL_ASYNC_ERROR_HANDLING": ({"0"}, "a lost rank makes the others hang"),
+    "CUDA_VISIBLE_DEVICES": ({"", "-1"}, "no GPU is visible"),
+    "ASCEND_RT_VISIBLE_DEVICES": ({""}, "no NPU is visible"),
+}
+NUMBERS = ("HCCL_BUFFSIZE", "HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT", "OMP_NUM_THREADS", "MASTER_PORT")
+INTERFACES = {"cpu": "GLOO_SOCKET_IFNAME", "cuda": "NCCL_SOCKET_IFNAME", "npu": "HCCL_SOCKET_IFNAME"}
+LEFT_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+def variables(environment: Mapping[str, str], device: str) -> Iterator[Finding]:
+    """Missing and odd variables."""
+    for name, (value, why) in WANTED[device].items():
+        if not environment.get(name):
+            yield Finding("warning", f"{name} is not set: {why}", f"export {name}={value}")
+    for name, (values, what) in ODD.items():
+        if environment.get(name) in values:
+            yield Finding("warning", f"{name}={environment[name]}: {what}", f"unset {name}")
+    for name in NUMBERS:
+        value = environment.get(name, "1")
+        if not value.isdigit() or int(value) < 1:
+            wanted = WANTED[device].get(name)
+            way_out = f"export {name}={wanted[0]}" if wanted else f"unset {name}"
+            yield Finding("problem", f"{name}={value} must be a whole number above 0", way_out)
+    if environment.get("MINDSPEED_CP_DEVICE", "") not in ("", "cpu"):
+        given = environment["MINDSPEED_CP_DEVICE"]
+        yield Finding("problem", f"MINDSPEED_CP_DEVICE={given} is not known", "unset MINDSPEED_CP_DEVICE")
+    left = [name for name in LEFT_BY_TORCHRUN if name in environment]
+    if left:
+        yield Finding("warning", f"{', '.join(left)} of another launch still in this shell", f"unset {' '.join(left)}")
+
+
+def interfaces(environment: Mapping[str, str], device: str) -> Iterator[Finding]:
+    """Whether ranks have an interface to meet on."""
+    known = [name for _, name in socket.if_nameindex()]
+    # gloo also carries the ranks' agreement beside NCCL and HCCL.
+    for variable in dict.fromkeys(("GLOO_SOCKET_IFNAME", INTERFACES[device])):
+        value = environment.get(variable)
+        if value and not _matches(value, known, exact=variable.startswith("GLOO")):
+            way_out = f"export {variable}={_usable(known)}; there are {', '.join(known)}"
+            yield Finding("problem", f"{variable}={value} names no interface of this machine", way_out)
+    if not environment.get("GLOO_SOCKET_IFNAME"):
+        host = socket.gethostname()
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError:
+            yield Finding(
+                "warning",
+                f"gloo finds no interface by itself: the host name {host} has no address",
+                f"export GLOO_SOCKET_IFNAME={_usable(known)}",
+            )
+
+
+def _matches(value: str, known: list[str], exact: bool) -> bool:
+    if exact:
+        return all(name in known for name in value.split(","))
+    if value.startswith("^"):
+        return any(not name.startswith(tuple(value[1:].split(","))) for name in known)
+    # NCCL and HCCL take beginnings of names, and whole names behind "=".
+    names = value.removeprefix("=").split(",")
+    return any(name == wanted or (not value.startswith("=") and name.startswith(wanted))
+               for name in known for wanted in names)  # fmt: skip
+
+
+def _usable(known: list[str]) -> str:
+    return next((name for name in known if name != "lo"), known[0] if known else "lo")
+
+
+def port(address: str, number: int) -> Finding | None:
+    """The problem where another program listens on the port that rank 0 would open on this machine."""
+    try:
+        own = address in ("localhost", "127.0.0.1", socket.gethostname()) or socket.gethostbyname(
+            address
+        ) == socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return Finding("warning", f"MASTER_ADDR={address} has no address here", "export MASTER_ADDR=ADDRESS_OF_NODE_0")
+    if not own:
+        return None
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", number))
+        except OSError as error:
+            return Finding(
+                "problem", f"port {number} is in use ({error.strerror})", f"export MASTER_PORT={_free_port()}"
+            )
+    return None
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        number: int = listener.getsockname()[1]
+        return number
+
+
+def meeting(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """The port that the environment names, or torchrun's own."""
+    given = environment.get("MASTER_PORT", str(DEFAULT_PORT))
+    if given.isdigit() and 0 < int(given) < 1 << 16:
+        found = port(environment.get("MASTER_ADDR", "127.0.0.1"), int(given))
+        yield found or Finding("ok", f"port {given} is free")

@@ -1,0 +1,280 @@
+"""The doctor on broken installations: every one is a problem or a warning, with a line that says what to do."""
+
+import importlib.machinery
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mindspeed_cp.patches import fit
+from mindspeed_cp.patches.versions import DEFAULT, MEGATRONS
+
+import mindspeed_cp
+from mindspeed_cp.doctor import command, device, environment, installed
+from mindspeed_cp.doctor.finding import Finding, has_problem
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.cpu_only
+
+
+def only(findings, level):
+    (found,) = [finding for finding in findings if finding.level == level]
+    return found
+
+
+@pytest.fixture
+def releases(monkeypatch):
+    """package -> version that is installed, as a dict to change."""
+    found = {"torch": "2.13.0+cpu", "torch_npu": "2.13.0"}
+    monkeypatch.setattr(installed, "release", found.get)
+    monkeypatch.setattr(installed, "ASCEND", ROOT / "no driver")
+    return found
+
+
+@pytest.fixture
+def cann(tmp_path):
+    (tmp_path / "x86_64-linux").mkdir()
+    (tmp_path / "x86_64-linux" / "ascend_toolkit_install.info").write_text("package_name=toolkit\nversion=8.5.0\n")
+    return {"ASCEND_TOOLKIT_HOME": str(tmp_path)}
+
+
+def test_a_torch_npu_of_another_torch_is_a_problem(releases, cann):
+    assert not has_problem(installed.ascend(cann))
+    assert "CANN 8.5.0" in [finding.text for finding in installed.ascend(cann)]
+    releases["torch_npu"] = "2.7.1.post2"
+    found = only(installed.ascend(cann), "problem")
+    assert found.text == "torch_npu 2.7.1.post2 does not match torch 2.13.0+cpu"
+    assert found.todo == "pip install torch==2.7.1"
+
+
+def test_torch_npu_without_cann_is_a_problem_but_where_the_cpu_is_asked_for(releases):
+    for broken in ({}, {"ASCEND_TOOLKIT_HOME": "/nowhere"}):
+        found = only(installed.ascend(broken), "problem")
+        assert "no CANN" in found.text and "set_env.sh" in found.todo and "MINDSPEED_CP_DEVICE=cpu" in found.todo
+    assert not has_problem(installed.ascend({"MINDSPEED_CP_DEVICE": "cpu"}))
+
+
+def test_cann_without_torch_npu_is_a_problem(releases, cann):
+    del releases["torch_npu"]
+    assert only(installed.ascend(cann), "problem").todo.startswith("pip install torch_npu==2.13.0 ")
+
+
+def test_a_torch_that_does_not_load_stops_the_checks_that_need_it(tmp_path):
+    """As torch_npu without CANN does: torch loads every installed back end, and the doctor itself still starts."""
+    (tmp_path / "torch.py").write_text("raise RuntimeError('Failed to load the backend extension: torch_npu.')")
+    (tmp_path / "torch_npu-2.13.0.dist-info").mkdir()
+    (tmp_path / "torch_npu-2.13.0.dist-info" / "METADATA").write_text("Name: torch_npu\nVersion: 2.13.0\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mindspeed_cp.doctor", "--json"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1, done.stderr
+    (findings,) = json.loads(done.stdout)["sections"].values()
+    assert findings[-1]["text"] == "torch does not load: Failed to load the backend extension: torch_npu."
+    assert "set_env.sh" in findings[-1]["todo"]
+
+
+@pytest.mark.parametrize(
+    "version, level, text",
+    [
+        (DEFAULT, "ok", "installed"),
+        ("0.99.0", "warning", "too new"),
+        ("0.11.0", "problem", "too old"),
+        ("0.15.0", "warning", "between the tried versions"),
+    ],
+)
+def test_a_megatron_is_judged_by_the_table_of_versions(version, level, text):
+    found = Finding(*fit.megatron_finding(version, "3.11", "installed"))
+    assert (found.level, found.text.endswith(text)) == (level, True)
+    assert found.todo.startswith(f"pip install megatron-core=={DEFAULT} ") or level == "ok"
+
+
+def test_a_missing_megatron_says_what_to_install_for_this_python(monkeypatch):
+    monkeypatch.setattr(fit, "core_folder", lambda: None)
+    found = Finding(*fit.findings()[-1])
+    assert found.level == "problem" and "no megatron.core" in found.text
+    assert found.todo.startswith(f"pip install megatron-core=={DEFAULT}, or export PYTHONPATH=")
+    assert fit.newest_for("3.9") == DEFAULT
+    assert [fit.newest_for(python) for python in ("3.10", "3.13")] == [DEFAULT] * 2
+    assert len({row.version for row in MEGATRONS}) > 1
+
+
+@pytest.mark.parametrize("torch, level", [(None, "problem"), ("2.5.1", "problem"), ("2.99.0", "warning")])
+def test_a_torch_outside_the_table_is_named(torch, level):
+    ((found, _, todo),) = fit.torch_findings(torch)
+    assert found == level and todo.startswith("pip install torch==")
+
+
+def test_the_megatron_that_an_import_would_find_is_the_one_that_is_judged(tmp_path, monkeypatch):
+    core = tmp_path / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "__init__.py").write_text("raise AssertionError('not imported')")
+    (core / "package_info.py").write_text("__version__ = '0.99.0rc1'")
+    (core.parent / "training").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "mindspeed_cp.patches.fit"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+    )
+    level, text, _ = json.loads(done.stdout)[-1]
+    assert (level, text) == ("warning", f"megatron-core 0.99.0, the checkout {tmp_path}: too new")
+
+
+def test_a_stale_library_is_to_be_removed(tmp_path):
+    assert fit.helper_findings(tmp_path) == []
+    other = tmp_path / "helpers_cpp.cpython-39-riscv64-linux-gnu.so"
+    other.touch()
+    assert "another Python" in fit.helper_findings(tmp_path)[0][1]
+    ours = tmp_path / f"helpers_cpp{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    ours.write_bytes(b"half a library")
+    ((level, text, todo),) = fit.helper_findings(tmp_path)
+    assert (level, todo) == ("problem", f"rm {ours}; Megatron compiles it again at the next start")
+    assert "does not load" in text
+
+
+def test_a_library_older_than_its_source_is_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "_loads", lambda path: True)
+    ours, source = tmp_path / f"helpers_cpp{importlib.machinery.EXTENSION_SUFFIXES[0]}", tmp_path / "helpers.cpp"
+    ours.touch()
+    assert fit.helper_findings(tmp_path) == []
+    source.touch()
+    os.utime(ours, (1, 1))
+    assert "older than helpers.cpp" in fit.helper_findings(tmp_path)[0][1]
+
+
+def record(**changes):
+    row = {"target": "megatron.core.x", "reason": "r", "status": "applied"}
+    other = {**row, "status": "no NPU is in use"}
+    return {"imported_before": [], "patches": {"core": [row], "npu": [other, other]}} | changes
+
+
+def test_patches_are_counted_with_the_reasons_of_those_that_are_not_applied(monkeypatch):
+    monkeypatch.setattr(device, "ask", lambda *arguments: record())
+    _, findings = device.adaptor()
+    assert [finding.text for finding in findings] == [
+        "patches of core: 1 of 1 applied",
+        "patches of npu: 0 of 2 applied (2 not needed: no NPU is in use)",
+    ]
+    assert not has_problem(findings)
+
+
+def test_megatron_that_python_imports_at_its_start_is_a_problem(monkeypatch):
+    monkeypatch.setattr(device, "ask", lambda *arguments: record(imported_before=["megatron.core.models.gpt"]))
+    found = only(device.adaptor()[1], "problem")
+    assert "imported before the adaptor (megatron.core.models.gpt)" in found.text and "sitecustomize" in found.todo
+
+
+@pytest.mark.parametrize(
+    "error, todo",
+    [
+        ("PatchError: cannot patch megatron.core.a.b in megatron-core 0.99: no attribute", "try_megatron.sh"),
+        (
+            "ImportError: there is no megatron.core; run pip install megatron-core==0.16.1, or ...",
+            "pip install megatron",
+        ),
+        ("SyntaxError", "python -m mindspeed_cp.megatron_adaptor"),
+    ],
+)
+def test_an_adaptor_that_does_not_start_is_a_problem(monkeypatch, error, todo):
+    def fails(*arguments):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(device, "ask", fails)
+    found, (only_one,) = device.adaptor()
+    assert found is None and only_one.level == "problem" and todo in only_one.todo
+
+
+def test_every_kernel_is_the_chosen_one_or_has_its_reason(monkeypatch):
+    from mindspeed_cp.kernels import KERNELS, cpu
+
+    findings = list(device.kernels("cpu", "no accelerator can be used"))
+    assert [re.search(rf"\b{name}\b", finding.text) is not None for name, finding in zip(KERNELS, findings[1:])]
+    assert [finding.level for finding in findings[:2]] == ["ok", "ok"]
+    monkeypatch.setattr(cpu, "unavailable", lambda: "no operator")
+    assert only(device.kernels("cpu", ""), "problem").todo == "use --cp-kernel blockwise"
+
+
+def todos(findings):
+    return {finding.text.split("=")[0].split(" ")[0]: finding.todo for finding in findings}
+
+
+def test_missing_and_odd_variables_have_the_line_to_add():
+    assert todos(environment.variables({}, "npu"))["TASK_QUEUE_ENABLE"] == "export TASK_QUEUE_ENABLE=2"
+    assert todos(environment.variables({}, "cpu")) == {"OMP_NUM_THREADS": "export OMP_NUM_THREADS=1"}
+    odd = {"OMP_NUM_THREADS": "1", "ASCEND_LAUNCH_BLOCKING": "1", "HCCL_BUFFSIZE": "big", "RANK": "3"}
+    odd["MINDSPEED_CP_DEVICE"] = "tpu"
+    found = list(environment.variables(odd, "cpu"))
+    assert todos(found) == {
+        "ASCEND_LAUNCH_BLOCKING": "unset ASCEND_LAUNCH_BLOCKING",
+        "HCCL_BUFFSIZE": "unset HCCL_BUFFSIZE",
+        "MINDSPEED_CP_DEVICE": "unset MINDSPEED_CP_DEVICE",
+        "RANK": "unset RANK",
+    }
+    assert [finding.level for finding in found] == ["warning", "problem", "problem", "warning"]
+
+
+def test_the_wanted_variables_are_those_of_the_launch_scripts():
+    text = (ROOT / "scripts" / "launch" / "common.sh").read_text()
+    assert "put CUDA_DEVICE_MAX_CONNECTIONS 1" in text
+    for name, part in (("npu", "npu)"), ("cpu", "cpu)")):
+        block = text.split("put CUDA_DEVICE_MAX_CONNECTIONS 1")[1].split(part)[1].split(";;")[0]
+        put = dict(re.findall(r'put (\w+) ("[^"]*"|\S+)', block))
+        for variable, (value, _) in environment.WANTED[name].items():
+            if variable not in ("CUDA_DEVICE_MAX_CONNECTIONS", "HCCL_EXEC_TIMEOUT"):
+                assert put[variable] == value
+        assert "HCCL_EXEC_TIMEOUT" in put or name == "cpu"
+
+
+def test_a_port_in_use_is_a_problem_with_a_free_one():
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        number = other.getsockname()[1]
+        (found,) = environment.meeting({"MASTER_PORT": str(number)})
+        assert found.level == "problem" and f"port {number} is in use" in found.text
+        free = int(found.todo.removeprefix("export MASTER_PORT="))
+    assert environment.port("localhost", free) is None and free != number
+
+
+def test_gloo_without_a_usable_interface_is_named(monkeypatch):
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    (found,) = environment.interfaces({"GLOO_SOCKET_IFNAME": "ib7"}, "cpu")
+    assert found.level == "problem" and found.todo.startswith("export GLOO_SOCKET_IFNAME=eth0;")
+    assert list(environment.interfaces({"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth"}, "cuda")) == []
+    assert list(environment.interfaces({"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "^lo"}, "cuda")) == []
+    assert only(environment.interfaces({"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=eth"}, "cuda"), "problem")
+
+    def unknown(*arguments):
+        raise socket.gaierror("unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    (found,) = environment.interfaces({}, "cpu")
+    assert found.level == "warning" and found.todo == "export GLOO_SOCKET_IFNAME=eth0"
+
+
+@pytest.mark.parametrize("level, status", [("problem", 1), ("warning", 0), ("ok", 0)])
+def test_the_exit_status_and_the_last_line_tell_problems(monkeypatch, capsys, level, status):
+    monkeypatch.setattr(command, "examine", lambda given: {"Installed": [Finding(level, "text", "do this")]})
+    assert command.main([]) == status
+    shown = capsys.readouterr().out
+    assert shown.endswith("All is well.\n") == (level == "ok") and "   -> do this\n" in shown
+    assert command.main(["--json"]) == status
+    assert json.loads(capsys.readouterr().out)["healthy"] == (status == 0)
+
+
+def test_the_public_names_come_when_they_are_asked_for():
+    code = "import sys, mindspeed_cp; assert 'torch' not in sys.modules; print(mindspeed_cp.comm.count_bytes.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "count_bytes\n", done.stderr
+    assert all(getattr(mindspeed_cp, name).__name__ == name for name in mindspeed_cp.__all__)
+    assert set(mindspeed_cp.__all__) <= set(dir(mindspeed_cp))
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = mindspeed_cp.nothing
