@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from mindspeed_cp.patches.dynamic import check_local_size
 from mindspeed_cp.patches.packed import packed_batch
 from mindspeed_cp.patches.records import MicroBatch
 from mindspeed_cp.patches.state import SINGLE, effective_config
@@ -68,6 +69,7 @@ class AttentionBridge:
         if packed:
             out = self._packed(module, query, key, value, packed_seq_params)
         elif packed_seq_params is not None:
+            check_local_size(packed_seq_params, self._state.cp_size)
             raise ValueError(
                 f"packed_seq_params with qkv_format {packed_seq_params.qkv_format} are not supported with context "
                 "parallelism; use qkv_format thd, or leave them out."

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from mindspeed_cp.patches.documents import documents_of_position_ids, documents_of_tokens
+from mindspeed_cp.patches.dynamic import refuse_dynamic
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.records import Documents, MicroBatch
 
@@ -155,14 +156,11 @@ def _documents_that_come_along(batch, state, is_hybrid) -> Documents | None:
     Raises:
         ValueError: dynamic context parallelism, whose groups are other ones in every micro-batch; or several rows.
     """
+    if is_hybrid:
+        refuse_dynamic()
     ends, padded = batch.get("cu_seqlens"), batch.get("cu_seqlens_padded")
     if ends is None:
         return None
-    if is_hybrid:
-        raise ValueError(
-            "--hybrid-context-parallel gives every micro-batch a context-parallel size of its own, which mindspeed_cp "
-            f"does not support (--context-parallel-size {state.cp_size}); leave out --hybrid-context-parallel."
-        )
     sequences = named_sequences(batch)
     if not sequences:
         return None  # a stage in the middle of a pipeline

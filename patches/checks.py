@@ -3,19 +3,19 @@
 import importlib.util
 import sys
 
+from mindspeed_cp.patches.dynamic import refuse_dynamic
+
 # Megatron's own assertions about legacy models, which _passing_assertions keeps from running.
 NOT_WITH_LEGACY = ("rotary_interleaved", "mtp_num_layers", "decoupled_lr", "decoupled_min_lr", "overlap_param_gather")
 
 
 def check_flags(args) -> None:
     """Raise ValueError for Megatron's flags that do not work with context parallelism here; size 1 is left to it."""
+    is_local = getattr(args, "transformer_impl", None) == "local"
+    if getattr(args, "hybrid_context_parallel", False) and (args.context_parallel_size > 1 or is_local):
+        refuse_dynamic()
     if args.context_parallel_size == 1:
         return
-    if getattr(args, "hybrid_context_parallel", False):
-        raise ValueError(
-            "--hybrid-context-parallel gives every micro-batch a context-parallel size of its own, and here it is "
-            f"--context-parallel-size {args.context_parallel_size} for all; leave out --hybrid-context-parallel."
-        )
     if getattr(args, "use_legacy_models", False):
         _check_legacy(args)
     elif not getattr(args, "spec", None):  # a model built from --spec does not read the flag below

@@ -51,7 +51,8 @@ def _with_tokens_of_the_sequence(state):
         def process_mtp_loss(*args, **kwargs):
             given = signature.bind(*args, **kwargs).arguments
             mask, labels = given.get("loss_mask"), given.get("labels")
-            if state.cp_size > 1 and labels is not None:
+            # Every version from 0.17 on counts, and reads the count with a loss per token alone.
+            if state.cp_size > 1 and labels is not None and given["config"].calculate_per_token_loss:
                 given["loss_mask"] = _Counted(torch.ones_like(labels) if mask is None else mask, state)
             return original(**given)
 

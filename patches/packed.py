@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
+from mindspeed_cp.patches.dynamic import check_local_size
 from mindspeed_cp.patches.records import MicroBatch
 
 from mindspeed_cp.config import ContextParallelConfig
@@ -35,14 +36,9 @@ def packed_batch(
     Raises:
         ValueError: the batch contradicts itself, or no layout that is known; the message names a way out.
     """
+    check_local_size(params, state.cp_size)
     if state.cp_size == 1:
         return MicroBatch(state.layout(local_len), (state.boundaries.documents(params, local_len),))
-    size = getattr(params, "local_cp_size", None)
-    if size not in (None, state.cp_size):
-        raise ValueError(
-            f"PackedSeqParams.local_cp_size {size} differs from --context-parallel-size {state.cp_size}; "
-            "leave out --hybrid-context-parallel, which changes the size from batch to batch."
-        )
     if record is not None:
         documents = (state.boundaries.documents(params, record.seq_len),)
         if documents[0][-1] != record.seq_len:

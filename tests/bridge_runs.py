@@ -300,6 +300,7 @@ def _refused(adaptor, layout, rank):
         "bias": {"attention_bias": query},
         "format": {"packed_seq_params": packed_params(DOCUMENTS, "sbhd")},
         "hybrid": {"packed_seq_params": SimpleNamespace(qkv_format="thd", local_cp_size=1)},
+        "hybrid sbhd": {"packed_seq_params": SimpleNamespace(qkv_format="sbhd", local_cp_size=4)},
     }
     square = local[..., : query.size(0)]  # as a script slices it that thinks of this rank alone
     with adaptor.state().running(record_of(adaptor, SEQ)):

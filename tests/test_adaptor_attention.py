@@ -63,7 +63,8 @@ def test_kept_attention_gives_the_gradients_of_its_recomputation_and_sends_nothi
     [
         ("bias", ["attention_bias is not supported", "leave it out", "--context-parallel-size 1"]),
         ("format", ["qkv_format sbhd", "use qkv_format thd", "leave them out"]),
-        ("hybrid", ["local_cp_size 1", "--context-parallel-size 2", "leave out --hybrid-context-parallel"]),
+        ("hybrid", ["local_cp_size 1", "leave out --hybrid-context-parallel"]),
+        ("hybrid sbhd", ["local_cp_size 4", "leave out --hybrid-context-parallel"]),
         ("split mask", ["attention_mask has shape (2, 1, 12, 24)", "(batch, 1, 24, 24)", "do not split it"]),
         (
             "short mask",

@@ -124,7 +124,7 @@ RING_OF_2 = "--context-parallel-size 2 --context-parallel-algo megatron_cp_algo"
 @pytest.mark.parametrize(
     "more, words",
     [
-        ({"hybrid_context_parallel": True}, "--context-parallel-size 2 for all; leave out --hybrid-context-parallel"),
+        ({"hybrid_context_parallel": True}, "does not support; leave out --hybrid-context-parallel"),
         ({"transformer_impl": "transformer_engine"}, "is not installed; use --transformer-impl local"),
     ],
     ids=["dynamic context parallelism", "no Transformer Engine"],
@@ -137,6 +137,14 @@ def test_what_cannot_work_is_refused_with_a_way_out(more, words, monkeypatch, ca
     assert stop.value.code == 2 and words in capsys.readouterr().err
     # Without context parallelism it is Megatron's own matter.
     assert training._validate(AdaptorState())(as_megatron_checks)(flags(**more))
+
+
+def test_dynamic_context_parallelism_of_the_local_attention_is_refused_whatever_the_size(capsys):
+    with pytest.raises(SystemExit) as stop:
+        training._validate(AdaptorState())(as_megatron_checks)(
+            flags(hybrid_context_parallel=True, transformer_impl="local")
+        )
+    assert stop.value.code == 2 and "leave out --hybrid-context-parallel" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [{"spec": ["a", "b"]}, {"transformer_impl": "local"}, {"installed": True}], ids=str)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mindspeed_cp.patches import batch as batches
+from mindspeed_cp.patches import mtp
 from mindspeed_cp.patches import triton as without_triton
 from mindspeed_cp.patches.state import AdaptorState
 
@@ -90,10 +91,26 @@ def test_what_is_not_known_by_name_is_split_by_its_length_and_named():
         batches._slice_batch(state_of())(as_in_0_16)(batch_of(statistics=statistics))
 
 
-def test_dynamic_context_parallelism_is_refused_by_name():
+@pytest.mark.parametrize("more", [{"cu_seqlens": torch.tensor([[0, SEQ]])}, {}], ids=["packed", "one sequence"])
+def test_dynamic_context_parallelism_is_refused_by_name(more):
     split = batches._slice_batch(state_of())(as_in_0_18)
     with pytest.raises(ValueError, match="--hybrid-context-parallel gives every micro-batch.*leave out"):
-        split(batch_of(cu_seqlens=torch.tensor([[0, SEQ]]), local_cp_size=torch.tensor(1)), is_hybrid_cp=True)
+        split(batch_of(local_cp_size=torch.tensor(1), **more), is_hybrid_cp=True)
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_tokens_are_counted_over_the_ranks_where_the_count_is_read(per_token, monkeypatch):
+    reduced = []
+    monkeypatch.setattr(mtp.dist, "all_reduce", lambda total, group: reduced.append(total.item()))
+    state = state_of()
+    state.groups.cp_group = None
+
+    def process_mtp_loss(labels, loss_mask, config):
+        return loss_mask.sum()
+
+    config = SimpleNamespace(calculate_per_token_loss=per_token)
+    count = mtp._with_tokens_of_the_sequence(state)(process_mtp_loss)(torch.zeros(1, 4), torch.ones(1, 4), config)
+    assert (reduced, count) == (([4], 4 / 2) if per_token else ([], 4))
 
 
 def test_several_packed_rows_are_refused():

@@ -127,6 +127,11 @@ def test_a_packed_batch_that_contradicts_itself_is_refused_with_a_way_out(given,
     assert [part for part in says if part not in str(error.value)] == []
 
 
+def test_a_size_of_its_own_is_refused_without_context_parallelism_too():
+    with pytest.raises(ValueError, match="local_cp_size 2.*leave out --hybrid-context-parallel"):
+        packed.packed_batch(AdaptorState(), params((0, 8), local_cp_size=2), 4)
+
+
 def test_position_ids_count_within_documents_or_over_all_and_padding_may_hold_anything():
     state, both = state_of(), params((0, 5, 13), (0, 8, 16))
     within, over_all = [0, 1, 6, 7, 0, 1, 6, 7], [0, 1, 6, 7, 8, 9, 14, 15]
