@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 
-from mindspeed_cp.doctor import device, environment, installed
+from mindspeed_cp.doctor import attention, device, environment, installed
 from mindspeed_cp.doctor.finding import Finding, as_json, has_problem
 
 DESCRIPTION = "Say whether context parallelism is on here, with which device and kernel, and what to do if not."
@@ -16,6 +16,7 @@ Sections = dict[str, list[Finding]]
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("mindspeed-cp doctor", description=DESCRIPTION)
     parser.add_argument("--json", action="store_true", help="everything, machine-readable")
+    parser.add_argument("--no-self-test", action="store_true", help="start no ranks")
     return parser
 
 
@@ -40,6 +41,8 @@ def examine(given: argparse.Namespace) -> Sections:
         *environment.interfaces(os.environ, chosen),
         *environment.meeting(os.environ),
     ]
+    if not given.no_self_test:
+        sections["Self test"] = list(attention.self_test(chosen))
     return sections
 
 
