@@ -87,7 +87,7 @@ class Case:
 CASES = (
     Case("Ulysses", "cp2", ULYSSES, quick=True),
     Case("Ulysses", "cp4", ULYSSES, 4),
-    Case("Ring", "cp2", RING, quick=True),
+    Case("Ring", "cp2", f"{RING} --cp-log", quick=True),
     Case("Ring", "cp3", RING, 3),
     Case("Ring, overlap", "cp4", OVERLAP, 4),
     Case("Ring, KV cache full", "cp2", CACHED),
@@ -100,7 +100,7 @@ CASES = (
     Case("Ring", "cp2 tp2, sequence parallel", RING, shared=f"{LENGTH} {TP}", tp_pp=2, quick=True),
     Case("Ulysses", "cp2 tp2, sequence parallel", ULYSSES, shared=f"{LENGTH} {TP}", tp_pp=2),
     Case("Ulysses", "cp2 pp2", ULYSSES, shared=f"{LENGTH} {PP}", tp_pp=2),
-    Case("Ring", "cp2 pp2", RING, shared=f"{LENGTH} {PP}", tp_pp=2),
+    Case("Ring", "cp2 pp2", f"{RING} --cp-log", shared=f"{LENGTH} {PP}", tp_pp=2),
     Case("Ring", "cp2 dp2, distributed optimizer", RING, shared=f"{LENGTH} {DISTRIBUTED_OPTIMIZER}", dp=2),
     Case("Ulysses", "cp2 dp2, distributed optimizer", ULYSSES, shared=f"{LENGTH} {DISTRIBUTED_OPTIMIZER}", dp=2),
     Case(
