@@ -1,11 +1,14 @@
 """--cp-log: bytes, waits and imbalance in the log of the embedded trainer and of Megatron's training."""
 
+import inspect
 import io
+import json
 import re
 import sys
 import time
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -226,12 +229,11 @@ def test_uneven_steps_do_not_make_up_for_each_other():
     assert Imbalance.of([[30, 10], [10, 30]], [[0, 1]]) == Imbalance(1.5, 0)
 
 
-def of_0_12(loss_dict, total_loss_dict, learning_rate, decoupled_learning_rate, iteration, loss_scale):
-    return "0.12", iteration
-
-
-def of_0_19(loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, *, is_first_iteration=False):
-    return "0.19", iteration
+def training_logs():
+    """Version from which on it is so -> a function with the signature of Megatron's training_log."""
+    table = json.loads(Path(__file__).with_name("megatron_signatures.json").read_text(encoding="utf-8"))
+    known = table["patches"]["megatron.training.training.training_log"]["signatures"]
+    return {version: eval(f"lambda {text[1:-1]}: iteration + 0.5") for version, text in known.items()}
 
 
 class _Log:
@@ -260,14 +262,15 @@ def megatron(monkeypatch):
     return written
 
 
-@pytest.mark.parametrize(("original", "before"), [(of_0_12, 4), (of_0_19, 3)], ids=["0.12", "0.19"])
-def test_megatrons_training_logs_each_interval(original, before, megatron, capsys):
+@pytest.mark.parametrize("original", training_logs().values(), ids=training_logs())
+def test_megatrons_training_logs_each_interval(original, megatron, capsys):
+    names = [name for name, one in inspect.signature(original).parameters.items() if one.default is one.empty]
     state = SimpleNamespace(log=_Log())
     train_step, training_log = (row.build for row in log_patches(state, str))
     for iteration in range(1, 11):
         assert train_step(lambda loss, **more: (loss, more))(iteration, config=1) == (iteration, {"config": 1})
-        result = training_log(original)(*[None] * before, iteration, loss_scale=1.0)
-        assert result == original(*[None] * before, iteration, loss_scale=1.0)
+        given = [iteration if name == "iteration" else None for name in names]
+        assert training_log(original)(*given) == iteration + 0.5
     assert (state.log.steps, state.log.intervals) == (10, 2)
     printed = capsys.readouterr().out.splitlines()
     assert [line.partition(" | ")[0] for line in printed] == [" iteration 5", " iteration 10"]
@@ -285,5 +288,5 @@ def test_megatrons_training_logs_each_interval(original, before, megatron, capsy
 def test_megatrons_training_says_nothing_without_the_flag(megatron, capsys):
     train_step, training_log = (row.build for row in log_patches(SimpleNamespace(log=None), str))
     assert train_step(lambda loss: loss)(3) == 3
-    assert training_log(of_0_12)(None, None, None, None, 5, 1.0) == ("0.12", 5)
+    assert training_log(lambda iteration: iteration + 0.5)(5) == 5.5
     assert (capsys.readouterr().out, megatron) == ("", [])
