@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 from mindspeed_cp.patches.step_log import log_patches
-from trainer_runs import IMPORTED, prepare_data, tiny, train
+from trainer_runs import IMPORTED, MegatronsGroups, prepare_data, tiny
 
 from mindspeed_cp.comm import watch as watch_module
 from mindspeed_cp.comm.link import Link
@@ -32,7 +32,7 @@ CASES = {
     "ring": f"{RING} --cp-log",
     "ulysses": f"{ULYSSES} --cp-log",
     "contiguous": f"{RING} --cp-batch-layout contiguous --cp-log",
-    "late": f"{RING} --cp-log",
+    "late": f"{RING} --global-batch-size 1 --cp-log",
     **{
         layout: f"{RING} --seq-length 512 --reset-attention-mask --cp-batch-layout {layout} --cp-log"
         for layout in ("zigzag", "balanced")
@@ -56,15 +56,20 @@ def runs(tmp_path_factory):
 
 
 def _run(rank, cases):
-    results = {}
+    from trainer.arguments import parse_args
+    from trainer.loop import pretrain
+
+    results, groups = {}, MegatronsGroups()
     for name, argv in cases.items():
         text, written = io.StringIO(), []
+        board = SimpleNamespace(SummaryWriter=partial(_Writer, written))
         with (
             redirect_stdout(text),
             _late() if name == "late" and rank == 1 else nullcontext(),
-            patch("torch.utils.tensorboard.SummaryWriter", partial(_Writer, written)),
+            patch.dict(sys.modules, {"torch.utils.tensorboard": board}),
+            groups.reused(),
         ):
-            records = train(rank, {name: argv})[name]
+            records = pretrain(parse_args(argv, world_size=2))
         results[name] = records, text.getvalue(), written
     return results
 
