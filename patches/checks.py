@@ -1,6 +1,12 @@
-"""Flags of Megatron-LM that do not work with context parallelism, or not on this machine."""
+"""Flags of Megatron-LM that do not work with context parallelism, or not on this machine.
 
+``python -m mindspeed_cp.patches.checks FLAGS...`` checks a command line without Megatron, and prints as a JSON string
+what is wrong, or "".
+"""
+
+import argparse
 import importlib.util
+import json
 import sys
 
 from mindspeed_cp.patches.dynamic import refuse_dynamic
@@ -45,3 +51,23 @@ def _check_transformer_engine(args):
 def _is_there(library):
     # A framework may have put a module of its own there, which importlib.util.find_spec does not like.
     return sys.modules.get(library) is not None or importlib.util.find_spec(library) is not None
+
+
+def wrong_flags(argv) -> str:
+    """What ``check_flags`` says of a command line of pretrain_gpt.py; "" when it is right. Defaults are Megatron's."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--context-parallel-size", type=int, default=1)
+    parser.add_argument("--transformer-impl", default="transformer_engine")
+    parser.add_argument("--ckpt-format", default="torch_dist")
+    parser.add_argument("--spec", nargs="*")
+    for name in ("hybrid_context_parallel", "use_legacy_models", *NOT_WITH_LEGACY):
+        parser.add_argument(f"--{name.replace('_', '-')}", nargs="?", const=True, default=False)
+    try:
+        check_flags(parser.parse_known_args(argv)[0])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+if __name__ == "__main__":
+    print(json.dumps(wrong_flags(sys.argv[1:])))

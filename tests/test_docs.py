@@ -6,7 +6,6 @@ Python blocks marked ``python run`` run in one process, those marked ``python to
 import argparse
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 from mindspeed_cp.arguments import add_context_parallel_arguments, mindspeed_flags, validate, yaml_file
 from mindspeed_cp.arguments.flags import GROUP_TITLE
+from mindspeed_cp.arguments.launch import read_flags
 from mindspeed_cp.patches import versions
 
 from mindspeed_cp import ContextParallelConfig
@@ -269,8 +269,8 @@ def test_the_worked_command_resolves_to_the_line_below_it(page):
     command = shlex.split(script.replace("\\\n", " ").splitlines()[-1])
     size = int(label.partition("=")[2])
     assert command[:3] == ["torchrun", "--nproc-per-node", str(size)]
-    parse = runpy.run_path(str(ROOT / "scripts/launch/describe.py"))["parse"]
-    config, setup = validate(parse(command[command.index("pretrain_gpt.py") + 1 :]), size)
+    args, _ = read_flags(command[command.index("pretrain_gpt.py") + 1 :])
+    config, setup = validate(args, size)
     assert not setup.notices
     assert f"Context parallelism: {config.describe()}, kernel npu, " in text_of(page)
 

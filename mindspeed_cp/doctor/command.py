@@ -16,6 +16,9 @@ Sections = dict[str, list[Finding]]
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("mindspeed-cp doctor", description=DESCRIPTION)
     parser.add_argument("--json", action="store_true", help="everything, machine-readable")
+    parser.add_argument(
+        "--launch", metavar="COMMAND", help="a launch command, or a script with DRY_RUN=1: what it does"
+    )
     parser.add_argument("--no-self-test", action="store_true", help="start no ranks")
     return parser
 
@@ -43,6 +46,10 @@ def examine(given: argparse.Namespace) -> Sections:
     ]
     if not given.no_self_test:
         sections["Self test"] = list(attention.self_test(chosen))
+    if given.launch is not None:
+        from mindspeed_cp.doctor import launched
+
+        sections["Launch"] = list(launched.findings(given.launch, chosen))
     return sections
 
 

@@ -4,8 +4,9 @@ So the predicted bytes are those of the engine's own code: nothing of its planni
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -143,6 +144,7 @@ class NotingKernel:
     notes: Notes
     name: str = "dry"
     native_bands: bool = True
+    contiguous_heads: bool = False
 
     def forward(self, query, key, value, block, options: KernelOptions, attention_mask=None):
         _, batch, heads, dk = query.shape
@@ -177,32 +179,39 @@ def dry_groups(config: ContextParallelConfig, rank: int, stride: int, notes: Not
     return ContextParallelGroups(config.hierarchy, rank, tuple(everyone), workspace=workspace, **links)
 
 
+def dry_call(
+    config: ContextParallelConfig, problem: Problem, rank: int, notes: Notes, contiguous_heads: bool = False
+) -> Callable[[], torch.Tensor]:
+    """One attention call on tensors without memory, by a kernel that may want contiguous heads."""
+    layout = SequenceLayout.build(config, problem.seq_len, problem.cu_seqlens)
+    sizes = ((problem.heads, problem.dk), (problem.kv_heads, problem.dk), (problem.kv_heads, problem.dv))
+    leaves = (
+        torch.empty((layout.length(rank), problem.batch, *size), dtype=problem.dtype, device="meta", requires_grad=True)
+        for size in sizes
+    )
+    return partial(
+        context_parallel_attention,
+        *leaves,
+        config=config,
+        groups=dry_groups(config, rank, problem.stride, notes),
+        layout=layout,
+        cu_seqlens=problem.cu_seqlens,
+        sliding_window=problem.sliding_window,
+        layer_number=problem.layer_number,
+        kernel=NotingKernel(notes, contiguous_heads=contiguous_heads),
+    )
+
+
 def trace(config: ContextParallelConfig, problem: Problem, rank: int) -> tuple[Pass, Pass]:
     """What cp_rank ``rank`` does in the (forward, backward) pass of one attention layer. Needs no processes.
 
     Raises:
         ValueError: the problem does not fit the configuration; it is the engine's own error.
     """
-    layout = SequenceLayout.build(config, problem.seq_len, problem.cu_seqlens)
     notes = Notes()
-    sizes = ((problem.heads, problem.dk), (problem.kv_heads, problem.dk), (problem.kv_heads, problem.dv))
-    query, key, value = (
-        torch.empty((layout.length(rank), problem.batch, *size), dtype=problem.dtype, device="meta", requires_grad=True)
-        for size in sizes
-    )
+    call = dry_call(config, problem, rank, notes)
     with count_bytes() as forward:
-        out = context_parallel_attention(
-            query,
-            key,
-            value,
-            config=config,
-            groups=dry_groups(config, rank, problem.stride, notes),
-            layout=layout,
-            cu_seqlens=problem.cu_seqlens,
-            sliding_window=problem.sliding_window,
-            layer_number=problem.layer_number,
-            kernel=NotingKernel(notes),
-        )
+        out = call()
     passed = len(notes.events)
     with count_bytes() as backward:
         out.backward(torch.empty_like(out))

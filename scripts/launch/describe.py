@@ -3,7 +3,6 @@
 WORLD_SIZE=8 python scripts/launch/describe.py FLAGS...
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -11,29 +10,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mindspeed_cp import SequenceLayout
-from mindspeed_cp.arguments import add_context_parallel_arguments, readable_errors, validate
-
-
-def parse(argv):
-    """The flags that the rules of context parallelism need; all others are left to pretrain_gpt.py."""
-    parser = argparse.ArgumentParser(prog="describe.py", allow_abbrev=False)
-    for flag in (
-        "num-layers",
-        "num-attention-heads",
-        "seq-length",
-        "tensor-model-parallel-size",
-        "pipeline-model-parallel-size",
-    ):
-        parser.add_argument(f"--{flag}", type=int, default=1)
-    parser.add_argument("--num-query-groups", type=int)
-    for flag in ("group-query-attention", "sequence-parallel", "use-legacy-models"):
-        parser.add_argument(f"--{flag}", action="store_true")
-    return add_context_parallel_arguments(parser).parse_known_args(argv)[0]
+from mindspeed_cp.arguments import readable_errors, validate
+from mindspeed_cp.arguments.launch import read_flags
 
 
 def main():
-    args = parse(sys.argv[1:])
     with readable_errors("describe.py"):
+        args, _ = read_flags(sys.argv[1:])
         config, _ = validate(args, int(os.environ["WORLD_SIZE"]))
         layout = SequenceLayout.build(config, args.seq_length)
     ulysses, window, windows = config.hierarchy

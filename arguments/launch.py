@@ -1,0 +1,79 @@
+"""The flags of a training script as context parallelism must know them, read without the script's own parser."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+
+from mindspeed_cp.arguments.flags import GROUP_TITLE, add_context_parallel_arguments
+
+NUMBERS = (
+    "num-layers",
+    "num-attention-heads",
+    "seq-length",
+    "tensor-model-parallel-size",
+    "pipeline-model-parallel-size",
+    "micro-batch-size",
+)
+OPTIONAL_NUMBERS = ("num-query-groups", "hidden-size", "kv-channels")
+SWITCHES = (
+    "group-query-attention",
+    "sequence-parallel",
+    "use-legacy-models",
+    "multi-latent-attention",
+    "bf16",
+    "fp16",
+    "recompute-activations",
+)
+CLOSE = 0.88  # from which likeness on an unknown flag is taken for a misspelt one
+
+
+class _Refused(Exception):
+    """A flag's value is wrong. argparse takes a ValueError of a converter for its own business."""
+
+
+class _RaisingParser(argparse.ArgumentParser):
+    """A parser that raises instead of ending the program."""
+
+    def error(self, message):
+        raise _Refused(f"{message}; see docs/flags.md.")
+
+    def exit(self, status=0, message=None):
+        raise _Refused(str(message).partition("error: ")[2].strip())
+
+
+def flag_parser(prog: str) -> argparse.ArgumentParser:
+    """A parser of the flags that the rules of context parallelism read, Megatron's and MindSpeed's."""
+    parser = _RaisingParser(prog=prog, allow_abbrev=False, add_help=False)
+    for flag in NUMBERS:
+        parser.add_argument(f"--{flag}", type=int, default=1)
+    for flag in OPTIONAL_NUMBERS:
+        parser.add_argument(f"--{flag}", type=int)
+    for flag in SWITCHES:
+        parser.add_argument(f"--{flag}", action="store_true")
+    parser.add_argument("--recompute-granularity")
+    parser.add_argument("--recompute-modules", nargs="*")
+    parser.add_argument("--position-embedding-type")
+    parser.add_argument("--cp-comm-type", nargs="+")
+    parser.add_argument("--hierarchical-context-parallel-sizes", nargs="+", type=int)
+    return add_context_parallel_arguments(parser)
+
+
+def read_flags(argv: Sequence[str], prog: str = "launch") -> tuple[argparse.Namespace, list[str]]:
+    """(the flags that context parallelism reads, the rest, which is the script's business).
+
+    Raises:
+        ValueError: the value of a flag is wrong.
+    """
+    try:
+        return flag_parser(prog).parse_known_args(list(argv))
+    except _Refused as refused:
+        raise ValueError(str(refused)) from None
+
+
+def misspelt(rest: Sequence[str]) -> dict[str, str]:
+    """Unknown flag -> the flag of context parallelism that was likely meant."""
+    (group,) = (group for group in flag_parser("launch")._action_groups if group.title == GROUP_TITLE)
+    ours = [flag for action in group._group_actions for flag in action.option_strings]
+    given = [token.partition("=")[0] for token in rest if token.startswith("--")]
+    nearest = {flag: difflib.get_close_matches(flag, ours, 1, CLOSE) for flag in given}
+    return {flag: found[0] for flag, found in nearest.items() if found}

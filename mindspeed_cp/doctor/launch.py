@@ -1,0 +1,173 @@
+"""A launch command, read: how many processes, where they meet, which script, which flags. Nothing of it is started.
+
+A script of the shell is run with DRY_RUN=1, where it knows that, and the command that it prints is read.
+"""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mindspeed_cp.doctor.environment import DEFAULT_PORT
+
+RUNNER = "mindspeed_cp.run"
+LAUNCHERS = ("torch.distributed.run", "torch.distributed.launch")
+SHELLS = ("bash", "sh")
+TIMEOUT = 120  # seconds for a dry run
+_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What would be started.
+
+    Args:
+        script: path of the training script.
+        flags: its command line.
+        runner: it runs under mindspeed_cp.run.
+        world_size: processes of all nodes, 0 where the command does not say.
+        address, port: where they meet, None where the launcher chooses.
+        environment: variables that the command itself sets.
+    """
+
+    script: str
+    flags: tuple[str, ...]
+    runner: bool = False
+    world_size: int = 0
+    address: str = "127.0.0.1"
+    port: int | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def read(command: str, environment: Mapping[str, str]) -> Launch:
+    """The launch that a command, or a shell script, describes.
+
+    Raises:
+        ValueError: it cannot be read, or a dry run refuses it; the message says what to do.
+    """
+    try:
+        tokens = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"--launch {command!r} cannot be read ({error}); close the quotes.") from None
+    own, tokens = _assignments(tokens)
+    if not tokens:
+        raise ValueError('--launch names no command; give one, such as --launch "torchrun ... pretrain_gpt.py ...".')
+    is_script = tokens[0].endswith(".sh")
+    if is_script or (Path(tokens[0]).name in SHELLS and len(tokens) > 1):
+        printed = _dry_run(tokens if is_script else tokens[1:], {**environment, **own})
+        further, tokens = _assignments(shlex.split(printed))
+        own |= further
+    return _launch(tokens, {**environment, **own}, own)
+
+
+def _assignments(tokens: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Variables that stand before a command, with or without env, and the command."""
+    found = {}
+    rest = list(tokens)
+    while rest and (rest[0] == "env" or _ASSIGNMENT.match(rest[0])):
+        name, _, value = rest.pop(0).partition("=")
+        if name != "env":
+            found[name] = value
+    return found, rest
+
+
+def _dry_run(tokens: list[str], environment: dict[str, str]) -> str:
+    """The command that a launch script prints with DRY_RUN=1."""
+    script = Path(tokens[0])
+    if not script.is_file():
+        raise ValueError(f"--launch: {script} does not exist; give the path of a script, or the command itself.")
+    if not _knows_dry_run(script):
+        raise ValueError(
+            f"--launch: {script} does not know DRY_RUN=1 and would start the training; give the command that it runs "
+            '(bash -x shows it): --launch "torchrun ... pretrain_gpt.py ...".'
+        )
+    try:
+        done = subprocess.run(
+            ["bash", *tokens],
+            env={"PYTHON": sys.executable, **environment, "DRY_RUN": "1"},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"--launch: {script} took more than {TIMEOUT} s with DRY_RUN=1; give the command.") from None
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error: " in line] or done.stderr.splitlines()[-1:]
+        raise ValueError((lines[-1] if lines else f"{script} failed").rpartition("error: ")[2])
+    _, separator, printed = done.stdout.partition("# command\n")
+    if not separator:
+        raise ValueError(f"--launch: {script} prints no command with DRY_RUN=1; give the command itself.")
+    return printed.strip().splitlines()[-1].rpartition(" && ")[2]
+
+
+def _knows_dry_run(script: Path) -> bool:
+    """Whether DRY_RUN stands in the script, or in one of its folder that it sources."""
+    text = script.read_text(encoding="utf-8", errors="replace")
+    sourced = re.findall(r"^\s*(?:source|\.)\s.*?([\w.-]+\.sh)\b", text, re.M)
+    others = [script.parent / name for name in sourced if (script.parent / name).is_file()]
+    return any("DRY_RUN" in part for part in (text, *(path.read_text(encoding="utf-8") for path in others)))
+
+
+def _launch(tokens: list[str], environment: Mapping[str, str], own: dict[str, str]) -> Launch:
+    for place, token in enumerate(tokens):
+        name, rest = Path(token).name, tokens[place + 1 :]
+        if name == "torchrun":
+            return _torchrun(rest, own)
+        if re.fullmatch(r"python[\d.]*", name):
+            rest = _without_options(rest)
+            if rest[:1] == ["-m"] and rest[1:2] and rest[1] in LAUNCHERS:
+                return _torchrun(rest[2:], own)
+            module = rest[:1] == ["-m"]
+            size = environment.get("WORLD_SIZE", "0")
+            world = int(size) if size.isdigit() and int(size) else 0 if place else 1
+            return _program(rest[1:] if module else rest, module, own, world_size=world)
+    raise ValueError(f"--launch {shlex.join(tokens[:4])} starts neither torchrun nor python; give that part alone.")
+
+
+def _without_options(rest: list[str]) -> list[str]:
+    """What follows Python's own switches, such as -u."""
+    while rest and re.fullmatch(r"-[a-ln-zA-LN-Z]+", rest[0]):
+        rest = rest[1:]
+    return rest
+
+
+def _torchrun(rest: list[str], own: dict[str, str]) -> Launch:
+    from torch.distributed.run import get_args_parser
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            args = get_args_parser().parse_args(rest)
+    except SystemExit:
+        line = (said.getvalue().strip().splitlines() or ["it shows its help"])[-1].rpartition("error: ")[2]
+        raise ValueError(f"torchrun refuses its command line: {line}; see torchrun --help.") from None
+    nodes, per_node = str(args.nnodes).partition(":")[0], str(args.nproc_per_node)
+    world = int(nodes) * int(per_node) if nodes.isdigit() and per_node.isdigit() else 0
+    chooses = args.standalone or args.rdzv_endpoint
+    return _program(
+        [args.training_script, *args.training_script_args],
+        args.module,
+        own,
+        world_size=world,
+        address=args.master_addr,
+        port=None if chooses or args.node_rank else int(args.master_port or DEFAULT_PORT),
+    )
+
+
+def _program(rest: list[str], module: bool, own: dict[str, str], **where: object) -> Launch:
+    runner = module and rest[:1] == [RUNNER]
+    if runner:
+        rest = rest[1:]
+    if not rest:
+        raise ValueError(f"--launch names no training script; add it behind {RUNNER if runner else 'python'}.")
+    return Launch(rest[0], tuple(rest[1:]), runner, environment=own, **where)  # type: ignore[arg-type]
+
+
+def home_of(script: str) -> Path:
+    return Path(os.path.expandvars(script)).expanduser()

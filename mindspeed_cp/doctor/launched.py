@@ -1,0 +1,165 @@
+"""What would be on: a launch as findings, by the rules of arguments/ and config.py themselves."""
+
+import argparse
+import ast
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from mindspeed_cp.arguments import validate
+from mindspeed_cp.arguments.launch import misspelt, read_flags
+from mindspeed_cp.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.doctor import environment, launch
+from mindspeed_cp.doctor.finding import Finding, problem
+from mindspeed_cp.doctor.installed import ask
+from mindspeed_cp.kernels import select_kernel
+from mindspeed_cp.kernels.base import AttentionKernel
+from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.planner.memory import saved_bytes
+from mindspeed_cp.planner.trace import Problem, trace
+
+ADAPTORS = ("mindspeed_cp.megatron_adaptor", "mindspeed.megatron_adaptor")
+
+
+def findings(command: str, device: str) -> Iterator[Finding]:
+    """Everything that can be said of a launch before it is started.
+
+    Args:
+        command: as for launch.read.
+        device: that this machine uses.
+    """
+    try:
+        started = launch.read(command, os.environ)
+        args, rest = read_flags(started.flags)
+    except ValueError as error:
+        yield problem(str(error))
+        return
+    yield from switched_on(started)
+    for flag, meant in misspelt(rest).items():
+        yield Finding("warning", f"{flag} is not a flag of context parallelism", f"write {meant}")
+    if started.port is not None:
+        taken = environment.port(started.address, started.port)
+        if taken:
+            yield taken
+    try:
+        yield from resolved(args, started.world_size, device)
+        yield from of_megatron(started)
+    except ValueError as error:
+        yield problem(str(error))
+    except RuntimeError as error:
+        yield Finding("problem", f"Megatron's flags were not checked: {error}", "report it with this line")
+
+
+def switched_on(started: launch.Launch) -> Iterator[Finding]:
+    """Whether the adaptor is imported, and before Megatron."""
+    script = launch.home_of(started.script)
+    if not script.is_file():
+        yield Finding("problem", f"the script {started.script} does not exist", "give its path, or start elsewhere")
+    elif started.runner:
+        yield Finding("ok", f"{script.name} runs under {launch.RUNNER}: Megatron is patched first")
+    else:
+        try:
+            adaptor, megatron = import_lines(script)
+        except SyntaxError as error:
+            yield Finding("problem", f"{script.name} is no Python: {error}", "give the path of a Python script")
+            return
+        way_out = f"start it through -m {launch.RUNNER} {started.script}"
+        if adaptor is None:
+            yield Finding("problem", f"{script.name} does not import {ADAPTORS[0]}: nothing is patched", way_out)
+        elif megatron is not None and megatron < adaptor:
+            text = f"{script.name} imports Megatron in line {megatron}, before the adaptor in line {adaptor}"
+            yield Finding("problem", text, f"put import {ADAPTORS[0]} first, or {way_out}")
+        else:
+            yield Finding("ok", f"{script.name} imports the adaptor in line {adaptor}, before Megatron")
+
+
+def import_lines(script: Path) -> tuple[int | None, int | None]:
+    """(first line that imports the adaptor, first that imports Megatron) at the top of a script; None for none."""
+    found: dict[str, int] = {}
+    for node in ast.parse(script.read_bytes()).body:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            kind = "adaptor" if name.startswith(ADAPTORS) else "megatron" if name.startswith("megatron.") else ""
+            found.setdefault(kind, node.lineno)
+    return found.get("adaptor"), found.get("megatron")
+
+
+def resolved(args: argparse.Namespace, world_size: int, device: str) -> Iterator[Finding]:
+    """The configuration, what is replaced or ignored, and what a layer sends and keeps.
+
+    Raises:
+        ValueError: a rule is broken.
+    """
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        config, setup = validate(args, world_size)
+        layout = SequenceLayout.build(config, args.seq_length)
+    for notice in dict.fromkeys(str(warning.message) for warning in said):
+        ignored = " is ignored" in notice
+        yield Finding("warning" if ignored else "note", notice, f"leave out {notice.split()[0]}" if ignored else "")
+    if config.context_parallel_size == 1:
+        yield Finding("warning", "context parallelism is off: its size is 1", "add --context-parallel-size N, N > 1")
+        return
+    lengths = sorted({layout.length(rank) for rank in range(config.context_parallel_size)})
+    tokens = " or ".join(f"{length:,}" for length in lengths)
+    ulysses, window, windows = config.hierarchy
+    hierarchy = f"ulysses {ulysses} x window {window} x windows {windows}"
+    yield Finding("ok", f"{config.describe()}; {hierarchy}; {tokens} tokens on a rank")
+    yield from cost(args, config, setup, select_kernel(args.cp_kernel, device))
+
+
+def problem_of(args: argparse.Namespace, setup: TrainingSetup) -> Problem | str:
+    """The attention of one layer, or which flag is missing for it."""
+    if args.multi_latent_attention:
+        return "multi-latent attention: its bytes and memory are not estimated"
+    if not (args.kv_channels or args.hidden_size) or args.num_attention_heads == 1:
+        return "bytes and memory need --num-attention-heads and --hidden-size (or --kv-channels)"
+    heads, tp = args.num_attention_heads, setup.tensor_parallel_size
+    dim = args.kv_channels or args.hidden_size // heads
+    kv_heads = setup.num_query_groups or heads
+    if heads % tp:
+        raise ValueError(
+            f"--num-attention-heads {heads} must be divisible by --tensor-model-parallel-size {tp}; choose a divisor."
+        )
+    dtype = torch.bfloat16 if args.bf16 or args.fp16 else torch.float32
+    kv_of_rank = max(kv_heads // tp, 1)
+    return Problem(args.seq_length, heads // tp, kv_of_rank, dim, dim, args.micro_batch_size, dtype, stride=tp)
+
+
+def cost(
+    args: argparse.Namespace, config: ContextParallelConfig, setup: TrainingSetup, kernel: AttentionKernel
+) -> Iterator[Finding]:
+    """Bytes and memory of one layer, by the planner; the larger of the first and the last rank."""
+    layer = problem_of(args, setup)
+    if isinstance(layer, str):
+        yield Finding("note", layer)
+        return
+    ranks = (0, config.context_parallel_size - 1)
+    passes = [trace(config, layer, rank) for rank in ranks]
+    forward, backward = (max(sum(each[way].sent.values()) for each in passes) for way in (0, 1))
+    yield Finding(
+        "ok", f"a layer sends {forward / 1e6:,.1f} MB forward and {backward / 1e6:,.1f} MB backward, per rank"
+    )
+    contiguous = getattr(kernel, "contiguous_heads", False)
+    saved = max(saved_bytes(config, layer, rank, contiguous) for rank in ranks)
+    layers = -(-setup.num_layers // setup.pipeline_parallel_size)
+    again = setup.recomputes_attention and not config.keep_attention
+    kept = "of which recomputation keeps one layer's at a time" if again else f"{saved * layers / 1e9:,.2f} GB in all"
+    text = f"attention keeps {saved / 1e6:,.1f} MB a layer for backward, on {layers} layers of a rank, {kept}"
+    yield Finding("ok", text)
+
+
+def of_megatron(started: launch.Launch) -> Iterator[Finding]:
+    """What the patches refuse of Megatron's own flags, for a script of Megatron-LM."""
+    if started.runner and Path(started.script).name.startswith("pretrain_"):
+        wrong = ask("mindspeed_cp.patches.checks", *started.flags)
+        if wrong:
+            yield problem(wrong)
