@@ -249,6 +249,8 @@ class Link:
 
 
 def _end_to_end(tensors: Sequence[torch.Tensor]) -> Message:
+    if len(tensors) == 1:
+        return Message(((tensors[0],),), tensors[0].dtype)
     return Message.joined(Message(((tensor,),), tensor.dtype) for tensor in tensors)
 
 

@@ -70,7 +70,7 @@ class Message:
     def tensors(self) -> list[torch.Tensor]:
         return [tensor for block in self.blocks for tensor in block]
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors)
 
@@ -85,8 +85,8 @@ class Message:
     @cached_property
     def in_place(self) -> torch.Tensor | None:
         """The message, flat, where the tensors' memory is it already; else None."""
-        blocks = Message.joined([self]).blocks
-        if not blocks or any(len(block) > 1 for block in blocks):
+        blocks = self.blocks if len(self.blocks) == 1 else Message.joined([self]).blocks
+        if not self.numel or any(len(block) > 1 for block in blocks):
             return None
         tensors = [tensor for (tensor,) in blocks]
         if any(tensor.dtype != self.dtype or not tensor.is_contiguous() for tensor in tensors):
@@ -95,11 +95,17 @@ class Message:
 
     def write(self, flat: torch.Tensor) -> None:
         """Copy the tensors into a flat message."""
+        if self.in_place is not None:
+            flat.copy_(self.in_place)
+            return
         for part, tensor in zip(self._apart(flat), self.tensors, strict=True):
             part.copy_(tensor)
 
     def read(self, flat: torch.Tensor) -> None:
         """Copy a flat message into the tensors."""
+        if self.in_place is not None:
+            self.in_place.copy_(flat)
+            return
         for part, tensor in zip(self._apart(flat), self.tensors, strict=True):
             tensor.copy_(part)
 
