@@ -3,11 +3,14 @@
 ``python scripts/bench_documents.py``
 
 For four distributions of document lengths it prints the largest attention area of a rank over the mean and the rows
-that cross, both exact, for several numbers of ranks, and then the time of forward + backward on this machine (CPU and
-gloo), both variants interleaved in one run, medians.
+that cross, both exact, for several numbers of ranks; the time that the kernel takes for the blocks of the rank with
+the largest area, alone on this machine; and the time of forward + backward of all ranks together (CPU and gloo).
+Variants are interleaved, times are medians. Where ranks share caches and clock, a rank that waits makes the others
+faster, and the last table shows less than the one before.
 """
 
 import argparse
+import itertools
 import os
 import random
 import socket
@@ -28,9 +31,12 @@ from mindspeed_cp import (
     SequenceLayout,
     context_parallel_attention,
 )
+from mindspeed_cp.algorithms.ring_plan import ring_plan
 from mindspeed_cp.balance import imbalance
 from mindspeed_cp.blocks import IntervalMask, needed_rows
 from mindspeed_cp.comm import count_bytes
+from mindspeed_cp.kernels import select_kernel
+from mindspeed_cp.kernels.base import KernelOptions
 
 # name -> function of a random generator and the row's length that draws a document's length
 DISTRIBUTIONS = {
@@ -86,6 +92,49 @@ def plan(name, ranks, settings, options):
     return statistics.mean(areas), max(areas), statistics.mean(rows)
 
 
+def busiest(name, ranks, settings, options):
+    """(blocks of the rank with the largest area, tokens of a rank)."""
+    documents = boundaries(name, options.seq_length, 0)
+    layout = SequenceLayout.build(config_of(ranks, settings), options.seq_length, documents)
+    blocks = ring_plan(layout, (IntervalMask(None, 0, documents),), native_bands=False)
+    of_rank = [[task.block for source in range(ranks) for task in blocks.tasks(rank, source)] for rank in range(ranks)]
+    return max(of_rank, key=lambda blocks: sum(block.area for block in blocks)), layout.ring_length(0)
+
+
+def kernel_seconds(kernel, tensors, blocks):
+    """Forward and backward of these blocks, one after the other."""
+    query, key, value, grad_out = tensors
+    options, start = KernelOptions(softmax_scale=query.shape[-1] ** -0.5), time.perf_counter()
+    for block in blocks:
+        rows, keys = block.query_rows, block.key_rows
+        out, lse, rng = kernel.forward(query[rows], key[keys], value[keys], block, options)
+        kernel.backward(grad_out[rows], query[rows], key[keys], value[keys], out, lse, block, options, rng)
+    return time.perf_counter() - start
+
+
+def print_busiest(options):
+    print(
+        f"\nBusiest rank alone, H={options.heads}, D={options.head_dim}, float32, {options.repetitions} repetitions\n"
+    )
+    print("| documents | ranks | zigzag ms | balanced ms | zigzag's area over it | zigzag's time over it |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    torch.set_num_threads(1)
+    kernel = select_kernel("cpu")
+    for name, ranks in itertools.product(DISTRIBUTIONS, options.plans):
+        cases = [busiest(name, ranks, settings, options) for settings in VARIANTS.values()]
+        tensors = sample((cases[0][1] + 1, options.heads, options.head_dim), options.heads, torch.float32)
+        times = [
+            [kernel_seconds(kernel, tensors, blocks) for blocks, _ in cases] for _ in range(options.repetitions + 1)
+        ]
+        zigzag, balanced = (statistics.median(column) for column in zip(*times[1:]))  # the first is a warm-up
+        areas = [sum(block.area for block in blocks) for blocks, _ in cases]
+        print(
+            f"| {name} | {ranks} | {zigzag * 1e3:.1f} | {balanced * 1e3:.1f} | {areas[0] / areas[1]:.2f} "
+            f"| {zigzag / balanced:.2f} |",
+            flush=True,
+        )
+
+
 def measure(rank, ranks, port, options, results):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -138,6 +187,7 @@ def main():
             for variant, settings in VARIANTS.items():
                 mean, worst, rows = plan(name, ranks, settings, options)
                 print(f"| {name} | {ranks} | {variant} | {mean:.2f} | {worst:.2f} | {rows:.2f} |", flush=True)
+    print_busiest(options)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
