@@ -1,5 +1,8 @@
 """The block plan against the definition of the mask, pair by pair."""
 
+import random
+from bisect import bisect_right
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from reference import allowed_pairs
 
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
+from mindspeed_cp.algorithms.ring_plan import sharing_documents
 from mindspeed_cp.blocks import BAND_TILE, Block, IntervalMask, needed_rows, plan_blocks
 
 thorough = settings(max_examples=400, derandomize=True, deadline=None, database=None)
@@ -173,3 +177,23 @@ def test_the_plan_of_a_long_window_costs_rectangles_not_pairs():
     blocks = plan_blocks(((0, 1 << 20),), ((0, 1 << 20),), IntervalMask(4095, 0), True)
     assert len(blocks) <= 3
     assert sum(block.area for block in blocks) == (1 << 20) * 4096 - 4096 * 4095 // 2
+
+
+def test_ranks_that_share_a_document_are_found():
+    """Against the definition, with uneven and empty ranks, documents of no tokens and documents cut anywhere."""
+    rng = random.Random(0)
+
+    def drawn_cuts(length, count):
+        return sorted([0, length, *(rng.randint(0, length) for _ in range(rng.randint(0, count)))])
+
+    for _ in range(300):
+        length, num_ranks = rng.randint(1, 40), rng.randint(1, 6)
+        runs, documents = [[] for _ in range(num_ranks)], tuple(drawn_cuts(length, 6))
+        for start, stop in zip((cuts := sorted(set(drawn_cuts(length, 8)))), cuts[1:]):
+            rng.choice(runs).append((start, stop))
+        held = [
+            {bisect_right(documents, position) for start, stop in own for position in range(start, stop)}
+            for own in runs
+        ]
+        found = sharing_documents([tuple(own) for own in runs], documents)
+        assert found.tolist() == [[bool(mine & others) for others in held] for mine in held], (runs, documents)

@@ -5,6 +5,8 @@ from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
+
 from mindspeed_cp.blocks import Block, IntervalMask, needed_rows, plan_blocks
 from mindspeed_cp.layout import Runs, SequenceLayout
 
@@ -77,7 +79,22 @@ class RingPlan:
             )
         return self._areas[reader, num_rows]
 
+    @cached_property
+    def _related(self) -> np.ndarray:
+        """Bool (ranks, ranks): whether two hold positions of one document, so that any query of one may see a key of
+        the other. With thousands of documents most do not, and need no plan.
+        """
+        runs = [self.layout.ring_runs(rank) for rank in range(self.layout.ring_size)]
+        related = np.zeros((len(runs), len(runs)), dtype=bool)
+        for mask in set(self.masks):
+            if mask.cu_seqlens is None:
+                return np.ones_like(related)
+            related |= sharing_documents(runs, mask.cu_seqlens)
+        return related
+
     def _plan(self, reader: int, source: int) -> tuple[Task, ...]:
+        if not self._related[reader, source]:
+            return ()
         queries, keys = self.layout.ring_runs(reader), self.layout.ring_runs(source)
         tasks = tuple(
             Task(batch, block)
@@ -92,6 +109,8 @@ class RingPlan:
         """Rows of ``source``'s shard to move to ``reader`` (and gradients back), for any row of the batch."""
         if not self.exact:
             return ((0, self.lengths[source]),) if self.tasks(reader, source) else ()
+        if not self._related[reader, source]:
+            return ()
         if (reader, source) not in self._needed:
             queries, keys = self.layout.ring_runs(reader), self.layout.ring_runs(source)
             needed = [needed_rows(queries, keys, mask) for _, mask in self._batches]
@@ -120,6 +139,26 @@ def ring_plan(
 ) -> RingPlan:
     """The RingPlan of these, made once for all layers and steps that see the same batch shape."""
     return RingPlan(layout, masks, native_bands, dense, exact)
+
+
+def sharing_documents(runs: list[Runs], cu_seqlens: tuple[int, ...]) -> np.ndarray:
+    """Bool (ranks, ranks): whether two ranks hold positions of one document.
+
+    Args:
+        runs: those of every rank; together they are the whole sequence.
+    """
+    parts = sorted((start, stop, rank) for rank, own in enumerate(runs) for start, stop in own if start < stop)
+    start, stop, owner = np.array(parts, dtype=np.int64).reshape(-1, 3).T
+    ends = np.unique(np.array(cu_seqlens, dtype=np.int64))
+    low = ends[np.searchsorted(ends, start, side="right") - 1]
+    high = ends[np.searchsorted(ends, stop, side="left")]
+    # How many parts each rank has before every part; a rank is met where that grows over the documents of a part.
+    before = np.zeros((len(parts) + 1, len(runs)), dtype=np.int64)
+    np.cumsum(owner[:, None] == np.arange(len(runs)), axis=0, out=before[1:])
+    first, last = np.searchsorted(start, low, side="right") - 1, np.searchsorted(start, high, side="left")
+    met = np.zeros((len(runs), len(runs)), dtype=bool)
+    np.logical_or.at(met, owner, before[last] > before[first])
+    return met
 
 
 def _union(rows: list[Runs]) -> Runs:
