@@ -9,6 +9,7 @@ import importlib.util
 import json
 import platform
 import runpy
+import shutil
 from pathlib import Path
 
 from mindspeed_cp.patches.versions import DEFAULT, LOWEST_TORCH, MEGATRONS, PYTHONS, TORCH, minor
@@ -84,8 +85,14 @@ def newest_for(python: str) -> str:
 
 def megatron_finding(version: str, python: str, where: str) -> Finding:
     name = f"megatron-core {version}, {where}"
-    if version in [row.version for row in MEGATRONS]:
-        return "ok", name, ""
+    row = next((row for row in MEGATRONS if row.version == version), None)
+    if row is not None:
+        lowest, highest = row.pythons
+        if minor(lowest) <= minor(python) <= minor(highest):
+            return "ok", name, ""
+        way_out = f"use Python {lowest} to {highest}, or pip install megatron-core=={newest_for(python)}"
+        text = f"{name}: it is for Python {lowest} to {highest}, and this is {python}"
+        return "problem" if minor(python) < minor(lowest) else "warning", text, way_out
     numbers = [int(part) for part in version.split("+")[0].split(".") if part.isdigit()]
     known = [[int(part) for part in row.version.split(".")] for row in MEGATRONS]
     kind = "too new" if numbers > known[-1] else "too old" if numbers < known[0] else "between the tried versions"
@@ -100,11 +107,22 @@ def helper_findings(folder: Path) -> list[Finding]:
     """Megatron's compiled helpers: made for another Python, older than their source, or not loadable."""
     libraries = sorted(folder.glob(f"{HELPERS}*.so"))
     usable = [path for path in libraries if path.name.removeprefix(HELPERS) in importlib.machinery.EXTENSION_SUFFIXES]
-    stale = [path for path in usable if _is_older(path, folder / "helpers.cpp") or not _loads(path)]
+    found = [
+        ("problem", f"{path} {why}", f"rm {path}; Megatron compiles it again at the next start")
+        for path in usable
+        if (why := "is older than helpers.cpp" if _is_older(path, folder / "helpers.cpp") else _why_not(path))
+    ]
     if libraries and not usable:
-        stale = libraries
-    why = "does not load, or is older than helpers.cpp" if usable else "is of another Python"
-    return [("problem", f"{path} {why}", f"rm {path}; Megatron compiles it again at the next start") for path in stale]
+        found = [_of_another_python(libraries[0])]
+    return found
+
+
+def _of_another_python(library: Path) -> Finding:
+    missing = [tool for tool in ("make", "g++") if shutil.which(tool) is None]
+    if missing:
+        way_out = f"install {' and '.join(missing)}: Megatron compiles its helpers for this Python at the next start"
+        return "problem", f"{library} is of another Python", way_out
+    return "note", f"{library} is of another Python; Megatron compiles one for this at the next start", ""
 
 
 def _is_older(library: Path, source: Path) -> bool:
@@ -113,14 +131,15 @@ def _is_older(library: Path, source: Path) -> bool:
     return not installed and source.exists() and library.stat().st_mtime < source.stat().st_mtime
 
 
-def _loads(library: Path) -> bool:
+def _why_not(library: Path) -> str:
+    """Why a library does not load, "" when it does."""
     spec = importlib.util.spec_from_file_location(HELPERS, library)
     assert spec is not None
     try:
         importlib.util.module_from_spec(spec)
-    except ImportError:
-        return False
-    return True
+    except ImportError as error:
+        return f"does not load ({error})"
+    return ""
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from mindspeed_cp.doctor import attention, device, environment, installed
 from mindspeed_cp.doctor.finding import Finding, as_json, has_problem
@@ -23,15 +24,15 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def examine(given: argparse.Namespace) -> Sections:
-    """Every check; those that need torch are left out where it does not load."""
+def examine(given: argparse.Namespace) -> tuple[Sections, dict[str, Any]]:
+    """(every check, every patch); those that need torch are left out where it does not load."""
     sections: Sections = {
         "Installed": [*installed.fitting(), *installed.ascend(os.environ), *installed.optional()],
     }
     broken = installed.loads_torch()
     if broken:
         sections["Installed"].append(broken)
-        return sections
+        return sections, {}
     record, patches = device.adaptor()
     if record:
         chosen, why = record["device"], record["device_reason"]
@@ -50,7 +51,7 @@ def examine(given: argparse.Namespace) -> Sections:
         from mindspeed_cp.doctor import launched
 
         sections["Launch"] = list(launched.findings(given.launch, chosen))
-    return sections
+    return sections, record["patches"] if record else {}
 
 
 def text(sections: Sections, width: int) -> str:
@@ -75,11 +76,11 @@ def _all(sections: Sections) -> list[Finding]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what was found; returns 0, or 1 where a problem was found."""
     given = parser().parse_args(arguments)
-    sections = examine(given)
+    sections, every_patch = examine(given)
     healthy = not has_problem(_all(sections))
     if given.json:
         found = {title: as_json(findings) for title, findings in sections.items()}
-        print(json.dumps({"healthy": healthy, "sections": found}, indent=2))
+        print(json.dumps({"healthy": healthy, "sections": found, "patches": every_patch}, indent=2))
     else:
         print(text(sections, min(shutil.get_terminal_size((110, 40)).columns, 120)))
     return 0 if healthy else 1

@@ -1,13 +1,16 @@
 """Which device and kernel are used, why not the others, and what is patched."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from mindspeed_cp.doctor.finding import Finding
+from mindspeed_cp.doctor.finding import Finding, split
 from mindspeed_cp.doctor.installed import ask
 
 # Groups of patches without which context parallelism is not on; the others depend on the device and on libraries.
 NEEDED = "core"
+# Without the training code's patches a checkout's scripts do not know the flags.
+BROKEN = "megatron.training cannot be imported"
 
 
 def adaptor() -> tuple[dict[str, Any] | None, list[Finding]]:
@@ -29,18 +32,18 @@ def _way_out(error: str) -> str:
 
 def _patches(record: dict[str, Any]) -> Iterator[Finding]:
     for name, rows in record["patches"].items():
-        applied = sum(row["status"] == "applied" for row in rows)
-        others: dict[str, int] = {}
-        for row in rows:
-            if row["status"] != "applied":
-                others[row["status"]] = others.get(row["status"], 0) + 1
-        reasons = "; ".join(f"{count} not needed: {status}" for status, count in others.items())
-        well = bool(applied) or name != NEEDED
-        text = f"patches of {name}: {applied} of {len(rows)} applied" + (f" ({reasons})" if reasons else "")
-        if well:
-            yield Finding("ok", text)
-        else:
+        statuses = Counter(row["status"] for row in rows)
+        applied = statuses.pop("applied", 0)
+        text = f"patches of {name}: {applied} of {len(rows)} applied"
+        broken = next((status for status in statuses if status.startswith(BROKEN)), "")
+        if broken:
+            show = 'python -c "import mindspeed_cp.megatron_adaptor, megatron.training" shows the whole error'
+            yield Finding("problem", f"{text}: {broken}", show)
+        elif name == NEEDED and not applied:
             yield Finding("problem", text, "python -m mindspeed_cp.megatron_adaptor --all says why")
+        else:
+            reason = f": {next(iter(statuses))}" if len(statuses) == 1 else ""
+            yield Finding("ok", text + (f", {statuses.total()} not needed{reason}" if statuses else ""))
     if record["imported_before"]:
         yield Finding(
             "problem",
@@ -67,7 +70,7 @@ def kernels(device: str, why: str) -> Iterator[Finding]:
         elif name == chosen:
             yield Finding("ok", f"kernel {name}: the automatic choice for {device}")
         elif reason:
-            yield Finding("note", f"not {name}: {reason}")
+            yield Finding("note", f"not {name}: {split(reason)[0]}")
         elif row.device_type in (None, device):
             yield Finding("note", f"not {name}: works here, by --cp-kernel {name} only")
         else:
