@@ -192,3 +192,13 @@ def test_the_port_of_the_launch_is_tried(script):
         found = said(script, "--context-parallel-size 4 --use-flash-attn", launcher)
     (wrong,) = [finding for finding in found if finding.level == "problem"]
     assert f"port {number} is in use" in wrong.text
+
+
+def test_the_documented_launch_says_what_the_page_says(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
+    command = page.split('--launch "')[1].split('"')[0]
+    shown = page.split("```text\nLaunch\n")[1].split("```")[0].splitlines()[:-1]
+    monkeypatch.chdir(tmp_path)
+    Path("pretrain_gpt.py").touch()
+    lines = [line for finding in launched.findings(command, "cpu") for line in finding.lines(110)]
+    assert [line.split() for line in lines] == [line.split() for line in shown]

@@ -1,6 +1,8 @@
 """Environment variables that matter, each with the line to add; interfaces and the port that ranks meet at."""
 
+import fcntl
 import socket
+import struct
 from collections.abc import Iterator, Mapping
 
 from mindspeed_cp.doctor.finding import Finding
@@ -92,7 +94,18 @@ def _matches(value: str, known: list[str], exact: bool) -> bool:
 
 
 def _usable(known: list[str]) -> str:
-    return next((name for name in known if name != "lo"), known[0] if known else "lo")
+    """An interface with an address, one that other machines reach before the loopback."""
+    return next((name for name in sorted(known, key="lo".__eq__) if _has_address(name)), "lo")
+
+
+def _has_address(name: str) -> bool:
+    request = struct.pack("256s", name.encode()[:15])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        try:
+            fcntl.ioctl(asking.fileno(), 0x8915, request)  # SIOCGIFADDR of Linux
+        except OSError:
+            return False
+    return True
 
 
 def port(address: str, number: int) -> Finding | None:
