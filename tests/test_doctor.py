@@ -4,7 +4,6 @@ import importlib.machinery
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from mindspeed_cp.patches import fit
 from mindspeed_cp.patches.versions import DEFAULT, MEGATRONS
 
 import mindspeed_cp
-from mindspeed_cp.doctor import command, device, environment, installed
+from mindspeed_cp.doctor import command, device, installed
 from mindspeed_cp.doctor.finding import Finding, has_problem
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,29 +41,33 @@ def cann(tmp_path):
 
 
 def test_a_torch_npu_of_another_torch_is_a_problem(releases, cann):
-    assert not has_problem(installed.ascend(cann))
-    assert "CANN 8.5.0" in [finding.text for finding in installed.ascend(cann)]
+    assert not has_problem(installed.ascend(cann, False))
+    assert "CANN 8.5.0" in [finding.text for finding in installed.ascend(cann, False)]
     releases["torch_npu"] = "2.7.1.post2"
-    found = only(installed.ascend(cann), "problem")
+    found = only(installed.ascend(cann, False), "problem")
     assert found.text == "torch_npu 2.7.1.post2 does not match torch 2.13.0+cpu"
     assert found.todo == "pip install torch==2.7.1"
 
 
 def test_torch_npu_without_cann_is_a_problem_but_where_the_cpu_is_asked_for(releases):
     for broken in ({}, {"ASCEND_TOOLKIT_HOME": "/nowhere"}):
-        found = only(installed.ascend(broken), "problem")
+        found = only(installed.ascend(broken, False), "problem")
         assert "no CANN" in found.text and "set_env.sh" in found.todo and "MINDSPEED_CP_DEVICE=cpu" in found.todo
-    assert not has_problem(installed.ascend({"MINDSPEED_CP_DEVICE": "cpu"}))
+    assert not has_problem(installed.ascend({"MINDSPEED_CP_DEVICE": "cpu"}, False))
+    assert not has_problem(installed.ascend({}, True))
 
 
 def test_cann_without_torch_npu_is_a_problem(releases, cann):
     del releases["torch_npu"]
-    assert only(installed.ascend(cann), "problem").todo.startswith("pip install torch_npu==2.13.0 ")
+    assert only(installed.ascend(cann, False), "problem").todo.startswith("pip install torch_npu==2.13.0 ")
 
 
 def test_a_torch_that_does_not_load_stops_the_checks_that_need_it(tmp_path):
     """As torch_npu without CANN does: torch loads every installed back end, and the doctor itself still starts."""
-    (tmp_path / "torch.py").write_text("raise RuntimeError('Failed to load the backend extension: torch_npu.')")
+    (tmp_path / "torch.py").write_text(  # torch_npu sets the variable while it loads
+        "import os\nprint('Warning')\nos.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'\n"
+        "raise RuntimeError('Failed to load the backend extension: torch_npu.')"
+    )
     (tmp_path / "torch_npu-2.13.0.dist-info").mkdir()
     (tmp_path / "torch_npu-2.13.0.dist-info" / "METADATA").write_text("Name: torch_npu\nVersion: 2.13.0\n")
     done = subprocess.run(
@@ -108,7 +111,7 @@ def test_a_missing_megatron_says_what_to_install_for_this_python(monkeypatch):
     found = Finding(*fit.findings()[-1])
     assert found.level == "problem" and "no megatron.core" in found.text
     assert found.todo.startswith(f"pip install megatron-core=={DEFAULT}, or export PYTHONPATH=")
-    assert [fit.newest_for(python) for python in ("3.9", "3.10", "3.13")] == [DEFAULT] * 3
+    assert fit.newest_for("3.9") == fit.newest_for("3.13") == DEFAULT
 
 
 @pytest.mark.parametrize("torch, level", [(None, "problem"), ("2.5.1", "problem"), ("2.99.0", "warning")])
@@ -218,66 +221,6 @@ def test_every_kernel_is_the_chosen_one_or_has_its_reason(monkeypatch):
     assert [finding.level for finding in findings[:2]] == ["ok", "ok"]
     monkeypatch.setattr(cpu, "unavailable", lambda: "no operator")
     assert only(device.kernels("cpu", ""), "problem").todo == "use --cp-kernel blockwise"
-
-
-def todos(findings):
-    return {finding.text.split("=")[0].split(" ")[0]: finding.todo for finding in findings}
-
-
-def test_missing_and_odd_variables_have_the_line_to_add():
-    assert todos(environment.variables({}, "npu"))["TASK_QUEUE_ENABLE"] == "export TASK_QUEUE_ENABLE=2"
-    assert todos(environment.variables({}, "cpu")) == {"OMP_NUM_THREADS": "export OMP_NUM_THREADS=1"}
-    odd = {"OMP_NUM_THREADS": "1", "ASCEND_LAUNCH_BLOCKING": "1", "HCCL_BUFFSIZE": "big", "RANK": "3"}
-    odd["MINDSPEED_CP_DEVICE"] = "tpu"
-    found = list(environment.variables(odd, "cpu"))
-    assert todos(found) == {
-        "ASCEND_LAUNCH_BLOCKING": "unset ASCEND_LAUNCH_BLOCKING",
-        "HCCL_BUFFSIZE": "unset HCCL_BUFFSIZE",
-        "MINDSPEED_CP_DEVICE": "unset MINDSPEED_CP_DEVICE",
-        "RANK": "unset RANK",
-    }
-    assert [finding.level for finding in found] == ["warning", "problem", "problem", "warning"]
-
-
-def test_the_wanted_variables_are_those_of_the_launch_scripts():
-    text = (ROOT / "scripts" / "launch" / "common.sh").read_text()
-    assert "put CUDA_DEVICE_MAX_CONNECTIONS 1" in text
-    for name, part in (("npu", "npu)"), ("cpu", "cpu)")):
-        block = text.split("put CUDA_DEVICE_MAX_CONNECTIONS 1")[1].split(part)[1].split(";;")[0]
-        put = dict(re.findall(r'put (\w+) ("[^"]*"|\S+)', block))
-        for variable, (value, _) in environment.WANTED[name].items():
-            if variable not in ("CUDA_DEVICE_MAX_CONNECTIONS", "HCCL_EXEC_TIMEOUT"):
-                assert put[variable] == value
-        assert "HCCL_EXEC_TIMEOUT" in put or name == "cpu"
-
-
-def test_a_port_in_use_is_a_problem_with_a_free_one():
-    with socket.socket() as other:
-        other.bind(("", 0))
-        other.listen()
-        number = other.getsockname()[1]
-        (found,) = environment.meeting({"MASTER_PORT": str(number)})
-        assert found.level == "problem" and f"port {number} is in use" in found.text
-        free = int(found.todo.removeprefix("export MASTER_PORT="))
-    assert environment.port("localhost", free) is None and free != number
-
-
-def test_gloo_without_a_usable_interface_is_named(monkeypatch):
-    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "down0"), (3, "eth0")])
-    assert not environment._has_address("none7") and environment._usable(["none7"]) == "lo"
-    monkeypatch.setattr(environment, "_has_address", lambda name: name != "down0")
-    (found,) = environment.interfaces({"GLOO_SOCKET_IFNAME": "ib7"}, "cpu")
-    assert found.level == "problem" and found.todo.startswith("export GLOO_SOCKET_IFNAME=eth0;")
-    assert list(environment.interfaces({"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth"}, "cuda")) == []
-    assert list(environment.interfaces({"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "^lo"}, "cuda")) == []
-    assert only(environment.interfaces({"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=eth"}, "cuda"), "problem")
-
-    def unknown(*arguments):
-        raise socket.gaierror("unknown")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    (found,) = environment.interfaces({}, "cpu")
-    assert found.level == "warning" and found.todo == "export GLOO_SOCKET_IFNAME=eth0"
 
 
 @pytest.mark.parametrize("level, status", [("problem", 1), ("warning", 0), ("ok", 0)])

@@ -1,9 +1,11 @@
 """The command: every check in its section, on one screen or as JSON."""
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,12 +28,12 @@ def parser() -> argparse.ArgumentParser:
 
 def examine(given: argparse.Namespace) -> tuple[Sections, dict[str, Any]]:
     """(every check, every patch); those that need torch are left out where it does not load."""
-    sections: Sections = {
-        "Installed": [*installed.fitting(), *installed.ascend(os.environ), *installed.optional()],
-    }
     broken = installed.loads_torch()
+    npu_works = broken is None and device.npu_works()
+    found = [*installed.fitting(), *installed.ascend(os.environ, npu_works), *installed.optional()]
+    sections: Sections = {"Installed": found}
     if broken:
-        sections["Installed"].append(broken)
+        found.append(broken)
         return sections, {}
     record, patches = device.adaptor()
     if record:
@@ -76,7 +78,8 @@ def _all(sections: Sections) -> list[Finding]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what was found; returns 0, or 1 where a problem was found."""
     given = parser().parse_args(arguments)
-    sections, every_patch = examine(given)
+    with contextlib.redirect_stdout(sys.stderr):  # torch_npu prints while it is imported
+        sections, every_patch = examine(given)
     healthy = not has_problem(_all(sections))
     if given.json:
         found = {title: as_json(findings) for title, findings in sections.items()}

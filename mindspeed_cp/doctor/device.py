@@ -77,6 +77,14 @@ def kernels(device: str, why: str) -> Iterator[Finding]:
             yield Finding("note", f"not {name}: it serves {row.device_type}, and {device} is used")
 
 
+def npu_works() -> bool:
+    """Whether the NPU's kernel can be used; needs torch."""
+    from mindspeed_cp.kernels import KERNELS
+
+    reason: str = KERNELS["npu"].load().unavailable()
+    return not reason
+
+
 def device_without_megatron() -> tuple[str, str]:
     """(device, why) by the kernels alone, where no adaptor can be asked."""
     from mindspeed_cp.kernels import KERNELS

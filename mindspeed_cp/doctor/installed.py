@@ -61,7 +61,7 @@ def fitting() -> Iterator[Finding]:
         )
 
 
-def ascend(environment: Mapping[str, str]) -> Iterator[Finding]:
+def ascend(environment: Mapping[str, str], npu_works: bool) -> Iterator[Finding]:
     """torch_npu, CANN and the driver; nothing where none of them is there."""
     torch_npu, torch, cann = release("torch_npu"), release("torch"), cann_version(environment)
     driver = _field(ASCEND / "driver" / "version.info", "Version")
@@ -77,6 +77,8 @@ def ascend(environment: Mapping[str, str]) -> Iterator[Finding]:
         return
     if cann:
         yield Finding("ok", f"CANN {cann}")
+    elif npu_works:
+        yield Finding("note", "CANN loads, and its version is not known: set_env.sh was not sourced")
     elif environment.get("MINDSPEED_CP_DEVICE") != "cpu":
         yield Finding("problem", f"torch_npu {torch_npu} is installed and no CANN is set up", f"{SET_ENV}, or {ON_CPU}")
     if torch and _minor(torch) != _minor(torch_npu) and int(torch_npu.partition(".")[0]) < 20:
@@ -120,11 +122,12 @@ def optional() -> Iterator[Finding]:
 
 def loads_torch() -> Finding | None:
     """Import torch here; the problem where that fails, as it does with torch_npu but without CANN."""
+    # Asked before: torch_npu sets the variable while it loads.
+    npu = release("torch_npu") and os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0"
     try:
         importlib.import_module("torch")
     except (ImportError, OSError, RuntimeError) as error:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        npu = release("torch_npu") and os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0"
         way_out = f"{SET_ENV}, or {ON_CPU}" if npu else "pip install --force-reinstall torch"
         return Finding("problem", f"torch does not load: {said}", way_out)
     return None
