@@ -84,8 +84,8 @@ def _dry_run(tokens: list[str], environment: dict[str, str]) -> str:
         raise ValueError(f"--launch: {script} does not exist; give the path of a script, or the command itself.")
     if not _knows_dry_run(script):
         raise ValueError(
-            f"--launch: {script} does not know DRY_RUN=1 and would start the training; give the command that it runs "
-            '(bash -x shows it): --launch "torchrun ... pretrain_gpt.py ...".'
+            f"--launch: {script} does not know DRY_RUN=1 and would start the training; give the command that it "
+            'would run: --launch "torchrun ... pretrain_gpt.py ...".'
         )
     try:
         done = subprocess.run(

@@ -145,16 +145,21 @@ def cost(
     ranks = (0, config.context_parallel_size - 1)
     passes = [trace(config, layer, rank) for rank in ranks]
     forward, backward = (max(sum(each[way].sent.values()) for each in passes) for way in (0, 1))
-    yield Finding(
-        "ok", f"a layer sends {forward / 1e6:,.1f} MB forward and {backward / 1e6:,.1f} MB backward, per rank"
-    )
+    yield Finding("ok", f"a layer sends {_size(forward)} forward and {_size(backward)} backward, per rank")
     contiguous = getattr(kernel, "contiguous_heads", False)
     saved = max(saved_bytes(config, layer, rank, contiguous) for rank in ranks)
     layers = -(-setup.num_layers // setup.pipeline_parallel_size)
     again = setup.recomputes_attention and not config.keep_attention
-    kept = "of which recomputation keeps one layer's at a time" if again else f"{saved * layers / 1e9:,.2f} GB in all"
-    text = f"attention keeps {saved / 1e6:,.1f} MB a layer for backward, on {layers} layers of a rank, {kept}"
+    kept = "of which recomputation keeps one layer's at a time" if again else f"{_size(saved * layers)} in all"
+    text = f"attention keeps {_size(saved)} a layer for backward, on {layers} layers of a rank, {kept}"
     yield Finding("ok", text)
+
+
+def _size(num_bytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes / 1e3:,.1f} kB"
 
 
 def of_megatron(started: launch.Launch) -> Iterator[Finding]:
