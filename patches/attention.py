@@ -68,7 +68,7 @@ class AttentionBridge:
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
         if packed:
             out = self._packed(module, query, key, value, packed_seq_params)
-        elif packed_seq_params is not None:
+        elif packed_seq_params is not None and not self.is_dynamic:
             check_local_size(packed_seq_params, self._state.cp_size)
             raise ValueError(
                 f"packed_seq_params with qkv_format {packed_seq_params.qkv_format} are not supported with context "
@@ -83,6 +83,11 @@ class AttentionBridge:
             )
             out = self._unpacked(module, query, key, value, attention_mask, size)
         return out.flatten(2).squeeze(1) if without_batch else out.flatten(2)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether micro-batches bring sizes of their own; parameters of whole sequences say no more."""
+        return bool(self._state.sizes)
 
     def _packed(self, module, query, key, value, params):
         """Packed documents: each query sees its own, all of it or what lies before."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from mindspeed_cp.patches.documents import documents_of_position_ids, documents_of_tokens
-from mindspeed_cp.patches.dynamic import refuse_dynamic
+from mindspeed_cp.patches.dynamic import refuse_dynamic, split_sub_batch
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.records import Documents, MicroBatch
 
@@ -135,6 +135,10 @@ def _slice_batch(state):
                 if given.get("cp_group") is None and dist.is_initialized():
                     kwargs["cp_group"] = _own_group()
             group = given.get("cp_group")
+            if state.sizes:
+                return split_sub_batch(
+                    batch, state, given, lambda batch: split_batch(batch, state, _brought(batch, state))
+                )
             if state.cp_size == 1 or (isinstance(group, dist.ProcessGroup) and group.size() != state.cp_size):
                 return original(batch, *args, **kwargs)
             return split_batch(batch, state, _documents_that_come_along(batch, state, given.get("is_hybrid_cp")))
@@ -157,7 +161,11 @@ def _documents_that_come_along(batch, state, is_hybrid) -> Documents | None:
         ValueError: dynamic context parallelism, whose groups are other ones in every micro-batch; or several rows.
     """
     if is_hybrid:
-        refuse_dynamic()
+        refuse_dynamic("initialize_model_parallel was not told so (hybrid_context_parallel=True)")
+    return _brought(batch, state)
+
+
+def _brought(batch, state) -> Documents | None:
     ends, padded = batch.get("cu_seqlens"), batch.get("cu_seqlens_padded")
     if ends is None:
         return None

@@ -9,17 +9,12 @@ import importlib.util
 import json
 import sys
 
-from mindspeed_cp.patches.dynamic import refuse_dynamic
-
 # Megatron's own assertions about legacy models, which _passing_assertions keeps from running.
 NOT_WITH_LEGACY = ("rotary_interleaved", "mtp_num_layers", "decoupled_lr", "decoupled_min_lr", "overlap_param_gather")
 
 
 def check_flags(args) -> None:
     """Raise ValueError for Megatron's flags that do not work with context parallelism here; size 1 is left to it."""
-    is_local = getattr(args, "transformer_impl", None) == "local"
-    if getattr(args, "hybrid_context_parallel", False) and (args.context_parallel_size > 1 or is_local):
-        refuse_dynamic()
     if args.context_parallel_size == 1:
         return
     if getattr(args, "use_legacy_models", False):

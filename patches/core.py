@@ -11,11 +11,11 @@ from contextlib import nullcontext
 from datetime import timedelta
 from functools import wraps
 
-import torch.distributed as dist
 from mindspeed_cp.patches.attention import AttentionBridge, CoreAttention, layer_window
 from mindspeed_cp.patches.batch import batch_patches
 from mindspeed_cp.patches.compiler import outside_compiler
 from mindspeed_cp.patches.decision import take_comm_type
+from mindspeed_cp.patches.dynamic import build_sizes, check_launch, ranks_of_all
 from mindspeed_cp.patches.experts import expert_patches
 from mindspeed_cp.patches.mamba import mamba_patches
 from mindspeed_cp.patches.manager import Patch
@@ -177,7 +177,11 @@ def _attention_forward(bridge, own_can, described, causal_types_read_the_mask=Tr
             **kwargs,
         ):
             asked = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, **kwargs}
-            if self.config.context_parallel_size == 1 and own_can(self, value, packed_seq_params):
+            if (
+                self.config.context_parallel_size == 1
+                and not bridge.is_dynamic
+                and own_can(self, value, packed_seq_params)
+            ):
                 packed = {"packed_seq_params": packed_seq_params}
                 return original(self, query, key, value, attention_mask, **asked, **packed)
             _refuse_bias(attention_bias)
@@ -226,15 +230,19 @@ def _initialize(state, announce):
         @wraps(original)
         def initialize_model_parallel(*args, **kwargs):
             given = signature.bind(*args, **kwargs).arguments
-            config = agreed_config(state, given)
+            config, dynamic = agreed_config(state, given), given.get("hybrid_context_parallel")
+            if dynamic:
+                check_launch(given)
             original(*args, **kwargs)
-            if config.context_parallel_size == 1:
-                return
             minutes = given.get("distributed_timeout_minutes")
             timeout = timedelta(minutes=minutes) if minutes else None
+            if dynamic:
+                state.sizes = build_sizes(config, state.setup, timeout)
+            if config.context_parallel_size == 1:
+                return
             state.build_groups(
                 config,
-                _all_cp_ranks(),
+                ranks_of_all(parallel_state.get_context_parallel_group()),
                 timeout,
                 parallel_state.get_context_parallel_group(),
                 virtual_pipeline=(given.get("virtual_pipeline_model_parallel_size") or 1) > 1,
@@ -245,16 +253,6 @@ def _initialize(state, announce):
         return initialize_model_parallel
 
     return build
-
-
-def _all_cp_ranks():
-    """Global ranks of every context-parallel group of the world, as Megatron ordered them."""
-    from megatron.core import parallel_state
-
-    mine = tuple(dist.get_process_group_ranks(parallel_state.get_context_parallel_group()))
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return [list(ranks) for ranks in sorted(set(everyone))]
 
 
 def _destroy(state):

@@ -5,6 +5,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from mindspeed_cp.patches.dynamic import check_model, sub_batch_record
 from mindspeed_cp.patches.handover import HandOver
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.packed import packed_batch
@@ -33,10 +34,17 @@ def with_record(state):
 
         @wraps(original)
         def call(self, *args, **kwargs):
-            if state.cp_size == 1:
+            if state.alone:
                 return original(self, *args, **kwargs)
             values = (*args, *kwargs.values())
             refuse_inference(values)
+            if state.sizes:
+                check_model(self)
+                record = sub_batch_record(state, values)
+                with state.running(record):
+                    output = original(self, *args, **kwargs)
+                state.records.remember(_tensors(output), record)
+                return output
             record = hand_over(self, record_of(state, args, kwargs) or state.active, values)
             with state.running(record):
                 output = original(self, *args, **kwargs)

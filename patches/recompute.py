@@ -34,7 +34,7 @@ def _checkpoint(state):
     def build(original):
         @wraps(original)
         def checkpoint(function, *args, **kwargs):
-            if state.cp_size == 1:
+            if state.alone:
                 return original(function, *args, **kwargs)
             return original(state.bound(_with_attention_kept(state, function, args)), *args, **kwargs)
 
@@ -77,7 +77,7 @@ def _checkpoint_without_output(state):
         @wraps(original)
         def checkpoint(self, run_function, *args, **kwargs):
             # It gives back the memory of what it returns, so that nothing of it can be kept.
-            return original(self, run_function if state.cp_size == 1 else state.bound(run_function), *args, **kwargs)
+            return original(self, run_function if state.alone else state.bound(run_function), *args, **kwargs)
 
         return checkpoint
 

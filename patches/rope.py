@@ -55,7 +55,7 @@ def _slice_embedding(state):
     def build(original):
         @wraps(original)
         def get_pos_emb_on_this_cp_rank(pos_emb, seq_dim, *args, **kwargs):
-            if state.cp_size == 1:
+            if state.alone:
                 return original(pos_emb, seq_dim, *args, **kwargs)
             return _layout_for(state, pos_emb.size(seq_dim)).shard(pos_emb, state.cp_rank, dim=seq_dim)
 
@@ -79,7 +79,7 @@ def _rotary_seq_len(state):
         @wraps(original)
         def get_rotary_seq_len(self, *args, **kwargs):
             given = signature.bind(self, *args, **kwargs).arguments
-            if state.cp_size == 1 or given.get("packed_seq_params") is not None:
+            if state.alone or given.get("packed_seq_params") is not None:
                 return original(self, *args, **kwargs)
             layout = _entering(state, given).layout
             if embedded.get(layout.seq_len, layout) != layout:  # Megatron's cache goes by the length alone
@@ -112,7 +112,7 @@ def _apply_packed(state):
 
         @wraps(original)
         def _apply_rotary_pos_emb_thd(t, cu_seqlens, freqs, *args, **kwargs):
-            if state.cp_size == 1:
+            if state.alone:
                 return original(t, cu_seqlens, freqs, *args, **kwargs)
             kwargs.pop("cp_group", None)
             boundaries = state.boundaries.boundaries(cu_seqlens)
@@ -152,7 +152,7 @@ def _unfused_when_packed(state):
 
         @wraps(original)
         def apply_rotary_pos_emb(t, freqs, config, cu_seqlens=None, mscale=1.0, *args, **kwargs):
-            if state.cp_size == 1 or cu_seqlens is None or not config.apply_rope_fusion:
+            if state.alone or cu_seqlens is None or not config.apply_rope_fusion:
                 return original(t, freqs, config, cu_seqlens, mscale, *args, **kwargs)
             return utils._apply_rotary_pos_emb_thd(
                 t,

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache, lru_cache, wraps
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from mindspeed_cp.patches import batch as batches
 from mindspeed_cp.patches.decision import OpenDecision
 from mindspeed_cp.patches.documents import BoundaryCache, MaskCache, documents_of_rows
+from mindspeed_cp.patches.dynamic import Sizes, refuse_dynamic
 from mindspeed_cp.patches.handed import Handed
 from mindspeed_cp.patches.packed import packed_batch
 from mindspeed_cp.patches.records import BatchRecords, Documents, MicroBatch
@@ -49,6 +50,8 @@ class AdaptorState:
         is_pipeline: whether there is more than one pipeline stage: stages then split the same batch knowing different
             parts of it, and must come to the same layout.
         log: measures the steps of training with --cp-log, as long as there are groups; None without.
+        sizes: configuration and groups of every size that a micro-batch may have, where Megatron's dynamic context
+            parallelism gives each its own; ``config`` and ``groups`` are those of the one that runs.
         active: record of the forward pass that runs now.
         kept: KeptAttention of the checkpoint whose function runs now, where --cp-keep-attention asks for it.
         records: where the record of a batch is found again.
@@ -64,6 +67,7 @@ class AdaptorState:
     groups: ContextParallelGroups | None = None
     epoch: int = 0
     is_pipeline: bool = False
+    sizes: Sizes = field(default_factory=dict)
     undecided: OpenDecision | None = field(default_factory=OpenDecision)
     compared: Mapping[str, str] = field(default_factory=dict)
     program: str = ""
@@ -115,6 +119,11 @@ class AdaptorState:
         return self.groups.cp_size if self.groups is not None else 1
 
     @property
+    def alone(self) -> bool:
+        """Whether no sequence is ever split, so that everything is left to Megatron."""
+        return self.cp_size == 1 and not self.sizes
+
+    @property
     def cp_rank(self) -> int:
         return self.groups.cp_rank if self.groups is not None else 0
 
@@ -150,7 +159,9 @@ class AdaptorState:
     def destroy_groups(self) -> None:
         if self.groups is not None:
             self.groups.destroy()
-        self.groups = self.log = None
+        for _, groups in self.sizes.values():
+            groups.destroy()
+        self.groups, self.log, self.sizes = None, None, {}
         if self.undecided is not None:
             self.undecided = OpenDecision(self.undecided.settings)
         self.forget_batches()
@@ -198,9 +209,26 @@ class AdaptorState:
         """Make ``record`` the one that layers see inside the block: the explicit way to hand it over."""
         before, self.active = self.active, record
         try:
-            yield
+            with nullcontext() if record is None or not self.sizes else self.of_size(record.layout.cp_size):
+                yield
         finally:
             self.active = before
+
+    @contextmanager
+    def of_size(self, size: int) -> Iterator[None]:
+        """Make configuration and groups those of micro-batches of one size, where each has its own.
+
+        Raises:
+            ValueError: Megatron has made no groups of this size.
+        """
+        if size not in self.sizes:
+            refuse_dynamic(f"this one has size {size}, and there are groups of {', '.join(map(str, self.sizes))}")
+        before = self.config, self.groups
+        self.config, self.groups = self.sizes[size]
+        try:
+            yield
+        finally:
+            self.config, self.groups = before
 
     def bound(self, function: Callable) -> Callable:
         """``function``, seeing the record of now whenever it runs: recomputation runs after later batches."""
@@ -281,7 +309,7 @@ class AdaptorState:
         Raises:
             ValueError: nothing says how the batch was split.
         """
-        if self.groups is None:
+        if self.alone:
             return tensor
         values = of.values() if isinstance(of, Mapping) else (tensor if of is None else of,)
         record: MicroBatch | None
@@ -294,7 +322,9 @@ class AdaptorState:
                 "nothing says how the batch of this tensor was split; pass of=, the local tokens, the output of the "
                 "model, or the PackedSeqParams."
             )
-        return sharding.gather_sequence(tensor, groups=self.groups, layout=record.layout, dim=dim)
+        with self.running(record):
+            assert self.groups is not None
+            return sharding.gather_sequence(tensor, groups=self.groups, layout=record.layout, dim=dim)
 
     def gather_size_calculator(self):
         """The calculator object of --gather-size-calculator, None for the aligned default."""

@@ -144,6 +144,8 @@ def _validate(state):
                 check_flags(args)
             state.program = PROGRAM
             if config.context_parallel_size == 1:
+                if getattr(args, "hybrid_context_parallel", False):
+                    state.configure(config, setup=setup, kernel=args.cp_kernel)
                 result = original(args, *defaults, **kwargs)
                 state.compared = compared_arguments(args)
                 return result

@@ -1,0 +1,40 @@
+"""Dynamic context parallelism: micro-batches whose sizes Megatron chooses train as without context parallelism."""
+
+import pytest
+from distributed import run_ranks
+from dynamic_runs import CASES, compare
+from model_cases import has
+from trainer_runs import IMPORTED
+
+pytestmark = [
+    pytest.mark.megatron,
+    pytest.mark.cpu_only,
+    pytest.mark.skipif(not has("megatron.core.datasets.data_schedule"), reason="it comes with Megatron 0.16"),
+]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return run_ranks(4, compare, timeout=400, fresh=True, imported=IMPORTED)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_micro_batches_of_sizes_1_2_and_4_train_as_without_context_parallelism(ranks, case):
+    for rank in ranks:
+        loss, gradients, sizes = rank[case]
+        assert sizes == [1, 2, 4]
+        assert loss < 2e-6 and gradients < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("pipeline", "--pipeline-model-parallel-size"),
+        ("loss", "--calculate-per-token-loss"),
+        ("no size", "PackedSeqParams with local_cp_size"),
+        ("not split", "local_cp_size 2 and was split over nothing known"),
+    ],
+)
+def test_what_dynamic_context_parallelism_cannot_do_is_refused_by_name(ranks, name, says):
+    for rank in ranks:
+        assert says in rank["refused"][name] and "leave out --hybrid-context-parallel" in rank["refused"][name]
