@@ -15,7 +15,7 @@ from mindspeed_cp.patches.attention import AttentionBridge, CoreAttention, layer
 from mindspeed_cp.patches.batch import batch_patches
 from mindspeed_cp.patches.compiler import outside_compiler
 from mindspeed_cp.patches.decision import take_comm_type
-from mindspeed_cp.patches.dynamic import build_sizes, check_launch, ranks_of_all
+from mindspeed_cp.patches.dynamic import build_sizes, check_launch, dynamic_patches, ranks_of_all
 from mindspeed_cp.patches.experts import expert_patches
 from mindspeed_cp.patches.mamba import mamba_patches
 from mindspeed_cp.patches.manager import Patch
@@ -88,6 +88,7 @@ def core_patches(state, announce):
         *batch_patches(state),
         *model_patches(state),
         *pipeline_patches(state),
+        *dynamic_patches(),
         *recompute_patches(state),
         *mtp_patches(state),
         *rope_patches(state),

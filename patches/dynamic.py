@@ -5,17 +5,50 @@ A size is a configuration and its groups, made for every size at the start; ``Ad
 sub-batch that runs, so that everything behind it sees an ordinary context-parallel group of that size.
 """
 
+import importlib.util
+import inspect
 from dataclasses import replace
+from functools import wraps
 from typing import NoReturn
 
 import torch.distributed as dist
+from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.records import MicroBatch
 
 from mindspeed_cp.config import ContextParallelConfig, TrainingSetup, resolve
 from mindspeed_cp.groups import ContextParallelGroups
 
+SCHEDULES = "megatron.core.pipeline_parallel"
 FLAG = "--hybrid-context-parallel"
 Sizes = dict[int, tuple[ContextParallelConfig, ContextParallelGroups]]
+
+
+def dynamic_patches():
+    """The table."""
+    return [
+        Patch(
+            f"{SCHEDULES}.schedules.backward_step",
+            _backward_step,
+            f"the schedule of {FLAG} in 0.17 and 0.18 passes model_type, which backward_step no longer takes",
+            _schedule_agrees,
+        )
+    ]
+
+
+def _schedule_agrees():
+    if importlib.util.find_spec(f"{SCHEDULES}.hybrid_cp_schedule") is None:
+        return "dynamic context parallelism comes with 0.16"
+    schedules = importlib.import_module(f"{SCHEDULES}.schedules")
+    known = "model_type" in inspect.signature(schedules.backward_step).parameters
+    return "backward_step takes model_type" if known else ""
+
+
+def _backward_step(original):
+    @wraps(original)
+    def backward_step(input_tensor, output_tensor, output_tensor_grad, *more, **kwargs):
+        return original(input_tensor, output_tensor, output_tensor_grad, *more[-1:], **kwargs)
+
+    return backward_step
 
 
 def refuse_dynamic(why: str) -> NoReturn:

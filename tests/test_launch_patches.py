@@ -124,10 +124,9 @@ RING_OF_2 = "--context-parallel-size 2 --context-parallel-algo megatron_cp_algo"
 @pytest.mark.parametrize(
     "more, words",
     [
-        ({"hybrid_context_parallel": True}, "does not support; leave out --hybrid-context-parallel"),
         ({"transformer_impl": "transformer_engine"}, "is not installed; use --transformer-impl local"),
     ],
-    ids=["dynamic context parallelism", "no Transformer Engine"],
+    ids=["no Transformer Engine"],
 )
 def test_what_cannot_work_is_refused_with_a_way_out(more, words, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
@@ -139,12 +138,10 @@ def test_what_cannot_work_is_refused_with_a_way_out(more, words, monkeypatch, ca
     assert training._validate(AdaptorState())(as_megatron_checks)(flags(**more))
 
 
-def test_dynamic_context_parallelism_of_the_local_attention_is_refused_whatever_the_size(capsys):
-    with pytest.raises(SystemExit) as stop:
-        training._validate(AdaptorState())(as_megatron_checks)(
-            flags(hybrid_context_parallel=True, transformer_impl="local")
-        )
-    assert stop.value.code == 2 and "leave out --hybrid-context-parallel" in capsys.readouterr().err
+def test_dynamic_context_parallelism_takes_the_algorithm_at_size_1_too():
+    state, given = AdaptorState(), flags("--context-parallel-algo", "megatron_cp_algo", hybrid_context_parallel=True)
+    training._validate(state)(as_megatron_checks)(given)
+    assert (state.config.algorithm, state.config.context_parallel_size) == ("megatron_cp_algo", 1)
 
 
 @pytest.mark.parametrize("more", [{"spec": ["a", "b"]}, {"transformer_impl": "local"}, {"installed": True}], ids=str)
