@@ -137,16 +137,28 @@ def test_the_models_are_those_of_the_launch_scripts():
     found = {}
     for family, script in text.items():
         for size, shape in re.findall(r"(\S+)\) model_shape ([\d ]+) &&", script):
-            layers, hidden, _, heads, kv_heads = map(int, shape.split())
-            found[f"{family}-{size}"] = (layers, heads, kv_heads, hidden // heads)
-    assert found == {name: (m.num_layers, m.num_heads, m.num_kv_heads, m.dk) for name, m in MODELS.items()}
+            found[f"{family}-{size}"] = tuple(map(int, shape.split()))
+    assert found == {n: (m.num_layers, m.hidden, m.ffn, m.num_heads, m.num_kv_heads) for n, m in MODELS.items()}
+    assert all(model.dk == model.dv == model.hidden // model.num_heads for model in MODELS.values())
+
+
+@pytest.mark.parametrize("name, billions", [("llama2-7b", 6.74), ("llama2-70b", 68.98), ("gpt3-175b", 174.6)])
+def test_parameters_are_those_that_the_models_are_known_by(name, billions):
+    assert MODELS[name].parameters / 1e9 == pytest.approx(billions, rel=0.01)
 
 
 HF = {
-    "llama2-70b": {"hidden_size": 8192, "num_attention_heads": 64, "num_hidden_layers": 80, "num_key_value_heads": 8},
-    "qwen-7b": {"hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "kv_channels": 128},
+    "llama2-70b": {
+        "hidden_size": 8192, "num_attention_heads": 64, "num_hidden_layers": 80, "num_key_value_heads": 8,
+        "intermediate_size": 28672, "vocab_size": 32000, "tie_word_embeddings": False,
+    },
+    "qwen-7b": {
+        "hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "kv_channels": 128,
+        "intermediate_size": 22016, "vocab_size": 151936, "no_bias": True, "tie_word_embeddings": False,
+    },
     "qwen1_5-72b": {
         "hidden_size": 8192, "num_attention_heads": 64, "num_hidden_layers": 80, "num_key_value_heads": 64,
+        "intermediate_size": 24576, "vocab_size": 152064, "tie_word_embeddings": False,
     },
 }  # fmt: skip
 

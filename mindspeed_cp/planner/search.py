@@ -17,20 +17,34 @@ class Timing:
     compute: float
     exposed: float
 
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.exposed
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting: times (seconds) of the slowest traced rank, bytes as the largest that a traced rank sends.
+    """One setting: both passes of the slowest traced rank, bytes as the largest that a traced rank sends.
 
     Args:
         intra_bytes, inter_bytes: to ranks of the own node and of others, forward and backward together.
     """
 
     config: ContextParallelConfig
-    compute: float
-    exposed: float
+    forward: Timing
+    backward: Timing
     intra_bytes: int
     inter_bytes: int
+
+    @property
+    def compute(self) -> float:
+        """Seconds of both passes in kernels."""
+        return self.forward.compute + self.backward.compute
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of both passes that wait."""
+        return self.forward.exposed + self.backward.exposed
 
     @property
     def seconds(self) -> float:
@@ -109,7 +123,7 @@ def search(
     """Trace and time every setting that config.py's own rules allow.
 
     Args:
-        policies: KV cache policies too; they trade memory, which is not predicted, for time.
+        policies: KV cache policies too; they trade memory for time.
     """
     found: list[Candidate] = []
     first_rule: dict[str, str] = {}
@@ -128,16 +142,15 @@ def search(
 
 
 def _candidate(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> Candidate:
-    cp, slowest, intra, inter = config.context_parallel_size, Timing(0.0, 0.0), 0, 0
+    cp, times, intra, inter = config.context_parallel_size, [], 0, 0
     for rank in traced_ranks(cp, problem.stride, cluster):
         passes = trace(config, problem, rank)
         node = cluster.node(rank * problem.stride)
-        times = [timeline(each.events, cluster, node) for each in passes]
-        total = Timing(sum(time.compute for time in times), sum(time.exposed for time in times))
-        slowest = max(slowest, total, key=lambda time: time.compute + time.exposed)
+        times.append([timeline(each.events, cluster, node) for each in passes])
         sizes = [_apart(each.sent, cluster, node) for each in passes]
         intra, inter = max(intra, sum(s[False] for s in sizes)), max(inter, sum(s[True] for s in sizes))
-    return Candidate(config, slowest.compute, slowest.exposed, intra, inter)
+    forward, backward = max(times, key=lambda passes: sum(each.seconds for each in passes))
+    return Candidate(config, forward, backward, intra, inter)
 
 
 def traced_ranks(cp: int, stride: int, cluster: Cluster) -> list[int]:
