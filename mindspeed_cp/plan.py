@@ -1,8 +1,10 @@
 """Predict which setting of context parallelism is fastest for a model on a cluster, and why.
 
     python -m mindspeed_cp.plan --model llama2-70b --tp 8 --cp 4 --seq-length 131072 --cluster a100
+    python -m mindspeed_cp.plan --model llama2-7b --devices 64 --global-batch 64 --seq-length 131072 --cluster a100
 
-One attention layer, forward and backward. Bytes are those of the engine itself; times are a prediction from peak rates.
+With --cp one attention layer, forward and backward; with --devices a whole training, every split of the devices. Bytes
+are those of the engine itself; times are a prediction from peak rates.
 """
 
 import argparse
@@ -12,10 +14,13 @@ import sys
 from collections.abc import Sequence
 
 from mindspeed_cp.config import MASK_TYPES, TrainingSetup
+from mindspeed_cp.planner import report
 from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
 from mindspeed_cp.planner.models import MODELS, ModelShape, hf_model, named_model
+from mindspeed_cp.planner.report import reason
 from mindspeed_cp.planner.search import Candidate, Found, flags, hiding_tokens, search
 from mindspeed_cp.planner.trace import Problem
+from mindspeed_cp.planner.training import Work, plans
 
 PREDICTION = "prediction, not measured on this hardware"
 
@@ -25,8 +30,12 @@ def parser() -> argparse.ArgumentParser:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help=f"one of {', '.join(MODELS)}")
     model.add_argument("--hf-config", help="a Hugging Face config.json")
-    parser.add_argument("--tp", type=int, default=1, help="tensor parallel size")
-    parser.add_argument("--cp", type=int, required=True, help="context parallel size")
+    parser.add_argument("--devices", type=int, help="plan a whole training on so many; sizes that are given stay")
+    parser.add_argument("--tp", type=int, help="tensor parallel size (default: 1, with --devices any)")
+    parser.add_argument("--pp", type=int, help="with --devices: pipeline parallel size")
+    parser.add_argument("--cp", type=int, help="context parallel size; needed without --devices")
+    parser.add_argument("--global-batch", type=int, help="with --devices: sequences of a step (default: --devices)")
+    parser.add_argument("--memory", type=float, default=64e9, help="with --devices: bytes of a device (default: 64e9)")
     parser.add_argument("--seq-length", type=int, required=True, help="tokens")
     parser.add_argument("--micro-batch", type=int, default=1, help="sequences")
     parser.add_argument("--mask-type", choices=[name for name in MASK_TYPES if name != "general"], default="causal")
@@ -35,32 +44,27 @@ def parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(Cluster):
         kind = int if field.name == "devices_per_node" else float
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help="bytes/s, FLOP/s, seconds or a share")
+    parser.add_argument(
+        "--shell", action="store_true", help="with --devices: the first as variables of the launch scripts"
+    )
     parser.add_argument("--json", action="store_true", help="everything, machine-readable")
     return parser
 
 
 def _positive(given: argparse.Namespace) -> None:
-    for name in ("tp", "cp", "seq_length", "micro_batch"):
-        if getattr(given, name) < 1:
+    for name in ("devices", "tp", "pp", "cp", "seq_length", "global_batch", "micro_batch", "memory"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)} must be at least 1.")
 
 
 def _problem(given: argparse.Namespace, model: ModelShape) -> Problem:
-    tp = given.tp
+    tp = given.tp or 1
     if model.num_heads % tp:
         raise ValueError(f"--tp {tp} must divide the model's {model.num_heads} heads; choose a divisor of them.")
     if model.num_kv_heads % tp:
         raise ValueError(f"--tp {tp} must divide the model's {model.num_kv_heads} KV heads; choose a divisor of them.")
     sizes = model.num_heads // tp, model.num_kv_heads // tp, model.dk, model.dv
     return Problem(given.seq_length, *sizes, batch=given.micro_batch, stride=tp)
-
-
-def reason(candidate: Candidate) -> str:
-    """Why it takes as long as it does, in one sentence."""
-    sent = f"sends {candidate.intra_bytes / 1e6:,.0f} MB within and {candidate.inter_bytes / 1e6:,.0f} MB between nodes"
-    if candidate.exposed < 0.01 * candidate.seconds:
-        return f"{sent}, hidden behind {candidate.compute * 1e3:,.1f} ms of attention"
-    return f"{sent}, of which {candidate.exposed * 1e3:,.1f} ms do not hide"
 
 
 def _record(candidate: Candidate) -> dict[str, object]:
@@ -106,9 +110,43 @@ def _text(found: Found, cluster: Cluster, problem: Problem, given: argparse.Name
 def _run(given: argparse.Namespace) -> int:
     _positive(given)
     model = named_model(given.model) if given.model else hf_model(given.hf_config)
+    if given.devices is None and given.cp is None:
+        raise ValueError("--cp is not given; give it for one attention layer, or --devices for a whole training.")
+    if given.devices is None and (given.pp or given.global_batch or given.shell):
+        raise ValueError("--pp, --global-batch and --shell belong to a whole training; give --devices.")
     names = [field.name for field in dataclasses.fields(Cluster)]
     changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-    cluster, problem = dataclasses.replace(CLUSTERS[given.cluster], **changes), _problem(given, model)
+    cluster = dataclasses.replace(CLUSTERS[given.cluster], **changes)
+    return _plan_layer(given, model, cluster) if given.devices is None else _plan_training(given, model, cluster)
+
+
+def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> int:
+    batch = given.global_batch or given.devices
+    work = Work(model, given.seq_length, batch, given.micro_batch, given.mask_type)
+    fixed = {name: getattr(given, name) for name in ("tp", "pp", "cp") if getattr(given, name) is not None}
+    found, excluded = plans(work, given.devices, given.memory, cluster, fixed)
+    if given.json:
+        everything = {
+            "basis": PREDICTION,
+            "cluster": dataclasses.asdict(cluster),
+            "plans": [report.record(plan, work) for plan in found],
+            "excluded": excluded,
+        }
+        print(json.dumps(everything, indent=2))
+    elif not found:
+        print(f"mindspeed-cp plan: nothing fits: {excluded['everything']}", file=sys.stderr)
+    elif given.shell:
+        print("\n".join(report.shell(found[0])))
+    else:
+        lines = [f"{given.devices} devices, {batch} sequences of {given.seq_length} tokens: {PREDICTION}."]
+        lines += [_assumed(cluster), "", *report.text(found, work), ""]
+        lines += [f"Excluded: {what}: {rule}" for what, rule in excluded.items()]
+        print("\n".join([*lines, "", "Flags of the first: " + report.megatron_flags(found[0])]))
+    return 0 if found else 1
+
+
+def _plan_layer(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> int:
+    given.tp, problem = given.tp or 1, _problem(given, model)
     setup = TrainingSetup(
         num_attention_heads=model.num_heads,
         num_query_groups=model.num_kv_heads,

@@ -244,6 +244,21 @@ def test_a_launch_starts_the_command_that_its_dry_run_prints_with_its_environmen
     assert ("HCCL_CONNECT_TIMEOUT=7" in words and "TASK_QUEUE_ENABLE=2" in words) == (device == "npu")
 
 
+def test_the_planner_chooses_what_is_not_given():
+    """CP=auto: the planner's first setting, which the configuration's own rules then check."""
+    settings = dict(
+        DEVICE="npu", DRY_RUN="1", DATA_PATH="data", CP="auto", PP="1", NPROC_PER_NODE="4", SEQ_LENGTH="32k"
+    )
+    planned = resolved(launch("gpt3", "1.3b", **settings))
+    assert int(planned["TP"]) * int(planned["CP"]) * int(planned["DP"]) == 4 and planned["PP"] == "1"
+    assert f"--context-parallel-size {planned['CP']} " in planned["command"]
+    assert planned["CP"] == "1" or f"--context-parallel-algo {planned['CP_ALGO']} " in planned["command"]
+    refused = launch("gpt3", "1.3b", **{**settings, "TINY": "1"})
+    assert refused.returncode == 2 and "leave one of them out" in refused.stderr
+    too_large = launch("gpt3", "175b", **settings)
+    assert too_large.returncode == 2 and "the least that is needed is" in too_large.stderr
+
+
 def test_a_dry_run_without_data_makes_it_first(tmp_path):
     settings = dict(DEVICE="cpu", TINY="1", PYTHON="true", DRY_RUN="1")
     command = printed_command(launch("llama2", "7b", **settings))

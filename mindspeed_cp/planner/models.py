@@ -37,7 +37,9 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """Of the whole model."""
-        return self.num_layers * self.layer_parameters + (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
+        return (
+            self.num_layers * self.layer_parameters + (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
+        )
 
 
 def _llama(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int) -> ModelShape:

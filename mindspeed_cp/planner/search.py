@@ -155,7 +155,7 @@ def _candidate(config: ContextParallelConfig, problem: Problem, cluster: Cluster
 
 def traced_ranks(cp: int, stride: int, cluster: Cluster) -> list[int]:
     """All ranks of a small group; of a large one the first, the last, and the last of the first node."""
-    if cp <= 8:
+    if cp <= 4:
         return list(range(cp))
     return sorted({0, min(max(cluster.devices_per_node // stride, 1), cp) - 1, cp - 1})
 

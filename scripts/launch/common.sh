@@ -8,7 +8,9 @@
 #   MEGATRON_LM_PATH=DIR      run DIR/pretrain_gpt.py; without it the trainer of this repository
 #   SEQ_LENGTH=32k|128k|1m|N  tokens of a sequence; the first three choose a fitting CP, CP_ALGO, ULYSSES_DEGREE, CP_WINDOW
 #   CP TP PP                  context, tensor and pipeline parallel sizes; data parallel is what is left
-#   CP_ALGO ULYSSES_DEGREE CP_WINDOW MASK_TYPE KV_CACHE_POLICY KV_EXCHANGE OVERLAP CALCULATOR    context parallelism
+#   CP=auto                   the planner's fastest setting that fits (python -m mindspeed_cp.plan) on NNODES x NPROC_PER_NODE (8)
+#                             devices of CLUSTER=ascend-910b|a100|h100 with DEVICE_MEMORY=64e9 bytes; TP and PP that are given stay
+#   CP_ALGO ULYSSES_DEGREE CP_WINDOW MASK_TYPE KV_CACHE_POLICY KV_EXCHANGE OVERLAP CALCULATOR KEEP_ATTENTION=1|0    context parallelism
 #   MICRO_BATCH GLOBAL_BATCH TRAIN_ITERS LR MIN_LR LR_WARMUP_ITERS WEIGHT_DECAY CLIP_GRAD SEED    training
 #   PRECISION=bf16|fp32 RECOMPUTE=full|selective|none SEQUENCE_PARALLEL=1|0 DISTRIBUTED_OPTIMIZER=1|0
 #   DATA_PATH TOKENIZER_TYPE TOKENIZER_MODEL VOCAB_SIZE SPLIT    data; without DATA_PATH: mock data, or text of the standard library
@@ -55,7 +57,33 @@ model_shape() {
 
 # Sizes of a model that fits 64 GB devices; the environment wins.
 default_parallel() {
+  if [[ ${CP:-} == auto ]]; then return; fi
   TP=${TP:-$1} PP=${PP:-$2}
+}
+
+# CP=auto: what the planner prints for --shell; variables that are set already stay.
+plan_context_parallel() {
+  local plan name value given=()
+  [[ ${TINY:-0} != 1 ]] || fail "CP=auto plans the full model, and TINY=1 trains another one; leave one of them out."
+  case ${SEQ_LENGTH,,} in
+    32k) SEQ_LENGTH=32768 ;;
+    128k) SEQ_LENGTH=131072 ;;
+    1m) SEQ_LENGTH=1048576 ;;
+  esac
+  NPROC_PER_NODE=${NPROC_PER_NODE:-8}
+  local devices=$((${NNODES:-${SLURM_NNODES:-1}} * NPROC_PER_NODE))
+  given=(--model "$MODEL-$SIZE" --devices "$devices" --devices-per-node "$NPROC_PER_NODE" --seq-length "$SEQ_LENGTH"
+    --global-batch "${GLOBAL_BATCH:-$devices}" --micro-batch "${MICRO_BATCH:-1}" --memory "${DEVICE_MEMORY:-64e9}"
+    --mask-type "${MASK_TYPE:-causal}" --cluster "${CLUSTER:-ascend-910b}")
+  if [[ -n ${TP:-} ]]; then given+=(--tp "$TP"); fi
+  if [[ -n ${PP:-} ]]; then given+=(--pp "$PP"); fi
+  plan=$(PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}" TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+    "$PYTHON" -m mindspeed_cp.plan "${given[@]}" --shell) || fail "CP=auto found no setting; give CP, or change what it says."
+  GLOBAL_BATCH=${GLOBAL_BATCH:-$devices}
+  unset CP
+  while IFS='=' read -r name value; do
+    if [[ -z ${!name:-} ]]; then printf -v "$name" '%s' "$value"; fi
+  done <<<"$plan"
 }
 
 # A sequence length -> CP, algorithm and windows. At 32k a rank of 4 holds 8k tokens, too few to hide a ring's transfers
@@ -63,6 +91,7 @@ default_parallel() {
 # ring of 8 spans nodes: windows of 4 keep most of its transfers within a node.
 choose_context_parallel() {
   SEQ_LENGTH=${SEQ_LENGTH:-32k}
+  if [[ ${CP:-} == auto ]]; then plan_context_parallel; fi
   case ${SEQ_LENGTH,,} in
     32k) SEQ_LENGTH=32768 preset=(4 ulysses_cp_algo "" 1) ;;
     128k) SEQ_LENGTH=131072 preset=(8 hybrid_cp_algo 4 1) ;;
@@ -141,6 +170,7 @@ parallel_flags() {
   if [[ ${OVERLAP:-1} == 1 && $CP_ALGO != ulysses_cp_algo ]]; then FLAGS+=(--use-cp-send-recv-overlap); fi
   if [[ -n ${KV_CACHE_POLICY:-} ]]; then FLAGS+=(--context-parallel-kv-cache-policy "$KV_CACHE_POLICY"); fi
   if [[ -n ${KV_EXCHANGE:-} ]]; then FLAGS+=(--cp-kv-exchange "$KV_EXCHANGE"); fi
+  if [[ ${KEEP_ATTENTION:-0} == 1 ]]; then FLAGS+=(--cp-keep-attention); fi
   if [[ -n ${CALCULATOR:-} ]]; then FLAGS+=(--gather-size-calculator "$CALCULATOR"); fi
 }
 

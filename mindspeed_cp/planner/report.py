@@ -1,0 +1,84 @@
+"""What the planner says of a whole training: a table, the reason, the flags, and lines for a shell."""
+
+from mindspeed_cp.planner.search import Candidate, flags
+from mindspeed_cp.planner.training import Plan, Work, sizes, tokens_per_second
+
+SHOWN = 5
+
+
+def reason(candidate: Candidate) -> str:
+    """Why attention takes as long as it does, in one sentence."""
+    sent = f"sends {candidate.intra_bytes / 1e6:,.0f} MB within and {candidate.inter_bytes / 1e6:,.0f} MB between nodes"
+    if candidate.exposed < 0.01 * candidate.seconds:
+        return f"{sent}, hidden behind {candidate.compute * 1e3:,.1f} ms of attention"
+    return f"{sent}, of which {candidate.exposed * 1e3:,.1f} ms do not hide"
+
+
+def text(found: list[Plan], work: Work) -> list[str]:
+    """The best plans, one below the other."""
+    lines = []
+    for number, plan in enumerate(found[:SHOWN], 1):
+        step, memory = plan.step, plan.memory
+        parts = {
+            "compute": step.compute, "context parallelism": step.context, "tensor": step.tensor, "data": step.data,
+            "bubble": step.bubble,
+        }  # fmt: skip
+        bytes_of = {name: value for name, value in vars(memory).items() if value}
+        lines += [
+            f"{number}. {tokens_per_second(work, plan):,.0f} tokens/s: {sizes(plan.split)}; "
+            f"{_setting(plan)}; recompute {plan.recompute}",
+            f"   step {step.seconds:.2f} s: "
+            + ", ".join(f"{name} {value:.2f}" for name, value in parts.items() if value),
+            f"   memory {memory.total / 1e9:.1f} GB: "
+            + ", ".join(f"{name} {value / 1e9:.1f}" for name, value in bytes_of.items()),
+        ]
+        if plan.split.cp > 1:
+            lines.append(f"   a layer {reason(plan.attention)}")
+    return lines
+
+
+def _setting(plan: Plan) -> str:
+    return plan.attention.config.describe() if plan.split.cp > 1 else "no context parallelism"
+
+
+def megatron_flags(plan: Plan) -> str:
+    """The line to paste."""
+    split = plan.split
+    line = f"--tensor-model-parallel-size {split.tp} --pipeline-model-parallel-size {split.pp}"
+    line += " --sequence-parallel" if split.tp > 1 else ""
+    if plan.recompute != "none":
+        line += " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    if plan.recompute == "full, attention kept" and split.cp > 1:
+        line += " --cp-keep-attention"
+    return f"{line} {flags(plan.attention.config)}" if split.cp > 1 else line
+
+
+def shell(plan: Plan) -> list[str]:
+    """Assignments of the launch scripts' variables."""
+    config, split = plan.attention.config, plan.split
+    values = {
+        "TP": split.tp,
+        "PP": split.pp,
+        "CP": split.cp,
+        "CP_ALGO": config.algorithm,
+        "ULYSSES_DEGREE": config.ulysses_degree or "",
+        "CP_WINDOW": config.window_size,
+        "KV_EXCHANGE": "" if config.kv_exchange == "ring" else config.kv_exchange,
+        "RECOMPUTE": "none" if plan.recompute == "none" else "full",
+        "KEEP_ATTENTION": int(plan.recompute == "full, attention kept"),
+    }
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def record(plan: Plan, work: Work) -> dict[str, object]:
+    """For JSON."""
+    return {
+        "split": vars(plan.split),
+        "setting": _setting(plan),
+        "recompute": plan.recompute,
+        "tokens_per_second": tokens_per_second(work, plan),
+        "step_seconds": {**vars(plan.step), "total": plan.step.seconds},
+        "memory_bytes": {**vars(plan.memory), "total": plan.memory.total},
+        "flags": megatron_flags(plan),
+        "reason": reason(plan.attention) if plan.split.cp > 1 else "no context parallelism",
+    }

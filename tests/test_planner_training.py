@@ -1,0 +1,115 @@
+"""The planner of whole trainings: what fits, how its parts add up, and what the launch scripts take of it."""
+
+import json
+
+import pytest
+
+from mindspeed_cp.plan import main
+from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
+from mindspeed_cp.planner.models import MODELS, ModelShape
+from mindspeed_cp.planner.training import RECOMPUTES, Split, Work, attention, planned, plans
+
+TINY = ModelShape(4, 8, 8, 16, 16, 128, 512, 1000, gated=False, tied=True)
+WORK = Work(TINY, 1024, 8)
+UNIT = Cluster(
+    4, flops=1e9, intra_bandwidth=1e9, inter_bandwidth=1e8, latency=0, compute_efficiency=1, link_efficiency=1
+)
+
+
+def one(split, recompute="none", work=WORK):
+    return planned(work, split, attention(work, split, UNIT).candidates[0], recompute, UNIT)
+
+
+def test_memory_is_shared_out_by_every_kind_of_parallelism():
+    alone, parameters = one(Split(1, 1, 1, 1)).memory, TINY.parameters - TINY.hidden  # the last norm is left out
+    assert (alone.weights, alone.gradients, alone.optimizer) == (2 * parameters, 4 * parameters, 12 * parameters)
+    assert one(Split(2, 1, 1, 1)).memory.weights == alone.weights // 2
+    assert one(Split(1, 1, 2, 1)).memory.optimizer == one(Split(1, 1, 1, 2)).memory.optimizer == alone.optimizer // 2
+    assert one(Split(1, 1, 2, 1)).memory.activations == alone.activations // 2
+    assert one(Split(1, 1, 2, 1)).memory.logits == alone.logits // 2
+    # The first of two stages holds half the layers for two micro batches.
+    assert one(Split(1, 2, 1, 1)).memory.activations == alone.activations
+    assert one(Split(1, 2, 1, 1)).memory.logits == 0
+
+
+def test_recomputation_trades_memory_for_time_and_kept_attention_lies_between():
+    none, full, kept = (one(Split(1, 1, 2, 1), recompute) for recompute in RECOMPUTES)
+    assert full.memory.total < kept.memory.total < none.memory.total
+    assert none.step.compute < kept.step.compute < full.step.compute
+    assert none.step.context == kept.step.context <= full.step.context
+    layer = attention(WORK, Split(1, 1, 2, 1), UNIT).candidates[0]
+    again = 8 * TINY.num_layers * layer.forward.compute  # of 8 micro batches
+    assert full.step.compute - kept.step.compute == pytest.approx(again)
+
+
+def test_a_step_on_one_device_is_its_flops():
+    tokens, attention_area = 1024, 1024 * 1025 // 2
+    layers = TINY.num_layers * (6 * tokens * TINY.layer_parameters + 7 * 2 * attention_area * 8 * 16)
+    flops = 8 * (layers + 6 * tokens * TINY.vocab * TINY.hidden)
+    step = one(Split(1, 1, 1, 1)).step
+    assert step.seconds == step.compute == pytest.approx(flops / 1e9)
+
+
+def test_stages_wait_for_the_pipeline_to_fill():
+    two = one(Split(1, 2, 1, 1)).step
+    assert two.bubble == pytest.approx((two.compute + two.context + two.tensor) / 8)
+
+
+def test_all_that_is_found_fits_and_the_fastest_comes_first():
+    limit = one(Split(1, 1, 1, 8)).memory.total
+    found, excluded = plans(WORK, 8, limit, UNIT, {})
+    assert max(plan.memory.total for plan in found) <= limit
+    assert [plan.step.seconds for plan in found] == sorted(plan.step.seconds for plan in found)
+    assert all(plan.split.tp * plan.split.pp * plan.split.cp * plan.split.dp == 8 for plan in found)
+    assert "leave the node of 4" in excluded["tp 8"] and "4 layers" in excluded["pp 8"]
+
+
+def test_what_fits_nowhere_says_how_much_is_missing():
+    found, excluded = plans(WORK, 2, 1e6, UNIT, {"tp": 1})
+    assert found == [] and "the least that is needed is 0.0 GB" in excluded["everything"]
+    with pytest.raises(ValueError, match="--devices 3 cannot be split .*dp 3: --global-batch 8 is no multiple of dp 3"):
+        plans(WORK, 3, 1e12, UNIT, {"tp": 1, "pp": 1, "cp": 1})
+
+
+# Pins of what the model of the cluster says today, no evidence that it is right.
+GOLDEN = {
+    "ascend-910b": ("llama2-7b", 32768, {"tp": 2, "pp": 1}, "Ring"),
+    "a100": ("llama2-7b", 2048, {"tp": 1, "pp": 1}, "Ulysses"),
+    "h100": ("qwen-14b", 131072, {"tp": 8, "pp": 1}, "Ring"),
+}
+
+
+@pytest.mark.parametrize("cluster", GOLDEN)
+def test_the_fastest_of_a_cluster_and_its_reason(cluster, capsys):
+    model, seq_length, fixed, algorithm = GOLDEN[cluster]
+    sizes = [word for name, size in fixed.items() for word in (f"--{name}", str(size))]
+    arguments = ["--model", model, "--devices", "16", "--cp", "4" if fixed["tp"] < 8 else "2", *sizes]
+    assert main([*arguments, "--seq-length", str(seq_length), "--cluster", cluster, "--memory", "80e9", "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)["plans"][0]
+    assert best["setting"].startswith(algorithm) and best["recompute"] in RECOMPUTES
+    assert best["memory_bytes"]["total"] <= 80e9 and best["tokens_per_second"] > 0
+    assert "hidden behind" in best["reason"] or "do not hide" in best["reason"]
+    assert "--context-parallel-size" in best["flags"]
+
+
+def test_the_shell_gets_variables_of_the_launch_scripts(capsys):
+    arguments = ["--model", "gpt3-125m", "--devices", "2", "--cp", "2", "--seq-length", "4096", "--cluster", "a100"]
+    assert main([*arguments, "--shell"]) == 0
+    lines = dict(line.split("=") for line in capsys.readouterr().out.splitlines())
+    assert lines["CP"] == "2" and lines["TP"] == lines["PP"] == "1" and lines["CP_ALGO"].endswith("_cp_algo")
+
+
+def test_wrong_combinations_of_flags_are_named(capsys):
+    common = ["--model", "llama2-7b", "--seq-length", "64", "--cluster", "a100"]
+    for more, words in (([], "--cp is not given"), (["--cp", "2", "--pp", "2"], "give --devices")):
+        assert main([*common, *more]) == 2 and words in capsys.readouterr().err
+    assert main([*common, "--devices", "0"]) == 2 and "--devices 0" in capsys.readouterr().err
+
+
+def test_parameters_of_named_models_fit_their_devices():
+    """LLaMA2 7B: 6.7e9 parameters of 18 bytes each need two devices of 64 GB at least."""
+    split = Split(1, 1, 1, 1)
+    work = Work(MODELS["llama2-7b"], 4096, 1)
+    cluster = CLUSTERS["ascend-910b"]
+    memory = planned(work, split, attention(work, split, cluster).candidates[0], "full", cluster).memory
+    assert 121e9 < memory.weights + memory.gradients + memory.optimizer < 122e9
