@@ -122,6 +122,10 @@ def cases():
     """The cases that this version of megatron-core has."""
     absent = {"packed", "padding"} if VERSION < (0, 16) else set()
     absent |= {"softmax"} if VERSION < (0, 15) else set()
+    # Megatron itself ends in a TypeError there, without context parallelism too: multi-token prediction without
+    # Transformer Engine from 0.20 on, and with full recomputation in 0.18.
+    absent |= {"prediction", "all of them"} if VERSION >= (0, 20) else set()
+    absent |= {"all of them, recomputed"} if VERSION == (0, 18) else set()
     return {name: case for name, case in CASES.items() if not any(word in name for word in absent)}
 
 
