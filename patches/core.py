@@ -25,6 +25,7 @@ from mindspeed_cp.patches.pipeline import pipeline_patches
 from mindspeed_cp.patches.recompute import recompute_patches
 from mindspeed_cp.patches.rope import rope_patches
 from mindspeed_cp.patches.start import agreed_config
+from mindspeed_cp.patches.transformer_engine import keep_arguments
 
 from mindspeed_cp.compat import process_groups
 
@@ -32,7 +33,7 @@ DOT_PRODUCT = "megatron.core.transformer.dot_product_attention.DotProductAttenti
 TE_DOT_PRODUCT = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
 PARALLEL_STATE = "megatron.core.parallel_state"
 TRANSFORMER_CONFIG = "megatron.core.transformer.transformer_config.TransformerConfig"
-CAUSAL_TYPES = ("causal", "padding_causal")  # of AttnMaskType
+CAUSAL_TYPES = ("causal", "padding_causal", "causal_bottom_right")  # of AttnMaskType; queries are as many as keys
 
 
 def core_patches(state, announce):
@@ -54,6 +55,12 @@ def core_patches(state, announce):
             f"{DOT_PRODUCT}.forward",
             _dot_product_forward(bridge),
             "attention over the whole sequence, of which each rank holds a part",
+        ),
+        Patch(
+            f"{TE_DOT_PRODUCT}.__init__",
+            keep_arguments,
+            "Transformer Engine's module does not keep the softmax scale that it was built with",
+            _without_te,
         ),
         Patch(
             f"{TE_DOT_PRODUCT}.forward",
@@ -147,8 +154,9 @@ def _dot_product_forward(bridge):
 
 def _te_forward(bridge):
     def described(module, query, attn_mask_type):
-        scale = module.softmax_scale if isinstance(module.softmax_scale, float) else query.shape[-1] ** -0.5
-        return _described(module, attn_mask_type, scale, module.config.attention_dropout)
+        asked = module.asked_softmax_scale
+        scale = query.shape[-1] ** -0.5 if asked is None else asked
+        return _described(module, attn_mask_type, scale, module.asked_dropout)
 
     # Transformer Engine reads no mask with causal types.
     return _attention_forward(bridge, lambda *_: True, described, causal_types_read_the_mask=False)

@@ -256,6 +256,38 @@ def run_ranks(world_size, function, *args, timeout=120.0, fresh=False, imported=
     return [outcome.detail for outcome in outcomes]
 
 
+def run_alone(function, *args, timeout=120.0):
+    """``function(*args)`` in a new process that belongs to no process group and may fork its own ranks.
+
+    Raises:
+        RankFailure: it raised, or did not answer within ``timeout`` seconds.
+    """
+    wake(None)
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("forkserver").Process(target=_alone, args=(function, args, theirs))
+    with _forking_from(()):
+        process.start()
+    theirs.close()
+    try:
+        kind, detail = pickle.loads(ours.recv_bytes()) if ours.poll(timeout) else ("hung", "")
+    except EOFError:
+        kind, detail = "died", ""
+    finally:
+        process.kill()
+        process.join()
+    if kind != "returned":
+        raise RankFailure(f"{function.__name__} {kind}\n{detail}")
+    return detail
+
+
+def _alone(function, args, connection):
+    from rank_server import end_with_parent
+
+    end_with_parent()
+    answer = _answer(args[0], function, args[1:])
+    connection.send_bytes(answer if isinstance(answer, bytes) else pickle.dumps(answer))
+
+
 def _describe(outcomes):
     """Every failure once, the ranks that share it together."""
     failures = {}

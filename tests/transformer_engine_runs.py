@@ -1,0 +1,227 @@
+"""Megatron's TEDotProductAttention over the fake of a Transformer Engine release; ``run_release`` runs on two ranks."""
+
+import contextlib
+import inspect
+import multiprocessing
+import os
+import tempfile
+from unittest import mock
+
+HEADS, GROUPS, DIM, SEQ = 4, 2, 8, 24
+DOCUMENTS = (0, 5, 6, 17, SEQ)
+ALGORITHMS = ("ulysses_cp_algo", "megatron_cp_algo")
+# Name -> (settings of TransformerConfig, arguments of the module, mask type, arguments of the reference's pairs).
+CASES = {
+    "causal": ({}, {}, "causal", {"causal": True}),
+    "no mask": ({}, {}, "no_mask", {}),
+    "bottom right": ({}, {}, "causal_bottom_right", {"causal": True}),
+    "scale": ({}, {"softmax_scale": 0.7}, "causal", {"causal": True}),
+    "window": ({"window_size": (7, 0)}, {}, "causal", {"causal": True, "window": (7, 0)}),
+    "off-by-one": ({"softmax_type": "off-by-one"}, {}, "causal", {"causal": True}),
+    "learnable": ({"softmax_type": "learnable"}, {}, "causal", {"causal": True}),
+    "packed": ({}, {}, "padding_causal", {"causal": True, "cu_seqlens": DOCUMENTS}),
+}
+REFUSED = ("fp8_dot_product_attention", "fp8_multi_head_attention", "qk_clip", "log_max_attention_logit")
+
+
+def run_release(release):
+    """Results of both ranks for one release, in rank order; the process imports Megatron over its fake, then forks."""
+    import fake_transformer_engine
+
+    fake_transformer_engine.install(release)
+    from mindspeed_cp import megatron_adaptor  # noqa: F401  once, for both ranks
+
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("fork").Pool(2) as pool:
+        return pool.starmap_async(_run, [(rank, folder) for rank in range(2)], chunksize=1).get(100)
+
+
+def _run(rank, folder):
+    import torch
+    import torch.distributed as dist
+    from fake_transformer_engine import CALLS
+    from megatron.core import parallel_state
+
+    from mindspeed_cp import ContextParallelConfig, SequenceLayout, megatron_adaptor
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = {"differences": {}, "calls": {}}
+    for algorithm in ALGORITHMS:
+        config = ContextParallelConfig(context_parallel_size=2, algorithm=algorithm)
+        megatron_adaptor.configure(config)
+        initialize(2)
+        layout = SequenceLayout.build(config, SEQ)
+        for name in cases():
+            found["differences"][f"{algorithm} {name}"] = _difference(layout, rank, name)
+        found["refused"] = {name: _message(lambda name=name: module(2, {name: True})) for name in refusable()}
+        found["dropout"] = _dropout(layout, rank)
+        found["calls"][algorithm] = [name for name, _ in CALLS]
+        parallel_state.destroy_model_parallel()
+    found["alone"] = _alone()
+    dist.barrier()
+    return found
+
+
+def initialize(cp_size):
+    """Make Megatron's process groups."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    with open(os.devnull, "w") as nowhere, mock.patch("sys.stdout", nowhere):
+        parallel_state.initialize_model_parallel(context_parallel_size=cp_size)
+    model_parallel_cuda_manual_seed(5)
+
+
+def module(cp_size, settings, mask_type="causal", **arguments):
+    """Megatron's own class, built by Megatron's own code; what the release does not know is refused by its fake."""
+    import torch
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.enums import AttnMaskType
+
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=HEADS * DIM,
+        num_attention_heads=HEADS,
+        num_query_groups=GROUPS,
+        context_parallel_size=cp_size,
+        **{"attention_dropout": 0.0, **settings},
+    )
+    # A stream of CUDA is all that Megatron asks of a device here.
+    with mock.patch.object(torch.cuda, "Stream", object):
+        return TEDotProductAttention(config, 1, AttnMaskType[mask_type], "self", **arguments)
+
+
+def cases():
+    """Names of the cases that this Megatron and this Transformer Engine have."""
+    import transformer_engine as te
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.enums import AttnMaskType
+
+    known = set(inspect.signature(TransformerConfig).parameters)
+    if "softmax_type" not in inspect.signature(te.pytorch.DotProductAttention.__init__).parameters:
+        known.discard("softmax_type")
+    return [
+        name
+        for name, (settings, _, mask_type, _) in CASES.items()
+        if known.issuperset(settings) and mask_type in AttnMaskType.__members__
+    ]
+
+
+def refusable():
+    """The fields that this Megatron's configuration has."""
+    from megatron.core.transformer import TransformerConfig
+
+    return [name for name in REFUSED if name in inspect.signature(TransformerConfig).parameters]
+
+
+def tensors(batch):
+    import torch
+
+    generator = torch.Generator().manual_seed(11)
+    shapes = [(SEQ, batch, heads, DIM) for heads in (HEADS, GROUPS, GROUPS, HEADS)]
+    return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def _difference(layout, rank, name):
+    """Largest difference of the output and of every gradient to dense attention over the whole sequence."""
+    import reference
+    import torch
+    import torch.distributed as dist
+    from megatron.core.transformer.enums import AttnMaskType
+
+    settings, arguments, mask_type, pairs = CASES[name]
+    packed = "cu_seqlens" in pairs
+    attention, whole = module(2, settings, mask_type, **arguments).double(), tensors(1 if packed else 2)
+    offset = attention.softmax_offset
+    if name == "learnable":
+        with torch.no_grad():
+            offset.copy_(torch.linspace(-1, 2, HEADS))
+    expected = reference.attention_with_gradients(
+        *whole, reference.allowed_pairs(SEQ, **pairs), sinks=offset, **arguments
+    )
+    shards = [layout.shard(tensor, rank) for tensor in whole]
+    *qkv, grad_out = [tensor.squeeze(1) for tensor in shards] if packed else shards
+    leaves = [tensor.clone().requires_grad_() for tensor in qkv]
+    with _batch(pairs.get("cu_seqlens")) as packed_seq_params:
+        out = attention(
+            *leaves,
+            None,
+            attn_mask_type=AttnMaskType[mask_type],
+            attention_bias=None,
+            packed_seq_params=packed_seq_params,
+            **_further(attention),
+        )
+    out.backward(grad_out.flatten(-2))
+    parts = [(out, expected["out"].flatten(-2))]
+    parts += [(leaf.grad, expected[key]) for leaf, key in zip(leaves, ("dq", "dk", "dv"))]
+    parts = [(ours, layout.shard(theirs, rank)) for ours, theirs in parts]
+    if name == "learnable":
+        dist.all_reduce(offset.grad)
+        parts.append((offset.grad, expected["d_offset"]))
+    return max(float((ours - theirs.reshape(ours.shape)).detach().abs().max()) for ours, theirs in parts)
+
+
+def _further(attention):
+    """What this Megatron's own class takes besides."""
+    return {"num_splits": 1} if "num_splits" in inspect.signature(attention.forward).parameters else {}
+
+
+def _batch(documents):
+    """Context in which a batch of SEQ tokens runs; gives its PackedSeqParams, None without documents."""
+    import torch
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    from mindspeed_cp import megatron_adaptor
+
+    @contextlib.contextmanager
+    def running():
+        state = megatron_adaptor.state()
+        batch = get_batch_on_this_cp_rank({"tokens": torch.zeros(2, SEQ, dtype=torch.long)})
+        ends = None if documents is None else torch.tensor(documents, dtype=torch.int32)
+        with state.running(state.records.find(batch.values())):
+            yield ends if ends is None else PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+
+    return running()
+
+
+def _dropout(layout, rank):
+    """Whether attention drops: with the configuration's probability, with the layer's own, in evaluation."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    *qkv, _ = [layout.shard(tensor, rank) for tensor in tensors(2)]
+
+    def run(attention):
+        with _batch(None):
+            return attention(*qkv, None, attn_mask_type=AttnMaskType.causal)
+
+    plain = run(module(2, {}))
+    dropping = module(2, {"attention_dropout": 0.5})
+    outputs = [run(dropping), run(module(2, {"attention_dropout": 0.5}, attention_dropout=0.0)), run(dropping.eval())]
+    return [bool((out != plain).any()) for out in outputs]
+
+
+def _alone():
+    """(arguments that reach Transformer Engine with context_parallel_size 1, message about its bias otherwise)."""
+    from fake_transformer_engine import CALLS
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from mindspeed_cp import ContextParallelConfig, megatron_adaptor
+
+    megatron_adaptor.configure(ContextParallelConfig(context_parallel_size=1))
+    initialize(1)
+    CALLS.clear()
+    query, key, value, _ = tensors(2)
+    out = module(1, {})(query, key, value, None, attn_mask_type=AttnMaskType.causal, attention_bias=query)
+    ((name, given),) = CALLS
+    is_theirs = out.equal(query.flatten(-2)) and given["key_layer"] is key and given["core_attention_bias"] is query
+    return name, is_theirs, given["attn_mask_type"], given["core_attention_bias_type"]
+
+
+def _message(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
