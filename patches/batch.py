@@ -126,6 +126,9 @@ def _slice_batch(state):
     def build(original):
         signature = inspect.signature(original)
 
+        def split(batch, is_hybrid=False):
+            return split_batch(batch, state, _documents_that_come_along(batch, state, is_hybrid))
+
         @wraps(original)
         def get_batch_on_this_cp_rank(batch, *args, **kwargs):
             given = signature.bind_partial(batch, *args, **kwargs).arguments
@@ -136,12 +139,10 @@ def _slice_batch(state):
                     kwargs["cp_group"] = _own_group()
             group = given.get("cp_group")
             if state.sizes:
-                return split_sub_batch(
-                    batch, state, given, lambda batch: split_batch(batch, state, _brought(batch, state))
-                )
+                return split_sub_batch(batch, state, given, split)
             if state.cp_size == 1 or (isinstance(group, dist.ProcessGroup) and group.size() != state.cp_size):
                 return original(batch, *args, **kwargs)
-            return split_batch(batch, state, _documents_that_come_along(batch, state, given.get("is_hybrid_cp")))
+            return split(batch, given.get("is_hybrid_cp"))
 
         return get_batch_on_this_cp_rank
 
@@ -158,14 +159,10 @@ def _documents_that_come_along(batch, state, is_hybrid) -> Documents | None:
     """The documents of a batch that brings cu_seqlens (1, n), as those of 0.18 and later do; None without.
 
     Raises:
-        ValueError: dynamic context parallelism, whose groups are other ones in every micro-batch; or several rows.
+        ValueError: dynamic context parallelism of which initialize_model_parallel knows nothing; or several rows.
     """
     if is_hybrid:
         refuse_dynamic("initialize_model_parallel was not told so (hybrid_context_parallel=True)")
-    return _brought(batch, state)
-
-
-def _brought(batch, state) -> Documents | None:
     ends, padded = batch.get("cu_seqlens"), batch.get("cu_seqlens_padded")
     if ends is None:
         return None

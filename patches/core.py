@@ -247,6 +247,7 @@ def _initialize(state, announce):
             timeout = timedelta(minutes=minutes) if minutes else None
             if dynamic:
                 state.sizes = build_sizes(config, state.setup, timeout)
+                announce(state.sizes[max(state.sizes)][0])
             if config.context_parallel_size == 1:
                 return
             state.build_groups(
@@ -257,7 +258,8 @@ def _initialize(state, announce):
                 virtual_pipeline=(given.get("virtual_pipeline_model_parallel_size") or 1) > 1,
             )
             state.is_pipeline = given.get("pipeline_model_parallel_size", 1) > 1
-            announce(config)
+            if not dynamic:
+                announce(config)
 
         return initialize_model_parallel
 

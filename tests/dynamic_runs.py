@@ -53,9 +53,9 @@ def dynamic_groups(settings, cp_size):
     from trainer_runs import _release_groups
 
     configure(settings, cp_size)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
         parallel_state.initialize_model_parallel(context_parallel_size=cp_size, hybrid_context_parallel=True)
-    yield
+    yield said.getvalue()
     parallel_state.destroy_model_parallel()
     _release_groups()
 
@@ -171,7 +171,7 @@ def _refusals():
             context_parallel_size=2, pipeline_model_parallel_size=2, hybrid_context_parallel=True
         )
     )
-    with dynamic_groups({"algorithm": "megatron_cp_algo"}, 2):
+    with dynamic_groups({"algorithm": "megatron_cp_algo"}, 2) as found["said"]:
         part = next(parts(sample_of((16,), 1)))
         for name, settings in (("loss", {}), ("no size", {"calculate_per_token_loss": True})):
             found[name] = _message(lambda settings=settings: losses_of(build(2, **settings), part))

@@ -38,3 +38,9 @@ def test_micro_batches_of_sizes_1_2_and_4_train_as_without_context_parallelism(r
 def test_what_dynamic_context_parallelism_cannot_do_is_refused_by_name(ranks, name, says):
     for rank in ranks:
         assert says in rank["refused"][name] and "leave out --hybrid-context-parallel" in rank["refused"][name]
+
+
+def test_rank_0_announces_the_largest_size(ranks):
+    said = [rank["refused"]["said"] for rank in ranks]
+    assert "Context parallelism: Ring, cp=4," in said[0] and said[0].count("Context parallelism:") == 1
+    assert not any("Context parallelism:" in text for text in said[1:])
