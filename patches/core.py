@@ -58,7 +58,7 @@ def core_patches(state, announce):
         ),
         Patch(
             f"{TE_DOT_PRODUCT}.__init__",
-            keep_arguments,
+            keep_arguments(bridge),
             "Transformer Engine's module does not keep the softmax scale that it was built with",
             _without_te,
         ),

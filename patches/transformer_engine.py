@@ -18,24 +18,28 @@ REFUSED = {
 }
 
 
-def keep_arguments(original):
-    """``__init__`` of TEDotProductAttention that keeps its scale and dropout.
+def keep_arguments(bridge):
+    """Builds an ``__init__`` of TEDotProductAttention that keeps its scale and dropout.
 
     Transformer Engine hands the scale to its kernels' modules and keeps none itself.
     """
-    signature = inspect.signature(original)
 
-    @wraps(original)
-    def __init__(self, *args, **kwargs):
-        given = signature.bind(self, *args, **kwargs).arguments
-        config, dropout = given["config"], given.get("attention_dropout")
-        if config.context_parallel_size > 1:
-            _refuse(config)
-        original(self, *args, **kwargs)
-        self.asked_softmax_scale = given.get("softmax_scale")
-        self.asked_dropout = config.attention_dropout if dropout is None else dropout
+    def build(original):
+        signature = inspect.signature(original)
 
-    return __init__
+        @wraps(original)
+        def __init__(self, *args, **kwargs):
+            given = signature.bind(self, *args, **kwargs).arguments
+            config, dropout = given["config"], given.get("attention_dropout")
+            if config.context_parallel_size > 1 or bridge.is_dynamic:
+                _refuse(config)
+            original(self, *args, **kwargs)
+            self.asked_softmax_scale = given.get("softmax_scale")
+            self.asked_dropout = config.attention_dropout if dropout is None else dropout
+
+        return __init__
+
+    return build
 
 
 def _refuse(config):

@@ -33,6 +33,10 @@ def test_transformer_engine_computes_and_exchanges_nothing(ranks):
     assert [rank["calls"] for rank in ranks] == [dict.fromkeys(ALGORITHMS, [])] * 2
 
 
+def test_megatron_builds_whole_layers_whose_attention_keeps_what_it_was_asked_for(ranks):
+    assert [rank["layers"] for rank in ranks] == [[("TEDotProductAttention", True, True)] * 2] * 2
+
+
 def test_dropout_is_the_layers_own_and_ends_with_training(ranks):
     assert [rank["dropout"] for rank in ranks] == [[True, False, False]] * 2
 

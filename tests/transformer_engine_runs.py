@@ -16,6 +16,7 @@ CASES = {
     "no mask": ({}, {}, "no_mask", {}),
     "bottom right": ({}, {}, "causal_bottom_right", {"causal": True}),
     "scale": ({}, {"softmax_scale": 0.7}, "causal", {"causal": True}),
+    "head sizes": ({}, {"softmax_scale": 0.3, "k_channels": 12, "v_channels": DIM}, "causal", {"causal": True}),
     "window": ({"window_size": (7, 0)}, {}, "causal", {"causal": True, "window": (7, 0)}),
     "off-by-one": ({"softmax_type": "off-by-one"}, {}, "causal", {"causal": True}),
     "learnable": ({"softmax_type": "learnable"}, {}, "causal", {"causal": True}),
@@ -54,6 +55,7 @@ def _run(rank, folder):
         for name in cases():
             found["differences"][f"{algorithm} {name}"] = _difference(layout, rank, name)
         found["refused"] = {name: _message(lambda name=name: module(2, {name: True})) for name in refusable()}
+        found["layers"] = [_layer(latent) for latent in (False, True)]
         found["dropout"] = _dropout(layout, rank)
         found["calls"][algorithm] = [name for name, _ in CALLS]
         parallel_state.destroy_model_parallel()
@@ -115,11 +117,13 @@ def refusable():
     return [name for name in REFUSED if name in inspect.signature(TransformerConfig).parameters]
 
 
-def tensors(batch):
+def tensors(batch, key_dim=DIM):
+    """query, key, value and the gradient of the output, whole."""
     import torch
 
     generator = torch.Generator().manual_seed(11)
-    shapes = [(SEQ, batch, heads, DIM) for heads in (HEADS, GROUPS, GROUPS, HEADS)]
+    sizes = ((HEADS, key_dim), (GROUPS, key_dim), (GROUPS, DIM), (HEADS, DIM))
+    shapes = [(SEQ, batch, *size) for size in sizes]
     return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
@@ -132,14 +136,14 @@ def _difference(layout, rank, name):
 
     settings, arguments, mask_type, pairs = CASES[name]
     packed = "cu_seqlens" in pairs
-    attention, whole = module(2, settings, mask_type, **arguments).double(), tensors(1 if packed else 2)
+    attention = module(2, settings, mask_type, **arguments).double()
+    whole = tensors(1 if packed else 2, arguments.get("k_channels", DIM))
     offset = attention.softmax_offset
     if name == "learnable":
         with torch.no_grad():
             offset.copy_(torch.linspace(-1, 2, HEADS))
-    expected = reference.attention_with_gradients(
-        *whole, reference.allowed_pairs(SEQ, **pairs), sinks=offset, **arguments
-    )
+    allowed, scale = reference.allowed_pairs(SEQ, **pairs), arguments.get("softmax_scale")
+    expected = reference.attention_with_gradients(*whole, allowed, sinks=offset, softmax_scale=scale)
     shards = [layout.shard(tensor, rank) for tensor in whole]
     *qkv, grad_out = [tensor.squeeze(1) for tensor in shards] if packed else shards
     leaves = [tensor.clone().requires_grad_() for tensor in qkv]
@@ -168,8 +172,12 @@ def _further(attention):
 
 
 def _batch(documents):
-    """Context in which a batch of SEQ tokens runs; gives its PackedSeqParams, None without documents."""
+    """Context in which a batch of SEQ tokens runs; gives its PackedSeqParams, None without documents.
+
+    They bring the group, where they can, with which Megatron's own class calls set_context_parallel_group.
+    """
     import torch
+    from megatron.core import parallel_state
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.utils import get_batch_on_this_cp_rank
 
@@ -179,11 +187,42 @@ def _batch(documents):
     def running():
         state = megatron_adaptor.state()
         batch = get_batch_on_this_cp_rank({"tokens": torch.zeros(2, SEQ, dtype=torch.long)})
-        ends = None if documents is None else torch.tensor(documents, dtype=torch.int32)
+        params = None
+        if documents is not None:
+            ends = torch.tensor(documents, dtype=torch.int32)
+            params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+            if hasattr(params, "cp_group"):
+                params.cp_group, params.local_cp_size = parallel_state.get_context_parallel_group(), 2
         with state.running(state.records.find(batch.values())):
-            yield ends if ends is None else PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+            yield params
 
     return running()
+
+
+def _layer(latent):
+    """Class of the core attention of a layer that Megatron builds on Transformer Engine, and whether it keeps the
+    layer's own scale and dropout.
+    """
+    import torch
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import build_module
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    config = (MLATransformerConfig if latent else TransformerConfig)(
+        num_layers=2,
+        hidden_size=HEADS * DIM,
+        num_attention_heads=HEADS,
+        context_parallel_size=2,
+        use_cpu_initialization=True,
+        multi_latent_attention=latent,
+    )
+    with mock.patch.object(torch.cuda, "Stream", object):
+        layer = build_module(
+            get_gpt_layer_with_transformer_engine_spec(multi_latent_attention=latent), config=config, layer_number=2
+        )
+    core, scale = layer.self_attention.core_attention, layer.self_attention.softmax_scale if latent else None
+    return type(core).__name__, core.asked_softmax_scale == scale, core.asked_dropout == config.attention_dropout
 
 
 def _dropout(layout, rank):

@@ -53,16 +53,24 @@ def _method(name, signature):
 
 
 def _build(self, **given):
-    """The attributes of DotProductAttention that its documentation or Megatron names; it keeps no softmax scale."""
+    """The attributes that the class's documentation or Megatron names; attention keeps no softmax scale."""
     torch.nn.Module.__init__(self)
+    if "out_features" in given:
+        _build_linear(self, given)
     self.layer_number, self.attention_dropout = given.get("layer_number"), given.get("attention_dropout")
-    self.cp_comm_type, self.softmax_offset = given.get("cp_comm_type"), None
-    heads = given.get("num_attention_heads", 0) // given.get("tp_size", 1)
-    if given.get("softmax_type") == "off-by-one":
-        self.softmax_offset = torch.zeros(heads)
-    elif given.get("softmax_type") == "learnable":
-        del self.softmax_offset
-        self.softmax_offset = torch.nn.Parameter(torch.zeros(heads))
+    self.cp_comm_type = given.get("cp_comm_type")
+    offset = torch.zeros(given.get("num_attention_heads", 0) // given.get("tp_size", 1))
+    kinds = {"off-by-one": offset, "learnable": torch.nn.Parameter(offset)}
+    self.softmax_offset = kinds.get(given.get("softmax_type"))
+
+
+def _build_linear(self, given):
+    self.weight = torch.nn.Parameter(torch.zeros(given["out_features"], given["in_features"]))
+    self.bias = torch.nn.Parameter(torch.zeros(given["out_features"])) if given["bias"] else None
+    if "normalization" in given:
+        self.layer_norm_weight, self.layer_norm_bias = (
+            torch.nn.Parameter(torch.zeros(given["in_features"])) for _ in range(2)
+        )
 
 
 def _record(name):
