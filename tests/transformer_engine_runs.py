@@ -60,6 +60,10 @@ def _run(rank, folder):
         found["calls"][algorithm] = [name for name, _ in CALLS]
         parallel_state.destroy_model_parallel()
     found["alone"] = _alone()
+    with mock.patch.object(megatron_adaptor.state(), "sizes", {1: ()}):  # dynamic context parallelism
+        found["refused"] |= {
+            f"dynamic {name}": _message(lambda name=name: module(1, {name: True})) for name in refusable()
+        }
     dist.barrier()
     return found
 
@@ -242,7 +246,9 @@ def _dropout(layout, rank):
 
 
 def _alone():
-    """(arguments that reach Transformer Engine with context_parallel_size 1, message about its bias otherwise)."""
+    """(method, whether it got Megatron's own tensors, mask type, type of bias): the call of Transformer Engine with
+    context_parallel_size 1.
+    """
     from fake_transformer_engine import CALLS
     from megatron.core.transformer.enums import AttnMaskType
 
