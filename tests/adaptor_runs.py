@@ -51,6 +51,8 @@ def snapshot(prefixes=("torch", "megatron", "numpy")):
 
 
 BOOKKEEPING = ("__annotations__", "__warningregistry__", "__abstractmethods__", "_abc_impl", "__static_attributes__")
+BOOKKEEPING += ("_te_version",)  # where Megatron remembers what it found
+PROTOCOL_INIT = "_no_init_or_replace_init"  # of a class of typing.Protocol until its first instance
 
 
 def changed(before, after):
@@ -60,6 +62,7 @@ def changed(before, after):
     names += [
         key for key in after if key not in before and key[:2] in owners and not isinstance(after[key], ModuleType)
     ]
+    names = [key for key in names if getattr(before.get(key), "__name__", None) != PROTOCOL_INIT]
     return sorted(".".join(key[1:]) for key in names if key[2] not in BOOKKEEPING)
 
 

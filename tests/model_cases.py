@@ -1,11 +1,11 @@
 """The models of the tests of whole models, their parameters and their samples."""
 
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from megatron_version import MINOR as VERSION
 
 
 def has(module):
@@ -17,7 +17,6 @@ def has(module):
     return found is not None and (not inner or found.joinpath(*inner).with_suffix(".py").exists())
 
 
-VERSION = tuple(int(part) for part in version("megatron-core").split(".")[:2])
 ULYSSES, RING, HYBRID = "ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"
 BATCH, VOCABULARY, RATE = 2, 64, 0.1
 MODEL = {
@@ -115,18 +114,27 @@ REMARKABLE = {
     "allgather": Case(MOE | {"moe_token_dispatcher_type": "allgather"}),
     "nothing remarkable": Case(AUX),
 }
-IN_BF16 = {"dense, bf16": Case(), "multi-token prediction, bf16": Case(MTP), "multi-latent attention, bf16": Case(MLA)}
 
 
-def cases():
-    """The cases that this version of megatron-core has."""
+def possible(named):
+    """What this version of megatron-core has of these cases."""
     absent = {"packed", "padding"} if VERSION < (0, 16) else set()
     absent |= {"softmax"} if VERSION < (0, 15) else set()
     # Megatron itself ends in a TypeError there, without context parallelism too: multi-token prediction without
     # Transformer Engine from 0.20 on, and with full recomputation in 0.18.
     absent |= {"prediction", "all of them"} if VERSION >= (0, 20) else set()
     absent |= {"all of them, recomputed"} if VERSION == (0, 18) else set()
-    return {name: case for name, case in CASES.items() if not any(word in name for word in absent)}
+    return {name: case for name, case in named.items() if not any(word in name for word in absent)}
+
+
+def cases():
+    """The cases that this version of megatron-core has."""
+    return possible(CASES)
+
+
+IN_BF16 = possible(
+    {"dense, bf16": Case(), "multi-token prediction, bf16": Case(MTP), "multi-latent attention, bf16": Case(MLA)}
+)
 
 
 def samples(seq_len, count, documents):

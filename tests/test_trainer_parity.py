@@ -4,10 +4,9 @@ All ranks start once; the cases run one after the other in them. The run without
 data parallelism instead, so the two runs share nothing but the samples of a step.
 """
 
-from importlib.metadata import version
-
 import pairs
 import pytest
+from megatron_version import VERSION
 from mindspeed_cp.patches.versions import DEFAULT
 from trainer_runs import largest_difference, prepare_data, run_training
 
@@ -102,7 +101,6 @@ GROUPS = {
     ),
 }
 TOLERANCE = 1e-5
-VERSION = version("megatron-core")
 if VERSION != DEFAULT and not pairs.whole():
     # What is this project's own work, whatever Megatron it runs in, is left to the run on the default version.
     for name in (
