@@ -109,12 +109,14 @@ def _apply_packed(state):
         # From 0.15 on, embeddings of the total length hold one row per packed token instead of one per place in a
         # document.
         by_token = "offset" in inspect.signature(utils._get_thd_freqs_on_this_cp_rank).parameters
+        # What only the packed embedding takes speaks of its own split: cp_group, from 0.20 on max_seqlen.
+        known = inspect.signature(utils._apply_rotary_pos_emb_bshd).parameters
 
         @wraps(original)
         def _apply_rotary_pos_emb_thd(t, cu_seqlens, freqs, *args, **kwargs):
             if state.alone:
                 return original(t, cu_seqlens, freqs, *args, **kwargs)
-            kwargs.pop("cp_group", None)
+            kwargs = {name: value for name, value in kwargs.items() if name in known}
             boundaries = state.boundaries.boundaries(cu_seqlens)
             layout = layout_of_packed(state, boundaries, t.size(0))
             rows = freqs[
