@@ -118,9 +118,9 @@ class _Router:
             # A rank of padding alone has losses of 0, and so has a micro-batch of padding alone.
             share = (valid * cp_size / total.clamp(min=1)).clamp(min=1e-9)
         if config.calculate_per_token_loss:
-            # Megatron multiplies by s, adds over the ranks and divides by all tokens; S instead of s is what cp = 1
-            # has.
-            weight = cp_size / share
+            # Megatron multiplies by s, from 0.19 on by s * cp, adds over the ranks and divides by all tokens; S is what
+            # cp = 1 has.
+            weight = (1 if _multiplies_by_ranks() else cp_size) / share
         else:
             weight = (
                 1 if _scales_with_cp() else cp_size
@@ -237,6 +237,41 @@ def _scales_with_cp():
         return float(MoEAuxLossAutoScaler.main_loss_backward_scale) == 2
     finally:
         MoEAuxLossAutoScaler.main_loss_backward_scale = before
+
+
+@cache
+def _multiplies_by_ranks():
+    """Whether Megatron multiplies these losses by the ranks too where it multiplies them by a rank's tokens.
+
+    Asked by letting a router attach a made-up loss of 1 for 3 tokens on 2 ranks.
+    """
+    router = importlib.import_module(f"{MOE}.router")
+    attach = getattr(router.TopKRouter, "attach_and_log_load_balancing_loss", None)
+    if attach is None:
+        return False
+    attached = []
+    made_up = SimpleNamespace(
+        config=SimpleNamespace(num_layers=1, mtp_num_layers=None, mtp_use_repeated_layer=False),
+        calculate_per_token_loss=True,
+        is_mtp_layer=False,
+        layer_number=1,
+        tp_cp_group=SimpleNamespace(size=lambda: 2),
+    )
+    nowhere = SimpleNamespace(record=lambda *args, **kwargs: None)
+    replaced = {
+        "MoEAuxLossAutoScaler": SimpleNamespace(apply=lambda activation, loss: attached.append(float(loss))),
+        "save_to_aux_losses_tracker": nowhere.record,
+        "get_moe_metrics_tracker": lambda: nowhere,
+    }
+    before = {name: getattr(router, name) for name in replaced if hasattr(router, name)}
+    try:
+        for name in before:
+            setattr(router, name, replaced[name])
+        attach(made_up, torch.zeros(3, 1), 1.0, torch.ones(()), "made up", None)
+    finally:
+        for name, value in before.items():
+            setattr(router, name, value)
+    return attached == [6.0]
 
 
 def _warn_of_local_decisions(config):
