@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mindspeed_cp.patches import batch as batches
-from mindspeed_cp.patches import mtp
+from mindspeed_cp.patches import experts, mtp, rope
 from mindspeed_cp.patches import triton as without_triton
 from mindspeed_cp.patches.state import AdaptorState
 
@@ -143,3 +143,47 @@ def test_the_module_with_kernels_alone_is_imported_without_triton(library):
     assert importlib.import_module("a_megatron.careful").triton is None
     with pytest.raises(ImportError):
         importlib.import_module("triton")
+
+
+def router_of(by_ranks):
+    """megatron.core.transformer.moe.router, as far as a loss is attached: until 0.18, and from 0.19 on."""
+    module = SimpleNamespace(MoEAuxLossAutoScaler=None, get_moe_metrics_tracker=None)
+
+    def attach_and_log_load_balancing_loss(
+        self,
+        activation,
+        aux_loss_coeff,
+        aux_loss,
+        aux_loss_name,
+        reduce_group,
+        needs_dp_avg=True,
+        valid_token_count=None,
+    ):
+        module.get_moe_metrics_tracker().record(aux_loss_name, aux_loss / aux_loss_coeff, self.layer_number)
+        tokens = activation.shape[0] * (self.tp_cp_group.size() if by_ranks else 1)
+        return module.MoEAuxLossAutoScaler.apply(activation, aux_loss * tokens if self.calculate_per_token_loss else 0)
+
+    module.TopKRouter = SimpleNamespace(attach_and_log_load_balancing_loss=attach_and_log_load_balancing_loss)
+    return module
+
+
+@pytest.mark.parametrize("by_ranks", [False, True])
+def test_whether_a_router_counts_the_ranks_itself_is_asked_and_leaves_it_as_it_was(by_ranks, monkeypatch):
+    router = router_of(by_ranks)
+    monkeypatch.setitem(sys.modules, f"{experts.MOE}.router", router)
+    monkeypatch.setattr(experts.importlib, "import_module", sys.modules.__getitem__)
+    assert experts._multiplies_by_ranks.__wrapped__() is by_ranks
+    assert router.MoEAuxLossAutoScaler is router.get_moe_metrics_tracker is None
+
+
+def test_what_only_the_packed_embedding_takes_stays_with_it(monkeypatch):
+    """From 0.20 on Megatron's latent attention hands the longest document's length to the packed embedding."""
+    utils = SimpleNamespace(
+        _get_thd_freqs_on_this_cp_rank=lambda cp_rank, cp_size, x, freqs, offset=0: freqs,
+        _apply_rotary_pos_emb_bshd=lambda t, freqs, mscale=1.0: t * freqs.unsqueeze(-1) * mscale,
+    )
+    monkeypatch.setattr(rope.importlib, "import_module", lambda name: utils)
+    packed = rope._apply_packed(state_of(cp_rank=1))(lambda *args, **kwargs: pytest.fail("not Megatron's own"))
+    freqs, ends = torch.arange(8.0).view(8, 1, 1), torch.tensor([0, 4, 8])
+    turned = packed(torch.ones(4, 1, 2), ends, freqs, mscale=2.0, cp_group=None, max_seqlen=5)
+    assert turned[:, 0, 0].tolist() == [2.0, 4.0, 10.0, 12.0]  # of the zigzag of each document
