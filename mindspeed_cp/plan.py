@@ -14,9 +14,11 @@ import sys
 from collections.abc import Sequence
 
 from mindspeed_cp.config import MASK_TYPES, TrainingSetup
-from mindspeed_cp.planner import report
+from mindspeed_cp.planner import calibrate, report
 from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
+from mindspeed_cp.planner.documents import boundaries
 from mindspeed_cp.planner.models import MODELS, ModelShape, hf_model, named_model
+from mindspeed_cp.planner.picture import plot
 from mindspeed_cp.planner.report import reason
 from mindspeed_cp.planner.search import Candidate, Found, flags, hiding_tokens, search
 from mindspeed_cp.planner.trace import Problem
@@ -27,7 +29,7 @@ PREDICTION = "prediction, not measured on this hardware"
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("mindspeed-cp plan", description=__doc__.partition("\n")[0])
-    model = parser.add_mutually_exclusive_group(required=True)
+    model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", help=f"one of {', '.join(MODELS)}")
     model.add_argument("--hf-config", help="a Hugging Face config.json")
     parser.add_argument("--devices", type=int, help="plan a whole training on so many; sizes that are given stay")
@@ -36,16 +38,24 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--cp", type=int, help="context parallel size; needed without --devices")
     parser.add_argument("--global-batch", type=int, help="with --devices: sequences of a step (default: --devices)")
     parser.add_argument("--memory", type=float, default=64e9, help="with --devices: bytes of a device (default: 64e9)")
-    parser.add_argument("--seq-length", type=int, required=True, help="tokens")
+    parser.add_argument("--seq-length", type=int, help="tokens")
+    parser.add_argument("--documents", help="packed documents: a dataset's .idx, or lognormal:6.5,1.3 and the like")
     parser.add_argument("--micro-batch", type=int, default=1, help="sequences")
     parser.add_argument("--mask-type", choices=[name for name in MASK_TYPES if name != "general"], default="causal")
     parser.add_argument("--policies", action="store_true", help="KV cache policies too; their memory is not predicted")
-    parser.add_argument("--cluster", choices=CLUSTERS, required=True, help="preset that the flags below override")
+    parser.add_argument(
+        "--cluster", help=f"{', '.join(CLUSTERS)}, or a file of --calibrate; the flags below override it"
+    )
+    parser.add_argument("--calibrate", metavar="FILE.yaml", help="measure this machine, write the file, plan nothing")
+    parser.add_argument("--device", choices=calibrate.SIZES, default="cpu", help="that --calibrate measures")
     for field in dataclasses.fields(Cluster):
         kind = int if field.name == "devices_per_node" else float
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help="bytes/s, FLOP/s, seconds or a share")
     parser.add_argument(
         "--shell", action="store_true", help="with --devices: the first as variables of the launch scripts"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="without --devices: time over the length, for each algorithm"
     )
     parser.add_argument("--json", action="store_true", help="everything, machine-readable")
     return parser
@@ -64,7 +74,11 @@ def _problem(given: argparse.Namespace, model: ModelShape) -> Problem:
     if model.num_kv_heads % tp:
         raise ValueError(f"--tp {tp} must divide the model's {model.num_kv_heads} KV heads; choose a divisor of them.")
     sizes = model.num_heads // tp, model.num_kv_heads // tp, model.dk, model.dv
-    return Problem(given.seq_length, *sizes, batch=given.micro_batch, stride=tp)
+    return Problem(given.seq_length, *sizes, batch=given.micro_batch, stride=tp, cu_seqlens=_documents(given))
+
+
+def _documents(given: argparse.Namespace) -> tuple[int, ...] | None:
+    return None if given.documents is None else boundaries(given.documents, given.seq_length)
 
 
 def _record(candidate: Candidate) -> dict[str, object]:
@@ -109,6 +123,16 @@ def _text(found: Found, cluster: Cluster, problem: Problem, given: argparse.Name
 
 def _run(given: argparse.Namespace) -> int:
     _positive(given)
+    if given.calibrate:
+        calibrate.save(calibrate.measured(given.device), given.calibrate)
+        print(f"{given.calibrate}: {_assumed(calibrate.read_cluster(given.calibrate))[9:]}")
+        return 0
+    needed = {"--model or --hf-config": given.model or given.hf_config, "--seq-length": given.seq_length}
+    missing = [flag for flag, value in (needed | {"--cluster": given.cluster}).items() if value is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not given; a plan needs all of them, --calibrate none.")
+    if given.devices is not None and (given.documents or given.plot):
+        raise ValueError("--documents and --plot are for one attention layer; give --cp instead of --devices.")
     model = named_model(given.model) if given.model else hf_model(given.hf_config)
     if given.devices is None and given.cp is None:
         raise ValueError("--cp is not given; give it for one attention layer, or --devices for a whole training.")
@@ -116,7 +140,7 @@ def _run(given: argparse.Namespace) -> int:
         raise ValueError("--pp, --global-batch and --shell belong to a whole training; give --devices.")
     names = [field.name for field in dataclasses.fields(Cluster)]
     changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-    cluster = dataclasses.replace(CLUSTERS[given.cluster], **changes)
+    cluster = dataclasses.replace(calibrate.read_cluster(given.cluster), **changes)
     return _plan_layer(given, model, cluster) if given.devices is None else _plan_training(given, model, cluster)
 
 
@@ -145,16 +169,29 @@ def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluste
     return 0 if found else 1
 
 
-def _plan_layer(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> int:
-    given.tp, problem = given.tp or 1, _problem(given, model)
+def _search(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> tuple[Problem, Found]:
+    problem = _problem(given, model)
     setup = TrainingSetup(
         num_attention_heads=model.num_heads,
         num_query_groups=model.num_kv_heads,
         num_layers=model.num_layers,
         seq_length=given.seq_length,
-        tensor_parallel_size=given.tp,
+        tensor_parallel_size=given.tp or 1,
     )
-    found = search(given.cp, problem, setup, cluster, given.mask_type, given.policies)
+    return problem, search(given.cp, problem, setup, cluster, given.mask_type, given.policies)
+
+
+def _plot(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> None:
+    """From a sixteenth of the length to four times as much."""
+    lengths = {given.seq_length * 2**power // 16 for power in range(0, 7)} - {0}
+    found = {n: _search(argparse.Namespace(**{**vars(given), "seq_length": n}), model, cluster)[1] for n in lengths}
+    plot(given.plot, found, f"{given.model or given.hf_config}, cp {given.cp}, tp {given.tp or 1}, {given.cluster}")
+
+
+def _plan_layer(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> int:
+    if given.plot:
+        _plot(given, model, cluster)
+    problem, found = _search(given, model, cluster)
     if given.json:
         found_json = {
             "basis": PREDICTION,

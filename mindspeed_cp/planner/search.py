@@ -89,14 +89,19 @@ def _apart(ends: dict[int, int], cluster: Cluster, node: int) -> dict[bool, int]
     return sizes
 
 
-def variants(cp: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(algorithm, arguments of the configuration), whether or not they work together: the configuration says that."""
+def variants(cp: int, documents: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(algorithm, arguments of the configuration), whether or not they work together: the configuration says that.
+
+    Args:
+        documents: the balanced layout too, with the exchange that sends only what documents need.
+    """
     divisors = [number for number in range(2, cp) if cp % number == 0]
     for name, row in ALGORITHMS.items():
         degrees: list[int | None] = [*divisors] if row.takes_degree and divisors else [None]
         for degree in degrees:
             for window in [1, *divisors] if row.takes_window else [1]:
-                for exchange in ("ring", "direct") if row.exchange == "ring" else ("ring",):
+                ways = [("auto", "ring"), ("auto", "direct"), ("balanced", "direct")][: 3 if documents else 2]
+                for layout, exchange in ways if row.exchange == "ring" else ways[:1]:
                     for policy in KV_CACHE_POLICIES:
                         yield (
                             name,
@@ -105,6 +110,7 @@ def variants(cp: int) -> Iterator[tuple[str, dict[str, Any]]]:
                                 algorithm=name,
                                 ulysses_degree=degree,
                                 window_size=window,
+                                batch_layout=layout,
                                 kv_exchange=exchange,
                                 kv_cache_policy=policy,
                                 send_recv_overlap=row.exchange is not None,
@@ -127,7 +133,7 @@ def search(
     """
     found: list[Candidate] = []
     first_rule: dict[str, str] = {}
-    for name, arguments in variants(cp):
+    for name, arguments in variants(cp, problem.cu_seqlens is not None):
         if arguments["kv_cache_policy"] and not policies:
             continue
         try:
@@ -143,7 +149,8 @@ def search(
 
 def _candidate(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> Candidate:
     cp, times, intra, inter = config.context_parallel_size, [], 0, 0
-    for rank in traced_ranks(cp, problem.stride, cluster):
+    packed = problem.cu_seqlens is not None
+    for rank in range(cp) if packed else traced_ranks(cp, problem.stride, cluster):  # documents load ranks unevenly
         passes = trace(config, problem, rank)
         node = cluster.node(rank * problem.stride)
         times.append([timeline(each.events, cluster, node) for each in passes])
@@ -173,6 +180,7 @@ def flags(config: ContextParallelConfig) -> str:
     given = {
         "--cp-attention-mask-type": config.attention_mask_type,
         "--ulysses-degree-in-cp": config.ulysses_degree,
+        "--cp-batch-layout": config.batch_layout if config.batch_layout != "auto" else None,
         "--cp-window-size": config.window_size if config.window_size > 1 else None,
         "--cp-kv-exchange": config.kv_exchange if config.kv_exchange != "ring" else None,
         "--context-parallel-kv-cache-policy": config.kv_cache_policy,

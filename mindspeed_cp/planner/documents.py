@@ -1,0 +1,86 @@
+"""Packed documents for the planner: lengths of a dataset or of a distribution, and a row that is filled with them."""
+
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of the tokens, sequences, documents
+ROWS = 15  # are filled, of which the one with the median area is planned
+
+# name -> how a length is drawn from its two parameters
+DISTRIBUTIONS: dict[str, Callable[[random.Random, float, float], float]] = {
+    "uniform": lambda draw, low, high: draw.uniform(low, high),
+    "lognormal": lambda draw, mu, sigma: draw.lognormvariate(mu, sigma),
+    "pareto": lambda draw, scale, alpha: scale * draw.paretovariate(alpha),
+}
+USAGE = "give the .idx of a Megatron dataset, or uniform:64,512, lognormal:6.5,1.3 or pareto:100,0.9"
+
+
+def boundaries(source: str, seq_length: int) -> tuple[int, ...]:
+    """cu_seqlens of a typical row: documents in random order, the last one cut, as Megatron's GPT datasets fill rows.
+
+    Args:
+        source: a path that ends in .idx, or NAME:FIRST,SECOND of a distribution.
+
+    Raises:
+        ValueError: the file is no index of a dataset or empty, or the distribution is not known.
+    """
+    draw = random.Random(0)
+    if source.endswith(".idx"):
+        lengths = read_lengths(source)
+
+        def next_length() -> int:
+            return int(lengths[draw.randrange(len(lengths))])
+
+    else:
+        name, first, second = _distribution(source)
+
+        def next_length() -> int:
+            return max(1, int(DISTRIBUTIONS[name](draw, first, second)))
+
+    rows = [_filled(next_length, seq_length) for _ in range(ROWS)]
+    return sorted(rows, key=lambda ends: sum((stop - start) ** 2 for start, stop in zip(ends, ends[1:])))[ROWS // 2]
+
+
+def _filled(next_length: Callable[[], int], seq_length: int) -> tuple[int, ...]:
+    ends = [0]
+    while ends[-1] < seq_length:
+        ends.append(min(seq_length, ends[-1] + next_length()))
+    return tuple(ends)
+
+
+def _distribution(source: str) -> tuple[str, float, float]:
+    name, _, numbers = source.partition(":")
+    try:
+        first, second = map(float, numbers.split(","))
+    except ValueError:
+        name = ""
+    if name not in DISTRIBUTIONS or first <= 0 or second <= 0:
+        raise ValueError(f"--documents {source} is not known; {USAGE}.")
+    return name, first, second
+
+
+def read_lengths(path: str) -> np.ndarray:
+    """int32 (documents,): tokens of every sequence of a Megatron indexed dataset, without those of no tokens.
+
+    Raises:
+        ValueError: the file is not there, no index, shorter than it says, or empty.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"--documents {path} cannot be read ({error.strerror}); {USAGE}.") from error
+    if len(data) < HEADER.size or HEADER.unpack_from(data)[:2] != (MAGIC, VERSION):
+        raise ValueError(f"--documents {path} is no index of a Megatron dataset; {USAGE}.")
+    count = HEADER.unpack_from(data)[3]
+    if len(data) < HEADER.size + 4 * count:
+        raise ValueError(f"--documents {path} says {count} sequences and is too short for them; make the data again.")
+    lengths = np.frombuffer(data, dtype="<i4", count=count, offset=HEADER.size)
+    lengths = lengths[lengths > 0]
+    if not len(lengths):
+        raise ValueError(f"--documents {path} holds no tokens; {USAGE}.")
+    return lengths

@@ -1,0 +1,106 @@
+"""What the planner reads and writes besides flags: documents, measured clusters, a picture."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from mindspeed_cp.plan import main
+from mindspeed_cp.planner import calibrate
+from mindspeed_cp.planner.cluster import Cluster
+from mindspeed_cp.planner.documents import boundaries, read_lengths
+
+LAYER = ["--model", "gpt3-1.3b", "--cp", "4", "--cluster", "a100"]
+
+
+def write_index(path, lengths, count=None):
+    """An index as Megatron writes it."""
+    head = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, len(lengths) if count is None else count, len(lengths) + 1)
+    path.write_bytes(head + np.array(lengths, dtype="<i4").tobytes())
+    return str(path)
+
+
+def test_lengths_of_a_dataset_are_read(tmp_path):
+    path = write_index(tmp_path / "data.idx", [5, 0, 7, 3])
+    assert read_lengths(path).tolist() == [5, 7, 3]
+    ends = boundaries(path, 64)
+    assert ends[0] == 0 and ends[-1] == 64 and {b - a for a, b in zip(ends, ends[1:-1])} <= {5, 7, 3}
+
+
+def test_a_dataset_that_the_projects_own_script_wrote_is_read(tmp_path):
+    from trainer_runs import prepare_data
+
+    lengths = read_lengths(prepare_data(tmp_path) + ".idx")
+    assert len(lengths) > 50 and lengths.sum() > 100_000
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda path: path.write_bytes(b"nothing of the kind, but long enough for one"), "is no index"),
+        (lambda path: write_index(path, [5], count=9), "says 9 sequences and is too short"),
+        (lambda path: write_index(path, [0]), "holds no tokens"),
+        (lambda path: None, "cannot be read"),
+    ],
+)
+def test_what_is_no_index_is_said(damage, words, tmp_path):
+    damage(tmp_path / "data.idx")
+    with pytest.raises(ValueError, match=words):
+        read_lengths(str(tmp_path / "data.idx"))
+
+
+@pytest.mark.parametrize("source", ["lognormal", "lognormal:1", "normal:1,2", "uniform:-1,5", "pareto:a,b"])
+def test_an_unknown_distribution_names_those_that_are_known(source):
+    with pytest.raises(ValueError, match=f"--documents {source} is not known; give the .idx .* lognormal:6.5,1.3"):
+        boundaries(source, 64)
+
+
+def test_documents_favour_the_balanced_layout_which_sends_less(capsys):
+    arguments = [*LAYER, "--seq-length", "8192", "--documents", "pareto:100,0.9", "--json"]
+    assert main(arguments) == 0
+    rows = json.loads(capsys.readouterr().out)["candidates"]
+    ring = [row for row in rows if "megatron_cp_algo" in row["flags"]]
+    balanced = next(row for row in ring if "--cp-batch-layout balanced" in row["flags"])
+    zigzag = next(row for row in ring if row["setting"].endswith("zigzag, causal"))
+    assert balanced["compute_seconds"] < zigzag["compute_seconds"]
+    assert balanced["intra_bytes"] < zigzag["intra_bytes"]
+
+
+def test_a_calibration_is_read_back_and_plans(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "kernel_rate", lambda device: 2e10)
+    monkeypatch.setattr(calibrate.self_test, "run", lambda device, world: {"ranks": world, "rates": {"ring": 1e9}})
+    path = str(tmp_path / "here.yaml")
+    assert main(["--calibrate", path]) == 0 and "100% of 0 TFLOP/s" in capsys.readouterr().out
+    assert calibrate.read_cluster(path) == Cluster(4, 2e10, 1e9, 1e9, compute_efficiency=1.0, link_efficiency=1.0)
+    assert main([*LAYER[:4], "--cluster", path, "--seq-length", "2048"]) == 0
+
+
+def test_the_kernel_of_this_machine_has_a_rate():
+    assert 1e8 < calibrate.kernel_rate("cpu") < 1e15
+
+
+@pytest.mark.parametrize("text", ["flops: fast", "speed: 1", "- 1", "flops: 0\ndevices_per_node: 1", None])
+def test_a_file_that_is_no_cluster_is_said(text, tmp_path):
+    path = tmp_path / "cluster.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=r"--cluster .*cluster.yaml.*; choose one of ascend-910b, "):
+        calibrate.read_cluster(str(path))
+
+
+def test_the_picture_is_written(tmp_path, capsys):
+    path = tmp_path / "plan.svg"
+    few = ["--model", "gpt3-1.3b", "--cp", "2", "--cluster", "a100", "--seq-length", "512"]
+    assert main([*few, "--plot", str(path)]) == 0
+    text = path.read_text()
+    assert "<svg" in text and path.stat().st_size > 10_000
+    assert main([*few, "--plot", str(tmp_path / "none" / "plan.svg")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_what_a_plan_needs_is_named(capsys):
+    assert main([]) == 2
+    assert "--model or --hf-config, --seq-length, --cluster not given" in capsys.readouterr().err
+    assert main([*LAYER[:2], "--cluster", "a100", "--seq-length", "64", "--devices", "8", "--documents", "x.idx"]) == 2
+    assert "give --cp instead of --devices" in capsys.readouterr().err
