@@ -3,6 +3,8 @@
 # two ranks on each, so that what crosses the network is really crossed. Needs root (or the right to make namespaces),
 # iproute2 and util-linux.
 #   bash scripts/two_hosts.sh hybrid|double_ring|hybrid,double_ring [options of two_hosts_attention.py]      PYTHON=python
+#   RATE=500mbit        a link for each of the two ranks of a host, that fast in each direction (tc tbf), instead of one unlimited
+#   PROGRAM=scripts/x.py instead of two_hosts_attention.py
 #   CUT_AFTER=SECONDS   take the link down that long after the first step; both sides must then exit with an error
 # Exit status 77 where namespaces are not permitted.
 set -euo pipefail
@@ -40,12 +42,30 @@ up() {
 up a 0
 up b 1
 
+# One link for each local rank: what is sent to a rank leaves by the link that its address belongs to.
+LINKS=""
+if [[ -n ${RATE:-} ]]; then
+  ip link add "${NAME}2" netns "${NAME}a" type veth peer name "${NAME}3" netns "${NAME}b"
+  for end in a0 a2 b1 b3; do
+    suffix=${end:0:1} index=${end:1}
+    if ((index > 1)); then
+      ip -n "$NAME$suffix" addr add "10.203.8.$((index - 1))/24" dev "$NAME$index"
+      ip -n "$NAME$suffix" link set "$NAME$index" up
+    fi
+    if ! ip netns exec "$NAME$suffix" tc qdisc add dev "$NAME$index" root tbf rate "$RATE" burst 256kb latency 400ms; then
+      echo "two_hosts.sh: tc cannot limit the rate of a link here" >&2
+      exit 77
+    fi
+  done
+  LINKS=yes
+fi
+
 host() {
   local suffix=$1 index=$2
   shift 2
-  ip netns exec "$NAME$suffix" "${ISOLATED[@]}" env GLOO_SOCKET_IFNAME="$NAME$index" OMP_NUM_THREADS=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" \
+  ip netns exec "$NAME$suffix" "${ISOLATED[@]}" env GLOO_SOCKET_IFNAME="$NAME$index" LINKS="${LINKS:+$NAME$index,$NAME$((index + 2))}" OMP_NUM_THREADS=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" \
     "$PYTHON" -m torch.distributed.run --nnodes 2 --node-rank "$index" --nproc-per-node 2 --master-addr 10.203.7.1 --master-port 29531 \
-    scripts/two_hosts_attention.py --algorithm "${ALGORITHMS[@]}" --counter "/sys/class/net/$NAME$index/statistics/tx_bytes" "$@"
+    "${PROGRAM:-scripts/two_hosts_attention.py}" --algorithm "${ALGORITHMS[@]}" --counter "/sys/class/net/$NAME$index/statistics/tx_bytes" "$@"
 }
 
 EXTRA=()

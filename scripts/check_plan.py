@@ -1,0 +1,109 @@
+"""Predicted and measured time of one attention layer for every setting, on the ranks of scripts/check_plan.sh.
+
+All ranks measure the kernel at once, because they share the cores, then the link within their host; the rate between
+hosts is the one that was set. Every setting runs forward and backward, all of them in turns; rank 0 prints the medians
+beside what the planner predicts, and exits with 1 when its choice is over 10 % slower than the fastest.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from datetime import timedelta
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+import torch.distributed as dist
+
+from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, TrainingSetup
+from mindspeed_cp import context_parallel_attention
+from mindspeed_cp.comm.link import link_of
+from mindspeed_cp.doctor.self_test import rates
+from mindspeed_cp.planner.calibrate import kernel_rate
+from mindspeed_cp.planner.cluster import Cluster
+from mindspeed_cp.planner.search import search
+from mindspeed_cp.planner.trace import Problem
+
+HEADS, KV_HEADS, DIM = 8, 4, 64
+UNITS = {"gbit": 1e9 / 8, "mbit": 1e6 / 8, "kbit": 1e3 / 8}
+CLOSE = 1.10
+
+
+def bytes_per_second(rate: str) -> float:
+    return float(rate[:-4]) * UNITS[rate[-4:]]
+
+
+def mean_over_ranks(value: float) -> float:
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
+
+
+def measured_cluster(rate: str) -> Cluster:
+    rank, host = dist.get_rank(), int(os.environ["LOCAL_WORLD_SIZE"])
+    hosts = [dist.new_group(list(range(first, first + host))) for first in range(0, dist.get_world_size(), host)]
+    dist.barrier()
+    flops = mean_over_ranks(kernel_rate("cpu"))
+    within = mean_over_ranks(rates(link_of(hosts[rank // host]), "cpu")["ring"])
+    return Cluster(host, flops, within, bytes_per_second(rate), 2e-4, 1.0, 1.0)
+
+
+def call_of(config: ContextParallelConfig, seq_len: int):
+    """Forward and backward of this rank's part."""
+    groups, layout = ContextParallelGroups.build(config), SequenceLayout.build(config, seq_len)
+    length = layout.length(groups.cp_rank)
+    leaves = [torch.randn(length, 1, heads, DIM, requires_grad=True) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    grad_out = torch.randn(length, 1, HEADS, DIM)
+
+    def call():
+        context_parallel_attention(*leaves, config=config, groups=groups, layout=layout).backward(grad_out)
+
+    return call
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algorithm", nargs="+", help="ignored: all of them")
+    parser.add_argument("--counter", help="ignored")
+    parser.add_argument("--rate", required=True)
+    parser.add_argument("--seq-length", type=int, default=4096)
+    parser.add_argument("--repetitions", type=int, default=3)
+    args = parser.parse_args()
+    if os.environ.get("LINKS"):
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["LINKS"].split(",")[int(os.environ["LOCAL_RANK"])]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(minutes=3))
+    world, cluster = dist.get_world_size(), measured_cluster(args.rate)
+    problem = Problem(args.seq_length, HEADS, KV_HEADS, DIM, DIM, dtype=torch.float32)
+    setup = TrainingSetup(num_attention_heads=HEADS, num_query_groups=KV_HEADS, seq_length=args.seq_length)
+    found = search(world, problem, setup, cluster).candidates
+    calls = [call_of(candidate.config, args.seq_length) for candidate in found]
+    times: list[list[float]] = [[] for _ in calls]
+    for repetition in range(args.repetitions + 1):
+        for call, seconds in zip(calls, times):
+            dist.barrier()
+            start = time.perf_counter()
+            call()
+            dist.barrier()
+            if repetition:  # the first connects
+                seconds.append(time.perf_counter() - start)
+    medians = [statistics.median(seconds) for seconds in times]
+    status = 0
+    if dist.get_rank() == 0:
+        within = cluster.intra_bandwidth / 1e9
+        print(f"kernel {cluster.flops / 1e9:.1f} GFLOP/s for each rank, {within:.2f} GB/s within a host\n")
+        print("| setting | predicted ms | measured ms |\n| --- | ---: | ---: |")
+        for candidate, median in zip(found, medians):
+            print(f"| {candidate.config.describe()} | {candidate.seconds * 1e3:.0f} | {median * 1e3:.0f} |")
+        ratio = medians[0] / min(medians)
+        print(f"\nthe predicted fastest takes {ratio:.2f} x the measured fastest")
+        status = int(ratio > CLOSE)
+    dist.barrier()
+    dist.destroy_process_group()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
