@@ -157,7 +157,7 @@ def _make(
     """This rank's process groups by name, without the existing ones; all ranks make all of them, in one order."""
     ulysses, _, windows = hierarchy
     made = {}
-    for name, ranks in _parts(all_ranks, ulysses, windows):
+    for name, ranks in parts_of(all_ranks, ulysses, windows):
         if name not in existing:
             group = dist.new_group(list(ranks), timeout=timeout)
             if dist.get_rank() in ranks:
@@ -165,7 +165,7 @@ def _make(
     return made
 
 
-def _parts(all_ranks: Ranks, ulysses: int, windows: int) -> Iterator[tuple[str, Sequence[int]]]:
+def parts_of(all_ranks: Ranks, ulysses: int, windows: int) -> Iterator[tuple[str, Sequence[int]]]:
     """(name, global ranks) of every process group, in the order in which all ranks make them."""
     for ranks in all_ranks:
         yield "cp", ranks

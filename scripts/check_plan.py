@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--counter", help="ignored")
     parser.add_argument("--rate", required=True)
     parser.add_argument("--seq-length", type=int, default=4096)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()
     if os.environ.get("LINKS"):
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["LINKS"].split(",")[int(os.environ["LOCAL_RANK"])]

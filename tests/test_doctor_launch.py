@@ -179,8 +179,8 @@ def test_what_the_patches_refuse_of_megatrons_flags_is_said(script):
     (found,) = [finding for finding in said(megatron, flags, runner) if finding.level == "problem"]
     assert "needs Transformer Engine" in found.text and found.todo.startswith("use --transformer-impl local")
     assert not texts(said(megatron, f"{flags} --transformer-impl local", runner), "problem")
-    hybrid = said(megatron, f"{flags} --transformer-impl local --hybrid-context-parallel", runner)
-    assert "--hybrid-context-parallel" in texts(hybrid, "problem")[0]
+    legacy = said(megatron, f"{flags} --use-legacy-models --ckpt-format torch_dist", runner)
+    assert "--use-legacy-models" in texts(legacy, "problem")[0]
 
 
 def test_the_port_of_the_launch_is_tried(script):

@@ -17,7 +17,7 @@ from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.messages import Pending
 from mindspeed_cp.comm.workspace import Workspace
 from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.groups import ContextParallelGroups, _parts
+from mindspeed_cp.groups import ContextParallelGroups, parts_of
 from mindspeed_cp.kernels.base import KernelOptions, accumulation_dtype
 from mindspeed_cp.layout import SequenceLayout
 
@@ -172,7 +172,7 @@ def dry_groups(config: ContextParallelConfig, rank: int, stride: int, notes: Not
         return NotingLink(cast(Any, None), list(ranks).index(everyone[rank]), tuple(ranks), workspace, notes=notes)
 
     links: dict[str, Any] = {
-        name: link(ranks) for name, ranks in _parts([everyone], ulysses, windows) if everyone[rank] in ranks
+        name: link(ranks) for name, ranks in parts_of([everyone], ulysses, windows) if everyone[rank] in ranks
     }
     if ulysses in (1, len(everyone)):
         links["ring" if ulysses == 1 else "ulysses"] = links["cp"]
