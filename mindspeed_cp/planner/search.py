@@ -60,20 +60,24 @@ class Found:
 
 
 def timeline(events: list[Event], cluster: Cluster, node: int) -> Timing:
-    """Play one rank's events: transfers within and between nodes queue apart; peers post when this rank posts."""
+    """Play one rank's events. What is sent and what is received within and between nodes queue in four lines of their
+    own, links being full duplex; peers post when this rank posts.
+    """
     now = compute = exposed = 0.0
-    free, ready = {False: 0.0, True: 0.0}, {}
+    free: dict[tuple[bool, str], float] = {}
+    ready = {}
     for event in events:
         if isinstance(event, Compute):
             compute += event.flops / cluster.rate
             now += event.flops / cluster.rate
         elif isinstance(event, Post):
             ready[event.number] = now
-            for inter in (False, True):
-                size = max(_apart(ends, cluster, node)[inter] for ends in (event.sent, event.received))
-                if size:
-                    free[inter] = max(now, free[inter]) + cluster.latency + size / cluster.bandwidth(inter)
-                    ready[event.number] = max(ready[event.number], free[inter])
+            for way, ends in (("out", event.sent), ("in", event.received)):
+                for inter, size in _apart(ends, cluster, node).items():
+                    if size:
+                        start = max(now, free.get((inter, way), 0.0))
+                        free[inter, way] = start + cluster.latency + size / cluster.bandwidth(inter)
+                        ready[event.number] = max(ready[event.number], free[inter, way])
         else:
             waited = max(ready[event.number] - now, 0.0)
             exposed += waited
