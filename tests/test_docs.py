@@ -37,6 +37,8 @@ ELSEWHERE = {
     "data/topics",
     "latest.txt",
     "loss.png",
+    "here.yaml",
+    "plan.png",
     "attend.py",
     "report.md",
     "config.yaml",
