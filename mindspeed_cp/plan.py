@@ -131,8 +131,8 @@ def _run(given: argparse.Namespace) -> int:
     missing = [flag for flag, value in (needed | {"--cluster": given.cluster}).items() if value is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} not given; a plan needs all of them, --calibrate none.")
-    if given.devices is not None and (given.documents or given.plot):
-        raise ValueError("--documents and --plot are for one attention layer; give --cp instead of --devices.")
+    if given.devices is not None and (given.documents or given.plot or given.policies):
+        raise ValueError("--documents, --plot and --policies are for one attention layer; give --cp, not --devices.")
     model = named_model(given.model) if given.model else hf_model(given.hf_config)
     if given.devices is None and given.cp is None:
         raise ValueError("--cp is not given; give it for one attention layer, or --devices for a whole training.")

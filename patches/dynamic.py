@@ -121,7 +121,15 @@ def _of_size(config, size, setup):
     algorithm, degree = ("ulysses_cp_algo", None) if degree and size <= degree else (config.algorithm, degree)
     ring = size // (degree or 1)
     window = config.window_size if config.window_size < ring and ring % config.window_size == 0 else 1
-    found = replace(config, context_parallel_size=size, algorithm=algorithm, ulysses_degree=degree, window_size=window)
+    of_ring = dict(kv_exchange="ring", send_recv_overlap=False, p2p="auto", kv_cache_policy=None, kv_cache_interval=0)
+    found = replace(
+        config,
+        context_parallel_size=size,
+        algorithm=algorithm,
+        ulysses_degree=degree,
+        window_size=window,
+        **(of_ring if algorithm != config.algorithm else {}),  # a Hybrid without its ring, and what speaks of one
+    )
     if setup is not None:
         resolve(found, replace(setup, world_size=None, seq_length=None))
     return found

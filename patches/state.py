@@ -103,6 +103,7 @@ class AdaptorState:
     def reset(self) -> None:
         """Forget everything, as after the import."""
         self.config = self.setup = self.kernel = self.groups = self.log = self.end_of_document = None
+        self.sizes = {}
         self.undecided, self.compared, self.program, self.handed = OpenDecision(), {}, "", Handed()
         self.documents_from_position_ids = False
         self.forget_batches()

@@ -50,10 +50,16 @@ def test_what_is_no_index_is_said(damage, words, tmp_path):
         read_lengths(str(tmp_path / "data.idx"))
 
 
-@pytest.mark.parametrize("source", ["lognormal", "lognormal:1", "normal:1,2", "uniform:-1,5", "pareto:a,b"])
+@pytest.mark.parametrize(
+    "source", ["lognormal", "lognormal:1", "normal:1,2", "uniform:-1,5", "pareto:a,b", "uniform:nan,inf"]
+)
 def test_an_unknown_distribution_names_those_that_are_known(source):
     with pytest.raises(ValueError, match=f"--documents {source} is not known; give the .idx .* lognormal:6.5,1.3"):
         boundaries(source, 64)
+
+
+def test_lengths_beyond_all_bounds_fill_the_row():
+    assert boundaries("lognormal:1000,1.3", 64) == (0, 64)
 
 
 def test_documents_favour_the_balanced_layout_which_sends_less(capsys):
@@ -103,4 +109,4 @@ def test_what_a_plan_needs_is_named(capsys):
     assert main([]) == 2
     assert "--model or --hf-config, --seq-length, --cluster not given" in capsys.readouterr().err
     assert main([*LAYER[:2], "--cluster", "a100", "--seq-length", "64", "--devices", "8", "--documents", "x.idx"]) == 2
-    assert "give --cp instead of --devices" in capsys.readouterr().err
+    assert "give --cp, not --devices" in capsys.readouterr().err

@@ -11,6 +11,9 @@ from mindspeed_cp.blocks import Block, IntervalMask, needed_rows, plan_blocks
 from mindspeed_cp.layout import Runs, SequenceLayout
 
 ALL = slice(None)
+LARGEST_TABLE = (
+    1 << 22
+)  # counts, 32 MiB; layouts that cut every document have many runs, and then most ranks are related
 
 
 class Task(NamedTuple):
@@ -86,6 +89,8 @@ class RingPlan:
         """
         runs = [self.layout.ring_runs(rank) for rank in range(self.layout.ring_size)]
         related = np.zeros((len(runs), len(runs)), dtype=bool)
+        if sum(map(len, runs)) * len(runs) > LARGEST_TABLE:
+            return ~related
         for mask in set(self.masks):
             if mask.cu_seqlens is None:
                 return np.ones_like(related)

@@ -43,16 +43,26 @@ def measured(device: str) -> Cluster:
     Raises:
         ValueError: the ranks that measure the links failed; the message says how.
     """
+    if device != "cpu" and not (hasattr(torch, device) and getattr(torch, device).is_available()):
+        raise ValueError(f"--device {device}: there is none here; use --device cpu, or a preset of --cluster.")
     rate = kernel_rate(device)
     found: dict[str, Any] = self_test.run(*self_test.plan(device)[0])
     if "error" in found or not found["rates"]:
-        raise ValueError(f"--calibrate: {found.get('error', 'one device has no links to measure')}.")
+        raise ValueError(
+            f"--calibrate: {found.get('error', 'one device has no links to measure')}; use a preset of --cluster with "
+            "--flops, --intra-bandwidth and --inter-bandwidth."
+        )
     bandwidth = float(found["rates"]["ring"])
-    return Cluster(found["ranks"], rate, bandwidth, bandwidth, compute_efficiency=1.0, link_efficiency=1.0)
+    per_node = found["ranks"] if device == "cpu" else getattr(torch, device).device_count()
+    return Cluster(per_node, rate, bandwidth, bandwidth, compute_efficiency=1.0, link_efficiency=1.0)
 
 
 def save(cluster: Cluster, path: str) -> None:
-    Path(path).write_text(yaml.safe_dump(asdict(cluster), sort_keys=False), encoding="utf-8")
+    """Raises ValueError where the file cannot be written."""
+    try:
+        Path(path).write_text(yaml.safe_dump(asdict(cluster), sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--calibrate {path} cannot be written ({error.strerror}); name a file elsewhere.") from error
 
 
 def read_cluster(name: str) -> Cluster:

@@ -1,5 +1,6 @@
 """Packed documents for the planner: lengths of a dataset or of a distribution, and a row that is filled with them."""
 
+import math
 import random
 import struct
 from collections.abc import Callable
@@ -40,7 +41,10 @@ def boundaries(source: str, seq_length: int) -> tuple[int, ...]:
         name, first, second = _distribution(source)
 
         def next_length() -> int:
-            return max(1, int(DISTRIBUTIONS[name](draw, first, second)))
+            try:
+                return max(1, int(min(DISTRIBUTIONS[name](draw, first, second), seq_length)))
+            except OverflowError:
+                return seq_length
 
     rows = [_filled(next_length, seq_length) for _ in range(ROWS)]
     return sorted(rows, key=lambda ends: sum((stop - start) ** 2 for start, stop in zip(ends, ends[1:])))[ROWS // 2]
@@ -58,8 +62,8 @@ def _distribution(source: str) -> tuple[str, float, float]:
     try:
         first, second = map(float, numbers.split(","))
     except ValueError:
-        name = ""
-    if name not in DISTRIBUTIONS or first <= 0 or second <= 0:
+        first = second = 0.0
+    if name not in DISTRIBUTIONS or not (0 < first < math.inf and 0 < second < math.inf):
         raise ValueError(f"--documents {source} is not known; {USAGE}.")
     return name, first, second
 

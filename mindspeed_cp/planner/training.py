@@ -50,7 +50,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest device, a first pipeline stage."""
+    """Bytes on the fuller of a first and a last pipeline stage."""
 
     weights: int
     gradients: int
@@ -118,7 +118,7 @@ def plans(
             if rule not in excluded.values():
                 excluded[f"{name} at cp {split.cp}, tp {split.tp}"] = rule
         for candidate in layer.candidates if split.cp > 1 else layer.candidates[:1]:
-            for recompute in RECOMPUTES:
+            for recompute in RECOMPUTES if split.cp > 1 else RECOMPUTES[:2]:
                 plan = planned(work, split, candidate, recompute, cluster)
                 smallest = plan if smallest is None else min(smallest, plan, key=lambda one: one.memory.total)
                 if plan.memory.total <= memory:
@@ -214,6 +214,17 @@ def planned(work: Work, split: Split, candidate: Candidate, recompute: Recompute
 
 
 def _memory(work: Work, split: Split, candidate: Candidate, recompute: Recompute) -> Memory:
+    """The first stage of 1F1B has the most micro batches in flight, the last one the logits."""
+    in_flight = min(split.pp, _micro_batches(work, split))
+    stages = [_stage_memory(work, split, candidate, recompute, in_flight, split.pp == 1)]
+    if split.pp > 1:
+        stages.append(_stage_memory(work, split, candidate, recompute, 1, True))
+    return max(stages, key=lambda stage: stage.total)
+
+
+def _stage_memory(
+    work: Work, split: Split, candidate: Candidate, recompute: Recompute, in_flight: int, is_last: bool
+) -> Memory:
     model, layers = work.model, work.model.num_layers // split.pp
     tokens = -(-work.seq_length // split.cp) * work.micro_batch
     parameters = (layers * model.layer_parameters + model.vocab * model.hidden) // split.tp
@@ -224,14 +235,13 @@ def _memory(work: Work, split: Split, candidate: Candidate, recompute: Recompute
     mlp = (3 if model.gated else 2) * model.ffn
     of_layer = tokens * HALF * (4 * model.hidden + mlp) // split.tp
     entry = tokens * HALF * model.hidden // split.tp
-    in_flight = min(split.pp, _micro_batches(work, split))  # of the first stage in 1F1B
     if recompute == "none":
         activations, attention_bytes = in_flight * layers * of_layer, in_flight * layers * of_attention
     else:
         activations = in_flight * layers * entry + of_layer  # the inputs of all, and one that is recomputed
         kept = in_flight * layers if recompute == "full, attention kept" else 1
         attention_bytes = kept * of_attention
-    logits = tokens * model.vocab * (HALF + FLOAT) // split.tp if split.pp == 1 else 0
+    logits = tokens * model.vocab * (HALF + FLOAT) // split.tp if is_last else 0
     optimizer = parameters * OPTIMIZER // (split.dp * split.cp)
     return Memory(parameters * HALF, parameters * FLOAT, optimizer, activations, attention_bytes, logits)
 
@@ -243,7 +253,9 @@ def _step(work: Work, split: Split, candidate: Candidate, recompute: Recompute, 
     attention_again = 1 if recompute == "full" else 0
     passes = 3 + again  # forward; backward counts twice
     matrices = 2 * tokens * passes * model.layer_parameters / split.tp / cluster.rate
-    output = 2 * tokens * 3 * model.vocab * model.hidden / split.tp / cluster.rate / split.pp
+    output = (
+        2 * tokens * 3 * model.vocab * model.hidden / split.tp / cluster.rate
+    )  # the last stage's, and so the slowest's
     of_attention = candidate.compute + attention_again * candidate.forward.compute
     exposed = candidate.exposed + attention_again * candidate.forward.exposed
     # A gather and a scatter around attention and around the MLP, as many backward, and again where recomputed.

@@ -8,7 +8,7 @@
 #   MEGATRON_LM_PATH=DIR      run DIR/pretrain_gpt.py; without it the trainer of this repository
 #   SEQ_LENGTH=32k|128k|1m|N  tokens of a sequence; the first three choose a fitting CP, CP_ALGO, ULYSSES_DEGREE, CP_WINDOW
 #   CP TP PP                  context, tensor and pipeline parallel sizes; data parallel is what is left
-#   CP=auto                   the planner's fastest setting that fits (python -m mindspeed_cp.plan) on NNODES x NPROC_PER_NODE (8)
+#   CP=auto                   the planner's fastest setting that fits (python -m mindspeed_cp.plan) on NNODES x NPROC_PER_NODE
 #                             devices of CLUSTER=ascend-910b|a100|h100 with DEVICE_MEMORY=64e9 bytes; TP and PP that are given stay
 #   CP_ALGO ULYSSES_DEGREE CP_WINDOW MASK_TYPE KV_CACHE_POLICY KV_EXCHANGE OVERLAP CALCULATOR KEEP_ATTENTION=1|0    context parallelism
 #   MICRO_BATCH GLOBAL_BATCH TRAIN_ITERS LR MIN_LR LR_WARMUP_ITERS WEIGHT_DECAY CLIP_GRAD SEED    training
@@ -61,7 +61,7 @@ default_parallel() {
   TP=${TP:-$1} PP=${PP:-$2}
 }
 
-# CP=auto: what the planner prints for --shell; variables that are set already stay.
+# CP=auto: what the planner prints for --shell; TP and PP that are set already stay.
 plan_context_parallel() {
   local plan name value given=()
   [[ ${TINY:-0} != 1 ]] || fail "CP=auto plans the full model, and TINY=1 trains another one; leave one of them out."
@@ -70,8 +70,13 @@ plan_context_parallel() {
     128k) SEQ_LENGTH=131072 ;;
     1m) SEQ_LENGTH=1048576 ;;
   esac
-  NPROC_PER_NODE=${NPROC_PER_NODE:-8}
-  local devices=$((${NNODES:-${SLURM_NNODES:-1}} * NPROC_PER_NODE))
+  for name in CP_ALGO ULYSSES_DEGREE CP_WINDOW KV_EXCHANGE RECOMPUTE KEEP_ATTENTION; do
+    [[ -z ${!name:-} ]] || fail "CP=auto chooses $name, and it is ${!name}; leave it out, or give CP."
+  done
+  TP_GIVEN=${TP:-} PP_GIVEN=${PP:-} TP=${TP:-1} PP=${PP:-1} CP=8
+  choose_device # which counts the devices; of a CPU the three sizes above
+  TP=$TP_GIVEN PP=$PP_GIVEN
+  local devices=$((${NNODES:-${SLURM_NNODES:-${SLURM_JOB_NUM_NODES:-1}}} * NPROC_PER_NODE))
   given=(--model "$MODEL-$SIZE" --devices "$devices" --devices-per-node "$NPROC_PER_NODE" --seq-length "$SEQ_LENGTH"
     --global-batch "${GLOBAL_BATCH:-$devices}" --micro-batch "${MICRO_BATCH:-1}" --memory "${DEVICE_MEMORY:-64e9}"
     --mask-type "${MASK_TYPE:-causal}" --cluster "${CLUSTER:-ascend-910b}")
