@@ -4,17 +4,14 @@ with cp 1.
 
 import json
 import os
-import random
 import runpy
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
-from contextlib import suppress
 
 import pytest
-from trainer_runs import REPOSITORY, prepare_data, run_argvs
+from trainer_runs import REPOSITORY, free_port, prepare_data, run_argvs
 
 LAUNCH = REPOSITORY / "scripts" / "launch"
 FAMILIES = {
@@ -214,15 +211,6 @@ def test_tiny_model_trains_as_with_cp_1(records, family, size):
 def printed_command(result):
     assert result.returncode == 0, result.stderr
     return result.stdout.split("# command\n")[1]
-
-
-def free_port():
-    """Below those that the system gives to connections, of which other tests make many until this one is used."""
-    for port in random.sample(range(20_000, 30_000), 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port
-    raise RuntimeError("no port is free")
 
 
 def test_a_dry_run_prints_a_command_that_runs_in_another_shell_and_folder(records, text, tmp_path):

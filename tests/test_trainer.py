@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from trainer_runs import (
     REPOSITORY,
     TINY,
     environment,
+    free_port,
     largest_difference,
     prepare_data,
     run_training,
@@ -36,11 +36,8 @@ def data(tmp_path_factory):
 
 def run_script(flags, **variables):
     command = [sys.executable, str(REPOSITORY / "scripts/pretrain_gpt.py"), *flags.split()]
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])  # another test may be using the default one
-    return subprocess.run(
-        command, env=environment() | {"MASTER_PORT": port} | variables, capture_output=True, text=True, timeout=200
-    )
+    own = {"MASTER_PORT": str(free_port())}  # another test may be using the default one
+    return subprocess.run(command, env=environment() | own | variables, capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.parametrize(
