@@ -59,6 +59,12 @@ def test_a_port_in_use_is_a_problem_with_a_free_one():
     assert environment.port("localhost", free) is None and free != number
 
 
+@pytest.mark.parametrize("number", [0, 65_536, 295_000])
+def test_a_number_that_is_no_port_is_a_problem(number):
+    found = environment.port("localhost", number)
+    assert found.level == "problem" and f"port {number} is none of 1 to 65535" in found.text
+
+
 def test_gloo_without_a_usable_interface_is_named(monkeypatch):
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "down0"), (3, "eth0")])
     assert not environment._has_address("none7") and environment._usable(["none7"]) == "lo"

@@ -118,6 +118,8 @@ def port(address: str, number: int) -> Finding | None:
         return Finding("warning", f"MASTER_ADDR={address} has no address here", "export MASTER_ADDR=ADDRESS_OF_NODE_0")
     if not own:
         return None
+    if not 0 < number < 1 << 16:
+        return Finding("problem", f"port {number} is none of 1 to 65535", f"export MASTER_PORT={_free_port()}")
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
