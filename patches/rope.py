@@ -150,20 +150,18 @@ def _places(layout, cp_rank, boundaries, num_rows, device):
 
 def _unfused_when_packed(state):
     def build(original):
-        utils = importlib.import_module(ROPE_UTILS)
+        utils, signature = importlib.import_module(ROPE_UTILS), inspect.signature(original)
+        known = inspect.signature(utils._apply_rotary_pos_emb_thd).parameters
 
         @wraps(original)
         def apply_rotary_pos_emb(t, freqs, config, cu_seqlens=None, mscale=1.0, *args, **kwargs):
             if state.alone or cu_seqlens is None or not config.apply_rope_fusion:
                 return original(t, freqs, config, cu_seqlens, mscale, *args, **kwargs)
-            return utils._apply_rotary_pos_emb_thd(
-                t,
-                cu_seqlens,
-                freqs,
-                rotary_interleaved=config.rotary_interleaved,
-                multi_latent_attention=config.multi_latent_attention,
-                mscale=mscale,
-            )
+            given = signature.bind(t, freqs, config, cu_seqlens, mscale, *args, **kwargs).arguments
+            given = {name: value for name, value in given.items() if name in known}
+            if "mla_rotary_interleaved" not in signature.parameters:  # from 0.19 on the caller says it
+                given["multi_latent_attention"] = config.multi_latent_attention
+            return utils._apply_rotary_pos_emb_thd(**given, rotary_interleaved=config.rotary_interleaved)
 
         return apply_rotary_pos_emb
 

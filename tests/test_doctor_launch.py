@@ -18,7 +18,9 @@ MODEL = "--num-attention-heads 16 --hidden-size 1024 --num-layers 8 --seq-length
 
 @pytest.fixture(autouse=True)
 def megatron_is_not_asked(monkeypatch):
-    monkeypatch.setattr(launched, "ask", lambda module, *flags: json.loads(json.dumps(checks.wrong_flags(flags))))
+    monkeypatch.setattr(
+        launched, "ask", lambda module, *flags, environment=None: json.loads(json.dumps(checks.wrong_flags(flags)))
+    )
 
 
 @pytest.fixture

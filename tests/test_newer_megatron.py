@@ -187,3 +187,35 @@ def test_what_only_the_packed_embedding_takes_stays_with_it(monkeypatch):
     freqs, ends = torch.arange(8.0).view(8, 1, 1), torch.tensor([0, 4, 8])
     turned = packed(torch.ones(4, 1, 2), ends, freqs, mscale=2.0, cp_group=None, max_seqlen=5)
     assert turned[:, 0, 0].tolist() == [2.0, 4.0, 10.0, 12.0]  # of the zigzag of each document
+
+
+def fused_until_0_18(t, freqs, config, cu_seqlens=None, mscale=1.0, cp_group=None):
+    return "fused"
+
+
+def fused_from_0_19(t, freqs, config, cu_seqlens=None, mscale=1.0, cp_group=None, mla_rotary_interleaved=False):
+    return "fused"
+
+
+@pytest.mark.parametrize(
+    "original, given, passed_on",
+    [
+        (fused_until_0_18, {}, {"multi_latent_attention": True}),
+        (fused_from_0_19, {"mla_rotary_interleaved": False}, {"mla_rotary_interleaved": False}),
+        (fused_from_0_19, {"mla_rotary_interleaved": True}, {"mla_rotary_interleaved": True}),
+    ],
+)
+def test_who_says_how_latent_heads_are_interleaved_says_it_without_fusion_too(original, given, passed_on, monkeypatch):
+    def thd(t, cu_seqlens, freqs, rotary_interleaved=False, mla_rotary_interleaved=None, mscale=1.0, cp_group=None,
+            multi_latent_attention=None):  # fmt: skip
+        return {
+            "multi_latent_attention": multi_latent_attention, "mla_rotary_interleaved": mla_rotary_interleaved,
+            "mscale": mscale,
+        }  # fmt: skip
+
+    monkeypatch.setattr(rope.importlib, "import_module", lambda name: SimpleNamespace(_apply_rotary_pos_emb_thd=thd))
+    config = SimpleNamespace(apply_rope_fusion=True, multi_latent_attention=True, rotary_interleaved=False)
+    apply = rope._unfused_when_packed(state_of())(original)
+    found = apply("t", "freqs", config, cu_seqlens="ends", mscale=2.0, **given)
+    assert {name: value for name, value in found.items() if value is not None} == {**passed_on, "mscale": 2.0}
+    assert apply("t", "freqs", config) == "fused"

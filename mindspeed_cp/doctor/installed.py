@@ -36,15 +36,18 @@ def ask(module: str, *arguments: str, environment: Mapping[str, str] | None = No
     """What ``python -m module arguments`` prints as JSON: Megatron is looked at in a process of its own.
 
     Raises:
-        RuntimeError: it failed; the message is the last line that it printed.
+        RuntimeError: it failed, the message is the last line that it printed; or it took too long.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        env=None if environment is None else dict(environment),
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            env=None if environment is None else dict(environment),
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"python -m {module} took more than {TIMEOUT} s") from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise RuntimeError(lines[-1] if lines else f"it ended with status {done.returncode}")
@@ -55,7 +58,7 @@ def fitting() -> Iterator[Finding]:
     """Python, torch, Megatron and its compiled helpers, by the table of versions."""
     try:
         yield from (Finding(*row) for row in ask("mindspeed_cp.patches.fit"))
-    except (RuntimeError, subprocess.TimeoutExpired) as error:
+    except RuntimeError as error:
         yield Finding(
             "problem", f"the installation cannot be read: {error}", "pip install --force-reinstall mindspeed_cp"
         )

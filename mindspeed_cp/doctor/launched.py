@@ -150,7 +150,8 @@ def cost(
     saved = max(saved_bytes(config, layer, rank, contiguous) for rank in ranks)
     layers = -(-setup.num_layers // setup.pipeline_parallel_size)
     again = setup.recomputes_attention and not config.keep_attention
-    kept = "of which recomputation keeps one layer's at a time" if again else f"{_size(saved * layers)} in all"
+    flying = " for every micro batch in flight" if setup.pipeline_parallel_size > 1 else ""
+    kept = "of which recomputation keeps one layer's at a time" if again else f"{_size(saved * layers)} in all{flying}"
     text = f"attention keeps {_size(saved)} a layer for backward, on {layers} layers of a rank, {kept}"
     yield Finding("ok", text)
 
@@ -165,6 +166,6 @@ def _size(num_bytes: int) -> str:
 def of_megatron(started: launch.Launch) -> Iterator[Finding]:
     """What the patches refuse of Megatron's own flags, for a script of Megatron-LM."""
     if started.runner and Path(started.script).name.startswith("pretrain_"):
-        wrong = ask("mindspeed_cp.patches.checks", *started.flags)
+        wrong = ask("mindspeed_cp.patches.checks", *started.flags, environment={**os.environ, **started.environment})
         if wrong:
             yield problem(wrong)

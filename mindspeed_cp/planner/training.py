@@ -154,8 +154,6 @@ def splits(
                 continue
             for cp in _chosen(fixed.get("cp"), devices // tp // pp):
                 dp = devices // tp // pp // cp
-                if tp * pp * cp * dp != devices or fixed.get("dp", dp) != dp:
-                    continue
                 if work.global_batch % (dp * work.micro_batch):
                     samples = f"dp {dp} x --micro-batch {work.micro_batch}"
                     excluded.setdefault(f"dp {dp}", f"--global-batch {work.global_batch} is no multiple of {samples}")
@@ -164,6 +162,7 @@ def splits(
                 yield Split(tp, pp, cp, dp)
     if not some:
         rules = "; ".join(f"{what}: {rule}" for what, rule in excluded.items())
+        rules = rules or ", ".join(f"--{name} {size}" for name, size in fixed.items()) + " must divide them"
         raise ValueError(f"--devices {devices} cannot be split for this model and batch ({rules}); change one of them.")
 
 
