@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mindspeed_cp.patches import batch as batches
-from mindspeed_cp.patches import experts, mtp, rope
+from mindspeed_cp.patches import dynamic, experts, mtp, rope
 from mindspeed_cp.patches import triton as without_triton
 from mindspeed_cp.patches.state import AdaptorState
 
@@ -219,3 +219,17 @@ def test_who_says_how_latent_heads_are_interleaved_says_it_without_fusion_too(or
     found = apply("t", "freqs", config, cu_seqlens="ends", mscale=2.0, **given)
     assert {name: value for name, value in found.items() if value is not None} == {**passed_on, "mscale": 2.0}
     assert apply("t", "freqs", config) == "fused"
+
+
+def test_a_hybrid_without_its_ring_drops_what_speaks_of_one():
+    hybrid = ContextParallelConfig(
+        context_parallel_size=4,
+        algorithm="hybrid_cp_algo",
+        ulysses_degree=2,
+        kv_exchange="direct",
+        send_recv_overlap=True,
+        kv_cache_policy="full",
+    )
+    small, whole = (dynamic._of_size(hybrid, size, None) for size in (2, 4))
+    assert (small.algorithm, small.kv_exchange, small.kv_cache_policy) == ("ulysses_cp_algo", "ring", None)
+    assert not small.send_recv_overlap and whole == hybrid

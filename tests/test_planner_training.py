@@ -1,5 +1,6 @@
 """The planner of whole trainings: what fits, how its parts add up, and what the launch scripts take of it."""
 
+import dataclasses
 import json
 
 import pytest
@@ -48,6 +49,24 @@ def test_a_step_on_one_device_is_its_flops():
     flops = 8 * (layers + 6 * tokens * TINY.vocab * TINY.hidden)
     step = one(Split(1, 1, 1, 1)).step
     assert step.seconds == step.compute == pytest.approx(flops / 1e9)
+
+
+def test_the_logits_of_the_last_stage_count_where_it_is_the_fuller():
+    many = Work(dataclasses.replace(TINY, vocab=100_000), 1024, 8)
+    memory = one(Split(1, 2, 1, 1), work=many).memory
+    assert memory.logits == 1024 * 100_000 * 6
+    assert memory.activations == one(Split(1, 1, 1, 1), work=many).memory.activations // 2
+
+
+def test_attention_is_kept_with_context_parallelism_alone():
+    found, _ = plans(WORK, 2, 1e12, UNIT, {"tp": 1, "pp": 1})
+    kept = [plan.split.cp for plan in found if plan.recompute == "full, attention kept"]
+    assert set(kept) == {2} and {plan.split.cp for plan in found} == {1, 2}
+
+
+def test_a_size_that_does_not_divide_the_devices_is_named():
+    with pytest.raises(ValueError, match="--devices 8 cannot be split .*--tp 3 must divide them"):
+        plans(WORK, 8, 1e12, UNIT, {"tp": 3})
 
 
 def test_stages_wait_for_the_pipeline_to_fill():
