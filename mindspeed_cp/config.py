@@ -420,6 +420,25 @@ def _check_heads(config: ContextParallelConfig, setup: TrainingSetup, asked: Tra
         )
 
 
+def heads_of_rank(heads: int, groups: int, tp: int) -> tuple[int, int]:
+    """(query heads, KV heads) of a tensor-parallel rank; with more ranks than KV heads several hold the same one.
+
+    Raises:
+        ValueError: Megatron cannot split them so. Before 0.16 it asks for at least one KV head for each rank.
+    """
+    _require(
+        heads % tp == 0,
+        f"--num-attention-heads {heads} must be divisible by --tensor-model-parallel-size {tp}; choose "
+        f"{_divisors(heads, 1, heads)}.",
+    )
+    _require(
+        groups % tp == 0 or tp % groups == 0,
+        f"--num-query-groups {groups} must be a multiple or a divisor of --tensor-model-parallel-size {tp}; choose "
+        f"{_divisors(groups, 1, groups)}.",
+    )
+    return heads // tp, max(groups // tp, 1)
+
+
 def _degrees_for(config: ContextParallelConfig, heads: int) -> tuple[str, str]:
     """(flag of the Ulysses degree, as text the degrees that split so many heads and that other rules allow)."""
     cp = config.context_parallel_size

@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from mindspeed_cp.config import MASK_TYPES, TrainingSetup
+from mindspeed_cp.config import MASK_TYPES, TrainingSetup, heads_of_rank
 from mindspeed_cp.planner import calibrate, report
 from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
 from mindspeed_cp.planner.documents import boundaries
@@ -21,8 +21,9 @@ from mindspeed_cp.planner.models import MODELS, ModelShape, hf_model, named_mode
 from mindspeed_cp.planner.picture import plot
 from mindspeed_cp.planner.report import reason
 from mindspeed_cp.planner.search import Candidate, Found, flags, hiding_tokens, search
+from mindspeed_cp.planner.split import Work
 from mindspeed_cp.planner.trace import Problem
-from mindspeed_cp.planner.training import Work, plans
+from mindspeed_cp.planner.training import plans
 
 PREDICTION = "prediction, not measured on this hardware"
 
@@ -69,11 +70,8 @@ def _positive(given: argparse.Namespace) -> None:
 
 def _problem(given: argparse.Namespace, model: ModelShape) -> Problem:
     tp = given.tp or 1
-    if model.num_heads % tp:
-        raise ValueError(f"--tp {tp} must divide the model's {model.num_heads} heads; choose a divisor of them.")
-    if model.num_kv_heads % tp:
-        raise ValueError(f"--tp {tp} must divide the model's {model.num_kv_heads} KV heads; choose a divisor of them.")
-    sizes = model.num_heads // tp, model.num_kv_heads // tp, model.dk, model.dv
+    heads = heads_of_rank(model.num_heads, model.num_kv_heads, tp)
+    sizes = *heads, model.dk, model.dv
     return Problem(given.seq_length, *sizes, batch=given.micro_batch, stride=tp, cu_seqlens=_documents(given))
 
 

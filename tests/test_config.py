@@ -6,6 +6,7 @@ import pytest
 
 from mindspeed_cp import ContextParallelConfig, TrainingSetup, resolve
 from mindspeed_cp.algorithms import ALGORITHMS
+from mindspeed_cp.config import heads_of_rank
 from mindspeed_cp.notices import ContextParallelWarning
 
 RING, ULYSSES, HYBRID = "megatron_cp_algo", "ulysses_cp_algo", "hybrid_cp_algo"
@@ -351,3 +352,13 @@ def test_hierarchy_multiplies_to_the_size(size, algorithm):
 def test_cache_interval_counts_layers_from_one(interval, layers):
     given = config(2, kv_cache_policy="full", kv_cache_interval=interval)
     assert [layer for layer in range(1, 6) if given.kv_cache_policy_for(layer)] == layers
+
+
+def test_heads_of_a_tensor_parallel_rank_and_what_megatron_refuses():
+    assert [heads_of_rank(64, 8, tp) for tp in (1, 8, 16)] == [(64, 8), (8, 1), (4, 1)]
+    with pytest.raises(
+        ValueError, match="heads 10 must be divisible by --tensor-model-parallel-size 4; choose 1, 2, 5"
+    ):
+        heads_of_rank(10, 10, 4)
+    with pytest.raises(ValueError, match="groups 6 must be a multiple or a divisor of .* 4; choose 1, 2, 3 or 6"):
+        heads_of_rank(12, 6, 4)

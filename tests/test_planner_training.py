@@ -8,7 +8,8 @@ import pytest
 from mindspeed_cp.plan import main
 from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
 from mindspeed_cp.planner.models import MODELS, ModelShape
-from mindspeed_cp.planner.training import RECOMPUTES, Split, Work, attention, planned, plans
+from mindspeed_cp.planner.split import Split, Work
+from mindspeed_cp.planner.training import RECOMPUTES, attention, planned, plans
 
 TINY = ModelShape(4, 8, 8, 16, 16, 128, 512, 1000, gated=False, tied=True)
 WORK = Work(TINY, 1024, 8)

@@ -11,7 +11,7 @@ import torch
 
 from mindspeed_cp.arguments import validate
 from mindspeed_cp.arguments.launch import misspelt, read_flags
-from mindspeed_cp.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.config import ContextParallelConfig, TrainingSetup, heads_of_rank
 from mindspeed_cp.doctor import environment, launch
 from mindspeed_cp.doctor.finding import Finding, problem
 from mindspeed_cp.doctor.installed import ask
@@ -124,14 +124,9 @@ def problem_of(args: argparse.Namespace, setup: TrainingSetup) -> Problem | str:
         return "bytes and memory need --num-attention-heads and --hidden-size (or --kv-channels)"
     heads, tp = args.num_attention_heads, setup.tensor_parallel_size
     dim = args.kv_channels or args.hidden_size // heads
-    kv_heads = setup.num_query_groups or heads
-    if heads % tp:
-        raise ValueError(
-            f"--num-attention-heads {heads} must be divisible by --tensor-model-parallel-size {tp}; choose a divisor."
-        )
+    of_rank = heads_of_rank(heads, setup.num_query_groups or heads, tp)
     dtype = torch.bfloat16 if args.bf16 or args.fp16 else torch.float32
-    kv_of_rank = max(kv_heads // tp, 1)
-    return Problem(args.seq_length, heads // tp, kv_of_rank, dim, dim, args.micro_batch_size, dtype, stride=tp)
+    return Problem(args.seq_length, *of_rank, dim, dim, args.micro_batch_size, dtype, stride=tp)
 
 
 def cost(

@@ -1,7 +1,8 @@
 """What the planner says of a whole training: a table, the reason, the flags, and lines for a shell."""
 
 from mindspeed_cp.planner.search import Candidate, flags
-from mindspeed_cp.planner.training import Plan, Work, sizes, tokens_per_second
+from mindspeed_cp.planner.split import Work, sizes
+from mindspeed_cp.planner.training import Plan, tokens_per_second
 
 SHOWN = 5
 

@@ -5,47 +5,22 @@ FLOPs of a GPT as Megatron trains it: half precision with float32 gradients and 
 parallelism beside tensor parallelism, flash attention, no dropout, the 1F1B schedule.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from mindspeed_cp.config import ContextParallelConfig, MaskType, TrainingSetup
+from mindspeed_cp.config import ContextParallelConfig, MaskType, TrainingSetup, heads_of_rank
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.memory import saved_bytes
 from mindspeed_cp.planner.models import ModelShape
 from mindspeed_cp.planner.search import Candidate, Found, search
+from mindspeed_cp.planner.split import Split, Work, sizes, splits
 from mindspeed_cp.planner.trace import Problem
 
 HALF, FLOAT = 2, 4  # bytes
 OPTIMIZER = 12  # bytes for a parameter: float32 copy and Adam's two moments
 Recompute = Literal["none", "full", "full, attention kept"]
 RECOMPUTES: tuple[Recompute, ...] = ("none", "full", "full, attention kept")
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is trained.
-
-    Args:
-        seq_length: tokens of a sequence. global_batch, micro_batch: sequences.
-    """
-
-    model: ModelShape
-    seq_length: int
-    global_batch: int
-    micro_batch: int = 1
-    mask_type: MaskType = "causal"
-
-
-@dataclass(frozen=True)
-class Split:
-    """Sizes of tensor, pipeline, context and data parallelism."""
-
-    tp: int
-    pp: int
-    cp: int
-    dp: int
 
 
 @dataclass(frozen=True)
@@ -131,46 +106,6 @@ def plans(
     return sorted(found.values(), key=lambda plan: (plan.step.seconds, plan.memory.total)), excluded
 
 
-def sizes(split: Split) -> str:
-    return ", ".join(f"{name} {value}" for name, value in vars(split).items())
-
-
-def splits(
-    work: Work, devices: int, cluster: Cluster, fixed: dict[str, int], excluded: dict[str, str]
-) -> Iterator[Split]:
-    """Every split of the devices that the model and the batch allow; of what they do not, the first rule."""
-    model, some = work.model, False
-    for tp in _chosen(fixed.get("tp"), devices):
-        if tp > cluster.devices_per_node and "tp" not in fixed:
-            excluded.setdefault(f"tp {tp}", f"tensor parallelism would leave the node of {cluster.devices_per_node}")
-            continue
-        if model.num_heads % tp or model.num_kv_heads % tp:
-            rule = f"{model.num_heads} heads and {model.num_kv_heads} KV heads must be divisible by it"
-            excluded.setdefault(f"tp {tp}", rule)
-            continue
-        for pp in _chosen(fixed.get("pp"), devices // tp):
-            if model.num_layers % pp:
-                excluded.setdefault(f"pp {pp}", f"{model.num_layers} layers must be divisible by it")
-                continue
-            for cp in _chosen(fixed.get("cp"), devices // tp // pp):
-                dp = devices // tp // pp // cp
-                if work.global_batch % (dp * work.micro_batch):
-                    samples = f"dp {dp} x --micro-batch {work.micro_batch}"
-                    excluded.setdefault(f"dp {dp}", f"--global-batch {work.global_batch} is no multiple of {samples}")
-                    continue
-                some = True
-                yield Split(tp, pp, cp, dp)
-    if not some:
-        rules = "; ".join(f"{what}: {rule}" for what, rule in excluded.items())
-        rules = rules or ", ".join(f"--{name} {size}" for name, size in fixed.items()) + " must divide them"
-        raise ValueError(f"--devices {devices} cannot be split for this model and batch ({rules}); change one of them.")
-
-
-def _chosen(given: int | None, total: int) -> list[int]:
-    numbers = [number for number in range(1, total + 1) if total % number == 0]
-    return numbers if given is None else [given] if given in numbers else []
-
-
 def attention(work: Work, split: Split, cluster: Cluster) -> Found:
     """The settings of context parallelism for one layer, timed; those of one (tp, cp) are searched once."""
     model = work.model
@@ -180,8 +115,8 @@ def attention(work: Work, split: Split, cluster: Cluster) -> Found:
 def problem_of(work: Work, split: Split) -> Problem:
     """One layer's attention."""
     model = work.model
-    heads = model.num_heads // split.tp, model.num_kv_heads // split.tp, model.dk, model.dv
-    return Problem(work.seq_length, *heads, batch=work.micro_batch, stride=split.tp)
+    heads = heads_of_rank(model.num_heads, model.num_kv_heads, split.tp)
+    return Problem(work.seq_length, *heads, model.dk, model.dv, batch=work.micro_batch, stride=split.tp)
 
 
 @lru_cache(maxsize=256)
