@@ -57,7 +57,7 @@ def context_parallel_attention(
             that sees no key gives 0.
         cu_seqlens: int32 tensor or ints, document boundaries with the leading 0 and the total; attention never crosses
             one. A sequence of those, one for each row of the batch, where rows hold different documents.
-        dropout_p: probability with which attention weights are dropped, below 1.
+        dropout_p: probability with which attention weights are dropped; 1 leaves 0.
         layer_number: global, 1-based; decides where the KV cache policy applies.
         kernel: an AttentionKernel, or its name; None chooses by device.
         sliding_window: (left, right): the query at p sees keys p - left to p + right; None or -1 is unlimited.

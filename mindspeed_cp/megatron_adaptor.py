@@ -21,7 +21,7 @@ import torch
 from mindspeed_cp import compat
 from mindspeed_cp.config import ContextParallelConfig, TrainingSetup
 from mindspeed_cp.kernels import npu_setup
-from mindspeed_cp.notices import ContextParallelWarning, is_rank0, warn_rank0
+from mindspeed_cp.notices import is_rank0, warn_rank0, warn_this_rank
 from mindspeed_cp.patches.versions import DEFAULT, MEGATRONS
 
 if TYPE_CHECKING:
@@ -102,11 +102,7 @@ def _prepare_device() -> None:
 
         prepare_npu()
     elif importlib.util.find_spec("torch_npu") is not None:
-        warnings.warn(
-            f"{npu_setup.unavailable()} Set {DEVICE_VARIABLE}=cpu to run on the CPU knowingly.",
-            ContextParallelWarning,
-            stacklevel=4,
-        )
+        warn_this_rank(f"{npu_setup.unavailable()} Set {DEVICE_VARIABLE}=cpu to run on the CPU knowingly.")
 
 
 def _announce(config: ContextParallelConfig) -> None:
@@ -164,12 +160,10 @@ def _tables_of_patches() -> "dict[str, list[Patch]]":
 
 def _warn_of_version() -> None:
     version = megatron_version()
-    if version not in TRIED_VERSIONS and is_rank0():
-        warnings.warn(
+    if version not in TRIED_VERSIONS:
+        warn_rank0(
             f"megatron-core {version} has not been tried with mindspeed_cp; tried: {', '.join(TRIED_VERSIONS)}. "
-            "Every patch was applied; compare a short run with --context-parallel-size 1 before a long one.",
-            ContextParallelWarning,
-            stacklevel=3,
+            "Every patch was applied; compare a short run with --context-parallel-size 1 before a long one."
         )
 
 

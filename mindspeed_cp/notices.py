@@ -1,4 +1,7 @@
-"""Warnings that are said once, on rank 0. Before the process group exists, torchrun's RANK says which rank this is."""
+"""The one road of every warning: said once, on rank 0, or by the rank that it happens to.
+
+Before the process group exists, torchrun's RANK says which rank this is.
+"""
 
 import os
 import warnings
@@ -21,3 +24,8 @@ def warn_rank0(message: str) -> None:
     """Issue ``message`` as a ContextParallelWarning on rank 0 only; Python's warning filter says it once per text."""
     if is_rank0():
         warnings.warn(message, ContextParallelWarning, stacklevel=3)
+
+
+def warn_this_rank(message: str) -> None:
+    """The same, of what may happen to this rank alone and to any other."""
+    warnings.warn(message, ContextParallelWarning, stacklevel=3)

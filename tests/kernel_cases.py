@@ -44,6 +44,8 @@ CASES = (
     BlockCase("one_row", Block((0, 1), (0, 1), None, 0), batch=1),
     BlockCase("mla_value_narrower", Block((0, 9), (0, 9), None, 0), dk=24, dv=16),
     BlockCase("value_wider", Block((0, 9), (0, 9), None, 0), dk=16, dv=24),
+    BlockCase("dimensions_that_8_does_not_divide", Block((0, 9), (0, 9), None, 0), dk=20, dv=12),
+    BlockCase("packed_dimensions_that_8_does_not_divide", Block(offsets(4, 5), offsets(4, 5), None, 0), dk=20, dv=12),
     BlockCase("packed_full", Block(offsets(3, 1, 6), offsets(5, 2, 4))),
     BlockCase("packed_causal", Block(offsets(3, 1, 6), offsets(3, 1, 6), None, 0)),
     BlockCase("packed_causal_one_batch_entry", Block((4, 7, 12), (4, 7, 12), None, 0), batch=1),

@@ -74,3 +74,30 @@ def test_rows_with_documents_of_their_own_match_dense_attention_in_one_exchange(
             alike = run_ranks(case.cp, attend_rows, case, ((0, SEQ_LEN),) * 4, mask_type)
             for (_, messages), (_, one_row) in zip(results, alike):
                 assert sum(messages.values()) <= sum(one_row.values()), "no more than for one document"
+
+
+def messages_of_masks(rank):
+    """Messages of Megatron's attention for masks of four rows: plain causal, and with documents of their own."""
+    from mindspeed_cp.patches.attention import AttentionBridge, CoreAttention
+    from mindspeed_cp.patches.state import AdaptorState
+
+    config, groups = setup_of({"context_parallel_size": 2, "algorithm": "megatron_cp_algo"})
+    attend = AttentionBridge(AdaptorState(config=config, groups=groups))
+    query, sent = torch.ones(SEQ_LEN // 2, 4, 2, 8), []
+    for rows in (((0, SEQ_LEN),) * 4, ROWS[0]):
+        visible = [allowed_pairs(SEQ_LEN, causal=True, cu_seqlens=documents) for documents in rows]
+        with count_bytes() as traffic:
+            attend(
+                CoreAttention(1, True, 0.3),
+                query,
+                query,
+                query,
+                torch.stack(visible).logical_not().view(4, 1, SEQ_LEN, -1),
+            )
+        sent.append(traffic.total_messages)
+    return sent
+
+
+@pytest.mark.cpu_only
+def test_a_mask_whose_rows_have_documents_of_their_own_makes_one_exchange_too():
+    assert run_ranks(2, messages_of_masks) == [[1, 1]] * 2

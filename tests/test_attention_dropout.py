@@ -153,3 +153,24 @@ def test_dropping_everything_gives_zeros_and_no_nan(algorithm):
     case = Case(next(shapes(algorithm, 4)), seq_len=9)
     for result in run_ranks(4, attend_all_dropped, case):
         assert all(not tensor.any() for tensor in result.values())
+
+
+class Fused:
+    """A kernel that divides by the probability of keeping, as the operators of GPUs and NPUs do."""
+
+    name, native_bands = "fused", False
+
+    def forward(self, query, key, value, block, options, attention_mask=None):
+        raise ZeroDivisionError(f"{1 - options.dropout_p} are kept")
+
+
+def test_no_fused_kernel_is_asked_to_drop_everything():
+    from mindspeed_cp import context_parallel_attention
+
+    case = Case({}, seq_len=5)
+    layout, inputs = case.layout(), case.inputs()
+    leaves = [inputs[name].requires_grad_() for name in ("query", "key", "value")]
+    given = arguments(case, *setup_of(case.config), layout, None, None)
+    out = context_parallel_attention(*leaves, **{**given, "dropout_p": 1.0, "kernel": Fused()})
+    out.backward(inputs["grad_out"])
+    assert not any(tensor.any() for tensor in (out, *(leaf.grad for leaf in leaves)))

@@ -6,6 +6,7 @@ from distributed import run_ranks
 
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, gather_sequence, shard_batch
 from mindspeed_cp.blocks import IntervalMask, plan_blocks
+from mindspeed_cp.compat.ring_layout import document_layout, row_layout
 from mindspeed_cp.layout import split_sizes
 
 RING = "megatron_cp_algo"
@@ -117,6 +118,15 @@ def test_layout_of_somebody_else_keeps_its_order():
     shards = [layout.shard(whole, rank) for rank in range(3)]
     assert shards[0].tolist() == [60, 70, 0, 10]
     assert torch.equal(layout.unshard(shards), whole)
+
+
+@pytest.mark.parametrize(
+    "orders", [row_layout((3, 2), True, 2), document_layout((0, 2, 6), 2)], ids=["rows", "documents"]
+)
+def test_mindspeeds_orders_are_layouts_like_any_other(orders):
+    assert type(orders) is SequenceLayout
+    whole = torch.arange(orders.seq_len)
+    assert torch.equal(orders.unshard([orders.shard(whole, rank) for rank in range(orders.cp_size)]), whole)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ touches Megatron.
 """
 
 import importlib
+import importlib.util
 import sys
 import warnings
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mindspeed_cp.patches import batch as batches
-from mindspeed_cp.patches import dynamic, experts, mtp, rope
+from mindspeed_cp.patches import dynamic, experts, mtp, rope, training_device
 from mindspeed_cp.patches import triton as without_triton
 from mindspeed_cp.patches.state import AdaptorState
 
@@ -174,6 +175,55 @@ def test_whether_a_router_counts_the_ranks_itself_is_asked_and_leaves_it_as_it_w
     monkeypatch.setattr(experts.importlib, "import_module", sys.modules.__getitem__)
     assert experts._multiplies_by_ranks.__wrapped__() is by_ranks
     assert router.MoEAuxLossAutoScaler is router.get_moe_metrics_tracker is None
+
+
+def module_of(folder, source, **names):
+    """A module with a file, as Megatron's are; ``names`` are there before its source runs."""
+    path = folder / "stand_in.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("stand_in", path)
+    module = importlib.util.module_from_spec(spec)
+    vars(module).update(names)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "factor, scales",
+    [
+        ("loss_scale * cp_group_size", True),
+        ("cp_group_size * loss_scale", True),
+        ("loss_scale  # no longer loss_scale * cp_group_size", False),
+    ],
+)
+def test_whether_megatron_scales_losses_of_experts_is_asked_whatever_its_words(factor, scales, tmp_path, monkeypatch):
+    scaler = SimpleNamespace(main_loss_backward_scale=1)
+    source = f"""
+def forward_step_calc_loss(model, output_tensor, loss_func, cp_group_size):
+    loss_scale = 1
+    scaler.main_loss_backward_scale = {factor}
+"""
+    schedules = SimpleNamespace(schedules=module_of(tmp_path, source, scaler=scaler))
+    monkeypatch.setitem(sys.modules, "megatron.core.pipeline_parallel", schedules)
+    monkeypatch.setitem(sys.modules, f"{experts.MOE}.moe_utils", SimpleNamespace(MoEAuxLossAutoScaler=scaler))
+    assert experts._scales_with_cp.__wrapped__() is scales and scaler.main_loss_backward_scale == 1
+
+
+def test_a_patch_that_is_needed_is_not_left_out_for_a_word_in_a_comment(tmp_path, monkeypatch):
+    writer = module_of(
+        tmp_path,
+        "# serialization_format: torch's default\ndef _write_item(item, serialization_format):\n    return item\n",
+    )
+    monkeypatch.setitem(sys.modules, training_device.CHECKPOINT_WRITER, writer)
+    assert training_device._format_is_passed() == ""
+
+
+@pytest.mark.parametrize("needs", [False, True])
+def test_a_patch_is_applied_for_what_is_read_and_not_for_a_word_in_a_comment(needs, tmp_path, monkeypatch):
+    reads = "te_general_gemm is None" if needs else "True  # without te_general_gemm"
+    module = module_of(tmp_path, f"def gemm():\n    return {reads}\n")
+    monkeypatch.setitem(sys.modules, training_device.EXPERTS, module)
+    assert training_device._gemm_is_named() == ("" if needs else "this version asks nothing of Transformer Engine here")
 
 
 def test_what_only_the_packed_embedding_takes_stays_with_it(monkeypatch):

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from mindspeed_cp.patches import documents, experts, packed
+from mindspeed_cp.patches.attention import AttentionBridge, CoreAttention
 from mindspeed_cp.patches.compiler import outside_compiler
 from mindspeed_cp.patches.models import refuse_inference
 from mindspeed_cp.patches.records import BatchRecords, MicroBatch
@@ -103,6 +104,17 @@ def test_examining_masks_keeps_none_alive_and_reads_each_once(monkeypatch):
     assert gone() is None
     other = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     assert cache.facts(other, other.bool).documents is None and len(cache._entries) == 1
+
+
+def test_a_mask_is_examined_once_though_two_bridges_meet_it(monkeypatch):
+    """Megatron's own attention and that of its legacy models have a bridge each."""
+    real, examined, state = documents.examine_mask, [], state_of()
+    monkeypatch.setattr(documents, "examine_mask", lambda mask: examined.append(1) or real(mask))
+    monkeypatch.setattr(AttentionBridge, "_attend", lambda self, module, query, *rest, **named: query)
+    mask, query = torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1), torch.zeros(4, 1, 2, 8)
+    for bridge in (AttentionBridge(state), AttentionBridge(state)):
+        bridge(CoreAttention(1, True, 1.0), query, query, query, mask)
+    assert len(examined) == 1
 
 
 @pytest.mark.parametrize(

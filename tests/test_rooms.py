@@ -51,3 +51,13 @@ def test_the_reader_of_imports_sees_every_form():
         "    importlib.import_module('megatron.training')\n"
     )
     assert set(imported(source)) == {"megatron.core", "mindspeed_cp.patches", "megatron.training"}
+
+
+def test_every_warning_takes_the_one_road():
+    found = {
+        path.name
+        for path in (*BELOW, *PATCHES, *(REPOSITORY / name for name in BRIDGES))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "warn")
+    }
+    assert found == {"notices.py"}

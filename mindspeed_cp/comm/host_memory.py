@@ -20,14 +20,13 @@ later, which holds on Arm too.
 import mmap
 import os
 import secrets
-import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from mindspeed_cp.comm.messages import Message
-from mindspeed_cp.notices import ContextParallelWarning, warn_rank0
+from mindspeed_cp.notices import warn_rank0, warn_this_rank
 
 SPAN = 1 << 36  # bytes of address space for what one rank sends; 64 GiB, and a thousand ranks fit into one process
 SMALLEST_MESSAGE = 1 << 14  # bytes; below this the message itself is as cheap as its notice
@@ -141,8 +140,7 @@ class HostMemory:
                 raise OSError(f"{stop} bytes are more than the {SPAN} of its address space")
             os.posix_fallocate(self._file, self.num_bytes, stop - self.num_bytes)
         except OSError as error:
-            text = f"shared memory between ranks has no room for a message ({error}); gloo carries it."
-            warnings.warn(text, ContextParallelWarning, stacklevel=2)  # by the rank that it happens to
+            warn_this_rank(f"shared memory between ranks has no room for a message ({error}); gloo carries it.")
             return False
         self.num_bytes = stop
         return True
