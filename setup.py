@@ -55,7 +55,7 @@ setup(
     packages=NAMES,
     package_dir=FOLDERS,
     entry_points={"console_scripts": ["mindspeed-cp = mindspeed_cp.cli:main"]},
-    package_data={"mindspeed_cp": ["py.typed"]},
+    package_data={"mindspeed_cp": ["py.typed"], "mindspeed_cp.planner": ["models.txt"]},
     install_requires=[
         "torch>=2.6",  # the lowest that megatron-core 0.16 takes; tests run on the version in constraints.txt
         "megatron-core>=0.12.1",  # the lowest version that tests run on

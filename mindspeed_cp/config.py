@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from mindspeed_cp.algorithms import ALGORITHMS, Algorithm, Hierarchy, names_with
 from mindspeed_cp.notices import warn_rank0
+from mindspeed_cp.rules import divisors, listed, require
 
 MaskType = Literal["causal", "full", "general"]
 KVCachePolicy = Literal["full", "half"]
@@ -23,22 +24,6 @@ KV_CACHE_POLICIES = (None, *get_args(KVCachePolicy))
 KV_EXCHANGES: tuple[str, ...] = get_args(KVExchange)
 P2P_KINDS: tuple[str, ...] = get_args(P2P)
 BATCH_LAYOUTS: tuple[str, ...] = get_args(BatchLayout)
-MOST_RANKS = 1 << 16  # that a message looks for; a flag may say any number
-
-
-def _listed(numbers: list[int]) -> str:
-    found = [str(number) for number in numbers]
-    return found[0] if len(found) == 1 else ", ".join(found[:-1]) + " or " + found[-1] if found else ""
-
-
-def _divisors(number: int, low: int, high: int) -> str:
-    """Divisors d of ``number`` with low <= d <= high, as text for an error message; none above any number of ranks."""
-    return _listed([d for d in range(max(low, 1), min(high, MOST_RANKS) + 1) if number % d == 0])
-
-
-def _require(condition: object, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +72,15 @@ class ContextParallelConfig:
 
     def __post_init__(self) -> None:
         cp = self.context_parallel_size
-        _require(
+        require(
             isinstance(cp, int) and cp >= 1,
             f"--context-parallel-size {cp} must be a whole number of at least 1; 1 switches it off.",
         )
-        _require(
+        require(
             self.algorithm in ALGORITHMS,
             f"--context-parallel-algo {self.algorithm} is not known; choose one of {', '.join(ALGORITHMS)}.",
         )
-        _require(
+        require(
             self.attention_mask_type in MASK_TYPES,
             f"--cp-attention-mask-type {self.attention_mask_type} is not known; choose one of {', '.join(MASK_TYPES)}.",
         )
@@ -103,11 +88,11 @@ class ContextParallelConfig:
         self._check_window()
         self._check_kv_cache()
         self._check_exchange()
-        _require(
+        require(
             self.batch_layout in BATCH_LAYOUTS,
             f"--cp-batch-layout {self.batch_layout} is not known; choose one of {', '.join(BATCH_LAYOUTS)}.",
         )
-        _require(
+        require(
             not self.keep_attention or cp > 1,
             "--cp-keep-attention needs --context-parallel-size above 1; leave it out or use --context-parallel-size 2 "
             "or more.",
@@ -124,7 +109,7 @@ class ContextParallelConfig:
         cp, degree, name = self.context_parallel_size, self.ulysses_degree, self.algorithm
         if not self.row.takes_degree:
             return
-        choices = _divisors(cp, 2, cp - 1)
+        choices = divisors(cp, 2, cp - 1)
         way_out = (
             f"choose {choices}"
             if choices
@@ -133,74 +118,74 @@ class ContextParallelConfig:
                 f"--context-parallel-algo {names_with(takes_degree=False)}"
             )
         )
-        _require(
+        require(
             degree is not None,
             f"--ulysses-degree-in-cp is not given, and --context-parallel-algo {name} needs it; {way_out}.",
         )
         assert degree is not None
-        _require(
+        require(
             isinstance(degree, int) and 1 < degree < cp,
             f"--ulysses-degree-in-cp {degree} must lie between 1 and --context-parallel-size {cp}, both excluded; "
             f"{way_out}.",
         )
-        _require(
+        require(
             cp % degree == 0, f"--ulysses-degree-in-cp {degree} must divide --context-parallel-size {cp}; {way_out}."
         )
 
     def _check_window(self) -> None:
         window = self.window_size
-        _require(
+        require(
             isinstance(window, int) and window >= 1,
             f"--cp-window-size {window} must be a whole number of at least 1; 1 is the plain ring.",
         )
         if window == 1 or not self.row.takes_window:
             return
         ring = self.context_parallel_size // (self.ulysses_degree or 1 if self.row.takes_degree else 1)
-        _require(
+        require(
             window < ring and ring % window == 0,
             f"--cp-window-size {window} must be smaller than the ring size {ring} and divide it; "
-            f"choose {_divisors(ring, 1, max(ring - 1, 1))}.",
+            f"choose {divisors(ring, 1, max(ring - 1, 1))}.",
         )
 
     def _check_kv_cache(self) -> None:
         policy, interval = self.kv_cache_policy, self.kv_cache_interval
-        _require(
+        require(
             policy in KV_CACHE_POLICIES,
             f"--context-parallel-kv-cache-policy {policy} is not known; choose full or half, or leave it out.",
         )
-        _require(
+        require(
             policy is None or self.context_parallel_size > 1,
             f"--context-parallel-kv-cache-policy {policy} needs --context-parallel-size above 1; "
             "leave it out or use --context-parallel-size 2 or more.",
         )
-        _require(
+        require(
             isinstance(interval, int) and interval >= 0,
             f"--context-parallel-cache-interval {interval} must be 0 or more; 0 applies the policy to every layer.",
         )
-        _require(
+        require(
             interval == 0 or policy is not None,
             f"--context-parallel-cache-interval {interval} needs --context-parallel-kv-cache-policy; "
             "add --context-parallel-kv-cache-policy full or half.",
         )
 
     def _check_exchange(self) -> None:
-        _require(
+        require(
             self.kv_exchange in KV_EXCHANGES,
             f"--cp-kv-exchange {self.kv_exchange} is not known; choose one of {', '.join(KV_EXCHANGES)}.",
         )
-        _require(self.p2p in P2P_KINDS, f"--cp-p2p {self.p2p} is not known; choose one of {', '.join(P2P_KINDS)}.")
+        require(self.p2p in P2P_KINDS, f"--cp-p2p {self.p2p} is not known; choose one of {', '.join(P2P_KINDS)}.")
         if self.kv_exchange == "direct":
-            _require(
+            require(
                 self.row.exchange == "ring",
                 f"--cp-kv-exchange direct needs a ring-type algorithm, not --context-parallel-algo {self.algorithm}; "
                 f"choose {names_with(exchange='ring')}, or --cp-kv-exchange ring.",
             )
-            _require(
+            require(
                 self.window_size == 1,
                 f"--cp-kv-exchange direct forwards nothing, so --cp-window-size {self.window_size} has no meaning; "
                 "use --cp-window-size 1, or --cp-kv-exchange ring.",
             )
-        _require(
+        require(
             not self.allgather_kv or (self.row.splits_heads and self.row.exchange is None),
             f"--use-ulysses-allgather-kv needs --context-parallel-algo {names_with(splits_heads=True, exchange=None)}, "
             f"not {self.algorithm}; leave it out or change the algorithm.",
@@ -334,7 +319,7 @@ def resolve(config: ContextParallelConfig, setup: TrainingSetup) -> TrainingSetu
     _check_world(config, setup)
     _check_heads(config, setup, asked)
     _check_length(config, setup)
-    _require(
+    require(
         config.kv_cache_interval == 0 or config.kv_cache_interval < setup.num_layers,
         f"--context-parallel-cache-interval {config.kv_cache_interval} must be smaller than --num-layers "
         f"{setup.num_layers}; choose 0 to {setup.num_layers - 1}.",
@@ -366,7 +351,7 @@ def _fall_back_to_aligned(config: ContextParallelConfig, setup: TrainingSetup, n
     if not others:
         return setup
     cp, length = config.context_parallel_size, setup.seq_length
-    _require(
+    require(
         length is None or length % cp == 0,
         f"{calculator} does not work with {' and '.join(others)}, and aligned Ulysses needs --seq-length {length} "
         f"divisible by --context-parallel-size {cp}; drop {' and '.join(others)}, or use "
@@ -380,7 +365,7 @@ def _check_world(config: ContextParallelConfig, setup: TrainingSetup) -> None:
     if setup.world_size is None:
         return
     model = setup.tensor_parallel_size * setup.pipeline_parallel_size * config.context_parallel_size
-    _require(
+    require(
         setup.world_size % model == 0,
         f"world size {setup.world_size} must be --tensor-model-parallel-size {setup.tensor_parallel_size} x "
         f"--context-parallel-size {config.context_parallel_size} x --pipeline-model-parallel-size "
@@ -395,24 +380,24 @@ def _check_heads(config: ContextParallelConfig, setup: TrainingSetup, asked: Tra
     if heads is None:
         return
     if groups:
-        _require(
+        require(
             heads % groups == 0,
             f"--num-query-groups {groups} must divide --num-attention-heads {heads}; choose "
-            f"{_divisors(heads, 1, heads)}.",
+            f"{divisors(heads, 1, heads)}.",
         )
     if degree > 1 and not setup.unaligned:
         flag, sizes = _degrees_for(config, heads // tp if heads % tp == 0 else 1)
         uneven = (
             "drop what made it fall back to aligned Ulysses" if asked.unaligned else "--gather-size-calculator dynamic"
         )
-        _require(
+        require(
             heads % (tp * degree) == 0,
             f"--num-attention-heads {heads} must be divisible by --tensor-model-parallel-size {tp} x {flag} {degree} = "
             f"{tp * degree}; with these heads {flag} can be {sizes or 'nothing'}, or use --context-parallel-algo "
             f"{names_with(splits_heads=False)}, or {uneven} (uneven heads).",
         )
     if config.allgather_kv:
-        _require(
+        require(
             groups is not None and groups < heads and groups == tp,
             f"--use-ulysses-allgather-kv needs grouped-query attention with one KV head per tensor-parallel rank: "
             f"--num-query-groups {groups} must equal --tensor-model-parallel-size {tp} and be smaller than "
@@ -420,31 +405,12 @@ def _check_heads(config: ContextParallelConfig, setup: TrainingSetup, asked: Tra
         )
 
 
-def heads_of_rank(heads: int, groups: int, tp: int) -> tuple[int, int]:
-    """(query heads, KV heads) of a tensor-parallel rank; with more ranks than KV heads several hold the same one.
-
-    Raises:
-        ValueError: Megatron cannot split them so. Before 0.16 it asks for at least one KV head for each rank.
-    """
-    _require(
-        heads % tp == 0,
-        f"--num-attention-heads {heads} must be divisible by --tensor-model-parallel-size {tp}; choose "
-        f"{_divisors(heads, 1, heads)}.",
-    )
-    _require(
-        groups % tp == 0 or tp % groups == 0,
-        f"--num-query-groups {groups} must be a multiple or a divisor of --tensor-model-parallel-size {tp}; choose "
-        f"{_divisors(groups, 1, groups)}.",
-    )
-    return heads // tp, max(groups // tp, 1)
-
-
 def _degrees_for(config: ContextParallelConfig, heads: int) -> tuple[str, str]:
     """(flag of the Ulysses degree, as text the degrees that split so many heads and that other rules allow)."""
     cp = config.context_parallel_size
     if config.row.takes_degree:
-        return "--ulysses-degree-in-cp", _listed([d for d in range(2, cp) if cp % d == 0 and heads % d == 0])
-    return "--context-parallel-size", _divisors(heads, 1, cp)
+        return "--ulysses-degree-in-cp", listed([d for d in range(2, cp) if cp % d == 0 and heads % d == 0])
+    return "--context-parallel-size", divisors(heads, 1, cp)
 
 
 def _check_length(config: ContextParallelConfig, setup: TrainingSetup) -> None:
@@ -452,14 +418,14 @@ def _check_length(config: ContextParallelConfig, setup: TrainingSetup) -> None:
     if length is None or cp == 1:
         return
     if not config.row.any_length and not setup.unaligned:
-        _require(
+        require(
             length % cp == 0,
             f"--seq-length {length} must be divisible by --context-parallel-size {cp} for aligned Ulysses; use "
             f"--seq-length {length // cp * cp or cp} or {(length // cp + 1) * cp}, or --gather-size-calculator "
             "dynamic, which takes any length.",
         )
     if setup.sequence_parallel and tp > 1:
-        _require(
+        require(
             length % (cp * tp) == 0,
             f"--seq-length {length} must be divisible by --context-parallel-size {cp} x --tensor-model-parallel-size "
             f"{tp} = {cp * tp} with --sequence-parallel, which splits each rank's tokens again; use --seq-length "

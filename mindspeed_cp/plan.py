@@ -13,17 +13,19 @@ import json
 import sys
 from collections.abc import Sequence
 
-from mindspeed_cp.config import MASK_TYPES, TrainingSetup, heads_of_rank
+from mindspeed_cp.config import MASK_TYPES, TrainingSetup
 from mindspeed_cp.planner import calibrate, report
 from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
 from mindspeed_cp.planner.documents import boundaries
-from mindspeed_cp.planner.models import MODELS, ModelShape, hf_model, named_model
+from mindspeed_cp.planner.hugging_face import hf_model
+from mindspeed_cp.planner.models import MODELS, ModelShape, named_model
 from mindspeed_cp.planner.picture import plot
 from mindspeed_cp.planner.report import reason
 from mindspeed_cp.planner.search import Candidate, Found, flags, hiding_tokens, search
 from mindspeed_cp.planner.split import Work
 from mindspeed_cp.planner.trace import Problem
 from mindspeed_cp.planner.training import plans
+from mindspeed_cp.rules import heads_of_rank
 
 PREDICTION = "prediction, not measured on this hardware"
 

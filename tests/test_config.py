@@ -6,8 +6,8 @@ import pytest
 
 from mindspeed_cp import ContextParallelConfig, TrainingSetup, resolve
 from mindspeed_cp.algorithms import ALGORITHMS
-from mindspeed_cp.config import heads_of_rank
 from mindspeed_cp.notices import ContextParallelWarning
+from mindspeed_cp.rules import heads_of_rank
 
 RING, ULYSSES, HYBRID = "megatron_cp_algo", "ulysses_cp_algo", "hybrid_cp_algo"
 

@@ -13,6 +13,8 @@ import sys
 import pytest
 from trainer_runs import REPOSITORY, free_port, prepare_data, run_argvs
 
+from mindspeed_cp.planner.models import MODELS
+
 LAUNCH = REPOSITORY / "scripts" / "launch"
 FAMILIES = {
     "llama2": ("7b", "13b", "70b"),
@@ -88,6 +90,10 @@ def test_presets_of_sequence_length_fit_the_model(dry_run, family, size, length,
 @pytest.mark.parametrize("family, size", SIZES, ids=lambda value: value)
 def test_every_size_has_a_command(dry_run, family, size):
     values = dry_run(family, size, DEVICE="gpu", NNODES="64", NODE_RANK="3", MASTER_ADDR="first")
+    model = MODELS[f"{family}-{size}"]  # of the one table
+    sizes = model.num_layers, model.hidden, model.ffn, model.num_heads, model.num_kv_heads, model.vocab
+    names = ("LAYERS", "HIDDEN", "FFN", "HEADS", "KV_HEADS", "VOCAB_SIZE")
+    assert tuple(int(values[name]) for name in names) == sizes
     for part in (
         f"--num-layers {values['LAYERS']}",
         f"--hidden-size {values['HIDDEN']}",

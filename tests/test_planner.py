@@ -1,8 +1,6 @@
 """The planner: predicted bytes are counted bytes, exclusions are config.py's, rankings have their reasons."""
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 from cases import DTYPES, Case
@@ -12,11 +10,9 @@ from test_bytes import drop_zero, traffic
 from mindspeed_cp import ContextParallelConfig, cli
 from mindspeed_cp.plan import main
 from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
-from mindspeed_cp.planner.models import MODELS, hf_model
 from mindspeed_cp.planner.search import hiding_tokens, timeline, variants
 from mindspeed_cp.planner.trace import Compute, Post, Problem, Wait, trace
 
-LAUNCH = Path(__file__).parent.parent / "scripts" / "launch"
 MASKS = {
     "causal": {},
     "full": {"mask_type": "full"},
@@ -129,52 +125,6 @@ def test_wrong_flags_are_named(capsys):
 def test_the_console_script_knows_its_commands(capsys):
     assert cli.main(["--help"]) == 0 and "plan" in capsys.readouterr().out
     assert cli.main(["nothing"]) == 2 and "choose one of" in capsys.readouterr().err
-
-
-def test_the_models_are_those_of_the_launch_scripts():
-    text = {path.stem: path.read_text() for path in LAUNCH.glob("*.sh")}
-    text["qwen"] = text["qwen1_5"] = text.pop("common")
-    found = {}
-    for family, script in text.items():
-        for size, shape in re.findall(r"(\S+)\) model_shape ([\d ]+) &&", script):
-            found[f"{family}-{size}"] = tuple(map(int, shape.split()))
-    assert found == {n: (m.num_layers, m.hidden, m.ffn, m.num_heads, m.num_kv_heads) for n, m in MODELS.items()}
-    assert all(model.dk == model.dv == model.hidden // model.num_heads for model in MODELS.values())
-
-
-@pytest.mark.parametrize("name, billions", [("llama2-7b", 6.74), ("llama2-70b", 68.98), ("gpt3-175b", 174.6)])
-def test_parameters_are_those_that_the_models_are_known_by(name, billions):
-    assert MODELS[name].parameters / 1e9 == pytest.approx(billions, rel=0.01)
-
-
-HF = {
-    "llama2-70b": {
-        "hidden_size": 8192, "num_attention_heads": 64, "num_hidden_layers": 80, "num_key_value_heads": 8,
-        "intermediate_size": 28672, "vocab_size": 32000, "tie_word_embeddings": False,
-    },
-    "qwen-7b": {
-        "hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "kv_channels": 128,
-        "intermediate_size": 22016, "vocab_size": 151936, "no_bias": True, "tie_word_embeddings": False,
-    },
-    "qwen1_5-72b": {
-        "hidden_size": 8192, "num_attention_heads": 64, "num_hidden_layers": 80, "num_key_value_heads": 64,
-        "intermediate_size": 24576, "vocab_size": 152064, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", HF)
-def test_a_config_of_hugging_face_is_the_named_model(name, tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(HF[name]))
-    assert hf_model(str(path)) == MODELS[name]
-
-
-def test_latent_attention_is_refused_not_guessed(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({**HF["qwen-7b"], "kv_lora_rank": 512}))
-    with pytest.raises(ValueError, match="kv_lora_rank 512"):
-        hf_model(str(path))
 
 
 def test_every_algorithm_is_tried():

@@ -25,7 +25,8 @@ def one(split, recompute="none", work=WORK):
 def test_memory_is_shared_out_by_every_kind_of_parallelism():
     alone, parameters = one(Split(1, 1, 1, 1)).memory, TINY.parameters - TINY.hidden  # the last norm is left out
     assert (alone.weights, alone.gradients, alone.optimizer) == (2 * parameters, 4 * parameters, 12 * parameters)
-    assert one(Split(2, 1, 1, 1)).memory.weights == alone.weights // 2
+    norms = TINY.num_layers * 2 * TINY.hidden  # every tensor-parallel rank has them
+    assert one(Split(2, 1, 1, 1)).memory.weights == alone.weights // 2 + norms
     assert one(Split(1, 1, 2, 1)).memory.optimizer == one(Split(1, 1, 1, 2)).memory.optimizer == alone.optimizer // 2
     assert one(Split(1, 1, 2, 1)).memory.activations == alone.activations // 2
     assert one(Split(1, 1, 2, 1)).memory.logits == alone.logits // 2
@@ -46,7 +47,7 @@ def test_recomputation_trades_memory_for_time_and_kept_attention_lies_between():
 
 def test_a_step_on_one_device_is_its_flops():
     tokens, attention_area = 1024, 1024 * 1025 // 2
-    layers = TINY.num_layers * (6 * tokens * TINY.layer_parameters + 7 * 2 * attention_area * 8 * 16)
+    layers = TINY.num_layers * (6 * tokens * TINY.dense_layer.total + 7 * 2 * attention_area * 8 * 16)
     flops = 8 * (layers + 6 * tokens * TINY.vocab * TINY.hidden)
     step = one(Split(1, 1, 1, 1)).step
     assert step.seconds == step.compute == pytest.approx(flops / 1e9)

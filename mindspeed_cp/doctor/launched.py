@@ -11,7 +11,7 @@ import torch
 
 from mindspeed_cp.arguments import validate
 from mindspeed_cp.arguments.launch import misspelt, read_flags
-from mindspeed_cp.config import ContextParallelConfig, TrainingSetup, heads_of_rank
+from mindspeed_cp.config import ContextParallelConfig, TrainingSetup
 from mindspeed_cp.doctor import environment, launch
 from mindspeed_cp.doctor.finding import Finding, problem
 from mindspeed_cp.doctor.installed import ask
@@ -20,6 +20,7 @@ from mindspeed_cp.kernels.base import AttentionKernel
 from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.planner.memory import saved_bytes
 from mindspeed_cp.planner.trace import Problem, trace
+from mindspeed_cp.rules import heads_of_rank
 
 ADAPTORS = ("mindspeed_cp.megatron_adaptor", "mindspeed.megatron_adaptor")
 

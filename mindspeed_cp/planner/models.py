@@ -1,8 +1,71 @@
-"""What the planner must know of a model: its sizes, by name or from a Hugging Face config.json."""
+"""What the planner must know of a model: its sizes, its parameters, and the table of models by name (models.txt)."""
 
-import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+TABLE = Path(__file__).with_name("models.txt")
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-latent attention: queries, and keys with values, come out of projections of a low rank.
+
+    Args:
+        q_rank, kv_rank: of queries (0: they are projected at once), and of keys and values.
+        rope: the part of a head's query and key that holds positions; the key's is shared by all heads.
+    """
+
+    q_rank: int
+    kv_rank: int
+    rope: int
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts in place of the MLP of some layers.
+
+    Args:
+        num, topk: experts, and those that a token visits.
+        ffn, shared_ffn: width of one, and of all shared ones together, which every token visits.
+        layers: for every layer whether it has experts.
+        bias: they have biases.
+    """
+
+    num: int
+    topk: int
+    ffn: int
+    shared_ffn: int
+    layers: tuple[bool, ...]
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.topk <= self.num:
+            raise ValueError(f"{self.topk} experts for a token must be at least 1 and at most all {self.num}.")
+
+
+@dataclass(frozen=True)
+class LayerParameters:
+    """Parameters of one layer.
+
+    Args:
+        split: tensor parallelism shares them out. whole: every rank of it holds them: norms, router, projections to a
+            low rank.
+        routed: of all experts but shared ones. visited: of those that a token visits.
+    """
+
+    split: int
+    whole: int
+    routed: int = 0
+    visited: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.split + self.whole + self.routed
+
+    @property
+    def active(self) -> int:
+        return self.split + self.whole + self.visited
 
 
 @dataclass(frozen=True)
@@ -10,8 +73,9 @@ class ModelShape:
     """The sizes of one model.
 
     Args:
-        num_heads, num_kv_heads, dk, dv: query heads, KV heads, and the head sizes of key and value.
-        hidden, ffn: widths; ffn of one expert or of the dense MLP.
+        num_heads, num_kv_heads, dk, dv: query heads, KV heads, and the head sizes of key and value, as attention has
+            them; with latent attention as many KV heads as heads.
+        hidden, ffn: widths; ffn of the dense MLP.
         vocab: entries of the vocabulary.
         gated: the MLP has a gate (SwiGLU), three matrices instead of two.
         tied: embeddings and output share their weights.
@@ -27,50 +91,84 @@ class ModelShape:
     vocab: int
     gated: bool
     tied: bool
+    latent: Latent | None = None
+    experts: Experts | None = None
 
     @property
-    def layer_parameters(self) -> int:
-        """Of one layer: attention's four projections, the MLP and two norms."""
-        attention = self.hidden * (self.num_heads * (self.dk + self.dv) + self.num_kv_heads * (self.dk + self.dv))
-        return attention + (3 if self.gated else 2) * self.hidden * self.ffn + 2 * self.hidden
+    def matrices(self) -> int:
+        """Of an MLP."""
+        return 3 if self.gated else 2
+
+    @cached_property
+    def dense_layer(self) -> LayerParameters:
+        """A layer without experts: attention's projections, the MLP and the norms."""
+        split, whole = self._attention_parameters()
+        return LayerParameters(split + self.matrices * self.hidden * self.ffn, whole)
+
+    @cached_property
+    def expert_layer(self) -> LayerParameters:
+        """A layer with experts in place of the MLP."""
+        assert self.experts is not None
+        split, whole = self._attention_parameters()
+        one = self.matrices * self.hidden * self.experts.ffn
+        shared = self.matrices * self.hidden * self.experts.shared_ffn
+        router = self.hidden * self.experts.num
+        return LayerParameters(split + shared, whole + router, self.experts.num * one, self.experts.topk * one)
+
+    def _attention_parameters(self) -> tuple[int, int]:
+        """(split over tensor parallelism, whole), both norms of the layer among the whole ones."""
+        latent, norms = self.latent, 2 * self.hidden
+        out = self.num_heads * self.dv * self.hidden
+        if latent is None:
+            return out + self.hidden * (self.num_heads * self.dk + self.num_kv_heads * (self.dk + self.dv)), norms
+        query = (latent.q_rank or self.hidden) * self.num_heads * self.dk
+        key_value = latent.kv_rank * self.num_heads * (self.dk - latent.rope + self.dv)
+        down = self.hidden * (latent.q_rank + latent.kv_rank + latent.rope) + latent.q_rank + latent.kv_rank
+        return out + query + key_value, norms + down
+
+    def stage(self, number: int, of: int) -> tuple[int, int]:
+        """Layers (without, with) experts of one of so many equal pipeline stages."""
+        layers = self.num_layers // of
+        if self.experts is None:
+            return layers, 0
+        with_experts = sum(self.experts.layers[number * layers : (number + 1) * layers])
+        return layers - with_experts, with_experts
 
     @property
     def parameters(self) -> int:
         """Of the whole model."""
-        return (
-            self.num_layers * self.layer_parameters + (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
-        )
+        dense, experts = self.stage(0, 1)
+        layers = dense * self.dense_layer.total + (experts * self.expert_layer.total if experts else 0)
+        return layers + self._others()
+
+    @property
+    def active_parameters(self) -> int:
+        """Of those that one token visits."""
+        dense, experts = self.stage(0, 1)
+        layers = dense * self.dense_layer.active + (experts * self.expert_layer.active if experts else 0)
+        return layers + self._others()
+
+    def _others(self) -> int:
+        return (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
 
 
-def _llama(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int) -> ModelShape:
-    dim = hidden // heads
-    return ModelShape(layers, heads, kv_heads, dim, dim, hidden, ffn, vocab, gated=True, tied=False)
+def _row(line: str) -> tuple[str, ModelShape]:
+    """One line of the table."""
+    name, *words = line.split()
+    layers, hidden, ffn, heads, kv_heads, vocab = map(int, words[:6])
+    more = {key: int(value) for key, _, value in (word.partition("=") for word in words[6:]) if value}
+    latent = Latent(more["q_rank"], more["kv_rank"], more["rope"]) if "kv_rank" in more else None
+    dk = more["nope"] + more["rope"] if latent else more.get("dim", hidden // heads)
+    experts = None
+    if "experts" in more:
+        dense = more.get("dense", 0)
+        pattern = tuple(layer >= dense for layer in range(layers))
+        experts = Experts(more["experts"], more["topk"], more["expert_ffn"], more.get("shared_ffn", 0), pattern)
+    gated, tied, dv = "gated" in words, "untied" not in words, more.get("dv", dk)
+    return name, ModelShape(layers, heads, kv_heads, dk, dv, hidden, ffn, vocab, gated, tied, latent, experts)
 
 
-def _gpt(layers: int, hidden: int, ffn: int, heads: int) -> ModelShape:
-    dim = hidden // heads
-    return ModelShape(layers, heads, heads, dim, dim, hidden, ffn, 50257, gated=False, tied=True)
-
-
-# family-size -> shape; the sizes of scripts/launch (tests/test_planner.py compares them).
-MODELS = {
-    "llama2-7b": _llama(32, 4096, 11008, 32, 32, 32000),
-    "llama2-13b": _llama(40, 5120, 13824, 40, 40, 32000),
-    "llama2-70b": _llama(80, 8192, 28672, 64, 8, 32000),
-    "qwen-7b": _llama(32, 4096, 11008, 32, 32, 151936),
-    "qwen-14b": _llama(40, 5120, 13696, 40, 40, 152064),
-    "qwen-72b": _llama(80, 8192, 24576, 64, 64, 152064),
-    "qwen1_5-7b": _llama(32, 4096, 11008, 32, 32, 151936),
-    "qwen1_5-14b": _llama(40, 5120, 13696, 40, 40, 152064),
-    "qwen1_5-72b": _llama(80, 8192, 24576, 64, 64, 152064),
-    "gpt3-125m": _gpt(12, 768, 3072, 12),
-    "gpt3-350m": _gpt(24, 1024, 4096, 16),
-    "gpt3-1.3b": _gpt(24, 2048, 8192, 16),
-    "gpt3-2.7b": _gpt(32, 2560, 10240, 32),
-    "gpt3-6.7b": _gpt(32, 4096, 16384, 32),
-    "gpt3-13b": _gpt(40, 5120, 20480, 40),
-    "gpt3-175b": _gpt(96, 12288, 49152, 96),
-}
+MODELS = dict(_row(line) for line in TABLE.read_text(encoding="utf-8").splitlines() if not line.startswith("#"))
 
 
 def named_model(name: str) -> ModelShape:
@@ -80,37 +178,7 @@ def named_model(name: str) -> ModelShape:
         ValueError: the name is not in the table.
     """
     if name not in MODELS:
-        raise ValueError(f"--model {name} is not known; choose one of {', '.join(MODELS)}, or give --hf-config.")
+        raise ValueError(
+            f"--model {name} is not known; choose one of {', '.join(MODELS)}, or give --hf-config, or Megatron's flags."
+        )
     return MODELS[name]
-
-
-def hf_model(path: str) -> ModelShape:
-    """The shape that a Hugging Face config.json describes (LLaMA, Qwen, Qwen1.5 and others with the same names).
-
-    Raises:
-        ValueError: the file is not there, is no JSON object, lacks a size, or has multi-latent attention or experts.
-    """
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--hf-config {path} cannot be read: {error}; give a model's config.json.") from error
-    needed = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
-    missing = [key for key in needed if not isinstance(config, dict) or not isinstance(config.get(key), int)]
-    if missing:
-        raise ValueError(f"--hf-config {path} has no {', '.join(missing)}; give a model's config.json.")
-    if config.get("kv_lora_rank"):
-        raise ValueError(
-            f"--hf-config {path} has kv_lora_rank {config['kv_lora_rank']}: the planner does not read multi-latent "
-            "attention; give --model with a model of similar sizes."
-        )
-    if config.get("num_experts") or config.get("num_local_experts"):
-        raise ValueError(
-            f"--hf-config {path} has experts, which the planner does not count; give --model with a dense model of "
-            "similar sizes."
-        )
-    layers, hidden, heads, ffn, vocab = (config[key] for key in needed)
-    dim = config.get("head_dim") or config.get("kv_channels") or hidden // heads
-    if "no_bias" in config:  # Qwen's first generation counts both halves of its gated MLP
-        ffn //= 2
-    kv_heads, tied = config.get("num_key_value_heads") or heads, bool(config.get("tie_word_embeddings"))
-    return ModelShape(layers, heads, kv_heads, dim, dim, hidden, ffn, vocab, gated=True, tied=tied)

@@ -21,8 +21,8 @@ def text(found: list[Plan], work: Work) -> list[str]:
     for number, plan in enumerate(found[:SHOWN], 1):
         step, memory = plan.step, plan.memory
         parts = {
-            "compute": step.compute, "context parallelism": step.context, "tensor": step.tensor, "data": step.data,
-            "bubble": step.bubble,
+            "compute": step.compute, "context parallelism": step.context, "tensor": step.tensor,
+            "expert": step.expert, "data": step.data, "bubble": step.bubble,
         }  # fmt: skip
         bytes_of = {name: value for name, value in vars(memory).items() if value}
         lines += [
@@ -47,6 +47,8 @@ def megatron_flags(plan: Plan) -> str:
     split = plan.split
     line = f"--tensor-model-parallel-size {split.tp} --pipeline-model-parallel-size {split.pp}"
     line += " --sequence-parallel" if split.tp > 1 else ""
+    if split.ep:
+        line += f" --expert-model-parallel-size {split.ep} --expert-tensor-parallel-size {split.etp}"
     if plan.recompute != "none":
         line += " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     if plan.recompute == "full, attention kept" and split.cp > 1:

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mindspeed_cp.config import MaskType, heads_of_rank
+from mindspeed_cp.config import MaskType
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.models import ModelShape
+from mindspeed_cp.rules import heads_of_rank
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,32 @@ class Work:
 
 @dataclass(frozen=True)
 class Split:
-    """Sizes of tensor, pipeline, context and data parallelism."""
+    """Sizes of tensor, pipeline, context and data parallelism.
+
+    Args:
+        ep, etp: of expert parallelism, and of tensor parallelism within an expert; 0 where the model has no experts.
+    """
 
     tp: int
     pp: int
     cp: int
     dp: int
+    ep: int = 0
+    etp: int = 0
+
+    @property
+    def stage(self) -> int:
+        """Devices of a pipeline stage: neighbours, which the experts of the stage share in their own way."""
+        return self.tp * self.cp * self.dp
+
+    @property
+    def edp(self) -> int:
+        """Copies of an expert: the size of expert data parallelism."""
+        return self.stage // (self.ep * self.etp)
 
 
 def sizes(split: Split) -> str:
-    return ", ".join(f"{name} {value}" for name, value in vars(split).items())
+    return ", ".join(f"{name} {value}" for name, value in vars(split).items() if value)
 
 
 def splits(
@@ -61,8 +78,9 @@ def splits(
                     samples = f"dp {dp} x --micro-batch {work.micro_batch}"
                     excluded.setdefault(f"dp {dp}", f"--global-batch {work.global_batch} is no multiple of {samples}")
                     continue
-                some = True
-                yield Split(tp, pp, cp, dp)
+                for ep, etp in _expert_sizes(model, tp, tp * cp * dp, fixed, excluded):
+                    some = True
+                    yield Split(tp, pp, cp, dp, ep, etp)
     if not some:
         rules = "; ".join(f"{what}: {rule}" for what, rule in excluded.items())
         rules = rules or ", ".join(f"--{name} {size}" for name, size in fixed.items()) + " must divide them"
@@ -72,3 +90,30 @@ def splits(
 def _chosen(given: int | None, total: int) -> list[int]:
     numbers = [number for number in range(1, total + 1) if total % number == 0]
     return numbers if given is None else [given] if given in numbers else []
+
+
+def _expert_sizes(
+    model: ModelShape, tp: int, stage: int, fixed: dict[str, int], excluded: dict[str, str]
+) -> Iterator[tuple[int, int]]:
+    """(expert parallel size, expert tensor parallel size) of Split by Megatron's rules, the latter 1 or tp."""
+    experts = model.experts
+    if experts is None:
+        given = [f"{name} {fixed[name]}" for name in ("ep", "etp") if fixed.get(name, 1) > 1]
+        excluded.update(dict.fromkeys(given, "the model has no experts"))
+        if not given:
+            yield 0, 0
+        return
+    for etp in [fixed["etp"]] if "etp" in fixed else sorted({1, tp}):
+        if experts.ffn % etp:
+            excluded.setdefault(f"etp {etp}", f"experts of width {experts.ffn} must be divisible by it")
+            continue
+        if experts.bias and etp > 1:
+            excluded.setdefault(f"etp {etp}", "biases in experts, which --disable-bias-linear leaves out, need etp 1")
+            continue
+        for ep in [fixed["ep"]] if "ep" in fixed else _chosen(None, stage // etp):
+            if experts.num % ep:
+                excluded.setdefault(f"ep {ep}", f"{experts.num} experts must be divisible by it")
+            elif stage % (ep * etp):
+                excluded.setdefault(f"ep {ep} x etp {etp}", f"{stage} devices of a stage must be divisible by it")
+            else:
+                yield ep, etp

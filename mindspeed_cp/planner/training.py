@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from mindspeed_cp.config import ContextParallelConfig, MaskType, TrainingSetup, heads_of_rank
+from mindspeed_cp.config import ContextParallelConfig, MaskType, TrainingSetup
 from mindspeed_cp.planner.cluster import Cluster
+from mindspeed_cp.planner.layers import FLOAT, HALF, forward, held, local_tokens
 from mindspeed_cp.planner.memory import saved_bytes
 from mindspeed_cp.planner.models import ModelShape
 from mindspeed_cp.planner.search import Candidate, Found, search
 from mindspeed_cp.planner.split import Split, Work, sizes, splits
 from mindspeed_cp.planner.trace import Problem
+from mindspeed_cp.rules import heads_of_rank
 
-HALF, FLOAT = 2, 4  # bytes
 OPTIMIZER = 12  # bytes for a parameter: float32 copy and Adam's two moments
 Recompute = Literal["none", "full", "full, attention kept"]
 RECOMPUTES: tuple[Recompute, ...] = ("none", "full", "full, attention kept")
@@ -25,7 +26,7 @@ RECOMPUTES: tuple[Recompute, ...] = ("none", "full", "full, attention kept")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fuller of a first and a last pipeline stage."""
+    """Bytes on the fullest pipeline stage."""
 
     weights: int
     gradients: int
@@ -46,19 +47,20 @@ class Step:
     Args:
         compute: kernels, attention's and what is recomputed included.
         context: communication of context parallelism that does not hide behind attention.
-        tensor, data: communication of tensor and data parallelism, of which nothing is taken to hide.
+        tensor, expert, data: communication of tensor, expert and data parallelism, of which nothing is taken to hide.
         bubble: stages of the pipeline that wait.
     """
 
     compute: float
     context: float
     tensor: float
+    expert: float
     data: float
     bubble: float
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.context + self.tensor + self.data + self.bubble
+        return self.compute + self.context + self.tensor + self.expert + self.data + self.bubble
 
 
 @dataclass(frozen=True)
@@ -148,66 +150,73 @@ def planned(work: Work, split: Split, candidate: Candidate, recompute: Recompute
 
 
 def _memory(work: Work, split: Split, candidate: Candidate, recompute: Recompute) -> Memory:
-    """The first stage of 1F1B has the most micro batches in flight, the last one the logits."""
-    in_flight = min(split.pp, _micro_batches(work, split))
-    stages = [_stage_memory(work, split, candidate, recompute, in_flight, split.pp == 1)]
-    if split.pp > 1:
-        stages.append(_stage_memory(work, split, candidate, recompute, 1, True))
+    """The first stages of 1F1B have the most micro batches in flight, the last one the logits."""
+    first: dict[tuple[int, int, bool], int] = {}  # kinds of stages, each with its first
+    for number in range(split.pp):
+        first.setdefault((*work.model.stage(number, split.pp), number == split.pp - 1), number)
+    stages = [_stage_memory(work, split, candidate, recompute, number) for number in {0, *first.values()}]
     return max(stages, key=lambda stage: stage.total)
 
 
-def _stage_memory(
-    work: Work, split: Split, candidate: Candidate, recompute: Recompute, in_flight: int, is_last: bool
-) -> Memory:
-    model, layers = work.model, work.model.num_layers // split.pp
-    tokens = -(-work.seq_length // split.cp) * work.micro_batch
-    parameters = (layers * model.layer_parameters + model.vocab * model.hidden) // split.tp
-    if split.pp == 1 and not model.tied:
-        parameters += model.vocab * model.hidden // split.tp
+def _stage_memory(work: Work, split: Split, candidate: Candidate, recompute: Recompute, number: int) -> Memory:
+    model, is_last = work.model, number == split.pp - 1
+    in_flight = min(split.pp - number, _micro_batches(work, split))
+    layers = [held(work, split, kind) for kind, count in _kinds(work, split, number) for _ in range(count)]
+    tokens, table = local_tokens(work, split), model.vocab * model.hidden // split.tp
+    tables = (number == 0) + (is_last and not (split.pp == 1 and model.tied))
+    parameters, routed = sum(layer.parameters for layer in layers) + tables * table, sum(each.routed for each in layers)
     of_attention = _attention_bytes(candidate.config, problem_of(work, split))
-    # Inputs of both norms and of the projections after them, and the MLP's own; all are split over tp.
-    mlp = (3 if model.gated else 2) * model.ffn
-    of_layer = tokens * HALF * (4 * model.hidden + mlp) // split.tp
-    entry = tokens * HALF * model.hidden // split.tp
     if recompute == "none":
-        activations, attention_bytes = in_flight * layers * of_layer, in_flight * layers * of_attention
-    else:
-        activations = in_flight * layers * entry + of_layer  # the inputs of all, and one that is recomputed
-        kept = in_flight * layers if recompute == "full, attention kept" else 1
+        activations = in_flight * sum(layer.activations for layer in layers)
+        attention_bytes = in_flight * len(layers) * of_attention
+    else:  # the inputs of all, and one that is recomputed
+        entry = tokens * HALF * model.hidden // split.tp
+        activations = in_flight * len(layers) * entry + max(layer.activations for layer in layers)
+        kept = in_flight * len(layers) if recompute == "full, attention kept" else 1
         attention_bytes = kept * of_attention
     logits = tokens * model.vocab * (HALF + FLOAT) // split.tp if is_last else 0
-    optimizer = parameters * OPTIMIZER // (split.dp * split.cp)
+    optimizer = parameters * OPTIMIZER // (split.dp * split.cp) + (routed * OPTIMIZER // split.edp if routed else 0)
+    parameters += routed
     return Memory(parameters * HALF, parameters * FLOAT, optimizer, activations, attention_bytes, logits)
 
 
+def _kinds(work: Work, split: Split, number: int) -> list[tuple[bool, int]]:
+    """(whether they have experts, how many) of the layers of a stage."""
+    without, with_experts = work.model.stage(number, split.pp)
+    return [(kind, count) for kind, count in ((False, without), (True, with_experts)) if count]
+
+
 def _step(work: Work, split: Split, candidate: Candidate, recompute: Recompute, cluster: Cluster) -> Step:
-    model, layers, count = work.model, work.model.num_layers // split.pp, _micro_batches(work, split)
-    tokens = -(-work.seq_length // split.cp) * work.micro_batch
+    """Every stage as long as the slowest one, which has the output too."""
+    kinds = {work.model.stage(number, split.pp): number for number in range(split.pp)}
+    steps = [_stage_step(work, split, candidate, recompute, cluster, number) for number in kinds.values()]
+    return max(steps, key=lambda step: step.seconds)
+
+
+def _stage_step(
+    work: Work, split: Split, candidate: Candidate, recompute: Recompute, cluster: Cluster, number: int
+) -> Step:
+    model, count, kinds = work.model, _micro_batches(work, split), _kinds(work, split, number)
     again = 0 if recompute == "none" else 1
     attention_again = 1 if recompute == "full" else 0
-    passes = 3 + again  # forward; backward counts twice
-    matrices = 2 * tokens * passes * model.layer_parameters / split.tp / cluster.rate
-    output = (
-        2 * tokens * 3 * model.vocab * model.hidden / split.tp / cluster.rate
-    )  # the last stage's, and so the slowest's
     of_attention = candidate.compute + attention_again * candidate.forward.compute
     exposed = candidate.exposed + attention_again * candidate.forward.exposed
-    # A gather and a scatter around attention and around the MLP, as many backward, and again where recomputed.
-    inter = split.tp > cluster.devices_per_node
-    moved = tokens * model.hidden * HALF * (split.tp - 1) / split.tp
-    tensor = (8 + 4 * again) * (moved / cluster.bandwidth(inter) + cluster.latency) if split.tp > 1 else 0.0
-    compute, context, tensor = layers * (matrices + of_attention) + output, layers * exposed, layers * tensor
-    parameters = layers * model.layer_parameters / split.tp
-    members = split.dp * split.cp
-    data = (
-        parameters
-        * (FLOAT + HALF)
-        * (members - 1)
-        / members
-        / cluster.bandwidth(members * split.tp > cluster.devices_per_node)
-    )
-    bubble = (split.pp - 1) * (compute + context + tensor)
-    return Step(count * compute, count * context, count * tensor, data, bubble)
+    compute = context = tensor = expert = 0.0
+    parameters = routed = 0
+    for with_experts, layers in kinds:
+        layer, size = forward(work, split, cluster, with_experts), held(work, split, with_experts)
+        compute += layers * ((3 + again) * layer.flops / cluster.rate + of_attention)  # backward counts twice
+        context += layers * exposed
+        tensor += layers * (2 + again) * layer.tensor
+        expert += layers * (2 + again) * layer.expert
+        parameters, routed = parameters + layers * size.parameters, routed + layers * size.routed
+    compute += 3 * 2 * local_tokens(work, split) * model.vocab * model.hidden / split.tp / cluster.rate
+    inter = split.stage > cluster.devices_per_node
+    copies = ((parameters, split.dp * split.cp), (routed, split.edp if routed else 1))
+    moved = sum(size * (FLOAT + HALF) * (members - 1) / members for size, members in copies)
+    bubble = (split.pp - 1) * (compute + context + tensor + expert)
+    data = moved / cluster.bandwidth(inter)
+    return Step(count * compute, count * context, count * tensor, count * expert, data, bubble)
 
 
 def _micro_batches(work: Work, split: Split) -> int:

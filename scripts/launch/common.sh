@@ -28,10 +28,12 @@ fail() {
   exit 2
 }
 
-# The size is the first argument, or $SIZE, or the family's first; the rest are flags for pretrain_gpt.py.
-read_size() {
-  local known=$1 given=${SIZE:-}
-  shift
+# read_model ARGUMENTS: the size is the first of them, or $SIZE, or the family's first; the rest are flags for
+# pretrain_gpt.py. The sizes of the model come from the planner's table; TINY keeps what makes the architecture and shrinks
+# the numbers.
+read_model() {
+  local table=$REPOSITORY/mindspeed_cp/planner/models.txt known given=${SIZE:-} vocabulary
+  known=$(sed -n "s/^$MODEL-\([^ ]*\) .*/\1/p" "$table" | xargs)
   if [[ ${1:-} != "" && ${1:-} != -* ]]; then
     given=$1
     shift
@@ -40,11 +42,7 @@ read_size() {
   SIZE=${SIZE,,}
   [[ " $known " == *" $SIZE "* ]] || fail "size $SIZE is not known; choose one of ${known// /, }."
   EXTRA_FLAGS=("$@")
-}
-
-# model_shape LAYERS HIDDEN FFN HEADS KV_HEADS; TINY keeps what makes the architecture and shrinks the numbers.
-model_shape() {
-  LAYERS=$1 HIDDEN=$2 FFN=$3 HEADS=$4 KV_HEADS=$5
+  read -r _ LAYERS HIDDEN FFN HEADS KV_HEADS vocabulary _ < <(grep "^$MODEL-$SIZE " "$table")
   if [[ ${TINY:-0} == 1 ]]; then
     # Two KV heads stand for any grouping.
     if ((KV_HEADS < HEADS)); then KV_HEADS=2; else KV_HEADS=8; fi
@@ -53,6 +51,7 @@ model_shape() {
     GLOBAL_BATCH=${GLOBAL_BATCH:-2} TRAIN_ITERS=${TRAIN_ITERS:-10} LR=${LR:-1e-3} RECOMPUTE=${RECOMPUTE:-none}
     LR_WARMUP_ITERS=${LR_WARMUP_ITERS:-0} EVAL_ITERS=${EVAL_ITERS:-0}
   fi
+  VOCAB_SIZE=${VOCAB_SIZE:-$vocabulary}
 }
 
 # Sizes of a model that fits 64 GB devices; the environment wins.
@@ -290,11 +289,11 @@ print_resolved() {
 # Qwen and Qwen1.5 differ in the rotary base alone: qwen_model takes the script's arguments, launch_qwen the base.
 qwen_model() {
   DEFAULT_TOKENIZER=HuggingFaceTokenizer
-  read_size "7b 14b 72b" "$@"
+  read_model "$@"
   case $SIZE in
-    7b) model_shape 32 4096 11008 32 32 && default_parallel 2 1 && VOCAB_SIZE=${VOCAB_SIZE:-151936} ;;
-    14b) model_shape 40 5120 13696 40 40 && default_parallel 2 2 && VOCAB_SIZE=${VOCAB_SIZE:-152064} ;;
-    72b) model_shape 80 8192 24576 64 64 && default_parallel 8 4 && VOCAB_SIZE=${VOCAB_SIZE:-152064} ;;
+    7b) default_parallel 2 1 ;;
+    14b) default_parallel 2 2 ;;
+    *) default_parallel 8 4 ;;
   esac
 }
 

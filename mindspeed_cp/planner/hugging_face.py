@@ -1,0 +1,81 @@
+"""A model's sizes from a Hugging Face config.json: LLaMA, Qwen, Mixtral, DeepSeek and those with their names."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mindspeed_cp.planner.models import Experts, Latent, ModelShape
+
+NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+# Names that speak of another architecture; what the planner reads of them, and what changes no size, is left out.
+SUSPECT = re.compile(
+    r"expert|moe|lora|mamba|ssm|^linear_|conv_|state_size|vision|audio|text_config|cross_attention|index_|^layer_types$"
+)
+KNOWN = {
+    *LATENT[:2], *EXPERTS, "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size",
+    "n_shared_experts", "moe_layer_freq",
+    # Of these a size does not depend: how experts are chosen and trained.
+    "output_router_logits", "moe_renormalize", "num_experts_per_group", "moe_aux_loss_coef", "moe_router_dtype",
+}  # fmt: skip
+
+
+def hf_model(path: str) -> ModelShape:
+    """The shape that a config.json describes; layers for the prediction of further tokens are not counted.
+
+    Raises:
+        ValueError: the file is not there, is no JSON object, lacks a size, or has what the planner does not know.
+    """
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--hf-config {path} cannot be read: {error}; give a model's config.json.") from error
+    missing = [key for key in NEEDED if not isinstance(config, dict) or not isinstance(config.get(key), int)]
+    if missing:
+        raise ValueError(f"--hf-config {path} has no {', '.join(missing)}; give a model's config.json.")
+    _refuse_unknown(path, config)
+    layers, hidden, heads, ffn, vocab = (config[key] for key in NEEDED)
+    if "no_bias" in config:  # Qwen's first generation counts both halves of its gated MLP
+        ffn //= 2
+    kv_heads, latent = config.get("num_key_value_heads") or heads, None
+    dk = dv = config.get("head_dim") or config.get("kv_channels") or hidden // heads
+    try:
+        experts = _experts(config, layers, ffn)
+        if config.get("kv_lora_rank"):
+            q_rank, kv_rank, nope, rope, dv = (config[key] for key in LATENT)
+            dk, kv_heads, latent = nope + rope, heads, Latent(q_rank or 0, kv_rank, rope)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--hf-config {path} is not complete ({error}); give a model's config.json.") from error
+    tied = bool(config.get("tie_word_embeddings"))
+    return ModelShape(layers, heads, kv_heads, dk, dv, hidden, ffn, vocab, True, tied, latent, experts)
+
+
+def _refuse_unknown(path: str, config: dict[str, Any]) -> None:
+    unknown = [key for key, value in config.items() if SUSPECT.search(key) and key not in KNOWN and value]
+    if set(config.get("layer_types") or ["full_attention"]) == {"full_attention"}:
+        unknown = [key for key in unknown if key != "layer_types"]
+    if config.get("sliding_window") and config.get("use_sliding_window", True):
+        unknown.append("sliding_window")
+    if unknown:
+        raise ValueError(
+            f"--hf-config {path} has {', '.join(unknown)}, which the planner does not know; give --model with a model "
+            "of similar sizes."
+        )
+
+
+def _experts(config: dict[str, Any], layers: int, ffn: int) -> Experts | None:
+    """Experts under the names of Mixtral, of Qwen and of DeepSeek."""
+    num = next((config[key] for key in EXPERTS if config.get(key)), 0)
+    if not num:
+        return None
+    width = config.get("moe_intermediate_size") or ffn
+    shared = config.get("shared_expert_intermediate_size") or (config.get("n_shared_experts") or 0) * width
+    frequency, only_mlp = config.get("moe_layer_freq") or 1, config.get("mlp_only_layers") or []
+    step, dense = config.get("decoder_sparse_step") or 1, config.get("first_k_dense_replace") or 0
+    pattern = tuple(
+        layer >= dense and layer % frequency == 0 and layer not in only_mlp and (layer + 1) % step == 0
+        for layer in range(layers)
+    )
+    return Experts(num, config["num_experts_per_tok"], width, shared, pattern)

@@ -1,0 +1,99 @@
+"""What one layer costs a rank beside its attention: parameters, activations, matrix products, communication.
+
+Experts are taken to be loaded evenly; tokens travel by Megatron's all-to-all dispatcher.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from mindspeed_cp.planner.cluster import Cluster
+from mindspeed_cp.planner.models import Experts, LayerParameters, ModelShape
+from mindspeed_cp.planner.split import Split, Work
+
+HALF, FLOAT = 2, 4  # bytes
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank holds of one layer.
+
+    Args:
+        parameters, routed: of everything but routed experts, and of those.
+        activations: bytes that the backward pass of one micro batch needs, without attention's own.
+    """
+
+    parameters: int
+    routed: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One micro batch through one layer, without attention's kernel.
+
+    Args:
+        flops: of the matrix products.
+        tensor, expert: seconds of communication of tensor and of expert parallelism.
+    """
+
+    flops: float
+    tensor: float
+    expert: float
+
+
+def local_tokens(work: Work, split: Split) -> int:
+    """Of one micro batch on one rank of the context-parallel group."""
+    return -(-work.seq_length // split.cp) * work.micro_batch
+
+
+@lru_cache(maxsize=4096)
+def held(work: Work, split: Split, with_experts: bool) -> Held:
+    model, tokens, counts = work.model, local_tokens(work, split), _counts(work.model, with_experts)
+    # Inputs of both norms and of the projections after them, the low ranks twice, and the MLP's own; all split over tp.
+    width = 4 * model.hidden + (2 * (model.latent.q_rank + model.latent.kv_rank) if model.latent else 0)
+    router = routed = 0
+    if with_experts:
+        experts = _experts(model)
+        width += model.matrices * experts.shared_ffn
+        # What a token's experts get and hold; every rank of an expert's tensor parallelism gets all of it.
+        width += experts.topk * (model.hidden * split.etp + model.matrices * experts.ffn)
+        router = 2 * FLOAT * experts.num  # logits and scores
+        routed = counts.routed // (split.ep * split.etp)
+    else:
+        width += model.matrices * model.ffn
+    return Held(counts.split // split.tp + counts.whole, routed, tokens * (HALF * width + router) // split.tp)
+
+
+@lru_cache(maxsize=4096)
+def forward(work: Work, split: Split, cluster: Cluster, with_experts: bool) -> Forward:
+    model, tokens = work.model, local_tokens(work, split)
+    flops = 2 * tokens * _counts(model, with_experts).active / split.tp
+    row = tokens * model.hidden * HALF / split.tp  # of the tokens that a rank holds between the layers
+    # A gather before and a scatter behind attention, and the dense MLP or the shared experts.
+    seconds = _exchange(row * split.tp, split.tp, 1, cluster)
+    if not with_experts:
+        return Forward(flops, 4 * seconds, 0.0)
+    experts = _experts(model)
+    tensor = (4 if experts.shared_ffn else 2) * seconds
+    tensor += 2 * _exchange(experts.topk * row * split.etp, split.etp, 1, cluster)
+    return Forward(flops, tensor, 2 * _exchange(experts.topk * row, split.ep, split.etp, cluster))
+
+
+def _counts(model: ModelShape, with_experts: bool) -> LayerParameters:
+    return model.expert_layer if with_experts else model.dense_layer
+
+
+def _experts(model: ModelShape) -> Experts:
+    assert model.experts is not None, "a layer with experts has a model with them"
+    return model.experts
+
+
+def _exchange(size: float, members: int, stride: int, cluster: Cluster) -> float:
+    """Seconds in which every member sends each of the others its share of so many bytes.
+
+    Args:
+        stride: global ranks between neighbours of the group.
+    """
+    near = min(max(cluster.devices_per_node // stride, 1), members)  # members in one node
+    parts = {False: size * (near - 1) / members, True: size * (members - near) / members}
+    return max(cluster.latency + part / cluster.bandwidth(inter) if part else 0.0 for inter, part in parts.items())
