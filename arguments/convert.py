@@ -84,6 +84,11 @@ def setup_from_args(args, world_size=None):
         gather_size_calculator=args.gather_size_calculator,
         fused_update=bool(getattr(args, "use_fused_ring_attention_update", False)),
         recomputes_attention=_recomputes_attention(args),
+        half_precision="bfloat16"
+        if getattr(args, "bf16", False)
+        else "float16"
+        if getattr(args, "fp16", False)
+        else None,
     )
 
 

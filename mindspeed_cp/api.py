@@ -16,7 +16,7 @@ from mindspeed_cp.comm.sequence_exchange import SequenceExchange
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.groups import ContextParallelGroups
 from mindspeed_cp.kernels import select_kernel
-from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions
+from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions, MemoryOrder, memory_order
 from mindspeed_cp.layout import SequenceLayout, run_positions
 from mindspeed_cp.masks import dense_mask, interval_masks
 from mindspeed_cp.softmax import merge_function
@@ -84,6 +84,7 @@ def context_parallel_attention(
     if not differentiates and (kept is None or not kept.is_active):
         policy = None  # nothing will run backward, so nothing is kept for it
     cache = KVCache.resolve(policy, config.ring_size)
+    order = memory_order(chosen, query.dtype)
     ring = RingProblem(
         groups=groups,
         layout=layout,
@@ -97,18 +98,19 @@ def context_parallel_attention(
         overlap=config.send_recv_overlap,
         dense_mask=dense_mask(attention_mask, query.shape[1], layout.seq_len),
         merge=merge_function(chosen, fused_update),
+        order=order,
     )
-    ulysses = _ulysses_problem(config, groups, layout, query, key, value, cache, chosen)
+    ulysses = _ulysses_problem(config, groups, layout, query, key, value, cache, order)
     call = AttentionCall(ring, ulysses, layer_number, kept)
     # Kernels take any strides but the last dimension's; torch's CPU operator would read past it without a word.
     tensors = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
-    order = None if layout.ulysses_degree > 1 else _ascending(layout, groups.cp_rank, query.device)
-    if order is None:
+    places = None if layout.ulysses_degree > 1 else _ascending(layout, groups.cp_rank, query.device)
+    if places is None:
         out: torch.Tensor = ContextParallelAttention.apply(*tensors, softmax_offset, call)
         return out
-    ascending = order.argsort()
+    ascending = places.argsort()
     out = ContextParallelAttention.apply(*(tensor[ascending] for tensor in tensors), softmax_offset, call)
-    return out[order]
+    return out[places]
 
 
 @lru_cache(maxsize=256)
@@ -144,12 +146,11 @@ def _ulysses_problem(
     key: torch.Tensor,
     value: torch.Tensor,
     cache: KVCache,
-    kernel: AttentionKernel,
+    order: MemoryOrder | None,
 ) -> UlyssesProblem | None:
     if groups.ulysses is None:
         return None
-    unpack: Literal["heads"] | None = "heads" if getattr(kernel, "contiguous_heads", False) else None
-    exchange = SequenceExchange(groups.ulysses, layout.ulysses_rows(groups.ring_rank), config.alltoall, unpack)
+    exchange = SequenceExchange(groups.ulysses, layout.ulysses_rows(groups.ring_rank), config.alltoall, order)
     return UlyssesProblem(
         exchange,
         query.shape[2],

@@ -274,7 +274,8 @@ class ContextParallelConfig:
 class TrainingSetup:
     """What the launch script says about the model and the machine, as far as context parallelism must know it.
 
-    ``recomputes_attention`` is None where it does not say whether layers, or core attention, are recomputed.
+    ``recomputes_attention`` is None where it does not say whether layers, or core attention, are recomputed;
+    ``half_precision`` is None where it trains in float32 or does not say.
     """
 
     num_attention_heads: int | None
@@ -290,6 +291,7 @@ class TrainingSetup:
     gather_size_calculator: str = "default"
     fused_update: bool = False
     recomputes_attention: bool | None = field(default=None, compare=False)
+    half_precision: Literal["bfloat16", "float16"] | None = field(default=None, compare=False)
     notices: tuple[str, ...] = field(default=(), compare=False)
 
     @property

@@ -108,11 +108,14 @@ def _prepare_device() -> None:
 def _announce(config: ContextParallelConfig) -> None:
     """Rank 0 says what is on, so that nobody has to wonder."""
     if is_rank0():
-        from mindspeed_cp.kernels import KERNELS
+        from mindspeed_cp.kernels import KERNELS, cpu
 
         device = _device_type()
         automatic = [name for name, row in KERNELS.items() if row.automatic and row.device_type == device]
         kernel = _state.kernel or automatic[0]
+        half = _state.setup.half_precision if _state.setup else None
+        if kernel == "cpu" and half and cpu.is_slow(getattr(torch, half)):
+            kernel += f" ({half} in float32)"
         print(f"Context parallelism: {config.describe()}, kernel {kernel}, {_num_cp_patches()} patches", flush=True)
 
 

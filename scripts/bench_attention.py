@@ -42,10 +42,13 @@ class StubKernel:
     left.
     """
 
-    name, native_bands, contiguous_heads = "stub", True, True
+    name, native_bands = "stub", True
 
-    def __init__(self):
-        self._outputs = {}
+    def __init__(self, order="heads"):
+        self._outputs, self._order = {}, order
+
+    def memory_order(self, dtype):
+        return self._order
 
     def output(self, name, shape, dtype):
         key = (name, tuple(shape), dtype)

@@ -87,11 +87,14 @@ def cases(old):
 
 def compare(rank):
     """Rank's results: name -> largest difference to Megatron's own attention, and what the adaptor said."""
+    import torch
     import torch.distributed as dist
     from megatron.core import package_info, parallel_state  # noqa: F401  before the adaptor on purpose
     from mindspeed_cp.patches.documents import examine_mask
 
     from mindspeed_cp import ContextParallelConfig, SequenceLayout, megatron_adaptor
+    from mindspeed_cp.config import TrainingSetup
+    from mindspeed_cp.kernels import cpu
 
     old, results = (
         tuple(map(int, package_info.__version__.split(".")[:2])) < (0, 15),
@@ -116,6 +119,11 @@ def compare(rank):
         results[f"kept {algorithm}"] = _kept(megatron_adaptor, rank)
         results["refused"] = _refused(megatron_adaptor, layout, rank)
         parallel_state.destroy_model_parallel()
+    setup = TrainingSetup(num_attention_heads=HEADS, half_precision="float16")
+    megatron_adaptor.configure(config, setup=setup)
+    with mock.patch.object(cpu, "is_slow", lambda dtype: dtype == torch.float16):
+        results["said of float16"] = _initialize(2)
+    parallel_state.destroy_model_parallel()
     results["wrong size"] = _wrong_size(megatron_adaptor, parallel_state)
     results["num_patches"] = sum(row.applied for row in megatron_adaptor.report())
     results["stand_in"] = sum(

@@ -88,6 +88,7 @@ def test_rank_0_says_once_what_is_on(ranks):
     assert ranks[0]["announced megatron_cp_algo"] == line and num_patches > 10
     assert re.match("Context parallelism: Ulysses, cp=2, contiguous, causal,", ranks[0]["announced ulysses_cp_algo"])
     assert [value for name, value in ranks[1].items() if name.startswith("announced")] == ["", "", ""]
+    assert ", kernel cpu (float16 in float32), " in ranks[0]["said of float16"]
 
 
 def test_another_size_than_the_configured_one_is_refused_before_any_process_group(ranks):

@@ -19,7 +19,7 @@ def _forget():
 
 
 def gradients(monkeypatch, dtype, slow):
-    """(dtypes that the operator's backward was given, largest error of dq, dk and dv against float64)."""
+    """(dtypes of forward's output and of what backward was given, largest error of dq, dk and dv against float64)."""
     given = []
 
     def backward(grad_out, *args, **kwargs):
@@ -33,16 +33,18 @@ def gradients(monkeypatch, dtype, slow):
     tensors = [torch.randn(SEQ, 1, HEADS, DIM, generator=generator).to(dtype) for _ in range(4)]
     kernel, options = cpu.CpuKernel(), KernelOptions(DIM**-0.5)
     out, lse, rng = kernel.forward(*tensors[:3], CAUSAL, options)
+    given.append(out.dtype)
+    assert kernel.memory_order(dtype) == (None if slow else "heads")
     grads = kernel.backward(tensors[3], *tensors[:3], out, lse, CAUSAL, options, rng)
     want = attention_with_gradients(*tensors, allowed_pairs(SEQ, causal=True))
     return given, max(float((got.double() - want[name]).abs().max()) for name, got in zip(("dq", "dk", "dv"), grads))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_backward_in_float32_is_at_least_as_exact(monkeypatch, dtype):
+def test_a_block_in_float32_is_at_least_as_exact(monkeypatch, dtype):
     in_half, half_error = gradients(monkeypatch, dtype, slow=False)
     converted, error = gradients(monkeypatch, dtype, slow=True)
-    assert in_half == [dtype] and converted == [torch.float32]
+    assert in_half == [dtype] * 2 and converted == [torch.float32] * 2
     assert error <= half_error
 
 

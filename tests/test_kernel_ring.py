@@ -3,7 +3,10 @@
 It needs one device whatever the ring's size, so a single GPU or NPU runs invariant 1 with its own kernel here.
 """
 
+from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
+from unittest import mock
 
 import fake_flash_attention
 import fake_torch_npu
@@ -16,6 +19,7 @@ from reference import allowed_pairs, attention_with_gradients
 
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
 from mindspeed_cp.blocks import IntervalMask, plan_blocks
+from mindspeed_cp.comm.batch import Batch
 from mindspeed_cp.kernels import cuda, cudnn, npu, select_kernel
 from mindspeed_cp.kernels.base import KernelOptions, accumulation_dtype
 from mindspeed_cp.softmax import merge_attention
@@ -116,51 +120,116 @@ def test_a_simulated_ring_equals_dense_attention(kernel, cp, name, device):
     assert sum(areas) == int(allowed.sum()), "every visible pair is computed exactly once"
 
 
-class Contiguous:
-    """The CPU's kernel, which asserts that the keys and values it gets are contiguous."""
+class Asking:
+    """The CPU's kernel, which asks for an order of memory and asserts on every call that it got it."""
 
-    name, native_bands = "contiguous", False
+    name, native_bands = "asking", False
 
-    def __init__(self):
-        self._kernel, self.calls = select_kernel("cpu", "cpu"), 0
+    def __init__(self, order):
+        self._kernel, self._order, self.calls = select_kernel("cpu", "cpu"), order, 0
 
-    def _check(self, *tensors):
-        assert all(tensor.is_contiguous() for tensor in tensors), [tensor.stride() for tensor in tensors]
+    def memory_order(self, dtype):
+        return self._order
+
+    def _check(self, shared, blocks):
         self.calls += 1
+        if self._order == "sequence":
+            assert all(tensor.is_contiguous() for tensor in (*shared, *blocks))
+            return
+        for tensor in blocks:
+            assert tensor.stride()[::3] == (tensor.shape[3], 1), tensor.stride()
 
     def forward(self, query, key, value, *others):
-        self._check(key, value)
+        self._check([query], [key, value])
         return self._kernel.forward(query, key, value, *others)
 
     def backward(self, grad_out, query, key, value, *others):
-        self._check(key, value)
+        self._check([grad_out, query], [key, value])
         return self._kernel.backward(grad_out, query, key, value, *others)
 
 
-def attend_contiguously(rank, case):
-    """How many blocks the kernel saw, forward and backward."""
+ORDERS = ("sequence", "heads")
+
+
+def attend_in_order(rank, cases):
+    """For every case and order: (blocks that the kernel saw, messages that were copied, by purpose)."""
     from mindspeed_cp import context_parallel_attention
 
-    config, groups = setup_of(case.config)
-    layout, kernel = case.layout(), Contiguous()
-    leaves, _, grad_out, mask = local_inputs(rank, case, layout)
-    # As a model's projection returns them: key and value side by side for every token.
-    beside = torch.cat(leaves[1:], dim=-1).detach().requires_grad_()
-    split = [leaves[0], *beside.split([case.dk, case.dv], dim=-1)]
-    assert not split[1].is_contiguous()
-    keywords = arguments(case, config, groups, layout, None, mask) | {"kernel": kernel}
-    context_parallel_attention(*split, **keywords).backward(grad_out)
-    return kernel.calls
+    seen = []
+    for case in cases:
+        config, groups = setup_of(case.config, case.share_from)
+        layout = case.layout()
+        leaves, _, grad_out, mask = local_inputs(rank, case, layout)
+        # As a model's projection returns them: key and value side by side for every token.
+        beside = torch.cat(leaves[1:], dim=-1).detach().requires_grad_()
+        queries = torch.cat([leaves[0], leaves[0]], dim=-1).detach().requires_grad_()
+        grads, found = {}, []
+        for order in (None, *ORDERS):
+            split = queries.chunk(2, dim=-1)[0], *beside.split([case.dk, case.dv], dim=-1)
+            assert not any(tensor.is_contiguous() for tensor in split)
+            kernel, copied = Asking(order) if order else None, []
+            keywords = arguments(case, config, groups, layout, None, mask) | {"kernel": kernel}
+            with mock.patch.object(Batch, "_flat", noting_copies(copied)):
+                out = context_parallel_attention(*split, **keywords)
+                # Of a sum over the output, say: strides that no kernel takes as they are.
+                gradient = torch.stack([grad_out, grad_out], dim=-1)[..., 0]
+                grads[order] = out, *torch.autograd.grad(out, (queries, beside), gradient)
+            if kernel:
+                found.append((kernel.calls, Counter(copied)))
+        for order in ORDERS:
+            assert all(torch.allclose(*pair, atol=1e-10) for pair in zip(grads[order], grads[None])), (case, order)
+        seen.append(found)
+    return seen
+
+
+def noting_copies(copied):
+    """``Batch._flat``, which notes the purpose of messages that are no piece of memory."""
+    original = Batch._flat
+
+    def flat(batch, message):
+        if message.in_place is None:
+            copied.append(batch.purpose)
+        return original(batch, message)
+
+    return flat
+
+
+RINGS = [
+    {"algorithm": "megatron_cp_algo", "kv_cache_policy": policy, **exchange}
+    for policy in (None, "half", "full")
+    for exchange in ({}, {"kv_exchange": "direct"}, {"window_size": 2})
+]
+GATHERED = [{"algorithm": "kvallgather_cp_algo", "kv_cache_policy": policy} for policy in (None, "half", "full")]
+SCATTERED = [
+    {"algorithm": "ulysses_cp_algo", "kv_cache_policy": policy, **how}
+    for policy in (None, "half", "full")
+    for how in ({}, {"alltoall": False})
+]
+HYBRIDS = [
+    {"algorithm": "hybrid_cp_algo", "ulysses_degree": 2, "kv_cache_policy": policy, **exchange}
+    for policy in (None, "half", "full")
+    for exchange in ({}, {"kv_exchange": "direct"})
+]
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("policy", [None, "half", "full"])
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"kv_exchange": "direct"}, {"window_size": 2}, {"algorithm": "kvallgather_cp_algo"}],
-    ids=str,
-)
-def test_a_kernel_gets_keys_and_values_that_are_contiguous(settings, policy):
-    ring = {"context_parallel_size": 4, "algorithm": "megatron_cp_algo", "kv_cache_policy": policy}
-    case = Case({**ring, **settings}, seq_len=32, batch=2, dtype="float32")
-    assert min(run_ranks(4, attend_contiguously, case)) >= 8
+def test_a_kernel_gets_the_order_of_memory_that_it_asks_for():
+    plain = [
+        Case({"context_parallel_size": 4, **setting}, seq_len=32, batch=2, heads=8, share_from=(None, 0)[index % 2])
+        for index, setting in enumerate([*RINGS, *GATHERED, *SCATTERED, *HYBRIDS])
+    ]
+    packed = [replace(case, cu_seqlens=(0, 3, 20, 32), dv=6) for case in plain]
+    one_head = Case({"context_parallel_size": 4, "allgather_kv": True}, batch=2, heads=8, kv_heads=1)
+    for rank in run_ranks(4, attend_in_order, [*plain, *packed, one_head]):
+        assert all(calls for found in rank for calls, _ in found)
+
+
+@pytest.mark.cpu_only
+def test_whole_shards_and_their_gradients_travel_without_a_copy_in_any_order():
+    cases = [
+        Case({"context_parallel_size": 4, **setting}, seq_len=32, batch=2, share_from=None)
+        for setting in (*RINGS, *GATHERED)
+        if "kv_exchange" not in setting
+    ]
+    for rank in run_ranks(4, attend_in_order, cases):
+        assert [copied for found in rank for _, copied in found] == [Counter()] * len(cases) * len(ORDERS)

@@ -30,5 +30,5 @@ def test_predicted_memory_is_the_memory_that_ranks_keep():
         case = Case(config, seq_len=64, batch=2, heads=8, kv_heads=2, dk=16, dv=8, dtype="float32")
         problem = Problem(64, 8, 2, 16, 8, batch=2, dtype=torch.float32)
         checked = ContextParallelConfig(**config)
-        predicted = [memory.saved_bytes(checked, problem, rank, contiguous_heads=True) for rank in range(4)]
+        predicted = [memory.saved_bytes(checked, problem, rank, order="heads") for rank in range(4)]
         assert run_ranks(4, saved_bytes, case) == predicted, name

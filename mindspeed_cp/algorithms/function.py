@@ -44,7 +44,7 @@ class AttentionCall:
         and what is saved before Ulysses' exchange.
         """
         if self.ulysses is None:
-            return dict(enumerate((query, *own_rows(self.ring, key, value))))
+            return dict(enumerate(own_rows(self.ring, query, key, value)))
         return {place: rows for place, name, rows in zip((1, 2), NAMES, (key, value)) if name in self.refetch}
 
     def stamp(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Stamp:
@@ -76,11 +76,10 @@ class AttentionCall:
         """Run the call; ``local`` is what ``without_communication`` returned."""
         dtype = query.dtype
         if self.ulysses is None:
-            own = local[1], local[2]
+            query, *own = (local[place] for place in range(3))
         else:
-            query, key, value = self.ulysses.scatter(query, key, value)
-            own = own_rows(self.ring, key, value)
-        out, lse, saved = ring_forward(self.ring, query, own)
+            query, *own = own_rows(self.ring, *self.ulysses.scatter(query, key, value))
+        out, lse, saved = ring_forward(self.ring, query, tuple(own))
         if softmax_offset is not None:
             if out.dtype != lse.dtype:
                 out = out.to(lse.dtype)

@@ -16,12 +16,13 @@ import torch
 from mindspeed_cp.algorithms.kv_cache import NAMES, Name
 from mindspeed_cp.algorithms.ring_plan import RingPlan, Task, ring_plan
 from mindspeed_cp.blocks import IntervalMask
-from mindspeed_cp.comm.kv_exchange import EXCHANGES, GradientReturn, RingChannel, packed, paired
+from mindspeed_cp.comm.kv_exchange import EXCHANGES, GradientReturn, RingChannel, paired
 from mindspeed_cp.comm.link import Link
+from mindspeed_cp.comm.messages import packed
 from mindspeed_cp.comm.schedule import RingPlace
 from mindspeed_cp.comm.watch import note_area
 from mindspeed_cp.groups import ContextParallelGroups
-from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions
+from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions, MemoryOrder
 from mindspeed_cp.layout import SequenceLayout, run_positions
 from mindspeed_cp.softmax import KVPartial, Merge, PartialAttention, RowSum, accumulator, merge_attention
 
@@ -37,6 +38,7 @@ class RingProblem:
         exchange: how keys and values travel.
         keep: which received keys and values forward keeps; backward communicates the others again.
         overlap: transfers are posted before the block that hides them.
+        order: of the memory of what the kernel gets, as it asks.
     """
 
     groups: ContextParallelGroups
@@ -49,6 +51,7 @@ class RingProblem:
     overlap: bool = False
     dense_mask: torch.Tensor | None = None
     merge: Merge = merge_attention
+    order: MemoryOrder | None = None
     plan: RingPlan = field(init=False)
     channel: RingChannel = field(init=False)
 
@@ -59,7 +62,7 @@ class RingProblem:
         plan = ring_plan(self.layout, self.masks, self.kernel.native_bands, dense, exact)
         place = RingPlace(self.rank, *groups.hierarchy[1:])
         ring, outer = cast(Link, groups.ring), cast(Link, groups.outer)  # used where there is something to exchange
-        channel = RingChannel(place, ring, outer, plan.lengths, plan.rows_needed, self.overlap)
+        channel = RingChannel(place, ring, outer, plan.lengths, plan.rows_needed, self.overlap, self.order)
         object.__setattr__(self, "plan", plan)
         object.__setattr__(self, "channel", channel)
 
@@ -105,18 +108,23 @@ class RingSaved:
     rngs: tuple[Any, ...]
 
 
-def own_rows(problem: RingProblem, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's key and value as they travel: in one message, unless just one of them is kept."""
+def own_rows(
+    problem: RingProblem, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """This rank's query as its blocks share it, key and value as they travel: in one message, unless just one of them
+    is kept.
+    """
     if problem.layout.ring_size == 1:
-        return key, value
+        return query, key, value
+    if problem.order == "sequence":
+        query = query.contiguous()
     if len(problem.keep) == 1:
-        return key.contiguous(), value.contiguous()
-    key, value = packed((key, value))
-    return key, value
+        return query, *packed((key,), problem.order), *packed((value,), problem.order)
+    return query, *packed((key, value), problem.order)
 
 
 def ring_forward(
-    problem: RingProblem, query: torch.Tensor, own: tuple[torch.Tensor, torch.Tensor]
+    problem: RingProblem, query: torch.Tensor, own: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, torch.Tensor, RingSaved]:
     """Attention of this rank's queries over all keys, of which ``own_rows`` gives it ``own``.
 
@@ -214,6 +222,8 @@ def ring_backward(
         return problem.kernel.backward(
             grad_out, query, key, value, out, lse, tasks[0].block, problem.options, saved.rngs[0], mask
         )
+    if problem.order == "sequence":
+        grad_out = grad_out.contiguous()
     workspace, like = problem.groups.workspace, saved.tensors[: len(NAMES)]
     own = tuple(accumulator(workspace, f"dkv.own.{name}", rows.shape, query) for name, rows in zip(NAMES, like))
     returns, rngs = GradientReturn(problem.channel, own, like), iter(saved.rngs)

@@ -7,7 +7,7 @@ from math import gcd
 import torch
 
 from mindspeed_cp.algorithms.kv_cache import Name
-from mindspeed_cp.comm.messages import Pending
+from mindspeed_cp.comm.messages import Pending, packed
 from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
 from mindspeed_cp.layout import split_sizes
 
@@ -108,7 +108,8 @@ class UlyssesProblem:
         if self.allgather_kv and keys:
             gathered = self.exchange.gather_sequence(torch.cat([tensors[kind] for kind in keys], dim=-1), "kv")
             heads = self.part("key").shares[self.exchange.rank]  # none where this rank has no query heads
-            received.update(zip(keys, gathered[:, :, heads].split([tensors[kind].shape[-1] for kind in keys], dim=-1)))
+            shares = gathered[:, :, heads].split([tensors[kind].shape[-1] for kind in keys], dim=-1)
+            received.update(zip(keys, packed(shares, self.exchange.unpack) if self.exchange.unpack else shares))
         sent = [kind for kind in tensors if kind not in received]
         if not sent:
             return Pending(lambda: received)

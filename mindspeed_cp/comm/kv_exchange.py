@@ -2,8 +2,8 @@
 
 Each exchange is a generator over steps: it yields (source, rows), own rows first, and moves the data for later steps
 around the yield, where the caller computes. Rows are a tuple of tensors (seq, batch, kv_heads, dim), key and value or
-either of them. They travel in one message, all rows of the key before those of the value, so that each is contiguous
-where it arrives: kernels that want it so need not copy.
+either of them. They travel in one message, all rows of the key before those of the value, in the order of
+memory that the kernel asks for, so that it need not copy: the rank that has them does so once for all.
 
 With ``overlap`` a transfer is posted before the block that hides it and awaited after it; without, it is posted after
 the block and awaited at once. In both cases the first local block starts before any wait.
@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from mindspeed_cp.comm.link import Link
-from mindspeed_cp.comm.messages import Pending, end_to_end, flat_memory
+from mindspeed_cp.comm.messages import Pending, as_stored, end_to_end, flat_memory
 from mindspeed_cp.comm.schedule import RingPlace
+from mindspeed_cp.kernels.base import MemoryOrder
 from mindspeed_cp.softmax import add_in_place
 
 Rows = tuple[tuple[int, int], ...]
@@ -37,6 +38,7 @@ class RingChannel:
         lengths: rows of every ring rank's shard.
         rows_needed: (query rank, source rank) -> ((start, stop), ...), the rows of the source's shard that are wanted.
         overlap: post transfers before the block that hides them.
+        order: of the memory of keys and values on their way; their gradients return contiguous.
     """
 
     place: RingPlace
@@ -45,15 +47,18 @@ class RingChannel:
     lengths: tuple[int, ...]
     rows_needed: Callable[[int, int], Rows]
     overlap: bool
+    order: MemoryOrder | None = None
 
-    def buffer(self, name: str, like: Tensors, source: int, keep: bool = False) -> Tensors:
+    def buffer(
+        self, name: str, like: Tensors, source: int, keep: bool = False, order: MemoryOrder | None = None
+    ) -> Tensors:
         """A buffer for the shard of ``source``: fresh when it is kept for the backward pass, else from the
         workspace.
         """
         shapes = [(self.lengths[source], *tensor.shape[1:]) for tensor in like]
         count, first = sum(map(math.prod, shapes)), like[0]
         flat = first.new_empty(count) if keep else self.link.workspace.get(name, (count,), first.dtype, first.device)
-        return end_to_end(flat, shapes)
+        return end_to_end(flat, shapes, order)
 
 
 def ring_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool = False) -> Stream:
@@ -65,8 +70,11 @@ def ring_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool =
     place = channel.place
 
     def pass_on(rows, outer, inner, link, name, source):
-        received = channel.buffer(f"{purpose}.{name}", own, source, keep)
-        pending = link.exchange([(place.peer(outer, inner), rows)], [(place.peer(-outer, -inner), received)], purpose)
+        received = channel.buffer(f"{purpose}.{name}", own, source, keep, channel.order)
+        leaving, arriving = ([as_stored(tensor, channel.order) for tensor in shard] for shard in (rows, received))
+        pending = link.exchange(
+            [(place.peer(outer, inner), leaving)], [(place.peer(-outer, -inner), arriving)], purpose
+        )
         return pending, received
 
     def to_next_window(rows, j):
@@ -102,10 +110,10 @@ def direct_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool
 
     def fetch(t):
         reader, source = (rank + t) % ring_size, (rank - t) % ring_size
-        received = channel.buffer(f"{purpose}.direct{t % 2}", own, source, keep)
+        received = channel.buffer(f"{purpose}.direct{t % 2}", own, source, keep, channel.order)
         pending = channel.link.exchange(
-            [(reader, parts(own, channel.rows_needed(reader, rank)))],
-            [(source, parts(received, channel.rows_needed(rank, source)))],
+            [(reader, parts(own, channel.rows_needed(reader, rank), channel.order))],
+            [(source, parts(received, channel.rows_needed(rank, source), channel.order))],
             purpose,
         )
         return pending, received
@@ -126,7 +134,7 @@ def allgather_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: b
     sizes = [rows * sum(width.numel() for width in widths) for rows in channel.lengths]
 
     def gather():
-        flat = flat_memory(own)
+        flat = flat_memory([as_stored(tensor, channel.order) for tensor in own])
         assert flat is not None, "own rows are packed"
         return channel.link.gather(flat, sizes, purpose, None if keep else f"{purpose}.gathered")
 
@@ -135,25 +143,16 @@ def allgather_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: b
     shards = (pending or gather()).wait()
     for t in range(1, ring_size):
         source = (rank - t) % ring_size
-        yield source, end_to_end(shards[source], [(channel.lengths[source], *width) for width in widths])
+        shapes = [(channel.lengths[source], *width) for width in widths]
+        yield source, end_to_end(shards[source], shapes, channel.order)
 
 
 EXCHANGES = {"ring": ring_exchange, "direct": direct_exchange, "allgather": allgather_exchange}
 
 
-def packed(tensors: Tensors) -> Tensors:
-    """Copies of the tensors, each contiguous, that lie end to end in memory: they are sent as they are."""
-    copies = end_to_end(
-        tensors[0].new_empty(sum(tensor.numel() for tensor in tensors)), [tuple(tensor.shape) for tensor in tensors]
-    )
-    for copy, tensor in zip(copies, tensors):
-        copy.copy_(tensor)
-    return copies
-
-
-def parts(rows: Tensors, ranges: Rows) -> list[torch.Tensor]:
-    """Views of these (start, stop) of the rows; they travel in one message."""
-    return [tensor[start:stop] for tensor in rows for start, stop in ranges]
+def parts(rows: Tensors, ranges: Rows, order: MemoryOrder | None = None) -> list[torch.Tensor]:
+    """Views of these (start, stop) of the rows; they travel in one message, each in this order of memory."""
+    return [as_stored(tensor[start:stop], order) for tensor in rows for start, stop in ranges]
 
 
 class GradientReturn:

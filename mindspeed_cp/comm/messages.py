@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from mindspeed_cp.kernels.base import MemoryOrder
+
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -134,10 +136,34 @@ def flat_memory(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((sum(tensor.numel() for tensor in tensors),), (1,))
 
 
-def end_to_end(flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, ...]:
-    """Contiguous tensors of these shapes that lie end to end in ``flat``."""
+def end_to_end(
+    flat: torch.Tensor, shapes: Sequence[tuple[int, ...]], order: MemoryOrder | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Tensors of these shapes end to end in ``flat``: contiguous, or (seq, batch, heads, dim) in an order of memory."""
     sizes = [math.prod(shape) for shape in shapes]
-    return tuple(part.view(shape) for part, shape in zip(flat.split(sizes), shapes))
+    parts = zip(flat.split(sizes), shapes)
+    if order != "heads":
+        return tuple(part.view(shape) for part, shape in parts)
+    return tuple(part.view(batch, heads, seq, dim).permute(2, 0, 1, 3) for part, (seq, batch, heads, dim) in parts)
+
+
+def as_stored(tensor: torch.Tensor, order: MemoryOrder | None) -> torch.Tensor:
+    """A view of (seq, batch, heads, dim) whose dimensions stand as they lie in memory of this order."""
+    return tensor.permute(1, 2, 0, 3) if order == "heads" else tensor
+
+
+def packed(tensors: tuple[torch.Tensor, ...], order: MemoryOrder | None = None) -> tuple[torch.Tensor, ...]:
+    """The tensors (seq, batch, heads, dim), each in this order of memory and end to end, so that they are sent as they
+    are; copies, unless they lie so already.
+    """
+    stored = [as_stored(tensor, order) for tensor in tensors]
+    if all(tensor.is_contiguous() for tensor in stored) and flat_memory(stored) is not None:
+        return tensors
+    flat = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
+    copies = end_to_end(flat, [tuple(tensor.shape) for tensor in tensors], order)
+    for copy, tensor in zip(copies, tensors):
+        copy.copy_(tensor)
+    return copies
 
 
 def copy_message(source: Message, target: Message) -> None:

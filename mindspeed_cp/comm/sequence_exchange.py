@@ -6,19 +6,18 @@
 Several tensors travel in one message: each rank gets, for every token, its heads of all of them side by side. After the
 exchange the sequence ascends, in whatever order the ranks hold it: the copy that unpacks puts the rows in place.
 Sequence-first tensors make one side of each exchange a plain slice where ranks hold one range each, in rank order: one
-copy before or after it and none on the other side, unless the kernel wants its heads apart (``unpack``).
+copy before or after it and none on the other side, unless the kernel wants another order of memory (``unpack``).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from mindspeed_cp.comm.counters import record
 from mindspeed_cp.comm.link import Link, Stamp
-from mindspeed_cp.comm.messages import Message, Pending
-from mindspeed_cp.kernels.base import accumulation_dtype
+from mindspeed_cp.comm.messages import Message, Pending, end_to_end
+from mindspeed_cp.kernels.base import MemoryOrder, accumulation_dtype
 
 Rows = tuple[tuple[int, int], ...]
 
@@ -65,14 +64,14 @@ class SequenceExchange:
         rows: per rank, the (start, stop) of the ascending sequence that it holds, in the order in which it holds them.
         alltoall: False replaces the all-to-all by an all-gather of everything and slicing (same numbers, more bytes).
         unpack: how received heads lie in memory: None leaves them side by side, "sequence" makes each tensor
-            contiguous, "heads" makes (seq, head_dim) of each head contiguous.
+            contiguous, "heads" makes (seq, head_dim) of each head contiguous; the tensors lie end to end then.
         stamp, check: what ranks tell each other with what leaves for the sequence; see ``Link.all_to_all``.
     """
 
     link: Link
     rows: tuple[Rows, ...]
     alltoall: bool = True
-    unpack: Literal["sequence", "heads"] | None = None
+    unpack: MemoryOrder | None = None
     stamp: Stamp | None = None
     check: Callable[[list[Stamp]], None] | None = None
 
@@ -167,22 +166,15 @@ class SequenceExchange:
         seq, batch = sum(self.lengths), like.shape[1]
         shapes = [(seq, batch, part.count(self.rank), part.dim) for part in parts]
 
-        def memory(shape, suffix):
-            if name is None:
-                return like.new_empty(shape)
-            return self.link.workspace.get(name + suffix, shape, like.dtype, like.device)
-
+        whole_shape = seq, batch, _width(parts, self.rank)
+        if name is None:
+            whole = like.new_empty(whole_shape)
+        else:
+            whole = self.link.workspace.get(name, whole_shape, like.dtype, like.device)
         if self.unpack is None:
-            whole = memory((seq, batch, _width(parts, self.rank)), "")
             columns = whole.split([part.width(self.rank) for part in parts], dim=-1)
             return [column.unflatten(-1, shape[2:]) for column, shape in zip(columns, shapes)], [whole]
-        if self.unpack == "sequence":
-            results = [memory(shape, f".{index}") for index, shape in enumerate(shapes)]
-        else:
-            results = [
-                memory((batch, heads, seq, dim), f".{index}").permute(2, 0, 1, 3)
-                for index, (_, _, heads, dim) in enumerate(shapes)
-            ]
+        results = list(end_to_end(whole.view(-1), shapes, self.unpack))
         return results, results
 
     def _trade(self, leaving, arriving, table, stamp=None, check=None):

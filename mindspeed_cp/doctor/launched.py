@@ -16,7 +16,7 @@ from mindspeed_cp.doctor import environment, launch
 from mindspeed_cp.doctor.finding import Finding, problem
 from mindspeed_cp.doctor.installed import ask
 from mindspeed_cp.kernels import select_kernel
-from mindspeed_cp.kernels.base import AttentionKernel
+from mindspeed_cp.kernels.base import AttentionKernel, memory_order
 from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.planner.memory import saved_bytes
 from mindspeed_cp.planner.trace import Problem, trace
@@ -142,8 +142,7 @@ def cost(
     passes = [trace(config, layer, rank) for rank in ranks]
     forward, backward = (max(sum(each[way].sent.values()) for each in passes) for way in (0, 1))
     yield Finding("ok", f"a layer sends {_size(forward)} forward and {_size(backward)} backward, per rank")
-    contiguous = getattr(kernel, "contiguous_heads", False)
-    saved = max(saved_bytes(config, layer, rank, contiguous) for rank in ranks)
+    saved = max(saved_bytes(config, layer, rank, memory_order(kernel, layer.dtype)) for rank in ranks)
     layers = -(-setup.num_layers // setup.pipeline_parallel_size)
     again = setup.recomputes_attention and not config.keep_attention
     flying = " for every micro batch in flight" if setup.pipeline_parallel_size > 1 else ""

@@ -1,6 +1,6 @@
 """The table of attention kernels. A new accelerator is a file beside this one and a row here.
 
-Adding a kernel, in ten lines:
+Adding a kernel, in ten steps:
 
 1. Write ``kernels/mine.py`` with a class that has ``name``, ``native_bands``, ``forward`` and ``backward`` as
    ``kernels.base.AttentionKernel`` describes them. ``blockwise.py`` is the shortest complete one.
@@ -8,7 +8,8 @@ Adding a kernel, in ten lines:
 3. Speak (out, lse): natural logarithm, -inf and 0 for a row without keys. Backward gets those of the whole attention.
 4. With ``native_bands = False`` no block has two limits; rectangles, causal squares and small masked tiles remain.
 5. In the same file: ``build()`` returns the kernel, ``unavailable()`` says what is missing on this machine, or "".
-6. Optional: ``merge(out, lse, block_out, block_lse)``, a fused ``softmax.merge_attention``.
+6. Optional: ``merge(out, lse, block_out, block_lse)``, a fused ``softmax.merge_attention``, and
+   ``memory_order(dtype)``, how tensors should lie in memory ("sequence" or "heads").
 7. Refuse what the kernel cannot do with a ValueError, or announce a slower path with
    ``notices.warn_rank0``: never in silence.
 8. Add a ``KernelRow`` below. The choices of --cp-kernel and the automatic choice by device follow from it.

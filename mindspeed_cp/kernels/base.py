@@ -6,11 +6,13 @@ Shapes (sequence first, any strides with a contiguous last dimension)::
     out, grad_out (nq, batch, heads, dv)   lse (nq, batch, heads), natural log of the sum of exp of the scaled scores
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
 from mindspeed_cp.blocks import Block
+
+MemoryOrder = Literal["sequence", "heads"]
 
 
 class KernelOptions(NamedTuple):
@@ -33,8 +35,10 @@ class AttentionKernel(Protocol):
     its query i sees its key j when lower <= j - i <= upper, counted within a piece, and every row sees a key.
     ``attention_mask`` (bool, True = masked out, (1 or batch, nq, nk)) further masks a single full rectangle.
 
-    A kernel that is faster when (seq, dim) of each head is contiguous says ``contiguous_heads = True``; it gets such
-    tensors where an exchange copies anyway.
+    Optional: ``memory_order(dtype)`` returns how tensors should lie in memory, None for any strides. "sequence" makes
+    each (seq, batch, heads, dim) contiguous, "heads" makes (seq, dim) of each head of key and value contiguous. What
+    comes from an exchange lies so on every rank, its own rows included, because somebody copies them once anyway; so
+    does with "sequence" what blocks share, the query and its gradient.
     """
 
     name: str
@@ -70,3 +74,9 @@ class AttentionKernel(Protocol):
         out and lse are those of the whole attention (all blocks merged), cut to the block's query rows; rows that see
         no key anywhere have lse = +inf, so that their probabilities are 0.
         """
+
+
+def memory_order(kernel: AttentionKernel, dtype: torch.dtype) -> MemoryOrder | None:
+    """How this kernel wants tensors of this dtype to lie in memory; None where it does not say."""
+    asked = getattr(kernel, "memory_order", None)
+    return None if asked is None else asked(dtype)

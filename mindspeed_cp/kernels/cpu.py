@@ -3,7 +3,8 @@
 The operator wants (batch, heads, seq, dim) with any strides, so the sequence-first tensors go in as views. A KV head
 that serves several query heads is expanded with stride 0, never copied. It has no dropout and wants dk == dv: those
 cases take the blockwise path, which is exact and slower. Where the processor has no instructions for half precision its
-backward pass takes 8 to 12 times as long as in float32; there a block's tensors are converted first.
+backward pass takes 8 to 20 times as long as in float32 (and forward in float16 1.5 times); there a block's tensors are
+converted first. With such instructions half precision is the faster, and most where each head of K and V is contiguous.
 """
 
 import platform
@@ -30,7 +31,7 @@ def build():
 
 @cache
 def is_slow(dtype: torch.dtype) -> bool:
-    """Whether backward is faster in float32 than in this dtype: half precision on x86 without instructions for it."""
+    """Whether a block is faster in float32 than in this dtype: half precision on x86 without instructions for it."""
     if dtype not in HALF_INSTRUCTIONS or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     return not any(getattr(torch.cpu, query, lambda: False)() for query in HALF_INSTRUCTIONS[dtype])
@@ -43,17 +44,20 @@ def unavailable():
 class CpuKernel:
     name = "cpu"
     native_bands = False
-    contiguous_heads = (
-        True  # a row stride of a power of two maps a head's rows to few sets of the cache: 5 to 7 % slower
-    )
 
     def __init__(self):
         self._blockwise = BlockwiseKernel()
+
+    def memory_order(self, dtype):
+        # A row stride of a power of two maps a head's rows to few sets of the cache: up to 9 % slower.
+        return None if is_slow(dtype) else "heads"
 
     def forward(self, query, key, value, block, options, attention_mask=None):
         if _needs_blockwise(key, value, options):
             _announce_blockwise(options)
             return self._blockwise.forward(query, key, value, block, options, attention_mask)
+        if is_slow(query.dtype):
+            query, key, value = query.float(), key.float(), value.float()
         if block.num_pieces == 1:
             return *_forward_piece(query, key, value, block, options, attention_mask), None
         parts = [_forward_piece(query[q], key[k], value[k], block, options, None) for q, k in block.pieces()]

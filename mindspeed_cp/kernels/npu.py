@@ -87,6 +87,9 @@ class NpuKernel:
     name = "npu"
     native_bands = True
 
+    def memory_order(self, dtype):
+        return "sequence"  # the operators copy what is not contiguous
+
     def __init__(self, torch_npu):
         self._npu, self._variant = torch_npu, operator_variant(torch_npu)
         self._packed = None  # (further arguments of TND calls, order of their statistics), once asked for

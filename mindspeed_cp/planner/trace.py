@@ -18,7 +18,7 @@ from mindspeed_cp.comm.messages import Pending
 from mindspeed_cp.comm.workspace import Workspace
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.groups import ContextParallelGroups, parts_of
-from mindspeed_cp.kernels.base import KernelOptions, accumulation_dtype
+from mindspeed_cp.kernels.base import KernelOptions, MemoryOrder, accumulation_dtype
 from mindspeed_cp.layout import SequenceLayout
 
 
@@ -144,7 +144,10 @@ class NotingKernel:
     notes: Notes
     name: str = "dry"
     native_bands: bool = True
-    contiguous_heads: bool = False
+    order: MemoryOrder | None = None
+
+    def memory_order(self, dtype):
+        return self.order
 
     def forward(self, query, key, value, block, options: KernelOptions, attention_mask=None):
         _, batch, heads, dk = query.shape
@@ -180,9 +183,9 @@ def dry_groups(config: ContextParallelConfig, rank: int, stride: int, notes: Not
 
 
 def dry_call(
-    config: ContextParallelConfig, problem: Problem, rank: int, notes: Notes, contiguous_heads: bool = False
+    config: ContextParallelConfig, problem: Problem, rank: int, notes: Notes, order: MemoryOrder | None = None
 ) -> Callable[[], torch.Tensor]:
-    """One attention call on tensors without memory, by a kernel that may want contiguous heads."""
+    """One attention call on tensors without memory, by a kernel that wants this order of memory."""
     layout = SequenceLayout.build(config, problem.seq_len, problem.cu_seqlens)
     sizes = ((problem.heads, problem.dk), (problem.kv_heads, problem.dk), (problem.kv_heads, problem.dv))
     leaves = (
@@ -198,7 +201,7 @@ def dry_call(
         cu_seqlens=problem.cu_seqlens,
         sliding_window=problem.sliding_window,
         layer_number=problem.layer_number,
-        kernel=NotingKernel(notes, contiguous_heads=contiguous_heads),
+        kernel=NotingKernel(notes, order=order),
     )
 
 
