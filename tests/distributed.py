@@ -18,7 +18,6 @@ import time
 import traceback
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from unittest.mock import patch
@@ -34,7 +33,6 @@ PRELOAD = (
     "pytest",
     "hypothesis",
 )
-BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 _pools, _servers = {}, {}
 _awake = None  # the pool whose ranks run
@@ -167,23 +165,14 @@ class RankPool:
 
 def _serve(rank, world_size, folder, device, group_timeout, leave_after_failure, connection):
     """The life of one rank: join the group, answer calls until the pipe closes."""
-    import torch
-    import torch.distributed as dist
     from rank_server import end_with_parent
+
+    from mindspeed_cp.doctor.meeting import join
 
     end_with_parent()
     # SIGUSR1 writes this rank's stack where the parent finds it.
     faulthandler.register(signal.SIGUSR1, open(os.path.join(folder, f"stack-{rank}"), "w", encoding="utf-8"))
-    torch.set_num_threads(1)
-    if device != "cpu":
-        getattr(torch, device).set_device(rank)
-    dist.init_process_group(
-        BACKENDS[device],
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=group_timeout),
-    )
+    join(rank, world_size, device, folder, group_timeout)
     while True:
         try:
             function, args = pickle.loads(connection.recv_bytes())

@@ -233,6 +233,21 @@ def test_the_exit_status_and_the_last_line_tell_problems(monkeypatch, capsys, le
     assert json.loads(capsys.readouterr().out)["healthy"] == (status == 0)
 
 
+def test_a_launch_is_judged_with_the_variables_that_it_sets(monkeypatch):
+    for name in ("fitting", "optional"):
+        monkeypatch.setattr(installed, name, lambda: [])
+    monkeypatch.setattr(installed, "ascend", lambda environment, npu_works: [])
+    monkeypatch.setattr(installed, "loads_torch", lambda: None)
+    monkeypatch.setattr(device, "npu_works", lambda: False)
+    monkeypatch.setattr(device, "adaptor", lambda: (None, []))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for setting, warned in (("", True), ("OMP_NUM_THREADS=2 ", False)):
+        given = ["--no-self-test", "--launch", f"{setting}torchrun --standalone no_script.py"]
+        sections, _ = command.examine(command.parser().parse_args(given))
+        assert any("OMP_NUM_THREADS is not set" in found.text for found in sections["Environment"]) is warned
+        assert list(sections)[-1] == "Launch"
+
+
 def test_the_public_names_come_when_they_are_asked_for():
     code = "import sys, mindspeed_cp; assert 'torch' not in sys.modules; print(mindspeed_cp.comm.count_bytes.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -31,7 +31,7 @@ def script(tmp_path):
 
 
 def said(script, flags, launcher="torchrun --standalone --nproc-per-node 8"):
-    return list(launched.findings(f"{launcher} {shlex.quote(str(script))} {MODEL} {flags}", "cpu"))
+    return launched.examined(f"{launcher} {shlex.quote(str(script))} {MODEL} {flags}", "cpu")[0]
 
 
 def texts(findings, level):
@@ -70,7 +70,7 @@ def test_a_command_is_read_without_being_started(command, world, port, runner):
     ],
 )
 def test_a_command_that_cannot_be_read_says_what_to_give(command, message):
-    (found, *_) = launched.findings(command, "cpu")
+    (found, *_), _ = launched.examined(command, "cpu")
     assert found.level == "problem" and message in f"{found.text}; {found.todo}"
 
 
@@ -78,7 +78,7 @@ def test_a_script_that_does_not_know_dry_runs_is_not_started(tmp_path):
     script = tmp_path / "train.sh"
     script.write_text(f"touch {tmp_path}/started\n")
     for command in (f"bash {script} 7b", str(script)):
-        (found,) = launched.findings(command, "cpu")
+        (found,), _ = launched.examined(command, "cpu")
         assert found.level == "problem" and "does not know DRY_RUN=1" in found.text and "--launch" in found.todo
     assert not (tmp_path / "started").exists()
 
@@ -91,14 +91,14 @@ def test_a_launch_script_is_read_by_its_dry_run(monkeypatch, tmp_path):
     python.chmod(0o755)
     monkeypatch.delenv("MEGATRON_LM_PATH", raising=False)
     flags = f"PYTHON={python} DEVICE=npu NNODES=2 MASTER_ADDR=127.0.0.1 SEQ_LENGTH=128k"
-    found = list(launched.findings(f"{flags} bash {LAUNCH}/llama2.sh 7b", "cpu"))
+    found, own = launched.examined(f"{flags} bash {LAUNCH}/llama2.sh 7b", "cpu")
     assert texts(found, "ok")[1] == (
         "Hybrid (ulysses 4, ring 2), cp=8, zigzag, causal; ulysses 4 x window 2 x windows 1; 16,384 tokens on a rank"
     )
     assert "imports the adaptor" in texts(found, "ok")[0]
     started = launch.read(f"{flags} bash {LAUNCH}/llama2.sh 7b", {"PATH": "/usr/bin:/bin"})
-    assert started.world_size == 16 and started.environment["TASK_QUEUE_ENABLE"] == "2"
-    (refused,) = launched.findings(f"SEQ_LENGTH=64k bash {LAUNCH}/llama2.sh 7b", "cpu")
+    assert started.world_size == 16 and started.environment["TASK_QUEUE_ENABLE"] == own["TASK_QUEUE_ENABLE"] == "2"
+    (refused,), _ = launched.examined(f"SEQ_LENGTH=64k bash {LAUNCH}/llama2.sh 7b", "cpu")
     assert refused.text.startswith("SEQ_LENGTH 64k must be 32k") and refused.todo
 
 
@@ -194,6 +194,7 @@ def test_the_port_of_the_launch_is_tried(script):
         found = said(script, "--context-parallel-size 4 --use-flash-attn", launcher)
     (wrong,) = [finding for finding in found if finding.level == "problem"]
     assert f"port {number} is in use" in wrong.text
+    assert wrong.todo.startswith("torchrun --master-port ")
 
 
 def test_the_documented_launch_says_what_the_page_says(tmp_path, monkeypatch):
@@ -202,5 +203,5 @@ def test_the_documented_launch_says_what_the_page_says(tmp_path, monkeypatch):
     shown = page.split("```text\nLaunch\n")[1].split("```")[0].splitlines()[:-1]
     monkeypatch.chdir(tmp_path)
     Path("pretrain_gpt.py").touch()
-    lines = [line for finding in launched.findings(command, "cpu") for line in finding.lines(110)]
+    lines = [line for finding in launched.examined(command, "cpu")[0] for line in finding.lines(110)]
     assert [line.split() for line in lines] == [line.split() for line in shown]

@@ -42,17 +42,16 @@ def examine(given: argparse.Namespace) -> tuple[Sections, dict[str, Any]]:
         chosen, why = device.device_without_megatron()
     sections["Device"] = list(device.kernels(chosen, why))
     sections["Patches"] = patches
-    sections["Environment"] = [
-        *environment.variables(os.environ, chosen),
-        *environment.interfaces(os.environ, chosen),
-        *environment.meeting(os.environ),
-    ]
-    if not given.no_self_test:
-        sections["Self test"] = list(attention.self_test(chosen))
+    own: dict[str, str] = {}
     if given.launch is not None:
         from mindspeed_cp.doctor import launched
 
-        sections["Launch"] = list(launched.findings(given.launch, chosen))
+        of_launch, own = launched.examined(given.launch, chosen)
+    sections["Environment"] = list(environment.findings(os.environ, own, chosen))
+    if not given.no_self_test:
+        sections["Self test"] = list(attention.self_test(chosen))
+    if given.launch is not None:
+        sections["Launch"] = of_launch
     return sections, record["patches"] if record else {}
 
 

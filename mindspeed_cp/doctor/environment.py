@@ -39,36 +39,59 @@ INTERFACES = {"cpu": "GLOO_SOCKET_IFNAME", "cuda": "NCCL_SOCKET_IFNAME", "npu": 
 LEFT_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
-def variables(environment: Mapping[str, str], device: str) -> Iterator[Finding]:
+def findings(shell: Mapping[str, str], own: Mapping[str, str], device: str) -> Iterator[Finding]:
+    """Everything about the environment that ranks would get; what the command sets is to be mended in the command.
+
+    Args:
+        shell: the variables of this shell.
+        own: those that a launch command sets itself; they win.
+        device: that this machine uses.
+    """
+    yield from variables(shell, own, device)
+    yield from interfaces(shell, own, device)
+    yield from meeting(shell, own)
+
+
+def _put(name: str, value: str, own: Mapping[str, str]) -> str:
+    return f"begin the command with {name}={value}" if name in own else f"export {name}={value}"
+
+
+def _drop(name: str, own: Mapping[str, str]) -> str:
+    return f"leave {name} out of the command" if name in own else f"unset {name}"
+
+
+def variables(shell: Mapping[str, str], own: Mapping[str, str], device: str) -> Iterator[Finding]:
     """Missing and odd variables."""
+    environment = {**shell, **own}
     for name, (value, why) in WANTED[device].items():
         if not environment.get(name):
-            yield Finding("warning", f"{name} is not set: {why}", f"export {name}={value}")
+            yield Finding("warning", f"{name} is not set: {why}", _put(name, value, own))
     for name, (values, what) in ODD.items():
         if environment.get(name) in values:
-            yield Finding("warning", f"{name}={environment[name]}: {what}", f"unset {name}")
+            yield Finding("warning", f"{name}={environment[name]}: {what}", _drop(name, own))
     for name in NUMBERS:
         value = environment.get(name, "1")
         if not value.isdigit() or int(value) < 1:
             wanted = WANTED[device].get(name)
-            way_out = f"export {name}={wanted[0]}" if wanted else f"unset {name}"
+            way_out = _put(name, wanted[0], own) if wanted else _drop(name, own)
             yield Finding("problem", f"{name}={value} must be a whole number above 0", way_out)
     if environment.get("MINDSPEED_CP_DEVICE", "") not in ("", "cpu"):
         given = environment["MINDSPEED_CP_DEVICE"]
-        yield Finding("problem", f"MINDSPEED_CP_DEVICE={given} is not known", "unset MINDSPEED_CP_DEVICE")
-    left = [name for name in LEFT_BY_TORCHRUN if name in environment]
+        yield Finding("problem", f"MINDSPEED_CP_DEVICE={given} is not known", _drop("MINDSPEED_CP_DEVICE", own))
+    left = [name for name in LEFT_BY_TORCHRUN if name in shell and name not in own]
     if left:
         yield Finding("warning", f"{', '.join(left)} of another launch still in this shell", f"unset {' '.join(left)}")
 
 
-def interfaces(environment: Mapping[str, str], device: str) -> Iterator[Finding]:
+def interfaces(shell: Mapping[str, str], own: Mapping[str, str], device: str) -> Iterator[Finding]:
     """Whether ranks have an interface to meet on."""
+    environment = {**shell, **own}
     known = [name for _, name in socket.if_nameindex()]
     # gloo also carries the ranks' agreement beside NCCL and HCCL.
     for variable in dict.fromkeys(("GLOO_SOCKET_IFNAME", INTERFACES[device])):
         value = environment.get(variable)
         if value and not _matches(value, known, exact=variable.startswith("GLOO")):
-            way_out = f"export {variable}={_usable(known)}; there are {', '.join(known)}"
+            way_out = f"{_put(variable, _usable(known), own)}; there are {', '.join(known)}"
             yield Finding("problem", f"{variable}={value} names no interface of this machine", way_out)
     if not environment.get("GLOO_SOCKET_IFNAME"):
         host = socket.gethostname()
@@ -108,27 +131,29 @@ def _has_address(name: str) -> bool:
     return True
 
 
-def port(address: str, number: int) -> Finding | None:
-    """The problem where another program listens on the port that rank 0 would open on this machine."""
+def port(address: str, number: int, put: str = "export MASTER_PORT=") -> Finding:
+    """Whether rank 0 could open the port: a problem where another program listens on it, a note for another host.
+
+    Args:
+        put: what is written before another port to take that one.
+    """
     try:
-        own = address in ("localhost", "127.0.0.1", socket.gethostname()) or socket.gethostbyname(
+        is_here = address in ("localhost", "127.0.0.1", socket.gethostname()) or socket.gethostbyname(
             address
         ) == socket.gethostbyname(socket.gethostname())
     except OSError:
         return Finding("warning", f"MASTER_ADDR={address} has no address here", "export MASTER_ADDR=ADDRESS_OF_NODE_0")
-    if not own:
-        return None
+    if not is_here:
+        return Finding("note", f"whether port {number} is free can be said on {address} alone: run the doctor there")
     if not 0 < number < 1 << 16:
-        return Finding("problem", f"port {number} is none of 1 to 65535", f"export MASTER_PORT={_free_port()}")
+        return Finding("problem", f"port {number} is none of 1 to 65535", f"{put}{_free_port()}")
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("", number))
         except OSError as error:
-            return Finding(
-                "problem", f"port {number} is in use ({error.strerror})", f"export MASTER_PORT={_free_port()}"
-            )
-    return None
+            return Finding("problem", f"port {number} is in use ({error.strerror})", f"{put}{_free_port()}")
+    return Finding("ok", f"port {number} is free")
 
 
 def _free_port() -> int:
@@ -138,9 +163,9 @@ def _free_port() -> int:
         return number
 
 
-def meeting(environment: Mapping[str, str]) -> Iterator[Finding]:
+def meeting(shell: Mapping[str, str], own: Mapping[str, str]) -> Iterator[Finding]:
     """The port that the environment names, or torchrun's own."""
+    environment = {**shell, **own}
     given = environment.get("MASTER_PORT", str(DEFAULT_PORT))
     if given.isdigit() and 0 < int(given) < 1 << 16:
-        found = port(environment.get("MASTER_ADDR", "127.0.0.1"), int(given))
-        yield found or Finding("ok", f"port {given} is free")
+        yield port(environment.get("MASTER_ADDR", "127.0.0.1"), int(given), _put("MASTER_PORT", "", own))

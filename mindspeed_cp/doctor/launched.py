@@ -25,8 +25,8 @@ from mindspeed_cp.rules import heads_of_rank
 ADAPTORS = ("mindspeed_cp.megatron_adaptor", "mindspeed.megatron_adaptor")
 
 
-def findings(command: str, device: str) -> Iterator[Finding]:
-    """Everything that can be said of a launch before it is started.
+def examined(command: str, device: str) -> tuple[list[Finding], dict[str, str]]:
+    """(everything that can be said of a launch before it is started, the variables that it sets).
 
     Args:
         command: as for launch.read.
@@ -34,6 +34,14 @@ def findings(command: str, device: str) -> Iterator[Finding]:
     """
     try:
         started = launch.read(command, os.environ)
+    except ValueError as error:
+        return [problem(str(error))], {}
+    return list(findings(started, device)), started.environment
+
+
+def findings(started: launch.Launch, device: str) -> Iterator[Finding]:
+    """Whether the launch switches context parallelism on, what it resolves to, costs, and gets wrong."""
+    try:
         args, rest = read_flags(started.flags)
     except ValueError as error:
         yield problem(str(error))
@@ -42,9 +50,9 @@ def findings(command: str, device: str) -> Iterator[Finding]:
     for flag, meant in misspelt(rest).items():
         yield Finding("warning", f"{flag} is not a flag of context parallelism", f"write {meant}")
     if started.port is not None:
-        taken = environment.port(started.address, started.port)
-        if taken:
-            yield taken
+        found = environment.port(started.address, started.port, "torchrun --master-port ")
+        if found.level != "ok":
+            yield found
     try:
         yield from resolved(args, started.world_size, device)
         yield from of_megatron(started)

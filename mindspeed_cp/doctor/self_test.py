@@ -13,7 +13,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ from mindspeed_cp.api import context_parallel_attention
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.messages import Message
 from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.doctor.meeting import join
 from mindspeed_cp.groups import ContextParallelGroups
 from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.planner.search import variants
 
-BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 MOST_RANKS = 4  # two levels of two, so that Hybrid and Double Ring can be built
 SIZES = {"cpu": (96, 4, 2, 16), "cuda": (1024, 8, 4, 128), "npu": (1024, 8, 4, 128)}  # seq, heads, KV heads, dim
 DTYPES = {"cpu": torch.float64, "cuda": torch.bfloat16, "npu": torch.bfloat16}
@@ -158,16 +157,7 @@ def run_rank(rank: int, world: int, device: str, folder: str) -> None:
 
 
 def _results(rank: int, world: int, device: str, folder: str) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    if device != "cpu":
-        getattr(torch, device).set_device(rank)
-    dist.init_process_group(
-        BACKENDS[device],
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=PATIENCE / 2),
-    )
+    join(rank, world, device, folder, PATIENCE / 2)
     whole = whole_tensors(device)
     reference = dense(whole)
     errors: dict[str, float] = {}
