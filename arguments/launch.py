@@ -41,9 +41,14 @@ class _RaisingParser(argparse.ArgumentParser):
         raise _Refused(str(message).partition("error: ")[2].strip())
 
 
+def bare_parser(prog: str) -> argparse.ArgumentParser:
+    """A parser of no flags, for ``known_flags``."""
+    return _RaisingParser(prog=prog, allow_abbrev=False, add_help=False)
+
+
 def flag_parser(prog: str) -> argparse.ArgumentParser:
     """A parser of the flags that the rules of context parallelism read, Megatron's and MindSpeed's."""
-    parser = _RaisingParser(prog=prog, allow_abbrev=False, add_help=False)
+    parser = bare_parser(prog)
     for flag in NUMBERS:
         parser.add_argument(f"--{flag}", type=int, default=1)
     for flag in OPTIONAL_NUMBERS:
@@ -64,8 +69,17 @@ def read_flags(argv: Sequence[str], prog: str = "launch") -> tuple[argparse.Name
     Raises:
         ValueError: the value of a flag is wrong.
     """
+    return known_flags(flag_parser(prog), argv)
+
+
+def known_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What a ``bare_parser`` that got flags knows of a command line, and the rest.
+
+    Raises:
+        ValueError: the value of a flag is wrong.
+    """
     try:
-        return flag_parser(prog).parse_known_args(list(argv))
+        return parser.parse_known_args(list(argv))
     except _Refused as refused:
         raise ValueError(str(refused)) from None
 

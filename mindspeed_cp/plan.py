@@ -3,8 +3,11 @@
     python -m mindspeed_cp.plan --model llama2-70b --tp 8 --cp 4 --seq-length 131072 --cluster a100
     python -m mindspeed_cp.plan --model llama2-7b --devices 64 --global-batch 64 --seq-length 131072 --cluster a100
 
+    python -m mindspeed_cp.plan --cluster a100 --launch "bash scripts/launch/llama2.sh 7b"
+
 With --cp one attention layer, forward and backward; with --devices a whole training, every split of the devices. Bytes
-are those of the engine itself; times are a prediction from peak rates.
+are those of the engine itself; times are a prediction from peak rates. The model and sizes can come from Megatron's own
+flags behind --, or from a launch command.
 """
 
 import argparse
@@ -13,12 +16,12 @@ import json
 import sys
 from collections.abc import Sequence
 
-from mindspeed_cp.config import MASK_TYPES, TrainingSetup
+from mindspeed_cp.config import TrainingSetup
 from mindspeed_cp.planner import calibrate, report
-from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
+from mindspeed_cp.planner import given as given_flags
+from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.documents import boundaries
-from mindspeed_cp.planner.hugging_face import hf_model
-from mindspeed_cp.planner.models import MODELS, ModelShape, named_model
+from mindspeed_cp.planner.models import ModelShape
 from mindspeed_cp.planner.picture import plot
 from mindspeed_cp.planner.report import reason
 from mindspeed_cp.planner.search import Candidate, Found, flags, hiding_tokens, search
@@ -28,46 +31,6 @@ from mindspeed_cp.planner.training import plans
 from mindspeed_cp.rules import heads_of_rank
 
 PREDICTION = "prediction, not measured on this hardware"
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("mindspeed-cp plan", description=__doc__.partition("\n")[0])
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--model", help=f"one of {', '.join(MODELS)}")
-    model.add_argument("--hf-config", help="a Hugging Face config.json")
-    parser.add_argument("--devices", type=int, help="plan a whole training on so many; sizes that are given stay")
-    parser.add_argument("--tp", type=int, help="tensor parallel size (default: 1, with --devices any)")
-    parser.add_argument("--pp", type=int, help="with --devices: pipeline parallel size")
-    parser.add_argument("--cp", type=int, help="context parallel size; needed without --devices")
-    parser.add_argument("--global-batch", type=int, help="with --devices: sequences of a step (default: --devices)")
-    parser.add_argument("--memory", type=float, default=64e9, help="with --devices: bytes of a device (default: 64e9)")
-    parser.add_argument("--seq-length", type=int, help="tokens")
-    parser.add_argument("--documents", help="packed documents: a dataset's .idx, or lognormal:6.5,1.3 and the like")
-    parser.add_argument("--micro-batch", type=int, default=1, help="sequences")
-    parser.add_argument("--mask-type", choices=[name for name in MASK_TYPES if name != "general"], default="causal")
-    parser.add_argument("--policies", action="store_true", help="KV cache policies too; their memory is not predicted")
-    parser.add_argument(
-        "--cluster", help=f"{', '.join(CLUSTERS)}, or a file of --calibrate; the flags below override it"
-    )
-    parser.add_argument("--calibrate", metavar="FILE.yaml", help="measure this machine, write the file, plan nothing")
-    parser.add_argument("--device", choices=calibrate.SIZES, default="cpu", help="that --calibrate measures")
-    for field in dataclasses.fields(Cluster):
-        kind = int if field.name == "devices_per_node" else float
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help="bytes/s, FLOP/s, seconds or a share")
-    parser.add_argument(
-        "--shell", action="store_true", help="with --devices: the first as variables of the launch scripts"
-    )
-    parser.add_argument(
-        "--plot", metavar="FILE.png", help="without --devices: time over the length, for each algorithm"
-    )
-    parser.add_argument("--json", action="store_true", help="everything, machine-readable")
-    return parser
-
-
-def _positive(given: argparse.Namespace) -> None:
-    for name in ("devices", "tp", "pp", "cp", "seq_length", "global_batch", "micro_batch", "memory"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)} must be at least 1.")
 
 
 def _problem(given: argparse.Namespace, model: ModelShape) -> Problem:
@@ -122,32 +85,34 @@ def _text(found: Found, cluster: Cluster, problem: Problem, given: argparse.Name
 
 
 def _run(given: argparse.Namespace) -> int:
-    _positive(given)
     if given.calibrate:
         calibrate.save(calibrate.measured(given.device), given.calibrate)
         print(f"{given.calibrate}: {_assumed(calibrate.read_cluster(given.calibrate))[9:]}")
         return 0
-    needed = {"--model or --hf-config": given.model or given.hf_config, "--seq-length": given.seq_length}
+    described = given.model or given.hf_config or given.line
+    needed = {"--model, --hf-config or Megatron's flags": described, "--seq-length": given.seq_length}
     missing = [flag for flag, value in (needed | {"--cluster": given.cluster}).items() if value is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} not given; a plan needs all of them, --calibrate none.")
     if given.devices is not None and (given.documents or given.plot or given.policies):
         raise ValueError("--documents, --plot and --policies are for one attention layer; give --cp, not --devices.")
-    model = named_model(given.model) if given.model else hf_model(given.hf_config)
+    model = given_flags.model(given)
     if given.devices is None and given.cp is None:
         raise ValueError("--cp is not given; give it for one attention layer, or --devices for a whole training.")
-    if given.devices is None and (given.pp or given.global_batch or given.shell):
-        raise ValueError("--pp, --global-batch and --shell belong to a whole training; give --devices.")
     names = [field.name for field in dataclasses.fields(Cluster)]
     changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     cluster = dataclasses.replace(calibrate.read_cluster(given.cluster), **changes)
     return _plan_layer(given, model, cluster) if given.devices is None else _plan_training(given, model, cluster)
 
 
+def _name(given: argparse.Namespace) -> str:
+    return str(given.model or given.hf_config or "Megatron's flags")
+
+
 def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> int:
     batch = given.global_batch or given.devices
     work = Work(model, given.seq_length, batch, given.micro_batch, given.mask_type)
-    fixed = {name: getattr(given, name) for name in ("tp", "pp", "cp") if getattr(given, name) is not None}
+    fixed = {name: getattr(given, name) for name in ("tp", "pp", "cp", "ep", "etp") if getattr(given, name) is not None}
     found, excluded = plans(work, given.devices, given.memory, cluster, fixed)
     if given.json:
         everything = {
@@ -155,6 +120,7 @@ def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluste
             "cluster": dataclasses.asdict(cluster),
             "plans": [report.record(plan, work) for plan in found],
             "excluded": excluded,
+            "parameters": {"total": model.parameters, "active": model.active_parameters},
         }
         print(json.dumps(everything, indent=2))
     elif not found:
@@ -163,6 +129,8 @@ def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluste
         print("\n".join(report.shell(found[0])))
     else:
         lines = [f"{given.devices} devices, {batch} sequences of {given.seq_length} tokens: {PREDICTION}."]
+        active = f", {model.active_parameters / 1e9:,.1f} B active for a token" if model.experts else ""
+        lines.append(f"{_name(given)}: {model.parameters / 1e9:,.1f} B parameters{active}.")
         lines += [_assumed(cluster), "", *report.text(found, work), ""]
         lines += [f"Excluded: {what}: {rule}" for what, rule in excluded.items()]
         print("\n".join([*lines, "", "Flags of the first: " + report.megatron_flags(found[0])]))
@@ -185,7 +153,7 @@ def _plot(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> Non
     """From a sixteenth of the length to four times as much."""
     lengths = {given.seq_length * 2**power // 16 for power in range(0, 7)} - {0}
     found = {n: _search(argparse.Namespace(**{**vars(given), "seq_length": n}), model, cluster)[1] for n in lengths}
-    plot(given.plot, found, f"{given.model or given.hf_config}, cp {given.cp}, tp {given.tp or 1}, {given.cluster}")
+    plot(given.plot, found, f"{_name(given)}, cp {given.cp}, tp {given.tp or 1}, {given.cluster}")
 
 
 def _plan_layer(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> int:
@@ -211,9 +179,8 @@ def _plan_layer(given: argparse.Namespace, model: ModelShape, cluster: Cluster) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the plan; returns 0, 1 where no setting works, or 2 for a wrong flag."""
-    given = parser().parse_args(arguments)
     try:
-        return _run(given)
+        return _run(given_flags.read(sys.argv[1:] if arguments is None else arguments))
     except ValueError as error:
         print(f"mindspeed-cp plan: {error}", file=sys.stderr)
         return 2

@@ -107,6 +107,6 @@ def test_the_picture_is_written(tmp_path, capsys):
 
 def test_what_a_plan_needs_is_named(capsys):
     assert main([]) == 2
-    assert "--model or --hf-config, --seq-length, --cluster not given" in capsys.readouterr().err
+    assert "--model, --hf-config or Megatron's flags, --seq-length, --cluster not given" in capsys.readouterr().err
     assert main([*LAYER[:2], "--cluster", "a100", "--seq-length", "64", "--devices", "8", "--documents", "x.idx"]) == 2
     assert "give --cp, not --devices" in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""The planner's command line: its flags, and what Megatron's flags or a launch command say where they are silent."""
+
+import argparse
+import dataclasses
+import os
+import shlex
+from collections.abc import Sequence
+
+from mindspeed_cp.config import MASK_TYPES
+from mindspeed_cp.doctor import launch
+from mindspeed_cp.planner import calibrate, megatron_flags
+from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
+from mindspeed_cp.planner.hugging_face import hf_model
+from mindspeed_cp.planner.models import MODELS, ModelShape, named_model
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "mindspeed-cp plan",
+        usage="%(prog)s [flags] [-- Megatron's flags, or the command that launches it]",
+        description="Predict which setting of context parallelism is fastest for a model on a cluster, and why.",
+    )
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", help=f"one of {', '.join(MODELS)}")
+    model.add_argument("--hf-config", help="a Hugging Face config.json")
+    parser.add_argument("--launch", metavar="COMMAND", help="a launch command or script; its model and sizes are taken")
+    parser.add_argument("--devices", type=int, help="plan a whole training on so many; sizes that are given stay")
+    parser.add_argument("--tp", type=int, help="tensor parallel size (default: 1, with --devices any)")
+    parser.add_argument("--pp", type=int, help="with --devices: pipeline parallel size")
+    parser.add_argument("--ep", type=int, help="with --devices: expert parallel size")
+    parser.add_argument("--etp", type=int, help="with --devices: tensor parallel size of an expert (default: 1 or tp)")
+    parser.add_argument("--cp", type=int, help="context parallel size; needed without --devices")
+    parser.add_argument("--global-batch", type=int, help="with --devices: sequences of a step (default: --devices)")
+    parser.add_argument("--memory", type=float, default=64e9, help="with --devices: bytes of a device (default: 64e9)")
+    parser.add_argument("--seq-length", type=int, help="tokens")
+    parser.add_argument("--documents", help="packed documents: a dataset's .idx, or lognormal:6.5,1.3 and the like")
+    parser.add_argument("--micro-batch", type=int, help="sequences (default: 1)")
+    parser.add_argument("--mask-type", choices=[name for name in MASK_TYPES if name != "general"])
+    parser.add_argument("--policies", action="store_true", help="KV cache policies too; their memory is not predicted")
+    parser.add_argument(
+        "--cluster", help=f"{', '.join(CLUSTERS)}, or a file of --calibrate; the flags below override it"
+    )
+    parser.add_argument("--calibrate", metavar="FILE.yaml", help="measure this machine, write the file, plan nothing")
+    parser.add_argument("--device", choices=calibrate.SIZES, default="cpu", help="that --calibrate measures")
+    for field in dataclasses.fields(Cluster):
+        kind = int if field.name == "devices_per_node" else float
+        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help="bytes/s, FLOP/s, seconds or a share")
+    parser.add_argument(
+        "--shell", action="store_true", help="with --devices: the first as variables of the launch scripts"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="without --devices: time over the length, for each algorithm"
+    )
+    parser.add_argument("--json", action="store_true", help="everything, machine-readable")
+    return parser
+
+
+def read(arguments: Sequence[str]) -> argparse.Namespace:
+    """The flags, with the sizes of a line behind -- or of --launch filled in, and that line as ``line``.
+
+    Raises:
+        ValueError: a size is below 1, flags do not go together, or the line cannot be read.
+    """
+    own, behind = list(arguments), []
+    if "--" in own:
+        place = own.index("--")
+        own, behind = own[:place], own[place + 1 :]
+    given = parser().parse_args(own)
+    if given.launch and behind:
+        raise ValueError("--launch and flags behind -- are two trainings; give one of them.")
+    command = given.launch or (shlex.join(behind) if behind and not behind[0].startswith("-") else None)
+    started = launch.read(command, os.environ) if command else None
+    flags = started.flags if started else behind
+    given.line = megatron_flags.read(flags) if flags else None
+    if started and given.devices is None and given.cp is None:
+        given.devices = started.world_size or None
+    if given.devices is None and (given.pp or given.ep or given.etp or given.global_batch or given.shell):
+        raise ValueError("--pp, --ep, --etp, --global-batch and --shell belong to a whole training; give --devices.")
+    for name, value in (given.line.sizes if given.line else {}).items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
+    given.mask_type = given.mask_type or (given.line.mask_type if given.line else "causal")
+    given.micro_batch = 1 if given.micro_batch is None else given.micro_batch
+    for name in ("devices", *megatron_flags.SIZES, "memory"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)} must be at least 1.")
+    return given
+
+
+def model(given: argparse.Namespace) -> ModelShape:
+    """The model that is named, or described by a config.json or by Megatron's flags.
+
+    Raises:
+        ValueError: it is not known, or not complete.
+    """
+    if given.model:
+        return named_model(given.model)
+    if given.hf_config:
+        return hf_model(given.hf_config)
+    described: ModelShape = given.line.model()
+    return described

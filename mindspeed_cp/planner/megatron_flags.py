@@ -1,0 +1,156 @@
+"""A model and the sizes of its training from Megatron's own flags, with Megatron's defaults but without Megatron."""
+
+import ast
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mindspeed_cp.arguments.launch import bare_parser, known_flags, read_flags
+from mindspeed_cp.planner.models import Experts, Latent, ModelShape
+
+NUMBERS = {
+    "ffn-hidden-size": None, "vocab-size": None, "global-batch-size": None, "num-experts": None, "moe-router-topk": 2,
+    "moe-ffn-hidden-size": None, "moe-shared-expert-intermediate-size": None, "expert-model-parallel-size": None,
+    "expert-tensor-parallel-size": None, "q-lora-rank": None, "kv-lora-rank": 32, "qk-head-dim": 128,
+    "qk-pos-emb-head-dim": 64, "v-head-dim": 128,
+}  # fmt: skip
+SWITCHES = ("swiglu", "quick-geglu", "untie-embeddings-and-output-weights", "disable-bias-linear")
+NEEDED = ("num-layers", "hidden-size", "num-attention-heads", "vocab-size")
+# They change the sizes in ways that the planner does not know.
+REFUSED = (
+    "mtp-num-layers", "hybrid-override-pattern", "hybrid-attention-ratio", "hybrid-mlp-ratio", "is-hybrid-model",
+    "experimental-attention-variant", "moe-latent-size", "window-size", "heterogeneous-layers-config-path",
+    "heterogeneous-layers-config-encoded-json", "encoder-num-layers", "decoder-first-pipeline-num-layers",
+    "decoder-last-pipeline-num-layers", "pipeline-model-parallel-layout",
+)  # fmt: skip
+# the planner's name of a size -> Megatron's flag
+SIZES = {
+    "seq_length": "seq-length", "micro_batch": "micro-batch-size", "global_batch": "global-batch-size",
+    "tp": "tensor-model-parallel-size", "pp": "pipeline-model-parallel-size", "cp": "context-parallel-size",
+    "ep": "expert-model-parallel-size", "etp": "expert-tensor-parallel-size",
+}  # fmt: skip
+LARGEST = 1 << 16  # of a number in a pattern of layers
+
+
+@dataclass(frozen=True)
+class MegatronFlags:
+    """What a command line of Megatron says.
+
+    Args:
+        sizes: those of SIZES that it gives. mask_type: of --cp-attention-mask-type, "general" being causal.
+        missing: flags without which it describes no model.
+    """
+
+    args: Namespace
+    sizes: dict[str, int]
+    missing: tuple[str, ...]
+
+    @property
+    def mask_type(self) -> str:
+        return "full" if self.args.cp_attention_mask_type == "full" else "causal"
+
+    def model(self) -> ModelShape:
+        """The model that it describes.
+
+        Raises:
+            ValueError: a size is missing, or they do not fit together.
+        """
+        if self.missing:
+            flags = ", ".join(f"--{name}" for name in self.missing)
+            raise ValueError(f"{flags} not given; a model by Megatron's flags needs all of them, or give --model.")
+        args, gated = self.args, self.args.swiglu or self.args.quick_geglu
+        heads, hidden, layers = args.num_attention_heads, args.hidden_size, args.num_layers
+        kv_heads = args.num_query_groups if args.group_query_attention and args.num_query_groups else heads
+        ffn = args.ffn_hidden_size or (hidden * 8 // 3 // 64 * 64 if args.swiglu else 4 * hidden)
+        dk = dv = args.kv_channels or _divided(hidden, heads)
+        latent = None
+        if args.multi_latent_attention:
+            dk, dv, kv_heads = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim, heads
+            latent = Latent(args.q_lora_rank or 0, args.kv_lora_rank, args.qk_pos_emb_head_dim)
+        tied, experts = not args.untie_embeddings_and_output_weights, _experts(args, ffn)
+        return ModelShape(
+            layers, heads, kv_heads, dk, dv, hidden, ffn, args.vocab_size, gated, tied, latent, experts
+        )  # fmt: skip
+
+
+def read(flags: Sequence[str]) -> MegatronFlags:
+    """Read a command line; what it holds besides sizes is the training's business.
+
+    Raises:
+        ValueError: a value is wrong, or a flag changes the sizes in a way that the planner does not know.
+    """
+    args, rest = read_flags(flags)
+    parser = bare_parser("plan")
+    for flag, default in NUMBERS.items():
+        parser.add_argument(f"--{flag}", type=int, default=default)
+    for flag in SWITCHES:
+        parser.add_argument(f"--{flag}", action="store_true")
+    parser.add_argument("--moe-layer-freq", default="1")
+    args = Namespace(**vars(args), **vars(known_flags(parser, rest)[0]))
+    named = {token.partition("=")[0].removeprefix("--") for token in flags if token.startswith("--")}
+    refused = [name for name in REFUSED if name in named]
+    if refused:
+        raise ValueError(f"--{refused[0]} is not known to the planner; leave it out for a plan without it.")
+    for name in named & {*NUMBERS, *NEEDED, *SIZES.values(), "num-query-groups", "kv-channels"}:
+        value = getattr(args, name.replace("-", "_"))
+        if value is not None and value < (0 if name == "num-experts" else 1):
+            raise ValueError(f"--{name} {value} must be at least 1.")
+    sizes = {ours: getattr(args, flag.replace("-", "_")) for ours, flag in SIZES.items() if flag in named}
+    return MegatronFlags(args, sizes, tuple(name for name in NEEDED if name not in named))
+
+
+def _divided(hidden: int, heads: int) -> int:
+    if hidden % heads:
+        raise ValueError(
+            f"--hidden-size {hidden} must be divisible by --num-attention-heads {heads}; or give --kv-channels."
+        )
+    return hidden // heads
+
+
+def _experts(args: Namespace, ffn: int) -> Experts | None:
+    if not args.num_experts:
+        return None
+    shared = args.moe_shared_expert_intermediate_size or 0
+    pattern = layer_pattern(args.moe_layer_freq, args.num_layers)
+    width, bias = args.moe_ffn_hidden_size or ffn, not args.disable_bias_linear
+    try:
+        return Experts(args.num_experts, args.moe_router_topk, width, shared, pattern, bias)
+    except ValueError as error:
+        raise ValueError(f"--moe-router-topk: {error}") from None
+
+
+def layer_pattern(text: str, layers: int) -> tuple[bool, ...]:
+    """Which layers have experts, by --moe-layer-freq: every n-th from the first, or a list such as ([0]*3+[1]*58).
+
+    Raises:
+        ValueError: it is neither, or has not one entry for each layer.
+    """
+    flag = f"--moe-layer-freq {text}"
+    try:
+        value = _evaluated(ast.parse(text.strip(" '\""), mode="eval").body)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{flag} is neither a number nor a list; write 2, or ([0]*3+[1]*58).") from error
+    if isinstance(value, int):
+        if value < 1:
+            raise ValueError(f"{flag} must be at least 1.")
+        return tuple(layer % value == 0 for layer in range(layers))
+    if len(value) != layers or not set(value) <= {0, 1}:
+        raise ValueError(f"{flag} must be a 0 or a 1 for each of --num-layers {layers}; it is {len(value)} numbers.")
+    return tuple(map(bool, value))
+
+
+def _evaluated(node: ast.expr) -> int | list[int]:
+    """Numbers, lists of them, their sums and multiples."""
+    if isinstance(node, ast.Constant) and type(node.value) is int and node.value <= LARGEST:
+        return node.value
+    if isinstance(node, ast.List):
+        items = [_evaluated(item) for item in node.elts]
+        return [item for item in items if isinstance(item, int)]
+    if isinstance(node, ast.BinOp):
+        left, right = _evaluated(node.left), _evaluated(node.right)
+        if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+            return left + right
+        if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int):
+            if len(left) * right <= LARGEST:
+                return left * right
+    raise ValueError("not such a pattern")
