@@ -8,6 +8,7 @@ every attribute to the identical object in reverse order.
 import importlib
 import inspect
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -74,6 +75,50 @@ class _Replacement:
             setattr(self.owner, self.name, self.before)
 
 
+class _Copies:
+    """Which module attributes hold an object; every module is read once, when it is there.
+
+    Chains in flat lists of numbers and names: of a hundred thousand tuples garbage collection would take more time than
+    all of this.
+
+    Args:
+        skipped: top-level packages that are not looked at.
+    """
+
+    def __init__(self, skipped):
+        self._skipped, self._read = skipped, set()
+        self._last, self._before, self._modules, self._names = {}, [], [], []  # id of an object -> its newest place
+
+    def rebind(self, old, new, home=None):
+        """Set every module attribute that is ``old`` to ``new``, but for the module ``home``; returns what was set."""
+        if not (callable(old) or inspect.ismodule(old)):  # a plain value such as True is not a copy of the target
+            return []
+        self._read_modules()
+        rebound, place = [], self._last.get(id(old))
+        while place is not None:
+            key, name = self._modules[place], self._names[place]
+            module = sys.modules.get(key)
+            if key != home and inspect.ismodule(module) and vars(module).get(name) is old:
+                rebound.append(_Replacement(module, name, old, new))
+                setattr(module, name, new)
+                self._add(new, key, name)
+            place = self._before[place]
+        return rebound[::-1]
+
+    def _read_modules(self):
+        for key in sorted(sys.modules.keys() - self._read):
+            self._read.add(key)
+            if key.partition(".")[0] not in self._skipped and inspect.ismodule(sys.modules[key]):
+                for name, value in list(vars(sys.modules[key]).items()):
+                    self._add(value, key, name)
+
+    def _add(self, value, key, name):
+        self._before.append(self._last.get(id(value)))
+        self._last[id(value)] = len(self._names)
+        self._modules.append(key)
+        self._names.append(name)
+
+
 class PatchManager:
     """Applies patches all or none, and takes them back exactly.
 
@@ -101,7 +146,7 @@ class PatchManager:
 
     def apply(self):
         """Apply every patch that is not applied yet; a failure takes this call's patches back and raises PatchError."""
-        fresh = []
+        fresh, copies = [], _Copies(self._skip_copies_in)
         try:
             for index, patch in enumerate(self._patches):
                 if index in self._done:
@@ -110,16 +155,21 @@ class PatchManager:
                 if not self._status[index]:
                     self._done[index] = []
                     fresh.append(index)
-                    self._apply_one(patch, self._done[index])
+                    self._apply_one(patch, self._done[index], copies)
         except BaseException:
             for index in reversed(fresh):
-                self._undo_one(index)
+                self._undo_one(index, copies)
             raise
 
-    def undo(self):
-        """Restore every attribute to the object it was, newest patch first; a second call does nothing."""
-        for index in sorted(self._done, reverse=True):
-            self._undo_one(index)
+    def undo(self, indices=None):
+        """Restore every attribute to the object it was, newest patch first; a second call does nothing.
+
+        Args:
+            indices: of the patches to take back; default all.
+        """
+        copies = _Copies(self._skip_copies_in)
+        for index in sorted(self._done if indices is None else indices, reverse=True):
+            self._undo_one(index, copies)
 
     def report(self):
         """One PatchRow per patch, in the order of application."""
@@ -140,7 +190,7 @@ class PatchManager:
             for copy in replacements[1:]
         ]
 
-    def _apply_one(self, patch, replacements):
+    def _apply_one(self, patch, replacements, copies):
         owner, name = self._resolve(patch)
         before = vars(owner).get(name, _ABSENT)
         original = before if before is not _ABSENT else inspect.getattr_static(owner, name, _ABSENT)
@@ -158,9 +208,9 @@ class PatchManager:
         if original is _ABSENT and inspect.ismodule(after):
             sys.modules[after.__name__] = after  # import statements look here
         if inspect.ismodule(owner) and original is not _ABSENT:
-            replacements += self._rebind(original, after)
+            replacements += copies.rebind(original, after)
 
-    def _undo_one(self, index):
+    def _undo_one(self, index, copies):
         replacements = self._done.pop(index)
         first = replacements[0] if replacements else None
         for replacement in reversed(replacements):
@@ -168,7 +218,7 @@ class PatchManager:
         # Modules imported after apply() hold copies of the replacement; they get the original too.
         # The module that defines the replacement holds no copy: the next apply() builds from it.
         if first is not None and inspect.ismodule(first.owner) and first.before is not _ABSENT:
-            self._rebind(first.after, first.before, home=getattr(first.after, "__module__", None))
+            copies.rebind(first.after, first.before, home=getattr(first.after, "__module__", None))
 
     def _resolve(self, patch):
         """(owner, attribute name) of a dotted path: the longest importable module, then attributes."""
@@ -190,21 +240,6 @@ class PatchManager:
                 raise self._missing(patch, f"{_describe(owner)} has no attribute {part!r}")
             owner = getattr(owner, part)
         return owner, parts[-1]
-
-    def _rebind(self, old, new, home=None):
-        """Set every module attribute that is ``old`` to ``new``, but for the module ``home``; returns what was set."""
-        rebound = []
-        if not (callable(old) or inspect.ismodule(old)):  # a plain value such as True is not a copy of the target
-            return rebound
-        for module_name, module in list(sys.modules.items()):
-            skipped = module_name == home or module_name.partition(".")[0] in self._skip_copies_in
-            if skipped or not inspect.ismodule(module):
-                continue
-            for name, value in list(vars(module).items()):
-                if value is old:
-                    rebound.append(_Replacement(module, name, old, new))
-                    setattr(module, name, new)
-        return rebound
 
     def _missing(self, patch, detail):
         return PatchError(

@@ -1,18 +1,17 @@
 """What the adaptor tests run in processes of their own, because the order of imports matters or torch gets patched.
 
-``observe("name")`` calls the function ``name`` of this module in a new process and returns what it returned (JSON).
+``observe("name")`` calls the function ``name`` of this module in a new process that has imported torch and returns what
+it returned.
 """
 
 import importlib
-import json
 import os
 import pkgutil
-import subprocess
 import sys
 import warnings
 from types import ModuleType
 
-from trainer_runs import environment
+from distributed import run_alone
 
 DEVICE_VARIABLE = "MINDSPEED_CP_DEVICE"
 EMBEDDINGS = "megatron.core.models.common.embeddings"
@@ -21,19 +20,12 @@ COPY_OF_ROPE = (f"{EMBEDDINGS}.rope_utils", f"{EMBEDDINGS}.rotary_pos_embedding"
 
 def observe(name, module="adaptor_runs", **variables):
     """The value of ``module.name()`` in a new process; ``variables`` are set in its environment."""
-    from trainer_runs import REPOSITORY
+    return run_alone(_observed, name, module, variables)
 
-    paths = os.pathsep.join([environment()["PYTHONPATH"], str(REPOSITORY / "tests"), str(REPOSITORY / "scripts")])
-    code = f"import json, {module}; print('RESULT', json.dumps({module}.{name}()), flush=True)"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**environment(), "PYTHONPATH": paths, **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.rpartition("RESULT ")[2])
+
+def _observed(name, module, variables):
+    os.environ.update(variables)
+    return getattr(importlib.import_module(module), name)()
 
 
 def snapshot(prefixes=("torch", "megatron", "numpy")):

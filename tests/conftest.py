@@ -1,9 +1,14 @@
 """Options and markers of the test suite; ranks of distributed tests are started once per world size and end here."""
 
+import gc
 import os
+
+gc.disable()  # until every test is imported, of which it would take a third of the time
 
 # Several ranks share the cores: one thread each, or they fight. Set before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+paths = [os.path.join(os.path.dirname(__file__), "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 import distributed
 import pairs
@@ -51,6 +56,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=f"needs --device {needed.args[0]}, running with --device {chosen}"))
         if item.get_closest_marker("cpu_only") and chosen != "cpu":
             item.add_marker(pytest.mark.skip(reason=f"a CPU test, running with --device {chosen}"))
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -22,6 +22,8 @@ from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from unittest.mock import patch
 
+from rank_server import IMPORTS, end_with_parent
+
 GRACE = 3.0  # seconds that the other ranks get to finish once one has failed
 # Of torch also what its first optimizer and its first deterministic algorithm import, seconds in every rank.
 PRELOAD = (
@@ -75,10 +77,11 @@ def _forking_from(imported):
     """
     if imported not in _servers:
         _servers[imported] = forkserver.ForkServer()
-        _servers[imported].set_forkserver_preload([*PRELOAD, *imported, "rank_server"])
+        _servers[imported].set_forkserver_preload(["rank_server"])
     # The server starts at the first use, and takes over the environment but not sys.path.
+    names = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), IMPORTS: " ".join([*PRELOAD, *imported])}
     with (
-        patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))),
+        patch.dict(os.environ, names),
         patch.object(forkserver, "connect_to_new_process", _servers[imported].connect_to_new_process),
     ):
         yield
@@ -165,8 +168,6 @@ class RankPool:
 
 def _serve(rank, world_size, folder, device, group_timeout, leave_after_failure, connection):
     """The life of one rank: join the group, answer calls until the pipe closes."""
-    from rank_server import end_with_parent
-
     from mindspeed_cp.doctor.meeting import join
 
     end_with_parent()
@@ -270,8 +271,6 @@ def run_alone(function, *args, timeout=120.0):
 
 
 def _alone(function, args, connection):
-    from rank_server import end_with_parent
-
     end_with_parent()
     answer = _answer(args[0], function, args[1:])
     connection.send_bytes(answer if isinstance(answer, bytes) else pickle.dumps(answer))

@@ -39,7 +39,7 @@ def take_back(targets):
     for target in targets:
         rows = [index for index in manager._done if manager._patches[index].target == target]
         assert rows, f"no applied patch is called {target}"
-        manager._undo_one(rows[-1])
+        manager.undo(rows[-1:])
 
 
 def rows(rank):
