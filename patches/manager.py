@@ -8,7 +8,6 @@ every attribute to the identical object in reverse order.
 import importlib
 import inspect
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

@@ -10,8 +10,11 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import random
+import runpy
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -20,6 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
+from pathlib import Path
 from unittest.mock import patch
 
 from rank_server import IMPORTS, end_with_parent
@@ -35,6 +39,7 @@ PRELOAD = (
     "pytest",
     "hypothesis",
 )
+OUTPUTS = "out", "err"  # what run_script's files are called, in the order of their numbers
 
 _pools, _servers = {}, {}
 _awake = None  # the pool whose ranks run
@@ -268,6 +273,57 @@ def run_alone(function, *args, timeout=120.0):
     if kind != "returned":
         raise RankFailure(f"{function.__name__} {kind}\n{detail}")
     return detail
+
+
+def run_script(path, num_processes=1, timeout=300.0, **variables):
+    """What a script prints, in its folder: a process of its own, or as many as torchrun would start, with these
+    environment ``variables``.
+
+    Raises:
+        RankFailure: a process failed, or did not end within ``timeout`` seconds.
+    """
+    wake(None)
+    places = [variables]
+    if num_processes > 1:
+        variables |= {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        places = [{**variables, "RANK": rank, "LOCAL_RANK": rank} for rank in range(num_processes)]
+    context, deadline = multiprocessing.get_context("forkserver"), time.monotonic() + timeout
+    processes = [context.Process(target=_script, args=(path, place)) for place in places]
+    try:
+        for process in processes:
+            with _forking_from(()):
+                process.start()
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in processes]  # None of what did not end
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+    printed, errors = (Path(f"{path}.{name}").read_text("utf-8") for name in OUTPUTS)
+    if codes != [0] * num_processes:
+        raise RankFailure(f"exit codes {codes}\n{printed}{errors}")
+    return printed
+
+
+def _script(path, place):
+    end_with_parent()
+    os.chdir(os.path.dirname(path))
+    os.environ.update({name: str(value) for name, value in place.items()})
+    for number, name in enumerate(OUTPUTS, 1):
+        os.dup2(os.open(f"{path}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.argv = [str(path)]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def free_port():
+    """Below those that the system gives to connections, of which other tests make many until this one is used."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise RuntimeError("no port is free")
 
 
 def _alone(function, args, connection):

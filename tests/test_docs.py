@@ -4,14 +4,12 @@ Python blocks marked ``python run`` run in one process, those marked ``python to
 """
 
 import argparse
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from distributed import run_script
 from mindspeed_cp.arguments import add_context_parallel_arguments, mindspeed_flags, validate, yaml_file
 from mindspeed_cp.arguments.flags import GROUP_TITLE
 from mindspeed_cp.arguments.launch import read_flags
@@ -172,25 +170,7 @@ def test_every_test_named_in_the_text_exists(page):
 def run_block(code, num_processes, tmp_path):
     script = tmp_path / "block.py"
     script.write_text(code, encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    launcher = launcher if num_processes > 1 else []
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        "MINDSPEED_CP_DEVICE": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, *launcher, script],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return run_script(script, num_processes, MINDSPEED_CP_DEVICE="cpu")
 
 
 OUTPUT = re.compile(r"^```python ([^\n]*)\n(.*?)^```$(?:(?!^```).)*?^```text output\n(.*?)^```$", re.M | re.S)

@@ -11,7 +11,8 @@ import subprocess
 import sys
 
 import pytest
-from trainer_runs import REPOSITORY, free_port, prepare_data, run_argvs
+from distributed import free_port
+from trainer_runs import REPOSITORY, prepare_data, run_argvs
 
 from mindspeed_cp.planner.models import MODELS
 

@@ -2,10 +2,8 @@
 
 import math
 import os
-import random
-import socket
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -34,15 +32,6 @@ def _prepare_data(rank, argv):
     import prepare_data
 
     prepare_data.main(argv)
-
-
-def free_port():
-    """Below those that the system gives to connections, of which other tests make many until this one is used."""
-    for port in random.sample(range(20_000, 30_000), 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port
-    raise RuntimeError("no port is free")
 
 
 def environment():
