@@ -208,7 +208,7 @@ class ContextParallelConfig:
             f"--cp-batch-layout balanced is contiguous for {algorithm}, whose ranks have equal work by nature.": (
                 self.batch_layout == "balanced" and row.exchange is None and self.context_parallel_size > 1
             ),
-            "--cp-log is ignored: --context-parallel-size 1 exchanges nothing.": self.log
+            "--cp-log says nothing at --context-parallel-size 1 without --hybrid-context-parallel.": self.log
             and self.context_parallel_size == 1,
         }
         return [message for message, applies in ignored.items() if applies]

@@ -248,6 +248,8 @@ def _initialize(state, announce):
             if dynamic:
                 state.sizes = build_sizes(config, state.setup, timeout)
                 announce(state.sizes[max(state.sizes)][0])
+                # All of these ranks share the sub-batches out among them, whatever the sizes.
+                state.measure(config, parallel_state.get_data_parallel_group(with_context_parallel=True))
             if config.context_parallel_size == 1:
                 return
             state.build_groups(
@@ -260,6 +262,7 @@ def _initialize(state, announce):
             state.is_pipeline = given.get("pipeline_model_parallel_size", 1) > 1
             if not dynamic:
                 announce(config)
+                state.measure(config, parallel_state.get_context_parallel_group())
 
         return initialize_model_parallel
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from mindspeed_cp.patches import batch as batches
 from mindspeed_cp.patches.decision import OpenDecision
 from mindspeed_cp.patches.documents import BoundaryCache, MaskCache, documents_of_rows
-from mindspeed_cp.patches.dynamic import Sizes, refuse_dynamic
+from mindspeed_cp.patches.dynamic import Sizes, ranks_of_all, refuse_dynamic
 from mindspeed_cp.patches.handed import Handed
 from mindspeed_cp.patches.packed import packed_batch
 from mindspeed_cp.patches.records import BatchRecords, Documents, MicroBatch
@@ -153,9 +153,13 @@ class AdaptorState:
         self.groups = ContextParallelGroups.build(
             config, cp_ranks, timeout=timeout, cp_group=cp_group, virtual_pipeline=virtual_pipeline
         )
-        self.log = ContextParallelLog(cp_ranks, _collective_device(dist.group.WORLD)) if config.log else None
         self.epoch += 1
         self.forget_batches()
+
+    def measure(self, config: ContextParallelConfig, group: dist.ProcessGroup) -> None:
+        """With --cp-log, measure the steps and compare the ranks of each ``group``; collective over the world."""
+        if config.log:
+            self.log = ContextParallelLog(ranks_of_all(group), _collective_device(dist.group.WORLD))
 
     def destroy_groups(self) -> None:
         if self.groups is not None:

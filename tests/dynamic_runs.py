@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from batch_runs import batch_of, build, configure, losses_of, mask_of, named
 
-LONGEST = 16  # tokens on a rank: longer sub-batches are given more ranks
+LONGEST = 64  # tokens of a sub-batch that is given all ranks
 EVEN, UNEVEN = (64, 32, 16, 8, 40, 16, 8), (61, 27, 16, 5, 33, 14, 9)
 CASES = {
     "ulysses": ({"algorithm": "ulysses_cp_algo"}, 1, EVEN, {}),
-    "ring": ({"algorithm": "megatron_cp_algo"}, 1, UNEVEN, {}),
+    "ring": ({"algorithm": "megatron_cp_algo", "log": True}, 1, UNEVEN, {}),
     "ring, full recomputation": (
         {"algorithm": "megatron_cp_algo"},
         2,
@@ -22,11 +22,20 @@ CASES = {
     "double ring": ({"algorithm": "megatron_cp_algo", "window_size": 2}, 4, UNEVEN, {}),
     "hybrid": ({"algorithm": "hybrid_cp_algo", "ulysses_degree": 2}, 4, EVEN, {}),
     "kv all-gather": ({"algorithm": "kvallgather_cp_algo"}, 2, UNEVEN, {}),
+    "ring, tensor parallel": ({"algorithm": "megatron_cp_algo"}, 1, UNEVEN, {"tensor_model_parallel_size": 2}),
+    "ulysses, tensor and sequence parallel": (
+        {"algorithm": "ulysses_cp_algo"},
+        2,
+        EVEN,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    ),
 }
 
 
 def compare(rank):
-    """Case -> (difference of losses, difference of gradients, sizes that ran on any rank), on every rank."""
+    """Case -> (difference of losses, difference of gradients, sizes that ran on any rank, figures of --cp-log or None,
+    attention area of this rank), on every rank.
+    """
     from mindspeed_cp import megatron_adaptor
 
     megatron_adaptor.apply()
@@ -48,13 +57,15 @@ def parts(sample):
 
 
 @contextlib.contextmanager
-def dynamic_groups(settings, cp_size):
+def dynamic_groups(settings, cp_size, tp_size=1):
     from megatron.core import parallel_state
     from trainer_runs import _release_groups
 
     configure(settings, cp_size)
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        parallel_state.initialize_model_parallel(context_parallel_size=cp_size, hybrid_context_parallel=True)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp_size, context_parallel_size=cp_size, hybrid_context_parallel=True
+        )
     yield said.getvalue()
     parallel_state.destroy_model_parallel()
     _release_groups()
@@ -69,23 +80,47 @@ def _expected(samples, **settings):
             mask = mask_of(((0, length),), length)
             total = total + (losses_of(model, part, mask) * part["loss_mask"]).sum()
     total.backward()
-    return total.detach(), {name: parameter.grad for name, parameter in named(model)}
+    return total.detach(), _gradients(model)
+
+
+def _gradients(model):
+    """name -> gradient; with sequence parallelism tensor-parallel ranks have parts of some, as Megatron marks them."""
+    from megatron.core import parallel_state
+
+    for _, parameter in named(model):
+        if getattr(parameter, "sequence_parallel", False):
+            dist.all_reduce(parameter.grad, group=parallel_state.get_tensor_model_parallel_group())
+    return {name: parameter.grad.clone() for name, parameter in named(model)}
 
 
 def _case(settings, cp_size, lengths, model_settings):
     from megatron.core import parallel_state
 
-    rows = [sample_of(lengths, seed) for seed in range(4 // cp_size)]
+    tp_size = model_settings.get("tensor_model_parallel_size", 1)
+    rows = [sample_of(lengths, seed) for seed in range(4 // cp_size // tp_size)]
     configure({}, 1)
     with contextlib.redirect_stdout(io.StringIO()):
-        parallel_state.initialize_model_parallel()
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp_size)
     whole, expected = _expected(rows, **model_settings)
     parallel_state.destroy_model_parallel()
-    with dynamic_groups(settings, cp_size):
-        loss, found, sizes = _scheduled(rows, cp_size, model_settings)
+    with dynamic_groups(settings, cp_size, tp_size):
+        with _logged() as log:
+            loss, found, sizes = _scheduled(rows, cp_size, model_settings)
+        area = sum(log._areas) if log else 0
+        figures = log and log.interval()
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
     worst = max(float((found[name] - expected[name]).abs().max()) for name in expected)
-    return float((loss - whole).abs() / whole), worst / scale, sizes
+    return float((loss - whole).abs() / whole), worst / scale, sizes, figures, area
+
+
+@contextlib.contextmanager
+def _logged():
+    """One training step, as --cp-log measures it; yields the log or None."""
+    from mindspeed_cp import megatron_adaptor
+
+    log = megatron_adaptor.state().log
+    with log.step() if log else contextlib.nullcontext():
+        yield log
 
 
 def _scheduled(rows, cp_size, model_settings):
@@ -95,7 +130,8 @@ def _scheduled(rows, cp_size, model_settings):
     from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 
     model, sizes = build(cp_size, calculate_per_token_loss=True, **model_settings), set()
-    model.config.hybrid_context_parallel, model.config.max_seqlen_per_dp_cp_rank = True, LONGEST
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    model.config.hybrid_context_parallel, model.config.max_seqlen_per_dp_cp_rank = True, LONGEST // group.size()
     loader = HybridCPDataLoaderWrapper(iter([[rows[parallel_state.get_data_parallel_rank()]]]), model.config)
     stored = forward_backward_no_pipelining(
         forward_step_func=partial(_step, sizes),
@@ -106,17 +142,27 @@ def _scheduled(rows, cp_size, model_settings):
         micro_batch_size=1,
         forward_only=False,
     )
-    loss, found = torch.stack(stored).sum(), {name: parameter.grad.clone() for name, parameter in named(model)}
+    loss, found = torch.stack(stored).sum(), _gradients(model)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, sizes)
     for tensor in (loss, *found.values()):
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=group)
     return loss, found, sorted(set().union(*everyone))
 
 
 def _step(sizes, iterator, model):
-    """A forward step as pretrain_gpt.py writes it."""
-    sample = next(iterator)
+    """A forward step as pretrain_gpt.py writes it; the first tensor-parallel rank alone has the sub-batch."""
+    from megatron.core import parallel_state
+
+    sample = next(iterator) if iterator is not None else None
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        handed = [sample]
+        first, group = (
+            parallel_state.get_tensor_model_parallel_src_rank(),
+            parallel_state.get_tensor_model_parallel_group(),
+        )
+        dist.broadcast_object_list(handed, first, group)
+        (sample,) = handed
     size = sample.pop("local_cp_size")
     sizes.add(int(size))
     batch, params = _split(sample, size)

@@ -291,7 +291,7 @@ def test_flash_attention_is_switched_on_with_context_parallelism_alone():
     [
         (dict(window_size=2), "--cp-window-size 2 is ignored"),
         (dict(ulysses_degree=2), "--ulysses-degree-in-cp 2 is ignored"),
-        (dict(context_parallel_size=1, log=True), "--cp-log is ignored"),
+        (dict(context_parallel_size=1, log=True), "--cp-log says nothing"),
         (dict(send_recv_overlap=True), "--use-cp-send-recv-overlap is ignored"),
         (dict(algorithm=RING, alltoall=False), "enable_alltoall False is ignored"),
     ],

@@ -2,8 +2,8 @@
 
 import pytest
 from distributed import run_ranks
-from dynamic_runs import CASES, compare
-from model_cases import has
+from dynamic_runs import CASES, UNEVEN, compare
+from model_cases import MODEL, has
 from trainer_runs import IMPORTED
 
 pytestmark = [
@@ -19,11 +19,21 @@ def ranks():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_micro_batches_of_sizes_1_2_and_4_train_as_without_context_parallelism(ranks, case):
+def test_micro_batches_of_every_size_train_as_without_context_parallelism(ranks, case):
     for rank in ranks:
-        loss, gradients, sizes = rank[case]
-        assert sizes == [1, 2, 4]
+        loss, gradients, sizes, *_ = rank[case]
+        assert sizes == ([1, 2] if "tensor" in case else [1, 2, 4])
         assert loss < 2e-6 and gradients < 2e-6
+
+
+def test_the_log_compares_all_ranks_that_share_the_micro_batches(ranks):
+    figures, areas = [rank["ring"][3] for rank in ranks], [rank["ring"][4] for rank in ranks]
+    pairs = sum(length * (length + 1) // 2 for length in UNEVEN) * len(ranks)  # a row of them for each rank
+    assert sum(areas) == pairs * MODEL["num_layers"] * MODEL["num_attention_heads"]
+    assert figures == figures[:1] * 4 and figures[0].num_steps == 1
+    assert figures[0].areas.ratio == max(areas) * 4 / sum(areas) and figures[0].areas.least == areas.index(min(areas))
+    assert figures[0].bytes["kv"] > 0 and figures[0].bytes["dkv"] > 0
+    assert all(rank[case][3] is None for rank in ranks for case in CASES if case != "ring")
 
 
 @pytest.mark.parametrize(
