@@ -4,7 +4,6 @@ formula.
 
 import gc
 import time
-import weakref
 from math import lcm
 
 import pytest
@@ -12,24 +11,28 @@ import torch
 from cases import Case, arguments, local_inputs, setup_of
 from distributed import run_ranks
 from pairs import drawn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mindspeed_cp.comm.host_memory import LINE
+from mindspeed_cp.planner.memory import LiveBytes
 
 pytestmark = pytest.mark.cpu_only
 FLOAT32 = 4  # bytes
 
 
 def prepared(rank, case):
-    """(context_parallel_attention bound to its arguments, leaves, grad_out, groups) with an empty workspace."""
+    """(context_parallel_attention of the leaves or of other tensors, leaves, grad_out, groups), an empty workspace."""
     from mindspeed_cp import context_parallel_attention
 
-    config, groups = setup_of(case.config)
+    config, groups = setup_of(case.config, case.share_from)
     groups.workspace.clear()
     layout = case.layout()
     leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
     keywords = arguments(case, config, groups, layout, sinks, mask)
-    return (lambda: context_parallel_attention(*leaves, **keywords)), leaves, grad_out, groups
+
+    def call(*tensors, kept=None):
+        return context_parallel_attention(*(tensors or leaves), **keywords, kept=kept)
+
+    return call, leaves, grad_out, groups
 
 
 def saved_bytes(rank, case):
@@ -45,35 +48,6 @@ def saved_bytes(rank, case):
         out = call()
     assert out.requires_grad
     return sum(storages.values())
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages of floating tensors made inside, as long as they live."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self._known = 0, 0, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self._note((args, kwargs), 0)  # what comes in from outside does not count, nor do its views
-        result = func(*args, **(kwargs or {}))
-        self._note(result, 1)
-        return result
-
-    def _note(self, values, weight):
-        for tensor in torch.utils._pytree.tree_leaves(values):
-            if not isinstance(tensor, torch.Tensor) or (weight and not tensor.is_floating_point()):
-                continue
-            storage = tensor.untyped_storage()
-            key, size = storage.data_ptr(), storage.nbytes() * weight
-            if storage.nbytes() and key not in self._known:
-                self._known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._forget(key, size))
-                self.now += size
-                self.peak = max(self.peak, self.now)
-
-    def _forget(self, key, size):
-        self._known.pop(key, None)
-        self.now -= size
 
 
 def peak_bytes(rank, case):

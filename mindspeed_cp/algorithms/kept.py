@@ -112,7 +112,7 @@ class KeptAttention:
     def num_bytes(self) -> int:
         """Memory that is kept now, every storage once."""
         storages = [tensor.untyped_storage() for call in self._calls for tensor in call.computed.tensors]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
     def once(self, stamp: Stamp, device: torch.device, compute: Callable[[], Computed]) -> Computed:
         """What ``compute`` returns, or returned in the first pass; the random generators go on as if it had run.

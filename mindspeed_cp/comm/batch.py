@@ -8,9 +8,9 @@ the ranks tell each other something with it, a notice goes ahead ::
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,49 @@ def turn(sender: int, receiver: int, size: int) -> tuple[int, int, int]:
     return step, 2 if place == around - 1 and around % 2 else place % 2, sender
 
 
+class Posted(NamedTuple):
+    """A message to be posted: ``how`` is dist.isend or dist.irecv, ``rank`` the peer's place in the link."""
+
+    how: Callable
+    tensor: torch.Tensor
+    rank: int
+    tag: int
+
+
+class Work(NamedTuple):
+    """What waits for messages of these ranks, with tensors on this device."""
+
+    work: Any
+    ranks: Sequence[int]
+    device: torch.device
+
+
+def post_together(link: "Link", ops: Sequence[Posted], purpose: str) -> list[Work]:
+    """Post messages in the link's way; the works are in their order."""
+    calls = [dist.P2POp(op.how, op.tensor, link.global_ranks[op.rank], link.group, op.tag) for op in ops]
+    ranks = [op.rank for op in ops]
+    with link.naming(purpose, ranks):
+        works = _one_by_one(link, calls, ops) if link.one_by_one else dist.batch_isend_irecv(calls)
+    # NCCL and HCCL return one work for the whole batch, gloo one for each operation.
+    each = [[rank] for rank in ranks] if len(works) == len(ranks) else [ranks] * len(works)
+    return [Work(work, waited_for, op.tensor.device) for work, waited_for, op in zip(works, each, ops)]
+
+
+def _one_by_one(link: "Link", calls: list[dist.P2POp], ops: Sequence[Posted]) -> list[dist.Work | None]:
+    """Post every operation by itself; what it returns, in the order of the operations."""
+    works: dict[int, dist.Work | None] = dict.fromkeys(range(len(ops)))
+
+    def when(index: int) -> tuple[int, int, int]:
+        op = ops[index]
+        ends = (link.rank, op.rank) if op.how is dist.isend else (op.rank, link.rank)
+        return turn(*ends, link.size)
+
+    for index in sorted(works, key=when):
+        call = calls[index]
+        works[index] = call.op(call.tensor, call.peer, call.group, call.tag)
+    return list(works.values())
+
+
 @dataclass(frozen=True, eq=False)
 class Arrival:
     """A message from a rank, which lands in flat memory, or is announced by a notice.
@@ -66,8 +109,8 @@ class Batch:
     def __init__(self, link: "Link", purpose: str, stamp: Stamp | None = None, check=None) -> None:
         self._link, self.purpose, self._stamp, self._check = link, purpose.partition(".")[0], stamp, check
         self._arrivals: list[Arrival] = []
-        self._ops: list[dist.P2POp] = []  # receives first, because a notice may ask for one more before sends end
-        self._works: list = []  # (work, ranks that it waits for, device of its tensor)
+        self._ops: list[Posted] = []  # receives first, because a notice may ask for one more before sends end
+        self._works: list[Work] = []
         self._lent: list[torch.Tensor] = []
 
     def receive(self, rank: int, message: Message, announced: bool = False) -> None:
@@ -100,30 +143,9 @@ class Batch:
             self._add(dist.isend, rank, self._written(message), tag=number)
 
     def post(self) -> None:
-        if not self._ops:
-            return
-        ranks = [self._link.global_ranks.index(op.peer) for op in self._ops]
-        devices = [op.tensor.device for op in self._ops]
-        with self._link.naming(self.purpose, ranks):
-            works = self._one_by_one() if self._link.one_by_one else dist.batch_isend_irecv(self._ops)
-        # NCCL and HCCL return one work for the whole batch, gloo one for each operation.
-        each = [[rank] for rank in ranks] if len(works) == len(ranks) else [ranks] * len(works)
-        self._works = list(zip(works, each, devices))
-        self._ops = []
-
-    def _one_by_one(self) -> list[dist.Work | None]:
-        """Post every operation by itself; what it returns, in the order of the operations."""
-        link, works = self._link, dict.fromkeys(range(len(self._ops)))
-
-        def when(index: int) -> tuple[int, int, int]:
-            op, peer = self._ops[index], link.global_ranks.index(self._ops[index].peer)
-            ends = (link.rank, peer) if op.op is dist.isend else (peer, link.rank)
-            return turn(*ends, link.size)
-
-        for index in sorted(works, key=when):
-            op = self._ops[index]
-            works[index] = op.op(op.tensor, op.peer, op.group, op.tag)
-        return list(works.values())
+        if self._ops:
+            self._works = self._link.post(self._ops, self.purpose)
+            self._ops = []
 
     def finish(self) -> None:
         """Wait for all that was posted, and unpack it."""
@@ -166,7 +188,7 @@ class Batch:
                 return
             landing = self._flat(message)
             work = dist.irecv(landing, peer, self._link.group, tag=number)
-            self._await([(work, [arrival.rank], landing.device)])
+            self._await([Work(work, [arrival.rank], landing.device)])
         if message.in_place is None and landing is not None:
             message.read(landing)
 
@@ -196,4 +218,4 @@ class Batch:
         return flat
 
     def _add(self, op: Callable, rank: int, tensor: torch.Tensor, tag: int = 0) -> None:
-        self._ops.append(dist.P2POp(op, tensor, self._link.global_ranks[rank], self._link.group, tag))
+        self._ops.append(Posted(op, tensor, rank, tag))

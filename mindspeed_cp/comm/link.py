@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.comm.batch import Batch, Stamp
+from mindspeed_cp.comm.batch import Batch, Posted, Stamp, Work, post_together
 from mindspeed_cp.comm.counters import record
 from mindspeed_cp.comm.host_memory import HostMemory
 from mindspeed_cp.comm.messages import Message, Pending, copy_message
@@ -117,11 +117,7 @@ class Link:
             borrowed = self.workspace.borrow(gathered[0].numel(), tensor.dtype, tensor.device)
             padded = borrowed[: gathered[0].numel()].view(gathered[0].shape)
             padded[: len(tensor)] = tensor
-        finish = self._start(
-            purpose,
-            tensor.device,
-            lambda: _all_gather(gathered.flatten(0, 1), padded, self.group, async_op=True),
-        )
+        finish = self._gather_at_once(gathered, padded, purpose)
 
         def finished() -> list[torch.Tensor]:
             finish()
@@ -209,11 +205,7 @@ class Link:
         send, received = flat(outgoing), flat(incoming)
         if outgoing.in_place is None:
             outgoing.write(send)
-        finish = self._start(
-            purpose,
-            like.device,
-            lambda: dist.all_to_all_single(received, send, *sizes, group=self.group, async_op=True),
-        )
+        finish = self._trade_at_once(received, send, sizes, purpose)
 
         def finished():
             finish()
@@ -223,6 +215,26 @@ class Link:
                 self.workspace.give_back(buffer)
 
         return Pending(finished)
+
+    def post(self, ops: Sequence[Posted], purpose: str) -> list[Work]:
+        """Start single messages of one batch; like the two below a place of its own for links that only take notes."""
+        return post_together(self, ops, purpose)
+
+    def _gather_at_once(self, gathered: torch.Tensor, own: torch.Tensor, purpose: str) -> Callable[[], None]:
+        return self._start(
+            purpose, own.device, lambda: _all_gather(gathered.flatten(0, 1), own, self.group, async_op=True)
+        )
+
+    def _trade_at_once(
+        self, received: torch.Tensor, sent: torch.Tensor, sizes: list[list[int]], purpose: str
+    ) -> Callable[[], None]:
+        """sizes: elements (from, to) every rank, or nothing where they are all equal."""
+        arriving, leaving = sizes or (None, None)
+        return self._start(
+            purpose,
+            sent.device,
+            lambda: dist.all_to_all_single(received, sent, arriving, leaving, group=self.group, async_op=True),
+        )
 
     def _start(self, purpose: str, device: torch.device, collective: Callable) -> Callable[[], None]:
         """Start a collective; returns what waits for it."""

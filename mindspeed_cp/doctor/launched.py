@@ -18,7 +18,7 @@ from mindspeed_cp.doctor.installed import ask
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionKernel, memory_order
 from mindspeed_cp.layout import SequenceLayout
-from mindspeed_cp.planner.memory import saved_bytes
+from mindspeed_cp.planner.memory import attention_bytes
 from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.rules import heads_of_rank
 
@@ -150,7 +150,8 @@ def cost(
     passes = [trace(config, layer, rank) for rank in ranks]
     forward, backward = (max(sum(each[way].sent.values()) for each in passes) for way in (0, 1))
     yield Finding("ok", f"a layer sends {_size(forward)} forward and {_size(backward)} backward, per rank")
-    saved = max(saved_bytes(config, layer, rank, memory_order(kernel, layer.dtype)) for rank in ranks)
+    order = memory_order(kernel, layer.dtype)
+    saved = max(attention_bytes(config, layer, rank, order).saved for rank in ranks)
     layers = -(-setup.num_layers // setup.pipeline_parallel_size)
     again = setup.recomputes_attention and not config.keep_attention
     flying = " for every micro batch in flight" if setup.pipeline_parallel_size > 1 else ""

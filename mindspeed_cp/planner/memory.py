@@ -1,28 +1,153 @@
-"""What one attention layer keeps for its backward pass, counted on tensors without memory that the engine makes."""
+"""What one attention layer holds in memory, counted on tensors without memory that the engine itself makes."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from mindspeed_cp.algorithms.kept import KeptAttention
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.kernels.base import MemoryOrder
-from mindspeed_cp.planner.trace import Notes, Problem, dry_call
+from mindspeed_cp.planner.trace import Notes, NotingKernel, Problem, dry_call
+from mindspeed_cp.softmax import merge_attention
 
 
-def saved_bytes(config: ContextParallelConfig, problem: Problem, rank: int, order: MemoryOrder | None = None) -> int:
-    """Bytes that cp_rank ``rank`` keeps from the forward to the backward pass of one layer, every storage once.
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages of floating tensors made inside, as long as they live."""
 
-    Query, key, value and out are part of it; what projections and other parts of the layer keep is not.
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, Any] = {}
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._note((args, kwargs), False)  # what comes in from outside does not count, nor do its views
+        result = func(*args, **(kwargs or {}))
+        self._note(result, True)
+        return result
+
+    def _note(self, values: Any, made: bool) -> None:
+        for tensor in tree_leaves(values):
+            if not isinstance(tensor, torch.Tensor) or (made and not tensor.is_floating_point()):
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if storage.nbytes() and key not in self._known:
+                self._sizes[key] = storage.nbytes() * made
+                self._known[key] = weakref.ref(storage, partial(self._forget, key))
+                self.now += self._sizes[key]
+                self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int, _: Any) -> None:
+        del self._known[key]
+        self.now -= self._sizes.pop(key)
+
+    def most_during(self, function: Callable[[], None]) -> int:
+        """The most bytes that were alive during the call beyond those before it."""
+        before, peak = self.now, self.peak
+        self.peak = before
+        function()
+        most, self.peak = self.peak - before, max(peak, self.peak)
+        return most
+
+    def add_for_a_moment(self, num_bytes: int) -> None:
+        self.peak = max(self.peak, self.now + num_bytes)
+
+
+@dataclass
+class WeighingKernel(NotingKernel):
+    """Merging is slow on tensors without memory: it is run once for each shape, and remembered by what it held."""
+
+    live: LiveBytes = field(default_factory=LiveBytes)
+    _held: dict[Any, int] = field(default_factory=dict)
+
+    def merge(self, out, lse, block_out, block_lse):
+        shapes = out.shape, out.dtype, block_out.dtype
+        if shapes not in self._held:
+            self._held[shapes] = self.live.most_during(lambda: merge_attention(out, lse, block_out, block_lse))
+        self.live.add_for_a_moment(self._held[shapes])
+
+
+class Rest(torch.autograd.Function):
+    """What follows attention in a layer: it keeps nothing of out, and gives back a gradient of its size."""
+
+    @staticmethod
+    def forward(ctx, out):
+        ctx.shape = out.shape
+        return out.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, nothing):
+        return nothing.new_empty(ctx.shape)
+
+
+def layer(call: Callable[..., torch.Tensor], *tensors: torch.Tensor, **keywords: Any) -> torch.Tensor:
+    """A layer that makes its query, key and value, calls attention, and goes on."""
+    inputs = [tensor.clone() for tensor in tensors]
+    return Rest.apply(call(*inputs, **keywords))
+
+
+@dataclass(frozen=True)
+class AttentionBytes:
+    """One attention layer of one rank; every storage counts once.
+
+    Args:
+        saved: from the forward to the backward pass: query, key, value, out and statistics, and what the engine adds.
+        passing: the most that is alive at once beyond that in either pass: blocks, sums, gradients, that of out too,
+            and in the forward pass the query, key and value of which the engine saves copies.
+        buffers: reused memory, which all layers share.
+    """
+
+    saved: int
+    passing: int
+    buffers: int
+
+
+def attention_bytes(
+    config: ContextParallelConfig, problem: Problem, rank: int, order: MemoryOrder | None = None
+) -> AttentionBytes:
+    """What cp_rank ``rank`` holds in one layer; projections and other parts of the layer are not part of it, nor what a
+    kernel holds inside.
 
     Args:
         order: as the kernel asks; it decides which tensors share memory.
     """
-    saved: dict[int, int] = {}
+    kernel = WeighingKernel(Notes(), order)
+    call, buffers = dry_call(config, problem, rank, kernel), -1
+    while buffers != call.groups.workspace.num_bytes:  # the first runs make the reused buffers
+        buffers, kernel.live = call.groups.workspace.num_bytes, LiveBytes()
+        saved = _Saved()
+        with kernel.live, saved:
+            end = layer(call, *call.leaves)
+            end.backward(end)
+    num_bytes = sum(saved.sizes.values())
+    return AttentionBytes(num_bytes, kernel.live.peak - num_bytes, buffers)
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+
+def kept_bytes(config: ContextParallelConfig, problem: Problem, rank: int, order: MemoryOrder | None = None) -> int:
+    """What cp_rank ``rank`` keeps of one layer from its forward pass to its recomputation: ``--cp-keep-attention``."""
+    kept = KeptAttention()
+    first, _ = kept.contexts()
+    with first, torch.no_grad():
+        call = dry_call(config, problem, rank, NotingKernel(Notes(), order))
+        call(*call.leaves, kept=kept)
+    return kept.num_bytes
+
+
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Notes what is saved for backward inside: storage -> bytes."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, int] = {}
+        super().__init__(self._note, lambda tensor: tensor)
+
+    def _note(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        saved[storage._cdata] = storage.nbytes()
+        self.sizes[storage._cdata] = storage.nbytes()
         return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = dry_call(config, problem, rank, Notes(), order)()
-    assert out.requires_grad, "the graph holds what was saved until here"
-    return sum(saved.values())

@@ -4,17 +4,18 @@ So the predicted bytes are those of the engine's own code: nothing of its planni
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 
+from mindspeed_cp.algorithms.kept import KeptAttention
 from mindspeed_cp.api import context_parallel_attention
-from mindspeed_cp.comm.counters import Traffic, count_bytes, record
+from mindspeed_cp.comm.batch import Work
+from mindspeed_cp.comm.counters import Traffic, count_bytes
 from mindspeed_cp.comm.link import Link
-from mindspeed_cp.comm.messages import Pending
 from mindspeed_cp.comm.workspace import Workspace
 from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.groups import ContextParallelGroups, parts_of
@@ -28,7 +29,7 @@ class Problem:
 
     Args:
         heads, kv_heads: of a tensor-parallel rank.
-        cu_seqlens: document boundaries with the leading 0 and the total, or None.
+        cu_seqlens: document boundaries with the leading 0 and the total, those of every row where they differ, or None.
         stride: global ranks between neighbours of the context-parallel group, the tensor-parallel size in Megatron.
     """
 
@@ -39,10 +40,15 @@ class Problem:
     dv: int
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
-    cu_seqlens: tuple[int, ...] | None = None
+    cu_seqlens: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = None
     sliding_window: tuple[int | None, int | None] | None = None
     stride: int = 1
     layer_number: int = 1
+
+    def layout(self, config: ContextParallelConfig) -> SequenceLayout:
+        """Rows of different documents share a layout that does not go by documents."""
+        alike = self.cu_seqlens is None or isinstance(self.cu_seqlens[0], int)
+        return SequenceLayout.build(config, self.seq_len, cast(Any, self.cu_seqlens) if alike else None)
 
 
 @dataclass(frozen=True)
@@ -90,51 +96,55 @@ class Notes:
 
     events: list[Event] = field(default_factory=list)
 
-    def transfer(self, sent: dict[int, int], received: dict[int, int], result: Any = None) -> Pending[Any]:
+    def post(self, sent: dict[int, int], received: dict[int, int]) -> "Transfer":
         number = len(self.events)
         self.events.append(Post(number, {r: n for r, n in sent.items() if n}, {r: n for r, n in received.items() if n}))
-
-        def finish() -> Any:
-            self.events.append(Wait(number))
-            return result
-
-        return Pending(finish)
+        return Transfer(number, self.events)
 
 
-def _num_bytes(tensors: Sequence[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+@dataclass
+class Transfer:
+    """One that was posted, whatever the number of its works; only the first that is awaited waits."""
+
+    number: int
+    events: list[Event]
+    is_over: bool = False
+
+    def wait(self) -> None:
+        if not self.is_over:
+            self.is_over = True
+            self.events.append(Wait(self.number))
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 @dataclass(frozen=True, eq=False)
 class NotingLink(Link):
-    """A link that moves nothing and notes what it would have moved."""
+    """A link that packs and unpacks as any other, moves nothing and notes what it would have moved."""
 
     notes: Notes = field(default_factory=Notes)
 
-    def exchange(self, sends, receives, purpose):
-        for _, tensors in sends:
-            if size := _num_bytes(tensors):
-                record({purpose.partition(".")[0]: size})
+    def post(self, ops, purpose):
         sent, received = (
-            {self.global_ranks[rank]: _num_bytes(tensors) for rank, tensors in ends} for ends in (sends, receives)
+            {self.global_ranks[op.rank]: _num_bytes(op.tensor) for op in ops if op.how is how}
+            for how in (dist.isend, dist.irecv)
         )
-        return self.notes.transfer(sent, received)
+        transfer = self.notes.post(sent, received)
+        return [Work(transfer, [op.rank], op.tensor.device) for op in ops]
 
-    def gather(self, tensor, lengths, purpose, name=None, count=True):
-        gathered = tensor.new_empty((self.size, max(lengths), *tensor.shape[1:]))
-        size = _num_bytes([gathered[0]])
-        if count:
-            record({purpose.partition(".")[0]: size * (self.size - 1)})
-        moved = {self.global_ranks[rank]: size for rank in self.peers}
-        shards = [shard[:length] for shard, length in zip(gathered, lengths)]
-        return self.notes.transfer(moved, dict(moved), shards)
+    def _gather_at_once(self, gathered, own, purpose):
+        moved = {self.global_ranks[rank]: _num_bytes(own) for rank in self.peers}
+        return self.notes.post(moved, moved).wait
 
-    def all_to_all(self, leaving, arriving, purpose, stamp=None, check=None):
-        sent, received = (
-            {self.global_ranks[rank]: messages[rank].num_bytes for rank in self.peers}
-            for messages in (leaving, arriving)
+    def _trade_at_once(self, received, sent, sizes, purpose):
+        even = [sent.numel() // self.size] * self.size
+        arriving, leaving = (
+            {self.global_ranks[rank]: count[rank] * sent.element_size() for rank in self.peers}
+            for count in sizes or (even, even)
         )
-        return self.notes.transfer(sent, received)
+        return self.notes.post(leaving, arriving).wait
 
 
 @dataclass
@@ -142,9 +152,9 @@ class NotingKernel:
     """A kernel that computes nothing and notes its FLOPs: two for each multiply-add of the matrix products."""
 
     notes: Notes
+    order: MemoryOrder | None = None
     name: str = "dry"
     native_bands: bool = True
-    order: MemoryOrder | None = None
 
     def memory_order(self, dtype):
         return self.order
@@ -156,11 +166,14 @@ class NotingKernel:
         lse = query.new_empty(query.shape[:-1], dtype=accumulation_dtype(query.dtype))
         return query.new_empty((*query.shape[:-1], dv)), lse, None
 
+    def merge(self, out, lse, block_out, block_lse):
+        pass
+
     def backward(self, grad_out, query, key, value, out, lse, block, options, rng, attention_mask=None):
         _, batch, heads, dk = query.shape
         # Scores again, their gradient, and the gradients of query, key and value.
         self.notes.events.append(Compute(2 * block.area * batch * heads * (3 * dk + 2 * value.shape[-1])))
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def dry_groups(config: ContextParallelConfig, rank: int, stride: int, notes: Notes) -> ContextParallelGroups:
@@ -182,27 +195,42 @@ def dry_groups(config: ContextParallelConfig, rank: int, stride: int, notes: Not
     return ContextParallelGroups(config.hierarchy, rank, tuple(everyone), workspace=workspace, **links)
 
 
-def dry_call(
-    config: ContextParallelConfig, problem: Problem, rank: int, notes: Notes, order: MemoryOrder | None = None
-) -> Callable[[], torch.Tensor]:
-    """One attention call on tensors without memory, by a kernel that wants this order of memory."""
-    layout = SequenceLayout.build(config, problem.seq_len, problem.cu_seqlens)
+@dataclass(frozen=True, eq=False)
+class DryCall:
+    """An attention call on tensors without memory, as often as wanted; ``leaves`` are query, key and value for it."""
+
+    leaves: tuple[torch.Tensor, ...]
+    groups: ContextParallelGroups
+    keywords: dict[str, Any]
+
+    def __call__(self, *tensors: torch.Tensor, kept: KeptAttention | None = None) -> torch.Tensor:
+        return context_parallel_attention(*tensors, groups=self.groups, **self.keywords, kept=kept)
+
+
+def _forget(leaf: torch.Tensor) -> None:
+    leaf.grad = None
+
+
+def dry_call(config: ContextParallelConfig, problem: Problem, rank: int, kernel: NotingKernel) -> DryCall:
+    """The call of cp_rank ``rank``; its links note where the kernel notes."""
+    layout = problem.layout(config)
     sizes = ((problem.heads, problem.dk), (problem.kv_heads, problem.dk), (problem.kv_heads, problem.dv))
-    leaves = (
+    leaves = tuple(
         torch.empty((layout.length(rank), problem.batch, *size), dtype=problem.dtype, device="meta", requires_grad=True)
         for size in sizes
     )
-    return partial(
-        context_parallel_attention,
-        *leaves,
+    for leaf in leaves:
+        leaf.register_post_accumulate_grad_hook(_forget)
+    keywords = dict(
         config=config,
-        groups=dry_groups(config, rank, problem.stride, notes),
         layout=layout,
         cu_seqlens=problem.cu_seqlens,
         sliding_window=problem.sliding_window,
         layer_number=problem.layer_number,
-        kernel=NotingKernel(notes, order=order),
+        kernel=kernel,
+        fused_update=True,
     )
+    return DryCall(leaves, dry_groups(config, rank, problem.stride, kernel.notes), keywords)
 
 
 def trace(config: ContextParallelConfig, problem: Problem, rank: int) -> tuple[Pass, Pass]:
@@ -212,10 +240,10 @@ def trace(config: ContextParallelConfig, problem: Problem, rank: int) -> tuple[P
         ValueError: the problem does not fit the configuration; it is the engine's own error.
     """
     notes = Notes()
-    call = dry_call(config, problem, rank, notes)
+    call = dry_call(config, problem, rank, NotingKernel(notes))
     with count_bytes() as forward:
-        out = call()
+        out = call(*call.leaves)
     passed = len(notes.events)
     with count_bytes() as backward:
-        out.backward(torch.empty_like(out))
+        out.backward(out)
     return Pass(notes.events[:passed], forward), Pass(notes.events[passed:], backward)

@@ -12,7 +12,7 @@ from typing import Literal
 from mindspeed_cp.config import ContextParallelConfig, MaskType, TrainingSetup
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.layers import FLOAT, HALF, forward, held, local_tokens
-from mindspeed_cp.planner.memory import saved_bytes
+from mindspeed_cp.planner.memory import attention_bytes
 from mindspeed_cp.planner.models import ModelShape
 from mindspeed_cp.planner.search import Candidate, Found, search
 from mindspeed_cp.planner.split import Split, Work, sizes, splits
@@ -135,7 +135,7 @@ def _searched(cp: int, problem: Problem, model: ModelShape, tp: int, cluster: Cl
 
 @lru_cache(maxsize=4096)
 def _attention_bytes(config: ContextParallelConfig, problem: Problem) -> int:
-    return saved_bytes(config, problem, 0)
+    return attention_bytes(config, problem, 0).saved
 
 
 def planned(work: Work, split: Split, candidate: Candidate, recompute: Recompute, cluster: Cluster) -> Plan:
