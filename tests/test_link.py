@@ -75,7 +75,7 @@ def split_lists(rank, lengths, heads):
     part = Part("q", sum(heads), 4, tuple(map(slice, starts, starts[1:])))
 
     def spy(received, send, *splits, **options):
-        called.append(splits)
+        called.append([split for split in splits if split])
         return real(received, send, *splits, **options)
 
     mine = torch.randn(lengths[rank], 2, sum(heads), 4)
