@@ -1,12 +1,14 @@
 """Experts and latent attention in whole trainings: memory counts what is held, time what a token visits."""
 
 import dataclasses
+import json
 
 import pytest
 from distributed import run_ranks
 from planner_runs import all_held_by_megatron
 from test_planner_training import TINY, UNIT, one
 
+from mindspeed_cp.plan import main
 from mindspeed_cp.planner import layers
 from mindspeed_cp.planner.models import MODELS, Experts, Latent
 from mindspeed_cp.planner.split import Split, Work, splits
@@ -104,6 +106,45 @@ def test_latent_attention_is_what_the_engine_sees():
     whole, alone = (layers.held(work, Split(tp, 1, 2, 1, 1, 1), False).parameters for tp in (8, 1))
     down = model.hidden * (1536 + 512 + 64) + 1536 + 512 + 2 * model.hidden  # every tensor-parallel rank has them
     assert whole - down == (alone - down) // 8
+
+
+def planned_json(capsys, *arguments):
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def first_with(found, **sizes):
+    return next(plan for plan in found["plans"] if sizes.items() <= plan["split"].items())
+
+
+def exchanged(plan):
+    return plan["step_seconds"]["tensor"] + plan["step_seconds"]["expert"]
+
+
+# Pins of what the model of the cluster says today, no evidence that it is right.
+def test_mixtral_has_an_expert_on_each_device_of_a_node(capsys):
+    sizes = ["--tp", "2", "--pp", "2", "--cp", "4", "--seq-length", "32768", "--memory", "80e9"]
+    found = planned_json(capsys, "--model", "mixtral-8x7b", "--devices", "32", *sizes, "--cluster", "h100")
+    best = found["plans"][0]
+    assert best["split"] == {"tp": 2, "pp": 2, "cp": 4, "dp": 2, "ep": 8, "etp": 1}
+    assert best["setting"].startswith("Ring") and "hidden behind" in best["reason"]
+    assert "--expert-model-parallel-size 8 --expert-tensor-parallel-size 1" in best["flags"]
+    # Sharing an expert between the ranks of tp gathers every token twice; ep 8 x etp 2 leaves the node too.
+    assert exchanged(best) < exchanged(first_with(found, ep=4, etp=2)) < exchanged(first_with(found, ep=8, etp=2))
+    assert found["excluded"]["ep 16"] == "8 experts must be divisible by it"
+    assert found["parameters"] == {"total": 46702792704, "active": 12879925248}
+
+
+def test_deepseek_keeps_its_tokens_within_a_node_and_hides_the_ring_behind_latent_attention(capsys):
+    sizes = ["--tp", "1", "--pp", "1", "--cp", "8", "--seq-length", "65536"]
+    found = planned_json(capsys, "--model", "deepseek-v2-lite", "--devices", "16", *sizes, "--cluster", "ascend-910b")
+    best, far = found["plans"][0], first_with(found, ep=16)
+    assert (best["split"]["ep"], best["setting"][:5]) == (8, "Ring,") and "hidden behind" in best["reason"]
+    assert far["step_seconds"]["expert"] > 2 * best["step_seconds"]["expert"]
+    assert far["memory_bytes"]["weights"] < best["memory_bytes"]["weights"]
+    # Latent attention has as many KV heads as heads, and half as wide keys again as values.
+    ring = 7 * 8192 * 16 * (192 + 128) * 2 * 3
+    assert f"sends {ring * 5 / 6 / 1e6:,.0f} MB within" in best["reason"]  # the direct exchange, of the busiest rank
 
 
 GATED = {"moe_shared_expert_intermediate_size": 24, "moe_layer_freq": [0, 1], "num_moe_experts": 8}
