@@ -4,33 +4,28 @@ Import it before Megatron. With context_parallel_size 1 and no flag Megatron beh
 is the only module of the package that reads the environment (MINDSPEED_CP_DEVICE) and keeps anything global.
 """
 
-import argparse
-import dataclasses
-import importlib.metadata
+import importlib
 import importlib.util
-import json
 import os
-import shutil
 import sys
-import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mindspeed_cp import compat
 from mindspeed_cp.config import ContextParallelConfig, TrainingSetup
-from mindspeed_cp.kernels import npu_setup
-from mindspeed_cp.notices import is_rank0, warn_rank0, warn_this_rank
+from mindspeed_cp.notices import is_rank0, warn_rank0
+from mindspeed_cp.patches import machine
+from mindspeed_cp.patches.machine import DEVICE_VARIABLE
 from mindspeed_cp.patches.versions import DEFAULT, MEGATRONS
 
 if TYPE_CHECKING:
+    from mindspeed_cp.patches.listing import Applied
     from mindspeed_cp.patches.manager import Patch, PatchManager, PatchRow
     from mindspeed_cp.patches.state import AdaptorState
 
 TRIED_VERSIONS = tuple(row.version for row in MEGATRONS)
-DEVICE_VARIABLE = "MINDSPEED_CP_DEVICE"
-TRANSFER = "torch_npu.contrib.transfer_to_npu"
 # A script imports these for a model; "import megatron.core" alone, as asking for the version does, brings none of them.
 MODEL_CODE = (
     "megatron.training",
@@ -66,43 +61,8 @@ def megatron_version() -> str:
     return version.split("rc")[0]
 
 
-def _why_no_stand_in() -> str:
-    """Why no CPU stand-in for CUDA is needed; "" when it is."""
-    choice = os.environ.get(DEVICE_VARIABLE, "")
-    if choice not in ("", "cpu"):
-        raise ValueError(
-            f"{DEVICE_VARIABLE}={choice} is not known; use {DEVICE_VARIABLE}=cpu to run on the CPU, or unset it to "
-            "choose by what the machine has."
-        )
-    if choice == "cpu":
-        return ""
-    accelerator = _accelerator()
-    return f"{accelerator} is there ({DEVICE_VARIABLE}=cpu switches the stand-in on)" if accelerator else ""
-
-
-def _accelerator() -> Literal["CUDA", "NPU", ""]:
-    """ "CUDA", "NPU" or "", whatever torch was built for: transfer_to_npu makes torch.cuda answer for the NPU."""
-    if TRANSFER not in sys.modules and torch.cuda.is_available():
-        return "CUDA"
-    return "NPU" if _npu_is_available() else ""
-
-
-def _npu_is_available() -> bool:
-    return importlib.util.find_spec("torch_npu") is not None and not npu_setup.unavailable()
-
-
-def _prepare_device() -> None:
-    """Before Megatron is imported: switch the process to NPUs where torch_npu works; where it is installed and does
-    not work, say why.
-    """
-    if os.environ.get(DEVICE_VARIABLE) == "cpu" or _accelerator() == "CUDA":
-        return
-    if _npu_is_available():
-        from mindspeed_cp.patches.npu import prepare_npu
-
-        prepare_npu()
-    elif importlib.util.find_spec("torch_npu") is not None:
-        warn_this_rank(f"{npu_setup.unavailable()} Set {DEVICE_VARIABLE}=cpu to run on the CPU knowingly.")
+def _device_choice() -> str:
+    return os.environ.get(DEVICE_VARIABLE, "")
 
 
 def _announce(config: ContextParallelConfig) -> None:
@@ -110,7 +70,7 @@ def _announce(config: ContextParallelConfig) -> None:
     if is_rank0():
         from mindspeed_cp.kernels import KERNELS, cpu
 
-        device = _device_type()
+        device = machine.device_type(_device_choice())
         automatic = [name for name, row in KERNELS.items() if row.automatic and row.device_type == device]
         kernel = _state.kernel or automatic[0]
         half = _state.setup.half_precision if _state.setup else None
@@ -119,46 +79,11 @@ def _announce(config: ContextParallelConfig) -> None:
         print(f"Context parallelism: {config.describe()}, kernel {kernel}, {_num_cp_patches()} patches", flush=True)
 
 
-def _device_type() -> Literal["cpu", "cuda", "npu"]:
-    if not _why_no_stand_in():
-        return "cpu"
-    return "cuda" if _accelerator() == "CUDA" else "npu"
-
-
 def _num_cp_patches() -> int:
-    stand_in = {
-        patch.target
-        for table in ("triton", "device", "npu", "libraries", "checkout device")
-        for patch in _tables[table]
-    }
+    from mindspeed_cp.patches.tables import STAND_INS
+
+    stand_in = {patch.target for table in STAND_INS for patch in _tables[table]}
     return sum(row.applied and row.target not in stand_in for row in _manager.report())
-
-
-def _tables_of_patches() -> "dict[str, list[Patch]]":
-    """table name -> patches, in the order of application: Megatron is imported on top of the device stand-in."""
-    from mindspeed_cp.patches.core import core_patches
-    from mindspeed_cp.patches.device import device_patches
-    from mindspeed_cp.patches.npu import npu_checkout_patches, npu_patches
-    from mindspeed_cp.patches.training import training_patches
-    from mindspeed_cp.patches.training_device import checkout_device_patches, checkout_patches, library_patches
-    from mindspeed_cp.patches.triton import triton_patches
-
-    why = _why_no_stand_in()
-    why_no_npu = "" if _device_type() == "npu" else "no NPU is in use"
-    _prepare_device()
-    return {
-        "triton": triton_patches(),
-        "device": device_patches(lambda: why),
-        "npu": npu_patches(lambda: why_no_npu),
-        "core": core_patches(_state, _announce),
-        "libraries": library_patches(),
-        "checkout device": [
-            *checkout_patches(),
-            *checkout_device_patches(lambda: why),
-            *npu_checkout_patches(lambda: why_no_npu),
-        ],
-        "training": training_patches(_state),
-    }
 
 
 def _warn_of_version() -> None:
@@ -301,62 +226,38 @@ def state() -> "AdaptorState":
     return _state
 
 
-def _table(*, everything: bool, width: int) -> str:
-    from mindspeed_cp.patches.table import patch_table
+def _applied() -> "Applied":
+    from mindspeed_cp.patches.listing import Applied
 
-    rows = iter(report())
-    groups = {name: [next(rows) for _ in patches] for name, patches in _tables.items()}
-    head = f"megatron-core {megatron_version()}, torch {torch.__version__}"
-    return patch_table(head, groups, everything=everything, width=width)
-
-
-def _why_cpu() -> str:
-    return f"{DEVICE_VARIABLE}=cpu" if os.environ.get(DEVICE_VARIABLE) else "no accelerator can be used"
-
-
-def _record() -> dict[str, Any]:
-    rows = iter(report())
-    return {
-        "megatron": megatron_version(),
-        "device": _device_type(),
-        "device_reason": _why_no_stand_in() or _why_cpu(),
-        "imported_before": sorted(name for name in MODEL_CODE if name in _modules_before),
-        "patches": {name: [dataclasses.asdict(next(rows)) for _ in patches] for name, patches in _tables.items()},
-    }
-
-
-def _print_table() -> None:
-    """The command line: what is patched, without the notices of Megatron about libraries that it does not find."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mindspeed_cp.megatron_adaptor", description="Show what importing this module patches."
+    rows, choice = iter(report()), _device_choice()
+    return Applied(
+        megatron_version(),
+        machine.device_type(choice),
+        machine.why_device(choice),
+        sorted(name for name in MODEL_CODE if name in _modules_before),
+        {name: [next(rows) for _ in patches] for name, patches in _tables.items()},
     )
-    parser.add_argument("--all", action="store_true", help="every patch, with its reason")
-    parser.add_argument("--json", action="store_true", help="everything, machine-readable")
-    given = parser.parse_args()
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|apex|transformer_engine)\b")
-    from mindspeed_cp import megatron_adaptor
-
-    if given.json:
-        print(json.dumps(megatron_adaptor._record()))
-    else:
-        print(megatron_adaptor._table(everything=given.all, width=shutil.get_terminal_size((110, 40)).columns))
 
 
 def _build() -> None:
     from mindspeed_cp.patches.manager import PatchManager
     from mindspeed_cp.patches.state import AdaptorState
+    from mindspeed_cp.patches.tables import all_tables
 
     global _state, _tables, _manager
     _state = AdaptorState()
     _manager = PatchManager(subject=lambda: f"megatron-core {megatron_version()}")
-    _tables = _tables_of_patches()
+    _tables = all_tables(_state, _announce, _device_choice())
     for patches in _tables.values():
         _manager.add(patches)
 
 
 _require_megatron()
 if __name__ == "__main__":
-    _print_table()
+    from mindspeed_cp.patches import listing
+
+    # As a module of its own name, of which there is one, and not as __main__.
+    listing.main(lambda: importlib.import_module("mindspeed_cp.megatron_adaptor")._applied())
     sys.exit()
 _build()
 apply()

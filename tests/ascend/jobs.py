@@ -80,7 +80,7 @@ def device_type(rank, cuda_build=None):
     from mindspeed_cp import megatron_adaptor
 
     torch.version.cuda = cuda_build
-    return megatron_adaptor._device_type()
+    return megatron_adaptor._applied().device
 
 
 def version(rank):
