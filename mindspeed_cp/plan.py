@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from mindspeed_cp.config import TrainingSetup
 from mindspeed_cp.planner import calibrate, report
 from mindspeed_cp.planner import given as given_flags
-from mindspeed_cp.planner.cluster import Cluster
+from mindspeed_cp.planner.cluster import THIS_MACHINE, Cluster
 from mindspeed_cp.planner.documents import boundaries
 from mindspeed_cp.planner.models import ModelShape
 from mindspeed_cp.planner.picture import plot
@@ -57,17 +57,22 @@ def _record(candidate: Candidate) -> dict[str, object]:
     }
 
 
-def _assumed(cluster: Cluster) -> str:
+def _assumed(cluster: Cluster, name: str) -> str:
     within, between = cluster.intra_bandwidth / 1e9, cluster.inter_bandwidth / 1e9
+    basis = "Measured here, now" if name == THIS_MACHINE else "Assumed"
     return (
-        f"Assumed: {cluster.compute_efficiency:.0%} of {cluster.flops / 1e12:,.0f} TFLOP/s; "
-        f"{cluster.link_efficiency:.0%} of {within:,.0f} GB/s within and {between:,.0f} GB/s between nodes of "
+        f"{basis}: {cluster.compute_efficiency:.0%} of {cluster.flops / 1e12:.4g} TFLOP/s; "
+        f"{cluster.link_efficiency:.0%} of {within:.4g} GB/s within and {between:.4g} GB/s between nodes of "
         f"{cluster.devices_per_node}, {cluster.latency * 1e6:,.0f} us."
     )
 
 
 def _text(found: Found, cluster: Cluster, problem: Problem, given: argparse.Namespace) -> str:
-    lines = [f"One attention layer, forward and backward, slowest rank: {PREDICTION}.", _assumed(cluster), ""]
+    lines = [
+        f"One attention layer, forward and backward, slowest rank: {PREDICTION}.",
+        _assumed(cluster, given.cluster),
+        "",
+    ]
     lines.append(f"{'ms':>9} {'compute':>9} {'exposed':>9}  setting")
     for best in found.candidates[:5]:
         times = " ".join(f"{1e3 * seconds:9.2f}" for seconds in (best.seconds, best.compute, best.exposed))
@@ -87,7 +92,7 @@ def _text(found: Found, cluster: Cluster, problem: Problem, given: argparse.Name
 def _run(given: argparse.Namespace) -> int:
     if given.calibrate:
         calibrate.save(calibrate.measured(given.device), given.calibrate)
-        print(f"{given.calibrate}: {_assumed(calibrate.read_cluster(given.calibrate))[9:]}")
+        print(f"{given.calibrate}: {_assumed(calibrate.read_cluster(given.calibrate), given.calibrate)[9:]}")
         return 0
     described = given.model or given.hf_config or given.line
     needed = {"--model, --hf-config or Megatron's flags": described, "--seq-length": given.seq_length}
@@ -101,7 +106,7 @@ def _run(given: argparse.Namespace) -> int:
         raise ValueError("--cp is not given; give it for one attention layer, or --devices for a whole training.")
     names = [field.name for field in dataclasses.fields(Cluster)]
     changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-    cluster = dataclasses.replace(calibrate.read_cluster(given.cluster), **changes)
+    cluster = dataclasses.replace(calibrate.read_cluster(given.cluster, given.device), **changes)
     return _plan_layer(given, model, cluster) if given.devices is None else _plan_training(given, model, cluster)
 
 
@@ -117,7 +122,7 @@ def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluste
     if given.json:
         everything = {
             "basis": PREDICTION,
-            "cluster": dataclasses.asdict(cluster),
+            "cluster": {"name": given.cluster, **dataclasses.asdict(cluster)},
             "plans": [report.record(plan, work) for plan in found],
             "excluded": excluded,
             "parameters": {"total": model.parameters, "active": model.active_parameters},
@@ -131,7 +136,7 @@ def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluste
         lines = [f"{given.devices} devices, {batch} sequences of {given.seq_length} tokens: {PREDICTION}."]
         active = f", {model.active_parameters / 1e9:,.1f} B active for a token" if model.experts else ""
         lines.append(f"{_name(given)}: {model.parameters / 1e9:,.1f} B parameters{active}.")
-        lines += [_assumed(cluster), "", *report.text(found, work), ""]
+        lines += [_assumed(cluster, given.cluster), "", *report.text(found, work), ""]
         lines += [f"Excluded: {what}: {rule}" for what, rule in excluded.items()]
         print("\n".join([*lines, "", "Flags of the first: " + report.megatron_flags(found[0])]))
     return 0 if found else 1
@@ -163,7 +168,7 @@ def _plan_layer(given: argparse.Namespace, model: ModelShape, cluster: Cluster) 
     if given.json:
         found_json = {
             "basis": PREDICTION,
-            "cluster": dataclasses.asdict(cluster),
+            "cluster": {"name": given.cluster, **dataclasses.asdict(cluster)},
             "candidates": [_record(candidate) for candidate in found.candidates],
             "excluded": found.excluded,
             "ring_hides_from_tokens": {

@@ -77,9 +77,18 @@ def test_a_calibration_is_read_back_and_plans(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(calibrate, "kernel_rate", lambda device: 2e10)
     monkeypatch.setattr(calibrate.self_test, "run", lambda device, world: {"ranks": world, "rates": {"ring": 1e9}})
     path = str(tmp_path / "here.yaml")
-    assert main(["--calibrate", path]) == 0 and "100% of 0 TFLOP/s" in capsys.readouterr().out
+    assert main(["--calibrate", path]) == 0 and "100% of 0.02 TFLOP/s" in capsys.readouterr().out
     assert calibrate.read_cluster(path) == Cluster(4, 2e10, 1e9, 1e9, compute_efficiency=1.0, link_efficiency=1.0)
     assert main([*LAYER[:4], "--cluster", path, "--seq-length", "2048"]) == 0
+
+
+def test_this_machine_is_measured_where_it_is_named_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "measured", lambda device: Cluster(4, 2e10, 1e9, 1e9))
+    arguments = [*LAYER[:4], "--seq-length", "2048", "--cluster", "this-machine", "--inter-bandwidth", "5e8"]
+    assert main(arguments) == 0
+    assert "\nMeasured here, now: 50% of 0.02 TFLOP/s; 80% of 1 GB/s within and 0.5 GB/s" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cluster"]["name"] == "this-machine"
 
 
 def test_the_kernel_of_this_machine_has_a_rate():

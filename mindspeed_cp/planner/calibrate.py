@@ -12,7 +12,7 @@ from mindspeed_cp.blocks import Block
 from mindspeed_cp.doctor import self_test
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import KernelOptions
-from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
+from mindspeed_cp.planner.cluster import CLUSTERS, THIS_MACHINE, Cluster
 
 SIZES = {"cpu": (2048, 4, 64), "cuda": (16384, 16, 128), "npu": (16384, 16, 128)}  # seq, heads, dim
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16, "npu": torch.bfloat16}
@@ -65,16 +65,18 @@ def save(cluster: Cluster, path: str) -> None:
         raise ValueError(f"--calibrate {path} cannot be written ({error.strerror}); name a file elsewhere.") from error
 
 
-def read_cluster(name: str) -> Cluster:
-    """A preset, or what ``save`` wrote.
+def read_cluster(name: str, device: str = "cpu") -> Cluster:
+    """A preset, this machine as ``measured`` finds it now, or what ``save`` wrote.
 
     Raises:
-        ValueError: neither.
+        ValueError: none of them, or this machine cannot be measured.
     """
     if name in CLUSTERS:
         return CLUSTERS[name]
+    if name == THIS_MACHINE:
+        return measured(device)
     known = {field.name for field in fields(Cluster)}
-    way_out = f"choose one of {', '.join(CLUSTERS)}, or a file that --calibrate wrote"
+    way_out = f"choose one of {', '.join(CLUSTERS)}, {THIS_MACHINE}, or a file that --calibrate wrote"
     try:
         values = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from mindspeed_cp.config import MASK_TYPES
 from mindspeed_cp.doctor import launch
 from mindspeed_cp.planner import calibrate, megatron_flags
-from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
+from mindspeed_cp.planner.cluster import CLUSTERS, THIS_MACHINE, Cluster
 from mindspeed_cp.planner.hugging_face import hf_model
 from mindspeed_cp.planner.models import MODELS, ModelShape, named_model
 
@@ -38,10 +38,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--mask-type", choices=[name for name in MASK_TYPES if name != "general"])
     parser.add_argument("--policies", action="store_true", help="KV cache policies too; their memory is not predicted")
     parser.add_argument(
-        "--cluster", help=f"{', '.join(CLUSTERS)}, or a file of --calibrate; the flags below override it"
+        "--cluster",
+        help=f"{', '.join(CLUSTERS)}, {THIS_MACHINE} (measured now), or a file of --calibrate; flags override it",
     )
     parser.add_argument("--calibrate", metavar="FILE.yaml", help="measure this machine, write the file, plan nothing")
-    parser.add_argument("--device", choices=calibrate.SIZES, default="cpu", help="that --calibrate measures")
+    parser.add_argument(
+        "--device", choices=calibrate.SIZES, default="cpu", help=f"that --calibrate and {THIS_MACHINE} measure"
+    )
     for field in dataclasses.fields(Cluster):
         kind = int if field.name == "devices_per_node" else float
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help="bytes/s, FLOP/s, seconds or a share")

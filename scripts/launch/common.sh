@@ -9,7 +9,7 @@
 #   SEQ_LENGTH=32k|128k|1m|N  tokens of a sequence; the first three choose a fitting CP, CP_ALGO, ULYSSES_DEGREE, CP_WINDOW
 #   CP TP PP                  context, tensor and pipeline parallel sizes; data parallel is what is left
 #   CP=auto                   the planner's fastest setting that fits (python -m mindspeed_cp.plan) on NNODES x NPROC_PER_NODE
-#                             devices of CLUSTER=ascend-910b|a100|h100 with DEVICE_MEMORY=64e9 bytes; TP and PP that are given stay
+#                             devices of CLUSTER=ascend-910b|ascend-910c|a100|h100 with DEVICE_MEMORY=64e9 bytes; TP and PP that are given stay
 #   CP_ALGO ULYSSES_DEGREE CP_WINDOW MASK_TYPE KV_CACHE_POLICY KV_EXCHANGE OVERLAP CALCULATOR KEEP_ATTENTION=1|0    context parallelism
 #   MICRO_BATCH GLOBAL_BATCH TRAIN_ITERS LR MIN_LR LR_WARMUP_ITERS WEIGHT_DECAY CLIP_GRAD SEED    training
 #   PRECISION=bf16|fp32 RECOMPUTE=full|selective|none SEQUENCE_PARALLEL=1|0 DISTRIBUTED_OPTIMIZER=1|0
