@@ -54,8 +54,8 @@ def _flag(name: str) -> str:
 CLUSTERS = {
     # Ascend/msmodeling (Huawei's simulator), tensor_cast/device.py: ATLAS_800_A2_313T_64G; HCCS within, RoCE between.
     "ascend-910b": Cluster(8, 294.9e12, 196e9, 25e9),
-    # One of its two dies, as frameworks see them. There too: ATLAS_800_A3_752T_128G_DIE; RoCE: half of the 400 Gbit/s of
-    # arXiv 2506.12708. In a supernode the links within (UB) span up to 768 dies.
+    # One of its two dies, as frameworks see them. There too: ATLAS_800_A3_752T_128G_DIE; RoCE: half of the 400
+    # Gbit/s of arXiv 2506.12708. In a supernode the links within (UB) span up to 768 dies.
     "ascend-910c": Cluster(16, 353.9e12, 196e9, 25e9),
     # NVIDIA A100 and DGX A100 datasheets: NVLink 600 GB/s both ways, a 200 Gbit/s adapter for each device.
     "a100": Cluster(8, 312e12, 300e9, 25e9),
