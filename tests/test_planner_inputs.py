@@ -1,16 +1,19 @@
 """What the planner reads and writes besides flags: documents, measured clusters, a picture."""
 
 import json
+import re
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mindspeed_cp.plan import main
 from mindspeed_cp.planner import calibrate
-from mindspeed_cp.planner.cluster import Cluster
+from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
 from mindspeed_cp.planner.documents import boundaries, read_lengths
 
+ROOT = Path(__file__).parent.parent
 LAYER = ["--model", "gpt3-1.3b", "--cp", "4", "--cluster", "a100"]
 
 
@@ -80,6 +83,16 @@ def test_a_calibration_is_read_back_and_plans(tmp_path, monkeypatch, capsys):
     assert main(["--calibrate", path]) == 0 and "100% of 0.02 TFLOP/s" in capsys.readouterr().out
     assert calibrate.read_cluster(path) == Cluster(4, 2e10, 1e9, 1e9, compute_efficiency=1.0, link_efficiency=1.0)
     assert main([*LAYER[:4], "--cluster", path, "--seq-length", "2048"]) == 0
+
+
+@pytest.mark.parametrize("page", ["docs/choosing.md", "docs/zh-CN/choosing.md"])
+def test_every_preset_has_its_source_in_the_docs(page):
+    rows = dict(re.findall(r"^\| (\S+) \|(.*)$", (ROOT / page).read_text(encoding="utf-8"), re.M))
+    for name, cluster in CLUSTERS.items():
+        assert f" {cluster.flops / 1e12:.4g}e12 |" in rows[name]
+        assert "Ascend/msmodeling" in rows[name] or "arxiv.org" in rows[name] or "nvidia.com" in rows[name]
+        assert f"{cluster.devices_per_node} x {cluster.intra_bandwidth / 1e9:.0f} GB/s" in rows[name]
+        assert f"| {cluster.inter_bandwidth / 1e9:.0f} GB/s |" in rows[name]
 
 
 def test_this_machine_is_measured_where_it_is_named_and_says_so(monkeypatch, capsys):
