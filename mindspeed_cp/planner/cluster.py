@@ -59,7 +59,7 @@ CLUSTERS = {
     "ascend-910c": Cluster(16, 353.9e12, 196e9, 25e9),
     # NVIDIA A100 and DGX A100 datasheets: NVLink 600 GB/s both ways, a 200 Gbit/s adapter for each device.
     "a100": Cluster(8, 312e12, 300e9, 25e9),
-    # NVIDIA H100 datasheet (SXM), DGX BasePOD reference: NVLink 900 GB/s both ways, a 400 Gbit/s adapter for each device.
+    # NVIDIA H100 datasheet (SXM), DGX BasePOD: NVLink 900 GB/s both ways, a 400 Gbit/s adapter for each device.
     "h100": Cluster(8, 989e12, 450e9, 50e9),
 }
 THIS_MACHINE = "this-machine"  # measured where and when it is named, and written nowhere
