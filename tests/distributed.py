@@ -39,7 +39,7 @@ PRELOAD = (
     "pytest",
     "hypothesis",
 )
-OUTPUTS = "out", "err"  # what run_script's files are called, in the order of their numbers
+OUTPUTS = "out", "err"  # what files of script_outcome are called, in the order of their numbers
 
 _pools, _servers = {}, {}
 _awake = None  # the pool whose ranks run
@@ -275,45 +275,57 @@ def run_alone(function, *args, timeout=120.0):
     return detail
 
 
-def run_script(path, num_processes=1, timeout=300.0, **variables):
+def run_script(path, num_processes=1, **variables):
     """What a script prints, in its folder: a process of its own, or as many as torchrun would start, with these
     environment ``variables``.
 
     Raises:
-        RankFailure: a process failed, or did not end within ``timeout`` seconds.
+        RankFailure: a process failed, or did not end.
+    """
+    codes, printed, errors = script_outcome(path, [()] * num_processes, **variables)
+    if codes != [0] * num_processes:
+        raise RankFailure(f"exit codes {codes}\n{printed}{errors}")
+    return printed
+
+
+def script_outcome(path, arguments, timeout=300.0, **variables):
+    """(exit codes, printed text, errors) of a process for each of ``arguments``, which are lists of words; the code of
+    one that did not end within ``timeout`` seconds is None.
     """
     wake(None)
-    places = [variables]
-    if num_processes > 1:
-        variables |= {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
+    size = len(arguments)
+    if size > 1:
+        variables |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        places = [{**variables, "RANK": rank, "LOCAL_RANK": rank} for rank in range(num_processes)]
     context, deadline = multiprocessing.get_context("forkserver"), time.monotonic() + timeout
-    processes = [context.Process(target=_script, args=(path, place)) for place in places]
+    processes = [
+        context.Process(
+            target=_script, args=(path, words, variables | ({"RANK": rank, "LOCAL_RANK": rank} if size > 1 else {}))
+        )
+        for rank, words in enumerate(arguments)
+    ]
     try:
         for process in processes:
             with _forking_from(()):
                 process.start()
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
-        codes = [process.exitcode for process in processes]  # None of what did not end
+        codes = [process.exitcode for process in processes]
     finally:
         for process in processes:
             if process.pid is not None:
                 process.kill()
-    printed, errors = (Path(f"{path}.{name}").read_text("utf-8") for name in OUTPUTS)
-    if codes != [0] * num_processes:
-        raise RankFailure(f"exit codes {codes}\n{printed}{errors}")
-    return printed
+    return codes, *(Path(f"{path}.{name}").read_text("utf-8") for name in OUTPUTS)
 
 
-def _script(path, place):
+def _script(path, words, variables):
     end_with_parent()
-    os.chdir(os.path.dirname(path))
-    os.environ.update({name: str(value) for name, value in place.items()})
+    sys.path.insert(0, str(path.parent))
+    os.chdir(path.parent)
+    os.environ.update({name: str(value) for name, value in variables.items()})
     for number, name in enumerate(OUTPUTS, 1):
         os.dup2(os.open(f"{path}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.argv = [str(path)]
+    sys.argv = [str(path), *words]
     runpy.run_path(str(path), run_name="__main__")
 
 

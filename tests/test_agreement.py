@@ -1,21 +1,14 @@
 """Ranks with different settings: all stop, with the flag, the values and the ranks that have them, and none waits."""
 
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import agreement_runs
 import pytest
 from agreement_runs import CASES
-from distributed import run_ranks
+from distributed import run_ranks, script_outcome
 from mindspeed_cp.arguments.compared import COMPARED, compared_arguments
-from trainer_runs import IMPORTED, environment
+from trainer_runs import IMPORTED
 
 from mindspeed_cp.agreement import named
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.cpu_only
 
 
@@ -110,25 +103,9 @@ HYBRID = "--context-parallel-size 4 --context-parallel-algo hybrid_cp_algo --uly
 def test_a_flag_that_one_rank_refuses_ends_all_at_once(tmp_path, flags, says):
     script = tmp_path / "train.py"
     script.write_text(PROGRAM)
-    start = time.monotonic()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, *words.split()],
-            cwd=ROOT,
-            env={**environment(), **_launched(rank, 20000 + os.getpid() % 20000)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, words in enumerate(flags)
-    ]
-    outputs = [process.communicate(timeout=100) for process in ranks]
-    assert [process.returncode for process in ranks] == [2, 2], outputs
-    errors = "".join(error for _, error in outputs).splitlines()
+    codes, printed, errors = script_outcome(script, [words.split() for words in flags], timeout=90)
+    assert codes == [2, 2], errors
+    errors = errors.splitlines()
     assert [part for part in says if not any(part in line for line in errors)] == [], errors
     assert len(errors) == len([line for line in errors if line.startswith("train.py: error: ")]) <= len(says)
-    assert time.monotonic() - start < 90 and not any(output for output, _ in outputs)
-
-
-def _launched(rank, port):
-    return {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    assert not printed

@@ -1,6 +1,5 @@
 """Every algorithm on a process group whose sends read late and whose receives write early gives the bits of gloo's."""
 
-import socket
 from dataclasses import replace
 
 import cases
@@ -9,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, attend_many
-from distributed import RankFailure, run_ranks
+from distributed import RankFailure, free_port, run_ranks
 
 pytestmark = pytest.mark.cpu_only
 
@@ -44,12 +43,6 @@ def problems():
         yield Case(config, cu_seqlens=PACKED, kv_heads=2, **FLOAT32)
     yield Case({**RING, "window_size": 2}, window=(7, 0), **FLOAT32)
     yield Case(RING, seq_len=23, dtype="bfloat16", share_from=None)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def on_delayed_group(rank, world_size, port, function, *arguments):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from compare_runs import main as compare_runs
 from compare_runs import plot
-from distributed import observe_ranks
+from distributed import free_port, observe_ranks
 from trainer.arguments import build_parser, parse_args
 from trainer.lengths import micro_batch_length
 from trainer_runs import (
@@ -17,7 +17,6 @@ from trainer_runs import (
     REPOSITORY,
     TINY,
     environment,
-    free_port,
     largest_difference,
     prepare_data,
     run_training,
