@@ -59,7 +59,6 @@ def judge(rank):
 def start_megatron(rank):
     """Messages of starts with settings that differ, then the context-parallel size of one that works."""
     from megatron.core import parallel_state
-    from trainer_runs import _release_groups
 
     from mindspeed_cp import ContextParallelConfig, megatron_adaptor
 
@@ -81,7 +80,6 @@ def start_megatron(rank):
     start(2, 0.1)
     found.append(megatron_adaptor.state().cp_size)
     parallel_state.destroy_model_parallel()
-    _release_groups()
     return found
 
 

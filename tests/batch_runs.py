@@ -4,7 +4,6 @@ Expected is always the same model without context parallelism that is given Mega
 """
 
 import contextlib
-import io
 import zlib
 from importlib.util import find_spec
 
@@ -12,6 +11,7 @@ import mamba_runs
 import reference
 import torch
 import torch.distributed as dist
+from kept_groups import megatron_groups
 from megatron_version import MINOR as VERSION
 from model_cases import MODEL, VOCABULARY
 
@@ -131,15 +131,9 @@ def configure(settings, cp_size=4, **documents):
 
 @contextlib.contextmanager
 def groups(settings, cp_size=4, pp_size=1):
-    from megatron.core import parallel_state
-    from trainer_runs import _release_groups
-
     configure(settings, cp_size)
-    with contextlib.redirect_stdout(io.StringIO()):
-        parallel_state.initialize_model_parallel(context_parallel_size=cp_size, pipeline_model_parallel_size=pp_size)
-    yield
-    parallel_state.destroy_model_parallel()
-    _release_groups()
+    with megatron_groups(context_parallel_size=cp_size, pipeline_model_parallel_size=pp_size):
+        yield
 
 
 def expected_of(documents, seed=5, **settings):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from distributed import device_type, run_ranks
+from kept_groups import KeptGroups
 from reference import allowed_pairs, attention_with_gradients
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -115,19 +116,22 @@ class Case:
         return "-".join(parts)
 
 
-_setups = {}
+_setups, _kept = {}, []
 
 
 def setup_of(config, share_from=0):
     """(ContextParallelConfig, ContextParallelGroups) of this rank; groups are made once per process, hierarchy and
-    way.
+    way, of communicators that those of other hierarchies use too.
     """
     from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
 
     config = ContextParallelConfig(**config)
     key = config.hierarchy, config.p2p, share_from
     if key not in _setups:
-        _setups[key] = ContextParallelGroups.build(config, share_from=share_from)
+        if not _kept:
+            _kept.append(KeptGroups(torch.distributed, "new_group"))
+        with _kept[0].reused():
+            _setups[key] = ContextParallelGroups.build(config, share_from=share_from)
     return config, _setups[key]
 
 

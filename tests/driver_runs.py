@@ -11,6 +11,7 @@ import io
 
 import torch
 import torch.distributed as dist
+from kept_groups import megatron_groups
 from model_cases import MODEL, RATE, VOCABULARY
 
 LENGTHS = (13, 1, 24, 7)  # of the documents, before padding
@@ -105,15 +106,11 @@ def activate(driver, cp_size, algorithm):
 
 def losses_of(driver, cp_size, algorithm):
     """The losses of ``STEPS`` steps of training."""
-    from megatron.core import parallel_state
-    from trainer_runs import _release_groups
-
     from mindspeed_cp import megatron_adaptor
 
     activate(driver, cp_size, algorithm)
     found = []
-    with contextlib.redirect_stdout(io.StringIO()):
-        parallel_state.initialize_model_parallel(context_parallel_size=cp_size)
+    with contextlib.redirect_stdout(io.StringIO()), megatron_groups(context_parallel_size=cp_size):
         model, state = _model(cp_size), megatron_adaptor.state()
         for step in range(STEPS):
             loss, alike = DRIVERS[driver](model, step, state.cp_rank, cp_size, state)
@@ -125,8 +122,6 @@ def losses_of(driver, cp_size, algorithm):
                 for parameter in model.parameters():
                     parameter.sub_(RATE * parameter.grad)
                     parameter.grad = None
-        parallel_state.destroy_model_parallel()
-        _release_groups()
     state.reset()
     return found
 

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from batch_runs import batch_of, build, configure, losses_of, mask_of, named
+from kept_groups import megatron_groups
 
 LONGEST = 64  # tokens of a sub-batch that is given all ranks
 EVEN, UNEVEN = (64, 32, 16, 8, 40, 16, 8), (61, 27, 16, 5, 33, 14, 9)
@@ -58,17 +59,11 @@ def parts(sample):
 
 @contextlib.contextmanager
 def dynamic_groups(settings, cp_size, tp_size=1):
-    from megatron.core import parallel_state
-    from trainer_runs import _release_groups
-
     configure(settings, cp_size)
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tp_size, context_parallel_size=cp_size, hybrid_context_parallel=True
-        )
-    yield said.getvalue()
-    parallel_state.destroy_model_parallel()
-    _release_groups()
+    with megatron_groups(
+        tensor_model_parallel_size=tp_size, context_parallel_size=cp_size, hybrid_context_parallel=True
+    ) as said:
+        yield said
 
 
 def _expected(samples, **settings):

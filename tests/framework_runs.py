@@ -4,6 +4,8 @@ import contextlib
 import io
 from argparse import Namespace
 
+from kept_groups import megatron_groups
+
 RING, ULYSSES, HYBRID, GATHER = "megatron_cp_algo", "ulysses_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo"
 
 
@@ -23,16 +25,10 @@ def transformer_config(cp_size, cp_comm_type=None):
 @contextlib.contextmanager
 def process_groups(**sizes):
     """Megatron's process groups; yields what was printed meanwhile."""
-    from megatron.core import parallel_state
-    from trainer_runs import _release_groups
-
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        parallel_state.initialize_model_parallel(**sizes)
-        try:
+        with megatron_groups(**sizes) as said:
+            printed.write(said)
             yield printed
-        finally:
-            parallel_state.destroy_model_parallel()
-            _release_groups()
 
 
 def attention_error(cp_size, cp_comm_type):

@@ -6,7 +6,6 @@ and updates must not depend on that.
 """
 
 import contextlib
-import io
 import math
 import warnings
 from functools import partial
@@ -16,6 +15,7 @@ from unittest import mock
 import reference
 import torch
 import torch.distributed as dist
+from kept_groups import megatron_groups
 from model_cases import BATCH, CASES, IN_BF16, MODEL, RATE, REMARKABLE, VERSION, build, packed_params, samples
 
 
@@ -276,9 +276,6 @@ def errors(results, exact):
 @contextlib.contextmanager
 def groups(settings):
     """Megatron's process groups for the settings of a ContextParallelConfig, and two more of other parts."""
-    from megatron.core import parallel_state
-    from trainer_runs import _release_groups
-
     from mindspeed_cp import ContextParallelConfig, TrainingSetup, megatron_adaptor
 
     settings = dict(settings)
@@ -288,10 +285,5 @@ def groups(settings):
         num_attention_heads=MODEL["num_attention_heads"], gather_size_calculator=calculator or "default"
     )
     megatron_adaptor.configure(config, setup=setup)
-    with contextlib.redirect_stdout(io.StringIO()):
-        parallel_state.initialize_model_parallel(
-            context_parallel_size=config.context_parallel_size, expert_model_parallel_size=ep_size
-        )
-    yield
-    parallel_state.destroy_model_parallel()
-    _release_groups()
+    with megatron_groups(context_parallel_size=config.context_parallel_size, expert_model_parallel_size=ep_size):
+        yield

@@ -16,8 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
+from kept_groups import of_megatron
 from mindspeed_cp.patches.step_log import log_patches
-from trainer_runs import IMPORTED, MegatronsGroups, prepare_data, tiny
+from trainer_runs import IMPORTED, prepare_data, tiny
 
 from mindspeed_cp.comm import watch as watch_module
 from mindspeed_cp.comm.link import Link
@@ -59,7 +60,7 @@ def _run(rank, cases):
     from trainer.arguments import parse_args
     from trainer.loop import pretrain
 
-    results, groups = {}, MegatronsGroups()
+    results, groups = {}, of_megatron()
     for name, argv in cases.items():
         text, written = io.StringIO(), []
         board = SimpleNamespace(SummaryWriter=partial(_Writer, written))

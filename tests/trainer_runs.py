@@ -2,12 +2,10 @@
 
 import math
 import os
-from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
 
 from distributed import run_ranks
+from kept_groups import of_megatron
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = (
@@ -62,65 +60,11 @@ def train(rank, cases):
     from trainer.arguments import parse_args
     from trainer.loop import pretrain
 
-    results, groups = {}, MegatronsGroups()
+    results, groups = {}, of_megatron()
     for name, argv in cases.items():
         with groups.reused():
             results[name] = pretrain(parse_args(argv, world_size=dist.get_world_size()))
     return results
-
-
-class MegatronsGroups:
-    """Gives a run the process groups of the runs before it: Megatron makes dozens, and making and ending them takes
-    seconds.
-
-    The n-th group of the same ranks that a run asks for is the n-th that others asked for, so that no two groups of one
-    run share a communicator. Our own groups are made and ended by every run.
-    """
-
-    def __init__(self):
-        import torch.distributed as dist
-        from megatron.core import parallel_state
-
-        self._create, self._destroy, self._groups = parallel_state.create_group, dist.destroy_process_group, {}
-
-    @contextmanager
-    def reused(self):
-        """Stands in for Megatron's ``create_group`` during one run."""
-        import torch.distributed as dist
-        from megatron.core import parallel_state
-
-        asked = Counter()
-
-        def create_group(ranks, timeout=None, **options):
-            asked[tuple(ranks), timeout] += 1
-            key = tuple(ranks), timeout, asked[tuple(ranks), timeout]
-            if key not in self._groups:
-                self._groups[key] = self._create(ranks, timeout=timeout, **options)
-            return self._groups[key]
-
-        def destroy_process_group(group=None):
-            if not any(group is kept for kept in self._groups.values()):
-                self._destroy(group)
-
-        with (
-            patch.object(parallel_state, "create_group", create_group),
-            patch.object(dist, "destroy_process_group", destroy_process_group),
-        ):
-            yield
-
-
-def _release_groups():
-    """End every process group but the world: Megatron only forgets its groups, and each keeps threads that poll."""
-    import gc
-
-    import torch.distributed as dist
-    from torch.distributed import distributed_c10d
-
-    dist.barrier()  # nobody closes a connection that another still reads from
-    for group in list(distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
-    gc.collect()
 
 
 def largest_difference(records, expected):
