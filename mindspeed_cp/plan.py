@@ -119,6 +119,8 @@ def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluste
     work = Work(model, given.seq_length, batch, given.micro_batch, given.mask_type)
     fixed = {name: getattr(given, name) for name in ("tp", "pp", "cp", "ep", "etp") if getattr(given, name) is not None}
     found, excluded = plans(work, given.devices, given.memory, cluster, fixed)
+    if given.shell:  # the scripts have no variable for a shorter last stage
+        found = [plan for plan in found if not plan.split.last_layers]
     if given.json:
         everything = {
             "basis": PREDICTION,
@@ -129,7 +131,7 @@ def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluste
         }
         print(json.dumps(everything, indent=2))
     elif not found:
-        print(f"mindspeed-cp plan: nothing fits: {excluded['everything']}", file=sys.stderr)
+        print(f"mindspeed-cp plan: nothing fits: {excluded.get('everything', 'in equal stages')}", file=sys.stderr)
     elif given.shell:
         print("\n".join(report.shell(found[0])))
     else:

@@ -11,8 +11,9 @@ from test_planner_training import TINY, UNIT, one
 from mindspeed_cp.plan import main
 from mindspeed_cp.planner import layers
 from mindspeed_cp.planner.models import MODELS, Experts, Latent
-from mindspeed_cp.planner.split import Split, Work, splits
-from mindspeed_cp.planner.training import problem_of
+from mindspeed_cp.planner.report import megatron_flags
+from mindspeed_cp.planner.split import Split, Work, sizes, splits
+from mindspeed_cp.planner.training import attention, planned, problem_of
 
 EXPERTS = Experts(8, 2, 64, 32, (False, True, True, True))
 MOE = dataclasses.replace(TINY, experts=EXPERTS, gated=True)
@@ -72,6 +73,24 @@ def test_the_fullest_and_slowest_stage_is_found_where_dense_layers_come_first():
     assert found.step.compute > even.step.compute
 
 
+def test_the_launch_scripts_get_equal_stages_alone(capsys):
+    sizes = ["--devices", "2", "--pp", "2", "--seq-length", "1024", "--memory", "1e12", "--cluster", "a100", "--shell"]
+    assert main(["--model", "deepseek-v2-lite", *sizes]) == 1
+    assert "nothing fits: in equal stages" in capsys.readouterr().err
+
+
+def test_the_last_stage_may_be_shorter_as_61_layers_need_it():
+    model = MODELS["deepseek-v3"]
+    assert [model.stage(number, 16) for number in (0, 1, 14, 15)] == [(3, 1), (0, 4), (0, 4), (0, 1)]
+    assert sum(sum(model.stage(number, 16)) for number in range(16)) == 61
+    cluster, excluded = dataclasses.replace(UNIT, devices_per_node=8), {}
+    found = list(splits(Work(model, 4096, 64), 64, cluster, {"tp": 1, "cp": 1, "ep": 2}, excluded))
+    assert {split.pp: split.last_layers for split in found} == {1: 0, 2: 30, 4: 13, 8: 5, 16: 1}
+    assert "61 layers" in excluded["pp 32"] and sizes(found[-1]).endswith("etp 1, last layers 1")
+    plan = planned(WORK, Split(1, 2, 1, 1, 1, 1, 1), attention(WORK, ALONE, UNIT).candidates[0], "none", UNIT)
+    assert "--decoder-last-pipeline-num-layers 1 " in megatron_flags(plan) + " "
+
+
 RULES = [
     ({"ep": 3}, "ep 3", "8 experts must be divisible by it"),
     ({"ep": 8}, "ep 8 x etp 1", "4 devices of a stage must be divisible by it"),
@@ -126,7 +145,7 @@ def test_mixtral_has_an_expert_on_each_device_of_a_node(capsys):
     sizes = ["--tp", "2", "--pp", "2", "--cp", "4", "--seq-length", "32768", "--memory", "80e9"]
     found = planned_json(capsys, "--model", "mixtral-8x7b", "--devices", "32", *sizes, "--cluster", "h100")
     best = found["plans"][0]
-    assert best["split"] == {"tp": 2, "pp": 2, "cp": 4, "dp": 2, "ep": 8, "etp": 1}
+    assert best["split"] == {"tp": 2, "pp": 2, "cp": 4, "dp": 2, "ep": 8, "etp": 1, "last_layers": 0}
     assert best["setting"].startswith("Ring") and "hidden behind" in best["reason"]
     assert "--expert-model-parallel-size 8 --expert-tensor-parallel-size 1" in best["flags"]
     # Sharing an expert between the ranks of tp gathers every token twice; ep 8 x etp 2 leaves the node too.

@@ -46,9 +46,13 @@ def local_tokens(work: Work, split: Split) -> int:
     return -(-work.seq_length // split.cp) * work.micro_batch
 
 
-@lru_cache(maxsize=4096)
 def held(work: Work, split: Split, with_experts: bool) -> Held:
-    model, tokens, counts = work.model, local_tokens(work, split), _counts(work.model, with_experts)
+    return _held(work.model, local_tokens(work, split), split, with_experts)
+
+
+@lru_cache(maxsize=4096)
+def _held(model: ModelShape, tokens: int, split: Split, with_experts: bool) -> Held:
+    counts = _counts(model, with_experts)
     # Inputs of both norms and of the projections after them, the low ranks twice, and the MLP's own; all split over tp.
     width = 4 * model.hidden + (2 * (model.latent.q_rank + model.latent.kv_rank) if model.latent else 0)
     router = routed = 0
@@ -64,9 +68,12 @@ def held(work: Work, split: Split, with_experts: bool) -> Held:
     return Held(counts.split // split.tp + counts.whole, routed, tokens * (HALF * width + router) // split.tp)
 
 
-@lru_cache(maxsize=4096)
 def forward(work: Work, split: Split, cluster: Cluster, with_experts: bool) -> Forward:
-    model, tokens = work.model, local_tokens(work, split)
+    return _forward(work.model, local_tokens(work, split), split, cluster, with_experts)
+
+
+@lru_cache(maxsize=4096)
+def _forward(model: ModelShape, tokens: int, split: Split, cluster: Cluster, with_experts: bool) -> Forward:
     flops = 2 * tokens * _counts(model, with_experts).active / split.tp
     row = tokens * model.hidden * HALF / split.tp  # of the tokens that a rank holds between the layers
     # A gather before and a scatter behind attention, and the dense MLP or the shared experts.

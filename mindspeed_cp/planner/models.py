@@ -127,12 +127,11 @@ class ModelShape:
         return out + query + key_value, norms + down
 
     def stage(self, number: int, of: int) -> tuple[int, int]:
-        """Layers (without, with) experts of one of so many equal pipeline stages."""
-        layers = self.num_layers // of
-        if self.experts is None:
-            return layers, 0
-        with_experts = sum(self.experts.layers[number * layers : (number + 1) * layers])
-        return layers - with_experts, with_experts
+        """Layers (without, with) experts of one of so many pipeline stages; the last one is shorter if need be."""
+        most = -(-self.num_layers // of)
+        layers = range(self.num_layers)[number * most : (number + 1) * most]
+        with_experts = sum(self.experts.layers[layer] for layer in layers) if self.experts else 0
+        return len(layers) - with_experts, with_experts
 
     @property
     def parameters(self) -> int:

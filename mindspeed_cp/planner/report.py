@@ -47,6 +47,8 @@ def megatron_flags(plan: Plan) -> str:
     split = plan.split
     line = f"--tensor-model-parallel-size {split.tp} --pipeline-model-parallel-size {split.pp}"
     line += " --sequence-parallel" if split.tp > 1 else ""
+    if split.last_layers:
+        line += f" --decoder-last-pipeline-num-layers {split.last_layers}"
     if split.ep:
         line += f" --expert-model-parallel-size {split.ep} --expert-tensor-parallel-size {split.etp}"
     if plan.recompute != "none":

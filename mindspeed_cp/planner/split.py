@@ -30,6 +30,7 @@ class Split:
 
     Args:
         ep, etp: of expert parallelism, and of tensor parallelism within an expert; 0 where the model has no experts.
+        last_layers: of the last pipeline stage where it is shorter than the others, else 0.
     """
 
     tp: int
@@ -38,6 +39,7 @@ class Split:
     dp: int
     ep: int = 0
     etp: int = 0
+    last_layers: int = 0
 
     @property
     def stage(self) -> int:
@@ -51,7 +53,7 @@ class Split:
 
 
 def sizes(split: Split) -> str:
-    return ", ".join(f"{name} {value}" for name, value in vars(split).items() if value)
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(split).items() if value)
 
 
 def splits(
@@ -69,8 +71,9 @@ def splits(
             excluded.setdefault(f"tp {tp}", str(error))
             continue
         for pp in _chosen(fixed.get("pp"), devices // tp):
-            if model.num_layers % pp:
-                excluded.setdefault(f"pp {pp}", f"{model.num_layers} layers must be divisible by it")
+            last = model.num_layers - (pp - 1) * -(-model.num_layers // pp)
+            if last < 1:
+                excluded.setdefault(f"pp {pp}", f"{model.num_layers} layers must be divisible by it, or nearly so")
                 continue
             for cp in _chosen(fixed.get("cp"), devices // tp // pp):
                 dp = devices // tp // pp // cp
@@ -80,7 +83,7 @@ def splits(
                     continue
                 for ep, etp in _expert_sizes(model, tp, tp * cp * dp, fixed, excluded):
                     some = True
-                    yield Split(tp, pp, cp, dp, ep, etp)
+                    yield Split(tp, pp, cp, dp, ep, etp, last if model.num_layers % pp else 0)
     if not some:
         rules = "; ".join(f"{what}: {rule}" for what, rule in excluded.items())
         rules = rules or ", ".join(f"--{name} {size}" for name, size in fixed.items()) + " must divide them"
