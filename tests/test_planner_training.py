@@ -85,6 +85,13 @@ def test_all_that_is_found_fits_and_the_fastest_comes_first():
     assert "leave the node of 4" in excluded["tp 8"] and "4 layers" in excluded["pp 8"]
 
 
+def test_too_few_tokens_for_a_rank_are_searched_where_they_are_asked_for():
+    _, excluded = plans(WORK, 8, 1e12, UNIT, {"tp": 1, "pp": 1})
+    assert excluded["cp 8"].startswith("a rank would have fewer than 256 tokens") and "cp 4" not in excluded
+    found, excluded = plans(WORK, 8, 1e12, UNIT, {"tp": 1, "pp": 1, "cp": 8})
+    assert {plan.split.cp for plan in found} == {8} and "cp 8" not in excluded
+
+
 def test_what_fits_nowhere_says_how_much_is_missing():
     found, excluded = plans(WORK, 2, 1e6, UNIT, {"tp": 1})
     assert found == [] and "the least that is needed is 0.0 GB" in excluded["everything"]

@@ -8,6 +8,8 @@ from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.models import ModelShape
 from mindspeed_cp.rules import heads_of_rank
 
+FEWEST_TOKENS = 256  # of a sequence on a rank, below which kernels starve and no search is worth its time
+
 
 @dataclass(frozen=True)
 class Work:
@@ -76,6 +78,11 @@ def splits(
                 excluded.setdefault(f"pp {pp}", f"{model.num_layers} layers must be divisible by it, or nearly so")
                 continue
             for cp in _chosen(fixed.get("cp"), devices // tp // pp):
+                if "cp" not in fixed and work.seq_length < cp * FEWEST_TOKENS and cp > 1:
+                    excluded.setdefault(
+                        f"cp {cp}", f"a rank would have fewer than {FEWEST_TOKENS} tokens; --cp plans it"
+                    )
+                    continue
                 dp = devices // tp // pp // cp
                 if work.global_batch % (dp * work.micro_batch):
                     samples = f"dp {dp} x --micro-batch {work.micro_batch}"
