@@ -113,6 +113,14 @@ def test_the_resolved_configuration_its_bytes_and_its_memory_are_shown(script):
     assert f"{(2 * one + 1024 * 16 * 4) / 1e6:,.1f} MB a layer" in kept and "8 layers" in kept
 
 
+def test_latent_attention_sends_keys_wider_than_values_for_every_head(script):
+    latent = "--multi-latent-attention --qk-head-dim 48 --qk-pos-emb-head-dim 16 --v-head-dim 32 --bf16"
+    found = said(
+        script, f"--context-parallel-size 4 --context-parallel-algo megatron_cp_algo --use-flash-attn {latent}"
+    )
+    assert f"{3 * 1024 * 16 * (64 + 32) * 2 / 1e6:,.1f} MB forward" in texts(found, "ok")[2]
+
+
 def test_fallbacks_are_notes_and_ignored_flags_are_warnings(script):
     found = said(
         script,

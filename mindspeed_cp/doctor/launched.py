@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mindspeed_cp.arguments import validate
-from mindspeed_cp.arguments.launch import misspelt, read_flags
+from mindspeed_cp.arguments.launch import misspelt
 from mindspeed_cp.config import ContextParallelConfig, TrainingSetup
 from mindspeed_cp.doctor import environment, launch
 from mindspeed_cp.doctor.finding import Finding, problem
@@ -18,6 +18,7 @@ from mindspeed_cp.doctor.installed import ask
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionKernel, memory_order
 from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.planner import megatron_flags
 from mindspeed_cp.planner.memory import attention_bytes
 from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.rules import heads_of_rank
@@ -42,7 +43,7 @@ def examined(command: str, device: str) -> tuple[list[Finding], dict[str, str]]:
 def findings(started: launch.Launch, device: str) -> Iterator[Finding]:
     """Whether the launch switches context parallelism on, what it resolves to, costs, and gets wrong."""
     try:
-        args, rest = read_flags(started.flags)
+        args, rest = megatron_flags.parsed(started.flags)
     except ValueError as error:
         yield problem(str(error))
         return
@@ -127,15 +128,13 @@ def resolved(args: argparse.Namespace, world_size: int, device: str) -> Iterator
 
 def problem_of(args: argparse.Namespace, setup: TrainingSetup) -> Problem | str:
     """The attention of one layer, or which flag is missing for it."""
-    if args.multi_latent_attention:
-        return "multi-latent attention: its bytes and memory are not estimated"
-    if not (args.kv_channels or args.hidden_size) or args.num_attention_heads == 1:
+    if not (args.kv_channels or args.hidden_size or args.multi_latent_attention) or args.num_attention_heads == 1:
         return "bytes and memory need --num-attention-heads and --hidden-size (or --kv-channels)"
-    heads, tp = args.num_attention_heads, setup.tensor_parallel_size
-    dim = args.kv_channels or args.hidden_size // heads
-    of_rank = heads_of_rank(heads, setup.num_query_groups or heads, tp)
+    heads, kv_heads, dk, dv = megatron_flags.attention_sizes(args)
+    tp = setup.tensor_parallel_size
+    of_rank = heads_of_rank(heads, kv_heads, tp)
     dtype = torch.bfloat16 if args.bf16 or args.fp16 else torch.float32
-    return Problem(args.seq_length, *of_rank, dim, dim, args.micro_batch_size, dtype, stride=tp)
+    return Problem(args.seq_length, *of_rank, dk, dv, args.micro_batch_size, dtype, stride=tp)
 
 
 def cost(

@@ -59,13 +59,11 @@ class MegatronFlags:
             flags = ", ".join(f"--{name}" for name in self.missing)
             raise ValueError(f"{flags} not given; a model by Megatron's flags needs all of them, or give --model.")
         args, gated = self.args, self.args.swiglu or self.args.quick_geglu
-        heads, hidden, layers = args.num_attention_heads, args.hidden_size, args.num_layers
-        kv_heads = args.num_query_groups if args.group_query_attention and args.num_query_groups else heads
+        heads, kv_heads, dk, dv = attention_sizes(args)
+        hidden, layers = args.hidden_size, args.num_layers
         ffn = args.ffn_hidden_size or (hidden * 8 // 3 // 64 * 64 if args.swiglu else 4 * hidden)
-        dk = dv = args.kv_channels or _divided(hidden, heads)
         latent = None
         if args.multi_latent_attention:
-            dk, dv, kv_heads = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim, heads
             latent = Latent(args.q_lora_rank or 0, args.kv_lora_rank, args.qk_pos_emb_head_dim)
         tied, experts = not args.untie_embeddings_and_output_weights, _experts(args, ffn)
         return ModelShape(
@@ -73,11 +71,11 @@ class MegatronFlags:
         )  # fmt: skip
 
 
-def read(flags: Sequence[str]) -> MegatronFlags:
-    """Read a command line; what it holds besides sizes is the training's business.
+def parsed(flags: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """(the flags of context parallelism and of a model's sizes, the rest of the line).
 
     Raises:
-        ValueError: a value is wrong, or a flag changes the sizes in a way that the planner does not know.
+        ValueError: the value of a flag is wrong.
     """
     args, rest = read_flags(flags)
     parser = bare_parser("plan")
@@ -86,7 +84,31 @@ def read(flags: Sequence[str]) -> MegatronFlags:
     for flag in SWITCHES:
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--moe-layer-freq", default="1")
-    args = Namespace(**vars(args), **vars(known_flags(parser, rest)[0]))
+    sizes, rest = known_flags(parser, rest)
+    return Namespace(**vars(args), **vars(sizes)), rest
+
+
+def attention_sizes(args: Namespace) -> tuple[int, int, int, int]:
+    """(query heads, KV heads, head size of keys, of values) as attention has them.
+
+    Raises:
+        ValueError: --hidden-size is no multiple of the heads.
+    """
+    heads = args.num_attention_heads
+    if args.multi_latent_attention:
+        return heads, heads, args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
+    kv_heads = args.num_query_groups if args.group_query_attention and args.num_query_groups else heads
+    dim = args.kv_channels or _divided(args.hidden_size, heads)
+    return heads, kv_heads, dim, dim
+
+
+def read(flags: Sequence[str]) -> MegatronFlags:
+    """Read a command line; what it holds besides sizes is the training's business.
+
+    Raises:
+        ValueError: a value is wrong, or a flag changes the sizes in a way that the planner does not know.
+    """
+    args, _ = parsed(flags)
     named = {token.partition("=")[0].removeprefix("--") for token in flags if token.startswith("--")}
     refused = [name for name in REFUSED if name in named]
     if refused:
