@@ -14,7 +14,7 @@ from mindspeed_cp.comm.workspace import Workspace
 from mindspeed_cp.kernels.base import AttentionKernel, accumulation_dtype
 from mindspeed_cp.notices import warn_rank0
 
-CHUNK_ELEMENTS = 1 << 16  # a converted chunk of 256 KiB stays in a core's second-level cache
+CHUNK_ELEMENTS = 1 << 17  # a converted chunk of 512 KiB stays in a core's second-level cache
 
 Merge = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Any]
 
@@ -180,10 +180,10 @@ class RowSum:
 
 
 class KVPartial:
-    """The gradients of one shard of keys and values from this rank's blocks, written into ``targets``.
+    """The gradients of one shard of keys and values from this rank's blocks.
 
-    One block of the whole batch is copied straight into the targets, and so rounded once if they are wire buffers.
-    Several are summed in the accumulation dtype first. Rows that no block touches are 0.
+    Those of one block of the whole batch are stored as they are, and so rounded once if they travel. Several blocks are
+    summed in the accumulation dtype first. Rows that no block touches are 0.
     """
 
     def __init__(self, targets: Sequence[torch.Tensor], single: bool, workspace: Workspace, accumulates: bool) -> None:
@@ -191,6 +191,7 @@ class KVPartial:
         accumulates: the targets are in the accumulation dtype.
         """
         self._targets, self._single, self._sums = targets, single, targets
+        self._grads: Sequence[torch.Tensor] = ()  # of the one block
         dtype = accumulation_dtype(targets[0].dtype)
         if not single and not accumulates and dtype != targets[0].dtype:
             self._sums = [
@@ -203,15 +204,28 @@ class KVPartial:
                 total.zero_()
 
     def add(self, rows: slice, batch: slice, grads: Sequence[torch.Tensor]) -> None:
+        if self._single:
+            self._grads, self._covered = grads, rows
+            return
         for total, grad in zip(self._sums, grads):
-            part = total[rows, batch]
-            part.copy_(grad) if self._single else add_in_place(part, grad)
-        self._covered = rows
+            add_in_place(total[rows, batch], grad)
 
     def store(self) -> None:
+        """Write the gradients of the whole shard into the targets."""
         for target, total in zip(self._targets, self._sums):
             if self._single:
                 target[: self._covered.start].zero_()
                 target[self._covered.stop :].zero_()
             elif total is not target:
                 target.copy_(total)
+        for target, grad in zip(self._targets, self._grads):
+            target[self._covered].copy_(grad)
+
+    def rows(self, ranges: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """These rows, (start, stop), of the key's gradient and of the value's; in the targets, unless one block made
+        just them.
+        """
+        if not ranges or (self._grads and ranges == ((self._covered.start, self._covered.stop),)):
+            return list(self._grads) if ranges else []
+        self.store()
+        return [target[start:stop] for target in self._targets for start, stop in ranges]

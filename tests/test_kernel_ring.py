@@ -225,11 +225,11 @@ def test_a_kernel_gets_the_order_of_memory_that_it_asks_for():
 
 
 @pytest.mark.cpu_only
-def test_whole_shards_and_their_gradients_travel_without_a_copy_in_any_order():
+def test_whole_shards_travel_without_a_copy_in_any_order():
     cases = [
         Case({"context_parallel_size": 4, **setting}, seq_len=32, batch=2, share_from=None)
         for setting in (*RINGS, *GATHERED)
         if "kv_exchange" not in setting
     ]
     for rank in run_ranks(4, attend_in_order, cases):
-        assert [copied for found in rank for _, copied in found] == [Counter()] * len(cases) * len(ORDERS)
+        assert [copied["kv"] for found in rank for _, copied in found] == [0] * len(cases) * len(ORDERS)

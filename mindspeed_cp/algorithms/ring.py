@@ -251,9 +251,10 @@ def ring_backward(
             )
             dq.add(rows, batch, block_dq)
             partial.add(keys, batch, block_dkv)
-        partial.store()
-        if t > 0:
-            returns.send(j, t, source, target)
+        if t == 0:
+            partial.store()
+        else:
+            returns.send(j, t, partial.rows(problem.channel.rows_needed(problem.rank, source)))
         if t + 1 == problem.channel.place.window:
             returns.end(j)
     dk, dv = returns.finish()

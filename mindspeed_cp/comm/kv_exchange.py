@@ -19,12 +19,10 @@ from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.messages import Pending, as_stored, end_to_end, flat_memory
 from mindspeed_cp.comm.schedule import RingPlace
 from mindspeed_cp.kernels.base import MemoryOrder
-from mindspeed_cp.softmax import add_in_place
 
 Rows = tuple[tuple[int, int], ...]
 Tensors = tuple[torch.Tensor, ...]
 Stream = Iterator[tuple[int, Tensors]]
-_Waiting = tuple[Pending[None], Sequence[torch.Tensor], Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -162,8 +160,8 @@ class GradientReturn:
     accumulation dtype; the window's sum crosses windows once, to the owner. Each partial is so rounded once to the wire
     dtype, and once more when it crosses windows. Without windows the first holder is the owner.
 
-    Use: in window j, ``begin(j)`` gives the buffer of inner step 0 and ``wire(t, source)`` that of step t > 0, which
-    ``send(j, t, source, partial)`` then takes; ``end(j)`` closes the window; ``finish`` returns the sum for the own
+    Use: in window j, ``begin(j)`` gives the buffer of inner step 0 and ``wire(t, source)`` one for step t > 0;
+    ``send(j, t, leaving)`` takes its needed rows; ``end(j)`` closes the window; ``finish`` returns the sum for the own
     rows.
     """
 
@@ -171,8 +169,8 @@ class GradientReturn:
         """own: accumulators for this rank's rows, which step 0 fills; like: tensors with the wire dtype."""
         self._channel, self._own, self._like = channel, own, like
         self._window_sum = own
-        self._inner: _Waiting | None = None
-        self._outer: _Waiting | None = None
+        self._inner: Pending[None] | None = None
+        self._outer: Pending[None] | None = None
 
     def begin(self, j: int) -> Tensors:
         """The accumulators that the partial of inner step 0 of window j is to be written into."""
@@ -181,22 +179,24 @@ class GradientReturn:
         return self._window_sum
 
     def wire(self, t: int, source: int) -> Tensors:
-        """The buffer that the partial of inner step t > 0 is to be written into, in the wire dtype."""
+        """A buffer for the partial of inner step t > 0, in the wire dtype."""
         return self._channel.buffer(f"dkv.wire{t % 2}", self._like, source)
 
-    def send(self, j: int, t: int, source: int, partial: Tensors) -> None:
-        """Send ``partial`` to the first holder of ``source`` and take the peer's partial for the shard held first
-        here.
+    def send(self, j: int, t: int, leaving: Sequence[torch.Tensor]) -> None:
+        """Send the partial of inner step t to the first holder of its shard, and take the peer's for the shard held
+        first here.
+
+        Args:
+            leaving: the rows that this rank needed of the shard, of the key's gradient and then of the value's.
         """
         channel, place = self._channel, self._channel.place
         peer, held = place.peer(0, t), place.peer(-j, 0)
-        received = channel.buffer(f"dkv.inner{t % 2}", self._like, held)
-        arriving = parts(received, channel.rows_needed(peer, held))
+        arriving = parts(self._window_sum, channel.rows_needed(peer, held))
         pending = channel.link.exchange(
-            [(place.peer(0, -t), parts(partial, channel.rows_needed(place.rank, source)))], [(peer, arriving)], "dkv"
+            [(place.peer(0, -t), leaving)], [(peer, arriving)], "dkv", add_in=self._like[0].dtype
         )
         self._drain_inner()
-        self._inner = pending, arriving, parts(self._window_sum, channel.rows_needed(peer, held))
+        self._inner = pending
 
     def end(self, j: int) -> None:
         """Close window j: its sum goes to the owner, while the next window is computed."""
@@ -207,15 +207,12 @@ class GradientReturn:
             return
         source, peer = place.peer(-j, 0), place.peer(j, 0)
         leaving: Tensors = ()
-        arriving: Tensors = ()
         if self._window_reads(place.rank, source):
             leaving = channel.buffer("dkv.crossing", self._like, source)
             for wire, total in zip(leaving, self._window_sum):
                 wire.copy_(total)
-        if self._window_reads(peer, place.rank):
-            arriving = channel.buffer("dkv.outer", self._like, place.rank)
-        pending = channel.outer.exchange([(source, leaving)], [(peer, arriving)], "dkv")
-        self._outer = pending, arriving, self._own
+        arriving = self._own if self._window_reads(peer, place.rank) else ()
+        self._outer = channel.outer.exchange([(source, leaving)], [(peer, arriving)], "dkv", add_in=self._like[0].dtype)
 
     def _window_reads(self, member: int, source: int) -> bool:
         """Whether any rank of ``member``'s window has a block against the shard of ``source``."""
@@ -229,20 +226,14 @@ class GradientReturn:
         return self._own
 
     def _drain_inner(self) -> None:
-        _add_received(self._inner)
+        if self._inner is not None:
+            self._inner.wait()
         self._inner = None
 
     def _drain_outer(self) -> None:
-        _add_received(self._outer)
+        if self._outer is not None:
+            self._outer.wait()
         self._outer = None
-
-
-def _add_received(waiting: _Waiting | None) -> None:
-    if waiting is not None:
-        pending, received, targets = waiting
-        pending.wait()
-        for target, part in zip(targets, received):
-            add_in_place(target, part)
 
 
 def paired(*streams: Iterable[tuple[int, Tensors]]) -> Stream:

@@ -69,6 +69,7 @@ class Link:
         sends: Sequence[tuple[int, Sequence[torch.Tensor]]],
         receives: Sequence[tuple[int, Sequence[torch.Tensor]]],
         purpose: str,
+        add_in: torch.dtype | None = None,
     ) -> Pending[None]:
         """Send and receive messages.
 
@@ -76,14 +77,16 @@ class Link:
             sends, receives: (rank, tensors that lie end to end in the message); every rank at most once. What is
                 contiguous travels without a copy.
             purpose: what the bytes count as; what follows a dot in it tells streams apart and is not counted.
+            add_in: the dtype of messages that are added to the tensors of ``receives`` by ``wait``; None for messages
+                in the tensors' own dtype, which take their place.
         """
         for ends in (sends, receives):
             assert len({rank for rank, _ in ends}) == len(ends), "two messages for one rank in a batch"
         batch = Batch(self, purpose)
         for rank, tensors in receives:
-            batch.receive(rank, _end_to_end(tensors))
+            batch.receive(rank, _end_to_end(tensors, add_in, adds=add_in is not None))
         for rank, tensors in sends:
-            message = _end_to_end(tensors)
+            message = _end_to_end(tensors, add_in)
             batch.send(rank, message)
             if message.numel:
                 record({batch.purpose: message.num_bytes})
@@ -260,10 +263,11 @@ class Link:
             ) from error
 
 
-def _end_to_end(tensors: Sequence[torch.Tensor]) -> Message:
-    if len(tensors) == 1:
-        return Message(((tensors[0],),), tensors[0].dtype)
-    return Message.joined(Message(((tensor,),), tensor.dtype) for tensor in tensors)
+def _end_to_end(tensors: Sequence[torch.Tensor], dtype: torch.dtype | None = None, adds: bool = False) -> Message:
+    if dtype is None:
+        dtype = tensors[0].dtype if tensors else torch.float32
+    message = Message(tuple((tensor,) for tensor in tensors), dtype, adds)
+    return message if adds or len(tensors) == 1 else Message.joined([message])
 
 
 # Of every process group, as long as it lives: the number of its last message; and (workspace, carrier) of those that

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import torch
 
 from mindspeed_cp.kernels.base import MemoryOrder
+from mindspeed_cp.softmax import add_in_place
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -47,26 +48,19 @@ class Message:
         blocks: they lie end to end in the message. The tensors of one block, (rows, batch, heads, head_dim) with the
             same rows and batch, lie side by side there for every row; one alone may have any shape.
         dtype: that of the message, whatever the tensors' own.
+        adds: what is received is added to the tensors, and so lands elsewhere first.
     """
 
     blocks: tuple[tuple[torch.Tensor, ...], ...]
     dtype: torch.dtype
+    adds: bool = False
 
     @classmethod
     def joined(cls, messages: Iterable["Message"]) -> "Message":
         """Messages of one dtype end to end, in as few blocks as the memory of their tensors allows."""
-        blocks: list[tuple[torch.Tensor, ...]] = []
-        dtype = torch.float32
-        for message in messages:
-            dtype = message.dtype
-            for block in message.blocks:
-                if not any(tensor.numel() for tensor in block):
-                    continue
-                if blocks and _go_on(blocks[-1], block):
-                    blocks[-1] = tuple(map(_with_more_rows, blocks[-1], block))
-                else:
-                    blocks.append(block)
-        return cls(tuple(blocks), dtype)
+        messages = list(messages)
+        dtype = messages[-1].dtype if messages else torch.float32
+        return cls(_joined([block for message in messages for block in message.blocks]), dtype)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -87,7 +81,9 @@ class Message:
     @cached_property
     def in_place(self) -> torch.Tensor | None:
         """The message, flat, where the tensors' memory is it already; else None."""
-        blocks = self.blocks if len(self.blocks) == 1 else Message.joined([self]).blocks
+        if self.adds:
+            return None
+        blocks = self.blocks if len(self.blocks) == 1 else _joined(self.blocks)
         if not self.numel or any(len(block) > 1 for block in blocks):
             return None
         tensors = [tensor for (tensor,) in blocks]
@@ -104,18 +100,21 @@ class Message:
             part.copy_(tensor)
 
     def read(self, flat: torch.Tensor) -> None:
-        """Copy a flat message into the tensors."""
+        """Copy a flat message into the tensors, or add it to them."""
         if self.in_place is not None:
             self.in_place.copy_(flat)
             return
         for part, tensor in zip(self._apart(flat), self.tensors, strict=True):
-            tensor.copy_(part)
+            if self.adds:
+                add_in_place(tensor, part)
+            else:
+                tensor.copy_(part)
 
     def _apart(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Views of a flat message, one with the shape of each tensor."""
         parts: list[torch.Tensor] = []
         sizes = [sum(tensor.numel() for tensor in block) for block in self.blocks]
-        for block, part in zip(self.blocks, flat.split(sizes)):
+        for block, part in zip(self.blocks, flat.split_with_sizes(sizes)):
             if len(block) == 1:
                 parts.append(part.view(block[0].shape))
                 continue
@@ -141,7 +140,7 @@ def end_to_end(
 ) -> tuple[torch.Tensor, ...]:
     """Tensors of these shapes end to end in ``flat``: contiguous, or (seq, batch, heads, dim) in an order of memory."""
     sizes = [math.prod(shape) for shape in shapes]
-    parts = zip(flat.split(sizes), shapes)
+    parts = zip(flat.split_with_sizes(sizes), shapes)
     if order != "heads":
         return tuple(part.view(shape) for part, shape in parts)
     return tuple(part.view(batch, heads, seq, dim).permute(2, 0, 1, 3) for part, (seq, batch, heads, dim) in parts)
@@ -181,6 +180,19 @@ def copy_message(source: Message, target: Message) -> None:
         flat = source.tensors[0].new_empty(source.numel, dtype=source.dtype)
         source.write(flat)
         target.read(flat)
+
+
+def _joined(blocks: Iterable[tuple[torch.Tensor, ...]]) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """The blocks in as few as the memory of their tensors allows, without empty ones."""
+    found: list[tuple[torch.Tensor, ...]] = []
+    for block in blocks:
+        if not any(tensor.numel() for tensor in block):
+            continue
+        if found and _go_on(found[-1], block):
+            found[-1] = tuple(map(_with_more_rows, found[-1], block))
+        else:
+            found.append(block)
+    return tuple(found)
 
 
 def _go_on(before: tuple[torch.Tensor, ...], after: tuple[torch.Tensor, ...]) -> bool:

@@ -3,12 +3,14 @@
     heads -> sequence   (seq_local, batch, heads, dim), all heads    -> (seq, batch, heads_local, dim)
     sequence -> heads   (seq, batch, heads_local, dim)               -> (seq_local, batch, heads, dim)
 
-Several tensors travel in one message: each rank gets, for every token, its heads of all of them side by side. After the
-exchange the sequence ascends, in whatever order the ranks hold it: the copy that unpacks puts the rows in place.
+Several tensors travel in one message: each rank gets, for every token, its heads of all of them side by side, or one
+tensor after the other where the kernel wants an order of memory (``unpack``). After the exchange the sequence ascends,
+in whatever order the ranks hold it: the copy that unpacks puts the rows in place.
 Sequence-first tensors make one side of each exchange a plain slice where ranks hold one range each, in rank order: one
-copy before or after it and none on the other side, unless the kernel wants another order of memory (``unpack``).
+copy before or after it and none on the other side, unless ``unpack`` asks for one.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +18,7 @@ import torch
 
 from mindspeed_cp.comm.counters import record
 from mindspeed_cp.comm.link import Link, Stamp
-from mindspeed_cp.comm.messages import Message, Pending, end_to_end
+from mindspeed_cp.comm.messages import Message, Pending, as_stored, end_to_end
 from mindspeed_cp.kernels.base import MemoryOrder, accumulation_dtype
 
 Rows = tuple[tuple[int, int], ...]
@@ -101,12 +103,12 @@ class SequenceExchange:
             Pending of a list of (seq, batch, heads_local, dim).
         """
         like, lengths = tensors[0], self.lengths
-        leaving = [
-            Message((tuple(tensor[:, :, part.shares[rank]] for part, tensor in zip(parts, tensors)),), like.dtype)
-            for rank in range(self.size)
-        ]
+        leaving = []
+        for rank in range(self.size):
+            heads = [tensor[:, :, part.shares[rank]] for part, tensor in zip(parts, tensors)]
+            leaving.append(self._message(heads, _consecutive(self.rows[self.rank]), like.dtype, self.unpack))
         results, wholes = self._results(parts, like, name)
-        arriving = [self._rows_of(wholes, rank, like.dtype) for rank in range(self.size)]
+        arriving = [self._message(wholes, ranges, like.dtype, self.unpack) for ranges in self.rows]
         batch = like.shape[1]
         table = [[length * batch * _width(parts, rank) for rank in range(self.size)] for length in lengths]
         pending = self._trade(leaving, arriving, table, self.stamp, self.check)
@@ -128,7 +130,7 @@ class SequenceExchange:
             float32 (float64 for float64).
         """
         like, batch, length = tensors[0].new_empty(0, dtype=dtype), tensors[0].shape[1], self.lengths[self.rank]
-        leaving = [self._rows_of(tensors, rank, dtype) for rank in range(self.size)]
+        leaving = [self._message(tensors, ranges, dtype) for ranges in self.rows]
         joined = [like.new_empty((length, batch, part.total_count, part.dim)) for part in parts]
         arriving = [
             Message((tuple(_heads_from(part, tensor, rank) for part, tensor in zip(parts, joined)),), dtype)
@@ -148,7 +150,7 @@ class SequenceExchange:
         whole = tensor.new_empty((sum(self.lengths), *tensor.shape[1:]))
         for rank, shard in enumerate(shards):
             if len(shard):
-                self._rows_of([whole], rank, tensor.dtype).read(shard.reshape(-1))
+                self._message([whole], self.rows[rank], tensor.dtype).read(shard.reshape(-1))
         return whole
 
     @property
@@ -156,10 +158,15 @@ class SequenceExchange:
         ends = [end for ranges in self.rows for span in ranges for end in span]
         return ends == sorted(ends)
 
-    def _rows_of(self, wholes: Sequence[torch.Tensor], rank: int, dtype: torch.dtype) -> Message:
-        """The message of ``rank``'s tokens of tensors of the whole sequence."""
-        ranges = self.rows[rank] or ((0, 0),)
-        return Message(tuple(tuple(whole[start:stop] for whole in wholes) for start, stop in ranges), dtype)
+    @staticmethod
+    def _message(
+        tensors: Sequence[torch.Tensor], ranges: Rows, dtype: torch.dtype, order: MemoryOrder | None = None
+    ) -> Message:
+        """The message of these rows of the tensors."""
+        blocks = [[tensor[start:stop] for tensor in tensors] for start, stop in ranges or ((0, 0),)]
+        if order is None:
+            return Message(tuple(map(tuple, blocks)), dtype)
+        return Message(tuple((as_stored(tensor, order),) for block in blocks for tensor in block), dtype)
 
     def _results(self, parts, like, name):
         """(tensors (seq, batch, heads_local, dim), in memory as ``unpack`` says, and what to receive into)."""
@@ -206,6 +213,12 @@ class SequenceExchange:
             leaving = sum(sizes) - sizes[self.rank] if self.alltoall else sum(sizes) * (self.size - 1)
             sent[part.purpose] = sent.get(part.purpose, 0) + leaving * like.element_size()
         record(sent)
+
+
+def _consecutive(ranges: Rows) -> Rows:
+    """Where these ranges lie when they are held one after the other."""
+    ends = [0, *itertools.accumulate(stop - start for start, stop in ranges)]
+    return tuple(zip(ends, ends[1:]))
 
 
 def _width(parts: Sequence[Part], rank: int) -> int:
