@@ -2,7 +2,8 @@
 
 ``python scripts/bench_attention.py``            forward + backward over the ideal T(1 rank) / ranks, per algorithm,
                                                  beside the floor: all ranks compute their share of the heads, without
-                                                     communication
+                                                     communication; T(1 rank) is this project's kernel and, in a column
+                                                     of its own, torch's operator as it is
 ``python scripts/bench_attention.py --stub``     communication, merging and copying alone: the kernel returns empty
                                                  outputs, CPU time per rank, beside a straightforward reference ring
 
@@ -23,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
+from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 
 from mindspeed_cp import (  # noqa: E402
     ContextParallelConfig,
@@ -35,6 +37,7 @@ from mindspeed_cp.kernels import select_kernel  # noqa: E402
 
 
 FLOOR = "floor: no communication"
+TORCH = "torch's operator"
 
 
 class StubKernel:
@@ -86,6 +89,13 @@ def sample(shape, kv_heads, dtype, seed=0):
     seq, heads, dim = shape
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(seq, 1, h, dim, generator=generator).to(dtype) for h in (heads, kv_heads, kv_heads, heads)]
+
+
+def torch_attention(query, key, value):
+    """torch's own attention of the whole sequence, on one rank."""
+    query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
+    return out.permute(2, 0, 1, 3)
 
 
 def step(attend, tensors, grad_out):
@@ -184,7 +194,8 @@ def measure(rank, ranks, port, options):
             layout=SequenceLayout.build(config, options.seq_length),
             kernel=kernel,
         )
-        cases["1 rank"] = partial(step, single, whole[:3], whole[3]) if rank == 0 else (lambda: None)
+        for name, attend in (("1 rank", single), (TORCH, torch_attention)):
+            cases[name] = partial(step, attend, whole[:3], whole[3]) if rank == 0 else (lambda: None)
         if options.kv_heads % ranks == 0:
             share = [
                 tensor.chunk(ranks, dim=2)[rank].permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
@@ -217,10 +228,15 @@ def report(times, traffic, ranks, options):
     )
     base = medians.pop("reference ring") if options.stub else medians.pop("1 rank") / ranks
     label = "reference ring, CPU time per rank" if options.stub else f"ideal T(1 rank) / {ranks}"
-    print(f"| variant | median ms | over {label} | mean MB sent per rank |\n| --- | ---: | ---: | ---: |")
-    print(f"| {label} | {base * 1e3:.1f} | 1.00 | |")
-    for name, median in medians.items():
-        print(f"| {name} | {median * 1e3:.1f} | {median / base:.2f} | {traffic[name] / ranks / 1e6:.1f} |")
+    columns = {f"over {label}": base}
+    if not options.stub:
+        columns[f"over {TORCH}: T(1 rank) / {ranks}"] = medians.pop(TORCH) / ranks
+    print(f"| variant | median ms | {' | '.join(columns)} | mean MB sent per rank |")
+    print(f"| --- | ---: | {'---: | ' * len(columns)}---: |")
+    for name, median in {label: base, **medians}.items():
+        ratios = " | ".join(f"{median / of:.2f}" for of in columns.values())
+        sent = f"{traffic[name] / ranks / 1e6:.1f}" if name in traffic else ""
+        print(f"| {name} | {median * 1e3:.1f} | {ratios} | {sent} |")
 
 
 def main():

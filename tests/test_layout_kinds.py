@@ -1,10 +1,17 @@
 """Layouts as values: document zigzag, layouts that somebody else made, and what tells a batch's names apart."""
 
+import itertools
+import random
+
+import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, gather_sequence, shard_batch
+from mindspeed_cp.algorithms.ring_plan import RingPlan
 from mindspeed_cp.blocks import IntervalMask, plan_blocks
 from mindspeed_cp.compat.ring_layout import document_layout, row_layout
 from mindspeed_cp.layout import split_sizes
@@ -91,6 +98,50 @@ def test_balanced_layout_gives_every_ring_rank_equal_tokens_and_equal_area(name,
     assert max(areas) * len(areas) / sum(areas) <= 1.05
     together = torch.cat([layout.positions(rank) for rank in range(cp)])
     assert torch.equal(together.sort().values, torch.arange(documents[-1]))
+
+
+LENGTHS = {
+    "short": lambda draw: draw.randint(64, 512),
+    "lognormal": lambda draw: int(draw.lognormvariate(6.5, 1.3)),
+    "pareto": lambda draw: int(100 * draw.paretovariate(0.9)),
+    "one long and many short": lambda draw: draw.randint(64, 256),
+}
+
+
+def drawn_documents(name, seq_len, seed):
+    """cu_seqlens of a row filled with documents of this distribution, in random order."""
+    draw = random.Random(seed)
+    lengths = [seq_len // 2] if name == "one long and many short" else []
+    while sum(lengths) < seq_len:
+        lengths.append(max(1, LENGTHS[name](draw)))
+    draw.shuffle(lengths)
+    return (0, *(end for end in itertools.accumulate(lengths) if end < seq_len), seq_len)
+
+
+@settings(max_examples=40, derandomize=True, deadline=None, database=None)
+@given(st.sampled_from(list(LENGTHS)), st.integers(4000, 9000), st.integers(0, 1000), st.integers(2, 16), st.booleans())
+def test_documents_of_any_distribution_are_balanced_and_only_rows_that_some_query_sees_travel(
+    name, seq_len, seed, cp, causal
+):
+    documents = drawn_documents(name, seq_len, seed)
+    mask_type = "causal" if causal else "full"
+    layout = SequenceLayout.build(
+        config(cp, batch_layout="balanced", attention_mask_type=mask_type), seq_len, documents
+    )
+    lengths = [layout.ring_length(rank) for rank in range(cp)]
+    assert max(lengths) - min(lengths) <= 1
+    plan = RingPlan(layout, (IntervalMask(None, 0 if causal else None, documents),), False, exact=True)
+    areas = [plan.area(rank, 1) for rank in range(cp)]
+    assert max(areas) * cp <= 1.10 * sum(areas)
+    document = np.repeat(np.arange(len(documents) - 1), np.diff(documents))
+    held = [layout.positions(rank).numpy() for rank in range(cp)]
+    for reader in range(cp):
+        last = np.full(len(documents) - 1, -1)  # of each document, the last position that the reader holds
+        np.maximum.at(last, document[held[reader]], held[reader])
+        for source in range(cp):
+            seen = last[document[held[source]]] >= (held[source] if causal else 0)
+            rows = [row for start, stop in plan.rows_needed(reader, source) for row in range(start, stop)]
+            assert rows == np.flatnonzero(seen).tolist()
 
 
 def test_auto_leaves_the_zigzag_only_when_documents_make_it_uneven():

@@ -30,6 +30,7 @@ def cases(draw):
             config["kv_cache_interval"] = draw(st.integers(0, 2))
     if has_ring(shape):
         config["send_recv_overlap"] = draw(st.booleans())
+        config["batch_layout"] = draw(st.sampled_from(["auto", "balanced"]))
     if degree_of(shape) > 1:
         config["alltoall"] = draw(st.booleans())
     kv_heads = draw(st.integers(1, 6))
