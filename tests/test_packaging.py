@@ -70,6 +70,7 @@ def test_wheel_puts_everything_under_one_name(wheel):
         "kernels/cpu.py",
         "comm/counters.py",
         "algorithms/ring.py",
+        "planner/models.txt",
         "py.typed",
     ):
         assert f"mindspeed_cp/{name}" in names

@@ -36,6 +36,7 @@ def test_defaults_are_megatrons():
     model = megatron_flags.read(SMALL).model()
     assert (model.ffn, model.dk, model.num_kv_heads, model.gated, model.tied) == (4096, 64, 16, False, True)
     assert megatron_flags.read([*SMALL, "--swiglu"]).model().ffn == 2688  # two thirds of 4096, in steps of 64
+    assert megatron_flags.read([*SMALL, "--num-query-groups", "2"]).model().num_kv_heads == 16  # without its switch
     latent = megatron_flags.read([*SMALL, "--multi-latent-attention", "--num-query-groups", "2"]).model()
     assert (latent.dk, latent.dv, latent.num_kv_heads, latent.latent.q_rank, latent.latent.kv_rank) == (
         192, 128, 16, 0, 32,
