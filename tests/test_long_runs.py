@@ -1,5 +1,6 @@
 """Hundreds of calls with growing lengths leave no memory, no descriptors and no threads behind."""
 
+import gc
 import os
 
 import pairs
@@ -17,6 +18,7 @@ CONFIGS = {
 
 def held():
     """(resident bytes, open descriptors, threads) of this process."""
+    gc.collect()  # what earlier cases left in this rank
     with open("/proc/self/statm", encoding="ascii") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return resident, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
