@@ -1,8 +1,8 @@
 """Time parts that disappear in a whole run: planning blocks for a new batch, and half precision on a CPU.
 
 ``python scripts/bench_parts.py``: milliseconds of one rank to plan its blocks against every shard, for a million tokens
-on 32 ranks; and of the CPU kernel's backward pass in bfloat16 and float32, beside torch's operator in bfloat16, the
-three interleaved, medians.
+on 32 ranks; and of the CPU kernel's two passes in float32, bfloat16 and float16, with K and V in either order of
+memory, beside torch's operator, all interleaved, medians.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import torch
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
 from mindspeed_cp.algorithms.ring_plan import RingPlan
 from mindspeed_cp.blocks import Block, IntervalMask
+from mindspeed_cp.comm.messages import packed
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import KernelOptions
 
@@ -45,7 +46,7 @@ def planning(options):
 
 
 def half_precision(options):
-    """Print a table: what computes the backward pass, milliseconds, over float32."""
+    """Print a table: what computes forward and backward, milliseconds, over float32."""
     length, heads, dim = options.seq_length, options.heads, options.head_dim
     kernel, block = select_kernel("cpu"), Block((0, length), (0, length), None, 0)
     settings, generator = KernelOptions(dim**-0.5), torch.Generator().manual_seed(0)
@@ -53,34 +54,44 @@ def half_precision(options):
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     operator_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-    def ours(dtype):
+    def ours(dtype, order):
         query, key, value, grad_out = (tensor.to(dtype) for tensor in whole)
+        key, value = packed((key, value), order)
         out, lse, rng = kernel.forward(query, key, value, block, settings)
-        return lambda: kernel.backward(grad_out, query, key, value, out, lse, block, settings, rng)
+        return (
+            lambda: kernel.forward(query, key, value, block, settings),
+            lambda: kernel.backward(grad_out, query, key, value, out, lse, block, settings, rng),
+        )
 
     def torchs(dtype):
         query, key, value, grad_out = (tensor.to(dtype).permute(1, 2, 0, 3) for tensor in whole)
         out, lse = operator(query, key, value, 0.0, True)
-        return lambda: operator_backward(grad_out, query, key, value, out, lse, 0.0, True)
+        return (
+            lambda: operator(query, key, value, 0.0, True),
+            lambda: operator_backward(grad_out, query, key, value, out, lse, 0.0, True),
+        )
 
-    runs = {
-        "the kernel, float32": ours(torch.float32),
-        "the kernel, bfloat16": ours(torch.bfloat16),
-        "torch's operator, bfloat16": torchs(torch.bfloat16),
-    }
-    times = {name: [] for name in runs}
+    runs = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        runs[f"the kernel, {name}"] = ours(dtype, "sequence")
+        runs[f"the kernel, {name}, each head of K and V contiguous"] = ours(dtype, "heads")
+        runs[f"torch's operator, {name}"] = torchs(dtype)
+    times = {(name, way): [] for name in runs for way in (0, 1)}
     for repetition in range(options.repetitions + 1):
-        for name, run in runs.items():
+        for name, way in times:
             start = time.process_time()
-            run()
+            runs[name][way]()
             if repetition:  # the first is a warm-up
-                times[name].append(time.process_time() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    base = medians["the kernel, float32"]
-    print(f"\nbackward pass, causal, S={length}, {heads} heads, D={dim}, one thread\n")
-    print("| computed by | ms | over float32 |\n| --- | ---: | ---: |")
-    for name, median in medians.items():
-        print(f"| {name} | {median * 1e3:.0f} | {median / base:.2f} |")
+                times[name, way].append(time.process_time() - start)
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    base = [medians["the kernel, float32", way] for way in (0, 1)]
+    print(f"\ncausal, S={length}, {heads} heads, D={dim}, one thread\n")
+    print("| computed by | forward, ms | over float32 | backward, ms | over float32 |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name in runs:
+        columns = (f"{medians[name, way] * 1e3:.0f} | {medians[name, way] / base[way]:.2f}" for way in (0, 1))
+        print(f"| {name} | {' | '.join(columns)} |")
 
 
 def main():
