@@ -20,9 +20,10 @@ from mindspeed_cp.config import TrainingSetup
 from mindspeed_cp.planner import calibrate, report
 from mindspeed_cp.planner import given as given_flags
 from mindspeed_cp.planner.cluster import THIS_MACHINE, Cluster
-from mindspeed_cp.planner.documents import boundaries
+from mindspeed_cp.planner.documents import Boundaries, boundaries
+from mindspeed_cp.planner.memory import most_bytes
 from mindspeed_cp.planner.models import ModelShape
-from mindspeed_cp.planner.picture import plot
+from mindspeed_cp.planner.picture import layer_milliseconds, plot, training_seconds
 from mindspeed_cp.planner.report import reason
 from mindspeed_cp.planner.search import Candidate, Found, flags, hiding_tokens, search
 from mindspeed_cp.planner.split import Work
@@ -30,6 +31,7 @@ from mindspeed_cp.planner.trace import Problem
 from mindspeed_cp.planner.training import plans
 from mindspeed_cp.rules import heads_of_rank
 
+EVERYTHING = 200  # plans in JSON
 PREDICTION = "prediction, not measured on this hardware"
 
 
@@ -40,11 +42,12 @@ def _problem(given: argparse.Namespace, model: ModelShape) -> Problem:
     return Problem(given.seq_length, *sizes, batch=given.micro_batch, stride=tp, cu_seqlens=_documents(given))
 
 
-def _documents(given: argparse.Namespace) -> tuple[int, ...] | None:
-    return None if given.documents is None else boundaries(given.documents, given.seq_length)
+def _documents(given: argparse.Namespace) -> Boundaries | tuple[Boundaries, ...] | None:
+    return None if given.documents is None else boundaries(given.documents, given.seq_length, given.micro_batch)
 
 
-def _record(candidate: Candidate) -> dict[str, object]:
+def _record(candidate: Candidate, problem: Problem) -> dict[str, object]:
+    memory = most_bytes(candidate.config, problem)
     return {
         "setting": candidate.config.describe(),
         "flags": flags(candidate.config),
@@ -53,6 +56,7 @@ def _record(candidate: Candidate) -> dict[str, object]:
         "exposed_seconds": candidate.exposed,
         "intra_bytes": candidate.intra_bytes,
         "inter_bytes": candidate.inter_bytes,
+        "memory_bytes": dataclasses.asdict(memory),
         "reason": reason(candidate),
     }
 
@@ -76,7 +80,11 @@ def _text(found: Found, cluster: Cluster, problem: Problem, given: argparse.Name
     lines.append(f"{'ms':>9} {'compute':>9} {'exposed':>9}  setting")
     for best in found.candidates[:5]:
         times = " ".join(f"{1e3 * seconds:9.2f}" for seconds in (best.seconds, best.compute, best.exposed))
-        lines += [f"{times}  {best.config.describe()}", f"{'':31}{reason(best)}"]
+        memory = most_bytes(best.config, problem)
+        held = (
+            f"keeps {memory.saved / 1e6:,.0f} MB for backward, {(memory.passing + memory.buffers) / 1e6:,.0f} MB more"
+        )
+        lines += [f"{times}  {best.config.describe()}", f"{'':31}{reason(best)}; {held} while it runs"]
     lines += ["", *(f"Excluded: {name}: {rule}" for name, rule in found.excluded.items())]
     local = given.seq_length / given.cp
     for inter, where in ((False, "within a node"), (True, "between nodes")):
@@ -99,8 +107,6 @@ def _run(given: argparse.Namespace) -> int:
     missing = [flag for flag, value in (needed | {"--cluster": given.cluster}).items() if value is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} not given; a plan needs all of them, --calibrate none.")
-    if given.devices is not None and (given.documents or given.plot or given.policies):
-        raise ValueError("--documents, --plot and --policies are for one attention layer; give --cp, not --devices.")
     model = given_flags.model(given)
     if given.devices is None and given.cp is None:
         raise ValueError("--cp is not given; give it for one attention layer, or --devices for a whole training.")
@@ -114,13 +120,23 @@ def _name(given: argparse.Namespace) -> str:
     return str(given.model or given.hf_config or "Megatron's flags")
 
 
-def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> int:
+def _work(given: argparse.Namespace, model: ModelShape) -> Work:
     batch = given.global_batch or given.devices
-    work = Work(model, given.seq_length, batch, given.micro_batch, given.mask_type)
+    return Work(model, given.seq_length, batch, given.micro_batch, given.mask_type, _documents(given))
+
+
+def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> int:
+    work = _work(given, model)
     fixed = {name: getattr(given, name) for name in ("tp", "pp", "cp", "ep", "etp") if getattr(given, name) is not None}
-    found, excluded = plans(work, given.devices, given.memory, cluster, fixed)
-    if given.shell:  # the scripts have no variable for a shorter last stage
-        found = [plan for plan in found if not plan.split.last_layers]
+    if given.plot:
+        works = [_work(at_length, model) for at_length in _at_lengths(given)]
+        found_of = {
+            each.seq_length: training_seconds(each, given.devices, given.memory, cluster, fixed) for each in works
+        }
+        plot(given.plot, found_of, "seconds of a step", f"{_name(given)}, {given.devices} devices, {given.cluster}")
+    # The launch scripts have no variable for a shorter last stage.
+    most = EVERYTHING if given.json else report.SHOWN
+    found, excluded = plans(work, given.devices, given.memory, cluster, fixed, most=most, even_stages=given.shell)
     if given.json:
         everything = {
             "basis": PREDICTION,
@@ -135,7 +151,8 @@ def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluste
     elif given.shell:
         print("\n".join(report.shell(found[0])))
     else:
-        lines = [f"{given.devices} devices, {batch} sequences of {given.seq_length} tokens: {PREDICTION}."]
+        batch, documents = work.global_batch, f", documents of {given.documents}" if given.documents else ""
+        lines = [f"{given.devices} devices, {batch} sequences of {given.seq_length} tokens{documents}: {PREDICTION}."]
         active = f", {model.active_parameters / 1e9:,.1f} B active for a token" if model.experts else ""
         lines.append(f"{_name(given)}: {model.parameters / 1e9:,.1f} B parameters{active}.")
         lines += [_assumed(cluster, given.cluster), "", *report.text(found, work), ""]
@@ -153,14 +170,19 @@ def _search(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> t
         seq_length=given.seq_length,
         tensor_parallel_size=given.tp or 1,
     )
-    return problem, search(given.cp, problem, setup, cluster, given.mask_type, given.policies)
+    return problem, search(given.cp, problem, setup, cluster, given.mask_type)
 
 
 def _plot(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> None:
+    found = {at.seq_length: layer_milliseconds(_search(at, model, cluster)[1]) for at in _at_lengths(given)}
+    title = f"{_name(given)}, cp {given.cp}, tp {given.tp or 1}, {given.cluster}"
+    plot(given.plot, found, "ms of one layer", title)
+
+
+def _at_lengths(given: argparse.Namespace) -> list[argparse.Namespace]:
     """From a sixteenth of the length to four times as much."""
     lengths = {given.seq_length * 2**power // 16 for power in range(0, 7)} - {0}
-    found = {n: _search(argparse.Namespace(**{**vars(given), "seq_length": n}), model, cluster)[1] for n in lengths}
-    plot(given.plot, found, f"{_name(given)}, cp {given.cp}, tp {given.tp or 1}, {given.cluster}")
+    return [argparse.Namespace(**{**vars(given), "seq_length": length}) for length in sorted(lengths)]
 
 
 def _plan_layer(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> int:
@@ -171,7 +193,7 @@ def _plan_layer(given: argparse.Namespace, model: ModelShape, cluster: Cluster) 
         found_json = {
             "basis": PREDICTION,
             "cluster": {"name": given.cluster, **dataclasses.asdict(cluster)},
-            "candidates": [_record(candidate) for candidate in found.candidates],
+            "candidates": [_record(candidate, problem) for candidate in found.candidates],
             "excluded": found.excluded,
             "ring_hides_from_tokens": {
                 where: hiding_tokens(problem, cluster, inter, given.mask_type == "causal")

@@ -65,6 +65,11 @@ def test_lengths_beyond_all_bounds_fill_the_row():
     assert boundaries("lognormal:1000,1.3", 64) == (0, 64)
 
 
+def test_every_row_of_a_micro_batch_has_documents_of_its_own():
+    first, second = boundaries("uniform:10,100", 512, rows=2)
+    assert first[0] == second[0] == 0 and first[-1] == second[-1] == 512 and first != second
+
+
 def test_documents_favour_the_balanced_layout_which_sends_less(capsys):
     arguments = [*LAYER, "--seq-length", "8192", "--documents", "pareto:100,0.9", "--json"]
     assert main(arguments) == 0
@@ -130,5 +135,3 @@ def test_the_picture_is_written(tmp_path, capsys):
 def test_what_a_plan_needs_is_named(capsys):
     assert main([]) == 2
     assert "--model, --hf-config or Megatron's flags, --seq-length, --cluster not given" in capsys.readouterr().err
-    assert main([*LAYER[:2], "--cluster", "a100", "--seq-length", "64", "--devices", "8", "--documents", "x.idx"]) == 2
-    assert "give --cp, not --devices" in capsys.readouterr().err

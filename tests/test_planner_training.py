@@ -5,11 +5,16 @@ import json
 
 import pytest
 
+from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.plan import main
 from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
+from mindspeed_cp.planner.documents import boundaries
 from mindspeed_cp.planner.models import MODELS, ModelShape
+from mindspeed_cp.planner.picture import NONE, training_seconds
+from mindspeed_cp.planner.search import timed, timeline, traced_ranks
 from mindspeed_cp.planner.split import Split, Work
-from mindspeed_cp.planner.training import RECOMPUTES, attention, planned, plans
+from mindspeed_cp.planner.trace import Problem, trace
+from mindspeed_cp.planner.training import RECOMPUTES, attention, options, planned, plans, problem_of
 
 TINY = ModelShape(4, 8, 8, 16, 16, 128, 512, 1000, gated=False, tied=True)
 WORK = Work(TINY, 1024, 8)
@@ -141,3 +146,78 @@ def test_parameters_of_named_models_fit_their_devices():
     cluster = CLUSTERS["ascend-910b"]
     memory = planned(work, split, attention(work, split, cluster).candidates[0], "full", cluster).memory
     assert 121e9 < memory.weights + memory.gradients + memory.optimizer < 122e9
+
+
+def test_a_policy_spends_memory_on_time_where_there_is_memory():
+    """The network is slow; backward then waits for every key and value that was not kept."""
+    slow = dataclasses.replace(UNIT, flops=1e13)
+    work = Work(dataclasses.replace(TINY, num_kv_heads=1), 4096, 8)
+    fixed = {"tp": 1, "pp": 1, "cp": 8}
+    rich = plans(work, 8, 1e12, slow, fixed)[0][0]
+    assert rich.attention.config.kv_cache_policy == "full"
+    config = dataclasses.replace(rich.attention.config, kv_cache_policy=None)
+    without = planned(work, rich.split, timed(config, problem_of(work, rich.split), slow), "full", slow)
+    poor = plans(work, 8, without.memory.total, slow, fixed)[0][0]
+    assert poor.memory.total < rich.memory.total and poor.attention.config.kv_cache_policy != "full"
+    assert poor.step.context > rich.step.context
+
+
+@pytest.mark.parametrize("documents", [None, boundaries("lognormal:3,1", 1024)], ids=["one", "packed"])
+def test_no_plan_is_missed_by_counting_only_where_it_matters(documents):
+    work = Work(TINY, 1024, 8, documents=documents)
+    fixed, limit = {"tp": 1, "pp": 1}, one(Split(1, 1, 1, 8)).memory.total
+    found, _ = plans(work, 8, limit, UNIT, fixed, most=5)
+    every = []
+    for option in options(work, 8, UNIT, fixed)[0]:
+        config = option.attention.config
+        candidate = timed(config, problem_of(work, option.split), UNIT)
+        plan = planned(work, option.split, candidate, option.recompute, UNIT)
+        if plan.memory.total <= limit:
+            every.append((plan.step.seconds, plan.split, plan.recompute))
+    fastest = sorted(set(every), key=lambda one: one[0])[: len(found)]
+    assert [plan.step.seconds for plan in found] == pytest.approx([seconds for seconds, *_ in fastest])
+    assert min(every)[0] == pytest.approx(found[0].step.seconds)
+
+
+def test_documents_are_planned_with_the_layout_that_megatron_can_cut():
+    documents = boundaries("pareto:20,0.9", 1024)
+    fixed = {"tp": 1, "pp": 1, "cp": 8}
+    packed = Work(TINY, 1024, 8, documents=documents)
+    tried, excluded = options(packed, 8, UNIT, fixed)
+    assert "--cp-batch-layout balanced" not in excluded
+    assert any(option.attention.config.batch_layout == "balanced" for option in tried)
+    best, whole = (plans(work, 8, 1e12, UNIT, fixed)[0][0] for work in (packed, WORK))
+    assert best.step.seconds < whole.step.seconds and best.attention.config.kv_exchange == "direct"
+    rows = boundaries("pareto:20,0.9", 1024, rows=2)
+    for work, fixed in (
+        (Work(TINY, 1024, 8, 2, documents=rows), {"tp": 1, "pp": 1, "cp": 4}),
+        (Work(TINY, 1024, 8, documents=documents), {"tp": 1, "pp": 2, "cp": 4}),
+    ):
+        found, excluded = plans(work, 8, 1e12, UNIT, fixed)
+        assert "use --micro-batch 1 and --pp 1" in excluded["--cp-batch-layout balanced"]
+        assert found and all(plan.attention.config.batch_layout == "auto" for plan in found)
+
+
+@pytest.mark.parametrize("source", ["lognormal:4,1.3", "pareto:20,0.9", "uniform:10,900"])
+def test_the_ranks_that_are_traced_hold_the_slowest(source):
+    documents = boundaries(source, 2048)
+    for setting in ({}, {"kv_exchange": "direct"}, {"kv_exchange": "direct", "batch_layout": "balanced"}):
+        config = ContextParallelConfig(context_parallel_size=16, algorithm="megatron_cp_algo", **setting)
+        problem = Problem(2048, 8, 8, 16, 16, cu_seqlens=documents)
+        some = traced_ranks(config, problem, UNIT)
+        assert len(some) <= 8
+
+        def seconds(rank, config=config, problem=problem):
+            passes = trace(config, problem, rank)
+            return sum(timeline(each.events, UNIT, UNIT.node(rank)).seconds for each in passes)
+
+        assert max(map(seconds, some)) >= 0.97 * max(map(seconds, range(16)))
+
+
+def test_a_line_of_the_picture_ends_where_nothing_fits():
+    limit = one(Split(1, 1, 8, 1)).memory.total
+    every = training_seconds(WORK, 8, 1e12, UNIT, {"tp": 1})
+    some = training_seconds(WORK, 8, limit, UNIT, {"tp": 1})
+    assert NONE in every and NONE not in some and set(some) < set(every)
+    assert {"Ring", "Ulysses", "Hybrid", "KV all-gather"} <= set(every)
+    assert min(every.values()) == plans(WORK, 8, 1e12, UNIT, {"tp": 1}, most=1)[0][0].step.seconds

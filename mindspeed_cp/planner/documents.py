@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
+Boundaries = tuple[int, ...]
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of the tokens, sequences, documents
-ROWS = 15  # are filled, of which the one with the median area is planned
+BATCHES = 15  # are filled, of which the one with the median area is planned
 
 # name -> how a length is drawn from its two parameters
 DISTRIBUTIONS: dict[str, Callable[[random.Random, float, float], float]] = {
@@ -21,8 +22,9 @@ DISTRIBUTIONS: dict[str, Callable[[random.Random, float, float], float]] = {
 USAGE = "give the .idx of a Megatron dataset, or uniform:64,512, lognormal:6.5,1.3 or pareto:100,0.9"
 
 
-def boundaries(source: str, seq_length: int) -> tuple[int, ...]:
-    """cu_seqlens of a typical row: documents in random order, the last one cut, as Megatron's GPT datasets fill rows.
+def boundaries(source: str, seq_length: int, rows: int = 1) -> Boundaries | tuple[Boundaries, ...]:
+    """cu_seqlens of a typical micro batch, of every row where it has more than one: documents in random order, the last
+    one cut, as Megatron's GPT datasets fill rows.
 
     Args:
         source: a path that ends in .idx, or NAME:FIRST,SECOND of a distribution.
@@ -46,11 +48,16 @@ def boundaries(source: str, seq_length: int) -> tuple[int, ...]:
             except OverflowError:
                 return seq_length
 
-    rows = [_filled(next_length, seq_length) for _ in range(ROWS)]
-    return sorted(rows, key=lambda ends: sum((stop - start) ** 2 for start, stop in zip(ends, ends[1:])))[ROWS // 2]
+    batches = [tuple(_filled(next_length, seq_length) for _ in range(rows)) for _ in range(BATCHES)]
+    typical = sorted(batches, key=lambda batch: sum(map(_area, batch)))[BATCHES // 2]
+    return typical if rows > 1 else typical[0]
 
 
-def _filled(next_length: Callable[[], int], seq_length: int) -> tuple[int, ...]:
+def _area(ends: Boundaries) -> int:
+    return sum((stop - start) ** 2 for start, stop in zip(ends, ends[1:]))
+
+
+def _filled(next_length: Callable[[], int], seq_length: int) -> Boundaries:
     ends = [0]
     while ends[-1] < seq_length:
         ends.append(min(seq_length, ends[-1] + next_length()))

@@ -36,7 +36,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--documents", help="packed documents: a dataset's .idx, or lognormal:6.5,1.3 and the like")
     parser.add_argument("--micro-batch", type=int, help="sequences (default: 1)")
     parser.add_argument("--mask-type", choices=[name for name in MASK_TYPES if name != "general"])
-    parser.add_argument("--policies", action="store_true", help="KV cache policies too; their memory is not predicted")
     parser.add_argument(
         "--cluster",
         help=f"{', '.join(CLUSTERS)}, {THIS_MACHINE} (measured now), or a file of --calibrate; flags override it",
@@ -51,9 +50,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shell", action="store_true", help="with --devices: the first as variables of the launch scripts"
     )
-    parser.add_argument(
-        "--plot", metavar="FILE.png", help="without --devices: time over the length, for each algorithm"
-    )
+    parser.add_argument("--plot", metavar="FILE.png", help="a picture: time over the length, for each algorithm")
     parser.add_argument("--json", action="store_true", help="everything, machine-readable")
     return parser
 

@@ -2,8 +2,8 @@
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import astuple, dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -128,6 +128,13 @@ def attention_bytes(
             end.backward(end)
     num_bytes = sum(saved.sizes.values())
     return AttentionBytes(num_bytes, kernel.live.peak - num_bytes, buffers)
+
+
+@lru_cache(maxsize=4096)
+def most_bytes(config: ContextParallelConfig, problem: Problem) -> AttentionBytes:
+    """``attention_bytes`` of the first or the last rank, the larger in every count."""
+    counts = [astuple(attention_bytes(config, problem, rank)) for rank in {0, config.context_parallel_size - 1}]
+    return AttentionBytes(*map(max, zip(*counts)))
 
 
 def kept_bytes(config: ContextParallelConfig, problem: Problem, rank: int, order: MemoryOrder | None = None) -> int:

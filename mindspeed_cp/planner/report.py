@@ -70,6 +70,7 @@ def shell(plan: Plan) -> list[str]:
         "ULYSSES_DEGREE": config.ulysses_degree or "",
         "CP_WINDOW": config.window_size,
         "KV_EXCHANGE": "" if config.kv_exchange == "ring" else config.kv_exchange,
+        "KV_CACHE_POLICY": config.kv_cache_policy or "",
         "RECOMPUTE": "none" if plan.recompute == "none" else "full",
         "KEEP_ATTENTION": int(plan.recompute == "full, attention kept"),
     }

@@ -1,11 +1,23 @@
 """Every setting of context parallelism for one attention layer, timed on a model of the cluster."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from mindspeed_cp.algorithms import ALGORITHMS
-from mindspeed_cp.config import KV_CACHE_POLICIES, ContextParallelConfig, MaskType, TrainingSetup, resolve
+from mindspeed_cp.algorithms.ring_plan import ring_plan
+from mindspeed_cp.config import (
+    KV_CACHE_POLICIES,
+    ContextParallelConfig,
+    KVCachePolicy,
+    MaskType,
+    TrainingSetup,
+    resolve,
+)
+from mindspeed_cp.masks import interval_masks
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.trace import Compute, Event, Post, Problem, trace
 
@@ -128,33 +140,41 @@ def search(
     setup: TrainingSetup,
     cluster: Cluster,
     mask_type: MaskType = "causal",
-    policies: bool = False,
+    policies: Sequence[KVCachePolicy | None] = KV_CACHE_POLICIES,
 ) -> Found:
-    """Trace and time every setting that config.py's own rules allow.
-
-    Args:
-        policies: KV cache policies too; they trade memory for time.
-    """
+    """Trace and time every setting that config.py's own rules allow, with these KV cache policies."""
     found: list[Candidate] = []
     first_rule: dict[str, str] = {}
-    for name, arguments in variants(cp, problem.cu_seqlens is not None):
-        if arguments["kv_cache_policy"] and not policies:
+    for name, arguments in variants(cp, problem.layout_documents is not None):
+        if arguments["kv_cache_policy"] not in policies:
             continue
         try:
             config = ContextParallelConfig(**arguments, attention_mask_type=mask_type)
             resolve(config, setup)
-            found.append(_candidate(config, problem, cluster))
+            found.append(timed(config, problem, cluster))
         except ValueError as error:
             first_rule.setdefault(name, str(error))
-    found.sort(key=lambda found: (found.seconds, found.intra_bytes + found.inter_bytes))
+    found.sort(key=_rank)
     working = {candidate.config.algorithm for candidate in found}
     return Found(tuple(found), {name: rule for name, rule in first_rule.items() if name not in working})
 
 
-def _candidate(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> Candidate:
-    cp, times, intra, inter = config.context_parallel_size, [], 0, 0
-    packed = problem.cu_seqlens is not None
-    for rank in range(cp) if packed else traced_ranks(cp, problem.stride, cluster):  # documents load ranks unevenly
+def _rank(candidate: Candidate) -> tuple[float, bool, int]:
+    """By time; of equals the one without a policy, which holds less in a ring, then the one that sends less."""
+    has_policy = candidate.config.kv_cache_policy is not None
+    return float(f"{candidate.seconds:.9g}"), has_policy, candidate.intra_bytes + candidate.inter_bytes
+
+
+def timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> Candidate:
+    """One setting, traced; raises what the engine raises."""
+    alike = replace(problem, is_pipeline=False)
+    return _timed(config, alike if alike.layout(config) == problem.layout(config) else problem, cluster)
+
+
+@lru_cache(maxsize=4096)
+def _timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> Candidate:
+    times, intra, inter = [], 0, 0
+    for rank in traced_ranks(config, problem, cluster):
         passes = trace(config, problem, rank)
         node = cluster.node(rank * problem.stride)
         times.append([timeline(each.events, cluster, node) for each in passes])
@@ -164,11 +184,35 @@ def _candidate(config: ContextParallelConfig, problem: Problem, cluster: Cluster
     return Candidate(config, forward, backward, intra, inter)
 
 
-def traced_ranks(cp: int, stride: int, cluster: Cluster) -> list[int]:
-    """All ranks of a small group; of a large one the first, the last, and the last of the first node."""
+def traced_ranks(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> list[int]:
+    """All ranks of a small group; of a large one the first, the last, the last of the first node, and of documents,
+    which load ranks unevenly, those that compute the most and those that send or receive the most.
+    """
+    cp = config.context_parallel_size
     if cp <= 4:
         return list(range(cp))
-    return sorted({0, min(max(cluster.devices_per_node // stride, 1), cp) - 1, cp - 1})
+    some = {0, min(max(cluster.devices_per_node // problem.stride, 1), cp) - 1, cp - 1}
+    return sorted(some | _busiest(config, problem, cluster) if problem.cu_seqlens is not None else some)
+
+
+def _busiest(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> set[int]:
+    """The rank with the largest attention area, and those whose rows travel furthest."""
+    layout, degree, ranks = problem.layout(config), config.hierarchy[0], range(config.ring_size)
+    masks = interval_masks(config.causal, problem.seq_len, problem.batch, problem.cu_seqlens, problem.sliding_window)
+    direct = config.kv_exchange == "direct"
+    plan = ring_plan(layout, masks, True, exact=direct)
+    found = {max(ranks, key=lambda rank: plan.area(rank, problem.batch))}
+    if direct:
+        nodes = np.array([cluster.node(rank * degree * problem.stride) for rank in ranks])
+        rows = np.array(
+            [
+                [sum(stop - start for start, stop in plan.rows_needed(to, of)) if to != of else 0 for of in ranks]
+                for to in ranks
+            ]
+        )
+        for moved in (rows, rows * (nodes[:, None] != nodes)):
+            found |= {int(moved.sum(0).argmax()), int(moved.sum(1).argmax())}
+    return {rank * degree for rank in found}
 
 
 def hiding_tokens(problem: Problem, cluster: Cluster, inter: bool, causal: bool = True) -> float:

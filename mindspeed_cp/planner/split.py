@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from mindspeed_cp.config import MaskType
 from mindspeed_cp.planner.cluster import Cluster
+from mindspeed_cp.planner.documents import Boundaries
 from mindspeed_cp.planner.models import ModelShape
 from mindspeed_cp.rules import heads_of_rank
 
@@ -17,6 +18,7 @@ class Work:
 
     Args:
         seq_length: tokens of a sequence. global_batch, micro_batch: sequences.
+        documents: boundaries of those in a row, or in every row of a micro batch.
     """
 
     model: ModelShape
@@ -24,6 +26,7 @@ class Work:
     global_batch: int
     micro_batch: int = 1
     mask_type: MaskType = "causal"
+    documents: Boundaries | tuple[Boundaries, ...] | None = None
 
 
 @dataclass(frozen=True)

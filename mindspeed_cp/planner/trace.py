@@ -30,6 +30,7 @@ class Problem:
     Args:
         heads, kv_heads: of a tensor-parallel rank.
         cu_seqlens: document boundaries with the leading 0 and the total, those of every row where they differ, or None.
+        is_pipeline: of which the first stage alone knows where documents end.
         stride: global ranks between neighbours of the context-parallel group, the tensor-parallel size in Megatron.
     """
 
@@ -44,11 +45,17 @@ class Problem:
     sliding_window: tuple[int | None, int | None] | None = None
     stride: int = 1
     layer_number: int = 1
+    is_pipeline: bool = False
+
+    @property
+    def layout_documents(self) -> tuple[int, ...] | None:
+        """The documents by which the layout may go: every stage of a pipeline and every row must have the same."""
+        if self.is_pipeline or self.cu_seqlens is None or not isinstance(self.cu_seqlens[0], int):
+            return None
+        return self.cu_seqlens
 
     def layout(self, config: ContextParallelConfig) -> SequenceLayout:
-        """Rows of different documents share a layout that does not go by documents."""
-        alike = self.cu_seqlens is None or isinstance(self.cu_seqlens[0], int)
-        return SequenceLayout.build(config, self.seq_len, cast(Any, self.cu_seqlens) if alike else None)
+        return SequenceLayout.build(config, self.seq_len, self.layout_documents)
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,19 @@ FLOPs of a GPT as Megatron trains it: half precision with float32 gradients and 
 parallelism beside tensor parallelism, flash attention, no dropout, the 1F1B schedule.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from heapq import heapify, heappop, heappush
+from itertools import islice
 from typing import Literal
 
-from mindspeed_cp.config import ContextParallelConfig, MaskType, TrainingSetup
+from mindspeed_cp.config import KV_CACHE_POLICIES, ContextParallelConfig, MaskType, TrainingSetup
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.layers import FLOAT, HALF, forward, held, local_tokens
-from mindspeed_cp.planner.memory import attention_bytes
+from mindspeed_cp.planner.memory import AttentionBytes, kept_bytes, most_bytes
 from mindspeed_cp.planner.models import ModelShape
-from mindspeed_cp.planner.search import Candidate, Found, search
+from mindspeed_cp.planner.search import Candidate, Found, search, timed
 from mindspeed_cp.planner.split import Split, Work, sizes, splits
 from mindspeed_cp.planner.trace import Problem
 from mindspeed_cp.rules import heads_of_rank
@@ -26,18 +29,24 @@ RECOMPUTES: tuple[Recompute, ...] = ("none", "full", "full, attention kept")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest pipeline stage."""
+    """Bytes on the fullest pipeline stage.
+
+    Args:
+        attention: what attention keeps from the forward to the backward pass.
+        buffers: the most that attention holds beyond that while a layer runs, reused memory included.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     attention: int
+    buffers: int
     logits: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.attention + self.logits
+        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -74,38 +83,122 @@ class Plan:
     step: Step
 
 
+@dataclass(frozen=True)
+class Option:
+    """One way to train of which it is not known yet whether it fits.
+
+    Args:
+        is_bound: the times are lower bounds; a KV cache policy's are traced where they matter.
+    """
+
+    split: Split
+    attention: Candidate
+    recompute: Recompute
+    step: Step
+    is_bound: bool = False
+
+
 def plans(
-    work: Work, devices: int, memory: float, cluster: Cluster, fixed: dict[str, int]
+    work: Work,
+    devices: int,
+    memory: float,
+    cluster: Cluster,
+    fixed: dict[str, int],
+    *,
+    most: int = 10,
+    even_stages: bool = False,
 ) -> tuple[list[Plan], dict[str, str]]:
-    """(every way that fits, fastest first; of what is excluded the first rule).
+    """(the ``most`` fastest ways that fit, fastest first; of what is excluded the first rule).
 
     Args:
         memory: bytes of a device.
         fixed: sizes of Split that are given.
+        even_stages: leave out pipelines whose last stage is shorter.
 
     Raises:
         ValueError: no split of the devices exists.
     """
-    found: dict[tuple[object, ...], Plan] = {}
-    excluded: dict[str, str] = {}
-    smallest: Plan | None = None
-    for split in splits(work, devices, cluster, fixed, excluded):
-        layer = attention(work, split, cluster)
-        for name, rule in layer.excluded.items() if split.cp > 1 else ():
-            if rule not in excluded.values():
-                excluded[f"{name} at cp {split.cp}, tp {split.tp}"] = rule
-        for candidate in layer.candidates if split.cp > 1 else layer.candidates[:1]:
-            for recompute in RECOMPUTES if split.cp > 1 else RECOMPUTES[:2]:
-                plan = planned(work, split, candidate, recompute, cluster)
-                smallest = plan if smallest is None else min(smallest, plan, key=lambda one: one.memory.total)
-                if plan.memory.total <= memory:
-                    found.setdefault((split, plan.step, plan.memory), plan)  # of equals the first, which sends less
-    if not found and smallest is not None:
+    all_options, excluded = options(work, devices, cluster, fixed)
+    if even_stages:
+        all_options = [option for option in all_options if not option.split.last_layers]
+    found = list(islice(fitting(work, all_options, memory, cluster), most))
+    if not found and all_options:
+        smallest = _smallest(work, all_options)
         excluded["everything"] = (
             f"the least that is needed is {smallest.memory.total / 1e9:,.1f} GB of --memory {memory / 1e9:,.1f} GB, by "
             f"{sizes(smallest.split)}, recompute {smallest.recompute}; use more --devices or a shorter --seq-length."
         )
-    return sorted(found.values(), key=lambda plan: (plan.step.seconds, plan.memory.total)), excluded
+    return sorted(found, key=lambda plan: (plan.step.seconds, plan.memory.total)), excluded
+
+
+def options(work: Work, devices: int, cluster: Cluster, fixed: dict[str, int]) -> tuple[list[Option], dict[str, str]]:
+    """(every way to train; of what is excluded the first rule); errors as ``plans`` raises."""
+    found: list[Option] = []
+    excluded: dict[str, str] = {}
+    # Ways of one size together: they share the plans of their documents.
+    for split in sorted(splits(work, devices, cluster, fixed, excluded), key=lambda split: split.cp):
+        layer = attention(work, split, cluster)
+        for name, rule in layer.excluded.items() if split.cp > 1 else ():
+            if rule not in excluded.values():
+                excluded[f"{name} at cp {split.cp}, tp {split.tp}"] = rule
+        if problem_of(work, split).layout_documents is None and work.documents is not None and split.cp > 1:
+            excluded["--cp-batch-layout balanced"] = (
+                "it goes by documents, which every row of a micro batch and every stage of a pipeline must share; use "
+                "--micro-batch 1 and --pp 1."
+            )
+        for candidate, is_bound in _with_policies(layer) if split.cp > 1 else [(layer.candidates[0], False)]:
+            for recompute in RECOMPUTES if split.cp > 1 else RECOMPUTES[:2]:
+                step = _step(work, split, candidate, recompute, cluster)
+                found.append(Option(split, candidate, recompute, step, is_bound))
+    return found, excluded
+
+
+def _with_policies(layer: Found) -> Iterator[tuple[Candidate, bool]]:
+    """(candidate, whether its time is a lower bound): a KV cache policy can save what backward waits, and no more."""
+    for candidate in layer.candidates:
+        yield candidate, False
+        for policy in KV_CACHE_POLICIES:
+            if policy is not None:
+                config = replace(candidate.config, kv_cache_policy=policy)
+                yield replace(candidate, config=config, backward=replace(candidate.backward, exposed=0.0)), True
+
+
+def fitting(work: Work, all_options: list[Option], memory: float, cluster: Cluster) -> Iterator[Plan]:
+    """The options that fit, fastest first, of equals the one that sends less. What attention needs and a policy saves
+    is counted only where the rest leaves room for it.
+    """
+    waiting = [(option.step.seconds, number, option) for number, option in enumerate(all_options)]
+    heapify(waiting)
+    seen: set[tuple[object, ...]] = set()
+    while waiting:
+        _, number, option = heappop(waiting)
+        split, recompute = option.split, option.recompute
+        if _memory(work, option, exact=False).total > memory:
+            continue
+        if option.is_bound:
+            candidate = timed(option.attention.config, problem_of(work, split), cluster)
+            option = Option(split, candidate, recompute, _step(work, split, candidate, recompute, cluster))
+            heappush(waiting, (option.step.seconds, number, option))
+            continue
+        alike = split, recompute, f"{option.step.seconds:.9g}"
+        if alike not in seen and (plan := _plan(work, option)).memory.total <= memory:
+            seen.add(alike)
+            yield plan
+
+
+def _smallest(work: Work, all_options: list[Option]) -> Plan:
+    """The one that needs the least memory."""
+    by_bound = sorted(all_options, key=lambda option: _memory(work, option, exact=False).total)
+    best = _plan(work, by_bound[0])
+    for option in by_bound[1:]:
+        if _memory(work, option, exact=False).total >= best.memory.total:
+            break
+        best = min(best, _plan(work, option), key=lambda plan: plan.memory.total)
+    return best
+
+
+def _plan(work: Work, option: Option) -> Plan:
+    return Plan(option.split, option.attention, option.recompute, _memory(work, option), option.step)
 
 
 def attention(work: Work, split: Split, cluster: Cluster) -> Found:
@@ -118,7 +211,16 @@ def problem_of(work: Work, split: Split) -> Problem:
     """One layer's attention."""
     model = work.model
     heads = heads_of_rank(model.num_heads, model.num_kv_heads, split.tp)
-    return Problem(work.seq_length, *heads, model.dk, model.dv, batch=work.micro_batch, stride=split.tp)
+    return Problem(
+        work.seq_length,
+        *heads,
+        model.dk,
+        model.dv,
+        batch=work.micro_batch,
+        cu_seqlens=work.documents,
+        stride=split.tp,
+        is_pipeline=split.pp > 1 and work.documents is not None,
+    )
 
 
 @lru_cache(maxsize=256)
@@ -130,54 +232,71 @@ def _searched(cp: int, problem: Problem, model: ModelShape, tp: int, cluster: Cl
         seq_length=problem.seq_len,
         tensor_parallel_size=tp,
     )
-    return search(cp, problem, setup, cluster, mask_type)
+    return search(cp, problem, setup, cluster, mask_type, policies=(None,))
 
 
 @lru_cache(maxsize=4096)
-def _attention_bytes(config: ContextParallelConfig, problem: Problem) -> int:
-    return attention_bytes(config, problem, 0).saved
+def _kept_bytes(config: ContextParallelConfig, problem: Problem) -> int:
+    return kept_bytes(config, problem, 0)
+
+
+def _least(problem: Problem, cp: int) -> AttentionBytes:
+    """What every setting needs at least: out, and the query from forward to backward."""
+    tokens = problem.seq_len // cp * problem.batch * problem.heads
+    return AttentionBytes(tokens * (problem.dk + problem.dv) * HALF, 0, 0)
 
 
 def planned(work: Work, split: Split, candidate: Candidate, recompute: Recompute, cluster: Cluster) -> Plan:
     """Memory and time of one way to train."""
-    return Plan(
-        split,
-        candidate,
-        recompute,
-        _memory(work, split, candidate, recompute),
-        _step(work, split, candidate, recompute, cluster),
-    )
+    return _plan(work, Option(split, candidate, recompute, _step(work, split, candidate, recompute, cluster)))
 
 
-def _memory(work: Work, split: Split, candidate: Candidate, recompute: Recompute) -> Memory:
-    """The first stages of 1F1B have the most micro batches in flight, the last one the logits."""
-    first: dict[tuple[int, int, bool], int] = {}  # kinds of stages, each with its first
+def _memory(work: Work, option: Option, exact: bool = True) -> Memory:
+    """The first stages of 1F1B have the most micro batches in flight, the last one the logits.
+
+    Args:
+        exact: count attention's memory; else a lower bound of it.
+    """
+    split, first = option.split, dict[tuple[int, int, bool], int]()  # kinds of stages, each with its first
     for number in range(split.pp):
         first.setdefault((*work.model.stage(number, split.pp), number == split.pp - 1), number)
-    stages = [_stage_memory(work, split, candidate, recompute, number) for number in {0, *first.values()}]
+    problem, config = problem_of(work, split), option.attention.config
+    one = most_bytes(config, problem) if exact else _least(problem, split.cp)
+    left = one.saved if option.recompute == "none" else 0  # of every layer but the one that runs
+    if option.recompute == "full, attention kept" and exact:
+        left = _kept_bytes(config, problem)
+    stages = [_stage_memory(work, split, option.recompute, number, one, left) for number in {0, *first.values()}]
     return max(stages, key=lambda stage: stage.total)
 
 
-def _stage_memory(work: Work, split: Split, candidate: Candidate, recompute: Recompute, number: int) -> Memory:
+def _stage_memory(
+    work: Work, split: Split, recompute: Recompute, number: int, one: AttentionBytes, left: int
+) -> Memory:
+    """one: attention of the layer that runs; left: bytes that every other one has left."""
     model, is_last = work.model, number == split.pp - 1
     in_flight = min(split.pp - number, _micro_batches(work, split))
     layers = [held(work, split, kind) for kind, count in _kinds(work, split, number) for _ in range(count)]
     tokens, table = local_tokens(work, split), model.vocab * model.hidden // split.tp
     tables = (number == 0) + (is_last and not (split.pp == 1 and model.tied))
     parameters, routed = sum(layer.parameters for layer in layers) + tables * table, sum(each.routed for each in layers)
-    of_attention = _attention_bytes(candidate.config, problem_of(work, split))
     if recompute == "none":
         activations = in_flight * sum(layer.activations for layer in layers)
-        attention_bytes = in_flight * len(layers) * of_attention
     else:  # the inputs of all, and one that is recomputed
         entry = tokens * HALF * model.hidden // split.tp
         activations = in_flight * len(layers) * entry + max(layer.activations for layer in layers)
-        kept = in_flight * len(layers) if recompute == "full, attention kept" else 1
-        attention_bytes = kept * of_attention
+    attention_sum = (in_flight * len(layers) - 1) * left + one.saved
     logits = tokens * model.vocab * (HALF + FLOAT) // split.tp if is_last else 0
     optimizer = parameters * OPTIMIZER // (split.dp * split.cp) + (routed * OPTIMIZER // split.edp if routed else 0)
     parameters += routed
-    return Memory(parameters * HALF, parameters * FLOAT, optimizer, activations, attention_bytes, logits)
+    return Memory(
+        weights=parameters * HALF,
+        gradients=parameters * FLOAT,
+        optimizer=optimizer,
+        activations=activations,
+        attention=attention_sum,
+        buffers=one.passing + one.buffers,
+        logits=logits,
+    )
 
 
 def _kinds(work: Work, split: Split, number: int) -> list[tuple[bool, int]]:

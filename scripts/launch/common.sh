@@ -69,7 +69,7 @@ plan_context_parallel() {
     128k) SEQ_LENGTH=131072 ;;
     1m) SEQ_LENGTH=1048576 ;;
   esac
-  for name in CP_ALGO ULYSSES_DEGREE CP_WINDOW KV_EXCHANGE RECOMPUTE KEEP_ATTENTION; do
+  for name in CP_ALGO ULYSSES_DEGREE CP_WINDOW KV_EXCHANGE KV_CACHE_POLICY RECOMPUTE KEEP_ATTENTION; do
     [[ -z ${!name:-} ]] || fail "CP=auto chooses $name, and it is ${!name}; leave it out, or give CP."
   done
   TP_GIVEN=${TP:-} PP_GIVEN=${PP:-} TP=${TP:-1} PP=${PP:-1} CP=8
