@@ -104,6 +104,10 @@ class _Copies:
             place = self._before[place]
         return rebound[::-1]
 
+    def note(self, copy):
+        """A module attribute holds again what it held before."""
+        self._add(copy.before, copy.owner.__name__, copy.name)
+
     def _read_modules(self):
         for key in sorted(sys.modules.keys() - self._read):
             self._read.add(key)
@@ -214,6 +218,8 @@ class PatchManager:
         first = replacements[0] if replacements else None
         for replacement in reversed(replacements):
             replacement.undo()
+        for copy in replacements[1:]:
+            copies.note(copy)
         # Modules imported after apply() hold copies of the replacement; they get the original too.
         # The module that defines the replacement holds no copy: the next apply() builds from it.
         if first is not None and inspect.ismodule(first.owner) and first.before is not _ABSENT:

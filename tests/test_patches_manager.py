@@ -108,6 +108,22 @@ def test_a_copy_made_after_apply_gets_the_original_back(library, monkeypatch):
     assert late.double is original
 
 
+def test_a_copy_made_between_two_patches_of_one_target_gets_the_original_back(library, monkeypatch):
+    original = library.double
+
+    def importing(triple):
+        module_from("toy_between", "from toy_library import double\n", monkeypatch)
+        return triple
+
+    rows = [("double", plus_one), ("triple", importing), ("double", plus_one), ("triple", plus_one)]
+    manager = PatchManager([Patch(f"toy_library.{name}", build, "a test") for name, build in rows])
+    manager.apply()
+    between = sys.modules["toy_between"]
+    assert between.double(3) == 8
+    manager.undo()
+    assert between.double is original
+
+
 def test_undo_leaves_the_replacement_in_the_module_that_defines_it(library, monkeypatch):
     home = module_from("toy_home", "class Better:\n    pass\n", monkeypatch)
     better = home.Better
