@@ -218,7 +218,7 @@ def test_a_kernel_gets_the_order_of_memory_that_it_asks_for():
         Case({"context_parallel_size": 4, **setting}, seq_len=32, batch=2, heads=8, share_from=(None, 0)[index % 2])
         for index, setting in enumerate([*RINGS, *GATHERED, *SCATTERED, *HYBRIDS])
     ]
-    packed = [replace(case, cu_seqlens=(0, 3, 20, 32), dv=6) for case in plain]
+    packed = [replace(case, cu_seqlens=(0, 3, 20, 32), dv=6) for case in plain[1::3]]
     one_head = Case({"context_parallel_size": 4, "allgather_kv": True}, batch=2, heads=8, kv_heads=1)
     for rank in run_ranks(4, attend_in_order, [*plain, *packed, one_head]):
         assert all(calls for found in rank for calls, _ in found)
