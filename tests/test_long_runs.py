@@ -54,6 +54,7 @@ def call_with_growing_lengths(rank, settings):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_calls_with_growing_lengths_leave_nothing_behind(name):
     for before, after, sent in run_ranks(2, call_with_growing_lengths, CONFIGS[name]):
-        assert after[1:] == before[1:], "descriptors or threads"
+        # Fewer is well: what made the groups may end after the first calls.
+        assert all(now <= then for now, then in zip(after[1:], before[1:])), ("descriptors, threads", before, after)
         # A part of what was sent: were one message in CALLS / 30 kept, this would be red.
         assert after[0] - before[0] < 30 * sent / CALLS, (after[0] - before[0], sent)
