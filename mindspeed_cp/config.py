@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from mindspeed_cp.algorithms import ALGORITHMS, Algorithm, Hierarchy, names_with
 from mindspeed_cp.notices import warn_rank0
-from mindspeed_cp.rules import divisors, listed, require
+from mindspeed_cp.rules import divisors, listed, require, require_even_tokens
 
 MaskType = Literal["causal", "full", "general"]
 KVCachePolicy = Literal["full", "half"]
@@ -427,9 +427,4 @@ def _check_length(config: ContextParallelConfig, setup: TrainingSetup) -> None:
             "dynamic, which takes any length.",
         )
     if setup.sequence_parallel and tp > 1:
-        require(
-            length % (cp * tp) == 0,
-            f"--seq-length {length} must be divisible by --context-parallel-size {cp} x --tensor-model-parallel-size "
-            f"{tp} = {cp * tp} with --sequence-parallel, which splits each rank's tokens again; use --seq-length "
-            f"{length // (cp * tp) * cp * tp or cp * tp}, or leave out --sequence-parallel.",
-        )
+        require_even_tokens(length, cp, tp)

@@ -18,6 +18,16 @@ def require(condition: object, message: str) -> None:
         raise ValueError(message)
 
 
+def require_even_tokens(length: int, cp: int, tp: int) -> None:
+    """Sequence parallelism shares the tokens of a rank of context parallelism out among ``tp`` ranks."""
+    require(
+        length % (cp * tp) == 0,
+        f"--seq-length {length} must be divisible by --context-parallel-size {cp} x --tensor-model-parallel-size {tp} = "
+        f"{cp * tp} with --sequence-parallel, which splits each rank's tokens again; use --seq-length "
+        f"{length // (cp * tp) * cp * tp or cp * tp}, or leave out --sequence-parallel.",
+    )
+
+
 def heads_of_rank(heads: int, groups: int, tp: int) -> tuple[int, int]:
     """(query heads, KV heads) of a tensor-parallel rank; with more ranks than KV heads several hold the same one.
 

@@ -94,6 +94,8 @@ def test_a_config_of_hugging_face_is_the_named_model(name, tmp_path):
     "more, words",
     [
         ({"num_hidden_layers": None}, "has no num_hidden_layers"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0 must be a whole number"),
+        ({"num_key_value_heads": "8"}, "num_key_value_heads .8. must be a whole number"),
         ({"mamba_d_state": 128, "vision_config": {}}, "has mamba_d_state, which the planner does not know"),
         ({"index_topk": 2048}, "has index_topk, "),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "has layer_types, "),

@@ -12,7 +12,7 @@ from mindspeed_cp.planner.documents import boundaries
 from mindspeed_cp.planner.models import MODELS, ModelShape
 from mindspeed_cp.planner.picture import NONE, training_seconds
 from mindspeed_cp.planner.search import timed, timeline, traced_ranks
-from mindspeed_cp.planner.split import Split, Work
+from mindspeed_cp.planner.split import Split, Work, splits
 from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.planner.training import RECOMPUTES, attention, options, planned, plans, problem_of
 
@@ -74,6 +74,26 @@ def test_attention_is_kept_with_context_parallelism_alone():
 def test_a_size_that_does_not_divide_the_devices_is_named():
     with pytest.raises(ValueError, match="--devices 8 cannot be split .*--tp 3 must divide them"):
         plans(WORK, 8, 1e12, UNIT, {"tp": 3})
+
+
+@pytest.mark.parametrize(
+    "changes, seq_length, what, rule",
+    [
+        ({"ffn": 510}, 1024, "tp 4", "an MLP of width 510 must be divisible by it"),
+        ({}, 1022, "tp 4 with some cp", "--seq-length 1022 must be divisible by --context-parallel-size 1 x"),
+    ],
+)
+def test_a_rule_of_tensor_parallelism_is_an_exclusion(changes, seq_length, what, rule):
+    excluded = {}
+    work = Work(dataclasses.replace(TINY, **changes), seq_length, 8)
+    assert {split.tp for split in splits(work, 4, UNIT, {"pp": 1}, excluded)} == {1, 2}
+    assert excluded[what].startswith(rule)
+
+
+@pytest.mark.parametrize("name", ["flops", "intra_bandwidth", "latency"])
+def test_rates_are_finite(name):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} inf must be .* finite"):
+        dataclasses.replace(UNIT, **{name: float("inf")})
 
 
 def test_stages_wait_for_the_pipeline_to_fill():

@@ -1,6 +1,7 @@
 """What the planner must know of the machines."""
 
 from dataclasses import dataclass
+from math import inf
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,10 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for name in ("devices_per_node", "flops", "intra_bandwidth", "inter_bandwidth"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be above 0.")
-        if not self.latency >= 0:
-            raise ValueError(f"--latency {self.latency} must be 0 or more seconds.")
+            if not 0 < getattr(self, name) < inf:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be above 0 and finite.")
+        if not 0 <= self.latency < inf:
+            raise ValueError(f"--latency {self.latency} must be 0 or more seconds, and finite.")
         for name in ("compute_efficiency", "link_efficiency"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} must lie above 0 and be at most 1, such as 0.5.")

@@ -8,6 +8,7 @@ from typing import Any
 from mindspeed_cp.planner.models import Experts, Latent, ModelShape
 
 NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+OPTIONAL = ("num_key_value_heads", "head_dim", "kv_channels")
 LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 # Names that speak of another architecture; what the planner reads of them, and what changes no size, is left out.
@@ -35,6 +36,10 @@ def hf_model(path: str) -> ModelShape:
     missing = [key for key in NEEDED if not isinstance(config, dict) or not isinstance(config.get(key), int)]
     if missing:
         raise ValueError(f"--hf-config {path} has no {', '.join(missing)}; give a model's config.json.")
+    for key in (*NEEDED, *OPTIONAL):
+        value = config.get(key) or (1 if key in OPTIONAL else 0)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"--hf-config {path}: {key} {config[key]!r} must be a whole number above 0; give a model's config.json.")
     _refuse_unknown(path, config)
     layers, hidden, heads, ffn, vocab = (config[key] for key in NEEDED)
     if "no_bias" in config:  # Qwen's first generation counts both halves of its gated MLP

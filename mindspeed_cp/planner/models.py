@@ -99,6 +99,13 @@ class ModelShape:
         """Of an MLP."""
         return 3 if self.gated else 2
 
+    @property
+    def split_widths(self) -> tuple[int, ...]:
+        """Of the MLPs that tensor parallelism shares out: of layers without experts, and of shared experts."""
+        dense = self.experts is None or not all(self.experts.layers)
+        shared = self.experts.shared_ffn if self.experts else 0
+        return ((self.ffn,) if dense else ()) + ((shared,) if shared else ())
+
     @cached_property
     def dense_layer(self) -> LayerParameters:
         """A layer without experts: attention's projections, the MLP and the norms."""

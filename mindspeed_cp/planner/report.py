@@ -52,6 +52,7 @@ def megatron_flags(plan: Plan) -> str:
     if split.ep:
         line += f" --expert-model-parallel-size {split.ep} --expert-tensor-parallel-size {split.etp}"
         line += " --moe-token-dispatcher-type alltoall"  # which is planned; Megatron's default gathers all tokens
+    line += " --use-distributed-optimizer"  # whose share of the states is planned
     if plan.recompute != "none":
         line += " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     if plan.recompute == "full, attention kept" and split.cp > 1:

@@ -1,13 +1,13 @@
 """What is trained, and every way to share the devices out among the kinds of parallelism."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mindspeed_cp.config import MaskType
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.documents import Boundaries
 from mindspeed_cp.planner.models import ModelShape
-from mindspeed_cp.rules import heads_of_rank
+from mindspeed_cp.rules import heads_of_rank, require_even_tokens
 
 FEWEST_TOKENS = 256  # of a sequence on a rank, below which kernels starve and no search is worth its time
 
@@ -67,13 +67,9 @@ def splits(
     """Every split of the devices that the model and the batch allow; of what they do not, the first rule."""
     model, some = work.model, False
     for tp in _chosen(fixed.get("tp"), devices):
-        if tp > cluster.devices_per_node and "tp" not in fixed:
-            excluded.setdefault(f"tp {tp}", f"tensor parallelism would leave the node of {cluster.devices_per_node}")
-            continue
-        try:
-            heads_of_rank(model.num_heads, model.num_kv_heads, tp)
-        except ValueError as error:
-            excluded.setdefault(f"tp {tp}", str(error))
+        rule = _rule_of_tp(model, tp, None if "tp" in fixed else cluster)
+        if rule:
+            excluded.setdefault(f"tp {tp}", rule)
             continue
         for pp in _chosen(fixed.get("pp"), devices // tp):
             last = model.num_layers - (pp - 1) * -(-model.num_layers // pp)
@@ -85,6 +81,10 @@ def splits(
                     excluded.setdefault(
                         f"cp {cp}", f"a rank would have fewer than {FEWEST_TOKENS} tokens; --cp plans it"
                     )
+                    continue
+                rule = _broken(require_even_tokens, work.seq_length, cp, tp) if tp > 1 else ""
+                if rule:
+                    excluded.setdefault(f"tp {tp} with some cp", rule)
                     continue
                 dp = devices // tp // pp // cp
                 if work.global_batch % (dp * work.micro_batch):
@@ -98,6 +98,25 @@ def splits(
         rules = "; ".join(f"{what}: {rule}" for what, rule in excluded.items())
         rules = rules or ", ".join(f"--{name} {size}" for name, size in fixed.items()) + " must divide them"
         raise ValueError(f"--devices {devices} cannot be split for this model and batch ({rules}); change one of them.")
+
+
+def _rule_of_tp(model: ModelShape, tp: int, cluster: Cluster | None) -> str:
+    """The first rule that excludes so many ranks of tensor parallelism, or ""; a cluster's nodes are not left."""
+    if cluster is not None and tp > cluster.devices_per_node:
+        return f"tensor parallelism would leave the node of {cluster.devices_per_node}"
+    for width in model.split_widths:
+        if width % tp:
+            return f"an MLP of width {width} must be divisible by it"
+    return _broken(heads_of_rank, model.num_heads, model.num_kv_heads, tp)
+
+
+def _broken(rule: Callable[..., object], *values: int) -> str:
+    """What a rule says that such values break, or ""."""
+    try:
+        rule(*values)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _chosen(given: int | None, total: int) -> list[int]:
