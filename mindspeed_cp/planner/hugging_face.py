@@ -39,7 +39,9 @@ def hf_model(path: str) -> ModelShape:
     for key in (*NEEDED, *OPTIONAL):
         value = config.get(key) or (1 if key in OPTIONAL else 0)
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"--hf-config {path}: {key} {config[key]!r} must be a whole number above 0; give a model's config.json.")
+            raise ValueError(
+                f"--hf-config {path}: {key} {config[key]!r} must be a whole number above 0; give a model's config.json."
+            )
     _refuse_unknown(path, config)
     layers, hidden, heads, ffn, vocab = (config[key] for key in NEEDED)
     if "no_bias" in config:  # Qwen's first generation counts both halves of its gated MLP
