@@ -22,8 +22,8 @@ def require_even_tokens(length: int, cp: int, tp: int) -> None:
     """Sequence parallelism shares the tokens of a rank of context parallelism out among ``tp`` ranks."""
     require(
         length % (cp * tp) == 0,
-        f"--seq-length {length} must be divisible by --context-parallel-size {cp} x --tensor-model-parallel-size {tp} = "
-        f"{cp * tp} with --sequence-parallel, which splits each rank's tokens again; use --seq-length "
+        f"--seq-length {length} must be divisible by --context-parallel-size {cp} x --tensor-model-parallel-size {tp} "
+        f"= {cp * tp} with --sequence-parallel, which splits each rank's tokens again; use --seq-length "
         f"{length // (cp * tp) * cp * tp or cp * tp}, or leave out --sequence-parallel.",
     )
 
