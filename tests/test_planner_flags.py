@@ -9,7 +9,7 @@ from mindspeed_cp.plan import main
 from mindspeed_cp.planner import given, megatron_flags
 from mindspeed_cp.planner.models import MODELS
 
-LLAMA = "--swiglu --untie-embeddings-and-output-weights --disable-bias-linear --normalization RMSNorm --lr 1e-4"
+LLAMA = "--swiglu --untie-embeddings-and-output-weights --disable-bias-linear --normalization RMSNorm --position-embedding-type rope"
 FLAGS = {
     "llama2-70b": f"--num-layers 80 --hidden-size 8192 --ffn-hidden-size 28672 --num-attention-heads 64 {LLAMA} "
     "--group-query-attention --num-query-groups 8 --vocab-size=32000",
@@ -24,6 +24,7 @@ FLAGS = {
     "--moe-router-topk 8 --moe-ffn-hidden-size 2048 --moe-shared-expert-intermediate-size 2048 "
     "--moe-layer-freq ([0]*3+[1]*58)",
 }
+ROPE = ("--position-embedding-type", "rope")
 SMALL = "--num-layers 4 --hidden-size 1024 --num-attention-heads 16 --vocab-size 1000".split()
 
 
@@ -37,6 +38,7 @@ def test_defaults_are_megatrons():
     assert (model.ffn, model.dk, model.num_kv_heads, model.gated, model.tied) == (4096, 64, 16, False, True)
     assert megatron_flags.read([*SMALL, "--swiglu"]).model().ffn == 2688  # two thirds of 4096, in steps of 64
     assert megatron_flags.read([*SMALL, "--num-query-groups", "2"]).model().num_kv_heads == 16  # without its switch
+    assert model.learned_positions and not megatron_flags.read([*SMALL, *ROPE]).model().learned_positions
     latent = megatron_flags.read([*SMALL, "--multi-latent-attention", "--num-query-groups", "2"]).model()
     assert (latent.dk, latent.dv, latent.num_kv_heads, latent.latent.q_rank, latent.latent.kv_rank) == (
         192, 128, 16, 0, 32,

@@ -65,6 +65,26 @@ def test_the_logits_of_the_last_stage_count_where_it_is_the_fuller():
     assert memory.activations == one(Split(1, 1, 1, 1), work=many).memory.activations // 2
 
 
+def test_tables_of_words_and_positions_belong_to_their_stages():
+    untied = Work(dataclasses.replace(TINY, tied=False, learned_positions=True), 1024, 8)
+    layers, words, positions = 2 * TINY.dense_layer.total, TINY.vocab * TINY.hidden, 1024 * TINY.hidden
+    first, alone = one(Split(1, 2, 1, 1), work=untied).memory, one(Split(1, 1, 1, 1), work=untied).memory
+    assert first.weights == 2 * (layers + words + positions)
+    assert alone.weights == 2 * (2 * layers + 2 * words + positions)
+    # What tensor parallelism shares out and what every rank has; the gradients of tables travel too.
+    shared = one(Split(2, 1, 1, 2), work=untied)
+    assert shared.memory.weights == alone.weights // 2 + positions + TINY.num_layers * 2 * TINY.hidden
+    assert shared.step.data == pytest.approx(shared.memory.weights / 2 * 6 / 2 / 1e9)
+
+
+def test_a_short_last_stage_has_the_output_and_the_others_do_not():
+    five = Work(dataclasses.replace(TINY, num_layers=5), 1024, 8)
+    uneven, even = one(Split(1, 2, 1, 1, last_layers=2), work=five).step, one(Split(1, 2, 1, 1)).step
+    output = 6 * 1024 * TINY.vocab * TINY.hidden / 1e9
+    layer = (even.compute / 8 - output) / 2
+    assert uneven.compute / 8 == pytest.approx(max(3 * layer, 2 * layer + output))
+
+
 def test_attention_is_kept_with_context_parallelism_alone():
     found, _ = plans(WORK, 2, 1e12, UNIT, {"tp": 1, "pp": 1})
     kept = [plan.split.cp for plan in found if plan.recompute == "full, attention kept"]

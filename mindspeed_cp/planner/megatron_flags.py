@@ -66,9 +66,9 @@ class MegatronFlags:
         if args.multi_latent_attention:
             latent = Latent(args.q_lora_rank or 0, args.kv_lora_rank, args.qk_pos_emb_head_dim)
         tied, experts = not args.untie_embeddings_and_output_weights, _experts(args, ffn)
-        return ModelShape(
-            layers, heads, kv_heads, dk, dv, hidden, ffn, args.vocab_size, gated, tied, latent, experts
-        )  # fmt: skip
+        learned = args.position_embedding_type in (None, "learned_absolute")  # Megatron's default
+        sizes = layers, heads, kv_heads, dk, dv, hidden, ffn, args.vocab_size
+        return ModelShape(*sizes, gated, tied, latent, experts, learned)
 
 
 def parsed(flags: Sequence[str]) -> tuple[Namespace, list[str]]:

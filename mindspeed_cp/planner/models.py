@@ -79,6 +79,8 @@ class ModelShape:
         vocab: entries of the vocabulary.
         gated: the MLP has a gate (SwiGLU), three matrices instead of two.
         tied: embeddings and output share their weights.
+        learned_positions: a table with a row for each position, whole on every tensor-parallel rank of the first stage;
+            ``parameters`` leaves it out.
     """
 
     num_layers: int
@@ -93,6 +95,7 @@ class ModelShape:
     tied: bool
     latent: Latent | None = None
     experts: Experts | None = None
+    learned_positions: bool = False
 
     @property
     def matrices(self) -> int:
@@ -171,7 +174,8 @@ def _row(line: str) -> tuple[str, ModelShape]:
         pattern = tuple(layer >= dense for layer in range(layers))
         experts = Experts(more["experts"], more["topk"], more["expert_ffn"], more.get("shared_ffn", 0), pattern)
     gated, tied, dv = "gated" in words, "untied" not in words, more.get("dv", dk)
-    return name, ModelShape(layers, heads, kv_heads, dk, dv, hidden, ffn, vocab, gated, tied, latent, experts)
+    sizes = layers, heads, kv_heads, dk, dv, hidden, ffn, vocab
+    return name, ModelShape(*sizes, gated, tied, latent, experts, learned_positions="learned" in words)
 
 
 MODELS = dict(_row(line) for line in TABLE.read_text(encoding="utf-8").splitlines() if not line.startswith("#"))

@@ -257,15 +257,15 @@ def _memory(work: Work, option: Option, exact: bool = True) -> Memory:
     Args:
         exact: count attention's memory; else a lower bound of it.
     """
-    split, first = option.split, dict[tuple[int, int, bool], int]()  # kinds of stages, each with its first
-    for number in range(split.pp):
-        first.setdefault((*work.model.stage(number, split.pp), number == split.pp - 1), number)
+    split = option.split
     problem, config = problem_of(work, split), option.attention.config
     one = most_bytes(config, problem) if exact else _least(problem, split.cp)
     left = one.saved if option.recompute == "none" else 0  # of every layer but the one that runs
     if option.recompute == "full, attention kept" and exact:
         left = _kept_bytes(config, problem)
-    stages = [_stage_memory(work, split, option.recompute, number, one, left) for number in {0, *first.values()}]
+    stages = [
+        _stage_memory(work, split, option.recompute, number, one, left) for number in _kinds_of_stages(work, split)
+    ]
     return max(stages, key=lambda stage: stage.total)
 
 
@@ -276,9 +276,8 @@ def _stage_memory(
     model, is_last = work.model, number == split.pp - 1
     in_flight = min(split.pp - number, _micro_batches(work, split))
     layers = [held(work, split, kind) for kind, count in _kinds(work, split, number) for _ in range(count)]
-    tokens, table = local_tokens(work, split), model.vocab * model.hidden // split.tp
-    tables = (number == 0) + (is_last and not (split.pp == 1 and model.tied))
-    parameters, routed = sum(layer.parameters for layer in layers) + tables * table, sum(each.routed for each in layers)
+    tokens, routed = local_tokens(work, split), sum(layer.routed for layer in layers)
+    parameters = sum(layer.parameters for layer in layers) + _tables(work, split, number)
     if recompute == "none":
         activations = in_flight * sum(layer.activations for layer in layers)
     else:  # the inputs of all, and one that is recomputed
@@ -299,6 +298,22 @@ def _stage_memory(
     )
 
 
+def _kinds_of_stages(work: Work, split: Split) -> list[int]:
+    """The stages that differ: the first of every kind, by its layers, by its tables and by the output."""
+    first: dict[tuple[object, ...], int] = {}
+    for number in range(split.pp):
+        first.setdefault((work.model.stage(number, split.pp), number == 0, number == split.pp - 1), number)
+    return list(first.values())
+
+
+def _tables(work: Work, split: Split, number: int) -> int:
+    """Parameters of the embeddings and of the output that a rank of a stage holds; tied, one stage holds them once."""
+    model, is_first, is_last = work.model, number == 0, number == split.pp - 1
+    words = is_first + (is_last and not (is_first and model.tied))
+    positions = work.seq_length * model.hidden if is_first and model.learned_positions else 0
+    return words * model.vocab * model.hidden // split.tp + positions
+
+
 def _kinds(work: Work, split: Split, number: int) -> list[tuple[bool, int]]:
     """(whether they have experts, how many) of the layers of a stage."""
     without, with_experts = work.model.stage(number, split.pp)
@@ -306,9 +321,10 @@ def _kinds(work: Work, split: Split, number: int) -> list[tuple[bool, int]]:
 
 
 def _step(work: Work, split: Split, candidate: Candidate, recompute: Recompute, cluster: Cluster) -> Step:
-    """Every stage as long as the slowest one, which has the output too."""
-    kinds = {work.model.stage(number, split.pp): number for number in range(split.pp)}
-    steps = [_stage_step(work, split, candidate, recompute, cluster, number) for number in kinds.values()]
+    """Every stage as long as the slowest one; the last one has the output too."""
+    steps = [
+        _stage_step(work, split, candidate, recompute, cluster, number) for number in _kinds_of_stages(work, split)
+    ]
     return max(steps, key=lambda step: step.seconds)
 
 
@@ -321,7 +337,7 @@ def _stage_step(
     of_attention = candidate.compute + attention_again * candidate.forward.compute
     exposed = candidate.exposed + attention_again * candidate.forward.exposed
     compute = context = tensor = expert = 0.0
-    parameters = routed = 0
+    parameters, routed = _tables(work, split, number), 0
     for with_experts, layers in kinds:
         layer, size = forward(work, split, cluster, with_experts), held(work, split, with_experts)
         compute += layers * ((3 + again) * layer.flops / cluster.rate + of_attention)  # backward counts twice
@@ -329,7 +345,8 @@ def _stage_step(
         tensor += layers * (2 + again) * layer.tensor
         expert += layers * (2 + again) * layer.expert
         parameters, routed = parameters + layers * size.parameters, routed + layers * size.routed
-    compute += 3 * 2 * local_tokens(work, split) * model.vocab * model.hidden / split.tp / cluster.rate
+    if number == split.pp - 1:
+        compute += 3 * 2 * local_tokens(work, split) * model.vocab * model.hidden / split.tp / cluster.rate
     inter = split.stage > cluster.devices_per_node
     copies = ((parameters, split.dp * split.cp), (routed, split.edp if routed else 1))
     moved = sum(size * (FLOAT + HALF) * (members - 1) / members for size, members in copies)
