@@ -127,6 +127,9 @@ def _work(given: argparse.Namespace, model: ModelShape) -> Work:
 
 def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> int:
     work = _work(given, model)
+    if given.shell and (model.experts or given.documents):
+        what = "--documents" if given.documents else "experts"
+        raise ValueError(f"--shell has no variables for {what}; leave it out and take the flags of the plan.")
     fixed = {name: getattr(given, name) for name in ("tp", "pp", "cp", "ep", "etp") if getattr(given, name) is not None}
     if given.plot:
         works = [_work(at_length, model) for at_length in _at_lengths(given)]

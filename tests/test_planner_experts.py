@@ -75,8 +75,11 @@ def test_the_fullest_and_slowest_stage_is_found_where_dense_layers_come_first():
 
 def test_the_launch_scripts_get_equal_stages_alone(capsys):
     sizes = ["--devices", "2", "--pp", "2", "--seq-length", "1024", "--memory", "1e12", "--cluster", "a100", "--shell"]
-    assert main(["--model", "deepseek-v2-lite", *sizes]) == 1
+    odd = "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --vocab-size 128"
+    assert main([*sizes, "--", *odd.split()]) == 1
     assert "nothing fits: in equal stages" in capsys.readouterr().err
+    for line, what in ((["--model", "mixtral-8x7b"], "experts"), (["--model", "gpt3-125m", *DOCUMENTS], "--documents")):
+        assert main([*sizes, *line]) == 2 and f"--shell has no variables for {what}" in capsys.readouterr().err
 
 
 def test_the_last_stage_may_be_shorter_as_61_layers_need_it():
@@ -91,6 +94,7 @@ def test_the_last_stage_may_be_shorter_as_61_layers_need_it():
     assert "--decoder-last-pipeline-num-layers 1 " in megatron_flags(plan) + " "
 
 
+DOCUMENTS = ["--documents", "uniform:9,99"]
 RULES = [
     ({"ep": 3}, "ep 3", "8 experts must be divisible by it"),
     ({"ep": 8}, "ep 8 x etp 1", "4 devices of a stage must be divisible by it"),
