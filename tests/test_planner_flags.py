@@ -9,7 +9,7 @@ from mindspeed_cp.plan import main
 from mindspeed_cp.planner import given, megatron_flags
 from mindspeed_cp.planner.models import MODELS
 
-LLAMA = "--swiglu --untie-embeddings-and-output-weights --disable-bias-linear --normalization RMSNorm --position-embedding-type rope"
+LLAMA = "--swiglu --untie-embeddings-and-output-weights --disable-bias-linear --position-embedding-type rope --lr 1e-4"
 FLAGS = {
     "llama2-70b": f"--num-layers 80 --hidden-size 8192 --ffn-hidden-size 28672 --num-attention-heads 64 {LLAMA} "
     "--group-query-attention --num-query-groups 8 --vocab-size=32000",
