@@ -131,6 +131,14 @@ def test_latent_attention_is_what_the_engine_sees():
     assert whole - down == (alone - down) // 8
 
 
+def test_latent_attention_gathers_its_low_ranks():
+    split, row = Split(2, 1, 1, 4, 1, 1), 1024 * 2 / 2 / 1e9  # what a rank sends of one column, in seconds
+    for q_rank, gathered in ((16, 16 + 24 + 4), (0, MOE.hidden + 24 + 4)):
+        model = dataclasses.replace(TINY, latent=Latent(q_rank, 24, 4))
+        dense = layers.forward(Work(model, 1024, 8), split, UNIT, False)
+        assert dense.tensor == pytest.approx((gathered + 3 * TINY.hidden) * row)
+
+
 def planned_json(capsys, *arguments):
     assert main([*arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)

@@ -76,12 +76,15 @@ def forward(work: Work, split: Split, cluster: Cluster, with_experts: bool) -> F
 def _forward(model: ModelShape, tokens: int, split: Split, cluster: Cluster, with_experts: bool) -> Forward:
     flops = 2 * tokens * _counts(model, with_experts).active / split.tp
     row = tokens * model.hidden * HALF / split.tp  # of the tokens that a rank holds between the layers
-    # A gather before and a scatter behind attention, and the dense MLP or the shared experts.
-    seconds = _exchange(row * split.tp, split.tp, 1, cluster)
+    # A gather before and a scatter behind attention, and the dense MLP or the shared experts; latent attention gathers
+    # what its projections to low ranks leave of a token.
+    latent, scatter = model.latent, _exchange(row * split.tp, split.tp, 1, cluster)
+    entry = (latent.q_rank or model.hidden) + latent.kv_rank + latent.rope if latent else model.hidden
+    tensor = _exchange(tokens * entry * HALF, split.tp, 1, cluster) + scatter
     if not with_experts:
-        return Forward(flops, 4 * seconds, 0.0)
+        return Forward(flops, tensor + 2 * scatter, 0.0)
     experts = _experts(model)
-    tensor = (4 if experts.shared_ffn else 2) * seconds
+    tensor += 2 * scatter if experts.shared_ffn else 0
     tensor += 2 * _exchange(experts.topk * row * split.etp, split.etp, 1, cluster)
     return Forward(flops, tensor, 2 * _exchange(experts.topk * row, split.ep, split.etp, cluster))
 
