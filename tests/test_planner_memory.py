@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from mindspeed_cp import ContextParallelConfig, KeptAttention
 from mindspeed_cp.algorithms import ALGORITHMS
 from mindspeed_cp.planner import memory
+from mindspeed_cp.planner.stages import RECOMPUTES
 from mindspeed_cp.planner.trace import Notes, NotingKernel, Problem
-from mindspeed_cp.planner.training import RECOMPUTES
 
 pytestmark = [
     pytest.mark.cpu_only,

@@ -13,8 +13,9 @@ from mindspeed_cp.planner.models import MODELS, ModelShape
 from mindspeed_cp.planner.picture import NONE, training_seconds
 from mindspeed_cp.planner.search import timed, timeline, traced_ranks
 from mindspeed_cp.planner.split import Split, Work, splits
+from mindspeed_cp.planner.stages import RECOMPUTES
 from mindspeed_cp.planner.trace import Problem, trace
-from mindspeed_cp.planner.training import RECOMPUTES, attention, options, planned, plans, problem_of
+from mindspeed_cp.planner.training import attention, options, planned, plans, problem_of
 
 TINY = ModelShape(4, 8, 8, 16, 16, 128, 512, 1000, gated=False, tied=True)
 WORK = Work(TINY, 1024, 8)

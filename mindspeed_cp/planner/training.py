@@ -1,8 +1,6 @@
 """A whole training on a cluster: memory of the fullest device and time of a step, for every way to share it out.
 
-The attention layer comes from the engine (search.py, memory.py); the rest are counts of parameters, activations and
-FLOPs of a GPT as Megatron trains it: half precision with float32 gradients and a distributed optimizer, sequence
-parallelism beside tensor parallelism, flash attention, no dropout, the 1F1B schedule.
+The attention layer comes from the engine (search.py, memory.py), the rest from stages.py.
 """
 
 from collections.abc import Iterator
@@ -10,66 +8,17 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import islice
-from typing import Literal
 
 from mindspeed_cp.config import KV_CACHE_POLICIES, ContextParallelConfig, MaskType, TrainingSetup
 from mindspeed_cp.planner.cluster import Cluster
-from mindspeed_cp.planner.layers import FLOAT, HALF, forward, held, local_tokens
+from mindspeed_cp.planner.layers import HALF
 from mindspeed_cp.planner.memory import AttentionBytes, kept_bytes, most_bytes
 from mindspeed_cp.planner.models import ModelShape
 from mindspeed_cp.planner.search import Candidate, Found, search, timed
 from mindspeed_cp.planner.split import Split, Work, sizes, splits
+from mindspeed_cp.planner.stages import RECOMPUTES, Memory, Recompute, Step, kinds_of_stages, stage_memory, stage_step
 from mindspeed_cp.planner.trace import Problem
 from mindspeed_cp.rules import heads_of_rank
-
-OPTIMIZER = 12  # bytes for a parameter: float32 copy and Adam's two moments
-Recompute = Literal["none", "full", "full, attention kept"]
-RECOMPUTES: tuple[Recompute, ...] = ("none", "full", "full, attention kept")
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on the fullest pipeline stage.
-
-    Args:
-        attention: what attention keeps from the forward to the backward pass.
-        buffers: the most that attention holds beyond that while a layer runs, reused memory included.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    attention: int
-    buffers: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        return sum(vars(self).values())
-
-
-@dataclass(frozen=True)
-class Step:
-    """Seconds of one step.
-
-    Args:
-        compute: kernels, attention's and what is recomputed included.
-        context: communication of context parallelism that does not hide behind attention.
-        tensor, expert, data: communication of tensor, expert and data parallelism, of which nothing is taken to hide.
-        bubble: stages of the pipeline that wait.
-    """
-
-    compute: float
-    context: float
-    tensor: float
-    expert: float
-    data: float
-    bubble: float
-
-    @property
-    def seconds(self) -> float:
-        return self.compute + self.context + self.tensor + self.expert + self.data + self.bubble
 
 
 @dataclass(frozen=True)
@@ -263,100 +212,14 @@ def _memory(work: Work, option: Option, exact: bool = True) -> Memory:
     left = one.saved if option.recompute == "none" else 0  # of every layer but the one that runs
     if option.recompute == "full, attention kept" and exact:
         left = _kept_bytes(config, problem)
-    stages = [
-        _stage_memory(work, split, option.recompute, number, one, left) for number in _kinds_of_stages(work, split)
-    ]
+    stages = [stage_memory(work, split, option.recompute, number, one, left) for number in kinds_of_stages(work, split)]
     return max(stages, key=lambda stage: stage.total)
-
-
-def _stage_memory(
-    work: Work, split: Split, recompute: Recompute, number: int, one: AttentionBytes, left: int
-) -> Memory:
-    """one: attention of the layer that runs; left: bytes that every other one has left."""
-    model, is_last = work.model, number == split.pp - 1
-    in_flight = min(split.pp - number, _micro_batches(work, split))
-    layers = [held(work, split, kind) for kind, count in _kinds(work, split, number) for _ in range(count)]
-    tokens, routed = local_tokens(work, split), sum(layer.routed for layer in layers)
-    parameters = sum(layer.parameters for layer in layers) + _tables(work, split, number)
-    if recompute == "none":
-        activations = in_flight * sum(layer.activations for layer in layers)
-    else:  # the inputs of all, and one that is recomputed
-        entry = tokens * HALF * model.hidden // split.tp
-        activations = in_flight * len(layers) * entry + max(layer.activations for layer in layers)
-    attention_sum = (in_flight * len(layers) - 1) * left + one.saved
-    logits = tokens * model.vocab * (HALF + FLOAT) // split.tp if is_last else 0
-    optimizer = parameters * OPTIMIZER // (split.dp * split.cp) + (routed * OPTIMIZER // split.edp if routed else 0)
-    parameters += routed
-    return Memory(
-        weights=parameters * HALF,
-        gradients=parameters * FLOAT,
-        optimizer=optimizer,
-        activations=activations,
-        attention=attention_sum,
-        buffers=one.passing + one.buffers,
-        logits=logits,
-    )
-
-
-def _kinds_of_stages(work: Work, split: Split) -> list[int]:
-    """The stages that differ: the first of every kind, by its layers, by its tables and by the output."""
-    first: dict[tuple[object, ...], int] = {}
-    for number in range(split.pp):
-        first.setdefault((work.model.stage(number, split.pp), number == 0, number == split.pp - 1), number)
-    return list(first.values())
-
-
-def _tables(work: Work, split: Split, number: int) -> int:
-    """Parameters of the embeddings and of the output that a rank of a stage holds; tied, one stage holds them once."""
-    model, is_first, is_last = work.model, number == 0, number == split.pp - 1
-    words = is_first + (is_last and not (is_first and model.tied))
-    positions = work.seq_length * model.hidden if is_first and model.learned_positions else 0
-    return words * model.vocab * model.hidden // split.tp + positions
-
-
-def _kinds(work: Work, split: Split, number: int) -> list[tuple[bool, int]]:
-    """(whether they have experts, how many) of the layers of a stage."""
-    without, with_experts = work.model.stage(number, split.pp)
-    return [(kind, count) for kind, count in ((False, without), (True, with_experts)) if count]
 
 
 def _step(work: Work, split: Split, candidate: Candidate, recompute: Recompute, cluster: Cluster) -> Step:
     """Every stage as long as the slowest one; the last one has the output too."""
-    steps = [
-        _stage_step(work, split, candidate, recompute, cluster, number) for number in _kinds_of_stages(work, split)
-    ]
+    steps = [stage_step(work, split, candidate, recompute, cluster, number) for number in kinds_of_stages(work, split)]
     return max(steps, key=lambda step: step.seconds)
-
-
-def _stage_step(
-    work: Work, split: Split, candidate: Candidate, recompute: Recompute, cluster: Cluster, number: int
-) -> Step:
-    model, count, kinds = work.model, _micro_batches(work, split), _kinds(work, split, number)
-    again = 0 if recompute == "none" else 1
-    attention_again = 1 if recompute == "full" else 0
-    of_attention = candidate.compute + attention_again * candidate.forward.compute
-    exposed = candidate.exposed + attention_again * candidate.forward.exposed
-    compute = context = tensor = expert = 0.0
-    parameters, routed = _tables(work, split, number), 0
-    for with_experts, layers in kinds:
-        layer, size = forward(work, split, cluster, with_experts), held(work, split, with_experts)
-        compute += layers * ((3 + again) * layer.flops / cluster.rate + of_attention)  # backward counts twice
-        context += layers * exposed
-        tensor += layers * (2 + again) * layer.tensor
-        expert += layers * (2 + again) * layer.expert
-        parameters, routed = parameters + layers * size.parameters, routed + layers * size.routed
-    if number == split.pp - 1:
-        compute += 3 * 2 * local_tokens(work, split) * model.vocab * model.hidden / split.tp / cluster.rate
-    inter = split.stage > cluster.devices_per_node
-    copies = ((parameters, split.dp * split.cp), (routed, split.edp if routed else 1))
-    moved = sum(size * (FLOAT + HALF) * (members - 1) / members for size, members in copies)
-    bubble = (split.pp - 1) * (compute + context + tensor + expert)
-    data = moved / cluster.bandwidth(inter)
-    return Step(count * compute, count * context, count * tensor, count * expert, data, bubble)
-
-
-def _micro_batches(work: Work, split: Split) -> int:
-    return work.global_batch // (split.dp * work.micro_batch)
 
 
 def tokens_per_second(work: Work, plan: Plan) -> float:
