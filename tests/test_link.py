@@ -1,5 +1,6 @@
 """Link: exchange, gather and all-to-all over one process group, each a Pending; one message for each peer."""
 
+import weakref
 from collections import Counter
 from unittest import mock
 
@@ -11,7 +12,7 @@ from distributed import run_ranks
 
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, groups
 from mindspeed_cp.comm import count_bytes
-from mindspeed_cp.comm.batch import turn
+from mindspeed_cp.comm.batch import Posted, post_together, turn
 from mindspeed_cp.comm.host_memory import HostMemory
 from mindspeed_cp.comm.link import Link, link_of
 from mindspeed_cp.comm.messages import Message, Pending, copy_message
@@ -64,6 +65,22 @@ def test_what_is_borrowed_is_nobody_elses_and_is_used_again():
     workspace.give_back(second)
     assert workspace.borrow(20, torch.float32, device).numel() == 20
     assert workspace.num_bytes == 40 + 80, "what is too small makes room"
+
+
+def test_what_one_work_waits_for_lives_until_then():
+    tensors = [torch.zeros(4) for _ in range(3)]
+    alive = [weakref.ref(tensor) for tensor in tensors]
+    ops = [Posted(dist.isend, tensor, 1, 0) for tensor in tensors]
+    over = Link(None, 0, (0, 1))
+    with (
+        mock.patch.object(dist, "P2POp", lambda *_: None),
+        mock.patch.object(dist, "batch_isend_irecv", lambda calls: ["of the whole batch"]),
+    ):
+        works = post_together(over, ops, "dkv")
+    del tensors, ops
+    assert len(works) == 1 and all(tensor() is not None for tensor in alive)
+    del works
+    assert all(tensor() is None for tensor in alive)
 
 
 def split_lists(rank, lengths, heads):

@@ -51,11 +51,11 @@ class Posted(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What waits for messages of these ranks; ``tensor`` is that of one, which lives until then."""
+    """What waits for messages of these ranks; their tensors live until then."""
 
     work: Any
     ranks: Sequence[int]
-    tensor: torch.Tensor
+    tensors: Sequence[torch.Tensor]
 
 
 def post_together(link: "Link", ops: Sequence[Posted], purpose: str) -> list[Work]:
@@ -65,8 +65,8 @@ def post_together(link: "Link", ops: Sequence[Posted], purpose: str) -> list[Wor
     with link.naming(purpose, ranks):
         works = _one_by_one(link, calls, ops) if link.one_by_one else dist.batch_isend_irecv(calls)
     # NCCL and HCCL return one work for the whole batch, gloo one for each operation.
-    each = [[rank] for rank in ranks] if len(works) == len(ranks) else [ranks] * len(works)
-    return [Work(work, waited_for, op.tensor) for work, waited_for, op in zip(works, each, ops)]
+    each = [[op] for op in ops] if len(works) == len(ops) else [ops] * len(works)
+    return [Work(work, [op.rank for op in of], [op.tensor for op in of]) for work, of in zip(works, each)]
 
 
 def _one_by_one(link: "Link", calls: list[dist.P2POp], ops: Sequence[Posted]) -> list[dist.Work | None]:
@@ -188,14 +188,14 @@ class Batch:
                 return
             landing = self._flat(message)
             work = dist.irecv(landing, peer, self._link.group, tag=number)
-            self._await([Work(work, [arrival.rank], landing)])
+            self._await([Work(work, [arrival.rank], [landing])])
         if message.in_place is None and landing is not None:
             message.read(landing)
 
     def _await(self, works) -> None:
-        for work, ranks, tensor in works:
+        for work, ranks, tensors in works:
             with self._link.naming(self.purpose, ranks):
-                wait_for(work, tensor.device)
+                wait_for(work, tensors[0].device)
 
     def _announces(self, rank: int, message: Message) -> bool:
         carrier = self._link.carrier

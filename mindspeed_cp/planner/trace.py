@@ -139,7 +139,7 @@ class NotingLink(Link):
             for how in (dist.isend, dist.irecv)
         )
         transfer = self.notes.post(sent, received)
-        return [Work(transfer, [op.rank], op.tensor) for op in ops]
+        return [Work(transfer, [op.rank], [op.tensor]) for op in ops]
 
     def _gather_at_once(self, gathered, own, purpose):
         moved = {self.global_ranks[rank]: _num_bytes(own) for rank in self.peers}
