@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import DTYPES, Case
 from distributed import run_ranks
-from setups import ALGORITHM_AND_SIZE, drawn, variants
+from setups import SOME_SIZES, drawn, variants
 from test_attention_kept import expected_bytes
 from test_memory import prepared, saved_bytes
 from torch.utils.checkpoint import checkpoint
@@ -117,7 +117,7 @@ def cases_of(algorithm, cp):
         yield Case(config, **sizes, kernel=NotingKernel(Notes(), order), share_from=None, **options)
 
 
-@pytest.mark.parametrize("algorithm, cp", [param for param in ALGORITHM_AND_SIZE if param.values[1] > 1])
+@pytest.mark.parametrize("algorithm, cp", [param for param in SOME_SIZES if param.values[1] > 1])
 def test_predicted_peaks_are_those_of_live_tensors(algorithm, cp):
     cases = list(cases_of(algorithm, cp))
     for case, measured in zip(cases, zip(*run_ranks(cp, peaks_of_layers, cases))):
