@@ -144,6 +144,8 @@ def test_fallbacks_are_notes_and_ignored_flags_are_warnings(script):
         ("--context-parallel-size four", "--context-parallel-size four must be a whole number", "try"),
         ("--context-parallel-size 16", "world size 8 must be", "start 16 processes"),
         ("--context-parallel-size 4 --cp-kernel npu", "--cp-kernel npu serves npu tensors", "leave --cp-kernel out"),
+        ("--context-parallel-size 2 --num-attention-heads 0", "--num-attention-heads 0 must be at least 1", "give 1"),
+        ("--context-parallel-size 2 --tensor-model-parallel-size 0", "parallel-size 0 must be at least 1", "give 1"),
         ("--context-parallel-size 2 --num-layers x", "argument --num-layers", "docs/flags.md"),
     ],
 )

@@ -135,3 +135,10 @@ def test_the_picture_is_written(tmp_path, capsys):
 def test_what_a_plan_needs_is_named(capsys):
     assert main([]) == 2
     assert "--model, --hf-config or Megatron's flags, --seq-length, --cluster not given" in capsys.readouterr().err
+
+
+def test_memory_is_a_number_of_bytes(capsys):
+    arguments = ["--model", "gpt3-125m", "--devices", "2", "--seq-length", "512", "--cluster", "a100"]
+    for memory in ("nan", "0.5"):
+        assert main([*arguments, "--memory", memory]) == 2
+        assert f"--memory {memory} must be at least 1" in capsys.readouterr().err

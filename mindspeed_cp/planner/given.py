@@ -82,7 +82,7 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
     given.mask_type = given.mask_type or (given.line.mask_type if given.line else "causal")
     given.micro_batch = 1 if given.micro_batch is None else given.micro_batch
     for name in ("devices", *megatron_flags.SIZES, "memory"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
+        if getattr(given, name) is not None and not getattr(given, name) >= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)} must be at least 1.")
     return given
 

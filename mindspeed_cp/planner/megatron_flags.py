@@ -85,7 +85,16 @@ def parsed(flags: Sequence[str]) -> tuple[Namespace, list[str]]:
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--moe-layer-freq", default="1")
     sizes, rest = known_flags(parser, rest)
-    return Namespace(**vars(args), **vars(sizes)), rest
+    args = Namespace(**vars(args), **vars(sizes))
+    for name in sorted(_named(flags) & {*NUMBERS, *NEEDED, *SIZES.values(), "num-query-groups", "kv-channels"}):
+        value = getattr(args, name.replace("-", "_"))
+        if value is not None and value < (0 if name == "num-experts" else 1):
+            raise ValueError(f"--{name} {value} must be at least 1; give 1 or more, or leave it out.")
+    return args, rest
+
+
+def _named(flags: Sequence[str]) -> set[str]:
+    return {token.partition("=")[0].removeprefix("--") for token in flags if token.startswith("--")}
 
 
 def attention_sizes(args: Namespace) -> tuple[int, int, int, int]:
@@ -109,14 +118,10 @@ def read(flags: Sequence[str]) -> MegatronFlags:
         ValueError: a value is wrong, or a flag changes the sizes in a way that the planner does not know.
     """
     args, _ = parsed(flags)
-    named = {token.partition("=")[0].removeprefix("--") for token in flags if token.startswith("--")}
+    named = _named(flags)
     refused = [name for name in REFUSED if name in named]
     if refused:
         raise ValueError(f"--{refused[0]} is not known to the planner; leave it out for a plan without it.")
-    for name in named & {*NUMBERS, *NEEDED, *SIZES.values(), "num-query-groups", "kv-channels"}:
-        value = getattr(args, name.replace("-", "_"))
-        if value is not None and value < (0 if name == "num-experts" else 1):
-            raise ValueError(f"--{name} {value} must be at least 1.")
     sizes = {ours: getattr(args, flag.replace("-", "_")) for ours, flag in SIZES.items() if flag in named}
     return MegatronFlags(args, sizes, tuple(name for name in NEEDED if name not in named))
 
