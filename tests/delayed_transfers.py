@@ -142,7 +142,7 @@ class DelayedGroup(dist.ProcessGroup):
         return self._exchange(pieces(input, input_sizes), pieces(output, output_sizes))
 
     def _allgather_base(self, output, input, opts=None):
-        return self._exchange([input] * self._size, output.view(-1).chunk(self._size) if output.numel() else [output])
+        return self._exchange([input] * self._size, output.view(-1).tensor_split(self._size))
 
     all_to_all_single, all_gather_single = alltoall_base, _allgather_base  # torch 2.13's names
 
