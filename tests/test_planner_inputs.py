@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mindspeed_cp.plan import main
-from mindspeed_cp.planner import calibrate
+from mindspeed_cp.planner import calibrate, given
 from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
 from mindspeed_cp.planner.documents import boundaries, read_lengths
 
@@ -142,3 +142,29 @@ def test_memory_is_a_number_of_bytes(capsys):
     for memory in ("nan", "0.5"):
         assert main([*arguments, "--memory", memory]) == 2
         assert f"--memory {memory} must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("64e9", 64e9),
+        ("64GB", 64e9),
+        ("80GiB", 80 * 2**30),
+        ("320T", 320e12),
+        ("989 TFLOPS", 989e12),
+        ("25GB/s", 25e9),
+        ("200Gbit/s", 25e9),
+        ("10us", 1e-5),
+        ("1.5ms", 1.5e-3),
+        ("0.5", 0.5),
+    ],
+)
+def test_quantities_have_units(text, value):
+    assert given.quantity(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["", "GB", "64XB", "64gb", "1,5GB"])
+def test_a_quantity_that_is_none_is_named_with_the_way_to_write_it(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["--memory", text])
+    assert f"argument --memory: {text!r} is no number with a unit; write 64GB" in capsys.readouterr().err

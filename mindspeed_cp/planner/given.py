@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -12,6 +13,26 @@ from mindspeed_cp.planner import calibrate, megatron_flags
 from mindspeed_cp.planner.cluster import CLUSTERS, THIS_MACHINE, Cluster
 from mindspeed_cp.planner.hugging_face import hf_model
 from mindspeed_cp.planner.models import MODELS, ModelShape, named_model
+
+SCALES = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+SCALES |= {f"{prefix}i": 2.0 ** (10 * power) for power, prefix in enumerate("KMGT", 1)}
+QUANTITY = re.compile(rf"(.*\d\.?) ?({'|'.join(sorted(SCALES, key=len, reverse=True))})(FLOPS|FLOP/s|bit/s|B/s|B|s|)")
+
+
+def quantity(text: str) -> float:
+    """Bytes, bytes/s, FLOP/s or seconds of a number with an SI prefix and a unit: 6.4e10, 64GB, 80GiB, 200Gbit/s, 10us.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    match = QUANTITY.fullmatch(text)
+    try:
+        number, prefix, unit = match.groups() if match else (text, "", "")
+        return float(number) * SCALES[prefix] / (8 if unit == "bit/s" else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number with a unit; write 64GB, 320TFLOP/s, 25GB/s, 200Gbit/s, 10us or 6.4e10"
+        ) from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--etp", type=int, help="with --devices: tensor parallel size of an expert (default: 1 or tp)")
     parser.add_argument("--cp", type=int, help="context parallel size; needed without --devices")
     parser.add_argument("--global-batch", type=int, help="with --devices: sequences of a step (default: --devices)")
-    parser.add_argument("--memory", type=float, default=64e9, help="with --devices: bytes of a device (default: 64e9)")
+    parser.add_argument(
+        "--memory", type=quantity, default=64e9, metavar="BYTES", help="with --devices: of a device (default: 64GB)"
+    )
     parser.add_argument("--seq-length", type=int, help="tokens")
     parser.add_argument("--documents", help="packed documents: a dataset's .idx, or lognormal:6.5,1.3 and the like")
     parser.add_argument("--micro-batch", type=int, help="sequences (default: 1)")
@@ -45,8 +68,9 @@ def parser() -> argparse.ArgumentParser:
         "--device", choices=calibrate.SIZES, default="cpu", help=f"that --calibrate and {THIS_MACHINE} measure"
     )
     for field in dataclasses.fields(Cluster):
-        kind = int if field.name == "devices_per_node" else float
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, help="bytes/s, FLOP/s, seconds or a share")
+        kind = int if field.name == "devices_per_node" else quantity
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, type=kind, metavar="NUMBER", help="such as 320TFLOP/s, 196GB/s, 200Gbit/s, 10us, 0.5")
     parser.add_argument(
         "--shell", action="store_true", help="with --devices: the first as variables of the launch scripts"
     )
