@@ -56,7 +56,15 @@ def hf_model(path: str) -> ModelShape:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--hf-config {path} is not complete ({error}); give a model's config.json.") from error
     tied = bool(config.get("tie_word_embeddings"))
-    return ModelShape(layers, heads, kv_heads, dk, dv, hidden, ffn, vocab, True, tied, latent, experts)
+    return ModelShape(layers, heads, kv_heads, dk, dv, hidden, ffn, vocab, _gated(config), tied, latent, experts)
+
+
+def _gated(config: dict[str, Any]) -> bool:
+    """Whether the MLP has a gate: with SiLU, and in Gemma. Models with other activations (GPT-NeoX, StarCoder2) have
+    none, and Qwen's first generation does not name its SiLU.
+    """
+    activation = config.get("hidden_act") or config.get("hidden_activation") or "silu"
+    return activation in ("silu", "swish") or str(config.get("model_type")).startswith("gemma")
 
 
 def _refuse_unknown(path: str, config: dict[str, Any]) -> None:
