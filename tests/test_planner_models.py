@@ -117,3 +117,16 @@ def test_layers_without_experts_are_those_of_the_config(tmp_path):
     experts = hf_model(written(tmp_path, {**HF["qwen3-30b-a3b"], **changes})).experts
     assert experts == Experts(128, 8, 768, 0, (False, True, False, False, False, True))
     assert MODELS["deepseek-v3"].stage(0, 1) == (3, 58)
+
+
+@pytest.mark.parametrize(
+    ("more", "gated"),
+    [
+        ({"hidden_act": "gelu", "model_type": "gpt_neox"}, False),
+        ({"hidden_act": "gelu_pytorch_tanh", "model_type": "starcoder2"}, False),
+        ({"hidden_act": "gelu_pytorch_tanh", "model_type": "gemma"}, True),
+        ({"hidden_act": "silu", "model_type": "mistral"}, True),
+    ],
+)
+def test_models_without_a_gate_have_two_matrices_in_the_mlp(tmp_path, more, gated):
+    assert hf_model(written(tmp_path, {**HF["llama2-70b"], **more})).gated == gated
