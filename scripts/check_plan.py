@@ -51,14 +51,18 @@ def measured_cluster(rate: str) -> Cluster:
 
 
 def call_of(config: ContextParallelConfig, seq_len: int):
-    """Forward and backward of this rank's part."""
+    """Forward and backward of this rank's part; nobody starts the second before all have ended the first, as the
+    planner adds them up.
+    """
     groups, layout = ContextParallelGroups.build(config), SequenceLayout.build(config, seq_len)
     length = layout.length(groups.cp_rank)
     leaves = [torch.randn(length, 1, heads, DIM, requires_grad=True) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     grad_out = torch.randn(length, 1, HEADS, DIM)
 
     def call():
-        context_parallel_attention(*leaves, config=config, groups=groups, layout=layout).backward(grad_out)
+        out = context_parallel_attention(*leaves, config=config, groups=groups, layout=layout)
+        dist.barrier()
+        out.backward(grad_out)
 
     return call
 

@@ -52,10 +52,14 @@ if [[ -n ${RATE:-} ]]; then
       ip -n "$NAME$suffix" addr add "10.203.8.$((index - 1))/24" dev "$NAME$index"
       ip -n "$NAME$suffix" link set "$NAME$index" up
     fi
-    if ! ip netns exec "$NAME$suffix" tc qdisc add dev "$NAME$index" root tbf rate "$RATE" burst 256kb latency 400ms; then
+    # Nothing is dropped and nothing starts slowly, as on the links between accelerators: the queue holds whatever TCP
+    # sends, and TCP sends whatever there is.
+    if ! ip netns exec "$NAME$suffix" tc qdisc add dev "$NAME$index" root tbf rate "$RATE" burst 64kb limit 64mb; then
       echo "two_hosts.sh: tc cannot limit the rate of a link here" >&2
       exit 77
     fi
+    ip -n "$NAME$suffix" route change "10.203.$((7 + index / 2)).0/24" dev "$NAME$index" initcwnd 3000 initrwnd 3000 congctl reno
+    ip netns exec "$NAME$suffix" sysctl -qw net.ipv4.tcp_slow_start_after_idle=0
   done
   LINKS=yes
 fi
