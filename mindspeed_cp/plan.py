@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from mindspeed_cp.config import TrainingSetup
+from mindspeed_cp.config import KV_CACHE_POLICIES
 from mindspeed_cp.planner import calibrate, report
 from mindspeed_cp.planner import given as given_flags
 from mindspeed_cp.planner.cluster import THIS_MACHINE, Cluster
@@ -25,21 +25,13 @@ from mindspeed_cp.planner.memory import most_bytes
 from mindspeed_cp.planner.models import ModelShape
 from mindspeed_cp.planner.picture import layer_milliseconds, plot, training_seconds
 from mindspeed_cp.planner.report import reason
-from mindspeed_cp.planner.search import Candidate, Found, flags, hiding_tokens, search
-from mindspeed_cp.planner.split import Work
+from mindspeed_cp.planner.search import Candidate, Found, flags, hiding_tokens
+from mindspeed_cp.planner.split import Split, Work
 from mindspeed_cp.planner.trace import Problem
-from mindspeed_cp.planner.training import plans
-from mindspeed_cp.rules import heads_of_rank
+from mindspeed_cp.planner.training import attention, plans, problem_of
 
 EVERYTHING = 200  # plans in JSON
 PREDICTION = "prediction, not measured on this hardware"
-
-
-def _problem(given: argparse.Namespace, model: ModelShape) -> Problem:
-    tp = given.tp or 1
-    heads = heads_of_rank(model.num_heads, model.num_kv_heads, tp)
-    sizes = *heads, model.dk, model.dv
-    return Problem(given.seq_length, *sizes, batch=given.micro_batch, stride=tp, cu_seqlens=_documents(given))
 
 
 def _documents(given: argparse.Namespace) -> Boundaries | tuple[Boundaries, ...] | None:
@@ -121,7 +113,7 @@ def _name(given: argparse.Namespace) -> str:
 
 
 def _work(given: argparse.Namespace, model: ModelShape) -> Work:
-    batch = given.global_batch or given.devices
+    batch = given.global_batch or given.devices or 1
     return Work(model, given.seq_length, batch, given.micro_batch, given.mask_type, _documents(given))
 
 
@@ -165,15 +157,8 @@ def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluste
 
 
 def _search(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> tuple[Problem, Found]:
-    problem = _problem(given, model)
-    setup = TrainingSetup(
-        num_attention_heads=model.num_heads,
-        num_query_groups=model.num_kv_heads,
-        num_layers=model.num_layers,
-        seq_length=given.seq_length,
-        tensor_parallel_size=given.tp or 1,
-    )
-    return problem, search(given.cp, problem, setup, cluster, given.mask_type)
+    work, split = _work(given, model), Split(given.tp or 1, 1, given.cp, 1)
+    return problem_of(work, split), attention(work, split, cluster, KV_CACHE_POLICIES)
 
 
 def _plot(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> None:

@@ -11,9 +11,8 @@ from mindspeed_cp.blocks import Block, IntervalMask, needed_rows, plan_blocks
 from mindspeed_cp.layout import Runs, SequenceLayout
 
 ALL = slice(None)
-LARGEST_TABLE = (
-    1 << 22
-)  # counts, 32 MiB; layouts that cut every document have many runs, and then most ranks are related
+# Counts, 32 MiB; layouts that cut every document have many runs, and then most ranks are related.
+LARGEST_TABLE = 1 << 22
 
 
 class Task(NamedTuple):

@@ -1,6 +1,6 @@
 """Every setting of context parallelism for one attention layer, timed on a model of the cluster."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -20,6 +20,8 @@ from mindspeed_cp.config import (
 from mindspeed_cp.masks import interval_masks
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.trace import Compute, Event, Post, Problem, trace
+
+Policies = tuple[KVCachePolicy | None, ...]
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def search(
     setup: TrainingSetup,
     cluster: Cluster,
     mask_type: MaskType = "causal",
-    policies: Sequence[KVCachePolicy | None] = KV_CACHE_POLICIES,
+    policies: Policies = KV_CACHE_POLICIES,
 ) -> Found:
     """Trace and time every setting that config.py's own rules allow, with these KV cache policies."""
     found: list[Candidate] = []

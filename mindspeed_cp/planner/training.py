@@ -14,7 +14,7 @@ from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.layers import HALF
 from mindspeed_cp.planner.memory import AttentionBytes, kept_bytes, most_bytes
 from mindspeed_cp.planner.models import ModelShape
-from mindspeed_cp.planner.search import Candidate, Found, search, timed
+from mindspeed_cp.planner.search import Candidate, Found, Policies, search, timed
 from mindspeed_cp.planner.split import Split, Work, sizes, splits
 from mindspeed_cp.planner.stages import RECOMPUTES, Memory, Recompute, Step, kinds_of_stages, stage_memory, stage_step
 from mindspeed_cp.planner.trace import Problem
@@ -150,10 +150,12 @@ def _plan(work: Work, option: Option) -> Plan:
     return Plan(option.split, option.attention, option.recompute, _memory(work, option), option.step)
 
 
-def attention(work: Work, split: Split, cluster: Cluster) -> Found:
-    """The settings of context parallelism for one layer, timed; those of one (tp, cp) are searched once."""
+def attention(work: Work, split: Split, cluster: Cluster, policies: Policies = (None,)) -> Found:
+    """The settings of context parallelism for one layer, timed, with these KV cache policies; those of one (tp, cp) are
+    searched once.
+    """
     model = work.model
-    return _searched(split.cp, problem_of(work, split), model, split.tp, cluster, work.mask_type)
+    return _searched(split.cp, problem_of(work, split), model, split.tp, cluster, work.mask_type, policies)
 
 
 def problem_of(work: Work, split: Split) -> Problem:
@@ -173,7 +175,9 @@ def problem_of(work: Work, split: Split) -> Problem:
 
 
 @lru_cache(maxsize=256)
-def _searched(cp: int, problem: Problem, model: ModelShape, tp: int, cluster: Cluster, mask_type: MaskType) -> Found:
+def _searched(
+    cp: int, problem: Problem, model: ModelShape, tp: int, cluster: Cluster, mask_type: MaskType, policies: Policies
+) -> Found:
     setup = TrainingSetup(
         num_attention_heads=model.num_heads,
         num_query_groups=model.num_kv_heads,
@@ -181,7 +185,7 @@ def _searched(cp: int, problem: Problem, model: ModelShape, tp: int, cluster: Cl
         seq_length=problem.seq_len,
         tensor_parallel_size=tp,
     )
-    return search(cp, problem, setup, cluster, mask_type, policies=(None,))
+    return search(cp, problem, setup, cluster, mask_type, policies)
 
 
 @lru_cache(maxsize=4096)
