@@ -9,7 +9,7 @@ from typing import Any
 
 from mindspeed_cp.arguments.settings import FIELDS
 
-from mindspeed_cp.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
 
 MODEL = """
 num_layers encoder_num_layers decoder_num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups

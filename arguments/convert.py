@@ -11,9 +11,9 @@ from mindspeed_cp.arguments.mindspeed_flags import (
     refusal_of_positions,
 )
 
-from mindspeed_cp.agreement import SAID, refuse
-from mindspeed_cp.config import ContextParallelConfig, TrainingSetup, resolve
-from mindspeed_cp.notices import warn_rank0
+from mindspeed_cp.settings.agreement import SAID, refuse
+from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup, resolve
+from mindspeed_cp.settings.notices import warn_rank0
 
 
 def config_from_args(args):

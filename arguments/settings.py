@@ -15,8 +15,8 @@ from mindspeed_cp.arguments.convert import validate
 from mindspeed_cp.arguments.flags import add_context_parallel_arguments
 from mindspeed_cp.arguments.yaml_file import KEYS, apply_config_file
 
-from mindspeed_cp.config import ContextParallelConfig, TrainingSetup
-from mindspeed_cp.notices import warn_rank0
+from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.settings.notices import warn_rank0
 
 # What the configuration is checked against; None: not known, and not checked.
 MODEL_DEFAULTS = {

@@ -12,18 +12,18 @@ if not (Path(__file__).parent / "patches").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
-    from mindspeed_cp.algorithms.kept import KeptAttention
-    from mindspeed_cp.algorithms.ulysses_attention import (
+    from mindspeed_cp.attention.entry import context_parallel_attention
+    from mindspeed_cp.attention.kept import KeptAttention
+    from mindspeed_cp.attention.ulysses_attention import (
         DefaultGatherSizeCalculator,
         DynamicGatherSizeCalculator,
         GatherSizeCalculator,
         UlyssesContextAttention,
     )
-    from mindspeed_cp.api import context_parallel_attention
-    from mindspeed_cp.config import ContextParallelConfig, TrainingSetup, resolve
-    from mindspeed_cp.groups import ContextParallelGroups
-    from mindspeed_cp.layout import SequenceLayout
-    from mindspeed_cp.sharding import gather_sequence, shard_batch
+    from mindspeed_cp.comm.groups import ContextParallelGroups
+    from mindspeed_cp.sequence.layout import SequenceLayout
+    from mindspeed_cp.sequence.sharding import gather_sequence, shard_batch
+    from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup, resolve
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,13 +42,13 @@ __all__ = [
     "shard_batch",
 ]
 _HOMES = (
-    "mindspeed_cp.algorithms.kept",
-    "mindspeed_cp.algorithms.ulysses_attention",
-    "mindspeed_cp.api",
-    "mindspeed_cp.config",
-    "mindspeed_cp.groups",
-    "mindspeed_cp.layout",
-    "mindspeed_cp.sharding",
+    "mindspeed_cp.attention.kept",
+    "mindspeed_cp.attention.ulysses_attention",
+    "mindspeed_cp.attention.entry",
+    "mindspeed_cp.settings.config",
+    "mindspeed_cp.comm.groups",
+    "mindspeed_cp.sequence.layout",
+    "mindspeed_cp.sequence.sharding",
 )
 
 

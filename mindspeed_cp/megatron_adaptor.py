@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mindspeed_cp import compat
-from mindspeed_cp.config import ContextParallelConfig, TrainingSetup
-from mindspeed_cp.notices import is_rank0, warn_rank0
-from mindspeed_cp.patches import machine
-from mindspeed_cp.patches.machine import DEVICE_VARIABLE
+from mindspeed_cp.patches.machine import choice as machine
+from mindspeed_cp.patches.machine.choice import DEVICE_VARIABLE
 from mindspeed_cp.patches.versions import DEFAULT, MEGATRONS
+from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.settings.notices import is_rank0, warn_rank0
 
 if TYPE_CHECKING:
+    from mindspeed_cp.megatron.state import AdaptorState
     from mindspeed_cp.patches.listing import Applied
     from mindspeed_cp.patches.manager import Patch, PatchManager, PatchRow
-    from mindspeed_cp.patches.state import AdaptorState
 
 TRIED_VERSIONS = tuple(row.version for row in MEGATRONS)
 # A script imports these for a model; "import megatron.core" alone, as asking for the version does, brings none of them.
@@ -162,7 +162,7 @@ def configure(
     Returns:
         The setup after all fallbacks, None without one.
     """
-    from mindspeed_cp.config import resolve
+    from mindspeed_cp.settings.config import resolve
 
     if setup is not None:
         known = len(setup.notices)
@@ -197,7 +197,7 @@ def configure_from(settings: Any) -> ContextParallelConfig | None:
         ValueError: a value or a combination cannot work, or the process groups are there and do not fit.
     """
     from mindspeed_cp.arguments import FrameworkSettings
-    from mindspeed_cp.patches import decision
+    from mindspeed_cp.megatron import decision
 
     decision.configure_from(_state, FrameworkSettings.read(settings))
     return _state.config
@@ -240,8 +240,8 @@ def _applied() -> "Applied":
 
 
 def _build() -> None:
+    from mindspeed_cp.megatron.state import AdaptorState
     from mindspeed_cp.patches.manager import PatchManager
-    from mindspeed_cp.patches.state import AdaptorState
     from mindspeed_cp.patches.tables import all_tables
 
     global _state, _tables, _manager

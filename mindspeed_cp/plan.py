@@ -16,7 +16,6 @@ import json
 import sys
 from collections.abc import Sequence
 
-from mindspeed_cp.config import KV_CACHE_POLICIES
 from mindspeed_cp.planner import calibrate, report
 from mindspeed_cp.planner import given as given_flags
 from mindspeed_cp.planner.cluster import THIS_MACHINE, Cluster
@@ -29,6 +28,7 @@ from mindspeed_cp.planner.search import Candidate, Found, flags, hiding_tokens
 from mindspeed_cp.planner.split import Split, Work
 from mindspeed_cp.planner.trace import Problem
 from mindspeed_cp.planner.training import attention, plans, problem_of
+from mindspeed_cp.settings.config import KV_CACHE_POLICIES
 
 EVERYTHING = 200  # plans in JSON
 PREDICTION = "prediction, not measured on this hardware"

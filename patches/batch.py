@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from mindspeed_cp.patches.documents import documents_of_position_ids, documents_of_tokens
 from mindspeed_cp.patches.dynamic import refuse_dynamic, split_sub_batch
 from mindspeed_cp.patches.manager import Patch
-from mindspeed_cp.patches.records import Documents, MicroBatch
 
-from mindspeed_cp.notices import warn_rank0
-from mindspeed_cp.sharding import SEQUENCES, WHOLE
+from mindspeed_cp.megatron.documents import documents_of_position_ids, documents_of_tokens
+from mindspeed_cp.megatron.records import Documents, MicroBatch
+from mindspeed_cp.sequence.sharding import SEQUENCES, WHOLE
+from mindspeed_cp.settings.notices import warn_rank0
 
 UTILS = "megatron.core.utils"
 

@@ -11,12 +11,10 @@ from contextlib import nullcontext
 from datetime import timedelta
 from functools import wraps
 
-from mindspeed_cp.patches.attention import AttentionBridge, CoreAttention, layer_window
 from mindspeed_cp.patches.batch import batch_patches
-from mindspeed_cp.patches.compiler import outside_compiler
-from mindspeed_cp.patches.decision import take_comm_type
 from mindspeed_cp.patches.dynamic import build_sizes, check_launch, dynamic_patches, ranks_of_all
 from mindspeed_cp.patches.experts import expert_patches
+from mindspeed_cp.patches.machine.compiler import outside_compiler
 from mindspeed_cp.patches.mamba import mamba_patches
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.models import model_patches
@@ -24,10 +22,12 @@ from mindspeed_cp.patches.mtp import mtp_patches
 from mindspeed_cp.patches.pipeline import pipeline_patches
 from mindspeed_cp.patches.recompute import recompute_patches
 from mindspeed_cp.patches.rope import rope_patches
-from mindspeed_cp.patches.start import agreed_config
 from mindspeed_cp.patches.transformer_engine import keep_arguments
 
 from mindspeed_cp.compat import process_groups
+from mindspeed_cp.megatron.bridge import AttentionBridge, CoreAttention, layer_window
+from mindspeed_cp.megatron.decision import take_comm_type
+from mindspeed_cp.megatron.start import agreed_config
 
 DOT_PRODUCT = "megatron.core.transformer.dot_product_attention.DotProductAttention"
 TE_DOT_PRODUCT = "megatron.core.extensions.transformer_engine.TEDotProductAttention"

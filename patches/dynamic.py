@@ -13,10 +13,10 @@ from typing import NoReturn
 
 import torch.distributed as dist
 from mindspeed_cp.patches.manager import Patch
-from mindspeed_cp.patches.records import MicroBatch
 
-from mindspeed_cp.config import ContextParallelConfig, TrainingSetup, resolve
-from mindspeed_cp.groups import ContextParallelGroups
+from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.megatron.records import MicroBatch
+from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup, resolve
 
 SCHEDULES = "megatron.core.pipeline_parallel"
 FLAG = "--hybrid-context-parallel"

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from mindspeed_cp.patches.manager import Patch
 
-from mindspeed_cp.notices import warn_rank0
+from mindspeed_cp.settings.notices import warn_rank0
 
 MOE = "megatron.core.transformer.moe"
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from mindspeed_cp.patches.dynamic import check_model, sub_batch_record
-from mindspeed_cp.patches.handover import HandOver
 from mindspeed_cp.patches.manager import Patch
-from mindspeed_cp.patches.packed import packed_batch
-from mindspeed_cp.patches.records import MicroBatch
+
+from mindspeed_cp.megatron.handover import HandOver
+from mindspeed_cp.megatron.packed import packed_batch
+from mindspeed_cp.megatron.records import MicroBatch
 
 LANGUAGE_MODULE = "megatron.core.models.common.language_module.language_module.LanguageModule"
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from mindspeed_cp.patches.manager import Patch
 
-from mindspeed_cp.sharding import gather_sequence
+from mindspeed_cp.sequence.sharding import gather_sequence
 
 MTP = "megatron.core.transformer.multi_token_prediction"
 

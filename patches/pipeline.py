@@ -5,7 +5,8 @@ from functools import wraps
 
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.models import packed_params_in, refuse_inference
-from mindspeed_cp.patches.packed import packed_batch
+
+from mindspeed_cp.megatron.packed import packed_batch
 
 SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 

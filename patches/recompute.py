@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from mindspeed_cp.patches.manager import Patch
 
-from mindspeed_cp.algorithms.kept import KeptAttention
+from mindspeed_cp.attention.kept import KeptAttention
 
 RANDOM = "megatron.core.tensor_parallel.random"
 

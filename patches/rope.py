@@ -5,8 +5,9 @@ import inspect
 from functools import lru_cache, wraps
 
 from mindspeed_cp.patches.manager import Patch
-from mindspeed_cp.patches.packed import layout_of_packed, places_in_documents
 from mindspeed_cp.patches.pipeline import block_record
+
+from mindspeed_cp.megatron.packed import layout_of_packed, places_in_documents
 
 ROPE_UTILS = "megatron.core.models.common.embeddings.rope_utils"
 ROTARY = "megatron.core.models.common.embeddings.rotary_pos_embedding.RotaryEmbedding"

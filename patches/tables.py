@@ -2,17 +2,17 @@
 
 from collections.abc import Callable
 
-from mindspeed_cp.patches import machine
 from mindspeed_cp.patches.core import core_patches
-from mindspeed_cp.patches.device import device_patches
+from mindspeed_cp.patches.machine import choice as machine
+from mindspeed_cp.patches.machine.checkout import checkout_device_patches, checkout_patches, library_patches
+from mindspeed_cp.patches.machine.cpu import device_patches
+from mindspeed_cp.patches.machine.npu import npu_checkout_patches, npu_patches
+from mindspeed_cp.patches.machine.triton import triton_patches
 from mindspeed_cp.patches.manager import Patch
-from mindspeed_cp.patches.npu import npu_checkout_patches, npu_patches
-from mindspeed_cp.patches.state import AdaptorState
 from mindspeed_cp.patches.training import training_patches
-from mindspeed_cp.patches.training_device import checkout_device_patches, checkout_patches, library_patches
-from mindspeed_cp.patches.triton import triton_patches
 
-from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.megatron.state import AdaptorState
+from mindspeed_cp.settings.config import ContextParallelConfig
 
 # What machines and libraries ask for; the others are context parallelism.
 STAND_INS = ("triton", "device", "npu", "libraries", "checkout device")

@@ -14,17 +14,17 @@ from mindspeed_cp.arguments import (
     readable_errors,
     validate,
 )
-from mindspeed_cp.patches.attention import AttentionBridge, CoreAttention
 from mindspeed_cp.patches.checks import check_flags
-from mindspeed_cp.patches.compiler import outside_compiler
 from mindspeed_cp.patches.loss import loss_patches
+from mindspeed_cp.patches.machine.compiler import outside_compiler
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.models import with_record
-from mindspeed_cp.patches.state import with_tokens_everywhere
 from mindspeed_cp.patches.step_log import log_patches
 
-from mindspeed_cp.layout import SequenceLayout
-from mindspeed_cp.notices import warn_rank0
+from mindspeed_cp.megatron.bridge import AttentionBridge, CoreAttention
+from mindspeed_cp.megatron.state import with_tokens_everywhere
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.settings.notices import warn_rank0
 
 ARGUMENTS = "megatron.training.arguments"
 LEGACY = "megatron.legacy.model.transformer"

@@ -31,9 +31,9 @@ from mindspeed_cp import (
     SequenceLayout,
     context_parallel_attention,
 )
-from mindspeed_cp.algorithms.ring_plan import ring_plan
-from mindspeed_cp.balance import imbalance
-from mindspeed_cp.blocks import IntervalMask, needed_rows
+from mindspeed_cp.attention.ring_plan import ring_plan
+from mindspeed_cp.sequence.balance import imbalance
+from mindspeed_cp.sequence.blocks import IntervalMask, needed_rows
 from mindspeed_cp.comm import count_bytes
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import KernelOptions

@@ -17,12 +17,12 @@ from functools import partial
 
 import torch
 
-from mindspeed_cp.blocks import Block, IntervalMask, plan_blocks
-from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.sequence.blocks import Block, IntervalMask, plan_blocks
+from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import KernelOptions, accumulation_dtype
-from mindspeed_cp.layout import SequenceLayout
-from mindspeed_cp.softmax import merge_attention
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.attention.merging import merge_attention
 
 
 def parse_args(argv=None):

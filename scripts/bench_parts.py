@@ -15,8 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
-from mindspeed_cp.algorithms.ring_plan import RingPlan
-from mindspeed_cp.blocks import Block, IntervalMask
+from mindspeed_cp.attention.ring_plan import RingPlan
+from mindspeed_cp.sequence.blocks import Block, IntervalMask
 from mindspeed_cp.comm.messages import packed
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import KernelOptions

@@ -31,7 +31,7 @@ from mindspeed_cp import (  # noqa: E402
     SequenceLayout,
     context_parallel_attention,
 )
-from mindspeed_cp.algorithms.function import AttentionCall, ContextParallelAttention  # noqa: E402
+from mindspeed_cp.attention.function import AttentionCall, ContextParallelAttention  # noqa: E402
 from mindspeed_cp.comm import count_bytes  # noqa: E402
 
 ALGORITHMS = {

@@ -27,9 +27,9 @@ TIMEOUT = 240  # seconds of one run
 
 def _apply_stand_in_only():
     """Make CUDA's names mean the CPU and change nothing else: Megatron as it is, as far as a CPU can show it."""
-    from mindspeed_cp.patches.device import device_patches
+    from mindspeed_cp.patches.machine.cpu import device_patches
     from mindspeed_cp.patches.manager import PatchManager
-    from mindspeed_cp.patches.training_device import checkout_device_patches, checkout_patches, library_patches
+    from mindspeed_cp.patches.machine.checkout import checkout_device_patches, checkout_patches, library_patches
 
     def needed():
         return ""

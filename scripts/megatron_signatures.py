@@ -4,8 +4,8 @@
     python scripts/megatron_signatures.py --add FOLDER   writes that Megatron's version into the table, once it is tried
 
 FOLDER holds megatron/core: a checkout, a folder of pip install --target, site-packages. Megatron is read, not imported,
-so that one that cannot be imported is shown too. The table, tests/megatron_signatures.json, has for each patched name
-the reason of its patch and, from the version on in which it changed, the parameters.
+so that one that cannot be imported is shown too. The table, tests/helpers/megatron_signatures.json, has for each
+patched name the reason of its patch and, from the version on in which it changed, the parameters.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "tests" / "megatron_signatures.json"
+TABLE = ROOT / "tests/helpers/megatron_signatures.json"
 ABSENT = "is not there"
 
 

@@ -16,7 +16,7 @@ from trainer.arguments import parse_args
 from trainer.failures import readable_failures, readable_flags
 from trainer.loop import pretrain
 
-from mindspeed_cp.notices import ContextParallelWarning
+from mindspeed_cp.settings.notices import ContextParallelWarning
 
 
 @record

@@ -92,10 +92,10 @@ runs() {
 pytest() { "$PYTHON" -m pytest -q -p no:cacheprovider --device "$DEVICE" "$@"; }
 
 check "device and kernel" available
-check "operators, every block shape" pytest "tests/test_kernel_$( [[ $DEVICE == cuda ]] && echo cuda || echo npu ).py"
-check "kernel choice" pytest tests/test_kernel_select.py
-check "parity of every algorithm" pytest tests/test_kernel_parity.py
-check "parity over all features" pytest tests/test_attention_exact.py
+check "operators, every block shape" pytest "tests/kernels/test_kernel_$( [[ $DEVICE == cuda ]] && echo cuda || echo npu ).py"
+check "kernel choice" pytest tests/kernels/test_kernel_select.py
+check "parity of every algorithm" pytest tests/kernels/test_kernel_parity.py
+check "parity over all features" pytest tests/attention/test_attention_exact.py
 check "launch scripts, dry run" dry_runs
 check "training, every algorithm" runs algorithms
 check "training, KV cache policies" runs policies

@@ -7,7 +7,7 @@ gc.disable()  # until every test is imported, of which it would take a third of 
 
 # Several ranks share the cores: one thread each, or they fight. Set before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-paths = [os.path.join(os.path.dirname(__file__), "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+paths = [os.path.join(os.path.dirname(__file__), "helpers", "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
 os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 import distributed

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_cp.comm.messages import Message
-from mindspeed_cp.notices import warn_rank0, warn_this_rank
+from mindspeed_cp.settings.notices import warn_rank0, warn_this_rank
 
 SPAN = 1 << 36  # bytes of address space for what one rank sends; 64 GiB, and a thousand ranks fit into one process
 SMALLEST_MESSAGE = 1 << 14  # bytes; below this the message itself is as cheap as its notice

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.api import context_parallel_attention
+from mindspeed_cp.attention.entry import context_parallel_attention
+from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.link import link_of, within
 from mindspeed_cp.compat.ring_layout import document_layout, row_layout
-from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.groups import ContextParallelGroups
-from mindspeed_cp.notices import warn_rank0
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.notices import warn_rank0
 
 __all__ = ["ringattn_context_parallel"]
 

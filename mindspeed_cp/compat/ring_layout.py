@@ -3,7 +3,7 @@
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
-from mindspeed_cp.layout import SequenceLayout, join_runs
+from mindspeed_cp.sequence.layout import SequenceLayout, join_runs
 
 
 @lru_cache(maxsize=256)

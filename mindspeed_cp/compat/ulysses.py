@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.algorithms import ulysses_attention
-from mindspeed_cp.algorithms.ulysses_attention import *  # noqa: F403  the same names, one of them more
-from mindspeed_cp.api import context_parallel_attention
+from mindspeed_cp.attention import ulysses_attention
+from mindspeed_cp.attention.entry import context_parallel_attention
+from mindspeed_cp.attention.ulysses_attention import *  # noqa: F403  the same names, one of them more
+from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.link import link_of
-from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.groups import ContextParallelGroups
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.settings.config import ContextParallelConfig
 
 __all__ = [*ulysses_attention.__all__, "ulyssesattn_context_parallel"]
 

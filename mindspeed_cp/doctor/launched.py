@@ -11,17 +11,17 @@ import torch
 
 from mindspeed_cp.arguments import validate
 from mindspeed_cp.arguments.launch import misspelt
-from mindspeed_cp.config import ContextParallelConfig, TrainingSetup
 from mindspeed_cp.doctor import environment, launch
 from mindspeed_cp.doctor.finding import Finding, problem
 from mindspeed_cp.doctor.installed import ask
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionKernel, memory_order
-from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.planner import megatron_flags
 from mindspeed_cp.planner.memory import attention_bytes
 from mindspeed_cp.planner.trace import Problem, trace
-from mindspeed_cp.rules import heads_of_rank
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.settings.rules import heads_of_rank
 
 ADAPTORS = ("mindspeed_cp.megatron_adaptor", "mindspeed.megatron_adaptor")
 

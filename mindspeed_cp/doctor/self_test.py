@@ -19,14 +19,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.api import context_parallel_attention
+from mindspeed_cp.attention.entry import context_parallel_attention
+from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.messages import Message
-from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.doctor.meeting import join
-from mindspeed_cp.groups import ContextParallelGroups
-from mindspeed_cp.layout import SequenceLayout
 from mindspeed_cp.planner.search import variants
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.settings.config import ContextParallelConfig
 
 MOST_RANKS = 4  # two levels of two, so that Hybrid and Double Ring can be built
 SIZES = {"cpu": (96, 4, 2, 16), "cuda": (1024, 8, 4, 128), "npu": (1024, 8, 4, 128)}  # seq, heads, KV heads, dim

@@ -13,7 +13,7 @@ Adding a kernel, in ten steps:
 7. Refuse what the kernel cannot do with a ValueError, or announce a slower path with
    ``notices.warn_rank0``: never in silence.
 8. Add a ``KernelRow`` below. The choices of --cp-kernel and the automatic choice by device follow from it.
-9. Run ``tests/kernel_cases.py``'s ``check_block`` over ``CASES`` (see tests/test_kernel_select.py), then
+9. Run ``tests/helpers/kernel_cases.py``'s ``check_block`` over ``CASES``, then
 10. ``pytest tests --device NAME``: the parity suite is the same for every kernel.
 """
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
-from mindspeed_cp.blocks import Block
+from mindspeed_cp.sequence.blocks import Block
 
 MemoryOrder = Literal["sequence", "heads"]
 

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 
 from mindspeed_cp.kernels.blockwise import BlockwiseKernel, band_mask
-from mindspeed_cp.notices import warn_rank0
+from mindspeed_cp.settings.notices import warn_rank0
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -16,10 +16,10 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from mindspeed_cp.blocks import Block
 from mindspeed_cp.kernels.blockwise import BlockwiseKernel
 from mindspeed_cp.kernels.random_stream import random_stream
-from mindspeed_cp.notices import warn_rank0
+from mindspeed_cp.sequence.blocks import Block
+from mindspeed_cp.settings.notices import warn_rank0
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256

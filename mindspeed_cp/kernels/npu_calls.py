@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from mindspeed_cp.blocks import Block
+from mindspeed_cp.sequence.blocks import Block
 
 MASK_SIZE = 2048  # the operator's compressed triangle, whatever the sequence length
 MAX_HEADS = 256  # query heads of one call

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import yaml
 
-from mindspeed_cp.blocks import Block
 from mindspeed_cp.doctor import self_test
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import KernelOptions
 from mindspeed_cp.planner.cluster import CLUSTERS, THIS_MACHINE, Cluster
+from mindspeed_cp.sequence.blocks import Block
 
 SIZES = {"cpu": (2048, 4, 64), "cuda": (16384, 16, 128), "npu": (16384, 16, 128)}  # seq, heads, dim
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16, "npu": torch.bfloat16}

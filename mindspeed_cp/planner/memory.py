@@ -10,11 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mindspeed_cp.algorithms.kept import KeptAttention
-from mindspeed_cp.config import ContextParallelConfig
+from mindspeed_cp.attention.kept import KeptAttention
+from mindspeed_cp.attention.merging import merge_attention
 from mindspeed_cp.kernels.base import MemoryOrder
 from mindspeed_cp.planner.trace import Notes, NotingKernel, Problem, dry_call
-from mindspeed_cp.softmax import merge_attention
+from mindspeed_cp.settings.config import ContextParallelConfig
 
 
 class LiveBytes(TorchDispatchMode):

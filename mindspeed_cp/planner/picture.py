@@ -2,11 +2,11 @@
 
 from collections import defaultdict
 
-from mindspeed_cp.config import ContextParallelConfig
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.search import Found
 from mindspeed_cp.planner.split import Work
 from mindspeed_cp.planner.training import fitting, options
+from mindspeed_cp.settings.config import ContextParallelConfig
 
 NONE = "no context parallelism"
 

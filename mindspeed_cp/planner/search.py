@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from mindspeed_cp.algorithms import ALGORITHMS
-from mindspeed_cp.algorithms.ring_plan import ring_plan
-from mindspeed_cp.config import (
+from mindspeed_cp.attention.ring_plan import ring_plan
+from mindspeed_cp.planner.cluster import Cluster
+from mindspeed_cp.planner.trace import Compute, Event, Post, Problem, trace
+from mindspeed_cp.sequence.masks import interval_masks
+from mindspeed_cp.settings.algorithms import ALGORITHMS
+from mindspeed_cp.settings.config import (
     KV_CACHE_POLICIES,
     ContextParallelConfig,
     KVCachePolicy,
@@ -17,9 +20,6 @@ from mindspeed_cp.config import (
     TrainingSetup,
     resolve,
 )
-from mindspeed_cp.masks import interval_masks
-from mindspeed_cp.planner.cluster import Cluster
-from mindspeed_cp.planner.trace import Compute, Event, Post, Problem, trace
 
 Policies = tuple[KVCachePolicy | None, ...]
 

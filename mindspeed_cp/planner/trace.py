@@ -11,16 +11,16 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.algorithms.kept import KeptAttention
-from mindspeed_cp.api import context_parallel_attention
+from mindspeed_cp.attention.entry import context_parallel_attention
+from mindspeed_cp.attention.kept import KeptAttention
 from mindspeed_cp.comm.batch import Work
 from mindspeed_cp.comm.counters import Traffic, count_bytes
+from mindspeed_cp.comm.groups import ContextParallelGroups, parts_of
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.workspace import Workspace
-from mindspeed_cp.config import ContextParallelConfig
-from mindspeed_cp.groups import ContextParallelGroups, parts_of
 from mindspeed_cp.kernels.base import KernelOptions, MemoryOrder, accumulation_dtype
-from mindspeed_cp.layout import SequenceLayout
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.settings.config import ContextParallelConfig
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import islice
 
-from mindspeed_cp.config import KV_CACHE_POLICIES, ContextParallelConfig, MaskType, TrainingSetup
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.layers import HALF
 from mindspeed_cp.planner.memory import AttentionBytes, kept_bytes, most_bytes
@@ -18,7 +17,8 @@ from mindspeed_cp.planner.search import Candidate, Found, Policies, search, time
 from mindspeed_cp.planner.split import Split, Work, sizes, splits
 from mindspeed_cp.planner.stages import RECOMPUTES, Memory, Recompute, Step, kinds_of_stages, stage_memory, stage_step
 from mindspeed_cp.planner.trace import Problem
-from mindspeed_cp.rules import heads_of_rank
+from mindspeed_cp.settings.config import KV_CACHE_POLICIES, ContextParallelConfig, MaskType, TrainingSetup
+from mindspeed_cp.settings.rules import heads_of_rank
 
 
 @dataclass(frozen=True)

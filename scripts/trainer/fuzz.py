@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from mindspeed_cp.algorithms import ALGORITHMS
+from mindspeed_cp.settings.algorithms import ALGORITHMS
 
 from trainer.arguments import build_parser
 

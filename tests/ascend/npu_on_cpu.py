@@ -208,7 +208,7 @@ def _overload(name):
 
 
 def install_with_attention(tnd_order="documents"):
-    """``install``, with the attention operators of tests/fake_torch_npu under torch_npu's real schemas.
+    """``install``, with the attention operators of tests/helpers/fake_torch_npu under torch_npu's real schemas.
 
     Returns:
         The fake's Operators, whose ``calls`` record what was asked for.

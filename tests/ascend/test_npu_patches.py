@@ -1,4 +1,4 @@
-"""Each failure of Megatron on an NPU: red without its row of patches/npu.py, green with it, on the real torch_npu."""
+"""Each failure of Megatron on an NPU: red without its row of patches/machine/npu.py, green with it, on torch_npu."""
 
 import bed
 import pytest

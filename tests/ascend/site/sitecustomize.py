@@ -38,7 +38,7 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module):
         self._loader.exec_module(module)
-        sys.path[:0] = added = [str(TESTS), str(TESTS / "ascend")]
+        sys.path[:0] = added = [str(TESTS / "helpers"), str(TESTS / "ascend")]
         try:
             import npu_on_cpu
 

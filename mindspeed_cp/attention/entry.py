@@ -1,0 +1,237 @@
+"""``context_parallel_attention``: the public entry; checks its arguments and assembles the call."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from mindspeed_cp.attention.function import AttentionCall, ContextParallelAttention
+from mindspeed_cp.attention.kept import KeptAttention
+from mindspeed_cp.attention.kv_cache import KVCache
+from mindspeed_cp.attention.merging import merge_function
+from mindspeed_cp.attention.ring import RingProblem
+from mindspeed_cp.attention.ring_plan import ring_plan
+from mindspeed_cp.attention.ulysses import UlyssesProblem
+from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.comm.sequence_exchange import SequenceExchange
+from mindspeed_cp.kernels import select_kernel
+from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions, MemoryOrder, memory_order
+from mindspeed_cp.sequence.layout import SequenceLayout, run_positions
+from mindspeed_cp.sequence.masks import dense_mask, interval_masks
+from mindspeed_cp.sequence.staircases import IntervalMask
+from mindspeed_cp.settings.config import ContextParallelConfig
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def context_parallel_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    config: ContextParallelConfig,
+    groups: ContextParallelGroups,
+    layout: SequenceLayout,
+    softmax_scale: float | None = None,
+    attention_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    dropout_p: float = 0.0,
+    layer_number: int = 1,
+    kernel: AttentionKernel | str | None = None,
+    sliding_window: tuple[int | None, int | None] | None = None,
+    softmax_offset: torch.Tensor | None = None,
+    fused_update: bool = False,
+    kept: KeptAttention | None = None,
+) -> torch.Tensor:
+    """Attention over a sequence that is split over the ranks of a context-parallel group; every rank of it calls this.
+
+    Args:
+        query: (seq_local, batch, heads, dk); seq_local is layout.length(cp_rank), in the order of layout.positions.
+        key: (seq_local, batch, kv_heads, dk); heads % kv_heads == 0.
+        value: (seq_local, batch, kv_heads, dv); dv may differ from dk.
+        config, groups, layout: of the same configuration; the layout may be any partition of the positions.
+        softmax_scale: None is dk ** -0.5.
+        attention_mask: bool, True = masked out, global (S, S) or (batch, 1, S, S); applies on top of documents, of the
+            window, and of the causal mask unless the mask type is "general", whose mask is the batch's alone. A row
+            that sees no key gives 0.
+        cu_seqlens: int32 tensor or ints, document boundaries with the leading 0 and the total; attention never crosses
+            one. A sequence of those, one for each row of the batch, where rows hold different documents.
+        dropout_p: probability with which attention weights are dropped; 1 leaves 0.
+        layer_number: global, 1-based; decides where the KV cache policy applies.
+        kernel: an AttentionKernel, or its name; None chooses by device.
+        sliding_window: (left, right): the query at p sees keys p - left to p + right; None or -1 is unlimited.
+        softmax_offset: (heads,) one more logit per head with value 0 (an attention sink); gets a gradient.
+        fused_update: merge blocks by the kernel's own operator where it has one (--use-fused-ring-attention-update).
+        kept: of the checkpoint around this call; its recomputation takes what the first pass computed.
+
+    Returns:
+        (seq_local, batch, heads, dv) in the query's dtype; float64, float32, float16 and bfloat16.
+
+    Raises:
+        ValueError: an argument does not fit the others; the message says which, why and what would.
+    """
+    _check_tensors(query, key, value, groups, layout)
+    _check_same_hierarchy(config, groups, layout)
+    _check_options(config, query, key, softmax_offset, layer_number, dropout_p)
+    if dropout_p == 1:
+        kernel = "blockwise"  # fused kernels divide by the probability of keeping
+    chosen = select_kernel(kernel, query.device.type) if kernel is None or isinstance(kernel, str) else kernel
+    causal = config.causal and not (config.attention_mask_type == "general" and attention_mask is not None)
+    masks = interval_masks(causal, layout.seq_len, query.shape[1], cu_seqlens, sliding_window)
+    policy = config.kv_cache_policy_for(layer_number)
+    differentiates = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    if not differentiates and (kept is None or not kept.is_active):
+        policy = None  # nothing will run backward, so nothing is kept for it
+    cache = KVCache.resolve(policy, config.ring_size)
+    order = memory_order(chosen, query.dtype)
+    ring = RingProblem(
+        groups=groups,
+        layout=layout,
+        masks=masks,
+        kernel=chosen,
+        options=KernelOptions(
+            query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, float(dropout_p), groups.cp_rank
+        ),
+        exchange=_exchange(config, layout, masks, attention_mask),
+        keep=cache.keep,
+        overlap=config.send_recv_overlap,
+        dense_mask=dense_mask(attention_mask, query.shape[1], layout.seq_len),
+        merge=merge_function(chosen, fused_update),
+        order=order,
+    )
+    ulysses = _ulysses_problem(config, groups, layout, query, key, value, cache, order)
+    call = AttentionCall(ring, ulysses, layer_number, kept)
+    # Kernels take any strides but the last dimension's; torch's CPU operator would read past it without a word.
+    tensors = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
+    places = None if layout.ulysses_degree > 1 else _ascending(layout, groups.cp_rank, query.device)
+    if places is None:
+        out: torch.Tensor = ContextParallelAttention.apply(*tensors, softmax_offset, call)
+        return out
+    ascending = places.argsort()
+    out = ContextParallelAttention.apply(*(tensor[ascending] for tensor in tensors), softmax_offset, call)
+    return out[places]
+
+
+@lru_cache(maxsize=256)
+def _ascending(layout: SequenceLayout, cp_rank: int, device: torch.device) -> torch.Tensor | None:
+    """(seq_local,) the place of each of this rank's tokens among them in ascending order; None where they ascend.
+
+    Blocks are planned over ascending positions. With a Ulysses group the exchange puts the rows in order.
+    """
+    rows = layout.ulysses_rows(cp_rank)[0]
+    with torch.inference_mode(False):  # an index made during inference could not be used in training
+        return None if len(rows) <= 1 else run_positions(rows, device)
+
+
+def _exchange(
+    config: ContextParallelConfig,
+    layout: SequenceLayout,
+    masks: tuple[IntervalMask, ...],
+    attention_mask: torch.Tensor | None,
+) -> Literal["ring", "direct", "allgather"]:
+    """How keys and values travel around the ring: what the configuration says, or for "auto" what sends less."""
+    row = config.row.exchange or "ring"
+    if config.kv_exchange != "auto" or row != "ring":
+        return "direct" if config.kv_exchange == "direct" else row
+    saves = attention_mask is None and config.hierarchy[2] == 1
+    return "direct" if saves and ring_plan(layout, masks, True, exact=True).direct_sends_less else "ring"
+
+
+def _ulysses_problem(
+    config: ContextParallelConfig,
+    groups: ContextParallelGroups,
+    layout: SequenceLayout,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: KVCache,
+    order: MemoryOrder | None,
+) -> UlyssesProblem | None:
+    if groups.ulysses is None:
+        return None
+    exchange = SequenceExchange(groups.ulysses, layout.ulysses_rows(groups.ring_rank), config.alltoall, order)
+    return UlyssesProblem(
+        exchange,
+        query.shape[2],
+        key.shape[2],
+        query.shape[3],
+        value.shape[3],
+        refetch=cache.refetch,
+        allgather_kv=config.allgather_kv,
+    )
+
+
+def _check_options(
+    config: ContextParallelConfig,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    softmax_offset: torch.Tensor | None,
+    layer_number: int,
+    dropout_p: float,
+) -> None:
+    if config.allgather_kv and key.shape[2] != 1:
+        raise ValueError(
+            f"--use-ulysses-allgather-kv needs one KV head on each rank, not {key.shape[2]}; leave it out."
+        )
+    if softmax_offset is not None and tuple(softmax_offset.shape) != (query.shape[2],):
+        raise ValueError(
+            f"softmax_offset has shape {tuple(softmax_offset.shape)} and must be ({query.shape[2]},), one logit for "
+            "each query head of this rank."
+        )
+    if not isinstance(layer_number, int) or layer_number < 1:
+        raise ValueError(
+            f"layer_number {layer_number} must be a whole number of at least 1; it is global and counts from 1."
+        )
+    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p {dropout_p} must lie between 0 and 1.")
+
+
+def _check_same_hierarchy(config: ContextParallelConfig, groups: ContextParallelGroups, layout: SequenceLayout) -> None:
+    wanted = (config.hierarchy[0], config.ring_size)
+    if (layout.ulysses_degree, layout.ring_size) != wanted or groups.hierarchy != config.hierarchy:
+        raise ValueError(
+            f"config has hierarchy {config.hierarchy} (ulysses, window, windows), groups {groups.hierarchy} and "
+            f"layout ({layout.ulysses_degree}, ring {layout.ring_size}); build groups and layout from the same "
+            "config."
+        )
+
+
+def _check_tensors(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    groups: ContextParallelGroups,
+    layout: SequenceLayout,
+) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)} and must be (seq_local, batch, heads, head_dim).")
+        if tensor.dtype not in DTYPES or tensor.dtype != query.dtype:
+            raise ValueError(
+                f"{name} has dtype {tensor.dtype}; query, key and value must share one of float64, float32, "
+                "float16, bfloat16."
+            )
+    expected = layout.length(groups.cp_rank)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.shape[0] != expected:
+            raise ValueError(
+                f"{name} has {tensor.shape[0]} tokens on rank {groups.cp_rank}, the layout of {layout.seq_len} "
+                f"tokens gives it {expected}; slice with layout.shard(tensor, cp_rank)."
+            )
+    heads, kv_heads = query.shape[2], key.shape[2]
+    if key.shape[2] != value.shape[2] or key.shape[1] != query.shape[1] or value.shape[1] != query.shape[1]:
+        raise ValueError(
+            f"key {tuple(key.shape)} and value {tuple(value.shape)} must have the same heads, and the batch of "
+            f"query {tuple(query.shape)}."
+        )
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"query has {heads} heads, which must be a multiple of the {kv_heads} KV heads; "
+            f"choose a divisor of {heads} for the KV heads (--num-query-groups)."
+        )
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"key has head dimension {key.shape[3]} and query {query.shape[3]}; they must be equal (only value "
+            "may differ)."
+        )

@@ -1,0 +1,92 @@
+"""How long the sequence is after Ulysses' all-to-all: the calculators that say it, and the check of what ranks hold."""
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from mindspeed_cp.sequence.layout import split_sizes
+
+
+class GatherSizeCalculator(ABC):
+    """Says how long the sequence is after the all-to-all; write a subclass for lengths that only your model knows.
+
+    Attributes:
+        sums_local_lengths: True makes a None of ``calculate`` mean the sum of the lengths that the ranks hold.
+    """
+
+    sums_local_lengths: bool = False
+
+    @abstractmethod
+    def calculate(self, *args, **kwargs) -> int | None:
+        """The length of the whole sequence, or None when every rank holds equally much of it.
+
+        Args:
+            args, kwargs: those of the attention call after query, key and value.
+        """
+
+
+class DefaultGatherSizeCalculator(GatherSizeCalculator):
+    """Aligned Ulysses: every rank holds the same number of tokens."""
+
+    def calculate(self, *args, **kwargs) -> int | None:
+        return None
+
+
+class DynamicGatherSizeCalculator(GatherSizeCalculator):
+    """The length of the attention mask, or what the ranks hold together when there is no mask."""
+
+    sums_local_lengths = True
+
+    def calculate(self, *args, **kwargs) -> int | None:
+        """Last dimension of the mask: the first positional argument, or ``attention_mask`` or ``attn_mask``."""
+        candidates = [*args[:1], kwargs.get("attention_mask"), kwargs.get("attn_mask")]
+        return next((mask.shape[-1] for mask in candidates if isinstance(mask, torch.Tensor)), None)
+
+
+def check_lengths(calculator: GatherSizeCalculator, stamps: list[tuple[int, int]]) -> list[int]:
+    """The tokens of every rank, from their (length, gather size or -1).
+
+    Raises:
+        ValueError: they do not fit; the same on every rank.
+    """
+    lengths, sizes = [length for length, _ in stamps], [size for _, size in stamps]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"the gather size calculator gives the ranks different lengths {sizes} (-1 is None); it "
+            "must give all ranks the length of the whole sequence."
+        )
+    if sizes[0] == -1:
+        _check_aligned(lengths, calculator)
+    elif lengths != split_sizes(sizes[0], len(lengths)):
+        raise ValueError(
+            f"gather size {sizes[0]} gives the ranks {split_sizes(sizes[0], len(lengths))} "
+            f"tokens, and they hold {lengths}; split with cal_split_sizes({sizes[0]}, "
+            f"{len(lengths)}), or let the calculator return {sum(lengths)}."
+        )
+    return lengths
+
+
+def check_single(length: int, gather_size: int | None) -> None:
+    """ValueError where a group of one rank is told another length than it has."""
+    if gather_size is not None and gather_size != length:
+        raise ValueError(
+            f"gather size {gather_size} must be the sequence length {length} in a group of one rank; pass "
+            "the whole sequence."
+        )
+
+
+def _check_aligned(lengths: list[int], calculator: GatherSizeCalculator) -> None:
+    """Lengths without a gather size: equal for aligned Ulysses, the usual split where they are summed."""
+    if calculator.sums_local_lengths:
+        if lengths != split_sizes(sum(lengths), len(lengths)):
+            raise ValueError(
+                f"the ranks hold {lengths} tokens, and a sequence of {sum(lengths)} must be split as "
+                f"{split_sizes(sum(lengths), len(lengths))}; split with cal_split_sizes({sum(lengths)}, "
+                f"{len(lengths)})."
+            )
+    elif len(set(lengths)) > 1:
+        raise ValueError(
+            f"aligned Ulysses needs the same number of tokens on every rank, and they hold {lengths}; "
+            "pass gather_size_calculator=DynamicGatherSizeCalculator() (--gather-size-calculator "
+            f"dynamic), which takes any length, or a sequence length that {len(lengths)} divides."
+        )

@@ -1,0 +1,220 @@
+"""Attention kept across recomputation: the first pass of a checkpointed function leaves it, the second takes it.
+
+A checkpoint runs its function twice, without a graph in the forward pass and again in the backward pass. Everything
+between is computed twice, and so would be the slowest part of it, attention and its communication. One
+``KeptAttention`` belongs to one checkpoint, and holds what its calls of attention left, in the order of the calls.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from mindspeed_cp.kernels.random_stream import default_generator
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.sequence.staircases import IntervalMask
+from mindspeed_cp.settings.notices import warn_rank0
+
+WAY_OUT = (
+    "a checkpointed function must do the same in both passes; make it so, or leave out --cp-keep-attention (kept=None)."
+)
+
+
+class Stamp(NamedTuple):
+    """What a call of attention and the one that takes its place must have in common."""
+
+    layer_number: int
+    query: torch.Size
+    key: torch.Size
+    value: torch.Size
+    dtype: torch.dtype
+    softmax_scale: float
+    dropout_p: float
+    exchange: str
+    keep: frozenset[str]
+    refetch: frozenset[str]
+    layout: SequenceLayout
+    masks: tuple[IntervalMask, ...]
+    dense_mask: torch.Size | None
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What one call of attention computes.
+
+    Args:
+        result: what the caller gets.
+        out, lse: of this rank's rows and heads, for backward.
+        saved: query, and what backward starts from of keys and values; None for what the rank has without
+            communication, which the next pass has as well.
+        rngs: dropout states of the blocks.
+    """
+
+    result: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    saved: tuple[torch.Tensor | None, ...]
+    rngs: tuple[Any, ...]
+
+    def detached(self) -> "Computed":
+        """The same memory in tensors of its own: those that the caller gets may lead to the checkpoint itself."""
+        saved = tuple(None if tensor is None else tensor.detach() for tensor in self.saved)
+        return Computed(self.result.detach(), self.out.detach(), self.lse.detach(), saved, self.rngs)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.result, self.out, self.lse, *(tensor for tensor in self.saved if tensor is not None)]
+
+
+class _KeptCall(NamedTuple):
+    stamp: Stamp
+    computed: Computed
+    fingerprint: list[tuple[int, int]]
+    random_before: list[torch.Tensor]
+    random_after: list[torch.Tensor]
+
+
+class KeptAttention:
+    """What the attention inside one checkpoint leaves for its recomputation; make a new one for every checkpoint.
+
+    The recomputation then calls no kernel of attention's forward pass and sends nothing for it; gradients are the same
+    bit by bit. With torch's checkpoint::
+
+        kept = KeptAttention()
+        checkpoint(layer, x, kept, use_reentrant=False, context_fn=kept.contexts)
+
+    where ``layer`` passes ``kept`` on to ``context_parallel_attention``. A second recomputation, by another backward
+    pass through a retained graph, computes attention again.
+
+    Args:
+        outer: of a checkpoint around this one.
+    """
+
+    def __init__(self, outer: "KeptAttention | None" = None) -> None:
+        self._outer = outer
+        self._calls: deque[_KeptCall] = deque()
+        self._phase: Literal["new", "keeping", "kept", "taking", "spent"] = "new"
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """(around the first pass, around any later one): the ``context_fn`` of torch's checkpoint."""
+        return _Pass(self._begin, self._end), _Pass(self._begin_again, self._end_again)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a pass is under way: then a backward pass comes, whatever the tensors say now."""
+        return self._phase in ("keeping", "taking") or (self._outer is not None and self._outer.is_active)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that is kept now, every storage once."""
+        storages = [tensor.untyped_storage() for call in self._calls for tensor in call.computed.tensors]
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+    def once(self, stamp: Stamp, device: torch.device, compute: Callable[[], Computed]) -> Computed:
+        """What ``compute`` returns, or returned in the first pass; the random generators go on as if it had run.
+
+        Raises:
+            ValueError: the passes differ, or what was kept was changed in place; the message says in what.
+        """
+        call = self._taken(stamp, device)
+        if call is not None:
+            self._keep(call)
+            return call.computed
+        before = _random_states(stamp, device)
+        computed = compute()
+        own = computed.detached()
+        self._keep(_KeptCall(stamp, own, _fingerprint(own), before, _random_states(stamp, device)))
+        return computed
+
+    def _keep(self, call: _KeptCall) -> None:
+        if self._phase == "keeping":
+            self._calls.append(call)
+        if self._outer is not None:
+            self._outer._keep(call)
+
+    def _taken(self, stamp: Stamp, device: torch.device) -> _KeptCall | None:
+        if self._phase != "taking":
+            return None if self._outer is None else self._outer._taken(stamp, device)
+        if not self._calls:
+            raise ValueError(
+                f"recomputation calls attention (layer {stamp.layer_number}) more often than the first pass did; "
+                + WAY_OUT
+            )
+        call = self._calls.popleft()
+        for name, first, again in zip(Stamp._fields, call.stamp, stamp):
+            if first != again:
+                raise ValueError(
+                    f"attention of layer {stamp.layer_number}: {name} is {again} in the recomputation and was {first} "
+                    f"in the first pass; {WAY_OUT}"
+                )
+        if _fingerprint(call.computed) != call.fingerprint:
+            raise ValueError(
+                f"the attention that was kept of layer {stamp.layer_number} was changed in place, or its memory freed; "
+                "use its output without changing it, or leave out --cp-keep-attention (kept=None)."
+            )
+        _go_on(stamp, device, call)
+        return call
+
+    def _begin(self) -> None:
+        if self._phase != "new":
+            raise ValueError("a KeptAttention belongs to one checkpoint; make a new one for every call of checkpoint.")
+        self._phase = "keeping"
+
+    def _end(self, failed: bool) -> None:
+        self._phase = "kept"
+
+    def _begin_again(self) -> None:
+        if self._phase == "spent":
+            warn_rank0("a second backward pass recomputes a checkpoint: attention was given back, and runs again.")
+        else:
+            self._phase = "taking"
+
+    def _end_again(self, failed: bool) -> None:
+        left, self._phase = len(self._calls), "spent"
+        self._calls.clear()
+        if left and not failed:  # torch ends a recomputation by an exception when nothing more is needed of it
+            raise ValueError(f"recomputation left out {left} calls of attention of the first pass; {WAY_OUT}")
+
+
+@dataclass(frozen=True)
+class _Pass(AbstractContextManager[None]):
+    begin: Callable[[], None]
+    end: Callable[[bool], None]
+
+    def __enter__(self) -> None:
+        self.begin()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end(kind is not None)
+
+
+def _fingerprint(computed: Computed) -> list[tuple[int, int]]:
+    """Changes with every change in place, and when memory is given back under a tensor, as Megatron does."""
+    return [(tensor._version, tensor.untyped_storage().nbytes()) for tensor in computed.tensors]
+
+
+def _generators(stamp: Stamp, device: torch.device) -> list[torch.Generator]:
+    """Those from which attention's dropout may draw."""
+    devices = {torch.device("cpu"): None, device: None} if stamp.dropout_p else {}
+    return [default_generator(each) for each in devices]
+
+
+def _random_states(stamp: Stamp, device: torch.device) -> list[torch.Tensor]:
+    return [generator.get_state() for generator in _generators(stamp, device)]
+
+
+def _go_on(stamp: Stamp, device: torch.device, call: _KeptCall) -> None:
+    """Put the generators where the first pass left them, from where it found them."""
+    for generator, before, after in zip(_generators(stamp, device), call.random_before, call.random_after):
+        if not torch.equal(generator.get_state(), before):
+            raise ValueError(
+                f"recomputation draws other random numbers than the first pass (dropout of layer {stamp.layer_number}, "
+                f"{generator.device.type}); checkpoint with preserve_rng_state=True."
+            )
+        generator.set_state(after)

@@ -1,0 +1,261 @@
+"""The ring engine: one loop forward, one loop backward, for every mask, exchange, window and cache policy.
+
+A schedule brings the keys and values of one rank after another; the plan says which blocks they make with this rank's
+queries; the kernel computes each block; results are merged and gradients summed in the accumulation dtype. A ring of
+one rank is the plain local attention that Ulysses needs.
+
+Shapes: query (seq, batch, heads, dk), key (seq, batch, kv_heads, dk), value (seq, batch, kv_heads, dv), out
+(seq, batch, heads, dv), lse (seq, batch, heads); seq is what this rank holds.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+
+from mindspeed_cp.attention.kv_cache import NAMES, Name
+from mindspeed_cp.attention.merging import KVPartial, Merge, PartialAttention, RowSum, accumulator, merge_attention
+from mindspeed_cp.attention.ring_plan import RingPlan, Task, ring_plan
+from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.comm.kv_exchange import EXCHANGES, GradientReturn, RingChannel, paired
+from mindspeed_cp.comm.link import Link
+from mindspeed_cp.comm.messages import packed
+from mindspeed_cp.comm.schedule import RingPlace
+from mindspeed_cp.comm.watch import note_area
+from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions, MemoryOrder
+from mindspeed_cp.sequence.blocks import IntervalMask
+from mindspeed_cp.sequence.layout import SequenceLayout, run_positions
+
+
+@dataclass(frozen=True, eq=False)
+class RingProblem:
+    """Everything about one attention call that is not a tensor of the autograd graph.
+
+    Args:
+        layout: which global positions each ring rank holds.
+        masks: one IntervalMask for all rows of the batch, or one for each.
+        dense_mask: None or bool (1 or batch, S, S), True = masked out, on top of them.
+        exchange: how keys and values travel.
+        keep: which received keys and values forward keeps; backward communicates the others again.
+        overlap: transfers are posted before the block that hides them.
+        order: of the memory of what the kernel gets, as it asks.
+    """
+
+    groups: ContextParallelGroups
+    layout: SequenceLayout
+    masks: tuple[IntervalMask, ...]
+    kernel: AttentionKernel
+    options: KernelOptions
+    exchange: Literal["ring", "direct", "allgather"] = "ring"
+    keep: frozenset[Name] = frozenset()
+    overlap: bool = False
+    dense_mask: torch.Tensor | None = None
+    merge: Merge = merge_attention
+    order: MemoryOrder | None = None
+    plan: RingPlan = field(init=False)
+    channel: RingChannel = field(init=False)
+
+    def __post_init__(self) -> None:
+        dense, groups = self.dense_mask is not None, self.groups
+        # Neither knows the problem: it would not be freed before the garbage collector runs, nor the groups with it.
+        exact = self.exchange == "direct" and not dense
+        plan = ring_plan(self.layout, self.masks, self.kernel.native_bands, dense, exact)
+        place = RingPlace(self.rank, *groups.hierarchy[1:])
+        ring, outer = cast(Link, groups.ring), cast(Link, groups.outer)  # used where there is something to exchange
+        channel = RingChannel(place, ring, outer, plan.lengths, plan.rows_needed, self.overlap, self.order)
+        object.__setattr__(self, "plan", plan)
+        object.__setattr__(self, "channel", channel)
+
+    @property
+    def rank(self) -> int:
+        return self.groups.ring_rank
+
+    def tasks(self, query: torch.Tensor, source: int) -> tuple[Task, ...]:
+        """This rank's blocks against ``source``; none when uneven heads leave it without a head (kernels want at least
+        one).
+        """
+        return self.plan.tasks(self.rank, source) if query.numel() else ()
+
+    def mask_against(self, source: int) -> torch.Tensor | None:
+        """The dense mask of this rank's queries against ``source``'s keys, intervals included; None without one."""
+        if self.dense_mask is None:
+            return None
+        device = self.dense_mask.device
+        queries, keys = (run_positions(self.layout.ring_runs(rank), device) for rank in (self.rank, source))
+        hidden = self.dense_mask[:, queries][:, :, keys]
+        return hidden | torch.stack([_interval_hidden(queries, keys, mask) for mask in self.masks])
+
+
+def _interval_hidden(queries: torch.Tensor, keys: torch.Tensor, mask: IntervalMask) -> torch.Tensor:
+    """Bool (queries, keys): hidden by the interval mask. Only beside a dense mask, which is that large already."""
+    offset = keys - queries.unsqueeze(1)
+    hidden = torch.zeros_like(offset, dtype=torch.bool)
+    if mask.right is not None:
+        hidden |= offset > mask.right
+    if mask.left is not None:
+        hidden |= offset < -mask.left
+    if mask.cu_seqlens is not None:
+        ends = torch.tensor(mask.cu_seqlens[1:], device=queries.device)
+        hidden |= torch.bucketize(queries, ends, right=True).unsqueeze(1) != torch.bucketize(keys, ends, right=True)
+    return hidden
+
+
+@dataclass(frozen=True)
+class RingSaved:
+    """What forward hands to backward besides query, out and lse: tensors to save, and the kernels' dropout states."""
+
+    tensors: tuple[torch.Tensor, ...]
+    rngs: tuple[Any, ...]
+
+
+def own_rows(
+    problem: RingProblem, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """This rank's query as its blocks share it, key and value as they travel: in one message, unless just one of them
+    is kept.
+    """
+    if problem.layout.ring_size == 1:
+        return query, key, value
+    if problem.order == "sequence":
+        query = query.contiguous()
+    if len(problem.keep) == 1:
+        return query, *packed((key,), problem.order), *packed((value,), problem.order)
+    return query, *packed((key, value), problem.order)
+
+
+def ring_forward(
+    problem: RingProblem, query: torch.Tensor, own: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor, RingSaved]:
+    """Attention of this rank's queries over all keys, of which ``own_rows`` gives it ``own``.
+
+    Returns:
+        (out, lse, saved): out in the kernel's dtype when one block made it, else in the accumulation dtype, and then in
+        reused memory unless that is the query's dtype. saved begins with ``own``.
+    """
+    note_area(lambda: problem.plan.area(problem.rank, query.shape[1]) * query.shape[2])
+    partial = PartialAttention(problem.groups.workspace, problem.merge, query, own[1].shape[-1])
+    kept, rngs = [*own], []
+    for source, (source_key, source_value) in _forward_stream(problem, own, kept):
+        mask = problem.mask_against(source)
+        for batch, block in problem.tasks(query, source):
+            rows, keys = block.query_rows, block.key_rows
+            block_out, block_lse, rng = problem.kernel.forward(
+                query[rows, batch],
+                source_key[keys, batch],
+                source_value[keys, batch],
+                block,
+                problem.options,
+                mask,
+            )
+            partial.add(rows, batch, block_out, block_lse)
+            rngs.append(rng)
+    out, lse = partial.result()
+    return out, lse, RingSaved(tuple(kept), tuple(rngs))
+
+
+def _forward_stream(problem, own, kept):
+    """Stream (source, (key, value)) by the problem's exchange; what backward needs besides ``own`` joins ``kept``."""
+    if problem.layout.ring_size == 1:
+        yield problem.rank, own
+        return
+    exchange = EXCHANGES[problem.exchange]
+    if len(problem.keep) != 1:
+        stream = exchange(problem.channel, own, "kv", keep=bool(problem.keep))
+        yield from _collect(stream, kept) if problem.keep else stream
+        return
+    streams = []
+    for name, rows in zip(NAMES, own):
+        stream = exchange(problem.channel, (rows,), f"kv.{name}", keep=name in problem.keep)
+        streams.append(_collect(stream, kept) if name in problem.keep else stream)
+    yield from paired(*streams)
+
+
+def _collect(stream, kept):
+    """Pass a stream on and keep every received shard (not the own one, which is kept already)."""
+    for step, (source, rows) in enumerate(stream):
+        if step:
+            kept += rows
+        yield source, rows
+
+
+def _backward_stream(problem, saved):
+    """The forward's stream again: from what was kept, and fetching again what was not."""
+    own, received = saved[: len(NAMES)], saved[len(NAMES) :]
+    if problem.layout.ring_size == 1:
+        yield problem.rank, own
+        return
+    exchange, sources = EXCHANGES[problem.exchange], [source for _, _, source in problem.channel.place.steps()]
+    if len(problem.keep) == 1:
+        yield from paired(
+            *(
+                zip(sources, ((shard,) for shard in (rows, *received)), strict=True)
+                if name in problem.keep
+                else exchange(problem.channel, (rows,), f"kv.{name}")
+                for name, rows in zip(NAMES, own)
+            )
+        )
+    elif problem.keep:
+        yield from zip(sources, zip(saved[::2], saved[1::2], strict=True), strict=True)
+    else:
+        yield from exchange(problem.channel, own, "kv")
+
+
+def ring_backward(
+    problem: RingProblem,
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    saved: RingSaved,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients (dq, dk, dv) in the accumulation dtype, or in the kernel's where one block makes them.
+
+    Args:
+        out, lse: of the whole attention; lse is +inf where a row sees no key.
+        saved: RingSaved of the forward pass.
+
+    The schedule runs again from the shard that the rank still holds, its own. Own partials are summed in place; those
+    for other ranks leave in the input's dtype, straight to the rank that sums them.
+    """
+    if problem.layout.ring_size == 1 and len(tasks := problem.tasks(query, 0)) == 1 and tasks[0].is_whole:
+        mask, (key, value) = problem.mask_against(0), saved.tensors
+        return problem.kernel.backward(
+            grad_out, query, key, value, out, lse, tasks[0].block, problem.options, saved.rngs[0], mask
+        )
+    if problem.order == "sequence":
+        grad_out = grad_out.contiguous()
+    workspace, like = problem.groups.workspace, saved.tensors[: len(NAMES)]
+    own = tuple(accumulator(workspace, f"dkv.own.{name}", rows.shape, query) for name, rows in zip(NAMES, like))
+    returns, rngs = GradientReturn(problem.channel, own, like), iter(saved.rngs)
+    dq = RowSum(query, workspace)
+    stream = _backward_stream(problem, saved.tensors)
+    for (j, t, source), (_, (key, value)) in zip(problem.channel.place.steps(), stream, strict=True):
+        tasks = problem.tasks(query, source)
+        target = returns.begin(j) if t == 0 else returns.wire(t, source)
+        single = not tasks or (len(tasks) == 1 and tasks[0].is_whole)
+        partial = KVPartial(target, single, workspace, t == 0)
+        mask = problem.mask_against(source)
+        for batch, block in tasks:
+            rows, keys = block.query_rows, block.key_rows
+            block_dq, *block_dkv = problem.kernel.backward(
+                grad_out[rows, batch],
+                query[rows, batch],
+                key[keys, batch],
+                value[keys, batch],
+                out[rows, batch],
+                lse[rows, batch],
+                block,
+                problem.options,
+                next(rngs),
+                mask,
+            )
+            dq.add(rows, batch, block_dq)
+            partial.add(keys, batch, block_dkv)
+        if t == 0:
+            partial.store()
+        else:
+            returns.send(j, t, partial.rows(problem.channel.rows_needed(problem.rank, source)))
+        if t + 1 == problem.channel.place.window:
+            returns.end(j)
+    dk, dv = returns.finish()
+    return dq.result(), dk, dv

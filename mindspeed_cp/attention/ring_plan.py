@@ -1,0 +1,176 @@
+"""Which blocks every ring rank computes against every shard, and which rows of the shard it needs for that."""
+
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+
+from mindspeed_cp.sequence.blocks import Block, IntervalMask, needed_rows, plan_blocks
+from mindspeed_cp.sequence.layout import Runs, SequenceLayout
+
+ALL = slice(None)
+# Counts, 32 MiB; layouts that cut every document have many runs, and then most ranks are related.
+LARGEST_TABLE = 1 << 22
+
+
+class Task(NamedTuple):
+    """A block, computed for the rows ``batch`` of the batch."""
+
+    batch: slice
+    block: Block
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is for the whole batch."""
+        return self.batch == ALL
+
+
+@dataclass(frozen=True, eq=False)
+class RingPlan:
+    """The plan of every attention call of a batch; get it from ``ring_plan``. What has been asked is remembered.
+
+    Args:
+        layout: which positions each ring rank holds.
+        masks: one for all rows of the batch, or one for each.
+        native_bands: the kernel computes bands itself.
+        dense: a dense mask comes on top; it makes one rectangle of all blocks.
+        exact: only needed rows travel; else whole shards, where any row is needed.
+    """
+
+    layout: SequenceLayout
+    masks: tuple[IntervalMask, ...]
+    native_bands: bool
+    dense: bool = False
+    exact: bool = False
+    _tasks: dict[tuple[int, int], tuple[Task, ...]] = field(default_factory=dict, repr=False)
+    _needed: dict[tuple[int, int], Runs] = field(default_factory=dict, repr=False)
+    _areas: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Rows of every ring rank's shard."""
+        return tuple(self.layout.ring_length(rank) for rank in range(self.layout.ring_size))
+
+    @cached_property
+    def _batches(self) -> list[tuple[slice, IntervalMask]]:
+        """Neighbouring rows of the batch with one mask, and that mask."""
+        if len(set(self.masks)) == 1:
+            return [(ALL, self.masks[0])]
+        batches, start = [], 0
+        for mask, rows in groupby(self.masks):
+            stop = start + len(list(rows))
+            batches.append((slice(start, stop), mask))
+            start = stop
+        return batches
+
+    def tasks(self, reader: int, source: int) -> tuple[Task, ...]:
+        """The blocks of ``reader``'s queries against ``source``'s keys."""
+        if (reader, source) not in self._tasks:
+            self._tasks[reader, source] = self._plan(reader, source)
+        return self._tasks[reader, source]
+
+    def area(self, reader: int, num_rows: int) -> int:
+        """(query, key) pairs that ``reader`` computes for one head of a batch of ``num_rows`` rows."""
+        if (reader, num_rows) not in self._areas:
+            self._areas[reader, num_rows] = sum(
+                task.block.area * len(range(num_rows)[task.batch])
+                for source in range(self.layout.ring_size)
+                for task in self.tasks(reader, source)
+            )
+        return self._areas[reader, num_rows]
+
+    @cached_property
+    def _related(self) -> np.ndarray:
+        """Bool (ranks, ranks): whether two hold positions of one document, so that any query of one may see a key of
+        the other. With thousands of documents most do not, and need no plan.
+        """
+        runs = [self.layout.ring_runs(rank) for rank in range(self.layout.ring_size)]
+        related = np.zeros((len(runs), len(runs)), dtype=bool)
+        if sum(map(len, runs)) * len(runs) > LARGEST_TABLE:
+            return ~related
+        for mask in set(self.masks):
+            if mask.cu_seqlens is None:
+                return np.ones_like(related)
+            related |= sharing_documents(runs, mask.cu_seqlens)
+        return related
+
+    def _plan(self, reader: int, source: int) -> tuple[Task, ...]:
+        if not self._related[reader, source]:
+            return ()
+        queries, keys = self.layout.ring_runs(reader), self.layout.ring_runs(source)
+        tasks = tuple(
+            Task(batch, block)
+            for batch, mask in self._batches
+            for block in plan_blocks(queries, keys, mask, self.native_bands)
+        )
+        if self.dense and tasks:
+            return (Task(ALL, Block((0, self.lengths[reader]), (0, self.lengths[source]))),)
+        return tasks
+
+    def rows_needed(self, reader: int, source: int) -> Runs:
+        """Rows of ``source``'s shard to move to ``reader`` (and gradients back), for any row of the batch."""
+        if not self.exact:
+            return ((0, self.lengths[source]),) if self.tasks(reader, source) else ()
+        if not self._related[reader, source]:
+            return ()
+        if (reader, source) not in self._needed:
+            queries, keys = self.layout.ring_runs(reader), self.layout.ring_runs(source)
+            needed = [needed_rows(queries, keys, mask) for _, mask in self._batches]
+            self._needed[reader, source] = needed[0] if len(needed) == 1 else _union(needed)
+        return self._needed[reader, source]
+
+    @cached_property
+    def direct_sends_less(self) -> bool:
+        """Whether some rank needs less than the whole shard of another: then sending what is needed saves bytes."""
+        ranks = range(self.layout.ring_size)
+        return any(
+            sum(stop - start for start, stop in self.rows_needed(reader, source)) < self.lengths[source]
+            for reader in ranks
+            for source in ranks
+            if reader != source
+        )
+
+
+@lru_cache(maxsize=64)
+def ring_plan(
+    layout: SequenceLayout,
+    masks: tuple[IntervalMask, ...],
+    native_bands: bool,
+    dense: bool = False,
+    exact: bool = False,
+) -> RingPlan:
+    """The RingPlan of these, made once for all layers and steps that see the same batch shape."""
+    return RingPlan(layout, masks, native_bands, dense, exact)
+
+
+def sharing_documents(runs: list[Runs], cu_seqlens: tuple[int, ...]) -> np.ndarray:
+    """Bool (ranks, ranks): whether two ranks hold positions of one document.
+
+    Args:
+        runs: those of every rank; together they are the whole sequence.
+    """
+    parts = sorted((start, stop, rank) for rank, own in enumerate(runs) for start, stop in own if start < stop)
+    start, stop, owner = np.array(parts, dtype=np.int64).reshape(-1, 3).T
+    ends = np.unique(np.array(cu_seqlens, dtype=np.int64))
+    low = ends[np.searchsorted(ends, start, side="right") - 1]
+    high = ends[np.searchsorted(ends, stop, side="left")]
+    # How many parts each rank has before every part; a rank is met where that grows over the documents of a part.
+    before = np.zeros((len(parts) + 1, len(runs)), dtype=np.int64)
+    np.cumsum(owner[:, None] == np.arange(len(runs)), axis=0, out=before[1:])
+    first, last = np.searchsorted(start, low, side="right") - 1, np.searchsorted(start, high, side="left")
+    met = np.zeros((len(runs), len(runs)), dtype=bool)
+    np.logical_or.at(met, owner, before[last] > before[first])
+    return met
+
+
+def _union(rows: list[Runs]) -> Runs:
+    """Ascending disjoint (start, stop) that cover all of these."""
+    united: list[tuple[int, int]] = []
+    for start, stop in sorted(span for spans in rows for span in spans):
+        if united and start <= united[-1][1]:
+            united[-1] = united[-1][0], max(stop, united[-1][1])
+        else:
+            united.append((start, stop))
+    return tuple(united)

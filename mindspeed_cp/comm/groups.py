@@ -1,0 +1,246 @@
+"""The process groups of one rank, and the buffers that it reuses from layer to layer.
+
+Within a context-parallel group, cp_rank = ring_rank * ulysses_degree + ulysses_rank: Ulysses ranks are neighbours
+(their all-to-all wants the fastest links), ring ranks are strided.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from mindspeed_cp.comm.host_memory import SMALLEST_MESSAGE, HostMemory
+from mindspeed_cp.comm.link import Link, within
+from mindspeed_cp.comm.workspace import Workspace
+from mindspeed_cp.settings.agreement import agree, settings_of
+from mindspeed_cp.settings.algorithms import Hierarchy
+from mindspeed_cp.settings.config import ContextParallelConfig
+
+Ranks = list[list[int]]  # global ranks of every context-parallel group
+
+
+@dataclass(frozen=True, eq=False)
+class ContextParallelGroups:
+    """Process groups and ranks of one context-parallel group, seen from one rank; build it with ``build``.
+
+    Attributes:
+        hierarchy: (ulysses, window, windows).
+        cp_rank: this rank within the context-parallel group.
+        global_ranks: global ranks of the group in cp_rank order.
+        cp, ulysses, ring: links over the whole group, the Ulysses ranks and the ring, None where the part has one rank.
+        outer: a second communicator over the ring, for transfers between windows, so that they run beside the
+            transfers within a window instead of queueing behind them; None without windows.
+        workspace: reused communication buffers.
+        made: the process groups that ``build`` made, and ``destroy`` destroys.
+    """
+
+    hierarchy: Hierarchy
+    cp_rank: int
+    global_ranks: tuple[int, ...]
+    cp: Link | None = None
+    ulysses: Link | None = None
+    ring: Link | None = None
+    outer: Link | None = None
+    workspace: Workspace = field(default_factory=Workspace, repr=False)
+    made: tuple[dist.ProcessGroup, ...] = field(default=(), repr=False)
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup | None:
+        return None if self.cp is None else self.cp.group
+
+    @property
+    def ulysses_group(self) -> dist.ProcessGroup | None:
+        return None if self.ulysses is None else self.ulysses.group
+
+    @property
+    def ring_group(self) -> dist.ProcessGroup | None:
+        return None if self.ring is None else self.ring.group
+
+    @property
+    def outer_group(self) -> dist.ProcessGroup | None:
+        return None if self.outer is None else self.outer.group
+
+    @property
+    def cp_size(self) -> int:
+        return len(self.global_ranks)
+
+    @property
+    def ulysses_degree(self) -> int:
+        return self.hierarchy[0]
+
+    @property
+    def ulysses_rank(self) -> int:
+        return self.cp_rank % self.ulysses_degree
+
+    @property
+    def ring_rank(self) -> int:
+        return self.cp_rank // self.ulysses_degree
+
+    @property
+    def ring_size(self) -> int:
+        return self.hierarchy[1] * self.hierarchy[2]
+
+    @property
+    def ring_global_ranks(self) -> tuple[int, ...]:
+        """Global ranks of this rank's ring in ring_rank order."""
+        return self.global_ranks[self.ulysses_rank :: self.ulysses_degree]
+
+    @classmethod
+    def build(
+        cls,
+        config: ContextParallelConfig,
+        cp_ranks: Sequence[Sequence[int]] | None = None,
+        *,
+        timeout: timedelta | None = None,
+        cp_group: dist.ProcessGroup | None = None,
+        share_from: int | None = SMALLEST_MESSAGE,
+        virtual_pipeline: bool = False,
+    ) -> "ContextParallelGroups":
+        """Make the process groups; collective over the world, so every rank calls it with the same arguments.
+
+        Args:
+            cp_ranks: global ranks of every context-parallel group; None is one group of all ranks.
+            timeout: of the groups that are made, None for the backend's default.
+            cp_group: this rank's context-parallel group where it exists already, as Megatron's does; it is used and
+                never destroyed. Every communicator costs an NPU 400 MB of buffers. All ranks have one, or none has.
+            share_from: bytes from which a message between gloo ranks of one host goes through shared memory; None is
+                never.
+            virtual_pipeline: whether the model's pipeline has virtual stages, beside which HCCL allows no batches of
+                messages between single ranks.
+
+        Raises:
+            ValueError: the groups do not fit the configuration or the world, or --cp-p2p batch asks for what HCCL
+                forbids; checked before any group is made.
+        """
+        cp = config.context_parallel_size
+        if cp == 1:
+            return cls(config.hierarchy, 0, (dist.get_rank() if dist.is_initialized() else 0,))
+        all_ranks = _agreed_ranks(config, cp_ranks, cp_group)
+        one_by_one = _one_by_one(config, virtual_pipeline)
+        mine = _ranks_of_mine(all_ranks)
+        made = _make(all_ranks, config.hierarchy, timeout, () if cp_group is None else ("cp",))
+        whole = made.get("cp", cp_group)
+        assert whole is not None
+        carrier = None if share_from is None else HostMemory.connect(whole, share_from)
+        link = Link(whole, mine.index(dist.get_rank()), mine, carrier=carrier, one_by_one=one_by_one)
+        links = {"cp": link}
+        if config.hierarchy[0] in (1, cp):
+            links["ring" if config.hierarchy[0] == 1 else "ulysses"] = link
+        for name, group in made.items():
+            links.setdefault(name, within(link, group, dist.get_process_group_ranks(group)))
+        groups = cls(config.hierarchy, link.rank, mine, **links, workspace=link.workspace, made=tuple(made.values()))
+        groups._warm_up()
+        return groups
+
+    def _warm_up(self) -> None:
+        """Connect every pair now: NCCL and HCCL want every rank in a group's first operation, and a ring may start with
+        fewer; with gloo, a rank that destroys its groups early would break connections that others still make."""
+        links = (self.cp, self.ulysses, self.ring, self.outer)
+        for group in {id(link.group): link.group for link in links if link is not None}.values():
+            dist.barrier(group)
+
+    def destroy(self) -> None:
+        """Release the process groups that were made here; every rank calls it, after its last operation. The object
+        cannot be used afterwards.
+        """
+        if self.cp is not None and self.cp.carrier is not None:
+            self.cp.carrier.close()
+        for group in self.made:
+            dist.destroy_process_group(group)
+        self.workspace.clear()
+
+
+def _make(
+    all_ranks: Ranks, hierarchy: Hierarchy, timeout: timedelta | None, existing: Sequence[str]
+) -> dict[str, dist.ProcessGroup]:
+    """This rank's process groups by name, without the existing ones; all ranks make all of them, in one order."""
+    ulysses, _, windows = hierarchy
+    made = {}
+    for name, ranks in parts_of(all_ranks, ulysses, windows):
+        if name not in existing:
+            group = dist.new_group(list(ranks), timeout=timeout)
+            if dist.get_rank() in ranks:
+                made[name] = group
+    return made
+
+
+def parts_of(all_ranks: Ranks, ulysses: int, windows: int) -> Iterator[tuple[str, Sequence[int]]]:
+    """(name, global ranks) of every process group, in the order in which all ranks make them."""
+    for ranks in all_ranks:
+        yield "cp", ranks
+        if 1 < ulysses < len(ranks):
+            for start in range(0, len(ranks), ulysses):
+                yield "ulysses", ranks[start : start + ulysses]
+        for first in range(ulysses):
+            if 1 < ulysses < len(ranks):
+                yield "ring", ranks[first::ulysses]
+            if windows > 1:
+                yield "outer", ranks[first::ulysses]
+
+
+def _agreed_ranks(
+    config: ContextParallelConfig, cp_ranks: Sequence[Sequence[int]] | None, cp_group: dist.ProcessGroup | None
+) -> Ranks:
+    """The checked ranks of all groups, once all ranks of the world have been found to ask for the same."""
+    try:
+        all_ranks = _checked_ranks(config.context_parallel_size, cp_ranks)
+        _check_existing(cp_group, _ranks_of_mine(all_ranks))
+    except ValueError as error:
+        agree({}, refusal=str(error))
+        raise
+    existing = "not given" if cp_group is None else "given"
+    agree(settings_of(config) | {"cp_ranks": str(all_ranks), "cp_group": existing})
+    return all_ranks
+
+
+def _one_by_one(config: ContextParallelConfig, virtual_pipeline: bool) -> bool:
+    """Whether messages between single ranks are posted one after the other."""
+    forbidden = virtual_pipeline and "hccl" in dist.get_backend()
+    if config.p2p == "batch" and forbidden:
+        raise ValueError(
+            "--cp-p2p batch cannot work with virtual pipeline stages on an NPU: HCCL allows no batches of sends and "
+            "receives beside them; leave it out, or use --cp-p2p isend."
+        )
+    return config.p2p == "isend" or forbidden
+
+
+def _ranks_of_mine(all_ranks: Ranks) -> tuple[int, ...]:
+    """Global ranks of this rank's context-parallel group."""
+    rank = dist.get_rank()
+    return next(tuple(ranks) for ranks in all_ranks if rank in ranks)
+
+
+def _check_existing(cp_group: dist.ProcessGroup | None, mine: tuple[int, ...]) -> None:
+    if cp_group is not None and tuple(dist.get_process_group_ranks(cp_group)) != mine:
+        raise ValueError(
+            f"cp_group has the global ranks {dist.get_process_group_ranks(cp_group)} and must have {list(mine)}, "
+            f"the context-parallel group of rank {dist.get_rank()}; pass that group, or leave cp_group out."
+        )
+
+
+def _checked_ranks(cp: int, cp_ranks: Sequence[Sequence[int]] | None) -> Ranks:
+    if not dist.is_initialized():
+        raise ValueError(
+            f"--context-parallel-size {cp} needs torch.distributed; call init_process_group first "
+            "(torchrun starts the processes)."
+        )
+    world = dist.get_world_size()
+    all_ranks = [list(range(world))] if cp_ranks is None else [list(ranks) for ranks in cp_ranks]
+    flat = [rank for ranks in all_ranks for rank in ranks]
+    if any(len(ranks) != cp for ranks in all_ranks):
+        sizes = sorted({len(ranks) for ranks in all_ranks})
+        raise ValueError(
+            f"--context-parallel-size {cp} must equal the number of ranks in each context-parallel group, "
+            f"here {', '.join(map(str, sizes))} (world size {world}); start {cp} processes, or pass cp_ranks with "
+            f"groups of {cp}."
+        )
+    if sorted(flat) != list(range(world)):
+        raise ValueError(
+            f"cp_ranks {all_ranks} must name each of the {world} ranks of the world exactly once; "
+            "list every context-parallel group."
+        )
+    if any(ranks != sorted(ranks) for ranks in all_ranks):
+        # torch.distributed numbers the ranks of a group in ascending order, whatever order they are given in.
+        raise ValueError(f"cp_ranks {all_ranks} must ascend within each group; sort them.")
+    return all_ranks

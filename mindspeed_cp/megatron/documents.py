@@ -1,0 +1,149 @@
+"""Document boundaries, from whatever says where documents end: tokens, position ids, PackedSeqParams, a dense mask."""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mindspeed_cp.megatron.records import Documents, one_row_if_shared
+
+ROWS_AT_ONCE = 1024  # of a dense mask, so that examining it takes little memory beside it
+
+
+def documents_of_tokens(tokens: torch.Tensor, end_of_document: int) -> Documents:
+    """Boundaries behind every end-of-document token, as Megatron's own masks have them.
+
+    Args:
+        tokens: (batch, seq), the whole sequence.
+    """
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[:, 1:] = tokens[:, :-1] == end_of_document
+    return _documents_from(starts)
+
+
+def documents_of_position_ids(position_ids: torch.Tensor) -> Documents:
+    """Boundaries where position ids begin again at 0.
+
+    Args:
+        position_ids: (batch, seq), the whole sequence.
+    """
+    return _documents_from(position_ids == 0)
+
+
+def _documents_from(starts: torch.Tensor) -> Documents:
+    """Boundaries of every row; ``starts`` is bool (batch, seq), True on the first token of a document."""
+    seq_len, rows = starts.size(1), [[0] for _ in range(starts.size(0))]
+    for row, position in starts[:, 1:].nonzero().tolist():
+        rows[row].append(position + 1)
+    return one_row_if_shared((*row, seq_len) for row in rows)
+
+
+def documents_of_rows(cu_seqlens) -> Documents:
+    """Boundaries that a caller passes: a tensor or ints, for all rows or one row for each."""
+    rows = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else [*cu_seqlens]
+    if all(isinstance(row, int) for row in rows):
+        rows = [rows]
+    return one_row_if_shared(row.tolist() if isinstance(row, torch.Tensor) else row for row in rows)
+
+
+class BoundaryCache:
+    """Reads boundaries back from the device once for each tensor: every layer and RoPE ask for the same ones."""
+
+    def __init__(self) -> None:
+        self._read = WeakIdKeyDictionary()
+
+    def boundaries(self, cu_seqlens: torch.Tensor) -> tuple[int, ...]:
+        """``cu_seqlens`` as ints; (n,) or (1, n)."""
+        version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
+        known = self._read.get(cu_seqlens)
+        if known is None or known[0] != version:
+            self._read[cu_seqlens] = known = (version, tuple(cu_seqlens.flatten().tolist()))
+        return known[1]
+
+    def padded(self, params) -> tuple[int, ...]:
+        """Where the documents of PackedSeqParams begin and, padding included, end."""
+        padded = params.cu_seqlens_q_padded
+        return self.boundaries(params.cu_seqlens_q if padded is None else padded)
+
+    def documents(self, params, seq_len: int | None = None) -> tuple[int, ...]:
+        """Boundaries of PackedSeqParams, padding included.
+
+        With padded boundaries the tokens of a document are followed by its padding; the padding becomes a document of
+        its own, so that no token sees it. The same holds for tokens after the last document.
+
+        Args:
+            params: PackedSeqParams in thd.
+            seq_len: tokens in the whole packed sequence, None for the last boundary.
+        """
+        true, padded, ends = self.boundaries(params.cu_seqlens_q), self.padded(params), [0]
+        for index in range(len(true) - 1):
+            end = padded[index] + true[index + 1] - true[index]
+            ends += [end, padded[index + 1]] if end < padded[index + 1] else [end]
+        if seq_len is not None and ends[-1] < seq_len:
+            ends.append(seq_len)
+        return tuple(ends)
+
+
+@dataclass(frozen=True)
+class MaskFacts:
+    """What a dense mask is.
+
+    Args:
+        documents: the boundaries with which causal attention within documents is this mask; None when the mask is
+            something else. Plain causal is a single document.
+    """
+
+    documents: Documents | None
+
+    @property
+    def is_causal(self) -> bool:
+        return self.documents is not None and all(len(row) == 2 for row in self.documents)
+
+
+def examine_mask(mask: torch.Tensor) -> MaskFacts:
+    """Recognise causal attention, within documents or plain, in a dense mask.
+
+    Args:
+        mask: bool (batch, 1, seq, seq), True = masked out.
+    """
+    seq = mask.shape[-1]
+    columns = torch.arange(seq, device=mask.device)
+    firsts = []
+    for start in range(0, seq, ROWS_AT_ONCE):
+        visible = mask[:, 0, start : start + ROWS_AT_ONCE].logical_not()
+        rows = columns[start : start + ROWS_AT_ONCE]
+        first = visible.to(torch.uint8).argmax(-1)
+        expected = (columns >= first.unsqueeze(-1)) & (columns <= rows.unsqueeze(-1))
+        if not torch.equal(visible, expected):
+            return MaskFacts(None)
+        firsts.append(first)
+    first = torch.cat(firsts, dim=1)
+    starts_here = first == columns
+    if not (starts_here[:, 1:] | (first[:, 1:] == first[:, :-1])).all():  # a window, not documents
+        return MaskFacts(None)
+    return MaskFacts(_documents_from(starts_here))
+
+
+class MaskCache:
+    """Remembers what the masks under way are, and keeps none of them alive.
+
+    A model's layers share one mask, and recomputation passes an alias of it; a mask that is gone is forgotten, so that
+    its memory can become another's.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[Any, Any] = {}  # memory of the mask -> (weak reference to the tensor that owns it, facts)
+
+    def facts(self, mask: torch.Tensor, as_bool) -> MaskFacts:
+        """What ``mask`` is; ``as_bool`` is () -> the same mask as bool (batch, 1, seq, seq)."""
+        version = 0 if mask.is_inference() else mask._version  # inference tensors count no versions
+        key = (mask.data_ptr(), tuple(mask.shape), mask.stride(), mask.dtype, version)
+        self._entries = {known: entry for known, entry in self._entries.items() if entry[0]() is not None}
+        if key not in self._entries:
+            self._entries[key] = (weakref.ref(mask), examine_mask(as_bool()))
+        return self._entries[key][1]
+
+    def clear(self) -> None:
+        self._entries.clear()

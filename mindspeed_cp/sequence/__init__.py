@@ -1,0 +1,1 @@
+"""Positions of a sequence as integers: which rank holds them, what queries may see of them, which blocks follow."""

@@ -1,0 +1,192 @@
+"""Which blocks of attention a rank must compute against a shard of keys.
+
+Every mask that is a question of intervals (causal, full, packed documents, sliding windows) lets the query at global
+position p see the keys lo(p) <= k < hi(p), where lo and hi never decrease. Counted in rows of the key shard, both are
+staircases whose steps have slope 0 (a document boundary, the edge of a shard) or slope 1 (a diagonal). Where neither
+slope changes, the visible keys are one block: a rectangle (0, 0), a causal square (hi has slope 1), a band (lo has
+too). Nothing of size S x S is ever made, and what is empty yields no block.
+"""
+
+from dataclasses import dataclass
+from operator import itemgetter
+
+from mindspeed_cp.sequence.staircases import IntervalMask, Pieces, visible_pieces
+
+Runs = tuple[tuple[int, int], ...]
+
+BAND_TILE = 256  # rows of a tile with an explicit mask, where a kernel has no bands of its own
+
+
+@dataclass(frozen=True)
+class Block:
+    """Pieces of attention of one shape that lie end to end in the rows of a query shard and of a key shard.
+
+    Piece n has query rows q_offsets[n] to q_offsets[n + 1] and key rows k_offsets[n] to k_offsets[n + 1]; its query i
+    sees its key j when lower <= j - i <= upper (None is unlimited). A single rectangle is one piece; packed documents
+    are many.
+    """
+
+    q_offsets: tuple[int, ...]
+    k_offsets: tuple[int, ...]
+    lower: int | None = None
+    upper: int | None = None
+
+    @property
+    def query_rows(self):
+        return slice(self.q_offsets[0], self.q_offsets[-1])
+
+    @property
+    def key_rows(self):
+        return slice(self.k_offsets[0], self.k_offsets[-1])
+
+    @property
+    def is_full(self):
+        return self.lower is None and self.upper is None
+
+    @property
+    def is_causal(self):
+        """A causal square (every piece has as many keys as queries)."""
+        return self.lower is None and self.upper == 0
+
+    @property
+    def num_pieces(self):
+        return len(self.q_offsets) - 1
+
+    def pieces(self):
+        """(query slice, key slice) of every piece, relative to the first row of the block."""
+        q0, k0 = self.q_offsets[0], self.k_offsets[0]
+        for n in range(self.num_pieces):
+            yield (
+                slice(self.q_offsets[n] - q0, self.q_offsets[n + 1] - q0),
+                slice(self.k_offsets[n] - k0, self.k_offsets[n + 1] - k0),
+            )
+
+    @property
+    def area(self):
+        """How many (query, key) pairs the block computes."""
+        return sum(_area(q.stop - q.start, k.stop - k.start, self.lower, self.upper) for q, k in self.pieces())
+
+
+def _area(rows, cols, lower, upper):
+    """Pairs (i, j) of a rows x cols rectangle with lower <= j - i <= upper, in closed form."""
+
+    def below(limit):  # pairs with j - i <= limit
+        if limit is None:
+            return rows * cols
+        first = min(max(limit + 1, 0), cols)  # visible in row 0
+        ramp_start = max(-limit - 1, 0)  # rows before it see nothing
+        ramp_rows = min(max(cols - 1 - limit, 0), rows)  # rows before it see less than all columns
+        ramp = max(ramp_rows - ramp_start, 0)
+        return (
+            ramp * first + ramp * (ramp - 1) // 2 + (rows - ramp_rows) * cols
+            if ramp_start < ramp_rows
+            else (rows - ramp_rows) * cols
+        )
+
+    return below(upper) - (below(lower - 1) if lower is not None else 0)
+
+
+def _cut(block, q, k, lower, upper):
+    """A block of the rows q and columns k of ``block``'s single piece."""
+    q0, k0 = block.q_offsets[0], block.k_offsets[0]
+    return Block((q0 + q[0], q0 + q[1]), (k0 + k[0], k0 + k[1]), lower, upper)
+
+
+def _tiles(block):
+    """A band in shapes that every kernel has, BAND_TILE rows at a time.
+
+    A triangle at each boundary and a rectangle between them, or one small masked tile where they overlap.
+    """
+    rows, cols = block.q_offsets[1] - block.q_offsets[0], block.k_offsets[1] - block.k_offsets[0]
+    parts = []
+    for start in range(0, rows, BAND_TILE):
+        stop = min(start + BAND_TILE, rows)
+        q, left_stop = (start, stop), min(stop + block.lower, cols)
+        right_start = cols if block.upper is None else start + block.upper
+        if left_stop > right_start:
+            end = cols if block.upper is None else min(stop + block.upper, cols)
+            parts.append(_cut(block, q, (start, end), block.lower, block.upper))
+            continue
+        parts.append(_cut(block, q, (start + block.lower, left_stop), 0, None))
+        if left_stop < right_start:
+            parts.append(_cut(block, q, (left_stop, right_start), None, None))
+        if block.upper is not None:
+            parts.append(_cut(block, q, (right_start, right_start + stop - start), None, 0))
+    return parts
+
+
+def _shapes(pieces: Pieces):
+    """(query start, query stop, key start, key stop, lower, upper) of each piece's block, in row order.
+
+    A diagonal that does not begin in the corner becomes a rectangle and a causal square.
+    """
+    for row, count, lo, hi, lo_slope, hi_slope in zip(
+        pieces.row, pieces.count, pieces.lo, pieces.hi, pieces.lo_slope, pieces.hi_slope
+    ):
+        if hi <= lo:
+            # The first row sees nothing yet: the diagonal enters the shard in the second.
+            row, count, hi = row + 1, count - 1, hi + 1
+        if lo_slope == 1 and hi_slope != 1:
+            # The window leaves the shard: the last rows see nothing any more, and a band must not contain such a row.
+            count = min(count, hi - lo)
+        stop = row + count
+        if count == 1 or (lo_slope != 1 and hi_slope != 1):
+            yield row, stop, lo, hi, None, None
+        elif lo_slope == 1:
+            reach = count - 1 if hi_slope == 1 else 0
+            yield row, stop, lo, hi + reach, 0, hi - lo - 1 if hi_slope == 1 else None
+        else:
+            if hi - 1 > lo:
+                yield row, stop, lo, hi - 1, None, None
+            yield row, stop, hi - 1, hi - 1 + count, None, 0
+
+
+def plan_blocks(query_runs: Runs, key_runs: Runs, mask: IntervalMask, native_bands: bool = False) -> tuple[Block, ...]:
+    """The blocks that the queries at ``query_runs`` must compute against the keys at ``key_runs``.
+
+    Blocks of one shape that lie end to end become one, which a varlen kernel computes in one call.
+
+    Args:
+        query_runs, key_runs: tuples of (start, stop) of global positions, ascending; rows count along them.
+        native_bands: the kernel computes bands (two diagonal limits) itself.
+
+    Returns:
+        tuple of Block, in ascending query rows; empty when no query sees a key.
+    """
+    blocks: list[Block] = []
+    q_offsets: list[int] = []
+    k_offsets: list[int] = []
+    shape = None
+
+    def close():
+        if q_offsets:
+            blocks.append(Block(tuple(q_offsets), tuple(k_offsets), *shape))
+            q_offsets.clear()
+            k_offsets.clear()
+
+    for row, stop, lo, hi, lower, upper in _shapes(visible_pieces(query_runs, key_runs, mask)):
+        if lower is not None:
+            close()
+            band = Block((row, stop), (lo, hi), lower, upper)
+            blocks += [band] if native_bands else _tiles(band)
+        elif q_offsets and shape == (lower, upper) and (q_offsets[-1], k_offsets[-1]) == (row, lo):
+            q_offsets.append(stop)
+            k_offsets.append(hi)
+        else:
+            close()
+            shape = lower, upper
+            q_offsets += row, stop
+            k_offsets += lo, hi
+    close()
+    return tuple(blocks)
+
+
+def needed_rows(query_runs: Runs, key_runs: Runs, mask: IntervalMask) -> Runs:
+    """Rows of the key shard that some query at ``query_runs`` sees, as ascending disjoint (start, stop)."""
+    needed: list[tuple[int, int]] = []
+    for _, _, start, stop, _, _ in sorted(_shapes(visible_pieces(query_runs, key_runs, mask)), key=itemgetter(2)):
+        if needed and start <= needed[-1][1]:
+            needed[-1] = (needed[-1][0], max(stop, needed[-1][1]))
+        else:
+            needed.append((start, stop))
+    return tuple(needed)

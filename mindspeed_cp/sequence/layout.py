@@ -1,0 +1,345 @@
+"""Which tokens of the sequence a rank holds: the only definition of it.
+
+Batches, labels, position ids, RoPE, packed documents and masks are all sliced through ``SequenceLayout``, a value that
+says for every rank which runs of global positions it holds, whoever cut the sequence. Every algorithm computes every
+layout exactly; the kinds differ in balance and in who uses them.
+
+The picture, two ranks and eight tokens (uneven lengths give the extra tokens to the first pieces)::
+
+    token            0 1 2 3 4 5 6 7
+    contiguous       0 0 0 0 1 1 1 1      Ulysses; ring with a full mask
+    zigzag           0 0 1 1 1 1 0 0      chunks r and 2n-1-r of 2n, so that every rank has equal causal work
+    document_zigzag  0 1 1 0|0 1 1 0      every document on its own: packed batches of Megatron, verl, ms-swift
+    balanced         0 1 1 0 1 0 0 1|..   chunks shared out so that packed documents load every ring rank alike
+
+Hybrid's own zigzag is over the ring ranks, and each ring rank's tokens are contiguous over its Ulysses ranks.
+Runs are half-open intervals (start, stop) of global positions; rows are places in the order in which something is held.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import Literal
+
+import torch
+
+from mindspeed_cp.sequence.balance import balanced_rings, imbalance
+from mindspeed_cp.settings.config import ContextParallelConfig
+
+Runs = tuple[tuple[int, int], ...]
+LayoutKind = Literal["contiguous", "zigzag", "document_zigzag", "balanced", "runs"]
+
+UNEVEN = 1.1  # largest area over the mean from which "auto" leaves the zigzag
+
+
+def split_sizes(length: int, parts: int) -> list[int]:
+    """Cut ``length`` into ``parts`` whole sizes that differ by at most one; the first parts get the remainder."""
+    base, extra = divmod(length, parts)
+    return [base + (part < extra) for part in range(parts)]
+
+
+def _offsets(sizes: Iterable[int]) -> list[int]:
+    return [0, *accumulate(sizes)]
+
+
+def join_runs(runs: Iterable[tuple[int, int]]) -> Runs:
+    """Merge runs of which one begins where the one before it ends, drop empty ones; the order stays."""
+    joined: list[tuple[int, int]] = []
+    for low, high in runs:
+        if low == high:
+            continue
+        if joined and joined[-1][1] == low:
+            joined[-1] = (joined[-1][0], high)
+        else:
+            joined.append((low, high))
+    return tuple(joined)
+
+
+def run_positions(runs: Runs, device: torch.device | str | None = None) -> torch.Tensor:
+    """LongTensor of the positions in ``runs``, in their order."""
+    pieces = [torch.arange(start, stop, device=device) for start, stop in runs]
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long, device=device)
+
+
+def _length(runs: Runs) -> int:
+    return sum(stop - start for start, stop in runs)
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceLayout:
+    """The tokens of every context-parallel rank; build it with ``build`` or ``from_runs``. Equal by its runs.
+
+    Attributes:
+        all_runs: per cp_rank, the runs of global positions that it holds, in the order in which it holds them.
+        ulysses_degree: how many neighbouring ranks trade heads for sequence; they make one ring rank.
+        kind: how the runs came about, for messages; nothing is computed from it.
+    """
+
+    all_runs: tuple[Runs, ...]
+    ulysses_degree: int = 1
+    kind: LayoutKind = "runs"
+
+    @classmethod
+    def build(
+        cls, config: ContextParallelConfig, seq_len: int, cu_seqlens: torch.Tensor | Sequence[int] | None = None
+    ) -> "SequenceLayout":
+        """The layout of ``config`` (its ``batch_layout``) for a sequence of any length of at least 1.
+
+        Args:
+            cu_seqlens: document boundaries with the leading 0 and the total, read by kinds that depend on documents.
+
+        Raises:
+            ValueError: the length is no whole number, or a document does not fit the kind.
+        """
+        if not isinstance(seq_len, int) or seq_len < 1:
+            raise ValueError(f"sequence length {seq_len} must be a whole number of at least 1; pass the global length.")
+        kind, degree, ring_size = config.layout_kind, config.hierarchy[0], config.ring_size
+        auto = config.batch_layout == "auto"
+        if kind not in DOCUMENT_KINDS and not (auto and kind == "zigzag" and cu_seqlens is not None):
+            return _even(kind, degree, ring_size, seq_len, auto)
+        documents = (0, seq_len) if cu_seqlens is None else tuple(map(int, cu_seqlens))
+        if documents[0] != 0 or documents[-1] != seq_len or any(b < a for a, b in zip(documents, documents[1:])):
+            raise ValueError(
+                f"cu_seqlens must ascend from 0 to the sequence length {seq_len}, and goes from {documents[0]} to "
+                f"{documents[-1]}; pass the cumulative lengths of all documents, padding included."
+            )
+        if kind not in DOCUMENT_KINDS:
+            return _zigzag_or_balanced(degree, ring_size, documents)
+        return _by_documents(kind, degree, ring_size, documents, config.causal)
+
+    @classmethod
+    def from_runs(cls, config: ContextParallelConfig, runs: Sequence[Sequence[tuple[int, int]]]) -> "SequenceLayout":
+        """A layout that somebody else made, any partition of the positions.
+
+        Args:
+            runs: per cp_rank, (start, stop) of global positions in the order in which the rank holds them. A rank may
+                hold nothing.
+
+        Raises:
+            ValueError: not one list per rank, or not every position from 0 on exactly once.
+        """
+        cp_size = config.context_parallel_size
+        all_runs = tuple(join_runs((int(start), int(stop)) for start, stop in mine) for mine in runs)
+        if len(all_runs) != cp_size:
+            raise ValueError(
+                f"runs holds {len(all_runs)} lists and --context-parallel-size is {cp_size}; pass one list of (start, "
+                "stop) for each rank, an empty one where it holds nothing."
+            )
+        expected = 0
+        for start, stop in sorted(run for mine in all_runs for run in mine):
+            if start != expected or stop < start:
+                raise ValueError(
+                    f"runs must hold every position exactly once, and after {expected} comes ({start}, {stop}); pass "
+                    "half-open intervals (start, stop) that cover 0 to the sequence length without a gap."
+                )
+            expected = stop
+        if expected == 0:
+            raise ValueError("runs hold no position at all; a sequence has at least one token.")
+        return cls(all_runs, config.hierarchy[0])
+
+    @cached_property
+    def seq_len(self) -> int:
+        return sum(map(_length, self.all_runs))
+
+    @property
+    def cp_size(self) -> int:
+        return len(self.all_runs)
+
+    @property
+    def ring_size(self) -> int:
+        return self.cp_size // self.ulysses_degree
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.all_runs, self.ulysses_degree))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, SequenceLayout) and (self._hash, self.ulysses_degree, self.all_runs) == (
+            other._hash,
+            other.ulysses_degree,
+            other.all_runs,
+        )
+
+    @cached_property
+    def _rings(self) -> tuple[Runs, ...]:
+        degree = self.ulysses_degree
+        together = (sum(self.all_runs[first : first + degree], ()) for first in range(0, self.cp_size, degree))
+        return tuple(join_runs(sorted(runs)) for runs in together)
+
+    def ring_runs(self, ring_rank: int) -> Runs:
+        """Runs of global positions that the Ulysses group of ``ring_rank`` holds together, ascending."""
+        return self._rings[ring_rank]
+
+    def ring_length(self, ring_rank: int) -> int:
+        return _length(self._rings[ring_rank])
+
+    @cached_property
+    def _rows(self) -> tuple[tuple[Runs, ...], ...]:
+        return tuple(
+            tuple(
+                _rows_of(self.all_runs[ring_rank * self.ulysses_degree + rank], self._rings[ring_rank])
+                for rank in range(self.ulysses_degree)
+            )
+            for ring_rank in range(self.ring_size)
+        )
+
+    def ulysses_rows(self, ring_rank: int) -> tuple[Runs, ...]:
+        """Per Ulysses rank, where its tokens lie in ``ring_runs``: (start, stop) of rows, in the order of its own."""
+        return self._rows[ring_rank]
+
+    def ulysses_lengths(self, ring_rank: int) -> list[int]:
+        """How many tokens each Ulysses rank of ``ring_rank`` holds."""
+        first = ring_rank * self.ulysses_degree
+        return [_length(runs) for runs in self.all_runs[first : first + self.ulysses_degree]]
+
+    def runs(self, cp_rank: int) -> Runs:
+        """Runs of global positions that ``cp_rank`` holds, in the order in which it holds them."""
+        if not 0 <= cp_rank < self.cp_size:
+            raise ValueError(
+                f"cp_rank {cp_rank} must lie in 0 to {self.cp_size - 1} (context parallel size {self.cp_size})."
+            )
+        return self.all_runs[cp_rank]
+
+    def length(self, cp_rank: int) -> int:
+        """How many tokens ``cp_rank`` holds; 0 is possible when the sequence is shorter than the group."""
+        return _length(self.runs(cp_rank))
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all ranks hold equally many tokens."""
+        return len(set(map(_length, self.all_runs))) == 1
+
+    def positions(self, cp_rank: int, device: torch.device | str | None = None) -> torch.Tensor:
+        """LongTensor of the global positions that ``cp_rank`` holds, in the order in which it holds them."""
+        return run_positions(self.runs(cp_rank), device)
+
+    def shard(self, tensor: torch.Tensor, cp_rank: int, dim: int = 0) -> torch.Tensor:
+        """The part of ``tensor``, whose ``dim`` is the whole sequence, that ``cp_rank`` holds; one run is a view."""
+        if tensor.size(dim) != self.seq_len:
+            raise ValueError(
+                f"dimension {dim} of the tensor has {tensor.size(dim)} entries, the layout {self.seq_len} tokens; "
+                "pass the unsharded tensor, or build the layout for its length."
+            )
+        pieces = [tensor.narrow(dim, start, stop - start) for start, stop in self.runs(cp_rank)]
+        if not pieces:
+            return tensor.narrow(dim, 0, 0)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
+
+    def unshard(self, shards: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+        """Put the shards of all ranks, in rank order, back into one tensor in sequence order."""
+        if len(shards) != self.cp_size:
+            raise ValueError(f"unshard takes the shards of all {self.cp_size} ranks in rank order, got {len(shards)}.")
+        pieces: list[tuple[int, torch.Tensor]] = []
+        for cp_rank, shard in enumerate(shards):
+            runs = self.runs(cp_rank)
+            if shard.size(dim) != _length(runs):
+                raise ValueError(
+                    f"shard {cp_rank} has {shard.size(dim)} tokens on dimension {dim}, the layout gives it "
+                    f"{_length(runs)}; pass the shards in rank order."
+                )
+            sizes = [stop - start for start, stop in runs]
+            pieces += zip((start for start, _ in runs), shard.split(sizes, dim=dim) if sizes else ())
+        return torch.cat([piece for _, piece in sorted(pieces, key=lambda item: item[0])], dim=dim)
+
+
+def _rows_of(runs: Runs, held: Runs) -> Runs:
+    """Where the positions of ``runs`` lie among the ascending runs ``held``, which contain them, as rows."""
+    starts, before = [start for start, _ in held], _offsets(stop - start for start, stop in held)
+
+    def rows() -> Iterator[tuple[int, int]]:
+        for low, high in runs:
+            index = bisect_right(starts, low) - 1
+            row = before[index] + low - starts[index]
+            yield row, row + high - low
+
+    return join_runs(rows())
+
+
+def _zigzag(start: int, stop: int, ranks: int) -> list[list[tuple[int, int]]]:
+    """Chunks r and 2n-1-r of 2n for each of n ranks; sizes differ by at most one."""
+    cuts = _offsets(split_sizes(stop - start, 2 * ranks))
+    return [
+        [(start + cuts[chunk], start + cuts[chunk + 1]) for chunk in (rank, 2 * ranks - 1 - rank)]
+        for rank in range(ranks)
+    ]
+
+
+def _cut(runs: Runs, parts: int) -> list[Runs]:
+    """The tokens of ``runs`` in ``parts`` contiguous pieces."""
+    cuts = _offsets(split_sizes(_length(runs), parts))
+    return [_take(runs, start, stop) for start, stop in zip(cuts, cuts[1:])]
+
+
+def _take(runs: Runs, start: int, stop: int) -> Runs:
+    """The part of ``runs`` that holds their tokens number start to stop, counted along the runs."""
+    taken, seen = [], 0
+    for low, high in runs:
+        first, last = max(start - seen, 0), min(stop - seen, high - low)
+        if first < last:
+            taken.append((low + first, low + last))
+        seen += high - low
+    return tuple(taken)
+
+
+@lru_cache(maxsize=256)
+def _even(kind: LayoutKind, degree: int, ring_size: int, seq_len: int, nested: bool) -> SequenceLayout:
+    """contiguous and zigzag; ``nested`` is Hybrid's own zigzag, over the ring ranks only, where the load is."""
+    rings: list[Runs]
+    if kind == "contiguous":
+        rings = _cut(((0, seq_len),), ring_size)
+    elif not nested:  # over all ranks, as Megatron cuts
+        return SequenceLayout(tuple(map(join_runs, _zigzag(0, seq_len, degree * ring_size))), degree, kind)
+    else:
+        rings = list(map(join_runs, _zigzag(0, seq_len, ring_size)))
+    return SequenceLayout(tuple(piece for runs in rings for piece in _cut(runs, degree)), degree, kind)
+
+
+@lru_cache(maxsize=64)
+def _by_documents(
+    kind: LayoutKind, degree: int, ring_size: int, documents: tuple[int, ...], causal: bool
+) -> SequenceLayout:
+    return SequenceLayout(DOCUMENT_KINDS[kind](documents, degree, ring_size, causal), degree, kind)
+
+
+@lru_cache(maxsize=64)
+def _zigzag_or_balanced(degree: int, ring_size: int, documents: tuple[int, ...]) -> SequenceLayout:
+    """What "auto" takes for a causal ring: the zigzag, unless these documents load its ranks unevenly."""
+    zigzag = _even("zigzag", degree, ring_size, documents[-1], True)
+    if imbalance([zigzag.ring_runs(rank) for rank in range(ring_size)], documents) <= UNEVEN:
+        return zigzag
+    return _by_documents("balanced", degree, ring_size, documents, True)
+
+
+def _balanced(documents: tuple[int, ...], degree: int, ring_size: int, causal: bool) -> tuple[Runs, ...]:
+    """Equal areas on every ring rank, whose tokens lie contiguous over its Ulysses ranks; one document is a zigzag."""
+    if len(set(documents)) <= 2:
+        return _even("zigzag", degree, ring_size, documents[-1], True).all_runs
+    rings = map(join_runs, balanced_rings(documents, ring_size, causal))
+    return tuple(piece for runs in rings for piece in _cut(runs, degree))
+
+
+def _document_zigzag(documents: tuple[int, ...], degree: int, ring_size: int, causal: bool) -> tuple[Runs, ...]:
+    """Every document zigzag over all ranks on its own; within a rank document by document."""
+    ranks = degree * ring_size
+    held: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+    for index, (start, stop) in enumerate(zip(documents, documents[1:])):
+        if (stop - start) % (2 * ranks):
+            raise ValueError(
+                f"--cp-batch-layout document_zigzag cuts every document into 2 x --context-parallel-size {ranks} equal "
+                f"chunks, and document {index} has {stop - start} tokens; pad each document to a multiple of "
+                f"{2 * ranks} (cu_seqlens with the padding), or use --cp-batch-layout zigzag, which takes any lengths."
+            )
+        for mine, chunks in zip(held, _zigzag(start, stop, ranks)):
+            mine += chunks
+    return tuple(map(join_runs, held))
+
+
+# Kinds that depend on where documents end: (boundaries, ulysses degree, ring size, causal) -> every rank's runs.
+DOCUMENT_KINDS = {"document_zigzag": _document_zigzag, "balanced": _balanced}

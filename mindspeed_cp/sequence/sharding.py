@@ -1,0 +1,109 @@
+"""A rank's part of a batch, and whole sequences from the ranks' parts: for training loops that are not Megatron's."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.sequence.layout import SequenceLayout
+
+# What a batch calls the tensors that hold one entry per token, and what it calls those that describe it as a whole.
+SEQUENCES = frozenset({"tokens", "input_ids", "labels", "loss_mask", "position_ids", "padding_mask", "token_type_ids"})
+WHOLE = frozenset(
+    {"attention_mask", "cu_seqlens", "cu_seqlens_argmin", "cu_seqlens_padded", "max_seqlen", "max_seqlen_argmin"}
+    | {"local_cp_size", "hybrid_cp_group", "cp_group"}
+    | {
+        f"{name}_{side}{end}"
+        for name in ("cu_seqlens", "max_seqlen")
+        for side in "q kv".split()
+        for end in ("", "_padded")
+    }
+)
+
+
+def shard_batch(
+    batch: Mapping[str, Any], *, layout: SequenceLayout, cp_rank: int, dim: int = 1, sequences: Collection[str] = ()
+) -> dict[str, Any]:
+    """The part of a batch that one rank holds.
+
+    Tensors are split because they are sequences of the batch, by name, never because of their size.
+
+    Args:
+        batch: name -> tensor or anything else. Those named in SEQUENCES are split, everything else stays as it is.
+        layout: which tokens each rank holds.
+        dim: 1 for (batch, seq).
+        sequences: further names to split.
+
+    Returns:
+        a new dict; masks and document boundaries stay whole, attention takes what it needs of them.
+
+    Raises:
+        ValueError: a name is not known and its tensor is as long as the sequence, so that it may be one; or a sequence
+            has another length.
+    """
+    named = SEQUENCES.union(sequences)
+    local = dict(batch)
+    for name, value in batch.items():
+        if not isinstance(value, torch.Tensor) or name in WHOLE - named:
+            continue
+        length = value.size(dim) if value.dim() > dim else None
+        if name in named:
+            if length != layout.seq_len:
+                raise ValueError(
+                    f"{name} of the batch has shape {tuple(value.shape)}, and the sequence has {layout.seq_len} tokens "
+                    f"on dimension {dim}; pad all sequences of a batch to one length."
+                )
+            local[name] = layout.shard(value, cp_rank, dim).contiguous()
+        elif length == layout.seq_len:
+            raise ValueError(
+                f"{name} of the batch has shape {tuple(value.shape)}: as long as the sequence, and not a name that is "
+                f"known to be split; pass sequences=({name!r},) to split it, or take it out of the batch."
+            )
+    return local
+
+
+def gather_sequence(
+    tensor: torch.Tensor, *, groups: ContextParallelGroups, layout: SequenceLayout, dim: int = 0
+) -> torch.Tensor:
+    """The whole sequence, in order, from every rank's part of it; every rank of the group calls this.
+
+    Differentiable: each rank gets the gradient of its own part. That is right for a loss that all ranks compute alike
+    from the whole sequence, such as one of logits or log-probabilities.
+
+    Args:
+        tensor: ``dim`` holds this rank's tokens in the order of layout.positions(cp_rank).
+
+    Returns:
+        the same shape but for ``dim``, which has layout.seq_len entries.
+
+    Raises:
+        ValueError: this rank's part is not as long as the layout says.
+    """
+    expected = layout.length(groups.cp_rank)
+    if tensor.size(dim) != expected:
+        raise ValueError(
+            f"the tensor has {tensor.size(dim)} entries on dimension {dim}, and the layout gives rank {groups.cp_rank} "
+            f"{expected} tokens; pass this rank's part."
+        )
+    whole: torch.Tensor = _GatherSequence.apply(tensor, groups, layout, dim % tensor.dim())
+    return whole
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tensor: torch.Tensor, groups: ContextParallelGroups, layout: SequenceLayout, dim: int
+    ) -> torch.Tensor:
+        ctx.groups, ctx.layout, ctx.dim = groups, layout, dim
+        rows = tensor.movedim(dim, 0)
+        if groups.cp is None:
+            return layout.unshard([rows]).movedim(0, dim)
+        lengths = [layout.length(rank) for rank in range(layout.cp_size)]
+        return layout.unshard(groups.cp.gather(rows, lengths, "gathered").wait()).movedim(0, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.layout.shard(grad_out, ctx.groups.cp_rank, ctx.dim).contiguous(), None, None, None

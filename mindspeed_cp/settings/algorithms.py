@@ -1,0 +1,93 @@
+"""The table of algorithms: each is a point of the triple (ulysses, window, windows) and an exchange of keys and values.
+
+Flag choices, rules, layouts and test parameters derive from this table; nothing else compares an algorithm's name. A
+new algorithm is a row here, and a file beside this one if it needs an exchange that does not exist yet.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from mindspeed_cp.settings.config import ContextParallelConfig
+
+Hierarchy = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One row: how the context-parallel size is factored, how keys and values travel, and what that asks of the user.
+
+    Args:
+        title: the name in messages.
+        hierarchy: config -> (ulysses, window, windows); the product is the context-parallel size.
+        exchange: "ring", "allgather", or None when the ring has one rank and nothing travels around it.
+        splits_heads: every rank computes a share of the heads, so that heads must suffice.
+        takes_degree: --ulysses-degree-in-cp has a meaning, and is needed.
+        takes_window: --cp-window-size has a meaning.
+        any_length: takes any sequence length without --gather-size-calculator.
+        summary: one line for --help and the documentation.
+    """
+
+    title: str
+    hierarchy: Callable[["ContextParallelConfig"], Hierarchy]
+    exchange: Literal["ring", "allgather"] | None
+    summary: str
+    splits_heads: bool = False
+    takes_degree: bool = False
+    takes_window: bool = False
+    any_length: bool = True
+
+
+def _ring_hierarchy(ulysses: int, ring: int, window: int) -> Hierarchy:
+    """A window of 1 is the plain ring: one window that holds every ring rank."""
+    return (ulysses, ring, 1) if window == 1 else (ulysses, window, ring // window)
+
+
+def _degree(config: "ContextParallelConfig") -> int:
+    assert config.ulysses_degree is not None, "a rule of the configuration"
+    return config.ulysses_degree
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "ulysses_cp_algo": Algorithm(
+        "Ulysses",
+        lambda c: (c.context_parallel_size, 1, 1),
+        None,
+        "all-to-all: every rank sees the whole sequence for a share of the heads",
+        splits_heads=True,
+        any_length=False,
+    ),
+    "megatron_cp_algo": Algorithm(
+        "Ring",
+        lambda c: _ring_hierarchy(1, c.context_parallel_size, c.window_size),
+        "ring",
+        "keys and values travel around a ring, or a double ring with --cp-window-size",
+        takes_window=True,
+    ),
+    "hybrid_cp_algo": Algorithm(
+        "Hybrid",
+        lambda c: _ring_hierarchy(_degree(c), c.context_parallel_size // _degree(c), c.window_size),
+        "ring",
+        "Ulysses inside groups of --ulysses-degree-in-cp ranks, a ring between them",
+        splits_heads=True,
+        takes_degree=True,
+        takes_window=True,
+    ),
+    "kvallgather_cp_algo": Algorithm(
+        "KV all-gather",
+        lambda c: (1, c.context_parallel_size, 1),
+        "allgather",
+        "one all-gather of keys and values per layer",
+    ),
+}
+
+
+def names_with(**properties: object) -> str:
+    """The algorithms whose row has these properties, as text for an error message."""
+    found = [
+        name
+        for name, row in ALGORITHMS.items()
+        if all(getattr(row, attribute) == value for attribute, value in properties.items())
+    ]
+    return " or ".join(found)

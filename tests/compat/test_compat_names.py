@@ -1,0 +1,123 @@
+"""What MindSpeed's names do here: the names that frameworks and MindSpeed's own tests import."""
+
+import argparse
+import importlib
+
+import pytest
+import reference
+import torch
+from distributed import run_ranks
+
+from mindspeed_cp import compat
+from mindspeed_cp.compat import delta_net, process_groups
+from mindspeed_cp.compat.arguments import process_args
+from mindspeed_cp.compat.patch_manager import MindSpeedPatchesManager
+from mindspeed_cp.compat.tensors import sbh_to_tnd, tnd_to_sbh
+from mindspeed_cp.compat.ulysses import ulyssesattn_context_parallel
+from mindspeed_cp.megatron.handed import Handed
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.settings.config import ContextParallelConfig
+
+SEQ, BATCH, HEADS, KV_HEADS, DIM = 8, 2, 4, 2, 3
+
+
+def test_changes_of_shape_keep_the_rows_of_the_batch_together():
+    sbh = torch.arange(SEQ * BATCH * HEADS * DIM).view(SEQ, BATCH, HEADS * DIM)
+    tnd = sbh_to_tnd(sbh, HEADS)
+    assert tnd.shape == (SEQ * BATCH, HEADS, DIM) and torch.equal(tnd[SEQ + 1].flatten(), sbh[1, 1])
+    assert torch.equal(tnd_to_sbh(tnd, BATCH), sbh)
+
+
+def test_process_args_adds_the_flags_and_no_patch_is_registered():
+    parser = process_args(argparse.ArgumentParser())
+    assert parser.parse_args(["--context-parallel-algo", "megatron_cp_algo"]).context_parallel_algo
+    assert MindSpeedPatchesManager.patches_info == {}
+    MindSpeedPatchesManager.apply_patches()
+    MindSpeedPatchesManager.remove_patches()
+    with pytest.raises(NotImplementedError, match="fla.ops.rule cannot be patched"):
+        MindSpeedPatchesManager.register_patch("fla.ops.rule", print)
+
+
+def test_names_for_models_that_are_not_supported_import_and_raise_when_they_are_called():
+    with pytest.raises(NotImplementedError, match="tensor_a2a_cp2hp: gated delta nets .* --context-parallel-size 1"):
+        delta_net.tensor_a2a_cp2hp(torch.zeros(1))
+
+
+def test_makers_of_groups_say_that_initialize_model_parallel_makes_them():
+    for name in process_groups.__all__:
+        if name.startswith("initialize_"):
+            getattr(process_groups, name)(1, 1, 1, {})
+
+
+@pytest.mark.parametrize(
+    ("ends", "rows", "documents"),
+    [
+        ([3, 8], 1, ((0, 3, 8),)),
+        (torch.tensor([3, 8]), 1, ((0, 3, 8),)),
+        ([0, 3], 1, ((0, 3, 8),)),
+        ([3, 8, 10, 16], 2, ((0, 3, 8), (0, 2, 8))),
+        ([5, 16], 2, ((0, 5, 8), (0, 8))),
+    ],
+)
+def test_ends_that_were_handed_over_are_the_boundaries_of_the_next_batch_alone(ends, rows, documents):
+    handed = Handed()
+    assert handed.take(rows, 8) is None
+    handed.set_ends(ends)
+    assert handed.ends is ends
+    assert handed.take(rows, 8) == documents
+    assert handed.take(rows, 8) is None and handed.ends is ends
+
+
+@pytest.mark.parametrize("ends", [[3, 9], [5, 3], []])
+def test_ends_that_do_not_fit_the_batch_are_refused(ends):
+    handed = Handed()
+    handed.set_ends(ends)
+    with pytest.raises(ValueError, match="set_actual_seq_len got ends up to .* 1 rows of 8 tokens"):
+        handed.take(1, 8)
+
+
+def _ulysses(rank):
+    """name -> largest difference of outputs and gradients from dense attention."""
+    layout = SequenceLayout.build(ContextParallelConfig(context_parallel_size=2), SEQ)
+    generator = torch.Generator().manual_seed(4)
+    shapes = [(SEQ, BATCH, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    *whole, grad = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    hidden = torch.rand(SEQ, SEQ, generator=generator) < 0.4
+    found = {}
+    for name, para, policy, merged in (
+        (
+            "causal",
+            {"sparse_mode": 2, "attention_mask": torch.ones(2048, 2048, dtype=torch.bool).triu(1)},
+            "full",
+            False,
+        ),
+        ("full", {"sparse_mode": 0}, "half", True),
+        ("mask", {"sparse_mode": 0, "attention_mask": hidden}, None, False),
+    ):
+        causal, mask = name == "causal", hidden if name == "mask" else None
+        allowed = reference.allowed_pairs(SEQ, causal=causal, attention_mask=mask)
+        expected = reference.attention_with_gradients(*whole, grad, allowed)
+        local = [layout.shard(tensor, rank).clone().requires_grad_() for tensor in whole]
+        given = [tensor.flatten(2) for tensor in local] if merged else local
+        out = ulyssesattn_context_parallel(
+            *given, {"n_head": HEADS, "keep_prob": 1.0, **para}, {"spg": None, "cache_policy": policy}
+        )
+        out.backward(layout.shard(grad, rank).flatten(2))
+        results = [out.detach().unflatten(2, (HEADS, DIM)), *(tensor.grad for tensor in local)]
+        found[name] = max(
+            float((result - layout.shard(tensor, rank)).abs().max())
+            for result, tensor in zip(results, expected.values(), strict=True)
+        )
+    return found
+
+
+def test_ulysses_as_mindspeed_calls_it_is_dense_attention():
+    for found in run_ranks(2, _ulysses):
+        assert max(found.values()) < 1e-10, found
+
+
+def test_every_answered_module_says_what_it_exports():
+    for name in set(compat.ALIASES.values()):
+        if not name.endswith("megatron_adaptor"):
+            module = importlib.import_module(name)
+            assert all(hasattr(module, attribute) for attribute in module.__all__)

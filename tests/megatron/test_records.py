@@ -1,0 +1,218 @@
+"""The record of a micro-batch: how it is found again, what is read of tokens, masks and packed boundaries, and when a
+batch that somebody else split contradicts itself. No process group is needed.
+"""
+
+import gc
+import weakref
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from mindspeed_cp.patches import experts
+from mindspeed_cp.patches.machine.compiler import outside_compiler
+from mindspeed_cp.patches.models import refuse_inference
+
+from mindspeed_cp import ContextParallelConfig, SequenceLayout
+from mindspeed_cp.megatron import documents, packed
+from mindspeed_cp.megatron.bridge import AttentionBridge, CoreAttention
+from mindspeed_cp.megatron.records import BatchRecords, MicroBatch
+from mindspeed_cp.megatron.state import AdaptorState
+
+pytestmark = pytest.mark.cpu_only
+RING = ContextParallelConfig(context_parallel_size=2, algorithm="megatron_cp_algo")
+
+
+def record(seq_len, ends=None):
+    return MicroBatch(SequenceLayout.build(RING, seq_len), ends)
+
+
+def state_of(config=RING, cp_rank=0):
+    groups = SimpleNamespace(cp_size=config.context_parallel_size, cp_rank=cp_rank, hierarchy=config.hierarchy)
+    return AdaptorState(config=config, groups=groups)
+
+
+def params(true, padded=None, **more):
+    as_tensor = lambda ends: None if ends is None else torch.tensor(ends, dtype=torch.int32)  # noqa: E731
+    return SimpleNamespace(
+        qkv_format="thd", cu_seqlens_q=as_tensor(true), cu_seqlens_q_padded=as_tensor(padded), **more
+    )
+
+
+def test_a_record_is_found_by_any_tensor_of_its_batch_and_by_views_of_them():
+    records, tokens, labels = BatchRecords(), torch.zeros(2, 4), torch.zeros(2, 4)
+    records.remember([tokens, None, labels], record(8))
+    assert records.find([None, labels]) == records.find([tokens[:1]]) == record(8)
+    assert records.find([torch.zeros(2, 4), "tokens"]) is None
+
+
+def test_a_record_goes_with_the_tensors_of_its_batch():
+    records, tokens = BatchRecords(), torch.zeros(2, 4)
+    records.remember([tokens], record(8))
+    del tokens
+    gc.collect()
+    assert len(records._by_tensor) == 0
+
+
+def test_tensors_of_batches_that_were_split_differently_are_refused():
+    records, tokens, labels = BatchRecords(), torch.zeros(2, 4), torch.zeros(2, 5)
+    records.remember([tokens], record(8))
+    records.remember([labels], record(10))
+    with pytest.raises(ValueError, match="batches of 8 and 10 tokens.*pass the tensors of one batch"):
+        records.find([tokens, labels])
+
+
+def test_documents_end_behind_their_last_token_in_every_row():
+    tokens = torch.tensor([[7, 0, 7, 7, 0], [0, 7, 7, 7, 7]])
+    assert documents.documents_of_tokens(tokens, 0) == ((0, 2, 5), (0, 1, 5))
+    assert documents.documents_of_tokens(tokens[:1].repeat(3, 1), 0) == ((0, 2, 5),)
+
+
+def test_documents_begin_where_position_ids_begin_again():
+    assert documents.documents_of_position_ids(torch.tensor([[0, 1, 0, 1, 2]])) == ((0, 2, 5),)
+    assert documents.documents_of_position_ids(torch.tensor([[3, 4, 0, 1, 2]])) == ((0, 2, 5),)
+
+
+def test_rows_of_boundaries_may_be_tensors_numbers_or_several():
+    assert (
+        documents.documents_of_rows(torch.tensor([0, 2, 5])) == documents.documents_of_rows([0, 2, 5]) == ((0, 2, 5),)
+    )
+    assert documents.documents_of_rows([torch.tensor([0, 2, 5]), (0, 5)]) == ((0, 2, 5), (0, 5))
+
+
+def test_packed_boundaries_are_read_from_the_device_once():
+    state, both = state_of(), params((0, 6, 16), (0, 8, 24))
+    real, reads = torch.Tensor.tolist, []
+    with mock.patch.object(torch.Tensor, "tolist", lambda tensor: reads.append(1) or real(tensor)):
+        for _ in range(4):  # layers, and RoPE for queries and keys
+            first = packed.packed_batch(state, both, 12)
+            state.boundaries.boundaries(both.cu_seqlens_q_padded)
+    assert len(reads) == 2 and first.documents == ((0, 6, 8, 18, 24),)
+    both.cu_seqlens_q_padded[1] = 16  # in place: a buffer that is reused
+    assert state.boundaries.padded(both) == (0, 16, 24)
+
+
+def test_examining_masks_keeps_none_alive_and_reads_each_once(monkeypatch):
+    cache, real, examined = documents.MaskCache(), documents.examine_mask, []
+    monkeypatch.setattr(documents, "examine_mask", lambda mask: examined.append(1) or real(mask))
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
+    for alias in (mask, mask, mask.detach()):  # layers, and recomputation
+        assert cache.facts(alias, alias.bool).is_causal
+    assert len(examined) == 1
+    gone = weakref.ref(mask)
+    del mask, alias
+    gc.collect()
+    assert gone() is None
+    other = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    assert cache.facts(other, other.bool).documents is None and len(cache._entries) == 1
+
+
+def test_a_mask_is_examined_once_though_two_bridges_meet_it(monkeypatch):
+    """Megatron's own attention and that of its legacy models have a bridge each."""
+    real, examined, state = documents.examine_mask, [], state_of()
+    monkeypatch.setattr(documents, "examine_mask", lambda mask: examined.append(1) or real(mask))
+    monkeypatch.setattr(AttentionBridge, "_attend", lambda self, module, query, *rest, **named: query)
+    mask, query = torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1), torch.zeros(4, 1, 2, 8)
+    for bridge in (AttentionBridge(state), AttentionBridge(state)):
+        bridge(CoreAttention(1, True, 1.0), query, query, query, mask)
+    assert len(examined) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "local_len", "position_ids", "says"),
+    [
+        (
+            params((0, 6, 12)),
+            6,
+            None,
+            ["document 0", "6 tokens", "2 x --context-parallel-size = 4", "cu_seqlens_q_padded"],
+        ),
+        (params((0, 8, 16)), 16, None, ["holds 16 packed tokens", "end at 16", "give it 8", "document_zigzag"]),
+        (params((0, 8)), 4, [0, 1, 2, 3], ["position id 2 of packed token 2", "place 6"]),
+        (params((0, 8), local_cp_size=1), 4, None, ["local_cp_size 1", "--hybrid-context-parallel"]),
+    ],
+    ids=["not divisible", "not split", "other order", "dynamic size"],
+)
+def test_a_packed_batch_that_contradicts_itself_is_refused_with_a_way_out(given, local_len, position_ids, says):
+    ids = None if position_ids is None else torch.tensor([position_ids])
+    with pytest.raises(ValueError) as error:
+        packed.packed_batch(state_of(), given, local_len, ids)
+    assert [part for part in says if part not in str(error.value)] == []
+
+
+def test_a_size_of_its_own_is_refused_without_context_parallelism_too():
+    with pytest.raises(ValueError, match="local_cp_size 2.*leave out --hybrid-context-parallel"):
+        packed.packed_batch(AdaptorState(), params((0, 8), local_cp_size=2), 4)
+
+
+def test_position_ids_count_within_documents_or_over_all_and_padding_may_hold_anything():
+    state, both = state_of(), params((0, 5, 13), (0, 8, 16))
+    within, over_all = [0, 1, 6, 7, 0, 1, 6, 7], [0, 1, 6, 7, 8, 9, 14, 15]
+    for ids in (within, over_all, [0, 1, 99, 99, *within[4:]]):
+        layout = packed.packed_batch(state, both, 8, torch.tensor([ids])).layout
+        assert layout.kind == "document_zigzag" and layout.positions(0).tolist() == over_all
+
+
+def test_a_layout_that_was_named_is_taken_for_packed_batches_that_come_split():
+    config = ContextParallelConfig(context_parallel_size=2, algorithm="megatron_cp_algo", batch_layout="contiguous")
+    found = packed.packed_batch(state_of(config), params((0, 5, 13)), 7)
+    assert found.layout.positions(0).tolist() == list(range(7)) and found.documents == ((0, 5, 13),)
+
+
+def test_boundaries_of_another_batch_than_the_one_split_are_refused():
+    with pytest.raises(ValueError, match="end at 16, and a sequence of 8 tokens was split"):
+        packed.packed_batch(state_of(), params((0, 8, 16)), 4, record=record(8))
+
+
+def test_a_rank_without_tokens_is_refused_with_the_length_that_works():
+    with pytest.raises(ValueError, match="3 tokens leaves context-parallel rank 3 of 4 without any.*at least 4 tokens"):
+        state_of(ContextParallelConfig(context_parallel_size=4, algorithm="megatron_cp_algo")).layout(3)
+
+
+def test_a_layout_by_documents_needs_the_same_documents_in_every_row():
+    config = ContextParallelConfig(
+        context_parallel_size=2, algorithm="megatron_cp_algo", batch_layout="document_zigzag"
+    )
+    assert state_of(config).layout(8, ((0, 4, 8),)).kind == "document_zigzag"
+    with pytest.raises(ValueError, match="--micro-batch-size 1, or --cp-batch-layout auto"):
+        state_of(config).layout(8, ((0, 4, 8), (0, 8)))
+
+
+def test_losses_of_experts_are_numbers_when_a_micro_batch_is_all_padding(monkeypatch):
+    monkeypatch.setattr(experts.dist, "all_reduce", lambda *args, **kwargs: None)
+    monkeypatch.setattr(experts, "_scales_with_cp", lambda: True)
+    state = SimpleNamespace(cp_size=2, groups=SimpleNamespace(cp_group=None))
+    router, config = experts._Router(state), SimpleNamespace(calculate_per_token_loss=True)
+    share = router._share(config, 4, 8, torch.ones(4, dtype=torch.bool))
+    assert torch.isfinite(share.share) and torch.isfinite(share.weight)
+
+    def counts(routing_map, reduce_group, topk, with_padding_mask):
+        return torch.zeros(4), routing_map.shape[0], routing_map.sum() / topk
+
+    with router._sharing(share):
+        _, local, total = router.token_count(counts)(torch.zeros(4, 4), None, 2, True)
+        loss = router.balancing_loss(lambda total: torch.zeros(()) * (1 / (total * total)))(total)
+    assert local == 0 and torch.isfinite(loss)
+
+
+def test_inference_contexts_are_refused_by_name():
+    context = type("StaticInferenceContext", (), {"__module__": "megatron.core.inference.contexts.static_context"})()
+    refuse_inference((None, torch.zeros(1)))
+    with pytest.raises(ValueError, match="StaticInferenceContext.*--context-parallel-size 1 to generate"):
+        refuse_inference((None, context))
+
+
+def test_torch_compile_breaks_its_graph_at_attention_and_traces_nothing_of_it():
+    from torch._dynamo.testing import CompileCounter
+
+    calls, counter = [], CompileCounter()
+
+    def attention(tensor, batch):
+        calls.append(torch.compiler.is_compiling())
+        return tensor * batch.rows
+
+    entry = outside_compiler(attention)
+    compiled = torch.compile(lambda tensor, batch: entry(tensor + 1, batch) * 2, backend=counter)
+    for rows in (1, 2, 3):
+        assert torch.equal(compiled(torch.ones(2), SimpleNamespace(rows=rows)), torch.full((2,), 4.0 * rows))
+    assert calls == [False] * 3 and counter.frame_count == 2  # before and behind, whatever the batch

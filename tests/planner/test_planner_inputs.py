@@ -1,0 +1,170 @@
+"""What the planner reads and writes besides flags: documents, measured clusters, a picture."""
+
+import json
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mindspeed_cp.plan import main
+from mindspeed_cp.planner import calibrate, given
+from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
+from mindspeed_cp.planner.documents import boundaries, read_lengths
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYER = ["--model", "gpt3-1.3b", "--cp", "4", "--cluster", "a100"]
+
+
+def write_index(path, lengths, count=None):
+    """An index as Megatron writes it."""
+    head = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, len(lengths) if count is None else count, len(lengths) + 1)
+    path.write_bytes(head + np.array(lengths, dtype="<i4").tobytes())
+    return str(path)
+
+
+def test_lengths_of_a_dataset_are_read(tmp_path):
+    path = write_index(tmp_path / "data.idx", [5, 0, 7, 3])
+    assert read_lengths(path).tolist() == [5, 7, 3]
+    ends = boundaries(path, 64)
+    assert ends[0] == 0 and ends[-1] == 64 and {b - a for a, b in zip(ends, ends[1:-1])} <= {5, 7, 3}
+
+
+def test_a_dataset_that_the_projects_own_script_wrote_is_read(tmp_path):
+    from trainer_runs import prepare_data
+
+    lengths = read_lengths(prepare_data(tmp_path) + ".idx")
+    assert len(lengths) > 50 and lengths.sum() > 100_000
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda path: path.write_bytes(b"nothing of the kind, but long enough for one"), "is no index"),
+        (lambda path: write_index(path, [5], count=9), "says 9 sequences and is too short"),
+        (lambda path: write_index(path, [0]), "holds no tokens"),
+        (lambda path: None, "cannot be read"),
+    ],
+)
+def test_what_is_no_index_is_said(damage, words, tmp_path):
+    damage(tmp_path / "data.idx")
+    with pytest.raises(ValueError, match=words):
+        read_lengths(str(tmp_path / "data.idx"))
+
+
+@pytest.mark.parametrize(
+    "source", ["lognormal", "lognormal:1", "normal:1,2", "uniform:-1,5", "pareto:a,b", "uniform:nan,inf"]
+)
+def test_an_unknown_distribution_names_those_that_are_known(source):
+    with pytest.raises(ValueError, match=f"--documents {source} is not known; give the .idx .* lognormal:6.5,1.3"):
+        boundaries(source, 64)
+
+
+def test_lengths_beyond_all_bounds_fill_the_row():
+    assert boundaries("lognormal:1000,1.3", 64) == (0, 64)
+
+
+def test_every_row_of_a_micro_batch_has_documents_of_its_own():
+    first, second = boundaries("uniform:10,100", 512, rows=2)
+    assert first[0] == second[0] == 0 and first[-1] == second[-1] == 512 and first != second
+
+
+def test_documents_favour_the_balanced_layout_which_sends_less(capsys):
+    arguments = [*LAYER, "--seq-length", "8192", "--documents", "pareto:100,0.9", "--json"]
+    assert main(arguments) == 0
+    rows = json.loads(capsys.readouterr().out)["candidates"]
+    ring = [row for row in rows if "megatron_cp_algo" in row["flags"]]
+    balanced = next(row for row in ring if "--cp-batch-layout balanced" in row["flags"])
+    zigzag = next(row for row in ring if row["setting"].endswith("zigzag, causal"))
+    assert balanced["compute_seconds"] < zigzag["compute_seconds"]
+    assert balanced["intra_bytes"] < zigzag["intra_bytes"]
+
+
+def test_a_calibration_is_read_back_and_plans(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "kernel_rate", lambda device: 2e10)
+    monkeypatch.setattr(calibrate.self_test, "run", lambda device, world: {"ranks": world, "rates": {"ring": 1e9}})
+    path = str(tmp_path / "here.yaml")
+    assert main(["--calibrate", path]) == 0 and "100% of 0.02 TFLOP/s" in capsys.readouterr().out
+    assert calibrate.read_cluster(path) == Cluster(4, 2e10, 1e9, 1e9, compute_efficiency=1.0, link_efficiency=1.0)
+    assert main([*LAYER[:4], "--cluster", path, "--seq-length", "2048"]) == 0
+
+
+@pytest.mark.parametrize("page", ["docs/choosing.md", "docs/zh-CN/choosing.md"])
+def test_every_preset_has_its_source_in_the_docs(page):
+    rows = dict(re.findall(r"^\| (\S+) \|(.*)$", (ROOT / page).read_text(encoding="utf-8"), re.M))
+    for name, cluster in CLUSTERS.items():
+        assert f" {cluster.flops / 1e12:.4g}e12 |" in rows[name]
+        assert "Ascend/msmodeling" in rows[name] or "arxiv.org" in rows[name] or "nvidia.com" in rows[name]
+        assert f"{cluster.devices_per_node} x {cluster.intra_bandwidth / 1e9:.0f} GB/s" in rows[name]
+        assert f"| {cluster.inter_bandwidth / 1e9:.0f} GB/s |" in rows[name]
+
+
+def test_this_machine_is_measured_where_it_is_named_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "measured", lambda device: Cluster(4, 2e10, 1e9, 1e9))
+    arguments = [*LAYER[:4], "--seq-length", "2048", "--cluster", "this-machine", "--inter-bandwidth", "5e8"]
+    assert main(arguments) == 0
+    assert "\nMeasured here, now: 50% of 0.02 TFLOP/s; 80% of 1 GB/s within and 0.5 GB/s" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cluster"]["name"] == "this-machine"
+
+
+def test_the_kernel_of_this_machine_has_a_rate():
+    assert 1e8 < calibrate.kernel_rate("cpu") < 1e15
+
+
+@pytest.mark.parametrize("text", ["flops: fast", "speed: 1", "- 1", "flops: 0\ndevices_per_node: 1", None])
+def test_a_file_that_is_no_cluster_is_said(text, tmp_path):
+    path = tmp_path / "cluster.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=r"--cluster .*cluster.yaml.*; choose one of ascend-910b, "):
+        calibrate.read_cluster(str(path))
+
+
+def test_the_picture_is_written(tmp_path, capsys):
+    path = tmp_path / "plan.svg"
+    few = ["--model", "gpt3-1.3b", "--cp", "2", "--cluster", "a100", "--seq-length", "512"]
+    assert main([*few, "--plot", str(path)]) == 0
+    text = path.read_text()
+    assert "<svg" in text and path.stat().st_size > 10_000
+    assert main([*few, "--plot", str(tmp_path / "none" / "plan.svg")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_what_a_plan_needs_is_named(capsys):
+    assert main([]) == 2
+    assert "--model, --hf-config or Megatron's flags, --seq-length, --cluster not given" in capsys.readouterr().err
+
+
+def test_memory_is_a_number_of_bytes(capsys):
+    arguments = ["--model", "gpt3-125m", "--devices", "2", "--seq-length", "512", "--cluster", "a100"]
+    for memory in ("nan", "0.5"):
+        assert main([*arguments, "--memory", memory]) == 2
+        assert f"--memory {memory} must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("64e9", 64e9),
+        ("64GB", 64e9),
+        ("80GiB", 80 * 2**30),
+        ("320T", 320e12),
+        ("989 TFLOPS", 989e12),
+        ("25GB/s", 25e9),
+        ("200Gbit/s", 25e9),
+        ("10us", 1e-5),
+        ("1.5ms", 1.5e-3),
+        ("0.5", 0.5),
+    ],
+)
+def test_quantities_have_units(text, value):
+    assert given.quantity(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["", "GB", "64XB", "64gb", "1,5GB"])
+def test_a_quantity_that_is_none_is_named_with_the_way_to_write_it(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["--memory", text])
+    assert f"argument --memory: {text!r} is no number with a unit; write 64GB" in capsys.readouterr().err
