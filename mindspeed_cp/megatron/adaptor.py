@@ -312,8 +312,6 @@ class Adaptor:
     def destroy_groups(self) -> None:
         """Release what was made beside Megatron's groups; every rank calls it."""
         self.scopes.destroy()
-        for scope in self.sizes.values():
-            scope.groups.destroy()
         self.log, self.sizes, self.is_pipeline, self._announced = None, {}, False, None
         self.epoch += 1
         if self.settings.undecided is not None:
@@ -352,9 +350,9 @@ class Adaptor:
         return call
 
     @contextmanager
-    def computing_alone(self) -> Iterator[None]:
-        """Split embeddings over nobody inside the block."""
-        before, self.computes_alone = self.computes_alone, True
+    def computing_alone(self, alone: bool = True) -> Iterator[None]:
+        """Split embeddings over nobody inside the block; what is not ``alone`` over whom its record names."""
+        before, self.computes_alone = self.computes_alone, alone
         try:
             yield
         finally:
