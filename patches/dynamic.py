@@ -16,7 +16,8 @@ from mindspeed_cp.patches.manager import Patch
 
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.megatron.records import MicroBatch
-from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup, resolve
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
 SCHEDULES = "megatron.core.pipeline_parallel"
 FLAG = "--hybrid-context-parallel"

@@ -20,8 +20,9 @@ from mindspeed_cp.planner import megatron_flags
 from mindspeed_cp.planner.memory import attention_bytes
 from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.sequence.layout import SequenceLayout
-from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.rules import heads_of_rank
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
 ADAPTORS = ("mindspeed_cp.megatron_adaptor", "mindspeed.megatron_adaptor")
 

@@ -23,7 +23,8 @@ from mindspeed_cp.patches import batch as batches
 from mindspeed_cp.patches.dynamic import Sizes, ranks_of_all, refuse_dynamic
 from mindspeed_cp.sequence import sharding
 from mindspeed_cp.sequence.layout import DOCUMENT_KINDS, SequenceLayout
-from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
 SINGLE = ContextParallelConfig(context_parallel_size=1)
 

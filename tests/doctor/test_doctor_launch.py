@@ -140,7 +140,11 @@ def test_fallbacks_are_notes_and_ignored_flags_are_warnings(script):
             "--num-attention-heads 6 must be divisible",
             "--context-parallel-algo",
         ),
-        ("--context-parallel-size 4 --context-parallel-algo hybrid_cp_algo", "--ulysses-degree-in-cp", "choose 2"),
+        (
+            "--context-parallel-size 4 --context-parallel-algo hybrid_cp_algo --num-attention-heads 9",
+            "--ulysses-degree-in-cp is not given",
+            "choose 2",
+        ),
         ("--context-parallel-size four", "--context-parallel-size four must be a whole number", "try"),
         ("--context-parallel-size 16", "world size 8 must be", "start 16 processes"),
         ("--context-parallel-size 4 --cp-kernel npu", "--cp-kernel npu serves npu tensors", "leave --cp-kernel out"),

@@ -136,7 +136,6 @@ def test_ulysses_without_context_parallelism_is_said(write):
         ("paralel_config: {context_parallel: 2}", "unknown key paralel_config; did you mean parallel_config?"),
         ("model: {model_config: {use_flash_atention: True}}", "did you mean model.model_config.use_flash_attention?"),
         ("parallel: {enable_all2all: True}", "did you mean parallel.enable_alltoall?"),
-        ("context_parallel: 2", "unknown key context_parallel; did you mean parallel_config.context_parallel?"),
         ("parallel_config: {context_parallel: two}", "parallel_config.context_parallel two must be a whole number"),
         ("parallel_config: {context_parallel: True}", "context_parallel True must be a whole number"),
         (

@@ -50,10 +50,10 @@ CONFIG_RULES = {
         "must divide --context-parallel-size 5",
         "not prime",
     ),
-    "window of the ring's size": (
-        dict(context_parallel_size=8, algorithm=RING, window_size=8),
-        "--cp-window-size 8",
-        "smaller than the ring size 8",
+    "window above the ring's size": (
+        dict(context_parallel_size=8, algorithm=RING, window_size=16),
+        "--cp-window-size 16",
+        "at most the ring size 8",
         "1, 2 or 4",
     ),
     "window does not divide": (

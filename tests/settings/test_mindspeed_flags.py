@@ -5,9 +5,10 @@ import argparse
 import pytest
 from flags import MODEL, make_parser, parse
 from mindspeed_cp.arguments import add_context_parallel_arguments, config_from_args, validate
-from mindspeed_cp.arguments.mindspeed_flags import ACCEPTED_FLAGS
+from mindspeed_cp.arguments.mindspeed_flags import WithoutEffect
 
 from mindspeed_cp.settings.notices import ContextParallelWarning
+from mindspeed_cp.settings.setting import declarations
 
 RING, ULYSSES, HYBRID, GATHER = "megatron_cp_algo", "ulysses_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo"
 CP4 = ("--context-parallel-size", "4", "--use-flash-attn")
@@ -119,9 +120,9 @@ def test_a_communication_type_that_says_what_the_algorithm_says_is_no_warning(re
     assert said(from_megatron("--context-parallel-algo", RING), recwarn) == []
 
 
-@pytest.mark.parametrize("flag", ACCEPTED_FLAGS)
-def test_a_flag_of_mindspeed_without_effect_is_accepted_and_said_once(flag, recwarn):
-    value = ["16384"] if ACCEPTED_FLAGS[flag].number else []
+@pytest.mark.parametrize("accepted", declarations(WithoutEffect), ids=lambda each: each.flag)
+def test_a_flag_of_mindspeed_without_effect_is_accepted_and_said_once(accepted, recwarn):
+    flag, value = accepted.flag, ["16384"] if accepted.whole else []
     plain, carrying = from_megatron(), from_megatron(flag, *value)
     assert config_from_args(plain) == config_from_args(carrying)
     (notice,) = said(carrying, recwarn)
