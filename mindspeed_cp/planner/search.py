@@ -117,7 +117,8 @@ def variants(cp: int, documents: bool = False) -> Iterator[tuple[str, dict[str, 
     for name, row in ALGORITHMS.items():
         degrees: list[int | None] = [*divisors] if row.takes_degree and divisors else [None]
         for degree in degrees:
-            for window in [1, *divisors] if row.takes_window else [1]:
+            windows = [number for number in divisors if number < cp // (degree or 1)] if row.takes_window else []
+            for window in [1, *windows]:
                 ways = [("auto", "ring"), ("auto", "direct"), ("balanced", "direct")][: 3 if documents else 2]
                 for layout, exchange in ways if row.exchange == "ring" else ways[:1]:
                     for policy in KV_CACHE_POLICIES:

@@ -4,9 +4,10 @@ import argparse
 
 import pytest
 from flags import MODEL, make_parser, parse
-from mindspeed_cp.arguments import add_context_parallel_arguments, config_from_args, validate
+from mindspeed_cp.arguments import FrameworkSettings, add_context_parallel_arguments, config_from_args, validate
 from mindspeed_cp.arguments.mindspeed_flags import WithoutEffect
 
+from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.settings.notices import ContextParallelWarning
 from mindspeed_cp.settings.setting import declarations
 
@@ -97,6 +98,45 @@ def test_the_communication_type_of_a_namespace_that_no_parser_made_counts_unless
     for kinds, algorithm in ((["all_gather"], GATHER), (["p2p"], ULYSSES), ("p2p", ULYSSES), (None, ULYSSES)):
         args.cp_comm_type = kinds
         assert config_from_args(args).algorithm == algorithm
+
+
+@pytest.mark.parametrize(
+    ("cp", "heads", "tp", "node", "degree"),
+    [
+        (4, 8, 1, "", 2),
+        (16, 32, 1, "", 8),  # a node of 8, where nobody says it
+        (16, 32, 1, "4", 4),
+        (16, 32, 2, "", 4),  # four ranks, two devices apart
+        (16, 12, 1, "16", 4),
+        (9, 9, 1, "", 3),
+        (8, None, 1, "", 4),
+        (4, 9, 1, "", None),
+        (5, 10, 1, "", None),
+        (8, 8, 1, "1", None),
+    ],
+)
+def test_hybrid_without_a_degree_gets_the_largest_that_fits_and_says_so(cp, heads, tp, node, degree, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", node)
+    args = parse("--context-parallel-algo", HYBRID, "--context-parallel-size", str(cp), "--use-flash-attn")
+    args.num_attention_heads, args.tensor_model_parallel_size = heads, tp
+    if degree is None:
+        with pytest.raises(ValueError, match="--ulysses-degree-in-cp is not given, and .* needs it"):
+            validate(args, world_size=cp * tp)
+        return
+    with pytest.warns(
+        ContextParallelWarning, match=f"{degree} is the largest .* give --ulysses-degree-in-cp to change"
+    ):
+        config, _ = validate(args, world_size=cp * tp)
+    assert config.ulysses_degree == args.ulysses_degree_in_cp == degree
+
+
+def test_a_configuration_and_a_degree_that_is_given_stay_as_they_are(recwarn):
+    with pytest.raises(ValueError, match="--ulysses-degree-in-cp is not given"):
+        ContextParallelConfig(context_parallel_size=8, algorithm=HYBRID)
+    assert said(from_megatron("--context-parallel-algo", HYBRID, "--ulysses-degree-in-cp", "2"), recwarn) == []
+    for settings in ({"num_attention_heads": 4}, {}):
+        chosen = FrameworkSettings.read({"context_parallel_size": 4, "context_parallel_algo": HYBRID, **settings})
+        assert chosen.resolve().config.ulysses_degree == 2
 
 
 @pytest.mark.parametrize(
