@@ -23,11 +23,12 @@ class Choice:
     notice: str = ""
 
 
-def chosen_algorithm(args: Any) -> Choice:
+def chosen_algorithm(args: Any, node_ranks: int | None = None) -> Choice:
     """The algorithm that was named: by --context-parallel-algo, else by --cp-comm-type, else the default.
 
     A parser notes in ``args.cp_given`` what was given; in a namespace without the note every name was, and every
-    communication type but p2p, Megatron's default. Where Hybrid gets no degree, one is chosen.
+    communication type but p2p, Megatron's default. Where Hybrid gets no degree, one is chosen that fits ``node_ranks``,
+    by default what the launcher says.
 
     Raises:
         ValueError: the name belongs to MindSpeed alone, or the communication type is none or not one.
@@ -40,7 +41,7 @@ def chosen_algorithm(args: Any) -> Choice:
     if not ALGORITHMS[name].takes_degree:
         return Choice(name, degree)
     degree = degree_from_sizes(cp, sizes, degree)
-    return Choice(name, degree) if degree is not None else _with_a_degree(name, args)
+    return Choice(name, degree) if degree is not None else _with_a_degree(name, args, node_ranks or ranks_of_node())
 
 
 def algorithm_is_given(args: Any) -> bool:
@@ -59,11 +60,11 @@ def ranks_of_node() -> int:
     return int(text) if text.isdecimal() and int(text) > 0 else 8
 
 
-def _with_a_degree(name: str, args: Any) -> Choice:
+def _with_a_degree(name: str, args: Any, node: int) -> Choice:
     """The largest proper divisor of the context-parallel size that fits the heads of a tensor-parallel rank, and whose
     ranks, which lie tensor parallel size apart, fit a node; none where nothing fits.
     """
-    cp, tp, node = args.context_parallel_size, getattr(args, "tensor_model_parallel_size", 1), ranks_of_node()
+    cp, tp = args.context_parallel_size, getattr(args, "tensor_model_parallel_size", 1)
     heads = getattr(args, "num_attention_heads", None)
     fitting = [
         degree

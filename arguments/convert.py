@@ -53,8 +53,14 @@ def _recomputes_attention(args: Any) -> bool | None:
     return args.recompute_granularity == "full" or (selective and "core_attn" in modules)
 
 
-def validate(args: Any, world_size: int | None = None) -> tuple[ContextParallelConfig, TrainingSetup]:
+def validate(
+    args: Any, world_size: int | None = None, node_ranks: int | None = None
+) -> tuple[ContextParallelConfig, TrainingSetup]:
     """Check every rule, write the fallbacks back to ``args``, say each notice once on rank 0.
+
+    Args:
+        world_size: None is ``args.world_size``, 0 is unknown.
+        node_ranks: ranks of a node, None is what the launcher says.
 
     Returns:
         (config, setup): the ContextParallelConfig, and the TrainingSetup after all fallbacks.
@@ -65,7 +71,7 @@ def validate(args: Any, world_size: int | None = None) -> tuple[ContextParallelC
     refusal = refusal_of_positions(getattr(args, "position_embedding_type", None))
     if refusal and args.context_parallel_size > 1:
         raise ValueError(refusal)
-    choice = chosen_algorithm(args)
+    choice = chosen_algorithm(args, node_ranks)
     config = _config(args, choice)
     setup = resolve(config, setup_from_args(args, world_size))
     _check_device_num(args, config, setup)

@@ -56,7 +56,7 @@ def findings(started: launch.Launch, device: str) -> Iterator[Finding]:
         if found.level != "ok":
             yield found
     try:
-        yield from resolved(args, started.world_size, device)
+        yield from resolved(args, started, device)
         yield from of_megatron(started)
     except ValueError as error:
         yield problem(str(error))
@@ -103,7 +103,7 @@ def import_lines(script: Path) -> tuple[int | None, int | None]:
     return found.get("adaptor"), found.get("megatron")
 
 
-def resolved(args: argparse.Namespace, world_size: int, device: str) -> Iterator[Finding]:
+def resolved(args: argparse.Namespace, started: launch.Launch, device: str) -> Iterator[Finding]:
     """The configuration, what is replaced or ignored, and what a layer sends and keeps.
 
     Raises:
@@ -111,7 +111,7 @@ def resolved(args: argparse.Namespace, world_size: int, device: str) -> Iterator
     """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        config, setup = validate(args, world_size)
+        config, setup = validate(args, started.world_size, started.node_ranks or None)
         layout = SequenceLayout.build(config, args.seq_length)
     for notice in dict.fromkeys(str(warning.message) for warning in said):
         ignored = " is ignored" in notice

@@ -158,6 +158,17 @@ def test_a_wrong_line_has_the_rule_and_the_way_out_of_the_configuration(script, 
     assert len(wrong) == 1 and text in wrong[0].text and todo in wrong[0].todo, wrong
 
 
+def test_the_degree_that_hybrid_would_get_fits_a_node_of_the_launch(script, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    flags = "--context-parallel-size 8 --context-parallel-algo hybrid_cp_algo --use-flash-attn"
+    for per_node, degree in ((8, 4), (2, 2)):
+        found = said(
+            script, flags, f"torchrun --nnodes {16 // per_node} --nproc-per-node {per_node} --master-port 29731"
+        )
+        (notice,) = texts(found, "note")
+        assert f"{degree} is the largest divisor" in notice and f"the {per_node} ranks of a node" in notice
+
+
 def test_context_parallelism_that_is_off_is_said(script):
     (warning,) = [finding for finding in said(script, "") if finding.level == "warning"]
     assert "is off" in warning.text and warning.todo.startswith("add --context-parallel-size")
