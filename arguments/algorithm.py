@@ -64,7 +64,7 @@ def _with_a_degree(name: str, args: Any, node: int) -> Choice:
     """The largest proper divisor of the context-parallel size that fits the heads of a tensor-parallel rank, and whose
     ranks, which lie tensor parallel size apart, fit a node; none where nothing fits.
     """
-    cp, tp = args.context_parallel_size, getattr(args, "tensor_model_parallel_size", 1)
+    cp, tp = args.context_parallel_size, max(getattr(args, "tensor_model_parallel_size", 1), 1)  # 0 is refused later
     heads = getattr(args, "num_attention_heads", None)
     fitting = [
         degree

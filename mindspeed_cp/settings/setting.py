@@ -161,15 +161,15 @@ class Setting:
         return self.flag if self.switch else f"{self.flag} {value}"
 
 
-def setting(default: Value, *, flag: str = "", compare: bool = True, **declared: Any) -> Value:
+def setting(default: Value, *, flag: str = "", **declared: Any) -> Value:
     """A dataclass field with its declaration; the arguments are those of ``Setting``."""
     declaration = Setting(flag=flag, default=default, **{"unset": default, **declared})
-    return field(default=default, compare=compare, metadata={_KEY: declaration})
+    return field(default=default, metadata={_KEY: declaration})
 
 
-def megatrons(default: Value, *, flag: str = BY_NAME, compare: bool = True, **declared: Any) -> Value:
+def megatrons(default: Value, *, flag: str = BY_NAME, **declared: Any) -> Value:
     """The field of a flag that Megatron's parser has, by default that of the field's name."""
-    return setting(default, flag=flag, compare=compare, ours=False, **declared)
+    return setting(default, flag=flag, ours=False, **declared)
 
 
 def declarations(owner: type) -> tuple[Setting, ...]:
@@ -188,11 +188,6 @@ def _declarations(owner: Hashable) -> tuple[Setting, ...]:
             flag = f"--{each.name.replace('_', '-')}" if declared.flag == BY_NAME else declared.flag
             found.append(dataclasses.replace(declared, name=each.name, flag=flag, **_kind(hints[each.name])))
     return tuple(found)
-
-
-def named(owner: type, name: str) -> Setting:
-    """What the field ``name`` declares."""
-    return next(each for each in declarations(owner) if each.name == name)
 
 
 def _kind(hint: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Literal
 from mindspeed_cp.settings.algorithms import names_with
 from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.rules import divisors, listed, require, require_even_tokens
-from mindspeed_cp.settings.setting import megatrons, setting
+from mindspeed_cp.settings.setting import declarations, megatrons, setting
 
 _CALCULATOR = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -40,11 +40,15 @@ class TrainingSetup:
     tensor_parallel_size: int = megatrons(
         1,
         flag="--tensor-model-parallel-size",
+        least=1,
+        least_means="1 splits no layer",
         keys=("parallel_config.model_parallel", "parallel_config.tensor_model_parallel_size"),
     )
     pipeline_parallel_size: int = megatrons(
         1,
         flag="--pipeline-model-parallel-size",
+        least=1,
+        least_means="1 is no pipeline",
         keys=("parallel_config.pipeline_stage", "parallel_config.pipeline_model_parallel_size"),
     )
     sequence_parallel: bool = megatrons(
@@ -98,6 +102,9 @@ def resolve(config: ContextParallelConfig, setup: TrainingSetup) -> TrainingSetu
     Raises:
         ValueError: a rule of the configuration is broken.
     """
+    for each in declarations(TrainingSetup):
+        if each.whole and each.least is not None:
+            each.check(getattr(setup, each.name))
     cp, asked, notices = config.context_parallel_size, setup, []
     if setup.unaligned and not config.row.splits_heads and cp > 1:
         notices.append(

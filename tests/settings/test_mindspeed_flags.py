@@ -130,6 +130,15 @@ def test_hybrid_without_a_degree_gets_the_largest_that_fits_and_says_so(cp, head
     assert config.ulysses_degree == args.ulysses_degree_in_cp == degree
 
 
+@pytest.mark.parametrize("algorithm", [HYBRID, ULYSSES])
+@pytest.mark.parametrize("name", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
+def test_a_parallel_size_of_0_is_named_whatever_divides_by_it(algorithm, name):
+    args = parse("--context-parallel-size", "4", "--context-parallel-algo", algorithm)
+    setattr(args, name, 0)
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} 0 must be a whole number of at least 1; 1 "):
+        validate(args)
+
+
 def test_a_configuration_and_a_degree_that_is_given_stay_as_they_are(recwarn):
     with pytest.raises(ValueError, match="--ulysses-degree-in-cp is not given"):
         ContextParallelConfig(context_parallel_size=8, algorithm=HYBRID)
