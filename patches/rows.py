@@ -29,6 +29,7 @@ class Row:
         reason, create, inherited: as ``Patch`` has them.
         when: conditions, each () -> why the patch is not needed here, or "".
         is_value: ``function`` makes the replacement once, instead of running at every call.
+        essential: as ``Patch`` has it.
     """
 
     targets: tuple[str, ...]
@@ -38,6 +39,7 @@ class Row:
     create: bool = False
     inherited: bool = False
     is_value: bool = False
+    essential: bool = True
 
     def patches(self, adaptor: Any, *when: Callable[[], str]) -> list[Patch]:
         """One Patch for each target, whose function gets ``adaptor``; ``when`` are further conditions, asked first."""
@@ -47,7 +49,7 @@ class Row:
             return next((why for condition in conditions if (why := condition())), "")
 
         return [
-            Patch(target, self._builder(adaptor), self.reason, unneeded, self.create, self.inherited)
+            Patch(target, self._builder(adaptor), self.reason, unneeded, self.create, self.inherited, self.essential)
             for target in self.targets
         ]
 
@@ -71,19 +73,29 @@ class Row:
 
 
 def patch(
-    *targets: str, reason: str, when: Conditions = (), create: bool = False, inherited: bool = False
+    *targets: str,
+    reason: str,
+    when: Conditions = (),
+    create: bool = False,
+    inherited: bool = False,
+    essential: bool = True,
 ) -> Callable[[Callable[..., Any]], Row]:
     """Decorates ``(adaptor, original, *args, **kwargs) -> result``, which runs instead of each of ``targets``."""
     conditions = when if isinstance(when, tuple) else (when,)
-    return lambda function: Row(targets, function, reason, conditions, create, inherited)
+    return lambda function: Row(targets, function, reason, conditions, create, inherited, False, essential)
 
 
 def replacement(
-    *targets: str, reason: str, when: Conditions = (), create: bool = False, inherited: bool = False
+    *targets: str,
+    reason: str,
+    when: Conditions = (),
+    create: bool = False,
+    inherited: bool = False,
+    essential: bool = True,
 ) -> Callable[[Callable[..., Any]], Row]:
     """Decorates ``(adaptor, original) -> object``, which becomes the value of each of ``targets``."""
     conditions = when if isinstance(when, tuple) else (when,)
-    return lambda function: Row(targets, function, reason, conditions, create, inherited, is_value=True)
+    return lambda function: Row(targets, function, reason, conditions, create, inherited, True, essential)
 
 
 def rows_of(module: Any) -> list[Row]:
