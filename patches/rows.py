@@ -49,11 +49,12 @@ class Row:
             return next((why for condition in conditions if (why := condition())), "")
 
         return [
-            Patch(target, self._builder(adaptor), self.reason, unneeded, self.create, self.inherited, self.essential)
+            Patch(target, self.builder(adaptor), self.reason, unneeded, self.create, self.inherited, self.essential)
             for target in self.targets
         ]
 
-    def _builder(self, adaptor: Any) -> Callable[[Any], Any]:
+    def builder(self, adaptor: Any) -> Callable[[Any], Any]:
+        """original -> replacement, as ``Patch.build`` is: the function of this row for a target of another table."""
         function = self.function
         if self.is_value:
             return lambda original: function(adaptor, original)
@@ -119,7 +120,7 @@ def absent(target: str, why: str) -> Callable[[], str]:
 
     def unneeded() -> str:
         owner, _, name = target.rpartition(".")
-        return "" if hasattr(_found(owner), name) else why
+        return "" if hasattr(found_at(owner), name) else why
 
     return unneeded
 
@@ -137,10 +138,10 @@ def uninstalled(package: str, why: str) -> Callable[[], str]:
     return unneeded
 
 
-def _found(path: str) -> Any:
-    """The module, or the attribute of one, of a dotted path; None where there is none."""
+def found_at(path: str) -> Any:
+    """The module, or the attribute of a module or class, of a dotted path; None where there is none."""
     try:
         return importlib.import_module(path)
     except ImportError:
         owner, _, name = path.rpartition(".")
-        return getattr(_found(owner), name, None) if owner else None
+        return getattr(found_at(owner), name, None) if owner else None

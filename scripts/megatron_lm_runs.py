@@ -29,13 +29,14 @@ def _apply_stand_in_only():
     """Make CUDA's names mean the CPU and change nothing else: Megatron as it is, as far as a CPU can show it."""
     from mindspeed_cp.patches.machine.cpu import device_patches
     from mindspeed_cp.patches.manager import PatchManager
-    from mindspeed_cp.patches.machine.checkout import checkout_device_patches, checkout_patches, library_patches
+    from mindspeed_cp.patches.machine.checkout import checkout_device_patches
+    from mindspeed_cp.patches.machine.libraries import library_patches
 
     def needed():
         return ""
 
     manager = PatchManager(
-        device_patches(needed) + library_patches() + checkout_patches() + checkout_device_patches(needed)
+        device_patches(needed) + library_patches() + checkout_device_patches(needed)
     )
     manager.apply()
     return manager

@@ -12,10 +12,10 @@ from functools import wraps
 from importlib import import_module
 
 import torch
+from mindspeed_cp.patches.conditions import without_checkout
 from mindspeed_cp.patches.machine import checkout as training_device
 from mindspeed_cp.patches.machine import cpu as device
 from mindspeed_cp.patches.manager import Patch
-from mindspeed_cp.patches.training import without_checkout
 
 from mindspeed_cp.kernels.npu_setup import unavailable
 
@@ -42,7 +42,7 @@ def npu_patches(when):
 
 
 def npu_checkout_patches(when):
-    """What a Megatron-LM checkout needs besides; it can be imported once ``training_device.library_patches`` are on."""
+    """What a Megatron-LM checkout needs besides; it can be imported once ``libraries.library_patches`` are on."""
     return _table(when, _checkout_rows())
 
 
@@ -59,7 +59,7 @@ INHERITED = ("torch.Tensor.type",)  # torch.Tensor has it from a base class in C
 def _torch_rows():
     yield (
         "torch.compile",
-        device._compile,
+        device.compile_.builder(None),
         "every release",
         "Megatron's fused activations would start inductor, which needs triton-ascend on an NPU",
         None,
@@ -109,7 +109,7 @@ def _torch_rows():
     for name in ("range_push", "range_pop", "mark"):
         yield (
             f"torch.cuda.nvtx.{name}",
-            device._always(None),
+            lambda original: lambda *args, **kwargs: None,
             "every release",
             "it raises where torch was not built for CUDA",
             None,
@@ -119,7 +119,7 @@ def _torch_rows():
 def _core_rows():
     yield (
         "megatron.core.fp8_utils.quantize_param_shard",
-        device._accept_no_parameters,
+        device.quantize_param_shard.builder(None),
         "every release",
         "without Transformer Engine 0.12's distributed optimizer raises even when there is no FP8 parameter to "
         "quantize",
@@ -127,7 +127,7 @@ def _core_rows():
     )
     yield (
         "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__",
-        device._norm_with_sequence_parallel,
+        device.norm.builder(None),
         "every release",
         "it refuses sequence parallelism, with which torch's norms work once their parameters are marked",
         None,
@@ -137,7 +137,7 @@ def _core_rows():
 def _checkout_rows():
     yield (
         "megatron.core.datasets.utils.compile_helpers",
-        training_device._compile_if_missing,
+        training_device.compile_helpers.builder(None),
         "every release",
         "Megatron's Makefile compiles for the first python3 of the PATH, each time; this compiles once, for the Python "
         "that runs",
