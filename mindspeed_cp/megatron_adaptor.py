@@ -22,7 +22,7 @@ from mindspeed_cp.settings.notices import is_rank0, warn_rank0
 
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.state import AdaptorState
-    from mindspeed_cp.patches.listing import Applied
+    from mindspeed_cp.patches.areas import Applied
     from mindspeed_cp.patches.manager import Patch, PatchManager, PatchRow
 
 TRIED_VERSIONS = tuple(row.version for row in MEGATRONS)
@@ -80,7 +80,7 @@ def _announce(config: ContextParallelConfig) -> None:
 
 
 def _num_cp_patches() -> int:
-    from mindspeed_cp.patches.tables import STAND_INS
+    from mindspeed_cp.patches.areas import STAND_INS
 
     stand_in = {patch.target for table in STAND_INS for patch in _tables[table]}
     return sum(row.applied and row.target not in stand_in for row in _manager.report())
@@ -227,7 +227,7 @@ def state() -> "AdaptorState":
 
 
 def _applied() -> "Applied":
-    from mindspeed_cp.patches.listing import Applied
+    from mindspeed_cp.patches.areas import Applied
 
     rows, choice = iter(report()), _device_choice()
     return Applied(
@@ -241,23 +241,23 @@ def _applied() -> "Applied":
 
 def _build() -> None:
     from mindspeed_cp.megatron.state import AdaptorState
+    from mindspeed_cp.patches.areas import all_areas
     from mindspeed_cp.patches.manager import PatchManager
-    from mindspeed_cp.patches.tables import all_tables
 
     global _state, _tables, _manager
     _state = AdaptorState()
     _manager = PatchManager(subject=lambda: f"megatron-core {megatron_version()}")
-    _tables = all_tables(_state, _announce, _device_choice())
+    _tables = all_areas(_state, _device_choice())
     for patches in _tables.values():
         _manager.add(patches)
 
 
 _require_megatron()
 if __name__ == "__main__":
-    from mindspeed_cp.patches import listing
+    from mindspeed_cp.patches import areas
 
     # As a module of its own name, of which there is one, and not as __main__.
-    listing.main(lambda: importlib.import_module("mindspeed_cp.megatron_adaptor")._applied())
+    areas.main(lambda: importlib.import_module("mindspeed_cp.megatron_adaptor")._applied())
     sys.exit()
 _build()
 apply()

@@ -9,7 +9,7 @@
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any
@@ -102,6 +102,11 @@ def replacement(
 def rows_of(module: Any) -> list[Row]:
     """Every Row of a module, in the order in which they are written."""
     return [value for value in vars(module).values() if isinstance(value, Row)]
+
+
+def patches_of(modules: Iterable[Any], adaptor: Any = None, *when: Callable[[], str]) -> list[Patch]:
+    """The patches of all rows of ``modules``; ``when`` are conditions of them all."""
+    return [made for module in modules for row in rows_of(module) for made in row.patches(adaptor, *when)]
 
 
 @cache

@@ -4,26 +4,17 @@ import importlib
 import importlib.util
 import inspect
 import subprocess
-import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from mindspeed_cp.patches.conditions import without_checkout
-from mindspeed_cp.patches.manager import Patch
-from mindspeed_cp.patches.rows import patch, rows_of
+from mindspeed_cp.patches.rows import patch
 
 FUSED_KERNELS = "megatron.legacy.fused_kernels"
-
-
-def checkout_device_patches(when: Callable[[], str]) -> list[Patch]:
-    """The table; ``when`` is () -> "" on a machine without accelerator, else why no stand-in is needed."""
-    rows = rows_of(sys.modules[__name__])
-    return [made for row in rows for made in row.patches(None, when, without_checkout)]
 
 
 @patch("megatron.training.initialize.initialize_megatron", reason="Megatron refuses to start without CUDA")

@@ -8,15 +8,13 @@ CPU generator's, nccl is gloo.
 import copy
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from mindspeed_cp.patches.machine.streams import Event, Stream
-from mindspeed_cp.patches.manager import Patch
-from mindspeed_cp.patches.rows import patch, replacement, rows_of
+from mindspeed_cp.patches.rows import patch, replacement
 
 CPU = torch.device("cpu")
 FACTORIES = (
@@ -26,11 +24,6 @@ FACTORIES = (
 ON_THE_CPU = "device='cuda' means the CPU, and there is no pinned memory"
 STAYS = "a move to 'cuda' stays on the CPU, and there is no pinned memory"
 TENSOR_FACTORIES = ("new_tensor", "new_empty", "new_zeros", "new_ones", "new_full")
-
-
-def device_patches(when: Callable[[], str]) -> list[Patch]:
-    """The table; ``when`` is () -> "" on a machine without accelerator, else why no stand-in is needed."""
-    return [made for row in rows_of(sys.modules[__name__]) for made in row.patches(None, when)]
 
 
 # Devices.

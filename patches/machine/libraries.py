@@ -3,14 +3,12 @@
 import importlib
 import importlib.util
 import inspect
-import sys
 from types import ModuleType
 from typing import Any
 
 import numpy
 from mindspeed_cp.patches.conditions import installed, present, without_checkout
-from mindspeed_cp.patches.manager import Patch
-from mindspeed_cp.patches.rows import absent, patch, replacement, rows_of, signature_of
+from mindspeed_cp.patches.rows import absent, patch, replacement, signature_of
 
 TRITON_KERNELS = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
 MLA = "megatron.core.transformer.multi_latent_attention"
@@ -19,11 +17,6 @@ CHECKPOINT_WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_asyn
 FP8_FIX = "megatron.training.checkpointing.fix_fp8_params_lose_precision_when_loading_dist_ckpt"
 TRANSFORMER_ENGINE = "Transformer Engine is installed"
 NOT_ASKED = "this version asks nothing of Transformer Engine here"
-
-
-def library_patches() -> list[Patch]:
-    """The table; megatron.training is imported after the first of these."""
-    return [made for row in rows_of(sys.modules[__name__]) for made in row.patches(None)]
 
 
 def without_kernels() -> str:

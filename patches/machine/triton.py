@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mindspeed_cp.patches.conditions import installed
-from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.rows import replacement
 
 # The first of them that a version has: 0.18, and 0.19 where kernels have a module of their own.
@@ -22,11 +21,6 @@ KERNELS = (
     "megatron.core.transformer.moe.ops.paged_stash",
     "megatron.core.transformer.moe.paged_stash",
 )
-
-
-def triton_patches() -> list[Patch]:
-    """The table; it comes before everything that imports Megatron."""
-    return without_triton.patches(None)
 
 
 def _kernels() -> str:

@@ -71,12 +71,11 @@ def held(targets):
 
 def import_every_target():
     """Import the modules that the tables name, without applying anything; returns the targets."""
-    from mindspeed_cp.patches.core import core_patches
-    from mindspeed_cp.patches.machine.cpu import device_patches
+    from mindspeed_cp.patches.areas import CORE
+    from mindspeed_cp.patches.machine import cpu
+    from mindspeed_cp.patches.rows import patches_of
 
-    from mindspeed_cp.megatron.state import AdaptorState
-
-    targets = [patch.target for patch in (*device_patches(lambda: ""), *core_patches(AdaptorState(), print))]
+    targets = [patch.target for patch in patches_of([cpu, *CORE])]
     for target in targets:
         parts = target.split(".")
         for count in range(1, len(parts)):
@@ -281,14 +280,15 @@ def _train_once():
 def without_context_parallelism():
     """Exact numbers of a training step with every patch applied, and with the device stand-in alone."""
     from mindspeed_cp.patches import PatchManager
-    from mindspeed_cp.patches.machine.cpu import device_patches
+    from mindspeed_cp.patches.machine import cpu
+    from mindspeed_cp.patches.rows import patches_of
 
     from mindspeed_cp import megatron_adaptor
 
     attention = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
     with_all, patched = _train_once(), attention.forward
     megatron_adaptor.undo()
-    stand_in = PatchManager(device_patches(lambda: ""))
+    stand_in = PatchManager(patches_of([cpu]))
     stand_in.apply()
     alone, original = _train_once(), attention.forward
     stand_in.undo()
