@@ -7,7 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# In a bare checkout patches/ and arguments/ lie beside this package; an installation has them inside it.
+# patches/ and arguments/ lie at the top of the repository, and links inside this package lead there. A checkout on
+# Windows or an unpacked archive may have plain files where the links should be.
 if not (Path(__file__).parent / "patches").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
