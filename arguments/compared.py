@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from mindspeed_cp.arguments.settings import FIELDS
-
 from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
 
 MODEL = """

@@ -10,7 +10,6 @@ from mindspeed_cp.arguments.mindspeed_flags import (
     refusal_of_algorithm,
     refusal_of_positions,
 )
-
 from mindspeed_cp.settings.agreement import SAID, refuse
 from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup, resolve
 from mindspeed_cp.settings.notices import warn_rank0

@@ -4,7 +4,6 @@ import re
 
 from mindspeed_cp.arguments import given
 from mindspeed_cp.arguments.mindspeed_flags import add_accepted_flags, refusal_of_algorithm, refuse_alibi
-
 from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.settings.algorithms import ALGORITHMS
 from mindspeed_cp.settings.config import BATCH_LAYOUTS, KV_CACHE_POLICIES, KV_EXCHANGES, MASK_TYPES, P2P_KINDS

@@ -14,7 +14,6 @@ from typing import Any
 from mindspeed_cp.arguments.convert import validate
 from mindspeed_cp.arguments.flags import add_context_parallel_arguments
 from mindspeed_cp.arguments.yaml_file import KEYS, apply_config_file
-
 from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
 from mindspeed_cp.settings.notices import warn_rank0
 

@@ -21,7 +21,7 @@ from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
 from mindspeed_cp.settings.notices import is_rank0, warn_rank0
 
 if TYPE_CHECKING:
-    from mindspeed_cp.megatron.state import AdaptorState
+    from mindspeed_cp.megatron.adaptor import Adaptor
     from mindspeed_cp.patches.areas import Applied
     from mindspeed_cp.patches.manager import Patch, PatchManager, PatchRow
 
@@ -36,7 +36,7 @@ MODEL_CODE = (
     "megatron.core.transformer.transformer_block",
 )
 _modules_before = frozenset(sys.modules)
-_state: "AdaptorState"
+_state: "Adaptor"
 _manager: "PatchManager"
 _tables: "dict[str, list[Patch]]"  # name -> patches, in the order of application
 
@@ -221,8 +221,8 @@ def compare_on_all_ranks(args: Any, *, program: str = "") -> None:
     _state.compared, _state.program = compared_arguments(args), program
 
 
-def state() -> "AdaptorState":
-    """The AdaptorState in use: config, setup, groups, layout(seq_len)."""
+def state() -> "Adaptor":
+    """The Adaptor in use: config, setup, groups, layout(seq_len)."""
     return _state
 
 
@@ -240,12 +240,12 @@ def _applied() -> "Applied":
 
 
 def _build() -> None:
-    from mindspeed_cp.megatron.state import AdaptorState
+    from mindspeed_cp.megatron.adaptor import Adaptor
     from mindspeed_cp.patches.areas import all_areas
     from mindspeed_cp.patches.manager import PatchManager
 
     global _state, _tables, _manager
-    _state = AdaptorState()
+    _state = Adaptor(_announce)
     _manager = PatchManager(subject=lambda: f"megatron-core {megatron_version()}")
     _tables = all_areas(_state, _device_choice())
     for patches in _tables.values():

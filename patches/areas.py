@@ -13,43 +13,32 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+
+from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.patches import (
     attention,
     batches,
     dynamic,
-    experts,
-    loss,
-    mamba,
+    legacy,
     models,
-    mtp,
     pipeline,
     process_groups,
     recompute,
-    rope,
+    rotary,
     step_log,
     training,
 )
-from mindspeed_cp.patches.conditions import without_checkout
+from mindspeed_cp.patches.checkout import without_checkout
+from mindspeed_cp.patches.experts import expert_patches
+from mindspeed_cp.patches.loss import loss_patches
 from mindspeed_cp.patches.machine import checkout, choice, cpu, libraries, npu, triton
+from mindspeed_cp.patches.mamba import mamba_patches
 from mindspeed_cp.patches.manager import Patch, PatchRow
+from mindspeed_cp.patches.mtp import mtp_patches
 from mindspeed_cp.patches.rows import patches_of
 
-from mindspeed_cp.megatron.adaptor import Adaptor
-
-CORE = (
-    attention,
-    process_groups,
-    batches,
-    models,
-    pipeline,
-    dynamic,
-    recompute,
-    mtp,
-    rope,
-    experts,
-    mamba,
-)
-TRAINING = (loss, step_log, training)
+CORE = (attention, process_groups, batches, models, pipeline, dynamic, recompute, rotary)
+TRAINING = (step_log, training, legacy)
 # What an area is for; the order of the areas on the screen.
 TITLES = {
     "core": "context parallelism in megatron-core",
@@ -73,17 +62,23 @@ def all_areas(adaptor: Adaptor, device_choice: str) -> dict[str, list[Patch]]:
     why = choice.why_no_stand_in(device_choice)
     why_no_npu = "" if choice.device_type(device_choice) == "npu" else "no NPU is in use"
     choice.prepare_device(device_choice)
+    adaptor.on_change.append(rotary.forget_cached_embeddings)
     return {
         "triton": patches_of([triton]),
         "device": patches_of([cpu], None, lambda: why),
         "npu": npu.npu_patches(lambda: why_no_npu),
-        "core": patches_of(CORE, adaptor),
+        "core": [
+            *patches_of(CORE, adaptor),
+            *mtp_patches(adaptor),
+            *expert_patches(adaptor),
+            *mamba_patches(adaptor),
+        ],
         "libraries": patches_of([libraries]),
         "checkout device": [
             *patches_of([checkout], None, lambda: why, without_checkout),
             *npu.npu_checkout_patches(lambda: why_no_npu),
         ],
-        "training": patches_of(TRAINING, adaptor, without_checkout),
+        "training": [*loss_patches(adaptor), *patches_of(TRAINING, adaptor)],
     }
 
 

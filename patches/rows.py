@@ -100,8 +100,12 @@ def replacement(
 
 
 def rows_of(module: Any) -> list[Row]:
-    """Every Row of a module, in the order in which they are written."""
-    return [value for value in vars(module).values() if isinstance(value, Row)]
+    """Every Row of a module, and of its lists of rows, in the order in which they are written."""
+    found: list[Row] = []
+    for value in vars(module).values():
+        values = value if isinstance(value, list) else [value]
+        found += [row for row in values if isinstance(row, Row)]
+    return found
 
 
 def patches_of(modules: Iterable[Any], adaptor: Any = None, *when: Callable[[], str]) -> list[Patch]:
@@ -125,7 +129,7 @@ def absent(target: str, why: str) -> Callable[[], str]:
 
     def unneeded() -> str:
         owner, _, name = target.rpartition(".")
-        return "" if hasattr(found_at(owner), name) else why
+        return "" if hasattr(_found(owner), name) else why
 
     return unneeded
 
@@ -143,10 +147,20 @@ def uninstalled(package: str, why: str) -> Callable[[], str]:
     return unneeded
 
 
-def found_at(path: str) -> Any:
+def present(target: str, why: str) -> Callable[[], str]:
+    """A condition: ``why`` where there is such a name."""
+    return lambda: why if _found(target) is not None else ""
+
+
+def installed(package: str, why: str) -> Callable[[], str]:
+    """A condition: ``why`` where ``package`` can be found."""
+    return lambda: "" if uninstalled(package, why)() else why
+
+
+def _found(path: str) -> Any:
     """The module, or the attribute of a module or class, of a dotted path; None where there is none."""
     try:
         return importlib.import_module(path)
     except ImportError:
         owner, _, name = path.rpartition(".")
-        return getattr(found_at(owner), name, None) if owner else None
+        return getattr(_found(owner), name, None) if owner else None

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from mindspeed_cp.patches.conditions import without_checkout
+
+from mindspeed_cp.patches.checkout import without_checkout
 from mindspeed_cp.patches.rows import patch
 
 FUSED_KERNELS = "megatron.legacy.fused_kernels"

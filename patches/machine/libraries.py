@@ -7,8 +7,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy
-from mindspeed_cp.patches.conditions import installed, present, without_checkout
-from mindspeed_cp.patches.rows import absent, patch, replacement, signature_of
+
+from mindspeed_cp.patches.checkout import without_checkout
+from mindspeed_cp.patches.rows import absent, installed, patch, present, replacement, signature_of
 
 TRITON_KERNELS = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
 MLA = "megatron.core.transformer.multi_latent_attention"

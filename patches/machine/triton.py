@@ -13,8 +13,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mindspeed_cp.patches.conditions import installed
-from mindspeed_cp.patches.rows import replacement
+from mindspeed_cp.patches.rows import installed, replacement
 
 # The first of them that a version has: 0.18, and 0.19 where kernels have a module of their own.
 KERNELS = (

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 from kept_groups import of_megatron
-from mindspeed_cp.patches.step_log import log_patches
 from trainer_runs import IMPORTED, prepare_data, tiny
 
 from mindspeed_cp.comm import watch as watch_module
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.step_log import Imbalance, IntervalFigures
 from mindspeed_cp.comm.watch import Watch, wait_for, watching
+from mindspeed_cp.patches.step_log import log_patches
 
 pytestmark = pytest.mark.cpu_only
 RING = "--context-parallel-size 2 --context-parallel-algo megatron_cp_algo --train-iters 4 --log-interval 2"
@@ -237,7 +237,9 @@ def test_uneven_steps_do_not_make_up_for_each_other():
 
 def training_logs():
     """Version from which on it is so -> a function with the signature of Megatron's training_log."""
-    table = json.loads(Path(__file__).resolve().parents[1].joinpath("helpers/megatron_signatures.json").read_text(encoding="utf-8"))
+    table = json.loads(
+        Path(__file__).resolve().parents[1].joinpath("helpers/megatron_signatures.json").read_text(encoding="utf-8")
+    )
     known = table["patches"]["megatron.training.training.training_log"]["signatures"]
     return {version: eval(f"lambda {text[1:-1]}: iteration + 0.5") for version, text in known.items()}
 

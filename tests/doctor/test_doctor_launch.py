@@ -6,10 +6,10 @@ import socket
 from pathlib import Path
 
 import pytest
-from mindspeed_cp.arguments.launch import misspelt, read_flags
-from mindspeed_cp.patches import checks
 
+from mindspeed_cp.arguments.launch import misspelt, read_flags
 from mindspeed_cp.doctor import launch, launched
+from mindspeed_cp.patches import checks
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.cpu_only

@@ -9,15 +9,15 @@ from unittest import mock
 
 import pytest
 import torch
-from mindspeed_cp.patches import experts
-from mindspeed_cp.patches.machine.compiler import outside_compiler
-from mindspeed_cp.patches.models import refuse_inference
+from mindspeed_cp.megatron.state import AdaptorState
 
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
 from mindspeed_cp.megatron import documents, packed
 from mindspeed_cp.megatron.bridge import AttentionBridge, CoreAttention
 from mindspeed_cp.megatron.records import BatchRecords, MicroBatch
-from mindspeed_cp.megatron.state import AdaptorState
+from mindspeed_cp.patches import experts
+from mindspeed_cp.patches.machine.compiler import outside_compiler
+from mindspeed_cp.patches.models import refuse_inference
 
 pytestmark = pytest.mark.cpu_only
 RING = ContextParallelConfig(context_parallel_size=2, algorithm="megatron_cp_algo")

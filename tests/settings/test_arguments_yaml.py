@@ -2,8 +2,8 @@
 
 import pytest
 from flags import parse
-from mindspeed_cp.arguments import config_from_args, read_cp_yaml, validate
 
+from mindspeed_cp.arguments import config_from_args, read_cp_yaml, validate
 from mindspeed_cp.settings.notices import ContextParallelWarning
 
 SEQUENCE_PARALLEL_SAMPLE = """\

@@ -4,9 +4,9 @@ import argparse
 
 import pytest
 from flags import MODEL, make_parser, parse
+
 from mindspeed_cp.arguments import add_context_parallel_arguments, config_from_args, validate
 from mindspeed_cp.arguments.mindspeed_flags import ACCEPTED_FLAGS
-
 from mindspeed_cp.settings.notices import ContextParallelWarning
 
 RING, ULYSSES, HYBRID, GATHER = "megatron_cp_algo", "ulysses_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo"

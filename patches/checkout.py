@@ -1,22 +1,9 @@
-"""Conditions of patches: each says why a patch is not needed here, or "" where it is."""
+"""Whether there is a Megatron-LM checkout, with which megatron.training and megatron.legacy come."""
 
 import importlib
 import importlib.util
-from collections.abc import Callable
-
-from mindspeed_cp.patches.rows import found_at, uninstalled
 
 LEGACY = "megatron.legacy.model.transformer"
-
-
-def present(target: str, why: str) -> Callable[[], str]:
-    """``why`` where there is such a name."""
-    return lambda: why if found_at(target) is not None else ""
-
-
-def installed(package: str, why: str) -> Callable[[], str]:
-    """``why`` where ``package`` can be found."""
-    return lambda: "" if uninstalled(package, why)() else why
 
 
 def without_checkout() -> str:
@@ -25,7 +12,7 @@ def without_checkout() -> str:
 
 
 def without_legacy() -> str:
-    """Why no legacy model is patched: "" when there are some."""
+    """Why no legacy models are patched: "" when they can be imported."""
     return without_checkout() or _why_missing(LEGACY, "this Megatron-LM has no legacy models")
 
 
