@@ -66,7 +66,8 @@ def _device_choice() -> str:
 
 
 def _announce(config: ContextParallelConfig) -> None:
-    """Rank 0 says what is on, so that nobody has to wonder."""
+    """Rank 0 says what is on, so that nobody has to wonder; every rank looks first whether it is."""
+    check()
     if is_rank0():
         from mindspeed_cp.kernels import KERNELS, cpu
 
@@ -139,6 +140,18 @@ def report() -> "list[PatchRow]":
     """One row (target, reason, status) per patch."""
     rows: list[PatchRow] = _manager.report()
     return rows
+
+
+def check() -> None:
+    """Ask every patch that counts whether its name is still this project's; cheap.
+
+    Raises:
+        PatchError: somebody else has taken a name and does not call this project's function; it says who, and what to
+            do about it.
+    """
+    from mindspeed_cp.patches.areas import essential_targets
+
+    _manager.check(essential_targets(_tables))
 
 
 def configure(

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -46,6 +46,7 @@ TITLES = {
     "npu": "Megatron on an Ascend NPU",
     "device": "CPU stand-in for the names of torch.cuda that Megatron calls",
     "checkout device": "the same for a Megatron-LM checkout",
+    "triton": "Megatron's modules that import Triton whether it is there or not",
     "libraries": "stand-ins for optional libraries that are not installed",
 }
 # What machines and libraries ask for; the others are context parallelism.
@@ -113,8 +114,8 @@ def patch_table(head: str, areas: Mapping[str, Sequence[PatchRow]], *, everythin
     Args:
         head: versions, for the first line.
         areas: name -> its rows; TITLES says what known areas are for.
-        everything: list all rows with target, status and reason; else the rows of "core" in one line each, or one for
-            several of one reason, and one line for every other area.
+        everything: list all rows with target, status and reason; else a line for each class and module that "core"
+            touches, and one line for every other area.
         width: columns that a line of the short form may have.
     """
     rows = [row for area in areas.values() for row in area]
@@ -128,7 +129,7 @@ def patch_table(head: str, areas: Mapping[str, Sequence[PatchRow]], *, everythin
         else:
             lines.append(_clip(f"{TITLES.get(name, name)}: {_count(area)}{_why_none(area)}", width))
             if name == "core":
-                lines += [_clip(_short(list(alike)), width) for _, alike in groupby(area, _said)]
+                lines += [_clip(line, width) for line in _short(area)]
     return "\n".join(lines if everything else [*lines, MORE])
 
 
@@ -144,18 +145,24 @@ def _why_none(rows: Sequence[PatchRow]) -> str:
     return "" if not rows or any(row.applied for row in rows) else f" ({rows[0].status})"
 
 
-def _said(row: PatchRow) -> str:
-    if row.status == "applied":
-        return row.reason
-    return f"{row.status}: {row.reason}" if row.applied else f"not applied: {row.status}"
+def _short(rows: Sequence[PatchRow]) -> Iterator[str]:
+    """Lines: what others have taken or wrapped; each class or module with its first patch; what is not needed here."""
+    needed = [row for row in rows if row.applied or row.is_lost]
+    told = [row for row in needed if row.status != "applied"]
+    for row in told:
+        yield f"  {_last_two(row):46} {row.status}"
+    for _, alike in groupby((row for row in needed if row not in told), lambda row: row.target.rpartition(".")[0]):
+        first, *others = alike
+        name = _last_two(first) + (f" and {len(others)} more" if others else "")
+        yield f"  {name:46} {first.reason}"
+    if len(needed) < len(rows):
+        unneeded = ", ".join(_last_two(row) for row in rows if row not in needed)
+        yield f"  not needed here: {len(rows) - len(needed)} ({unneeded})"
 
 
-def _short(rows: list[PatchRow]) -> str:
-    """Class and method, or module and function: the last two parts of the target; and what is said of it."""
-    name = ".".join(rows[0].target.split(".")[-2:])
-    if len(rows) > 1:
-        name += f" and {len(rows) - 1} more"
-    return f"  {name:46} {_said(rows[0])}"
+def _last_two(row: PatchRow) -> str:
+    """Class and method, or module and function: the last two parts of the target."""
+    return ".".join(row.target.split(".")[-2:])
 
 
 def _clip(line: str, width: int) -> str:

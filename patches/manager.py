@@ -52,12 +52,14 @@ class PatchRow:
         target, reason: the Patch's.
         status: "applied", "wrapped by" or "replaced by" somebody, or why it is not applied.
         applied: whether a call of the target comes to the replacement now.
+        is_lost: it was applied, and somebody else has taken the name since.
     """
 
     target: str
     reason: str
     status: str
     applied: bool
+    is_lost: bool = False
 
 
 @dataclass
@@ -195,7 +197,7 @@ class PatchManager:
         """One PatchRow per patch, in the order of application, as things stand now."""
         owners = dict(self._owners(range(len(self._patches))))
         return [
-            PatchRow(patch.target, patch.reason, str(owners[index]), owners[index].kind in ("ours", "wrapped"))
+            PatchRow(patch.target, patch.reason, str(owners[index]), not owners[index].is_lost, owners[index].is_lost)
             if index in owners
             else PatchRow(patch.target, patch.reason, self._status.get(index) or "not applied", False)
             for index, patch in enumerate(self._patches)
@@ -208,8 +210,7 @@ class PatchManager:
             PatchError: somebody else owns a name and does not call this project's function.
         """
         indices = [index for index, patch in enumerate(self._patches) if patch.target in targets]
-        lost = [(self._patches[index], owner) for index, owner in self._owners(indices)
-                if owner.kind in ("replaced", "removed")]  # fmt: skip
+        lost = [(self._patches[index], owner) for index, owner in self._owners(indices) if owner.is_lost]
         if lost:
             self._refuse(lost)
 

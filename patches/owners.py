@@ -45,6 +45,11 @@ class Ownership:
         return f"{self.kind} {'from' if self.kind == 'removed' else 'by'} {where} ({self.file})"
 
     @property
+    def is_lost(self) -> bool:
+        """Whether calls of the name no longer come to this project's function."""
+        return self.kind in ("replaced", "removed")
+
+    @property
     def package(self) -> str:
         """The top-level package of the live object."""
         return self.module.partition(".")[0]

@@ -68,6 +68,7 @@ def _getter(name: str) -> Row:
         "code written for MindSpeed asks Megatron's parallel state for its groups",
         create=True,
         is_value=True,
+        essential=False,
     )
 
 

@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from mindspeed_cp.patches.machine.streams import Event, Stream
+
+from mindspeed_cp.patches.machine import streams  # undo rebinds copies of its classes
 from mindspeed_cp.patches.rows import patch, replacement
 
 CPU = torch.device("cpu")
@@ -75,13 +76,13 @@ def compile_(adaptor: Any, original: Any) -> Any:
 
 
 @replacement("torch.cuda.Stream", reason="CPU operations run in order")
-def stream_class(adaptor: Any, original: Any) -> type[Stream]:
-    return Stream
+def stream_class(adaptor: Any, original: Any) -> type[streams.Stream]:
+    return streams.Stream
 
 
 @replacement("torch.cuda.Event", reason="CPU operations are complete when they return")
-def event_class(adaptor: Any, original: Any) -> type[Event]:
-    return Event
+def event_class(adaptor: Any, original: Any) -> type[streams.Event]:
+    return streams.Event
 
 
 @patch("torch.cuda.stream", reason="CPU operations run in order")
@@ -95,8 +96,8 @@ def set_stream(adaptor: Any, original: Any, stream: Any) -> None:
 
 
 @replacement("torch.cuda.current_stream", "torch.cuda.default_stream", reason="CPU operations run in order")
-def only_stream(adaptor: Any, original: Any) -> Callable[..., Stream]:
-    stream = Stream()
+def only_stream(adaptor: Any, original: Any) -> Callable[..., streams.Stream]:
+    stream = streams.Stream()
     return lambda device=None: stream
 
 
