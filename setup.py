@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "mindspeed_cp/__init__.py").read_text("utf-8"), re.M)[1]
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "mindspeed_cp/version.py").read_text("utf-8"), re.M)[1]
 README = ROOT / "README.md"
 
 for link in ("patches", "arguments"):

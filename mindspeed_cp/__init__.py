@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mindspeed_cp.version import __version__ as __version__
+
 # patches/ and arguments/ lie at the top of the repository, and links inside this package lead there. A checkout on
 # Windows or an unpacked archive may have plain files where the links should be.
 if not (Path(__file__).parent / "patches").is_dir():
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from mindspeed_cp.sequence.sharding import gather_sequence, shard_batch
     from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup, resolve
 
-__version__ = "0.1.0"
 __all__ = [
     "ContextParallelConfig",
     "ContextParallelGroups",
