@@ -42,7 +42,7 @@ def npu_patches(when):
 
 
 def npu_checkout_patches(when):
-    """What a Megatron-LM checkout needs besides; it can be imported once ``libraries.library_patches`` are on."""
+    """What a Megatron-LM checkout needs besides; it can be imported once the rows of ``libraries`` are on."""
     return _table(when, _checkout_rows())
 
 

@@ -71,11 +71,11 @@ def held(targets):
 
 def import_every_target():
     """Import the modules that the tables name, without applying anything; returns the targets."""
-    from mindspeed_cp.patches.areas import CORE
-    from mindspeed_cp.patches.machine import cpu
-    from mindspeed_cp.patches.rows import patches_of
+    from mindspeed_cp.megatron.adaptor import Adaptor
+    from mindspeed_cp.patches.areas import all_areas
 
-    targets = [patch.target for patch in patches_of([cpu, *CORE])]
+    areas = all_areas(Adaptor(), "cpu")
+    targets = [patch.target for name in ("device", "core") for patch in areas[name]]
     for target in targets:
         parts = target.split(".")
         for count in range(1, len(parts)):
