@@ -312,7 +312,7 @@ def _describe(owner: Any) -> str:
 def _heritage(owner: Any, name: str) -> str:
     """Name of the class from which ``owner`` has ``name``."""
     bases = (*getattr(owner, "__mro__", ()), *type(owner).__mro__)
-    return next(base.__name__ for base in bases if name in vars(base))
+    return str(next(base.__name__ for base in bases if name in vars(base)))
 
 
 def _rebuild(original: Any, build: Callable[[Any], Any]) -> Any:

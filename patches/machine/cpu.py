@@ -158,12 +158,12 @@ def seed_cpu(adaptor: Any, original: Any, seed: int) -> None:
 
 
 @patch(*(f"torch.{name}" for name in FACTORIES), reason=ON_THE_CPU)
-def factory(adaptor: Any, original: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+def factory(adaptor: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **_on_the_cpu(kwargs))
 
 
 @patch(*(f"torch.Tensor.{name}" for name in TENSOR_FACTORIES), reason=ON_THE_CPU, inherited=True)
-def tensor_factory(adaptor: Any, original: Any, self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def tensor_factory(adaptor: Any, original: Any, self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     return original(self, *args, **_on_the_cpu(kwargs))
 
 
@@ -178,7 +178,7 @@ def find_builtin(adaptor: Any, original: Any, function: Any) -> str | None:
 
 
 @patch("torch.nn.Module.to", reason=STAYS)
-def module_to(adaptor: Any, original: Any, self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+def module_to(adaptor: Any, original: Any, self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return to(adaptor, original, self, *args, **kwargs)
 
 
