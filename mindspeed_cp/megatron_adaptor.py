@@ -210,9 +210,8 @@ def configure_from(settings: Any) -> ContextParallelConfig | None:
         ValueError: a value or a combination cannot work, or the process groups are there and do not fit.
     """
     from mindspeed_cp.arguments import FrameworkSettings
-    from mindspeed_cp.megatron import decision
 
-    decision.configure_from(_state, FrameworkSettings.read(settings))
+    _state.configure_from(FrameworkSettings.read(settings))
     return _state.config
 
 
@@ -231,11 +230,11 @@ def compare_on_all_ranks(args: Any, *, program: str = "") -> None:
     """
     from mindspeed_cp.arguments import compared_arguments
 
-    _state.compared, _state.program = compared_arguments(args), program
+    _state.settings.compared, _state.settings.program = compared_arguments(args), program
 
 
 def state() -> "Adaptor":
-    """The Adaptor in use: config, setup, groups, layout(seq_len)."""
+    """The Adaptor in use: config, setup, groups, layout(seq_len), shard_batch, gather_sequence."""
     return _state
 
 

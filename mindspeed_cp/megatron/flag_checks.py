@@ -1,7 +1,7 @@
 """Flags of Megatron-LM that do not work with context parallelism, or not on this machine.
 
-``python -m mindspeed_cp.patches.checks FLAGS...`` checks a command line without Megatron, and prints as a JSON string
-what is wrong, or "".
+``python -m mindspeed_cp.megatron.flag_checks FLAGS...`` checks a command line without Megatron, and prints as a JSON
+string what is wrong, or "".
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-# Megatron's own assertions about legacy models, which _passing_assertions keeps from running.
+# Megatron's own assertions about legacy models, which patches/training.py keeps from running.
 NOT_WITH_LEGACY = ("rotary_interleaved", "mtp_num_layers", "decoupled_lr", "decoupled_min_lr", "overlap_param_gather")
 
 
