@@ -43,7 +43,9 @@ REFUSED = {
     reason="the local attention refuses context_parallel_size above 1, multi-latent attention and, in 0.12, sliding "
     "windows; what it is built with says over which group it computes",
 )
-def local_init(adaptor: Adaptor, original: Callable[..., None], self: Any, config: Any, *args: Any, **kwargs: Any):
+def local_init(
+    adaptor: Adaptor, original: Callable[..., None], self: Any, config: Any, *args: Any, **kwargs: Any
+) -> None:
     # Multi-latent attention names its head sizes; only Transformer Engine's module takes them.
     known = signature_of(original).parameters
     kwargs = {

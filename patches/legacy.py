@@ -21,7 +21,9 @@ LEGACY_LANGUAGE = "megatron.legacy.model.language_model"
     reason="legacy models would ask for the flash-attn package; the core attention below is flash attention",
     when=without_legacy,
 )
-def parallel_attention_init(adaptor: Adaptor, original: Callable[..., None], self: Any, *args: Any, **kwargs: Any):
+def parallel_attention_init(
+    adaptor: Adaptor, original: Callable[..., None], self: Any, *args: Any, **kwargs: Any
+) -> None:
     from megatron.training import get_args
 
     flags = get_args()
