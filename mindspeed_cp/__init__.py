@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mindspeed_cp.version import __version__ as __version__
+
 # In a bare checkout patches/ and arguments/ lie beside this package; an installation has them inside it.
 if not (Path(__file__).parent / "patches").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from mindspeed_cp.settings.config import ContextParallelConfig
     from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
-__version__ = "0.1.0"
 __all__ = [
     "ContextParallelConfig",
     "ContextParallelGroups",

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from mindspeed_cp.version import __version__
+
 Value = TypeVar("Value")
 KEY = "mindspeed_cp/agreement"
 PATIENCE = timedelta(minutes=10)  # for ranks that come later
@@ -90,8 +92,6 @@ def refuse(
 
 def versions(**others: str) -> dict[str, str]:
     """What computes, and its version; ``others`` are added."""
-    from mindspeed_cp import __version__
-
     return {"the version of torch": torch.__version__, "the version of mindspeed_cp": __version__, **others}
 
 
