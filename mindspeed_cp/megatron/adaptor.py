@@ -26,7 +26,8 @@ from mindspeed_cp.megatron.sizes import ranks_of_all
 from mindspeed_cp.megatron.start import agree_in_group
 from mindspeed_cp.sequence import sharding
 from mindspeed_cp.sequence.layout import SequenceLayout
-from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
 
 class Adaptor:
@@ -56,7 +57,11 @@ class Adaptor:
         epoch: how often groups were forgotten.
     """
 
-    def __init__(self, say: Callable[[ContextParallelConfig], None] = lambda config: None) -> None:
+    def __init__(
+        self,
+        say: Callable[[ContextParallelConfig], None] = lambda config: None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.settings = Settings()
         self.scopes = Scopes(self._adopt)
         self.sizes: dict[int, Scope] = {}
@@ -72,7 +77,7 @@ class Adaptor:
         self.computes_alone, self.documents_by_hand, self._passes = False, False, 0
         self._pool: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
         self.on_change: list[Callable[[], None]] = []
-        self._say = say
+        self._say, self._check, self._is_checked = say, check, False
         self._announced: ContextParallelConfig | None = None
 
     # What was set.
@@ -90,6 +95,15 @@ class Adaptor:
     @property
     def kernel(self) -> str | None:
         return self.settings.kernel
+
+    @property
+    def end_of_document(self) -> int | Callable[[], int] | None:
+        """The token behind which a document ends; may be set until a batch is split."""
+        return self.settings.end_of_document
+
+    @end_of_document.setter
+    def end_of_document(self, token: int | Callable[[], int] | None) -> None:
+        self.settings.end_of_document = token
 
     def configure(
         self,
@@ -130,7 +144,6 @@ class Adaptor:
             self.settings.undecided = OpenDecision(settings)
             self.settings.decide(size)
             self._follow()
-        self.settings.declared = getattr(settings, "declared_layout", None) or "zigzag"
 
     def take_comm_type(self, comm_type: str | Sequence[str] | None, cp_size: int) -> None:
         """A TransformerConfig names the algorithm where nobody else has.
@@ -191,7 +204,7 @@ class Adaptor:
         self.settings = Settings()
         self.scopes.forget()
         self.sizes, self.log, self.handed, self.is_pipeline = {}, None, Handed(), False
-        self._announced = None
+        self._announced, self._is_checked = None, False
         self.epoch += 1
         self.forget_batches()
 
@@ -307,14 +320,13 @@ class Adaptor:
     def measure(self, config: ContextParallelConfig, group: dist.ProcessGroup) -> None:
         """With --cp-log, measure the steps and compare the ranks of each ``group``; collective over the world."""
         if config.log:
-            self.log = ContextParallelLog(ranks_of_all(group), collective_device(dist.group.WORLD))
+            self.log = ContextParallelLog(ranks_of_all(group), collective_device(group))
 
     def destroy_groups(self) -> None:
         """Release what was made beside Megatron's groups; every rank calls it."""
         self.scopes.destroy()
-        for scope in self.sizes.values():
-            scope.groups.destroy()
-        self.log, self.sizes, self.is_pipeline, self._announced = None, {}, False, None
+        self.log, self.sizes, self.is_pipeline = None, {}, False
+        self._announced, self._is_checked = None, False
         self.epoch += 1
         if self.settings.undecided is not None:
             self.settings.undecided = OpenDecision(self.settings.undecided.settings)
@@ -352,17 +364,22 @@ class Adaptor:
         return call
 
     @contextmanager
-    def computing_alone(self) -> Iterator[None]:
-        """Split embeddings over nobody inside the block."""
-        before, self.computes_alone = self.computes_alone, True
+    def computing_alone(self, alone: bool = True) -> Iterator[None]:
+        """Split embeddings over nobody inside the block; what is not ``alone`` over whom its record names."""
+        before, self.computes_alone = self.computes_alone, alone
         try:
             yield
         finally:
             self.computes_alone = before
 
     def forward_pass_begins(self) -> None:
-        """What was read of masks in earlier passes is not believed any more."""
+        """What was read of masks in earlier passes is not believed any more; before the first pass every patch that
+        counts is asked whether its name is still ours.
+        """
         self._passes += 1
+        if not self._is_checked:
+            self._check()
+            self._is_checked = True
 
     @property
     def forward_pass(self) -> int | None:

@@ -8,10 +8,9 @@ def stand_in():
     import torch
 
     torch.cuda.is_available = lambda: True
+    from mindspeed_cp import megatron_adaptor
     from mindspeed_cp.patches.machine import cpu
     from mindspeed_cp.patches.rows import patches_of
-
-    from mindspeed_cp import megatron_adaptor
 
     targets = {patch.target for patch in patches_of([cpu])}
     # A name may stand in the table for CPUs, which comes first, and in the one for NPUs.
