@@ -9,14 +9,14 @@ import torch
 from mindspeed_cp.attention.function import AttentionCall, ContextParallelAttention
 from mindspeed_cp.attention.kept import KeptAttention
 from mindspeed_cp.attention.kv_cache import KVCache
-from mindspeed_cp.attention.merging import merge_function
+from mindspeed_cp.attention.merging import merge_function, plain_merge
 from mindspeed_cp.attention.ring import RingProblem
 from mindspeed_cp.attention.ring_plan import ring_plan
 from mindspeed_cp.attention.ulysses import UlyssesProblem
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.sequence_exchange import SequenceExchange
 from mindspeed_cp.kernels import select_kernel
-from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions, MemoryOrder, memory_order
+from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions, MemoryOrder
 from mindspeed_cp.sequence.layout import SequenceLayout, run_positions
 from mindspeed_cp.sequence.masks import dense_mask, interval_masks
 from mindspeed_cp.sequence.staircases import IntervalMask
@@ -84,20 +84,23 @@ def context_parallel_attention(
     if not differentiates and (kept is None or not kept.is_active):
         policy = None  # nothing will run backward, so nothing is kept for it
     cache = KVCache.resolve(policy, config.ring_size)
-    order = memory_order(chosen, query.dtype)
+    order, merge = chosen.memory_order(query.dtype), merge_function(chosen, fused_update)
     ring = RingProblem(
         groups=groups,
         layout=layout,
         masks=masks,
         kernel=chosen,
         options=KernelOptions(
-            query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, float(dropout_p), groups.cp_rank
+            query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+            float(dropout_p),
+            groups.cp_rank,
+            fused_merge=merge is not plain_merge,
         ),
         exchange=_exchange(config, layout, masks, attention_mask),
         keep=cache.keep,
         overlap=config.send_recv_overlap,
         dense_mask=dense_mask(attention_mask, query.shape[1], layout.seq_len),
-        merge=merge_function(chosen, fused_update),
+        merge=merge,
         order=order,
     )
     ulysses = _ulysses_problem(config, groups, layout, query, key, value, cache, order)

@@ -90,7 +90,7 @@ class AttentionCall:
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         tensors = (query, *saved.tensors)
         kept = tuple(None if place in local else tensor for place, tensor in enumerate(tensors))
-        return Computed(result, out, lse, kept, saved.rngs)
+        return Computed(result, out, lse, kept, saved.blocks)
 
     def local_offset(self, softmax_offset: torch.Tensor) -> torch.Tensor:
         return softmax_offset if self.ulysses is None else softmax_offset[self.ulysses.head_slice()]
@@ -120,7 +120,7 @@ class ContextParallelAttention(torch.autograd.Function):
             found = compute()
         else:
             found = call.kept.once(call.stamp(query, key, value), query.device, compute)
-        ctx.call, ctx.rngs = call, found.rngs
+        ctx.call, ctx.blocks = call, found.blocks
         query, *kept = (local.get(place, tensor) for place, tensor in enumerate(found.saved))
         ctx.save_for_backward(query, found.out, found.lse, softmax_offset, *kept)
         return found.result
@@ -140,7 +140,7 @@ class ContextParallelAttention(torch.autograd.Function):
             grad_out, fetched = call.ulysses.scatter_for_backward(grad_out, again)
             if again:
                 kept = [fetched.get(name, tensor) for name, tensor in zip(NAMES, kept)]
-        grads = ring_backward(call.ring, grad_out, query, out, lse, RingSaved(tuple(kept), ctx.rngs))
+        grads = ring_backward(call.ring, grad_out, query, out, lse, RingSaved(tuple(kept), ctx.blocks))
         d_offset = None
         if softmax_offset is not None:
             d_offset = torch.zeros_like(softmax_offset)

@@ -51,19 +51,19 @@ class Computed:
         out, lse: of this rank's rows and heads, for backward.
         saved: query, and what backward starts from of keys and values; None for what the rank has without
             communication, which the next pass has as well.
-        rngs: dropout states of the blocks.
+        blocks: what the kernel saved of each block.
     """
 
     result: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor
     saved: tuple[torch.Tensor | None, ...]
-    rngs: tuple[Any, ...]
+    blocks: tuple[Any, ...]
 
     def detached(self) -> "Computed":
         """The same memory in tensors of its own: those that the caller gets may lead to the checkpoint itself."""
         saved = tuple(None if tensor is None else tensor.detach() for tensor in self.saved)
-        return Computed(self.result.detach(), self.out.detach(), self.lse.detach(), saved, self.rngs)
+        return Computed(self.result.detach(), self.out.detach(), self.lse.detach(), saved, self.blocks)
 
     @property
     def tensors(self) -> list[torch.Tensor]:

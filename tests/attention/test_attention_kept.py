@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from mindspeed_cp import KeptAttention
 from mindspeed_cp.comm import count_bytes
 from mindspeed_cp.kernels import select_kernel
-from mindspeed_cp.kernels.base import memory_order
 
 pytestmark = pytest.mark.cpu_only
 AT_FOUR = [point for point in ALGORITHM_AND_SIZE if point.values[1] in (3, 4)]
@@ -99,7 +98,7 @@ def expected_bytes(case):
     if degree > 1:
         size += case.heads * (case.dv + case.dk) * item
         size += kv_heads * (case.dk + case.dv - (dims if ring == 1 else 0)) * item
-        if ring > 1 and memory_order(select_kernel(None, "cpu"), DTYPES[case.dtype]) is None:
+        if ring > 1 and select_kernel(None, "cpu").memory_order(DTYPES[case.dtype]) is None:
             size += kv_heads * (case.dk + case.dv) * item  # packed for the ring, beside the message with the query
     if ring > 1:  # an all-gather receives the rank's own rows as well
         size += (ring - (case.config["algorithm"] != "kvallgather_cp_algo")) * kv_heads * dims * item
