@@ -167,7 +167,7 @@ def _cut_where_slopes_change(queries, rows, mask):
 
 
 def _joined(row, count, lo, hi, lo_slope, hi_slope) -> Pieces:
-    """Neighbouring pieces whose bounds go on with one slope become one."""
+    """Neighbouring pieces whose bounds go on with one slope become one, where they see a key together."""
     parts = [part.tolist() for part in (row, count, lo, hi, lo_slope, hi_slope)]
     if len(row) < 2:
         return Pieces(*parts)
@@ -200,4 +200,8 @@ def _one_piece(left, right):
         if step is None:
             return None
         found.append(step)
+    if found == [1, 1] and hi - lo == 1:
+        # Neither row sees a key of the other. They may be of two documents, and what a kernel hides must not be: NaN
+        # times a weight of 0 is NaN.
+        return None
     return (row, count + right[1], lo, hi, *found)

@@ -119,6 +119,21 @@ def test_a_simulated_ring_equals_dense_attention(kernel, cp, name, device):
     assert sum(areas) == int(allowed.sum()), "every visible pair is computed exactly once"
 
 
+@pytest.mark.parametrize("cp", [1, 3, 4])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_document(kernel, cp, poison, device):
+    """A rank's chunk begins with the last token of a document, beside a document of one token."""
+    dtype = torch.bfloat16 if kernel.name in ("cuda", "cudnn") else torch.float32
+    tensors = sample(dtype)
+    first = 1 + (LENGTH // (2 * cp) + 1 if cp > 1 else 0)  # the second chunk's first token, and a single one
+    kind = dict(causal=True, cu_seqlens=(0, first, first + 1, LENGTH))
+    expected = attention_with_gradients(*tensors, allowed_pairs(LENGTH, **kind), softmax_scale=DIM**-0.5)
+    for tensor in tensors:
+        tensor[:first] = poison
+    for name, result in simulate(kernel, tensors, cp, kind, device)[0].items():
+        assert_matches(name, result[first:], expected[name][first:], dtype)
+
+
 class Asking(AttentionKernel):
     """The CPU's kernel, which asks for an order of memory and asserts on every call that it got it."""
 
