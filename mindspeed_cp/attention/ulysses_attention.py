@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from mindspeed_cp.attention.exchanged import Exchanged, exchanging
 from mindspeed_cp.attention.gather_size import (
     DefaultGatherSizeCalculator,
     DynamicGatherSizeCalculator,
@@ -43,7 +44,8 @@ class UlyssesContextAttention(torch.nn.Module):
         local_attention: called as local_attention(query, key, value, *args, **kwargs) with this rank's heads of the
             whole sequence; returns them as (seq, batch, heads, dim), or merged as (seq, batch, heads * dim). One whose
             ``forward`` says that it ``exchanges_context_parallel``, as Megatron's core attention does under the
-            adaptor, gets this rank's tokens as they are.
+            adaptor, gets this rank's tokens as they are. Inside a wrapper it gets the whole sequence, and learns that
+            (``exchanged.exchange_around``), so that nothing is exchanged twice.
         sequence_process_group: the ranks that share the sequence; None is the default group.
         scatter_idx, gather_idx: dimension of the heads, and of the sequence.
         gather_size_calculator: a GatherSizeCalculator.
@@ -92,8 +94,9 @@ class UlyssesContextAttention(torch.nn.Module):
         parts, out_shares = _parts(axes, query, key, value, exchange.size)
         tensors = (axes.to_exchange(tensor, exchange.size) for tensor in (query, key, value))
         received = _GatherSequence.apply(exchange, parts, *tensors)
-        # Contiguous, because many attention modules call view() on what they get.
-        out = self.local_attn(*(axes.from_exchange(tensor).contiguous() for tensor in received), *args, **kwargs)
+        with exchanging(Exchanged(exchange.link.global_ranks, exchange.rank)):
+            # Contiguous, because many attention modules call view() on what they get.
+            out = self.local_attn(*(axes.from_exchange(tensor).contiguous() for tensor in received), *args, **kwargs)
         split, merged = axes.split_heads(out, query.dim(), parts[0].count(exchange.rank))
         out = axes.to_exchange(split, 1)
         part = Part("out", parts[0].num_heads, out.shape[-1], out_shares)
@@ -228,11 +231,15 @@ def _parts(axes, query, key, value, world_size):
     """
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
-        if tensor.dtype != query.dtype or tensor.size(axes.order[0]) != query.size(axes.order[0]):
+        length, queries = tensor.size(axes.order[0]), query.size(axes.order[0])
+        if length != queries:
             raise ValueError(
-                f"{name} is {tensor.dtype} with {tensor.size(axes.order[0])} tokens, the query "
-                f"{query.dtype} with {query.size(axes.order[0])}; they must have the same of both."
+                f"{name} has {length} tokens on this rank and query {queries}: cross attention cannot go through "
+                "UlyssesContextAttention, whose query, key and value are one sequence split over the group; call the "
+                "local attention itself with the whole key and value on every rank."
             )
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} and query {query.dtype}; convert them to one dtype.")
     heads, kv_heads, value_heads = (tensor.size(axes.scatter) for tensor in tensors.values())
     if axes.merged:
         for name, tensor in tensors.items():

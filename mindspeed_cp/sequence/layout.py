@@ -199,6 +199,10 @@ class SequenceLayout:
         first = ring_rank * self.ulysses_degree
         return [_length(runs) for runs in self.all_runs[first : first + self.ulysses_degree]]
 
+    def joined(self) -> "SequenceLayout":
+        """One rank that holds everything, the tokens of all ranks one after another."""
+        return SequenceLayout((join_runs(run for runs in self.all_runs for run in runs),))
+
     def runs(self, cp_rank: int) -> Runs:
         """Runs of global positions that ``cp_rank`` holds, in the order in which it holds them."""
         if not 0 <= cp_rank < self.cp_size:

@@ -62,8 +62,8 @@ def positions(some_runs):
 
 
 def check_plan(query_runs, key_runs, mask, native_bands):
-    """The plan covers each visible pair once, no hidden one; every block is of a shape that kernels have, and each of its
-    pieces lies in one document.
+    """The plan covers each visible pair once, no hidden one; every block is of a shape that kernels have, and each of
+    its pieces lies in one document.
     """
     queries, keys = positions(query_runs), positions(key_runs)
     want = visible(queries, keys, mask)
