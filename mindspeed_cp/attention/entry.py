@@ -1,7 +1,6 @@
 """``context_parallel_attention``: the public entry; checks its arguments and assembles the call."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -17,8 +16,10 @@ from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.sequence_exchange import SequenceExchange
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions, MemoryOrder
-from mindspeed_cp.sequence.layout import SequenceLayout, run_positions
+from mindspeed_cp.sequence.cache import kept_up_to
+from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.sequence.masks import dense_mask, interval_masks
+from mindspeed_cp.sequence.runs import positions
 from mindspeed_cp.sequence.staircases import IntervalMask
 from mindspeed_cp.settings.config import ContextParallelConfig
 
@@ -116,15 +117,22 @@ def context_parallel_attention(
     return out[places]
 
 
-@lru_cache(maxsize=256)
 def _ascending(layout: SequenceLayout, cp_rank: int, device: torch.device) -> torch.Tensor | None:
     """(seq_local,) the place of each of this rank's tokens among them in ascending order; None where they ascend.
 
     Blocks are planned over ascending positions. With a Ulysses group the exchange puts the rows in order.
     """
-    rows = layout.ulysses_rows(cp_rank)[0]
+    return None if len(layout.ulysses_rows(cp_rank)[0]) <= 1 else _places(layout, cp_rank, device)
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.nbytes
+
+
+@kept_up_to(32 << 20, _num_bytes)
+def _places(layout: SequenceLayout, cp_rank: int, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):  # an index made during inference could not be used in training
-        return None if len(rows) <= 1 else run_positions(rows, device)
+        return positions(layout.ulysses_rows(cp_rank)[0], device)
 
 
 def _exchange(

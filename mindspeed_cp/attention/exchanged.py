@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from mindspeed_cp.comm.groups import ContextParallelGroups
-from mindspeed_cp.sequence.layout import SequenceLayout, split_sizes
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.sequence.runs import split_sizes
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 

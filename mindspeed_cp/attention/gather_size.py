@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from mindspeed_cp.sequence.layout import split_sizes
+from mindspeed_cp.sequence.runs import split_sizes
 
 
 class GatherSizeCalculator(ABC):

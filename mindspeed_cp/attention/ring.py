@@ -24,8 +24,9 @@ from mindspeed_cp.comm.messages import packed
 from mindspeed_cp.comm.schedule import RingPlace
 from mindspeed_cp.comm.watch import note_area
 from mindspeed_cp.kernels.base import AttentionKernel, AttentionRows, BlockTensors, KernelOptions, MemoryOrder
-from mindspeed_cp.sequence.blocks import IntervalMask
-from mindspeed_cp.sequence.layout import SequenceLayout, run_positions
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.sequence.runs import positions
+from mindspeed_cp.sequence.staircases import IntervalMask
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ class RingProblem:
         if self.dense_mask is None:
             return None
         device = self.dense_mask.device
-        queries, keys = (run_positions(self.layout.ring_runs(rank), device) for rank in (self.rank, source))
+        queries, keys = (positions(self.layout.ring_runs(rank), device) for rank in (self.rank, source))
         hidden = self.dense_mask[:, queries][:, :, keys]
         return hidden | torch.stack([_interval_hidden(queries, keys, mask) for mask in self.masks])
 

@@ -27,7 +27,7 @@ from mindspeed_cp.attention.gather_size import (
 from mindspeed_cp.attention.ulysses import head_shares
 from mindspeed_cp.comm.link import Link, link_of, ranks_of
 from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
-from mindspeed_cp.sequence.layout import split_sizes
+from mindspeed_cp.sequence.runs import split_sizes
 
 __all__ = [
     "DefaultGatherSizeCalculator",

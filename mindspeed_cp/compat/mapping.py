@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from mindspeed_cp.comm.counters import record
 from mindspeed_cp.comm.link import link_of
 from mindspeed_cp.comm.messages import Message
-from mindspeed_cp.sequence.layout import split_sizes as _split_sizes
+from mindspeed_cp.sequence.runs import split_sizes as _split_sizes
 
 __all__ = [
     "_gather",

@@ -2,8 +2,8 @@
 
 Adding a kernel, in ten steps:
 
-1. Write ``kernels/mine.py`` with a subclass of ``kernels.base.AttentionKernel``: ``name``, ``native_bands``, ``forward``
-   and ``backward``. ``blockwise.py`` is the shortest complete one.
+1. Write ``kernels/mine.py`` with a subclass of ``kernels.base.AttentionKernel``: ``name``, ``native_bands``,
+   ``forward`` and ``backward``. ``blockwise.py`` is the shortest complete one.
 2. Tensors are (seq, batch, heads, dim); folding batch into heads makes any block one varlen call.
 3. Speak (out, lse): natural logarithm, -inf and 0 for a row without keys. Backward gets those of the whole attention,
    and what forward itself saved.

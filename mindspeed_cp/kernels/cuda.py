@@ -12,7 +12,6 @@ Tested against the operators' schemas on the CPU; not yet run on a GPU.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from mindspeed_cp.kernels.base import (
 from mindspeed_cp.kernels.blockwise import BlockwiseKernel
 from mindspeed_cp.kernels.random_stream import random_stream
 from mindspeed_cp.sequence.blocks import Block
+from mindspeed_cp.sequence.cache import INT_BYTES, kept_up_to
 from mindspeed_cp.settings.notices import warn_rank0
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -196,7 +196,11 @@ def _lengths(block: Block, device: torch.device) -> tuple[torch.Tensor, torch.Te
     return _cu_seqlens(block.q_offsets, device), _cu_seqlens(block.k_offsets, device), longest_q, longest_k
 
 
-@lru_cache(maxsize=256)
+def _num_bytes(offsets: torch.Tensor) -> int:
+    return offsets.nbytes + INT_BYTES * len(offsets)
+
+
+@kept_up_to(16 << 20, _num_bytes)
 def _cu_seqlens(offsets: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor([offset - offsets[0] for offset in offsets], dtype=torch.int32, device=device)
 

@@ -11,10 +11,11 @@ The two sources disagree where the argument is missing, so ``probe_order`` asks 
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Literal
 
 import torch
+
+from mindspeed_cp.sequence.cache import kept_up_to
 
 Statistics = tuple[torch.Tensor, torch.Tensor]  # (max, sum)
 StatisticsOrder = Literal["rows", "heads", "documents"]
@@ -24,7 +25,6 @@ LANES = 8
 LARGE = 1e30
 
 
-@lru_cache(maxsize=64)
 def row_permutation(
     order: StatisticsOrder, lengths: tuple[int, ...], heads: int, device: torch.device
 ) -> torch.Tensor | None:
@@ -36,8 +36,15 @@ def row_permutation(
         order: "rows", "heads" or "documents".
         lengths: tuple, query rows of each document.
     """
-    if order == "rows":
-        return None
+    return None if order == "rows" else _permutation(order, lengths, heads, device)
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.nbytes
+
+
+@kept_up_to(64 << 20, _num_bytes)
+def _permutation(order: StatisticsOrder, lengths: tuple[int, ...], heads: int, device: torch.device) -> torch.Tensor:
     total = sum(lengths)
     index = torch.arange(total * heads, device=device)
     if order == "heads":
@@ -57,7 +64,7 @@ def from_lse(lse: torch.Tensor) -> Statistics:
     return softmax_max, _ones(softmax_max.shape, softmax_max.device)
 
 
-@lru_cache(maxsize=8)
+@kept_up_to(64 << 20, _num_bytes)
 def _ones(shape: Sequence[int], device: torch.device) -> torch.Tensor:
     """float32; the operators only read it."""
     with torch.inference_mode(False):
