@@ -120,6 +120,8 @@ class KeptAttention:
         Raises:
             ValueError: the passes differ, or what was kept was changed in place; the message says in what.
         """
+        if torch.is_inference_mode_enabled():
+            return compute()  # no backward pass comes, and so no recomputation
         call = self._taken(stamp, device)
         if call is not None:
             self._keep(call)
@@ -196,7 +198,11 @@ class _Pass(AbstractContextManager[None]):
 
 def _fingerprint(computed: Computed) -> list[tuple[int, int]]:
     """Changes with every change in place, and when memory is given back under a tensor, as Megatron does."""
-    return [(tensor._version, tensor.untyped_storage().nbytes()) for tensor in computed.tensors]
+    return [(_version(tensor), tensor.untyped_storage().nbytes()) for tensor in computed.tensors]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # a tensor made in inference mode counts no changes
 
 
 def _generators(stamp: Stamp, device: torch.device) -> list[torch.Generator]:

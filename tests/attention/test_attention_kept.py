@@ -243,3 +243,24 @@ def lifetimes(rank, case):
 
 def test_nothing_is_kept_without_a_graph_or_after_it():
     run_ranks(2, lifetimes, Case(RING))
+
+
+def inferring(rank, case):
+    """Inside inference_mode nothing is kept; what was made there trains no worse afterwards."""
+    layer, leaves, grad_out, _ = problem(rank, case)
+    kept = KeptAttention()
+    with torch.inference_mode():
+        out = checkpoint(layer, *leaves[:3], kept, use_reentrant=True)
+        first, _ = (again := KeptAttention()).contexts()
+        with first:
+            kept_out = layer(*leaves[:3], again)
+        assert again.num_bytes == 0
+    torch.manual_seed(5)
+    kept = KeptAttention()
+    trained_out = checkpoint(layer, *leaves[:3], kept, use_reentrant=False, context_fn=kept.contexts)
+    trained_out.backward(grad_out)
+    return out.shape == trained_out.shape == kept_out.shape and all(leaf.grad is not None for leaf in leaves)
+
+
+def test_inference_mode_keeps_nothing():
+    assert all(run_ranks(2, inferring, Case(RING)))
