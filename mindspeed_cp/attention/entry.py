@@ -54,8 +54,10 @@ def context_parallel_attention(
         config, groups, layout: of the same configuration; the layout may be any partition of the positions.
         softmax_scale: None is dk ** -0.5.
         attention_mask: bool, True = masked out, global (S, S) or (batch, 1, S, S); applies on top of documents, of the
-            window, and of the causal mask unless the mask type is "general", whose mask is the batch's alone. A row
-            that sees no key gives 0.
+            window, and of the causal mask unless the mask type is "general", whose mask is the batch's alone. So a
+            prefix or custom mask whose queries see keys after them needs mask type "general" or "full": with "causal",
+            the default, those keys stay hidden. (In Megatron the batch's mask always wins.) A row that sees no key
+            gives 0.
         cu_seqlens: int32 tensor or ints, document boundaries with the leading 0 and the total; attention never crosses
             one. A sequence of those, one for each row of the batch, where rows hold different documents.
         dropout_p: probability with which attention weights are dropped; 1 leaves 0.
@@ -208,6 +210,15 @@ def _check_same_hierarchy(config: ContextParallelConfig, groups: ContextParallel
         )
 
 
+def _way_to_length(name: str, tensor: torch.Tensor, expected: int, seq_len: int) -> str:
+    """What to do with a tensor whose first dimension is not the rank's tokens."""
+    orders = (("(batch, seq, heads, head_dim)", (1, 0, 2, 3)), ("(batch, heads, seq, head_dim)", (2, 0, 1, 3)))
+    for order, moved in orders if tensor.shape[0] != seq_len else ():
+        if tensor.shape[moved[0]] == expected:
+            return f"{name} looks like {order}, and tensors are sequence-first here: pass {name}.permute{moved}"
+    return "slice with layout.shard(tensor, cp_rank)"
+
+
 def _check_tensors(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -228,7 +239,7 @@ def _check_tensors(
         if tensor.shape[0] != expected:
             raise ValueError(
                 f"{name} has {tensor.shape[0]} tokens on rank {groups.cp_rank}, the layout of {layout.seq_len} "
-                f"tokens gives it {expected}; slice with layout.shard(tensor, cp_rank)."
+                f"tokens gives it {expected}; {_way_to_length(name, tensor, expected, layout.seq_len)}."
             )
     heads, kv_heads = query.shape[2], key.shape[2]
     if key.shape[2] != value.shape[2] or key.shape[1] != query.shape[1] or value.shape[1] != query.shape[1]:
