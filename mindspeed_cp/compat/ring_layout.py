@@ -17,7 +17,8 @@ def flat_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def rows_again(tensor: torch.Tensor, batch: int) -> torch.Tensor:
     """The inverse of ``flat_rows``."""
-    return tensor.squeeze(1).unflatten(0, (batch, -1)).transpose(0, 1)
+    rows: torch.Tensor = tensor.squeeze(1).unflatten(0, (batch, -1))
+    return rows.transpose(0, 1)
 
 
 def _num_bytes(layout: SequenceLayout) -> int:

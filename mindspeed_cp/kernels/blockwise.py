@@ -101,11 +101,12 @@ class _Tile:
         self.q, self.k, self.hidden, self.kv_heads, self.dtype = q, k, hidden, kv_heads, dtype
 
     def grouped(self, tensor: torch.Tensor) -> torch.Tensor:
-        rows = tensor[self.q].to(self.dtype)
-        return rows.unflatten(2, (self.kv_heads, -1)).permute(1, 2, 3, 0, 4)
+        rows: torch.Tensor = tensor[self.q].to(self.dtype).unflatten(2, (self.kv_heads, -1))
+        return rows.permute(1, 2, 3, 0, 4)
 
     def grouped_rows(self, lse: torch.Tensor) -> torch.Tensor:
-        return lse[self.q].unflatten(2, (self.kv_heads, -1)).permute(1, 2, 3, 0)
+        rows: torch.Tensor = lse[self.q].unflatten(2, (self.kv_heads, -1))
+        return rows.permute(1, 2, 3, 0)
 
     def heads_first(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.to(self.dtype).permute(1, 2, 0, 3).unsqueeze(2)
