@@ -4,7 +4,6 @@ Forward: heads are scattered over the Ulysses group, the ring computes, the outp
 same in reverse. A part that has one rank does nothing.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -157,14 +156,13 @@ class ContextParallelAttention(torch.autograd.Function):
             grad_out, fetched = call.ulysses.scatter_for_backward(grad_out, again)
             if again:
                 kept = [fetched.get(name, tensor) for name, tensor in zip(NAMES, kept)]
-        grads: Sequence[torch.Tensor] = ring_backward(
-            call.ring, grad_out, query, out, lse, RingSaved(tuple(kept), ctx.blocks)
-        )
+        saved = RingSaved(tuple(kept), ctx.blocks)
+        dq, dk, dv = ring_backward(call.ring, grad_out, query, out, lse, saved)
         d_offset = None
         if softmax_offset is not None:
             d_offset = torch.zeros_like(softmax_offset)
             local = call.local_offset(d_offset)
             local.copy_(softmax_offset_gradient(grad_out, out, lse, call.local_offset(softmax_offset)))
         if call.ulysses:
-            grads = call.ulysses.gather_gradients(*grads, dtype)
-        return *(grad.to(dtype) for grad in grads), d_offset, None
+            dq, dk, dv = call.ulysses.gather_gradients(dq, dk, dv, dtype)
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype), d_offset, None
