@@ -44,6 +44,7 @@ class Adaptor:
         handed: document ends that a framework hands over beside the batch.
         hand_over: what later pipeline stages learn of a batch.
         active: record of the forward pass that runs now; None outside.
+        entered: the model whose forward pass runs now; None outside.
         kept: KeptAttention of the checkpoint whose function runs now, where --cp-keep-attention asks for it.
         is_pipeline: there is more than one pipeline stage: stages then split the same batch knowing different parts of
             it, and must come to the same layout.
@@ -69,6 +70,7 @@ class Adaptor:
         self.masks, self.boundaries = MaskCache(), BoundaryCache()
         self.handed, self.hand_over = Handed(), HandOver(self)
         self.active: MicroBatch | None = None
+        self.entered: Any = None
         self.kept: KeptAttention | None = None
         self.log: ContextParallelLog | None = None
         self.is_pipeline, self.virtual_pipeline, self.epoch = False, False, 0
@@ -354,14 +356,24 @@ class Adaptor:
 
     def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, seeing the record of now whenever it runs: recomputation runs after later batches."""
-        record = self.active
+        record, alone = self.active, self.computes_alone
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with self.running(record):
+            with self.running(record), self.computing_alone(alone):
                 return function(*args, **kwargs)
 
         return call
+
+    @contextmanager
+    def inside(self, model: Any, record: MicroBatch | None) -> Iterator[None]:
+        """The forward pass of ``model`` runs inside the block, with this record; None computes alone."""
+        before, self.entered = self.entered, model
+        try:
+            with self.running(record), self.computing_alone(record is None and self.scope_of(model).alone):
+                yield
+        finally:
+            self.entered = before
 
     @contextmanager
     def computing_alone(self, alone: bool = True) -> Iterator[None]:

@@ -60,10 +60,14 @@ def held_of(local):
     return state.records.find([local["tokens"]]).layout.positions(state.cp_rank)
 
 
-def of_part(model, local, held, whole, **more):
-    """Largest difference of this rank's losses, and of the summed gradients, from those of one process."""
+def of_part(model, local, held, whole, of=None, **more):
+    """Largest difference of this rank's losses, and of the summed gradients, from those of one process.
+
+    Args:
+        model: or another entry of the model ``of``.
+    """
     losses = losses_of(model, local, **more)
-    found = gradients(model, (losses * local["loss_mask"]).sum())
+    found = gradients(of or model, (losses * local["loss_mask"]).sum())
     return batch_runs.difference(losses, found, *whole, lambda tensor: tensor[:, held])
 
 
@@ -152,6 +156,58 @@ def handed_over(rank):
                 found[name, "not the end"] = told(split, batch)
             set_actual_seq_len(None)
     return found
+
+
+def _mla(cp_size, **settings):
+    """A model of multi-latent attention, whose rotary embedding is computed in each layer, recomputed with it."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+    from model_cases import MLA, MODEL, VOCABULARY
+
+    model_parallel_cuda_manual_seed(3)
+    config = MLATransformerConfig(**(MODEL | MLA | settings), context_parallel_size=cp_size)
+    spec = get_gpt_layer_local_spec(multi_latent_attention=True)
+    return GPTModel(config, spec, VOCABULARY, 2 * SEQ, position_embedding_type="rope")
+
+
+def _by_torch(layer, **how):
+    """Recompute a layer as scripts do that know torch's checkpoint alone."""
+    from torch.utils.checkpoint import checkpoint
+
+    forward = layer.forward
+    layer.forward = lambda hidden_states, **more: checkpoint(
+        lambda hidden: forward(hidden, **more), hidden_states, **how
+    )
+
+
+def doors(rank):
+    """name -> difference of models entered by ``forward``, of layers recomputed by torch, of a teacher of one rank."""
+    batch, whole, found = batch_of(DOCUMENTS, seq=SEQ), alone_of(DOCUMENTS), {}
+    for name, settings in ALGORITHMS.items():
+        with groups(settings, cp_size=2):
+            configure(settings, 2, end_of_document=batch_runs.END)
+            model, local = build(2), split(batch)
+            held = held_of(local)
+            found[name, "forward"] = of_part(model.forward, local, held, whole, of=model)
+            for reentrant in (False, True):
+                model = build(2)
+                for layer in model.decoder.layers:
+                    _by_torch(layer, use_reentrant=reentrant)
+                found[name, f"torch's checkpoint, reentrant {reentrant}"] = of_part(model, local, held, whole)
+            found[name, "a teacher of one rank"] = _recomputed(batch)
+    return found
+
+
+def _recomputed(batch):
+    """Largest difference of gradients with and without recomputation, of a model that computes alone."""
+    plain = _mla(1)
+    again = _mla(1, **batch_runs.RECOMPUTE)
+    again.load_state_dict(plain.state_dict())
+    expected, found = (gradients(model, losses_of(model, batch).sum()) for model in (plain, again))
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    return max(float((found[name] - expected[name]).abs().max()) for name in expected) / scale
 
 
 @contextlib.contextmanager

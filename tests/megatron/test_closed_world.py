@@ -45,6 +45,10 @@ def test_document_ends_beside_a_batch_are_taken_in_every_order_and_unit():
     check(run_ranks(2, closed_runs.handed_over, timeout=200, fresh=True, imported=IMPORTED))
 
 
+def test_every_entry_of_a_model_and_every_recomputation_sees_its_own_batch():
+    check(run_ranks(2, closed_runs.doors, timeout=200, fresh=True, imported=IMPORTED))
+
+
 def test_groups_that_were_there_before_the_import_or_are_of_another_size():
     check(run_ranks(2, closed_runs.others, timeout=200, fresh=True, imported=IMPORTED))
 
