@@ -21,7 +21,7 @@ from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
 from mindspeed_cp.settings.notices import is_rank0, warn_rank0
 
 if TYPE_CHECKING:
-    from mindspeed_cp.megatron.state import AdaptorState
+    from mindspeed_cp.megatron.adaptor import Adaptor
     from mindspeed_cp.patches.listing import Applied
     from mindspeed_cp.patches.manager import Patch, PatchManager, PatchRow
 
@@ -36,7 +36,7 @@ MODEL_CODE = (
     "megatron.core.transformer.transformer_block",
 )
 _modules_before = frozenset(sys.modules)
-_state: "AdaptorState"
+_state: "Adaptor"
 _manager: "PatchManager"
 _tables: "dict[str, list[Patch]]"  # name -> patches, in the order of application
 
@@ -197,9 +197,8 @@ def configure_from(settings: Any) -> ContextParallelConfig | None:
         ValueError: a value or a combination cannot work, or the process groups are there and do not fit.
     """
     from mindspeed_cp.arguments import FrameworkSettings
-    from mindspeed_cp.megatron import decision
 
-    decision.configure_from(_state, FrameworkSettings.read(settings))
+    _state.configure_from(FrameworkSettings.read(settings))
     return _state.config
 
 
@@ -218,11 +217,11 @@ def compare_on_all_ranks(args: Any, *, program: str = "") -> None:
     """
     from mindspeed_cp.arguments import compared_arguments
 
-    _state.compared, _state.program = compared_arguments(args), program
+    _state.settings.compared, _state.settings.program = compared_arguments(args), program
 
 
-def state() -> "AdaptorState":
-    """The AdaptorState in use: config, setup, groups, layout(seq_len)."""
+def state() -> "Adaptor":
+    """The Adaptor in use: config, setup, groups, layout(seq_len), shard_batch, gather_sequence."""
     return _state
 
 
@@ -240,14 +239,14 @@ def _applied() -> "Applied":
 
 
 def _build() -> None:
-    from mindspeed_cp.megatron.state import AdaptorState
+    from mindspeed_cp.megatron.adaptor import Adaptor
     from mindspeed_cp.patches.manager import PatchManager
     from mindspeed_cp.patches.tables import all_tables
 
     global _state, _tables, _manager
-    _state = AdaptorState()
+    _state = Adaptor(_announce)
     _manager = PatchManager(subject=lambda: f"megatron-core {megatron_version()}")
-    _tables = all_tables(_state, _announce, _device_choice())
+    _tables = all_tables(_state, _device_choice())
     for patches in _tables.values():
         _manager.add(patches)
 

@@ -87,8 +87,12 @@ def replacement(
 
 
 def rows_of(module: Any) -> list[Row]:
-    """Every Row of a module, in the order in which they are written."""
-    return [value for value in vars(module).values() if isinstance(value, Row)]
+    """Every Row of a module, and of its lists of rows, in the order in which they are written."""
+    found: list[Row] = []
+    for value in vars(module).values():
+        values = value if isinstance(value, list) else [value]
+        found += [row for row in values if isinstance(row, Row)]
+    return found
 
 
 @cache

@@ -118,14 +118,54 @@ class ContextParallelGroups:
             return cls(config.hierarchy, 0, (dist.get_rank() if dist.is_initialized() else 0,))
         all_ranks = _agreed_ranks(config, cp_ranks, cp_group)
         one_by_one = _one_by_one(config, virtual_pipeline)
-        mine = _ranks_of_mine(all_ranks)
         made = _make(all_ranks, config.hierarchy, timeout, () if cp_group is None else ("cp",))
         whole = made.get("cp", cp_group)
         assert whole is not None
+        return cls._of(config, whole, made, share_from, one_by_one)
+
+    @classmethod
+    def adopt(
+        cls,
+        config: ContextParallelConfig,
+        group: dist.ProcessGroup,
+        *,
+        timeout: timedelta | None = None,
+        share_from: int | None = SMALLEST_MESSAGE,
+        virtual_pipeline: bool = False,
+    ) -> "ContextParallelGroups":
+        """The groups around a context-parallel group that somebody else made; collective over its ranks alone.
+
+        Args:
+            group: has context_parallel_size ranks; it is used and never destroyed.
+            timeout, share_from, virtual_pipeline: as ``build`` has them.
+
+        Raises:
+            ValueError: the group has another size, or --cp-p2p batch asks for what HCCL forbids.
+        """
+        ranks = dist.get_process_group_ranks(group)
+        if len(ranks) != config.context_parallel_size:
+            raise ValueError(
+                f"--context-parallel-size {config.context_parallel_size} must equal the number of ranks in the "
+                f"context-parallel group, here {len(ranks)}; give both the same size."
+            )
+        one_by_one = _one_by_one(config, virtual_pipeline)
+        made = _make([ranks], config.hierarchy, timeout, ("cp",), members_only=True)
+        return cls._of(config, group, made, share_from, one_by_one)
+
+    @classmethod
+    def _of(
+        cls,
+        config: ContextParallelConfig,
+        whole: dist.ProcessGroup,
+        made: dict[str, dist.ProcessGroup],
+        share_from: int | None,
+        one_by_one: bool,
+    ) -> "ContextParallelGroups":
+        mine = tuple(dist.get_process_group_ranks(whole))
         carrier = None if share_from is None else HostMemory.connect(whole, share_from)
         link = Link(whole, mine.index(dist.get_rank()), mine, carrier=carrier, one_by_one=one_by_one)
         links = {"cp": link}
-        if config.hierarchy[0] in (1, cp):
+        if config.hierarchy[0] in (1, config.context_parallel_size):
             links["ring" if config.hierarchy[0] == 1 else "ulysses"] = link
         for name, group in made.items():
             links.setdefault(name, within(link, group, dist.get_process_group_ranks(group)))
@@ -152,15 +192,26 @@ class ContextParallelGroups:
 
 
 def _make(
-    all_ranks: Ranks, hierarchy: Hierarchy, timeout: timedelta | None, existing: Sequence[str]
+    all_ranks: Ranks,
+    hierarchy: Hierarchy,
+    timeout: timedelta | None,
+    existing: Sequence[str],
+    members_only: bool = False,
 ) -> dict[str, dist.ProcessGroup]:
-    """This rank's process groups by name, without the existing ones; all ranks make all of them, in one order."""
+    """This rank's process groups by name, without the existing ones; all ranks make all of them, in one order.
+
+    Args:
+        members_only: the ranks of a group alone make it, in the order in which ``parts_of`` names those of a rank.
+    """
     ulysses, _, windows = hierarchy
     made = {}
     for name, ranks in parts_of(all_ranks, ulysses, windows):
         if name not in existing:
-            group = dist.new_group(list(ranks), timeout=timeout)
-            if dist.get_rank() in ranks:
+            mine = dist.get_rank() in ranks
+            if members_only and not mine:
+                continue
+            group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=members_only)
+            if mine:
                 made[name] = group
     return made
 

@@ -17,9 +17,12 @@ from mindspeed_cp.comm.step_log import ContextParallelLog
 from mindspeed_cp.megatron import batches, splitting
 from mindspeed_cp.megatron.decision import OpenDecision, Settings, regrouped
 from mindspeed_cp.megatron.documents import BoundaryCache, MaskCache, documents_of_rows
+from mindspeed_cp.megatron.foreign import Foreign
 from mindspeed_cp.megatron.handed import Handed
+from mindspeed_cp.megatron.handover import HandOver
 from mindspeed_cp.megatron.records import BatchRecords, Documents, MicroBatch
-from mindspeed_cp.megatron.scopes import Scope, Scopes, checked_group, named_group, own_group
+from mindspeed_cp.megatron.scopes import Scope, Scopes, checked_group, collective_device, named_group, own_group
+from mindspeed_cp.megatron.sizes import ranks_of_all
 from mindspeed_cp.megatron.start import agree_in_group
 from mindspeed_cp.sequence import sharding
 from mindspeed_cp.sequence.layout import SequenceLayout
@@ -35,13 +38,18 @@ class Adaptor:
         sizes: size -> scope, where Megatron's dynamic context parallelism gives every micro-batch one of its own.
         records: where the record of a batch is found again.
         masks, boundaries: what was read of the masks and of the packed boundaries under way.
+        tables: which embeddings hold this rank's own rows already.
+        foreign: the layouts of batches that others split.
         handed: document ends that a framework hands over beside the batch.
+        hand_over: what later pipeline stages learn of a batch.
         active: record of the forward pass that runs now; None outside.
         kept: KeptAttention of the checkpoint whose function runs now, where --cp-keep-attention asks for it.
         is_pipeline: there is more than one pipeline stage: stages then split the same batch knowing different parts of
             it, and must come to the same layout.
         timeout, virtual_pipeline: for groups that are made; as initialize_model_parallel was told.
         log: measures the steps of training with --cp-log, as long as there are groups; None without.
+        embedded: length -> layout with which Megatron's cache holds an embedding of that length.
+        computes_alone: what runs now is split over nobody, whatever group it names.
         on_change: called whenever a cached embedding may have become wrong.
         on_adopt: called with the configuration of every group that is adopted.
         epoch: how often groups were forgotten.
@@ -51,12 +59,16 @@ class Adaptor:
         self.settings = Settings()
         self.scopes = Scopes(self._adopt)
         self.sizes: dict[int, Scope] = {}
-        self.records, self.masks, self.boundaries, self.handed = BatchRecords(), MaskCache(), BoundaryCache(), Handed()
+        self.records, self.tables, self.foreign = BatchRecords(), BatchRecords(), Foreign()
+        self.masks, self.boundaries = MaskCache(), BoundaryCache()
+        self.handed, self.hand_over = Handed(), HandOver(self)
         self.active: MicroBatch | None = None
         self.kept: KeptAttention | None = None
         self.log: ContextParallelLog | None = None
         self.is_pipeline, self.virtual_pipeline, self.epoch = False, False, 0
         self.timeout: timedelta | None = None
+        self.embedded: dict[int, SequenceLayout] = {}
+        self.computes_alone, self._passes = False, 0
         self.on_change: list[Callable[[], None]] = []
         self.on_adopt = on_adopt
 
@@ -65,8 +77,8 @@ class Adaptor:
     @property
     def config(self) -> ContextParallelConfig | None:
         """The configuration of the micro-batch that runs, else what was configured."""
-        scope = self.active.scope if self.active is not None else None
-        return self.settings.config if scope is None or not self.sizes else scope.config
+        scope = self.active.scope if self.active is not None and self.sizes else None
+        return self.settings.config if scope is None else scope.config
 
     @property
     def setup(self) -> TrainingSetup | None:
@@ -181,7 +193,9 @@ class Adaptor:
 
     def forget_batches(self) -> None:
         self.active = None
+        self.embedded.clear()
         self.records.clear()
+        self.foreign.clear()
         self.masks.clear()
         for call in self.on_change:
             call()
@@ -264,6 +278,11 @@ class Adaptor:
 
         return parallel_state.get_context_parallel_global_ranks(), parallel_state.get_context_parallel_rank()
 
+    def measure(self, config: ContextParallelConfig, group: dist.ProcessGroup) -> None:
+        """With --cp-log, measure the steps and compare the ranks of each ``group``; collective over the world."""
+        if config.log:
+            self.log = ContextParallelLog(ranks_of_all(group), collective_device(dist.group.WORLD))
+
     def destroy_groups(self) -> None:
         """Release what was made beside Megatron's groups; every rank calls it."""
         self.scopes.destroy()
@@ -277,9 +296,7 @@ class Adaptor:
 
     # The batches under way.
 
-    def layout(
-        self, seq_len: int, documents: Documents | None = None, scope: Scope | None = None
-    ) -> SequenceLayout:
+    def layout(self, seq_len: int, documents: Documents | None = None, scope: Scope | None = None) -> SequenceLayout:
         """The SequenceLayout of the configuration for a sequence that this project splits.
 
         Raises:
@@ -307,6 +324,24 @@ class Adaptor:
                 return function(*args, **kwargs)
 
         return call
+
+    @contextmanager
+    def computing_alone(self) -> Iterator[None]:
+        """Split embeddings over nobody inside the block."""
+        before, self.computes_alone = self.computes_alone, True
+        try:
+            yield
+        finally:
+            self.computes_alone = before
+
+    def forward_pass_begins(self) -> None:
+        """What was read of masks in earlier passes is not believed any more."""
+        self._passes += 1
+
+    @property
+    def forward_pass(self) -> int | None:
+        """Number of the forward pass of a model that runs; None outside of any."""
+        return None if self.active is None else self._passes
 
     def shard_batch(
         self,
@@ -344,6 +379,9 @@ class Adaptor:
         record = batches.record_of_part(self, tensor, of, dim)
         scope = record.scope or self.main
         return sharding.gather_sequence(tensor, groups=scope.groups, layout=record.layout, dim=dim)
+
+    def micro_batch(self, local_len: int) -> MicroBatch:
+        return batches.record_of_length(self, self.current, local_len)
 
     def gather_size_calculator(self) -> Any:
         """The calculator object of --gather-size-calculator, None for the aligned default."""

@@ -1,6 +1,7 @@
 """Document boundaries, from whatever says where documents end: tokens, position ids, PackedSeqParams, a dense mask."""
 
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,12 @@ def _documents_from(starts: torch.Tensor) -> Documents:
     for row, position in starts[:, 1:].nonzero().tolist():
         rows[row].append(position + 1)
     return one_row_if_shared((*row, seq_len) for row in rows)
+
+
+def places_in_documents(positions: torch.Tensor, boundaries: Sequence[int]) -> torch.Tensor:
+    """How far each global position lies from the start of its document; tokens behind the last one count on there."""
+    starts = torch.tensor(sorted(set(boundaries[:-1])), device=positions.device)
+    return positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
 
 
 def documents_of_rows(cu_seqlens) -> Documents:
@@ -127,19 +134,27 @@ def examine_mask(mask: torch.Tensor) -> MaskFacts:
 
 
 class MaskCache:
-    """Remembers what the masks under way are, and keeps none of them alive.
+    """Remembers what the masks of the forward pass that runs are, and keeps none of them alive.
 
     A model's layers share one mask, and recomputation passes an alias of it; a mask that is gone is forgotten, so that
-    its memory can become another's.
+    its memory can become another's. Memory that is filled anew without a new version (in inference mode, through .data
+    or numpy) is that of another pass: what was read in one pass is not believed in the next.
     """
 
     def __init__(self) -> None:
         self._entries: dict[Any, Any] = {}  # memory of the mask -> (weak reference to the tensor that owns it, facts)
 
-    def facts(self, mask: torch.Tensor, as_bool) -> MaskFacts:
-        """What ``mask`` is; ``as_bool`` is () -> the same mask as bool (batch, 1, seq, seq)."""
+    def facts(self, mask: torch.Tensor, as_bool: Callable[[], torch.Tensor], forward_pass: int | None) -> MaskFacts:
+        """What ``mask`` is.
+
+        Args:
+            as_bool: () -> the same mask as bool (batch, 1, seq, seq).
+            forward_pass: number of the pass that runs; None outside of any, where nothing is remembered.
+        """
+        if forward_pass is None:
+            return examine_mask(as_bool())
         version = 0 if mask.is_inference() else mask._version  # inference tensors count no versions
-        key = (mask.data_ptr(), tuple(mask.shape), mask.stride(), mask.dtype, version)
+        key = (mask.data_ptr(), tuple(mask.shape), mask.stride(), mask.dtype, version, forward_pass)
         self._entries = {known: entry for known, entry in self._entries.items() if entry[0]() is not None}
         if key not in self._entries:
             self._entries[key] = (weakref.ref(mask), examine_mask(as_bool()))

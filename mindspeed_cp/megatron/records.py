@@ -28,11 +28,14 @@ class MicroBatch:
         documents: document boundaries with the leading 0 and the total, one row for all rows of the batch or one row
             for each; None when attention does not stop at documents, or a mask in the batch says where it does.
         scope: over which ranks it was split; None is Megatron's own group.
+        waits_for_documents: nobody has said yet where documents end; until its forward pass they may be handed over
+            beside the batch (MindSpeed's set_actual_seq_len).
     """
 
     layout: SequenceLayout
     documents: Documents | None = None
     scope: Scope | None = field(default=None, compare=False)
+    waits_for_documents: bool = field(default=False, compare=False)
 
     @property
     def seq_len(self) -> int:

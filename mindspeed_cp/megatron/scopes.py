@@ -1,4 +1,4 @@
-"""Over which ranks a module computes: the context-parallel group that it was built with, and what belongs to that group.
+"""Over which ranks a module computes: the context-parallel group that it was built with, and what belongs to it.
 
 A process has no current group. A group that Megatron, a framework or a script has made is adopted when it is first
 used: its members, and nobody else, compare their settings and make the further groups that the algorithm needs.
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from mindspeed_cp.comm.groups import ContextParallelGroups
@@ -97,6 +98,14 @@ class Scopes:
         """The scope of ``group`` where it was adopted already."""
         return None if group is None else self._known.get(group)
 
+    def items(self) -> list[tuple[dist.ProcessGroup, Scope]]:
+        """Every group that was adopted, with its scope."""
+        return list(self._known.items())
+
+    def drop(self, group: dist.ProcessGroup) -> None:
+        """Adopt ``group`` anew when it is used next."""
+        self._known.pop(group, None)
+
     def put(self, group: dist.ProcessGroup, scope: Scope) -> None:
         """Let ``group`` have this scope from now on, and every other group that had the same one."""
         old = self._known.get(group)
@@ -161,3 +170,8 @@ def checked_group(size: int, group: dist.ProcessGroup | None, what: str) -> dist
             f"{group.size()} ranks; give both the same size (1 computes on this rank alone)."
         )
     return group
+
+
+def collective_device(group: dist.ProcessGroup) -> Any:
+    """The device on which a collective of ``group`` wants its tensors."""
+    return "cpu" if dist.get_backend(group) == "gloo" else torch.cuda.current_device()

@@ -12,8 +12,8 @@ from types import ModuleType, SimpleNamespace
 
 import numpy
 import torch
+from mindspeed_cp.patches.checkout import without_checkout
 from mindspeed_cp.patches.manager import Patch
-from mindspeed_cp.patches.training import without_checkout
 
 TRITON_KERNELS = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
 FUSED_KERNELS = "megatron.legacy.fused_kernels"

@@ -12,10 +12,10 @@ from functools import wraps
 from importlib import import_module
 
 import torch
+from mindspeed_cp.patches.checkout import without_checkout
 from mindspeed_cp.patches.machine import checkout as training_device
 from mindspeed_cp.patches.machine import cpu as device
 from mindspeed_cp.patches.manager import Patch
-from mindspeed_cp.patches.training import without_checkout
 
 from mindspeed_cp.kernels.npu_setup import unavailable
 
