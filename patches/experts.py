@@ -19,7 +19,7 @@ import torch.distributed as dist
 from mindspeed_cp.patches.rows import absent, arguments_of, patch
 
 from mindspeed_cp.megatron.adaptor import Adaptor
-from mindspeed_cp.megatron.bridge import record_outside
+from mindspeed_cp.megatron.batches import record_of_length
 from mindspeed_cp.megatron.scopes import Scope
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.notices import warn_rank0
@@ -54,7 +54,7 @@ def routing(
     if scope.alone or not module.training:
         return original(module, logits, *args, **kwargs)
     local = logits.size(0) * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
-    layout = record_outside(adaptor, scope, local).layout
+    layout = record_of_length(adaptor, scope, local).layout
     _warn_of_local_decisions(config)
     _check_dispatcher(config, layout)
     padding_mask = arguments_of(original, (module, logits, *args), kwargs).get("padding_mask")

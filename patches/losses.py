@@ -1,15 +1,15 @@
 """Patch of Megatron's schedule: how the losses of a micro-batch become one where ranks share its tokens unevenly."""
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from mindspeed_cp.patches.rows import patch
-from mindspeed_cp.patches.versions import minor
 
 from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.megatron.losses import counts_are_added
 from mindspeed_cp.megatron.scopes import Scope
 
 
@@ -99,14 +99,3 @@ def _of_all_ranks(scope: Scope, report: Any) -> Any:
             dist.all_reduce(mean, group=scope.group)
             mean /= scope.size
     return shared
-
-
-@cache
-def counts_are_added() -> bool:
-    """Whether Megatron adds the token counts of a loss function over the context-parallel ranks.
-
-    From 0.13 on; before, each rank returns the count of the whole sequence, and nothing but the number tells the two.
-    """
-    from megatron.core import __version__
-
-    return minor(__version__) >= (0, 13)

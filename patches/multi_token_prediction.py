@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from mindspeed_cp.patches.computing import computes_over, computing_over
 from mindspeed_cp.patches.rows import absent, arguments_of, patch, signature_of
 
 from mindspeed_cp.megatron.adaptor import Adaptor
-from mindspeed_cp.megatron.bridge import record_outside
+from mindspeed_cp.megatron.batches import record_of_length
 from mindspeed_cp.megatron.packed import packed_batch
 from mindspeed_cp.megatron.scopes import Scope, checked_group, named_group, own_group
 from mindspeed_cp.sequence.layout import SequenceLayout
@@ -60,6 +61,17 @@ def process_mtp_loss(adaptor: Adaptor, original: Callable[..., Any], *args: Any,
 
 
 @patch(
+    f"{MTP}.MultiTokenPredictionBlock.forward",
+    reason="before 0.14 the function below is told of no group",
+)
+def multi_token_prediction_block(
+    adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
+) -> Any:
+    with computing_over(adaptor.scope_of(self)):
+        return original(self, *args, **kwargs)
+
+
+@patch(
     f"{MTP}.roll_tensor",
     reason="multi-token prediction shifts tokens within a rank before 0.14, later across the ranks of Megatron's own "
     "zigzag",
@@ -71,7 +83,7 @@ def roll_tensor(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kw
     tensor, params = given["tensor"], given.get("packed_seq_params")
     # Before 0.14 there is no group to pass; later none means that the tensor is whole.
     has_group = "cp_group" in signature_of(original).parameters
-    scope = adaptor.scopes.of(given.get("cp_group")) if has_group else adaptor.current
+    scope = adaptor.scopes.of(given.get("cp_group")) if has_group else computes_over() or adaptor.current
     if scope.alone or tensor is None:
         return original(**given)
     if given.get("shifts", -1) != -1:
@@ -90,8 +102,8 @@ def roll_tensor(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kw
 def _layout(adaptor: Adaptor, scope: Scope, local_len: int, params: Any) -> SequenceLayout:
     """The layout of the micro-batch that runs; outside of one, that of Megatron's own packed batches or of ours."""
     if params is not None and adaptor.running_in(scope) is None:
-        return packed_batch(adaptor, params, local_len, scope=scope).layout
-    return record_outside(adaptor, scope, local_len).layout
+        return packed_batch(adaptor, scope, params, local_len).layout
+    return record_of_length(adaptor, scope, local_len).layout
 
 
 def _shifted(whole: torch.Tensor, dim: int, documents: tuple[int, ...]) -> torch.Tensor:

@@ -5,16 +5,15 @@ every batch to have, runs the layer, and redoes it. Here it is the layout of the
 s: tokens of this rank, S: of the whole sequence.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from mindspeed_cp.patches.computing import computes_over, computing_over
 from mindspeed_cp.patches.rows import absent, patch
 
 from mindspeed_cp.megatron.adaptor import Adaptor
-from mindspeed_cp.megatron.bridge import record_outside
+from mindspeed_cp.megatron.batches import record_of_length
 from mindspeed_cp.megatron.scopes import Scope
 from mindspeed_cp.sequence.layout import SequenceLayout
 
@@ -22,8 +21,6 @@ CONTEXT_PARALLEL = "megatron.core.ssm.mamba_context_parallel"
 MIXER = f"{CONTEXT_PARALLEL}.MambaContextParallel"
 WITHOUT = absent(MIXER, "this version's Mamba has no context parallelism")
 ORDER = "the batch may have another layout than Megatron's zigzag over the whole row"
-
-_NOW: ContextVar[Scope | None] = ContextVar("scope of the state-space layer that runs", default=None)
 
 
 @patch(
@@ -34,14 +31,14 @@ def pre_conv_ssm(
 ) -> torch.Tensor:
     scope = adaptor.scopes.of(self.cp_group)
     if not scope.alone:
-        _refuse_uneven(record_outside(adaptor, scope, input_.size(0)).layout)
-    with _computing_over(scope):
+        _refuse_uneven(record_of_length(adaptor, scope, input_.size(0)).layout)
+    with computing_over(scope):
         return original(self, input_, *args, **kwargs)
 
 
 @patch(f"{MIXER}.post_conv_ssm", reason="the order of the batch is that of the layer's own group", when=WITHOUT)
 def post_conv_ssm(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    with _computing_over(adaptor.scopes.of(self.cp_group)):
+    with computing_over(adaptor.scopes.of(self.cp_group)):
         return original(self, *args, **kwargs)
 
 
@@ -50,7 +47,7 @@ def undo_attention_load_balancing(
     adaptor: Adaptor, original: Callable[..., Any], input_: torch.Tensor, cp_size: int, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
     """(S, b, h), rank after rank -> the same in the order of the sequence."""
-    scope = _NOW.get()
+    scope = computes_over()
     if scope is None or scope.alone:
         return original(input_, cp_size, *args, **kwargs)
     return _layout(adaptor, scope, input_).unshard(input_.chunk(cp_size))
@@ -61,24 +58,15 @@ def redo_attention_load_balancing(
     adaptor: Adaptor, original: Callable[..., Any], input_: torch.Tensor, cp_size: int, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
     """(S, b, h) in the order of the sequence -> the same, rank after rank."""
-    scope = _NOW.get()
+    scope = computes_over()
     if scope is None or scope.alone:
         return original(input_, cp_size, *args, **kwargs)
     layout = _layout(adaptor, scope, input_)
     return torch.cat([layout.shard(input_, rank) for rank in range(cp_size)])
 
 
-@contextmanager
-def _computing_over(scope: Scope) -> Iterator[None]:
-    token = _NOW.set(scope)
-    try:
-        yield
-    finally:
-        _NOW.reset(token)
-
-
 def _layout(adaptor: Adaptor, scope: Scope, whole: torch.Tensor) -> SequenceLayout:
-    return record_outside(adaptor, scope, whole.size(0) // scope.size).layout
+    return record_of_length(adaptor, scope, whole.size(0) // scope.size).layout
 
 
 def _refuse_uneven(layout: SequenceLayout) -> None:

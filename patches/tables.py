@@ -3,34 +3,37 @@
 from mindspeed_cp.patches import (
     attention,
     batches,
+    building,
     dynamic,
+    experts,
     legacy,
+    losses,
     models,
+    multi_token_prediction,
     pipeline,
+    positions,
     process_groups,
     recompute,
     rotary,
+    state_space,
     step_log,
     training,
 )
-from mindspeed_cp.patches.experts import expert_patches
-from mindspeed_cp.patches.loss import loss_patches
 from mindspeed_cp.patches.machine import choice as machine
 from mindspeed_cp.patches.machine.checkout import checkout_device_patches, checkout_patches, library_patches
 from mindspeed_cp.patches.machine.cpu import device_patches
 from mindspeed_cp.patches.machine.npu import npu_checkout_patches, npu_patches
 from mindspeed_cp.patches.machine.triton import triton_patches
-from mindspeed_cp.patches.mamba import mamba_patches
 from mindspeed_cp.patches.manager import Patch
-from mindspeed_cp.patches.mtp import mtp_patches
 from mindspeed_cp.patches.rows import rows_of
 
 from mindspeed_cp.megatron.adaptor import Adaptor
 
 # What machines and libraries ask for; the others are context parallelism.
 STAND_INS = ("triton", "device", "npu", "libraries", "checkout device")
-CORE = (attention, process_groups, batches, models, pipeline, dynamic, recompute, rotary)
-TRAINING = (step_log, training, legacy)
+PROCESS = (attention, process_groups, batches, models, pipeline, dynamic, recompute)
+MODELS = (building, rotary, positions, experts, multi_token_prediction, state_space)
+TRAINING = (losses, step_log, training, legacy)
 
 
 def all_tables(adaptor: Adaptor, choice: str) -> dict[str, list[Patch]]:
@@ -47,19 +50,14 @@ def all_tables(adaptor: Adaptor, choice: str) -> dict[str, list[Patch]]:
         "triton": triton_patches(),
         "device": device_patches(lambda: why),
         "npu": npu_patches(lambda: why_no_npu),
-        "core": [
-            *_of(CORE, adaptor),
-            *mtp_patches(adaptor),
-            *expert_patches(adaptor),
-            *mamba_patches(adaptor),
-        ],
+        "core": [*_of(PROCESS, adaptor), *_of(MODELS, adaptor)],
         "libraries": library_patches(),
         "checkout device": [
             *checkout_patches(),
             *checkout_device_patches(lambda: why),
             *npu_checkout_patches(lambda: why_no_npu),
         ],
-        "training": [*loss_patches(adaptor), *_of(TRAINING, adaptor)],
+        "training": _of(TRAINING, adaptor),
     }
 
 

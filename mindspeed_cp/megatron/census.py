@@ -133,7 +133,8 @@ CENSUS: dict[str, tuple[Entry, ...]] = {
     ),
     # Layers.
     **_all("transformer.module", "MegatronModule GraphableMegatronModule", _SETTINGS),
-    **_all("transformer", "transformer_config.TransformerConfig moe.moe_utils.get_default_pg_collection", _SETTINGS),
+    **_all("transformer.transformer_config", "TransformerConfig", _SETTINGS),
+    **_all("transformer.moe.moe_utils", "get_default_pg_collection get_default_model_comm_pgs", _SETTINGS),
     **_all(
         "transformer.multi_token_prediction",
         "roll_tensor _roll_tensor_packed_seq process_mtp_loss MultiTokenPredictionLayer MultiTokenPredictionBlock",

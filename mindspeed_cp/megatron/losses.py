@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import isclose, isfinite
 from typing import Any
 
@@ -144,6 +145,20 @@ def _number(value: Any, device: torch.device) -> torch.Tensor:
     return torch.tensor(float("nan") if value is None else float(value), device=device)
 
 
-def share_of(count: Any, cp_rank: int, cp_size: int) -> Any:
-    """``count`` in whole numbers for each of ``cp_size`` ranks, which add up to it; a tensor stays one."""
-    return count // cp_size + (cp_rank < count % cp_size)
+def share_of(count: Any, scope: Scope) -> Any:
+    """``count`` in whole numbers for each rank of ``scope``, as Megatron adds them up; a tensor stays one."""
+    if scope.alone or not counts_are_added():
+        return count
+    return count // scope.size + (scope.rank < count % scope.size)
+
+
+@cache
+def counts_are_added() -> bool:
+    """Whether Megatron adds the token counts of a loss function over the context-parallel ranks.
+
+    From 0.13 on; before, each rank returns the count of the whole sequence, and nothing but the number tells the two.
+    """
+    from megatron.core import __version__
+
+    major, minor, *_ = __version__.split(".")
+    return (int(major), int(minor)) >= (0, 13)
