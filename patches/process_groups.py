@@ -39,8 +39,10 @@ def initialize_model_parallel(adaptor: Adaptor, original: Callable[..., None], *
     if config.context_parallel_size == 1:
         return
     group = own_group()
-    adaptor.scopes.of(group)
+    assert group is not None
+    adaptor.make_groups(group, config)
     if not dynamic:
+        adaptor.on_adopt(config)
         adaptor.measure(config, group)
 
 

@@ -121,7 +121,7 @@ class ContextParallelGroups:
         made = _make(all_ranks, config.hierarchy, timeout, () if cp_group is None else ("cp",))
         whole = made.get("cp", cp_group)
         assert whole is not None
-        return cls._of(config, whole, made, share_from, one_by_one)
+        return cls._of(config, whole, made, tuple(made.values()), share_from, one_by_one)
 
     @classmethod
     def adopt(
@@ -129,6 +129,7 @@ class ContextParallelGroups:
         config: ContextParallelConfig,
         group: dist.ProcessGroup,
         *,
+        pool: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup],
         timeout: timedelta | None = None,
         share_from: int | None = SMALLEST_MESSAGE,
         virtual_pipeline: bool = False,
@@ -137,6 +138,8 @@ class ContextParallelGroups:
 
         Args:
             group: has context_parallel_size ranks; it is used and never destroyed.
+            pool: (name, global ranks) -> a group that is made here once and kept: torch knows a group that its members
+                alone make by its ranks, and finds the addresses of a destroyed one under the same name.
             timeout, share_from, virtual_pipeline: as ``build`` has them.
 
         Raises:
@@ -149,15 +152,22 @@ class ContextParallelGroups:
                 f"context-parallel group, here {len(ranks)}; give both the same size."
             )
         one_by_one = _one_by_one(config, virtual_pipeline)
-        made = _make([ranks], config.hierarchy, timeout, ("cp",), members_only=True)
-        return cls._of(config, group, made, share_from, one_by_one)
+        found = {}
+        for name, members in parts_of([ranks], config.hierarchy[0], config.hierarchy[2]):
+            if name != "cp" and dist.get_rank() in members:
+                key = name, tuple(members)
+                if key not in pool:
+                    pool[key] = dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
+                found[name] = pool[key]
+        return cls._of(config, group, found, (), share_from, one_by_one)
 
     @classmethod
     def _of(
         cls,
         config: ContextParallelConfig,
         whole: dist.ProcessGroup,
-        made: dict[str, dist.ProcessGroup],
+        parts: dict[str, dist.ProcessGroup],
+        made: tuple[dist.ProcessGroup, ...],
         share_from: int | None,
         one_by_one: bool,
     ) -> "ContextParallelGroups":
@@ -167,9 +177,9 @@ class ContextParallelGroups:
         links = {"cp": link}
         if config.hierarchy[0] in (1, config.context_parallel_size):
             links["ring" if config.hierarchy[0] == 1 else "ulysses"] = link
-        for name, group in made.items():
+        for name, group in parts.items():
             links.setdefault(name, within(link, group, dist.get_process_group_ranks(group)))
-        groups = cls(config.hierarchy, link.rank, mine, **links, workspace=link.workspace, made=tuple(made.values()))
+        groups = cls(config.hierarchy, link.rank, mine, **links, workspace=link.workspace, made=made)
         groups._warm_up()
         return groups
 
@@ -192,26 +202,15 @@ class ContextParallelGroups:
 
 
 def _make(
-    all_ranks: Ranks,
-    hierarchy: Hierarchy,
-    timeout: timedelta | None,
-    existing: Sequence[str],
-    members_only: bool = False,
+    all_ranks: Ranks, hierarchy: Hierarchy, timeout: timedelta | None, existing: Sequence[str]
 ) -> dict[str, dist.ProcessGroup]:
-    """This rank's process groups by name, without the existing ones; all ranks make all of them, in one order.
-
-    Args:
-        members_only: the ranks of a group alone make it, in the order in which ``parts_of`` names those of a rank.
-    """
+    """This rank's process groups by name, without the existing ones; all ranks make all of them, in one order."""
     ulysses, _, windows = hierarchy
     made = {}
     for name, ranks in parts_of(all_ranks, ulysses, windows):
         if name not in existing:
-            mine = dist.get_rank() in ranks
-            if members_only and not mine:
-                continue
-            group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=members_only)
-            if mine:
+            group = dist.new_group(list(ranks), timeout=timeout)
+            if dist.get_rank() in ranks:
                 made[name] = group
     return made
 

@@ -51,6 +51,8 @@ class Adaptor:
         log: measures the steps of training with --cp-log, as long as there are groups; None without.
         losses: what is known of the losses of the training.
         embedded: length -> layout with which Megatron's cache holds an embedding of that length.
+        documents_by_hand: documents were given for a batch by hand, so that a forward pass of no known batch would lose
+            them.
         computes_alone: what runs now is split over nobody, whatever group it names.
         on_change: called whenever a cached embedding may have become wrong.
         on_adopt: called with the configuration of every group that is adopted.
@@ -70,7 +72,8 @@ class Adaptor:
         self.is_pipeline, self.virtual_pipeline, self.epoch = False, False, 0
         self.timeout: timedelta | None = None
         self.embedded: dict[int, SequenceLayout] = {}
-        self.computes_alone, self._passes = False, 0
+        self.computes_alone, self.documents_by_hand, self._passes = False, False, 0
+        self._pool: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
         self.on_change: list[Callable[[], None]] = []
         self.on_adopt = on_adopt
 
@@ -194,7 +197,7 @@ class Adaptor:
         self.forget_batches()
 
     def forget_batches(self) -> None:
-        self.active = None
+        self.active, self.documents_by_hand = None, False
         self.embedded.clear()
         self.records.clear()
         self.foreign.clear()
@@ -209,12 +212,25 @@ class Adaptor:
         ranks = dist.get_process_group_ranks(group)
         agree_in_group(config, self.settings, ranks)
         groups = ContextParallelGroups.adopt(
-            config, group, timeout=self.timeout, virtual_pipeline=self.virtual_pipeline
+            config, group, pool=self._pool, timeout=self.timeout, virtual_pipeline=self.virtual_pipeline
         )
         self.on_adopt(config)
         for call in self.on_change:
             call()
         return Scope(config, groups)
+
+    def make_groups(self, group: dist.ProcessGroup, config: ContextParallelConfig) -> Scope:
+        """The scope of a group that every rank of the world has one like; collective over the world."""
+        groups = ContextParallelGroups.build(
+            config,
+            ranks_of_all(group),
+            timeout=self.timeout,
+            cp_group=group,
+            virtual_pipeline=self.virtual_pipeline,
+        )
+        scope = Scope(config, groups)
+        self.scopes.put(group, scope)
+        return scope
 
     @property
     def _main(self) -> Scope | None:
@@ -363,6 +379,7 @@ class Adaptor:
             a new dict, by whose tensors the model finds layout and documents again.
         """
         documents = None if cu_seqlens is None else documents_of_rows(cu_seqlens)
+        self.documents_by_hand |= documents is not None
         return splitting.sharded(self, self.current, batch, documents, sequences)
 
     def gather_sequence(self, tensor: torch.Tensor, of: Any = None, dim: int = 1) -> torch.Tensor:

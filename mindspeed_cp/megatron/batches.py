@@ -36,6 +36,10 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
     values = (*args, *kwargs.values())
     scope = adaptor.scope_of(model)
     found = adaptor.records.find(values)
+    given = named_arguments(model, args, kwargs)
+    ids, tokens = _first(given, IDS), _first(given, TOKENS)
+    if found is None and not scope.alone:
+        found = adaptor.records.find_copied([tokens, given.get("labels")])
     if scope.alone:
         _refuse_split_batch(model, found)
         return None
@@ -47,8 +51,7 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
             "of the model (cp_group of get_batch_on_this_cp_rank)."
         )
     record = found or adaptor.running_in(scope)
-    params, given = packed_params_in(values), named_arguments(model, args, kwargs)
-    ids, tokens = _first(given, IDS), _first(given, TOKENS)
+    params = packed_params_in(values)
     if params is not None:
         adaptor.handed.waiting = False  # the parameters say the same, and where documents are padded too
         local = None if tokens is None and ids is None else (ids if tokens is None else tokens).size(-1)
@@ -56,8 +59,17 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
     if getattr(model, "pre_process", True):
         if record is None:
             record = adaptor.foreign.record(adaptor, scope, ids, tokens, declared(adaptor, scope, model))
-        return adaptor.hand_over.first(model, scope, with_handed_documents(adaptor, record, tokens, ids))
+        record = with_handed_documents(adaptor, record, tokens, ids)
+        if found is None and adaptor.active is None and record.documents is None and adaptor.documents_by_hand:
+            raise ValueError(f"documents were given by hand (set_actual_seq_len, cu_seqlens){LOST}")
+        return adaptor.hand_over.first(model, scope, record)
     return adaptor.hand_over.later(model, scope, record)
+
+
+LOST = (
+    ", and the tokens of this forward pass are those of no batch that was split; give the model the tensors that "
+    "get_batch_on_this_cp_rank or shard_batch returned, or run it inside state().running(record)."
+)
 
 
 def _refuse_split_batch(model: Any, found: MicroBatch | None) -> None:

@@ -13,6 +13,7 @@ import torch
 from mindspeed_cp.megatron.foreign import of_kind
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.megatron.sizes import check_local_size
 from mindspeed_cp.megatron.splitting import built
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.notices import warn_rank0
@@ -46,6 +47,7 @@ def packed_batch(
         ValueError: the batch contradicts itself, or no layout that is known; the message names a way out.
     """
     boundaries = adaptor.boundaries
+    check_local_size(params, scope.size)
     if scope.alone:
         assert local_len is not None
         return MicroBatch(built(scope.config, local_len), (boundaries.documents(params, local_len),), scope)

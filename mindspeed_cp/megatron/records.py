@@ -54,7 +54,7 @@ class _Part:
     """What is kept of a tensor of a batch: nothing that keeps its memory alive."""
 
     memory: StorageWeakRef
-    tensor: TensorWeakRef
+    tensor: TensorWeakRef | None
     record: MicroBatch
 
 
@@ -62,19 +62,25 @@ class BatchRecords:
     """Finds the MicroBatch of a tensor; a record lives as long as the memory of a tensor of its batch.
 
     A tensor leads to the record of its batch by its memory, so that views, views of views and ``detach`` do; what holds
-    other memory, such as ``clone`` or ``.to(dtype)``, by its values.
+    other memory, such as ``clone`` or ``.to(dtype)`` of tokens, by its values.
     """
 
     def __init__(self) -> None:
         self._parts: dict[int, _Part] = {}  # identity of the memory -> the tensor that was remembered there
 
-    def remember(self, tensors: Iterable[Any], record: MicroBatch) -> None:
-        """Let every tensor among ``tensors`` lead to ``record``; none of them shares memory with another batch."""
+    def remember(self, tensors: Iterable[Any], record: MicroBatch, telling: Iterable[Any] = ()) -> None:
+        """Let every tensor among ``tensors`` lead to ``record``; none of them shares memory with another batch.
+
+        Args:
+            telling: those among them of which a copy leads to it too.
+        """
+        values = {id(tensor) for tensor in telling}
         self._parts = {place: part for place, part in self._parts.items() if not part.memory.expired()}
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor) and tensor.numel():
                 memory = tensor.untyped_storage()
-                self._parts[memory._cdata] = _Part(StorageWeakRef(memory), TensorWeakRef(tensor), record)
+                copied = TensorWeakRef(tensor) if id(tensor) in values else None
+                self._parts[memory._cdata] = _Part(StorageWeakRef(memory), copied, record)
 
     def find(self, values: Iterable[Any]) -> MicroBatch | None:
         """The record of the batch to which the tensors among ``values`` belong.
@@ -82,9 +88,11 @@ class BatchRecords:
         Raises:
             ValueError: they belong to batches that were split in different ways.
         """
-        tensors = [value for value in values if isinstance(value, torch.Tensor) and value.numel()]
-        found = _only(self._by_memory(tensor) for tensor in tensors)
-        return found or _only(self._by_values(tensor) for tensor in tensors)
+        return _only(self._by_memory(tensor) for tensor in _tensors(values))
+
+    def find_copied(self, values: Iterable[Any]) -> MicroBatch | None:
+        """The record of the batch whose tokens or labels have the values of a tensor among ``values``."""
+        return _only(self._by_values(tensor) for tensor in _tensors(values))
 
     def _by_memory(self, tensor: torch.Tensor) -> MicroBatch | None:
         part = self._parts.get(tensor.untyped_storage()._cdata)
@@ -96,7 +104,7 @@ class BatchRecords:
             return None
         alike: list[MicroBatch] = []
         for part in self._parts.values():
-            known = part.tensor()
+            known = None if part.tensor is None else part.tensor()
             if (
                 known is not None
                 and (known.shape, known.device) == (tensor.shape, tensor.device)
@@ -109,6 +117,10 @@ class BatchRecords:
 
     def clear(self) -> None:
         self._parts.clear()
+
+
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    return [value for value in values if isinstance(value, torch.Tensor) and value.numel()]
 
 
 def _only(records: Iterable[MicroBatch | None]) -> MicroBatch | None:

@@ -61,7 +61,7 @@ def check_model(model: Any) -> None:
 
 
 def adopt_sizes(adaptor: "Adaptor") -> dict[int, Scope]:
-    """The scope of every size for which Megatron has made a group; collective over the ranks of each."""
+    """The scope of every size for which Megatron has made a group; collective over the world."""
     from megatron.core import parallel_state
 
     settings = adaptor.settings
@@ -72,7 +72,7 @@ def adopt_sizes(adaptor: "Adaptor") -> dict[int, Scope]:
     for size, group in sorted((parallel_state._HYBRID_DP_CP_GROUPS | {whole.size(): whole}).items()):
         if size > 1 and whole.size() % size == 0:  # else Megatron's last group of this size is smaller than the others
             config = of_size(settings.config, size, settings.setup)
-            sizes[size] = Scope(config, ContextParallelGroups.adopt(config, group, timeout=adaptor.timeout))
+            sizes[size] = adaptor.make_groups(group, config)
     return sizes
 
 

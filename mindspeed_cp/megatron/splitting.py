@@ -92,7 +92,7 @@ def split_in_place(
     record = _record(adaptor, scope, batch, length_of(sequences), documents)
     for name, value in sequences.items():
         batch[name] = _own_part(record.layout, value, scope.rank, sequence_dim(value))
-    adaptor.records.remember((batch[name] for name in sequences), record)
+    adaptor.records.remember((batch[name] for name in sequences), record, _telling(batch))
     return batch
 
 
@@ -110,7 +110,7 @@ def sharded(
     local = shard_batch(flat, layout=record.layout, cp_rank=scope.rank, sequences=sequences)
     for name, value in named.items():
         local[name] = _own_part(record.layout, value, scope.rank, sequence_dim(value))
-    adaptor.records.remember((local[name] for name in named), record)
+    adaptor.records.remember((local[name] for name in named), record, _telling(local))
     return local
 
 
@@ -120,6 +120,11 @@ def _record(adaptor: "Adaptor", scope: Scope, batch: Batch, seq_len: int, docume
     else:
         waits = False
     return MicroBatch(layout(adaptor, scope, seq_len, documents), documents, scope, waits_for_documents=waits)
+
+
+def _telling(local: Batch) -> list[Any]:
+    """The tensors of a batch by whose values a copy is known: positions and masks are those of many batches."""
+    return [local[name] for name in ("tokens", "input_ids", "labels") if local.get(name) is not None]
 
 
 def _own_part(layout: SequenceLayout, whole: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
@@ -187,6 +192,7 @@ def documents_of_batch(adaptor: "Adaptor", batch: Batch) -> tuple[Documents | No
         if not handed.waiting or not sequences:
             return None, True
         rows = next(iter(sequences.values()))
+        adaptor.documents_by_hand = True
         return handed.take(rows.size(sequence_dim(rows) - 1), length_of(sequences), divided_by(adaptor)), False
     if batch.get("attention_mask") is not None:
         return None, True

@@ -59,13 +59,13 @@ def test_makers_of_groups_say_that_initialize_model_parallel_makes_them():
         ([5, 16], 2, ((0, 5, 8), (0, 8))),
     ],
 )
-def test_ends_that_were_handed_over_are_the_boundaries_of_the_next_batch_alone(ends, rows, documents):
+def test_ends_that_were_handed_over_are_the_boundaries_of_a_batch_and_stay(ends, rows, documents):
     handed = Handed()
     assert handed.take(rows, 8) is None
     handed.set_ends(ends)
     assert handed.ends is ends
     assert handed.take(rows, 8) == documents
-    assert handed.take(rows, 8) is None and handed.ends is ends
+    assert not handed.waiting and handed.take(rows, 8) == documents, "they stay until others are set"
 
 
 @pytest.mark.parametrize("ends", [[3, 9], [5, 3], []])
