@@ -54,7 +54,7 @@ def loss(convention, cp_size, whole, local, output):
 
 
 def run(convention, cp_size):
-    """(name -> gradient, the loss that Megatron's evaluation reports under --sft) of this rank."""
+    """(name -> gradient, (loss that Megatron's evaluation reports under --sft, number of tokens without))."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.utils import get_batch_on_this_cp_rank
@@ -88,15 +88,19 @@ def run(convention, cp_size):
     with torch.no_grad():
         reports = [report["lm loss"] for report in step(True)]
     if not all(report.numel() == 2 for report in reports):
-        return gradients, None
-    # Megatron's evaluate with --sft: a quotient for each micro-batch, averaged over all ranks that hold one.
+        return gradients, (None, None)
+    # Megatron's evaluate with --sft: a quotient for each micro-batch, averaged over all ranks that hold one. Without,
+    # sums over all ranks.
     mean = torch.stack([report[0] / report[1] for report in reports]).mean()
-    dist.all_reduce(mean)
-    return gradients, float(mean) / dist.get_world_size()
+    told = torch.stack([mean / dist.get_world_size(), sum(report[1] for report in reports)])
+    dist.all_reduce(told)
+    return gradients, told.tolist()
 
 
 def compare(rank):
-    """Convention -> (gradients' norm over that of cp=1, largest difference, reported loss over that of cp=1, said)."""
+    """Convention -> (gradients' norm over that of cp=1, largest difference, loss and count of an evaluation over those
+    of cp=1, what is said).
+    """
     import trainer.quiet  # noqa: F401
 
     from mindspeed_cp import megatron_adaptor  # noqa: F401
@@ -113,6 +117,6 @@ def compare(rank):
         worst = max(float((gradients[name] - gradient).abs().max()) / scale for name, gradient in of_one.items())
         norms = [sum(float(value.square().sum()) for value in each.values()) ** 0.5 for each in (gradients, of_one)]
         said = [str(warning.message) for warning in caught if "gradients" in str(warning.message)]
-        ratio = None if reported is None else reported / reported_of_one
-        found[convention] = norms[0] / norms[1], worst, ratio, said
+        ratios = [value and value / one for value, one in zip(reported, reported_of_one)]
+        found[convention] = norms[0] / norms[1], worst, ratios, said
     return found
