@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mindspeed_cp.patches.rows import absent, arguments_of, patch, signature_of
+from mindspeed_cp.patches.rows import absent, patch, signature_of
 
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.records import Documents
@@ -25,8 +25,9 @@ Batch = dict[str, Any]
 def get_batch_on_this_cp_rank(
     adaptor: Adaptor, original: Callable[..., Batch], batch: Batch, *args: Any, **kwargs: Any
 ) -> Batch:
-    given, known = arguments_of(original, (batch, *args), kwargs), signature_of(original).parameters
-    if "is_hybrid_cp" in known and "is_hybrid_cp" not in given:
+    known = signature_of(original)
+    given = known.bind_partial(batch, *args, **kwargs).arguments
+    if "is_hybrid_cp" in known.parameters and "is_hybrid_cp" not in given:
         # Code written for a Megatron before 0.18 does not say it, and leaves the group to Megatron.
         kwargs["is_hybrid_cp"] = False
         if given.get("cp_group") is None and dist.is_initialized():
@@ -39,8 +40,7 @@ def get_batch_on_this_cp_rank(
     if adaptor.sizes:
         split_batch: Batch = split_sub_batch(adaptor, batch, given, split)
         return split_batch
-    group = given.get("cp_group")
-    scope = adaptor.scopes.of(own_group() if group is None else group)
+    scope = adaptor.scope_of_group(given.get("cp_group"))
     return original(batch, *args, **kwargs) if scope.alone else split(scope, batch)
 
 
@@ -82,7 +82,7 @@ def get_thd_batch_on_this_cp_rank(
     cp_size: int | None = None,
     cp_rank: int | None = None,
 ) -> tuple[Batch, Any]:
-    scope = adaptor.scopes.of(own_group())
+    scope = adaptor.main
     if scope.alone or cp_size not in (None, scope.size):
         return original(batch, cu_seqlens, cu_seqlens_padded, max_seqlen, cp_size, cp_rank)
     # Given as one rank, Megatron makes the parameters and splits nothing.

@@ -13,8 +13,7 @@ SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 
 def _split(adaptor: Adaptor, config: Any, given: dict[str, Any]) -> Scope | None:
     """Over which ranks stages exchange; None where nothing is split, or stages tell each other their shapes."""
-    group = named_group(given)
-    scope = adaptor.main if group is None else adaptor.scopes.of(group)
+    scope = adaptor.scope_of_group(named_group(given))
     untouched = scope.alone or config.context_parallel_size == 1 or config.variable_seq_lengths
     return None if untouched else scope
 

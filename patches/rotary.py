@@ -14,7 +14,7 @@ from mindspeed_cp.megatron.batches import block_record
 from mindspeed_cp.megatron.documents import places_in_documents
 from mindspeed_cp.megatron.packed import contract, layout_of_contract
 from mindspeed_cp.megatron.records import MicroBatch
-from mindspeed_cp.megatron.scopes import Scope, named_group, own_group
+from mindspeed_cp.megatron.scopes import Scope, named_group
 from mindspeed_cp.megatron.splitting import built
 from mindspeed_cp.sequence.layout import SequenceLayout
 
@@ -44,7 +44,7 @@ def _scope(adaptor: Adaptor, group: Any = None) -> Scope:
     active = adaptor.active
     if active is not None and active.scope is not None:
         return active.scope
-    return adaptor.scopes.of(own_group() if group is None else group)
+    return adaptor.scope_of_group(group)
 
 
 @patch(

@@ -252,6 +252,10 @@ class Adaptor:
         scope = self.active.scope if self.active is not None else None
         return self.main if scope is None else scope
 
+    def scope_of_group(self, group: dist.ProcessGroup | None) -> Scope:
+        """The scope of a group that was named, of Megatron's own where None is given."""
+        return self.main if group is None else self.scopes.of(group)
+
     def scope_of(self, module: Any) -> Scope:
         """The scope over which ``module`` computes, by its configuration and the group that it was built with.
 

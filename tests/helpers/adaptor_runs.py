@@ -71,12 +71,12 @@ def held(targets):
 
 def import_every_target():
     """Import the modules that the tables name, without applying anything; returns the targets."""
-    from mindspeed_cp.patches.core import core_patches
-    from mindspeed_cp.patches.machine.cpu import device_patches
+    from mindspeed_cp.patches.tables import all_tables
 
-    from mindspeed_cp.megatron.state import AdaptorState
+    from mindspeed_cp.megatron.adaptor import Adaptor
 
-    targets = [patch.target for patch in (*device_patches(lambda: ""), *core_patches(AdaptorState(), print))]
+    tables = all_tables(Adaptor(), "cpu")
+    targets = [patch.target for name in ("device", "core") for patch in tables[name]]
     for target in targets:
         parts = target.split(".")
         for count in range(1, len(parts)):
