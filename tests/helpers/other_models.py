@@ -5,11 +5,18 @@ import zlib
 
 import torch
 import torch.distributed as dist
-from model_cases import MODEL, RING, ULYSSES, VOCABULARY, samples
+from model_cases import MODEL, RING, ULYSSES, VERSION, VOCABULARY, samples
 from model_runs import groups
 
 SEQ, SHORT, PADDING, ROWS = 24, 16, 5, 2
 POSITIONS = ("learned_absolute", "rope")
+# BERT of 0.12 asks its rotary embedding for too little, without context parallelism too.
+CASES = [
+    (name, kind)
+    for name in ("BERT", "T5")
+    for kind in POSITIONS
+    if (name, kind, VERSION < (0, 13)) != ("BERT", "rope", True)
+]
 ALGORITHMS = {"ring": RING, "ulysses": ULYSSES}
 
 
@@ -36,9 +43,7 @@ def batch(seq_len, padding=0):
     whole = next(samples(seq_len, 1, None))
     whole = {name: whole[name] for name in ("tokens", "labels", "loss_mask")}
     whole["loss_mask"][:, seq_len - padding :] = 0
-    # From 0.18 on Megatron's own function asks for it.
-    known = inspect.signature(get_batch_on_this_cp_rank).parameters
-    return get_batch_on_this_cp_rank(whole, **({"is_hybrid_cp": False} if "is_hybrid_cp" in known else {}))
+    return get_batch_on_this_cp_rank(whole)
 
 
 def bert(cp_size, positions, binary_head=False):
@@ -71,8 +76,8 @@ def t5(cp_size, positions, decoder_length=SEQ):
     model = T5Model(
         config=settings,
         encoder_config=settings,
-        transformer_encoder_layer_spec=t5_spec.get_t5_encoder_with_local_block_spec(2).layer_specs[0],
-        transformer_decoder_layer_spec=t5_spec.get_t5_decoder_with_local_block_spec(2).layer_specs[0],
+        transformer_encoder_layer_spec=t5_spec.encoder_model_with_local_spec(),
+        transformer_decoder_layer_spec=t5_spec.decoder_model_with_local_spec(),
         vocab_size=VOCABULARY,
         max_sequence_length=2 * SEQ,
         position_embedding_type=positions,
@@ -159,13 +164,13 @@ def compare(rank):
 
     models = {"BERT": (bert, "full"), "T5": (t5, "causal")}
     with groups({"context_parallel_size": 1}):
-        expected = {(name, kind): outcome(build, 1, kind) for name, (build, _) in models.items() for kind in POSITIONS}
+        expected = {(name, kind): outcome(models[name][0], 1, kind) for name, kind in CASES}
     found = {}
     for algorithm, value in ALGORITHMS.items():
-        for name, (build, mask) in models.items():
+        for name, kind in CASES:
+            build, mask = models[name]
             with groups({"context_parallel_size": 2, "algorithm": value, "attention_mask_type": mask}):
-                for kind in POSITIONS:
-                    found[algorithm, name, kind] = off(outcome(build, 2, kind), expected[name, kind])
+                found[algorithm, name, kind] = off(outcome(build, 2, kind), expected[name, kind])
     with groups({"context_parallel_size": 2, "algorithm": ULYSSES}):
         found["rolled"], found["refusals"] = rolled(), refusals()
     return found

@@ -3,7 +3,7 @@
 import pytest
 from distributed import run_ranks
 from megatron_version import MINOR
-from other_models import ALGORITHMS, POSITIONS, compare
+from other_models import ALGORITHMS, CASES, compare
 from trainer_runs import IMPORTED
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
@@ -21,8 +21,7 @@ def ranks():
     return run_ranks(2, compare, timeout=200, fresh=True, imported=IMPORTED)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("model", ["BERT", "T5"])
+@pytest.mark.parametrize(("model", "positions"), CASES)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_models_that_make_their_own_positions_equal_those_without_context_parallelism(
     ranks, algorithm, model, positions
