@@ -88,7 +88,7 @@ def _join(adaptor: Adaptor, module: Any, given: dict[str, Any]) -> None:
     group = own_group() if group is None else group
     group = checked_group(module.config.context_parallel_size, group, type(module).__name__)
     object.__setattr__(module, OWN, group)  # no parameter and no state
-    adaptor.scopes.of(group)
+    adaptor.announce(adaptor.scopes.of(group).config)
 
 
 def _refuse_unsupported(config: Any) -> None:

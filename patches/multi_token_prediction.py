@@ -1,6 +1,8 @@
 """Patches of multi-token prediction, which shifts tokens by one within the whole sequence."""
 
+import importlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from mindspeed_cp.patches.rows import absent, arguments_of, patch, signature_of
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import record_of_length
 from mindspeed_cp.megatron.packed import packed_batch
-from mindspeed_cp.megatron.scopes import Scope, checked_group, named_group, own_group
+from mindspeed_cp.megatron.scopes import Scope
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.sequence.sharding import gather_sequence
 
@@ -43,15 +45,12 @@ class Counted:
 )
 def process_mtp_loss(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     given = arguments_of(original, args, kwargs)
-    scope = adaptor.scopes.of(
-        checked_group(given["config"].context_parallel_size, named_group(given) or own_group(), "process_mtp_loss")
-    )
+    scope = adaptor.scope_of(SimpleNamespace(config=given["config"], cp_group=given.get("cp_group")))
     labels, mask, tokens = (given.get(name) for name in ("labels", "loss_mask", "input_ids"))
     if scope.alone or (labels is None and tokens is None):
         return original(*args, **kwargs)
     if labels is None:  # as in reinforcement learning: the next token is the label, and the last one has none
-        from megatron.core.transformer.multi_token_prediction import roll_tensor as shift
-
+        shift = importlib.import_module(MTP).roll_tensor
         how = {name: given.get(name) for name in ("cp_group", "packed_seq_params")} | {"shifts": -1, "dims": -1}
         labels, mask = shift(tokens, **how)[0], shift(torch.ones_like(tokens) if mask is None else mask, **how)[0]
     counted = Counted(torch.ones_like(labels) if mask is None else mask, scope)

@@ -33,7 +33,7 @@ def initialize_model_parallel(adaptor: Adaptor, original: Callable[..., None], *
     adaptor.is_pipeline = (given.get("pipeline_model_parallel_size") or 1) > 1
     if dynamic:
         adaptor.sizes = adopt_sizes(adaptor)
-        adaptor.on_adopt(adaptor.sizes[max(adaptor.sizes)].config)
+        adaptor.announce(adaptor.sizes[max(adaptor.sizes)].config)
         # All of these ranks share the sub-batches out among them, whatever the sizes.
         adaptor.measure(config, parallel_state.get_data_parallel_group(with_context_parallel=True))
     if config.context_parallel_size == 1:
@@ -42,7 +42,8 @@ def initialize_model_parallel(adaptor: Adaptor, original: Callable[..., None], *
     assert group is not None
     adaptor.make_groups(group, config)
     if not dynamic:
-        adaptor.on_adopt(config)
+        if adaptor.settings.is_decided:
+            adaptor.announce(config)
         adaptor.measure(config, group)
 
 

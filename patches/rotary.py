@@ -63,7 +63,7 @@ def get_pos_emb_on_this_cp_rank(
         return pos_emb  # this rank's own rows already
     group = arguments_of(original, (pos_emb, seq_dim, *args), kwargs).get("cp_group")
     scope = _scope(adaptor, group)
-    if scope.alone:
+    if scope.alone and not adaptor.sizes:
         return original(pos_emb, seq_dim, *args, **kwargs)
     return _layout_for(adaptor, scope, pos_emb.size(seq_dim)).shard(pos_emb, scope.rank, dim=seq_dim)
 
@@ -83,7 +83,7 @@ def _layout_for(adaptor: Adaptor, scope: Scope, seq_len: int) -> SequenceLayout:
 def get_rotary_seq_len(adaptor: Adaptor, original: Callable[..., int], self: Any, *args: Any, **kwargs: Any) -> int:
     given = arguments_of(original, (self, *args), kwargs)
     scope = _scope(adaptor, named_group(vars(self)))
-    if scope.alone or given.get("packed_seq_params") is not None:
+    if (scope.alone and not adaptor.sizes) or given.get("packed_seq_params") is not None:
         return original(self, *args, **kwargs)
     layout = _entering(adaptor, scope, given).layout
     known = adaptor.embedded.setdefault(layout.seq_len, layout)
@@ -150,7 +150,7 @@ def apply_packed(
     **kwargs: Any,
 ) -> torch.Tensor:
     scope = _scope(adaptor, arguments_of(original, (t, cu_seqlens, freqs, *args), kwargs).get("cp_group"))
-    if scope.alone and not adaptor.computes_alone:
+    if scope.alone and not adaptor.computes_alone and not adaptor.sizes:
         return original(t, cu_seqlens, freqs, *args, **kwargs)
     utils = importlib.import_module(ROPE_UTILS)
     # What only the packed embedding takes speaks of its own split: cp_group, from 0.20 on max_seqlen.

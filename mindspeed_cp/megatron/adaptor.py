@@ -55,11 +55,10 @@ class Adaptor:
             them.
         computes_alone: what runs now is split over nobody, whatever group it names.
         on_change: called whenever a cached embedding may have become wrong.
-        on_adopt: called with the configuration of every group that is adopted.
         epoch: how often groups were forgotten.
     """
 
-    def __init__(self, on_adopt: Callable[[ContextParallelConfig], None] = lambda config: None) -> None:
+    def __init__(self, say: Callable[[ContextParallelConfig], None] = lambda config: None) -> None:
         self.settings = Settings()
         self.scopes = Scopes(self._adopt)
         self.sizes: dict[int, Scope] = {}
@@ -75,7 +74,8 @@ class Adaptor:
         self.computes_alone, self.documents_by_hand, self._passes = False, False, 0
         self._pool: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
         self.on_change: list[Callable[[], None]] = []
-        self.on_adopt = on_adopt
+        self._say = say
+        self._announced: ContextParallelConfig | None = None
 
     # What was set.
 
@@ -184,7 +184,7 @@ class Adaptor:
                 again.append(group)
             else:
                 self.scopes.put(group, Scope(config, groups))
-                self.on_adopt(config)
+                self.announce(config)
         for group in again:
             self.scopes.drop(group)
 
@@ -192,7 +192,9 @@ class Adaptor:
         """Forget everything, as after the import; groups that Megatron or others made are adopted again when used."""
         self.settings = Settings()
         self.scopes.forget()
-        self.sizes, self.log, self.handed, self.is_pipeline, self.losses = {}, None, Handed(), False, Losses()
+        self.sizes, self.log, self.handed, self.is_pipeline = {}, None, Handed(), False
+        self._announced = None
+        self.losses = Losses()
         self.epoch += 1
         self.forget_batches()
 
@@ -214,10 +216,15 @@ class Adaptor:
         groups = ContextParallelGroups.adopt(
             config, group, pool=self._pool, timeout=self.timeout, virtual_pipeline=self.virtual_pipeline
         )
-        self.on_adopt(config)
         for call in self.on_change:
             call()
         return Scope(config, groups)
+
+    def announce(self, config: ContextParallelConfig) -> None:
+        """Say once what is on: when it was decided and its groups are there, else when a model first computes by it."""
+        if config != self._announced and config.context_parallel_size > 1:
+            self._announced = config
+            self._say(config)
 
     def make_groups(self, group: dist.ProcessGroup, config: ContextParallelConfig) -> Scope:
         """The scope of a group that every rank of the world has one like; collective over the world."""
@@ -310,7 +317,8 @@ class Adaptor:
         self.scopes.destroy()
         for scope in self.sizes.values():
             scope.groups.destroy()
-        self.log, self.sizes, self.is_pipeline, self.losses = None, {}, False, Losses()
+        self.log, self.sizes, self.is_pipeline, self._announced = None, {}, False, None
+        self.losses = Losses()
         self.epoch += 1
         if self.settings.undecided is not None:
             self.settings.undecided = OpenDecision(self.settings.undecided.settings)

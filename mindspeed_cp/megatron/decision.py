@@ -69,6 +69,11 @@ class Settings:
     program: str = ""
 
     @property
+    def is_decided(self) -> bool:
+        """Whether somebody named the algorithm, so that no TransformerConfig changes it any more."""
+        return self.undecided is None or self.undecided.names_algorithm
+
+    @property
     def expects_documents(self) -> bool:
         """Whether documents end where tokens or position ids say so."""
         return self.documents_from_position_ids or self.end_of_document is not None

@@ -195,15 +195,16 @@ def _of_fitting_kind(config: ContextParallelConfig, by_row: list[list[list[int]]
     seq_len = sum(map(len, by_row[0]))
     lengths = [len(part) for part in by_row[0]]
     fitting = []
-    for kind in KINDS:
-        layout = of_kind(config, kind, seq_len)
+    layouts = {kind: of_kind(config, kind, seq_len) for kind in KINDS}
+    layouts.setdefault("the layout of the configuration", SequenceLayout.build(config, seq_len))
+    for kind, layout in layouts.items():
         fits = [layout.length(rank) for rank in range(layout.cp_size)] == lengths
         if fits and all(_is_plausible(layout, parts) for parts in by_row):
             fitting.append((kind, layout))
     named = dict(fitting)
     if declared in named:
         return named[declared]
-    if len(fitting) == 1:
+    if len(set(named.values())) == 1:
         return fitting[0][1]
     if fitting:
         raise ValueError(

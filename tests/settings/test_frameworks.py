@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import framework_runs
 import pytest
 from distributed import run_ranks
-from framework_runs import CASES, GATHER, RING, ULYSSES
+from framework_runs import CASES, GATHER, HYBRID, RING, ULYSSES
 from mindspeed_cp.arguments import FrameworkSettings
 from trainer_runs import IMPORTED
 
@@ -32,9 +32,10 @@ def test_what_was_said_decides_and_attention_is_exact(outcomes, name):
 def test_settings_may_come_again_before_the_groups_and_what_they_leave_open_stays_afterwards(outcomes):
     for rank, ranks in enumerate(outcomes):
         first, kept, algorithm, size, still, announced, models, ring = ranks["again"]
-        assert first == kept == still == (GATHER, None) and ring == (RING, None)
-        assert "configure before initialize_model_parallel" in algorithm and "destroy_model_parallel first" in size
-        assert announced == (2 if rank == 0 else 0)
+        assert first == kept == (GATHER, None) and ring == (RING, None)
+        assert algorithm[:2] == still == (HYBRID, 2) and algorithm[2] < 1e-10, "the groups that exist follow"
+        assert "configure before initialize_model_parallel" in size and "destroy_model_parallel first" in size
+        assert announced == (1 if rank == 0 else 0), "the final one"
         assert "cp_comm_type all_gather" in models and "of an earlier one" in models
 
 
