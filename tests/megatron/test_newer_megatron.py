@@ -121,7 +121,8 @@ def test_fewer_targets_than_ranks_weigh_as_without_context_parallelism(targets, 
     whole = (torch.arange(SEQ) < targets).float()[None]
     masks = [ADAPTORS[0].layout(SEQ).shard(whole, rank, dim=1) for rank in range(2)]
     monkeypatch.setattr(mtp, "_layout", lambda adaptor, *args: adaptor.layout(SEQ))
-    monkeypatch.setattr(mtp, "gather_sequence", lambda mine, **how: whole * mine.max().clamp(min=2))
+    size_of_ones = mtp.Counted(torch.ones(1), ADAPTORS[0].main).mask
+    monkeypatch.setattr(mtp, "gather_sequence", lambda mine, **how: whole * size_of_ones)
     monkeypatch.setattr(mtp.dist, "all_reduce", lambda total, group: total.copy_(2 * whole.sum()))
     config = SimpleNamespace(calculate_per_token_loss=per_token, context_parallel_size=2)
     rest, weights = mtp._shifted(whole, 1, (0, SEQ)), []
