@@ -24,7 +24,7 @@ def census_of(adaptor: Adaptor) -> Census:
     """The census of the Megatron that is installed, with the classes that the settings trust."""
     from megatron.core import __version__
 
-    return Census(__version__, TRIED, frozenset(getattr(adaptor.settings, "trusted_classes", ())))
+    return Census(__version__, TRIED, frozenset(adaptor.settings.trusted_classes))
 
 
 TRIED = frozenset(minor(row.version) for row in MEGATRONS)

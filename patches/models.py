@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from mindspeed_cp.patches.building import census_of
 from mindspeed_cp.patches.rows import absent, patch
 
 from mindspeed_cp.megatron.adaptor import Adaptor
@@ -80,7 +81,11 @@ def _entered(adaptor: Adaptor, model: Any, args: tuple[Any, ...], kwargs: dict[s
         values = (*args, *kwargs.values())
         refuse_inference(values)
         return sub_batch_record(adaptor, values)
-    return entering(adaptor, model, args, kwargs)
+    record = entering(adaptor, model, args, kwargs)
+    if record is not None and model not in adaptor.counted:
+        adaptor.counted.add(model)
+        census_of(adaptor).take(model)  # what was added to it after it was built, too
+    return record
 
 
 @patch(

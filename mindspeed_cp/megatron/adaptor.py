@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, wraps
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,7 @@ class Adaptor:
             it, and must come to the same layout.
         timeout, virtual_pipeline: for groups that are made; as initialize_model_parallel was told.
         log: measures the steps of training with --cp-log, as long as there are groups; None without.
+        counted: models whose modules were looked up in the census.
         losses: what is known of the losses of the training.
         embedded: length -> layout with which Megatron's cache holds an embedding of that length.
         documents_by_hand: documents were given for a batch by hand, so that a forward pass of no known batch would lose
@@ -65,6 +67,7 @@ class Adaptor:
         self.records, self.tables, self.foreign = BatchRecords(), BatchRecords(), Foreign()
         self.masks, self.boundaries = MaskCache(), BoundaryCache()
         self.handed, self.hand_over, self.losses = Handed(), HandOver(self), Losses()
+        self.counted: WeakSet[Any] = WeakSet()
         self.active: MicroBatch | None = None
         self.kept: KeptAttention | None = None
         self.log: ContextParallelLog | None = None

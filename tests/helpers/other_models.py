@@ -1,6 +1,7 @@
 """BERT, T5 and functions of Megatron outside of any model, on two ranks; ``compare`` runs on each."""
 
 import inspect
+import warnings
 import zlib
 
 import torch
@@ -46,8 +47,7 @@ def batch(seq_len, padding=0):
     return get_batch_on_this_cp_rank(whole)
 
 
-def bert(cp_size, positions, binary_head=False):
-    """(loss of this rank, model) of BERT, whose last tokens are padding."""
+def bert_model(cp_size, positions, binary_head=False):
     from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
     from megatron.core.models.bert.bert_model import BertModel
 
@@ -60,10 +60,15 @@ def bert(cp_size, positions, binary_head=False):
         position_embedding_type=positions,
         add_binary_head=binary_head,
     )
-    local = batch(SEQ, PADDING)
+    return seeded(model)
+
+
+def bert(cp_size, positions, binary_head=False):
+    """(loss of this rank, model) of BERT, whose last tokens are padding."""
+    model, local = bert_model(cp_size, positions, binary_head), batch(SEQ, PADDING)
     real = torch.ones(ROWS, SEQ, dtype=torch.long)
     real[:, -PADDING:] = 0
-    loss, _ = seeded(model)(local["tokens"], real, lm_labels=local["labels"])
+    loss, _ = model(local["tokens"], real, lm_labels=local["labels"])
     return (loss * local["loss_mask"]).sum(), model
 
 
@@ -156,6 +161,41 @@ def refusals():
     return found
 
 
+class Gate(torch.nn.Module):
+    """A module of a user."""
+
+    def forward(self, hidden):
+        return hidden
+
+
+def added_later():
+    """What is said of modules that a model got after it was built, at its first forward pass and at the second."""
+    from megatron.core.models.bert.pooler import Pooler
+
+    model, other = bert_model(2, "learned_absolute"), bert_model(2, "learned_absolute")
+    real = torch.ones(ROWS, SEQ, dtype=torch.long)
+    model.gate = Gate()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(batch(SEQ)["tokens"], real)
+    other.late = Pooler(32, torch.nn.init.ones_, config(1), False)
+    other.late.config = config(2)
+    named = [str(warning.message) for warning in caught if "modules of your own" in str(warning.message)]
+    return named, message(lambda: other(batch(SEQ)["tokens"], real))
+
+
+def trusted():
+    """Whether what is refused is built where it is trusted."""
+    from mindspeed_cp import megatron_adaptor
+
+    settings = megatron_adaptor.state().settings
+    settings.trusted_classes = ("Pooler",)
+    said = message(bert, 2, "learned_absolute", True)
+    settings.trusted_classes = ()
+    return said
+
+
 def compare(rank):
     """(algorithm, model, positions) -> how far it is from cp=1; rolled -> (values, sum); refusals -> messages."""
     import trainer.quiet  # noqa: F401
@@ -173,4 +213,5 @@ def compare(rank):
                 found[algorithm, name, kind] = off(outcome(build, 2, kind), expected[name, kind])
     with groups({"context_parallel_size": 2, "algorithm": ULYSSES}):
         found["rolled"], found["refusals"] = rolled(), refusals()
+        found["added later"], found["trusted"] = added_later(), trusted()
     return found

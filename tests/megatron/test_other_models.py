@@ -43,3 +43,10 @@ def test_what_cannot_be_computed_is_refused_by_name_with_the_way_out(ranks, name
     for rank in ranks:
         said = rank["refusals"][name]
         assert [part for part in REFUSED[name] if part not in said] == [], said
+
+
+def test_modules_of_users_are_named_once_and_refused_ones_are_met_when_they_are_added_later(ranks):
+    said, refusal = ranks[0]["added later"]
+    assert len(said) == 1 and "BertModel: Gate." in said[0]
+    assert "Pooler with --context-parallel-size 2" in refusal
+    assert [rank["trusted"] for rank in ranks] == ["", ""]
