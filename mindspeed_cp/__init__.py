@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from mindspeed_cp.comm.groups import ContextParallelGroups
     from mindspeed_cp.sequence.layout import SequenceLayout
     from mindspeed_cp.sequence.sharding import gather_sequence, shard_batch
-    from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup, resolve
+    from mindspeed_cp.settings.config import ContextParallelConfig
+    from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,6 +47,7 @@ _HOMES = (
     "mindspeed_cp.attention.ulysses_attention",
     "mindspeed_cp.attention.entry",
     "mindspeed_cp.settings.config",
+    "mindspeed_cp.settings.training_setup",
     "mindspeed_cp.comm.groups",
     "mindspeed_cp.sequence.layout",
     "mindspeed_cp.sequence.sharding",

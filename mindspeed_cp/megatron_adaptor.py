@@ -17,8 +17,9 @@ from mindspeed_cp import compat
 from mindspeed_cp.patches.machine import choice as machine
 from mindspeed_cp.patches.machine.choice import DEVICE_VARIABLE
 from mindspeed_cp.patches.versions import DEFAULT, MEGATRONS
-from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.notices import is_rank0, warn_rank0
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.adaptor import Adaptor
@@ -162,7 +163,7 @@ def configure(
     Returns:
         The setup after all fallbacks, None without one.
     """
-    from mindspeed_cp.settings.config import resolve
+    from mindspeed_cp.settings.training_setup import resolve
 
     if setup is not None:
         known = len(setup.notices)

@@ -52,13 +52,13 @@ def local_init(adaptor: Adaptor, original: Callable[..., None], self: Any, confi
     if config.context_parallel_size == 1:
         original(self, config, *args, **kwargs)
         return
-    given = arguments_of(original, (self, config, *args), kwargs)
+    group = _group(config, arguments_of(original, (self, config, *args), kwargs), type(self).__name__)
     # The checks read a copy; everything later reads the real configuration.
     checked = copy.copy(config)
     checked.context_parallel_size, checked.window_size = 1, None
     original(self, checked, *args, **kwargs)
     self.config = config
-    _join(adaptor, self, given)
+    _join(adaptor, self, group)
 
 
 @patch(
@@ -75,18 +75,21 @@ def te_init(adaptor: Adaptor, original: Callable[..., None], self: Any, *args: A
     self.asked_softmax_scale = given.get("softmax_scale")
     self.asked_dropout = config.attention_dropout if dropout is None else dropout
     if config.context_parallel_size > 1:
-        _join(adaptor, self, given)
+        _join(adaptor, self, _group(config, given, type(self).__name__))
 
 
-def _join(adaptor: Adaptor, module: Any, given: dict[str, Any]) -> None:
-    """Let ``module`` compute over the group that its arguments name, Megatron's own where they name none.
+def _group(config: Any, given: dict[str, Any], name: str) -> Any:
+    """The group that a module's arguments name, Megatron's own where they name none.
 
     Raises:
         ValueError: there is no group, or one of another size.
     """
     group = named_group(given)
-    group = own_group() if group is None else group
-    group = checked_group(module.config.context_parallel_size, group, type(module).__name__)
+    return checked_group(config.context_parallel_size, own_group() if group is None else group, name)
+
+
+def _join(adaptor: Adaptor, module: Any, group: Any) -> None:
+    """Let ``module`` compute over ``group``."""
     object.__setattr__(module, OWN, group)  # no parameter and no state
     adaptor.announce(adaptor.scopes.of(group).config)
 

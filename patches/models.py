@@ -34,7 +34,7 @@ def language_module_call(adaptor: Adaptor, original: Callable[..., Any], self: A
     if _is_untouched(adaptor, self):
         return original(self, *args, **kwargs)
     record = _entered(adaptor, self, args, kwargs)
-    with adaptor.running(record):
+    with adaptor.running(record), adaptor.computing_alone(record is None and adaptor.scope_of(self).alone):
         output = original(self, *args, **kwargs)
     if record is not None:
         adaptor.records.remember(tensors_in(output), record)  # logits: state().gather_sequence finds them
@@ -99,9 +99,7 @@ def transformer_block(
         return original(self, hidden_states, *args, **kwargs)
     scope = adaptor.scope_of(self)
     if scope.alone:
-        if adaptor.active is None or adaptor.active.scope is scope:
-            return original(self, hidden_states, *args, **kwargs)
-        with adaptor.running(None):  # a tower inside a model computes alone
+        with adaptor.running(None), adaptor.computing_alone():  # a tower inside a model, or beside one
             return original(self, hidden_states, *args, **kwargs)
     values = (hidden_states, *args, *kwargs.values())
     refuse_inference(values)

@@ -20,8 +20,9 @@ from mindspeed_cp.planner import megatron_flags
 from mindspeed_cp.planner.memory import attention_bytes
 from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.sequence.layout import SequenceLayout
-from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.rules import heads_of_rank
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
 ADAPTORS = ("mindspeed_cp.megatron_adaptor", "mindspeed.megatron_adaptor")
 
@@ -55,7 +56,7 @@ def findings(started: launch.Launch, device: str) -> Iterator[Finding]:
         if found.level != "ok":
             yield found
     try:
-        yield from resolved(args, started.world_size, device)
+        yield from resolved(args, started, device)
         yield from of_megatron(started)
     except ValueError as error:
         yield problem(str(error))
@@ -102,7 +103,7 @@ def import_lines(script: Path) -> tuple[int | None, int | None]:
     return found.get("adaptor"), found.get("megatron")
 
 
-def resolved(args: argparse.Namespace, world_size: int, device: str) -> Iterator[Finding]:
+def resolved(args: argparse.Namespace, started: launch.Launch, device: str) -> Iterator[Finding]:
     """The configuration, what is replaced or ignored, and what a layer sends and keeps.
 
     Raises:
@@ -110,7 +111,7 @@ def resolved(args: argparse.Namespace, world_size: int, device: str) -> Iterator
     """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        config, setup = validate(args, world_size)
+        config, setup = validate(args, started.world_size, started.node_ranks or None)
         layout = SequenceLayout.build(config, args.seq_length)
     for notice in dict.fromkeys(str(warning.message) for warning in said):
         ignored = " is ignored" in notice

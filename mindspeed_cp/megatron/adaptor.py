@@ -28,7 +28,8 @@ from mindspeed_cp.megatron.sizes import ranks_of_all
 from mindspeed_cp.megatron.start import agree_in_group
 from mindspeed_cp.sequence import sharding
 from mindspeed_cp.sequence.layout import SequenceLayout
-from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
 
 class Adaptor:
@@ -96,6 +97,15 @@ class Adaptor:
     def kernel(self) -> str | None:
         return self.settings.kernel
 
+    @property
+    def end_of_document(self) -> int | Callable[[], int] | None:
+        """The token behind which a document ends; may be set until a batch is split."""
+        return self.settings.end_of_document
+
+    @end_of_document.setter
+    def end_of_document(self, token: int | Callable[[], int] | None) -> None:
+        self.settings.end_of_document = token
+
     def configure(
         self,
         config: ContextParallelConfig,
@@ -135,7 +145,6 @@ class Adaptor:
             self.settings.undecided = OpenDecision(settings)
             self.settings.decide(size)
             self._follow()
-        self.settings.declared = getattr(settings, "declared_layout", None) or "zigzag"
 
     def take_comm_type(self, comm_type: str | Sequence[str] | None, cp_size: int) -> None:
         """A TransformerConfig names the algorithm where nobody else has.
@@ -313,13 +322,11 @@ class Adaptor:
     def measure(self, config: ContextParallelConfig, group: dist.ProcessGroup) -> None:
         """With --cp-log, measure the steps and compare the ranks of each ``group``; collective over the world."""
         if config.log:
-            self.log = ContextParallelLog(ranks_of_all(group), collective_device(dist.group.WORLD))
+            self.log = ContextParallelLog(ranks_of_all(group), collective_device(group))
 
     def destroy_groups(self) -> None:
         """Release what was made beside Megatron's groups; every rank calls it."""
         self.scopes.destroy()
-        for scope in self.sizes.values():
-            scope.groups.destroy()
         self.log, self.sizes, self.is_pipeline, self._announced = None, {}, False, None
         self.losses = Losses()
         self.epoch += 1
@@ -359,9 +366,9 @@ class Adaptor:
         return call
 
     @contextmanager
-    def computing_alone(self) -> Iterator[None]:
-        """Split embeddings over nobody inside the block."""
-        before, self.computes_alone = self.computes_alone, True
+    def computing_alone(self, alone: bool = True) -> Iterator[None]:
+        """Split embeddings over nobody inside the block; what is not ``alone`` over whom its record names."""
+        before, self.computes_alone = self.computes_alone, alone
         try:
             yield
         finally:

@@ -54,7 +54,8 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
     params = packed_params_in(values)
     if params is not None:
         adaptor.handed.waiting = False  # the parameters say the same, and where documents are padded too
-        local = None if tokens is None and ids is None else (ids if tokens is None else tokens).size(-1)
+        told = ids if tokens is None else tokens
+        local = None if told is None else told.size(-1)
         return packed_batch(adaptor, scope, params, local, ids, record)
     if getattr(model, "pre_process", True):
         if record is None:
@@ -88,7 +89,8 @@ def with_handed_documents(
     handed = adaptor.handed
     if handed.ends is None or not record.waits_for_documents:
         return record
-    rows = 1 if tokens is None and ids is None else (ids if tokens is None else tokens).size(-2)
+    told = ids if tokens is None else tokens
+    rows = 1 if told is None or told.dim() < 2 else told.size(-2)
     size = divided_by(adaptor)
     return replace(record, documents=handed.take(rows, record.seq_len, size), waits_for_documents=False)
 
@@ -103,7 +105,7 @@ def declared(adaptor: "Adaptor", scope: Scope, model: Any) -> str:
 
 def named_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
     """name -> argument of a model's forward."""
-    known = _forward_of(type(model))
+    known = _forward_of(type(model).forward)
     try:
         return known.bind_partial(model, *args, **kwargs).arguments
     except TypeError:  # the call itself says what is wrong with them
@@ -111,8 +113,8 @@ def named_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 @cache
-def _forward_of(kind: type) -> Signature:
-    return signature(kind.forward)  # type: ignore[attr-defined]
+def _forward_of(forward: Any) -> Signature:
+    return signature(forward)
 
 
 def _first(given: Mapping[str, Any], names: Iterable[str]) -> torch.Tensor | None:

@@ -190,7 +190,7 @@ def _attend(
     causal: bool,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    window = core.window
+    window: tuple[int | None, int | None] | None = core.window
     if window is not None:
         left, right = (None if side is None or side < 0 else side for side in window)
         causal = right == 0 or (right is None and causal)

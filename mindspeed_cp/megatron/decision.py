@@ -6,12 +6,13 @@ and the algorithm to ``cp_comm_type`` of the model's configuration, which comes 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from mindspeed_cp.arguments import FrameworkSettings
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.megatron.scopes import SINGLE
-from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup, resolve
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class Settings:
         resolved = decision.resolved(cp_size)
         self.config, self.setup, self.kernel = resolved.config, resolved.setup, resolved.kernel
         self.documents_from_position_ids, self.end_of_document = resolved.documents_from_position_ids, None
+        # Frameworks that name no layout cut whole rows as Megatron does.
+        self.declared = (resolved.declared_layout or "zigzag") if decision.settings.values else None
         self.undecided = decision
 
     def config_of_size(self, cp_size: int) -> ContextParallelConfig:
@@ -126,7 +129,9 @@ def of_size(config: ContextParallelConfig, size: int, setup: TrainingSetup | Non
     algorithm, degree = ("ulysses_cp_algo", None) if degree and size <= degree else (config.algorithm, degree)
     ring = size // (degree or 1)
     window = config.window_size if config.window_size < ring and ring % config.window_size == 0 else 1
-    of_ring = dict(kv_exchange="ring", send_recv_overlap=False, p2p="auto", kv_cache_policy=None, kv_cache_interval=0)
+    of_ring: dict[str, Any] = dict(
+        kv_exchange="ring", send_recv_overlap=False, p2p="auto", kv_cache_policy=None, kv_cache_interval=0
+    )
     found = replace(
         config,
         context_parallel_size=size,
@@ -147,5 +152,7 @@ def regrouped(groups: ContextParallelGroups, config: ContextParallelConfig) -> C
         return groups
     if ulysses not in (1, groups.cp_size) or windows > 1:
         return None
-    one_level = {"ulysses": None, "ring": groups.cp} if ulysses == 1 else {"ulysses": groups.cp, "ring": None}
+    one_level: dict[str, Any] = (
+        {"ulysses": None, "ring": groups.cp} if ulysses == 1 else {"ulysses": groups.cp, "ring": None}
+    )
     return replace(groups, hierarchy=config.hierarchy, outer=None, **one_level)

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from mindspeed_cp.megatron.records import Documents, MicroBatch
 from mindspeed_cp.megatron.scopes import Scope, collective_device
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.sequence.sharding import gather_sequence
-from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.config import BatchLayout, ContextParallelConfig
 
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.adaptor import Adaptor
@@ -161,7 +161,7 @@ def of_kind(
     config: ContextParallelConfig, kind: str, seq_len: int, documents: tuple[int, ...] | None = None
 ) -> SequenceLayout:
     """What a rank holds where rows of this length are cut in this way, whatever the algorithm."""
-    return SequenceLayout.build(replace(config, batch_layout=kind), seq_len, documents)
+    return SequenceLayout.build(replace(config, batch_layout=cast(BatchLayout, kind)), seq_len, documents)
 
 
 def _layout_of_rows(config: ContextParallelConfig, everyone: list[torch.Tensor], declared: str) -> SequenceLayout:

@@ -67,15 +67,15 @@ def _config_for(settings: Settings, cp_size: int, sizes: Sequence[int] | None) -
 
 def _compared(config: ContextParallelConfig | None, settings: Settings) -> dict[str, str]:
     found = versions(**{"the version of megatron-core": _megatron_version()})
-    if config is not None:
-        found |= compared_config(config, settings.setup)
-    ends = settings.end_of_document
-    named = {
-        "documents_from_position_ids of configure": settings.documents_from_position_ids,
-        "end_of_document of configure": getattr(ends, "__qualname__", ends) if callable(ends) else ends,
-        "--cp-kernel": settings.kernel,
-    }
-    return found | {name: str(value) for name, value in named.items()}
+    if config is None:
+        return found
+    return found | compared_config(
+        config,
+        settings.setup,
+        kernel=settings.kernel,
+        documents_from_position_ids=settings.documents_from_position_ids,
+        end_of_document=settings.end_of_document,
+    )
 
 
 @contextmanager

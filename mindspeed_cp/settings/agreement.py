@@ -8,12 +8,13 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+Value = TypeVar("Value")
 KEY = "mindspeed_cp/agreement"
 PATIENCE = timedelta(minutes=10)  # for ranks that come later
 FAREWELL = timedelta(seconds=10)  # rank 0 may own the store: it stays until the others have read the verdict
@@ -110,10 +111,11 @@ def _is_comparable() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake"
 
 
-def _read(store, key: str, rank: int, patience: timedelta) -> bytes:
+def _read(store: dist.Store, key: str, rank: int, patience: timedelta) -> bytes:
     try:
         store.wait([key], patience)
-        return store.get(key)
+        value: bytes = store.get(key)
+        return value
     except RuntimeError as error:  # DistStoreError is one
         raise RuntimeError(
             f"rank {rank} has not said within {patience.total_seconds():.0f} s which settings it runs with; see what "
@@ -121,7 +123,7 @@ def _read(store, key: str, rank: int, patience: timedelta) -> bytes:
         ) from error
 
 
-def _leave_last(store, place: str, rank: int, everyone: Sequence[int]) -> None:
+def _leave_last(store: dist.Store, place: str, rank: int, everyone: Sequence[int]) -> None:
     if store.add(f"{place}/left", 1) == len(everyone):
         store.set(f"{place}/all-left", "-")
     if rank == everyone[0]:
@@ -131,10 +133,11 @@ def _leave_last(store, place: str, rank: int, everyone: Sequence[int]) -> None:
             pass  # somebody is gone already; nobody else needs the store
 
 
-def _verdict(said: list, everyone: Sequence[int]) -> str:
+def _verdict(said: list[tuple[str | None, dict[str, str]]], everyone: Sequence[int]) -> str:
     """What stops the ranks, "" when nothing does; ``said``: (refusal, settings) of each of ``everyone``."""
-    refusals = _ranks_by([refusal for refusal, _ in said], everyone)
-    accepting = refusals.pop(None, [])
+    by_refusal = _ranks_by([refusal for refusal, _ in said], everyone)
+    accepting = by_refusal.pop(None, [])
+    refusals = {refusal: ranks for refusal, ranks in by_refusal.items() if refusal is not None}
     if refusals:
         return _refused(refusals, accepting)
     names = dict.fromkeys(name for _, settings in said for name in settings)
@@ -153,7 +156,7 @@ def _verdict(said: list, everyone: Sequence[int]) -> str:
     return f"the ranks were started with different settings: {'; '.join(parts)}{more}; give all ranks the same."
 
 
-def _refused(refusals: dict, accepting: list[int]) -> str:
+def _refused(refusals: dict[str, list[int]], accepting: list[int]) -> str:
     if len(refusals) == 1 and not accepting:
         return next(iter(refusals))
     parts = [f"on {named(ranks)}: {message}" for message, ranks in refusals.items()]
@@ -161,9 +164,9 @@ def _refused(refusals: dict, accepting: list[int]) -> str:
     return " ".join(parts[:SHOWN]) + others
 
 
-def _ranks_by(values: Iterable, everyone: Sequence[int]) -> dict:
+def _ranks_by(values: Iterable[Value], everyone: Sequence[int]) -> dict[Value, list[int]]:
     """value -> the ranks that have it, in the order of the ranks."""
-    found: dict = {}
+    found: dict[Value, list[int]] = {}
     for rank, value in zip(everyone, values):
         found.setdefault(value, []).append(rank)
     return found

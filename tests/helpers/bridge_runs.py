@@ -94,7 +94,7 @@ def compare(rank):
     from mindspeed_cp import ContextParallelConfig, SequenceLayout, megatron_adaptor
     from mindspeed_cp.kernels import cpu
     from mindspeed_cp.megatron.documents import examine_mask
-    from mindspeed_cp.settings.config import TrainingSetup
+    from mindspeed_cp.settings.training_setup import TrainingSetup
 
     old, results = (
         tuple(map(int, package_info.__version__.split(".")[:2])) < (0, 15),

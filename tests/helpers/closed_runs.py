@@ -16,6 +16,12 @@ DOCUMENTS = ((0, 7, 15, SEQ),)
 ALGORITHMS = {"ulysses": {"algorithm": "ulysses_cp_algo"}, "ring": {"algorithm": "megatron_cp_algo"}}
 
 
+def alone_of(documents, **more):
+    """``expected_of`` where there are no groups yet."""
+    with groups({}, cp_size=1):
+        return expected_of(documents, **more)
+
+
 def expected_of(documents, masked=True, batch=None, **settings):
     """(losses, gradients) of one process."""
     batch, model = batch or batch_of(documents, seq=SEQ), build(1, **settings)
@@ -46,7 +52,15 @@ def told(call, *args):
     return ""
 
 
-def of_part(model, local, held, whole, loss=None, **more):
+def held_of(local):
+    """The positions that this rank holds of a batch that was split here."""
+    from mindspeed_cp import megatron_adaptor
+
+    state = megatron_adaptor.state()
+    return state.records.find([local["tokens"]]).layout.positions(state.cp_rank)
+
+
+def of_part(model, local, held, whole, **more):
     """Largest difference of this rank's losses, and of the summed gradients, from those of one process."""
     losses = losses_of(model, local, **more)
     found = gradients(model, (losses * local["loss_mask"]).sum())
@@ -58,7 +72,7 @@ def foreign(rank):
     from mindspeed_cp import megatron_adaptor
 
     batch, restarted = batch_of(PLAIN, seq=SEQ), batch_of(DOCUMENTS, seq=SEQ)
-    whole, with_documents = expected_of(PLAIN), expected_of(DOCUMENTS)
+    whole, with_documents = alone_of(PLAIN), alone_of(DOCUMENTS)
     found = {}
     for name, settings in ALGORITHMS.items():
         with groups(settings, cp_size=2):
@@ -104,7 +118,7 @@ def handed_over(rank):
     from mindspeed_cp.compat.handed import set_actual_seq_len
 
     batch, others = batch_of(DOCUMENTS, seq=SEQ), batch_of(PLAIN, 9, seq=SEQ)
-    whole = expected_of(DOCUMENTS)
+    whole = alone_of(DOCUMENTS)
     ends, found = list(DOCUMENTS[0][1:]), {}
     for name, settings in ALGORITHMS.items():
         with groups(settings, cp_size=2):
@@ -112,7 +126,7 @@ def handed_over(rank):
             held = zigzag(rank) if name == "ring" else contiguous(rank)
             set_actual_seq_len(ends)
             local = split(batch)
-            found[name, "before the split"] = of_part(model, local, held, whole)
+            found[name, "before the split"] = of_part(model, local, held_of(local), whole)
             found[name, "for a second batch too"] = of_part(model, split(batch), held, whole)
             set_actual_seq_len(None)
             local = split(batch)
@@ -124,7 +138,7 @@ def handed_over(rank):
             first = split(batch)
             set_actual_seq_len(list(PLAIN[0][1:]))
             split(others)
-            found[name, "prefetch"] = of_part(model, first, held, whole)
+            found[name, "prefetch"] = of_part(model, first, held_of(first), whole)
             set_actual_seq_len(ends)
             counted = batch | {"position_ids": torch.arange(SEQ)[None]}
             local, expected = cut(counted, zigzag(rank)), expected_of(DOCUMENTS, batch=counted)
@@ -134,8 +148,8 @@ def handed_over(rank):
                 found[name, "divided by the ring"] = of_part(
                     model, split(batch), held, expected_of(((0, 8, 16, SEQ),), batch=batch)
                 )
-            set_actual_seq_len([3, 5])
-            found[name, "not the end"] = told(losses_of, model, split(batch))
+                set_actual_seq_len([3, 5])
+                found[name, "not the end"] = told(split, batch)
             set_actual_seq_len(None)
     return found
 
@@ -161,9 +175,7 @@ def others(rank):
 
     from mindspeed_cp import megatron_adaptor
 
-    batch, found = batch_of(PLAIN, seq=SEQ), {}
-    with groups({}, cp_size=1):
-        whole = expected_of(PLAIN)
+    batch, found, whole = batch_of(PLAIN, seq=SEQ), {}, alone_of(PLAIN)
     for name, settings in ALGORITHMS.items():
         held = zigzag(rank) if name == "ring" else contiguous(rank)
         megatron_adaptor.undo()
@@ -265,28 +277,25 @@ def collections(rank):
     return found
 
 
+def _plan(model, local, mask=None):
+    return model.build_schedule_plan(local["tokens"], local["position_ids"], mask, labels=local["labels"])
+
+
 def plans(rank):
     """name -> difference of losses of a plan whose nodes run after that of another batch was made."""
     found = {}
     with groups({}, cp_size=1):
-        whole = expected_of(DOCUMENTS)
+        plan = _plan(build(1), batch_of(DOCUMENTS, seq=SEQ), mask_of(DOCUMENTS, SEQ))
+        whole = type(plan).run(plan, None).detach()
     for name, settings in ALGORITHMS.items():
-        held = zigzag(rank) if name == "ring" else contiguous(rank)
         with groups(settings, cp_size=2):
             configure(settings, 2, end_of_document=batch_runs.END)
             model = build(2)
-            first, second = split(batch_of(DOCUMENTS, seq=SEQ)), split(batch_of(PLAIN, 9, seq=SEQ))
-            plan, _ = (
-                model.build_schedule_plan(local["tokens"], local["position_ids"], None, labels=local["labels"])
-                for local in (first, second)
-            )
-            losses = plan.pre_process.forward()
-            for index in range(plan.num_layers()):
-                layer = plan.get_layer(index)
-                for node in (layer.attn, layer.moe_dispatch, layer.mlp, layer.moe_combine, layer.mtp_post_process):
-                    losses = node.forward(losses)
-            losses = plan.post_process.forward(losses)
-            found[name] = float((losses - whole[0][:, held]).abs().max() / whole[0].abs().max())
+            local = split(batch_of(DOCUMENTS, seq=SEQ))
+            held, plan = held_of(local), _plan(model, local)
+            _plan(model, split(batch_of(PLAIN, 9, seq=SEQ)))
+            losses = type(plan).run(plan, None)
+            found[name] = float((losses - whole[:, held]).abs().max() / whole.abs().max())
     return found
 
 
@@ -298,8 +307,7 @@ def two_models(rank):
 
     rows = {"teacher": DOCUMENTS, "student": ((0, 11, 20, SEQ),)}
     found = {}
-    with groups({}, cp_size=1):
-        whole = {name: expected_of(documents, num_layers=2)[0] for name, documents in rows.items()}
+    whole = {name: alone_of(documents, num_layers=2)[0] for name, documents in rows.items()}
     with groups({"algorithm": "megatron_cp_algo"}, cp_size=2, pp_size=2):
         state = megatron_adaptor.state()
         first = parallel_state.is_pipeline_first_stage()

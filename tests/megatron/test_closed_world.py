@@ -32,7 +32,7 @@ def check(ranks):
                 wrong.append((rank, case, result))
             elif says is not None and not all(part in str(result) for part in says):
                 wrong.append((rank, case, result))
-    assert wrong == []
+    assert not wrong, "\n".join(map(str, wrong))
 
 
 def test_whole_rows_that_others_cut_are_exact_by_their_position_ids_or_refused():

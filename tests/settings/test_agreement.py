@@ -4,7 +4,7 @@ import agreement_runs
 import pytest
 from agreement_runs import CASES
 from distributed import run_ranks, script_outcome
-from mindspeed_cp.arguments.compared import COMPARED, compared_arguments
+from mindspeed_cp.arguments.compared import compared_arguments, compared_names
 from trainer_runs import IMPORTED
 
 from mindspeed_cp.settings.agreement import named
@@ -60,8 +60,9 @@ def test_megatron_stops_before_it_makes_a_group_and_starts_once_the_settings_agr
 
 def test_what_is_compared_shapes_the_job_and_nothing_that_ranks_may_have_of_their_own():
     own = {"rank", "local_rank", "save", "load", "data_path", "log_interval", "tensorboard_dir", "profile_ranks"}
-    assert own.isdisjoint(COMPARED) and len(set(COMPARED)) == len(COMPARED)
-    assert {"lr", "seed", "num_layers", "cp_batch_layout", "context_parallel_algo", "params_dtype"} <= set(COMPARED)
+    names = compared_names()
+    assert own.isdisjoint(names) and len(set(names)) == len(names)
+    assert {"lr", "seed", "num_layers", "cp_batch_layout", "context_parallel_algo", "params_dtype"} <= set(names)
     assert compared_arguments({"lr": 0.1, "rank": 3, "cp_comm_type": ["p2p", "p2p"]}) == {
         "--lr": "0.1",
         "--cp-comm-type": "p2p p2p",

@@ -92,6 +92,39 @@ def test_every_field_of_a_configuration_comes_back_through_settings():
     assert (config.batch_layout, config.attention_mask_type) == ("zigzag", "general")
 
 
+@pytest.mark.parametrize(
+    ("given", "layout"),
+    [
+        ({}, None),
+        ({"cp_partition_mode": "contiguous"}, "contiguous"),
+        ({"attention_cp_layout": "zigzag"}, "zigzag"),
+        ({"cp_partition_mode": "contiguous", "attention_cp_layout": "zigzag"}, "contiguous"),
+    ],
+)
+def test_how_a_framework_splits_batches_is_read(given, layout):
+    settings = FrameworkSettings.read({"context_parallel_size": 2, **given})
+    assert settings.resolve().declared_layout == layout
+
+
+def test_a_layout_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="--cp-partition-mode spiral is not known; choose one of zigzag, contiguous"):
+        FrameworkSettings.read({"cp_partition_mode": "spiral"})
+
+
+def test_names_of_newer_megatrons_that_mean_nothing_here_are_said_once_each(recwarn):
+    newer = {"dynamic_context_parallel": True, "sequence_packing_scheduler": "dp_balanced", "use_flash_attn": True}
+    FrameworkSettings.read({"context_parallel_size": 2, "linear_cp_layout": "contiguous", **newer}).resolve()
+    said = [str(warning.message) for warning in recwarn if "changes nothing here" in str(warning.message)]
+    assert [notice.split(" changes")[0] for notice in said] == [
+        "--linear-cp-layout contiguous",
+        "--dynamic-context-parallel",
+        "--sequence-packing-scheduler dp_balanced",
+    ]
+    recwarn.clear()
+    FrameworkSettings.read({"linear_cp_layout": "zigzag", "dynamic_context_parallel": False}).resolve()
+    assert not recwarn.list
+
+
 def test_settings_that_are_neither_are_refused():
     with pytest.raises(ValueError, match="must be a namespace, a dict or a dataclass, not int"):
         FrameworkSettings.read(4)
