@@ -24,7 +24,8 @@ def census_of(adaptor: Adaptor) -> Census:
     """The census of the Megatron that is installed, with the classes that the settings trust."""
     from megatron.core import __version__
 
-    return Census(__version__, TRIED, frozenset(adaptor.settings.trusted_classes))
+    trusted = None if adaptor.setup is None else adaptor.setup.trusted_classes
+    return Census(__version__, TRIED, frozenset(trusted.split(",") if trusted else ()))
 
 
 TRIED = frozenset(minor(row.version) for row in MEGATRONS)

@@ -198,7 +198,7 @@ def _scales_with_cp() -> bool:
     config = SimpleNamespace(
         calculate_per_token_loss=False, num_moe_experts=1, mtp_num_layers=None, grad_scale_func=None, timers=None
     )
-    given = {
+    given: dict[str, Any] = {
         "model": None,
         "output_tensor": torch.zeros(1),
         "loss_func": None,

@@ -46,14 +46,16 @@ class Counted:
 def process_mtp_loss(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     given = arguments_of(original, args, kwargs)
     scope = adaptor.scope_of(SimpleNamespace(config=given["config"], cp_group=given.get("cp_group")))
-    labels, mask, tokens = (given.get(name) for name in ("labels", "loss_mask", "input_ids"))
-    if scope.alone or (labels is None and tokens is None):
+    labels: torch.Tensor | None = given.get("labels")
+    tokens: torch.Tensor | None = given.get("input_ids") if labels is None else labels
+    if scope.alone or tokens is None:
         return original(*args, **kwargs)
+    mask = torch.ones_like(tokens) if given.get("loss_mask") is None else given["loss_mask"]
     if labels is None:  # as in reinforcement learning: the next token is the label, and the last one has none
         shift = importlib.import_module(MTP).roll_tensor
         how = {name: given.get(name) for name in ("cp_group", "packed_seq_params")} | {"shifts": -1, "dims": -1}
-        labels, mask = shift(tokens, **how)[0], shift(torch.ones_like(tokens) if mask is None else mask, **how)[0]
-    counted = Counted(torch.ones_like(labels) if mask is None else mask, scope)
+        labels, mask = shift(tokens, **how)[0], shift(mask, **how)[0]
+    counted = Counted(mask, scope)
     # Every version from 0.17 on counts, and reads the count with a loss per token alone.
     per_token = given["config"].calculate_per_token_loss
     return original(**given | {"labels": labels, "loss_mask": counted if per_token else counted.mask})

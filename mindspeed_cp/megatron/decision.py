@@ -56,7 +56,6 @@ class Settings:
         declared: how a framework says that it cuts whole rows itself; None where nobody said.
         undecided: what is still to be decided; None once ``configure`` has decided everything.
         compared: flag -> value of what must be equal on all ranks, beside the configuration.
-        trusted_classes: names of module classes that are built although the census does not know them, or refuses them.
         program: the program whose flags they are; it ends with one line where a script gets an exception.
     """
 
@@ -68,7 +67,6 @@ class Settings:
     declared: Literal["zigzag", "contiguous"] | None = None
     undecided: OpenDecision | None = field(default_factory=OpenDecision)
     compared: Mapping[str, str] = field(default_factory=dict)
-    trusted_classes: tuple[str, ...] = ()
     program: str = ""
 
     @property

@@ -3,6 +3,7 @@
 import inspect
 import warnings
 import zlib
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -190,10 +191,11 @@ def trusted():
     from mindspeed_cp import megatron_adaptor
 
     settings = megatron_adaptor.state().settings
-    settings.trusted_classes = ("Pooler",)
-    said = message(bert, 2, "learned_absolute", True)
-    settings.trusted_classes = ()
-    return said
+    before, settings.setup = settings.setup, replace(settings.setup, trusted_classes="Gate,Pooler")
+    try:
+        return message(bert, 2, "learned_absolute", True)
+    finally:
+        settings.setup = before
 
 
 def compare(rank):
