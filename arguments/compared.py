@@ -8,7 +8,6 @@ from typing import Any
 
 from mindspeed_cp.arguments.border import AdaptorSettings
 from mindspeed_cp.arguments.declared import declared
-
 from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.setting import declarations
 from mindspeed_cp.settings.training_setup import TrainingSetup

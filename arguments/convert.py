@@ -9,7 +9,6 @@ from typing import Any
 from mindspeed_cp.arguments import declared
 from mindspeed_cp.arguments.algorithm import Choice, algorithm_is_given, chosen_algorithm, given_kinds
 from mindspeed_cp.arguments.mindspeed_flags import notices_of_accepted, refusal_of_positions
-
 from mindspeed_cp.settings.agreement import SAID, refuse
 from mindspeed_cp.settings.algorithms import algorithm_named, names_with
 from mindspeed_cp.settings.config import ContextParallelConfig

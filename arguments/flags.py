@@ -8,7 +8,6 @@ from mindspeed_cp.arguments import given
 from mindspeed_cp.arguments.declared import declared, our_flags
 from mindspeed_cp.arguments.mindspeed_flags import GROUP_TITLE as ACCEPTED_TITLE
 from mindspeed_cp.arguments.mindspeed_flags import refuse_alibi
-
 from mindspeed_cp.settings.setting import Setting
 
 GROUP_TITLE = "context parallelism (mindspeed_cp)"

@@ -14,7 +14,6 @@ from mindspeed_cp.arguments import declared
 from mindspeed_cp.arguments.border import PartitionMode
 from mindspeed_cp.arguments.convert import validate
 from mindspeed_cp.arguments.yaml_file import apply_config_file
-
 from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.notices import warn_rank0
 from mindspeed_cp.settings.setting import Setting, declarations

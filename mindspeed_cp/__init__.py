@@ -7,7 +7,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# In a bare checkout patches/ and arguments/ lie beside this package; an installation has them inside it.
+from mindspeed_cp.version import __version__ as __version__
+
+# patches/ and arguments/ lie at the top of the repository, and links inside this package lead there. A checkout on
+# Windows or an unpacked archive may have plain files where the links should be.
 if not (Path(__file__).parent / "patches").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
@@ -26,7 +29,6 @@ if TYPE_CHECKING:
     from mindspeed_cp.settings.config import ContextParallelConfig
     from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
-__version__ = "0.1.0"
 __all__ = [
     "ContextParallelConfig",
     "ContextParallelGroups",

@@ -23,7 +23,7 @@ from mindspeed_cp.settings.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.adaptor import Adaptor
-    from mindspeed_cp.patches.listing import Applied
+    from mindspeed_cp.patches.areas import Applied
     from mindspeed_cp.patches.manager import Patch, PatchManager, PatchRow
 
 TRIED_VERSIONS = tuple(row.version for row in MEGATRONS)
@@ -67,7 +67,8 @@ def _device_choice() -> str:
 
 
 def _announce(config: ContextParallelConfig) -> None:
-    """Rank 0 says what is on, so that nobody has to wonder."""
+    """Rank 0 says what is on, so that nobody has to wonder; every rank looks first whether it is."""
+    check()
     if is_rank0():
         from mindspeed_cp.kernels import KERNELS, cpu
 
@@ -81,7 +82,7 @@ def _announce(config: ContextParallelConfig) -> None:
 
 
 def _num_cp_patches() -> int:
-    from mindspeed_cp.patches.tables import STAND_INS
+    from mindspeed_cp.patches.areas import STAND_INS
 
     stand_in = {patch.target for table in STAND_INS for patch in _tables[table]}
     return sum(row.applied and row.target not in stand_in for row in _manager.report())
@@ -140,6 +141,18 @@ def report() -> "list[PatchRow]":
     """One row (target, reason, status) per patch."""
     rows: list[PatchRow] = _manager.report()
     return rows
+
+
+def check() -> None:
+    """Ask every patch that counts whether its name is still this project's; cheap.
+
+    Raises:
+        PatchError: somebody else has taken a name and does not call this project's function; it says who, and what to
+            do about it.
+    """
+    from mindspeed_cp.patches.areas import essential_targets
+
+    _manager.check(essential_targets(_tables))
 
 
 def configure(
@@ -227,7 +240,7 @@ def state() -> "Adaptor":
 
 
 def _applied() -> "Applied":
-    from mindspeed_cp.patches.listing import Applied
+    from mindspeed_cp.patches.areas import Applied
 
     rows, choice = iter(report()), _device_choice()
     return Applied(
@@ -241,23 +254,23 @@ def _applied() -> "Applied":
 
 def _build() -> None:
     from mindspeed_cp.megatron.adaptor import Adaptor
+    from mindspeed_cp.patches.areas import all_areas
     from mindspeed_cp.patches.manager import PatchManager
-    from mindspeed_cp.patches.tables import all_tables
 
     global _state, _tables, _manager
-    _state = Adaptor(_announce)
+    _state = Adaptor(_announce, check)
     _manager = PatchManager(subject=lambda: f"megatron-core {megatron_version()}")
-    _tables = all_tables(_state, _device_choice())
+    _tables = all_areas(_state, _device_choice())
     for patches in _tables.values():
         _manager.add(patches)
 
 
 _require_megatron()
 if __name__ == "__main__":
-    from mindspeed_cp.patches import listing
+    from mindspeed_cp.patches import areas
 
     # As a module of its own name, of which there is one, and not as __main__.
-    listing.main(lambda: importlib.import_module("mindspeed_cp.megatron_adaptor")._applied())
+    areas.main(lambda: importlib.import_module("mindspeed_cp.megatron_adaptor")._applied())
     sys.exit()
 _build()
 apply()

@@ -12,12 +12,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from mindspeed_cp.patches.machine.compiler import outside_compiler
-from mindspeed_cp.patches.rows import arguments_of, patch, signature_of, uninstalled
 
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.bridge import CoreAttention, attention, layer_window
 from mindspeed_cp.megatron.scopes import OWN, checked_group, named_group, own_group
+from mindspeed_cp.patches.machine.compiler import outside_compiler
+from mindspeed_cp.patches.rows import arguments_of, patch, signature_of, uninstalled
 
 DOT_PRODUCT = "megatron.core.transformer.dot_product_attention.DotProductAttention"
 TE_DOT_PRODUCT = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
@@ -43,7 +43,9 @@ REFUSED = {
     reason="the local attention refuses context_parallel_size above 1, multi-latent attention and, in 0.12, sliding "
     "windows; what it is built with says over which group it computes",
 )
-def local_init(adaptor: Adaptor, original: Callable[..., None], self: Any, config: Any, *args: Any, **kwargs: Any):
+def local_init(
+    adaptor: Adaptor, original: Callable[..., None], self: Any, config: Any, *args: Any, **kwargs: Any
+) -> None:
     # Multi-latent attention names its head sizes; only Transformer Engine's module takes them.
     known = signature_of(original).parameters
     kwargs = {

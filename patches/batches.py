@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mindspeed_cp.patches.rows import absent, patch, signature_of
 
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.records import Documents
 from mindspeed_cp.megatron.scopes import Scope, own_group
 from mindspeed_cp.megatron.sizes import refuse_dynamic, split_sub_batch
 from mindspeed_cp.megatron.splitting import length_of, named_sequences, split_in_place
+from mindspeed_cp.patches.rows import absent, patch, signature_of
 
 UTILS = "megatron.core.utils"
 Batch = dict[str, Any]

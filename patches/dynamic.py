@@ -4,9 +4,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from mindspeed_cp.patches.rows import patch, signature_of, uninstalled
-
 from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.patches.rows import patch, signature_of, uninstalled
 
 SCHEDULES = "megatron.core.pipeline_parallel"
 

@@ -5,13 +5,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from mindspeed_cp.patches.attention import attend
-from mindspeed_cp.patches.checkout import LEGACY, without_legacy
-from mindspeed_cp.patches.rows import patch
 
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import entering, record_of_length, tensors_in
 from mindspeed_cp.megatron.bridge import CoreAttention
+from mindspeed_cp.patches.attention import attend
+from mindspeed_cp.patches.checkout import LEGACY, without_legacy
+from mindspeed_cp.patches.rows import patch
 
 LEGACY_LANGUAGE = "megatron.legacy.model.language_model"
 
@@ -21,7 +21,9 @@ LEGACY_LANGUAGE = "megatron.legacy.model.language_model"
     reason="legacy models would ask for the flash-attn package; the core attention below is flash attention",
     when=without_legacy,
 )
-def parallel_attention_init(adaptor: Adaptor, original: Callable[..., None], self: Any, *args: Any, **kwargs: Any):
+def parallel_attention_init(
+    adaptor: Adaptor, original: Callable[..., None], self: Any, *args: Any, **kwargs: Any
+) -> None:
     from megatron.training import get_args
 
     flags = get_args()

@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-from mindspeed_cp.patches.building import census_of
-from mindspeed_cp.patches.rows import absent, patch
-
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import block_record, entering, packed_params_in, refuse_inference, tensors_in
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.sizes import check_model, sub_batch_record
+from mindspeed_cp.patches.building import census_of
+from mindspeed_cp.patches.rows import absent, patch
 
 LANGUAGE_MODULE = "megatron.core.models.common.language_module.language_module.LanguageModule"
 GPT_MODEL = "megatron.core.models.gpt.gpt_model.GPTModel"

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from mindspeed_cp.patches.rows import arguments_of, patch, signature_of
-
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.scopes import Scope, named_group
+from mindspeed_cp.patches.rows import arguments_of, patch, signature_of
 
 SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from mindspeed_cp.patches.rows import Row, arguments_of, patch
-
 from mindspeed_cp.compat import process_groups
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.scopes import own_group
 from mindspeed_cp.megatron.sizes import adopt_sizes, check_launch
 from mindspeed_cp.megatron.start import agreed_config
+from mindspeed_cp.patches.rows import Row, arguments_of, patch
 
 PARALLEL_STATE = "megatron.core.parallel_state"
 
@@ -72,6 +71,7 @@ def _getter(name: str) -> Row:
         "code written for MindSpeed asks Megatron's parallel state for its groups",
         create=True,
         is_value=True,
+        essential=False,
     )
 
 

@@ -7,10 +7,10 @@ from itertools import chain, repeat
 from typing import Any
 
 import torch
-from mindspeed_cp.patches.rows import patch
 
 from mindspeed_cp.attention.kept import KeptAttention
 from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.patches.rows import patch
 
 RANDOM = "megatron.core.tensor_parallel.random"
 Function = Callable[..., Any]

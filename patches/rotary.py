@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from mindspeed_cp.patches.rows import arguments_of, patch, signature_of
 
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import block_record
@@ -16,6 +15,7 @@ from mindspeed_cp.megatron.packed import contract, layout_of_contract
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.scopes import Scope, named_group
 from mindspeed_cp.megatron.splitting import built
+from mindspeed_cp.patches.rows import arguments_of, patch, signature_of
 from mindspeed_cp.sequence.layout import SequenceLayout
 
 ROPE_UTILS = "megatron.core.models.common.embeddings.rope_utils"

@@ -9,7 +9,7 @@
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any
@@ -29,6 +29,7 @@ class Row:
         reason, create, inherited: as ``Patch`` has them.
         when: conditions, each () -> why the patch is not needed here, or "".
         is_value: ``function`` makes the replacement once, instead of running at every call.
+        essential: as ``Patch`` has it.
     """
 
     targets: tuple[str, ...]
@@ -38,6 +39,7 @@ class Row:
     create: bool = False
     inherited: bool = False
     is_value: bool = False
+    essential: bool = True
 
     def patches(self, adaptor: Any, *when: Callable[[], str]) -> list[Patch]:
         """One Patch for each target, whose function gets ``adaptor``; ``when`` are further conditions, asked first."""
@@ -47,11 +49,12 @@ class Row:
             return next((why for condition in conditions if (why := condition())), "")
 
         return [
-            Patch(target, self._builder(adaptor), self.reason, unneeded, self.create, self.inherited)
+            Patch(target, self.builder(adaptor), self.reason, unneeded, self.create, self.inherited, self.essential)
             for target in self.targets
         ]
 
-    def _builder(self, adaptor: Any) -> Callable[[Any], Any]:
+    def builder(self, adaptor: Any) -> Callable[[Any], Any]:
+        """original -> replacement, as ``Patch.build`` is: the function of this row for a target of another table."""
         function = self.function
         if self.is_value:
             return lambda original: function(adaptor, original)
@@ -71,19 +74,29 @@ class Row:
 
 
 def patch(
-    *targets: str, reason: str, when: Conditions = (), create: bool = False, inherited: bool = False
+    *targets: str,
+    reason: str,
+    when: Conditions = (),
+    create: bool = False,
+    inherited: bool = False,
+    essential: bool = True,
 ) -> Callable[[Callable[..., Any]], Row]:
     """Decorates ``(adaptor, original, *args, **kwargs) -> result``, which runs instead of each of ``targets``."""
     conditions = when if isinstance(when, tuple) else (when,)
-    return lambda function: Row(targets, function, reason, conditions, create, inherited)
+    return lambda function: Row(targets, function, reason, conditions, create, inherited, False, essential)
 
 
 def replacement(
-    *targets: str, reason: str, when: Conditions = (), create: bool = False, inherited: bool = False
+    *targets: str,
+    reason: str,
+    when: Conditions = (),
+    create: bool = False,
+    inherited: bool = False,
+    essential: bool = True,
 ) -> Callable[[Callable[..., Any]], Row]:
     """Decorates ``(adaptor, original) -> object``, which becomes the value of each of ``targets``."""
     conditions = when if isinstance(when, tuple) else (when,)
-    return lambda function: Row(targets, function, reason, conditions, create, inherited, is_value=True)
+    return lambda function: Row(targets, function, reason, conditions, create, inherited, True, essential)
 
 
 def rows_of(module: Any) -> list[Row]:
@@ -93,6 +106,11 @@ def rows_of(module: Any) -> list[Row]:
         values = value if isinstance(value, list) else [value]
         found += [row for row in values if isinstance(row, Row)]
     return found
+
+
+def patches_of(modules: Iterable[Any], adaptor: Any = None, *when: Callable[[], str]) -> list[Patch]:
+    """The patches of all rows of ``modules``; ``when`` are conditions of them all."""
+    return [made for module in modules for row in rows_of(module) for made in row.patches(adaptor, *when)]
 
 
 @cache
@@ -129,8 +147,18 @@ def uninstalled(package: str, why: str) -> Callable[[], str]:
     return unneeded
 
 
+def present(target: str, why: str) -> Callable[[], str]:
+    """A condition: ``why`` where there is such a name."""
+    return lambda: why if _found(target) is not None else ""
+
+
+def installed(package: str, why: str) -> Callable[[], str]:
+    """A condition: ``why`` where ``package`` can be found."""
+    return lambda: "" if uninstalled(package, why)() else why
+
+
 def _found(path: str) -> Any:
-    """The module, or the attribute of one, of a dotted path; None where there is none."""
+    """The module, or the attribute of a module or class, of a dotted path; None where there is none."""
     try:
         return importlib.import_module(path)
     except ImportError:

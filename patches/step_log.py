@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from mindspeed_cp.patches.checkout import without_checkout
-from mindspeed_cp.patches.rows import arguments_of, patch
 
 from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.patches.checkout import without_checkout
+from mindspeed_cp.patches.rows import arguments_of, patch
 
 TRAINING = "megatron.training.training"
 
@@ -16,6 +16,7 @@ TRAINING = "megatron.training.training"
     f"{TRAINING}.train_step",
     reason="--cp-log measures the steps of training, not those of validation",
     when=without_checkout,
+    essential=False,
 )
 def train_step(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if adaptor.log is None:
@@ -28,6 +29,7 @@ def train_step(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwa
     f"{TRAINING}.training_log",
     reason="--cp-log speaks where Megatron does, and through its TensorBoard writer",
     when=without_checkout,
+    essential=False,
 )
 def training_log(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     result = original(*args, **kwargs)

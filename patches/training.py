@@ -11,12 +11,11 @@ from mindspeed_cp.arguments import (
     readable_errors,
     validate,
 )
-from mindspeed_cp.patches.checkout import without_checkout
-from mindspeed_cp.patches.checks import check_flags
-from mindspeed_cp.patches.rows import patch
-
 from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.megatron.flag_checks import check_flags
 from mindspeed_cp.megatron.splitting import with_tokens_everywhere
+from mindspeed_cp.patches.checkout import without_checkout
+from mindspeed_cp.patches.rows import patch
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.notices import warn_rank0
 

@@ -170,6 +170,7 @@ def _size(num_bytes: int) -> str:
 def of_megatron(started: launch.Launch) -> Iterator[Finding]:
     """What the patches refuse of Megatron's own flags, for a script of Megatron-LM."""
     if started.runner and Path(started.script).name.startswith("pretrain_"):
-        wrong = ask("mindspeed_cp.patches.checks", *started.flags, environment={**os.environ, **started.environment})
+        environment = {**os.environ, **started.environment}
+        wrong = ask("mindspeed_cp.megatron.flag_checks", *started.flags, environment=environment)
         if wrong:
             yield problem(wrong)

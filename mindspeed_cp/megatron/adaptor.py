@@ -61,7 +61,11 @@ class Adaptor:
         epoch: how often groups were forgotten.
     """
 
-    def __init__(self, say: Callable[[ContextParallelConfig], None] = lambda config: None) -> None:
+    def __init__(
+        self,
+        say: Callable[[ContextParallelConfig], None] = lambda config: None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.settings = Settings()
         self.scopes = Scopes(self._adopt)
         self.sizes: dict[int, Scope] = {}
@@ -78,7 +82,7 @@ class Adaptor:
         self.computes_alone, self.documents_by_hand, self._passes = False, False, 0
         self._pool: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
         self.on_change: list[Callable[[], None]] = []
-        self._say = say
+        self._say, self._check, self._is_checked = say, check, False
         self._announced: ContextParallelConfig | None = None
 
     # What was set.
@@ -205,7 +209,7 @@ class Adaptor:
         self.settings = Settings()
         self.scopes.forget()
         self.sizes, self.log, self.handed, self.is_pipeline = {}, None, Handed(), False
-        self._announced = None
+        self._announced, self._is_checked = None, False
         self.losses = Losses()
         self.epoch += 1
         self.forget_batches()
@@ -327,7 +331,8 @@ class Adaptor:
     def destroy_groups(self) -> None:
         """Release what was made beside Megatron's groups; every rank calls it."""
         self.scopes.destroy()
-        self.log, self.sizes, self.is_pipeline, self._announced = None, {}, False, None
+        self.log, self.sizes, self.is_pipeline = None, {}, False
+        self._announced, self._is_checked = None, False
         self.losses = Losses()
         self.epoch += 1
         if self.settings.undecided is not None:
@@ -375,8 +380,13 @@ class Adaptor:
             self.computes_alone = before
 
     def forward_pass_begins(self) -> None:
-        """What was read of masks in earlier passes is not believed any more."""
+        """What was read of masks in earlier passes is not believed any more; before the first pass every patch that
+        counts is asked whether its name is still ours.
+        """
         self._passes += 1
+        if not self._is_checked:
+            self._check()
+            self._is_checked = True
 
     @property
     def forward_pass(self) -> int | None:

@@ -96,7 +96,7 @@ def refuse(
 
 def versions(**others: str) -> dict[str, str]:
     """What computes, and its version; ``others`` are added."""
-    from mindspeed_cp import __version__
+    from mindspeed_cp.version import __version__
 
     return {"the version of torch": torch.__version__, "the version of mindspeed_cp": __version__, **others}
 

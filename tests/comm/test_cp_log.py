@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 from kept_groups import of_megatron
-from mindspeed_cp.patches.step_log import train_step, training_log
 from trainer_runs import IMPORTED, prepare_data, tiny
 
 from mindspeed_cp.comm import watch as watch_module
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.step_log import Imbalance, IntervalFigures
 from mindspeed_cp.comm.watch import Watch, wait_for, watching
+from mindspeed_cp.patches.step_log import train_step, training_log
 
 pytestmark = pytest.mark.cpu_only
 RING = "--context-parallel-size 2 --context-parallel-algo megatron_cp_algo --train-iters 4 --log-interval 2"

@@ -6,10 +6,10 @@ import socket
 from pathlib import Path
 
 import pytest
-from mindspeed_cp.arguments.launch import misspelt, read_flags
-from mindspeed_cp.patches import checks
 
+from mindspeed_cp.arguments.launch import misspelt, read_flags
 from mindspeed_cp.doctor import launch, launched
+from mindspeed_cp.megatron import flag_checks
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.cpu_only
@@ -19,7 +19,7 @@ MODEL = "--num-attention-heads 16 --hidden-size 1024 --num-layers 8 --seq-length
 @pytest.fixture(autouse=True)
 def megatron_is_not_asked(monkeypatch):
     monkeypatch.setattr(
-        launched, "ask", lambda module, *flags, environment=None: json.loads(json.dumps(checks.wrong_flags(flags)))
+        launched, "ask", lambda module, *flags, environment=None: json.loads(json.dumps(flag_checks.wrong_flags(flags)))
     )
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from distributed import run_script
+
+from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.arguments import add_context_parallel_arguments, mindspeed_flags, validate, yaml_file
 from mindspeed_cp.arguments.flags import GROUP_TITLE
 from mindspeed_cp.arguments.launch import read_flags
-from mindspeed_cp.patches import versions
-
-from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.kernels import KERNELS
+from mindspeed_cp.patches import versions
 from mindspeed_cp.settings.algorithms import ALGORITHMS, REFUSED
 from mindspeed_cp.settings.config import KV_CACHE_POLICIES
 

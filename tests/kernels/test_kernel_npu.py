@@ -7,12 +7,12 @@ import fake_torch_npu
 import pytest
 import torch
 from kernel_cases import BY_NAME, CASES, check_block, hidden, offsets, reference, tensors
-from mindspeed_cp.patches.machine import npu as npu_patches
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mindspeed_cp.attention.merging import merge_attention
 from mindspeed_cp.kernels import npu, npu_calls, npu_setup
 from mindspeed_cp.kernels.base import KernelOptions
+from mindspeed_cp.patches.machine import npu as npu_patches
 from mindspeed_cp.sequence.blocks import Block
 
 VARIANTS = [(release, "documents") for release in fake_torch_npu.RELEASES]

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from adaptors import RING, adaptor_of
-from mindspeed_cp.patches import batches, experts, rotary
-from mindspeed_cp.patches import multi_token_prediction as mtp
-from mindspeed_cp.patches.machine import checkout as training_device
-from mindspeed_cp.patches.machine import triton as without_triton
 
 from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.megatron import decision, sizes
+from mindspeed_cp.patches import batches, experts, rotary
+from mindspeed_cp.patches import multi_token_prediction as mtp
+from mindspeed_cp.patches.machine import libraries
+from mindspeed_cp.patches.machine import triton as without_triton
 from mindspeed_cp.settings.notices import ContextParallelWarning
 
 pytestmark = pytest.mark.cpu_only
@@ -248,16 +248,16 @@ def test_a_patch_that_is_needed_is_not_left_out_for_a_word_in_a_comment(tmp_path
         tmp_path,
         "# serialization_format: torch's default\ndef _write_item(item, serialization_format):\n    return item\n",
     )
-    monkeypatch.setitem(sys.modules, training_device.CHECKPOINT_WRITER, writer)
-    assert training_device._format_is_passed() == ""
+    monkeypatch.setitem(sys.modules, libraries.CHECKPOINT_WRITER, writer)
+    assert libraries.format_is_passed() == ""
 
 
 @pytest.mark.parametrize("needs", [False, True])
 def test_a_patch_is_applied_for_what_is_read_and_not_for_a_word_in_a_comment(needs, tmp_path, monkeypatch):
     reads = "te_general_gemm is None" if needs else "True  # without te_general_gemm"
     module = module_of(tmp_path, f"def gemm():\n    return {reads}\n")
-    monkeypatch.setitem(sys.modules, training_device.EXPERTS, module)
-    assert training_device._gemm_is_named() == ("" if needs else "this version asks nothing of Transformer Engine here")
+    monkeypatch.setitem(sys.modules, libraries.EXPERTS, module)
+    assert libraries.gemm_is_named() == ("" if needs else "this version asks nothing of Transformer Engine here")
 
 
 def test_what_only_the_packed_embedding_takes_stays_with_it(monkeypatch):

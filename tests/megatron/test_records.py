@@ -10,14 +10,14 @@ from unittest import mock
 import pytest
 import torch
 from adaptors import adaptor_of
-from mindspeed_cp.patches import experts
-from mindspeed_cp.patches.machine.compiler import outside_compiler
 
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
 from mindspeed_cp.megatron import bridge, documents, foreign, packed
 from mindspeed_cp.megatron.batches import refuse_inference
 from mindspeed_cp.megatron.bridge import CoreAttention
 from mindspeed_cp.megatron.records import BatchRecords, MicroBatch
+from mindspeed_cp.patches import experts
+from mindspeed_cp.patches.machine.compiler import outside_compiler
 
 pytestmark = pytest.mark.cpu_only
 RING = ContextParallelConfig(context_parallel_size=2, algorithm="megatron_cp_algo")

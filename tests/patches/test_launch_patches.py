@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mindspeed_cp.patches import losses, training
 
 from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.patches import losses, training
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -4,9 +4,9 @@ import agreement_runs
 import pytest
 from agreement_runs import CASES
 from distributed import run_ranks, script_outcome
-from mindspeed_cp.arguments.compared import compared_arguments, compared_names
 from trainer_runs import IMPORTED
 
+from mindspeed_cp.arguments.compared import compared_arguments, compared_names
 from mindspeed_cp.settings.agreement import named
 
 pytestmark = pytest.mark.cpu_only

@@ -4,10 +4,10 @@ import re
 
 import pytest
 from flags import parse
+
 from mindspeed_cp.arguments import config_from_args, read_cp_yaml, validate
 from mindspeed_cp.arguments.mindformers import KNOWN
 from mindspeed_cp.arguments.yaml_file import known_keys
-
 from mindspeed_cp.settings.notices import ContextParallelWarning
 
 SEQUENCE_PARALLEL_SAMPLE = """\

@@ -8,8 +8,9 @@ import framework_runs
 import pytest
 from distributed import run_ranks
 from framework_runs import CASES, GATHER, HYBRID, RING, ULYSSES
-from mindspeed_cp.arguments import FrameworkSettings
 from trainer_runs import IMPORTED
+
+from mindspeed_cp.arguments import FrameworkSettings
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
 

@@ -4,10 +4,10 @@ import argparse
 
 import pytest
 from flags import MODEL, make_parser, parse
-from mindspeed_cp.arguments import FrameworkSettings, add_context_parallel_arguments, config_from_args, validate
-from mindspeed_cp.arguments.mindspeed_flags import WithoutEffect
 
 from mindspeed_cp import ContextParallelConfig
+from mindspeed_cp.arguments import FrameworkSettings, add_context_parallel_arguments, config_from_args, validate
+from mindspeed_cp.arguments.mindspeed_flags import WithoutEffect
 from mindspeed_cp.settings.notices import ContextParallelWarning
 from mindspeed_cp.settings.setting import declarations
 
