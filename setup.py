@@ -40,7 +40,6 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

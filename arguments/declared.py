@@ -2,7 +2,6 @@
 
 from mindspeed_cp.arguments.border import AdaptorSettings, BorderSettings
 from mindspeed_cp.arguments.mindspeed_flags import WithoutEffect
-
 from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.setting import Setting, declarations
 from mindspeed_cp.settings.training_setup import TrainingSetup

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from mindspeed_cp.arguments.declared import our_flags
-
 from mindspeed_cp.settings.setting import Setting
 
 HEAD = "| flag | default | choices | rule |\n|---|---|---|---|\n"

@@ -9,10 +9,10 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import yaml
+
 from mindspeed_cp.arguments import declared
 from mindspeed_cp.arguments.algorithm import two_levels
 from mindspeed_cp.arguments.mindformers import KNOWN
-
 from mindspeed_cp.settings.algorithms import ALGORITHMS, algorithm_named
 from mindspeed_cp.settings.rules import listed
 from mindspeed_cp.settings.setting import Setting

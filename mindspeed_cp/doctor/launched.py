@@ -15,7 +15,7 @@ from mindspeed_cp.doctor import environment, launch
 from mindspeed_cp.doctor.finding import Finding, problem
 from mindspeed_cp.doctor.installed import ask
 from mindspeed_cp.kernels import select_kernel
-from mindspeed_cp.kernels.base import AttentionKernel, memory_order
+from mindspeed_cp.kernels.base import AttentionKernel
 from mindspeed_cp.planner import megatron_flags
 from mindspeed_cp.planner.memory import attention_bytes
 from mindspeed_cp.planner.trace import Problem, trace
@@ -150,7 +150,7 @@ def cost(
     passes = [trace(config, layer, rank) for rank in ranks]
     forward, backward = (max(sum(each[way].sent.values()) for each in passes) for way in (0, 1))
     yield Finding("ok", f"a layer sends {_size(forward)} forward and {_size(backward)} backward, per rank")
-    order = memory_order(kernel, layer.dtype)
+    order = kernel.memory_order(layer.dtype)
     saved = max(attention_bytes(config, layer, rank, order).saved for rank in ranks)
     layers = -(-setup.num_layers // setup.pipeline_parallel_size)
     again = setup.recomputes_attention and not config.keep_attention

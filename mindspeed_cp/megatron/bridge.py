@@ -48,7 +48,7 @@ class CoreAttention:
     dropout_p: float = 0.0
     window: tuple[int, int] | None = None
     softmax_offset: torch.Tensor | None = None
-    rng: Callable[[], AbstractContextManager] = nullcontext
+    rng: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 def attention(
@@ -228,7 +228,7 @@ def _with_mask(config: ContextParallelConfig, attention_mask_type: Any) -> Conte
     return replace(config, attention_mask_type=attention_mask_type)
 
 
-def _four_dimensional(mask, batch):
+def _four_dimensional(mask: torch.Tensor, batch: int) -> torch.Tensor:
     """The mask as (batch or 1, 1, S, S); a mask of keys alone is broadcast over the queries."""
     if mask.dim() == 2:
         mask = mask[None, None]
@@ -240,11 +240,11 @@ def _four_dimensional(mask, batch):
     return mask.expand(-1, -1, mask.shape[3], -1) if mask.shape[2] == 1 and mask.shape[3] > 1 else mask
 
 
-def _as_bool(mask):
+def _as_bool(mask: torch.Tensor) -> torch.Tensor:
     return mask if mask.dtype == torch.bool else mask.bool()
 
 
-def layer_window(window_size, skip_freq, layer_number):
+def layer_window(window_size: Any, skip_freq: Any, layer_number: int) -> tuple[int, int] | None:
     """The sliding window of one layer, None for full attention.
 
     Args:
@@ -256,6 +256,7 @@ def layer_window(window_size, skip_freq, layer_number):
     if window_size is None:
         return None
     if skip_freq is None:
-        return tuple(window_size)
+        return window_size[0], window_size[1]
     windowed = skip_freq[layer_number - 1] if isinstance(skip_freq, (list, tuple)) else layer_number % skip_freq != 0
-    return tuple(window_size) if windowed else None
+    left, right = window_size
+    return (left, right) if windowed else None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mindspeed_cp.arguments import FrameworkSettings
+from mindspeed_cp.arguments.settings import Resolved
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.megatron.scopes import SINGLE
 from mindspeed_cp.settings.config import ContextParallelConfig
@@ -33,7 +34,7 @@ class OpenDecision:
     def names_algorithm(self) -> bool:
         return self.settings.names_algorithm or self.comm_type is not None or self.sizes is not None
 
-    def resolved(self, cp_size: int):
+    def resolved(self, cp_size: int) -> Resolved:
         comm_type = self.comm_type or ("a2a+p2p" if self.sizes else None)
         return self.settings.resolve(
             context_parallel_size=cp_size,

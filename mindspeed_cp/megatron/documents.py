@@ -47,7 +47,7 @@ def places_in_documents(positions: torch.Tensor, boundaries: Sequence[int]) -> t
     return positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
 
 
-def documents_of_rows(cu_seqlens) -> Documents:
+def documents_of_rows(cu_seqlens: Any) -> Documents:
     """Boundaries that a caller passes: a tensor or ints, for all rows or one row for each."""
     rows = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else [*cu_seqlens]
     if all(isinstance(row, int) for row in rows):
@@ -67,14 +67,15 @@ class BoundaryCache:
         known = self._read.get(cu_seqlens)
         if known is None or known[0] != version:
             self._read[cu_seqlens] = known = (version, tuple(cu_seqlens.flatten().tolist()))
-        return known[1]
+        boundaries: tuple[int, ...] = known[1]
+        return boundaries
 
-    def padded(self, params) -> tuple[int, ...]:
+    def padded(self, params: Any) -> tuple[int, ...]:
         """Where the documents of PackedSeqParams begin and, padding included, end."""
         padded = params.cu_seqlens_q_padded
         return self.boundaries(params.cu_seqlens_q if padded is None else padded)
 
-    def documents(self, params, seq_len: int | None = None) -> tuple[int, ...]:
+    def documents(self, params: Any, seq_len: int | None = None) -> tuple[int, ...]:
         """Boundaries of PackedSeqParams, padding included.
 
         With padded boundaries the tokens of a document are followed by its padding; the padding becomes a document of
@@ -158,7 +159,8 @@ class MaskCache:
         self._entries = {known: entry for known, entry in self._entries.items() if entry[0]() is not None}
         if key not in self._entries:
             self._entries[key] = (weakref.ref(mask), examine_mask(as_bool()))
-        return self._entries[key][1]
+        facts: MaskFacts = self._entries[key][1]
+        return facts
 
     def clear(self) -> None:
         self._entries.clear()

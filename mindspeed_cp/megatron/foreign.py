@@ -7,7 +7,7 @@ r: rows of the batch, s: tokens of this rank, S: of the whole sequence.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
@@ -32,7 +32,8 @@ WAY_OUT = (
     "split whole batches with Megatron's get_batch_on_this_cp_rank or with megatron_adaptor.state().shard_batch, or "
     "declare how they arrive with --cp-batch-layout zigzag or contiguous (cp_partition_mode in a framework's settings)"
 )
-Patterns = OrderedDict[Any, tuple[SequenceLayout, Documents | None]]
+Found = tuple[SequenceLayout, Documents | None]
+Patterns = OrderedDict[Any, Found]
 
 
 class Foreign:
@@ -72,8 +73,8 @@ class Foreign:
             documents = documents_of_tokens(whole.view(-1, layout.seq_len), ends() if callable(ends) else ends)
         return MicroBatch(layout, documents, scope, waits_for_documents=True)
 
-    def _of_ids(self, scope: Scope, rows: torch.Tensor, declared: str) -> tuple[SequenceLayout, Documents | None]:
-        def found(everyone: list[torch.Tensor]) -> tuple[SequenceLayout, Documents | None]:
+    def _of_ids(self, scope: Scope, rows: torch.Tensor, declared: str) -> Found:
+        def found(everyone: list[torch.Tensor]) -> Found:
             layout = _layout_of_rows(scope.config, everyone, declared)
             whole = layout.unshard([mine.to(torch.long) for mine in everyone], dim=1)
             return layout, documents_of_position_ids(whole)
@@ -95,12 +96,12 @@ class Foreign:
             ValueError: they fit none of the ways in which packed documents are cut.
         """
 
-        def found(everyone: list[torch.Tensor]) -> tuple[SequenceLayout, Documents | None]:
+        def found(everyone: list[torch.Tensor]) -> Found:
             return _layout_of_packed(scope, [mine[0] for mine in everyone], padded, documents, preferred), None
 
         return self._once((scope.config, padded, documents, preferred), scope, ids.reshape(1, -1), found)[0]
 
-    def _once(self, key: Any, scope: Scope, rows: torch.Tensor, found: Any) -> Any:
+    def _once(self, key: Any, scope: Scope, rows: torch.Tensor, found: Callable[[list[torch.Tensor]], Found]) -> Found:
         """``found`` of all ranks' position ids, once for each pattern of theirs."""
         group, device = scope.group, collective_device(scope.group)
         mine = _fingerprint(rows).to(device)

@@ -8,12 +8,12 @@ from typing import Literal
 
 import pytest
 from flags import make_parser, parse
-from mindspeed_cp.arguments import FrameworkSettings, compared_arguments, compared_config, config_from_args, declared
-from mindspeed_cp.arguments.documentation import flag_table, with_table
-from mindspeed_cp.arguments.launch import misspelt
 from trainer.fuzz import draw
 
 from mindspeed_cp import ContextParallelConfig
+from mindspeed_cp.arguments import FrameworkSettings, compared_arguments, compared_config, config_from_args, declared
+from mindspeed_cp.arguments.documentation import flag_table, with_table
+from mindspeed_cp.arguments.launch import misspelt
 from mindspeed_cp.settings.notices import ContextParallelWarning
 from mindspeed_cp.settings.setting import declarations, setting
 
