@@ -49,9 +49,12 @@ def test_groups_of_ranks_that_ask_for_different_ones_stop_before_any_is_made(ver
 
 @pytest.mark.megatron
 def test_megatron_stops_before_it_makes_a_group_and_starts_once_the_settings_agree():
-    for rank, (differ, refused, cp_size, started) in enumerate(
+    for rank, (ids, ends, kernel, differ, refused, cp_size, started) in enumerate(
         run_ranks(2, agreement_runs.start_megatron, fresh=True, imported=IMPORTED)
     ):
+        assert "documents_from_position_ids is True on rank 0 and False on rank 1" in ids
+        assert "end_of_document is 0 on rank 0 and 1 on rank 1" in ends
+        assert "--cp-kernel is cpu on rank 0 and blockwise on rank 1" in kernel
         assert "--lr is 0.1 on rank 0 and 0.2 on rank 1" in differ and "give all ranks the same" in differ
         assert "on rank 1: " in refused and "--context-parallel-size 4" in refused and "rank 0 can work" in refused
         assert "--context-parallel-size is 2 on rank 0 and 1 on rank 1" in cp_size
