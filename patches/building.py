@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from mindspeed_cp.patches.rows import patch
-from mindspeed_cp.patches.versions import MEGATRONS, minor
-
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.census import Census
+from mindspeed_cp.patches.rows import patch
+from mindspeed_cp.patches.versions import MEGATRONS, minor
 
 
 @patch(

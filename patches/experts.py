@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mindspeed_cp.patches.rows import absent, arguments_of, patch
 
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import record_of_length
 from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.patches.rows import absent, arguments_of, patch
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.notices import warn_rank0
 
@@ -94,7 +94,7 @@ def _share(scope: Scope, config: Any, share: float | torch.Tensor, padding_mask:
     "counts 1 / cp of what it counts without context parallelism",
 )
 def switch_load_balancing_loss_func(
-    adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any
+    adaptor: Adaptor, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
 ) -> torch.Tensor:
     loss, now = original(*args, **kwargs), _NOW.get()
     if now is None:
@@ -128,7 +128,7 @@ def get_tokens_per_expert_and_token_count(
     ),
 )
 def sequence_load_balancing_loss_func(
-    adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any
+    adaptor: Adaptor, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
 ) -> torch.Tensor:
     now = _NOW.get()
     if now is None:

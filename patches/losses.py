@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mindspeed_cp.patches.rows import patch
 
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.losses import counts_are_added
 from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.patches.rows import patch
 
 
 @patch(

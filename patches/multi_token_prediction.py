@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mindspeed_cp.patches.computing import computes_over, computing_over
-from mindspeed_cp.patches.rows import absent, arguments_of, patch, signature_of
 
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import record_of_length
 from mindspeed_cp.megatron.packed import packed_batch
 from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.patches.computing import computes_over, computing_over
+from mindspeed_cp.patches.rows import absent, arguments_of, patch, signature_of
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.sequence.sharding import gather_sequence
 

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mindspeed_cp.patches.computing import computes_over, computing_over
-from mindspeed_cp.patches.rows import patch
 
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import record_of_length
 from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.patches.computing import computes_over, computing_over
+from mindspeed_cp.patches.rows import patch
 
 T5 = "megatron.core.models.T5.t5_model"
 REASON = "learned positions count from the first token that a rank holds, and not from that of the sequence"

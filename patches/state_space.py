@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mindspeed_cp.patches.computing import computes_over, computing_over
-from mindspeed_cp.patches.rows import absent, patch
 
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import record_of_length
 from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.patches.computing import computes_over, computing_over
+from mindspeed_cp.patches.rows import absent, patch
 from mindspeed_cp.sequence.layout import SequenceLayout
 
 CONTEXT_PARALLEL = "megatron.core.ssm.mamba_context_parallel"
@@ -27,7 +27,7 @@ ORDER = "the batch may have another layout than Megatron's zigzag over the whole
     f"{MIXER}.pre_conv_ssm", reason="Megatron's all-to-all of state-space layers takes equal lengths only", when=WITHOUT
 )
 def pre_conv_ssm(
-    adaptor: Adaptor, original: Callable[..., Any], self: Any, input_: torch.Tensor, *args: Any, **kwargs: Any
+    adaptor: Adaptor, original: Callable[..., torch.Tensor], self: Any, input_: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
     scope = adaptor.scopes.of(self.cp_group)
     if not scope.alone:
@@ -37,14 +37,21 @@ def pre_conv_ssm(
 
 
 @patch(f"{MIXER}.post_conv_ssm", reason="the order of the batch is that of the layer's own group", when=WITHOUT)
-def post_conv_ssm(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+def post_conv_ssm(
+    adaptor: Adaptor, original: Callable[..., torch.Tensor], self: Any, *args: Any, **kwargs: Any
+) -> torch.Tensor:
     with computing_over(adaptor.scopes.of(self.cp_group)):
         return original(self, *args, **kwargs)
 
 
 @patch(f"{CONTEXT_PARALLEL}._undo_attention_load_balancing", reason=ORDER, when=WITHOUT)
 def undo_attention_load_balancing(
-    adaptor: Adaptor, original: Callable[..., Any], input_: torch.Tensor, cp_size: int, *args: Any, **kwargs: Any
+    adaptor: Adaptor,
+    original: Callable[..., torch.Tensor],
+    input_: torch.Tensor,
+    cp_size: int,
+    *args: Any,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """(S, b, h), rank after rank -> the same in the order of the sequence."""
     scope = computes_over()
@@ -55,7 +62,12 @@ def undo_attention_load_balancing(
 
 @patch(f"{CONTEXT_PARALLEL}._redo_attention_load_balancing", reason=ORDER, when=WITHOUT)
 def redo_attention_load_balancing(
-    adaptor: Adaptor, original: Callable[..., Any], input_: torch.Tensor, cp_size: int, *args: Any, **kwargs: Any
+    adaptor: Adaptor,
+    original: Callable[..., torch.Tensor],
+    input_: torch.Tensor,
+    cp_size: int,
+    *args: Any,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """(S, b, h) in the order of the sequence -> the same, rank after rank."""
     scope = computes_over()

@@ -449,9 +449,6 @@ class Adaptor:
         scope = self.current if of is None or self.alone else batches.scope_of_part(self, of)
         return share_of(count, scope)
 
-    def micro_batch(self, local_len: int) -> MicroBatch:
-        return batches.record_of_length(self, self.current, local_len)
-
     def gather_size_calculator(self) -> Any:
         """The calculator object of --gather-size-calculator, None for the aligned default."""
         return _calculator("default" if self.setup is None else self.setup.gather_size_calculator)

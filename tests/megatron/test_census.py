@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mindspeed_cp.patches import building
 
 from mindspeed_cp.megatron import census
 from mindspeed_cp.megatron.sources import read_by, reading
+from mindspeed_cp.patches import building
 from mindspeed_cp.settings.notices import ContextParallelWarning
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
