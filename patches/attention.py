@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mindspeed_cp.attention.exchanged import exchange_around
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.bridge import CoreAttention, attention, layer_window
 from mindspeed_cp.megatron.scopes import OWN, checked_group, named_group, own_group
@@ -193,7 +194,8 @@ def _attended(
             "rank, and context parallelism needs equal lengths, split alike; pad both to one length, or use "
             "--context-parallel-size 1."
         )
-    return attend()(adaptor, scope, core, query, key, value, attention_mask, packed_seq_params, asked)
+    around = None if scope.alone else exchange_around(module)
+    return attend()(adaptor, scope, core, query, key, value, attention_mask, packed_seq_params, asked, around)
 
 
 @cache

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mindspeed_cp.attention.entry import context_parallel_attention
+from mindspeed_cp.attention.exchanged import Exchanged
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.megatron.batches import record_of_length
 from mindspeed_cp.megatron.packed import packed_batch
@@ -61,6 +62,7 @@ def attention(
     attention_mask: torch.Tensor | None = None,
     packed_seq_params: Any = None,
     others: Mapping[str, Any] | None = None,
+    around: Exchanged | None = None,
 ) -> torch.Tensor:
     """Attention of the whole sequence for this rank's queries.
 
@@ -68,6 +70,7 @@ def attention(
         scope: over which ranks the module computes.
         packed_seq_params: Megatron's PackedSeqParams, or None.
         others: whatever else core attention was called with; a gather-size calculator gets it as it is.
+        around: the exchange of a UlyssesContextAttention around this module, None without.
 
     Returns:
         (s, b, n * dv), or (s, n * dv) for tensors without batch.
@@ -75,10 +78,10 @@ def attention(
     without_batch = query.dim() == 3
     if without_batch:
         query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+    call = Call(adaptor, scope, core, (query, key, value), around)
     if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
-        record = _packed_record(adaptor, scope, packed_seq_params, query.shape[0])
-        causal = core.causal and not _asked_for_full(scope)
-        out = _attend(adaptor, scope, core, (query, key, value), record, causal=causal)
+        record = _packed_record(call, packed_seq_params)
+        out = _attend(call, record, causal=core.causal and not _asked_for_full(scope))
     else:
         if packed_seq_params is not None and not adaptor.sizes:
             check_local_size(packed_seq_params, scope.size)
@@ -90,15 +93,33 @@ def attention(
         size = calculator and calculator.calculate(
             attention_mask, packed_seq_params=packed_seq_params, **(others or {})
         )
-        out = _unpacked(adaptor, scope, core, (query, key, value), attention_mask, size)
+        out = _unpacked(call, attention_mask, size)
     return out.flatten(2).squeeze(1) if without_batch else out.flatten(2)
 
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # query, key, value
 
 
-def _packed_record(adaptor: "Adaptor", scope: Scope, params: Any, rows: int) -> MicroBatch:
+@dataclass(frozen=True)
+class Call:
+    """One call of core attention: the arguments of ``attention``, tensors with their batch."""
+
+    adaptor: "Adaptor"
+    scope: Scope
+    core: CoreAttention
+    tensors: Tensors
+    around: Exchanged | None
+
+    @property
+    def rows(self) -> int:
+        """How many tokens this rank holds of the sequence."""
+        seen = self.tensors[0].shape[0]
+        return seen if self.around is None else self.around.local_length(seen)
+
+
+def _packed_record(call: Call, params: Any) -> MicroBatch:
     """The record of packed documents: each query sees its own, all of it or what lies before."""
+    adaptor, scope, rows = call.adaptor, call.scope, call.rows
     record = adaptor.running_in(scope)
     if record is None or record.documents is None:
         record = packed_batch(adaptor, scope, params, rows, record=record)
@@ -113,22 +134,15 @@ def _asked_for_full(scope: Scope) -> bool:
     return not scope.alone and scope.config.attention_mask_type == "full"
 
 
-def _unpacked(
-    adaptor: "Adaptor",
-    scope: Scope,
-    core: CoreAttention,
-    tensors: Tensors,
-    attention_mask: torch.Tensor | None,
-    gather_size: int | None,
-) -> torch.Tensor:
-    rows = tensors[0].shape[0]
+def _unpacked(call: Call, attention_mask: torch.Tensor | None, gather_size: int | None) -> torch.Tensor:
+    adaptor, core = call.adaptor, call.core
     if attention_mask is None:
-        record = _record(adaptor, scope, rows, gather_size)
-        causal = (core.causal or record.documents is not None) and not _asked_for_full(scope)
-        return _attend(adaptor, scope, core, tensors, record, causal=causal)
-    mask = _checked_mask(adaptor, attention_mask, tensors[0])
+        record = _record(call, gather_size)
+        causal = (core.causal or record.documents is not None) and not _asked_for_full(call.scope)
+        return _attend(call, record, causal=causal)
+    mask = _checked_mask(adaptor, attention_mask, call.tensors[0])
     size = mask.shape[-1] if gather_size is None else gather_size
-    record = _record(adaptor, scope, rows, size, mask=attention_mask)
+    record = _record(call, size, mask=attention_mask)
     layout = replace(record, documents=None)
     facts = adaptor.masks.facts(attention_mask, lambda: _as_bool(mask), adaptor.forward_pass)
     if core.window is not None:
@@ -137,11 +151,11 @@ def _unpacked(
                 "window_size replaces the attention mask of the batch, as in Megatron's own local attention; "
                 "leave out --reset-attention-mask, or window_size."
             )
-        return _attend(adaptor, scope, core, tensors, layout, causal=False)
+        return _attend(call, layout, causal=False)
     if facts.documents is None:
-        return _attend(adaptor, scope, core, tensors, layout, causal=False, mask=_as_bool(mask))
+        return _attend(call, layout, causal=False, mask=_as_bool(mask))
     # The mask is the batch's, and wins over every flag: it is causal within these documents.
-    return _attend(adaptor, scope, core, tensors, replace(record, documents=facts.documents), causal=True)
+    return _attend(call, replace(record, documents=facts.documents), causal=True)
 
 
 def _checked_mask(adaptor: "Adaptor", attention_mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -159,15 +173,14 @@ def _partial_mask(adaptor: "Adaptor", attention_mask: torch.Tensor) -> ValueErro
     )
 
 
-def _record(
-    adaptor: "Adaptor", scope: Scope, rows: int, seq_len: int | None, mask: torch.Tensor | None = None
-) -> MicroBatch:
-    """The record of the batch, of which this rank has ``rows`` tokens.
+def _record(call: Call, seq_len: int | None, mask: torch.Tensor | None = None) -> MicroBatch:
+    """The record of the batch.
 
     Args:
         seq_len: length of the whole sequence where a mask or a calculator says it, else None.
         mask: the mask that says it.
     """
+    adaptor, scope, rows = call.adaptor, call.scope, call.rows
     if scope.alone:
         return MicroBatch(built(scope.config, rows), None, scope)
     active = adaptor.running_in(scope)
@@ -180,31 +193,25 @@ def _record(
     return MicroBatch(adaptor.layout(int(seq_len), scope=scope), None, scope)
 
 
-def _attend(
-    adaptor: "Adaptor",
-    scope: Scope,
-    core: CoreAttention,
-    tensors: Tensors,
-    record: MicroBatch,
-    *,
-    causal: bool,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
+def _attend(call: Call, record: MicroBatch, *, causal: bool, mask: torch.Tensor | None = None) -> torch.Tensor:
+    adaptor, scope, core = call.adaptor, call.scope, call.core
+    computed = scope.config, scope.groups, record.layout
+    config, groups, layout = computed if call.around is None else call.around.alone(*computed)
     window: tuple[int | None, int | None] | None = core.window
     if window is not None:
         left, right = (None if side is None or side < 0 else side for side in window)
         causal = right == 0 or (right is None and causal)
         window = (left, None if causal else right)
-    query, key, value = tensors
+    query, key, value = call.tensors
     documents = record.documents
     with core.rng() if core.dropout_p else nullcontext():
         return context_parallel_attention(
             query,
             key,
             value,
-            config=effective_config(scope.config, "causal" if causal else "full"),
-            groups=scope.groups,
-            layout=record.layout,
+            config=effective_config(config, "causal" if causal else "full"),
+            groups=groups,
+            layout=layout,
             softmax_scale=core.softmax_scale,
             attention_mask=mask,
             cu_seqlens=documents[0] if documents is not None and len(documents) == 1 else documents,

@@ -131,7 +131,7 @@ def test_a_mask_that_was_filled_anew_without_a_new_version_is_examined_again():
 def test_a_mask_is_examined_once_in_a_forward_pass(monkeypatch):
     real, examined, adaptor = documents.examine_mask, [], adaptor_of()
     monkeypatch.setattr(documents, "examine_mask", lambda mask: examined.append(1) or real(mask))
-    monkeypatch.setattr(bridge, "_attend", lambda adaptor, scope, core, tensors, *rest, **named: tensors[0])
+    monkeypatch.setattr(bridge, "_attend", lambda call, *rest, **named: call.tensors[0])
     mask, query = torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1), torch.zeros(4, 1, 2, 8)
     for _ in range(2):  # passes
         adaptor.forward_pass_begins()
