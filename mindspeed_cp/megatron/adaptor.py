@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from mindspeed_cp.arguments import FrameworkSettings
 from mindspeed_cp.attention.kept import KeptAttention
-from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.comm.groups import ContextParallelGroups, PoolKey
 from mindspeed_cp.comm.step_log import ContextParallelLog
 from mindspeed_cp.megatron import batches, splitting
 from mindspeed_cp.megatron.decision import OpenDecision, Settings, regrouped
@@ -82,7 +82,7 @@ class Adaptor:
         self.timeout: timedelta | None = None
         self.embedded: dict[int, SequenceLayout] = {}
         self.computes_alone, self.documents_by_hand, self._passes = False, False, 0
-        self._pool: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+        self._pool: dict[PoolKey, dist.ProcessGroup] = {}
         self.on_change: list[Callable[[], None]] = []
         self._say, self._check, self._is_checked = say, check, False
         self._announced: ContextParallelConfig | None = None
