@@ -117,6 +117,51 @@ def foreign(rank):
     return found
 
 
+def padded(rank):
+    """name -> difference of two rows, the second of them padded, in each way in which frameworks count padding."""
+    batch, found = batch_of(PLAIN * 2, seq=SEQ), {}
+    real = {
+        "left": torch.arange(SEQ) >= torch.tensor([[5], [9]]),
+        "right": torch.arange(SEQ) < torch.tensor([[15], [9]]),
+    }
+    for side, mask in real.items():
+        places = mask.cumsum(1) - 1
+        ways = {
+            "zeros": places * mask,
+            "ones": places.where(mask, 1),
+            "clipped": places.clamp(min=0),
+            "counted on": places,
+        }
+        for way, ids in ways.items():
+            rows = batch | {"position_ids": ids, "loss_mask": batch["loss_mask"] * mask}
+            with groups({}, cp_size=1):
+                whole = expected_of(PLAIN * 2, masked=False, batch=rows)
+            with groups(ALGORITHMS["ulysses"], cp_size=2):
+                for name, held in {"zigzag": zigzag(rank), "contiguous": contiguous(rank)}.items():
+                    found[side, way, name] = of_part(build(2), cut(rows, held), held, whole)
+    return found
+
+
+def beginnings(rank):
+    """name -> difference of a copy of one of two batches that one rank holds the same part of."""
+    from mindspeed_cp import megatron_adaptor
+
+    batch, found = batch_of(DOCUMENTS, seq=SEQ), {}
+    other = {name: tensor.clone() for name, tensor in batch.items()}
+    other["tokens"][:, SEQ // 2 :], other["labels"][:, SEQ // 2 :] = 1, 2
+    whole, state = alone_of(DOCUMENTS), megatron_adaptor.state()
+    with groups(ALGORITHMS["ulysses"], cp_size=2):
+        model, held = build(2), contiguous(rank)
+        local = state.shard_batch(batch, cu_seqlens=DOCUMENTS[0])
+        later = state.shard_batch(other, cu_seqlens=(0, 9, SEQ))
+        copy = {name: tensor.clone() for name, tensor in local.items()}
+        found["a common beginning"] = of_part(model, copy, held, whole)
+        again = state.shard_batch(batch, cu_seqlens=(0, 9, SEQ))
+        found["equal batches"] = told(losses_of, model, copy)
+        del later, again
+    return found
+
+
 def handed_over(rank):
     """name -> difference of batches whose document ends are set beside them, in every order that MindSpeed allows."""
     from mindspeed_cp.compat.handed import set_actual_seq_len
@@ -261,6 +306,43 @@ def _attention_without_groups():
     DotProductAttention(config, 1, AttnMaskType.causal, "self")
 
 
+def _overlapping(rank):
+    """Whether a pattern of position ids that one rank knows of another group leaves the others waiting."""
+    from mindspeed_cp import megatron_adaptor
+
+    state = megatron_adaptor.state()
+    state.reset()
+    configure({"algorithm": "megatron_cp_algo"}, 2)
+    wrong = 0.0
+    for members in ([0, 1], [0, 2]):
+        group = dist.new_group(members)
+        if rank in members:
+            scope = state.scopes.of(group)
+            held = contiguous(scope.rank)
+            layout = state.foreign.record(state, scope, held, None, "").layout
+            wrong += float((layout.positions(scope.rank) - held).abs().max())
+    return {"groups that overlap": wrong}
+
+
+def _ended():
+    """Largest difference of attention over groups of the same ranks, each made when the one before was ended."""
+    from mindspeed_cp import context_parallel_attention, megatron_adaptor
+
+    state, wrong = megatron_adaptor.state(), 0.0
+    state.reset()
+    configure({"algorithm": "hybrid_cp_algo", "ulysses_degree": 2}, 4)
+    ones = torch.ones(4, 1, 4, 8)
+    for _ in range(2):
+        group = dist.new_group(list(range(4)))
+        scope = state.scopes.of(group)
+        layout = state.layout(16, scope=scope)
+        out = context_parallel_attention(ones, ones, ones, config=scope.config, groups=scope.groups, layout=layout)
+        wrong = max(wrong, float((out - 1).abs().max()))
+        dist.destroy_process_group(group)
+    assert len(state.scopes.items()) == 1
+    return {"groups that were ended": wrong}
+
+
 def collections(rank):
     """name -> difference of models whose groups come in a ProcessGroupCollection alone."""
     import zlib
@@ -308,7 +390,7 @@ def collections(rank):
                 dist.all_reduce(gradient, group=groups_of.cp)
         return losses.detach(), found
 
-    found = {}
+    found = _overlapping(rank) | _ended()
     with collection(1) as one:
         losses, expected = results(1, one)
     cases = {
