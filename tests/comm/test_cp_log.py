@@ -237,7 +237,9 @@ def test_uneven_steps_do_not_make_up_for_each_other():
 
 def training_logs():
     """Version from which on it is so -> a function with the signature of Megatron's training_log."""
-    table = json.loads(Path(__file__).resolve().parents[1].joinpath("helpers/megatron_signatures.json").read_text(encoding="utf-8"))
+    table = json.loads(
+        Path(__file__).resolve().parents[1].joinpath("helpers/megatron_signatures.json").read_text(encoding="utf-8")
+    )
     known = table["patches"]["megatron.training.training.training_log"]["signatures"]
     return {version: eval(f"lambda {text[1:-1]}: iteration + 0.5") for version, text in known.items()}
 
