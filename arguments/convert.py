@@ -89,7 +89,19 @@ def setup_from_args(args, world_size=None):
         else "float16"
         if getattr(args, "fp16", False)
         else None,
+        head_dim=_head_dim(args),
+        micro_batch_size=getattr(args, "micro_batch_size", None) or 1,
     )
+
+
+def _head_dim(args):
+    """Elements of a head, None where the flags leave it open; multi-latent attention has several."""
+    if getattr(args, "multi_latent_attention", False):
+        return None
+    if getattr(args, "kv_channels", None):
+        return args.kv_channels
+    hidden, heads = getattr(args, "hidden_size", None), args.num_attention_heads
+    return hidden // heads if hidden and heads else None
 
 
 def _recomputes_attention(args):

@@ -15,6 +15,7 @@ from mindspeed_cp.patches.batch import batch_patches
 from mindspeed_cp.patches.dynamic import build_sizes, check_launch, dynamic_patches, ranks_of_all
 from mindspeed_cp.patches.experts import expert_patches
 from mindspeed_cp.patches.machine.compiler import outside_compiler
+from mindspeed_cp.patches.machine.hccl import hccl_buffers
 from mindspeed_cp.patches.mamba import mamba_patches
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.models import model_patches
@@ -258,6 +259,7 @@ def _initialize(state, announce):
                 timeout,
                 parallel_state.get_context_parallel_group(),
                 virtual_pipeline=(given.get("virtual_pipeline_model_parallel_size") or 1) > 1,
+                buffers=hccl_buffers(config, state.setup),
             )
             state.is_pipeline = given.get("pipeline_model_parallel_size", 1) > 1
             if not dynamic:

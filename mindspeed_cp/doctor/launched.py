@@ -11,7 +11,7 @@ import torch
 
 from mindspeed_cp.arguments import validate
 from mindspeed_cp.arguments.launch import misspelt
-from mindspeed_cp.doctor import environment, launch
+from mindspeed_cp.doctor import environment, hccl, launch
 from mindspeed_cp.doctor.finding import Finding, problem
 from mindspeed_cp.doctor.installed import ask
 from mindspeed_cp.kernels import select_kernel
@@ -55,7 +55,7 @@ def findings(started: launch.Launch, device: str) -> Iterator[Finding]:
         if found.level != "ok":
             yield found
     try:
-        yield from resolved(args, started.world_size, device)
+        yield from resolved(args, started, device)
         yield from of_megatron(started)
     except ValueError as error:
         yield problem(str(error))
@@ -102,7 +102,7 @@ def import_lines(script: Path) -> tuple[int | None, int | None]:
     return found.get("adaptor"), found.get("megatron")
 
 
-def resolved(args: argparse.Namespace, world_size: int, device: str) -> Iterator[Finding]:
+def resolved(args: argparse.Namespace, started: launch.Launch, device: str) -> Iterator[Finding]:
     """The configuration, what is replaced or ignored, and what a layer sends and keeps.
 
     Raises:
@@ -110,7 +110,7 @@ def resolved(args: argparse.Namespace, world_size: int, device: str) -> Iterator
     """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        config, setup = validate(args, world_size)
+        config, setup = validate(args, started.world_size)
         layout = SequenceLayout.build(config, args.seq_length)
     for notice in dict.fromkeys(str(warning.message) for warning in said):
         ignored = " is ignored" in notice
@@ -123,6 +123,8 @@ def resolved(args: argparse.Namespace, world_size: int, device: str) -> Iterator
     ulysses, window, windows = config.hierarchy
     hierarchy = f"ulysses {ulysses} x window {window} x windows {windows}"
     yield Finding("ok", f"{config.describe()}; {hierarchy}; {tokens} tokens on a rank")
+    if device == "npu":
+        yield from hccl.of_launch(config, setup, started.flags, {**os.environ, **started.environment})
     yield from cost(args, config, setup, select_kernel(args.cp_kernel, device))
 
 

@@ -147,11 +147,17 @@ class AdaptorState:
         timeout: timedelta | None = None,
         cp_group: dist.ProcessGroup | None = None,
         virtual_pipeline: bool = False,
+        buffers: Mapping[str, int] | None = None,
     ) -> None:
         """Make the process groups of ``config`` beside Megatron's own ``cp_group``; collective over the world."""
         self.config = config
         self.groups = ContextParallelGroups.build(
-            config, cp_ranks, timeout=timeout, cp_group=cp_group, virtual_pipeline=virtual_pipeline
+            config,
+            cp_ranks,
+            timeout=timeout,
+            cp_group=cp_group,
+            virtual_pipeline=virtual_pipeline,
+            buffers=buffers,
         )
         self.epoch += 1
         self.forget_batches()

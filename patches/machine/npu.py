@@ -132,6 +132,14 @@ def _core_rows():
         "it refuses sequence parallelism, with which torch's norms work once their parameters are marked",
         None,
     )
+    yield (
+        "megatron.core.utils.local_multi_tensor_l2_norm",
+        _l2_norm,
+        "every release",
+        "a repair of Megatron: without apex its gradient norm asks the device for a number for each parameter, and the "
+        "host waits for each; one reduction for each dtype, and none is asked for",
+        None,
+    )
 
 
 def _checkout_rows():
@@ -237,6 +245,18 @@ class _CopyBack:
 
     def __getattr__(self, name):
         return getattr(self._work, name)
+
+
+def _l2_norm(original):
+    @wraps(original)
+    def local_multi_tensor_l2_norm(chunk_size, noop_flag, tensor_lists, per_tensor, *args):
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for tensor in (tensor for tensors in tensor_lists for tensor in tensors):
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        norms = [torch.stack(torch._foreach_norm(tensors)).float() for tensors in by_dtype.values()]
+        return torch.linalg.vector_norm(torch.cat(norms)).reshape(1), None
+
+    return local_multi_tensor_l2_norm
 
 
 def _capability(original):

@@ -7,10 +7,17 @@ namespace npu; any other one raises NotImplementedError.
 """
 
 import ctypes
+import inspect
+import os
 
 import torch
 
 KEY = "PrivateUse1"
+QUEUE = os.environ.get("TASK_QUEUE_ENABLE", "1") != "0"  # torch_npu's own default is 1
+# Older releases of torch let nobody replace a kernel that was registered from Python.
+OVERRIDE = (
+    {"allow_override": True} if "allow_override" in inspect.signature(torch.library.Library.impl).parameters else {}
+)
 # Kernels of torch_npu that need no operator: they allocate, describe or copy bytes.
 KEPT = {
     "aten::" + name
@@ -24,12 +31,14 @@ KEPT = {
 OPERATORS = {}  # name in the namespace npu -> function over CPU tensors
 calls = []  # names of the operators that ran, when ``record`` is True
 record = False
-host_waits = []  # names of the operators for which the host would have waited for the device
+host_waits = []  # what the host would have waited for: copies to it, values, and blocking copies from pageable memory
 _library = []
 
 
 def cpu_alias(tensor):
-    """A CPU tensor over the memory of an 'npu' tensor."""
+    """A CPU tensor over the memory of an 'npu' tensor, after all that its stream's queue still holds."""
+    if QUEUE:
+        torch.npu.current_stream(tensor.device).synchronize()
     storage = tensor.untyped_storage()
     size = storage.nbytes()
     if not size:
@@ -135,9 +144,15 @@ def _kernel(operator, function):
     return kernel
 
 
+def _note_upload(source, device, non_blocking):
+    if device.type == "npu" and source.device.type == "cpu" and not non_blocking:
+        host_waits.append("to the device")
+
+
 def _copy_(target, source, non_blocking=False):
     if target.device.type == "cpu" and source.device.type == "npu":
         host_waits.append("copy_")
+    _note_upload(source, target.device, non_blocking)
     to, what = (cpu_alias(t) if t.device.type == "npu" else t for t in (target, source))
     with torch._C._AutoDispatchBelowAutograd():
         to.copy_(what)
@@ -155,6 +170,7 @@ def _to_copy(source, *, dtype=None, layout=None, device=None, pin_memory=None, n
     call.device = source.device if device is None else torch.device(device)
     if call.device.type == "cpu" and source.device.type == "npu":
         host_waits.append("to")
+    _note_upload(source, call.device, non_blocking)
     return copy if call.device.type == "cpu" else call.to_npu(copy)
 
 
@@ -259,4 +275,24 @@ def install():
                 function = _kernel(operator, OPERATORS[base]) if base in OPERATORS else _refusal(name)
             else:
                 function = _kernel(operator, ATEN.get(name, operator))
-            libraries[namespace].impl(name, function, KEY, allow_override=True)
+            try:
+                libraries[namespace].impl(name, function, KEY, **OVERRIDE)
+            except RuntimeError as error:  # torch_npu's own kernel from Python stays where none can be replaced
+                if OVERRIDE or "from python" not in str(error):
+                    raise
+
+
+def take_cann_9(torch_npu):
+    """NPU_BED_CANN=9: the way of batch_isend_irecv that torch_npu takes with CANN 9 on 910B and 910C; the stub has no
+    CANN whose version could be read.
+
+    Returns:
+        Whether this release has that way.
+    """
+    if os.environ.get("NPU_BED_CANN") != "9":
+        return False
+    messages = torch_npu.distributed.distributed_c10d
+    if not hasattr(messages, "_CANN_VERSION"):
+        return False
+    messages._CANN_VERSION = True
+    return True
