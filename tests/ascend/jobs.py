@@ -4,11 +4,12 @@ import importlib.util
 import json
 import runpy
 import sys
-from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+
+from cost_jobs import group_buffers, groups_messages, host_waits, step_costs  # noqa: F401  jobs too
 
 
 class Rank(NamedTuple):
@@ -303,67 +304,6 @@ def checkpoint(rank, folder):
     empty = {"w": ShardedTensor.from_rank_offsets("w", torch.zeros(4, device="cuda"), (0, rank.rank, rank.world))}
     loaded = dist_checkpointing.load(empty, folder)
     return bool(torch.equal(loaded["w"].cpu(), piece.cpu())) and loaded["w"].device.type
-
-
-def host_waits(rank, algorithm, packed=False, window=None):
-    """What makes the host wait for the device in the second attention call, forward and backward."""
-    import npu_on_cpu
-    import torch
-
-    from mindspeed_cp import (
-        ContextParallelConfig,
-        ContextParallelGroups,
-        SequenceLayout,
-        context_parallel_attention,
-    )
-
-    rank.join()
-    config = ContextParallelConfig(context_parallel_size=rank.world, algorithm=algorithm)
-    groups, layout = ContextParallelGroups.build(config), SequenceLayout.build(config, 16)
-    leaves = [torch.randn(16 // rank.world, 1, 4, 16, device="cuda").requires_grad_() for _ in range(3)]
-    documents = torch.tensor([0, 5, 16], dtype=torch.int32, device="cuda") if packed else None
-    for _ in range(2):
-        del npu_on_cpu.host_waits[:]
-        out = context_parallel_attention(
-            *leaves, config=config, groups=groups, layout=layout, cu_seqlens=documents, sliding_window=window
-        )
-        out.backward(torch.ones_like(out))
-    return npu_on_cpu.host_waits
-
-
-def step_costs(rank, algorithm="", tp=1, options=None):
-    """What the second training step costs the host: {"waits": {kind: number}, "launches": {operator: number}}."""
-    import npu_on_cpu
-    import tiny_gpt
-
-    seen, step = [], tiny_gpt._step
-
-    def counted(model, optimizer):
-        npu_on_cpu.record = True
-        del npu_on_cpu.host_waits[:], npu_on_cpu.calls[:]
-        result = step(model, optimizer)
-        names = (name.partition("::")[2].partition(".")[0] for name in npu_on_cpu.calls)
-        seen.append({"waits": Counter(npu_on_cpu.host_waits), "launches": Counter(names)})
-        return result
-
-    rank.join()
-    tiny_gpt._step = counted
-    tiny_gpt.train(algorithm, rank.world // tp, tp, 2, tiny_gpt.Options(**(options or {})))
-    return seen[-1]
-
-
-def group_buffers(rank, folder, buffers):
-    """MB that HCCL was asked for, of each communicator of this rank in the order in which they were made."""
-    import os
-
-    from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
-
-    log = Path(folder, f"communicators-{rank.rank}")
-    os.environ["NPU_STUB_COMMUNICATORS"] = str(log)
-    rank.join()
-    config = ContextParallelConfig(context_parallel_size=4, algorithm="hybrid_cp_algo", ulysses_degree=2)
-    ContextParallelGroups.build(config, buffers=buffers)
-    return sorted(tuple(map(int, line.split()[::2])) for line in log.read_text().splitlines())
 
 
 def schemas(rank):

@@ -126,7 +126,9 @@ def _kernel(operator, function):
                 device = (
                     call.device.index if call.device and call.device.index is not None else torch.npu.current_device()
                 )
-                generator = cpu_generator(torch.npu.default_generators[device])
+                own = torch.npu.default_generators[device]
+                start = own.get_state()
+                generator = cpu_generator(own)
                 if has_generator:
                     if kwargs.get("generator") is None:
                         kwargs["generator"] = generator
@@ -137,6 +139,8 @@ def _kernel(operator, function):
                     try:
                         result = function(*args, **kwargs)
                     finally:
+                        if torch.equal(torch.get_rng_state(), generator.get_state()):
+                            own.set_state(start)  # attention without dropout draws nothing
                         torch.set_rng_state(before)
         call.written()
         return call.to_npu(result)
