@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 
 def host_waits(rank, algorithm, packed=False, window=None):
@@ -69,3 +70,53 @@ def group_buffers(rank, folder, buffers):
     config = ContextParallelConfig(context_parallel_size=4, algorithm="hybrid_cp_algo", ulysses_degree=2)
     ContextParallelGroups.build(config, buffers=buffers)
     return sorted(tuple(map(int, line.split()[::2])) for line in log.read_text().splitlines())
+
+
+def piece_launches(rank):
+    """Operators that are launched for the pieces of one layer that MindSpeed or Ascend's apex fuse.
+
+    Forward and backward of a norm, of rotary embedding on queries and keys, and of a gated activation, as Megatron
+    computes them; one step of Adam on the eight parameters of a layer, and the norm and clipping of their gradients.
+    """
+    import npu_on_cpu
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+    from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
+
+    rank.join()
+    parallel_state.initialize_model_parallel()
+    npu_on_cpu.record = True
+    config = SimpleNamespace(apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=False)
+    frequencies = torch.randn(16, 1, 1, 8, device="cuda")
+
+    def leaf(*shape):
+        return torch.randn(*shape, device="cuda").requires_grad_()
+
+    seed = torch.ones(16, 2, 64, device="cuda")
+
+    def launches(run):
+        run()  # what is made once is made now
+        del npu_on_cpu.calls[:]
+        run()
+        return len(npu_on_cpu.calls)
+
+    norm, rows, heads, gate = torch.nn.RMSNorm(32, device="cuda"), leaf(16, 2, 32), leaf(16, 2, 4, 8), leaf(16, 2, 64)
+    parameters = [leaf(32, 32) for _ in range(8)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    adam = torch.optim.AdamW(parameters, lr=1e-3)
+
+    def clip():
+        norm = get_grad_norm_fp32([parameter.grad for parameter in parameters])
+        clip_grad_by_total_norm_fp32(parameters, 0.5, norm)
+
+    return {
+        "norm": launches(lambda: norm(rows).backward(seed[..., :32])),
+        "rotary": 2
+        * launches(lambda: apply_rotary_pos_emb(heads, frequencies, config).backward(seed[..., :32].view(16, 2, 4, 8))),
+        "swiglu": launches(lambda: bias_swiglu_impl(gate, None).backward(seed[..., :32])),
+        "adam": launches(adam.step),
+        "clip": launches(clip),
+    }

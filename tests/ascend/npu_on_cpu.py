@@ -29,7 +29,7 @@ KEPT = {
     """.split()
 }
 OPERATORS = {}  # name in the namespace npu -> function over CPU tensors
-calls = []  # names of the operators that ran, when ``record`` is True
+calls = []  # names of the operators that a device would have run, when ``record`` is True; a view launches nothing
 record = False
 host_waits = []  # what the host would have waited for: copies to it, values, and blocking copies from pageable memory
 _library = []
@@ -112,9 +112,11 @@ def _kernel(operator, function):
     random = torch.Tag.nondeterministic_seeded in operator.tags
     has_generator = any(argument.name == "generator" for argument in operator._schema.arguments)
 
+    is_view = any(out.alias_info is not None and not out.alias_info.is_write for out in operator._schema.returns)
+
     def kernel(*args, **kwargs):
         call = _Call()
-        if record:
+        if record and not is_view:
             calls.append(operator._name)
         args, kwargs = call.to_cpu(args), {name: call.to_cpu(value) for name, value in kwargs.items()}
         if kwargs.get("pin_memory"):
