@@ -76,7 +76,8 @@ def _tables(outcomes: Sequence[Outcome]) -> Iterator[str]:
     for outcome in outcomes:
         rows = [line for line in outcome.lines if line.startswith("|")]
         if rows:
-            yield from (f"## {outcome.name}", "", outcome.lines[0], "", *rows, "")
+            sizes = next((line for line in outcome.lines if "tokens, for" in line), "")
+            yield from (f"## {outcome.name}", "", sizes, "", *rows, "")
         elif outcome.name.startswith("training"):
             found = [line for line in outcome.lines if re.match(r"[\w ,=-]+: (skipped|failed|\d)", line)]
             yield from (f"## {outcome.name}", "", *(f"* {line}" for line in found), "")

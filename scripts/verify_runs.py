@@ -86,10 +86,6 @@ def training_flags(args):
     return [*TRAINING.split(), *SIZES[args.tiny].split(), "--train-iters", str(steps)]
 
 
-def chosen(args, runs):
-    return [run for run in runs if not args.quick or run.name in QUICK]
-
-
 def train(args, name, flags):
     """Step records of one run of the embedded trainer.
 
@@ -139,12 +135,14 @@ def training(args):
         flags = [*shared, "--context-parallel-size", str(args.ranks // run.tp), *run.flags.split()]
         return gap(train(args, run.name, flags), references[key])
 
-    return max(compared(run.name, lambda run=run: difference(run)) for run in chosen(args, possible(args, args.what)))
+    return max(compared(run.name, lambda run=run: difference(run)) for run in possible(args, args.what))
 
 
 def possible(args, what):
-    """The runs that so many ranks can be shared out for; what is left out is said."""
+    """The runs that are asked for, as far as so many ranks can be shared out for them; what is left out is said."""
     for run in RUNS[what]:
+        if args.quick and run.name not in QUICK:
+            continue
         cp = args.ranks // run.tp
         needs = 4 if "hybrid" in run.name or "double" in run.name else 2
         if what != "alone" and (cp < needs or args.ranks % run.tp):
@@ -199,7 +197,7 @@ def performance(args):
     print(f"{shape.layers} layers of {shape.hidden}, {shape.length} tokens, for {free / 2**30:.2f} GiB free\n")
     steps = f"--train-iters {STEPS} --global-batch-size {args.ranks} --lr 1e-4 --position-embedding-type rope"
     common = [*shape.flags, *steps.split(), "--use-flash-attn", *([] if args.tiny else ["--bf16"])]
-    runs = {run.name: run for run in (Run(DATA_PARALLELISM, ""), *chosen(args, possible(args, "algorithms")))}
+    runs = {run.name: run for run in (Run(DATA_PARALLELISM, ""), *possible(args, "algorithms"))}
 
     def speed(name):
         run = runs[name]

@@ -78,12 +78,19 @@ def test_the_report_holds_machine_table_measurements_and_whole_failures():
     outcomes = [
         Outcome("device and kernel", "look", True, 1, "versions: torch 2\nHCCL_BUFFSIZE=200\nkernel npu\n"),
         Outcome("training, every algorithm", "train", False, 61, "\n".join([*lines, "ring: failed, it ended", "a|b"])),
-        Outcome("performance", "speed", True, 2, "4 layers\n\n| algorithm |\n|---|\n| ring |\nmeasured\n"),
+        Outcome(
+            "performance",
+            "speed",
+            True,
+            2,
+            "a warning\n4 layers of 64, 256 tokens, for 1 GiB\n\n| algorithm |\n|---|\n| ring |\nmeasured\n",
+        ),
     ]
     text = report("npu", 8, False, outcomes)
     assert text.startswith("# mindspeed_cp on npu: 1 failed\n")
     assert "HCCL_BUFFSIZE=200" in text and "| device and kernel | pass | 1 s | kernel npu |" in text
     assert "| training, every algorithm | **FAIL** | 61 s | a/b |" in text
+    assert "\n4 layers of 64, 256 tokens, for 1 GiB\n" in text
     assert "* ring: failed, it ended" in text and "| algorithm |\n|---|\n| ring |" in text
     failure = text[text.index("## Failed: training, every algorithm") :]
     assert "$ train" in failure and "line 199" in failure and "line 60" in failure and "line 10\n" not in failure
