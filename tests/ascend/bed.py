@@ -100,8 +100,13 @@ class Server:
         return answer["results"]
 
     def close(self):
+        """End the server; what its libraries do at their end is nobody's result, so it gets a few seconds for that."""
         self._process.stdin.close()
-        self._process.wait(timeout=20)
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 class JobFailed(AssertionError):

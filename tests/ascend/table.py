@@ -105,8 +105,10 @@ def outcomes(queue: str) -> dict[str, str]:
 
 
 def run(path: Path) -> int:
-    result = {queue: outcomes(queue) for queue in QUEUES}
-    path.write_text(json.dumps({bed.RELEASE: result}, indent=1))
+    result = {}
+    for queue in QUEUES:
+        result[queue] = outcomes(queue)
+        path.write_text(json.dumps({bed.RELEASE: result}, indent=1))
     failed = [
         f"queue {queue}, {name}: {said}"
         for queue, each in result.items()
