@@ -58,6 +58,40 @@ def test_buffers_follow_from_what_the_launch_says():
     assert buffers_of(config("hybrid_cp_algo", ulysses_degree=2), replace(setup, head_dim=None)) == {}
 
 
+def test_the_adaptor_asks_for_them_on_hccl_unless_the_user_has(monkeypatch):
+    from mindspeed_cp.patches.machine import hccl as machine
+
+    setup = TrainingSetup(num_attention_heads=32, seq_length=131072, head_dim=128, half_precision="bfloat16")
+    hybrid = config("hybrid_cp_algo", ulysses_degree=2)
+    monkeypatch.delenv("HCCL_BUFFSIZE", raising=False)
+    for backend, found in (("hccl", {"ulysses": 385, "ring": 257}), ("cpu:gloo,npu:hccl", None), ("gloo", {})):
+        monkeypatch.setattr(machine.dist, "get_backend", lambda backend=backend: backend)
+        assert machine.hccl_buffers(hybrid, setup) == (buffers_of(hybrid, setup) if found is None else found)
+    monkeypatch.setattr(machine.dist, "get_backend", lambda: "hccl")
+    assert machine.hccl_buffers(hybrid, None) == {}
+    monkeypatch.setenv("HCCL_BUFFSIZE", "400")
+    assert machine.hccl_buffers(hybrid, setup) == {}
+
+
+@pytest.mark.parametrize(
+    "flags, dim",
+    [
+        ("--hidden-size 4096 --num-attention-heads 32", 128),
+        ("--hidden-size 4096 --num-attention-heads 32 --kv-channels 64", 64),
+        ("--hidden-size 4096 --num-attention-heads 32 --multi-latent-attention", None),
+        ("--num-attention-heads 32", None),
+    ],
+)
+def test_the_flags_say_how_large_a_head_is(flags, dim):
+    from mindspeed_cp.arguments import validate
+
+    from mindspeed_cp.planner.megatron_flags import parsed
+
+    line = f"{flags} --context-parallel-size 4 --seq-length 512 --micro-batch-size 3 --use-flash-attn".split()
+    _, setup = validate(parsed(line)[0], 4)
+    assert (setup.head_dim, setup.micro_batch_size) == (dim, 3)
+
+
 def told(environment=(), shape=SHAPE, cp_config=None, **more):
     found = list(hccl.findings(cp_config or config("ulysses_cp_algo"), shape, dict(environment), **more))
     return {
