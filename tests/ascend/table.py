@@ -129,11 +129,10 @@ def table(paths: list[Path]) -> list[str]:
 
 
 def cell(queues: dict[str, dict[str, str]], name: str) -> str:
-    passed = [queue for queue, found in queues.items() if found.get(name) == "yes"]
-    if passed == list(QUEUES):
-        return "0, 1, 2"
-    said = {found.get(name, "not run") for queue, found in queues.items() if queue not in passed}
-    return "; ".join([*([", ".join(passed)] if passed else []), *sorted(said)])
+    said = {queue: queues.get(queue, {}).get(name, "not run") for queue in QUEUES}
+    passed = [queue for queue, each in said.items() if each == "yes"]
+    others = [f"{queue}: {each}" for queue, each in said.items() if each != "yes"]
+    return "; ".join([*([", ".join(passed)] if passed else []), *others])
 
 
 if __name__ == "__main__":

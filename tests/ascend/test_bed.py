@@ -5,7 +5,7 @@ import sys
 
 import bed
 import pytest
-from table import CANN_9, CHECKS
+from table import CANN_9, CHECKS, table
 
 
 @pytest.mark.slow
@@ -18,6 +18,12 @@ def test_training_passes_on_every_task_queue_and_with_grouped_messages(queue, ca
             CHECKS[name](server)
     finally:
         server.close()
+
+
+def test_the_table_in_the_docs_has_the_rows_of_the_script():
+    text = (bed.REPOSITORY / "docs/devices.md").read_text()
+    for row in table([])[2:]:
+        assert f"\n{row.rpartition(' |')[0]}" in text, row
 
 
 PROGRAM = "import torch_npu, torch; print(torch.ones(2, device='npu').sum().item())"
