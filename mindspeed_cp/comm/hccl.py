@@ -8,7 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
 DEFAULT_MEGABYTES = 200
 P2P_MEGABYTES = 20  # of the communicator that single messages (isend, irecv) make for each pair

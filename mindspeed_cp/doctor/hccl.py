@@ -16,7 +16,8 @@ from mindspeed_cp.comm.hccl import (
     shape_of,
 )
 from mindspeed_cp.doctor.finding import Finding
-from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
 AIV = "HCCL_OP_EXPANSION_MODE"
 VIRTUAL_STAGES = ("--num-virtual-stages-per-pipeline-rank", "--num-layers-per-virtual-pipeline-stage")

@@ -9,7 +9,7 @@ from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.comm.hccl import LARGEST, SMALLEST, AttentionShape, buffers_of, largest_messages, megabytes_for
 from mindspeed_cp.doctor import hccl
 from mindspeed_cp.planner.trace import Post, Problem, trace
-from mindspeed_cp.settings.config import TrainingSetup
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
 SHAPE = AttentionShape(seq_len=131072, batch=1, heads=32, kv_heads=32, dk=128, dv=128, itemsize=2)
 
@@ -59,7 +59,7 @@ def test_buffers_follow_from_what_the_launch_says():
 
 
 def test_the_adaptor_asks_for_them_on_hccl_unless_the_user_has(monkeypatch):
-    from mindspeed_cp.patches.machine import hccl as machine
+    from mindspeed_cp.megatron import hccl as machine
 
     setup = TrainingSetup(num_attention_heads=32, seq_length=131072, head_dim=128, half_precision="bfloat16")
     hybrid = config("hybrid_cp_algo", ulysses_degree=2)
@@ -84,7 +84,6 @@ def test_the_adaptor_asks_for_them_on_hccl_unless_the_user_has(monkeypatch):
 )
 def test_the_flags_say_how_large_a_head_is(flags, dim):
     from mindspeed_cp.arguments import validate
-
     from mindspeed_cp.planner.megatron_flags import parsed
 
     line = f"{flags} --context-parallel-size 4 --seq-length 512 --micro-batch-size 3 --use-flash-attn".split()

@@ -5,7 +5,8 @@ import os
 import torch.distributed as dist
 
 from mindspeed_cp.comm.hccl import buffers_of
-from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
 
 def hccl_buffers(config: ContextParallelConfig, setup: TrainingSetup | None) -> dict[str, int]:
