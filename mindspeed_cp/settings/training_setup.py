@@ -37,7 +37,7 @@ class TrainingSetup:
     """What the launch script says about the model and the machine, as far as context parallelism must know it.
 
     ``recomputes_attention`` is None where it does not say whether layers, or core attention, are recomputed;
-    ``half_precision`` is None where it trains in float32 or does not say.
+    ``half_precision`` is None where it trains in float32 or does not say; ``head_dim`` is None where it does not say.
     """
 
     num_attention_heads: int | None = megatrons(None)
@@ -101,6 +101,8 @@ class TrainingSetup:
     )
     recomputes_attention: bool | None = field(default=None, compare=False)
     half_precision: Literal["bfloat16", "float16"] | None = field(default=None, compare=False)
+    head_dim: int | None = field(default=None, compare=False)
+    micro_batch_size: int = field(default=1, compare=False)
     notices: tuple[str, ...] = field(default=(), compare=False)
 
     @property
