@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -186,9 +187,9 @@ def tail(path: Path) -> str:
 
 
 def _free_ports() -> int:
-    """A port that is free together with the next one."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = int(probe.getsockname()[1])
-            with suppress(OSError, OverflowError), socket.create_server(("127.0.0.1", port + 1)):
+    """A port that is free together with the next one, below those that the system gives to connections."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            with socket.create_server(("127.0.0.1", port + 1)):
                 return port
+    raise RuntimeError("no two ports are free")

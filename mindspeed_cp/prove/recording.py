@@ -38,13 +38,14 @@ class Chunk:
 
     Args:
         positions: of the tokens that this rank holds, in its order; None while no module has run.
-        seq_len: of the whole sequence.
+        seq_len: of the whole sequence; rows: sequences of the micro-batch, 0 where no tensor of the batch says it.
         documents: where documents begin in the first row of the batch, as far as the batch says it.
         gradients, weights: name of a parameter -> gradient, fingerprint at the start.
     """
 
     positions: torch.Tensor | None = None
     seq_len: int = 0
+    rows: int = 0
     documents: tuple[int, ...] = ()
     outputs: list[Output] = field(default_factory=list)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -162,6 +163,7 @@ class Recorder:
         rows = [value for value in batch if isinstance(value, torch.Tensor) and value.dim() == 2]
         length = rows[0].size(1) if rows else output.size(0) * _parts(chunk, self.record.place)
         kept.positions, kept.seq_len = self._positions(length, batch)
+        kept.rows = rows[0].size(0) if rows else 0
         kept.documents = tuple(_documents(batch))
 
 

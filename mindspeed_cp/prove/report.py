@@ -195,8 +195,8 @@ def limits_of(comparison: Comparison) -> list[str]:
     lines = []
     if comparison.apart:
         names = list(dict.fromkeys(comparison.apart))
-        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-        lines.append(f"outputs that the two runs do not both have, row by row: {', '.join(names[:2])}{more}")
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"outputs that are not one row for each token in both runs: {names[0]}{more}")
     if comparison.documents <= 1:
         lines.append("document boundaries: the first batch has none")
     return lines

@@ -78,6 +78,11 @@ def plan(script: str, command: Sequence[str], wish: Wish, folder: Path) -> Plan:
     uncovered += _plainer(words, kind, wish)
     alone, shared = words.copy(), words.copy()
     alone.drop(flags.of_context_parallelism())
+    if "--reset-attention-mask" in words:
+        alone.drop(["--no-create-attention-mask-in-dataloader"])  # without it nothing else tells attention of documents
+        if kind == "trainer":
+            shared.set("--micro-batch-size", 1)  # it lays the rows of a batch end to end
+            alone.set("--micro-batch-size", 1)
     _share(shared, ranks, wish)
     uncovered += _uncovered(given, wish)
     changed = list(_changes(given, shared))
