@@ -1,8 +1,8 @@
 """Two runs, compared: the ranks' records of one without context parallelism, and of one with it.
 
-    rows       entries of the sequence axis; a whole tensor is put together from the ranks' parts by their positions
-    error      of an output: the row that is off the most, as a share of a row's usual size (2-norms);
-               of a gradient: the largest entry's, as a share of the largest entry
+rows       entries of the sequence axis; a whole tensor is put together from the ranks' parts by their positions
+error      of an output: the row that is off the most, as a share of a row's usual size (2-norms);
+           of a gradient: the largest entry's, as a share of the largest entry
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mindspeed_cp.prove.recording import Chunk, Output, Record, Step
+from mindspeed_cp.prove.recording import Chunk, Output, Record
+from mindspeed_cp.prove.steps import by_step, loss_of, off
 
 SMALL = 1e-4  # gradients below this share of the largest are compared as if they had that size
 INFINITE = float("inf")
@@ -163,9 +164,7 @@ def _compare_chunks(result, reference, ranks, expected, found, limits) -> None:
 def _siblings(records: Sequence[Record], index: int, pp: int, cp: int = 0) -> list[Chunk]:
     """The same chunk on all tensor-parallel ranks, in their order."""
     found = [
-        record
-        for record in records
-        if record.place["pp"] == pp and record.place["cp"] == cp and not record.place["dp"]
+        record for record in records if record.place["pp"] == pp and record.place["cp"] == cp and not record.place["dp"]
     ]
     return [record.chunks[index] for record in sorted(found, key=lambda record: record.place["tp"])]
 
@@ -230,7 +229,9 @@ def _compare_outputs(result: Comparison, slices: _Slices, siblings, where: Mappi
     for at, output in enumerate(slices.chunk.outputs):
         order = (2, where["index"], where["pp"], at, where["tp"])
         named = [[chunk.get(output.name) for chunk in chunks] for chunks in by_name]
-        if _is_of_experts(output.name) or any(each is None or len(each.tensors) != len(output.tensors) for group in named for each in group):
+        if _is_of_experts(output.name) or any(
+            each is None or len(each.tensors) != len(output.tensors) for group in named for each in group
+        ):
             result.apart.append(output.name)  # such as the parts of an attention that another one replaces
         else:
             for number in range(len(output.tensors)):
@@ -250,7 +251,7 @@ def _compare_output(result, slices: _Slices, output: Output, tensors, order, lim
     if found is None:
         if all(part.shape == own[0].shape for part in own[1:]):  # not split: the same on every rank
             error = max(_largest(part, own[0]) for part in own[1:])
-            result.note("output", error, limits.output, name=output.name, kind=output.kind, order=order)
+            result.note("output", error, limits.output, **_named(output), order=order)
         else:
             result.apart.append(output.name)
         return
@@ -266,7 +267,14 @@ def _compare_output(result, slices: _Slices, output: Output, tensors, order, lim
         owner[positions], local[positions] = cp, torch.arange(len(positions))
     compared = Rows(rows[0], whole, owner, local, slices.chunk.documents)
     error = float(compared.errors().max())
-    result.note("output", error, limits.output, name=output.name, kind=output.kind, rows=compared, order=order)
+    result.note("output", error, limits.output, **_named(output), rows=compared, order=order)
+
+
+def _named(output: Output) -> dict[str, str]:
+    name, _, number = output.name.partition("#")
+    words = [f"call {number}"] if number else []
+    words += [f"called by {output.caller}"] if output.caller and output.caller != "GPTModel" else []
+    return {"name": ", ".join([name, *words]), "kind": output.kind}
 
 
 def _as_rows(tensor: torch.Tensor, dim: int, each: int) -> torch.Tensor:
@@ -302,54 +310,17 @@ def _place_of(parameter: str, places: Mapping[str, int]) -> int:
 
 
 def _compare_steps(result: Comparison, expected: Sequence[Record], found: Sequence[Record], limits: Limits) -> None:
-    last = [_last_stage(records) for records in (expected, found)]
-    for step, (one, many) in enumerate(zip(_by_step(last[0]), _by_step(last[1]))):
-        order = (3, step)
-        name = f"step {step + 1}"
-        first, (loss, tokens) = _loss(one), _loss(many)
+    for step, (one, many) in enumerate(zip(by_step(expected), by_step(found))):
+        details = {"name": f"step {step + 1}", "order": (3, step)}
+        (wanted, wanted_tokens), (loss, tokens) = loss_of(one), loss_of(many)
         if any(each.losses for each in one):
-            result.losses.append((first[0], loss))
-            result.note("loss", _off(loss, first[0]), limits.loss, name=name, order=order)
-        if first[1] is not None and tokens is not None:
+            result.losses.append((wanted, loss))
+            result.note("loss", off(loss, wanted), limits.loss, **details)
+        if wanted_tokens is not None and tokens is not None:
             # Some loss functions return the count of the whole sequence, some that of the rank.
-            equal = first[1] in (tokens, tokens / result.cp)
-            result.note("tokens", float(not equal), 0.0, name=name, order=order)
-        norms = [each[0].grad_norm for each in (one, many)]
+            equal = wanted_tokens in (tokens, tokens / result.cp)
+            result.note("tokens", float(not equal), 0.0, **details)
+        norms = one[0].grad_norm, many[0].grad_norm
         if norms[0] is not None and norms[1] is not None:
             result.grad_norms.append((norms[0], norms[1]))
-            result.note("gradient norm", _off(norms[1], norms[0]), limits.grad_norm, name=name, order=order)
-
-
-def _last_stage(records: Sequence[Record]) -> list[Record]:
-    """The context-parallel ranks that know the loss."""
-    return [
-        record
-        for record in records
-        if record.place["pp"] == record.place["pp_size"] - 1 and not record.place["tp"] and not record.place["dp"]
-    ]
-
-
-def _by_step(records: Sequence[Record]) -> list[list[Step]]:
-    return [list(steps) for steps in zip(*(record.steps for record in records))]
-
-
-def _loss(steps: Sequence[Step]) -> tuple[float, float | None]:
-    """(loss, tokens) of one step over its ranks and micro-batches, by the first loss that is reported."""
-    found = [batch for step in steps for batch in step.losses]
-    if not found:
-        return float("nan"), None
-    name = next(iter(found[0]))
-    pairs = [batch[name] for batch in found if name in batch]
-    counts = [batch.get("objective", (0.0, None))[1] for batch in found]
-    tokens = None if any(count is None for count in counts) else sum(count for count in counts if count is not None)
-    if all(count is not None for _, count in pairs):
-        total = sum(count for _, count in pairs if count is not None)
-        return sum(value for value, _ in pairs) / max(total, 1e-30), tokens
-    if name == "objective":  # the ranks' shares of the mean over all tokens
-        return sum(value for value, _ in pairs) * len(steps) / len(found), tokens
-    return sum(value for value, _ in pairs) / len(pairs), tokens
-
-
-def _off(found: float, expected: float) -> float:
-    error = abs(found - expected) / max(abs(expected), 1e-30)
-    return error if error == error else (0.0 if found != found and expected != expected else INFINITE)
+            result.note("gradient norm", off(norms[1], norms[0]), limits.grad_norm, **details)

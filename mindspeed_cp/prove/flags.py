@@ -84,7 +84,13 @@ PLAIN_CPU = (
 )
 # flag -> value, in any case.
 DROPOUT = {"--attention-dropout": 0, "--hidden-dropout": 0}
-STEADY = {"--lr": "1e-3", "--min-lr": "1e-3", "--lr-decay-style": "constant", "--eval-iters": 0, "--eval-interval": 1000}
+STEADY = {
+    "--lr": "1e-3",
+    "--min-lr": "1e-3",
+    "--lr-decay-style": "constant",
+    "--eval-iters": 0,
+    "--eval-interval": 1000,
+}
 # Where layers of a pipeline are counted one by one; with fewer layers they no longer fit.
 STAGES = (
     *"--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --num-layers-at-start".split(),

@@ -163,9 +163,7 @@ def _lines(process: "subprocess.Popen[str]") -> Iterator[dict[str, Any]]:
 def environment(folder: Path, device: str) -> dict[str, str]:
     """The user's own, without a launcher's variables, and with temporary files where they are taken away again."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {
-        name: value for name, value in os.environ.items() if name not in launcher and "TORCHELASTIC" not in name
-    }
+    kept = {name: value for name, value in os.environ.items() if name not in launcher and "TORCHELASTIC" not in name}
     path = [kept.get("PYTHONPATH", ""), str(HOME)]
     return kept | {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -25,11 +25,13 @@ class Output:
     Args:
         name: of the module, from the model's own name on, with layers counted over all stages; "#2" at the second call.
         kind: its class.
+        caller: the module that called it, where that is not one that holds it.
     """
 
     name: str
     kind: str
     tensors: list[torch.Tensor]
+    caller: str = ""
 
 
 @dataclass
@@ -131,6 +133,7 @@ class Recorder:
         kept = Chunk(weights={name: _fingerprint(value) for name, value in named_parameters(chunk)})
         self.record.chunks.append(kept)
         batch: list[Any] = []
+        under_way: list[str] = []
         calls: dict[str, int] = {}
 
         def begin(module, args, kwargs):
@@ -144,15 +147,19 @@ class Recorder:
         def keep(name, module, output):
             if self._running is not kept:
                 return
+            while under_way and under_way.pop() != name:  # those above it never returned
+                pass
             tensors = list(_tensors(output))
             if kept.positions is None and tensors:
                 self._locate(kept, batch, tensors[0], chunk)
             calls[name] = calls.get(name, 0) + 1
             called = name if calls[name] == 1 else f"{name}#{calls[name]}"
-            kept.outputs.append(Output(called, type(module).__name__, [_kept(tensor) for tensor in tensors]))
+            caller = next((other for other in reversed(under_way) if not name.startswith(f"{other}.")), "")
+            kept.outputs.append(Output(called, type(module).__name__, [_kept(each) for each in tensors], caller))
 
         yield chunk.register_forward_pre_hook(begin, with_kwargs=True)
         for name, module in named_modules(chunk):
+            yield module.register_forward_pre_hook(partial(_note, under_way, name))
             yield module.register_forward_hook(
                 lambda module, args, output, name=name: keep(name, module, output)  # type: ignore[misc]
             )
@@ -165,6 +172,10 @@ class Recorder:
         kept.positions, kept.seq_len = self._positions(length, batch)
         kept.rows = rows[0].size(0) if rows else 0
         kept.documents = tuple(_documents(batch))
+
+
+def _note(under_way: list[str], name: str, module: torch.nn.Module, args: Any) -> None:
+    under_way.append(name)
 
 
 def _parts(chunk: torch.nn.Module, place: Mapping[str, int]) -> int:

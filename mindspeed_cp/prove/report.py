@@ -136,9 +136,7 @@ def markdown(verdict: Verdict) -> str:
     lines = [f"### mindspeed-cp prove: {_headline(verdict)}", "", "```text", text(verdict), "```"]
     if verdict.comparison is not None and not verdict.equal:
         lines += ["", "| what | name | error |", "|---|---|---|"]
-        lines += [
-            f"| {each.what} | `{each.name}` | {each.error:.2e} |" for each in verdict.comparison.differences[:20]
-        ]
+        lines += [f"| {each.what} | `{each.name}` | {each.error:.2e} |" for each in verdict.comparison.differences[:20]]
     for name, (world, words) in verdict.runs.items():
         lines += ["", f"Run {name}, {world} ranks:", "", "```bash", shlex.join(words), "```"]
     return "\n".join(lines) + "\n"

@@ -130,8 +130,10 @@ def _ranks(words: Words, own: Ranks, wish: Wish) -> Ranks:
 
 def _levels(words: Words) -> bool:
     """Whether the algorithm has two levels, and so needs four ranks: Hybrid and Double Ring."""
-    return words.text(ALGORITHM).startswith("hybrid") or words.number(WINDOW, 1) > 1 or "a2a+p2p" in words.text(
-        "--cp-comm-type"
+    return (
+        words.text(ALGORITHM).startswith("hybrid")
+        or words.number(WINDOW, 1) > 1
+        or "a2a+p2p" in words.text("--cp-comm-type")
     )
 
 
@@ -154,7 +156,9 @@ def _fold(words: Words, ranks: Ranks, uncovered: list[str]) -> None:
     ):
         if flag in words:
             if size == 1 and words.number(flag, 1) > 1:
-                uncovered.append(f"{flag} {words.number(flag, 1)} (--ranks {2 * ranks.cp * ranks.tp * ranks.pp} keeps 2)")
+                uncovered.append(
+                    f"{flag} {words.number(flag, 1)} (--ranks {2 * ranks.cp * ranks.tp * ranks.pp} keeps 2)"
+                )
             words.set(flag, size)
     if ranks.tp == 1:
         words.drop(["--sequence-parallel", "--tp-comm-overlap"])

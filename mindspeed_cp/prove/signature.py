@@ -1,6 +1,6 @@
 """What kind of fault a difference looks like: by a factor, by which rows are off, by whose they are.
 
-    rows    (rows, features) of an output, whole and in order; see comparing.Rows
+rows    (rows, features) of an output, whole and in order; see comparing.Rows
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from mindspeed_cp.prove.comparing import Difference, Rows
 
 CLOSE = 1e-3  # of what is left when a factor is taken out
 MOST = 4096  # rows that are looked for among one another
-FEW = 0.5  # share of a rank's part up to which its beginning is a beginning
+FEW = 0.4  # share of a piece up to which its beginning is a beginning
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,8 @@ def of_rows(rows: Rows, limit: float, cp: int) -> Signature | None:
         return _scaled(factor, cp, "the output")
     if not torch.isfinite(rows.found).all():
         return Signature("not a number", f"{int((~torch.isfinite(rows.found)).any(1).sum())} rows hold inf or NaN", "")
-    return (
-        _permuted(rows, off, limit)
-        or _behind_documents(rows, off)
-        or _of_one_rank(rows, off, cp)
-        or _at_beginnings(rows, off)
-        or _at_ends(rows, off)
-        or _anywhere(rows, off)
-    )
+    found = _behind_documents(rows, off) or _at_edges(rows, off) or _permuted(rows, off, limit)
+    return _of_one_rank(rows, off, cp, found) or found or _anywhere(rows, off)
 
 
 def common_factor(expected: torch.Tensor, found: torch.Tensor) -> float | None:
@@ -79,7 +73,9 @@ def _permuted(rows: Rows, off: torch.Tensor, limit: float) -> Signature | None:
     if not (nearest.values <= limit).all() or len(set(nearest.indices.tolist())) < max(2, len(places) // 2):
         return None
     seen = f"{int(off.sum())} of {len(off)} rows are other rows of the sequence: row {int(places[0])} is row "
-    return Signature("permuted rows", f"{seen}{int(nearest.indices[0])}", "the layout: who split the batch, and how")
+    return Signature(
+        "permuted rows", f"{seen}{int(nearest.indices[0])}", "the layout, who split the batch and how, and positions"
+    )
 
 
 def _behind_documents(rows: Rows, off: torch.Tensor) -> Signature | None:
@@ -94,13 +90,16 @@ def _behind_documents(rows: Rows, off: torch.Tensor) -> Signature | None:
     return Signature("across documents", seen, "whether attention and positions know where documents end")
 
 
-def _of_one_rank(rows: Rows, off: torch.Tensor, cp: int) -> Signature | None:
+def _of_one_rank(rows: Rows, off: torch.Tensor, cp: int, found: Signature | None) -> Signature | None:
+    """Whether a single rank's rows are off; ``found``: what else is known of them."""
     owners = rows.owner[off].unique().tolist()
-    if len(owners) != 1 or cp < 2:
+    if len(owners) != 1 or cp < 2 or (found is not None and found.kind == "across documents"):
         return None
     held = rows.owner == owners[0]
     part = "the whole part" if off[held].all() else f"{int(off.sum())} of {int(held.sum())} rows of the part"
     seen = f"{part} of context-parallel rank {owners[0]} is off, and that of no other rank"
+    if found is not None:
+        return Signature("one rank's part", f"{seen}; {found.kind}: {found.seen}", found.look)
     return Signature("one rank's part", seen, "what this rank does otherwise: positions, neighbours, uneven lengths")
 
 
@@ -118,22 +117,22 @@ def _runs(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(before), torch.tensor(behind)
 
 
-def _at_beginnings(rows: Rows, off: torch.Tensor) -> Signature | None:
-    distance = _runs(rows)[0]
-    reach = int(distance[off].max()) + 1
-    if reach > FEW * int(distance.max() + 1) or not int(distance.max()):
-        return None
-    seen = f"only the first {reach} rows of what a rank holds in one piece are off ({int(off.sum())} rows)"
-    return Signature("beginnings", seen, "positions, and what a token sees of the rank before: windows, convolutions")
-
-
-def _at_ends(rows: Rows, off: torch.Tensor) -> Signature | None:
-    distance = _runs(rows)[1]
-    reach = int(distance[off].max()) + 1
-    if reach > FEW * int(distance.max() + 1) or not int(distance.max()):
-        return None
-    seen = f"only the last {reach} rows of what a rank holds in one piece are off ({int(off.sum())} rows)"
-    return Signature("ends", seen, "what is shifted by a token: labels, and the tokens of multi-token prediction")
+def _at_edges(rows: Rows, off: torch.Tensor) -> Signature | None:
+    """Whether only the first, or only the last rows are off of what a rank holds in one piece."""
+    for distance, kind, side, look in zip(
+        _runs(rows),
+        ("beginnings", "ends"),
+        ("first", "last"),
+        (
+            "positions, and what a token sees of the rank before: windows, convolutions",
+            "what is shifted by a token: labels, and the tokens of multi-token prediction",
+        ),
+    ):
+        reach, longest = int(distance[off].max()) + 1, int(distance.max()) + 1
+        if reach <= FEW * longest and longest > 1:
+            seen = f"only the {side} {reach} rows of what a rank holds in one piece are off ({int(off.sum())} rows)"
+            return Signature(kind, seen, look)
+    return None
 
 
 def _anywhere(rows: Rows, off: torch.Tensor) -> Signature | None:

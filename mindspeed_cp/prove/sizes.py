@@ -178,5 +178,3 @@ def _vocabulary(words: Words) -> None:
     mocked = "--mock-data" in words or "--data-path" not in words
     if mocked and words.text("--tokenizer-type") in MOCK_TOKENIZERS and "--vocab-size" in words:
         words.set("--vocab-size", min(words.number("--vocab-size", VOCABULARY), VOCABULARY))
-
-

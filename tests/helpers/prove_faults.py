@@ -203,8 +203,8 @@ def scaled(factor):
 
 
 def _mean_of_means(self, sample, local, losses):
-    total, count, said = Framework.loss(self, sample, local, losses)
-    return total / count, said
+    total, _, said = Framework.loss(self, sample, local, losses)
+    return total / local["loss_mask"].sum() / dist.get_world_size(), said
 
 
 def _without_mask(self, sample, local, losses):
@@ -223,8 +223,11 @@ def _not_reduced():
 
 def _other_weights():
     """Seeds that depend on the rank."""
-    original = torch.manual_seed
-    return mock.patch("torch.manual_seed", lambda seed: original(seed + rank())), Framework()
+    from megatron.core import tensor_parallel
+
+    original = tensor_parallel.model_parallel_cuda_manual_seed
+    name = "megatron.core.tensor_parallel.model_parallel_cuda_manual_seed"
+    return mock.patch(name, lambda seed: original(seed + rank())), Framework()
 
 
 def _one_rank_scaled(original, query, key, value, given):
@@ -270,7 +273,7 @@ def _embedding_scaled(factor):
         yield
 
 
-CORE, EMBEDDING, QKV = "self_attention.core_attention", "embedding", "linear_qkv.weight"
+CORE, EMBEDDING, QKV = "self_attention.core_attention", "embedding", "layers.1.self_attention.linear_qkv"
 FAULTS = {
     "attention believes in another layout": Fault("dense", attention(_other_layout), CORE),
     "every token sees all": Fault("dense", attention(_full), CORE),
@@ -321,7 +324,9 @@ FAULTS = {
     "gradients not reduced": Fault("dense", _not_reduced, "", "output_layer"),
     "other weights on one rank": Fault("dense", _other_weights, EMBEDDING),
     "auxiliary loss of experts times cp": Fault("experts", _aux_loss(2.0), "", "router.weight"),
-    "multi-token prediction alone": Fault("multi-token prediction", _prediction_rolls_alone, "mtp", kind=""),
+    "multi-token prediction alone": Fault(
+        "multi-token prediction", _prediction_rolls_alone, "called by mtp", kind="ends"
+    ),
 }
 
 

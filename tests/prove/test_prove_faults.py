@@ -42,6 +42,8 @@ def test_a_fault_is_found_and_its_module_named(results, name):
 
 def test_there_are_faults_of_every_model_that_has_a_part_of_its_own():
     assert len(FAULTS) >= 20
-    assert {"packed", "window", "sinks", "experts", "multi-token prediction"} <= {
-        fault.model for fault in FAULTS.values()
-    } <= set(MODELS)
+    assert (
+        {"packed", "window", "sinks", "experts", "multi-token prediction"}
+        <= {fault.model for fault in FAULTS.values()}
+        <= set(MODELS)
+    )
