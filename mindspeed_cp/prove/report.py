@@ -1,6 +1,7 @@
 """What the command says: on a screen, as Markdown for an issue, as JSON."""
 
 import shlex
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from mindspeed_cp.prove import signature
 from mindspeed_cp.prove.comparing import Comparison, Difference, Limits
 
 SHOWN = 6  # module names of a list
+WIDTH = 110
 QUANTITIES = ("weight", "output", "gradient", "loss", "gradient norm", "tokens")
 TITLES = {
     "weight": "initial weights",
@@ -76,7 +78,12 @@ def text(verdict: Verdict) -> str:
         lines += ["", "Shrunk:", *(f"  {line}" for line in verdict.changed)]
     if verdict.uncovered:
         lines += ["", "Not covered:", *(f"  {line}" for line in verdict.uncovered)]
-    return "\n".join(lines)
+    return "\n".join(wrapped for line in lines for wrapped in _wrapped(line))
+
+
+def _wrapped(line: str) -> list[str]:
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_long_words=False) or [""]
 
 
 def _headline(verdict: Verdict) -> str:
