@@ -7,6 +7,7 @@ error      of an output: the row that is off the most, as a share of a row's usu
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -86,7 +87,7 @@ class Comparison:
         worst: "output", "gradient", "loss", "gradient norm" -> largest error that was seen.
         counted: how much was compared: modules, parameters, steps.
         apart: modules whose outputs have no common axis in the two runs, and were not compared.
-        factors: of every gradient: how many times the expected one it is.
+        documents: in the first batch, at most; losses, grad_norms: (without, with) of each step.
     """
 
     cp: int
@@ -107,7 +108,7 @@ class Comparison:
         found = [difference for difference in self.differences if difference.what == what]
         return found[0] if found else None
 
-    def note(self, what: str, error: float, limit: float, **details) -> None:
+    def note(self, what: str, error: float, limit: float, **details: Any) -> None:
         self.worst[what] = max(self.worst.get(what, 0.0), error)
         self.counted[what] = self.counted.get(what, 0) + 1
         if not error <= limit:
@@ -147,7 +148,14 @@ def _stage(record: Record) -> tuple[int, int]:
     return record.place["pp"], record.place["tp"]
 
 
-def _compare_chunks(result, reference, ranks, expected, found, limits) -> None:
+def _compare_chunks(
+    result: Comparison,
+    reference: Record,
+    ranks: Sequence[Record],
+    expected: Sequence[Record],
+    found: Sequence[Record],
+    limits: Limits,
+) -> None:
     pp, tp = _stage(reference)
     for index, chunk in enumerate(reference.chunks):
         parts = [rank.chunks[index] for rank in ranks]
@@ -204,6 +212,8 @@ class _Slices:
 
     def axis(self, expected: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[int, int, int] | None:
         """(dimension, tensor-parallel ranks that share its rows, entries for each row); None where there is none."""
+        if any(part.dim() != expected.dim() for part in parts):
+            return None
         lengths = [len(positions) for positions in self.positions]
         for share in dict.fromkeys((1, self.tp_size)):
             for dim, size in enumerate(expected.shape):
@@ -223,7 +233,14 @@ def _without(shape: Sequence[int], dim: int) -> list[int]:
     return [size for place, size in enumerate(shape) if place != dim]
 
 
-def _compare_outputs(result: Comparison, slices: _Slices, siblings, where: Mapping[str, int], limits: Limits) -> None:
+def _compare_outputs(
+    result: Comparison,
+    slices: _Slices,
+    siblings: tuple[list[Chunk], list[list[Chunk]]],
+    where: Mapping[str, int],
+    limits: Limits,
+) -> None:
+    """``siblings``: the tensor-parallel ranks of the reference, and those of each context-parallel rank."""
     own, others = siblings
     by_name = [[{output.name: output for output in chunk.outputs} for chunk in chunks] for chunks in (own, *others)]
     for at, output in enumerate(slices.chunk.outputs):
@@ -235,7 +252,7 @@ def _compare_outputs(result: Comparison, slices: _Slices, siblings, where: Mappi
             result.apart.append(output.name)  # such as the parts of an attention that another one replaces
         else:
             for number in range(len(output.tensors)):
-                tensors = [[each.tensors[number] for each in group] for group in named]
+                tensors = [[each.tensors[number] for each in group if each] for group in named]
                 _compare_output(result, slices, output, tensors, order, limits)
 
 
@@ -244,7 +261,14 @@ def _is_of_experts(name: str) -> bool:
     return "experts" in name.split(".") or "local_experts" in name.split(".")
 
 
-def _compare_output(result, slices: _Slices, output: Output, tensors, order, limits: Limits) -> None:
+def _compare_output(
+    result: Comparison,
+    slices: _Slices,
+    output: Output,
+    tensors: Sequence[Sequence[torch.Tensor]],
+    order: tuple[int, ...],
+    limits: Limits,
+) -> None:
     """``tensors``: of the reference's tensor-parallel ranks, then those of each context-parallel rank."""
     own = [group[slices.tp] for group in tensors]
     found = slices.axis(own[0], own[1:])
@@ -256,12 +280,10 @@ def _compare_output(result, slices: _Slices, output: Output, tensors, order, lim
             result.apart.append(output.name)
         return
     dim, share, each = found
-    groups = [torch.cat(group, dim) if share > 1 else group[slices.tp] for group in tensors]
+    groups = [torch.cat(list(group), dim) if share > 1 else group[slices.tp] for group in tensors]
     rows = [_as_rows(tensor, dim, each) for tensor in groups]
-    whole, owner, local = (
-        torch.empty_like(rows[0]),
-        *(torch.empty(slices.seq_len, dtype=torch.long) for _ in range(2)),
-    )
+    whole = torch.empty_like(rows[0])
+    owner, local = (torch.empty(slices.seq_len, dtype=torch.long) for _ in range(2))
     for cp, positions in enumerate(slices.positions):
         whole[positions] = rows[1 + cp]
         owner[positions], local[positions] = cp, torch.arange(len(positions))
@@ -289,7 +311,9 @@ def _largest(found: torch.Tensor, expected: torch.Tensor, floor: float = 1e-30) 
     return float(off / expected.abs().max().clamp(min=floor))
 
 
-def _compare_gradients(result: Comparison, chunk: Chunk, parts, where: Mapping[str, int], limits: Limits) -> None:
+def _compare_gradients(
+    result: Comparison, chunk: Chunk, parts: Sequence[Chunk], where: Mapping[str, int], limits: Limits
+) -> None:
     floor = SMALL * max((float(value.abs().max()) for value in chunk.gradients.values()), default=0.0)
     places = {output.name: at for at, output in enumerate(chunk.outputs)}
     for at, (name, expected) in enumerate(chunk.gradients.items()):

@@ -24,7 +24,7 @@ RATE = 0.1  # of the plain gradient descent between two steps
 def prove(
     model_provider: Callable[[], Any],
     batches: Sequence[Any],
-    forward_step: Callable,
+    forward_step: Callable[..., Any],
     *,
     config: ContextParallelConfig | None = None,
     steps: int = 1,
@@ -79,7 +79,7 @@ def gathered(record: Record) -> list[Record]:
 def record_run(
     model_provider: Callable[[], Any],
     batches: Sequence[Any],
-    forward_step: Callable,
+    forward_step: Callable[..., Any],
     *,
     config: ContextParallelConfig,
     steps: int = 1,
@@ -149,7 +149,7 @@ def _wrapped(chunk: torch.nn.Module) -> torch.nn.Module:
     return wrapped
 
 
-def _step(chunks: list[Any], batches: Sequence[Any], forward_step: Callable) -> None:
+def _step(chunks: list[Any], batches: Sequence[Any], forward_step: Callable[..., Any]) -> None:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     for chunk in chunks:
@@ -173,4 +173,4 @@ def _descend(chunks: list[Any]) -> float:
             for parameter in chunk.parameters():
                 total += float(parameter.main_grad.double().square().sum())
                 parameter.sub_(RATE * parameter.main_grad.to(parameter.dtype))
-    return total**0.5
+    return float(total**0.5)

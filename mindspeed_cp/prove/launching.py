@@ -81,8 +81,8 @@ def _check(run: Run, statuses: list[int | None], folder: Path) -> None:
     failed = [rank for rank, status in enumerate(statuses) if status != 0]
     if failed:
         ended = [rank for rank in failed if statuses[rank] is not None] or failed
-        how = {None: "did not end in time"}
-        status = how.get(statuses[ended[0]], f"ended with status {statuses[ended[0]]}")
+        code = statuses[ended[0]]
+        status = "did not end in time" if code is None else f"ended with status {code}"
         said = tail(folder / f"{run.name}-{ended[0]}.log")
         raise Failure(run.name, f"rank {ended[0]} of the run {run.name} {status}:\n{said}")
 

@@ -110,11 +110,11 @@ class Recorder:
         for chunk, kept in zip(chunks, self.record.chunks):
             kept.gradients = {name: _gradient(parameter) for name, parameter in named_parameters(chunk)}
 
-    def losses(self, loss_function: Callable) -> Callable:
+    def losses(self, loss_function: Callable[..., Any]) -> Callable[..., Any]:
         """Megatron's loss function, whose results are kept."""
 
         @wraps(loss_function)
-        def call(*args, **kwargs):
+        def call(*args: Any, **kwargs: Any) -> Any:
             result = loss_function(*args, **kwargs)
             if self.record.steps and isinstance(result, tuple) and len(result) in (2, 3):
                 self.record.steps[-1].losses.append(_losses(result))
@@ -136,15 +136,15 @@ class Recorder:
         under_way: list[str] = []
         calls: dict[str, int] = {}
 
-        def begin(module, args, kwargs):
+        def begin(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
             if not kept.outputs:
                 self._running, batch[:] = kept, [*args, *kwargs.values()]
 
-        def end(module, args, output):
+        def end(module: torch.nn.Module, args: Any, output: Any) -> None:
             self._running = None
             batch.clear()
 
-        def keep(name, module, output):
+        def keep(name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
             if self._running is not kept:
                 return
             while under_way and under_way.pop() != name:  # those above it never returned
@@ -160,9 +160,7 @@ class Recorder:
         yield chunk.register_forward_pre_hook(begin, with_kwargs=True)
         for name, module in named_modules(chunk):
             yield module.register_forward_pre_hook(partial(_note, under_way, name))
-            yield module.register_forward_hook(
-                lambda module, args, output, name=name: keep(name, module, output)  # type: ignore[misc]
-            )
+            yield module.register_forward_hook(partial(keep, name))
         yield chunk.register_forward_hook(end)
 
     def _locate(self, kept: Chunk, batch: list[Any], output: torch.Tensor, chunk: torch.nn.Module) -> None:
@@ -183,7 +181,7 @@ def _parts(chunk: torch.nn.Module, place: Mapping[str, int]) -> int:
     return place["tp_size"] if getattr(getattr(chunk, "config", None), "sequence_parallel", False) else 1
 
 
-def _losses(result: tuple) -> dict[str, tuple[float, float | None]]:
+def _losses(result: tuple[Any, ...]) -> dict[str, tuple[float, float | None]]:
     """name -> (loss, tokens) of what a loss function returned: (loss, report) or (loss, tokens, report)."""
     found: dict[str, tuple[float, float | None]] = {}
     for name, value in dict(result[-1] or {}).items():

@@ -25,7 +25,7 @@ def watch(recorder: Recorder) -> Callable[[], None]:
     """Let ``recorder`` see every training step of this process from now on; returns what ends that."""
     undo: list[tuple[Any, str, Any]] = []
 
-    def replace(owner: Any, name: str, build: Callable) -> None:
+    def replace(owner: Any, name: str, build: Callable[..., Any]) -> None:
         original = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
         undo.append((owner, name, original))
         setattr(owner, name, build(original, recorder))
@@ -47,9 +47,9 @@ def watch(recorder: Recorder) -> Callable[[], None]:
     return end
 
 
-def _schedule(original: Callable, recorder: Recorder) -> Callable:
+def _schedule(original: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
     @wraps(original)
-    def run(*args, **kwargs):
+    def run(*args: Any, **kwargs: Any) -> Any:
         if args or kwargs.get("forward_only") or "model" not in kwargs:
             return original(*args, **kwargs)  # Megatron's schedules take keywords alone
         model = kwargs["model"]
@@ -72,20 +72,20 @@ def _keep_what_is_sent(chunk: torch.nn.Module) -> None:
         config.deallocate_pipeline_outputs = False
 
 
-def _forward_step(forward_step: Callable, recorder: Recorder) -> Callable:
+def _forward_step(forward_step: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
     @wraps(forward_step)
-    def run(*args, **kwargs):
+    def run(*args: Any, **kwargs: Any) -> Any:
         output, loss_function = forward_step(*args, **kwargs)
         return output, loss_function and recorder.losses(loss_function)
 
     return run
 
 
-def _optimizer_step(depth: list[Any], original: Callable, recorder: Recorder) -> Callable:
+def _optimizer_step(depth: list[Any], original: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
     """The outermost of chained optimizers reports."""
 
     @wraps(original)
-    def step(self, *args, **kwargs):
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         depth.append(self)
         try:
             result = original(self, *args, **kwargs)

@@ -54,6 +54,29 @@ def prove_all(rank, size):
     return sound, broken
 
 
+def prove_as_a_framework(rank, size):
+    """(whether the hook finds sound code equal, on this rank; the message where the world does not fit)"""
+    import trainer.quiet  # noqa: F401
+
+    from mindspeed_cp import ContextParallelConfig, megatron_adaptor  # noqa: F401
+    from mindspeed_cp.prove import prove
+
+    model, framework = prove_models.MODELS["dense"], prove_models.Framework()
+
+    def build():
+        from megatron.core import parallel_state
+
+        return [prove_models.provider(model, parallel_state.get_context_parallel_world_size())()]
+
+    given = build, prove_models.batches(model), framework.forward_step
+    verdict = prove(*given, config=ContextParallelConfig(context_parallel_size=size, algorithm="megatron_cp_algo"))
+    try:
+        prove(*given, config=ContextParallelConfig(context_parallel_size=2 * size))
+    except ValueError as error:
+        return verdict.equal, verdict.comparison.counted, str(error)
+    return None
+
+
 def _described(expected, found):
     """The verdict as JSON, and as text."""
     from mindspeed_cp.prove import hook, report

@@ -5,7 +5,7 @@ from distributed import RankFailure, run_ranks
 from prove_faults import FAULTS, possible
 from prove_models import MODELS
 from prove_models import possible as possible_models
-from prove_runs import prove_all
+from prove_runs import prove_all, prove_as_a_framework
 from trainer_runs import IMPORTED
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
@@ -47,3 +47,11 @@ def test_there_are_faults_of_every_model_that_has_a_part_of_its_own():
         <= {fault.model for fault in FAULTS.values()}
         <= set(MODELS)
     )
+
+
+def test_a_framework_gets_the_same_verdict_on_every_rank():
+    first, second = run_ranks(2, prove_as_a_framework, 2, timeout=200, fresh=True, imported=IMPORTED)
+    assert first == second
+    equal, counted, refusal = first
+    assert equal and counted["output"] > 10 and counted["loss"] == 1
+    assert "context_parallel_size 4 must be the number of ranks, 2" in refusal
