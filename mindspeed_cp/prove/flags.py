@@ -1,6 +1,6 @@
 """The flags of Megatron that a proof changes, as tables: what is left out, and why; what is set, whatever it was."""
 
-from mindspeed_cp.arguments.launch import GROUP_TITLE, flag_parser
+from mindspeed_cp.arguments.declared import our_flags
 
 # What would touch the user's files, or report to somebody.
 FILES = (
@@ -104,6 +104,5 @@ MEGATRONS_OWN = ("--cp-comm-type", "--hierarchical-context-parallel-sizes", "--m
 
 def of_context_parallelism() -> set[str]:
     """The flags that say how a sequence is shared, and nothing of the model."""
-    (group,) = (group for group in flag_parser("prove")._action_groups if group.title == GROUP_TITLE)
-    ours = {flag for action in group._group_actions for flag in action.option_strings}
+    ours = {flag for each in our_flags() for flag in each.flags}
     return (ours | set(MEGATRONS_OWN)) - set(MEANT_WITHOUT)

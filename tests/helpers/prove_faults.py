@@ -158,8 +158,11 @@ def framework(**parts):
 
 
 def _split_in_halves(self, model, sample):
-    half = model.seq_len // dist.get_world_size()
-    return {name: value[:, rank() * half : (rank() + 1) * half].contiguous() for name, value in sample.items()}
+    """Tokens in halves; positions of the zigzag, or the adaptor knows it for the split that it is."""
+    local, half = Framework.split(self, model, sample), model.seq_len // dist.get_world_size()
+    for name in ("tokens", "labels", "loss_mask"):
+        local[name].copy_(sample[name][:, rank() * half : (rank() + 1) * half])
+    return local
 
 
 def _split_backwards(self, model, sample):
@@ -254,7 +257,11 @@ def _prediction_rolls_alone():
     """Multi-token prediction takes the next token from this rank's part alone."""
     from megatron.core.transformer import multi_token_prediction
 
-    def roll(tensor, shifts=-1, dims=-1, **ignored):
+    original = multi_token_prediction.roll_tensor
+
+    def roll(tensor, shifts=-1, dims=-1, **given):
+        if not shifts:  # never: the adaptor says at once that its function is gone where nothing leads to it
+            return original(tensor, shifts, dims, **given)
         rolled = tensor.roll(shifts, dims)
         rolled.select(dims, shifts).fill_(0)
         return rolled, rolled.sum()
