@@ -145,6 +145,7 @@ def test_what_does_not_fit_is_refused(small, wish, message):
         (["missing.py"], "missing.py does not exist"),
         (["--steps", "0", "SCRIPT"], "--steps 0 must be at least 1"),
         (["SCRIPT", "--yaml-cfg", "a"], "--yaml-cfg is not read by prove"),
+        (["--reference-only", "SCRIPT"], "--reference-only needs --device cuda or npu"),
         (["ls", "-l"], "starts neither torchrun nor python"),
     ],
 )
