@@ -21,7 +21,7 @@ from mindspeed_cp.comm.kv_exchange import EXCHANGES, GradientReturn, RingChannel
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.messages import packed
 from mindspeed_cp.comm.schedule import RingPlace
-from mindspeed_cp.comm.watch import note_area
+from mindspeed_cp.comm.meter import note_area
 from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions, MemoryOrder
 from mindspeed_cp.sequence.blocks import IntervalMask
 from mindspeed_cp.sequence.layout import SequenceLayout, run_positions

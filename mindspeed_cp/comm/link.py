@@ -11,20 +11,18 @@ Between ranks of one host, large messages of CPU tensors cross through shared me
 carries the notices. That changes no result, no order and no count of bytes.
 """
 
-import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.comm.batch import Batch, Posted, Stamp, Work, post_together
-from mindspeed_cp.comm.counters import record
+from mindspeed_cp.comm.batch import Batch, Stamp
 from mindspeed_cp.comm.host_memory import HostMemory
 from mindspeed_cp.comm.messages import Message, Pending, copy_message
-from mindspeed_cp.comm.watch import wait_for
+from mindspeed_cp.comm.meter import record, wait_for
+from mindspeed_cp.comm.posting import Loans, Member
 from mindspeed_cp.comm.workspace import Workspace
 
 # torch 2.13 renames the collective and warns about the old name.
@@ -32,37 +30,8 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 @dataclass(frozen=True, eq=False)
-class Link:
-    """One process group seen from one rank. Peers are named by their rank in it.
-
-    Args:
-        group: process group. rank: this rank's place in ``global_ranks``.
-        global_ranks: of the members, in the order in which this link counts them; collectives want it ascending.
-        workspace: reused buffers.
-        carrier: shared memory with the members on this host, or None.
-        one_by_one: post the messages of a batch one after the other, not as the back end's batch.
-    """
-
-    group: dist.ProcessGroup
-    rank: int
-    global_ranks: tuple[int, ...]
-    workspace: Workspace = field(default_factory=Workspace, repr=False)
-    carrier: HostMemory | None = field(default=None, repr=False)
-    one_by_one: bool = False
-
-    @property
-    def size(self) -> int:
-        return len(self.global_ranks)
-
-    @property
-    def numbers(self) -> Iterator[int]:
-        """Tells messages apart that follow their notice; all links over one group count on."""
-        return _numbers.setdefault(self.group, itertools.count(1))
-
-    @property
-    def peers(self) -> list[int]:
-        """The other ranks."""
-        return [rank for rank in range(self.size) if rank != self.rank]
+class Link(Member):
+    """One process group seen from one rank, and the transfers in it."""
 
     def exchange(
         self,
@@ -196,32 +165,17 @@ class Link:
         if len({*sizes[0], *sizes[1]}) == 1 and sizes[0][0]:
             sizes = []  # then they are equal on all ranks, and HCCL has an operator for that
         outgoing, incoming = Message.joined(leaving), Message.joined(arriving)
-        like, lent = leaving[self.rank], []
-
-        def flat(message):
-            found = message.in_place
-            if found is None:
-                lent.append(self.workspace.borrow(message.numel, like.dtype, like.device))
-                found = lent[-1][: message.numel]
-            return found
-
-        send, received = flat(outgoing), flat(incoming)
-        if outgoing.in_place is None:
-            outgoing.write(send)
+        like, loans = leaving[self.rank].tensors[0], Loans(self.workspace)
+        send, received = loans.written(outgoing, like), loans.flat(incoming, like)
         finish = self._trade_at_once(received, send, sizes, purpose)
 
-        def finished():
+        def finished() -> None:
             finish()
             if incoming.in_place is None:
                 incoming.read(received)
-            for buffer in lent:
-                self.workspace.give_back(buffer)
+            loans.give_back()
 
         return Pending(finished)
-
-    def post(self, ops: Sequence[Posted], purpose: str) -> list[Work]:
-        """Start single messages of one batch; like the two below a place of its own for links that only take notes."""
-        return post_together(self, ops, purpose)
 
     def _gather_at_once(self, gathered: torch.Tensor, own: torch.Tensor, purpose: str) -> Callable[[], None]:
         return self._start(
@@ -250,18 +204,6 @@ class Link:
 
         return finish
 
-    @contextmanager
-    def naming(self, purpose: str, ranks: Sequence[int]):
-        """Turn a back end's error into one that says who was waited for and why."""
-        try:
-            yield
-        except (RuntimeError, OSError) as error:
-            who = ", ".join(str(rank) for rank in sorted({self.global_ranks[rank] for rank in ranks}))
-            raise RuntimeError(
-                f"context parallelism: global rank {dist.get_rank()} lost rank {who} while exchanging {purpose}; "
-                f"look at the log of that rank first. Back end: {error}"
-            ) from error
-
 
 def _end_to_end(tensors: Sequence[torch.Tensor], dtype: torch.dtype | None = None, adds: bool = False) -> Message:
     if dtype is None:
@@ -270,9 +212,7 @@ def _end_to_end(tensors: Sequence[torch.Tensor], dtype: torch.dtype | None = Non
     return message if adds or len(tensors) == 1 else Message.joined([message])
 
 
-# Of every process group, as long as it lives: the number of its last message; and (workspace, carrier) of those that
-# somebody else made.
-_numbers: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
+# (workspace, carrier) of the process groups that somebody else made, as long as they live.
 _memories: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mindspeed_cp.comm.counters import record
 from mindspeed_cp.comm.link import Link, Stamp
 from mindspeed_cp.comm.messages import Message, Pending, as_stored, end_to_end
+from mindspeed_cp.comm.meter import record
 from mindspeed_cp.kernels.base import MemoryOrder, accumulation_dtype
 
 Rows = tuple[tuple[int, int], ...]

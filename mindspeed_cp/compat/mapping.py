@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.comm.counters import record
 from mindspeed_cp.comm.link import link_of
 from mindspeed_cp.comm.messages import Message
+from mindspeed_cp.comm.meter import record
 from mindspeed_cp.sequence.layout import split_sizes as _split_sizes
 
 __all__ = [

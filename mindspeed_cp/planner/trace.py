@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from mindspeed_cp.attention.entry import context_parallel_attention
 from mindspeed_cp.attention.kept import KeptAttention
-from mindspeed_cp.comm.batch import Work
-from mindspeed_cp.comm.counters import Traffic, count_bytes
 from mindspeed_cp.comm.groups import ContextParallelGroups, parts_of
 from mindspeed_cp.comm.link import Link
+from mindspeed_cp.comm.meter import Traffic, count_bytes
+from mindspeed_cp.comm.posting import Work
 from mindspeed_cp.comm.workspace import Workspace
 from mindspeed_cp.kernels.base import KernelOptions, MemoryOrder, accumulation_dtype
 from mindspeed_cp.sequence.layout import SequenceLayout

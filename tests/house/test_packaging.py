@@ -68,7 +68,7 @@ def test_wheel_puts_everything_under_one_name(wheel):
         "patches/manager.py",
         "arguments/flags.py",
         "kernels/cpu.py",
-        "comm/counters.py",
+        "comm/meter.py",
         "algorithms/ring.py",
         "planner/models.txt",
         "py.typed",
