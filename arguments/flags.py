@@ -7,7 +7,14 @@ from mindspeed_cp.arguments.mindspeed_flags import add_accepted_flags, refusal_o
 
 from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.settings.algorithms import ALGORITHMS
-from mindspeed_cp.settings.config import BATCH_LAYOUTS, KV_CACHE_POLICIES, KV_EXCHANGES, MASK_TYPES, P2P_KINDS
+from mindspeed_cp.settings.config import (
+    BATCH_LAYOUTS,
+    KV_CACHE_POLICIES,
+    KV_EXCHANGES,
+    MASK_TYPES,
+    P2P_KINDS,
+    TOPOLOGIES,
+)
 
 GROUP_TITLE = "context parallelism (mindspeed_cp)"
 LAYOUTS = {
@@ -138,8 +145,31 @@ def _ring_flags(parser):
             choices=list(KV_EXCHANGES),
             default="ring",
             help="how keys and values reach the other ring ranks. Default: ring. Choices: ring: whole shards are "
-            "forwarded; direct: each peer gets just the rows its mask needs; auto: whichever sends less for the batch. "
-            "Rule: direct needs a ring algorithm and --cp-window-size 1.",
+            "forwarded; direct: each peer gets just the rows its mask needs; mesh: each step trades a slice of every "
+            "shard over all links; auto: mesh where the ranks form one, else whichever sends less for the batch. Rule: "
+            "direct and mesh need a ring algorithm and --cp-window-size 1.",
+        ),
+    )
+    yield (
+        ("--cp-in-flight",),
+        dict(
+            type=_steps(parser),
+            default=1,
+            metavar="N",
+            help="steps of the exchange that may be under way at once, where nothing is forwarded: direct, mesh, and "
+            "within the windows of Double Ring. Default: 1. Choices: a whole number; auto: by topology. Rule: at least "
+            "1; what holds one step exists N + 1 times.",
+        ),
+    )
+    yield (
+        ("--cp-topology",),
+        dict(
+            type=_choice(parser, "--cp-topology", TOPOLOGIES),
+            choices=list(TOPOLOGIES),
+            default="auto",
+            help="how ring ranks are linked. Default: auto. Choices: mesh: each pair by a link of its own; switch: any "
+            "one peer at full rate; nodes: over several servers; auto: nodes where the ranks are on several hosts, "
+            "else mesh on NPUs and switch elsewhere. Rule: --cp-kv-exchange auto and --cp-in-flight auto read it.",
         ),
     )
     yield (
@@ -196,6 +226,16 @@ def _ring_flags(parser):
 
 
 def _ulysses_flags(parser):
+    yield (
+        ("--cp-ulysses-chunks",),
+        dict(
+            type=_whole(parser, "--cp-ulysses-chunks", 1),
+            default=1,
+            metavar="C",
+            help="groups of heads that Ulysses exchanges one after the other, each while the one before it is "
+            "computed. Default: 1, all heads at once. Rule: at most the heads of a rank; algorithms that split heads.",
+        ),
+    )
     yield (
         ("--ulysses-degree-in-cp",),
         dict(
@@ -285,6 +325,11 @@ def _whole(parser, flag, minimum):
         return int(text)
 
     return convert
+
+
+def _steps(parser):
+    whole = _whole(parser, "--cp-in-flight", 1)
+    return lambda text: text if text == "auto" else whole(text)
 
 
 def _calculator(parser):

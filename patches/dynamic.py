@@ -122,6 +122,7 @@ def _of_size(config, size, setup):
     ring = size // (degree or 1)
     window = config.window_size if config.window_size < ring and ring % config.window_size == 0 else 1
     of_ring = dict(kv_exchange="ring", send_recv_overlap=False, p2p="auto", kv_cache_policy=None, kv_cache_interval=0)
+    of_ring |= dict(in_flight=1, topology="auto")
     found = replace(
         config,
         context_parallel_size=size,

@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
 
 import torch
 
+from mindspeed_cp.attention.exchange_choice import exchange_for, steps_in_flight
 from mindspeed_cp.attention.function import AttentionCall, ContextParallelAttention
 from mindspeed_cp.attention.kept import KeptAttention
 from mindspeed_cp.attention.kv_cache import KVCache
 from mindspeed_cp.attention.merging import merge_function
 from mindspeed_cp.attention.ring import RingProblem
-from mindspeed_cp.attention.ring_plan import ring_plan
 from mindspeed_cp.attention.ulysses import UlyssesProblem
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.sequence_exchange import SequenceExchange
@@ -19,7 +18,6 @@ from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions, MemoryOrder, memory_order
 from mindspeed_cp.sequence.layout import SequenceLayout, run_positions
 from mindspeed_cp.sequence.masks import dense_mask, interval_masks
-from mindspeed_cp.sequence.staircases import IntervalMask
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -85,6 +83,7 @@ def context_parallel_attention(
         policy = None  # nothing will run backward, so nothing is kept for it
     cache = KVCache.resolve(policy, config.ring_size)
     order = memory_order(chosen, query.dtype)
+    exchange = exchange_for(config, groups, layout, masks, attention_mask is not None)
     ring = RingProblem(
         groups=groups,
         layout=layout,
@@ -93,12 +92,13 @@ def context_parallel_attention(
         options=KernelOptions(
             query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, float(dropout_p), groups.cp_rank
         ),
-        exchange=_exchange(config, layout, masks, attention_mask),
+        exchange=exchange,
         keep=cache.keep,
         overlap=config.send_recv_overlap,
         dense_mask=dense_mask(attention_mask, query.shape[1], layout.seq_len),
         merge=merge_function(chosen, fused_update),
         order=order,
+        in_flight=steps_in_flight(config, exchange, groups.topology),
     )
     ulysses = _ulysses_problem(config, groups, layout, query, key, value, cache, order)
     call = AttentionCall(ring, ulysses, layer_number, kept)
@@ -122,20 +122,6 @@ def _ascending(layout: SequenceLayout, cp_rank: int, device: torch.device) -> to
     rows = layout.ulysses_rows(cp_rank)[0]
     with torch.inference_mode(False):  # an index made during inference could not be used in training
         return None if len(rows) <= 1 else run_positions(rows, device)
-
-
-def _exchange(
-    config: ContextParallelConfig,
-    layout: SequenceLayout,
-    masks: tuple[IntervalMask, ...],
-    attention_mask: torch.Tensor | None,
-) -> Literal["ring", "direct", "allgather"]:
-    """How keys and values travel around the ring: what the configuration says, or for "auto" what sends less."""
-    row = config.row.exchange or "ring"
-    if config.kv_exchange != "auto" or row != "ring":
-        return "direct" if config.kv_exchange == "direct" else row
-    saves = attention_mask is None and config.hierarchy[2] == 1
-    return "direct" if saves and ring_plan(layout, masks, True, exact=True).direct_sends_less else "ring"
 
 
 def _ulysses_problem(

@@ -54,7 +54,7 @@ class RingPlan:
         return tuple(self.layout.ring_length(rank) for rank in range(self.layout.ring_size))
 
     @cached_property
-    def _batches(self) -> list[tuple[slice, IntervalMask]]:
+    def batches(self) -> list[tuple[slice, IntervalMask]]:
         """Neighbouring rows of the batch with one mask, and that mask."""
         if len(set(self.masks)) == 1:
             return [(ALL, self.masks[0])]
@@ -102,7 +102,7 @@ class RingPlan:
         queries, keys = self.layout.ring_runs(reader), self.layout.ring_runs(source)
         tasks = tuple(
             Task(batch, block)
-            for batch, mask in self._batches
+            for batch, mask in self.batches
             for block in plan_blocks(queries, keys, mask, self.native_bands)
         )
         if self.dense and tasks:
@@ -117,9 +117,14 @@ class RingPlan:
             return ()
         if (reader, source) not in self._needed:
             queries, keys = self.layout.ring_runs(reader), self.layout.ring_runs(source)
-            needed = [needed_rows(queries, keys, mask) for _, mask in self._batches]
+            needed = [needed_rows(queries, keys, mask) for _, mask in self.batches]
             self._needed[reader, source] = needed[0] if len(needed) == 1 else _union(needed)
         return self._needed[reader, source]
+
+    @cached_property
+    def exchanges(self) -> bool:
+        """Whether any rank may need rows of another; all ranks know."""
+        return bool((self._related & ~np.eye(len(self.lengths), dtype=bool)).any())
 
     @cached_property
     def direct_sends_less(self) -> bool:

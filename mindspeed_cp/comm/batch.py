@@ -7,7 +7,7 @@ the ranks tell each other something with it, a notice goes ahead ::
     place in the sender's memory, or BY_GLOO | bytes | number, the tag of what follows by gloo | stamp
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,9 @@ class Batch:
         purpose: str,
         stamp: Stamp | None = None,
         check: Callable[[list[Stamp]], None] | None = None,
+        tag: int = 0,
     ) -> None:
+        self._tag = tag
         self._link, self.purpose, self._stamp, self._check = link, purpose.partition(".")[0], stamp, check
         self._arrivals: list[Arrival] = []
         self._ops: list[Posted] = []  # receives first, because a notice may ask for one more before sends end
@@ -67,14 +69,14 @@ class Batch:
         else:
             lands_in = self._loans.flat(message)
             self._arrivals.append(Arrival(rank, message, None, lands_in))
-        self._add(dist.irecv, rank, lands_in)
+        self._add(dist.irecv, rank, lands_in, self._tag)
 
     def send(self, rank: int, message: Message, announced: bool = False, parcel: Parcel | None = None) -> None:
         """Send a message, or the notice of the parcel that holds it."""
         if message.numel == 0 and self._stamp is None:
             return
         if not announced and not self._announces(rank, message):
-            self._add(dist.isend, rank, self._loans.written(message))
+            self._add(dist.isend, rank, self._loans.written(message), self._tag)
             return
         carrier, number = self._link.carrier, next(self._link.numbers)
         peer = self._link.global_ranks[rank]
@@ -82,7 +84,7 @@ class Batch:
             parcel = carrier.write([peer], message)
         place = BY_GLOO if parcel is None else parcel.start
         notice = [place, message.num_bytes, number, *(self._stamp or (0, 0))]
-        self._add(dist.isend, rank, torch.tensor(notice, device="cpu"))
+        self._add(dist.isend, rank, torch.tensor(notice, device="cpu"), self._tag)
         if parcel is None and message.numel:
             self._add(dist.isend, rank, self._loans.written(message), tag=number)
 
@@ -90,6 +92,19 @@ class Batch:
         if self._ops:
             self._works = self._link.post(self._ops, self.purpose)
             self._ops = []
+
+    @classmethod
+    def post_receives_first(cls, batches: "Sequence[Batch]") -> None:
+        """Post batches over one link together: what is received, then what is sent."""
+        first = [(batch, op) for batch in batches for op in batch._ops[: len(batch._arrivals)]]
+        ops = first + [(batch, op) for batch in batches for op in batch._ops[len(batch._arrivals) :]]
+        if not ops:
+            return
+        works = batches[0]._link.post([op for _, op in ops], batches[0].purpose)
+        for (batch, _), work in zip(ops, works, strict=True):
+            batch._works.append(work)
+        for batch in batches:
+            batch._ops = []
 
     def finish(self) -> None:
         """Wait for all that was posted, and unpack it."""
@@ -146,5 +161,5 @@ class Batch:
             carrier is not None and carrier.carries(self._link.global_ranks[rank], message.device, message.num_bytes)
         )
 
-    def _add(self, op: Callable, rank: int, tensor: torch.Tensor, tag: int = 0) -> None:
+    def _add(self, op: Callable, rank: int, tensor: torch.Tensor, tag: int) -> None:
         self._ops.append(Posted(op, tensor, rank, tag))

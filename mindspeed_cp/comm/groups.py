@@ -4,9 +4,11 @@ Within a context-parallel group, cp_rank = ring_rank * ulysses_degree + ulysses_
 (their all-to-all wants the fastest links), ring ranks are strided.
 """
 
+import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Literal
 
 import torch.distributed as dist
 
@@ -18,6 +20,7 @@ from mindspeed_cp.settings.algorithms import Hierarchy
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 Ranks = list[list[int]]  # global ranks of every context-parallel group
+Linkage = Literal["mesh", "switch", "nodes"]  # how ring ranks are linked, see ContextParallelConfig.topology
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,7 @@ class ContextParallelGroups:
         outer: a second communicator over the ring, for transfers between windows, so that they run beside the
             transfers within a window instead of queueing behind them; None without windows.
         workspace: reused communication buffers.
+        topology: how the ring ranks are linked, as far as the configuration asks.
         made: the process groups that ``build`` made, and ``destroy`` destroys.
     """
 
@@ -43,6 +47,7 @@ class ContextParallelGroups:
     ring: Link | None = None
     outer: Link | None = None
     workspace: Workspace = field(default_factory=Workspace, repr=False)
+    topology: Linkage = "switch"
     made: tuple[dist.ProcessGroup, ...] = field(default=(), repr=False)
 
     @property
@@ -131,7 +136,7 @@ class ContextParallelGroups:
             links.setdefault(name, within(link, group, dist.get_process_group_ranks(group)))
         groups = cls(config.hierarchy, link.rank, mine, **links, workspace=link.workspace, made=tuple(made.values()))
         groups._warm_up()
-        return groups
+        return replace(groups, topology=_topology(config, groups.ring))
 
     def _warm_up(self) -> None:
         """Connect every pair now: NCCL and HCCL want every rank in a group's first operation, and a ring may start with
@@ -203,6 +208,21 @@ def _one_by_one(config: ContextParallelConfig, virtual_pipeline: bool) -> bool:
             "receives beside them; leave it out, or use --cp-p2p isend."
         )
     return config.p2p == "isend" or forbidden
+
+
+def _topology(config: ContextParallelConfig, ring: Link | None) -> Linkage:
+    """As configured; else several hosts are nodes, one of NPUs a mesh and any other a switch. The ranks of the ring ask
+    each other where something depends on it.
+    """
+    if config.topology != "auto":
+        return config.topology
+    if ring is None or "auto" not in (config.kv_exchange, config.in_flight):
+        return "switch"
+    hosts: list[str] = [""] * ring.size
+    dist.all_gather_object(hosts, socket.gethostname(), group=ring.group)
+    if len(set(hosts)) > 1:
+        return "nodes"
+    return "mesh" if "hccl" in ring.backend else "switch"
 
 
 def _ranks_of_mine(all_ranks: Ranks) -> tuple[int, ...]:

@@ -28,6 +28,14 @@ from mindspeed_cp.comm.workspace import Workspace
 # torch 2.13 renames the collective and warns about the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+# Back ends that tell a peer what they are ready to receive behind what they send it: where receives are not posted
+# before sends, the two directions of a pair take turns. gloo's own all-to-all does that, so one is made of messages
+# here. HCCL's messages, on the other hand, go one after another, and its collective uses all links.
+ANNOUNCE_FIRST = ("gloo",)
+OVERTAKING = 1 << 30  # the tag of what may be received before what was posted earlier; notices count from 1
+
+Ends = Sequence[tuple[int, Sequence[torch.Tensor]]]  # ranks, and the tensors that go there or come from there
+
 
 @dataclass(frozen=True, eq=False)
 class Link(Member):
@@ -35,10 +43,11 @@ class Link(Member):
 
     def exchange(
         self,
-        sends: Sequence[tuple[int, Sequence[torch.Tensor]]],
-        receives: Sequence[tuple[int, Sequence[torch.Tensor]]],
+        sends: Ends,
+        receives: Ends,
         purpose: str,
         add_in: torch.dtype | None = None,
+        tag: int = 0,
     ) -> Pending[None]:
         """Send and receive messages.
 
@@ -48,10 +57,37 @@ class Link(Member):
             purpose: what the bytes count as; what follows a dot in it tells streams apart and is not counted.
             add_in: the dtype of messages that are added to the tensors of ``receives`` by ``wait``; None for messages
                 in the tensors' own dtype, which take their place.
+            tag: messages of one tag arrive in their order.
         """
+        return self.exchange_several([(sends, receives)], purpose, add_in, tag)[0]
+
+    def expect(self, receives: Ends, purpose: str, add_in: torch.dtype | None = None) -> Pending[None] | None:
+        """Post what is received already, so that the peer's side of an exchange may send as soon as it can; None where
+        a back end would hold up what follows, and receives belong into the exchange."""
+        if self.backend not in ANNOUNCE_FIRST or self.one_by_one:
+            return None
+        return self.exchange((), receives, purpose, add_in, OVERTAKING)
+
+    def exchange_several(
+        self,
+        exchanges: Sequence[tuple[Ends, Ends]],
+        purpose: str,
+        add_in: torch.dtype | None = None,
+        tag: int = 0,
+    ) -> list[Pending[None]]:
+        """Several exchanges posted at once, each to be awaited on its own, in their order."""
+        batches = [self._batch(sends, receives, purpose, add_in, tag) for sends, receives in exchanges]
+        if len(batches) > 1 and self.backend in ANNOUNCE_FIRST and not self.one_by_one:
+            Batch.post_receives_first(batches)
+        else:
+            for batch in batches:
+                batch.post()
+        return [Pending(batch.finish) for batch in batches]
+
+    def _batch(self, sends: Ends, receives: Ends, purpose: str, add_in: torch.dtype | None, tag: int) -> Batch:
         for ends in (sends, receives):
             assert len({rank for rank, _ in ends}) == len(ends), "two messages for one rank in a batch"
-        batch = Batch(self, purpose)
+        batch = Batch(self, purpose, tag=tag)
         for rank, tensors in receives:
             batch.receive(rank, _end_to_end(tensors, add_in, adds=add_in is not None))
         for rank, tensors in sends:
@@ -59,8 +95,7 @@ class Link(Member):
             batch.send(rank, message)
             if message.numel:
                 record({batch.purpose: message.num_bytes})
-        batch.post()
-        return Pending(batch.finish)
+        return batch
 
     def gather(
         self, tensor: torch.Tensor, lengths: Sequence[int], purpose: str, name: str | None = None, count: bool = True
@@ -115,7 +150,7 @@ class Link(Member):
             stamp: what every rank tells the others beside its messages, where ``tells`` says that it can.
             check: called with all ranks' stamps in rank order before anything is unpacked; it may raise.
         """
-        if stamp is None and not self._shares_memory(leaving[self.rank].device):
+        if stamp is None and self.backend not in ANNOUNCE_FIRST and not self._shares_memory(leaving[self.rank].device):
             return self._all_to_all_at_once(leaving, arriving, purpose)
         batch = Batch(self, purpose, stamp, check)
         for rank in self.peers:
@@ -123,16 +158,17 @@ class Link(Member):
         for rank in self.peers:
             batch.send(rank, leaving[rank])
         batch.post()
+        sent, received = leaving[self.rank], arriving[self.rank]  # and nothing else of what leaves lives on
 
         def finish() -> None:
             batch.finish()
-            copy_message(leaving[self.rank], arriving[self.rank])
+            copy_message(sent, received)
 
         return Pending(finish)
 
     def tells(self, device: torch.device) -> bool:
         """Whether stamps travel with messages of this device: gloo's can be announced, for its peers are processes."""
-        return device.type == "cpu" and dist.get_backend(self.group) == "gloo"
+        return device.type == "cpu" and self.backend == "gloo"
 
     def _shares_memory(self, device: torch.device, size: int | None = None) -> bool:
         """Whether all peers share memory with this rank, and messages of ``size`` bytes go through it."""

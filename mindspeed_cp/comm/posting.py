@@ -75,6 +75,11 @@ class Member:
         return len(self.global_ranks)
 
     @property
+    def backend(self) -> str:
+        """The name of what carries the messages."""
+        return dist.get_backend(self.group)
+
+    @property
     def numbers(self) -> Iterator[int]:
         """Tells messages apart that follow their notice; all members over one group count on."""
         return _numbers.setdefault(self.group, itertools.count(1))

@@ -133,6 +133,10 @@ class NotingLink(Link):
 
     notes: Notes = field(default_factory=Notes)
 
+    @property
+    def backend(self) -> str:
+        return "dry"
+
     def post(self, ops, purpose):
         sent, received = (
             {self.global_ranks[op.rank]: _num_bytes(op.tensor) for op in ops if op.how is how}
@@ -199,7 +203,10 @@ def dry_groups(config: ContextParallelConfig, rank: int, stride: int, notes: Not
     }
     if ulysses in (1, len(everyone)):
         links["ring" if ulysses == 1 else "ulysses"] = links["cp"]
-    return ContextParallelGroups(config.hierarchy, rank, tuple(everyone), workspace=workspace, **links)
+    topology = "switch" if config.topology == "auto" else config.topology
+    return ContextParallelGroups(
+        config.hierarchy, rank, tuple(everyone), workspace=workspace, topology=topology, **links
+    )
 
 
 @dataclass(frozen=True, eq=False)

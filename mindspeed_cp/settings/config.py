@@ -15,13 +15,15 @@ from mindspeed_cp.settings.rules import divisors, listed, require, require_even_
 
 MaskType = Literal["causal", "full", "general"]
 KVCachePolicy = Literal["full", "half"]
-KVExchange = Literal["ring", "direct", "auto"]
+KVExchange = Literal["ring", "direct", "mesh", "auto"]
+Topology = Literal["auto", "mesh", "switch", "nodes"]
 P2P = Literal["auto", "batch", "isend"]
 BatchLayout = Literal["auto", "contiguous", "zigzag", "document_zigzag", "balanced"]
 
 MASK_TYPES: tuple[str, ...] = get_args(MaskType)
 KV_CACHE_POLICIES = (None, *get_args(KVCachePolicy))
 KV_EXCHANGES: tuple[str, ...] = get_args(KVExchange)
+TOPOLOGIES: tuple[str, ...] = get_args(Topology)
 P2P_KINDS: tuple[str, ...] = get_args(P2P)
 BATCH_LAYOUTS: tuple[str, ...] = get_args(BatchLayout)
 
@@ -42,8 +44,15 @@ class ContextParallelConfig:
         allgather_kv: Ulysses gathers the one KV head instead of replicating it (--use-ulysses-allgather-kv).
         send_recv_overlap: post transfers before the block that hides them (--use-cp-send-recv-overlap).
         alltoall: False replaces all-to-all by all-gather and slicing (MindFormers' enable_alltoall).
-        kv_exchange: "ring" forwards whole shards, "direct" sends each peer the rows its mask needs, "auto" takes what
-            sends less for the batch (--cp-kv-exchange).
+        kv_exchange: "ring" forwards whole shards, "direct" sends each peer the rows its mask needs, "mesh" trades a
+            slice of every shard in each step, "auto" takes mesh where ranks form one, else what sends less for the
+            batch (--cp-kv-exchange).
+        in_flight: steps of the exchange that may be under way at once, where nothing is forwarded; "auto" by topology
+            (--cp-in-flight).
+        topology: how ring ranks are linked: "mesh", each pair by a link of its own; "switch", any one peer at full
+            rate; "nodes", several servers; "auto" asks the ranks: nodes where they are on several hosts, else mesh on
+            NPUs and switch elsewhere (--cp-topology). What is "auto" reads it.
+        ulysses_chunks: groups of heads that Ulysses exchanges and computes one after the other (--cp-ulysses-chunks).
         p2p: how messages between single ranks are posted (--cp-p2p): "batch", all of one step together; "isend", one
             after the other; "auto", as a batch but where HCCL forbids it, beside virtual pipeline stages.
         batch_layout: which tokens a rank holds (--cp-batch-layout): "auto" is what the algorithm likes, "contiguous",
@@ -65,6 +74,9 @@ class ContextParallelConfig:
     send_recv_overlap: bool = False
     alltoall: bool = True
     kv_exchange: KVExchange = "ring"
+    in_flight: int | Literal["auto"] = 1
+    topology: Topology = "auto"
+    ulysses_chunks: int = 1
     p2p: P2P = "auto"
     batch_layout: BatchLayout = "auto"
     keep_attention: bool = False
@@ -174,17 +186,31 @@ class ContextParallelConfig:
             f"--cp-kv-exchange {self.kv_exchange} is not known; choose one of {', '.join(KV_EXCHANGES)}.",
         )
         require(self.p2p in P2P_KINDS, f"--cp-p2p {self.p2p} is not known; choose one of {', '.join(P2P_KINDS)}.")
-        if self.kv_exchange == "direct":
+        exchange = f"--cp-kv-exchange {self.kv_exchange}"
+        if self.kv_exchange in ("direct", "mesh"):
             require(
                 self.row.exchange == "ring",
-                f"--cp-kv-exchange direct needs a ring-type algorithm, not --context-parallel-algo {self.algorithm}; "
+                f"{exchange} needs a ring-type algorithm, not --context-parallel-algo {self.algorithm}; "
                 f"choose {names_with(exchange='ring')}, or --cp-kv-exchange ring.",
             )
             require(
                 self.window_size == 1,
-                f"--cp-kv-exchange direct forwards nothing, so --cp-window-size {self.window_size} has no meaning; "
+                f"{exchange} forwards nothing, so --cp-window-size {self.window_size} has no meaning; "
                 "use --cp-window-size 1, or --cp-kv-exchange ring.",
             )
+        require(
+            self.in_flight == "auto" or (_is_whole(self.in_flight) and self.in_flight >= 1),
+            f"--cp-in-flight {self.in_flight} must be auto or a whole number of at least 1; 1 is one step at a time.",
+        )
+        require(
+            self.topology in TOPOLOGIES,
+            f"--cp-topology {self.topology} is not known; choose one of {', '.join(TOPOLOGIES)}.",
+        )
+        require(
+            _is_whole(self.ulysses_chunks) and self.ulysses_chunks >= 1,
+            f"--cp-ulysses-chunks {self.ulysses_chunks} must be a whole number of at least 1; 1 exchanges all heads at "
+            "once.",
+        )
         require(
             not self.allgather_kv or (self.row.splits_heads and self.row.exchange is None),
             f"--use-ulysses-allgather-kv needs --context-parallel-algo {names_with(splits_heads=True, exchange=None)}, "
@@ -203,6 +229,18 @@ class ContextParallelConfig:
             and row.exchange is None,
             f"--cp-p2p {self.p2p} is ignored: {algorithm} sends no messages between single ranks.": self.p2p != "auto"
             and row.exchange != "ring",
+            f"--cp-p2p {self.p2p} is ignored: the mesh exchange sends no messages between single ranks.": (
+                self.p2p != "auto" and self.kv_exchange == "mesh"
+            ),
+            f"--cp-in-flight {self.in_flight} is ignored: {algorithm} without --cp-kv-exchange direct, mesh or auto, "
+            "or windows, forwards one step at a time.": self.in_flight not in (1, "auto")
+            and not self._takes_several_steps,
+            f"--cp-topology {self.topology} is ignored: neither --cp-kv-exchange nor --cp-in-flight is auto.": (
+                self.topology != "auto" and "auto" not in (self.kv_exchange, self.in_flight)
+            ),
+            f"--cp-ulysses-chunks {self.ulysses_chunks} is ignored: {algorithm} exchanges no heads.": (
+                self.ulysses_chunks > 1 and not row.splits_heads
+            ),
             f"enable_alltoall False is ignored: {algorithm} uses no all-to-all.": not self.alltoall
             and not row.splits_heads,
             f"--cp-batch-layout balanced is contiguous for {algorithm}, whose ranks have equal work by nature.": (
@@ -212,6 +250,10 @@ class ContextParallelConfig:
             and self.context_parallel_size == 1,
         }
         return [message for message, applies in ignored.items() if applies]
+
+    @property
+    def _takes_several_steps(self) -> bool:
+        return self.row.exchange == "ring" and (self.kv_exchange != "ring" or self.window_size > 1)
 
     @property
     def hierarchy(self) -> Hierarchy:
@@ -259,6 +301,10 @@ class ContextParallelConfig:
         ]
         if self.kv_exchange != "ring":
             parts.append(f"{self.kv_exchange} exchange")
+        if self.in_flight != 1 and self._takes_several_steps:
+            parts.append(f"{self.in_flight} steps in flight")
+        if self.ulysses_chunks > 1 and self.row.splits_heads:
+            parts.append(f"{self.ulysses_chunks} groups of heads")
         if self.p2p == "isend" and self.row.exchange == "ring":
             parts.append("single messages")
         if self.kv_cache_policy:
@@ -268,6 +314,10 @@ class ContextParallelConfig:
         if self.log:
             parts.append("logged")
         return ", ".join(parts)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +370,7 @@ def resolve(config: ContextParallelConfig, setup: TrainingSetup) -> TrainingSetu
     setup = _fall_back_to_aligned(config, setup, notices)
     _check_world(config, setup)
     _check_heads(config, setup, asked)
+    _check_chunks(config, setup)
     _check_length(config, setup)
     require(
         config.kv_cache_interval == 0 or config.kv_cache_interval < setup.num_layers,
@@ -405,6 +456,17 @@ def _check_heads(config: ContextParallelConfig, setup: TrainingSetup, asked: Tra
             f"--num-query-groups {groups} must equal --tensor-model-parallel-size {tp} and be smaller than "
             f"--num-attention-heads {heads}; use --num-query-groups {tp}, or leave out --use-ulysses-allgather-kv.",
         )
+
+
+def _check_chunks(config: ContextParallelConfig, setup: TrainingSetup) -> None:
+    if setup.num_attention_heads is None or config.ulysses_chunks == 1 or not config.row.splits_heads:
+        return
+    heads = -(-setup.num_attention_heads // (setup.tensor_parallel_size * config.hierarchy[0]))
+    require(
+        config.ulysses_chunks <= heads,
+        f"--cp-ulysses-chunks {config.ulysses_chunks} must be at most the {heads} heads that a rank computes; use "
+        f"--cp-ulysses-chunks {heads} or less.",
+    )
 
 
 def _degrees_for(config: ContextParallelConfig, heads: int) -> tuple[str, str]:

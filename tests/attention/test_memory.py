@@ -114,6 +114,36 @@ def test_peak_memory_of_a_ring_does_not_grow_with_its_size(options, dtype, overl
     assert peak(4) == peak(6) == peak(8)
 
 
+MESH_ROWS = 210  # of a rank; 3, 5 and 7 others, each of which sends a slice, divide them and their halves
+
+
+@pytest.mark.parametrize("mask_type", ["causal", "full"])
+def test_peak_memory_of_the_mesh_exchange_does_not_grow_with_its_size(mask_type):
+    def peak(cp):
+        config = {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "kv_exchange": "mesh"}
+        config |= {"attention_mask_type": mask_type, "send_recv_overlap": True}
+        case = Case(config, seq_len=cp * MESH_ROWS, dk=8, dv=8, dtype="float32", share_from=None)
+        return max(peak for peak, _ in run_ranks(cp, peak_bytes, case))
+
+    assert peak(4) == peak(6) == peak(8)
+
+
+@pytest.mark.parametrize("exchange", ["direct", "mesh"])
+def test_what_holds_a_step_exists_once_for_every_step_in_flight_and_once_more(exchange):
+    """Four buffers of a step's size. Direct: keys and values, gradients on the wire, packed, and landing. Mesh: what is
+    packed and what lands, of both; a step is computed with in one buffer more, whatever is in flight.
+    """
+
+    def peak(in_flight):
+        config = {"context_parallel_size": 8, "algorithm": "megatron_cp_algo", "kv_exchange": exchange}
+        config |= {"attention_mask_type": "full", "send_recv_overlap": True, "in_flight": in_flight}
+        case = Case(config, seq_len=8 * MESH_ROWS, dk=8, dv=8, dtype="float32", share_from=None)
+        return {peak for peak, _ in run_ranks(8, peak_bytes, case)}
+
+    (one,), (three,) = peak(1), peak(3)
+    assert three - one == 2 * 4 * MESH_ROWS * 4 * (8 + 8) * FLOAT32
+
+
 @pytest.mark.parametrize("documents", [(0, 30, 37, 200, 256), (0, 256), tuple(range(0, 257, 16))], ids=len)
 def test_peak_memory_of_the_balanced_layout_is_not_above_the_zigzags(documents):
     zigzag = {"context_parallel_size": 4, "algorithm": "megatron_cp_algo", "batch_layout": "zigzag"}
