@@ -79,7 +79,8 @@ def context_parallel_attention(
     masks = interval_masks(causal, layout.seq_len, query.shape[1], cu_seqlens, sliding_window)
     policy = config.kv_cache_policy_for(layer_number)
     differentiates = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    if not differentiates and (kept is None or not kept.is_active):
+    has_backward = differentiates or (kept is not None and kept.is_active)
+    if not has_backward:
         policy = None  # nothing will run backward, so nothing is kept for it
     cache = KVCache.resolve(policy, config.ring_size)
     order = memory_order(chosen, query.dtype)
@@ -101,7 +102,7 @@ def context_parallel_attention(
         in_flight=steps_in_flight(config, exchange, groups.topology),
     )
     ulysses = _ulysses_problem(config, groups, layout, query, key, value, cache, order)
-    call = AttentionCall(ring, ulysses, layer_number, kept)
+    call = AttentionCall(ring, ulysses, layer_number, has_backward, kept)
     # Kernels take any strides but the last dimension's; torch's CPU operator would read past it without a word.
     tensors = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
     places = None if layout.ulysses_degree > 1 else _ascending(layout, groups.cp_rank, query.device)
@@ -145,7 +146,18 @@ def _ulysses_problem(
         value.shape[3],
         refetch=cache.refetch,
         allgather_kv=config.allgather_kv,
+        num_groups=_num_groups(config, query.shape[2]),
     )
+
+
+def _num_groups(config: ContextParallelConfig, heads: int) -> int:
+    of_rank = -(-heads // config.hierarchy[0])
+    if config.ulysses_chunks > of_rank:
+        raise ValueError(
+            f"--cp-ulysses-chunks {config.ulysses_chunks} must be at most the {of_rank} heads that a rank computes; "
+            f"use --cp-ulysses-chunks {of_rank} or less."
+        )
+    return config.ulysses_chunks
 
 
 def _check_options(

@@ -67,6 +67,8 @@ class GradientReturn:
     def target(self, step: Step) -> tuple[Tensors, bool]:
         channel, source = self._channel, step.source
         assert source is not None
+        if step.place == 1:
+            self._inner.drain()  # the first block of this window has hidden what the window before left under way
         if step.place > 0:
             return channel.buffer(f"dkv.wire{channel.turn(step.place)}", self._like, channel.lengths[source]), False
         if step.window > 0:
@@ -119,10 +121,10 @@ class GradientReturn:
     def _end(self, j: int) -> None:
         """Close window j: its sum goes to the owner, while the next window is computed."""
         channel, place = self._channel, self._channel.place
+        if j == 0:
+            return  # its sum is that of the own rows, and nobody waits for it
         self._inner.drain()
         self._outer.drain()
-        if j == 0:
-            return
         source, peer = place.peer(-j, 0), place.peer(j, 0)
         leaving: Tensors = ()
         if self._window_reads(place.rank, source):

@@ -158,13 +158,8 @@ class Link(Member):
         for rank in self.peers:
             batch.send(rank, leaving[rank])
         batch.post()
-        sent, received = leaving[self.rank], arriving[self.rank]  # and nothing else of what leaves lives on
-
-        def finish() -> None:
-            batch.finish()
-            copy_message(sent, received)
-
-        return Pending(finish)
+        copy_message(leaving[self.rank], arriving[self.rank])  # what leaves may change from now on
+        return Pending(batch.finish)
 
     def tells(self, device: torch.device) -> bool:
         """Whether stamps travel with messages of this device: gloo's can be announced, for its peers are processes."""

@@ -227,6 +227,36 @@ def test_ulysses_sends_one_share_of_everything_in_one_message_before_and_one_aft
         assert sum(backward_messages.values()) == 2, backward_messages
 
 
+CHUNKED = [(2, 8, 8), (2, 8, 4), (2, 8, 1), (4, 16, 2), (3, 7, 7), (4, 6, 2)]
+
+
+@pytest.mark.parametrize("policy", [None, "half", "full"])
+@pytest.mark.parametrize("cp, heads, kv_heads", CHUNKED)
+def test_chunks_of_heads_send_the_bytes_of_all_at_once_in_as_many_messages_as_chunks(cp, heads, kv_heads, policy):
+    case = Case(
+        {"context_parallel_size": cp, "kv_cache_policy": policy}, seq_len=4 * cp, heads=heads, kv_heads=kv_heads
+    )
+    at_once, most = traffic(case), -(-heads // cp)
+    for chunks in {2, 3, 4, most} if most > 1 else ():
+        if chunks > most:
+            continue
+        for once, found in zip(at_once, traffic(case.with_config(ulysses_chunks=chunks))):
+            assert found[::2] == once[::2], chunks
+            assert sum(found[1].values()) >= 2 * chunks
+
+
+@pytest.mark.parametrize("chunks, times", [(1, 1), (2, 1), (4, 2)])
+def test_a_ring_around_chunks_sends_a_kv_head_once_for_every_chunk_that_needs_it(chunks, times):
+    """Two KV heads of a rank: two chunks share them out; of four, two need each."""
+    config = {"context_parallel_size": 4, "algorithm": "hybrid_cp_algo", "ulysses_degree": 2}
+    case = Case(config, seq_len=16, heads=8, kv_heads=4)
+    _, keys_values, _ = ulysses_sizes(case, 2, 4)
+    ring = 4 * 2 * 2 * (case.dk + case.dv) * ITEMSIZE[case.dtype]
+    for forward, _, backward, _ in traffic(case.with_config(ulysses_chunks=chunks)):
+        assert forward["kv"] == keys_values + times * ring
+        assert (backward["kv"], backward["dkv"]) == (times * ring, keys_values + times * ring)
+
+
 @pytest.mark.parametrize("cp", [2, 4])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_a_ulysses_cache_policy_communicates_what_it_did_not_keep_again(cp, kv_heads):

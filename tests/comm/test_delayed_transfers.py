@@ -33,6 +33,7 @@ CONFIGS = (
     {**RING, "window_size": 2, "attention_mask_type": "full"},
     *({**ULYSSES, "kv_cache_policy": policy} for policy in (None, "full", "half")),
     {**ULYSSES, "alltoall": False},
+    {**HYBRID, "ulysses_chunks": 2},
     *({**HYBRID, "kv_cache_policy": policy} for policy in (None, "full", "half")),
     *({**HYBRID, "kv_exchange": exchange} for exchange in ("direct", "mesh")),
     dict(context_parallel_size=4, algorithm="kvallgather_cp_algo"),
@@ -49,6 +50,9 @@ def problems():
         yield Case(config, cu_seqlens=PACKED, kv_heads=2, **FLOAT32)
     yield Case({**RING, "window_size": 2}, window=(7, 0), **FLOAT32)
     yield Case(RING, seq_len=23, dtype="bfloat16", share_from=None)
+    for dtype, policy in (("float32", None), ("bfloat16", None), ("bfloat16", "full")):
+        config = {**ULYSSES, "ulysses_chunks": 3, "kv_cache_policy": policy}
+        yield Case(config, heads=16, kv_heads=8, dtype=dtype, share_from=None)
 
 
 def on_delayed_group(rank, world_size, port, function, *arguments):

@@ -1,0 +1,85 @@
+"""What an exchange leaves exposed, read from the order of events: a transfer is hidden where a block is computed between
+its start and its wait. The engine runs here on tensors without memory and links that only take notes.
+"""
+
+import pytest
+
+from mindspeed_cp import ContextParallelConfig
+from mindspeed_cp.planner.trace import Compute, Post, Problem, Wait, trace
+
+PROBLEM = Problem(seq_len=256, heads=16, kv_heads=8, dk=4, dv=4)
+RING = dict(context_parallel_size=4, algorithm="megatron_cp_algo", attention_mask_type="full", send_recv_overlap=True)
+ULYSSES = dict(context_parallel_size=2, attention_mask_type="full")
+HYBRID = {**RING, "algorithm": "hybrid_cp_algo", "ulysses_degree": 2}
+
+
+def events_of(arguments, rank=0):
+    return [each.events for each in trace(ContextParallelConfig(**arguments), PROBLEM, rank)]
+
+
+def exposed(events):
+    """(number of transfers, of which no block is computed between post and wait: their numbers, from 0)."""
+    posts = [event.number for event in events if isinstance(event, Post)]
+    found = []
+    for index, event in enumerate(events):
+        if isinstance(event, Wait):
+            since = events[
+                events.index(next(e for e in events if isinstance(e, Post) and e.number == event.number)) : index
+            ]
+            if not any(isinstance(each, Compute) for each in since):
+                found.append(posts.index(event.number))
+    return len(posts), found
+
+
+def order(events):
+    return "".join({Compute: "c", Post: "p", Wait: "w"}[type(event)] for event in events)
+
+
+EXPOSED = {
+    # name: (settings, transfers and exposed ones forward, the same backward)
+    "ring": (RING, (3, []), (6, [5])),
+    "ring, kept": ({**RING, "kv_cache_policy": "full"}, (3, []), (3, [2])),
+    "direct": ({**RING, "kv_exchange": "direct"}, (3, []), (6, [5])),
+    "direct, all in flight": ({**RING, "kv_exchange": "direct", "in_flight": 3}, (3, []), (6, [5])),
+    "mesh": ({**RING, "kv_exchange": "mesh"}, (3, []), (6, [5])),
+    "mesh, two in flight": ({**RING, "kv_exchange": "mesh", "in_flight": 2}, (3, []), (6, [5])),
+    "double ring": ({**RING, "window_size": 2}, (3, []), (6, [4, 5])),
+    "all-gather": ({**RING, "algorithm": "kvallgather_cp_algo"}, (1, []), (4, [3])),
+    "ulysses": (ULYSSES, (2, [0, 1]), (2, [0, 1])),
+    "ulysses in 2": ({**ULYSSES, "ulysses_chunks": 2}, (4, [0, 3]), (4, [0, 3])),
+    "ulysses in 8": ({**ULYSSES, "ulysses_chunks": 8}, (16, [0, 15]), (16, [0, 15])),
+    "hybrid": (HYBRID, (3, [0, 2]), (4, [0, 2, 3])),
+    "hybrid in 2": ({**HYBRID, "ulysses_chunks": 2}, (6, [0, 5]), (8, [0, 3, 6, 7])),
+}
+
+
+@pytest.mark.parametrize("name", EXPOSED)
+def test_at_most_the_first_and_the_last_transfer_of_a_round_are_exposed(name):
+    """A ring's last gradients, those of Double Ring's last window and their way to the owner, and Ulysses' first and
+    last exchange have no block to hide behind; Hybrid has a ring in each round.
+    """
+    arguments, *want = EXPOSED[name]
+    assert [exposed(events) for events in events_of(arguments)] == want
+
+
+def test_without_overlap_every_transfer_of_a_ring_is_exposed():
+    """The opposite fact: the measurement can tell."""
+    forward, _ = events_of({**RING, "send_recv_overlap": False})
+    assert exposed(forward) == (3, [0, 1, 2])
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4, 8])
+def test_chunks_of_heads_start_the_next_exchange_before_a_block_and_send_its_result_behind_it(chunks):
+    """p: post, w: wait, c: compute. The result of a chunk is awaited behind the block of the next."""
+    first, middle, last = "pw", "pcpw" + "pcwpw" * (chunks - 2), "cwpw"
+    want = "pwcpw" if chunks == 1 else first + middle + last
+    assert [order(events) for events in events_of({**ULYSSES, "ulysses_chunks": chunks})] == [want, want]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+@pytest.mark.parametrize("exchange", ["direct", "mesh"])
+def test_as_many_steps_are_posted_ahead_as_may_be_in_flight(exchange, steps):
+    config = {**RING, "context_parallel_size": 8, "kv_exchange": exchange, "in_flight": steps}
+    forward, _ = events_of(config)
+    ahead = min(steps, 7)
+    assert order(forward) == "p" * ahead + "cwp" * (7 - ahead) + "cw" * ahead + "c"
