@@ -100,6 +100,7 @@ class AttentionCall:
                 leaving.wait()
             leaving = this.gather({"out": result}, {"out": heads.out})
             done += self._for_backward([heads])
+            del here, heads  # while the next round is computed
         assert leaving is not None
         leaving.wait()
         return Computed(result.result(), tuple(done))

@@ -254,3 +254,36 @@ def test_nothing_outlives_the_backward_pass(algorithm):
             {"context_parallel_size": 4, "algorithm": algorithm, "kv_cache_policy": policy}, seq_len=32, dtype="float32"
         )
         assert run_ranks(4, unreferenced_after, case) == [0] * 4, policy
+
+
+def intermediates(rank, case):
+    """Most bytes alive in a forward pass without a graph, and in a backward pass, beyond what was there and the result."""
+    call, leaves, grad_out, groups = prepared(rank, case)
+    for _ in range(2):
+        call().backward(grad_out)
+    with torch.no_grad(), LiveBytes() as forward:
+        out = call()
+    result = out.untyped_storage().nbytes()
+    out = call()
+    with LiveBytes() as backward:
+        grads = torch.autograd.grad(out, leaves, grad_out)
+    named = sum(buffer.nbytes for (name, *_), buffer in groups.workspace._buffers.items() if "a2a" in name)
+    return forward.peak - result, backward.peak - sum(grad.untyped_storage().nbytes() for grad in grads) + named
+
+
+@pytest.mark.parametrize("kv_heads", [8, 16])
+@pytest.mark.parametrize("chunks", [1, 2, 4, 8])
+def test_chunks_of_heads_divide_what_ulysses_holds(chunks, kv_heads):
+    """One chunk is computed with and its output made, the next arrives: two of C chunks, of all one where C is 1."""
+    heads, dim, cp = 16, 16, 2
+    case = Case({"context_parallel_size": cp}, seq_len=cp * LOCAL, heads=heads, kv_heads=kv_heads, dk=dim, dv=dim)
+    ((forward, backward),) = {*run_ranks(cp, intermediates, case.with_config(ulysses_chunks=chunks))}
+    rows = LOCAL * 8  # bytes of a column of float64, all heads of the own tokens or a rank's heads of all tokens
+    query, keys_values, lse = rows * heads * dim, 2 * rows * kv_heads * dim, rows * heads
+    held, of_rank = min(chunks, 2), kv_heads // cp
+    if chunks <= of_rank:
+        assert forward == (held * (query + keys_values) + query + 2 * lse) / chunks
+    else:  # a KV head stays for two chunks, beside the query that it came with
+        assert forward == (3 * query + query + 2 * lse) / chunks + 2 * keys_values / of_rank
+    if kv_heads == heads:  # the output's gradient, and gradients of query, key and value
+        assert backward == held * 4 * query / chunks
