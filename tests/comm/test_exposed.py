@@ -1,6 +1,10 @@
-"""What an exchange leaves exposed, read from the order of events: a transfer is hidden where a block is computed between
-its start and its wait. The engine runs here on tensors without memory and links that only take notes.
+"""What an exchange leaves exposed, read from the order of events, and what each link carries at each step.
+
+A transfer is hidden where a block is computed between its start and its wait. The engine runs here on tensors without
+memory and links that only take notes.
 """
+
+from dataclasses import replace
 
 import pytest
 
@@ -83,3 +87,45 @@ def test_as_many_steps_are_posted_ahead_as_may_be_in_flight(exchange, steps):
     forward, _ = events_of(config)
     ahead = min(steps, 7)
     assert order(forward) == "p" * ahead + "cwp" * (7 - ahead) + "cw" * ahead + "c"
+
+
+def by_link(events):
+    """Bytes to every peer, of each transfer that was posted."""
+    return [event.sent for event in events if isinstance(event, Post)]
+
+
+def test_a_step_of_the_mesh_fills_all_links_alike_and_a_step_of_the_others_one():
+    """Each of 7 others gets a seventh of the shard in each of 7 steps; 8 does not divide by 7 without a remainder."""
+    config, problem = {**RING, "context_parallel_size": 8}, replace(PROBLEM, seq_len=8 * 70)
+    row, others = 2 * 8 * (4 + 4), [rank for rank in range(8) if rank != 3]
+
+    def sent(**more):
+        forward, _ = trace(ContextParallelConfig(**config | more), problem, 3)
+        return by_link(forward.events)
+
+    assert sent(kv_exchange="mesh") == [dict.fromkeys(others, 10 * row)] * 7
+    assert sent(kv_exchange="direct") == [{(3 + step) % 8: 70 * row} for step in range(1, 8)]
+    assert sent() == [{4: 70 * row}] * 7
+
+
+@pytest.mark.parametrize("rank", [0, 2, 7])
+def test_causal_slices_are_of_equal_rows_and_of_equal_work(rank):
+    """Of every shard a reader gets as many rows in each step, and so computes as much: links and kernels are even."""
+    arguments = {**RING, "context_parallel_size": 8, "kv_exchange": "mesh", "attention_mask_type": "causal"}
+    forward, _ = trace(ContextParallelConfig(**arguments), replace(PROBLEM, seq_len=8 * 2 * 70), rank)
+    assert len({tuple(step.items()) for step in by_link(forward.events)}) == 1
+    work, number = [0] * 8, 0
+    for event in forward.events:
+        number += isinstance(event, Wait)
+        if isinstance(event, Compute):
+            work[number] += event.flops
+    assert len(set(work[1:])) == 1 and work[1] > 0
+
+
+@pytest.mark.parametrize("mask_type, most", [("full", 1), ("causal", 2)])
+def test_a_step_of_the_mesh_is_as_few_blocks_as_a_shard(mask_type, most):
+    arguments = {**RING, "context_parallel_size": 8, "kv_exchange": "mesh", "attention_mask_type": mask_type}
+    for rank in range(8):
+        forward, _ = trace(ContextParallelConfig(**arguments), replace(PROBLEM, seq_len=8 * 2 * 70), rank)
+        steps = order(forward.events).split("w")[1:]
+        assert [step.count("c") <= most for step in steps] == [True] * 7
