@@ -4,6 +4,7 @@ Forward: heads are scattered over the Ulysses group, the ring computes, the outp
 same in reverse. A part that has one rank does nothing.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -143,7 +144,9 @@ class AttentionCall:
             query, *kept = (local.get(place, tensor) for place, tensor in enumerate(rounds[0].saved))
             self._add_offset_gradient(d_offset, softmax_offset, grad_out, rounds[0], slice(None))
             return list(self._gradients(grad_out, rounds[0], query, kept)), d_offset
-        again = {name: local[place] for place, name in zip((1, 2), NAMES) if name in self.refetch}
+        again: dict[str, torch.Tensor] = {
+            name: local[place] for place, name in zip((1, 2), NAMES) if name in self.refetch
+        }
         problems, dtype, leaving = self.ulysses.rounds, grad_out.dtype, None
         into = {f"grad_{kind}": self.ulysses.all_heads(f"grad_{kind}", grad_out, dtype) for kind in ("query", *NAMES)}
         arriving, here, sums = problems[0].scatter_for_backward(grad_out, again), dict[str, torch.Tensor](), KeptSums()
@@ -164,9 +167,21 @@ class AttentionCall:
         return [gathered.result() for gathered in into.values()], d_offset
 
     def _gradients(
-        self, grad_out: torch.Tensor, heads: ComputedHeads, query: torch.Tensor, kept: list[torch.Tensor]
+        self,
+        grad_out: torch.Tensor,
+        heads: ComputedHeads,
+        query: torch.Tensor | None,
+        kept: Sequence[torch.Tensor | None],
     ) -> tuple[torch.Tensor, ...]:
-        return ring_backward(self.ring, grad_out, query, heads.out, heads.lse, RingSaved(tuple(kept), heads.rngs))
+        assert query is not None
+        return ring_backward(
+            self.ring,
+            grad_out,
+            query,
+            heads.out,
+            heads.lse,
+            RingSaved(tuple(tensor for tensor in kept if tensor is not None), heads.rngs),
+        )
 
     @staticmethod
     def _add_offset_gradient(

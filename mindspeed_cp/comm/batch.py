@@ -129,8 +129,11 @@ class Batch:
     def _check_stamps(self, notices: list[list[int] | None]) -> None:
         if self._check is None:
             return
-        stamps = {arrival.rank: (notice[3], notice[4]) for arrival, notice in zip(self._arrivals, notices)}
-        self._check([stamps.get(rank, self._stamp) for rank in range(self._link.size)])
+        own = self._stamp
+        assert own is not None, "a stamp of its own is what this rank's is compared with"
+        told = ((arrival.rank, notice) for arrival, notice in zip(self._arrivals, notices) if notice is not None)
+        stamps = {rank: (notice[3], notice[4]) for rank, notice in told}
+        self._check([stamps.get(rank, own) for rank in range(self._link.size)])
 
     def _unpack(self, arrival: Arrival, notice: list[int] | None) -> None:
         message, landing, carrier = arrival.message, arrival.landing, self._link.carrier

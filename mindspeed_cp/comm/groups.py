@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -129,7 +129,7 @@ class ContextParallelGroups:
         assert whole is not None
         carrier = None if share_from is None else HostMemory.connect(whole, share_from)
         link = Link(whole, mine.index(dist.get_rank()), mine, carrier=carrier, one_by_one=one_by_one)
-        links = {"cp": link}
+        links: dict[str, Any] = {"cp": link}
         if config.hierarchy[0] in (1, cp):
             links["ring" if config.hierarchy[0] == 1 else "ulysses"] = link
         for name, group in made.items():

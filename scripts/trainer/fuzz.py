@@ -14,6 +14,7 @@ SHARING = {
     "--context-parallel-kv-cache-policy", "--context-parallel-cache-interval", "--cp-kv-exchange",
     "--use-cp-send-recv-overlap", "--gather-size-calculator", "--use-ulysses-allgather-kv", "--cp-kernel",
     "--cp-batch-layout", "--cp-p2p", "--cp-keep-attention", "--use-fused-ring-attention-update", "--cp-log",
+    "--cp-in-flight", "--cp-topology", "--cp-ulysses-chunks",
 }  # fmt: skip
 
 
@@ -116,7 +117,10 @@ def _draw_sharing(rng, settings, maybe):
     if maybe(0.2 if cp > 1 else 0.02, "--context-parallel-kv-cache-policy", "full", "half"):
         maybe(0.3, "--context-parallel-cache-interval", "1", "1", "1", "7")
     rings = hybrid or algorithm.startswith("megatron")
-    maybe(0.3 if rings else 0.02, "--cp-kv-exchange", "direct", "ring", "auto")
+    maybe(0.3 if rings else 0.02, "--cp-kv-exchange", "direct", "mesh", "ring", "auto")
+    maybe(0.2 if rings else 0.02, "--cp-in-flight", "1", "2", "7", "auto")
+    maybe(0.1 if rings else 0.02, "--cp-topology", "mesh", "switch", "nodes")
+    maybe(0.2 if hybrid or "ulysses" in algorithm else 0.02, "--cp-ulysses-chunks", "1", "2", "2", "4")
     maybe(0.2 if rings else 0.02, "--cp-p2p", "isend", "batch")
     maybe(0.3, "--cp-batch-layout", "auto", "contiguous", "zigzag", "document_zigzag", "balanced")
     maybe(0.2, "--use-cp-send-recv-overlap")

@@ -9,7 +9,11 @@ from dataclasses import replace
 import pytest
 
 from mindspeed_cp import ContextParallelConfig
+from mindspeed_cp.attention.exchange_model import rows_sent
+from mindspeed_cp.attention.ring_plan import ring_plan
+from mindspeed_cp.comm.schedule import RingPlace
 from mindspeed_cp.planner.trace import Compute, Post, Problem, Wait, trace
+from mindspeed_cp.sequence.masks import interval_masks
 
 PROBLEM = Problem(seq_len=256, heads=16, kv_heads=8, dk=4, dv=4)
 RING = dict(context_parallel_size=4, algorithm="megatron_cp_algo", attention_mask_type="full", send_recv_overlap=True)
@@ -129,3 +133,32 @@ def test_a_step_of_the_mesh_is_as_few_blocks_as_a_shard(mask_type, most):
         forward, _ = trace(ContextParallelConfig(**arguments), replace(PROBLEM, seq_len=8 * 2 * 70), rank)
         steps = order(forward.events).split("w")[1:]
         assert [step.count("c") <= most for step in steps] == [True] * 7
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"window_size": 2},
+        {"kv_exchange": "direct"},
+        {"kv_exchange": "mesh"},
+        {"algorithm": "kvallgather_cp_algo"},
+    ],
+    ids=str,
+)
+def test_the_model_of_rows_is_what_the_engine_sends(settings):
+    """For every rank and step, of a causal mask and documents of odd lengths."""
+    problem = replace(PROBLEM, seq_len=211, cu_seqlens=(0, 3, 90, 91, 211), batch=2)
+    config = ContextParallelConfig(**{**RING, "context_parallel_size": 8, "attention_mask_type": "causal", **settings})
+    layout, row = problem.layout(config), 2 * 8 * (4 + 4) * 2
+    masks = interval_masks(True, 211, 2, problem.cu_seqlens)
+    exchange = "allgather" if "algorithm" in settings else config.kv_exchange
+    plan = ring_plan(layout, masks, True, exact=exchange in ("direct", "mesh"))
+    for rank in range(8):
+        forward, _ = trace(config, problem, rank)
+        model = rows_sent(plan, exchange, RingPlace(rank, *config.hierarchy[1:]))
+        want = [{peer: rows * row for peer, rows in step.items()} for step in model]
+        key = str if "window_size" in settings else lambda step: 0  # windows cross ahead of the steps before
+        assert sorted((step for step in by_link(forward.events) if step), key=key) == sorted(
+            filter(None, want), key=key
+        )
