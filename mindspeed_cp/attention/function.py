@@ -9,16 +9,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, zip_longest
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.kept import Computed, ComputedHeads, KeptAttention, Stamp
 from mindspeed_cp.attention.kv_cache import NAMES, Name
-from mindspeed_cp.attention.merging import add_in_place, add_softmax_offset, softmax_offset_gradient
+from mindspeed_cp.attention.merging import add_softmax_offset, softmax_offset_gradient
 from mindspeed_cp.attention.ring import RingProblem, RingSaved, own_rows, ring_backward, ring_forward
 from mindspeed_cp.attention.ulysses import UlyssesProblem
 from mindspeed_cp.kernels.base import accumulation_dtype
+from mindspeed_cp.kernels.merge import add_in_place
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +127,7 @@ class AttentionCall:
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         tensors = (query, *saved.tensors)
         return ComputedHeads(
-            out, lse, tuple(None if place in local else tensor for place, tensor in enumerate(tensors)), saved.rngs
+            out, lse, tuple(None if place in local else tensor for place, tensor in enumerate(tensors)), saved.blocks
         )
 
     def _for_backward(self, rounds: list[ComputedHeads]) -> tuple[ComputedHeads, ...]:
@@ -180,7 +182,7 @@ class AttentionCall:
             query,
             heads.out,
             heads.lse,
-            RingSaved(tuple(tensor for tensor in kept if tensor is not None), heads.rngs),
+            RingSaved(tuple(tensor for tensor in kept if tensor is not None), heads.blocks),
         )
 
     @staticmethod
@@ -226,7 +228,7 @@ def _with_keys_that_stay(
     return query, *(none if tensor is None else tensor for tensor, none in zip(keys_values, empty))
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager:
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Meta tensors, with which the planner runs dry, have no autocast to switch off."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
@@ -237,41 +239,54 @@ class ContextParallelAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, softmax_offset, call):
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        softmax_offset: torch.Tensor | None,
+        call: AttentionCall,
+    ) -> torch.Tensor:
         # The dtypes are chosen here and in the kernels; autocast would round what is accumulated in float32.
         with _without_autocast(query.device):
             return ContextParallelAttention._forward(ctx, query, key, value, softmax_offset, call)
 
     @staticmethod
-    def _forward(ctx, query, key, value, softmax_offset, call):
+    def _forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        softmax_offset: torch.Tensor | None,
+        call: AttentionCall,
+    ) -> torch.Tensor:
         local = call.without_communication(query, key, value)
         compute = partial(call.compute, query, key, value, softmax_offset, local)
         if call.kept is None:
             found = compute()
         else:
             found = call.kept.once(call.stamp(query, key, value), query.device, compute)
-        ctx.call, ctx.rounds, ctx.places = (
-            call,
-            [(len(heads.tensors), heads.rngs) for heads in found.rounds],
-            list(local),
-        )
+        ctx.call, ctx.places = call, list(local)
+        ctx.rounds = [(len(heads.tensors), heads.blocks) for heads in found.rounds]
         tensors = (tensor for heads in found.rounds for tensor in heads.tensors)
         ctx.save_for_backward(softmax_offset, *local.values(), *tensors)
         return found.result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         with _without_autocast(grad_out.device):
             return ContextParallelAttention._backward(ctx, grad_out)
 
     @staticmethod
-    def _backward(ctx, grad_out):
+    def _backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        call: AttentionCall = ctx.call
         softmax_offset, *saved = ctx.saved_tensors
         local = dict(zip(ctx.places, saved))
-        saved, rounds = iter(saved[len(local) :]), []
-        for count, rngs in ctx.rounds:
-            out, lse, *tensors = islice(saved, count)
-            rounds.append(ComputedHeads(out, lse, tuple(tensors), rngs))
-        grads, d_offset = ctx.call.differentiate(grad_out, tuple(rounds), softmax_offset, local)
-        return *(grad.to(grad_out.dtype) for grad in grads), d_offset, None
+        of_rounds, rounds = iter(saved[len(local) :]), []
+        for count, blocks in ctx.rounds:
+            out, lse, *tensors = islice(of_rounds, count)
+            rounds.append(ComputedHeads(out, lse, tuple(tensors), blocks))
+        (dq, dk, dv), d_offset = call.differentiate(grad_out, tuple(rounds), softmax_offset, local)
+        dtype = grad_out.dtype
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype), d_offset, None

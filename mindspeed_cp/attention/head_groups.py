@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
 
-from mindspeed_cp.sequence.layout import split_sizes
+from mindspeed_cp.sequence.runs import split_sizes
 
 Share = slice | list[int]
 

@@ -51,13 +51,13 @@ class ComputedHeads:
         out, lse: of this rank's rows and heads.
         saved: query, and what backward starts from of keys and values; None for what the rank has without
             communication, which the next pass has as well.
-        rngs: dropout states of the blocks.
+        blocks: what the kernel saved of each block.
     """
 
     out: torch.Tensor
     lse: torch.Tensor
     saved: tuple[torch.Tensor | None, ...]
-    rngs: tuple[Any, ...]
+    blocks: tuple[Any, ...]
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
@@ -66,7 +66,7 @@ class ComputedHeads:
     def with_tensors(self, tensors: Sequence[torch.Tensor | None]) -> "ComputedHeads":
         out, lse, *saved = tensors
         assert out is not None and lse is not None
-        return ComputedHeads(out, lse, tuple(saved), self.rngs)
+        return ComputedHeads(out, lse, tuple(saved), self.blocks)
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,8 @@ class KeptAttention:
         Raises:
             ValueError: the passes differ, or what was kept was changed in place; the message says in what.
         """
+        if torch.is_inference_mode_enabled():
+            return compute()  # no backward pass comes, and so no recomputation
         call = self._taken(stamp, device)
         if call is not None:
             self._keep(call)
@@ -220,7 +222,11 @@ class _Pass(AbstractContextManager[None]):
 
 def _fingerprint(computed: Computed) -> list[tuple[int, int]]:
     """Changes with every change in place, and when memory is given back under a tensor, as Megatron does."""
-    return [(tensor._version, tensor.untyped_storage().nbytes()) for tensor in computed.tensors]
+    return [(_version(tensor), tensor.untyped_storage().nbytes()) for tensor in computed.tensors]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # a tensor made in inference mode counts no changes
 
 
 def _generators(stamp: Stamp, device: torch.device) -> list[torch.Generator]:

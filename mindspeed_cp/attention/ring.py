@@ -8,13 +8,14 @@ Shapes: query (seq, batch, heads, dk), key (seq, batch, kv_heads, dk), value (se
 (seq, batch, heads, dv), lse (seq, batch, heads); seq is what this rank holds.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
 
 from mindspeed_cp.attention.kv_cache import NAMES, Name
-from mindspeed_cp.attention.merging import KVPartial, Merge, PartialAttention, RowSum, accumulator, merge_attention
+from mindspeed_cp.attention.merging import KVPartial, Merge, PartialAttention, RowSum, accumulator, plain_merge
 from mindspeed_cp.attention.mesh_plan import MeshPlan, mesh_plan
 from mindspeed_cp.attention.ring_plan import RingPlan, Task, ring_plan
 from mindspeed_cp.comm.channel import RingChannel, Stream, paired
@@ -26,9 +27,10 @@ from mindspeed_cp.comm.mesh_exchange import MeshReturn
 from mindspeed_cp.comm.messages import packed
 from mindspeed_cp.comm.meter import note_area
 from mindspeed_cp.comm.schedule import RingPlace, Step
-from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions, MemoryOrder
-from mindspeed_cp.sequence.blocks import IntervalMask
-from mindspeed_cp.sequence.layout import SequenceLayout, run_positions
+from mindspeed_cp.kernels.base import AttentionKernel, AttentionRows, BlockTensors, KernelOptions, MemoryOrder
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.sequence.runs import positions
+from mindspeed_cp.sequence.staircases import IntervalMask
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +57,7 @@ class RingProblem:
     keep: frozenset[Name] = frozenset()
     overlap: bool = False
     dense_mask: torch.Tensor | None = None
-    merge: Merge = merge_attention
+    merge: Merge = plain_merge
     order: MemoryOrder | None = None
     in_flight: int = 1
     plan: RingPlan = field(init=False)
@@ -109,7 +111,7 @@ class RingProblem:
             return None
         device = self.dense_mask.device
         key_runs = self.channel.mesh[step.place - 1].keys if step.source is None else self.layout.ring_runs(step.source)
-        queries, keys = (run_positions(runs, device) for runs in (self.layout.ring_runs(self.rank), key_runs))
+        queries, keys = (positions(runs, device) for runs in (self.layout.ring_runs(self.rank), key_runs))
         hidden = self.dense_mask[:, queries][:, :, keys]
         return hidden | torch.stack([_interval_hidden(queries, keys, mask) for mask in self.masks])
 
@@ -134,10 +136,12 @@ def _interval_hidden(queries: torch.Tensor, keys: torch.Tensor, mask: IntervalMa
 
 @dataclass(frozen=True)
 class RingSaved:
-    """What forward hands to backward besides query, out and lse: tensors to save, and the kernels' dropout states."""
+    """What forward hands to backward besides query, out and lse: tensors to save, and what the kernel saved of each
+    block.
+    """
 
     tensors: tuple[torch.Tensor, ...]
-    rngs: tuple[Any, ...]
+    blocks: tuple[Any, ...]
 
 
 def own_rows(
@@ -166,24 +170,18 @@ def ring_forward(
     """
     note_area(lambda: problem.plan.area(problem.rank, query.shape[1]) * query.shape[2])
     partial = PartialAttention(problem.groups.workspace, problem.merge, query, own[1].shape[-1])
-    kept, rngs = [*own], []
+    kept, blocks = [*own], []
     stream = _forward_stream(problem, own, kept)
     for step, (source_key, source_value) in zip(problem.steps, stream, strict=True):
         mask = problem.mask_against(step)
         for batch, block in problem.tasks(query, step):
             rows, keys = block.query_rows, block.key_rows
-            block_out, block_lse, rng = problem.kernel.forward(
-                query[rows, batch],
-                source_key[keys, batch],
-                source_value[keys, batch],
-                block,
-                problem.options,
-                mask,
-            )
-            partial.add(rows, batch, block_out, block_lse)
-            rngs.append(rng)
+            tensors = BlockTensors(block, query[rows, batch], source_key[keys, batch], source_value[keys, batch], mask)
+            result = problem.kernel.forward(tensors, problem.options)
+            partial.add(rows, batch, result)
+            blocks.append(result.saved)
     out, lse = partial.result()
-    return out, lse, RingSaved(tuple(kept), tuple(rngs))
+    return out, lse, RingSaved(tuple(kept), tuple(blocks))
 
 
 def _forward_stream(problem: RingProblem, own: tuple[torch.Tensor, ...], kept: list[torch.Tensor]) -> Stream:
@@ -233,6 +231,27 @@ def _backward_stream(problem: RingProblem, saved: tuple[torch.Tensor, ...]) -> S
         yield from exchange(problem.channel, own, "kv")
 
 
+class _SharedRows:
+    """The whole attention cut to the query rows of blocks; one object for the blocks of one backward pass that share
+    their rows, of the last two kinds: a zigzag rank has all of its rows, and its later chunk.
+    """
+
+    def __init__(self, whole: AttentionRows) -> None:
+        self._whole = whole
+        self._cut: OrderedDict[tuple[Any, ...], AttentionRows] = OrderedDict()
+
+    def of(self, rows: slice, batch: slice) -> AttentionRows:
+        place = rows.start, rows.stop, batch.start, batch.stop
+        if place not in self._cut:
+            whole = self._whole
+            self._cut[place] = AttentionRows(
+                whole.grad_out[rows, batch], whole.out[rows, batch], whole.lse[rows, batch]
+            )
+            if len(self._cut) > 2:
+                self._cut.popitem(last=False)
+        return self._cut[place]
+
+
 def ring_backward(
     problem: RingProblem,
     grad_out: torch.Tensor,
@@ -253,15 +272,14 @@ def ring_backward(
     first = problem.steps[0]
     if problem.layout.ring_size == 1 and len(tasks := problem.tasks(query, first)) == 1 and tasks[0].is_whole:
         mask, (key, value) = problem.mask_against(first), saved.tensors
-        return problem.kernel.backward(
-            grad_out, query, key, value, out, lse, tasks[0].block, problem.options, saved.rngs[0], mask
-        )
+        tensors = BlockTensors(tasks[0].block, query, key, value, mask)
+        return problem.kernel.backward(tensors, AttentionRows(grad_out, out, lse), problem.options, saved.blocks[0])
     if problem.order == "sequence":
         grad_out = grad_out.contiguous()
     workspace, like = problem.groups.workspace, saved.tensors[: len(NAMES)]
     own = tuple(accumulator(workspace, f"dkv.own.{name}", rows.shape, query) for name, rows in zip(NAMES, like))
-    returns, rngs = problem.gradient_return(own, like), iter(saved.rngs)
-    dq = RowSum(query, workspace)
+    returns, blocks = problem.gradient_return(own, like), iter(saved.blocks)
+    dq, shared = RowSum(query, workspace), _SharedRows(AttentionRows(grad_out, out, lse))
     stream = _backward_stream(problem, saved.tensors)
     for step, (key, value) in zip(problem.steps, stream, strict=True):
         tasks, (target, accumulates) = problem.tasks(query, step), returns.target(step)
@@ -270,17 +288,9 @@ def ring_backward(
         mask = problem.mask_against(step)
         for batch, block in tasks:
             rows, keys = block.query_rows, block.key_rows
+            tensors = BlockTensors(block, query[rows, batch], key[keys, batch], value[keys, batch], mask)
             block_dq, *block_dkv = problem.kernel.backward(
-                grad_out[rows, batch],
-                query[rows, batch],
-                key[keys, batch],
-                value[keys, batch],
-                out[rows, batch],
-                lse[rows, batch],
-                block,
-                problem.options,
-                next(rngs),
-                mask,
+                tensors, shared.of(rows, batch), problem.options, next(blocks)
             )
             dq.add(rows, batch, block_dq)
             partial.add(keys, batch, block_dkv)

@@ -10,7 +10,7 @@ import yaml
 
 from mindspeed_cp.doctor import self_test
 from mindspeed_cp.kernels import select_kernel
-from mindspeed_cp.kernels.base import KernelOptions
+from mindspeed_cp.kernels.base import AttentionRows, BlockTensors, KernelOptions
 from mindspeed_cp.planner.cluster import CLUSTERS, THIS_MACHINE, Cluster
 from mindspeed_cp.sequence.blocks import Block
 
@@ -29,8 +29,9 @@ def kernel_rate(device: str) -> float:
     kernel, best = select_kernel(device), float("inf")
     for _ in range(1 + REPEATS):
         start = time.perf_counter()
-        out, lse, rng = kernel.forward(query, key, value, block, options)
-        kernel.backward(grad_out, query, key, value, out, lse, block, options, rng)
+        tensors = BlockTensors(block, query, key, value)
+        result = kernel.forward(tensors, options)
+        kernel.backward(tensors, AttentionRows(grad_out, result.out, result.lse), options, result.saved)
         if device != "cpu":
             getattr(torch, device).synchronize()
         best = min(best, time.perf_counter() - start)

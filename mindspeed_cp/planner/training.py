@@ -17,8 +17,9 @@ from mindspeed_cp.planner.search import Candidate, Found, Policies, search, time
 from mindspeed_cp.planner.split import Split, Work, sizes, splits
 from mindspeed_cp.planner.stages import RECOMPUTES, Memory, Recompute, Step, kinds_of_stages, stage_memory, stage_step
 from mindspeed_cp.planner.trace import Problem
-from mindspeed_cp.settings.config import KV_CACHE_POLICIES, ContextParallelConfig, MaskType, TrainingSetup
+from mindspeed_cp.settings.config import KV_CACHE_POLICIES, ContextParallelConfig, MaskType
 from mindspeed_cp.settings.rules import heads_of_rank
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,9 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
-from mindspeed_cp.sequence.layout import Runs, join_runs, split_sizes
+from mindspeed_cp.sequence.runs import Runs, join, length, offsets, split_sizes
 
 
 class Piece(NamedTuple):
@@ -23,7 +22,7 @@ def slices(rows: Runs, held: Runs, parts: int) -> list[list[Piece]]:
         rows: ascending, disjoint.
         held: runs of global positions of the whole shard, ascending; rows count along them.
     """
-    sizes = split_sizes(sum(stop - start for start, stop in rows), parts)
+    sizes = split_sizes(length(rows), parts)
     found: list[list[Piece]] = [[] for _ in sizes]
     number, room = 0, sizes[0]
     for start, stop, position in _pieces(rows, held):
@@ -39,7 +38,7 @@ def slices(rows: Runs, held: Runs, parts: int) -> list[list[Piece]]:
 
 def _pieces(rows: Runs, held: Runs) -> list[Piece]:
     """The rows, cut where their positions jump."""
-    before = [0, *accumulate(stop - start for start, stop in held)]
+    before = offsets(stop - start for start, stop in held)
     pieces = []
     for start, stop in rows:
         run = bisect_right(before, start) - 1
@@ -67,5 +66,5 @@ def in_order(arriving: Sequence[Sequence[Piece]]) -> tuple[Runs, list[Runs]]:
     for _, count, source, index in pieces:
         places[source][index] = row, row + count
         row += count
-    runs = join_runs((position, position + count) for position, count, _, _ in pieces)
+    runs = join((position, position + count) for position, count, _, _ in pieces)
     return runs, [tuple(of_source) for of_source in places]

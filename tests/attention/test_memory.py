@@ -257,7 +257,7 @@ def test_nothing_outlives_the_backward_pass(algorithm):
 
 
 def intermediates(rank, case):
-    """Most bytes alive in a forward pass without a graph, and in a backward pass, beyond what was there and the result."""
+    """Most bytes alive in a forward pass without a graph and in a backward pass, beyond what was there and results."""
     call, leaves, grad_out, groups = prepared(rank, case)
     for _ in range(2):
         call().backward(grad_out)
