@@ -125,7 +125,7 @@ CONFIG_RULES = {
     "no step in flight": (
         dict(context_parallel_size=4, algorithm=RING, kv_exchange="direct", in_flight=0),
         "--cp-in-flight 0",
-        "auto or a whole number of at least 1",
+        "a whole number of at least 1, or auto",
         "1 is one step at a time",
     ),
     "topology": (
