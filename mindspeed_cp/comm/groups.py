@@ -4,9 +4,11 @@ Within a context-parallel group, cp_rank = ring_rank * ulysses_degree + ulysses_
 (their all-to-all wants the fastest links), ring ranks are strided.
 """
 
+import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -19,6 +21,7 @@ from mindspeed_cp.settings.algorithms import Hierarchy
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 Ranks = list[list[int]]  # global ranks of every context-parallel group
+Linkage = Literal["mesh", "switch", "nodes"]  # how ring ranks are linked, see ContextParallelConfig.topology
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +36,7 @@ class ContextParallelGroups:
         outer: a second communicator over the ring, for transfers between windows, so that they run beside the
             transfers within a window instead of queueing behind them; None without windows.
         workspace: reused communication buffers.
+        topology: how the ring ranks are linked, as far as the configuration asks.
         made: the process groups that ``build`` made, and ``destroy`` destroys.
     """
 
@@ -44,6 +48,7 @@ class ContextParallelGroups:
     ring: Link | None = None
     outer: Link | None = None
     workspace: Workspace = field(default_factory=Workspace, repr=False)
+    topology: Linkage = "switch"
     made: tuple[dist.ProcessGroup, ...] = field(default=(), repr=False)
 
     @property
@@ -178,14 +183,14 @@ class ContextParallelGroups:
         mine = tuple(dist.get_process_group_ranks(whole))
         carrier = None if share_from is None else HostMemory.connect(whole, share_from)
         link = Link(whole, mine.index(dist.get_rank()), mine, carrier=carrier, one_by_one=one_by_one)
-        links = {"cp": link}
+        links: dict[str, Any] = {"cp": link}
         if config.hierarchy[0] in (1, config.context_parallel_size):
             links["ring" if config.hierarchy[0] == 1 else "ulysses"] = link
         for name, group in parts.items():
             links.setdefault(name, within(link, group, dist.get_process_group_ranks(group)))
         groups = cls(config.hierarchy, link.rank, mine, **links, workspace=link.workspace, made=made)
         groups._warm_up()
-        return groups
+        return replace(groups, topology=_topology(config, groups.ring))
 
     def _warm_up(self) -> None:
         """Connect every pair now: NCCL and HCCL want every rank in a group's first operation, and a ring may start with
@@ -261,6 +266,21 @@ def _one_by_one(config: ContextParallelConfig, virtual_pipeline: bool) -> bool:
             "receives beside them; leave it out, or use --cp-p2p isend."
         )
     return config.p2p == "isend" or forbidden
+
+
+def _topology(config: ContextParallelConfig, ring: Link | None) -> Linkage:
+    """As configured; else several hosts are nodes, one of NPUs a mesh and any other a switch. The ranks of the ring ask
+    each other where something depends on it.
+    """
+    if config.topology != "auto":
+        return config.topology
+    if ring is None or "auto" not in (config.kv_exchange, config.in_flight):
+        return "switch"
+    hosts: list[str] = [""] * ring.size
+    dist.all_gather_object(hosts, socket.gethostname(), group=ring.group)
+    if len(set(hosts)) > 1:
+        return "nodes"
+    return "mesh" if "hccl" in ring.backend else "switch"
 
 
 def _ranks_of_mine(all_ranks: Ranks) -> tuple[int, ...]:

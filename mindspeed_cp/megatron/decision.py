@@ -131,7 +131,13 @@ def of_size(config: ContextParallelConfig, size: int, setup: TrainingSetup | Non
     ring = size // (degree or 1)
     window = config.window_size if config.window_size < ring and ring % config.window_size == 0 else 1
     of_ring: dict[str, Any] = dict(
-        kv_exchange="ring", send_recv_overlap=False, p2p="auto", kv_cache_policy=None, kv_cache_interval=0
+        kv_exchange="ring",
+        send_recv_overlap=False,
+        p2p="auto",
+        kv_cache_policy=None,
+        kv_cache_interval=0,
+        in_flight=1,
+        topology="auto",
     )
     found = replace(
         config,
