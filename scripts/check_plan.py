@@ -47,7 +47,7 @@ def measured_cluster(rate: str) -> Cluster:
     dist.barrier()
     flops = mean_over_ranks(kernel_rate("cpu"))
     within = mean_over_ranks(rates(link_of(hosts[rank // host]), "cpu")["ring"])
-    return Cluster(host, flops, within, bytes_per_second(rate), 2e-4, 1.0, 1.0)
+    return Cluster(host, flops, within, bytes_per_second(rate), 2e-4, 1.0, 1.0, attention_efficiency=1.0)
 
 
 def call_of(config: ContextParallelConfig, seq_len: int):
