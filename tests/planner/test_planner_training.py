@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from mindspeed_cp.planner.stages import RECOMPUTES
 from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.planner.training import Search, attention, is_tight, planned, plans, problem_of, utilization
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ModelShape(4, 8, 8, 16, 16, 128, 512, 1000, gated=False, tied=True)
 WORK = Work(TINY, 1024, 8)
 UNIT = Cluster(
@@ -374,3 +376,25 @@ def test_utilization_is_what_training_needs_over_what_the_devices_could_do():
     assert every == pytest.approx((products + 24 * pairs) / (products + 14 * pairs), rel=2e-3)
     again = one(Split(1, 1, 1, 1), "full")
     assert utilization(WORK, again, UNIT) < 0.8 * utilization(WORK, plan, UNIT)
+
+
+@pytest.mark.parametrize("page", ["docs/choosing.md", "docs/zh-CN/choosing.md"])
+def test_the_table_of_published_trainings_stands_in_the_docs(page):
+    import published_plans as published
+
+    rows = [line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if "| tp " in line and "%" in line]
+    assert len(rows) == len(published.PUBLISHED) >= 8
+    for (name, training), row in zip(published.PUBLISHED.items(), rows):
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        split = ", ".join(f"{size} {value}" for size, value in training.split.items())
+        assert cells[:3] == [name, f"{training.devices:,}", split] and cells[4] == f"{training.mfu:.0%}"
+        assert ("**miss**" in cells[6]) == (name in published.MISSES)
+
+
+@pytest.mark.parametrize("name", ["Llama 3 70B, 8k", "Pangu Ultra 135B, 4k, 910B", "Mixtral 8x7B, 4k"])
+def test_a_published_training_is_found_and_its_speed_is_predicted(name):
+    import published_plans as published
+
+    training = published.PUBLISHED[name]
+    row = published.row_of(training)
+    assert 1 <= row.place <= published.FIRST and 1 / published.WITHIN < row.mfu / training.mfu < published.WITHIN
