@@ -17,6 +17,7 @@
 #   SAVE LOAD SAVE_INTERVAL EVAL_ITERS EVAL_INTERVAL LOG_INTERVAL TENSORBOARD_DIR    files
 #   DEVICE=npu|gpu|cpu NPROC_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT PYTHON TIMEOUT_MINUTES    machines (or Slurm's)
 
+# DRY_RUN=1: prints the command behind the line '# command' and starts nothing.
 LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 REPOSITORY=$(cd "$LAUNCH_DIR/../.." && pwd)
 PYTHON=$(command -v "${PYTHON:-python}" || echo "${PYTHON:-python}")
