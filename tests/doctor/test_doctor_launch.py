@@ -158,8 +158,8 @@ def test_a_launch_script_is_read_by_its_dry_run(monkeypatch, tmp_path):
     assert "imports the adaptor" in texts(found, "ok")[0]
     started = launch.read(f"{flags} bash {LAUNCH}/llama2.sh 7b", {"PATH": "/usr/bin:/bin"})
     assert started.world_size == 16 and started.environment["TASK_QUEUE_ENABLE"] == own["TASK_QUEUE_ENABLE"] == "2"
-    (refused,), _ = launched.examined(f"SEQ_LENGTH=64k bash {LAUNCH}/llama2.sh 7b", "cpu")
-    assert refused.text.startswith("SEQ_LENGTH 64k must be 32k") and refused.todo
+    (refused,), _ = launched.examined(f"SEQ_LENGTH=64x bash {LAUNCH}/llama2.sh 7b", "cpu")
+    assert refused.text.startswith("SEQ_LENGTH 64x must be a number") and refused.todo
 
 
 def test_the_resolved_configuration_its_bytes_and_its_memory_are_shown(script):
