@@ -20,7 +20,7 @@ from mindspeed_cp.doctor.environment import DEFAULT_PORT
 from mindspeed_cp.doctor.quoting import words
 
 RUNNER = "mindspeed_cp.run"
-LAUNCHERS = ("torch.distributed.run", "torch.distributed.launch")
+LAUNCHERS = ("torch.distributed.run", "torch.distributed.launch", "mindspeed_cp.torchrun")
 SHELLS = ("bash", "sh")
 TIMEOUT = 120  # seconds for a dry run
 MARKER = "# DRY_RUN=1: prints the command behind the line '# command' and starts nothing."

@@ -37,7 +37,8 @@ def start_block(start: Start, has_log: bool = False) -> str:
     shortest, longest = start.lengths
     tokens = f"{longest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
     alive, applied = start.patches
-    patches = f"all {applied} alive" if alive == applied else f"{alive} of {applied} alive: somebody replaced the others"
+    gone = f"{alive} of {applied} alive: somebody replaced the others"
+    patches = f"all {applied} alive" if alive == applied else gone
     look = "time to hide in the lines of --cp-log" if has_log else "--cp-log says what every interval waits for"
     rows = [
         ("on", start.setting),

@@ -354,7 +354,7 @@ launch() {
   file_flags
   set_environment
   if [[ -n ${MEGATRON_LM_PATH:-} ]]; then megatron_flags; else embedded_flags; fi
-  COMMAND=("$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC_PER_NODE"
+  COMMAND=("$PYTHON" -m mindspeed_cp.torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC_PER_NODE"
     --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "${PROGRAM[@]}" "${FLAGS[@]}" "${EXTRA_FLAGS[@]}")
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     print_resolved

@@ -14,7 +14,7 @@ from typing import Any
 from mindspeed_cp.settings.lengths import tokens
 
 LARGEST = 2**31 - 1
-GRACE = 2.0  # seconds that another rank waits before it complains: most mistakes are rank 0's too, and it speaks first
+GRACE = 4.0  # seconds that another rank waits before it complains: most mistakes are rank 0's too, and it speaks first
 
 
 @dataclass(frozen=True)
