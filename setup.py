@@ -1,23 +1,20 @@
-"""Packaging. patches/ and arguments/ lie at the top of the repository and install inside mindspeed_cp."""
+"""Packaging. patches/ and arguments/ lie at the top of the repository, and links in mindspeed_cp give their names."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-MOVED = {"mindspeed_cp.patches": "patches", "mindspeed_cp.arguments": "arguments"}
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "mindspeed_cp/version.py").read_text("utf-8"), re.M)[1]
+README = ROOT / "README.md"
 
-
-def packages():
-    """Every package under its import name, and the folder of each one that lies elsewhere."""
-    names, folders = find_packages(include=["mindspeed_cp", "mindspeed_cp.*"]), dict(MOVED)
-    for name, folder in MOVED.items():
-        inner = find_packages(folder)
-        names += [name, *(f"{name}.{part}" for part in inner)]
-        folders |= {f"{name}.{part}": f"{folder}/{part.replace('.', '/')}" for part in inner}
-    return names, folders
-
-
-NAMES, FOLDERS = packages()
+for link in ("patches", "arguments"):
+    if not (ROOT / "mindspeed_cp" / link).is_dir():
+        raise SystemExit(
+            f"mindspeed_cp/{link} must be a link to ../{link}, and this copy of the repository has a plain file there. "
+            "Git makes links with core.symlinks=true; else replace the file by a copy of that folder."
+        )
 
 TRAINER = [
     "einops",  # megatron-core 0.16 wants it for hierarchical process groups and does not declare it
@@ -35,31 +32,26 @@ TEST = [
 
 setup(
     name="mindspeed_cp",
-    version="0.1.0",
+    version=VERSION,
     description="Context parallelism for Megatron-LM in one import: Ulysses, Ring, Double Ring, Hybrid, KV all-gather.",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8")
-    if Path(__file__).with_name("README.md").exists()
-    else "",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
         "Typing :: Typed",
     ],
-    packages=NAMES,
-    package_dir=FOLDERS,
+    packages=find_packages(include=["mindspeed_cp", "mindspeed_cp.*"]),
     entry_points={"console_scripts": ["mindspeed-cp = mindspeed_cp.cli:main"]},
     package_data={"mindspeed_cp": ["py.typed"], "mindspeed_cp.planner": ["models.txt"]},
     install_requires=[
         "torch>=2.6",  # the lowest that megatron-core 0.16 takes; tests run on the version in constraints.txt
         "megatron-core>=0.12.1",  # the lowest version that tests run on
-        "numpy",  # plans for thousands of documents
         "PyYAML>=5.4",  # --cp-config reads MindFormers' YAML files
         "numpy",  # plans of blocks for thousands of documents
     ],

@@ -3,13 +3,14 @@
 Ranks may differ in everything else: rank and local rank, paths, logging, profiling, seeds that Megatron derives itself.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mindspeed_cp.arguments.settings import FIELDS
-
-from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.arguments.border import AdaptorSettings
+from mindspeed_cp.arguments.declared import declared
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.setting import declarations
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
 MODEL = """
 num_layers encoder_num_layers decoder_num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
@@ -40,37 +41,41 @@ hierarchical_context_parallel_sizes expert_model_parallel_size expert_tensor_par
 use_distributed_optimizer overlap_grad_reduce overlap_param_gather use_tp_pp_dp_mapping distributed_backend
 ckpt_format use_dist_ckpt num_distributed_optimizer_instances tp_comm_overlap
 """.split()
-CONTEXT_PARALLEL = (*FIELDS.values(), "cp_kernel", "gather_size_calculator", "use_fused_ring_attention_update")
-COMPARED = (*PARALLEL, *CONTEXT_PARALLEL, *MODEL, *TRAINING)
-# TrainingSetup's own names, where they are not the flag's.
-SETUP = {
-    "tensor_parallel_size": "tensor_model_parallel_size",
-    "pipeline_parallel_size": "pipeline_model_parallel_size",
-    "fused_update": "use_fused_ring_attention_update",
-}
 
 
-def flag_of(dest: str) -> str:
-    return f"--{dest.replace('_', '-')}"
+def compared_names() -> tuple[str, ...]:
+    """The names that are compared, as they stand in a namespace."""
+    ours = (each.dest for each in declared() if each.agree)
+    return tuple(dict.fromkeys((*PARALLEL, *ours, *MODEL, *TRAINING)))
 
 
 def compared_arguments(args: Any) -> dict[str, str]:
     """flag -> value of everything that must be equal and that the namespace or mapping ``args`` has."""
     values = args if isinstance(args, Mapping) else vars(args)
     # With --cp-log the ranks meet at the end of every interval.
-    names = (*COMPARED, "log_interval") if values.get("cp_log") else COMPARED
-    return {flag_of(name): _text(values[name]) for name in names if name in values}
+    names = (*compared_names(), "log_interval") if values.get("cp_log") else compared_names()
+    return {f"--{name.replace('_', '-')}": _text(values[name]) for name in names if name in values}
 
 
-def compared_config(config: ContextParallelConfig, setup: TrainingSetup | None = None) -> dict[str, str]:
-    """flag -> value of a configuration, and of what it was checked against."""
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    found = {FIELDS.get(name, name): value for name, value in fields.items()}
-    if setup is not None:
-        of_setup = {field.name: getattr(setup, field.name) for field in dataclasses.fields(setup) if field.compare}
-        found |= {SETUP.get(name, name): value for name, value in of_setup.items()}
-    return {flag_of(name): _text(value) for name, value in found.items()}
+def compared_config(
+    config: ContextParallelConfig, setup: TrainingSetup | None = None, **keywords: Any
+) -> dict[str, str]:
+    """flag -> value of a configuration, of what it was checked against, and of the further ``keywords`` of
+    ``megatron_adaptor.configure``; a setting without a flag goes by its name.
+    """
+    sources = (config, setup, AdaptorSettings(**keywords) if keywords else None)
+    return {
+        each.label: _text(getattr(source, each.name))
+        for source in sources
+        if source is not None
+        for each in declarations(type(source))
+        if each.agree
+    }
 
 
 def _text(value: Any) -> str:
+    if callable(value):
+        return (
+            f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else type(value).__qualname__
+        )
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,35 +1,48 @@
 """Which flags stand on the command line: only a second look tells one given with its default from one not given."""
 
+import argparse
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any, NoReturn
 
-from mindspeed_cp.arguments.yaml_file import KEYS, apply_config_file
+from mindspeed_cp.arguments.yaml_file import apply_config_file, known_keys
 
 _NOT_GIVEN = object()
-# Where a flag and the file, or two flags, say the same thing, the one that was given wins.
-WATCHED = frozenset({row.dest for row in KEYS.values()} | {"cp_comm_type", "context_parallel_algo"})
+_MARK = "reads_cp_config"
 
 
-def install(parser, fail):
-    """Make ``parser`` note in ``cp_given`` which of ``WATCHED`` were given, and apply --cp-config FILE, at every parse.
+def watched() -> set[str]:
+    """The names whose flags are watched: where a flag and the file, or two flags, say the same thing, the one that was
+    given wins.
+    """
+    return {each.dest for each in known_keys().values()} | {"cp_comm_type", "context_parallel_algo"}
+
+
+def is_installed(parser: argparse.ArgumentParser) -> bool:
+    return hasattr(parser, _MARK)
+
+
+def install(parser: argparse.ArgumentParser, fail: Callable[[argparse.ArgumentParser, str], NoReturn]) -> None:
+    """Make ``parser`` note in ``cp_given`` which names were given, and apply --cp-config FILE, at every parse.
 
     The hook sits on ``parse_known_args``, through which every way of parsing goes. ``fail(parser, message)`` ends the
     program. The note is a list of names: Megatron writes its arguments into checkpoints, and reads them back as plain
     values alone.
     """
-    parse = parser.parse_known_args
+    parse: Callable[..., Any] = parser.parse_known_args
 
-    def parse_known_args(args=None, namespace=None):
+    def parse_known_args(args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         result, rest = parse(args, namespace)
-        again = parse(args, SimpleNamespace(**{dest: _NOT_GIVEN for dest in WATCHED}))[0]
-        result.cp_given = sorted(dest for dest in WATCHED if getattr(again, dest) is not _NOT_GIVEN)
+        names = watched()
+        again = parse(args, SimpleNamespace(**{name: _NOT_GIVEN for name in names}))[0]
+        result.cp_given = sorted(name for name in names if getattr(again, name) is not _NOT_GIVEN)
         path = getattr(result, "cp_config", None)
         if path:
-            given = {key for key, row in KEYS.items() if row.dest in result.cp_given}
             try:
-                result.cp_given += sorted(apply_config_file(result, path, given))
+                result.cp_given += sorted(apply_config_file(result, path, result.cp_given))
             except ValueError as error:
                 fail(parser, str(error))
         return result, rest
 
-    parser.parse_known_args = parse_known_args
-    parser.reads_cp_config = True
+    setattr(parser, "parse_known_args", parse_known_args)  # noqa: B010
+    setattr(parser, _MARK, True)

@@ -3,8 +3,10 @@
 import argparse
 import difflib
 from collections.abc import Sequence
+from typing import NoReturn
 
-from mindspeed_cp.arguments.flags import GROUP_TITLE, add_context_parallel_arguments
+from mindspeed_cp.arguments.declared import our_flags
+from mindspeed_cp.arguments.flags import add_context_parallel_arguments
 
 NUMBERS = (
     "num-layers",
@@ -34,10 +36,10 @@ class _Refused(Exception):
 class _RaisingParser(argparse.ArgumentParser):
     """A parser that raises instead of ending the program."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise _Refused(f"{message}; see docs/flags.md.")
 
-    def exit(self, status=0, message=None):
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         raise _Refused(str(message).partition("error: ")[2].strip())
 
 
@@ -86,8 +88,7 @@ def known_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[a
 
 def misspelt(rest: Sequence[str]) -> dict[str, str]:
     """Unknown flag -> the flag of context parallelism that was likely meant."""
-    (group,) = (group for group in flag_parser("launch")._action_groups if group.title == GROUP_TITLE)
-    ours = [flag for action in group._group_actions for flag in action.option_strings]
+    ours = [flag for each in our_flags() for flag in each.flags]
     given = [token.partition("=")[0] for token in rest if token.startswith("--")]
     nearest = {flag: difflib.get_close_matches(flag, ours, 1, CLOSE) for flag in given}
     return {flag: found[0] for flag, found in nearest.items() if found}

@@ -4,68 +4,34 @@ The names are those of the flags (Megatron's and MindSpeed's argparse ``dest``).
 default, what nobody here knows is ignored, and values may be text, as files of settings have it.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from mindspeed_cp.arguments import declared
+from mindspeed_cp.arguments.border import PartitionMode
 from mindspeed_cp.arguments.convert import validate
-from mindspeed_cp.arguments.flags import add_context_parallel_arguments
-from mindspeed_cp.arguments.yaml_file import KEYS, apply_config_file
-
-from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.arguments.yaml_file import apply_config_file
+from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.notices import warn_rank0
+from mindspeed_cp.settings.setting import Setting, declarations
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
-# What the configuration is checked against; None: not known, and not checked.
-MODEL_DEFAULTS = {
-    "num_attention_heads": None,
-    "num_query_groups": None,
-    "num_layers": None,
-    "seq_length": None,
-    "world_size": None,
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "group_query_attention": False,
-    "sequence_parallel": False,
-    "use_legacy_models": False,
-    "reset_attention_mask": False,
-    "reset_position_ids": False,
-    "position_embedding_type": None,
-    "cp_comm_type": None,
-    "hierarchical_context_parallel_sizes": None,
-}
-# MindSpeed's name -> ours, where they differ.
-OTHER_NAMES = {"attention_mask_type": "cp_attention_mask_type"}
 SIZE = "context_parallel_size"
-# Field of a ContextParallelConfig -> the name of its flag.
-FIELDS = {
-    "algorithm": "context_parallel_algo",
-    "ulysses_degree": "ulysses_degree_in_cp",
-    "window_size": "cp_window_size",
-    "attention_mask_type": "cp_attention_mask_type",
-    "kv_cache_policy": "context_parallel_kv_cache_policy",
-    "kv_cache_interval": "context_parallel_cache_interval",
-    "allgather_kv": "use_ulysses_allgather_kv",
-    "send_recv_overlap": "use_cp_send_recv_overlap",
-    "kv_exchange": "cp_kv_exchange",
-    "p2p": "cp_p2p",
-    "batch_layout": "cp_batch_layout",
-    "keep_attention": "cp_keep_attention",
-    "log": "cp_log",
-}
 _ALGORITHM = ("context_parallel_algo", "cp_comm_type")
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What ``configure`` of the adaptor takes."""
+    """What ``configure`` of the adaptor takes; ``declared_layout`` is how the framework says that it splits batches."""
 
     config: ContextParallelConfig
     setup: TrainingSetup | None
     kernel: str | None
     documents_from_position_ids: bool
+    declared_layout: PartitionMode | None = None
 
 
 @dataclass(frozen=True)
@@ -86,12 +52,12 @@ class FrameworkSettings:
             ValueError: a value is of the wrong kind; the message names the flag.
         """
         given = {name: value for name, value in _as_mapping(source).items() if value is not None}
-        for theirs, ours in OTHER_NAMES.items():
-            if theirs in given:
-                given.setdefault(ours, given[theirs])
-        actions = _actions()
-        values = {name: _converted(actions[name], given[name]) for name in actions if name in given}
-        values |= {name: _plain(name, given[name]) for name in MODEL_DEFAULTS if name in given}
+        values = {}
+        for each in declared.declared():
+            names = (each.dest, *(flag.removeprefix("--").replace("-", "_") for flag in each.also), *each.names)
+            found = next((name for name in names if name in given), None)
+            if found is not None:
+                values[each.dest] = _converted(each, given[found])
         noted = given.get("cp_given")  # a parser of ours noted it: the rest are defaults
         if noted is not None:
             values = {name: value for name, value in values.items() if name not in _ALGORITHM or name in noted}
@@ -110,8 +76,10 @@ class FrameworkSettings:
 
     def keeping(self, config: ContextParallelConfig) -> "FrameworkSettings":
         """These settings, with everything else as ``config`` has it."""
-        theirs = {ours: getattr(config, name) for name, ours in FIELDS.items() if getattr(config, name) is not None}
-        return FrameworkSettings(theirs | dict(self.values))
+        theirs = {each.dest: getattr(config, each.name) for each in declarations(type(config)) if each.name != SIZE}
+        return FrameworkSettings(
+            {name: value for name, value in theirs.items() if value is not None} | dict(self.values)
+        )
 
     def resolve(self, **further: Any) -> Resolved:
         """Check everything together, say each notice once.
@@ -124,10 +92,10 @@ class FrameworkSettings:
             ValueError: a rule is broken; the message names flag, value, rule and a way out.
         """
         values = {name: value for name, value in further.items() if value is not None} | dict(self.values)
-        known = SimpleNamespace(**(_defaults() | MODEL_DEFAULTS | values), cp_given=list(values))
+        known = SimpleNamespace(**({each.dest: each.unset for each in declared.declared()} | values))
+        known.cp_given = list(values)
         if known.cp_config:
-            named = {key for key, row in KEYS.items() if row.dest in values}
-            known.cp_given += apply_config_file(known, known.cp_config, named)
+            known.cp_given += apply_config_file(known, known.cp_config, values)
         config, setup = validate(known)
         documents = known.reset_position_ids and known.reset_attention_mask
         if known.reset_attention_mask and not known.reset_position_ids:
@@ -136,7 +104,10 @@ class FrameworkSettings:
                 "framework's settings name none; for batches without a mask or cu_seqlens set "
                 "megatron_adaptor.state().end_of_document = TOKEN."
             )
-        return Resolved(config, setup, known.cp_kernel, bool(documents))
+        layout = (
+            known.cp_partition_mode or known.attention_cp_layout
+        )  # the first is the batch's, the second the layers'
+        return Resolved(config, setup, known.cp_kernel, bool(documents), layout)
 
 
 def _as_mapping(source: Any) -> dict[str, Any]:
@@ -152,57 +123,16 @@ def _as_mapping(source: Any) -> dict[str, Any]:
     )
 
 
-class _Raising(argparse.ArgumentParser):
-    """A parser whose converters raise ValueError instead of ending the program."""
-
-    def exit(self, status=0, message=None):
-        raise ValueError(str(message).partition("error: ")[2].strip())
-
-
-def _actions() -> dict[str, argparse.Action]:
-    parser = add_context_parallel_arguments(_Raising(prog="settings", add_help=False))
-    return {action.dest: action for action in parser._actions}
-
-
-def _defaults() -> dict[str, Any]:
-    return {name: action.default for name, action in _actions().items()}
-
-
-def _converted(action: argparse.Action, value: Any) -> Any:
+def _converted(each: Setting, value: Any) -> Any:
     """``value`` as the flag's own converter makes it."""
-    if action.nargs == 0:
-        return _switch(action.option_strings[0], value)
-    if action.type is None:
+    if each.read is not None:
+        return each.read(value)
+    if each.switch:
+        if str(value).lower() not in ("true", "false", "1", "0"):
+            raise ValueError(f"{each.label} {value!r} must be True or False.")
+        return str(value).lower() in ("true", "1")
+    if not (each.whole or each.choices or each.parse):
         return value
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError(f"{action.option_strings[0]} {value!r} must be text or a whole number.")
-    assert callable(action.type), "the parser registers no types by name"
-    return action.type(str(value))
-
-
-def _plain(name: str, value: Any) -> Any:
-    default = MODEL_DEFAULTS[name]
-    flag = f"--{name.replace('_', '-')}"
-    if isinstance(default, bool):
-        return _switch(flag, value)
-    if name == "cp_comm_type":
-        return value if isinstance(value, str) else tuple(value)
-    if name == "hierarchical_context_parallel_sizes":
-        return tuple(_whole(flag, size) for size in value) or None
-    return value if name == "position_embedding_type" else _whole(flag, value)
-
-
-def _switch(flag: str, value: Any) -> bool:
-    text = str(value).lower()
-    if text not in ("true", "false", "1", "0"):
-        raise ValueError(f"{flag} {value!r} must be True or False.")
-    return text in ("true", "1")
-
-
-def _whole(flag: str, value: Any) -> int:
-    try:
-        if isinstance(value, (bool, float)):
-            raise TypeError
-        return int(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{flag} {value!r} must be a whole number.") from None
+        raise ValueError(f"{each.label} {value!r} must be text or a whole number.")
+    return each.value_of(str(value))

@@ -1,46 +1,34 @@
 """MindFormers' YAML file (--cp-config) as another way to give the same flags.
 
-Keys read: ``parallel_config`` (data_parallel, model_parallel, context_parallel, pipeline_stage, context_parallel_algo,
-use_seq_parallel, and this project's own keep_attention), ``parallel.enable_alltoall``, ``model.model_config``
-(use_attn_mask_compression, use_flash_attention).
+A setting declares its keys; docs/launching.md lists them. Everything else in the file is named in one warning; a key
+that looks like a misspelt one of the same section, and is none of MindFormers' own, is an error.
 """
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import yaml
 
-ALGORITHM_NAMES = {"ulysses_cp": "ulysses_cp_algo", "colossalai_cp": "megatron_cp_algo"}
-_ALGORITHM_KEY = "parallel_config.context_parallel_algo"
-_SIZE, _SWITCH, _ALGORITHM = "a whole number of at least 1", "True or False", " or ".join(ALGORITHM_NAMES)
+from mindspeed_cp.arguments import declared
+from mindspeed_cp.arguments.algorithm import two_levels
+from mindspeed_cp.arguments.mindformers import KNOWN
+from mindspeed_cp.settings.algorithms import ALGORITHMS, algorithm_named
+from mindspeed_cp.settings.rules import listed
+from mindspeed_cp.settings.setting import Setting
+
+DEFAULT_NAME = "colossalai_cp"  # MindFormers' own algorithm, which differs from the flag's
+_CLOSE = 0.85  # from which likeness on an unknown key is taken for a misspelt one
+Tree = dict[Any, Any]
 
 
-@dataclass(frozen=True)
-class Key:
-    """One key of the file: the attribute of the namespace it sets, the flag that sets the same, the values it takes."""
-
-    dest: str
-    flag: str
-    values: str
+def known_keys() -> dict[str, Setting]:
+    """Key -> the setting that it sets."""
+    return {key: each for each in declared.declared() for key in each.keys}
 
 
-KEYS = {
-    "parallel_config.data_parallel": Key("cp_data_parallel_size", "", _SIZE),
-    "parallel_config.model_parallel": Key("tensor_model_parallel_size", "--tensor-model-parallel-size", _SIZE),
-    "parallel_config.context_parallel": Key("context_parallel_size", "--context-parallel-size", _SIZE),
-    "parallel_config.pipeline_stage": Key("pipeline_model_parallel_size", "--pipeline-model-parallel-size", _SIZE),
-    _ALGORITHM_KEY: Key("context_parallel_algo", "--context-parallel-algo", _ALGORITHM),
-    "parallel_config.use_seq_parallel": Key("sequence_parallel", "--sequence-parallel", _SWITCH),
-    "parallel_config.keep_attention": Key("cp_keep_attention", "--cp-keep-attention", _SWITCH),
-    "parallel.enable_alltoall": Key("cp_enable_alltoall", "", _SWITCH),
-    "model.model_config.use_attn_mask_compression": Key("cp_attn_mask_compression", "", _SWITCH),
-    "model.model_config.use_flash_attention": Key("use_flash_attn", "--use-flash-attn", _SWITCH),
-}
-_SECTIONS = sorted({key.rpartition(".")[0] for key in KEYS} | {"model"})
-
-
-def read_cp_yaml(path):
-    """Read the context-parallel keys of a MindFormers YAML file.
+def read_cp_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
+    """Read the context-parallel keys of a MindFormers YAML file; a key without a value counts as not there.
 
     Returns:
         (values, notices): values maps dotted key -> value as written; notices lists keys that nothing here reads.
@@ -48,27 +36,31 @@ def read_cp_yaml(path):
     Raises:
         ValueError: the file is missing or no YAML, a key looks like a misspelt one, or a value is of the wrong kind.
     """
-    values, notices, others = {}, [], []
+    values: dict[str, Any] = {}
+    notices: list[str] = []
+    others: list[str] = []
     _walk(_load(path), "", path, values, others)
     if others:
-        nearest = ", ".join(f"{key} (nearest known: {_nearest(key, 0.0)})" for key in others)
+        nearest = ", ".join(key + (f" (nearest known: {near})" if (near := _nearest(key)) else "") for key in others)
         notices.append(f"--cp-config {path}: not read here: {nearest}.")
     if values.get("model.model_config.use_attn_mask_compression") is False:
         notices.append(
             f"--cp-config {path}: model.model_config.use_attn_mask_compression False is ignored: no mask of the "
             "size of the sequence is ever built."
         )
-    if (
-        values.get("model.model_config.use_flash_attention") is False
-        and values.get("parallel_config.context_parallel", 1) == 1
-    ):
+    if values.get("model.model_config.use_flash_attention") is False and _cp_size(values) == 1:
         notices.append(
             f"--cp-config {path}: model.model_config.use_flash_attention False leaves the choice to Megatron."
         )
     return values, notices
 
 
-def _load(path):
+def _cp_size(values: dict[str, Any]) -> int:
+    found = [value for key, value in values.items() if known_keys()[key].name == "context_parallel_size"]
+    return found[0] if found else 1
+
+
+def _load(path: str) -> Tree:
     try:
         with open(path, encoding="utf-8") as file:
             # The guides abbreviate with lines of three dots, which are no YAML inside a mapping.
@@ -93,84 +85,118 @@ def _load(path):
     return tree or {}
 
 
-def _walk(tree, prefix, path, values, others):
+def _walk(tree: Tree, prefix: str, path: str, values: dict[str, Any], others: list[str]) -> None:
     """Sort the leaves of ``tree`` into known ``values`` and ``others``; a misspelt key or a wrong value is an error."""
+    keys = known_keys()
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if key in _SECTIONS:
+        if key in _sections(keys):
             if not isinstance(value, dict | None):
                 raise ValueError(f"--cp-config {path}: {key} {value} must be a mapping; indent its keys below it.")
             _walk(value or {}, f"{key}.", path, values, others)
-        elif key in KEYS:
-            values[key] = _checked(key, value, path)
-        else:
-            nearest = _nearest(key, 0.85)
-            if nearest:
-                raise ValueError(f"--cp-config {path}: unknown key {key}; did you mean {nearest}?")
+        elif key not in keys:
+            meant = None if key in KNOWN else _nearest_of(key, _same_section(key, keys), _CLOSE)
+            if meant:
+                raise ValueError(f"--cp-config {path}: unknown key {key}; did you mean {meant}?")
             others.append(key)
+        elif value is not None:
+            values[key] = _checked(key, keys[key], value, path)
 
 
-def _nearest(key, cutoff):
-    """The known key most like ``key`` by its last part: in the same section if there is one, else in any."""
-    section, _, last = key.rpartition(".")
-    known = {name: name.rpartition(".") for name in (*_SECTIONS, *KEYS)}
-    for names in (
-        {part[2]: name for name, part in known.items() if part[0] == section},
-        {part[2]: name for name, part in known.items()},
-    ):
-        found = difflib.get_close_matches(last, names, 1, cutoff)
-        if found:
-            return names[found[0]]
-    return None
+def _sections(keys: Iterable[str]) -> list[str]:
+    return sorted({key.rpartition(".")[0] for key in keys} | {"model"})
 
 
-def _checked(key, value, path):
-    kind = KEYS[key].values
-    fits = {
-        _SIZE: type(value) is int and value >= 1,
-        _SWITCH: isinstance(value, bool),
-        _ALGORITHM: isinstance(value, str) and value in ALGORITHM_NAMES,
-    }
-    if not fits[kind]:
+def _same_section(key: str, keys: Iterable[str]) -> list[str]:
+    section = key.rpartition(".")[0]
+    return [name for name in (*_sections(keys), *keys) if name.rpartition(".")[0] == section]
+
+
+def _nearest(key: str) -> str | None:
+    """What to name beside a key that is not read: the nearest known one, for keys of parallelism and unknown ones."""
+    keys, section = known_keys(), key.rpartition(".")[0]
+    if section.startswith("parallel"):
+        return _nearest_of(key, _same_section(key, keys), 0.0)
+    return None if key in KNOWN else _nearest_of(key, [*_sections(keys), *keys], _CLOSE)
+
+
+def _nearest_of(key: str, known: Iterable[str], cutoff: float) -> str | None:
+    """The one of ``known`` whose last part is most like that of ``key``."""
+    last_parts = {name.rpartition(".")[2]: name for name in known}
+    found = difflib.get_close_matches(key.rpartition(".")[2], last_parts, 1, cutoff)
+    return last_parts[found[0]] if found else None
+
+
+def _checked(key: str, each: Setting, value: Any, path: str) -> Any:
+    if each.name == "algorithm":
+        names = [name for row in ALGORITHMS.values() for name in row.file_names[:1]]
+        fits, kind = algorithm_named("file_names", value) is not None, " or ".join(names)
+    elif each.whole:
+        fits, kind = type(value) is int and value >= 1, "a whole number of at least 1"
+    elif each.choices:
+        fits, kind = isinstance(value, str) and value in each.choices, listed(each.choices)
+    else:
+        fits, kind = isinstance(value, bool), "True or False"
+    if not fits:
         raise ValueError(f"--cp-config {path}: {key} {value} must be {kind}; correct it in the file.")
     return value
 
 
-def apply_config_file(args, path, given):
-    """Set on ``args`` what the file says, except for the keys in ``given``, whose flags stand on the command line.
+def apply_config_file(args: Any, path: str, given: Collection[str]) -> set[str]:
+    """Set on ``args`` what the file says, except for the names in ``given``, whose flags stand on the command line.
 
     What was overruled or is not read goes to ``args.cp_notices``; ``validate`` says it on rank 0.
 
     Returns:
         The attributes that were set, which count as given.
+
+    Raises:
+        ValueError: what ``read_cp_yaml`` raises, or keys of the file do not go together.
     """
     values, notices = read_cp_yaml(path)
-    # MindFormers' own default, which differs from the flag's.
-    defaults = {_ALGORITHM_KEY: "colossalai_cp"} if values.get("parallel_config.context_parallel", 1) > 1 else {}
-    taken = set()
+    keys, (algorithm_key,) = known_keys(), next(each.keys for each in declared.declared() if each.name == "algorithm")
+    defaults = {algorithm_key: DEFAULT_NAME} if _cp_size(values) > 1 else {}
+    taken: dict[str, Any] = {}
     for key, value in (defaults | values).items():
-        row = KEYS[key]
-        wanted = ALGORITHM_NAMES[value] if key == _ALGORITHM_KEY else value
-        if key not in given:
-            setattr(args, row.dest, wanted)
-            taken.add(row.dest)
-        elif getattr(args, row.dest) != wanted:
+        each = keys[key]
+        wanted = algorithm_named("file_names", value) if key == algorithm_key else value
+        if taken.get(each.dest, wanted) != wanted:
+            raise ValueError(f"--cp-config {path}: {' and '.join(each.keys)} disagree; leave one of them out.")
+        if each.dest not in given:
+            setattr(args, each.dest, wanted)
+            taken[each.dest] = wanted
+        elif getattr(args, each.dest) != wanted:
             default = f"{value}, MindFormers' default: {path} names no {key}"
             held = f"{key} {value} of {path}" if key in values else default
-            notices.append(f"{row.flag} {getattr(args, row.dest)} on the command line wins over {held}.")
+            notices.append(f"{each.flag} {getattr(args, each.dest)} on the command line wins over {held}.")
     args.cp_notices = notices
-    _check_file_rules(args, path, values)
-    return taken
+    _check_file_rules(args, path, values, algorithm_key)
+    return set(taken)
 
 
-def _check_file_rules(args, path, values):
-    cp = getattr(args, "context_parallel_size", 1)
-    if values.get("parallel_config.use_seq_parallel") and args.sequence_parallel and cp > 1:
+def _check_file_rules(args: Any, path: str, values: dict[str, Any], algorithm_key: str) -> None:
+    cp, name = getattr(args, "context_parallel_size", 1), values.get(algorithm_key)
+    sequence = [key for key, value in values.items() if value and known_keys()[key].name == "sequence_parallel"]
+    if sequence and args.sequence_parallel and cp > 1:
+        last = sequence[0].rpartition(".")[2]
         raise ValueError(
-            f"--cp-config {path}: parallel_config.use_seq_parallel True does not go with --context-parallel-size "
-            f"{cp} (context_parallel); set use_seq_parallel: False, or context_parallel: 1."
+            f"--cp-config {path}: {sequence[0]} True does not go with --context-parallel-size "
+            f"{cp} (context_parallel); set {last}: False, or context_parallel: 1."
         )
-    if values.get(_ALGORITHM_KEY) == "ulysses_cp" and cp == 1:
+    if name not in (None, DEFAULT_NAME) and cp == 1:
         args.cp_notices.append(
-            f"--cp-config {path}: {_ALGORITHM_KEY} ulysses_cp is ignored: it needs context_parallel above 1."
+            f"--cp-config {path}: {algorithm_key} {name} is ignored: it needs context_parallel above 1."
         )
+    _flatten(args, path, cp)
+
+
+def _flatten(args: Any, path: str, cp: int) -> None:
+    """Where the file leaves Hybrid one rank on either side, as MindFormers' default degree does, it has one level."""
+    algorithm, degree = args.context_parallel_algo, args.ulysses_degree_in_cp
+    if not ALGORITHMS[algorithm].takes_degree or degree not in (1, cp):
+        return
+    args.context_parallel_algo, args.ulysses_degree_in_cp = two_levels(algorithm, cp, degree).algorithm, None
+    args.cp_notices.append(
+        f"--cp-config {path}: ulysses_degree_in_cp {degree} of context_parallel {cp} leaves one level: "
+        f"{args.context_parallel_algo}."
+    )

@@ -7,7 +7,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# In a bare checkout patches/ and arguments/ lie beside this package; an installation has them inside it.
+from mindspeed_cp.version import __version__ as __version__
+
+# patches/ and arguments/ lie at the top of the repository, and links inside this package lead there. A checkout on
+# Windows or an unpacked archive may have plain files where the links should be.
 if not (Path(__file__).parent / "patches").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
@@ -23,9 +26,9 @@ if TYPE_CHECKING:
     from mindspeed_cp.comm.groups import ContextParallelGroups
     from mindspeed_cp.sequence.layout import SequenceLayout
     from mindspeed_cp.sequence.sharding import gather_sequence, shard_batch
-    from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup, resolve
+    from mindspeed_cp.settings.config import ContextParallelConfig
+    from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
-__version__ = "0.1.0"
 __all__ = [
     "ContextParallelConfig",
     "ContextParallelGroups",
@@ -46,6 +49,7 @@ _HOMES = (
     "mindspeed_cp.attention.ulysses_attention",
     "mindspeed_cp.attention.entry",
     "mindspeed_cp.settings.config",
+    "mindspeed_cp.settings.training_setup",
     "mindspeed_cp.comm.groups",
     "mindspeed_cp.sequence.layout",
     "mindspeed_cp.sequence.sharding",

@@ -17,12 +17,13 @@ from mindspeed_cp import compat
 from mindspeed_cp.patches.machine import choice as machine
 from mindspeed_cp.patches.machine.choice import DEVICE_VARIABLE
 from mindspeed_cp.patches.versions import DEFAULT, MEGATRONS
-from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.notices import is_rank0, warn_rank0
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
-    from mindspeed_cp.megatron.state import AdaptorState
-    from mindspeed_cp.patches.listing import Applied
+    from mindspeed_cp.megatron.adaptor import Adaptor
+    from mindspeed_cp.patches.areas import Applied
     from mindspeed_cp.patches.manager import Patch, PatchManager, PatchRow
 
 TRIED_VERSIONS = tuple(row.version for row in MEGATRONS)
@@ -36,7 +37,7 @@ MODEL_CODE = (
     "megatron.core.transformer.transformer_block",
 )
 _modules_before = frozenset(sys.modules)
-_state: "AdaptorState"
+_state: "Adaptor"
 _manager: "PatchManager"
 _tables: "dict[str, list[Patch]]"  # name -> patches, in the order of application
 
@@ -66,7 +67,8 @@ def _device_choice() -> str:
 
 
 def _announce(config: ContextParallelConfig) -> None:
-    """Rank 0 says what is on, so that nobody has to wonder."""
+    """Rank 0 says what is on, so that nobody has to wonder; every rank looks first whether it is."""
+    check()
     if is_rank0():
         from mindspeed_cp.kernels import KERNELS, cpu
 
@@ -80,7 +82,7 @@ def _announce(config: ContextParallelConfig) -> None:
 
 
 def _num_cp_patches() -> int:
-    from mindspeed_cp.patches.tables import STAND_INS
+    from mindspeed_cp.patches.areas import STAND_INS
 
     stand_in = {patch.target for table in STAND_INS for patch in _tables[table]}
     return sum(row.applied and row.target not in stand_in for row in _manager.report())
@@ -141,6 +143,18 @@ def report() -> "list[PatchRow]":
     return rows
 
 
+def check() -> None:
+    """Ask every patch that counts whether its name is still this project's; cheap.
+
+    Raises:
+        PatchError: somebody else has taken a name and does not call this project's function; it says who, and what to
+            do about it.
+    """
+    from mindspeed_cp.patches.areas import essential_targets
+
+    _manager.check(essential_targets(_tables))
+
+
 def configure(
     config: ContextParallelConfig,
     *,
@@ -162,7 +176,7 @@ def configure(
     Returns:
         The setup after all fallbacks, None without one.
     """
-    from mindspeed_cp.settings.config import resolve
+    from mindspeed_cp.settings.training_setup import resolve
 
     if setup is not None:
         known = len(setup.notices)
@@ -197,9 +211,8 @@ def configure_from(settings: Any) -> ContextParallelConfig | None:
         ValueError: a value or a combination cannot work, or the process groups are there and do not fit.
     """
     from mindspeed_cp.arguments import FrameworkSettings
-    from mindspeed_cp.megatron import decision
 
-    decision.configure_from(_state, FrameworkSettings.read(settings))
+    _state.configure_from(FrameworkSettings.read(settings))
     return _state.config
 
 
@@ -218,16 +231,16 @@ def compare_on_all_ranks(args: Any, *, program: str = "") -> None:
     """
     from mindspeed_cp.arguments import compared_arguments
 
-    _state.compared, _state.program = compared_arguments(args), program
+    _state.settings.compared, _state.settings.program = compared_arguments(args), program
 
 
-def state() -> "AdaptorState":
-    """The AdaptorState in use: config, setup, groups, layout(seq_len)."""
+def state() -> "Adaptor":
+    """The Adaptor in use: config, setup, groups, layout(seq_len), shard_batch, gather_sequence."""
     return _state
 
 
 def _applied() -> "Applied":
-    from mindspeed_cp.patches.listing import Applied
+    from mindspeed_cp.patches.areas import Applied
 
     rows, choice = iter(report()), _device_choice()
     return Applied(
@@ -240,24 +253,24 @@ def _applied() -> "Applied":
 
 
 def _build() -> None:
-    from mindspeed_cp.megatron.state import AdaptorState
+    from mindspeed_cp.megatron.adaptor import Adaptor
+    from mindspeed_cp.patches.areas import all_areas
     from mindspeed_cp.patches.manager import PatchManager
-    from mindspeed_cp.patches.tables import all_tables
 
     global _state, _tables, _manager
-    _state = AdaptorState()
+    _state = Adaptor(_announce, check)
     _manager = PatchManager(subject=lambda: f"megatron-core {megatron_version()}")
-    _tables = all_tables(_state, _announce, _device_choice())
+    _tables = all_areas(_state, _device_choice())
     for patches in _tables.values():
         _manager.add(patches)
 
 
 _require_megatron()
 if __name__ == "__main__":
-    from mindspeed_cp.patches import listing
+    from mindspeed_cp.patches import areas
 
     # As a module of its own name, of which there is one, and not as __main__.
-    listing.main(lambda: importlib.import_module("mindspeed_cp.megatron_adaptor")._applied())
+    areas.main(lambda: importlib.import_module("mindspeed_cp.megatron_adaptor")._applied())
     sys.exit()
 _build()
 apply()

@@ -24,7 +24,7 @@ python -m mindspeed_cp.megatron_adaptor lists what is patched.
 """
 
 
-def main():
+def main() -> None:
     """Import the adaptor and run the script that the command line names.
 
     Raises:
@@ -48,7 +48,7 @@ def main():
     execute("__main__")
 
 
-def execute(name):
+def execute(name: str) -> None:
     """Run the script in the namespace of the module ``name``.
 
     That module keeps this one's spec, so a process that multiprocessing spawns (Megatron's checkpoint writers) comes

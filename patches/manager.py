@@ -8,14 +8,15 @@ every attribute to the identical object in reverse order.
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
-_ABSENT = object()
+from mindspeed_cp.patches.owners import ABSENT, Ownership, is_foreign, ownership, said_of, way_out, way_out_of_class
 
 
 class PatchError(RuntimeError):
-    """A patch cannot be applied; nothing of the failed ``apply`` remains."""
+    """A patch cannot be applied, and nothing of the failed ``apply`` remains; or a name is no longer this project's."""
 
 
 @dataclass(frozen=True)
@@ -31,40 +32,47 @@ class Patch:
         create: the attribute may be absent; undo then removes it again.
         inherited: a class may have the attribute from a base alone; undo then removes the class's own. Without it such
             an attribute counts as gone: what the base has is another function than the one to replace.
+        essential: results are wrong where somebody else takes the name; False where it only says or shows something.
     """
 
     target: str
-    build: Callable
+    build: Callable[[Any], Any]
     reason: str
     when: Callable[[], str] = field(default=lambda: "")
     create: bool = False
     inherited: bool = False
+    essential: bool = True
 
 
 @dataclass(frozen=True)
 class PatchRow:
-    """One line of ``PatchManager.report``; ``status`` is "applied" or says why not."""
+    """One line of ``PatchManager.report``.
+
+    Args:
+        target, reason: the Patch's.
+        status: "applied", "wrapped by" or "replaced by" somebody, or why it is not applied.
+        applied: whether a call of the target comes to the replacement now.
+        is_lost: it was applied, and somebody else has taken the name since.
+    """
 
     target: str
     reason: str
     status: str
-
-    @property
-    def applied(self):
-        return self.status == "applied"
+    applied: bool
+    is_lost: bool = False
 
 
 @dataclass
 class _Replacement:
-    """One attribute that was set; ``before`` is what its owner's own ``__dict__`` held, or _ABSENT."""
+    """One attribute that was set; ``before`` is what its owner's own ``__dict__`` held, or ABSENT."""
 
-    owner: object
+    owner: Any
     name: str
-    before: object
-    after: object
+    before: Any
+    after: Any
 
-    def undo(self):
-        if self.before is _ABSENT:
+    def undo(self) -> None:
+        if self.before is ABSENT:
             # Another tool may have removed it already.
             if self.name in vars(self.owner):
                 delattr(self.owner, self.name)
@@ -84,16 +92,20 @@ class _Copies:
         skipped: top-level packages that are not looked at.
     """
 
-    def __init__(self, skipped):
-        self._skipped, self._read = skipped, set()
-        self._last, self._before, self._modules, self._names = {}, [], [], []  # id of an object -> its newest place
+    def __init__(self, skipped: Collection[str]) -> None:
+        self._skipped, self._read = skipped, set[str]()
+        self._last: dict[int, int] = {}  # id of an object -> its newest place
+        self._before: list[int | None] = []
+        self._modules: list[str] = []
+        self._names: list[str] = []
 
-    def rebind(self, old, new, home=None):
+    def rebind(self, old: Any, new: Any, home: str | None = None) -> list[_Replacement]:
         """Set every module attribute that is ``old`` to ``new``, but for the module ``home``; returns what was set."""
         if not (callable(old) or inspect.ismodule(old)):  # a plain value such as True is not a copy of the target
             return []
         self._read_modules()
-        rebound, place = [], self._last.get(id(old))
+        rebound: list[_Replacement] = []
+        place = self._last.get(id(old))
         while place is not None:
             key, name = self._modules[place], self._names[place]
             module = sys.modules.get(key)
@@ -104,18 +116,18 @@ class _Copies:
             place = self._before[place]
         return rebound[::-1]
 
-    def note(self, copy):
+    def note(self, copy: _Replacement) -> None:
         """A module attribute holds again what it held before."""
         self._add(copy.before, copy.owner.__name__, copy.name)
 
-    def _read_modules(self):
+    def _read_modules(self) -> None:
         for key in sorted(sys.modules.keys() - self._read):
             self._read.add(key)
             if key.partition(".")[0] not in self._skipped and inspect.ismodule(sys.modules[key]):
                 for name, value in list(vars(sys.modules[key]).items()):
                     self._add(value, key, name)
 
-    def _add(self, value, key, name):
+    def _add(self, value: Any, key: str, name: str) -> None:
         self._before.append(self._last.get(id(value)))
         self._last[id(value)] = len(self._names)
         self._modules.append(key)
@@ -132,22 +144,29 @@ class PatchManager:
             own).
     """
 
-    def __init__(self, patches=(), *, subject=lambda: "the installed version", skip_copies_in=("torch",)):
+    def __init__(
+        self,
+        patches: Iterable[Patch] = (),
+        *,
+        subject: Callable[[], str] = lambda: "the installed version",
+        skip_copies_in: Collection[str] = ("torch",),
+    ) -> None:
         self._patches = list(patches)
         self._subject = subject
         self._skip_copies_in = frozenset(skip_copies_in)
-        self._done = {}  # index of the patch -> its _Replacement objects, in the order of application
-        self._status = {}
+        # Index of the patch -> its _Replacement objects, in the order of application.
+        self._done: dict[int, list[_Replacement]] = {}
+        self._status: dict[int, str] = {}
 
-    def add(self, patches):
+    def add(self, patches: Iterable[Patch]) -> None:
         """Append patches; the next ``apply`` applies them."""
         self._patches += patches
 
     @property
-    def num_applied(self):
+    def num_applied(self) -> int:
         return len(self._done)
 
-    def apply(self):
+    def apply(self) -> None:
         """Apply every patch that is not applied yet; a failure takes this call's patches back and raises PatchError."""
         fresh, copies = [], _Copies(self._skip_copies_in)
         try:
@@ -164,7 +183,7 @@ class PatchManager:
                 self._undo_one(index, copies)
             raise
 
-    def undo(self, indices=None):
+    def undo(self, indices: Iterable[int] | None = None) -> None:
         """Restore every attribute to the object it was, newest patch first; a second call does nothing.
 
         Args:
@@ -174,18 +193,45 @@ class PatchManager:
         for index in sorted(self._done if indices is None else indices, reverse=True):
             self._undo_one(index, copies)
 
-    def report(self):
-        """One PatchRow per patch, in the order of application."""
+    def report(self) -> list[PatchRow]:
+        """One PatchRow per patch, in the order of application, as things stand now."""
+        owners = dict(self._owners(range(len(self._patches))))
         return [
-            PatchRow(
-                patch.target,
-                patch.reason,
-                "applied" if index in self._done else self._status.get(index) or "not applied",
-            )
+            PatchRow(patch.target, patch.reason, str(owners[index]), not owners[index].is_lost, owners[index].is_lost)
+            if index in owners
+            else PatchRow(patch.target, patch.reason, self._status.get(index) or "not applied", False)
             for index, patch in enumerate(self._patches)
         ]
 
-    def copies(self):
+    def check(self, targets: Collection[str]) -> None:
+        """Ask every applied patch of ``targets`` whether its name is still this project's; cheap where it is.
+
+        Raises:
+            PatchError: somebody else owns a name and does not call this project's function.
+        """
+        indices = [index for index, patch in enumerate(self._patches) if patch.target in targets]
+        lost = [(self._patches[index], owner) for index, owner in self._owners(indices) if owner.is_lost]
+        if lost:
+            self._refuse(lost)
+
+    def _refuse(self, lost: Sequence[tuple[Patch, Ownership]]) -> NoReturn:
+        named = "; ".join(f"{patch.target} was {owner}" for patch, owner in lost[:4])
+        more = f"; and {len(lost) - 4} more" if len(lost) > 4 else ""
+        patch, owner = lost[0]
+        raise PatchError(
+            f"context parallelism is not whole: {named}{more}. Without this project's {patch.target} results would be "
+            f"wrong (its reason: {patch.reason}). {way_out(owner.package, patch.target)}"
+        )
+
+    def _owners(self, indices: Iterable[int]) -> Iterator[tuple[int, Ownership]]:
+        """(index, who owns its target now) of applied patches; of several on one name the newest answers for all."""
+        newest = {(id(first.owner), first.name): first for first in (done[0] for done in self._done.values())}
+        for index in indices:
+            if index in self._done:
+                first = newest[id(self._done[index][0].owner), self._done[index][0].name]
+                yield index, ownership(self._patches[index].target, first.owner, first.after)
+
+    def copies(self) -> list[tuple[str, str]]:
         """(target, "module.attribute") of every copy in another module that holds a replacement now."""
         return [
             (self._patches[index].target, f"{copy.owner.__name__}.{copy.name}")
@@ -193,27 +239,28 @@ class PatchManager:
             for copy in replacements[1:]
         ]
 
-    def _apply_one(self, patch, replacements, copies):
+    def _apply_one(self, patch: Patch, replacements: list[_Replacement], copies: _Copies) -> None:
         owner, name = self._resolve(patch)
-        before = vars(owner).get(name, _ABSENT)
-        original = before if before is not _ABSENT else inspect.getattr_static(owner, name, _ABSENT)
-        if before is _ABSENT and not patch.create:
-            if original is _ABSENT:
+        before = vars(owner).get(name, ABSENT)
+        original = before if before is not ABSENT else inspect.getattr_static(owner, name, ABSENT)
+        if before is ABSENT and not patch.create:
+            if original is ABSENT:
                 raise self._missing(patch, f"{_describe(owner)} has no attribute {name!r}")
             if not patch.inherited:
                 raise self._missing(
                     patch,
                     f"{_describe(owner)} has no {name!r} of its own, it inherits it from {_heritage(owner, name)}",
+                    owner,
                 )
         after = _rebuild(original, patch.build)
         replacements.append(_Replacement(owner, name, before, after))
         setattr(owner, name, after)
-        if original is _ABSENT and inspect.ismodule(after):
+        if original is ABSENT and inspect.ismodule(after):
             sys.modules[after.__name__] = after  # import statements look here
-        if inspect.ismodule(owner) and original is not _ABSENT:
+        if inspect.ismodule(owner) and original is not ABSENT:
             replacements += copies.rebind(original, after)
 
-    def _undo_one(self, index, copies):
+    def _undo_one(self, index: int, copies: _Copies) -> None:
         replacements = self._done.pop(index)
         first = replacements[0] if replacements else None
         for replacement in reversed(replacements):
@@ -222,13 +269,14 @@ class PatchManager:
             copies.note(copy)
         # Modules imported after apply() hold copies of the replacement; they get the original too.
         # The module that defines the replacement holds no copy: the next apply() builds from it.
-        if first is not None and inspect.ismodule(first.owner) and first.before is not _ABSENT:
+        if first is not None and inspect.ismodule(first.owner) and first.before is not ABSENT:
             copies.rebind(first.after, first.before, home=getattr(first.after, "__module__", None))
 
-    def _resolve(self, patch):
+    def _resolve(self, patch: Patch) -> tuple[Any, str]:
         """(owner, attribute name) of a dotted path: the longest importable module, then attributes."""
         parts = patch.target.split(".")
-        owner, used = None, 0
+        owner: Any = None
+        used = 0
         for count in range(1, len(parts)):
             module_name = ".".join(parts[:count])
             try:
@@ -246,27 +294,30 @@ class PatchManager:
             owner = getattr(owner, part)
         return owner, parts[-1]
 
-    def _missing(self, patch, detail):
+    def _missing(self, patch: Patch, detail: str, owner: Any = None) -> PatchError:
+        """The error for a name that cannot be patched; ``owner`` is the class that lacks it, where there is one."""
+        says = f"cannot patch {patch.target} in {self._subject()}: {detail}. No patch was applied. "
+        if isinstance(owner, type) and is_foreign(owner, patch.target):
+            return PatchError(f"{says}Somebody put {said_of(owner)} there. {way_out_of_class(owner)}")
         return PatchError(
-            f"cannot patch {patch.target} in {self._subject()}: {detail}. No patch was applied. "
-            "Install a version that mindspeed_cp names as tried, or adapt this row of mindspeed_cp/patches "
+            f"{says}Install a version that mindspeed_cp names as tried, or adapt this row of mindspeed_cp/patches "
             f"(its reason: {patch.reason})"
         )
 
 
-def _describe(owner):
+def _describe(owner: Any) -> str:
     return f"{'module' if inspect.ismodule(owner) else 'class'} {getattr(owner, '__name__', owner)}"
 
 
-def _heritage(owner, name):
+def _heritage(owner: Any, name: str) -> str:
     """Name of the class from which ``owner`` has ``name``."""
     bases = (*getattr(owner, "__mro__", ()), *type(owner).__mro__)
-    return next(base.__name__ for base in bases if name in vars(base))
+    return str(next(base.__name__ for base in bases if name in vars(base)))
 
 
-def _rebuild(original, build):
+def _rebuild(original: Any, build: Callable[[Any], Any]) -> Any:
     """The replacement in the wrapping (staticmethod, classmethod) of the original."""
-    if original is _ABSENT:
+    if original is ABSENT:
         return build(None)
     if isinstance(original, (staticmethod, classmethod)):
         return type(original)(build(original.__func__))

@@ -1,97 +1,102 @@
-"""Patches that tell a model which micro-batch it is given, before any layer runs."""
+"""Patches of the doors of a model: whatever its entry, its layers see the record of the batch that they compute."""
 
-from collections.abc import Iterable, Iterator
-from functools import wraps
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from mindspeed_cp.patches.dynamic import check_model, sub_batch_record
-from mindspeed_cp.patches.manager import Patch
-
-from mindspeed_cp.megatron.handover import HandOver
-from mindspeed_cp.megatron.packed import packed_batch
+from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.megatron.batches import block_record, entering, packed_params_in, refuse_inference, tensors_in
 from mindspeed_cp.megatron.records import MicroBatch
+from mindspeed_cp.megatron.sizes import check_model, sub_batch_record
+from mindspeed_cp.patches.rows import absent, patch
 
 LANGUAGE_MODULE = "megatron.core.models.common.language_module.language_module.LanguageModule"
+GPT_MODEL = "megatron.core.models.gpt.gpt_model.GPTModel"
+SCHEDULE_NODE = "megatron.core.pipeline_parallel.utils.ScheduleNode"
 
 
-def model_patches(state):
-    """The table; ``state`` is the AdaptorState that all replacements share."""
-    return [
-        Patch(
-            f"{LANGUAGE_MODULE}.__call__",
-            with_record(state),
-            "a forward pass uses the layout and the documents of its own batch, found by the tensors it is given",
-            inherited=True,
-        )
-    ]
+@patch(
+    f"{LANGUAGE_MODULE}.__init__",
+    reason="models are numbered as they are made, so that the stages of a pipeline know of which one a record is",
+)
+def language_module_init(adaptor: Adaptor, original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    adaptor.hand_over.number(self)
 
 
-def with_record(state):
-    """Builds a model's call that runs with the record of its own batch, on every stage of a pipeline."""
-
-    def build(original):
-        hand_over = HandOver(state)
-
-        @wraps(original)
-        def call(self, *args, **kwargs):
-            if state.alone:
-                return original(self, *args, **kwargs)
-            values = (*args, *kwargs.values())
-            refuse_inference(values)
-            if state.sizes:
-                check_model(self)
-                record = sub_batch_record(state, values)
-                with state.running(record):
-                    output = original(self, *args, **kwargs)
-                state.records.remember(_tensors(output), record)
-                return output
-            record = hand_over(self, record_of(state, args, kwargs) or state.active, values)
-            with state.running(record):
-                output = original(self, *args, **kwargs)
-            if record is not None:
-                state.records.remember(_tensors(output), record)  # logits: state().gather_sequence finds them
-            return output
-
-        return call
-
-    return build
+@patch(
+    f"{LANGUAGE_MODULE}.__call__",
+    reason="a forward pass uses the layout and the documents of its own batch, found by the tensors it is given",
+    inherited=True,
+)
+def language_module_call(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    if _is_untouched(adaptor, self):
+        return original(self, *args, **kwargs)
+    record = _entered(adaptor, self, args, kwargs)
+    with adaptor.running(record), adaptor.computing_alone(record is None and adaptor.scope_of(self).alone):
+        output = original(self, *args, **kwargs)
+    if record is not None:
+        adaptor.records.remember(tensors_in(output), record)  # logits: state().gather_sequence finds them
+    return output
 
 
-def record_of(state, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MicroBatch | None:
-    """The record of the batch whose tensors are among the arguments of a model, None when no tensor leads to one.
-
-    Raises:
-        ValueError: tensors of different batches, or a packed batch that contradicts itself.
-    """
-    values = (*args, *kwargs.values())
-    record = state.records.find(values)
-    params = packed_params_in(values)
-    if params is None:
-        return record
-    named = dict(zip(("input_ids", "position_ids"), args)) | kwargs
-    tokens = named.get("input_ids")
-    return packed_batch(state, params, None if tokens is None else tokens.size(-1), named.get("position_ids"), record)
+@patch(
+    f"{GPT_MODEL}.build_schedule_plan",
+    reason="the plan of a forward pass that overlaps with a backward pass is another entry of the model",
+    when=absent(f"{GPT_MODEL}.build_schedule_plan", "this version makes no such plan"),
+)
+def build_schedule_plan(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    if _is_untouched(adaptor, self):
+        return original(self, *args, **kwargs)
+    with adaptor.running(_entered(adaptor, self, args, kwargs)):
+        return original(self, *args, **kwargs)
 
 
-def packed_params_in(values: Iterable[Any]) -> Any:
-    """The PackedSeqParams in thd among the arguments of a model or a block, None without."""
-    return next((value for value in values if getattr(value, "qkv_format", None) == "thd"), None)
+@patch(
+    f"{SCHEDULE_NODE}.__init__",
+    reason="the nodes of a plan run later than it is made, between those of other micro-batches",
+    when=absent(SCHEDULE_NODE, "this version makes no such plan"),
+)
+def schedule_node_init(
+    adaptor: Adaptor,
+    original: Callable[..., None],
+    self: Any,
+    forward_func: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    original(self, forward_func if adaptor.active is None else adaptor.bound(forward_func), *args, **kwargs)
 
 
-def refuse_inference(values) -> None:
-    """Raise when Megatron's inference contexts are among the arguments of a model or a block."""
-    for value in values:
-        if type(value).__module__.startswith("megatron.core.inference") or type(value).__name__ == "InferenceParams":
-            raise ValueError(
-                f"{type(value).__name__}: generation with Megatron's inference contexts is not supported with context "
-                "parallelism, whose ranks hold parts of a sequence; use --context-parallel-size 1 to generate."
-            )
+def _is_untouched(adaptor: Adaptor, model: Any) -> bool:
+    """Whether nothing of this process is split, nor asked to be."""
+    return adaptor.alone and model.config.context_parallel_size == 1
 
 
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, (tuple, list)):
-        for item in output:
-            yield from _tensors(item)
+def _entered(adaptor: Adaptor, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MicroBatch | None:
+    adaptor.forward_pass_begins()
+    if adaptor.sizes:
+        check_model(model)
+        values = (*args, *kwargs.values())
+        refuse_inference(values)
+        return sub_batch_record(adaptor, values)
+    return entering(adaptor, model, args, kwargs)
+
+
+@patch(
+    "megatron.core.transformer.transformer_block.TransformerBlock.forward",
+    reason="pipeline stages without a batch, and layers, learn the true length of the micro-batch",
+)
+def transformer_block(
+    adaptor: Adaptor, original: Callable[..., Any], self: Any, hidden_states: Any, *args: Any, **kwargs: Any
+) -> Any:
+    if adaptor.sizes:
+        return original(self, hidden_states, *args, **kwargs)
+    scope = adaptor.scope_of(self)
+    if scope.alone:
+        with adaptor.running(None), adaptor.computing_alone():  # a tower inside a model, or beside one
+            return original(self, hidden_states, *args, **kwargs)
+    values = (hidden_states, *args, *kwargs.values())
+    refuse_inference(values)
+    local = hidden_states if self.pre_process else self.input_tensor
+    with adaptor.running(block_record(adaptor, scope, self.config, local.size(0), packed_params_in(values))):
+        return original(self, hidden_states, *args, **kwargs)

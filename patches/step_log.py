@@ -1,61 +1,45 @@
 """Patches that let Megatron's training say what context parallelism costs (--cp-log)."""
 
-import inspect
 from collections.abc import Callable
-from functools import wraps
+from typing import Any
 
 import torch.distributed as dist
-from mindspeed_cp.patches.manager import Patch
+
+from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.patches.checkout import without_checkout
+from mindspeed_cp.patches.rows import arguments_of, patch
 
 TRAINING = "megatron.training.training"
 
 
-def log_patches(state, when: Callable[[], str]) -> list[Patch]:
-    """The table.
-
-    Args:
-        state: AdaptorState that the replacements share.
-        when: () -> why there is nothing to patch, or "".
-    """
-    return [
-        Patch(f"{TRAINING}.train_step", _train_step(state), "--cp-log measures the steps of training, not those of "
-              "validation", when),
-        Patch(f"{TRAINING}.training_log", _training_log(state), "--cp-log speaks where Megatron does, and through its "
-              "TensorBoard writer", when),
-    ]  # fmt: skip
+@patch(
+    f"{TRAINING}.train_step",
+    reason="--cp-log measures the steps of training, not those of validation",
+    when=without_checkout,
+    essential=False,
+)
+def train_step(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if adaptor.log is None:
+        return original(*args, **kwargs)
+    with adaptor.log.step():
+        return original(*args, **kwargs)
 
 
-def _train_step(state):
-    def build(original):
-        @wraps(original)
-        def train_step(*args, **kwargs):
-            if state.log is None:
-                return original(*args, **kwargs)
-            with state.log.step():
-                return original(*args, **kwargs)
-
-        return train_step
-
-    return build
-
-
-def _training_log(state):
-    def build(original):
-        signature = inspect.signature(original)  # the place of the iteration differs between versions
-
-        @wraps(original)
-        def training_log(*args, **kwargs):
-            result = original(*args, **kwargs)
-            if state.log is not None:
-                _report(state.log, signature.bind(*args, **kwargs).arguments["iteration"])
-            return result
-
-        return training_log
-
-    return build
+@patch(
+    f"{TRAINING}.training_log",
+    reason="--cp-log speaks where Megatron does, and through its TensorBoard writer",
+    when=without_checkout,
+    essential=False,
+)
+def training_log(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    result = original(*args, **kwargs)
+    if adaptor.log is not None:
+        # The place of the iteration differs between versions.
+        _report(adaptor.log, arguments_of(original, args, kwargs)["iteration"])
+    return result
 
 
-def _report(log, iteration):
+def _report(log: Any, iteration: int) -> None:
     """At the end of an interval, on all ranks: rank 0 prints, and the rank with Megatron's writer, the last, writes."""
     from megatron.training import get_args, get_tensorboard_writer
 

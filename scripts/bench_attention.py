@@ -34,13 +34,14 @@ from mindspeed_cp import (  # noqa: E402
 )
 from mindspeed_cp.comm import count_bytes  # noqa: E402
 from mindspeed_cp.kernels import select_kernel  # noqa: E402
+from mindspeed_cp.kernels.base import AttentionKernel, BlockResult, BlockTensors  # noqa: E402
 
 
 FLOOR = "floor: no communication"
 TORCH = "torch's operator"
 
 
-class StubKernel:
+class StubKernel(AttentionKernel):
     """Returns outputs of the right shapes that were made once, so that only communication, merging and copying are
     left.
     """
@@ -59,14 +60,14 @@ class StubKernel:
             self._outputs[key] = torch.zeros(shape, dtype=dtype)
         return self._outputs[key]
 
-    def forward(self, query, key, value, block, options, attention_mask=None):
+    def forward(self, tensors, options):
+        query, value = tensors.query, tensors.value
         lse = self.output("lse", query.shape[:3], torch.float32)
-        return self.output("out", (*query.shape[:3], value.shape[-1]), query.dtype), lse.clone(), None
+        return BlockResult(self.output("out", (*query.shape[:3], value.shape[-1]), query.dtype), lse.clone())
 
-    def backward(self, grad_out, query, key, value, out, lse, block, options, rng, attention_mask=None):
-        return tuple(
-            self.output(name, like.shape, like.dtype) for name, like in (("dq", query), ("dk", key), ("dv", value))
-        )
+    def backward(self, tensors, rows, options, saved):
+        likes = (("dq", tensors.query), ("dk", tensors.key), ("dv", tensors.value))
+        return tuple(self.output(name, like.shape, like.dtype) for name, like in likes)
 
 
 def variants(ranks):
@@ -133,7 +134,7 @@ def reference_ring_step(query, key, value, grad_out, kernel, group, rank):
     kv = local
     for t, (rows, _) in enumerate(blocks):
         works, following = rotate(kv) if t + 1 < ranks else ((), None)
-        block_out, block_lse, _ = kernel.forward(query[rows], None, value, None, None)
+        block_out, block_lse, *_ = kernel.forward(BlockTensors(None, query[rows], None, value), None)
         block_out, block_lse = block_out.float(), block_lse.unsqueeze(-1)
         if out is None:
             out, lse = block_out, block_lse
@@ -149,7 +150,7 @@ def reference_ring_step(query, key, value, grad_out, kernel, group, rank):
     kv, dq, pending, arriving = local, None, (), None
     for t, (rows, keys) in enumerate(blocks):
         works, following = rotate(kv) if t + 1 < ranks else ((), None)
-        part = kernel.backward(None, query[rows], key[keys], value[keys], None, None, None, None, None)
+        part = kernel.backward(BlockTensors(None, query[rows], key[keys], value[keys]), None, None, None)
         if dq is None:
             dq, dkv = part[0].float(), [part[1].float(), part[2].float()]
         else:

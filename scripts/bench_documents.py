@@ -36,7 +36,7 @@ from mindspeed_cp.sequence.balance import imbalance
 from mindspeed_cp.sequence.blocks import IntervalMask, needed_rows
 from mindspeed_cp.comm import count_bytes
 from mindspeed_cp.kernels import select_kernel
-from mindspeed_cp.kernels.base import KernelOptions
+from mindspeed_cp.kernels.base import AttentionRows, BlockTensors, KernelOptions
 
 # name -> function of a random generator and the row's length that draws a document's length
 DISTRIBUTIONS = {
@@ -107,8 +107,9 @@ def kernel_seconds(kernel, tensors, blocks):
     options, start = KernelOptions(softmax_scale=query.shape[-1] ** -0.5), time.perf_counter()
     for block in blocks:
         rows, keys = block.query_rows, block.key_rows
-        out, lse, rng = kernel.forward(query[rows], key[keys], value[keys], block, options)
-        kernel.backward(grad_out[rows], query[rows], key[keys], value[keys], out, lse, block, options, rng)
+        tensors = BlockTensors(block, query[rows], key[keys], value[keys])
+        result = kernel.forward(tensors, options)
+        kernel.backward(tensors, AttentionRows(grad_out[rows], result.out, result.lse), options, result.saved)
     return time.perf_counter() - start
 
 

@@ -20,9 +20,9 @@ import torch
 from mindspeed_cp.sequence.blocks import Block, IntervalMask, plan_blocks
 from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.kernels import select_kernel
-from mindspeed_cp.kernels.base import KernelOptions, accumulation_dtype
+from mindspeed_cp.kernels.base import AttentionRows, BlockTensors, KernelOptions, accumulation_dtype
 from mindspeed_cp.sequence.layout import SequenceLayout
-from mindspeed_cp.attention.merging import merge_attention
+from mindspeed_cp.attention.merging import plain_merge
 
 
 def parse_args(argv=None):
@@ -81,7 +81,7 @@ class RingRank:
             for source in range(args.ranks)
         ]
         self.kernel, self.tensors = kernel, sample(args, layout.length(0))
-        self.merge = kernel.merge if args.fused_merge else merge_attention
+        self.merge = kernel.merge if args.fused_merge else plain_merge
 
     def step(self, clock):
         """(seconds in the kernel, seconds of merging) of one forward and backward pass."""
@@ -93,18 +93,17 @@ class RingRank:
         blocks, rngs = [block for plan in self.plans for block in plan], []
         for block in blocks:
             q, k = block.query_rows, block.key_rows
-            forward = partial(self.kernel.forward, query[q], key[k], value[k], block, options)
-            seconds, (part, part_lse, rng) = clock(forward)
+            seconds, part = clock(
+                partial(self.kernel.forward, BlockTensors(block, query[q], key[k], value[k]), options)
+            )
             kernel_seconds += seconds
-            merge_seconds += clock(partial(self.merge, out[q], lse[q], part, part_lse))[0]
-            rngs.append(rng)
+            merge_seconds += clock(partial(self.merge, out[q], lse[q], None, part))[0]
+            rngs.append(part.saved)
         out = out.to(query.dtype)
         for block, rng in zip(blocks, rngs, strict=True):
             q, k = block.query_rows, block.key_rows
-            backward = partial(
-                self.kernel.backward, grad_out[q], query[q], key[k], value[k], out[q], lse[q], block, options, rng
-            )
-            kernel_seconds += clock(backward)[0]
+            tensors, rows = BlockTensors(block, query[q], key[k], value[k]), AttentionRows(grad_out[q], out[q], lse[q])
+            kernel_seconds += clock(partial(self.kernel.backward, tensors, rows, options, rng))[0]
         return kernel_seconds, merge_seconds
 
 
@@ -121,9 +120,10 @@ def whole_step(kernel, tensors, clock):
     """Seconds of one causal forward and backward pass over the whole sequence."""
     query, key, value, grad_out = tensors
     block, options = Block((0, len(query)), (0, len(query)), None, 0), KernelOptions(query.shape[-1] ** -0.5)
-    forward, (out, lse, rng) = clock(partial(kernel.forward, query, key, value, block, options))
-    out = out.to(query.dtype)
-    return forward + clock(partial(kernel.backward, grad_out, query, key, value, out, lse, block, options, rng))[0]
+    tensors = BlockTensors(block, query, key, value)
+    forward, result = clock(partial(kernel.forward, tensors, options))
+    rows = AttentionRows(grad_out, result.out.to(query.dtype), result.lse)
+    return forward + clock(partial(kernel.backward, tensors, rows, options, result.saved))[0]
 
 
 def measure(args, kernel, length):
@@ -148,7 +148,7 @@ def hardware(args):
 def main(argv=None):
     args = parse_args(argv)
     kernel = select_kernel(args.kernel, args.device)
-    if args.fused_merge and not hasattr(kernel, "merge"):
+    if args.fused_merge and not kernel.has_fused_merge:
         raise SystemExit(f"--fused-merge: kernel {kernel.name} has no fused update on this machine; leave it out.")
     print(
         f"kernel {kernel.name} on {hardware(args)}; bf16, {args.heads} heads, {args.kv_heads} KV heads, "

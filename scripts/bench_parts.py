@@ -19,7 +19,7 @@ from mindspeed_cp.attention.ring_plan import RingPlan
 from mindspeed_cp.sequence.blocks import Block, IntervalMask
 from mindspeed_cp.comm.messages import packed
 from mindspeed_cp.kernels import select_kernel
-from mindspeed_cp.kernels.base import KernelOptions
+from mindspeed_cp.kernels.base import AttentionRows, BlockTensors, KernelOptions
 
 
 def planning(options):
@@ -57,10 +57,12 @@ def half_precision(options):
     def ours(dtype, order):
         query, key, value, grad_out = (tensor.to(dtype) for tensor in whole)
         key, value = packed((key, value), order)
-        out, lse, rng = kernel.forward(query, key, value, block, settings)
+        tensors = BlockTensors(block, query, key, value)
+        result = kernel.forward(tensors, settings)
+        rows = AttentionRows(grad_out, result.out, result.lse)
         return (
-            lambda: kernel.forward(query, key, value, block, settings),
-            lambda: kernel.backward(grad_out, query, key, value, out, lse, block, settings, rng),
+            lambda: kernel.forward(tensors, settings),
+            lambda: kernel.backward(tensors, rows, settings, result.saved),
         )
 
     def torchs(dtype):

@@ -27,16 +27,12 @@ TIMEOUT = 240  # seconds of one run
 
 def _apply_stand_in_only():
     """Make CUDA's names mean the CPU and change nothing else: Megatron as it is, as far as a CPU can show it."""
-    from mindspeed_cp.patches.machine.cpu import device_patches
+    from mindspeed_cp.patches.conditions import without_checkout
+    from mindspeed_cp.patches.machine import checkout, cpu, libraries
     from mindspeed_cp.patches.manager import PatchManager
-    from mindspeed_cp.patches.machine.checkout import checkout_device_patches, checkout_patches, library_patches
+    from mindspeed_cp.patches.rows import patches_of
 
-    def needed():
-        return ""
-
-    manager = PatchManager(
-        device_patches(needed) + library_patches() + checkout_patches() + checkout_device_patches(needed)
-    )
+    manager = PatchManager(patches_of([cpu, libraries]) + patches_of([checkout], None, without_checkout))
     manager.apply()
     return manager
 

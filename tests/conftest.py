@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 gc.disable()  # until every test is imported, of which it would take a third of the time
 
@@ -9,8 +10,10 @@ gc.disable()  # until every test is imported, of which it would take a third of 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 paths = [os.path.join(os.path.dirname(__file__), "helpers", "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
 os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+sys.path.insert(0, paths[0])
 
 import distributed
+import half_instructions
 import pairs
 import pytest
 
@@ -36,6 +39,11 @@ def pytest_addoption(parser):
         default="cpu",
         help="device on which tensors live; npu and cuda run the same parity tests on real accelerators (default: cpu)",
     )
+    parser.addoption(
+        "--without-half-instructions",
+        action="store_true",
+        help="as on a processor without instructions for bfloat16 and float16: torch's queries of it answer no",
+    )
     parser.addoption("--full", action="store_true", help="take large products whole instead of drawing them by pairs")
 
 
@@ -43,6 +51,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "device(name): needs this accelerator; skipped elsewhere with the reason")
     config.addinivalue_line("markers", "cpu_only: measures or relies on something that only the CPU path has")
     distributed.set_device_type(config.getoption("--device"))
+    if config.getoption("--without-half-instructions"):
+        half_instructions.ask()
     pairs.take_whole_products(config.getoption("--full"))
 
 

@@ -1,7 +1,6 @@
 """``context_parallel_attention``: the public entry; checks its arguments and assembles the call."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -9,16 +8,18 @@ import torch
 from mindspeed_cp.attention.function import AttentionCall, ContextParallelAttention
 from mindspeed_cp.attention.kept import KeptAttention
 from mindspeed_cp.attention.kv_cache import KVCache
-from mindspeed_cp.attention.merging import merge_function
+from mindspeed_cp.attention.merging import merge_function, plain_merge
 from mindspeed_cp.attention.ring import RingProblem
 from mindspeed_cp.attention.ring_plan import ring_plan
 from mindspeed_cp.attention.ulysses import UlyssesProblem
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.sequence_exchange import SequenceExchange
 from mindspeed_cp.kernels import select_kernel
-from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions, MemoryOrder, memory_order
-from mindspeed_cp.sequence.layout import SequenceLayout, run_positions
+from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions, MemoryOrder
+from mindspeed_cp.sequence.cache import kept_up_to
+from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.sequence.masks import dense_mask, interval_masks
+from mindspeed_cp.sequence.runs import positions
 from mindspeed_cp.sequence.staircases import IntervalMask
 from mindspeed_cp.settings.config import ContextParallelConfig
 
@@ -53,8 +54,10 @@ def context_parallel_attention(
         config, groups, layout: of the same configuration; the layout may be any partition of the positions.
         softmax_scale: None is dk ** -0.5.
         attention_mask: bool, True = masked out, global (S, S) or (batch, 1, S, S); applies on top of documents, of the
-            window, and of the causal mask unless the mask type is "general", whose mask is the batch's alone. A row
-            that sees no key gives 0.
+            window, and of the causal mask unless the mask type is "general", whose mask is the batch's alone. So a
+            prefix or custom mask whose queries see keys after them needs mask type "general" or "full": with "causal",
+            the default, those keys stay hidden. (In Megatron the batch's mask always wins.) A row that sees no key
+            gives 0.
         cu_seqlens: int32 tensor or ints, document boundaries with the leading 0 and the total; attention never crosses
             one. A sequence of those, one for each row of the batch, where rows hold different documents.
         dropout_p: probability with which attention weights are dropped; 1 leaves 0.
@@ -84,20 +87,23 @@ def context_parallel_attention(
     if not differentiates and (kept is None or not kept.is_active):
         policy = None  # nothing will run backward, so nothing is kept for it
     cache = KVCache.resolve(policy, config.ring_size)
-    order = memory_order(chosen, query.dtype)
+    order, merge = chosen.memory_order(query.dtype), merge_function(chosen, fused_update)
     ring = RingProblem(
         groups=groups,
         layout=layout,
         masks=masks,
         kernel=chosen,
         options=KernelOptions(
-            query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, float(dropout_p), groups.cp_rank
+            query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+            float(dropout_p),
+            groups.cp_rank,
+            fused_merge=merge is not plain_merge,
         ),
         exchange=_exchange(config, layout, masks, attention_mask),
         keep=cache.keep,
         overlap=config.send_recv_overlap,
         dense_mask=dense_mask(attention_mask, query.shape[1], layout.seq_len),
-        merge=merge_function(chosen, fused_update),
+        merge=merge,
         order=order,
     )
     ulysses = _ulysses_problem(config, groups, layout, query, key, value, cache, order)
@@ -113,15 +119,22 @@ def context_parallel_attention(
     return out[places]
 
 
-@lru_cache(maxsize=256)
 def _ascending(layout: SequenceLayout, cp_rank: int, device: torch.device) -> torch.Tensor | None:
     """(seq_local,) the place of each of this rank's tokens among them in ascending order; None where they ascend.
 
     Blocks are planned over ascending positions. With a Ulysses group the exchange puts the rows in order.
     """
-    rows = layout.ulysses_rows(cp_rank)[0]
+    return None if len(layout.ulysses_rows(cp_rank)[0]) <= 1 else _places(layout, cp_rank, device)
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.nbytes
+
+
+@kept_up_to(32 << 20, _num_bytes)
+def _places(layout: SequenceLayout, cp_rank: int, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):  # an index made during inference could not be used in training
-        return None if len(rows) <= 1 else run_positions(rows, device)
+        return positions(layout.ulysses_rows(cp_rank)[0], device)
 
 
 def _exchange(
@@ -197,6 +210,15 @@ def _check_same_hierarchy(config: ContextParallelConfig, groups: ContextParallel
         )
 
 
+def _way_to_length(name: str, tensor: torch.Tensor, expected: int, seq_len: int) -> str:
+    """What to do with a tensor whose first dimension is not the rank's tokens."""
+    orders = (("(batch, seq, heads, head_dim)", (1, 0, 2, 3)), ("(batch, heads, seq, head_dim)", (2, 0, 1, 3)))
+    for order, moved in orders if tensor.shape[0] != seq_len else ():
+        if tensor.shape[moved[0]] == expected:
+            return f"{name} looks like {order}, and tensors are sequence-first here: pass {name}.permute{moved}"
+    return "slice with layout.shard(tensor, cp_rank)"
+
+
 def _check_tensors(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -217,7 +239,7 @@ def _check_tensors(
         if tensor.shape[0] != expected:
             raise ValueError(
                 f"{name} has {tensor.shape[0]} tokens on rank {groups.cp_rank}, the layout of {layout.seq_len} "
-                f"tokens gives it {expected}; slice with layout.shard(tensor, cp_rank)."
+                f"tokens gives it {expected}; {_way_to_length(name, tensor, expected, layout.seq_len)}."
             )
     heads, kv_heads = query.shape[2], key.shape[2]
     if key.shape[2] != value.shape[2] or key.shape[1] != query.shape[1] or value.shape[1] != query.shape[1]:

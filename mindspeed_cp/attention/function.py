@@ -7,6 +7,7 @@ same in reverse. A part that has one rank does nothing.
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -90,13 +91,13 @@ class AttentionCall:
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         tensors = (query, *saved.tensors)
         kept = tuple(None if place in local else tensor for place, tensor in enumerate(tensors))
-        return Computed(result, out, lse, kept, saved.rngs)
+        return Computed(result, out, lse, kept, saved.blocks)
 
     def local_offset(self, softmax_offset: torch.Tensor) -> torch.Tensor:
         return softmax_offset if self.ulysses is None else softmax_offset[self.ulysses.head_slice()]
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager:
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Meta tensors, with which the planner runs dry, have no autocast to switch off."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
@@ -107,45 +108,61 @@ class ContextParallelAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, softmax_offset, call):
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        softmax_offset: torch.Tensor | None,
+        call: AttentionCall,
+    ) -> torch.Tensor:
         # The dtypes are chosen here and in the kernels; autocast would round what is accumulated in float32.
         with _without_autocast(query.device):
             return ContextParallelAttention._forward(ctx, query, key, value, softmax_offset, call)
 
     @staticmethod
-    def _forward(ctx, query, key, value, softmax_offset, call):
+    def _forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        softmax_offset: torch.Tensor | None,
+        call: AttentionCall,
+    ) -> torch.Tensor:
         local = call.without_communication(query, key, value)
         compute = partial(call.compute, query, key, value, softmax_offset, local)
         if call.kept is None:
             found = compute()
         else:
             found = call.kept.once(call.stamp(query, key, value), query.device, compute)
-        ctx.call, ctx.rngs = call, found.rngs
-        query, *kept = (local.get(place, tensor) for place, tensor in enumerate(found.saved))
-        ctx.save_for_backward(query, found.out, found.lse, softmax_offset, *kept)
+        ctx.call, ctx.blocks = call, found.blocks
+        rows, *kept = (local.get(place, tensor) for place, tensor in enumerate(found.saved))
+        ctx.save_for_backward(rows, found.out, found.lse, softmax_offset, *kept)
         return found.result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         with _without_autocast(grad_out.device):
             return ContextParallelAttention._backward(ctx, grad_out)
 
     @staticmethod
-    def _backward(ctx, grad_out):
-        call, (query, out, lse, softmax_offset, *kept) = ctx.call, ctx.saved_tensors
+    def _backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        call: AttentionCall = ctx.call
+        (query, out, lse, softmax_offset, *kept) = ctx.saved_tensors
         dtype = query.dtype
         if call.ulysses:
-            again = {name: tensor for name, tensor in zip(NAMES, kept) if name in call.refetch}
+            again: dict[str, torch.Tensor] = {name: tensor for name, tensor in zip(NAMES, kept) if name in call.refetch}
             grad_out, fetched = call.ulysses.scatter_for_backward(grad_out, again)
             if again:
                 kept = [fetched.get(name, tensor) for name, tensor in zip(NAMES, kept)]
-        grads = ring_backward(call.ring, grad_out, query, out, lse, RingSaved(tuple(kept), ctx.rngs))
+        saved = RingSaved(tuple(kept), ctx.blocks)
+        dq, dk, dv = ring_backward(call.ring, grad_out, query, out, lse, saved)
         d_offset = None
         if softmax_offset is not None:
             d_offset = torch.zeros_like(softmax_offset)
             local = call.local_offset(d_offset)
             local.copy_(softmax_offset_gradient(grad_out, out, lse, call.local_offset(softmax_offset)))
         if call.ulysses:
-            grads = call.ulysses.gather_gradients(*grads, dtype)
-        return *(grad.to(dtype) for grad in grads), d_offset, None
+            dq, dk, dv = call.ulysses.gather_gradients(dq, dk, dv, dtype)
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype), d_offset, None

@@ -1,10 +1,11 @@
 """How long the sequence is after Ulysses' all-to-all: the calculators that say it, and the check of what ranks hold."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 
-from mindspeed_cp.sequence.layout import split_sizes
+from mindspeed_cp.sequence.runs import split_sizes
 
 
 class GatherSizeCalculator(ABC):
@@ -17,7 +18,7 @@ class GatherSizeCalculator(ABC):
     sums_local_lengths: bool = False
 
     @abstractmethod
-    def calculate(self, *args, **kwargs) -> int | None:
+    def calculate(self, *args: Any, **kwargs: Any) -> int | None:
         """The length of the whole sequence, or None when every rank holds equally much of it.
 
         Args:
@@ -28,7 +29,7 @@ class GatherSizeCalculator(ABC):
 class DefaultGatherSizeCalculator(GatherSizeCalculator):
     """Aligned Ulysses: every rank holds the same number of tokens."""
 
-    def calculate(self, *args, **kwargs) -> int | None:
+    def calculate(self, *args: Any, **kwargs: Any) -> int | None:
         return None
 
 
@@ -37,7 +38,7 @@ class DynamicGatherSizeCalculator(GatherSizeCalculator):
 
     sums_local_lengths = True
 
-    def calculate(self, *args, **kwargs) -> int | None:
+    def calculate(self, *args: Any, **kwargs: Any) -> int | None:
         """Last dimension of the mask: the first positional argument, or ``attention_mask`` or ``attn_mask``."""
         candidates = [*args[:1], kwargs.get("attention_mask"), kwargs.get("attn_mask")]
         return next((mask.shape[-1] for mask in candidates if isinstance(mask, torch.Tensor)), None)

@@ -51,19 +51,19 @@ class Computed:
         out, lse: of this rank's rows and heads, for backward.
         saved: query, and what backward starts from of keys and values; None for what the rank has without
             communication, which the next pass has as well.
-        rngs: dropout states of the blocks.
+        blocks: what the kernel saved of each block.
     """
 
     result: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor
     saved: tuple[torch.Tensor | None, ...]
-    rngs: tuple[Any, ...]
+    blocks: tuple[Any, ...]
 
     def detached(self) -> "Computed":
         """The same memory in tensors of its own: those that the caller gets may lead to the checkpoint itself."""
         saved = tuple(None if tensor is None else tensor.detach() for tensor in self.saved)
-        return Computed(self.result.detach(), self.out.detach(), self.lse.detach(), saved, self.rngs)
+        return Computed(self.result.detach(), self.out.detach(), self.lse.detach(), saved, self.blocks)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -120,6 +120,8 @@ class KeptAttention:
         Raises:
             ValueError: the passes differ, or what was kept was changed in place; the message says in what.
         """
+        if torch.is_inference_mode_enabled():
+            return compute()  # no backward pass comes, and so no recomputation
         call = self._taken(stamp, device)
         if call is not None:
             self._keep(call)
@@ -196,7 +198,11 @@ class _Pass(AbstractContextManager[None]):
 
 def _fingerprint(computed: Computed) -> list[tuple[int, int]]:
     """Changes with every change in place, and when memory is given back under a tensor, as Megatron does."""
-    return [(tensor._version, tensor.untyped_storage().nbytes()) for tensor in computed.tensors]
+    return [(_version(tensor), tensor.untyped_storage().nbytes()) for tensor in computed.tensors]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # a tensor made in inference mode counts no changes
 
 
 def _generators(stamp: Stamp, device: torch.device) -> list[torch.Generator]:

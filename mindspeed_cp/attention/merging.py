@@ -11,52 +11,12 @@ from typing import Any
 import torch
 
 from mindspeed_cp.comm.workspace import Workspace
-from mindspeed_cp.kernels.base import AttentionKernel, accumulation_dtype
+from mindspeed_cp.kernels.base import AttentionKernel, BlockResult, accumulation_dtype
+from mindspeed_cp.kernels.merge import add_in_place, merge_attention
 from mindspeed_cp.settings.notices import warn_rank0
 
-CHUNK_ELEMENTS = 1 << 17  # a converted chunk of 512 KiB stays in a core's second-level cache
-
-Merge = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Any]
-
-
-def row_chunks(tensor: torch.Tensor) -> list[slice]:
-    """Slices of the first dimension that cover the tensor in pieces of about CHUNK_ELEMENTS; one piece off the CPU.
-
-    Off the CPU a conversion is part of the arithmetic kernel and small launches would cost more.
-    """
-    rows = tensor.shape[0]
-    if tensor.device.type != "cpu" or tensor.numel() <= CHUNK_ELEMENTS:
-        return [slice(0, rows)]
-    step = max(1, CHUNK_ELEMENTS * rows // tensor.numel())
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def add_in_place(total: torch.Tensor, part: torch.Tensor) -> None:
-    """total += part; both (seq, ...), part in the same or a lower precision."""
-    if part.dtype == total.dtype:
-        total.add_(part)
-        return
-    # On the CPU a mixed addition converts its whole operand into fresh memory first; page faults dominate it.
-    for rows in row_chunks(total):
-        total[rows].add_(part[rows].to(total.dtype))
-
-
-def merge_attention(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tensor, block_lse: torch.Tensor) -> None:
-    """Combine attention over two disjoint sets of keys into attention over their union, in place.
-
-    Args:
-        out, block_out: (seq, batch, heads, head_dim); out is float32 (float64 for float64), block_out any float dtype.
-        lse, block_lse: (seq, batch, heads) float32 or float64, natural-log sum of exp of the scaled scores; -inf where
-            a row saw no key.
-
-    Source: the log-sum-exp identity of FlashAttention-2, appendix B; sigmoid form, which cannot overflow.
-    """
-    # -inf - -inf is NaN where neither side saw a key; any weight is right there, because both outputs are 0.
-    weight = torch.sigmoid(torch.nan_to_num_(block_lse - lse, nan=0.0, posinf=torch.inf, neginf=-torch.inf))
-    weight = weight.unsqueeze(-1)
-    for rows in row_chunks(out):
-        out[rows].lerp_(block_out[rows].to(out.dtype), weight[rows])
-    torch.logaddexp(lse, block_lse, out=lse)
+# (out, lse, their statistics, a block's result) -> the statistics of what out and lse are then; see AttentionKernel.
+Merge = Callable[[torch.Tensor, torch.Tensor, Any, BlockResult], Any]
 
 
 def add_softmax_offset(out: torch.Tensor, lse: torch.Tensor, offset: torch.Tensor) -> None:
@@ -84,18 +44,23 @@ def softmax_offset_gradient(
     return -(torch.exp(offset.to(lse.dtype) - lse) * delta).sum((0, 1)).to(offset.dtype)
 
 
+def plain_merge(out: torch.Tensor, lse: torch.Tensor, statistics: Any, block: BlockResult) -> None:
+    """``AttentionKernel.merge`` by torch operations."""
+    merge_attention(out, lse, block.out, block.lse)
+
+
 def merge_function(kernel: AttentionKernel, fused: bool) -> Merge:
-    """The function that merges a block's (out, lse) into the result so far, as ``merge_attention`` does.
+    """The function that merges a block's result into the attention so far.
 
     Args:
         fused: use the kernel's own operator (--use-fused-ring-attention-update); where it has none, that is said once.
     """
-    if fused and not hasattr(kernel, "merge"):
+    if fused and not kernel.has_fused_merge:
         warn_rank0(
             f"--use-fused-ring-attention-update changes nothing: kernel {kernel.name} has no fused update here; "
             "blocks are merged in place by torch operations."
         )
-    return getattr(kernel, "merge", merge_attention) if fused else merge_attention
+    return kernel.merge if fused and kernel.has_fused_merge else plain_merge
 
 
 def accumulator(workspace: Workspace, name: str, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
@@ -120,13 +85,18 @@ class PartialAttention:
         self._out: torch.Tensor | None = None
         self._lse: torch.Tensor | None = None
         self._owned = False
+        # Of the rows that were merged last: what they are, and the kernel's own form of their lse.
+        self._merged: tuple[slice, slice] | None = None
+        self._statistics: Any = None
 
-    def add(self, rows: slice, batch: slice, block_out: torch.Tensor, block_lse: torch.Tensor) -> None:
+    def add(self, rows: slice, batch: slice, block: BlockResult) -> None:
         if self._out is None and _is_whole(rows, batch, self._query):
-            self._out, self._lse = block_out, block_lse
-            return
-        out, lse = self._own()
-        self._merge(out[rows, batch], lse[rows, batch], block_out, block_lse)
+            self._out, self._lse, self._statistics = block.out, block.lse, block.statistics
+        else:
+            known = self._statistics if self._merged == (rows, batch) else None
+            out, lse = self._own()
+            self._statistics = self._merge(out[rows, batch], lse[rows, batch], known, block)
+        self._merged = rows, batch
 
     def _own(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse) in accumulators that may be changed in place."""

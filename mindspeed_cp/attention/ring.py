@@ -8,13 +8,14 @@ Shapes: query (seq, batch, heads, dk), key (seq, batch, kv_heads, dk), value (se
 (seq, batch, heads, dv), lse (seq, batch, heads); seq is what this rank holds.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
 
 from mindspeed_cp.attention.kv_cache import NAMES, Name
-from mindspeed_cp.attention.merging import KVPartial, Merge, PartialAttention, RowSum, accumulator, merge_attention
+from mindspeed_cp.attention.merging import KVPartial, Merge, PartialAttention, RowSum, accumulator, plain_merge
 from mindspeed_cp.attention.ring_plan import RingPlan, Task, ring_plan
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.kv_exchange import EXCHANGES, GradientReturn, RingChannel, paired
@@ -22,9 +23,10 @@ from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.messages import packed
 from mindspeed_cp.comm.schedule import RingPlace
 from mindspeed_cp.comm.watch import note_area
-from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions, MemoryOrder
-from mindspeed_cp.sequence.blocks import IntervalMask
-from mindspeed_cp.sequence.layout import SequenceLayout, run_positions
+from mindspeed_cp.kernels.base import AttentionKernel, AttentionRows, BlockTensors, KernelOptions, MemoryOrder
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.sequence.runs import positions
+from mindspeed_cp.sequence.staircases import IntervalMask
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +52,7 @@ class RingProblem:
     keep: frozenset[Name] = frozenset()
     overlap: bool = False
     dense_mask: torch.Tensor | None = None
-    merge: Merge = merge_attention
+    merge: Merge = plain_merge
     order: MemoryOrder | None = None
     plan: RingPlan = field(init=False)
     channel: RingChannel = field(init=False)
@@ -81,7 +83,7 @@ class RingProblem:
         if self.dense_mask is None:
             return None
         device = self.dense_mask.device
-        queries, keys = (run_positions(self.layout.ring_runs(rank), device) for rank in (self.rank, source))
+        queries, keys = (positions(self.layout.ring_runs(rank), device) for rank in (self.rank, source))
         hidden = self.dense_mask[:, queries][:, :, keys]
         return hidden | torch.stack([_interval_hidden(queries, keys, mask) for mask in self.masks])
 
@@ -102,10 +104,12 @@ def _interval_hidden(queries: torch.Tensor, keys: torch.Tensor, mask: IntervalMa
 
 @dataclass(frozen=True)
 class RingSaved:
-    """What forward hands to backward besides query, out and lse: tensors to save, and the kernels' dropout states."""
+    """What forward hands to backward besides query, out and lse: tensors to save, and what the kernel saved of each
+    block.
+    """
 
     tensors: tuple[torch.Tensor, ...]
-    rngs: tuple[Any, ...]
+    blocks: tuple[Any, ...]
 
 
 def own_rows(
@@ -134,23 +138,17 @@ def ring_forward(
     """
     note_area(lambda: problem.plan.area(problem.rank, query.shape[1]) * query.shape[2])
     partial = PartialAttention(problem.groups.workspace, problem.merge, query, own[1].shape[-1])
-    kept, rngs = [*own], []
+    kept, blocks = [*own], []
     for source, (source_key, source_value) in _forward_stream(problem, own, kept):
         mask = problem.mask_against(source)
         for batch, block in problem.tasks(query, source):
             rows, keys = block.query_rows, block.key_rows
-            block_out, block_lse, rng = problem.kernel.forward(
-                query[rows, batch],
-                source_key[keys, batch],
-                source_value[keys, batch],
-                block,
-                problem.options,
-                mask,
-            )
-            partial.add(rows, batch, block_out, block_lse)
-            rngs.append(rng)
+            tensors = BlockTensors(block, query[rows, batch], source_key[keys, batch], source_value[keys, batch], mask)
+            result = problem.kernel.forward(tensors, problem.options)
+            partial.add(rows, batch, result)
+            blocks.append(result.saved)
     out, lse = partial.result()
-    return out, lse, RingSaved(tuple(kept), tuple(rngs))
+    return out, lse, RingSaved(tuple(kept), tuple(blocks))
 
 
 def _forward_stream(problem, own, kept):
@@ -200,6 +198,27 @@ def _backward_stream(problem, saved):
         yield from exchange(problem.channel, own, "kv")
 
 
+class _SharedRows:
+    """The whole attention cut to the query rows of blocks; one object for the blocks of one backward pass that share
+    their rows, of the last two kinds: a zigzag rank has all of its rows, and its later chunk.
+    """
+
+    def __init__(self, whole: AttentionRows) -> None:
+        self._whole = whole
+        self._cut: OrderedDict[tuple[Any, ...], AttentionRows] = OrderedDict()
+
+    def of(self, rows: slice, batch: slice) -> AttentionRows:
+        place = rows.start, rows.stop, batch.start, batch.stop
+        if place not in self._cut:
+            whole = self._whole
+            self._cut[place] = AttentionRows(
+                whole.grad_out[rows, batch], whole.out[rows, batch], whole.lse[rows, batch]
+            )
+            if len(self._cut) > 2:
+                self._cut.popitem(last=False)
+        return self._cut[place]
+
+
 def ring_backward(
     problem: RingProblem,
     grad_out: torch.Tensor,
@@ -219,15 +238,14 @@ def ring_backward(
     """
     if problem.layout.ring_size == 1 and len(tasks := problem.tasks(query, 0)) == 1 and tasks[0].is_whole:
         mask, (key, value) = problem.mask_against(0), saved.tensors
-        return problem.kernel.backward(
-            grad_out, query, key, value, out, lse, tasks[0].block, problem.options, saved.rngs[0], mask
-        )
+        tensors = BlockTensors(tasks[0].block, query, key, value, mask)
+        return problem.kernel.backward(tensors, AttentionRows(grad_out, out, lse), problem.options, saved.blocks[0])
     if problem.order == "sequence":
         grad_out = grad_out.contiguous()
     workspace, like = problem.groups.workspace, saved.tensors[: len(NAMES)]
     own = tuple(accumulator(workspace, f"dkv.own.{name}", rows.shape, query) for name, rows in zip(NAMES, like))
-    returns, rngs = GradientReturn(problem.channel, own, like), iter(saved.rngs)
-    dq = RowSum(query, workspace)
+    returns, blocks = GradientReturn(problem.channel, own, like), iter(saved.blocks)
+    dq, shared = RowSum(query, workspace), _SharedRows(AttentionRows(grad_out, out, lse))
     stream = _backward_stream(problem, saved.tensors)
     for (j, t, source), (_, (key, value)) in zip(problem.channel.place.steps(), stream, strict=True):
         tasks = problem.tasks(query, source)
@@ -237,17 +255,9 @@ def ring_backward(
         mask = problem.mask_against(source)
         for batch, block in tasks:
             rows, keys = block.query_rows, block.key_rows
+            tensors = BlockTensors(block, query[rows, batch], key[keys, batch], value[keys, batch], mask)
             block_dq, *block_dkv = problem.kernel.backward(
-                grad_out[rows, batch],
-                query[rows, batch],
-                key[keys, batch],
-                value[keys, batch],
-                out[rows, batch],
-                lse[rows, batch],
-                block,
-                problem.options,
-                next(rngs),
-                mask,
+                tensors, shared.of(rows, batch), problem.options, next(blocks)
             )
             dq.add(rows, batch, block_dq)
             partial.add(keys, batch, block_dkv)

@@ -1,18 +1,22 @@
 """Which blocks every ring rank computes against every shard, and which rows of the shard it needs for that."""
 
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 
-from mindspeed_cp.sequence.blocks import Block, IntervalMask, needed_rows, plan_blocks
-from mindspeed_cp.sequence.layout import Runs, SequenceLayout
+from mindspeed_cp.sequence.blocks import Block, needed_rows, plan_blocks
+from mindspeed_cp.sequence.cache import INT_BYTES, RUN_BYTES, kept_up_to
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.sequence.runs import Boundaries, Runs, length, union
+from mindspeed_cp.sequence.staircases import IntervalMask
 
 ALL = slice(None)
 # Counts, 32 MiB; layouts that cut every document have many runs, and then most ranks are related.
 LARGEST_TABLE = 1 << 22
+TASK_INTS = 12  # what a task holds besides its offsets, counted as so many numbers
 
 
 class Task(NamedTuple):
@@ -47,6 +51,7 @@ class RingPlan:
     _tasks: dict[tuple[int, int], tuple[Task, ...]] = field(default_factory=dict, repr=False)
     _needed: dict[tuple[int, int], Runs] = field(default_factory=dict, repr=False)
     _areas: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
+    _weighed: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -118,22 +123,45 @@ class RingPlan:
         if (reader, source) not in self._needed:
             queries, keys = self.layout.ring_runs(reader), self.layout.ring_runs(source)
             needed = [needed_rows(queries, keys, mask) for _, mask in self._batches]
-            self._needed[reader, source] = needed[0] if len(needed) == 1 else _union(needed)
+            self._needed[reader, source] = union(*needed)
         return self._needed[reader, source]
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it holds now: offsets of blocks, rows that travel, and what it was made for."""
+        answers = len(self._tasks), len(self._needed)
+        if answers not in self._weighed:
+            self._weighed.clear()
+            self._weighed[answers] = self._weigh()
+        return self._weighed[answers]
+
+    def _weigh(self) -> int:
+        offsets = sum(
+            len(task.block.q_offsets) + len(task.block.k_offsets) + TASK_INTS
+            for tasks in self._tasks.values()
+            for task in tasks
+        )
+        ends = sum(len(mask.cu_seqlens or ()) for mask in self.masks)
+        runs = sum(map(len, self._needed.values())) + 3 * sum(map(len, self.layout.all_runs))
+        return INT_BYTES * (offsets + ends) + RUN_BYTES * runs
 
     @cached_property
     def direct_sends_less(self) -> bool:
         """Whether some rank needs less than the whole shard of another: then sending what is needed saves bytes."""
         ranks = range(self.layout.ring_size)
         return any(
-            sum(stop - start for start, stop in self.rows_needed(reader, source)) < self.lengths[source]
+            length(self.rows_needed(reader, source)) < self.lengths[source]
             for reader in ranks
             for source in ranks
             if reader != source
         )
 
 
-@lru_cache(maxsize=64)
+def _num_bytes(plan: RingPlan) -> int:
+    return plan.num_bytes
+
+
+@kept_up_to(48 << 20, _num_bytes)
 def ring_plan(
     layout: SequenceLayout,
     masks: tuple[IntervalMask, ...],
@@ -145,7 +173,7 @@ def ring_plan(
     return RingPlan(layout, masks, native_bands, dense, exact)
 
 
-def sharing_documents(runs: list[Runs], cu_seqlens: tuple[int, ...]) -> np.ndarray:
+def sharing_documents(runs: list[Runs], cu_seqlens: Boundaries) -> np.ndarray:
     """Bool (ranks, ranks): whether two ranks hold positions of one document.
 
     Args:
@@ -163,14 +191,3 @@ def sharing_documents(runs: list[Runs], cu_seqlens: tuple[int, ...]) -> np.ndarr
     met = np.zeros((len(runs), len(runs)), dtype=bool)
     np.logical_or.at(met, owner, before[last] > before[first])
     return met
-
-
-def _union(rows: list[Runs]) -> Runs:
-    """Ascending disjoint (start, stop) that cover all of these."""
-    united: list[tuple[int, int]] = []
-    for start, stop in sorted(span for spans in rows for span in spans):
-        if united and start <= united[-1][1]:
-            united[-1] = united[-1][0], max(stop, united[-1][1])
-        else:
-            united.append((start, stop))
-    return tuple(united)

@@ -9,7 +9,7 @@ import torch
 from mindspeed_cp.attention.kv_cache import Name
 from mindspeed_cp.comm.messages import Pending, packed
 from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
-from mindspeed_cp.sequence.layout import split_sizes
+from mindspeed_cp.sequence.runs import split_sizes
 
 
 @lru_cache(maxsize=256)

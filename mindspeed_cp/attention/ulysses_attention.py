@@ -11,11 +11,13 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from mindspeed_cp.attention.exchanged import Exchanged, exchanging
 from mindspeed_cp.attention.gather_size import (
     DefaultGatherSizeCalculator,
     DynamicGatherSizeCalculator,
@@ -26,7 +28,10 @@ from mindspeed_cp.attention.gather_size import (
 from mindspeed_cp.attention.ulysses import head_shares
 from mindspeed_cp.comm.link import Link, link_of, ranks_of
 from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
-from mindspeed_cp.sequence.layout import split_sizes
+from mindspeed_cp.kernels.base import MemoryOrder
+from mindspeed_cp.sequence.runs import Runs, end_to_end, split_sizes
+
+Shares = tuple[slice | list[int], ...]  # of heads, per rank
 
 __all__ = [
     "DefaultGatherSizeCalculator",
@@ -43,7 +48,8 @@ class UlyssesContextAttention(torch.nn.Module):
         local_attention: called as local_attention(query, key, value, *args, **kwargs) with this rank's heads of the
             whole sequence; returns them as (seq, batch, heads, dim), or merged as (seq, batch, heads * dim). One whose
             ``forward`` says that it ``exchanges_context_parallel``, as Megatron's core attention does under the
-            adaptor, gets this rank's tokens as they are.
+            adaptor, gets this rank's tokens as they are. Inside a wrapper it gets the whole sequence, and learns that
+            (``exchanged.exchange_around``), so that nothing is exchanged twice.
         sequence_process_group: the ranks that share the sequence; None is the default group.
         scatter_idx, gather_idx: dimension of the heads, and of the sequence.
         gather_size_calculator: a GatherSizeCalculator.
@@ -63,7 +69,9 @@ class UlyssesContextAttention(torch.nn.Module):
         self.gather_size_calculator = gather_size_calculator
         self._checked: set[tuple[int, int]] = set()  # (length, gather size) that all ranks were seen to agree on
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """Attention of this rank's tokens; every rank of the group calls it.
 
         Args:
@@ -92,15 +100,16 @@ class UlyssesContextAttention(torch.nn.Module):
         parts, out_shares = _parts(axes, query, key, value, exchange.size)
         tensors = (axes.to_exchange(tensor, exchange.size) for tensor in (query, key, value))
         received = _GatherSequence.apply(exchange, parts, *tensors)
-        # Contiguous, because many attention modules call view() on what they get.
-        out = self.local_attn(*(axes.from_exchange(tensor).contiguous() for tensor in received), *args, **kwargs)
+        with exchanging(Exchanged(exchange.link.global_ranks, exchange.rank)):
+            # Contiguous, because many attention modules call view() on what they get.
+            out = self.local_attn(*(axes.from_exchange(tensor).contiguous() for tensor in received), *args, **kwargs)
         split, merged = axes.split_heads(out, query.dim(), parts[0].count(exchange.rank))
         out = axes.to_exchange(split, 1)
         part = Part("out", parts[0].num_heads, out.shape[-1], out_shares)
         out = axes.from_exchange(_GatherHeads.apply(exchange, part, out))
         return out.flatten(-2) if merged else out
 
-    def _local_kwargs(self, kwargs):
+    def _local_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Without what the local attention does not take.
 
         The default calculator reads nothing: there an unknown name is a mistake, and the local attention's to refuse.
@@ -116,7 +125,7 @@ class UlyssesContextAttention(torch.nn.Module):
             return kwargs
         return {name: argument for name, argument in kwargs.items() if name in parameters}
 
-    def _exchange(self, query, gather_size, unpack):
+    def _exchange(self, query: torch.Tensor, gather_size: int | None, unpack: MemoryOrder | None) -> SequenceExchange:
         """The SequenceExchange of one call.
 
         What the ranks hold follows from what this rank holds, and the ranks must agree: a wrong length is an error on
@@ -126,7 +135,7 @@ class UlyssesContextAttention(torch.nn.Module):
         """
         link, length = link_of(self.spg), query.size(self.gather_idx)
         stamp = (length, -1 if gather_size is None else int(gather_size))
-        check = partial(check_lengths, self.gather_size_calculator)
+        check: Callable[[list[tuple[int, int]]], Any] = partial(check_lengths, self.gather_size_calculator)
         if gather_size is None and self.gather_size_calculator.sums_local_lengths:
             lengths = check(_stamps_of_all(link, stamp, query.device))
             return SequenceExchange(link, _in_rank_order(lengths), unpack=unpack)
@@ -139,22 +148,19 @@ class UlyssesContextAttention(torch.nn.Module):
         return SequenceExchange(link, _in_rank_order(lengths), unpack=unpack)
 
 
-def _exchanges_itself(local_attention) -> bool:
+def _exchanges_itself(local_attention: Any) -> bool:
     """Whether this is Megatron's core attention, patched by the adaptor to attend over the whole sequence."""
     marked = getattr(getattr(type(local_attention), "forward", None), "exchanges_context_parallel", False)
-    return marked and local_attention.config.context_parallel_size > 1
+    return bool(marked) and local_attention.config.context_parallel_size > 1
 
 
-def _in_rank_order(lengths):
-    ends = [0]
-    for length in lengths:
-        ends.append(ends[-1] + length)
-    return tuple(((start, stop),) for start, stop in zip(ends, ends[1:]))
+def _in_rank_order(lengths: list[int]) -> tuple[Runs, ...]:
+    return tuple((run,) for run in end_to_end(lengths))
 
 
 def _stamps_of_all(link: Link, stamp: tuple[int, int], device: torch.device) -> list[tuple[int, int]]:
     rows = link.gather(torch.tensor(stamp, device=device), [2] * link.size, "lengths").wait()
-    return [tuple(row.tolist()) for row in rows]
+    return [(int(row[0]), int(row[1])) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -166,11 +172,11 @@ class _Axes:
         scatter: the caller's dimension of heads.
     """
 
-    order: tuple
+    order: tuple[int, int | None, int, int | None]
     scatter: int
 
     @classmethod
-    def of(cls, query, scatter_idx, gather_idx):
+    def of(cls, query: torch.Tensor, scatter_idx: int, gather_idx: int) -> "_Axes":
         num_dims = query.dim()
         scatter, gather = scatter_idx % num_dims, gather_idx % num_dims
         if num_dims not in (3, 4) or scatter == gather:
@@ -186,29 +192,30 @@ class _Axes:
         return cls((gather, others[0], scatter, None), scatter)
 
     @property
-    def sequence_first(self):
+    def sequence_first(self) -> bool:
         """Whether the caller's order in memory is the exchange's."""
         order = [dim for dim in self.order if dim is not None]
         return order == sorted(order)
 
     @property
-    def merged(self):
+    def merged(self) -> bool:
         return self.order[3] is None
 
-    def to_exchange(self, tensor, pieces):
+    def to_exchange(self, tensor: torch.Tensor, pieces: int) -> torch.Tensor:
         """A view (seq, batch, heads, dim) of the caller's tensor; a merged dimension is cut into ``pieces`` heads."""
         view = tensor.permute([dim for dim in self.order if dim is not None])
         if self.merged:
-            return view.unflatten(2, (pieces, -1))
+            cut: torch.Tensor = view.unflatten(2, (pieces, -1))
+            return cut
         return view.unsqueeze(1) if self.order[1] is None else view
 
-    def from_exchange(self, tensor):
+    def from_exchange(self, tensor: torch.Tensor) -> torch.Tensor:
         """The inverse view."""
         tensor = tensor.flatten(2) if self.merged else tensor.squeeze(1) if self.order[1] is None else tensor
         order = [dim for dim in self.order if dim is not None]
         return tensor.permute([order.index(dim) for dim in range(len(order))])
 
-    def split_heads(self, out, num_dims, num_heads):
+    def split_heads(self, out: torch.Tensor, num_dims: int, num_heads: int) -> tuple[torch.Tensor, bool]:
         """(out with heads and head_dim apart as in the query, whether the local attention had merged them)."""
         if out.dim() == num_dims:
             return out, False
@@ -220,7 +227,9 @@ class _Axes:
         return out.unflatten(-1, (num_heads, -1)), True
 
 
-def _parts(axes, query, key, value, world_size):
+def _parts(
+    axes: _Axes, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, world_size: int
+) -> tuple[tuple[Part, ...], Shares]:
     """(Part of query, key and value, shares of the output); KV heads are replicated only as far as needed.
 
     Raises:
@@ -228,11 +237,15 @@ def _parts(axes, query, key, value, world_size):
     """
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
-        if tensor.dtype != query.dtype or tensor.size(axes.order[0]) != query.size(axes.order[0]):
+        length, query_length = tensor.size(axes.order[0]), query.size(axes.order[0])
+        if length != query_length:
             raise ValueError(
-                f"{name} is {tensor.dtype} with {tensor.size(axes.order[0])} tokens, the query "
-                f"{query.dtype} with {query.size(axes.order[0])}; they must have the same of both."
+                f"{name} has {length} tokens on this rank and query {query_length}: cross attention cannot go through "
+                "UlyssesContextAttention, whose query, key and value are one sequence split over the group; call the "
+                "local attention itself with the whole key and value on every rank."
             )
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} and query {query.dtype}; convert them to one dtype.")
     heads, kv_heads, value_heads = (tensor.size(axes.scatter) for tensor in tensors.values())
     if axes.merged:
         for name, tensor in tensors.items():
@@ -242,7 +255,8 @@ def _parts(axes, query, key, value, world_size):
                     f"{tensor.size(axes.scatter)} cannot be cut into {world_size} equal parts; pass (seq, "
                     "batch, heads, head_dim), which takes uneven heads."
                 )
-        queries = keys = tuple(slice(rank, rank + 1) for rank in range(world_size))
+        queries = tuple(slice(rank, rank + 1) for rank in range(world_size))
+        keys: Shares = queries
         heads = kv_heads = world_size
     else:
         if kv_heads != value_heads or kv_heads == 0 or heads % kv_heads:
@@ -267,13 +281,15 @@ class _GatherSequence(torch.autograd.Function):
     """Query, key and value: (seq_local, batch, heads, dim) -> (seq, batch, heads_local, dim), in one message."""
 
     @staticmethod
-    def forward(ctx, exchange, parts, *tensors):
+    def forward(
+        ctx: Any, exchange: SequenceExchange, parts: tuple[Part, ...], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ctx.exchange, ctx.parts = exchange, [replace(part, purpose=f"d{part.purpose}") for part in parts]
         return tuple(exchange.scatter_heads_gather_sequence(parts, tensors).wait())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return None, None, *ctx.exchange.scatter_sequence_gather_heads(ctx.parts, grads, grads[0].dtype).wait()
 
 
@@ -281,11 +297,11 @@ class _GatherHeads(torch.autograd.Function):
     """The output: (seq, batch, heads_local, dim) -> (seq_local, batch, heads, dim)."""
 
     @staticmethod
-    def forward(ctx, exchange, part, out):
+    def forward(ctx: Any, exchange: SequenceExchange, part: Part, out: torch.Tensor) -> torch.Tensor:
         ctx.exchange, ctx.part = exchange, replace(part, purpose=f"d{part.purpose}")
         return exchange.scatter_sequence_gather_heads([part], [out], out.dtype).wait()[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return None, None, ctx.exchange.scatter_heads_gather_sequence([ctx.part], [grad_out]).wait()[0]

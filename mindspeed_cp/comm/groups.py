@@ -118,18 +118,68 @@ class ContextParallelGroups:
             return cls(config.hierarchy, 0, (dist.get_rank() if dist.is_initialized() else 0,))
         all_ranks = _agreed_ranks(config, cp_ranks, cp_group)
         one_by_one = _one_by_one(config, virtual_pipeline)
-        mine = _ranks_of_mine(all_ranks)
         made = _make(all_ranks, config.hierarchy, timeout, () if cp_group is None else ("cp",))
         whole = made.get("cp", cp_group)
         assert whole is not None
+        return cls._of(config, whole, made, tuple(made.values()), share_from, one_by_one)
+
+    @classmethod
+    def adopt(
+        cls,
+        config: ContextParallelConfig,
+        group: dist.ProcessGroup,
+        *,
+        pool: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup],
+        timeout: timedelta | None = None,
+        share_from: int | None = SMALLEST_MESSAGE,
+        virtual_pipeline: bool = False,
+    ) -> "ContextParallelGroups":
+        """The groups around a context-parallel group that somebody else made; collective over its ranks alone.
+
+        Args:
+            group: has context_parallel_size ranks; it is used and never destroyed.
+            pool: (name, global ranks) -> a group that is made here once and kept: torch knows a group that its members
+                alone make by its ranks, and finds the addresses of a destroyed one under the same name.
+            timeout, share_from, virtual_pipeline: as ``build`` has them.
+
+        Raises:
+            ValueError: the group has another size, or --cp-p2p batch asks for what HCCL forbids.
+        """
+        ranks = dist.get_process_group_ranks(group)
+        if len(ranks) != config.context_parallel_size:
+            raise ValueError(
+                f"--context-parallel-size {config.context_parallel_size} must equal the number of ranks in the "
+                f"context-parallel group, here {len(ranks)}; give both the same size."
+            )
+        one_by_one = _one_by_one(config, virtual_pipeline)
+        found = {}
+        for name, members in parts_of([ranks], config.hierarchy[0], config.hierarchy[2]):
+            if name != "cp" and dist.get_rank() in members:
+                key = name, tuple(members)
+                if key not in pool:
+                    pool[key] = dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
+                found[name] = pool[key]
+        return cls._of(config, group, found, (), share_from, one_by_one)
+
+    @classmethod
+    def _of(
+        cls,
+        config: ContextParallelConfig,
+        whole: dist.ProcessGroup,
+        parts: dict[str, dist.ProcessGroup],
+        made: tuple[dist.ProcessGroup, ...],
+        share_from: int | None,
+        one_by_one: bool,
+    ) -> "ContextParallelGroups":
+        mine = tuple(dist.get_process_group_ranks(whole))
         carrier = None if share_from is None else HostMemory.connect(whole, share_from)
         link = Link(whole, mine.index(dist.get_rank()), mine, carrier=carrier, one_by_one=one_by_one)
         links = {"cp": link}
-        if config.hierarchy[0] in (1, cp):
+        if config.hierarchy[0] in (1, config.context_parallel_size):
             links["ring" if config.hierarchy[0] == 1 else "ulysses"] = link
-        for name, group in made.items():
+        for name, group in parts.items():
             links.setdefault(name, within(link, group, dist.get_process_group_ranks(group)))
-        groups = cls(config.hierarchy, link.rank, mine, **links, workspace=link.workspace, made=tuple(made.values()))
+        groups = cls(config.hierarchy, link.rank, mine, **links, workspace=link.workspace, made=made)
         groups._warm_up()
         return groups
 

@@ -8,8 +8,8 @@ from typing import Generic, TypeVar
 
 import torch
 
-from mindspeed_cp.attention.merging import add_in_place
 from mindspeed_cp.kernels.base import MemoryOrder
+from mindspeed_cp.kernels.merge import add_in_place
 
 T = TypeVar("T")
 U = TypeVar("U")

@@ -10,6 +10,9 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 _CP = "mindspeed.core.context_parallel"
 _ADAPTOR = "mindspeed.megatron_adaptor"
@@ -48,7 +51,7 @@ INSTEAD = {
 }
 
 
-def _packages():
+def _packages() -> set[str]:
     """Every name that has an alias below it."""
     names = [name.split(".") for name in ALIASES]
     return {".".join(parts[:count]) for parts in names for count in range(1, len(parts))}
@@ -57,19 +60,22 @@ def _packages():
 class MindSpeedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds and makes the alias modules, and remembers them."""
 
-    def __init__(self):
-        self._packages, self.made = _packages(), {}
+    def __init__(self) -> None:
+        self._packages = _packages()
+        self.made: dict[str, ModuleType] = {}
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name in ALIASES or name in self._packages:
             # Every path is a package, for then ``from path import name`` comes here with a name that it does not have.
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+            return ModuleSpec(name, self, is_package=True)
         parent, _, missing = name.rpartition(".")
         if parent in ALIASES or parent == _CP:
             raise ModuleNotFoundError(self._explain(parent, missing))  # with a name it would be swallowed
         return None
 
-    def _explain(self, parent, missing):
+    def _explain(self, parent: str, missing: str) -> str:
         below = sorted({name[len(parent) + 1 :].partition(".")[0] for name in ALIASES if name.startswith(f"{parent}.")})
         here = [*(importlib.import_module(ALIASES[parent]).__all__ if parent in ALIASES else ()), *below]
         instead = f"use {INSTEAD[missing]}" if missing in INSTEAD else "leave it out"
@@ -78,15 +84,16 @@ class MindSpeedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             "or see docs/migration-from-mindspeed.md."
         )
 
-    def create_module(self, spec):
+    def create_module(self, spec: ModuleSpec) -> None:
         return None
 
-    def exec_module(self, module):
+    def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         module.__doc__ = "A MindSpeed import path that mindspeed_cp answers; see mindspeed_cp.compat."
         real = importlib.import_module(ALIASES[name]) if name in ALIASES else None
         if name == _ADAPTOR:
             # It has state, so it must be the one module; the import system takes what it finds here.
+            assert real is not None
             sys.modules[name] = real
         elif real is not None:
             exported = {attribute: getattr(real, attribute) for attribute in real.__all__}
@@ -94,11 +101,11 @@ class MindSpeedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.made[name] = sys.modules[name]
 
 
-def _installed():
+def _installed() -> MindSpeedFinder | None:
     return next((finder for finder in sys.meta_path if isinstance(finder, MindSpeedFinder)), None)
 
 
-def install():
+def install() -> str:
     """Answer MindSpeed's import paths; does nothing where a real MindSpeed is importable or it is done already.
 
     Returns:
@@ -112,7 +119,7 @@ def install():
     return ""
 
 
-def uninstall():
+def uninstall() -> None:
     """Take ``install`` back: the finder and every alias go, our own modules stay. A second call does nothing."""
     finder = _installed()
     if finder is None:

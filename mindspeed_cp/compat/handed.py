@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["get_actual_seq_len", "get_position_ids", "set_actual_seq_len", "set_position_ids"]
 
 
-def _handed():
+def _handed() -> Any:
     from mindspeed_cp import megatron_adaptor
 
     return megatron_adaptor.state().handed

@@ -3,7 +3,7 @@
 __all__ = ["get_cache_policy"]
 
 
-def get_cache_policy(layer_number, cache_policy_init, cache_interval):
+def get_cache_policy(layer_number: int, cache_policy_init: str | None, cache_interval: int) -> str | None:
     """``cache_policy_init`` where it applies, else None; as ``ContextParallelConfig.kv_cache_policy_for``.
 
     Args:

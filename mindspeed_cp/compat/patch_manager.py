@@ -15,16 +15,18 @@ class MindSpeedPatchesManager:
     patches_info: ClassVar[dict[str, Any]] = {}
 
     @staticmethod
-    def register_patch(orig_func_name, new_func=None, force_patch=False, create_dummy=False):
+    def register_patch(
+        orig_func_name: str, new_func: Any = None, force_patch: bool = False, create_dummy: bool = False
+    ) -> None:
         raise NotImplementedError(
             f"{orig_func_name} cannot be patched through MindSpeedPatchesManager, which holds MindSpeed's own patches; "
             "set the attribute yourself, or use mindspeed_cp.patches.PatchManager."
         )
 
     @staticmethod
-    def apply_patches():
+    def apply_patches() -> None:
         """Nothing is registered, so nothing is applied; the adaptor applies its own."""
 
     @staticmethod
-    def remove_patches():
+    def remove_patches() -> None:
         """Nothing is registered, so nothing is removed; ``undo`` of the adaptor takes back its own."""

@@ -5,9 +5,13 @@ the window groups return it. Without a ring, Ulysses group or windows of its own
 the group was never made.
 """
 
+from collections.abc import Callable
 from math import gcd
+from typing import Any
 
 import torch.distributed as dist
+
+from mindspeed_cp.comm.groups import ContextParallelGroups
 
 __all__ = [
     "get_context_parallel_next_rank",
@@ -33,14 +37,14 @@ __all__ = [
 GETTERS = tuple(name for name in __all__ if name.startswith("get_"))
 
 
-def _adaptor_groups():
+def _adaptor_groups() -> ContextParallelGroups | None:
     """The groups that the adaptor built with Megatron's, None before initialize_model_parallel."""
     from mindspeed_cp import megatron_adaptor
 
     return megatron_adaptor.state().groups
 
 
-def _required(found, name, check=True):
+def _required(found: Any, name: str, check: bool = True) -> Any:
     if found is None and check:
         raise ValueError(
             f"{name} is not there; import mindspeed_cp.megatron_adaptor, choose an algorithm that has it, "
@@ -49,19 +53,19 @@ def _required(found, name, check=True):
     return found
 
 
-def _ring():
+def _ring() -> ContextParallelGroups | None:
     """The groups where there is a ring, else None."""
     groups = _adaptor_groups()
     return groups if groups is not None and groups.ring_size > 1 else None
 
 
-def _hybrid():
+def _hybrid() -> ContextParallelGroups | None:
     """The groups of Hybrid, else None."""
     groups = _ring()
     return groups if groups is not None and groups.ulysses_degree > 1 else None
 
 
-def _neighbour(steps):
+def _neighbour(steps: int) -> int:
     """Global rank of the context-parallel rank that many steps on."""
     from mindspeed_cp import megatron_adaptor
 
@@ -69,84 +73,84 @@ def _neighbour(steps):
     return ranks[(rank + steps) % len(ranks)]
 
 
-def get_context_parallel_next_rank():
+def get_context_parallel_next_rank() -> int:
     return _neighbour(1)
 
 
-def get_context_parallel_prev_rank():
+def get_context_parallel_prev_rank() -> int:
     return _neighbour(-1)
 
 
-def get_context_parallel_group_for_send_recv_overlap(check_initialized=True):
+def get_context_parallel_group_for_send_recv_overlap(check_initialized: bool = True) -> dist.ProcessGroup | None:
     """A group for transfers that overlap others; the ring's own where there are no windows."""
     ring = _required(_ring(), "the context-parallel group for send-recv overlap", check_initialized)
     return None if ring is None else ring.outer_group or ring.ring_group
 
 
-def get_context_parallel_group_for_hybrid_ulysses(check_initialized=True):
+def get_context_parallel_group_for_hybrid_ulysses(check_initialized: bool = True) -> dist.ProcessGroup | None:
     groups = _required(_hybrid(), "the Ulysses group of hybrid_cp_algo", check_initialized)
     return None if groups is None else groups.ulysses_group
 
 
-def get_context_parallel_for_hybrid_ulysses_world_size():
+def get_context_parallel_for_hybrid_ulysses_world_size() -> int:
     return dist.get_world_size(get_context_parallel_group_for_hybrid_ulysses())
 
 
-def get_context_parallel_for_hybrid_ulysses_rank():
+def get_context_parallel_for_hybrid_ulysses_rank() -> int:
     return dist.get_rank(get_context_parallel_group_for_hybrid_ulysses())
 
 
-def get_context_parallel_group_for_hybrid_ring(check_initialized=True):
+def get_context_parallel_group_for_hybrid_ring(check_initialized: bool = True) -> dist.ProcessGroup | None:
     groups = _required(_hybrid(), "the ring group of hybrid_cp_algo", check_initialized)
     return None if groups is None else groups.ring_group
 
 
-def get_context_parallel_for_hybrid_ring_world_size():
+def get_context_parallel_for_hybrid_ring_world_size() -> int:
     return dist.get_world_size(get_context_parallel_group_for_hybrid_ring())
 
 
-def get_context_parallel_for_hybrid_ring_rank():
+def get_context_parallel_for_hybrid_ring_rank() -> int:
     return dist.get_rank(get_context_parallel_group_for_hybrid_ring())
 
 
-def get_context_parallel_for_hybrid_ring_global_ranks():
+def get_context_parallel_for_hybrid_ring_global_ranks() -> list[int]:
     return list(_required(_hybrid(), "the ring of hybrid_cp_algo").ring_global_ranks)
 
 
-def get_ring_group_for_intra_window():
+def get_ring_group_for_intra_window() -> dist.ProcessGroup | None:
     ring = _ring()
     return None if ring is None else ring.ring_group
 
 
-def get_ring_group_for_intra_window_send_recv_overlap():
+def get_ring_group_for_intra_window_send_recv_overlap() -> dist.ProcessGroup | None:
     return get_context_parallel_group_for_send_recv_overlap(check_initialized=False)
 
 
-def _window_place():
+def _window_place() -> tuple[list[int], int, int, int]:
     """(global ranks of the ring, window, this rank's window, its place in it)."""
     ring = _required(_ring(), "the ring")
     window = _inner_size(ring)
     return list(ring.ring_global_ranks), window, *divmod(ring.ring_rank, window)
 
 
-def _inner_size(ring):
+def _inner_size(ring: ContextParallelGroups) -> int:
     """MindSpeed's inner size: a ring without windows is one window per rank there."""
     return ring.hierarchy[1] if ring.hierarchy[2] > 1 else 1
 
 
-def get_ring_ranks_for_intra_window():
+def get_ring_ranks_for_intra_window() -> list[int]:
     """Global ranks of this rank's window."""
     ranks, window, place_w, _ = _window_place()
     return ranks[place_w * window : (place_w + 1) * window]
 
 
-def get_ring_ranks_for_inter_window_kv():
+def get_ring_ranks_for_inter_window_kv() -> list[int]:
     """Global ranks with this rank's place in every window: where keys and values cross windows."""
     ranks, window, _, place_i = _window_place()
     return ranks[place_i::window]
 
 
-def get_ring_ranks_for_inter_window_dkv():
+def get_ring_ranks_for_inter_window_dkv() -> list[int]:
     """MindSpeed's ring of gradients between windows: one window and one place further at each step."""
     ranks, window, place_w, place_i = _window_place()
     windows = len(ranks) // window
@@ -159,12 +163,15 @@ def get_ring_ranks_for_inter_window_dkv():
     return found
 
 
-def _initialized_for(purpose):
+def _initialized_for(purpose: str) -> Callable[..., None]:
     """MindSpeed's maker of groups: here initialize_model_parallel has made them all."""
 
     def initialize(
-        tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size, nccl_comm_cfgs=None
-    ):
+        tensor_model_parallel_size: int,
+        pipeline_model_parallel_size: int,
+        context_parallel_size: int,
+        nccl_comm_cfgs: Any = None,
+    ) -> None:
         if context_parallel_size > 1:
             _required(_adaptor_groups(), f"the groups for {purpose}")
 

@@ -9,7 +9,9 @@ Which tokens a rank holds follows MindSpeed:
     causal, packed, with boundaries that count this rank's tokens, or padded ones: both halves of every document
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +19,10 @@ import torch.distributed as dist
 from mindspeed_cp.attention.entry import context_parallel_attention
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.link import link_of, within
-from mindspeed_cp.compat.ring_layout import document_layout, row_layout
+from mindspeed_cp.compat.ring_layout import document_layout, flat_rows, row_layout, rows_again
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.sequence.runs import Boundaries, boundaries
+from mindspeed_cp.settings.algorithms import Hierarchy
 from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.notices import warn_rank0
 
@@ -28,8 +33,17 @@ REQUIRED = ("causal", "cp_group", "cp_size", "rank", "cp_global_ranks")
 
 
 def ringattn_context_parallel(
-    q, k, v, n, cp_para, softmax_scale=None, attn_mask=None, dropout_p=0.0, packed_seq_params=None, shapes=None
-):
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    n: int,
+    cp_para: Mapping[str, Any],
+    softmax_scale: float | None = None,
+    attn_mask: torch.Tensor | list[torch.Tensor] | None = None,
+    dropout_p: float = 0.0,
+    packed_seq_params: Any = None,
+    shapes: Sequence[int] | Mapping[int, int] | None = None,
+) -> torch.Tensor:
     """Ring or Double Ring attention over the ranks that ``cp_para`` names; every one of them calls it.
 
     Args:
@@ -40,7 +54,8 @@ def ringattn_context_parallel(
         attn_mask: None; with causal also a causal mask, compressed or whole; else the mask of the whole sequence, bool,
             True = masked out, or a list with this rank's queries against each rank's keys.
         packed_seq_params: object with cu_seqlens_q; boundaries may leave out the leading 0 and run over the batch.
-        shapes: tokens of every rank where they differ, zero included.
+        shapes: tokens of every rank where they differ, zero included: a list in ring order, or a dict by place in the
+            ring, else by global rank.
 
     Returns:
         (s, b, n * dv), or (tokens, n, dv).
@@ -49,7 +64,7 @@ def ringattn_context_parallel(
         ValueError: something cannot be computed as asked; the message says what to change.
     """
     place = _Place.of(cp_para)
-    documents = None if packed_seq_params is None else _boundaries(packed_seq_params)
+    documents = None if packed_seq_params is None else _Documents.of(packed_seq_params)
     without_batch = (
         documents is not None
         and q.shape[1] == n
@@ -59,7 +74,7 @@ def ringattn_context_parallel(
     lengths = _lengths(shapes, query.shape[0], place)
     layout, cu_seqlens, flattened = _layout(place, lengths, query.shape[1], documents)
     if flattened:
-        query, key, value = (tensor.transpose(0, 1).flatten(0, 1).unsqueeze(1) for tensor in (query, key, value))
+        query, key, value = flat_rows(query), flat_rows(key), flat_rows(value)
     out = context_parallel_attention(
         query,
         key,
@@ -73,7 +88,7 @@ def ringattn_context_parallel(
         dropout_p=dropout_p,
     )
     if flattened:
-        out = out.unflatten(0, (q.shape[1], q.shape[0])).squeeze(2).transpose(0, 1)
+        out = rows_again(out, q.shape[1])
     return out.squeeze(1) if without_batch else out.flatten(2)
 
 
@@ -88,11 +103,11 @@ class _Place:
     rank: int
 
     @property
-    def causal(self):
+    def causal(self) -> bool:
         return self.config.attention_mask_type == "causal"
 
     @classmethod
-    def of(cls, para):
+    def of(cls, para: Mapping[str, Any]) -> "_Place":
         missing = [name for name in REQUIRED if name not in para]
         if missing:
             raise ValueError(f"cp_para has no {', '.join(missing)}; it needs {', '.join(REQUIRED)}.")
@@ -109,7 +124,7 @@ class _Place:
                 "order."
             )
         overlap = para.get("cp_group_for_send_recv_overlap")
-        settings = {
+        settings: dict[str, Any] = {
             "context_parallel_size": size,
             "algorithm": "megatron_cp_algo",
             "window_size": _window(para, ranks, rank),
@@ -122,7 +137,7 @@ class _Place:
         return cls(config, causal, groups, size, rank)
 
 
-def _window(para, ranks, rank):
+def _window(para: Mapping[str, Any], ranks: tuple[int, ...], rank: int) -> int:
     """Size of the inner window; the inner ranks must be neighbours in the ring."""
     inner = list(para.get("cp_inner_ranks") or [])
     window = len(inner)
@@ -137,7 +152,13 @@ def _window(para, ranks, rank):
     return window
 
 
-def _groups(hierarchy, rank, global_ranks, cp_group, overlap_group):
+def _groups(
+    hierarchy: Hierarchy,
+    rank: int,
+    global_ranks: tuple[int, ...],
+    cp_group: dist.ProcessGroup,
+    overlap_group: dist.ProcessGroup | None,
+) -> ContextParallelGroups:
     """ContextParallelGroups from groups that exist already; layers share the buffers, which live as long as cp_group.
 
     The whole ring's group serves the windows too. The second group keeps transfers between windows out of the queue of
@@ -153,10 +174,12 @@ def _groups(hierarchy, rank, global_ranks, cp_group, overlap_group):
     )
 
 
-def _with_heads(q, k, v, n, without_batch):
+def _with_heads(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: int, without_batch: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views (s, b, heads, dim)."""
     if without_batch:
-        return tuple(tensor.unsqueeze(1) for tensor in (q, k, v))
+        return q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
     width = q.shape[-1] // n
     if q.dim() != 3 or q.shape[-1] % n or k.shape[-1] % max(width, 1):
         raise ValueError(
@@ -172,42 +195,50 @@ def _with_heads(q, k, v, n, without_batch):
     return q.unflatten(-1, (n, width)), k.unflatten(-1, (kv_heads, width)), v.unflatten(-1, (kv_heads, -1))
 
 
-def _lengths(shapes, local, place):
-    """Tokens of every rank."""
+def _lengths(shapes: Sequence[int] | Mapping[int, int] | None, local: int, place: _Place) -> tuple[int, ...]:
+    """Tokens of every rank, in ring order."""
     if shapes is None:
         return (local,) * place.size
-    if len(shapes) != place.size or shapes[place.rank] != local:
+    if isinstance(shapes, Mapping):
+        names = range(place.size), place.groups.global_ranks
+        in_order = [shapes[name] for name in next((each for each in names if set(each) == set(shapes)), ())]
+    else:
+        in_order = list(shapes)
+    if len(in_order) != place.size or in_order[place.rank] != local:
         raise ValueError(
-            f"shapes {list(shapes)} must hold the tokens of each of the {place.size} ranks, and this rank "
-            f"has {local}; pass the first dimension of every rank's q, in ring order."
+            f"shapes {shapes if isinstance(shapes, Mapping) else list(shapes)} must hold the tokens of each of the "
+            f"{place.size} ranks, and this rank (place {place.rank} of the ring) has {local}; pass the first dimension "
+            "of every rank's q, in ring order, or a dict by place in the ring, else by global rank."
         )
-    return tuple(int(length) for length in shapes)
+    return tuple(int(length) for length in in_order)
 
 
 @dataclass(frozen=True)
-class _Boundaries:
-    """Ends of documents with a 0 before them.
+class _Documents:
+    """Where documents end.
 
     Args:
+        values: with a 0 before them.
         padded: they come from cu_seqlens_q_padded, and so count the tokens of all ranks.
         leading_zero: whether the 0 was given; MindSpeed's own boundaries have none.
     """
 
-    values: tuple
+    values: Boundaries
     padded: bool
     leading_zero: bool
 
+    @classmethod
+    def of(cls, params: Any) -> "_Documents":
+        padded = getattr(params, "cu_seqlens_q_padded", None)
+        given = params.cu_seqlens_q if padded is None else padded
+        first = given.flatten()[:1].tolist() if isinstance(given, torch.Tensor) else list(given[:1])
+        return cls(boundaries(given, leading_zero=True), padded is not None, first == [0])
 
-def _boundaries(params):
-    padded = getattr(params, "cu_seqlens_q_padded", None)
-    given = params.cu_seqlens_q if padded is None else padded
-    values = given.flatten().tolist() if isinstance(given, torch.Tensor) else list(given)
-    leading_zero = bool(values) and values[0] == 0
-    return _Boundaries(tuple(values if leading_zero else [0, *values]), padded is not None, leading_zero)
 
-
-def _layout(place, lengths, batch, documents):
-    """(RunsLayout, cu_seqlens or None, whether batch rows become one sequence)."""
+def _layout(
+    place: _Place, lengths: tuple[int, ...], batch: int, documents: _Documents | None
+) -> tuple[SequenceLayout, Boundaries | None, bool]:
+    """(layout, cu_seqlens or None, whether batch rows become one sequence)."""
     zigzag, seq_len, local = place.causal, sum(lengths), lengths[0] * batch
     if documents is None:
         return row_layout(lengths, zigzag, 1), None, False
@@ -239,20 +270,27 @@ def _layout(place, lengths, batch, documents):
     return row_layout(lengths, zigzag, rows), values, rows > 1
 
 
-def _global_mask(attn_mask, layout, place, documents):
+def _global_mask(
+    attn_mask: torch.Tensor | list[torch.Tensor] | None,
+    layout: SequenceLayout,
+    place: _Place,
+    documents: _Documents | None,
+) -> torch.Tensor | None:
     """The mask of the whole sequence, (S, S) or (b, 1, S, S), or None where causal attention says it all."""
     if attn_mask is None:
         return None
-    is_tensor, seq_len = isinstance(attn_mask, torch.Tensor), layout.seq_len
-    mask = attn_mask.bool() if is_tensor and attn_mask.dtype == torch.uint8 else attn_mask
-    if is_tensor and (place.causal or documents) and _is_causal(mask, seq_len):
-        return None
+    seq_len = layout.seq_len
+    mask = attn_mask
+    if isinstance(mask, torch.Tensor):
+        mask = mask.bool() if mask.dtype == torch.uint8 else mask
+        if (place.causal or documents) and _is_causal(mask, seq_len):
+            return None
     if documents:
         raise ValueError(
             "attn_mask cannot be combined with packed_seq_params, which describe the mask already; leave one out."
         )
-    if not is_tensor:
-        return _mask_of_blocks(attn_mask, layout, place.rank)
+    if not isinstance(mask, torch.Tensor):
+        return _mask_of_blocks(mask, layout, place.rank)
     if mask.shape[-2:] != (seq_len, seq_len):
         raise ValueError(
             f"attn_mask has shape {tuple(mask.shape)} and must cover the whole sequence, ({seq_len}, "
@@ -261,14 +299,14 @@ def _global_mask(attn_mask, layout, place, documents):
     return mask
 
 
-def _is_causal(mask, seq_len):
+def _is_causal(mask: torch.Tensor, seq_len: int) -> bool:
     """Whether a mask says no more than causal; MindSpeed's compressed triangle stands for any length beyond its own."""
     if tuple(mask.shape) == COMPRESSED and seq_len > COMPRESSED[0]:
         return True
     return mask.dim() == 2 and torch.equal(mask, torch.ones_like(mask).triu(1))
 
 
-def _mask_of_blocks(blocks, layout, rank):
+def _mask_of_blocks(blocks: list[torch.Tensor], layout: SequenceLayout, rank: int) -> torch.Tensor:
     """One block per rank: this rank's queries against that rank's keys, in its order. Nobody reads the other rows."""
     size, seq_len = layout.ring_size, layout.seq_len
     expected = [(layout.length(rank), layout.length(source)) for source in range(size)]

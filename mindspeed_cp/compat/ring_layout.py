@@ -1,13 +1,32 @@
 """Layouts in MindSpeed's orders: any lengths, several rows one after another, every document in zigzag order."""
 
-from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
-from mindspeed_cp.sequence.layout import SequenceLayout, join_runs
+import torch
+
+from mindspeed_cp.sequence import runs as ranges
+from mindspeed_cp.sequence.cache import RUN_BYTES, kept_up_to
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.sequence.runs import Boundaries, Run
 
 
-@lru_cache(maxsize=256)
-def row_layout(lengths, zigzag, rows):
+def flat_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """(seq, batch, heads, dim) -> (batch * seq, 1, heads, dim), the rows of the batch one after another."""
+    return tensor.transpose(0, 1).flatten(0, 1).unsqueeze(1)
+
+
+def rows_again(tensor: torch.Tensor, batch: int) -> torch.Tensor:
+    """The inverse of ``flat_rows``."""
+    rows: torch.Tensor = tensor.squeeze(1).unflatten(0, (batch, -1))
+    return rows.transpose(0, 1)
+
+
+def _num_bytes(layout: SequenceLayout) -> int:
+    return 3 * RUN_BYTES * sum(map(len, layout.all_runs))
+
+
+@kept_up_to(8 << 20, _num_bytes)
+def row_layout(lengths: tuple[int, ...], zigzag: bool, rows: int) -> SequenceLayout:
     """Contiguous shards, or the two halves of every rank's tokens in zigzag order.
 
     Args:
@@ -15,31 +34,27 @@ def row_layout(lengths, zigzag, rows):
         rows: how many such sequences follow one another.
     """
     size = len(lengths)
+    mine: list[tuple[int, ...]]
     if zigzag:
         chunks = [length - length // 2 for length in lengths] + [length // 2 for length in reversed(lengths)]
         mine = [(rank, 2 * size - 1 - rank) for rank in range(size)]
     else:
-        chunks, mine = lengths, [(rank,) for rank in range(size)]
-    starts = [0, *accumulate(chunks)]
-    return SequenceLayout(
-        tuple(
-            join_runs(
-                (row * starts[-1] + starts[chunk], row * starts[-1] + starts[chunk + 1])
-                for row in range(rows)
-                for chunk in pair
-            )
-            for pair in mine
-        ),
-    )
+        chunks, mine = list(lengths), [(rank,) for rank in range(size)]
+    starts = ranges.offsets(chunks)
+
+    def run(row: int, chunk: int) -> Run:
+        return row * starts[-1] + starts[chunk], row * starts[-1] + starts[chunk + 1]
+
+    return SequenceLayout(tuple(ranges.join(run(row, chunk) for row in range(rows) for chunk in own) for own in mine))
 
 
-@lru_cache(maxsize=256)
-def document_layout(local_boundaries, size):
+@kept_up_to(8 << 20, _num_bytes)
+def document_layout(local_boundaries: Boundaries, size: int) -> SequenceLayout:
     """Both halves of every document, whose boundaries are counted in one rank's tokens."""
     documents = [row_layout((after - before,) * size, True, 1) for before, after in pairwise(local_boundaries)]
     return SequenceLayout(
         tuple(
-            join_runs(
+            ranges.join(
                 (size * first + start, size * first + stop)
                 for first, document in zip(local_boundaries, documents, strict=False)
                 for start, stop in document.runs(rank)

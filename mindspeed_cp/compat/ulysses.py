@@ -4,6 +4,8 @@ Shapes, s: tokens of this rank, b: batch, n: query heads, g: KV heads
     query (s, b, n, d) or (s, b, n * d)   key, value (s, b, g, d) or (s, b, g * d)   ->   (s, b, n * d)
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,26 +16,31 @@ from mindspeed_cp.attention.entry import context_parallel_attention
 from mindspeed_cp.attention.ulysses_attention import *  # noqa: F403  the same names, one of them more
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.link import link_of
+from mindspeed_cp.compat.ring_layout import flat_rows, row_layout, rows_again
 from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.sequence.runs import boundaries
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 __all__ = [*ulysses_attention.__all__, "ulyssesattn_context_parallel"]
 
-CAUSAL = (2, 3)  # sparse modes of the NPU operator that take the compressed causal mask
+# Sparse modes of the NPU operator: the mask says all; the compressed causal mask; a band within the compressed mask.
+MASKED, CAUSAL, BAND = (None, 0, 1), (2, 3), 4
 
 
 def ulyssesattn_context_parallel(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attn_para: dict[str, Any],
-    ulysses_comm_para: dict[str, Any],
+    attn_para: Mapping[str, Any],
+    ulysses_comm_para: Mapping[str, Any],
 ) -> torch.Tensor:
     """Aligned Ulysses attention with a KV cache policy; every rank of the group calls it.
 
     Args:
-        attn_para: n_head (for three dimensions), attention_mask, scale, keep_prob, sparse_mode, packed_seq_params. A
-            sparse mode of 2 or 3 is causal; else the mask says all, and without one every token sees every token.
+        attn_para: n_head (for three dimensions), attention_mask, scale, keep_prob, sparse_mode, pre_tokens,
+            next_tokens, packed_seq_params. A sparse mode of 2 or 3 is causal; 4 is a band, the query at p sees keys p -
+            pre_tokens to p + next_tokens; else the mask says all, and without one every token sees every token. Packed
+            documents end where cu_seqlens_q says, over the rows of the batch one after another.
         ulysses_comm_para: spg, the group; cache_policy; use_ulysses_allgather_kv. Heads are dimension 2, tokens 0.
 
     Raises:
@@ -44,31 +51,94 @@ def ulyssesattn_context_parallel(
             "ulyssesattn_context_parallel wants tokens first and heads third: scatter_idx 2, gather_idx 0."
         )
     query, key, value = _with_heads(query, key, value, attn_para)
-    group, causal = ulysses_comm_para.get("spg"), attn_para.get("sparse_mode") in CAUSAL
+    group, seen, batch = ulysses_comm_para.get("spg"), _Seen.of(attn_para), query.size(1)
     size, packed = dist.get_world_size(group), attn_para.get("packed_seq_params")
     config = ContextParallelConfig(
         context_parallel_size=size,
-        attention_mask_type="causal" if causal else "full",
+        attention_mask_type="causal" if seen.causal else "full",
         kv_cache_policy=ulysses_comm_para.get("cache_policy") if size > 1 else None,
         allgather_kv=bool(ulysses_comm_para.get("use_ulysses_allgather_kv")),
     )
-    mask = None if causal or packed is not None else attn_para.get("attention_mask")
+    ends = None if packed is None else boundaries(packed.cu_seqlens_q, leading_zero=True)
+    layout, flat = _layout(config, query.size(0), batch, ends)
+    if flat:
+        query, key, value = flat_rows(query), flat_rows(key), flat_rows(value)
     out = context_parallel_attention(
         query,
         key,
         value,
         config=config,
         groups=_groups(group),
-        layout=SequenceLayout.build(config, size * query.size(0)),
+        layout=layout,
         softmax_scale=attn_para.get("scale"),
-        attention_mask=mask,
-        cu_seqlens=None if packed is None else _boundaries(packed.cu_seqlens_q),
+        attention_mask=seen.mask,
+        cu_seqlens=ends,
         dropout_p=1.0 - attn_para.get("keep_prob", 1.0),
+        sliding_window=seen.window,
     )
-    return out.flatten(2)
+    return (rows_again(out, batch) if flat else out).flatten(2)
 
 
-def _groups(group):
+@dataclass(frozen=True)
+class _Seen:
+    """What a query sees within its document: what lies before it, a window, or what a mask says."""
+
+    causal: bool = False
+    window: tuple[int, int] | None = None
+    mask: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, para: Mapping[str, Any]) -> "_Seen":
+        mode, mask = para.get("sparse_mode"), para.get("attention_mask")
+        if mode in CAUSAL:
+            return cls(causal=True)
+        if mode == BAND:
+            return cls(window=_band(para))
+        if mode not in MASKED:
+            raise ValueError(
+                f"attn_para['sparse_mode'] {mode} is not supported; use 2 or 3 (causal), 4 (a band of pre_tokens and "
+                "next_tokens), or 0 or 1 with the mask of the whole sequence."
+            )
+        if mask is not None and para.get("packed_seq_params") is not None:
+            raise ValueError(
+                f"attn_para['sparse_mode'] {mode} takes attention_mask for the whole mask, and packed_seq_params say "
+                "where documents end; leave out one of the two, or choose sparse_mode 2 or 3 for causal attention "
+                "within documents."
+            )
+        return cls(mask=mask)
+
+
+def _band(para: Mapping[str, Any]) -> tuple[int, int]:
+    """(pre_tokens, next_tokens) of sparse mode 4."""
+    sides = para.get("pre_tokens"), para.get("next_tokens")
+    if any(not isinstance(side, int) or side < 0 for side in sides):
+        raise ValueError(
+            f"attn_para['sparse_mode'] 4 is a band of pre_tokens and next_tokens, which are {sides[0]} and {sides[1]} "
+            "and must be whole numbers of at least 0; pass both, or choose sparse_mode 2 for causal attention."
+        )
+    return sides  # type: ignore[return-value]
+
+
+def _layout(
+    config: ContextParallelConfig, local: int, batch: int, ends: tuple[int, ...] | None
+) -> tuple[SequenceLayout, bool]:
+    """(layout, whether the rows of the batch become one sequence).
+
+    Raises:
+        ValueError: the documents do not end with the sequence, or with the batch's rows one after another.
+    """
+    size, seq_len = config.context_parallel_size, config.context_parallel_size * local
+    if ends is None or batch == 1 and ends[-1] == seq_len:
+        return SequenceLayout.build(config, seq_len), False
+    if ends[-1] != batch * seq_len:
+        raise ValueError(
+            f"packed_seq_params.cu_seqlens_q ends with {ends[-1]} and must end with {batch * seq_len}: {batch} rows of "
+            f"{seq_len} tokens one after another, of which each of {size} ranks holds {local}."
+        )
+    return SequenceLayout(row_layout((local,) * size, False, batch).all_runs, config.hierarchy[0]), True
+
+
+def _groups(group: dist.ProcessGroup | None) -> ContextParallelGroups:
     """ContextParallelGroups of a group that exists already; layers share its buffers."""
     link = link_of(group)
     if link.size == 1:
@@ -78,13 +148,11 @@ def _groups(group):
     )
 
 
-def _with_heads(query, key, value, attn_para):
+def _with_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_para: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if query.dim() == 4:
         return query, key, value
     width = query.size(-1) // attn_para["n_head"]
-    return tuple(tensor.unflatten(-1, (-1, width)) for tensor in (query, key, value))
-
-
-def _boundaries(ends):
-    values = ends.flatten().tolist() if isinstance(ends, torch.Tensor) else list(ends)
-    return tuple(values if values[0] == 0 else [0, *values])
+    query, key, value = (tensor.unflatten(-1, (-1, width)) for tensor in (query, key, value))
+    return query, key, value

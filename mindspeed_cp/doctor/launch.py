@@ -35,7 +35,7 @@ class Launch:
         script: path of the training script.
         flags: its command line.
         runner: it runs under mindspeed_cp.run.
-        world_size: processes of all nodes, 0 where the command does not say.
+        world_size, node_ranks: processes of all nodes and of one, 0 where the command does not say.
         address, port: where they meet, None where the launcher chooses.
         environment: variables that the command itself sets.
     """
@@ -44,6 +44,7 @@ class Launch:
     flags: tuple[str, ...]
     runner: bool = False
     world_size: int = 0
+    node_ranks: int = 0
     address: str = "127.0.0.1"
     port: int | None = None
     environment: dict[str, str] = field(default_factory=dict)
@@ -174,6 +175,7 @@ def _torchrun(rest: list[str], own: dict[str, str]) -> Launch:
         args.module,
         own,
         world_size=world,
+        node_ranks=int(per_node) if per_node.isdigit() else 0,
         address=args.master_addr,
         port=None if chooses or args.node_rank else int(args.master_port or DEFAULT_PORT),
     )

@@ -15,13 +15,14 @@ from mindspeed_cp.doctor import environment, launch
 from mindspeed_cp.doctor.finding import Finding, problem
 from mindspeed_cp.doctor.installed import ask
 from mindspeed_cp.kernels import select_kernel
-from mindspeed_cp.kernels.base import AttentionKernel, memory_order
+from mindspeed_cp.kernels.base import AttentionKernel
 from mindspeed_cp.planner import megatron_flags
 from mindspeed_cp.planner.memory import attention_bytes
 from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.sequence.layout import SequenceLayout
-from mindspeed_cp.settings.config import ContextParallelConfig, TrainingSetup
+from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.rules import heads_of_rank
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
 ADAPTORS = ("mindspeed_cp.megatron_adaptor", "mindspeed.megatron_adaptor")
 
@@ -57,7 +58,7 @@ def findings(started: launch.Launch, device: str) -> Iterator[Finding]:
         if found.level != "ok":
             yield found
     try:
-        yield from resolved(args, started.world_size, device)
+        yield from resolved(args, started, device)
         yield from of_megatron(started)
     except ValueError as error:
         yield problem(str(error))
@@ -126,7 +127,7 @@ def import_lines(script: Path) -> tuple[int | None, int | None]:
     return found.get("adaptor"), found.get("megatron")
 
 
-def resolved(args: argparse.Namespace, world_size: int, device: str) -> Iterator[Finding]:
+def resolved(args: argparse.Namespace, started: launch.Launch, device: str) -> Iterator[Finding]:
     """The configuration, what is replaced or ignored, and what a layer sends and keeps.
 
     Raises:
@@ -134,7 +135,7 @@ def resolved(args: argparse.Namespace, world_size: int, device: str) -> Iterator
     """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        config, setup = validate(args, world_size)
+        config, setup = validate(args, started.world_size, started.node_ranks or None)
         layout = SequenceLayout.build(config, args.seq_length)
     for notice in dict.fromkeys(str(warning.message) for warning in said):
         ignored = " is ignored" in notice
@@ -173,7 +174,7 @@ def cost(
     passes = [trace(config, layer, rank) for rank in ranks]
     forward, backward = (max(sum(each[way].sent.values()) for each in passes) for way in (0, 1))
     yield Finding("ok", f"a layer sends {_size(forward)} forward and {_size(backward)} backward, per rank")
-    order = memory_order(kernel, layer.dtype)
+    order = kernel.memory_order(layer.dtype)
     saved = max(attention_bytes(config, layer, rank, order).saved for rank in ranks)
     layers = -(-setup.num_layers // setup.pipeline_parallel_size)
     again = setup.recomputes_attention and not config.keep_attention
@@ -193,6 +194,7 @@ def _size(num_bytes: int) -> str:
 def of_megatron(started: launch.Launch) -> Iterator[Finding]:
     """What the patches refuse of Megatron's own flags, for a script of Megatron-LM."""
     if started.runner and Path(started.script).name.startswith("pretrain_"):
-        wrong = ask("mindspeed_cp.patches.checks", *started.flags, environment={**os.environ, **started.environment})
+        environment = {**os.environ, **started.environment}
+        wrong = ask("mindspeed_cp.megatron.flag_checks", *started.flags, environment=environment)
         if wrong:
             yield problem(wrong)

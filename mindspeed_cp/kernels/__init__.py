@@ -2,13 +2,14 @@
 
 Adding a kernel, in ten steps:
 
-1. Write ``kernels/mine.py`` with a class that has ``name``, ``native_bands``, ``forward`` and ``backward`` as
-   ``kernels.base.AttentionKernel`` describes them. ``blockwise.py`` is the shortest complete one.
+1. Write ``kernels/mine.py`` with a subclass of ``kernels.base.AttentionKernel``: ``name``, ``native_bands``,
+   ``forward`` and ``backward``. ``blockwise.py`` is the shortest complete one.
 2. Tensors are (seq, batch, heads, dim); folding batch into heads makes any block one varlen call.
-3. Speak (out, lse): natural logarithm, -inf and 0 for a row without keys. Backward gets those of the whole attention.
+3. Speak (out, lse): natural logarithm, -inf and 0 for a row without keys. Backward gets those of the whole attention,
+   and what forward itself saved.
 4. With ``native_bands = False`` no block has two limits; rectangles, causal squares and small masked tiles remain.
 5. In the same file: ``build()`` returns the kernel, ``unavailable()`` says what is missing on this machine, or "".
-6. Optional: ``merge(out, lse, block_out, block_lse)``, a fused ``softmax.merge_attention``, and
+6. Optional: ``merge`` with ``has_fused_merge = True``, a fused ``kernels.merge.merge_attention``, and
    ``memory_order(dtype)``, how tensors should lie in memory ("sequence" or "heads").
 7. Refuse what the kernel cannot do with a ValueError, or announce a slower path with
    ``notices.warn_rank0``: never in silence.

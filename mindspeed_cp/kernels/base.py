@@ -1,4 +1,4 @@
-"""The kernel protocol: one block of attention, forward and backward.
+"""What an attention kernel is: it computes one block of attention, forward and backward.
 
 Shapes (sequence first, any strides with a contiguous last dimension)::
 
@@ -6,21 +6,99 @@ Shapes (sequence first, any strides with a contiguous last dimension)::
     out, grad_out (nq, batch, heads, dv)   lse (nq, batch, heads), natural log of the sum of exp of the scaled scores
 """
 
-from typing import Any, Literal, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
+from mindspeed_cp.kernels.merge import merge_attention
 from mindspeed_cp.sequence.blocks import Block
 
 MemoryOrder = Literal["sequence", "heads"]
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+T = TypeVar("T")
 
 
 class KernelOptions(NamedTuple):
-    """What stays the same for all blocks of one call."""
+    """What stays the same for all blocks of one call.
+
+    Args:
+        rng_stream: differs between ranks that share torch's seed; kernels with a seed of their own mix it in.
+        fused_merge: results are merged by the kernel's own ``merge``, which may want their statistics.
+    """
 
     softmax_scale: float
     dropout_p: float = 0.0
-    rng_stream: int = 0  # differs between ranks that share torch's seed; kernels with a seed of their own mix it in
+    rng_stream: int = 0
+    fused_merge: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTensors:
+    """A block and what it reads, already cut to its rows.
+
+    Its query i sees its key j when lower <= j - i <= upper, counted within a piece of the block.
+
+    Args:
+        query, key, value: (nq, batch, heads, dk), (nk, batch, kv_heads, dk), (nk, batch, kv_heads, dv).
+        attention_mask: bool, True = masked out, (1 or batch, nq, nk); further masks a single full rectangle.
+    """
+
+    block: Block
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+
+    def cut(self, q: slice, k: slice, block: Block | None = None) -> "BlockTensors":
+        """The query rows ``q`` and key rows ``k`` of this block, as ``block`` or under the same limits."""
+        return BlockTensors(block or self.block, self.query[q], self.key[k], self.value[k])
+
+    def with_tensors(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> "BlockTensors":
+        return BlockTensors(self.block, query, key, value, self.attention_mask)
+
+
+class BlockResult(NamedTuple):
+    """What forward makes of a block.
+
+    Args:
+        out: in the input's or the accumulation dtype, 0 where a row sees no key.
+        lse: in the accumulation dtype, -inf where a row sees no key.
+        saved: whatever backward needs of it besides, such as the state that draws the same dropout mask again.
+        statistics: ``lse`` in the kernel's own form, for its ``merge``; nobody else reads it.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    saved: Any = None
+    statistics: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRows:
+    """The whole attention (all blocks merged) in some query rows, and its gradient: what backward starts from.
+
+    Args:
+        grad_out, out: (nq, batch, heads, dv).
+        lse: (nq, batch, heads); +inf for a row that sees no key anywhere, so that its probabilities are 0.
+    """
+
+    grad_out: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` returns, made once for all blocks that share these rows."""
+        if name not in self._made:
+            self._made[name] = make()
+        made: T = self._made[name]
+        return made
+
+    def cut(self, rows: slice) -> "AttentionRows":
+        return AttentionRows(self.grad_out[rows], self.out[rows], self.lse[rows])
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,55 +106,52 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class AttentionKernel(Protocol):
-    """Computes one ``blocks.Block``; the tensors are already cut to the block's rows.
+class AttentionKernel(ABC):
+    """Computes one ``blocks.Block``: a rectangle, a causal square, or (``native_bands``) a band.
 
-    A block is a rectangle, a causal square, or (``native_bands``) a band, in one or many pieces that lie end to end;
-    its query i sees its key j when lower <= j - i <= upper, counted within a piece, and every row sees a key.
-    ``attention_mask`` (bool, True = masked out, (1 or batch, nq, nk)) further masks a single full rectangle.
+    A block is one piece, or many that lie end to end; every row sees a key.
 
-    Optional: ``memory_order(dtype)`` returns how tensors should lie in memory, None for any strides. "sequence" makes
-    each (seq, batch, heads, dim) contiguous, "heads" makes (seq, dim) of each head of key and value contiguous. What
-    comes from an exchange lies so on every rank, its own rows included, because somebody copies them once anyway; so
-    does with "sequence" what blocks share, the query and its gradient.
+    Attributes:
+        name: the choice of --cp-kernel.
+        native_bands: it computes bands, blocks with two limits.
+        has_fused_merge: ``merge`` is an operator of its own.
     """
 
     name: str
-    native_bands: bool
+    native_bands: bool = False
+    has_fused_merge: bool = False
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        block: Block,
-        options: KernelOptions,
-        attention_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Returns (out, lse, rng): out in the input's or the accumulation dtype, 0 where a row sees no key; lse in the
-        accumulation dtype, -inf there; rng is whatever backward needs to draw the same dropout mask, else None."""
+    @abstractmethod
+    def forward(self, tensors: BlockTensors, options: KernelOptions) -> BlockResult:
+        """Attention of the block alone."""
 
-    def backward(
-        self,
-        grad_out: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        block: Block,
-        options: KernelOptions,
-        rng: Any,
-        attention_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns (dq, dk, dv), each with the shape of its input, of the block alone.
+    @abstractmethod
+    def backward(self, tensors: BlockTensors, rows: AttentionRows, options: KernelOptions, saved: Any) -> Gradients:
+        """(dq, dk, dv), each with the shape of its input, of the block alone.
 
-        out and lse are those of the whole attention (all blocks merged), cut to the block's query rows; rows that see
-        no key anywhere have lse = +inf, so that their probabilities are 0.
+        Args:
+            rows: of the whole attention, cut to the block's query rows.
+            saved: that of forward's result.
         """
 
+    def memory_order(self, dtype: torch.dtype) -> MemoryOrder | None:
+        """How tensors of this dtype should lie in memory; None takes any strides.
 
-def memory_order(kernel: AttentionKernel, dtype: torch.dtype) -> MemoryOrder | None:
-    """How this kernel wants tensors of this dtype to lie in memory; None where it does not say."""
-    asked = getattr(kernel, "memory_order", None)
-    return None if asked is None else asked(dtype)
+        "sequence" makes each (seq, batch, heads, dim) contiguous, "heads" makes (seq, dim) of each head of key and
+        value contiguous. What comes from an exchange lies so on every rank, its own rows included, because somebody
+        copies them once anyway; so does with "sequence" what blocks share, the query and its gradient.
+        """
+        return None
+
+    def merge(self, out: torch.Tensor, lse: torch.Tensor, statistics: Any, block: BlockResult) -> Any:
+        """Merge a block's result into (out, lse) in place, as ``merge_attention`` does.
+
+        Args:
+            statistics: what the merge before this one returned for just these rows, or forward beside the first block;
+                None where nobody knows it.
+
+        Returns:
+            The statistics of the merged rows, or None.
+        """
+        merge_attention(out, lse, block.out, block.lse)
+        return None

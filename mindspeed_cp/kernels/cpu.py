@@ -8,10 +8,21 @@ converted first. With such instructions half precision is the faster, and most w
 """
 
 import platform
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 
+from mindspeed_cp.kernels.base import (
+    AttentionKernel,
+    AttentionRows,
+    BlockResult,
+    BlockTensors,
+    Gradients,
+    KernelOptions,
+    MemoryOrder,
+)
 from mindspeed_cp.kernels.blockwise import BlockwiseKernel, band_mask
 from mindspeed_cp.settings.notices import warn_rank0
 
@@ -25,7 +36,7 @@ HALF_INSTRUCTIONS = {
 }
 
 
-def build():
+def build() -> AttentionKernel:
     return CpuKernel()
 
 
@@ -34,54 +45,69 @@ def is_slow(dtype: torch.dtype) -> bool:
     """Whether a block is faster in float32 than in this dtype: half precision on x86 without instructions for it."""
     if dtype not in HALF_INSTRUCTIONS or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
-    return not any(getattr(torch.cpu, query, lambda: False)() for query in HALF_INSTRUCTIONS[dtype])
+    queries: list[Callable[[], bool]] = [getattr(torch.cpu, name, lambda: False) for name in HALF_INSTRUCTIONS[dtype]]
+    return not any(query() for query in queries)
 
 
-def unavailable():
+def unavailable() -> str:
     return ""
 
 
-class CpuKernel:
+class CpuKernel(AttentionKernel):
     name = "cpu"
-    native_bands = False
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._blockwise = BlockwiseKernel()
 
-    def memory_order(self, dtype):
+    def memory_order(self, dtype: torch.dtype) -> MemoryOrder | None:
         # A row stride of a power of two maps a head's rows to few sets of the cache: up to 9 % slower.
         return None if is_slow(dtype) else "heads"
 
-    def forward(self, query, key, value, block, options, attention_mask=None):
-        if _needs_blockwise(key, value, options):
+    def forward(self, tensors: BlockTensors, options: KernelOptions) -> BlockResult:
+        if _needs_blockwise(tensors, options):
             _announce_blockwise(options)
-            return self._blockwise.forward(query, key, value, block, options, attention_mask)
-        if is_slow(query.dtype):
-            query, key, value = query.float(), key.float(), value.float()
-        if block.num_pieces == 1:
-            return *_forward_piece(query, key, value, block, options, attention_mask), None
-        parts = [_forward_piece(query[q], key[k], value[k], block, options, None) for q, k in block.pieces()]
-        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts]), None
+            return self._blockwise.forward(tensors, options)
+        tensors = _in_fast_dtype(tensors)
+        pieces = _pieces(tensors)
+        parts = [_forward_piece(tensors.cut(q, k), options) for q, k in pieces] or [_forward_piece(tensors, options)]
+        return BlockResult(_joined([out for out, _ in parts]), _joined([lse for _, lse in parts]))
 
-    def backward(self, grad_out, query, key, value, out, lse, block, options, rng, attention_mask=None):
-        if _needs_blockwise(key, value, options):
-            return self._blockwise.backward(grad_out, query, key, value, out, lse, block, options, rng, attention_mask)
-        if is_slow(query.dtype):
-            grad_out, query, key, value, out = (tensor.float() for tensor in (grad_out, query, key, value, out))
-        if block.num_pieces == 1:
-            return _backward_piece(grad_out, query, key, value, out, lse, block, options, attention_mask)
-        grads = [
-            _backward_piece(grad_out[q], query[q], key[k], value[k], out[q], lse[q], block, options, None)
-            for q, k in block.pieces()
-        ]
-        return tuple(torch.cat(parts) for parts in zip(*grads))
+    def backward(self, tensors: BlockTensors, rows: AttentionRows, options: KernelOptions, saved: Any) -> Gradients:
+        if _needs_blockwise(tensors, options):
+            return self._blockwise.backward(tensors, rows, options, saved)
+        if is_slow(tensors.query.dtype):
+            tensors, rows = _in_fast_dtype(tensors), AttentionRows(rows.grad_out.float(), rows.out.float(), rows.lse)
+        pieces = _pieces(tensors)
+        if not pieces:
+            return _backward_piece(tensors, rows, options)
+        return _joined_gradients([_backward_piece(tensors.cut(q, k), rows.cut(q), options) for q, k in pieces], 0)
 
 
-def _needs_blockwise(key, value, options):
-    return options.dropout_p > 0 or key.shape[-1] != value.shape[-1]
+def _in_fast_dtype(tensors: BlockTensors) -> BlockTensors:
+    if not is_slow(tensors.query.dtype):
+        return tensors
+    return tensors.with_tensors(tensors.query.float(), tensors.key.float(), tensors.value.float())
 
 
-def _announce_blockwise(options):
+def _pieces(tensors: BlockTensors) -> list[tuple[slice, slice]]:
+    """The rows of each piece where a block has several, which no operator call takes at once."""
+    return list(tensors.block.pieces()) if tensors.block.num_pieces > 1 else []
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _joined_gradients(parts: Sequence[Gradients], dim: int) -> Gradients:
+    dq, dk, dv = (_joined(grads, dim) for grads in zip(*parts))
+    return dq, dk, dv
+
+
+def _needs_blockwise(tensors: BlockTensors, options: KernelOptions) -> bool:
+    return options.dropout_p > 0 or tensors.key.shape[-1] != tensors.value.shape[-1]
+
+
+def _announce_blockwise(options: KernelOptions) -> None:
     reason = "dropout" if options.dropout_p else "a value head dimension that differs from the key's"
     warn_rank0(
         f"--cp-kernel cpu: torch's CPU flash attention does not take {reason}; the exact and slower blockwise kernel "
@@ -89,69 +115,75 @@ def _announce_blockwise(options):
     )
 
 
-def _group_queries(tensor, kv_heads):
+def _group_queries(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """(seq, batch, heads, ...) -> (batch * kv_heads, group, seq, ...); a view where batch and heads can be merged."""
     seq, batch, heads = tensor.shape[:3]
     return tensor.reshape(seq, batch * kv_heads, heads // kv_heads, *tensor.shape[3:]).movedim(0, 2)
 
 
-def _expand_keys(tensor, group):
+def _expand_keys(tensor: torch.Tensor, group: int) -> torch.Tensor:
     """(seq, batch, kv_heads, dim) -> (batch * kv_heads, group, seq, dim), stride 0 over the group."""
     seq, batch, kv_heads, dim = tensor.shape
     return tensor.reshape(seq, batch * kv_heads, 1, dim).movedim(0, 2).expand(-1, group, -1, -1)
 
 
-def _views(query, key, value):
+def _views(tensors: BlockTensors) -> list[torch.Tensor]:
     """The operator's views; without grouped heads batch and heads stay apart, which any stride allows."""
+    query, key, value = tensors.query, tensors.key, tensors.value
     kv_heads, group = key.shape[2], query.shape[2] // key.shape[2]
     if group == 1:
-        return tuple(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-    return _group_queries(query, kv_heads), _expand_keys(key, group), _expand_keys(value, group)
+        return [tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)]
+    return [_group_queries(query, kv_heads), _expand_keys(key, group), _expand_keys(value, group)]
 
 
-def _hidden(query, key, block, attention_mask):
+def _hidden(tensors: BlockTensors) -> torch.Tensor | None:
     """Bool (1 or batch, nq, nk) of a tile or a dense mask; None for shapes that the operator knows."""
-    if attention_mask is None and (block.is_full or block.is_causal):
-        return None
-    if block.is_full:
-        return attention_mask
-    band = band_mask(query.shape[0], key.shape[0], block.lower, block.upper, query.device)[None]
-    return band if attention_mask is None else attention_mask | band
+    block, mask = tensors.block, tensors.attention_mask
+    if block.is_full or (block.is_causal and mask is None):
+        return mask
+    rows, cols = tensors.query.shape[0], tensors.key.shape[0]
+    band = band_mask(rows, cols, block.lower, block.upper, tensors.query.device)[None]
+    return band if mask is None else mask | band
 
 
-def _batch_rows(query, key, attention_mask):
-    """Slices of the batch to compute apart: the operator takes a mask for each row and grouped heads only as copies of
-    the mask for every KV head; a mask of one row serves them with stride 0. One slice where that does not arise.
+def _batch_rows(tensors: BlockTensors) -> list[BlockTensors]:
+    """The rows of the batch apart where they must be: the operator takes a mask for each row and grouped heads only as
+    copies of the mask for every KV head; a mask of one row serves them with stride 0. Empty where that does not arise.
     """
-    if attention_mask is None or attention_mask.shape[0] == 1 or query.shape[2] == key.shape[2]:
-        return [slice(None)]
-    return [slice(row, row + 1) for row in range(query.shape[1])]
+    query, key, value, mask = tensors.query, tensors.key, tensors.value, tensors.attention_mask
+    if mask is None or mask.shape[0] == 1 or query.shape[2] == key.shape[2]:
+        return []
+    return [
+        BlockTensors(tensors.block, query[:, row], key[:, row], value[:, row], mask[row])
+        for row in _single_rows(query.shape[1])
+    ]
 
 
-def _additive_mask(hidden, query, key):
+def _single_rows(batch: int) -> list[slice]:
+    return [slice(row, row + 1) for row in range(batch)]
+
+
+def _additive_mask(hidden: torch.Tensor | None, tensors: BlockTensors) -> torch.Tensor | None:
     """0 and -inf, with stride 0 over the heads; None without a mask."""
     if hidden is None:
         return None
-    num_queries, batch, heads, _ = query.shape
-    num_keys, _, kv_heads, _ = key.shape
-    mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -torch.inf).unsqueeze(1)
+    num_queries, batch, heads, _ = tensors.query.shape
+    num_keys, _, kv_heads, _ = tensors.key.shape
+    mask = torch.zeros(hidden.shape, dtype=tensors.query.dtype).masked_fill_(hidden, -torch.inf).unsqueeze(1)
     mask = mask.expand(batch, kv_heads, -1, -1)
     return mask if heads == kv_heads else mask.reshape(batch * kv_heads, 1, num_queries, num_keys)
 
 
-def _forward_piece(query, key, value, block, options, attention_mask):
-    rows = _batch_rows(query, key, attention_mask)
-    if len(rows) > 1:
-        parts = (
-            _forward_piece(query[:, row], key[:, row], value[:, row], block, options, attention_mask[row])
-            for row in rows
-        )
-        return tuple(torch.cat(part, 1) for part in zip(*parts))
-    hidden = _hidden(query, key, block, attention_mask)
-    mask = _additive_mask(hidden, query, key)
-    is_causal = block.is_causal and mask is None
-    out, lse = _forward(*_views(query, key, value), 0.0, is_causal, attn_mask=mask, scale=options.softmax_scale)
-    seq, batch, heads = query.shape[:3]
+def _forward_piece(tensors: BlockTensors, options: KernelOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of one piece."""
+    if apart := _batch_rows(tensors):
+        outs, lses = zip(*(_forward_piece(row, options) for row in apart))
+        return _joined(outs, 1), _joined(lses, 1)
+    hidden = _hidden(tensors)
+    mask = _additive_mask(hidden, tensors)
+    is_causal = tensors.block.is_causal and mask is None
+    out, lse = _forward(*_views(tensors), 0.0, is_causal, attn_mask=mask, scale=options.softmax_scale)
+    seq, batch, heads = tensors.query.shape[:3]
     out = out.movedim(2, 0).reshape(seq, batch, heads, -1)
     lse = lse.movedim(2, 0).reshape(seq, batch, heads)
     if hidden is not None:
@@ -161,32 +193,30 @@ def _forward_piece(query, key, value, block, options, attention_mask):
     return out, lse
 
 
-def _backward_piece(grad_out, query, key, value, out, lse, block, options, attention_mask):
-    rows, tensors = _batch_rows(query, key, attention_mask), (grad_out, query, key, value, out, lse)
-    if len(rows) > 1:
-        parts = (
-            _backward_piece(*(tensor[:, row] for tensor in tensors), block, options, attention_mask[row])
-            for row in rows
-        )
-        return tuple(torch.cat(part, 1) for part in zip(*parts))
-    mask = _additive_mask(_hidden(query, key, block, attention_mask), query, key)
-    kv_heads, group = key.shape[2], query.shape[2] // key.shape[2]
+def _backward_piece(tensors: BlockTensors, rows: AttentionRows, options: KernelOptions) -> Gradients:
+    grad_out, out, lse = rows.grad_out, rows.out, rows.lse
+    if apart := _batch_rows(tensors):
+        places = _single_rows(len(apart))
+        rows_apart = [AttentionRows(grad_out[:, row], out[:, row], lse[:, row]) for row in places]
+        return _joined_gradients([_backward_piece(*pair, options) for pair in zip(apart, rows_apart)], 1)
+    key, mask = tensors.key, _additive_mask(_hidden(tensors), tensors)
+    kv_heads, group = key.shape[2], tensors.query.shape[2] // key.shape[2]
     if group == 1:
-        rows = [tensor.permute(1, 2, 0, 3) for tensor in (grad_out, out)] + [lse.permute(1, 2, 0)]
+        views = [grad_out.permute(1, 2, 0, 3), out.permute(1, 2, 0, 3), lse.permute(1, 2, 0)]
     else:
-        rows = [_group_queries(tensor, kv_heads) for tensor in (grad_out, out, lse)]
-    is_causal = block.is_causal and mask is None
+        views = [_group_queries(tensor, kv_heads) for tensor in (grad_out, out, lse)]
+    is_causal = tensors.block.is_causal and mask is None
     dq, dk, dv = _backward(
-        rows[0],
-        *_views(query, key, value),
-        rows[1],
-        rows[2],
+        views[0],
+        *_views(tensors),
+        views[1],
+        views[2],
         0.0,
         is_causal,
         attn_mask=mask,
         scale=options.softmax_scale,
     )
     if group == 1:
-        return tuple(grad.permute(2, 0, 1, 3) for grad in (dq, dk, dv))
-    dk, dv = (grad.sum(1).movedim(1, 0).reshape(like.shape) for grad, like in ((dk, key), (dv, value)))
-    return dq.movedim(2, 0).reshape(query.shape), dk, dv
+        return dq.permute(2, 0, 1, 3), dk.permute(2, 0, 1, 3), dv.permute(2, 0, 1, 3)
+    dk, dv = (grad.sum(1).movedim(1, 0).reshape(like.shape) for grad, like in ((dk, key), (dv, tensors.value)))
+    return dq.movedim(2, 0).reshape(tensors.query.shape), dk, dv

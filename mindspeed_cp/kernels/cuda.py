@@ -11,14 +11,24 @@ Where torch.nn.attention has activated FlashAttention-3, the same operators run 
 Tested against the operators' schemas on the CPU; not yet run on a GPU.
 """
 
-from functools import lru_cache
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from mindspeed_cp.kernels.base import (
+    AttentionKernel,
+    AttentionRows,
+    BlockResult,
+    BlockTensors,
+    Gradients,
+    KernelOptions,
+)
 from mindspeed_cp.kernels.blockwise import BlockwiseKernel
 from mindspeed_cp.kernels.random_stream import random_stream
 from mindspeed_cp.sequence.blocks import Block
+from mindspeed_cp.sequence.cache import INT_BYTES, kept_up_to
 from mindspeed_cp.settings.notices import warn_rank0
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -29,11 +39,11 @@ _forward = torch.ops.aten._flash_attention_forward
 _backward = torch.ops.aten._flash_attention_backward
 
 
-def build():
+def build() -> AttentionKernel:
     return CudaKernel()
 
 
-def unavailable():
+def unavailable() -> str:
     """Why this machine cannot use the CUDA kernel; "" when it can."""
     if not torch.cuda.is_available():
         return (
@@ -50,41 +60,48 @@ def unavailable():
     return ""
 
 
-class CudaKernel:
+# (out, lse, random state) of one operator call
+_Part = tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]
+
+
+class CudaKernel(AttentionKernel):
     name = "cuda"
     native_bands = True
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._blockwise = BlockwiseKernel()
 
-    def forward(self, query, key, value, block, options, attention_mask=None):
-        if self._needs_blockwise(query, value, attention_mask):
-            return self._blockwise.forward(query, key, value, block, options, attention_mask)
-        head_dim = value.shape[-1]
-        query, key, value = _padded((query, key, value), query.shape[-1], head_dim)
+    def forward(self, tensors: BlockTensors, options: KernelOptions) -> BlockResult:
+        if self._needs_blockwise(tensors):
+            return self._blockwise.forward(tensors, options)
+        head_dim = tensors.value.shape[-1]
+        query, key, value = _padded([tensors.query, tensors.key, tensors.value])
         with random_stream(query.device, options.rng_stream if options.dropout_p else 0):
-            parts = [self._forward_part(query[q], key[k], value[k], part, options) for q, k, part in _parts(block)]
-        outs, lses, rngs = zip(*parts)
-        return _joined(outs)[..., :head_dim], _joined(lses), rngs
+            parts = [self._forward_part(part, options) for _, part in _parts(tensors.with_tensors(query, key, value))]
+        outs, lses, states = zip(*parts)
+        return BlockResult(_joined(outs)[..., :head_dim], _joined(lses), states)
 
-    def backward(self, grad_out, query, key, value, out, lse, block, options, rng, attention_mask=None):
-        if self._needs_blockwise(query, value, attention_mask):
-            return self._blockwise.backward(grad_out, query, key, value, out, lse, block, options, rng, attention_mask)
+    def backward(self, tensors: BlockTensors, rows: AttentionRows, options: KernelOptions, saved: Any) -> Gradients:
+        if self._needs_blockwise(tensors):
+            return self._blockwise.backward(tensors, rows, options, saved)
+        query, key, value = tensors.query, tensors.key, tensors.value
         dims = query.shape[-1], key.shape[-1], value.shape[-1]
-        out, grad_out = out.to(query.dtype), grad_out.to(query.dtype)
-        query, key, value, out, grad_out = _padded((query, key, value, out, grad_out), *dims[1:])
+        out, grad_out = rows.out.to(query.dtype), rows.grad_out.to(query.dtype)
+        query, key, value, out, grad_out = _padded([query, key, value, out, grad_out])
+        rows = AttentionRows(grad_out, out, rows.lse)
         grads = [
-            self._backward_part(grad_out[q], query[q], key[k], value[k], out[q], lse[q], part, options, part_rng)
-            for (q, k, part), part_rng in zip(_parts(block), rng, strict=True)
+            self._backward_part(part, rows.cut(q), options, state)
+            for (q, part), state in zip(_parts(tensors.with_tensors(query, key, value)), saved, strict=True)
         ]
-        return tuple(_joined(part)[..., :dim] for part, dim in zip(zip(*grads), dims))
+        dq, dk, dv = (_joined(part)[..., :dim] for part, dim in zip(zip(*grads), dims))
+        return dq, dk, dv
 
-    def _needs_blockwise(self, query, value, attention_mask):
-        head_dim = max(query.shape[-1], value.shape[-1])
+    def _needs_blockwise(self, tensors: BlockTensors) -> bool:
+        head_dim = max(tensors.query.shape[-1], tensors.value.shape[-1])
         reason = None
-        if query.dtype not in DTYPES:
-            reason = f"{query.dtype} tensors"
-        elif attention_mask is not None:
+        if tensors.query.dtype not in DTYPES:
+            reason = f"{tensors.query.dtype} tensors"
+        elif tensors.attention_mask is not None:
             reason = "a dense attention mask"
         elif head_dim > MAX_HEAD_DIM:
             reason = f"a head dimension of {head_dim}"
@@ -95,20 +112,20 @@ class CudaKernel:
             )
         return reason is not None
 
-    def _forward_part(self, query, key, value, block, options):
-        if block.num_pieces > 1:
-            return _varlen_forward(query, key, value, block, options)
-        return self._dense_forward(query, key, value, block, options)
+    def _forward_part(self, part: BlockTensors, options: KernelOptions) -> _Part:
+        if part.block.num_pieces > 1:
+            return _varlen_forward(part, options)
+        return self._dense_forward(part, options)
 
-    def _backward_part(self, grad_out, query, key, value, out, lse, block, options, rng):
-        if block.num_pieces > 1:
-            return _varlen_backward(grad_out, query, key, value, out, lse, block, options, rng)
-        return self._dense_backward(grad_out, query, key, value, out, lse, block, options, rng)
+    def _backward_part(self, part: BlockTensors, rows: AttentionRows, options: KernelOptions, state: Any) -> Gradients:
+        if part.block.num_pieces > 1:
+            return _varlen_backward(part, rows, options, state)
+        return self._dense_backward(part, rows, options, state)
 
-    def _dense_forward(self, query, key, value, block, options):
-        """(out, lse, rng) of one piece; lse is (batch, heads, rows) in the operator."""
-        q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))
-        out, lse, *rng, _ = _forward(
+    def _dense_forward(self, part: BlockTensors, options: KernelOptions) -> _Part:
+        """One piece; lse is (batch, heads, rows) in the operator."""
+        q, k, v = (tensor.transpose(0, 1) for tensor in (part.query, part.key, part.value))
+        out, lse, *state, _ = _forward(
             q,
             k,
             v,
@@ -117,74 +134,89 @@ class CudaKernel:
             q.shape[1],
             k.shape[1],
             options.dropout_p,
-            block.is_causal,
+            part.block.is_causal,
             False,
             scale=options.softmax_scale,
-            **_window(block, q.shape[1], k.shape[1]),
+            **_window(part.block, q.shape[1], k.shape[1]),
         )
-        return out.transpose(0, 1), lse.permute(2, 0, 1), rng
+        return out.transpose(0, 1), lse.permute(2, 0, 1), state
 
-    def _dense_backward(self, grad_out, query, key, value, out, lse, block, options, rng):
-        tensors = (tensor.transpose(0, 1) for tensor in (grad_out.contiguous(), query, key, value, out.contiguous()))
+    def _dense_backward(self, part: BlockTensors, rows: AttentionRows, options: KernelOptions, state: Any) -> Gradients:
+        read = (rows.grad_out.contiguous(), part.query, part.key, part.value, rows.out.contiguous())
         # The operator reads lse as contiguous memory, whatever its strides say.
-        grads = _backward(
-            *tensors,
-            lse.permute(1, 2, 0).contiguous(),
+        dq, dk, dv = _backward(
+            *(tensor.transpose(0, 1) for tensor in read),
+            rows.lse.permute(1, 2, 0).contiguous(),
             None,
             None,
-            query.shape[0],
-            key.shape[0],
+            part.query.shape[0],
+            part.key.shape[0],
             options.dropout_p,
-            block.is_causal,
-            *rng,
+            part.block.is_causal,
+            *state,
             scale=options.softmax_scale,
-            **_window(block, query.shape[0], key.shape[0]),
+            **_window(part.block, part.query.shape[0], part.key.shape[0]),
         )
-        return tuple(grad.transpose(0, 1) for grad in grads)
+        return dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 
 
-def _varlen_forward(query, key, value, block, options):
-    """(out, lse, rng) of packed pieces; lse is (batch * heads, rows) in the operator."""
-    tensors = (tensor.flatten(1, 2) for tensor in (query, key, value))
-    out, lse, *rng, _ = _forward(
-        *tensors, *_lengths(block, query.device), options.dropout_p, block.is_causal, False, scale=options.softmax_scale
-    )
-    return out.view(*query.shape[:3], -1), lse.t().reshape(query.shape[:3]), rng
-
-
-def _varlen_backward(grad_out, query, key, value, out, lse, block, options, rng):
-    tensors = (tensor.flatten(1, 2) for tensor in (grad_out.contiguous(), query, key, value, out.contiguous()))
-    grads = _backward(
-        *tensors,
-        lse.flatten(1).t().contiguous(),
-        *_lengths(block, query.device),
+def _varlen_forward(part: BlockTensors, options: KernelOptions) -> _Part:
+    """Packed pieces; lse is (batch * heads, rows) in the operator."""
+    query = part.query
+    out, lse, *state, _ = _forward(
+        *(tensor.flatten(1, 2) for tensor in (query, part.key, part.value)),
+        *_lengths(part.block, query.device),
         options.dropout_p,
-        block.is_causal,
-        *rng,
+        part.block.is_causal,
+        False,
         scale=options.softmax_scale,
     )
-    return tuple(grad.view(like.shape) for grad, like in zip(grads, (query, key, value)))
+    return out.view(*query.shape[:3], -1), lse.t().reshape(query.shape[:3]), state
 
 
-def _lengths(block, device):
+def _varlen_backward(part: BlockTensors, rows: AttentionRows, options: KernelOptions, state: Any) -> Gradients:
+    read = (rows.grad_out.contiguous(), part.query, part.key, part.value, rows.out.contiguous())
+    dq, dk, dv = _backward(
+        *(tensor.flatten(1, 2) for tensor in read),
+        rows.lse.flatten(1).t().contiguous(),
+        *_lengths(part.block, part.query.device),
+        options.dropout_p,
+        part.block.is_causal,
+        *state,
+        scale=options.softmax_scale,
+    )
+    return dq.view(part.query.shape), dk.view(part.key.shape), dv.view(part.value.shape)
+
+
+def _lengths(block: Block, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int, int]:
     """cu_seqlens of queries and keys, and the longest piece of each."""
-    longest = (max(b - a for a, b in zip(offsets, offsets[1:])) for offsets in (block.q_offsets, block.k_offsets))
-    return _cu_seqlens(block.q_offsets, device), _cu_seqlens(block.k_offsets, device), *longest
+    longest_q, longest_k = (
+        max(b - a for a, b in zip(offsets, offsets[1:])) for offsets in (block.q_offsets, block.k_offsets)
+    )
+    return _cu_seqlens(block.q_offsets, device), _cu_seqlens(block.k_offsets, device), longest_q, longest_k
 
 
-@lru_cache(maxsize=256)
-def _cu_seqlens(offsets, device):
+def _num_bytes(offsets: torch.Tensor) -> int:
+    return offsets.nbytes + INT_BYTES * len(offsets)
+
+
+@kept_up_to(16 << 20, _num_bytes)
+def _cu_seqlens(offsets: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor([offset - offsets[0] for offset in offsets], dtype=torch.int32, device=device)
 
 
-def _parts(block):
-    """(query rows, key rows, block) of each operator call: the block itself, or every piece of a band by itself."""
+def _parts(tensors: BlockTensors) -> list[tuple[slice, BlockTensors]]:
+    """(query rows, tensors) of each operator call: the block itself, or every piece of a band by itself."""
+    block = tensors.block
     if block.num_pieces == 1 or block.is_full or block.is_causal:
-        return [(slice(None), slice(None), block)]
-    return [(q, k, Block((q.start, q.stop), (k.start, k.stop), block.lower, block.upper)) for q, k in block.pieces()]
+        return [(slice(None), tensors)]
+    return [
+        (q, tensors.cut(q, k, Block((q.start, q.stop), (k.start, k.stop), block.lower, block.upper)))
+        for q, k in block.pieces()
+    ]
 
 
-def _window(block, rows, cols):
+def _window(block: Block, rows: int, cols: int) -> dict[str, int]:
     """Window arguments of a band; the operator counts from the diagonal that ends in the lower right corner."""
     if block.is_full or block.is_causal:
         return {}
@@ -196,11 +228,12 @@ def _window(block, rows, cols):
     }
 
 
-def _padded(tensors, dk, dv):
+def _padded(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors with zeros up to one head dimension that the operator takes."""
-    width = -(-max(dk, dv) // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
+    widest = max(tensor.shape[-1] for tensor in tensors)
+    width = -(-widest // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
     return [tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
 
 
-def _joined(parts):
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -4,19 +4,22 @@ Chosen by --cp-kernel cudnn only: ``scripts/bench_kernels.py`` tells which is fa
 Tested against the operators' schemas on the CPU; not yet run on a GPU.
 """
 
+from typing import Any
+
 import torch
 
 from mindspeed_cp.kernels import cuda
+from mindspeed_cp.kernels.base import AttentionKernel, AttentionRows, BlockTensors, Gradients, KernelOptions
 
 _forward = torch.ops.aten._scaled_dot_product_cudnn_attention
 _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 
 
-def build():
+def build() -> AttentionKernel:
     return CudnnKernel()
 
 
-def unavailable():
+def unavailable() -> str:
     """Why this machine cannot use cuDNN attention; "" when it can."""
     reason = cuda.unavailable()
     if not reason and not torch.backends.cudnn.is_available():
@@ -29,31 +32,35 @@ def unavailable():
 class CudnnKernel(cuda.CudaKernel):
     name = "cudnn"
 
-    def _dense_forward(self, query, key, value, block, options):
+    def _dense_forward(
+        self, part: BlockTensors, options: KernelOptions
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        block = part.block
         if not (block.is_full or block.is_causal):
-            return super()._dense_forward(query, key, value, block, options)
-        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+            return super()._dense_forward(part, options)
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (part.query, part.key, part.value))
         out, lse, _, _, _, _, seed, offset, _ = _forward(
             q, k, v, None, True, options.dropout_p, block.is_causal, False, scale=options.softmax_scale
         )
         # lse comes as (batch, heads, rows, 1)
         return out.permute(2, 0, 1, 3), lse.reshape(q.shape[:3]).permute(2, 0, 1), [seed, offset]
 
-    def _dense_backward(self, grad_out, query, key, value, out, lse, block, options, rng):
+    def _dense_backward(self, part: BlockTensors, rows: AttentionRows, options: KernelOptions, state: Any) -> Gradients:
+        block = part.block
         if not (block.is_full or block.is_causal):
-            return super()._dense_backward(grad_out, query, key, value, out, lse, block, options, rng)
-        tensors = (tensor.permute(1, 2, 0, 3) for tensor in (grad_out, query, key, value, out))
-        grads = _backward(
-            *tensors,
-            lse.permute(1, 2, 0).contiguous().unsqueeze(-1),
-            *rng,
+            return super()._dense_backward(part, rows, options, state)
+        read = (rows.grad_out, part.query, part.key, part.value, rows.out)
+        dq, dk, dv = _backward(
+            *(tensor.permute(1, 2, 0, 3) for tensor in read),
+            rows.lse.permute(1, 2, 0).contiguous().unsqueeze(-1),
+            *state,
             None,
             None,
             None,
-            query.shape[0],
-            key.shape[0],
+            part.query.shape[0],
+            part.key.shape[0],
             options.dropout_p,
             block.is_causal,
             scale=options.softmax_scale,
         )
-        return tuple(grad.permute(2, 0, 1, 3) for grad in grads)
+        return dq.permute(2, 0, 1, 3), dk.permute(2, 0, 1, 3), dv.permute(2, 0, 1, 3)

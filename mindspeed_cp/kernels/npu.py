@@ -19,15 +19,27 @@ Written against the published schemas, documentation and sources; run on torch_n
 yet on one.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from mindspeed_cp.kernels.base import (
+    AttentionKernel,
+    AttentionRows,
+    BlockResult,
+    BlockTensors,
+    Gradients,
+    KernelOptions,
+    MemoryOrder,
+)
 from mindspeed_cp.kernels.npu_calls import (
     MAX_HEADS,
+    Call,
     assembled,
     compressed_mask,  # noqa: F401
     cumulative,
@@ -37,7 +49,8 @@ from mindspeed_cp.kernels.npu_calls import (
 from mindspeed_cp.kernels.npu_setup import unavailable  # noqa: F401  the table's probe of this module
 from mindspeed_cp.kernels.npu_statistics import (
     LARGE,
-    StatisticsOfLast,
+    Statistics,
+    StatisticsOrder,
     from_lse,
     probe_order,
     row_permutation,
@@ -59,7 +72,7 @@ class OperatorVariant(NamedTuple):
     """
 
     marker: str | None
-    packed_arguments: dict
+    packed_arguments: dict[str, Any]
 
 
 # Post-releases of an old torch branch carry newer operators (2.1.0.post17 has what 2.5.1 lacks), so the schema decides
@@ -70,44 +83,43 @@ VARIANTS = (
 )
 
 
-def operator_variant(torch_npu):
+def operator_variant(torch_npu: ModuleType) -> OperatorVariant:
     """The first row of VARIANTS whose marker the installed operator's schema holds."""
     operator = getattr(torch_npu.npu_fusion_attention, "default", None) or torch.ops.npu.npu_fusion_attention.default
     names = {argument.name for argument in operator._schema.arguments}
     return next(variant for variant in VARIANTS if variant.marker is None or variant.marker in names)
 
 
-def build():
+def build() -> AttentionKernel:
     return NpuKernel(import_module("torch_npu"))
 
 
-class NpuKernel:
+class NpuKernel(AttentionKernel):
     """Blocks of attention on an NPU; ``torch_npu`` is the module to call."""
 
     name = "npu"
     native_bands = True
 
-    def memory_order(self, dtype):
+    def memory_order(self, dtype: torch.dtype) -> MemoryOrder | None:
         return "sequence"  # the operators copy what is not contiguous
 
-    def __init__(self, torch_npu):
-        self._npu, self._variant = torch_npu, operator_variant(torch_npu)
-        self._packed = None  # (further arguments of TND calls, order of their statistics), once asked for
-        self._given = StatisticsOfLast()
-        self._merged, self._merges = StatisticsOfLast(), False  # forward's own, once somebody merges by the operator
-        if hasattr(torch_npu, "npu_ring_attention_update"):
-            self.merge = self._fused_merge
+    def __init__(self, torch_npu: ModuleType) -> None:
+        self._npu: Any = torch_npu
+        self._variant = operator_variant(torch_npu)
+        # (further arguments of TND calls, order of their statistics), once asked for
+        self._packed: tuple[dict[str, Any], StatisticsOrder] | None = None
+        self.has_fused_merge = hasattr(torch_npu, "npu_ring_attention_update")
 
-    def forward(self, query, key, value, block, options, attention_mask=None):
-        _check(query, key, value, options)
-        query, key = _padded(query, key, value)
-        calls = list(operator_calls(query, key, block, attention_mask))
-        outs, lses, rngs = [], [], []
+    def forward(self, tensors: BlockTensors, options: KernelOptions) -> BlockResult:
+        _check(tensors, options)
+        (query, key), value = _padded(tensors), tensors.value
+        calls = list(operator_calls(query, key, tensors.block, tensors.attention_mask))
+        outs, lses, states = [], [], []
         stream = options.rng_stream if options.dropout_p else 0
         for call in calls:
             further = self._arguments(call, query.device)
             with random_stream(query.device, stream):
-                out, softmax_max, softmax_sum, _, *rng = self._npu.npu_fusion_attention(
+                out, softmax_max, softmax_sum, _, *state = self._npu.npu_fusion_attention(
                     call.operand(query, call.q),
                     call.operand(key, call.k),
                     call.operand(value, call.k),
@@ -120,24 +132,24 @@ class NpuKernel:
             shape = query[call.q, call.batch].shape[:3]
             outs.append(out.view(*shape, -1))
             lses.append(self._rows_first(to_lse(softmax_max, softmax_sum), call, shape))
-            rngs.append(tuple(rng))
+            states.append(tuple(state))
         out = assembled(outs, [call.q for call in calls], calls, (*query.shape[:3], value.shape[-1]))
         lse = assembled(lses, [call.q for call in calls], calls, query.shape[:3])
-        if self._merges and len(calls) == 1 and calls[0].q_lengths is None:
-            self._merged.put(lse, (softmax_max, softmax_sum))
-        if attention_mask is not None:
-            _clear_empty_rows(out, lse, attention_mask)
-        return out, lse, tuple(rngs) if options.dropout_p else None
+        if tensors.attention_mask is not None:
+            _clear_empty_rows(out, lse, tensors.attention_mask)
+        statistics = None
+        if options.fused_merge and tensors.attention_mask is None and len(calls) == 1 and calls[0].q_lengths is None:
+            statistics = softmax_max, softmax_sum
+        return BlockResult(out, lse, tuple(states) if options.dropout_p else None, statistics)
 
-    def backward(self, grad_out, query, key, value, out, lse, block, options, rng, attention_mask=None):
-        self._merged.clear()
-        head_dim = query.shape[-1]
-        query, key = _padded(query, key, value)
-        out, grad_out = out.to(query.dtype), grad_out.to(query.dtype)
-        calls, parts = list(operator_calls(query, key, block, attention_mask)), []
+    def backward(self, tensors: BlockTensors, rows: AttentionRows, options: KernelOptions, saved: Any) -> Gradients:
+        head_dim = tensors.query.shape[-1]
+        (query, key), value = _padded(tensors), tensors.value
+        out, grad_out = rows.out.to(query.dtype), rows.grad_out.to(query.dtype)
+        calls, parts = list(operator_calls(query, key, tensors.block, tensors.attention_mask)), []
         # Without dropout forward leaves the three numbers uninitialised.
-        for call, (seed, offset, numels) in zip(calls, rng or [(0, 0, 0)] * len(calls), strict=True):
-            softmax_max, softmax_sum = self._statistics(lse[call.q, call.batch], call)
+        for call, (seed, offset, numels) in zip(calls, saved or [(0, 0, 0)] * len(calls), strict=True):
+            softmax_max, softmax_sum = self._statistics(rows, call)
             parts.append(
                 self._npu.npu_fusion_attention_grad(
                     call.operand(query, call.q),
@@ -169,8 +181,27 @@ class NpuKernel:
         )
         return dq[..., :head_dim], dk[..., :head_dim], dv
 
-    def _arguments(self, call, device):
-        if call.q_lengths is None:
+    def merge(self, out: torch.Tensor, lse: torch.Tensor, statistics: Any, block: BlockResult) -> Any:
+        """``merge_attention`` by npu_ring_attention_update: the same numbers, one operator.
+
+        It takes both sides' (max, sum): those that the operators returned, else ones that stand for the lse.
+        """
+        if not self.has_fused_merge:
+            return super().merge(out, lse, statistics, block)
+        merged, *total = self._npu.npu_ring_attention_update(
+            out.flatten(2),
+            *(statistics or _finite(lse)),
+            block.out.to(out.dtype).flatten(2),
+            *(block.statistics or _finite(block.lse)),
+            input_layout="SBH",
+        )
+        out.copy_(merged.view(out.shape))
+        total_lse = to_lse(*total).permute(2, 0, 1)
+        lse.copy_(total_lse.masked_fill(total_lse <= -LARGE / 2, -torch.inf))
+        return total
+
+    def _arguments(self, call: Call, device: torch.device) -> dict[str, Any]:
+        if call.q_lengths is None or call.k_lengths is None:
             return call.mask_arguments
         return {
             **call.mask_arguments,
@@ -179,7 +210,7 @@ class NpuKernel:
             "actual_seq_kvlen": cumulative(call.k_lengths),
         }
 
-    def _packed_calls(self, device):
+    def _packed_calls(self, device: torch.device) -> tuple[dict[str, Any], StatisticsOrder]:
         """(further arguments of TND calls, memory order of their statistics); the first call asks the device.
 
         The schema comes with torch_npu and what it can do with CANN: softmax_layout needs CANN 8.3.RC1, before which
@@ -197,18 +228,19 @@ class NpuKernel:
             self._packed = further, order
         return self._packed
 
-    def _rows_first(self, lse, call, shape):
+    def _rows_first(self, lse: torch.Tensor, call: Call, shape: Sequence[int]) -> torch.Tensor:
         """lse as the operator laid it out -> (rows, batch, heads)."""
         if call.q_lengths is None:
             return lse.permute(2, 0, 1)
         permutation = self._permutation(call, shape, lse.device)
-        return (lse if permutation is None else lse.reshape(-1)[permutation]).view(shape)
+        return (lse if permutation is None else lse.reshape(-1)[permutation]).view(*shape)
 
-    def _statistics(self, lse, call):
-        """The operator's (max, sum) of lse (rows, batch, heads); made once for blocks that share their query rows."""
-        return self._given.of(lse, call.q_lengths, lambda: self._new_statistics(lse, call))
+    def _statistics(self, rows: AttentionRows, call: Call) -> Statistics:
+        """The operator's (max, sum) of the whole attention's lse, made once for blocks that share their query rows."""
+        place = call.q.start, call.q.stop, call.batch.start, call.batch.stop, call.q_lengths
+        return rows.once(("npu statistics", *place), lambda: self._new_statistics(rows.lse[call.q, call.batch], call))
 
-    def _new_statistics(self, lse, call):
+    def _new_statistics(self, lse: torch.Tensor, call: Call) -> Statistics:
         if call.q_lengths is None:
             return from_lse(lse.permute(1, 2, 0))
         permutation, rows = self._permutation(call, lse.shape, lse.device), lse.flatten(1)
@@ -218,41 +250,33 @@ class NpuKernel:
         ordered.view(-1)[permutation] = rows.reshape(-1)
         return from_lse(ordered)
 
-    def _permutation(self, call, shape, device):
+    def _permutation(self, call: Call, shape: Sequence[int], device: torch.device) -> torch.Tensor | None:
+        assert call.q_lengths is not None
         return row_permutation(self._packed_calls(device)[1], call.q_lengths, shape[1] * shape[2], device)
 
-    def _probe(self, further, query, key, value, lengths):
+    def _probe(
+        self,
+        further: dict[str, Any],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lengths: tuple[int, ...],
+    ) -> Statistics:
         ends = cumulative(lengths)
-        return self._npu.npu_fusion_attention(
+        softmax_max, softmax_sum = self._npu.npu_fusion_attention(
             query, key, value, query.shape[1], "TND", scale=1.0, actual_seq_qlen=ends, actual_seq_kvlen=ends, **further
         )[1:3]
-
-    def _fused_merge(self, out, lse, block_out, block_lse):
-        """``softmax.merge_attention`` by npu_ring_attention_update: same arguments, same numbers, one operator.
-
-        Both sides' (max, sum) are those that the operators returned with them, while nobody has changed the lse since.
-        """
-        self._merges = True
-        merged, *statistics = self._npu.npu_ring_attention_update(
-            out.flatten(2),
-            *self._merged.of(lse, None, lambda: _finite(lse)),
-            block_out.to(out.dtype).flatten(2),
-            *self._merged.of(block_lse, None, lambda: _finite(block_lse)),
-            input_layout="SBH",
-        )
-        out.copy_(merged.view(out.shape))
-        total = to_lse(*statistics).permute(2, 0, 1)
-        lse.copy_(total.masked_fill(total <= -LARGE / 2, -torch.inf))
-        self._merged.put(lse, statistics)
+        return softmax_max, softmax_sum
 
 
-def _finite(lse):
+def _finite(lse: torch.Tensor) -> Statistics:
     """The operator's (max, sum) of lse (rows, batch, heads); of -inf, a row without keys, it would make NaN."""
     return from_lse(lse.permute(1, 2, 0).clamp(min=-LARGE))
 
 
-def _check(query, key, value, options):
+def _check(tensors: BlockTensors, options: KernelOptions) -> None:
     """Refuse what the operators do not take; the message says the way out."""
+    query, key, value = tensors.query, tensors.key, tensors.value
     if query.dtype not in DTYPES:
         raise ValueError(
             f"--cp-kernel npu does not take {query.dtype} tensors, only float16, bfloat16 and float32; "
@@ -282,13 +306,13 @@ def _check(query, key, value, options):
         )
 
 
-def _padded(query, key, value):
+def _padded(tensors: BlockTensors) -> tuple[torch.Tensor, torch.Tensor]:
     """Query and key with zeros up to value's dimension, because the operator wants dk >= dv."""
-    missing = value.shape[-1] - key.shape[-1]
+    query, key, missing = tensors.query, tensors.key, tensors.value.shape[-1] - tensors.key.shape[-1]
     return (query, key) if missing <= 0 else (F.pad(query, (0, missing)), F.pad(key, (0, missing)))
 
 
-def _clear_empty_rows(out, lse, attention_mask):
+def _clear_empty_rows(out: torch.Tensor, lse: torch.Tensor, attention_mask: torch.Tensor) -> None:
     """Out 0 and lse -inf where a dense mask hides every key; the operator computes something else there."""
     empty = attention_mask.all(-1).t().unsqueeze(-1)
     out.masked_fill_(empty.unsqueeze(-1), 0)

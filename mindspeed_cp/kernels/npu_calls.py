@@ -1,8 +1,9 @@
 """Which operator calls compute a block on an NPU: their rows, layout, lengths and masks; see ``npu``'s table."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +15,7 @@ MAX_PIECES = 1024  # documents of one TND call
 
 
 @cache
-def compressed_mask(device):
+def compressed_mask(device: torch.device) -> torch.Tensor:
     """Bool (2048, 2048), True above the diagonal: the mask of sparse_mode 2 and 4, one for all calls of a device."""
     return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool, device=device).triu_(1)
 
@@ -30,15 +31,15 @@ class Call(NamedTuple):
     q: slice
     k: slice
     batch: slice
-    q_lengths: tuple | None
-    k_lengths: tuple | None
-    mask_arguments: dict
+    q_lengths: tuple[int, ...] | None
+    k_lengths: tuple[int, ...] | None
+    mask_arguments: dict[str, Any]
 
     @property
-    def layout(self):
+    def layout(self) -> str:
         return "SBH" if self.q_lengths is None else "TND"
 
-    def operand(self, tensor, rows):
+    def operand(self, tensor: torch.Tensor, rows: slice) -> torch.Tensor:
         """(seq, batch, heads, dim) -> (rows, batch, heads * dim) in SBH, (rows, batch * heads, dim) in TND."""
         part = tensor[rows, self.batch]
         return part.flatten(2) if self.q_lengths is None else part.flatten(1, 2)
@@ -52,11 +53,7 @@ def num_heads(query: torch.Tensor, call: Call) -> int:
 
 def cumulative(lengths: tuple[int, ...]) -> list[int]:
     """Running totals without a leading 0, the operator's way of writing document lengths."""
-    totals, total = [], 0
-    for length in lengths:
-        total += length
-        totals.append(total)
-    return totals
+    return list(accumulate(lengths))
 
 
 def operator_calls(
@@ -90,7 +87,9 @@ def operator_calls(
             )
 
 
-def _mask_arguments(block, rows, cols, attention_mask, device):
+def _mask_arguments(
+    block: Block, rows: int, cols: int, attention_mask: torch.Tensor | None, device: torch.device
+) -> dict[str, Any]:
     """Which mask the operator applies to a piece of rows x cols."""
     if attention_mask is not None:
         # (1, rows, cols) is the SS form for all batch entries, (batch, 1, rows, cols) one mask for each.
@@ -112,11 +111,13 @@ def _mask_arguments(block, rows, cols, attention_mask, device):
     }
 
 
-def assembled(parts, rows, calls, shape):
+def assembled(
+    parts: Sequence[torch.Tensor], rows: Sequence[slice], calls: Sequence[Call], shape: Sequence[int]
+) -> torch.Tensor:
     """One tensor of ``shape`` from what the calls made of their rows and batch entries; a single part as it is."""
     if len(parts) == 1:
         return parts[0]
-    whole = parts[0].new_empty(shape)
+    whole = parts[0].new_empty(tuple(shape))
     for part, part_rows, call in zip(parts, rows, calls):
         whole[part_rows, call.batch] = part
     return whole

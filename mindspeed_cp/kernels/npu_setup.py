@@ -5,7 +5,7 @@ from importlib import import_module
 import torch
 
 
-def unavailable():
+def unavailable() -> str:
     """Why this machine cannot use the NPU kernel, with what to install and source; "" when it can."""
     try:
         torch_npu = import_module("torch_npu")

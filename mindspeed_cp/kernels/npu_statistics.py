@@ -10,18 +10,24 @@ they are a (rows, heads, 8) tensor whose memory order depends on the release:
 The two sources disagree where the argument is missing, so ``probe_order`` asks the device once and believes neither.
 """
 
-from collections import deque
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
+
+from mindspeed_cp.sequence.cache import kept_up_to
+
+Statistics = tuple[torch.Tensor, torch.Tensor]  # (max, sum)
+StatisticsOrder = Literal["rows", "heads", "documents"]
 
 LANES = 8
 # exp(score - LARGE) is 0 for every score, and unlike infinity it cannot meet another infinity and become NaN.
 LARGE = 1e30
 
 
-@lru_cache(maxsize=64)
-def row_permutation(order, lengths, heads, device):
+def row_permutation(
+    order: StatisticsOrder, lengths: tuple[int, ...], heads: int, device: torch.device
+) -> torch.Tensor | None:
     """LongTensor p: entry (row, head) of a TND call lies at position p[row * heads + head] of the statistics' memory.
 
     None for the order "rows", where nothing moves.
@@ -30,8 +36,15 @@ def row_permutation(order, lengths, heads, device):
         order: "rows", "heads" or "documents".
         lengths: tuple, query rows of each document.
     """
-    if order == "rows":
-        return None
+    return None if order == "rows" else _permutation(order, lengths, heads, device)
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.nbytes
+
+
+@kept_up_to(64 << 20, _num_bytes)
+def _permutation(order: StatisticsOrder, lengths: tuple[int, ...], heads: int, device: torch.device) -> torch.Tensor:
     total = sum(lengths)
     index = torch.arange(total * heads, device=device)
     if order == "heads":
@@ -40,61 +53,25 @@ def row_permutation(order, lengths, heads, device):
     return torch.cat(pieces).reshape(-1)
 
 
-def to_lse(softmax_max, softmax_sum):
+def to_lse(softmax_max: torch.Tensor, softmax_sum: torch.Tensor) -> torch.Tensor:
     """Natural-log sum of exp of the scaled scores, float32: lane 0 of the statistics."""
     return softmax_max[..., 0] + torch.log(softmax_sum[..., 0])
 
 
-def from_lse(lse):
+def from_lse(lse: torch.Tensor) -> Statistics:
     """(max, sum) with eight lanes that stand for ``lse``: the sum is 1. A row without any key (+inf) has weight 0."""
     softmax_max = lse.float().clamp(max=LARGE).unsqueeze(-1).expand(*lse.shape, LANES).contiguous()
     return softmax_max, _ones(softmax_max.shape, softmax_max.device)
 
 
-@lru_cache(maxsize=8)
-def _ones(shape, device):
+@kept_up_to(64 << 20, _num_bytes)
+def _ones(shape: Sequence[int], device: torch.device) -> torch.Tensor:
     """float32; the operators only read it."""
     with torch.inference_mode(False):
         return torch.ones(shape, device=device)
 
 
-class StatisticsOfLast:
-    """(max, sum) of the last few lse tensors: the blocks of one backward pass share their query rows, and the merge of
-    a block follows its forward call.
-
-    A tensor is known again by its memory, which is kept so long, and by its version. One without a version
-    (torch.inference_mode) is never known again.
-    """
-
-    def __init__(self):
-        self._kept = deque(maxlen=2)  # a zigzag rank has two kinds of blocks: all of its rows, and the later chunk
-
-    def of(self, lse, lengths, make):
-        """What was put, or what ``make()`` returned, for this lse and these lengths of documents."""
-        if lse.is_inference():
-            return make()
-        key = _identity(lse, lengths)
-        for known, _, statistics in self._kept:
-            if known == key:
-                return statistics
-        statistics = make()
-        self._kept.append((key, lse, statistics))
-        return statistics
-
-    def put(self, lse, statistics):
-        """Keep what the operator itself gave beside this lse."""
-        if not lse.is_inference():
-            self._kept.append((_identity(lse, None), lse, statistics))
-
-    def clear(self):
-        self._kept.clear()
-
-
-def _identity(lse, lengths):
-    return lse.data_ptr(), lse._version, lse.shape, lse.stride(), lse.dtype, lse.device, lengths
-
-
-def probe_order(attention, device):
+def probe_order(attention: Callable[..., Statistics], device: torch.device) -> StatisticsOrder:
     """Find the memory order of TND statistics by a three-token call whose lse is different in every place.
 
     Args:
@@ -114,7 +91,8 @@ def probe_order(attention, device):
     # All keys of a document give the same score, so lse is that score plus the log of the document's length.
     expected = code[..., 0].float() + torch.log(documents).repeat_interleave(documents.long()).unsqueeze(1)
     expected = expected.reshape(-1)
-    for order in ("documents", "heads", "rows"):
+    orders: tuple[StatisticsOrder, ...] = ("documents", "heads", "rows")
+    for order in orders:
         permutation = row_permutation(order, lengths, heads, device)
         if torch.allclose(lse if permutation is None else lse[permutation], expected, atol=1e-2):
             return order

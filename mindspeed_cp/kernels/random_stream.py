@@ -18,7 +18,8 @@ def default_generator(device: torch.device) -> torch.Generator:
     if device.type == "cpu":
         return torch.default_generator
     module = getattr(torch, device.type)
-    return module.default_generators[module.current_device() if device.index is None else device.index]
+    generators: tuple[torch.Generator, ...] = module.default_generators
+    return generators[module.current_device() if device.index is None else device.index]
 
 
 @contextmanager
@@ -49,16 +50,16 @@ def random_stream(device: torch.device, number: int) -> Iterator[None]:
         _set(generator, seed=own)
 
 
-def _mixed(seed, number):
+def _mixed(seed: int, number: int) -> int:
     return (seed ^ (number * ODD)) % (1 << 63)
 
 
-def _words(state):
+def _words(state: torch.Tensor) -> list[int]:
     """(seed, offset): the last sixteen bytes of the state in every release."""
     return state[-16:].clone().view(torch.int64).tolist()
 
 
-def _set(generator, seed):
+def _set(generator: torch.Generator, seed: int) -> None:
     state = generator.get_state()
     state[-16:-8] = torch.tensor([seed], dtype=torch.int64).view(torch.uint8)
     generator.set_state(state)

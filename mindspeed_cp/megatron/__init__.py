@@ -1,1 +1,1 @@
-"""What knows Megatron at run time and patches nothing: groups, records of batches, documents, the bridge to attention."""
+"""What knows Megatron at run time and patches nothing: groups, batches, documents, the bridge to attention."""

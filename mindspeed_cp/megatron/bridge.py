@@ -5,21 +5,28 @@ Shapes, s: tokens of this rank, b: batch, n: query heads of this tensor-parallel
 Packed sequences (thd) have no batch: (s, n, d) -> (s, n * dv). The dense mask is global, (b, 1, S, S) or (1, 1, S, S).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mindspeed_cp.attention.entry import context_parallel_attention
-from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.attention.exchanged import Exchanged
 from mindspeed_cp.kernels import select_kernel
+from mindspeed_cp.megatron.batches import record_of_length
 from mindspeed_cp.megatron.packed import packed_batch
 from mindspeed_cp.megatron.records import MicroBatch
-from mindspeed_cp.megatron.state import SINGLE, effective_config
-from mindspeed_cp.patches.dynamic import check_local_size
+from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.megatron.sizes import check_local_size
+from mindspeed_cp.megatron.splitting import built
+from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.notices import warn_rank0
+
+if TYPE_CHECKING:
+    from mindspeed_cp.megatron.adaptor import Adaptor
 
 
 @dataclass(frozen=True)
@@ -42,163 +49,193 @@ class CoreAttention:
     dropout_p: float = 0.0
     window: tuple[int, int] | None = None
     softmax_offset: torch.Tensor | None = None
-    rng: Callable[[], AbstractContextManager] = nullcontext
+    rng: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
-class AttentionBridge:
-    """Computes Megatron's core attention for one AdaptorState."""
+def attention(
+    adaptor: "Adaptor",
+    scope: Scope,
+    core: CoreAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    packed_seq_params: Any = None,
+    others: Mapping[str, Any] | None = None,
+    around: Exchanged | None = None,
+) -> torch.Tensor:
+    """Attention of the whole sequence for this rank's queries.
 
-    def __init__(self, state):
-        self._state = state
+    Args:
+        scope: over which ranks the module computes.
+        packed_seq_params: Megatron's PackedSeqParams, or None.
+        others: whatever else core attention was called with; a gather-size calculator gets it as it is.
+        around: the exchange of a UlyssesContextAttention around this module, None without.
 
-    def __call__(self, module, query, key, value, attention_mask=None, packed_seq_params=None, **others):
-        """Attention of the whole sequence for this rank's queries.
-
-        Args:
-            module: CoreAttention.
-            packed_seq_params: Megatron's PackedSeqParams, or None.
-            others: whatever else core attention was called with; a gather-size calculator gets it as it is.
-
-        Returns:
-            (s, b, n * dv), or (s, n * dv) for tensors without batch.
-        """
-        packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-        without_batch = query.dim() == 3
-        if without_batch:
-            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
-        if packed:
-            out = self._packed(module, query, key, value, packed_seq_params)
-        elif packed_seq_params is not None and not self.is_dynamic:
-            check_local_size(packed_seq_params, self._state.cp_size)
+    Returns:
+        (s, b, n * dv), or (s, n * dv) for tensors without batch.
+    """
+    without_batch = query.dim() == 3
+    if without_batch:
+        query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+    call = Call(adaptor, scope, core, (query, key, value), around)
+    if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
+        record = _packed_record(call, packed_seq_params)
+        out = _attend(call, record, causal=core.causal and not _asked_for_full(scope))
+    else:
+        if packed_seq_params is not None and not adaptor.sizes:
+            check_local_size(packed_seq_params, scope.size)
             raise ValueError(
                 f"packed_seq_params with qkv_format {packed_seq_params.qkv_format} are not supported with context "
                 "parallelism; use qkv_format thd, or leave them out."
             )
-        else:
-            calculator = self._state.gather_size_calculator()
-            size = (
-                None
-                if calculator is None
-                else calculator.calculate(attention_mask, packed_seq_params=packed_seq_params, **others)
+        calculator = adaptor.gather_size_calculator()
+        size = calculator and calculator.calculate(
+            attention_mask, packed_seq_params=packed_seq_params, **(others or {})
+        )
+        out = _unpacked(call, attention_mask, size)
+    return out.flatten(2).squeeze(1) if without_batch else out.flatten(2)
+
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # query, key, value
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of core attention: the arguments of ``attention``, tensors with their batch."""
+
+    adaptor: "Adaptor"
+    scope: Scope
+    core: CoreAttention
+    tensors: Tensors
+    around: Exchanged | None
+
+    @property
+    def rows(self) -> int:
+        """How many tokens this rank holds of the sequence."""
+        seen = self.tensors[0].shape[0]
+        return seen if self.around is None else self.around.local_length(seen)
+
+
+def _packed_record(call: Call, params: Any) -> MicroBatch:
+    """The record of packed documents: each query sees its own, all of it or what lies before."""
+    adaptor, scope, rows = call.adaptor, call.scope, call.rows
+    record = adaptor.running_in(scope)
+    if record is None or record.documents is None:
+        record = packed_batch(adaptor, scope, params, rows, record=record)
+    with adaptor.running(record):
+        return record_of_length(adaptor, scope, rows)
+
+
+def _asked_for_full(scope: Scope) -> bool:
+    """--cp-attention-mask-type full: without a mask every query sees its whole document, whatever the layer's own mask
+    type is.
+    """
+    return not scope.alone and scope.config.attention_mask_type == "full"
+
+
+def _unpacked(call: Call, attention_mask: torch.Tensor | None, gather_size: int | None) -> torch.Tensor:
+    adaptor, core = call.adaptor, call.core
+    if attention_mask is None:
+        record = _record(call, gather_size)
+        causal = (core.causal or record.documents is not None) and not _asked_for_full(call.scope)
+        return _attend(call, record, causal=causal)
+    mask = _checked_mask(adaptor, attention_mask, call.tensors[0])
+    size = mask.shape[-1] if gather_size is None else gather_size
+    record = _record(call, size, mask=attention_mask)
+    layout = replace(record, documents=None)
+    facts = adaptor.masks.facts(attention_mask, lambda: _as_bool(mask), adaptor.forward_pass)
+    if core.window is not None:
+        if not facts.is_causal:
+            warn_rank0(
+                "window_size replaces the attention mask of the batch, as in Megatron's own local attention; "
+                "leave out --reset-attention-mask, or window_size."
             )
-            out = self._unpacked(module, query, key, value, attention_mask, size)
-        return out.flatten(2).squeeze(1) if without_batch else out.flatten(2)
+        return _attend(call, layout, causal=False)
+    if facts.documents is None:
+        return _attend(call, layout, causal=False, mask=_as_bool(mask))
+    # The mask is the batch's, and wins over every flag: it is causal within these documents.
+    return _attend(call, replace(record, documents=facts.documents), causal=True)
 
-    @property
-    def is_dynamic(self) -> bool:
-        """Whether micro-batches bring sizes of their own; parameters of whole sequences say no more."""
-        return bool(self._state.sizes)
 
-    def _packed(self, module, query, key, value, params):
-        """Packed documents: each query sees its own, all of it or what lies before."""
-        state, rows = self._state, query.shape[0]
-        record = state.active
-        if record is None or record.documents is None:
-            record = packed_batch(state, params, rows, record=record)
-        with state.running(record):
-            record = state.micro_batch(rows)
-        return self._attend(module, query, key, value, record, causal=module.causal and not self._asked_for_full)
+def _checked_mask(adaptor: "Adaptor", attention_mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    mask = _four_dimensional(attention_mask, query.shape[1])
+    if mask.shape[2] != mask.shape[3]:
+        raise _partial_mask(adaptor, attention_mask)
+    return mask
 
-    @property
-    def _asked_for_full(self):
-        """--cp-attention-mask-type full: without a mask every query sees its whole document, whatever the layer's own
-        mask type is.
-        """
-        config = self._state.config
-        return self._state.groups is not None and config.attention_mask_type == "full"
 
-    def _unpacked(self, module, query, key, value, attention_mask, gather_size):
-        if attention_mask is None:
-            record = self._record(query.shape[0], gather_size)
-            causal = (module.causal or record.documents is not None) and not self._asked_for_full
-            return self._attend(module, query, key, value, record, causal=causal)
-        mask = self._checked_mask(attention_mask, query)
-        size = mask.shape[-1] if gather_size is None else gather_size
-        record = self._record(query.shape[0], size, mask=attention_mask)
-        facts = self._state.masks.facts(attention_mask, lambda: _as_bool(mask))
-        if module.window is not None:
-            if not facts.is_causal:
-                warn_rank0(
-                    "window_size replaces the attention mask of the batch, as in Megatron's own local attention; "
-                    "leave out --reset-attention-mask, or window_size."
-                )
-            return self._attend(module, query, key, value, MicroBatch(record.layout), causal=False)
-        if facts.documents is None:
-            mask, record = _as_bool(mask), MicroBatch(record.layout)
-            return self._attend(module, query, key, value, record, causal=False, mask=mask)
-        # The mask is the batch's, and wins over every flag: it is causal within these documents.
-        return self._attend(module, query, key, value, MicroBatch(record.layout, facts.documents), causal=True)
+def _partial_mask(adaptor: "Adaptor", attention_mask: torch.Tensor) -> ValueError:
+    size = "S" if adaptor.active is None else adaptor.active.seq_len
+    return ValueError(
+        f"attention_mask has shape {tuple(attention_mask.shape)}, and context parallelism needs the mask "
+        f"of the whole sequence, (batch, 1, {size}, {size}); do not split it over the ranks."
+    )
 
-    def _checked_mask(self, attention_mask, query):
-        mask = _four_dimensional(attention_mask, query.shape[1])
-        if mask.shape[2] != mask.shape[3]:
-            raise self._partial_mask(attention_mask)
-        return mask
 
-    def _partial_mask(self, attention_mask):
-        active = self._state.active
-        size = "S" if active is None else active.seq_len
-        return ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, and context parallelism needs the mask "
-            f"of the whole sequence, (batch, 1, {size}, {size}); do not split it over the ranks."
+def _record(call: Call, seq_len: int | None, mask: torch.Tensor | None = None) -> MicroBatch:
+    """The record of the batch.
+
+    Args:
+        seq_len: length of the whole sequence where a mask or a calculator says it, else None.
+        mask: the mask that says it.
+    """
+    adaptor, scope, rows = call.adaptor, call.scope, call.rows
+    if scope.alone:
+        return MicroBatch(built(scope.config, rows), None, scope)
+    active = adaptor.running_in(scope)
+    if seq_len is None or (active is not None and active.seq_len == seq_len):
+        return record_of_length(adaptor, scope, rows)
+    if mask is not None and (
+        active is not None or adaptor.layout(int(seq_len), scope=scope).length(scope.rank) != rows
+    ):
+        raise _partial_mask(adaptor, mask)
+    return MicroBatch(adaptor.layout(int(seq_len), scope=scope), None, scope)
+
+
+def _attend(call: Call, record: MicroBatch, *, causal: bool, mask: torch.Tensor | None = None) -> torch.Tensor:
+    adaptor, scope, core = call.adaptor, call.scope, call.core
+    computed = scope.config, scope.groups, record.layout
+    config, groups, layout = computed if call.around is None else call.around.alone(*computed)
+    window: tuple[int | None, int | None] | None = core.window
+    if window is not None:
+        left, right = (None if side is None or side < 0 else side for side in window)
+        causal = right == 0 or (right is None and causal)
+        window = (left, None if causal else right)
+    query, key, value = call.tensors
+    documents = record.documents
+    with core.rng() if core.dropout_p else nullcontext():
+        return context_parallel_attention(
+            query,
+            key,
+            value,
+            config=effective_config(config, "causal" if causal else "full"),
+            groups=groups,
+            layout=layout,
+            softmax_scale=core.softmax_scale,
+            attention_mask=mask,
+            cu_seqlens=documents[0] if documents is not None and len(documents) == 1 else documents,
+            dropout_p=core.dropout_p,
+            layer_number=core.layer_number,
+            kernel=select_kernel(adaptor.kernel, query.device.type),
+            sliding_window=window,
+            softmax_offset=core.softmax_offset,
+            fused_update=adaptor.settings.fused_update,
+            kept=adaptor.kept,
         )
 
-    def _record(self, rows, seq_len, mask=None):
-        """The record of the batch, of which this rank has ``rows`` tokens.
 
-        Args:
-            seq_len: length of the whole sequence where a mask or a calculator says it, else None.
-            mask: the mask that says it.
-        """
-        state = self._state
-        if seq_len is None or (state.active is not None and state.active.seq_len == seq_len):
-            return state.micro_batch(rows)
-        if mask is not None and (state.active is not None or _holds(state, int(seq_len)) != rows):
-            raise self._partial_mask(mask)
-        return MicroBatch(state.layout(int(seq_len)))
-
-    def _attend(self, module, query, key, value, record, *, causal, mask=None):
-        state, window = self._state, module.window
-        if window is not None:
-            left, right = (None if side is None or side < 0 else side for side in window)
-            causal = right == 0 or (right is None and causal)
-            window = (left, None if causal else right)
-        # Packed sequences reach this with context_parallel_size 1 too.
-        config, groups = (SINGLE, _single_groups()) if state.groups is None else (state.config, state.groups)
-        kernel = select_kernel(state.kernel, query.device.type)
-        documents = record.documents
-        with module.rng() if module.dropout_p else nullcontext():
-            return context_parallel_attention(
-                query,
-                key,
-                value,
-                config=effective_config(config, "causal" if causal else "full"),
-                groups=groups,
-                layout=record.layout,
-                softmax_scale=module.softmax_scale,
-                attention_mask=mask,
-                cu_seqlens=documents[0] if documents is not None and len(documents) == 1 else documents,
-                dropout_p=module.dropout_p,
-                layer_number=module.layer_number,
-                kernel=kernel,
-                sliding_window=window,
-                softmax_offset=module.softmax_offset,
-                fused_update=state.setup is not None and state.setup.fused_update,
-                kept=state.kept,
-            )
+def effective_config(config: ContextParallelConfig, attention_mask_type: str) -> ContextParallelConfig:
+    """``config`` with another mask type; what each rank holds is the layout's matter."""
+    return config if config.attention_mask_type == attention_mask_type else _with_mask(config, attention_mask_type)
 
 
-def _holds(state, seq_len):
-    """How many tokens of a sequence that this project splits lie on this rank."""
-    return state.layout(seq_len).length(state.cp_rank)
+@lru_cache(maxsize=64)
+def _with_mask(config: ContextParallelConfig, attention_mask_type: Any) -> ContextParallelConfig:
+    return replace(config, attention_mask_type=attention_mask_type)
 
 
-@cache
-def _single_groups():
-    return ContextParallelGroups.build(SINGLE)
-
-
-def _four_dimensional(mask, batch):
+def _four_dimensional(mask: torch.Tensor, batch: int) -> torch.Tensor:
     """The mask as (batch or 1, 1, S, S); a mask of keys alone is broadcast over the queries."""
     if mask.dim() == 2:
         mask = mask[None, None]
@@ -210,11 +247,11 @@ def _four_dimensional(mask, batch):
     return mask.expand(-1, -1, mask.shape[3], -1) if mask.shape[2] == 1 and mask.shape[3] > 1 else mask
 
 
-def _as_bool(mask):
+def _as_bool(mask: torch.Tensor) -> torch.Tensor:
     return mask if mask.dtype == torch.bool else mask.bool()
 
 
-def layer_window(window_size, skip_freq, layer_number):
+def layer_window(window_size: Any, skip_freq: Any, layer_number: int) -> tuple[int, int] | None:
     """The sliding window of one layer, None for full attention.
 
     Args:
@@ -226,6 +263,7 @@ def layer_window(window_size, skip_freq, layer_number):
     if window_size is None:
         return None
     if skip_freq is None:
-        return tuple(window_size)
+        return window_size[0], window_size[1]
     windowed = skip_freq[layer_number - 1] if isinstance(skip_freq, (list, tuple)) else layer_number % skip_freq != 0
-    return tuple(window_size) if windowed else None
+    left, right = window_size
+    return (left, right) if windowed else None

@@ -1,13 +1,19 @@
 """Who decides on the configuration: the flags or ``configure`` at once, a framework's settings, or a TransformerConfig.
 
-Settings may leave the context-parallel size to initialize_model_parallel and the algorithm to ``cp_comm_type`` of the
-model's configuration, which comes when the process groups are there already.
+Settings may leave the context-parallel size to initialize_model_parallel, or to the group that a module was built with,
+and the algorithm to ``cp_comm_type`` of the model's configuration, which comes when the process groups are there.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from mindspeed_cp.arguments import FrameworkSettings
+from mindspeed_cp.arguments.settings import Resolved
+from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.megatron.scopes import SINGLE
 from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,11 @@ class OpenDecision:
     comm_type: str | tuple[str, ...] | None = None
     sizes: tuple[int, ...] | None = None
 
-    def resolved(self, cp_size):
+    @property
+    def names_algorithm(self) -> bool:
+        return self.settings.names_algorithm or self.comm_type is not None or self.sizes is not None
+
+    def resolved(self, cp_size: int) -> Resolved:
         comm_type = self.comm_type or ("a2a+p2p" if self.sizes else None)
         return self.settings.resolve(
             context_parallel_size=cp_size,
@@ -33,100 +43,115 @@ class OpenDecision:
         )
 
 
-def configure_from(state, settings):
-    """Take over a framework's settings; without a size in them they wait for initialize_model_parallel.
-
-    Once there are groups, what the settings leave open stays as it is.
-    """
-    cp_size = settings.cp_size
-    if state.groups is not None:
-        cp_size = cp_size or state.groups.cp_size
-        if not settings.names_algorithm and cp_size == state.groups.cp_size:
-            settings = settings.keeping(state.config)
-    decision = OpenDecision(settings)
-    if cp_size is None:
-        state.reset()
-        state.undecided = decision
-    else:
-        _configure(state, decision, cp_size)
-
-
-def config_for(state, cp_size, sizes=None):
-    """The configuration for what initialize_model_parallel got.
+@dataclass
+class Settings:
+    """What was set, by whichever API.
 
     Args:
-        sizes: hierarchical_context_parallel_sizes.
-
-    Raises:
-        ValueError: another size was configured, or the settings do not fit this one.
+        config: the configuration; None until somebody decides (Ulysses is taken where nobody does).
+        setup: TrainingSetup, None for scripts that use megatron-core alone.
+        kernel: name of an attention kernel, None chooses by device.
+        documents_from_position_ids: position ids that start again at 0 begin a document when the batch has no mask.
+        end_of_document: the token behind which a document ends when the batch has no mask and position ids say nothing,
+            or () -> that token, asked when a batch is split.
+        declared: how a framework says that it cuts whole rows itself; None where nobody said.
+        undecided: what is still to be decided; None once ``configure`` has decided everything.
+        compared: flag -> value of what must be equal on all ranks, beside the configuration.
+        program: the program whose flags they are; it ends with one line where a script gets an exception.
     """
-    decision = state.undecided
-    if decision is not None and decision.settings.cp_size in (None, cp_size):
+
+    config: ContextParallelConfig | None = None
+    setup: TrainingSetup | None = None
+    kernel: str | None = None
+    documents_from_position_ids: bool = False
+    end_of_document: int | Callable[[], int] | None = None
+    declared: Literal["zigzag", "contiguous"] | None = None
+    undecided: OpenDecision | None = field(default_factory=OpenDecision)
+    compared: Mapping[str, str] = field(default_factory=dict)
+    program: str = ""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether somebody named the algorithm, so that no TransformerConfig changes it any more."""
+        return self.undecided is None or self.undecided.names_algorithm
+
+    @property
+    def expects_documents(self) -> bool:
+        """Whether documents end where tokens or position ids say so."""
+        return self.documents_from_position_ids or self.end_of_document is not None
+
+    @property
+    def fused_update(self) -> bool:
+        return self.setup is not None and self.setup.fused_update
+
+    def decide(self, cp_size: int, sizes: Sequence[int] | None = None) -> None:
+        """Resolve what is undecided for this size.
+
+        Args:
+            sizes: hierarchical_context_parallel_sizes.
+
+        Raises:
+            ValueError: the settings do not fit this size.
+        """
+        decision = self.undecided
+        if decision is None or decision.settings.cp_size not in (None, cp_size):
+            return
+        decision = replace(decision, sizes=tuple(sizes)) if sizes else decision
+        resolved = decision.resolved(cp_size)
+        self.config, self.setup, self.kernel = resolved.config, resolved.setup, resolved.kernel
+        self.documents_from_position_ids, self.end_of_document = resolved.documents_from_position_ids, None
+        # Frameworks that name no layout cut whole rows as Megatron does.
+        self.declared = (resolved.declared_layout or "zigzag") if decision.settings.values else None
+        self.undecided = decision
+
+    def config_of_size(self, cp_size: int) -> ContextParallelConfig:
+        """The configuration of a group of so many ranks: what was configured, fitted to the size where it differs."""
         if cp_size == 1:
-            return ContextParallelConfig(context_parallel_size=1)
-        _configure(state, replace(decision, sizes=tuple(sizes) if sizes else None), cp_size)
-    elif state.config.context_parallel_size != cp_size:
-        raise ValueError(
-            f"--context-parallel-size {state.config.context_parallel_size} was configured, and "
-            f"initialize_model_parallel got context_parallel_size={cp_size}; pass the same size to both."
-        )
-    return state.config
+            return SINGLE
+        if self.config is None or self.config.context_parallel_size == 1:
+            self.decide(cp_size)
+        assert self.config is not None
+        if self.config.context_parallel_size == cp_size:
+            return self.config
+        return of_size(self.config, cp_size, self.setup)
 
 
-def take_comm_type(state, comm_type, cp_size):
-    """A TransformerConfig names the algorithm where nobody else has; returns whether that changed it.
+def of_size(config: ContextParallelConfig, size: int, setup: TrainingSetup | None) -> ContextParallelConfig:
+    """``config`` for another size: its Ulysses degree and window as far as they fit into it.
 
     Raises:
-        ValueError: the name is none or not one, or another model of this process has another.
+        ValueError: the heads of ``setup`` do not go with this size.
     """
-    decision = state.undecided
-    if decision is None or decision.settings.names_algorithm or comm_type is None or cp_size == 1:
-        return False
-    taken = replace(decision, comm_type=comm_type if isinstance(comm_type, str) else tuple(comm_type))
-    if state.groups is None:
-        state.undecided = taken
-        return False
-    if cp_size != state.groups.cp_size:
-        return False
-    config = taken.resolved(cp_size).config
-    if config == state.config:
-        state.undecided = taken
-        return False
-    if decision.comm_type is not None:
-        raise ValueError(
-            f"cp_comm_type {comm_type} of a TransformerConfig differs from {decision.comm_type} of an earlier one, and "
-            "a process splits its batches in one way; give both models the same cp_comm_type, or name the algorithm "
-            "with mindspeed_cp.megatron_adaptor.configure_from."
-        )
-    state.groups = regrouped(state.groups, config)
-    _configure(state, taken, cp_size)
-    return True
-
-
-def _configure(state, decision, cp_size):
-    resolved = decision.resolved(cp_size)
-    state.configure(
-        resolved.config,
-        setup=resolved.setup,
-        kernel=resolved.kernel,
-        documents_from_position_ids=resolved.documents_from_position_ids,
+    if size == 1:
+        return ContextParallelConfig(context_parallel_size=1, attention_mask_type=config.attention_mask_type)
+    degree = config.ulysses_degree
+    algorithm, degree = ("ulysses_cp_algo", None) if degree and size <= degree else (config.algorithm, degree)
+    ring = size // (degree or 1)
+    window = config.window_size if config.window_size < ring and ring % config.window_size == 0 else 1
+    of_ring: dict[str, Any] = dict(
+        kv_exchange="ring", send_recv_overlap=False, p2p="auto", kv_cache_policy=None, kv_cache_interval=0
     )
-    state.undecided = decision
+    found = replace(
+        config,
+        context_parallel_size=size,
+        algorithm=algorithm,
+        ulysses_degree=degree,
+        window_size=window,
+        **(of_ring if algorithm != config.algorithm else {}),  # a Hybrid without its ring, and what speaks of one
+    )
+    if setup is not None:
+        resolve(found, replace(setup, world_size=None, seq_length=None))
+    return found
 
 
-def regrouped(groups, config):
-    """``groups`` for an algorithm of one level, or for the same levels; nothing is made, so no rank waits for another.
-
-    Raises:
-        ValueError: the algorithm has levels of its own, which initialize_model_parallel must have been told of.
-    """
+def regrouped(groups: ContextParallelGroups, config: ContextParallelConfig) -> ContextParallelGroups | None:
+    """``groups`` for an algorithm of one level, or for the same levels; None where other groups must be made."""
     ulysses, _, windows = config.hierarchy
     if config.hierarchy == groups.hierarchy:
         return groups
     if ulysses not in (1, groups.cp_size) or windows > 1:
-        raise ValueError(
-            f"cp_comm_type a2a+p2p of a TransformerConfig asks for {config.describe()}, and the process groups are "
-            "there already; pass hierarchical_context_parallel_sizes to initialize_model_parallel."
-        )
-    one_level = {"ulysses": None, "ring": groups.cp} if ulysses == 1 else {"ulysses": groups.cp, "ring": None}
+        return None
+    one_level: dict[str, Any] = (
+        {"ulysses": None, "ring": groups.cp} if ulysses == 1 else {"ulysses": groups.cp, "ring": None}
+    )
     return replace(groups, hierarchy=config.hierarchy, outer=None, **one_level)

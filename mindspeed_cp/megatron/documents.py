@@ -1,6 +1,7 @@
 """Document boundaries, from whatever says where documents end: tokens, position ids, PackedSeqParams, a dense mask."""
 
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,13 @@ def _documents_from(starts: torch.Tensor) -> Documents:
     return one_row_if_shared((*row, seq_len) for row in rows)
 
 
-def documents_of_rows(cu_seqlens) -> Documents:
+def places_in_documents(positions: torch.Tensor, boundaries: Sequence[int]) -> torch.Tensor:
+    """How far each global position lies from the start of its document; tokens behind the last one count on there."""
+    starts = torch.tensor(sorted(set(boundaries[:-1])), device=positions.device)
+    return positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
+
+
+def documents_of_rows(cu_seqlens: Any) -> Documents:
     """Boundaries that a caller passes: a tensor or ints, for all rows or one row for each."""
     rows = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else [*cu_seqlens]
     if all(isinstance(row, int) for row in rows):
@@ -60,14 +67,15 @@ class BoundaryCache:
         known = self._read.get(cu_seqlens)
         if known is None or known[0] != version:
             self._read[cu_seqlens] = known = (version, tuple(cu_seqlens.flatten().tolist()))
-        return known[1]
+        boundaries: tuple[int, ...] = known[1]
+        return boundaries
 
-    def padded(self, params) -> tuple[int, ...]:
+    def padded(self, params: Any) -> tuple[int, ...]:
         """Where the documents of PackedSeqParams begin and, padding included, end."""
         padded = params.cu_seqlens_q_padded
         return self.boundaries(params.cu_seqlens_q if padded is None else padded)
 
-    def documents(self, params, seq_len: int | None = None) -> tuple[int, ...]:
+    def documents(self, params: Any, seq_len: int | None = None) -> tuple[int, ...]:
         """Boundaries of PackedSeqParams, padding included.
 
         With padded boundaries the tokens of a document are followed by its padding; the padding becomes a document of
@@ -127,23 +135,32 @@ def examine_mask(mask: torch.Tensor) -> MaskFacts:
 
 
 class MaskCache:
-    """Remembers what the masks under way are, and keeps none of them alive.
+    """Remembers what the masks of the forward pass that runs are, and keeps none of them alive.
 
     A model's layers share one mask, and recomputation passes an alias of it; a mask that is gone is forgotten, so that
-    its memory can become another's.
+    its memory can become another's. Memory that is filled anew without a new version (in inference mode, through .data
+    or numpy) is that of another pass: what was read in one pass is not believed in the next.
     """
 
     def __init__(self) -> None:
         self._entries: dict[Any, Any] = {}  # memory of the mask -> (weak reference to the tensor that owns it, facts)
 
-    def facts(self, mask: torch.Tensor, as_bool) -> MaskFacts:
-        """What ``mask`` is; ``as_bool`` is () -> the same mask as bool (batch, 1, seq, seq)."""
+    def facts(self, mask: torch.Tensor, as_bool: Callable[[], torch.Tensor], forward_pass: int | None) -> MaskFacts:
+        """What ``mask`` is.
+
+        Args:
+            as_bool: () -> the same mask as bool (batch, 1, seq, seq).
+            forward_pass: number of the pass that runs; None outside of any, where nothing is remembered.
+        """
+        if forward_pass is None:
+            return examine_mask(as_bool())
         version = 0 if mask.is_inference() else mask._version  # inference tensors count no versions
-        key = (mask.data_ptr(), tuple(mask.shape), mask.stride(), mask.dtype, version)
+        key = (mask.data_ptr(), tuple(mask.shape), mask.stride(), mask.dtype, version, forward_pass)
         self._entries = {known: entry for known, entry in self._entries.items() if entry[0]() is not None}
         if key not in self._entries:
             self._entries[key] = (weakref.ref(mask), examine_mask(as_bool()))
-        return self._entries[key][1]
+        facts: MaskFacts = self._entries[key][1]
+        return facts
 
     def clear(self) -> None:
         self._entries.clear()

@@ -1,4 +1,8 @@
-"""Document ends that a framework hands over before the batch is split (MindSpeed's ``set_actual_seq_len``)."""
+"""Document ends that a framework hands over beside the batch (MindSpeed's ``set_actual_seq_len``).
+
+MindSpeed keeps them until others are set, and its attention reads them when it runs. So they belong to the batch that
+is split next after they were set, and to every later forward pass whose own batch brings no documents.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +18,7 @@ class Handed:
     """What was set last.
 
     Args:
-        ends: document ends over the rows of a micro-batch one after another, without the leading 0.
+        ends: document ends over the rows of a micro-batch one after another, with or without a leading 0.
         waiting: no batch has taken them yet.
         position_ids: kept for those who ask, read by nobody here.
     """
@@ -26,22 +30,36 @@ class Handed:
     def set_ends(self, ends: torch.Tensor | Sequence[int] | None) -> None:
         self.ends, self.waiting = ends, ends is not None
 
-    def take(self, rows: int, seq_len: int) -> Documents | None:
-        """Boundaries of every row of the batch that is split now (one row where all share them); None without.
+    def take(self, rows: int, seq_len: int, divided_by: int = 1) -> Documents | None:
+        """Boundaries of every row of a batch (one row where all share them); None without.
+
+        Args:
+            rows, seq_len: of the whole batch.
+            divided_by: by what MindSpeed divides ends in its causal ring, its size; both forms are recognised by the
+                last end, which is that of the batch.
 
         Raises:
-            ValueError: the ends do not ascend to the end of the batch.
+            ValueError: the ends do not ascend, or do not end where the batch does.
         """
-        if not self.waiting or self.ends is None:
+        if self.ends is None:
             return None
         self.waiting = False
         given = self.ends.flatten().tolist() if isinstance(self.ends, torch.Tensor) else list(self.ends)
-        ends = [int(end) for end in given if end]
-        total = rows * seq_len
+        ends, total = [int(end) for end in given if end], rows * seq_len
+        if ends and divided_by > 1 and ends[-1] * divided_by == total:
+            ends = [end * divided_by for end in ends]
         if ends != sorted(ends) or not ends or ends[-1] > total or ends[0] < 0:
-            raise ValueError(
-                f"set_actual_seq_len got ends up to {ends[-1] if ends else 'nothing'}, and the batch has {rows} rows "
-                f"of {seq_len} tokens; give ascending ends over all its rows, the last one {total}."
-            )
+            raise ValueError(self._refusal(ends, rows, seq_len, divided_by))
+        if divided_by > 1 and ends[-1] != total:
+            raise ValueError(self._refusal(ends, rows, seq_len, divided_by))
         starts = [row * seq_len for row in range(rows)]
-        return tuple((0, *(end - start for end in ends if start < end < start + seq_len), seq_len) for start in starts)
+        found = tuple((0, *(end - start for end in ends if start < end < start + seq_len), seq_len) for start in starts)
+        return found[:1] if len(set(found)) == 1 else found
+
+    def _refusal(self, ends: list[int], rows: int, seq_len: int, divided_by: int) -> str:
+        total = rows * seq_len
+        way_out = f"the last one {total}" + (f", or all divided by {divided_by}" if divided_by > 1 else "")
+        return (
+            f"set_actual_seq_len got ends up to {ends[-1] if ends else 'nothing'}, and the batch has {rows} rows "
+            f"of {seq_len} tokens; give ascending ends over all its rows, {way_out}."
+        )

@@ -1,14 +1,17 @@
-"""The start of a job: all ranks compare their settings before Megatron makes a process group."""
+"""The start of a job: ranks compare their settings before they work together."""
 
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from mindspeed_cp.arguments import compared_arguments, compared_config
-from mindspeed_cp.megatron.decision import config_for
+from mindspeed_cp.megatron.decision import Settings
 from mindspeed_cp.settings.agreement import SAID, RanksDiffer, agree, versions
+from mindspeed_cp.settings.config import ContextParallelConfig
 
 
-def agreed_config(state, given):
+def agreed_config(settings: Settings, given: Mapping[str, Any]) -> ContextParallelConfig:
     """The configuration with which all ranks start; collective over the world.
 
     Args:
@@ -19,26 +22,67 @@ def agreed_config(state, given):
             the program instead, with one line on rank 0.
     """
     config, refusal = None, None
+    size, sizes = given.get("context_parallel_size", 1), given.get("hierarchical_context_parallel_sizes")
     try:
-        config = config_for(
-            state, given.get("context_parallel_size", 1), given.get("hierarchical_context_parallel_sizes")
-        )
+        config = _config_for(settings, size, sizes)
     except ValueError as error:
         refusal = str(error)
-    settings = versions(**{"the version of megatron-core": _megatron_version()})
-    if config is not None:
-        settings |= compared_config(config, state.setup)
-    settings |= compared_arguments(given) | dict(state.compared)
-    with _ending(state.program) as say:
-        agree(settings, refusal=refusal, say=say)
+    compared = _compared(config, settings) | compared_arguments(given) | dict(settings.compared)
+    with _ending(settings.program) as say:
+        agree(compared, refusal=refusal, say=say)
+    assert config is not None
     return config
 
 
+def agree_in_group(config: ContextParallelConfig, settings: Settings, ranks: Sequence[int]) -> None:
+    """Compare what this group works by; collective over its ranks.
+
+    Raises:
+        RanksDiffer: a rank of the group has other settings.
+    """
+    agree(_compared(config, settings), ranks=ranks)
+
+
+def _config_for(settings: Settings, cp_size: int, sizes: Sequence[int] | None) -> ContextParallelConfig:
+    """The configuration for what initialize_model_parallel got.
+
+    Raises:
+        ValueError: another size was configured, or the settings do not fit this one.
+    """
+    decision = settings.undecided
+    open_size = decision is not None and decision.settings.cp_size in (None, cp_size)
+    if open_size and cp_size == 1:
+        return ContextParallelConfig(context_parallel_size=1)
+    if open_size:
+        settings.decide(cp_size, sizes)
+    config = settings.config
+    assert config is not None
+    if config.context_parallel_size != cp_size:
+        raise ValueError(
+            f"--context-parallel-size {config.context_parallel_size} was configured, and "
+            f"initialize_model_parallel got context_parallel_size={cp_size}; pass the same size to both."
+        )
+    return config
+
+
+def _compared(config: ContextParallelConfig | None, settings: Settings) -> dict[str, str]:
+    found = versions(**{"the version of megatron-core": _megatron_version()})
+    if config is None:
+        return found
+    return found | compared_config(
+        config,
+        settings.setup,
+        kernel=settings.kernel,
+        documents_from_position_ids=settings.documents_from_position_ids,
+        end_of_document=settings.end_of_document,
+    )
+
+
 @contextmanager
-def _ending(program):
+def _ending(program: str) -> Iterator[Callable[[str], None]]:
     """Yields what rank 0 says; a program ends with status 2, a script gets the exception."""
 
-    def say(message):
+    def say(message: str) -> None:
         if program and message != SAID:
             print(f"{program}: error: {message}", file=sys.stderr, flush=True)
 
@@ -50,7 +94,7 @@ def _ending(program):
         raise
 
 
-def _megatron_version():
+def _megatron_version() -> str:
     from megatron.core import package_info
 
-    return getattr(package_info, "__version__", "unknown")
+    return str(getattr(package_info, "__version__", "unknown"))

@@ -12,7 +12,7 @@ import yaml
 
 from mindspeed_cp.doctor import self_test
 from mindspeed_cp.kernels import select_kernel
-from mindspeed_cp.kernels.base import KernelOptions
+from mindspeed_cp.kernels.base import AttentionRows, BlockTensors, KernelOptions
 from mindspeed_cp.planner.cluster import CLUSTERS, DEFAULT, THIS_MACHINE, Cluster, known_device
 from mindspeed_cp.sequence.blocks import Block
 
@@ -75,8 +75,9 @@ def kernel_rate(device: str, seq: int | None = None) -> float:
     kernel = select_kernel(device)
 
     def both() -> None:
-        out, lse, rng = kernel.forward(query, key, value, block, options)
-        kernel.backward(grad_out, query, key, value, out, lse, block, options, rng)
+        tensors = BlockTensors(block, query, key, value)
+        result = kernel.forward(tensors, options)
+        kernel.backward(tensors, AttentionRows(grad_out, result.out, result.lse), options, result.saved)
 
     # Two products forward, five backward, two FLOPs each.
     return 14 * block.area * heads * dim / _seconds(both, device)

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mindspeed_cp.attention.kept import KeptAttention
-from mindspeed_cp.attention.merging import merge_attention
-from mindspeed_cp.kernels.base import MemoryOrder
+from mindspeed_cp.kernels.base import BlockResult, MemoryOrder
+from mindspeed_cp.kernels.merge import merge_attention
 from mindspeed_cp.planner.trace import Notes, NotingKernel, Problem, dry_call
 from mindspeed_cp.settings.config import ContextParallelConfig
 
@@ -67,10 +67,10 @@ class WeighingKernel(NotingKernel):
     live: LiveBytes = field(default_factory=LiveBytes)
     _held: dict[Any, int] = field(default_factory=dict)
 
-    def merge(self, out, lse, block_out, block_lse):
-        shapes = out.shape, out.dtype, block_out.dtype
+    def merge(self, out: torch.Tensor, lse: torch.Tensor, statistics: Any, block: BlockResult) -> Any:
+        shapes = out.shape, out.dtype, block.out.dtype
         if shapes not in self._held:
-            self._held[shapes] = self.live.most_during(lambda: merge_attention(out, lse, block_out, block_lse))
+            self._held[shapes] = self.live.most_during(lambda: merge_attention(out, lse, block.out, block.lse))
         self.live.add_for_a_moment(self._held[shapes])
 
 

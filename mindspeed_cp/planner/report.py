@@ -1,5 +1,6 @@
 """What the planner says of a whole training: a table, the reason, the flags, and lines for a shell."""
 
+from mindspeed_cp.arguments.declared import variables_of
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.search import Candidate, flags
 from mindspeed_cp.planner.split import Work, sizes
@@ -71,16 +72,10 @@ def megatron_flags(plan: Plan) -> str:
 
 def shell(plan: Plan) -> list[str]:
     """Assignments of the launch scripts' variables."""
-    config, split = plan.attention.config, plan.split
     values = {
-        "TP": split.tp,
-        "PP": split.pp,
-        "CP": split.cp,
-        "CP_ALGO": config.algorithm,
-        "ULYSSES_DEGREE": config.ulysses_degree or "",
-        "CP_WINDOW": config.window_size,
-        "KV_EXCHANGE": "" if config.kv_exchange == "ring" else config.kv_exchange,
-        "KV_CACHE_POLICY": config.kv_cache_policy or "",
+        "TP": plan.split.tp,
+        "PP": plan.split.pp,
+        **variables_of(plan.attention.config),
         "RECOMPUTE": "none" if plan.recompute == "none" else "full",
         "KEEP_ATTENTION": int(plan.recompute == "full, attention kept"),
     }

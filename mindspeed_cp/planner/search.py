@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mindspeed_cp.arguments.declared import flags_of
 from mindspeed_cp.attention.ring_plan import ring_plan
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.trace import Compute, Event, Post, Problem, trace
@@ -17,9 +18,8 @@ from mindspeed_cp.settings.config import (
     ContextParallelConfig,
     KVCachePolicy,
     MaskType,
-    TrainingSetup,
-    resolve,
 )
+from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
 Policies = tuple[KVCachePolicy | None, ...]
 
@@ -128,7 +128,8 @@ def variants(cp: int, documents: bool = False) -> Iterator[tuple[str, dict[str, 
     for name, row in ALGORITHMS.items():
         degrees: list[int | None] = [*divisors] if row.takes_degree and divisors else [None]
         for degree in degrees:
-            for window in [1, *divisors] if row.takes_window else [1]:
+            windows = [number for number in divisors if number < cp // (degree or 1)] if row.takes_window else []
+            for window in [1, *windows]:
                 ways = [("auto", "ring"), ("auto", "direct"), ("balanced", "direct")][: 3 if documents else 2]
                 for layout, exchange in ways if row.exchange == "ring" else ways[:1]:
                     for policy in KV_CACHE_POLICIES:
@@ -246,14 +247,4 @@ def hiding_tokens(problem: Problem, cluster: Cluster, inter: bool, causal: bool 
 
 def flags(config: ContextParallelConfig) -> str:
     """The flags to paste."""
-    line = f"--context-parallel-size {config.context_parallel_size} --context-parallel-algo {config.algorithm}"
-    given = {
-        "--cp-attention-mask-type": config.attention_mask_type,
-        "--ulysses-degree-in-cp": config.ulysses_degree,
-        "--cp-batch-layout": config.batch_layout if config.batch_layout != "auto" else None,
-        "--cp-window-size": config.window_size if config.window_size > 1 else None,
-        "--cp-kv-exchange": config.kv_exchange if config.kv_exchange != "ring" else None,
-        "--context-parallel-kv-cache-policy": config.kv_cache_policy,
-    }
-    line += "".join(f" {flag} {value}" for flag, value in given.items() if value is not None)
-    return line + (" --use-cp-send-recv-overlap" if config.send_recv_overlap else "") + " --use-flash-attn"
+    return f"{flags_of(config)} --use-flash-attn"

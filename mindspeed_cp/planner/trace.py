@@ -18,7 +18,16 @@ from mindspeed_cp.comm.counters import Traffic, count_bytes
 from mindspeed_cp.comm.groups import ContextParallelGroups, parts_of
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.workspace import Workspace
-from mindspeed_cp.kernels.base import KernelOptions, MemoryOrder, accumulation_dtype
+from mindspeed_cp.kernels.base import (
+    AttentionKernel,
+    AttentionRows,
+    BlockResult,
+    BlockTensors,
+    Gradients,
+    KernelOptions,
+    MemoryOrder,
+    accumulation_dtype,
+)
 from mindspeed_cp.planner.cluster import HEAD_DIM
 from mindspeed_cp.sequence.blocks import Block
 from mindspeed_cp.sequence.layout import SequenceLayout
@@ -174,7 +183,7 @@ def shorter_side(block: Block) -> float:
 
 
 @dataclass
-class NotingKernel:
+class NotingKernel(AttentionKernel):
     """A kernel that computes nothing and notes its FLOPs: two for each multiply-add of the matrix products."""
 
     notes: Notes
@@ -182,24 +191,29 @@ class NotingKernel:
     name: str = "dry"
     native_bands: bool = True
 
-    def memory_order(self, dtype):
+    has_fused_merge: bool = True
+
+    def memory_order(self, dtype: torch.dtype) -> MemoryOrder | None:
         return self.order
 
-    def forward(self, query, key, value, block, options: KernelOptions, attention_mask=None):
+    def forward(self, tensors: BlockTensors, options: KernelOptions) -> BlockResult:
+        query = tensors.query
         _, batch, heads, dk = query.shape
-        dv = value.shape[-1]
-        self.notes.events.append(Compute(2 * block.area * batch * heads * (dk + dv), shorter_side(block), dk))
+        dv = tensors.value.shape[-1]
+        flops = 2 * tensors.block.area * batch * heads * (dk + dv)
+        self.notes.events.append(Compute(flops, shorter_side(tensors.block), dk))
         lse = query.new_empty(query.shape[:-1], dtype=accumulation_dtype(query.dtype))
-        return query.new_empty((*query.shape[:-1], dv)), lse, None
+        return BlockResult(query.new_empty((*query.shape[:-1], dv)), lse)
 
-    def merge(self, out, lse, block_out, block_lse):
-        pass
+    def merge(self, out: torch.Tensor, lse: torch.Tensor, statistics: Any, block: BlockResult) -> Any:
+        return None
 
-    def backward(self, grad_out, query, key, value, out, lse, block, options, rng, attention_mask=None):
+    def backward(self, tensors: BlockTensors, rows: AttentionRows, options: KernelOptions, saved: Any) -> Gradients:
+        query, key, value = tensors.query, tensors.key, tensors.value
         _, batch, heads, dk = query.shape
         # Scores again, their gradient, and the gradients of query, key and value.
-        flops = 2 * block.area * batch * heads * (3 * dk + 2 * value.shape[-1])
-        self.notes.events.append(Compute(flops, shorter_side(block), dk))
+        flops = 2 * tensors.block.area * batch * heads * (3 * dk + 2 * value.shape[-1])
+        self.notes.events.append(Compute(flops, shorter_side(tensors.block), dk))
         return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 

@@ -18,8 +18,9 @@ from mindspeed_cp.planner.search import Candidate, Found, Policies, Timing, sear
 from mindspeed_cp.planner.split import Split, Work, sizes, splits
 from mindspeed_cp.planner.stages import RECOMPUTES, Memory, Recompute, Step, kinds_of_stages, stage_memory, stage_step
 from mindspeed_cp.planner.trace import Problem
-from mindspeed_cp.settings.config import KV_CACHE_POLICIES, ContextParallelConfig, MaskType, TrainingSetup
+from mindspeed_cp.settings.config import KV_CACHE_POLICIES, ContextParallelConfig, MaskType
 from mindspeed_cp.settings.rules import heads_of_rank
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
 MARGIN = 0.9  # of a device's memory: the rest is for what is not counted
 SETTINGS = 4  # of context parallelism that are weighed where nothing fits

@@ -8,12 +8,14 @@ that has the document already. The result depends on the boundaries alone, so th
 Related: the dispatch solver of MagiAttention (arXiv 2505.13211), WLB-LLM (arXiv 2503.17924). n: ring ranks.
 """
 
-from functools import lru_cache
-from itertools import accumulate
-
 import numpy as np
+import numpy.typing as npt
 
-Runs = tuple[tuple[int, int], ...]
+from mindspeed_cp.sequence.cache import RUN_BYTES, kept_up_to
+from mindspeed_cp.sequence.runs import Boundaries, Runs, offsets, split_sizes
+
+Integers = npt.NDArray[np.int64]
+Areas = npt.NDArray[np.float64]  # integers would overflow from 2**32 tokens on
 
 CHUNKS_PER_RANK = (4, 8, 16, 32)  # more chunks balance better and make more and smaller blocks
 GOOD = 1.02  # largest area over the mean that ends the search
@@ -24,31 +26,36 @@ EXCHANGES = 200  # of two chunks between the fullest and another rank
 class _Area:
     """How many (query, key) pairs the queries before a position see, with causal or full attention within documents."""
 
-    def __init__(self, documents, causal):
+    def __init__(self, documents: Boundaries, causal: bool) -> None:
         self._ends, self._causal = np.unique(np.array(documents, dtype=np.int64)), causal
-        self._before = np.concatenate([[0], np.cumsum(self._pairs(np.diff(self._ends), np.diff(self._ends)))])
+        self._before = np.concatenate([[0.0], np.cumsum(self._pairs(np.diff(self._ends), np.diff(self._ends)))])
 
-    def _pairs(self, queries, keys):
-        return queries * (queries + 1) // 2 if self._causal else queries * keys
+    def _pairs(self, queries: Integers, keys: Integers) -> Areas:
+        queries_, keys_ = queries.astype(np.float64), keys.astype(np.float64)
+        return queries_ * (queries_ + 1) / 2 if self._causal else queries_ * keys_
 
-    def document(self, positions):
+    def document(self, positions: Integers) -> Integers:
         return np.clip(np.searchsorted(self._ends, positions, side="right") - 1, 0, len(self._ends) - 2)
 
-    def __call__(self, positions):
+    def __call__(self, positions: Integers) -> Areas:
         index = self.document(positions)
         start = self._ends[index]
         return self._before[index] + self._pairs(positions - start, self._ends[index + 1] - start)
 
 
-def imbalance(rings: list[Runs], documents: tuple[int, ...], causal: bool = True) -> float:
+def imbalance(rings: list[Runs], documents: Boundaries, causal: bool = True) -> float:
     """Largest area of a ring rank over the mean; ``rings`` are the runs of each."""
     area = _Area(documents, causal)
     loads = [float(sum(np.diff(area(np.array(run)))[0] for run in runs)) for runs in rings]
     return max(loads) * len(loads) / max(sum(loads), 1.0)
 
 
-@lru_cache(maxsize=64)
-def balanced_rings(documents: tuple[int, ...], num_ranks: int, causal: bool = True) -> tuple[Runs, ...]:
+def _num_bytes(rings: tuple[Runs, ...]) -> int:
+    return RUN_BYTES * sum(map(len, rings))
+
+
+@kept_up_to(8 << 20, _num_bytes)
+def balanced_rings(documents: Boundaries, num_ranks: int, causal: bool = True) -> tuple[Runs, ...]:
     """The runs of every ring rank, ascending.
 
     Args:
@@ -56,9 +63,9 @@ def balanced_rings(documents: tuple[int, ...], num_ranks: int, causal: bool = Tr
         causal: causal attention within documents, else full.
     """
     area, seq_len = _Area(documents, causal), documents[-1]
-    best: tuple[float, np.ndarray, np.ndarray] | None = None
+    best: tuple[float, Integers, Integers] | None = None
     for per_rank in CHUNKS_PER_RANK:
-        cuts = _cuts(seq_len, num_ranks * per_rank)
+        cuts = np.array(offsets(split_sizes(seq_len, num_ranks * per_rank)))
         areas, homes = np.diff(area(cuts)), area.document(cuts[:-1])
         owner = _improved(_shared_out(areas, homes, np.diff(cuts), num_ranks), areas, np.diff(cuts), num_ranks)
         loads = np.bincount(owner, weights=areas, minlength=num_ranks)
@@ -73,12 +80,7 @@ def balanced_rings(documents: tuple[int, ...], num_ranks: int, causal: bool = Tr
     return tuple(tuple(runs[chunk] for chunk in np.flatnonzero(owner == rank)) for rank in range(num_ranks))
 
 
-def _cuts(seq_len, parts):
-    base, extra = divmod(seq_len, parts)
-    return np.array([0, *accumulate(base + (part < extra) for part in range(parts))])
-
-
-def _shared_out(areas, homes, sizes, num_ranks):
+def _shared_out(areas: Areas, homes: Integers, sizes: Integers, num_ranks: int) -> Integers:
     """The rank of every chunk: largest area first, to the emptiest rank, or one about as empty with the same document.
 
     Chunks of both sizes that occur are shared out evenly.
@@ -87,10 +89,9 @@ def _shared_out(areas, homes, sizes, num_ranks):
     loads = np.zeros(num_ranks)
     slack = SLACK * areas.sum() / num_ranks
     larger = sizes > sizes.min()
-    base, extra = divmod(int(larger.sum()), num_ranks)
-    takes = np.array([base + (rank < extra) for rank in range(num_ranks)])
+    takes = np.array(split_sizes(int(larger.sum()), num_ranks))
     left = {True: takes, False: len(areas) // num_ranks - takes}
-    holders: dict[int, np.ndarray] = {}
+    holders: dict[int, Areas] = {}
     for chunk in np.argsort(-areas, kind="stable"):
         quota, home = left[bool(larger[chunk])], int(homes[chunk])
         held = holders.setdefault(home, np.zeros(num_ranks))
@@ -104,7 +105,7 @@ def _shared_out(areas, homes, sizes, num_ranks):
     return owner
 
 
-def _improved(owner, areas, sizes, num_ranks):
+def _improved(owner: Integers, areas: Areas, sizes: Integers, num_ranks: int) -> Integers:
     """Exchange chunks of one size between the fullest rank and others while that lowers the larger of the two loads."""
     loads = np.bincount(owner, weights=areas, minlength=num_ranks)
     for _ in range(EXCHANGES):

@@ -7,12 +7,14 @@ slope changes, the visible keys are one block: a rectangle (0, 0), a causal squa
 too). Nothing of size S x S is ever made, and what is empty yields no block.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import itemgetter
 
+from mindspeed_cp.sequence.runs import Run, Runs, union
 from mindspeed_cp.sequence.staircases import IntervalMask, Pieces, visible_pieces
 
-Runs = tuple[tuple[int, int], ...]
+# (query start, query stop, key start, key stop, lower, upper)
+Shape = tuple[int, int, int, int, int | None, int | None]
 
 BAND_TILE = 256  # rows of a tile with an explicit mask, where a kernel has no bands of its own
 
@@ -32,27 +34,27 @@ class Block:
     upper: int | None = None
 
     @property
-    def query_rows(self):
+    def query_rows(self) -> slice:
         return slice(self.q_offsets[0], self.q_offsets[-1])
 
     @property
-    def key_rows(self):
+    def key_rows(self) -> slice:
         return slice(self.k_offsets[0], self.k_offsets[-1])
 
     @property
-    def is_full(self):
+    def is_full(self) -> bool:
         return self.lower is None and self.upper is None
 
     @property
-    def is_causal(self):
+    def is_causal(self) -> bool:
         """A causal square (every piece has as many keys as queries)."""
         return self.lower is None and self.upper == 0
 
     @property
-    def num_pieces(self):
+    def num_pieces(self) -> int:
         return len(self.q_offsets) - 1
 
-    def pieces(self):
+    def pieces(self) -> Iterator[tuple[slice, slice]]:
         """(query slice, key slice) of every piece, relative to the first row of the block."""
         q0, k0 = self.q_offsets[0], self.k_offsets[0]
         for n in range(self.num_pieces):
@@ -62,15 +64,15 @@ class Block:
             )
 
     @property
-    def area(self):
+    def area(self) -> int:
         """How many (query, key) pairs the block computes."""
         return sum(_area(q.stop - q.start, k.stop - k.start, self.lower, self.upper) for q, k in self.pieces())
 
 
-def _area(rows, cols, lower, upper):
+def _area(rows: int, cols: int, lower: int | None, upper: int | None) -> int:
     """Pairs (i, j) of a rows x cols rectangle with lower <= j - i <= upper, in closed form."""
 
-    def below(limit):  # pairs with j - i <= limit
+    def below(limit: int | None) -> int:  # pairs with j - i <= limit
         if limit is None:
             return rows * cols
         first = min(max(limit + 1, 0), cols)  # visible in row 0
@@ -86,18 +88,19 @@ def _area(rows, cols, lower, upper):
     return below(upper) - (below(lower - 1) if lower is not None else 0)
 
 
-def _cut(block, q, k, lower, upper):
+def _cut(block: Block, q: Run, k: Run, lower: int | None, upper: int | None) -> Block:
     """A block of the rows q and columns k of ``block``'s single piece."""
     q0, k0 = block.q_offsets[0], block.k_offsets[0]
     return Block((q0 + q[0], q0 + q[1]), (k0 + k[0], k0 + k[1]), lower, upper)
 
 
-def _tiles(block):
+def _tiles(block: Block) -> list[Block]:
     """A band in shapes that every kernel has, BAND_TILE rows at a time.
 
     A triangle at each boundary and a rectangle between them, or one small masked tile where they overlap.
     """
     rows, cols = block.q_offsets[1] - block.q_offsets[0], block.k_offsets[1] - block.k_offsets[0]
+    assert block.lower is not None
     parts = []
     for start in range(0, rows, BAND_TILE):
         stop = min(start + BAND_TILE, rows)
@@ -115,8 +118,8 @@ def _tiles(block):
     return parts
 
 
-def _shapes(pieces: Pieces):
-    """(query start, query stop, key start, key stop, lower, upper) of each piece's block, in row order.
+def _shapes(pieces: Pieces) -> Iterator[Shape]:
+    """The shape of each piece's block, in row order.
 
     A diagonal that does not begin in the corner becomes a rectangle and a causal square.
     """
@@ -156,9 +159,9 @@ def plan_blocks(query_runs: Runs, key_runs: Runs, mask: IntervalMask, native_ban
     blocks: list[Block] = []
     q_offsets: list[int] = []
     k_offsets: list[int] = []
-    shape = None
+    shape: tuple[int | None, int | None] = None, None
 
-    def close():
+    def close() -> None:
         if q_offsets:
             blocks.append(Block(tuple(q_offsets), tuple(k_offsets), *shape))
             q_offsets.clear()
@@ -183,10 +186,5 @@ def plan_blocks(query_runs: Runs, key_runs: Runs, mask: IntervalMask, native_ban
 
 def needed_rows(query_runs: Runs, key_runs: Runs, mask: IntervalMask) -> Runs:
     """Rows of the key shard that some query at ``query_runs`` sees, as ascending disjoint (start, stop)."""
-    needed: list[tuple[int, int]] = []
-    for _, _, start, stop, _, _ in sorted(_shapes(visible_pieces(query_runs, key_runs, mask)), key=itemgetter(2)):
-        if needed and start <= needed[-1][1]:
-            needed[-1] = (needed[-1][0], max(stop, needed[-1][1]))
-        else:
-            needed.append((start, stop))
-    return tuple(needed)
+    shapes = _shapes(visible_pieces(query_runs, key_runs, mask))
+    return union((start, stop) for _, _, start, stop, _, _ in shapes)

@@ -16,55 +16,22 @@ Hybrid's own zigzag is over the ring ranks, and each ring rank's tokens are cont
 Runs are half-open intervals (start, stop) of global positions; rows are places in the order in which something is held.
 """
 
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import accumulate
+from functools import cached_property
 from typing import Literal
 
 import torch
 
+from mindspeed_cp.sequence import runs as ranges
 from mindspeed_cp.sequence.balance import balanced_rings, imbalance
+from mindspeed_cp.sequence.cache import RUN_BYTES, kept_up_to
+from mindspeed_cp.sequence.runs import Boundaries, Run, Runs, boundaries
 from mindspeed_cp.settings.config import ContextParallelConfig
 
-Runs = tuple[tuple[int, int], ...]
 LayoutKind = Literal["contiguous", "zigzag", "document_zigzag", "balanced", "runs"]
 
 UNEVEN = 1.1  # largest area over the mean from which "auto" leaves the zigzag
-
-
-def split_sizes(length: int, parts: int) -> list[int]:
-    """Cut ``length`` into ``parts`` whole sizes that differ by at most one; the first parts get the remainder."""
-    base, extra = divmod(length, parts)
-    return [base + (part < extra) for part in range(parts)]
-
-
-def _offsets(sizes: Iterable[int]) -> list[int]:
-    return [0, *accumulate(sizes)]
-
-
-def join_runs(runs: Iterable[tuple[int, int]]) -> Runs:
-    """Merge runs of which one begins where the one before it ends, drop empty ones; the order stays."""
-    joined: list[tuple[int, int]] = []
-    for low, high in runs:
-        if low == high:
-            continue
-        if joined and joined[-1][1] == low:
-            joined[-1] = (joined[-1][0], high)
-        else:
-            joined.append((low, high))
-    return tuple(joined)
-
-
-def run_positions(runs: Runs, device: torch.device | str | None = None) -> torch.Tensor:
-    """LongTensor of the positions in ``runs``, in their order."""
-    pieces = [torch.arange(start, stop, device=device) for start, stop in runs]
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.long, device=device)
-
-
-def _length(runs: Runs) -> int:
-    return sum(stop - start for start, stop in runs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,11 +66,11 @@ class SequenceLayout:
         auto = config.batch_layout == "auto"
         if kind not in DOCUMENT_KINDS and not (auto and kind == "zigzag" and cu_seqlens is not None):
             return _even(kind, degree, ring_size, seq_len, auto)
-        documents = (0, seq_len) if cu_seqlens is None else tuple(map(int, cu_seqlens))
-        if documents[0] != 0 or documents[-1] != seq_len or any(b < a for a, b in zip(documents, documents[1:])):
+        documents = (0, seq_len) if cu_seqlens is None else boundaries(cu_seqlens)
+        if documents[-1] != seq_len:
             raise ValueError(
-                f"cu_seqlens must ascend from 0 to the sequence length {seq_len}, and goes from {documents[0]} to "
-                f"{documents[-1]}; pass the cumulative lengths of all documents, padding included."
+                f"cu_seqlens ends with {documents[-1]} and must end with the sequence length {seq_len}; pass the "
+                "cumulative lengths of all documents, padding included."
             )
         if kind not in DOCUMENT_KINDS:
             return _zigzag_or_balanced(degree, ring_size, documents)
@@ -121,7 +88,7 @@ class SequenceLayout:
             ValueError: not one list per rank, or not every position from 0 on exactly once.
         """
         cp_size = config.context_parallel_size
-        all_runs = tuple(join_runs((int(start), int(stop)) for start, stop in mine) for mine in runs)
+        all_runs = tuple(ranges.join((int(start), int(stop)) for start, stop in mine) for mine in runs)
         if len(all_runs) != cp_size:
             raise ValueError(
                 f"runs holds {len(all_runs)} lists and --context-parallel-size is {cp_size}; pass one list of (start, "
@@ -141,7 +108,7 @@ class SequenceLayout:
 
     @cached_property
     def seq_len(self) -> int:
-        return sum(map(_length, self.all_runs))
+        return sum(map(ranges.length, self.all_runs))
 
     @property
     def cp_size(self) -> int:
@@ -171,20 +138,20 @@ class SequenceLayout:
     def _rings(self) -> tuple[Runs, ...]:
         degree = self.ulysses_degree
         together = (sum(self.all_runs[first : first + degree], ()) for first in range(0, self.cp_size, degree))
-        return tuple(join_runs(sorted(runs)) for runs in together)
+        return tuple(ranges.join(sorted(runs)) for runs in together)
 
     def ring_runs(self, ring_rank: int) -> Runs:
         """Runs of global positions that the Ulysses group of ``ring_rank`` holds together, ascending."""
         return self._rings[ring_rank]
 
     def ring_length(self, ring_rank: int) -> int:
-        return _length(self._rings[ring_rank])
+        return ranges.length(self._rings[ring_rank])
 
     @cached_property
     def _rows(self) -> tuple[tuple[Runs, ...], ...]:
         return tuple(
             tuple(
-                _rows_of(self.all_runs[ring_rank * self.ulysses_degree + rank], self._rings[ring_rank])
+                ranges.rows_of(self.all_runs[ring_rank * self.ulysses_degree + rank], self._rings[ring_rank])
                 for rank in range(self.ulysses_degree)
             )
             for ring_rank in range(self.ring_size)
@@ -194,10 +161,9 @@ class SequenceLayout:
         """Per Ulysses rank, where its tokens lie in ``ring_runs``: (start, stop) of rows, in the order of its own."""
         return self._rows[ring_rank]
 
-    def ulysses_lengths(self, ring_rank: int) -> list[int]:
-        """How many tokens each Ulysses rank of ``ring_rank`` holds."""
-        first = ring_rank * self.ulysses_degree
-        return [_length(runs) for runs in self.all_runs[first : first + self.ulysses_degree]]
+    def joined(self) -> "SequenceLayout":
+        """One rank that holds everything, the tokens of all ranks one after another."""
+        return SequenceLayout((ranges.join(run for runs in self.all_runs for run in runs),))
 
     def runs(self, cp_rank: int) -> Runs:
         """Runs of global positions that ``cp_rank`` holds, in the order in which it holds them."""
@@ -209,16 +175,16 @@ class SequenceLayout:
 
     def length(self, cp_rank: int) -> int:
         """How many tokens ``cp_rank`` holds; 0 is possible when the sequence is shorter than the group."""
-        return _length(self.runs(cp_rank))
+        return ranges.length(self.runs(cp_rank))
 
     @property
     def is_even(self) -> bool:
         """Whether all ranks hold equally many tokens."""
-        return len(set(map(_length, self.all_runs))) == 1
+        return len(set(map(ranges.length, self.all_runs))) == 1
 
     def positions(self, cp_rank: int, device: torch.device | str | None = None) -> torch.Tensor:
         """LongTensor of the global positions that ``cp_rank`` holds, in the order in which it holds them."""
-        return run_positions(self.runs(cp_rank), device)
+        return ranges.positions(self.runs(cp_rank), device)
 
     def shard(self, tensor: torch.Tensor, cp_rank: int, dim: int = 0) -> torch.Tensor:
         """The part of ``tensor``, whose ``dim`` is the whole sequence, that ``cp_rank`` holds; one run is a view."""
@@ -239,77 +205,46 @@ class SequenceLayout:
         pieces: list[tuple[int, torch.Tensor]] = []
         for cp_rank, shard in enumerate(shards):
             runs = self.runs(cp_rank)
-            if shard.size(dim) != _length(runs):
+            if shard.size(dim) != ranges.length(runs):
                 raise ValueError(
                     f"shard {cp_rank} has {shard.size(dim)} tokens on dimension {dim}, the layout gives it "
-                    f"{_length(runs)}; pass the shards in rank order."
+                    f"{ranges.length(runs)}; pass the shards in rank order."
                 )
             sizes = [stop - start for start, stop in runs]
             pieces += zip((start for start, _ in runs), shard.split(sizes, dim=dim) if sizes else ())
         return torch.cat([piece for _, piece in sorted(pieces, key=lambda item: item[0])], dim=dim)
 
 
-def _rows_of(runs: Runs, held: Runs) -> Runs:
-    """Where the positions of ``runs`` lie among the ascending runs ``held``, which contain them, as rows."""
-    starts, before = [start for start, _ in held], _offsets(stop - start for start, stop in held)
-
-    def rows() -> Iterator[tuple[int, int]]:
-        for low, high in runs:
-            index = bisect_right(starts, low) - 1
-            row = before[index] + low - starts[index]
-            yield row, row + high - low
-
-    return join_runs(rows())
-
-
-def _zigzag(start: int, stop: int, ranks: int) -> list[list[tuple[int, int]]]:
+def _zigzag(start: int, stop: int, ranks: int) -> list[list[Run]]:
     """Chunks r and 2n-1-r of 2n for each of n ranks; sizes differ by at most one."""
-    cuts = _offsets(split_sizes(stop - start, 2 * ranks))
-    return [
-        [(start + cuts[chunk], start + cuts[chunk + 1]) for chunk in (rank, 2 * ranks - 1 - rank)]
-        for rank in range(ranks)
-    ]
+    chunks = ranges.cut(((start, stop),), 2 * ranks)
+    return [[*chunks[rank], *chunks[2 * ranks - 1 - rank]] for rank in range(ranks)]
 
 
-def _cut(runs: Runs, parts: int) -> list[Runs]:
-    """The tokens of ``runs`` in ``parts`` contiguous pieces."""
-    cuts = _offsets(split_sizes(_length(runs), parts))
-    return [_take(runs, start, stop) for start, stop in zip(cuts, cuts[1:])]
+def _num_bytes(layout: SequenceLayout) -> int:
+    return 3 * RUN_BYTES * sum(map(len, layout.all_runs))  # its own runs, the rings' and the rows
 
 
-def _take(runs: Runs, start: int, stop: int) -> Runs:
-    """The part of ``runs`` that holds their tokens number start to stop, counted along the runs."""
-    taken, seen = [], 0
-    for low, high in runs:
-        first, last = max(start - seen, 0), min(stop - seen, high - low)
-        if first < last:
-            taken.append((low + first, low + last))
-        seen += high - low
-    return tuple(taken)
-
-
-@lru_cache(maxsize=256)
+@kept_up_to(8 << 20, _num_bytes)
 def _even(kind: LayoutKind, degree: int, ring_size: int, seq_len: int, nested: bool) -> SequenceLayout:
     """contiguous and zigzag; ``nested`` is Hybrid's own zigzag, over the ring ranks only, where the load is."""
     rings: list[Runs]
     if kind == "contiguous":
-        rings = _cut(((0, seq_len),), ring_size)
+        rings = ranges.cut(((0, seq_len),), ring_size)
     elif not nested:  # over all ranks, as Megatron cuts
-        return SequenceLayout(tuple(map(join_runs, _zigzag(0, seq_len, degree * ring_size))), degree, kind)
+        return SequenceLayout(tuple(map(ranges.join, _zigzag(0, seq_len, degree * ring_size))), degree, kind)
     else:
-        rings = list(map(join_runs, _zigzag(0, seq_len, ring_size)))
-    return SequenceLayout(tuple(piece for runs in rings for piece in _cut(runs, degree)), degree, kind)
+        rings = list(map(ranges.join, _zigzag(0, seq_len, ring_size)))
+    return SequenceLayout(tuple(piece for runs in rings for piece in ranges.cut(runs, degree)), degree, kind)
 
 
-@lru_cache(maxsize=64)
-def _by_documents(
-    kind: LayoutKind, degree: int, ring_size: int, documents: tuple[int, ...], causal: bool
-) -> SequenceLayout:
+@kept_up_to(8 << 20, _num_bytes)
+def _by_documents(kind: LayoutKind, degree: int, ring_size: int, documents: Boundaries, causal: bool) -> SequenceLayout:
     return SequenceLayout(DOCUMENT_KINDS[kind](documents, degree, ring_size, causal), degree, kind)
 
 
-@lru_cache(maxsize=64)
-def _zigzag_or_balanced(degree: int, ring_size: int, documents: tuple[int, ...]) -> SequenceLayout:
+@kept_up_to(8 << 20, _num_bytes)
+def _zigzag_or_balanced(degree: int, ring_size: int, documents: Boundaries) -> SequenceLayout:
     """What "auto" takes for a causal ring: the zigzag, unless these documents load its ranks unevenly."""
     zigzag = _even("zigzag", degree, ring_size, documents[-1], True)
     if imbalance([zigzag.ring_runs(rank) for rank in range(ring_size)], documents) <= UNEVEN:
@@ -317,18 +252,18 @@ def _zigzag_or_balanced(degree: int, ring_size: int, documents: tuple[int, ...])
     return _by_documents("balanced", degree, ring_size, documents, True)
 
 
-def _balanced(documents: tuple[int, ...], degree: int, ring_size: int, causal: bool) -> tuple[Runs, ...]:
+def _balanced(documents: Boundaries, degree: int, ring_size: int, causal: bool) -> tuple[Runs, ...]:
     """Equal areas on every ring rank, whose tokens lie contiguous over its Ulysses ranks; one document is a zigzag."""
     if len(set(documents)) <= 2:
         return _even("zigzag", degree, ring_size, documents[-1], True).all_runs
-    rings = map(join_runs, balanced_rings(documents, ring_size, causal))
-    return tuple(piece for runs in rings for piece in _cut(runs, degree))
+    rings = map(ranges.join, balanced_rings(documents, ring_size, causal))
+    return tuple(piece for runs in rings for piece in ranges.cut(runs, degree))
 
 
-def _document_zigzag(documents: tuple[int, ...], degree: int, ring_size: int, causal: bool) -> tuple[Runs, ...]:
+def _document_zigzag(documents: Boundaries, degree: int, ring_size: int, causal: bool) -> tuple[Runs, ...]:
     """Every document zigzag over all ranks on its own; within a rank document by document."""
     ranks = degree * ring_size
-    held: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+    held: list[list[Run]] = [[] for _ in range(ranks)]
     for index, (start, stop) in enumerate(zip(documents, documents[1:])):
         if (stop - start) % (2 * ranks):
             raise ValueError(
@@ -338,8 +273,9 @@ def _document_zigzag(documents: tuple[int, ...], degree: int, ring_size: int, ca
             )
         for mine, chunks in zip(held, _zigzag(start, stop, ranks)):
             mine += chunks
-    return tuple(map(join_runs, held))
+    return tuple(map(ranges.join, held))
 
 
 # Kinds that depend on where documents end: (boundaries, ulysses degree, ring size, causal) -> every rank's runs.
-DOCUMENT_KINDS = {"document_zigzag": _document_zigzag, "balanced": _balanced}
+DocumentKind = Callable[[Boundaries, int, int, bool], tuple[Runs, ...]]
+DOCUMENT_KINDS: dict[str, DocumentKind] = {"document_zigzag": _document_zigzag, "balanced": _balanced}

@@ -1,18 +1,22 @@
 """What queries may see: masks described by intervals, from mask types, windows and documents, and dense masks."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from typing import Any
 
 import torch
 
-from mindspeed_cp.sequence.blocks import IntervalMask
+from mindspeed_cp.sequence.cache import INT_BYTES, kept_up_to
+from mindspeed_cp.sequence.runs import Boundaries, boundaries
+from mindspeed_cp.sequence.staircases import IntervalMask
+
+GivenBoundaries = torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | None
 
 
 def interval_masks(
     causal: bool,
     seq_len: int,
     batch: int = 1,
-    cu_seqlens: torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    cu_seqlens: GivenBoundaries = None,
     sliding_window: tuple[int | None, int | None] | None = None,
 ) -> tuple[IntervalMask, ...]:
     """What queries may see, from document boundaries and a (left, right) window: one mask for all rows, or one each.
@@ -36,31 +40,37 @@ def interval_masks(
     return masks if len(set(masks)) > 1 else masks[:1]
 
 
-def _rows_of_boundaries(cu_seqlens, batch):
+def _rows_of_boundaries(cu_seqlens: Any, batch: int) -> list[Boundaries | None]:
     """The boundaries of every row, or of all rows at once."""
+    if cu_seqlens is None:
+        return [None]
     several = isinstance(cu_seqlens, (tuple, list)) and any(
         isinstance(row, (tuple, list, torch.Tensor)) for row in cu_seqlens
     )
     if not several:
-        return [_boundaries(cu_seqlens)]
+        if isinstance(cu_seqlens, torch.Tensor) and cu_seqlens.dim() != 1:
+            raise ValueError(
+                f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and must be one row of boundaries; pass a list of "
+                "rows where the rows of the batch hold different documents."
+            )
+        return [boundaries(cu_seqlens)]
     if len(cu_seqlens) != batch:
         raise ValueError(
             f"cu_seqlens holds {len(cu_seqlens)} rows of boundaries and the batch has {batch}; pass one row for each "
             "row of the batch, or a single row for all."
         )
-    return [_boundaries(row) for row in cu_seqlens]
+    return [boundaries(row) for row in cu_seqlens]
 
 
-@lru_cache(maxsize=256)
-def _interval_mask(causal, seq_len, left, right, cu_seqlens):
+def _num_bytes(mask: IntervalMask) -> int:
+    return 2 * INT_BYTES * len(mask.cu_seqlens or ())
+
+
+@kept_up_to(8 << 20, _num_bytes)
+def _interval_mask(
+    causal: bool, seq_len: int, left: int | None, right: int | None, cu_seqlens: Boundaries | None
+) -> IntervalMask:
     if cu_seqlens is not None:
-        if len(cu_seqlens) < 2 or cu_seqlens[0] != 0:
-            raise ValueError(
-                f"cu_seqlens {_short(cu_seqlens)} must start with 0 and hold at least one document; "
-                "prepend the leading 0."
-            )
-        if any(after < before for before, after in zip(cu_seqlens, cu_seqlens[1:])):
-            raise ValueError(f"cu_seqlens {_short(cu_seqlens)} must not descend; pass cumulative document lengths.")
         if cu_seqlens[-1] != seq_len:
             raise ValueError(
                 f"cu_seqlens ends with {cu_seqlens[-1]} and must end with the sequence length {seq_len}; "
@@ -76,23 +86,7 @@ def _interval_mask(causal, seq_len, left, right, cu_seqlens):
     return IntervalMask(left, 0 if causal else right, cu_seqlens)
 
 
-def _boundaries(cu_seqlens):
-    if cu_seqlens is None:
-        return None
-    numbers = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens
-    if not isinstance(numbers, (tuple, list)) or not all(isinstance(number, int) for number in numbers):
-        raise ValueError(
-            f"cu_seqlens {cu_seqlens} must be one row of whole numbers, the document boundaries from 0 to the total, "
-            "or a list of such rows, one for each row of the batch."
-        )
-    return tuple(numbers)
-
-
-def _short(numbers):
-    return str(list(numbers)) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:4]))}, ..., {numbers[-1]}]"
-
-
-def dense_mask(attention_mask, batch, seq_len):
+def dense_mask(attention_mask: torch.Tensor | None, batch: int, seq_len: int) -> torch.Tensor | None:
     """(S, S) or (batch, 1, S, S) -> (1 or batch, S, S)."""
     if attention_mask is None:
         return None

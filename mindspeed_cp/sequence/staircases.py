@@ -6,9 +6,16 @@ proportional to the documents that this shard's queries belong to, and in Python
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
+
+from mindspeed_cp.sequence.cache import kept_up_to
+from mindspeed_cp.sequence.runs import Boundaries, Runs
+
+Integers = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+PieceOf = tuple[int, int, int, int, int, int]  # row, count, lo, hi, lo_slope, hi_slope
 
 FAR = 1 << 60  # beyond every position: no limit
 UNKNOWN = -1  # slope of a piece of one row
@@ -25,11 +32,11 @@ class IntervalMask:
 
     left: int | None = None
     right: int | None = None
-    cu_seqlens: tuple[int, ...] | None = None
+    cu_seqlens: Boundaries | None = None
 
     def __hash__(self) -> int:
         # Thousands of documents are hashed once, not at every lookup.
-        found = self.__dict__.get("_hash")
+        found: int | None = self.__dict__.get("_hash")
         if found is None:
             found = hash((self.left, self.right, self.cu_seqlens))
             object.__setattr__(self, "_hash", found)
@@ -45,13 +52,13 @@ class Stretches:
         low, high: the document's boundaries, -FAR and FAR without documents.
     """
 
-    row: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    row: Integers
+    start: Integers
+    stop: Integers
+    low: Integers
+    high: Integers
 
-    def chosen(self, which: np.ndarray) -> "Stretches":
+    def chosen(self, which: Bools) -> "Stretches":
         return Stretches(self.row[which], self.start[which], self.stop[which], self.low[which], self.high[which])
 
 
@@ -76,24 +83,29 @@ NOTHING = Pieces([], [], [], [], [], [])
 class _KeyRows:
     """Counts rows of a key shard: how many of its keys lie before each of some global positions."""
 
-    def __init__(self, runs):
+    def __init__(self, runs: Runs) -> None:
         self.start, self.stop = np.array(runs, dtype=np.int64).reshape(-1, 2).T
         self.before = np.concatenate([[0], np.cumsum(self.stop - self.start)])
 
-    def __call__(self, positions):
+    def __call__(self, positions: Integers) -> Integers:
         index = np.searchsorted(self.start, positions, side="right") - 1
         inside = np.minimum(positions, self.stop[index]) - self.start[index]
-        return np.where(index < 0, 0, self.before[index] + inside)
+        rows: Integers = np.where(index < 0, 0, self.before[index] + inside)
+        return rows
 
 
-def _spread(counts):
+def _spread(counts: Integers) -> tuple[Integers, Integers]:
     """For counts (2, 0, 3): each member's owner (0, 0, 2, 2, 2), and its number there (0, 1, 0, 1, 2)."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-@lru_cache(maxsize=64)
-def stretches(query_runs, cu_seqlens) -> Stretches:
+def _num_bytes(made: Stretches) -> int:
+    return 5 * made.row.nbytes
+
+
+@kept_up_to(8 << 20, _num_bytes)
+def stretches(query_runs: Runs, cu_seqlens: Boundaries | None) -> Stretches:
     """The queries of a shard, cut where its runs and the documents end."""
     start, stop = np.array(query_runs, dtype=np.int64).reshape(-1, 2).T
     row = np.cumsum(stop - start) - (stop - start)
@@ -109,7 +121,7 @@ def stretches(query_runs, cu_seqlens) -> Stretches:
     return Stretches(row[run] + begin - start[run], begin, np.minimum(high, stop[run]), low, high)
 
 
-def visible_pieces(query_runs, key_runs, mask: IntervalMask) -> Pieces:
+def visible_pieces(query_runs: Runs, key_runs: Runs, mask: IntervalMask) -> Pieces:
     """The pieces of the staircases that see a key, in row order, neighbours joined where both bounds go on straight.
 
     Args:
@@ -119,10 +131,10 @@ def visible_pieces(query_runs, key_runs, mask: IntervalMask) -> Pieces:
         return NOTHING
     rows, queries = _KeyRows(key_runs), stretches(query_runs, mask.cu_seqlens)
 
-    def lo(owner, position):
+    def lo(owner: Integers, position: Integers) -> Integers:
         return rows(queries.low[owner] if mask.left is None else np.maximum(queries.low[owner], position - mask.left))
 
-    def hi(owner, position):
+    def hi(owner: Integers, position: Integers) -> Integers:
         reach = FAR if mask.right is None else position + mask.right + 1
         return rows(np.minimum(queries.high[owner], reach))
 
@@ -141,7 +153,9 @@ def visible_pieces(query_runs, key_runs, mask: IntervalMask) -> Pieces:
     return _joined(*(part[seen] for part in (row, count, begin, end, lo_slope, hi_slope)))
 
 
-def _cut_where_slopes_change(queries, rows, mask):
+def _cut_where_slopes_change(
+    queries: Stretches, rows: _KeyRows, mask: IntervalMask
+) -> tuple[Integers, Integers, Integers]:
     """(owning stretch, first, last + 1) of position ranges in which both bounds are straight."""
     everyone = np.arange(len(queries.start))
     cuts, owners = [queries.start], [everyone]
@@ -166,8 +180,10 @@ def _cut_where_slopes_change(queries, rows, mask):
     return owner, first, np.minimum(np.append(first[1:], FAR), queries.stop[owner])
 
 
-def _joined(row, count, lo, hi, lo_slope, hi_slope) -> Pieces:
-    """Neighbouring pieces whose bounds go on with one slope become one."""
+def _joined(
+    row: Integers, count: Integers, lo: Integers, hi: Integers, lo_slope: Integers, hi_slope: Integers
+) -> Pieces:
+    """Neighbouring pieces whose bounds go on with one slope become one, where they see a key together."""
     parts = [part.tolist() for part in (row, count, lo, hi, lo_slope, hi_slope)]
     if len(row) < 2:
         return Pieces(*parts)
@@ -180,7 +196,7 @@ def _joined(row, count, lo, hi, lo_slope, hi_slope) -> Pieces:
         follows &= goes_up | stays
     if not follows.any():
         return Pieces(*parts)
-    joined: list[tuple[int, ...]] = []
+    joined: list[PieceOf] = []
     for piece in zip(*parts):
         if joined and (longer := _one_piece(joined[-1], piece)):
             joined[-1] = longer
@@ -189,15 +205,19 @@ def _joined(row, count, lo, hi, lo_slope, hi_slope) -> Pieces:
     return Pieces(*map(list, zip(*joined)))
 
 
-def _one_piece(left, right):
+def _one_piece(left: PieceOf, right: PieceOf) -> PieceOf | None:
     """Two neighbours as one piece, or None."""
     row, count, lo, hi, *slopes = left
     if row + count != right[0]:
         return None
-    found = []
+    found: list[int] = []
     for value, slope, other, other_slope in zip((lo, hi), slopes, right[2:4], right[4:]):
         step = next((s for s in (0, 1) if {slope, other_slope} <= {UNKNOWN, s} and value + s * count == other), None)
         if step is None:
             return None
         found.append(step)
-    return (row, count + right[1], lo, hi, *found)
+    if found == [1, 1] and hi - lo == 1:
+        # Neither row sees a key of the other. They may be of two documents, and what a kernel hides must not be: NaN
+        # times a weight of 0 is NaN.
+        return None
+    return row, count + right[1], lo, hi, found[0], found[1]

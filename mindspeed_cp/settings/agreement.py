@@ -6,14 +6,15 @@ sent, so it works before any group exists and whatever differs; a rank that refu
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+Value = TypeVar("Value")
 KEY = "mindspeed_cp/agreement"
 PATIENCE = timedelta(minutes=10)  # for ranks that come later
 FAREWELL = timedelta(seconds=10)  # rank 0 may own the store: it stays until the others have read the verdict
@@ -33,12 +34,15 @@ def agree(
     refusal: str | None = None,
     say: Callable[[str], None] = lambda message: None,
     patience: timedelta = PATIENCE,
+    ranks: Sequence[int] | None = None,
 ) -> None:
-    """Compare ``settings`` (flag -> value as text) with all other ranks; collective over the world.
+    """Compare ``settings`` (flag -> value as text) with all other ranks; collective over the world, or over ``ranks``.
 
     Args:
+        ranks: global ranks of a group; None is the world.
         refusal: why this rank cannot work with its own settings; ``SAID`` when it has said so itself.
-        say: called on rank 0 with the verdict, before any rank learns it, so that it is said before a rank leaves.
+        say: called on the first rank with the verdict, before any rank learns it, so that it is said before a rank
+            leaves.
         patience: how long to wait for ranks that come later.
 
     Raises:
@@ -50,18 +54,21 @@ def agree(
             say(refusal)
             raise RanksDiffer(refusal)
         return
-    store, rank, size = _get_default_store(), dist.get_rank(), dist.get_world_size()
-    place = f"{KEY}/{store.add(f'{KEY}/{rank}', 1)}"  # every rank counts its own calls
+    store, rank = _get_default_store(), dist.get_rank()
+    everyone = range(dist.get_world_size()) if ranks is None else ranks
+    first, key = everyone[0], KEY if ranks is None else f"{KEY}/{'-'.join(map(str, ranks))}"
+    place = f"{key}/{store.add(f'{key}/{rank}', 1)}"  # every rank counts its own calls
     store.set(f"{place}/{rank}", json.dumps([refusal, dict(settings)]))
-    if rank == 0:
-        verdict = _verdict([json.loads(_read(store, f"{place}/{other}", other, patience)) for other in range(size)])
+    if rank == first:
+        said = [json.loads(_read(store, f"{place}/{other}", other, patience)) for other in everyone]
+        verdict = _verdict(said, everyone)
         if verdict:
             say(verdict)
         store.set(f"{place}/verdict", verdict or "-")
-    verdict = _read(store, f"{place}/verdict", 0, 2 * patience).decode()
+    verdict = _read(store, f"{place}/verdict", first, 2 * patience).decode()
     store.delete_key(f"{place}/{rank}")
     if verdict != "-":
-        _leave_last(store, place, rank, size)
+        _leave_last(store, place, rank, everyone)
         raise RanksDiffer(verdict)
 
 
@@ -89,7 +96,7 @@ def refuse(
 
 def versions(**others: str) -> dict[str, str]:
     """What computes, and its version; ``others`` are added."""
-    from mindspeed_cp import __version__
+    from mindspeed_cp.version import __version__
 
     return {"the version of torch": torch.__version__, "the version of mindspeed_cp": __version__, **others}
 
@@ -104,10 +111,11 @@ def _is_comparable() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "fake"
 
 
-def _read(store, key: str, rank: int, patience: timedelta) -> bytes:
+def _read(store: dist.Store, key: str, rank: int, patience: timedelta) -> bytes:
     try:
         store.wait([key], patience)
-        return store.get(key)
+        value: bytes = store.get(key)
+        return value
     except RuntimeError as error:  # DistStoreError is one
         raise RuntimeError(
             f"rank {rank} has not said within {patience.total_seconds():.0f} s which settings it runs with; see what "
@@ -115,26 +123,27 @@ def _read(store, key: str, rank: int, patience: timedelta) -> bytes:
         ) from error
 
 
-def _leave_last(store, place: str, rank: int, size: int) -> None:
-    if store.add(f"{place}/left", 1) == size:
+def _leave_last(store: dist.Store, place: str, rank: int, everyone: Sequence[int]) -> None:
+    if store.add(f"{place}/left", 1) == len(everyone):
         store.set(f"{place}/all-left", "-")
-    if rank == 0:
+    if rank == everyone[0]:
         try:
             store.wait([f"{place}/all-left"], FAREWELL)
         except RuntimeError:
             pass  # somebody is gone already; nobody else needs the store
 
 
-def _verdict(said: list) -> str:
-    """What stops the ranks, "" when nothing does; ``said``: (refusal, settings) of every rank."""
-    refusals = _ranks_by([refusal for refusal, _ in said])
-    accepting = refusals.pop(None, [])
+def _verdict(said: list[tuple[str | None, dict[str, str]]], everyone: Sequence[int]) -> str:
+    """What stops the ranks, "" when nothing does; ``said``: (refusal, settings) of each of ``everyone``."""
+    by_refusal = _ranks_by([refusal for refusal, _ in said], everyone)
+    accepting = by_refusal.pop(None, [])
+    refusals = {refusal: ranks for refusal, ranks in by_refusal.items() if refusal is not None}
     if refusals:
         return _refused(refusals, accepting)
     names = dict.fromkeys(name for _, settings in said for name in settings)
     differing = {}
     for name in names:
-        ranks = _ranks_by([settings.get(name, "not there") for _, settings in said])
+        ranks = _ranks_by([settings.get(name, "not there") for _, settings in said], everyone)
         if len(ranks) > 1:
             differing[name] = ranks
     if not differing:
@@ -147,7 +156,7 @@ def _verdict(said: list) -> str:
     return f"the ranks were started with different settings: {'; '.join(parts)}{more}; give all ranks the same."
 
 
-def _refused(refusals: dict, accepting: list[int]) -> str:
+def _refused(refusals: dict[str, list[int]], accepting: list[int]) -> str:
     if len(refusals) == 1 and not accepting:
         return next(iter(refusals))
     parts = [f"on {named(ranks)}: {message}" for message, ranks in refusals.items()]
@@ -155,10 +164,10 @@ def _refused(refusals: dict, accepting: list[int]) -> str:
     return " ".join(parts[:SHOWN]) + others
 
 
-def _ranks_by(values: Iterable) -> dict:
+def _ranks_by(values: Iterable[Value], everyone: Sequence[int]) -> dict[Value, list[int]]:
     """value -> the ranks that have it, in the order of the ranks."""
-    found: dict = {}
-    for rank, value in enumerate(values):
+    found: dict[Value, list[int]] = {}
+    for rank, value in zip(everyone, values):
         found.setdefault(value, []).append(rank)
     return found
 

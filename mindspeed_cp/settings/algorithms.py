@@ -6,12 +6,20 @@ new algorithm is a row here, and a file beside this one if it needs an exchange 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from mindspeed_cp.settings.config import ContextParallelConfig
+from typing import Literal, Protocol
 
 Hierarchy = tuple[int, int, int]
+
+
+class Sizes(Protocol):
+    """What a hierarchy is made of; ``ContextParallelConfig`` has it."""
+
+    @property
+    def context_parallel_size(self) -> int: ...
+    @property
+    def ulysses_degree(self) -> int | None: ...
+    @property
+    def window_size(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -27,16 +35,20 @@ class Algorithm:
         takes_window: --cp-window-size has a meaning.
         any_length: takes any sequence length without --gather-size-calculator.
         summary: one line for --help and the documentation.
+        comm_types: Megatron's names of it, in --cp-comm-type.
+        file_names: MindFormers' names of it, in its YAML files.
     """
 
     title: str
-    hierarchy: Callable[["ContextParallelConfig"], Hierarchy]
+    hierarchy: Callable[[Sizes], Hierarchy]
     exchange: Literal["ring", "allgather"] | None
     summary: str
     splits_heads: bool = False
     takes_degree: bool = False
     takes_window: bool = False
     any_length: bool = True
+    comm_types: tuple[str, ...] = ()
+    file_names: tuple[str, ...] = ()
 
 
 def _ring_hierarchy(ulysses: int, ring: int, window: int) -> Hierarchy:
@@ -44,7 +56,7 @@ def _ring_hierarchy(ulysses: int, ring: int, window: int) -> Hierarchy:
     return (ulysses, ring, 1) if window == 1 else (ulysses, window, ring // window)
 
 
-def _degree(config: "ContextParallelConfig") -> int:
+def _degree(config: Sizes) -> int:
     assert config.ulysses_degree is not None, "a rule of the configuration"
     return config.ulysses_degree
 
@@ -57,6 +69,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         "all-to-all: every rank sees the whole sequence for a share of the heads",
         splits_heads=True,
         any_length=False,
+        comm_types=("a2a",),
+        file_names=("ulysses_cp",),
     ),
     "megatron_cp_algo": Algorithm(
         "Ring",
@@ -64,6 +78,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         "ring",
         "keys and values travel around a ring, or a double ring with --cp-window-size",
         takes_window=True,
+        comm_types=("p2p",),
+        file_names=("colossalai_cp",),
     ),
     "hybrid_cp_algo": Algorithm(
         "Hybrid",
@@ -73,14 +89,52 @@ ALGORITHMS: dict[str, Algorithm] = {
         splits_heads=True,
         takes_degree=True,
         takes_window=True,
+        comm_types=("a2a+p2p",),
+        file_names=("hybrid_cp", "hybird_cp"),  # MindFormers takes both
     ),
     "kvallgather_cp_algo": Algorithm(
         "KV all-gather",
         lambda c: (1, c.context_parallel_size, 1),
         "allgather",
         "one all-gather of keys and values per layer",
+        comm_types=("all_gather", "allgather"),  # the second as Megatron's help spells it
     ),
 }
+DEFAULT = "ulysses_cp_algo"
+_ADAPTIVE = (
+    "it reorders tokens to suit one dense mask; here blocks that a mask empties are skipped for every algorithm: "
+    "take {way_out} with --cp-kv-exchange direct"
+)
+# MindSpeed's algorithms that are none here -> why, and the nearest way.
+REFUSED = {
+    "adaptive_cp_algo": _ADAPTIVE.format(way_out="megatron_cp_algo"),
+    "hybrid_adaptive_cp_algo": _ADAPTIVE.format(way_out="hybrid_cp_algo with --ulysses-degree-in-cp"),
+    "mamba_cp_algo": "it belongs to MindSpeed-LLM's own Mamba layers; Megatron's (megatron.core.ssm) run with every "
+    "algorithm: take ulysses_cp_algo",
+}
+
+
+def known_algorithm(name: str) -> str:
+    """``name``, where it is an algorithm.
+
+    Raises:
+        ValueError: it is none, or one that MindSpeed has alone.
+    """
+    if name in REFUSED:
+        raise ValueError(f"--context-parallel-algo {name} is not supported: {REFUSED[name]}.")
+    if name not in ALGORITHMS:
+        raise ValueError(f"--context-parallel-algo {name} is not known; choose one of {', '.join(ALGORITHMS)}.")
+    return name
+
+
+def summaries() -> dict[str, str]:
+    """Algorithm -> its line."""
+    return {name: row.summary for name, row in ALGORITHMS.items()}
+
+
+def algorithm_named(attribute: Literal["comm_types", "file_names"], name: str) -> str | None:
+    """The first algorithm that others call ``name``."""
+    return next((ours for ours, row in ALGORITHMS.items() if name in getattr(row, attribute)), None)
 
 
 def names_with(**properties: object) -> str:

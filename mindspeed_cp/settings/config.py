@@ -1,17 +1,16 @@
-"""Every rule and every fallback of context parallelism, once.
+"""``ContextParallelConfig``: what a context-parallel group computes and how, each setting declared once.
 
-``ContextParallelConfig`` holds what the algorithms need and nothing of the model; ``TrainingSetup`` holds what a launch
-script says about the model and the machine. ``resolve(config, setup)`` checks one against the other and applies the
-fallbacks. Errors name the flag, the value, the rule and a value that works.
+It holds what the algorithms need and nothing of the model; ``TrainingSetup`` (training_setup.py) holds what a launch
+script says about the model and the machine. Errors name the flag, the value, the rule and a value that works.
 """
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mindspeed_cp.settings.algorithms import ALGORITHMS, Algorithm, Hierarchy, names_with
+from mindspeed_cp.settings import rules
+from mindspeed_cp.settings.algorithms import ALGORITHMS, DEFAULT, Algorithm, Hierarchy, known_algorithm, summaries
 from mindspeed_cp.settings.notices import warn_rank0
-from mindspeed_cp.settings.rules import divisors, listed, require, require_even_tokens
+from mindspeed_cp.settings.setting import declarations, setting
 
 MaskType = Literal["causal", "full", "general"]
 KVCachePolicy = Literal["full", "half"]
@@ -19,199 +18,232 @@ KVExchange = Literal["ring", "direct", "auto"]
 P2P = Literal["auto", "batch", "isend"]
 BatchLayout = Literal["auto", "contiguous", "zigzag", "document_zigzag", "balanced"]
 
-MASK_TYPES: tuple[str, ...] = get_args(MaskType)
-KV_CACHE_POLICIES = (None, *get_args(KVCachePolicy))
-KV_EXCHANGES: tuple[str, ...] = get_args(KVExchange)
-P2P_KINDS: tuple[str, ...] = get_args(P2P)
-BATCH_LAYOUTS: tuple[str, ...] = get_args(BatchLayout)
+MASK_TYPES: tuple[MaskType, ...] = get_args(MaskType)
+KV_CACHE_POLICIES: tuple[KVCachePolicy | None, ...] = (None, *get_args(KVCachePolicy))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextParallelConfig:
     """What one context-parallel group computes and how; raises ValueError for every combination that cannot work.
 
-    Args:
-        context_parallel_size: ranks over which the sequence is split (--context-parallel-size).
-        algorithm: a key of ALGORITHMS (--context-parallel-algo).
-        ulysses_degree: ranks that split the heads, Hybrid only (--ulysses-degree-in-cp).
-        window_size: inner window of Double Ring; 1 is the plain ring (--cp-window-size).
-        attention_mask_type: what a layer sees that brings no mask of its own (--cp-attention-mask-type): "causal";
-            "full", every token; "general", the mask or the documents that come with the batch, else causal.
-        kv_cache_policy: None, "full" or "half" (--context-parallel-kv-cache-policy).
-        kv_cache_interval: layers without the policy between two with it (--context-parallel-cache-interval).
-        allgather_kv: Ulysses gathers the one KV head instead of replicating it (--use-ulysses-allgather-kv).
-        send_recv_overlap: post transfers before the block that hides them (--use-cp-send-recv-overlap).
-        alltoall: False replaces all-to-all by all-gather and slicing (MindFormers' enable_alltoall).
-        kv_exchange: "ring" forwards whole shards, "direct" sends each peer the rows its mask needs, "auto" takes what
-            sends less for the batch (--cp-kv-exchange).
-        p2p: how messages between single ranks are posted (--cp-p2p): "batch", all of one step together; "isend", one
-            after the other; "auto", as a batch but where HCCL forbids it, beside virtual pipeline stages.
-        batch_layout: which tokens a rank holds (--cp-batch-layout): "auto" is what the algorithm likes, "contiguous",
-            "zigzag" over the whole row as Megatron cuts it, "document_zigzag" over every document on its own,
-            "balanced" by the attention area of packed documents.
-        keep_attention: recomputation takes attention from the forward pass (--cp-keep-attention). Megatron's
-            checkpoints read it; with torch's, pass ``kept`` to ``context_parallel_attention``.
-        log: training reports bytes, waits and imbalance of context parallelism (--cp-log).
+    Every field is declared with its flag, its help and its rule, and --help and docs/flags.md say the same. A window of
+    the ring's size is one window, the plain ring: ``window_size`` becomes 1, with a notice.
     """
 
-    context_parallel_size: int = 1
-    algorithm: str = "ulysses_cp_algo"
-    ulysses_degree: int | None = None
-    window_size: int = 1
-    attention_mask_type: MaskType = "causal"
-    kv_cache_policy: KVCachePolicy | None = None
-    kv_cache_interval: int = 0
-    allgather_kv: bool = False
-    send_recv_overlap: bool = False
-    alltoall: bool = True
-    kv_exchange: KVExchange = "ring"
-    p2p: P2P = "auto"
-    batch_layout: BatchLayout = "auto"
-    keep_attention: bool = False
-    log: bool = False
+    context_parallel_size: int = setting(
+        1,
+        flag="--context-parallel-size",
+        keys=("parallel_config.context_parallel", "parallel_config.context_parallel_size"),
+        help="ranks over which each sequence is split; 1 switches context parallelism off",
+        rule="world size = tensor x context x pipeline x data parallel size",
+        takes="N",
+        least=1,
+        least_means="1 switches it off",
+        variable="CP",
+    )
+    algorithm: str = setting(
+        DEFAULT,
+        flag="--context-parallel-algo",
+        keys=("parallel_config.context_parallel_algo",),
+        help="how the ranks share the attention",
+        rule="Ulysses needs num-attention-heads divisible by tensor x context parallel size, the ring does not; where "
+        "it is not given, --cp-comm-type names it",
+        meanings=summaries,
+        parse=known_algorithm,
+        variable="CP_ALGO",
+    )
+    attention_mask_type: MaskType = setting(
+        "causal",
+        flag="--cp-attention-mask-type",
+        also=("--attention-mask-type",),
+        help="what a layer sees whose batch brings no mask",
+        rule="a mask in the batch always wins over this flag; GPT models want causal or general",
+        meanings={
+            "causal": "a token sees itself and what is before it",
+            "full": "every token sees every token",
+            "general": "the mask or the documents that come with the batch, else causal",
+        },
+        shares=False,
+    )
+    ulysses_degree: int | None = setting(
+        None,
+        flag="--ulysses-degree-in-cp",
+        keys=("parallel_config.ulysses_degree_in_cp",),
+        help="ranks that split the heads in Hybrid",
+        rule="1 < U < context parallel size, and U divides it; where hybrid_cp_algo gets none, the command line takes "
+        "the largest that fits the heads of a rank and the ranks of a node, and says so",
+        takes="U",
+        least=1,
+        least_means="leave it out where no ranks split the heads",
+        taken_by=lambda row: row.takes_degree,
+        ignored="only {takers} reads it, not {algorithm}",
+        variable="ULYSSES_DEGREE",
+    )
+    batch_layout: BatchLayout = setting(
+        "auto",
+        flag="--cp-batch-layout",
+        help="which tokens a rank holds",
+        rule="every algorithm computes every layout; document_zigzag needs documents that 2 x context parallel size "
+        "divides",
+        meanings={
+            "auto": "what the algorithm likes, and document_zigzag for a packed batch that arrives split",
+            "contiguous": "one piece for each rank",
+            "zigzag": "two chunks of the row for each rank, as Megatron cuts it",
+            "document_zigzag": "two chunks of every document, as Megatron, verl and ms-swift cut packed batches",
+            "balanced": "equal tokens, and equal work for the documents of the batch",
+        },
+        see="[Batch layouts](batch-layouts.md)",
+    )
+    window_size: int = setting(
+        1,
+        flag="--cp-window-size",
+        help="inner window of Double Ring; 1 is the plain ring",
+        rule="a divisor of the ring size (context parallel size, divided by the Ulysses degree in Hybrid); the ring "
+        "size itself is one window, the plain ring",
+        takes="W",
+        least=1,
+        least_means="1 is the plain ring",
+        taken_by=lambda row: row.takes_window,
+        ignored="{algorithm} has no ring windows",
+        variable="CP_WINDOW",
+    )
+    kv_exchange: KVExchange = setting(
+        "ring",
+        flag="--cp-kv-exchange",
+        help="how keys and values reach the other ring ranks",
+        rule="direct needs a ring algorithm and window size 1",
+        meanings={
+            "ring": "whole shards are forwarded",
+            "direct": "each peer gets just the rows its mask needs",
+            "auto": "whichever sends less for the batch",
+        },
+        variable="KV_EXCHANGE",
+    )
+    p2p: P2P = setting(
+        "auto",
+        flag="--cp-p2p",
+        help="how messages between single ranks are posted",
+        rule="ring algorithms only; HCCL allows no batches beside virtual pipeline stages, and three at a time on more "
+        "than 500 ranks",
+        meanings={
+            "auto": "as a batch, and isend on NPUs with virtual pipeline stages",
+            "batch": "those of one step together",
+            "isend": "one after the other, in an order in which no ranks wait for each other in a circle",
+        },
+        taken_by=lambda row: row.exchange == "ring",
+        ignored="{algorithm} sends no messages between single ranks",
+    )
+    kv_cache_policy: KVCachePolicy | None = setting(
+        None,
+        flag="--context-parallel-kv-cache-policy",
+        help="what forward keeps for backward",
+        rule="needs --context-parallel-size above 1 and flash attention",
+        meanings={
+            "full": "the ring keeps received keys and values (saves communication), Ulysses keeps them as they were "
+            "before communication (saves memory)",
+            "half": "the same for keys only",
+        },
+        see="[KV cache](choosing.md#what-the-kv-cache-policies-save-and-cost)",
+        variable="KV_CACHE_POLICY",
+    )
+    kv_cache_interval: int = setting(
+        0,
+        flag="--context-parallel-cache-interval",
+        help="layers without the policy between two layers with it: it applies to layers with layer mod (N + 1) = 1, "
+        "counted from 1; 0 applies it to every layer",
+        rule="needs a policy, and N < num-layers",
+        takes="N",
+        least=0,
+        least_means="0 applies the policy to every layer",
+    )
+    allgather_kv: bool = setting(
+        False,
+        flag="--use-ulysses-allgather-kv",
+        help="Ulysses gathers the one KV head of a rank instead of replicating it",
+        rule="ulysses_cp_algo and grouped-query attention with one KV head per tensor-parallel rank",
+    )
+    send_recv_overlap: bool = setting(
+        False,
+        flag="--use-cp-send-recv-overlap",
+        help="post each transfer before the block of attention that hides it",
+        rule="algorithms that send around a ring",
+        taken_by=lambda row: row.exchange is not None,
+        ignored="{algorithm} sends nothing around a ring",
+    )
+    alltoall: bool = setting(
+        True,
+        keys=("parallel.enable_alltoall",),
+        names=("cp_enable_alltoall",),
+        help="False replaces all-to-all by all-gather and slicing, with the same numbers",
+        taken_by=lambda row: row.splits_heads,
+        ignored="{algorithm} uses no all-to-all",
+    )
+    keep_attention: bool = setting(
+        False,
+        flag="--cp-keep-attention",
+        keys=("parallel_config.keep_attention",),
+        help="recomputation takes attention from the forward pass instead of communicating and computing it again; "
+        "Megatron's checkpoints read it, with torch's pass kept to context_parallel_attention",
+        rule="needs --context-parallel-size above 1; ignored without --recompute-granularity full, or selective with "
+        "core_attn",
+        see="[Recomputation](choosing.md#attention-kept-across-recomputation)",
+    )
+    log: bool = setting(
+        False,
+        flag="--cp-log",
+        help="every --log-interval steps rank 0 says what context parallelism sent, how long it waited and how "
+        "unevenly, and writes it to TensorBoard",
+        rule="ignored with --context-parallel-size 1",
+        see="[Why is it slow?](troubleshooting.md#why-is-it-slow)",
+    )
 
     def __post_init__(self) -> None:
-        cp = self.context_parallel_size
-        require(
-            isinstance(cp, int) and cp >= 1,
-            f"--context-parallel-size {cp} must be a whole number of at least 1; 1 switches it off.",
-        )
-        require(
-            self.algorithm in ALGORITHMS,
-            f"--context-parallel-algo {self.algorithm} is not known; choose one of {', '.join(ALGORITHMS)}.",
-        )
-        require(
-            self.attention_mask_type in MASK_TYPES,
-            f"--cp-attention-mask-type {self.attention_mask_type} is not known; choose one of {', '.join(MASK_TYPES)}.",
-        )
-        self._check_degree()
-        self._check_window()
-        self._check_kv_cache()
-        self._check_exchange()
-        require(
-            self.batch_layout in BATCH_LAYOUTS,
-            f"--cp-batch-layout {self.batch_layout} is not known; choose one of {', '.join(BATCH_LAYOUTS)}.",
-        )
-        require(
-            not self.keep_attention or cp > 1,
+        for each in declarations(type(self)):
+            each.check(getattr(self, each.name))
+        known_algorithm(self.algorithm)
+        rules.check_degree(self.algorithm, self.context_parallel_size, self.ulysses_degree)
+        rules.check_window(self.row, self.window_size, self._ring_of_window)
+        rules.check_kv_cache(self.context_parallel_size, self.kv_cache_policy, self.kv_cache_interval)
+        rules.check_exchange(self.algorithm, self.kv_exchange, 1 if self._is_one_window else self.window_size)
+        rules.check_allgather(self.algorithm, self.allgather_kv)
+        rules.require(
+            not self.keep_attention or self.context_parallel_size > 1,
             "--cp-keep-attention needs --context-parallel-size above 1; leave it out or use --context-parallel-size 2 "
             "or more.",
         )
         for notice in self.ignored_settings():
             warn_rank0(notice)
+        if self._is_one_window:
+            object.__setattr__(self, "window_size", 1)
 
     @property
     def row(self) -> Algorithm:
         """The algorithm's row of the table."""
         return ALGORITHMS[self.algorithm]
 
-    def _check_degree(self) -> None:
-        cp, degree, name = self.context_parallel_size, self.ulysses_degree, self.algorithm
-        if not self.row.takes_degree:
-            return
-        choices = divisors(cp, 2, cp - 1)
-        way_out = (
-            f"choose {choices}"
-            if choices
-            else (
-                f"no number does for --context-parallel-size {cp}: take a size that is not prime, such as 4, or "
-                f"--context-parallel-algo {names_with(takes_degree=False)}"
-            )
-        )
-        require(
-            degree is not None,
-            f"--ulysses-degree-in-cp is not given, and --context-parallel-algo {name} needs it; {way_out}.",
-        )
-        assert degree is not None
-        require(
-            isinstance(degree, int) and 1 < degree < cp,
-            f"--ulysses-degree-in-cp {degree} must lie between 1 and --context-parallel-size {cp}, both excluded; "
-            f"{way_out}.",
-        )
-        require(
-            cp % degree == 0, f"--ulysses-degree-in-cp {degree} must divide --context-parallel-size {cp}; {way_out}."
-        )
+    @property
+    def _ring_of_window(self) -> int:
+        """The ring that a window divides; asked before the hierarchy, which needs a valid window."""
+        return self.context_parallel_size // (self.ulysses_degree or 1 if self.row.takes_degree else 1)
 
-    def _check_window(self) -> None:
-        window = self.window_size
-        require(
-            isinstance(window, int) and window >= 1,
-            f"--cp-window-size {window} must be a whole number of at least 1; 1 is the plain ring.",
-        )
-        if window == 1 or not self.row.takes_window:
-            return
-        ring = self.context_parallel_size // (self.ulysses_degree or 1 if self.row.takes_degree else 1)
-        require(
-            window < ring and ring % window == 0,
-            f"--cp-window-size {window} must be smaller than the ring size {ring} and divide it; "
-            f"choose {divisors(ring, 1, max(ring - 1, 1))}.",
-        )
-
-    def _check_kv_cache(self) -> None:
-        policy, interval = self.kv_cache_policy, self.kv_cache_interval
-        require(
-            policy in KV_CACHE_POLICIES,
-            f"--context-parallel-kv-cache-policy {policy} is not known; choose full or half, or leave it out.",
-        )
-        require(
-            policy is None or self.context_parallel_size > 1,
-            f"--context-parallel-kv-cache-policy {policy} needs --context-parallel-size above 1; "
-            "leave it out or use --context-parallel-size 2 or more.",
-        )
-        require(
-            isinstance(interval, int) and interval >= 0,
-            f"--context-parallel-cache-interval {interval} must be 0 or more; 0 applies the policy to every layer.",
-        )
-        require(
-            interval == 0 or policy is not None,
-            f"--context-parallel-cache-interval {interval} needs --context-parallel-kv-cache-policy; "
-            "add --context-parallel-kv-cache-policy full or half.",
-        )
-
-    def _check_exchange(self) -> None:
-        require(
-            self.kv_exchange in KV_EXCHANGES,
-            f"--cp-kv-exchange {self.kv_exchange} is not known; choose one of {', '.join(KV_EXCHANGES)}.",
-        )
-        require(self.p2p in P2P_KINDS, f"--cp-p2p {self.p2p} is not known; choose one of {', '.join(P2P_KINDS)}.")
-        if self.kv_exchange == "direct":
-            require(
-                self.row.exchange == "ring",
-                f"--cp-kv-exchange direct needs a ring-type algorithm, not --context-parallel-algo {self.algorithm}; "
-                f"choose {names_with(exchange='ring')}, or --cp-kv-exchange ring.",
-            )
-            require(
-                self.window_size == 1,
-                f"--cp-kv-exchange direct forwards nothing, so --cp-window-size {self.window_size} has no meaning; "
-                "use --cp-window-size 1, or --cp-kv-exchange ring.",
-            )
-        require(
-            not self.allgather_kv or (self.row.splits_heads and self.row.exchange is None),
-            f"--use-ulysses-allgather-kv needs --context-parallel-algo {names_with(splits_heads=True, exchange=None)}, "
-            f"not {self.algorithm}; leave it out or change the algorithm.",
-        )
+    @property
+    def _is_one_window(self) -> bool:
+        return self.row.takes_window and self.window_size == self._ring_of_window > 1
 
     def ignored_settings(self) -> list[str]:
         """Messages about settings that the chosen algorithm does not read; they are warnings, never silence."""
-        row, algorithm = self.row, f"--context-parallel-algo {self.algorithm}"
-        ignored = {
-            f"--cp-window-size {self.window_size} is ignored: {algorithm} has no ring windows.": self.window_size > 1
-            and not row.takes_window,
-            f"--ulysses-degree-in-cp {self.ulysses_degree} is ignored: only {names_with(takes_degree=True)} reads it, "
-            f"not {algorithm}.": self.ulysses_degree is not None and not row.takes_degree,
-            f"--use-cp-send-recv-overlap is ignored: {algorithm} sends nothing around a ring.": self.send_recv_overlap
-            and row.exchange is None,
-            f"--cp-p2p {self.p2p} is ignored: {algorithm} sends no messages between single ranks.": self.p2p != "auto"
-            and row.exchange != "ring",
-            f"enable_alltoall False is ignored: {algorithm} uses no all-to-all.": not self.alltoall
-            and not row.splits_heads,
+        algorithm = f"--context-parallel-algo {self.algorithm}"
+        found = [each.notice(getattr(self, each.name), self.algorithm) for each in declarations(type(self))]
+        across = {
+            f"--cp-window-size {self.window_size} is one window of all {self.window_size} ranks of the ring: the plain "
+            "ring.": self._is_one_window,
             f"--cp-batch-layout balanced is contiguous for {algorithm}, whose ranks have equal work by nature.": (
-                self.batch_layout == "balanced" and row.exchange is None and self.context_parallel_size > 1
+                self.batch_layout == "balanced" and self.row.exchange is None and self.context_parallel_size > 1
             ),
             "--cp-log says nothing at --context-parallel-size 1 without --hybrid-context-parallel.": self.log
             and self.context_parallel_size == 1,
         }
-        return [message for message, applies in ignored.items() if applies]
+        return [*filter(None, found), *(message for message, applies in across.items() if applies)]
 
     @property
     def hierarchy(self) -> Hierarchy:
@@ -268,163 +300,3 @@ class ContextParallelConfig:
         if self.log:
             parts.append("logged")
         return ", ".join(parts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingSetup:
-    """What the launch script says about the model and the machine, as far as context parallelism must know it.
-
-    ``recomputes_attention`` is None where it does not say whether layers, or core attention, are recomputed;
-    ``half_precision`` is None where it trains in float32 or does not say.
-    """
-
-    num_attention_heads: int | None
-    num_query_groups: int | None = None
-    num_layers: int = 1
-    seq_length: int | None = None
-    world_size: int | None = None
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    sequence_parallel: bool = False
-    use_flash_attn: bool = True
-    use_legacy_models: bool = False
-    gather_size_calculator: str = "default"
-    fused_update: bool = False
-    recomputes_attention: bool | None = field(default=None, compare=False)
-    half_precision: Literal["bfloat16", "float16"] | None = field(default=None, compare=False)
-    notices: tuple[str, ...] = field(default=(), compare=False)
-
-    @property
-    def unaligned(self) -> bool:
-        return self.gather_size_calculator != "default"
-
-
-def resolve(config: ContextParallelConfig, setup: TrainingSetup) -> TrainingSetup:
-    """Check ``config`` against ``setup`` and apply the fallbacks.
-
-    Returns:
-        The setup with every fallback applied; ``notices`` lists, in words, what was changed or is ignored. The caller
-        says them once on rank 0.
-
-    Raises:
-        ValueError: a rule of the configuration is broken.
-    """
-    cp, asked, notices = config.context_parallel_size, setup, []
-    if setup.unaligned and not config.row.splits_heads and cp > 1:
-        notices.append(
-            f"--gather-size-calculator {setup.gather_size_calculator} is ignored: only {names_with(splits_heads=True)} "
-            "read it; "
-            f"--context-parallel-algo {config.algorithm} takes any sequence length as it is."
-        )
-        setup = dataclasses.replace(setup, gather_size_calculator="default")
-    setup = _fall_back_to_aligned(config, setup, notices)
-    _check_world(config, setup)
-    _check_heads(config, setup, asked)
-    _check_length(config, setup)
-    require(
-        config.kv_cache_interval == 0 or config.kv_cache_interval < setup.num_layers,
-        f"--context-parallel-cache-interval {config.kv_cache_interval} must be smaller than --num-layers "
-        f"{setup.num_layers}; choose 0 to {setup.num_layers - 1}.",
-    )
-    if config.keep_attention and setup.recomputes_attention is False:
-        notices.append(
-            "--cp-keep-attention is ignored: nothing recomputes attention; add --recompute-granularity full, or "
-            "selective with core_attn among --recompute-modules."
-        )
-    if cp > 1 and not setup.use_flash_attn:
-        notices.append(f"--use-flash-attn is switched on: --context-parallel-size {cp} needs flash attention.")
-        setup = dataclasses.replace(setup, use_flash_attn=True)
-    return dataclasses.replace(setup, notices=setup.notices + tuple(notices))
-
-
-def _fall_back_to_aligned(config: ContextParallelConfig, setup: TrainingSetup, notices: list[str]) -> TrainingSetup:
-    """Unaligned Ulysses with a KV cache policy or legacy models becomes aligned Ulysses, said aloud."""
-    if not setup.unaligned or config.context_parallel_size == 1 or config.row.any_length:
-        return setup
-    calculator = f"--gather-size-calculator {setup.gather_size_calculator}"
-    others = [
-        flag
-        for flag, given in (
-            (f"--context-parallel-kv-cache-policy {config.kv_cache_policy}", config.kv_cache_policy is not None),
-            ("--use-legacy-models", setup.use_legacy_models),
-        )
-        if given
-    ]
-    if not others:
-        return setup
-    cp, length = config.context_parallel_size, setup.seq_length
-    require(
-        length is None or length % cp == 0,
-        f"{calculator} does not work with {' and '.join(others)}, and aligned Ulysses needs --seq-length {length} "
-        f"divisible by --context-parallel-size {cp}; drop {' and '.join(others)}, or use "
-        f"--seq-length {(length or 0) // cp * cp or cp}.",
-    )
-    notices.append(f"{calculator} does not work with {' and '.join(others)}: falling back to aligned Ulysses.")
-    return dataclasses.replace(setup, gather_size_calculator="default")
-
-
-def _check_world(config: ContextParallelConfig, setup: TrainingSetup) -> None:
-    if setup.world_size is None:
-        return
-    model = setup.tensor_parallel_size * setup.pipeline_parallel_size * config.context_parallel_size
-    require(
-        setup.world_size % model == 0,
-        f"world size {setup.world_size} must be --tensor-model-parallel-size {setup.tensor_parallel_size} x "
-        f"--context-parallel-size {config.context_parallel_size} x --pipeline-model-parallel-size "
-        f"{setup.pipeline_parallel_size} x data parallel size; start {model} processes or a multiple of {model}.",
-    )
-
-
-def _check_heads(config: ContextParallelConfig, setup: TrainingSetup, asked: TrainingSetup) -> None:
-    """asked: the setup before the fallbacks, so that no message offers what was given and could not be used."""
-    heads, groups, tp = setup.num_attention_heads, setup.num_query_groups, setup.tensor_parallel_size
-    degree = config.hierarchy[0]
-    if heads is None:
-        return
-    if groups:
-        require(
-            heads % groups == 0,
-            f"--num-query-groups {groups} must divide --num-attention-heads {heads}; choose "
-            f"{divisors(heads, 1, heads)}.",
-        )
-    if degree > 1 and not setup.unaligned:
-        flag, sizes = _degrees_for(config, heads // tp if heads % tp == 0 else 1)
-        uneven = (
-            "drop what made it fall back to aligned Ulysses" if asked.unaligned else "--gather-size-calculator dynamic"
-        )
-        require(
-            heads % (tp * degree) == 0,
-            f"--num-attention-heads {heads} must be divisible by --tensor-model-parallel-size {tp} x {flag} {degree} = "
-            f"{tp * degree}; with these heads {flag} can be {sizes or 'nothing'}, or use --context-parallel-algo "
-            f"{names_with(splits_heads=False)}, or {uneven} (uneven heads).",
-        )
-    if config.allgather_kv:
-        require(
-            groups is not None and groups < heads and groups == tp,
-            f"--use-ulysses-allgather-kv needs grouped-query attention with one KV head per tensor-parallel rank: "
-            f"--num-query-groups {groups} must equal --tensor-model-parallel-size {tp} and be smaller than "
-            f"--num-attention-heads {heads}; use --num-query-groups {tp}, or leave out --use-ulysses-allgather-kv.",
-        )
-
-
-def _degrees_for(config: ContextParallelConfig, heads: int) -> tuple[str, str]:
-    """(flag of the Ulysses degree, as text the degrees that split so many heads and that other rules allow)."""
-    cp = config.context_parallel_size
-    if config.row.takes_degree:
-        return "--ulysses-degree-in-cp", listed([d for d in range(2, cp) if cp % d == 0 and heads % d == 0])
-    return "--context-parallel-size", divisors(heads, 1, cp)
-
-
-def _check_length(config: ContextParallelConfig, setup: TrainingSetup) -> None:
-    length, cp, tp = setup.seq_length, config.context_parallel_size, setup.tensor_parallel_size
-    if length is None or cp == 1:
-        return
-    if not config.row.any_length and not setup.unaligned:
-        require(
-            length % cp == 0,
-            f"--seq-length {length} must be divisible by --context-parallel-size {cp} for aligned Ulysses; use "
-            f"--seq-length {length // cp * cp or cp} or {(length // cp + 1) * cp}, or --gather-size-calculator "
-            "dynamic, which takes any length.",
-        )
-    if setup.sequence_parallel and tp > 1:
-        require_even_tokens(length, cp, tp)

@@ -1,10 +1,14 @@
-"""What rules are written with, and the one that tensor parallelism has for heads."""
+"""Rules across settings, what they are written with, and the one that tensor parallelism has for heads."""
+
+from collections.abc import Iterable
+
+from mindspeed_cp.settings.algorithms import ALGORITHMS, Algorithm, names_with
 
 MOST_RANKS = 1 << 16  # that a message looks for; a flag may say any number
 
 
-def listed(numbers: list[int]) -> str:
-    found = [str(number) for number in numbers]
+def listed(values: Iterable[object]) -> str:
+    found = [str(value) for value in values]
     return found[0] if len(found) == 1 else ", ".join(found[:-1]) + " or " + found[-1] if found else ""
 
 
@@ -45,3 +49,71 @@ def heads_of_rank(heads: int, groups: int, tp: int) -> tuple[int, int]:
         f"{divisors(groups, 1, groups)}.",
     )
     return heads // tp, max(groups // tp, 1)
+
+
+def check_degree(algorithm: str, cp: int, degree: int | None) -> None:
+    if not ALGORITHMS[algorithm].takes_degree:
+        return
+    choices = divisors(cp, 2, cp - 1)
+    way_out = (
+        f"choose {choices}"
+        if choices
+        else (
+            f"no number does for --context-parallel-size {cp}: take a size that is not prime, such as 4, or "
+            f"--context-parallel-algo {names_with(takes_degree=False)}"
+        )
+    )
+    needs = f"--ulysses-degree-in-cp is not given, and --context-parallel-algo {algorithm} needs it; {way_out}."
+    require(degree is not None, needs)
+    assert degree is not None
+    require(
+        1 < degree < cp,
+        f"--ulysses-degree-in-cp {degree} must lie between 1 and --context-parallel-size {cp}, both excluded; "
+        f"{way_out}.",
+    )
+    require(cp % degree == 0, f"--ulysses-degree-in-cp {degree} must divide --context-parallel-size {cp}; {way_out}.")
+
+
+def check_window(row: Algorithm, window: int, ring: int) -> None:
+    require(
+        window == 1 or not row.takes_window or ring % window == 0,
+        f"--cp-window-size {window} must be at most the ring size {ring} and divide it; "
+        f"choose {divisors(ring, 1, max(ring - 1, 1))}.",
+    )
+
+
+def check_kv_cache(cp: int, policy: str | None, interval: int) -> None:
+    require(
+        policy is None or cp > 1,
+        f"--context-parallel-kv-cache-policy {policy} needs --context-parallel-size above 1; "
+        "leave it out or use --context-parallel-size 2 or more.",
+    )
+    require(
+        interval == 0 or policy is not None,
+        f"--context-parallel-cache-interval {interval} needs --context-parallel-kv-cache-policy; "
+        "add --context-parallel-kv-cache-policy full or half.",
+    )
+
+
+def check_exchange(algorithm: str, exchange: str, window: int) -> None:
+    if exchange != "direct":
+        return
+    require(
+        ALGORITHMS[algorithm].exchange == "ring",
+        f"--cp-kv-exchange direct needs a ring-type algorithm, not --context-parallel-algo {algorithm}; "
+        f"choose {names_with(exchange='ring')}, or --cp-kv-exchange ring.",
+    )
+    require(
+        window == 1,
+        f"--cp-kv-exchange direct forwards nothing, so --cp-window-size {window} has no meaning; "
+        "use --cp-window-size 1, or --cp-kv-exchange ring.",
+    )
+
+
+def check_allgather(algorithm: str, allgather_kv: bool) -> None:
+    row = ALGORITHMS[algorithm]
+    require(
+        not allgather_kv or (row.splits_heads and row.exchange is None),
+        f"--use-ulysses-allgather-kv needs --context-parallel-algo {names_with(splits_heads=True, exchange=None)}, "
+        f"not {algorithm}; leave it out or change the algorithm.",
+    )

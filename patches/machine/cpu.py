@@ -1,358 +1,312 @@
 """A stand-in for ``torch.cuda`` on machines without an accelerator.
 
-Megatron names CUDA in its device arguments, streams, random states and process groups. Each row gives one such name its
-meaning on a CPU: the current device is the CPU, streams are in order by nature, the CUDA random state is the CPU
-generator's, nccl is gloo.
+Megatron names CUDA in its device arguments, streams, random states and process groups. Each row gives such names their
+meaning on a CPU: tensors of a CUDA device lie on the CPU, streams are in order by nature, the CUDA random state is the
+CPU generator's, nccl is gloo.
 """
 
 import copy
 import logging
-from contextlib import contextmanager, nullcontext
-from functools import wraps
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from mindspeed_cp.patches.manager import Patch
+
+from mindspeed_cp.patches.machine import streams  # undo rebinds copies of its classes
+from mindspeed_cp.patches.rows import patch, replacement
 
 CPU = torch.device("cpu")
 FACTORIES = (
-    "tensor",
-    "as_tensor",
-    "scalar_tensor",
-    "empty",
-    "empty_strided",
-    "zeros",
-    "ones",
-    "full",
-    "arange",
-    "linspace",
-    "eye",
-    "rand",
-    "randn",
-    "randint",
-    "randperm",
-    "empty_like",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "rand_like",
-    "randn_like",
-    "randint_like",
-    "tril_indices",
-    "triu_indices",
-)
+    "tensor as_tensor scalar_tensor empty empty_strided zeros ones full arange linspace eye rand randn randint "
+    "randperm empty_like zeros_like ones_like full_like rand_like randn_like randint_like tril_indices triu_indices"
+).split()
+ON_THE_CPU = "device='cuda' means the CPU, and there is no pinned memory"
+STAYS = "a move to 'cuda' stays on the CPU, and there is no pinned memory"
 TENSOR_FACTORIES = ("new_tensor", "new_empty", "new_zeros", "new_ones", "new_full")
 
 
-def device_patches(when):
-    """The table; ``when`` is () -> "" on a machine without accelerator, else why no stand-in is needed."""
-    # torch.Tensor has most of its methods from a base class in C++.
-    return [
-        Patch(target, build, reason, when, inherited=target.startswith("torch.Tensor."))
-        for target, build, reason in (
-            *_device_rows(),
-            *_stream_rows(),
-            *_random_rows(),
-            *_tensor_rows(),
-            *_distributed_rows(),
-        )
-    ] + _megatron_patches(when)
+# Devices.
 
 
-def _device_rows():
-    yield "torch.cuda.current_device", _always(CPU), "tensors are made on the current device: the CPU"
-    yield "torch.cuda.set_device", _always(None), "there is one device"
-    yield "torch.cuda.synchronize", _always(None), "the CPU has nothing to wait for"
-    yield "torch.cuda.reset_peak_memory_stats", _always(None), "there is no CUDA memory to measure"
-    yield "torch.cuda._lazy_init", _always(None), "a build without CUDA raises when it is initialised"
-    yield "torch.cuda.is_current_stream_capturing", _always(False), "there are no CUDA graphs"
-    yield "torch.cuda.nvtx.range_push", _always(None), "a build without CUDA has no NVTX"
-    yield "torch.cuda.nvtx.range_pop", _always(None), "a build without CUDA has no NVTX"
-    yield "torch.compile", _compile, "Megatron's fused activations would start the compiler at the first step"
+@patch("torch.cuda.current_device", reason="there is one device, and what is made on it lies on the CPU")
+def current_device(adaptor: Any, original: Any) -> int:
+    return 0
 
 
-def _stream_rows():
-    yield "torch.cuda.Stream", lambda original: Stream, "CPU operations run in order"
-    yield "torch.cuda.Event", lambda original: Event, "CPU operations are complete when they return"
-    yield "torch.cuda.stream", lambda original: lambda stream: nullcontext(stream), "CPU operations run in order"
-    yield "torch.cuda.set_stream", _always(None), "CPU operations run in order"
-    yield "torch.cuda.current_stream", _stream, "CPU operations run in order"
-    yield "torch.cuda.default_stream", _stream, "CPU operations run in order"
+@patch("torch.cuda.set_device", reason="there is one device")
+def set_device(adaptor: Any, original: Any, device: Any) -> None:
+    pass
 
 
-def _random_rows():
-    yield "torch.cuda.default_generators", lambda original: _Generators(), "CPU operators draw from the CPU generator"
-    yield (
-        "torch.cuda._lazy_call",
-        lambda original: lambda call, **kwargs: call(),
-        "a build without CUDA queues it for ever",
-    )
-    for module in ("torch.cuda", "torch.cuda.random"):
-        yield (
-            f"{module}.get_rng_state",
-            lambda original: lambda device=None: torch.get_rng_state(),
-            "CPU operators draw from the CPU generator",
-        )
-        yield (
-            f"{module}.set_rng_state",
-            lambda original: lambda new_state, device=None: torch.set_rng_state(new_state),
-            "CPU operators draw from the CPU generator",
-        )
-        for name in ("manual_seed", "manual_seed_all"):
-            yield (
-                f"{module}.{name}",
-                lambda original: _seed_cpu,
-                "a build without CUDA queues the seed and never uses it",
-            )
+@patch(
+    "torch.cuda.synchronize",
+    "torch.cuda.reset_peak_memory_stats",
+    "torch.cuda._lazy_init",
+    "torch.cuda.nvtx.range_push",
+    "torch.cuda.nvtx.range_pop",
+    reason="a build without CUDA raises, and on a CPU there is nothing to wait for, to measure or to mark",
+)
+def do_nothing(adaptor: Any, original: Any, *args: Any, **kwargs: Any) -> None:
+    pass
 
 
-def _tensor_rows():
-    for name in FACTORIES:
-        yield f"torch.{name}", _without_cuda_device, "device='cuda' means the CPU, and there is no pinned memory"
-    for name in TENSOR_FACTORIES:
-        yield f"torch.Tensor.{name}", _without_cuda_device, "device='cuda' means the CPU, and there is no pinned memory"
-    for name in ("torch.Tensor.to", "torch.nn.Module.to"):
-        yield name, _to, "a move to 'cuda' stays on the CPU"
-    yield "torch.Tensor.cuda", _identity, "a move to 'cuda' stays on the CPU"
-    yield "torch.nn.Module.cuda", _identity, "a move to 'cuda' stays on the CPU"
-    yield "torch.Tensor.pin_memory", _identity, "there is no pinned memory"
-    yield "torch.Tensor.type", _type, "Megatron's optimizers recognise parameters by the name torch.cuda.FloatTensor"
+@patch("torch.cuda.is_current_stream_capturing", reason="there are no CUDA graphs")
+def is_current_stream_capturing(adaptor: Any, original: Any) -> bool:
+    return False
 
 
-def _distributed_rows():
-    yield "torch.distributed.init_process_group", _gloo(0), "nccl needs CUDA; gloo runs on the CPU"
-    yield "torch.distributed.new_group", _gloo(2), "nccl needs CUDA; gloo runs on the CPU"
-    yield "torch.distributed.barrier", _without("device_ids"), "gloo takes no device_ids"
+@patch("torch.cuda.mem_get_info", reason="the memory of the device is that of the machine")
+def mem_get_info(adaptor: Any, original: Any, device: Any = None) -> tuple[int, int]:
+    page = os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
 
 
-def _megatron_patches(when):
-    """What Megatron itself asks of Transformer Engine or apex, neither of which runs on a CPU."""
-    return [
-        Patch(
-            "megatron.core.fp8_utils.quantize_param_shard",
-            _accept_no_parameters,
-            "without Transformer Engine 0.12 raises even when there is no FP8 parameter to quantize",
-            when,
-        ),
-        Patch(
-            "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__",
-            _norm_with_sequence_parallel,
-            "torch's norms work with sequence parallelism once their parameters are marked for the gradient all-reduce",
-            when,
-        ),
-        Patch(
-            "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork",
-            _fork_without_warning,
-            "the CUDA and the CPU random state are one here, so a fork always changes the CPU's",
-            when,
-        ),
-        Patch(
-            "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu",
-            _as_numpy_on_cpu,
-            "counts that are on the CPU already stay tensors, which expert parallelism's all-to-all does not take",
-            when,
-        ),
-    ]
+@replacement("torch.compile", reason="Megatron's fused activations would start the compiler at the first step")
+def compile_(adaptor: Any, original: Any) -> Any:
+    def compile_(model: Any = None, **kwargs: Any) -> Any:
+        return (lambda function: function) if model is None else model
+
+    vars(compile_)["compiles_nothing"] = True
+    return compile_
 
 
-def _as_numpy_on_cpu(original):
-    def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
-        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
-
-    return maybe_move_tensor_to_cpu
+# Streams.
 
 
-class Stream:
-    """A queue that is always empty."""
-
-    def __init__(self, *args, **kwargs):
-        self.device = CPU
-        self.cuda_stream = 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return None
-
-    def query(self):
-        return True
-
-    def record_event(self, event=None):
-        return event or Event()
-
-    def synchronize(self):
-        return None
-
-    def wait_event(self, event):
-        return None
-
-    def wait_stream(self, stream):
-        return None
+@replacement("torch.cuda.Stream", reason="CPU operations run in order")
+def stream_class(adaptor: Any, original: Any) -> type[streams.Stream]:
+    return streams.Stream
 
 
-class Event:
-    """A moment that has passed."""
+@replacement("torch.cuda.Event", reason="CPU operations are complete when they return")
+def event_class(adaptor: Any, original: Any) -> type[streams.Event]:
+    return streams.Event
 
-    def __init__(self, *args, **kwargs):
-        pass
 
-    def elapsed_time(self, end_event):
-        return 0.0
+@patch("torch.cuda.stream", reason="CPU operations run in order")
+def stream(adaptor: Any, original: Any, stream: Any) -> AbstractContextManager[Any]:
+    return nullcontext(stream)
 
-    def query(self):
-        return True
 
-    def record(self, stream=None):
-        return None
+@patch("torch.cuda.set_stream", reason="CPU operations run in order")
+def set_stream(adaptor: Any, original: Any, stream: Any) -> None:
+    pass
 
-    def synchronize(self):
-        return None
 
-    def wait(self, stream=None):
-        return None
+@replacement("torch.cuda.current_stream", "torch.cuda.default_stream", reason="CPU operations run in order")
+def only_stream(adaptor: Any, original: Any) -> Callable[..., streams.Stream]:
+    stream = streams.Stream()
+    return lambda device=None: stream
+
+
+# Random numbers.
 
 
 class _Generators:
     """Every CUDA device's generator is the CPU's."""
 
-    def __getitem__(self, device):
+    def __getitem__(self, device: Any) -> torch.Generator:
         return torch.default_generator
 
-    def __len__(self):
+    def __len__(self) -> int:
         return 1
 
 
-def _always(value):
-    return lambda original: lambda *args, **kwargs: value
+@replacement("torch.cuda.default_generators", reason="CPU operators draw from the CPU generator")
+def default_generators(adaptor: Any, original: Any) -> _Generators:
+    return _Generators()
 
 
-def _identity(original):
-    return lambda self, *args, **kwargs: self
+@patch("torch.cuda._lazy_call", reason="a build without CUDA queues it for ever")
+def lazy_call(adaptor: Any, original: Any, call: Callable[[], None], **kwargs: Any) -> None:
+    call()
 
 
-def _stream(original):
-    stream = Stream()
-    return lambda *args, **kwargs: stream
+@patch(
+    "torch.cuda.get_rng_state",
+    "torch.cuda.random.get_rng_state",
+    reason="CPU operators draw from the CPU generator",
+)
+def get_rng_state(adaptor: Any, original: Any, device: Any = None) -> torch.Tensor:
+    return torch.get_rng_state()
 
 
-def _compile(original):
-    def compile_(model=None, **kwargs):
-        return (lambda function: function) if model is None else model
+@patch(
+    "torch.cuda.set_rng_state",
+    "torch.cuda.random.set_rng_state",
+    reason="CPU operators draw from the CPU generator",
+)
+def set_rng_state(adaptor: Any, original: Any, new_state: torch.Tensor, device: Any = None) -> None:
+    torch.set_rng_state(new_state)
 
-    compile_.compiles_nothing = True
-    return compile_
 
-
-def _seed_cpu(seed):
+@patch(
+    "torch.cuda.manual_seed",
+    "torch.cuda.manual_seed_all",
+    "torch.cuda.random.manual_seed",
+    "torch.cuda.random.manual_seed_all",
+    reason="a build without CUDA queues the seed and never uses it",
+)
+def seed_cpu(adaptor: Any, original: Any, seed: int) -> None:
     # Not torch.manual_seed: that calls this function.
     torch.default_generator.manual_seed(seed)
 
 
-def _names_cuda(device):
+# Tensors. torch.Tensor has most of its methods from a base class in C++.
+
+
+@patch(*(f"torch.{name}" for name in FACTORIES), reason=ON_THE_CPU)
+def factory(adaptor: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+    return original(*args, **_on_the_cpu(kwargs))
+
+
+@patch(*(f"torch.Tensor.{name}" for name in TENSOR_FACTORIES), reason=ON_THE_CPU, inherited=True)
+def tensor_factory(adaptor: Any, original: Any, self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return original(self, *args, **_on_the_cpu(kwargs))
+
+
+@patch(
+    "torch.jit._builtins._find_builtin",
+    "torch.jit._recursive._find_builtin",
+    reason="torch.jit.script knows torch's operators by their objects, and means these functions by their names",
+)
+def find_builtin(adaptor: Any, original: Any, function: Any) -> str | None:
+    name = getattr(function, "__name__", "")
+    return f"aten::{name}" if name in FACTORIES and getattr(torch, name) is function else original(function)
+
+
+@patch("torch.nn.Module.to", reason=STAYS)
+def module_to(adaptor: Any, original: Any, self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return to(adaptor, original, self, *args, **kwargs)
+
+
+@patch("torch.Tensor.to", reason=STAYS, inherited=True)
+def to(adaptor: Any, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    if args and _names_cuda(args[0]):
+        args = (CPU, *args[1:])
+    if _names_cuda(kwargs.get("device")):
+        kwargs["device"] = CPU
+    return original(self, *args, **kwargs)
+
+
+@patch("torch.Tensor.cuda", "torch.Tensor.pin_memory", reason=STAYS, inherited=True)
+def stay(adaptor: Any, original: Any, self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return self
+
+
+@patch("torch.nn.Module.cuda", reason=STAYS)
+def module_cuda(adaptor: Any, original: Any, self: torch.nn.Module, device: Any = None) -> torch.nn.Module:
+    return self
+
+
+@patch(
+    "torch.Tensor.type",
+    reason="Megatron's optimizers recognise parameters by the name torch.cuda.FloatTensor",
+    inherited=True,
+)
+def type_(adaptor: Any, original: Any, self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if dtype is None:
+        return original(self).replace("torch.", "torch.cuda.", 1)
+    if isinstance(dtype, str):
+        dtype = dtype.replace("torch.cuda.", "torch.")
+    return original(self, dtype, *args, **kwargs)
+
+
+def _names_cuda(device: Any) -> bool:
     if isinstance(device, torch.device):
         return device.type == "cuda"
-    return (isinstance(device, str) and device.split(":")[0] == "cuda") or (type(device) is int)
+    return (isinstance(device, str) and device.split(":")[0] == "cuda") or type(device) is int
 
 
-def _without_cuda_device(original):
-    @wraps(original)
-    def factory(*args, **kwargs):
-        if kwargs:
-            kwargs.pop("pin_memory", None)
-            if _names_cuda(kwargs.get("device")):
-                kwargs["device"] = CPU
-        return original(*args, **kwargs)
-
-    return factory
-
-
-def _to(original):
-    @wraps(original)
-    def to(self, *args, **kwargs):
+def _on_the_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a factory, without pinned memory and with the CPU for a CUDA device."""
+    if kwargs:
+        kwargs.pop("pin_memory", None)
         if _names_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
-        if args and _names_cuda(args[0]):
-            args = (CPU, *args[1:])
-        return original(self, *args, **kwargs)
-
-    return to
+    return kwargs
 
 
-def _type(original):
-    @wraps(original)
-    def type_(self, dtype=None, *args, **kwargs):
-        if dtype is None:
-            return original(self).replace("torch.", "torch.cuda.", 1)
-        return original(
-            self, dtype.replace("torch.cuda.", "torch.") if isinstance(dtype, str) else dtype, *args, **kwargs
-        )
-
-    return type_
+# Process groups.
 
 
-def _gloo(backend_index):
-    def build(original):
-        @wraps(original)
-        def make(*args, **kwargs):
-            if len(args) > backend_index and "nccl" in str(args[backend_index]):
-                args = (*args[:backend_index], "gloo", *args[backend_index + 1 :])
-            if "nccl" in str(kwargs.get("backend")):
-                kwargs["backend"] = "gloo"
-            kwargs.pop("pg_options", None)
-            kwargs.pop("device_id", None)
-            return original(*args, **kwargs)
-
-        return make
-
-    return build
+@patch("torch.distributed.init_process_group", reason="nccl needs CUDA; gloo runs on the CPU")
+def init_process_group(adaptor: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+    return _make_group(original, 0, args, kwargs)
 
 
-def _without(name):
-    def build(original):
-        @wraps(original)
-        def call(*args, **kwargs):
-            kwargs.pop(name, None)
-            return original(*args, **kwargs)
-
-        return call
-
-    return build
+@patch("torch.distributed.new_group", reason="nccl needs CUDA; gloo runs on the CPU")
+def new_group(adaptor: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+    return _make_group(original, 2, args, kwargs)
 
 
-def _accept_no_parameters(original):
-    @wraps(original)
-    def quantize_param_shard(model_params, *args, **kwargs):
-        return original(model_params, *args, **kwargs) if len(model_params) else None
-
-    return quantize_param_shard
-
-
-def _norm_with_sequence_parallel(original):
-    def new(cls, config, *args, **kwargs):
-        if not config.sequence_parallel:
-            return original(cls, config, *args, **kwargs)
-        plain = copy.copy(config)
-        plain.sequence_parallel = False
-        norm = original(cls, plain, *args, **kwargs)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = True  # Megatron's own mark, as its fused norms set it
-        return norm
-
-    return new
+def _make_group(original: Any, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A process group with gloo for nccl; ``place`` is the backend's among positional arguments."""
+    if len(args) > place and "nccl" in str(args[place]):
+        args = (*args[:place], "gloo", *args[place + 1 :])
+    if "nccl" in str(kwargs.get("backend")):
+        kwargs["backend"] = "gloo"
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("pg_options", "device_id")}
+    return original(*args, **kwargs)
 
 
-def _fork_without_warning(original):
+@patch("torch.distributed.barrier", reason="gloo takes no device_ids")
+def barrier(adaptor: Any, original: Any, *args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
+    return original(*args, **kwargs)
+
+
+# Megatron's own checks, which expect Transformer Engine or apex; neither of them runs on a CPU.
+
+
+@patch(
+    "megatron.core.fp8_utils.quantize_param_shard",
+    reason="without Transformer Engine 0.12 raises even when there is no FP8 parameter to quantize",
+)
+def quantize_param_shard(adaptor: Any, original: Any, model_params: Any, *args: Any, **kwargs: Any) -> Any:
+    return original(model_params, *args, **kwargs) if len(model_params) else None
+
+
+@patch(
+    "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__",
+    reason="torch's norms work with sequence parallelism once their parameters are marked for the gradient all-reduce",
+)
+def norm(adaptor: Any, original: Any, cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+    if not config.sequence_parallel:
+        return original(cls, config, *args, **kwargs)
+    plain = copy.copy(config)
+    plain.sequence_parallel = False
+    made = original(cls, plain, *args, **kwargs)
+    for parameter in made.parameters():
+        parameter.sequence_parallel = True  # Megatron's own mark, as its fused norms set it
+    return made
+
+
+@patch(
+    "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork",
+    reason="the CUDA and the CPU random state are one here, so a fork always changes the CPU's",
+)
+@contextmanager
+def fork(adaptor: Any, original: Any, self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
     logger = logging.getLogger("megatron.core.tensor_parallel.random")
-    expected = "CPU RNG state changed within GPU RNG context"
 
-    @contextmanager
-    def fork(self, *args, **kwargs):
-        drop = lambda record: record.getMessage() != expected  # noqa: E731
-        logger.addFilter(drop)
-        try:
-            with original(self, *args, **kwargs):
-                yield
-        finally:
-            logger.removeFilter(drop)
+    def is_news(record: logging.LogRecord) -> bool:
+        return record.getMessage() != "CPU RNG state changed within GPU RNG context"
 
-    return fork
+    logger.addFilter(is_news)
+    try:
+        with original(self, *args, **kwargs):
+            yield
+    finally:
+        logger.removeFilter(is_news)
+
+
+@patch(
+    "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu",
+    reason="counts that are on the CPU already stay tensors, which expert parallelism's all-to-all does not take",
+)
+def maybe_move_tensor_to_cpu(
+    adaptor: Any, original: Any, tensor: Any, as_numpy: bool = False, record_stream: bool = False
+) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor

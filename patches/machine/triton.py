@@ -13,33 +13,13 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mindspeed_cp.patches.manager import Patch
+from mindspeed_cp.patches.rows import installed, replacement
 
 # The first of them that a version has: 0.18, and 0.19 where kernels have a module of their own.
 KERNELS = (
     "megatron.core.transformer.moe.ops.paged_stash",
     "megatron.core.transformer.moe.paged_stash",
 )
-
-
-def triton_patches() -> list[Patch]:
-    """The table; it comes before everything that imports Megatron."""
-    return [
-        Patch(
-            "sys.meta_path",
-            lambda original: [WithoutTriton(_kernels()), *original],
-            "from 0.18 on megatron.core cannot be imported without Triton, whose kernels for experts it uses with "
-            "CUDA graphs alone",
-            _why_not_needed,
-        )
-    ]
-
-
-def _why_not_needed() -> str:
-    if importlib.util.find_spec("triton") is not None:
-        return "Triton is installed"
-    name = _kernels()
-    return "" if name and name not in sys.modules else "this version asks nothing of Triton when it is imported"
 
 
 def _kernels() -> str:
@@ -53,6 +33,21 @@ def _kernels() -> str:
         if folders[0].joinpath(*name.split(".")[1:]).with_suffix(".py").is_file():
             return name
     return ""
+
+
+def nothing_is_asked() -> str:
+    name = _kernels()
+    return "" if name and name not in sys.modules else "this version asks nothing of Triton when it is imported"
+
+
+@replacement(
+    "sys.meta_path",
+    reason="from 0.18 on megatron.core cannot be imported without Triton, whose kernels for experts it uses with CUDA "
+    "graphs alone",
+    when=(installed("triton", "Triton is installed"), nothing_is_asked),
+)
+def without_triton(adaptor: Any, original: Any) -> list[Any]:
+    return [WithoutTriton(_kernels()), *original]
 
 
 class WithoutTriton(MetaPathFinder):

@@ -3,17 +3,19 @@
 import random
 from dataclasses import dataclass
 
+from mindspeed_cp.arguments.declared import our_flags
 from mindspeed_cp.settings.algorithms import ALGORITHMS
 
 from trainer.arguments import build_parser
 
 NONSENSE = ("-1", "0", "nan", "a", "", "1.5", "-5,0", "99999999999", "inf")
 # Flags that say how the sequence is shared, and nothing of the model; a run without them must lose the same.
-SHARING = {
-    "--context-parallel-size", "--context-parallel-algo", "--cp-window-size", "--ulysses-degree-in-cp",
-    "--context-parallel-kv-cache-policy", "--context-parallel-cache-interval", "--cp-kv-exchange",
-    "--use-cp-send-recv-overlap", "--gather-size-calculator", "--use-ulysses-allgather-kv", "--cp-kernel",
-    "--cp-batch-layout", "--cp-p2p", "--cp-keep-attention", "--use-fused-ring-attention-update", "--cp-log",
+SHARING = {each.flag for each in our_flags() if each.shares}
+# Their values depend on sizes, on the model or on the machine.
+_BY_HAND = {
+    "--context-parallel-size", "--context-parallel-algo", "--ulysses-degree-in-cp", "--cp-window-size",
+    "--context-parallel-kv-cache-policy", "--context-parallel-cache-interval", "--use-ulysses-allgather-kv",
+    "--gather-size-calculator", "--cp-kernel", "--cp-keep-attention",
 }  # fmt: skip
 
 
@@ -97,8 +99,8 @@ def _draw_training(settings, maybe):
 
 def _draw_sharing(rng, settings, maybe):
     """Parallel sizes and algorithm; returns the number of ranks that they need."""
-    algorithm = rng.choice(list(ALGORITHMS))
-    hybrid = algorithm.startswith("hybrid")
+    algorithm, row = rng.choice(list(ALGORITHMS.items()))
+    hybrid = row.takes_degree
     cp = rng.choice((4, 4, 4, 2) if hybrid else (2, 2, 2, 3, 4, 4, 1))
     room = 4 // cp
     tp = rng.choice((1, 1, 2)) if room >= 2 else 1
@@ -112,17 +114,16 @@ def _draw_sharing(rng, settings, maybe):
         settings["--pipeline-model-parallel-size"] = str(pp)
         maybe(0.3, "--num-virtual-stages-per-pipeline-rank", "2")
     maybe(0.97 if hybrid else 0.02, "--ulysses-degree-in-cp", *(("2",) * 9), "3")
-    maybe(0.3 if algorithm.startswith("megatron") and cp == 4 else 0.02, "--cp-window-size", "2")
+    maybe(0.3 if row.takes_window and cp == 4 else 0.02, "--cp-window-size", "2", "4")
     if maybe(0.2 if cp > 1 else 0.02, "--context-parallel-kv-cache-policy", "full", "half"):
         maybe(0.3, "--context-parallel-cache-interval", "1", "1", "1", "7")
-    rings = hybrid or algorithm.startswith("megatron")
-    maybe(0.3 if rings else 0.02, "--cp-kv-exchange", "direct", "ring", "auto")
-    maybe(0.2 if rings else 0.02, "--cp-p2p", "isend", "batch")
-    maybe(0.3, "--cp-batch-layout", "auto", "contiguous", "zigzag", "document_zigzag", "balanced")
-    maybe(0.2, "--use-cp-send-recv-overlap")
     maybe(0.3 if cp > 1 else 0.02, "--cp-keep-attention")
-    maybe(0.7 if "ulysses" in algorithm else 0.02, "--gather-size-calculator", "dynamic", "dynamic", "default")
-    maybe(0.05 if "ulysses" in algorithm else 0.01, "--use-ulysses-allgather-kv")
+    unaligned = not row.any_length
+    maybe(0.7 if unaligned else 0.02, "--gather-size-calculator", "dynamic", "dynamic", "default")
+    maybe(0.05 if unaligned else 0.01, "--use-ulysses-allgather-kv")
     maybe(0.05, "--cp-kernel", "blockwise")
-    maybe(0.1, "--cp-log")
+    for each in our_flags():
+        if each.shares and each.flag not in _BY_HAND:
+            taken = each.taken_by is None or each.taken_by(row)
+            maybe(0.2 if taken else 0.02, each.flag, *(*each.choices, *(("1", "2", "4") if each.whole else ())))
     return tp * pp * cp * (rng.choice((1, 2)) if tp * pp * cp <= 2 else 1)

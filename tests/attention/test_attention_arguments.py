@@ -55,6 +55,8 @@ ERRORS = {
         r"query has shape \(8, 4, 8\).*\(seq_local, batch, heads, head_dim\)",
     ),
     "wrong-length": (dict(query=(SEQ - 1, 1, 4, 8)), r"query has 7 tokens.*8.*layout\.shard"),
+    "batch-first": (dict(query=(2, SEQ, 4, 8)), r"looks like \(batch, seq, .*pass query\.permute\(1, 0, 2, 3\)"),
+    "heads-first": (dict(key=(1, 2, SEQ, 8)), r"looks like \(batch, heads, .*pass key\.permute\(2, 0, 1, 3\)"),
     "wrong-key-length": (dict(key=(SEQ + 1, 1, 2, 8)), r"key has 9 tokens"),
     "integer-dtype": (dict(dtype=torch.int64), r"dtype torch\.int64.*float64, float32, float16, bfloat16"),
     "mixed-dtypes": (dict(key=torch.zeros(SEQ, 1, 2, 8, dtype=torch.float64)), r"key has dtype torch\.float64.*share"),

@@ -78,16 +78,19 @@ def test_rows_with_documents_of_their_own_match_dense_attention_in_one_exchange(
 
 def messages_of_masks(rank):
     """Messages of Megatron's attention for masks of four rows: plain causal, and with documents of their own."""
-    from mindspeed_cp.megatron.bridge import AttentionBridge, CoreAttention
-    from mindspeed_cp.megatron.state import AdaptorState
+    from adaptors import adaptor_of
+
+    from mindspeed_cp.megatron.bridge import CoreAttention, attention
 
     config, groups = setup_of({"context_parallel_size": 2, "algorithm": "megatron_cp_algo"})
-    attend = AttentionBridge(AdaptorState(config=config, groups=groups))
+    adaptor = adaptor_of(config, groups=groups)
     query, sent = torch.ones(SEQ_LEN // 2, 4, 2, 8), []
     for rows in (((0, SEQ_LEN),) * 4, ROWS[0]):
         visible = [allowed_pairs(SEQ_LEN, causal=True, cu_seqlens=documents) for documents in rows]
         with count_bytes() as traffic:
-            attend(
+            attention(
+                adaptor,
+                adaptor.main,
                 CoreAttention(1, True, 0.3),
                 query,
                 query,

@@ -11,6 +11,7 @@ from distributed import run_ranks
 from reference import attention, attention_with_gradients
 from setups import ALGORITHM_AND_SIZE, degree_of, exchanges, shapes
 
+from mindspeed_cp.kernels.base import AttentionKernel
 from mindspeed_cp.settings.algorithms import ALGORITHMS
 
 pytestmark = pytest.mark.cpu_only
@@ -155,13 +156,15 @@ def test_dropping_everything_gives_zeros_and_no_nan(algorithm):
         assert all(not tensor.any() for tensor in result.values())
 
 
-class Fused:
+class Fused(AttentionKernel):
     """A kernel that divides by the probability of keeping, as the operators of GPUs and NPUs do."""
 
     name, native_bands = "fused", False
 
-    def forward(self, query, key, value, block, options, attention_mask=None):
+    def forward(self, tensors, options):
         raise ZeroDivisionError(f"{1 - options.dropout_p} are kept")
+
+    backward = forward
 
 
 def test_no_fused_kernel_is_asked_to_drop_everything():

@@ -5,19 +5,18 @@ bit.
 import gc
 import weakref
 from dataclasses import replace
-from math import lcm
 
 import pytest
 import torch
 from cases import DTYPES, Case, arguments, local_inputs, setup_of
 from distributed import run_ranks
-from setups import ALGORITHM_AND_SIZE, degree_of, variants
+from kept_bytes import expected_bytes
+from setups import ALGORITHM_AND_SIZE, variants
 from torch.utils.checkpoint import checkpoint
 
 from mindspeed_cp import KeptAttention
 from mindspeed_cp.comm import count_bytes
 from mindspeed_cp.kernels import select_kernel
-from mindspeed_cp.kernels.base import memory_order
 
 pytestmark = pytest.mark.cpu_only
 AT_FOUR = [point for point in ALGORITHM_AND_SIZE if point.values[1] in (3, 4)]
@@ -88,24 +87,6 @@ def compared(rank, cases):
     return found
 
 
-def expected_bytes(case):
-    """t (H dv e + 4 H) without Ulysses; with it what it has received besides, and the output before and after."""
-    degree, item = degree_of(case.config), DTYPES[case.dtype].itemsize
-    tokens, lse = case.seq_len // case.cp * case.batch, 8 if case.dtype == "float64" else 4
-    size = case.heads * (case.dv * item + lse)
-    ring, policy = case.cp // degree, case.config.get("kv_cache_policy")
-    kv_heads = lcm(case.kv_heads, degree)
-    dims = {None: 0, "half": case.dk, "full": case.dk + case.dv}[policy]
-    if degree > 1:
-        size += case.heads * (case.dv + case.dk) * item
-        size += kv_heads * (case.dk + case.dv - (dims if ring == 1 else 0)) * item
-        if ring > 1 and memory_order(select_kernel(None, "cpu"), DTYPES[case.dtype]) is None:
-            size += kv_heads * (case.dk + case.dv) * item  # packed for the ring, beside the message with the query
-    if ring > 1:  # an all-gather receives the rank's own rows as well
-        size += (ring - (case.config["algorithm"] != "kvallgather_cp_algo")) * kv_heads * dims * item
-    return 2 * tokens * size  # two calls
-
-
 @pytest.mark.parametrize("algorithm, cp", AT_FOUR)
 def test_the_second_pass_computes_and_sends_nothing_and_gradients_are_the_same(algorithm, cp):
     cases = [
@@ -114,7 +95,8 @@ def test_the_second_pass_computes_and_sends_nothing_and_gradients_are_the_same(a
         for dtype in ("float64" if seed % 2 else "bfloat16",)
     ]
     for rank in run_ranks(cp, compared, cases):
-        assert rank == [expected_bytes(case) for case in cases]
+        orders = [select_kernel(None, "cpu").memory_order(DTYPES[case.dtype]) for case in cases]
+        assert rank == list(map(expected_bytes, cases, orders))
 
 
 @pytest.mark.parametrize("algorithm", ["megatron_cp_algo", "ulysses_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo"])
@@ -244,3 +226,24 @@ def lifetimes(rank, case):
 
 def test_nothing_is_kept_without_a_graph_or_after_it():
     run_ranks(2, lifetimes, Case(RING))
+
+
+def inferring(rank, case):
+    """Inside inference_mode nothing is kept; what was made there trains no worse afterwards."""
+    layer, leaves, grad_out, _ = problem(rank, case)
+    kept = KeptAttention()
+    with torch.inference_mode():
+        out = checkpoint(layer, *leaves[:3], kept, use_reentrant=True)
+        first, _ = (again := KeptAttention()).contexts()
+        with first:
+            kept_out = layer(*leaves[:3], again)
+        assert again.num_bytes == 0
+    torch.manual_seed(5)
+    kept = KeptAttention()
+    trained_out = checkpoint(layer, *leaves[:3], kept, use_reentrant=False, context_fn=kept.contexts)
+    trained_out.backward(grad_out)
+    return out.shape == trained_out.shape == kept_out.shape and all(leaf.grad is not None for leaf in leaves)
+
+
+def test_inference_mode_keeps_nothing():
+    assert all(run_ranks(2, inferring, Case(RING)))

@@ -11,7 +11,7 @@ from setups import ALGORITHM_AND_SIZE, shapes, variants
 from torch.utils.checkpoint import checkpoint
 
 from mindspeed_cp import DynamicGatherSizeCalculator, UlyssesContextAttention
-from mindspeed_cp.sequence.layout import split_sizes
+from mindspeed_cp.sequence.runs import split_sizes
 
 AT_FOUR = [point for point in ALGORITHM_AND_SIZE if point.values[1] in (3, 4)]
 for_every_algorithm = pytest.mark.parametrize("algorithm, cp", AT_FOUR)

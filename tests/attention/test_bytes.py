@@ -10,7 +10,7 @@ from setups import degree_of, shapes
 
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
 from mindspeed_cp.comm import count_bytes
-from mindspeed_cp.sequence.layout import split_sizes
+from mindspeed_cp.sequence.runs import split_sizes
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 RINGS = [

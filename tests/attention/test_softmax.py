@@ -4,7 +4,8 @@ import pytest
 import torch
 from reference import attention
 
-from mindspeed_cp.attention.merging import add_softmax_offset, merge_attention, softmax_offset_gradient
+from mindspeed_cp.attention.merging import add_softmax_offset, softmax_offset_gradient
+from mindspeed_cp.kernels.merge import merge_attention
 
 SEQ, BATCH, HEADS, DIM = 5, 2, 3, 4
 

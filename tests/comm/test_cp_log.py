@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from distributed import run_ranks
 from kept_groups import of_megatron
-from mindspeed_cp.patches.step_log import log_patches
 from trainer_runs import IMPORTED, prepare_data, tiny
 
 from mindspeed_cp.comm import watch as watch_module
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.step_log import Imbalance, IntervalFigures
 from mindspeed_cp.comm.watch import Watch, wait_for, watching
+from mindspeed_cp.patches.step_log import train_step, training_log
 
 pytestmark = pytest.mark.cpu_only
 RING = "--context-parallel-size 2 --context-parallel-algo megatron_cp_algo --train-iters 4 --log-interval 2"
@@ -237,7 +237,9 @@ def test_uneven_steps_do_not_make_up_for_each_other():
 
 def training_logs():
     """Version from which on it is so -> a function with the signature of Megatron's training_log."""
-    table = json.loads(Path(__file__).resolve().parents[1].joinpath("helpers/megatron_signatures.json").read_text(encoding="utf-8"))
+    table = json.loads(
+        Path(__file__).resolve().parents[1].joinpath("helpers/megatron_signatures.json").read_text(encoding="utf-8")
+    )
     known = table["patches"]["megatron.training.training.training_log"]["signatures"]
     return {version: eval(f"lambda {text[1:-1]}: iteration + 0.5") for version, text in known.items()}
 
@@ -272,11 +274,11 @@ def megatron(monkeypatch):
 def test_megatrons_training_logs_each_interval(original, megatron, capsys):
     names = [name for name, one in inspect.signature(original).parameters.items() if one.default is one.empty]
     state = SimpleNamespace(log=_Log())
-    train_step, training_log = (row.build for row in log_patches(state, str))
     for iteration in range(1, 11):
-        assert train_step(lambda loss, **more: (loss, more))(iteration, config=1) == (iteration, {"config": 1})
+        found = train_step(state, lambda loss, **more: (loss, more), iteration, config=1)
+        assert found == (iteration, {"config": 1})
         given = [iteration if name == "iteration" else None for name in names]
-        assert training_log(original)(*given) == iteration + 0.5
+        assert training_log(state, original, *given) == iteration + 0.5
     assert (state.log.steps, state.log.intervals) == (10, 2)
     printed = capsys.readouterr().out.splitlines()
     assert [line.partition(" | ")[0] for line in printed] == [" iteration 5", " iteration 10"]
@@ -292,7 +294,6 @@ def test_megatrons_training_logs_each_interval(original, megatron, capsys):
 
 
 def test_megatrons_training_says_nothing_without_the_flag(megatron, capsys):
-    train_step, training_log = (row.build for row in log_patches(SimpleNamespace(log=None), str))
-    assert train_step(lambda loss: loss)(3) == 3
-    assert training_log(lambda iteration: iteration + 0.5)(5) == 5.5
+    assert train_step(SimpleNamespace(log=None), lambda loss: loss, 3) == 3
+    assert training_log(SimpleNamespace(log=None), lambda iteration: iteration + 0.5, 5) == 5.5
     assert (capsys.readouterr().out, megatron) == ("", [])

@@ -14,6 +14,7 @@ from distributed import run_ranks
 from mindspeed_cp import SequenceLayout
 from mindspeed_cp.comm.schedule import forward_schedule
 from mindspeed_cp.kernels import select_kernel
+from mindspeed_cp.kernels.base import AttentionKernel
 
 RINGS = [(window, windows) for window in range(1, 9) for windows in range(1, 9) if window * windows <= 12]
 
@@ -51,7 +52,7 @@ def test_no_two_ranks_hold_the_same_shard_at_one_step(window, windows):
         assert sorted(step) == list(range(window * windows))
 
 
-class TracingKernel:
+class TracingKernel(AttentionKernel):
     """The CPU kernel, noting when blocks start; key rows tell nothing of their source, so only the order counts."""
 
     def __init__(self, trace):

@@ -10,6 +10,7 @@ from distributed import RankFailure, observe_ranks, run_ranks
 
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout
 from mindspeed_cp.kernels import select_kernel
+from mindspeed_cp.kernels.base import AttentionKernel
 
 pytestmark = pytest.mark.cpu_only
 VICTIM = 1
@@ -26,7 +27,7 @@ CONFIGS = {
 }
 
 
-class FailingKernel:
+class FailingKernel(AttentionKernel):
     """The CPU kernel until ``fail`` is called, in the named pass."""
 
     def __init__(self, failing_pass, fail):

@@ -124,6 +124,20 @@ def _messages(rank):
             call()
 
 
+def _unequal_without_sizes(rank):
+    """Ranks that hold 1, 2 and 3 entries and say nothing of it; backward gives each its own part."""
+    whole, grad = _global((2, 6), 5), _global((2, 6), 6)
+    start = (0, 1, 3)[rank]
+    source = whole[:, start : start + rank + 1].clone().requires_grad_()
+    out = gather_forward_split_backward(source, None, -1, grad_scale=None)
+    out.backward(grad)
+    assert torch.equal(out, whole) and torch.equal(source.grad, grad[:, start : start + rank + 1])
+
+
+def test_lengths_that_nobody_says_are_asked_for():
+    run_ranks(3, _unequal_without_sizes)
+
+
 def test_wrong_sizes_are_named_before_anything_is_sent():
     run_ranks(2, _messages)
 

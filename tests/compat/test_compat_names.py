@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -59,13 +60,13 @@ def test_makers_of_groups_say_that_initialize_model_parallel_makes_them():
         ([5, 16], 2, ((0, 5, 8), (0, 8))),
     ],
 )
-def test_ends_that_were_handed_over_are_the_boundaries_of_the_next_batch_alone(ends, rows, documents):
+def test_ends_that_were_handed_over_are_the_boundaries_of_a_batch_and_stay(ends, rows, documents):
     handed = Handed()
     assert handed.take(rows, 8) is None
     handed.set_ends(ends)
     assert handed.ends is ends
     assert handed.take(rows, 8) == documents
-    assert handed.take(rows, 8) is None and handed.ends is ends
+    assert not handed.waiting and handed.take(rows, 8) == documents, "they stay until others are set"
 
 
 @pytest.mark.parametrize("ends", [[3, 9], [5, 3], []])
@@ -76,27 +77,47 @@ def test_ends_that_do_not_fit_the_batch_are_refused(ends):
         handed.take(1, 8)
 
 
+def _packed(*ends):
+    return SimpleNamespace(cu_seqlens_q=torch.tensor(ends, dtype=torch.int32))
+
+
+# name -> (attn_para, cache policy, whether heads and dim come merged, what reference.allowed_pairs takes)
+HIDDEN = torch.rand(SEQ, SEQ, generator=torch.Generator().manual_seed(9)) < 0.4
+COMPRESSED = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
+BAND = {"sparse_mode": 4, "attention_mask": COMPRESSED, "pre_tokens": 2, "next_tokens": 1}
+# The rows of the batch one after another: documents that differ by row, and one that is as long as a row.
+ENDS, ROWS = (3, SEQ, SEQ + 1, BATCH * SEQ), ((0, 3, SEQ), (0, 1, SEQ))
+ULYSSES = {
+    "causal": ({"sparse_mode": 2, "attention_mask": COMPRESSED}, "full", False, [dict(causal=True)]),
+    "full": ({"sparse_mode": 0}, "half", True, [{}]),
+    "mask": ({"sparse_mode": 0, "attention_mask": HIDDEN}, None, False, [dict(attention_mask=HIDDEN)]),
+    "band": (BAND, None, True, [dict(window=(2, 1))]),
+    "packed band": (
+        {**BAND, "packed_seq_params": _packed(*ENDS)},
+        None,
+        False,
+        [dict(window=(2, 1), cu_seqlens=row) for row in ROWS],
+    ),
+    "packed causal": (
+        {"sparse_mode": 2, "packed_seq_params": _packed(0, *ENDS)},
+        "full",
+        False,
+        [dict(causal=True, cu_seqlens=row) for row in ROWS],
+    ),
+    "packed full": ({"packed_seq_params": _packed(*ENDS)}, "half", True, [dict(cu_seqlens=row) for row in ROWS]),
+}
+
+
 def _ulysses(rank):
     """name -> largest difference of outputs and gradients from dense attention."""
     layout = SequenceLayout.build(ContextParallelConfig(context_parallel_size=2), SEQ)
     generator = torch.Generator().manual_seed(4)
     shapes = [(SEQ, BATCH, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     *whole, grad = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    hidden = torch.rand(SEQ, SEQ, generator=generator) < 0.4
     found = {}
-    for name, para, policy, merged in (
-        (
-            "causal",
-            {"sparse_mode": 2, "attention_mask": torch.ones(2048, 2048, dtype=torch.bool).triu(1)},
-            "full",
-            False,
-        ),
-        ("full", {"sparse_mode": 0}, "half", True),
-        ("mask", {"sparse_mode": 0, "attention_mask": hidden}, None, False),
-    ):
-        causal, mask = name == "causal", hidden if name == "mask" else None
-        allowed = reference.allowed_pairs(SEQ, causal=causal, attention_mask=mask)
-        expected = reference.attention_with_gradients(*whole, grad, allowed)
+    for name, (para, policy, merged, allowed) in ULYSSES.items():
+        rows = [reference.allowed_pairs(SEQ, **row) for row in allowed]
+        expected = reference.attention_with_gradients(*whole, grad, torch.cat(rows))
         local = [layout.shard(tensor, rank).clone().requires_grad_() for tensor in whole]
         given = [tensor.flatten(2) for tensor in local] if merged else local
         out = ulyssesattn_context_parallel(
@@ -108,6 +129,15 @@ def _ulysses(rank):
             float((result - layout.shard(tensor, rank)).abs().max())
             for result, tensor in zip(results, expected.values(), strict=True)
         )
+    query = torch.zeros(SEQ // 2, BATCH, HEADS, DIM)
+    for para, words in (
+        ({"sparse_mode": 6}, r"\['sparse_mode'\] 6 is not supported; use 2 or 3"),
+        ({"sparse_mode": 4, "pre_tokens": 3}, "pre_tokens and next_tokens, which are 3 and None"),
+        ({"attention_mask": HIDDEN, "packed_seq_params": _packed(*ENDS)}, "leave out one of the two"),
+        ({"packed_seq_params": _packed(3, SEQ)}, f"ends with {SEQ} and must end with {BATCH * SEQ}"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ulyssesattn_context_parallel(query, query, query, para, {"spg": None})
     return found
 
 

@@ -136,6 +136,25 @@ def _uneven(rank):
         )
 
 
+def _uneven_by_name(rank):
+    """The same lengths as a dict, by place in the ring and by global rank."""
+    group, ranks, lengths = dist.new_group([1, 2]), [1, 2], (5, 2)
+    if rank == 0:
+        return
+    place = ranks.index(rank)
+    para = {"causal": False, "cp_group": group, "cp_size": 2, "rank": place, "cp_global_ranks": ranks}
+    for names in (range(2), ranks):
+        shapes = dict(reversed(list(zip(names, lengths))))
+        _check(place, 7, torch.arange(7).split(lengths)[place], para, reference.allowed_pairs(7), shapes=shapes)
+    query = torch.zeros(lengths[place], 1, HEADS * 4)
+    with pytest.raises(ValueError, match="or a dict by place in the ring, else by global rank"):
+        ringattn_context_parallel(query, query, query, HEADS, para, shapes={0: 5, 2: 2})
+
+
+def test_shapes_may_be_a_dict():
+    run_ranks(3, _uneven_by_name)
+
+
 def test_shapes_give_every_rank_its_own_length():
     run_ranks(3, _uneven)
 

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from mindspeed_cp.patches import fit
-from mindspeed_cp.patches.versions import DEFAULT, MEGATRONS
 
 import mindspeed_cp
 from mindspeed_cp.doctor import command, device, installed
 from mindspeed_cp.doctor.finding import Finding, has_problem
+from mindspeed_cp.patches import fit
+from mindspeed_cp.patches.versions import DEFAULT, MEGATRONS
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.cpu_only

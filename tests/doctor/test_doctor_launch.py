@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from mindspeed_cp.arguments.launch import misspelt, read_flags
-from mindspeed_cp.patches import checks
 
+from mindspeed_cp.arguments.launch import misspelt, read_flags
 from mindspeed_cp.doctor import environment, launch, launched, quoting
+from mindspeed_cp.megatron import flag_checks
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.cpu_only
@@ -21,7 +21,7 @@ MODEL = "--num-attention-heads 16 --hidden-size 1024 --num-layers 8 --seq-length
 @pytest.fixture(autouse=True)
 def megatron_is_not_asked(monkeypatch):
     def ask(module, *flags, environment=None):
-        return json.loads(json.dumps(checks.wrong_flags(flags) if module.endswith("checks") else None))
+        return json.loads(json.dumps(flag_checks.wrong_flags(flags) if module.endswith("checks") else None))
 
     monkeypatch.setattr(launched, "ask", ask)
 
@@ -200,7 +200,11 @@ def test_fallbacks_are_notes_and_ignored_flags_are_warnings(script):
             "--num-attention-heads 6 must be divisible",
             "--context-parallel-algo",
         ),
-        ("--context-parallel-size 4 --context-parallel-algo hybrid_cp_algo", "--ulysses-degree-in-cp", "choose 2"),
+        (
+            "--context-parallel-size 4 --context-parallel-algo hybrid_cp_algo --num-attention-heads 9",
+            "--ulysses-degree-in-cp is not given",
+            "choose 2",
+        ),
         ("--context-parallel-size four", "--context-parallel-size four must be a whole number", "try"),
         ("--context-parallel-size 16", "world size 8 must be", "start 16 processes"),
         ("--context-parallel-size 4 --cp-kernel npu", "--cp-kernel npu serves npu tensors", "leave --cp-kernel out"),
@@ -212,6 +216,17 @@ def test_fallbacks_are_notes_and_ignored_flags_are_warnings(script):
 def test_a_wrong_line_has_the_rule_and_the_way_out_of_the_configuration(script, flags, text, todo):
     wrong = [finding for finding in said(script, flags) if finding.level == "problem"]
     assert len(wrong) == 1 and text in wrong[0].text and todo in wrong[0].todo, wrong
+
+
+def test_the_degree_that_hybrid_would_get_fits_a_node_of_the_launch(script, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    flags = "--context-parallel-size 8 --context-parallel-algo hybrid_cp_algo --use-flash-attn"
+    for per_node, degree in ((8, 4), (2, 2)):
+        found = said(
+            script, flags, f"torchrun --nnodes {16 // per_node} --nproc-per-node {per_node} --master-port 29731"
+        )
+        (notice,) = texts(found, "note")
+        assert f"{degree} is the largest divisor" in notice and f"the {per_node} ranks of a node" in notice
 
 
 def test_context_parallelism_that_is_off_is_said(script):

@@ -71,12 +71,11 @@ def held(targets):
 
 def import_every_target():
     """Import the modules that the tables name, without applying anything; returns the targets."""
-    from mindspeed_cp.patches.core import core_patches
-    from mindspeed_cp.patches.machine.cpu import device_patches
+    from mindspeed_cp.megatron.adaptor import Adaptor
+    from mindspeed_cp.patches.areas import all_areas
 
-    from mindspeed_cp.megatron.state import AdaptorState
-
-    targets = [patch.target for patch in (*device_patches(lambda: ""), *core_patches(AdaptorState(), print))]
+    areas = all_areas(Adaptor(), "cpu")
+    targets = [patch.target for name in ("device", "core") for patch in areas[name]]
     for target in targets:
         parts = target.split(".")
         for count in range(1, len(parts)):
@@ -177,9 +176,9 @@ def _attempt(error_type):
 def failed_imports():
     """One after the other: Megatron missing, a wrong device variable, a name that is gone, an untried version."""
     import torch
-    from mindspeed_cp.patches import PatchError
 
     import mindspeed_cp  # noqa: F401
+    from mindspeed_cp.patches import PatchError
 
     results = {}
     sys.modules["megatron"] = None
@@ -280,15 +279,15 @@ def _train_once():
 
 def without_context_parallelism():
     """Exact numbers of a training step with every patch applied, and with the device stand-in alone."""
-    from mindspeed_cp.patches import PatchManager
-    from mindspeed_cp.patches.machine.cpu import device_patches
-
     from mindspeed_cp import megatron_adaptor
+    from mindspeed_cp.patches import PatchManager
+    from mindspeed_cp.patches.machine import cpu
+    from mindspeed_cp.patches.rows import patches_of
 
     attention = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
     with_all, patched = _train_once(), attention.forward
     megatron_adaptor.undo()
-    stand_in = PatchManager(device_patches(lambda: ""))
+    stand_in = PatchManager(patches_of([cpu]))
     stand_in.apply()
     alone, original = _train_once(), attention.forward
     stand_in.undo()
@@ -299,3 +298,57 @@ def without_context_parallelism():
         "finite": not any("nan" in number or "inf" in number for number in alone),
         "nonzero": sum(float.fromhex(number) != 0 for number in alone),
     }
+
+
+def _of_another_package(name, source):
+    """A module that another package would have imported; it sees Megatron's attention as ``Attention``."""
+    module = ModuleType(name)
+    module.__file__ = f"/somewhere/{name.replace('.', '/')}.py"
+    module.Attention = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
+    sys.modules[name] = module
+    exec(compile(source, module.__file__, "exec"), vars(module))
+    return module
+
+
+def owners():
+    """The adaptor's names in other hands: status in the report, message of ``check``, and what the groups say of it."""
+    import torch  # noqa: F401
+
+    from mindspeed_cp import ContextParallelConfig, megatron_adaptor
+    from mindspeed_cp.patches import PatchError
+
+    attention = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
+    target = f"{attention.__module__}.{attention.__qualname__}.forward"
+
+    def seen(call=megatron_adaptor.check):
+        try:
+            call()
+        except PatchError as error:
+            return status(), str(error)
+        return status(), ""
+
+    def status():
+        return next(row.status for row in megatron_adaptor.report() if row.target == target)
+
+    facts, ours = {"untouched": seen()}, attention.forward
+    wrapper = "def wrap(f):\n    def forward(*args, **kwargs):\n        return f(*args, **kwargs)\n    return forward\n"
+    attention.forward = _of_another_package("toy_profiler", wrapper).wrap(ours)
+    facts["wrapped"] = seen()
+    attention.forward = _of_another_package("toy_thief", "def forward(self, *args):\n    return None\n").forward
+    facts["replaced"] = seen()
+    facts["groups"] = seen(lambda: megatron_adaptor._announce(ContextParallelConfig(context_parallel_size=2)))
+    attention.forward = ours
+    importlib.import_module("megatron.core.parallel_state").get_context_parallel_next_rank = print
+    facts["cosmetic"] = seen()
+    return facts
+
+
+def mindspeed_first():
+    """MindSpeed with context-parallel flags of its own has put its class in the place of Megatron's attention."""
+    from mindspeed_cp.patches import PatchError
+
+    dot_product = importlib.import_module("megatron.core.transformer.dot_product_attention")
+    name = "mindspeed.core.context_parallel.dot_product_attention"
+    source = "class MindSpeedCPDotProductAttention(Attention):\n    def __init__(self):\n        pass\n"
+    dot_product.DotProductAttention = _of_another_package(name, source).MindSpeedCPDotProductAttention
+    return _attempt(PatchError)

@@ -72,7 +72,15 @@ def start_megatron(rank):
     def size_by_rank():
         start((2, 1)[rank], 0.1, asked=(2, 1)[rank])
 
+    def configured(**keywords):
+        megatron_adaptor.state().reset()
+        megatron_adaptor.configure(ContextParallelConfig(context_parallel_size=2), **keywords)
+        parallel_state.initialize_model_parallel(context_parallel_size=2)
+
     found = [
+        _message(lambda: configured(documents_from_position_ids=rank == 0)),
+        _message(lambda: configured(end_of_document=rank)),
+        _message(lambda: configured(kernel=("cpu", "blockwise")[rank])),
         _message(lambda: start(2, (0.1, 0.2)[rank])),
         _message(lambda: start((2, 4)[rank], 0.1)),
         _message(size_by_rank),

@@ -292,23 +292,26 @@ def _evaluated(batch):
 
 
 def _by_hand(whole):
-    """Difference of copies of a batch whose documents were given by hand, and what is said of them without its record.
+    """Difference of copies of a batch whose documents were given by hand, and what is said of tokens that are not its.
 
-    The copies are what a framework makes that moves or pads tensors; the record is handed over explicitly.
+    The copies are what a framework makes that moves tensors; the others what it makes that pads them.
     """
     from mindspeed_cp import megatron_adaptor
 
     state, model = megatron_adaptor.state(), build(4)
     local = state.shard_batch(batch_of(DOCUMENTS), cu_seqlens=DOCUMENTS)
     record, said = state.records.find(local.values()), ""
-    copies = {name: tensor.clone() for name, tensor in local.items()}
+    losses = losses_of(model, {name: tensor.clone() for name, tensor in local.items()})
+    padded = {name: tensor.clone() for name, tensor in local.items()}
+    padded["tokens"][:, -1] += 1
+    padded["labels"][:, -1] += 1
     try:
-        losses_of(model, copies)
+        losses_of(model, padded)
     except ValueError as error:
         said = str(error)
     with state.running(record):
-        losses = losses_of(model, copies)
-    found = gradients(model, (losses * copies["loss_mask"]).sum())
+        losses_of(model, padded)
+    found = gradients(model, (losses * local["loss_mask"]).sum())
     return difference(losses, found, *whole, lambda t: record.layout.shard(t, state.cp_rank, dim=1)), said
 
 

@@ -94,7 +94,7 @@ def compare(rank):
     from mindspeed_cp import ContextParallelConfig, SequenceLayout, megatron_adaptor
     from mindspeed_cp.kernels import cpu
     from mindspeed_cp.megatron.documents import examine_mask
-    from mindspeed_cp.settings.config import TrainingSetup
+    from mindspeed_cp.settings.training_setup import TrainingSetup
 
     old, results = (
         tuple(map(int, package_info.__version__.split(".")[:2])) < (0, 15),
@@ -220,15 +220,37 @@ def _packed(adaptor, layout, rank):
 
 
 def _wrapped(adaptor, layout, rank, expected):
-    """Ulysses around Megatron's core attention, as MindSpeed's own tests build it: exchanged once, by the adaptor."""
+    """Ulysses around Megatron's core attention, as MindSpeed's own tests build it, and around what wraps that: one
+    exchange, whoever makes it.
+    """
+    import functools
+
+    import torch
     from megatron.core import parallel_state
 
     from mindspeed_cp import UlyssesContextAttention
 
-    attention = UlyssesContextAttention(module(2), parallel_state.get_context_parallel_group())
-    local, _ = run(attention, _shards(layout, rank, tensors()), None)
-    pairs = zip(local, [layout.shard(tensor, rank) for tensor in expected[0]], strict=True)
-    return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+    class Holder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module(2)
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    class Sub(type(module(2))):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    subclassed = module(2)
+    subclassed.__class__ = Sub
+    worst = 0.0
+    for inner in (module(2), Holder(), subclassed, functools.partial(module(2))):
+        attention = UlyssesContextAttention(inner, parallel_state.get_context_parallel_group())
+        local, _ = run(attention, _shards(layout, rank, tensors()), None)
+        pairs = zip(local, [layout.shard(tensor, rank) for tensor in expected[0]], strict=True)
+        worst = max(worst, *(float((ours - theirs).abs().max()) for ours, theirs in pairs))
+    return worst
 
 
 def _recompute(adaptor, rank):

@@ -139,7 +139,8 @@ class RankPool:
             kind, detail = pickle.loads(self.connections[rank].recv_bytes())
             return Outcome(kind, detail, seconds)
         except (EOFError, OSError):
-            self.processes[rank].join(1)
+            # The pipe closes before the process is reaped: its exit code comes as late as the system wants.
+            self.processes[rank].join()
             return Outcome("died", f"exit code {self.processes[rank].exitcode}", seconds)
 
     def _stacks(self, ranks):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mindspeed_cp.kernels.base import KernelOptions
+from mindspeed_cp.kernels.base import AttentionRows, BlockTensors, KernelOptions
 from mindspeed_cp.sequence.blocks import Block
 
 # Largest error of out, lse and gradients relative to the largest entry of the reference.
@@ -123,6 +123,18 @@ def assert_matches(name, result, expected, dtype, factor=1.0):
     assert error <= factor * TOLERANCE[dtype], f"{name} is off by {error:.2e} of its largest entry"
 
 
+def forward(kernel, query, key, value, block, options, mask=None):
+    """(out, lse, saved) of one block."""
+    out, lse, saved, _ = kernel.forward(BlockTensors(block, query, key, value, mask), options)
+    return out, lse, saved
+
+
+def backward(kernel, grad_out, query, key, value, out, lse, block, options, saved, mask=None):
+    """(dq, dk, dv) of one block; out and lse are of the whole attention."""
+    tensors = BlockTensors(block, query, key, value, mask)
+    return kernel.backward(tensors, AttentionRows(grad_out, out, lse), options, saved)
+
+
 def check_block(kernel, case, dtype, device="cpu", strided=False):
     """Forward and backward of one block equal dense attention."""
     query, key, value, grad_out, mask = tensors(case, dtype, device)
@@ -131,11 +143,11 @@ def check_block(kernel, case, dtype, device="cpu", strided=False):
         key, value = packed[..., : case.dk], packed[..., case.dk :]
     scale = case.dk**-0.5
     options = KernelOptions(scale)
-    out, lse, rng = kernel.forward(query, key, value, case.block, options, mask)
+    out, lse, saved = forward(kernel, query, key, value, case.block, options, mask)
     expected = reference(query, key, value, grad_out, hidden(case, mask), scale)
     assert_matches("out", out, expected[0], dtype)
     assert_matches("lse", lse, expected[1], dtype)
     whole_lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # what the engine passes for rows without any key
-    grads = kernel.backward(grad_out, query, key, value, out, whole_lse, case.block, options, rng, mask)
+    grads = backward(kernel, grad_out, query, key, value, out, whole_lse, case.block, options, saved, mask)
     for name, grad, wanted in zip(("dq", "dk", "dv"), grads, expected[2:]):
         assert_matches(name, grad, wanted, dtype)

@@ -36,14 +36,21 @@ def stages(pp_size, vpp_size, cp_size, **settings):
     return found
 
 
-def batches(model, documents, seq):
-    """What a stage gets of each micro-batch, all of it split before the first one runs."""
+def batches(model, documents, seq, by_hand=False):
+    """What a stage gets of each micro-batch, all of it split before the first one runs.
+
+    Args:
+        by_hand: the first stage alone is told where documents end.
+    """
     from mindspeed_cp import megatron_adaptor
 
     state, found = megatron_adaptor.state(), []
     given = FIRST * model.pre_process + LAST * model.post_process
     for seed, rows in documents:
         batch = {name: tensor if name in given else None for name, tensor in batch_of(rows, seed, seq).items()}
+        if by_hand and model.pre_process:
+            found.append((state.shard_batch(batch, cu_seqlens=rows), {}))
+            continue
         if state.config.batch_layout != "balanced":
             found.append((split(batch), {}))
             continue
@@ -53,7 +60,7 @@ def batches(model, documents, seq):
     return found
 
 
-def run(pp_size, vpp_size, documents, seq, whole, **settings):
+def run(pp_size, vpp_size, documents, seq, whole, by_hand=False, **settings):
     """Largest difference of losses and gradients on this rank; ``whole`` is (losses of each, summed gradients)."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -61,7 +68,7 @@ def run(pp_size, vpp_size, documents, seq, whole, **settings):
 
     state, losses = megatron_adaptor.state(), []
     chunks = stages(pp_size, vpp_size, state.cp_size, **settings)
-    iterators = [iter(batches(chunk, documents, seq)) for chunk in chunks]
+    iterators = [iter(batches(chunk, documents, seq, by_hand)) for chunk in chunks]
 
     def forward_step(iterator, model):
         local, packed = next(iterator)
@@ -145,6 +152,8 @@ def compare(rank):
         with groups(settings, cp_size=2, pp_size=2):
             for title, vpp_size in (("one after the other", None), ("interleaved", 2)):
                 virtual_stages(vpp_size)
+                configure(settings, 2)
+                found[f"{name}, by hand, {title}"] = run(2, vpp_size, documents, SEQ, whole, by_hand=True)
                 configure(settings, 2, end_of_document=END)
                 found[f"{name}, {title}"], sent[f"{name}, {title}"] = kept(settings, 2, vpp_size, documents, whole)
                 if name == "ring":

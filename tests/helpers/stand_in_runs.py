@@ -8,16 +8,16 @@ def stand_in():
     import torch
 
     torch.cuda.is_available = lambda: True
-    from mindspeed_cp.patches.machine.cpu import device_patches
-
     from mindspeed_cp import megatron_adaptor
+    from mindspeed_cp.patches.machine import cpu
+    from mindspeed_cp.patches.rows import patches_of
 
-    targets = {patch.target for patch in device_patches(str)}
+    targets = {patch.target for patch in patches_of([cpu])}
     # A name may stand in the table for CPUs, which comes first, and in the one for NPUs.
     rows = {row.target: row.status for row in reversed(megatron_adaptor.report())}
     facts = {"rows": {target: rows[target] for target in targets}}
     facts |= _devices(torch) | _random_numbers(torch) | _streams(torch) | _groups(torch) | _norm_and_fork(torch)
-    megatron_adaptor.undo()
+    facts["scripted"] = [_scripted(torch), megatron_adaptor.undo(), _scripted(torch)]
     try:
         torch.zeros(1, device="cuda")
         facts["after_undo"] = ""
@@ -30,6 +30,8 @@ def _devices(torch):
     one = torch.ones(2)
     made = {
         "current_device": torch.zeros(1, device=torch.cuda.current_device()),
+        "device of index": torch.zeros(1, device=torch.device("cuda", torch.cuda.current_device())),
+        "device of name": torch.zeros(1, device=f"cuda:{torch.cuda.current_device()}"),
         "factory": torch.zeros(1, device="cuda:0"),
         "index": torch.arange(3, device=0),
         "like": torch.rand_like(one, device=torch.device("cuda", 0)),
@@ -49,7 +51,18 @@ def _devices(torch):
         "type": one.type(),
         "cast": str(one.type("torch.cuda.DoubleTensor").dtype),
         "compiled": [torch.compile(_devices) is _devices, decorated is _devices],
+        "memory": torch.cuda.mem_get_info(torch.cuda.current_device()),
     }
+
+
+def _scripted(torch):
+    """What a scripted function of torch's factories returns; every element of a right answer is 12."""
+
+    def factories(x):
+        made = torch.zeros(3) + torch.ones_like(x) + torch.full([3], 2.0) + torch.tensor([4.0, 4.0, 4.0])
+        return made + torch.arange(3) + torch.linspace(5.0, 3.0, 3) + torch.empty(3).fill_(0.0)
+
+    return torch.jit.script(factories)(torch.ones(3)).tolist()
 
 
 def _random_numbers(torch):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_cases import backward, forward
 from reference import allowed_pairs, attention_with_gradients
 
 from mindspeed_cp.kernels import cpu
@@ -22,20 +23,20 @@ def gradients(monkeypatch, dtype, slow):
     """(dtypes of forward's output and of what backward was given, largest error of dq, dk and dv against float64)."""
     given = []
 
-    def backward(grad_out, *args, **kwargs):
+    def noting(grad_out, *args, **kwargs):
         given.append(grad_out.dtype)
         return original(grad_out, *args, **kwargs)
 
     original = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    monkeypatch.setattr(cpu, "_backward", backward)
+    monkeypatch.setattr(cpu, "_backward", noting)
     monkeypatch.setattr(cpu, "is_slow", lambda dtype: slow)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(SEQ, 1, HEADS, DIM, generator=generator).to(dtype) for _ in range(4)]
     kernel, options = cpu.CpuKernel(), KernelOptions(DIM**-0.5)
-    out, lse, rng = kernel.forward(*tensors[:3], CAUSAL, options)
+    out, lse, rng = forward(kernel, *tensors[:3], CAUSAL, options)
     given.append(out.dtype)
     assert kernel.memory_order(dtype) == (None if slow else "heads")
-    grads = kernel.backward(tensors[3], *tensors[:3], out, lse, CAUSAL, options, rng)
+    grads = backward(kernel, tensors[3], *tensors[:3], out, lse, CAUSAL, options, rng)
     want = attention_with_gradients(*tensors, allowed_pairs(SEQ, causal=True))
     return given, max(float((got.double() - want[name]).abs().max()) for name, got in zip(("dq", "dk", "dv"), grads))
 
@@ -64,19 +65,19 @@ def test_masks_of_batch_rows_are_not_copied_for_every_kv_head(monkeypatch):
     """float64 against the rows computed alone; the operator's mask has one row's memory."""
     seen = []
 
-    def forward(query, key, value, dropout_p, is_causal, *, attn_mask, scale):
+    def noting(query, key, value, dropout_p, is_causal, *, attn_mask, scale):
         seen.append(attn_mask.untyped_storage().nbytes())
         return original(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
 
     original = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    monkeypatch.setattr(cpu, "_forward", forward)
+    monkeypatch.setattr(cpu, "_forward", noting)
     generator = torch.Generator().manual_seed(0)
     query, grad_out = torch.randn(2, SEQ, 3, 8, DIM, dtype=torch.float64, generator=generator)
     key, value = torch.randn(2, SEQ, 3, 4, DIM, dtype=torch.float64, generator=generator)
     hidden = torch.rand(3, SEQ, SEQ, generator=generator) > 0.5
     kernel, options, full = cpu.CpuKernel(), KernelOptions(DIM**-0.5), Block((0, SEQ), (0, SEQ), None, None)
-    out, lse, rng = kernel.forward(query, key, value, full, options, hidden)
-    grads = kernel.backward(grad_out, query, key, value, out, lse, full, options, rng, hidden)
+    out, lse, rng = forward(kernel, query, key, value, full, options, hidden)
+    grads = backward(kernel, grad_out, query, key, value, out, lse, full, options, rng, hidden)
     assert seen == [SEQ * SEQ * 8] * 3
     for row in range(3):
         alone = [tensor[:, row : row + 1] for tensor in (query, key, value, grad_out)]

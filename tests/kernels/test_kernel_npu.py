@@ -6,13 +6,15 @@ from dataclasses import replace
 import fake_torch_npu
 import pytest
 import torch
-from kernel_cases import BY_NAME, CASES, check_block, hidden, offsets, reference, tensors
-from mindspeed_cp.patches.machine import npu as npu_patches
+from kernel_cases import BY_NAME, CASES, backward, check_block, forward, hidden, offsets, reference, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mindspeed_cp.attention.merging import merge_attention
+from mindspeed_cp.attention.merging import PartialAttention
+from mindspeed_cp.comm.workspace import Workspace
 from mindspeed_cp.kernels import npu, npu_calls, npu_setup
-from mindspeed_cp.kernels.base import KernelOptions
+from mindspeed_cp.kernels.base import AttentionRows, BlockResult, BlockTensors, KernelOptions
+from mindspeed_cp.kernels.merge import merge_attention
+from mindspeed_cp.patches.machine import npu as npu_patches
 from mindspeed_cp.sequence.blocks import Block
 
 VARIANTS = [(release, "documents") for release in fake_torch_npu.RELEASES]
@@ -56,14 +58,13 @@ def test_all_blocks_of_a_zigzag_rank_merge_to_dense_attention(kernel, where):
     out, lse = torch.zeros_like(query), torch.full(query.shape[:3], -torch.inf, device=where)
     for block in blocks:
         rows, keys = block.query_rows, block.key_rows
-        part, part_lse, _ = kernel.forward(query[rows], key[keys], value[keys], block, options)
+        part, part_lse, _ = forward(kernel, query[rows], key[keys], value[keys], block, options)
         merge_attention(out[rows], lse[rows], part, part_lse)
     grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
     for block in blocks:
         rows, keys = block.query_rows, block.key_rows
-        parts = kernel.backward(
-            grad_out[rows], query[rows], key[keys], value[keys], out[rows], lse[rows], block, options, None
-        )
+        tensors_of_block = query[rows], key[keys], value[keys]
+        parts = backward(kernel, grad_out[rows], *tensors_of_block, out[rows], lse[rows], block, options, None)
         for grad, span, part in zip(grads, (rows, keys, keys), parts):
             grad[span] += part
     expected = reference(query, key, value, grad_out, hidden(case, None), 0.3)
@@ -78,12 +79,12 @@ def test_dropout_gradients_use_the_forward_mask(kernel, name, where):
     query, key, value, grad_out, mask = tensors(case, torch.float32, where)
     options = KernelOptions(0.25, dropout_p=0.3)
     torch.manual_seed(5)
-    out, lse, rng = kernel.forward(query, key, value, case.block, options, mask)
+    out, lse, rng = forward(kernel, query, key, value, case.block, options, mask)
     torch.manual_seed(5)
-    again, _, _ = kernel.forward(query, key, value, case.block, options, mask)
-    other, _, _ = kernel.forward(query, key, value, case.block, options, mask)
+    again, _, _ = forward(kernel, query, key, value, case.block, options, mask)
+    other, _, _ = forward(kernel, query, key, value, case.block, options, mask)
     assert torch.equal(out, again) and not torch.equal(out, other)
-    _, _, dv = kernel.backward(grad_out, query, key, value, out, lse, case.block, options, rng, mask)
+    _, _, dv = backward(kernel, grad_out, query, key, value, out, lse, case.block, options, rng, mask)
     torch.testing.assert_close((dv * value).sum(), (grad_out * out).sum(), rtol=1e-4, atol=1e-4)
 
 
@@ -98,23 +99,23 @@ def test_packed_calls_stay_within_the_operator_limits(kernel, monkeypatch, where
 def test_more_heads_than_one_call_takes_is_refused_with_a_way_out(kernel, where):
     query = torch.zeros(2, 1, 257, 16, device=where)
     with pytest.raises(ValueError, match="at most 256 heads per rank, got 257; raise --tensor-model-parallel-size"):
-        kernel.forward(query, query, query, Block((0, 2), (0, 2)), KernelOptions(1.0))
+        forward(kernel, query, query, query, Block((0, 2), (0, 2)), KernelOptions(1.0))
 
 
 def test_float64_is_refused_with_a_way_out(kernel, where):
     query = torch.zeros(2, 1, 2, 16, dtype=torch.float64)
     with pytest.raises(ValueError, match="does not take torch.float64.*use float32"):
-        kernel.forward(query, query, query, Block((0, 2), (0, 2)), KernelOptions(1.0))
+        forward(kernel, query, query, query, Block((0, 2), (0, 2)), KernelOptions(1.0))
 
 
 def test_what_the_operators_do_not_take_is_refused_by_name(kernel, where, monkeypatch):
     query = torch.zeros(4, 1, 2, 16, device=where)
     with pytest.raises(ValueError, match=r"--attention-dropout 1.0 leaves nothing"):
-        kernel.forward(query, query, query, Block((0, 4), (0, 4)), KernelOptions(1.0, dropout_p=1.0))
+        forward(kernel, query, query, query, Block((0, 4), (0, 4)), KernelOptions(1.0, dropout_p=1.0))
     assert npu.MAX_ROWS == 1 << 20
     monkeypatch.setattr(npu, "MAX_ROWS", 3)
     with pytest.raises(ValueError, match=r"at most 3 query and key rows \(S, T\).*raise --context-parallel-size"):
-        kernel.forward(query, query, query, Block((0, 4), (0, 4)), KernelOptions(1.0))
+        forward(kernel, query, query, query, Block((0, 4), (0, 4)), KernelOptions(1.0))
 
 
 @pytest.mark.parametrize("name", ["causal", "packed_causal"])
@@ -122,13 +123,13 @@ def test_ranks_that_share_a_seed_draw_different_masks(kernel, name, where):
     """rng_stream is the rank: forward differs by rank, is the same again, and backward uses forward's own mask."""
     case = BY_NAME[name]
     query, key, value, grad_out, mask = tensors(case, torch.float32, where)
-    kernel.forward(query, key, value, case.block, KernelOptions(0.25), mask)  # the order of statistics, asked once
+    forward(kernel, query, key, value, case.block, KernelOptions(0.25), mask)  # the order of statistics, asked once
     outs, after = [], []
     for stream in (0, 1, 2, 1):
         torch.manual_seed(5)
         options = KernelOptions(0.25, dropout_p=0.3, rng_stream=stream)
-        out, lse, rng = kernel.forward(query, key, value, case.block, options, mask)
-        _, _, dv = kernel.backward(grad_out, query, key, value, out, lse, case.block, options, rng, mask)
+        out, lse, rng = forward(kernel, query, key, value, case.block, options, mask)
+        _, _, dv = backward(kernel, grad_out, query, key, value, out, lse, case.block, options, rng, mask)
         torch.testing.assert_close((dv * value).sum(), (grad_out * out).sum(), rtol=1e-4, atol=1e-4)
         outs.append(out)
         after.append(torch.rand(2, device=where))
@@ -165,12 +166,14 @@ def test_statistics_are_made_once_for_blocks_that_share_their_query_rows(kernel,
     monkeypatch.setattr(npu, "from_lse", lambda lse: made.append(lse.shape) or original(lse))
     query = torch.randn(4, 1, 2, 16)
     block, options = Block((0, 4), (0, 4)), KernelOptions(0.25)
-    out, lse, _ = kernel.forward(query, query, query, block, options)
+    blocks = BlockTensors(block, query, query, query)
+    result = kernel.forward(blocks, options)
+    rows = AttentionRows(result.out, result.out, result.lse)
     for _ in range(3):
-        first = kernel.backward(out, query, query, query, out, lse, block, options, None)
+        first = kernel.backward(blocks, rows, options, None)
     assert len(made) == 1
-    lse += 1  # the same memory with other numbers
-    second = kernel.backward(out, query, query, query, out, lse, block, options, None)
+    result.lse.add_(1)  # the same memory with other numbers, in another backward pass
+    second = kernel.backward(blocks, AttentionRows(result.out, result.out, result.lse), options, None)
     assert len(made) == 2 and not torch.equal(first[2], second[2])
 
 
@@ -193,7 +196,7 @@ def test_no_block_makes_the_host_wait_for_the_device(kernel, name, monkeypatch):
     """The lanes' check inside the fake is no part of it: the operators are replaced after one warm-up call."""
     case, options = BY_NAME[name], KernelOptions(0.25)
     query, key, value, grad_out, _ = tensors(case, torch.float32, "cpu")
-    out, lse, rng = kernel.forward(query, key, value, case.block, options)
+    out, lse, rng = forward(kernel, query, key, value, case.block, options)
     recorded = {
         operator: getattr(kernel._npu, operator) for operator in ("npu_fusion_attention", "npu_fusion_attention_grad")
     }
@@ -210,8 +213,8 @@ def test_no_block_makes_the_host_wait_for_the_device(kernel, name, monkeypatch):
 
         for operator in recorded:
             monkeypatch.setattr(kernel._npu, operator, outside(operator))
-        kernel.forward(query, key, value, case.block, options)
-        kernel.backward(grad_out, query, key, value, out, lse, case.block, options, rng)
+        forward(kernel, query, key, value, case.block, options)
+        backward(kernel, grad_out, query, key, value, out, lse, case.block, options, rng)
     assert mode.count == 0
 
 
@@ -245,8 +248,8 @@ def test_no_tensor_of_sequence_squared_elements_exists(kernel, block, where):
     npu_calls.compressed_mask.cache_clear()
     query = torch.randn(LONG, 1, 1, 16, dtype=torch.bfloat16, device=where)
     with LargestTensor() as mode, torch.no_grad():
-        out, lse, rng = kernel.forward(query, query, query, block, KernelOptions(0.25))
-        kernel.backward(out, query, query, query, out, lse, block, KernelOptions(0.25), rng)
+        out, lse, rng = forward(kernel, query, query, query, block, KernelOptions(0.25))
+        backward(kernel, out, query, query, query, out, lse, block, KernelOptions(0.25), rng)
     assert LONG * 16 <= mode.largest <= 2048 * 2048 < LONG * LONG
 
 
@@ -276,7 +279,7 @@ def test_full_blocks_pass_no_mask_and_packed_blocks_cumulative_lengths(kernel, t
 
 def test_fused_ring_update_gives_the_numbers_of_the_plain_merge(torch_npu, kernel, where):
     if not hasattr(torch_npu, "npu_ring_attention_update"):
-        assert not hasattr(kernel, "merge")
+        assert not kernel.has_fused_merge
         return
     generator = torch.Generator().manual_seed(1)
     out, block_out = (torch.randn(6, 2, 4, 16, generator=generator) for _ in range(2))
@@ -285,7 +288,7 @@ def test_fused_ring_update_gives_the_numbers_of_the_plain_merge(torch_npu, kerne
     block_lse[1], block_out[1] = -torch.inf, 0
     lse[2], block_lse[2], out[2], block_out[2] = -torch.inf, -torch.inf, 0, 0
     fused = [tensor.clone().to(where) for tensor in (out, lse)]
-    kernel.merge(*fused, block_out.to(where, torch.bfloat16), block_lse.to(where))
+    kernel.merge(*fused, None, BlockResult(block_out.to(where, torch.bfloat16), block_lse.to(where)))
     merge_attention(out, lse, block_out.bfloat16(), block_lse)
     for result, expected in zip(fused, (out, lse)):
         torch.testing.assert_close(result.cpu(), expected, rtol=1e-5, atol=1e-6)
@@ -303,32 +306,20 @@ def test_fused_merges_take_the_statistics_that_the_operators_gave(kernel, torch_
     made = []
     original = npu.from_lse
     monkeypatch.setattr(npu, "from_lse", lambda lse: made.append(lse.shape) or original(lse))
-    options = KernelOptions(0.25)
-
-    def attend():
-        out = lse = None
-        for step, spans in enumerate((slice(0, 8), slice(0, 8), slice(0, 8), later, later)):
-            keys = slice(6 * step, 6 * step + 6)
-            block = Block((0, spans.stop - spans.start), (0, 6))
-            part, part_lse, _ = kernel.forward(query[spans], key[keys], value[keys], block, options)
-            if out is None:
-                out, lse = part, part_lse
-            else:
-                kernel.merge(out[spans], lse[spans], part, part_lse)
-        return out, lse
-
-    attend()  # the first merge of all tells forward to keep what it got
-    del made[:]
-    out, lse = attend()
+    options, partial = KernelOptions(0.25, fused_merge=True), PartialAttention(Workspace(), kernel.merge, query, 16)
+    for step, spans in enumerate((slice(0, 8), slice(0, 8), slice(0, 8), later, later)):
+        keys = slice(6 * step, 6 * step + 6)
+        block = Block((0, spans.stop - spans.start), (0, 6))
+        part = kernel.forward(BlockTensors(block, query[spans], key[keys], value[keys]), options)
+        partial.add(spans, slice(None), part)
+    out, lse = partial.result()
     assert made == [torch.Size([2, 4, 4])]  # four merges made one: the later rows' first
     scores = torch.einsum("sbhd,tbhd->sbht", query.double(), key.double()) * 0.25
     scores[:4, ..., 18:] = -torch.inf
     wanted = torch.einsum("sbht,tbhd->sbhd", scores[..., :30].softmax(-1), value[:30].double())
     torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), scores[..., :30].logsumexp(-1), rtol=1e-6, atol=1e-6)
-    lse.sub_(1)  # the same memory with other numbers
-    kernel.merge(out[later], lse[later], out[later].clone(), lse[later].clone())
-    assert len(made) == 3
+    assert kernel.forward(BlockTensors(block, query[later], key[:6], value[:6]), KernelOptions(0.25)).statistics is None
 
 
 @pytest.mark.cpu_only

@@ -14,14 +14,14 @@ import pytest
 import torch
 from cases import Case, arguments, local_inputs, setup_of
 from distributed import run_ranks
-from kernel_cases import assert_matches
+from kernel_cases import assert_matches, backward, forward
 from reference import allowed_pairs, attention_with_gradients
 
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
-from mindspeed_cp.attention.merging import merge_attention
 from mindspeed_cp.comm.batch import Batch
 from mindspeed_cp.kernels import cuda, cudnn, npu, select_kernel
-from mindspeed_cp.kernels.base import KernelOptions, accumulation_dtype
+from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions, accumulation_dtype
+from mindspeed_cp.kernels.merge import merge_attention
 from mindspeed_cp.sequence.blocks import IntervalMask, plan_blocks
 
 HEADS, KV_HEADS, DIM, BATCH = 4, 2, 16, 2
@@ -89,15 +89,14 @@ def simulate(kernel, tensors, cp, kind, device):
         lse, rngs = torch.full(query.shape[:3], -torch.inf, dtype=out.dtype, device=device), []
         for source, block in plans:
             q, k = block.query_rows, block.key_rows
-            part, part_lse, rng = kernel.forward(query[q], shards[1][source][k], shards[2][source][k], block, options)
+            part, part_lse, rng = forward(kernel, query[q], shards[1][source][k], shards[2][source][k], block, options)
             merge_attention(out[q], lse[q], part, part_lse)
             rngs.append(rng)
         out = out.to(query.dtype)
         for (source, block), rng in zip(plans, rngs, strict=True):
             q, k = block.query_rows, block.key_rows
-            grads = kernel.backward(
-                grad_out[q], query[q], shards[1][source][k], shards[2][source][k], out[q], lse[q], block, options, rng
-            )
+            read = query[q], shards[1][source][k], shards[2][source][k]
+            grads = backward(kernel, grad_out[q], *read, out[q], lse[q], block, options, rng)
             totals = sums[0][rank], sums[1][source], sums[2][source]
             for total, rows, grad in zip(totals, (q, k, k), grads, strict=True):
                 total[rows] += grad
@@ -120,7 +119,22 @@ def test_a_simulated_ring_equals_dense_attention(kernel, cp, name, device):
     assert sum(areas) == int(allowed.sum()), "every visible pair is computed exactly once"
 
 
-class Asking:
+@pytest.mark.parametrize("cp", [1, 3, 4])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_document(kernel, cp, poison, device):
+    """A rank's chunk begins with the last token of a document, beside a document of one token."""
+    dtype = torch.bfloat16 if kernel.name in ("cuda", "cudnn") else torch.float32
+    tensors = sample(dtype)
+    first = 1 + (LENGTH // (2 * cp) + 1 if cp > 1 else 0)  # the second chunk's first token, and a single one
+    kind = dict(causal=True, cu_seqlens=(0, first, first + 1, LENGTH))
+    expected = attention_with_gradients(*tensors, allowed_pairs(LENGTH, **kind), softmax_scale=DIM**-0.5)
+    for tensor in tensors:
+        tensor[:first] = poison
+    for name, result in simulate(kernel, tensors, cp, kind, device)[0].items():
+        assert_matches(name, result[first:], expected[name][first:], dtype)
+
+
+class Asking(AttentionKernel):
     """The CPU's kernel, which asks for an order of memory and asserts on every call that it got it."""
 
     name, native_bands = "asking", False
@@ -139,13 +153,13 @@ class Asking:
         for tensor in blocks:
             assert tensor.stride()[::3] == (tensor.shape[3], 1), tensor.stride()
 
-    def forward(self, query, key, value, *others):
-        self._check([query], [key, value])
-        return self._kernel.forward(query, key, value, *others)
+    def forward(self, tensors, options):
+        self._check([tensors.query], [tensors.key, tensors.value])
+        return self._kernel.forward(tensors, options)
 
-    def backward(self, grad_out, query, key, value, *others):
-        self._check([grad_out, query], [key, value])
-        return self._kernel.backward(grad_out, query, key, value, *others)
+    def backward(self, tensors, rows, options, saved):
+        self._check([rows.grad_out, tensors.query], [tensors.key, tensors.value])
+        return self._kernel.backward(tensors, rows, options, saved)
 
 
 ORDERS = ("sequence", "heads")

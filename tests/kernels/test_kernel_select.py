@@ -5,10 +5,10 @@ import types
 
 import pytest
 import torch
-from kernel_cases import CASES, check_block
+from kernel_cases import CASES, check_block, forward
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mindspeed_cp.attention.merging import merge_attention, merge_function
+from mindspeed_cp.attention.merging import merge_function, plain_merge
 from mindspeed_cp.kernels import KERNELS, KernelRow, select_kernel
 from mindspeed_cp.kernels.base import KernelOptions
 from mindspeed_cp.kernels.blockwise import BlockwiseKernel
@@ -76,14 +76,14 @@ def test_an_unavailable_kernel_raises_with_the_reason(monkeypatch, name, device_
 
 
 def test_the_fused_update_is_used_where_the_kernel_has_one():
-    kernel = types.SimpleNamespace(name="dummy", merge=lambda *args: None)
+    kernel = types.SimpleNamespace(name="dummy", has_fused_merge=True, merge=lambda *args: None)
     assert merge_function(kernel, fused=True) is kernel.merge
-    assert merge_function(kernel, fused=False) is merge_attention
+    assert merge_function(kernel, fused=False) is plain_merge
 
 
 def test_a_missing_fused_update_is_announced():
     with pytest.warns(ContextParallelWarning, match="--use-fused-ring-attention-update changes nothing: kernel cpu"):
-        assert merge_function(select_kernel("cpu", "cpu"), fused=True) is merge_attention
+        assert merge_function(select_kernel("cpu", "cpu"), fused=True) is plain_merge
 
 
 class DummyKernel(BlockwiseKernel):
@@ -137,5 +137,5 @@ def test_a_dense_mask_is_never_made_once_for_each_head():
 
     block = Block((0, length), (0, length))
     with Sizes():
-        select_kernel("cpu").forward(query, query, query, block, KernelOptions(1.0), hidden)
+        forward(select_kernel("cpu"), query, query, query, block, KernelOptions(1.0), hidden)
     assert max(sizes) <= max(4 * length * length, query.numel() * 4)

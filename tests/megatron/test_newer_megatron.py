@@ -12,17 +12,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mindspeed_cp.patches import batch as batches
-from mindspeed_cp.patches import dynamic, experts, mtp, rope
-from mindspeed_cp.patches.machine import checkout as training_device
-from mindspeed_cp.patches.machine import triton as without_triton
+from adaptors import RING, adaptor_of
 
 from mindspeed_cp import ContextParallelConfig
-from mindspeed_cp.megatron.state import AdaptorState
+from mindspeed_cp.megatron import decision, sizes
+from mindspeed_cp.patches import batches, experts, mtp, rotary
+from mindspeed_cp.patches.machine import libraries
+from mindspeed_cp.patches.machine import triton as without_triton
 from mindspeed_cp.settings.notices import ContextParallelWarning
 
 pytestmark = pytest.mark.cpu_only
-RING = ContextParallelConfig(context_parallel_size=2, algorithm="megatron_cp_algo")
+ALONE = ContextParallelConfig(context_parallel_size=1)
 SEQ = 8
 PAGED_STASH = """
 import torch
@@ -36,9 +36,9 @@ def copy_kernel(pointer, SIZE: tl.constexpr):
 """
 
 
-def state_of(cp_size=2, cp_rank=0):
-    groups = SimpleNamespace(cp_size=cp_size, cp_rank=cp_rank, hierarchy=(1, cp_size, 1))
-    return AdaptorState(config=RING, groups=groups)
+def split(original, batch, config=RING, adaptor=None, **more):
+    adaptor = adaptor or adaptor_of(config)
+    return batches.get_batch_on_this_cp_rank(adaptor, original, batch, **more)
 
 
 def as_in_0_16(batch, cp_group=None):
@@ -60,52 +60,49 @@ def batch_of(**more):
 
 @pytest.mark.parametrize("original", [as_in_0_16, as_in_0_18, as_in_0_19])
 def test_code_written_for_another_version_splits_batches(original):
-    split = batches._slice_batch(state_of())(original)
-    assert split(batch_of())["tokens"].tolist() == [[0, 1, 6, 7]]
-    alone = batches._slice_batch(state_of(cp_size=1))(original)(batch_of())
+    assert split(original, batch_of())["tokens"].tolist() == [[0, 1, 6, 7]]
+    alone = split(original, batch_of(), ALONE)
     assert alone["original"] and alone.get("is_hybrid_cp", False) is False
 
 
 @pytest.mark.parametrize("padded", [None, torch.tensor([[0, 4, 8]])], ids=["as they are", "padded"])
 @pytest.mark.parametrize("original", [as_in_0_18, as_in_0_19])
 def test_documents_that_a_batch_brings_are_used_and_stay_whole(original, padded):
-    state, ends = state_of(), torch.tensor([[0, 3, 6]] if padded is not None else [[0, 3, 8]])
+    adaptor, ends = adaptor_of(), torch.tensor([[0, 3, 6]] if padded is not None else [[0, 3, 8]])
     more = dict(cu_seqlens=ends, cu_seqlens_padded=padded, max_seqlen=torch.tensor([5]), local_cp_size=None)
-    local = batches._slice_batch(state)(original)(batch_of(**more), is_hybrid_cp=False)
+    local = split(original, batch_of(**more), adaptor=adaptor, is_hybrid_cp=False)
     assert local["cu_seqlens"] is ends and local["cu_seqlens_padded"] is padded and local["max_seqlen"].tolist() == [5]
-    found = state.records.find([local["tokens"]]).shared_documents
+    (found,) = adaptor.records.find([local["tokens"]]).documents
     assert found == ((0, 3, 8) if padded is None else (0, 3, 4, 7, 8))
 
 
 def test_boundaries_as_many_as_tokens_are_not_split():
     ends = torch.tensor([[0, 1, 2, 3, 4, 5, 6, SEQ]])
-    local = batches._slice_batch(state_of())(as_in_0_19)(batch_of(cu_seqlens=ends), is_hybrid_cp=False)
+    local = split(as_in_0_19, batch_of(cu_seqlens=ends), is_hybrid_cp=False)
     assert ends.size(1) == SEQ and torch.equal(local["cu_seqlens"], ends)
 
 
 def test_what_is_not_known_by_name_is_split_by_its_length_and_named():
     weights, statistics = torch.arange(SEQ)[None], torch.zeros(1, 3)
     with pytest.warns(ContextParallelWarning, match="weights_of_tokens: not known by name, and split"):
-        local = batches._slice_batch(state_of())(as_in_0_16)(batch_of(weights_of_tokens=weights, statistics=statistics))
+        local = split(as_in_0_16, batch_of(weights_of_tokens=weights, statistics=statistics))
     assert local["weights_of_tokens"].tolist() == [[0, 1, 6, 7]] and local["statistics"] is statistics
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        batches._slice_batch(state_of())(as_in_0_16)(batch_of(statistics=statistics))
+        split(as_in_0_16, batch_of(statistics=statistics))
 
 
 @pytest.mark.parametrize("more", [{"cu_seqlens": torch.tensor([[0, SEQ]])}, {}], ids=["packed", "one sequence"])
 def test_dynamic_context_parallelism_is_refused_by_name(more):
-    split = batches._slice_batch(state_of())(as_in_0_18)
     with pytest.raises(ValueError, match="--hybrid-context-parallel gives every micro-batch.*leave out"):
-        split(batch_of(local_cp_size=torch.tensor(1), **more), is_hybrid_cp=True)
+        split(as_in_0_18, batch_of(local_cp_size=torch.tensor(1), **more), is_hybrid_cp=True)
 
 
 @pytest.mark.parametrize("per_token", [True, False])
 def test_tokens_are_counted_over_the_ranks_where_the_count_is_read(per_token, monkeypatch):
     reduced = []
     monkeypatch.setattr(mtp.dist, "all_reduce", lambda total, group: reduced.append(total.item()))
-    state = state_of()
-    state.groups.cp_group = None
+    state = adaptor_of()
 
     def process_mtp_loss(labels, loss_mask, config):
         return loss_mask.sum()
@@ -118,7 +115,7 @@ def test_tokens_are_counted_over_the_ranks_where_the_count_is_read(per_token, mo
 def test_several_packed_rows_are_refused():
     rows = {"tokens": torch.zeros(2, SEQ), "cu_seqlens": torch.tensor([[0, SEQ], [0, SEQ]])}
     with pytest.raises(ValueError, match="a packed batch is one row; use --micro-batch-size 1"):
-        batches._slice_batch(state_of())(as_in_0_19)(rows, is_hybrid_cp=False)
+        split(as_in_0_19, rows, is_hybrid_cp=False)
 
 
 @pytest.fixture
@@ -215,16 +212,16 @@ def test_a_patch_that_is_needed_is_not_left_out_for_a_word_in_a_comment(tmp_path
         tmp_path,
         "# serialization_format: torch's default\ndef _write_item(item, serialization_format):\n    return item\n",
     )
-    monkeypatch.setitem(sys.modules, training_device.CHECKPOINT_WRITER, writer)
-    assert training_device._format_is_passed() == ""
+    monkeypatch.setitem(sys.modules, libraries.CHECKPOINT_WRITER, writer)
+    assert libraries.format_is_passed() == ""
 
 
 @pytest.mark.parametrize("needs", [False, True])
 def test_a_patch_is_applied_for_what_is_read_and_not_for_a_word_in_a_comment(needs, tmp_path, monkeypatch):
     reads = "te_general_gemm is None" if needs else "True  # without te_general_gemm"
     module = module_of(tmp_path, f"def gemm():\n    return {reads}\n")
-    monkeypatch.setitem(sys.modules, training_device.EXPERTS, module)
-    assert training_device._gemm_is_named() == ("" if needs else "this version asks nothing of Transformer Engine here")
+    monkeypatch.setitem(sys.modules, libraries.EXPERTS, module)
+    assert libraries.gemm_is_named() == ("" if needs else "this version asks nothing of Transformer Engine here")
 
 
 def test_what_only_the_packed_embedding_takes_stays_with_it(monkeypatch):
@@ -233,10 +230,14 @@ def test_what_only_the_packed_embedding_takes_stays_with_it(monkeypatch):
         _get_thd_freqs_on_this_cp_rank=lambda cp_rank, cp_size, x, freqs, offset=0: freqs,
         _apply_rotary_pos_emb_bshd=lambda t, freqs, mscale=1.0: t * freqs.unsqueeze(-1) * mscale,
     )
-    monkeypatch.setattr(rope.importlib, "import_module", lambda name: utils)
-    packed = rope._apply_packed(state_of(cp_rank=1))(lambda *args, **kwargs: pytest.fail("not Megatron's own"))
+    monkeypatch.setattr(rotary.importlib, "import_module", lambda name: utils)
+
+    def own(t, cu_seqlens, freqs, mscale=1.0, cp_group=None, max_seqlen=None):
+        pytest.fail("not Megatron's own")
+
     freqs, ends = torch.arange(8.0).view(8, 1, 1), torch.tensor([0, 4, 8])
-    turned = packed(torch.ones(4, 1, 2), ends, freqs, mscale=2.0, cp_group=None, max_seqlen=5)
+    more = dict(mscale=2.0, cp_group=None, max_seqlen=5)
+    turned = rotary.apply_packed(adaptor_of(cp_rank=1), own, torch.ones(4, 1, 2), ends, freqs, **more)
     assert turned[:, 0, 0].tolist() == [2.0, 4.0, 10.0, 12.0]  # of the zigzag of each document
 
 
@@ -264,12 +265,14 @@ def test_who_says_how_latent_heads_are_interleaved_says_it_without_fusion_too(or
             "mscale": mscale,
         }  # fmt: skip
 
-    monkeypatch.setattr(rope.importlib, "import_module", lambda name: SimpleNamespace(_apply_rotary_pos_emb_thd=thd))
-    config = SimpleNamespace(apply_rope_fusion=True, multi_latent_attention=True, rotary_interleaved=False)
-    apply = rope._unfused_when_packed(state_of())(original)
-    found = apply("t", "freqs", config, cu_seqlens="ends", mscale=2.0, **given)
+    monkeypatch.setattr(rotary.importlib, "import_module", lambda name: SimpleNamespace(_apply_rotary_pos_emb_thd=thd))
+    config = SimpleNamespace(
+        apply_rope_fusion=True, multi_latent_attention=True, rotary_interleaved=False, context_parallel_size=2
+    )
+    adaptor = adaptor_of()
+    found = rotary.unfused_when_packed(adaptor, original, "t", "freqs", config, cu_seqlens="ends", mscale=2.0, **given)
     assert {name: value for name, value in found.items() if value is not None} == {**passed_on, "mscale": 2.0}
-    assert apply("t", "freqs", config) == "fused"
+    assert rotary.unfused_when_packed(adaptor, original, "t", "freqs", config) == "fused"
 
 
 class GPTModel:
@@ -302,8 +305,8 @@ def test_models_whose_layers_know_one_size_are_refused_by_name(model, says):
     with pytest.raises(
         ValueError, match=f"--hybrid-context-parallel gives.*{says}.*leave out --hybrid-context-parallel"
     ):
-        dynamic.check_model(model)
-    dynamic.check_model(OfAFramework(multi_latent_attention=False, mtp_num_layers=None))
+        sizes.check_model(model)
+    sizes.check_model(OfAFramework(multi_latent_attention=False, mtp_num_layers=None))
 
 
 def test_a_hybrid_without_its_ring_drops_what_speaks_of_one():
@@ -315,6 +318,6 @@ def test_a_hybrid_without_its_ring_drops_what_speaks_of_one():
         send_recv_overlap=True,
         kv_cache_policy="full",
     )
-    small, whole = (dynamic._of_size(hybrid, size, None) for size in (2, 4))
+    small, whole = (decision.of_size(hybrid, size, None) for size in (2, 4))
     assert (small.algorithm, small.kv_exchange, small.kv_cache_policy) == ("ulysses_cp_algo", "ring", None)
     assert not small.send_recv_overlap and whole == hybrid

@@ -2,6 +2,8 @@
 again.
 """
 
+import os
+
 import pytest
 from adaptor_runs import observe
 
@@ -21,6 +23,8 @@ def test_the_variable_switches_it_on_although_cuda_is_there(facts):
     "what",
     [
         "current_device",
+        "device of index",
+        "device of name",
         "factory",
         "index",
         "like",
@@ -54,6 +58,15 @@ def test_type_names_are_those_of_cuda_as_optimizers_compare_them(facts):
 
 def test_compile_returns_the_function(facts):
     assert facts["compiled"] == [True, True]
+
+
+def test_scripted_functions_call_torchs_factories_with_the_stand_in_and_after_it(facts):
+    assert facts["scripted"] == [[12.0] * 3, None, [12.0] * 3]
+
+
+def test_the_memory_of_the_device_is_that_of_the_machine(facts):
+    free, total = facts["memory"]
+    assert 0 < free <= total == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_nccl_is_gloo_and_device_arguments_are_dropped(facts):

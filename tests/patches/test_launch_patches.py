@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mindspeed_cp.patches import loss, training
 
-from mindspeed_cp.megatron.state import AdaptorState
+from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.patches import loss, training
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -42,7 +42,7 @@ def flags(*given, **more):
             parser.add_argument(f"--{name}", action="store_true")
         return parser
 
-    parser = training._add_flags(megatron)(argparse.ArgumentParser())
+    parser = training.add_megatron_arguments(None, megatron, argparse.ArgumentParser())
     args = parser.parse_args("--num-layers 2 --num-attention-heads 8 --seq-length 61".split() + list(given))
     defaults = dict(
         world_size=args.context_parallel_size,
@@ -69,11 +69,11 @@ def as_megatron_checks(args, defaults=None):
 
 def test_uneven_length_and_legacy_models_pass_and_stay_as_given():
     state, args = (
-        AdaptorState(),
+        Adaptor(),
         flags("--context-parallel-size", "4", "--context-parallel-algo", "megatron_cp_algo", "--use-legacy-models"),
     )
     with pytest.warns(UserWarning, match="--use-flash-attn is switched on"):
-        assert training._validate(state)(as_megatron_checks)(args, {}) is args
+        assert training.validate_args(state, as_megatron_checks, args, {}) is args
     assert (args.seq_length, args.encoder_seq_length, args.max_position_embeddings, args.decoder_seq_length) == (
         61,
         61,
@@ -89,13 +89,13 @@ def test_megatrons_other_assertions_still_hold():
         "--context-parallel-size", "4", "--context-parallel-algo", "megatron_cp_algo", max_position_embeddings=60
     )
     with pytest.raises(AssertionError):
-        training._validate(AdaptorState())(as_megatron_checks)(args)
+        training.validate_args(Adaptor(), as_megatron_checks, args)
 
 
 def test_without_context_parallelism_the_original_gets_what_it_got():
-    state, args, seen = AdaptorState(), flags(), []
+    state, args, seen = Adaptor(), flags(), []
     before = dict(vars(args))
-    assert training._validate(state)(lambda *a, **k: seen.append((a, k)) or "result")(args, {"x": 1}) == "result"
+    assert training.validate_args(state, lambda *a, **k: seen.append((a, k)) or "result", args, {"x": 1}) == "result"
     assert seen == [((args, {"x": 1}), {})] and vars(args) == before and state.config is None
 
 
@@ -114,7 +114,7 @@ def test_without_context_parallelism_the_original_gets_what_it_got():
 def test_a_broken_rule_is_one_line_and_status_2(given, words, capsys):
     args = flags(*given.split(), ckpt_format="torch_dist")
     with pytest.raises(SystemExit) as stop:
-        training._validate(AdaptorState())(as_megatron_checks)(args)
+        training.validate_args(Adaptor(), as_megatron_checks, args)
     text = capsys.readouterr().err
     assert stop.value.code == 2 and text.count("\n") == 1 and words in text
 
@@ -133,15 +133,15 @@ def test_what_cannot_work_is_refused_with_a_way_out(more, words, monkeypatch, ca
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:
-        training._validate(AdaptorState())(as_megatron_checks)(flags(*RING_OF_2.split(), **more))
+        training.validate_args(Adaptor(), as_megatron_checks, flags(*RING_OF_2.split(), **more))
     assert stop.value.code == 2 and words in capsys.readouterr().err
     # Without context parallelism it is Megatron's own matter.
-    assert training._validate(AdaptorState())(as_megatron_checks)(flags(**more))
+    assert training.validate_args(Adaptor(), as_megatron_checks, flags(**more))
 
 
 def test_dynamic_context_parallelism_takes_the_algorithm_at_size_1_too():
-    state, given = AdaptorState(), flags("--context-parallel-algo", "megatron_cp_algo", hybrid_context_parallel=True)
-    training._validate(state)(as_megatron_checks)(given)
+    state, given = Adaptor(), flags("--context-parallel-algo", "megatron_cp_algo", hybrid_context_parallel=True)
+    training.validate_args(state, as_megatron_checks, given)
     assert (state.config.algorithm, state.config.context_parallel_size) == ("megatron_cp_algo", 1)
 
 
@@ -150,24 +150,24 @@ def test_transformer_engine_is_asked_for_where_it_is_used_and_missing(more, monk
     monkeypatch.setitem(sys.modules, "transformer_engine", object() if more.get("installed") else None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     args = flags(*RING_OF_2.split(), **{"transformer_impl": "transformer_engine", **more})
-    assert training._validate(AdaptorState())(as_megatron_checks)(args)
+    assert training.validate_args(Adaptor(), as_megatron_checks, args)
 
 
 def test_resetting_flags_ask_for_documents_from_position_ids():
-    state = AdaptorState()
+    state = Adaptor()
     ring = "--context-parallel-size 2 --context-parallel-algo megatron_cp_algo"
     args = flags(*f"{ring} --reset-position-ids --reset-attention-mask".split())
-    training._validate(state)(as_megatron_checks)(args)
-    assert state.documents_from_position_ids
+    training.validate_args(state, as_megatron_checks, args)
+    assert state.settings.documents_from_position_ids
 
 
 def test_resetting_the_mask_alone_asks_the_tokenizer_for_the_end_of_a_document(monkeypatch):
-    state, tokenizer = AdaptorState(), SimpleNamespace(get_tokenizer=lambda: SimpleNamespace(eod=7))
+    state, tokenizer = Adaptor(), SimpleNamespace(get_tokenizer=lambda: SimpleNamespace(eod=7))
     args = flags(*"--context-parallel-size 2 --context-parallel-algo megatron_cp_algo --reset-attention-mask".split())
-    training._validate(state)(as_megatron_checks)(args)
-    assert not state.documents_from_position_ids
+    training.validate_args(state, as_megatron_checks, args)
+    assert not state.settings.documents_from_position_ids
     monkeypatch.setitem(sys.modules, "megatron.training", tokenizer)  # Megatron makes it after the flags
-    assert state.end_of_document() == 7
+    assert state.settings.end_of_document() == 7
 
 
 def test_flags_are_as_given_again_when_megatrons_validation_raises():
@@ -177,7 +177,7 @@ def test_flags_are_as_given_again_when_megatrons_validation_raises():
         raise AssertionError("something else")
 
     with pytest.raises(AssertionError, match="something else"), pytest.warns(UserWarning):
-        training._validate(AdaptorState())(fails)(args)
+        training.validate_args(Adaptor(), fails, args)
     assert (args.seq_length, args.max_position_embeddings, args.use_legacy_models) == (61, 61, True)
 
 
@@ -185,7 +185,7 @@ def test_a_length_that_leaves_ranks_without_tokens_is_refused_before_the_start(c
     ring = "--context-parallel-size 4 --context-parallel-algo megatron_cp_algo --use-flash-attn"
     args = flags(*ring.split(), seq_length=3)
     with pytest.raises(SystemExit):
-        training._validate(AdaptorState())(as_megatron_checks)(args)
+        training.validate_args(Adaptor(), as_megatron_checks, args)
     assert "3 tokens leaves context-parallel rank 3 of 4 without any" in capsys.readouterr().err
 
 
@@ -195,7 +195,7 @@ def test_stages_between_the_first_and_the_last_are_said_to_get_no_mask():
         args = flags(*ring.split(), "--pipeline-model-parallel-size", stages, world_size=2 * int(stages))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            training._validate(AdaptorState())(as_megatron_checks)(args)
+            training.validate_args(Adaptor(), as_megatron_checks, args)
         assert sum("more than two pipeline stages" in str(entry.message) for entry in caught) == warned
 
 
@@ -207,7 +207,7 @@ def test_documents_without_a_mask_are_said_to_differ_from_megatrons_own_size_1()
         args = flags("--context-parallel-size", size, *documents, create_attention_mask_in_dataloader=mask)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            training._validate(AdaptorState())(as_megatron_checks)(args)
+            training.validate_args(Adaptor(), as_megatron_checks, args)
         messages = [
             str(entry.message) for entry in caught if "--no-create-attention-mask-in-dataloader" in str(entry.message)
         ]
@@ -217,7 +217,7 @@ def test_documents_without_a_mask_are_said_to_differ_from_megatrons_own_size_1()
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        training._validate(AdaptorState())(as_megatron_checks)(args)
+        training.validate_args(Adaptor(), as_megatron_checks, args)
 
 
 def test_loss_of_unequal_counts_is_the_mean_over_all_tokens(monkeypatch):

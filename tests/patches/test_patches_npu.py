@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from mindspeed_cp.patches.machine import npu
 from mindspeed_cp.patches.manager import PatchManager
 
@@ -42,7 +43,7 @@ def hccl(tensor, op=None, async_op=False):
 
 
 def test_float64_is_reduced_in_float32_and_the_caller_reads_its_own_tensor():
-    all_reduce, tensor = npu._all_reduce(hccl), NpuTensor(2)
+    all_reduce, tensor = npu.all_reduce.builder(None)(hccl), NpuTensor(2)
     assert all_reduce(tensor, op="max") is None and tensor.value == 7
     work = all_reduce(tensor, async_op=True)
     assert tensor.value == 7 and not work.is_completed()
@@ -54,7 +55,7 @@ def test_float64_is_reduced_in_float32_and_the_caller_reads_its_own_tensor():
 
 def test_type_names_are_cudas_in_both_directions():
     asked = []
-    type_ = npu._type(lambda self, *arguments: asked.append(arguments) or "torch.npu.FloatTensor")
+    type_ = npu.type_.builder(None)(lambda self, *arguments: asked.append(arguments) or "torch.npu.FloatTensor")
     assert type_(None) == "torch.cuda.FloatTensor"
     type_(None, "torch.cuda.HalfTensor")
     type_(None, torch.float16)
@@ -62,10 +63,10 @@ def test_type_names_are_cudas_in_both_directions():
 
 
 def test_properties_and_capability_answer_as_a_gpu_with_bfloat16():
-    properties = npu._properties(lambda device: SimpleNamespace(name="Ascend910B2"))(0)
+    properties = npu.get_device_properties(None, lambda device: SimpleNamespace(name="Ascend910B2"), 0)
     assert (properties.name, properties.major, properties.minor) == ("Ascend910B2", 8, 0)
-    assert npu._capability(lambda device: None)() == (8, 0)
-    assert npu._capability(lambda device: (9, 0))() == (9, 0)  # TORCH_NPU_DEVICE_CAPABILITY
+    assert npu.get_device_capability(None, lambda device: None) == (8, 0)
+    assert npu.get_device_capability(None, lambda device: (9, 0)) == (9, 0)  # TORCH_NPU_DEVICE_CAPABILITY
 
 
 def test_every_row_says_which_releases_need_it_and_nothing_is_applied_elsewhere():
@@ -81,11 +82,11 @@ def test_every_row_says_which_releases_need_it_and_nothing_is_applied_elsewhere(
 def test_a_name_that_mindspeed_has_patched_is_left_to_it(monkeypatch):
     namespace = {"__name__": "mindspeed.core.megatron_basic.requirements_basic"}
     exec("def dummy_compile(*args, **kwargs): pass", namespace)
-    assert npu._by_mindspeed("torch.compile") == ""
+    assert npu.by_mindspeed("torch.compile") == ""
     monkeypatch.setattr(torch, "compile", namespace["dummy_compile"])
-    assert npu._by_mindspeed("torch.compile") == "MindSpeed has patched it"
+    assert npu.by_mindspeed("torch.compile") == "MindSpeed has patched it"
     # This project's own answers to MindSpeed's import paths are no MindSpeed.
     namespace["__name__"] = "mindspeed_cp.patches.machine.cpu"
     exec("def _compile(*args, **kwargs): pass", namespace)
     monkeypatch.setattr(torch, "compile", namespace["_compile"])
-    assert npu._by_mindspeed("torch.compile") == ""
+    assert npu.by_mindspeed("torch.compile") == ""

@@ -4,8 +4,8 @@ import pytest
 import torch
 from cases import DTYPES, Case
 from distributed import run_ranks
+from kept_bytes import expected_bytes
 from setups import SOME_SIZES, drawn, variants
-from test_attention_kept import expected_bytes
 from test_memory import prepared, saved_bytes
 from torch.utils.checkpoint import checkpoint
 
@@ -140,5 +140,6 @@ def test_the_peak_of_many_layers_is_what_is_left_of_each_and_one_that_runs(recom
 def test_predicted_bytes_of_kept_attention_are_the_formulas(algorithm):
     for config in variants(algorithm, 4):
         case = Case(config, seq_len=32, batch=2, heads=8, kv_heads=4, dk=6, dv=4, dtype="bfloat16")
-        kept = memory.kept_bytes(ContextParallelConfig(**config), problem_of(case), 0, order="heads")
-        assert 2 * kept == expected_bytes(case), case
+        for order in ("heads", None):  # with instructions for bfloat16 and without them
+            kept = memory.kept_bytes(ContextParallelConfig(**config), problem_of(case), 0, order=order)
+            assert 2 * kept == expected_bytes(case, order), (case, order)

@@ -7,8 +7,9 @@ data parallelism instead, so the two runs share nothing but the samples of a ste
 import pairs
 import pytest
 from megatron_version import VERSION
-from mindspeed_cp.patches.versions import DEFAULT
 from trainer_runs import largest_difference, prepare_data, run_training
+
+from mindspeed_cp.patches.versions import DEFAULT
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
 

@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 NOT_PERMITTED = 77
 OVERHEAD = 0.05  # headers of Ethernet, IP and TCP, acknowledgements, barriers
 ALGORITHMS, SEQ = ("hybrid", "double_ring"), 512
+LATE = {"TEST_LATE_RANK": "3", "TEST_LATE_SECONDS": "6"}  # it imports for longer than a silent peer is waited for
 
 pytestmark = pytest.mark.cpu_only
 
@@ -45,7 +46,7 @@ def runs():
     """A run of both algorithms and one whose link is cut; both at once, because the second mostly waits."""
     processes = [
         start(",".join(ALGORITHMS), "--seq-length", str(SEQ)),
-        start("double_ring", "--seq-length", str(SEQ), "--timeout", "5", CUT_AFTER="0.3"),
+        start("double_ring", "--seq-length", str(SEQ), "--timeout", "5", CUT_AFTER="0.3", **LATE),
     ]
     return [finish(process) for process in processes]
 

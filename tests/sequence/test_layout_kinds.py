@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, gather_sequence, shard_batch
 from mindspeed_cp.attention.ring_plan import RingPlan
 from mindspeed_cp.compat.ring_layout import document_layout, row_layout
+from mindspeed_cp.sequence.balance import balanced_rings, imbalance
 from mindspeed_cp.sequence.blocks import IntervalMask, plan_blocks
-from mindspeed_cp.sequence.layout import split_sizes
+from mindspeed_cp.sequence.runs import split_sizes
 
 RING = "megatron_cp_algo"
 
@@ -61,9 +62,17 @@ def test_document_that_cannot_be_cut_equally_is_an_error_with_a_way_out():
         SequenceLayout.build(config(2, batch_layout="document_zigzag"), 14, (0, 8, 14))
 
 
-@pytest.mark.parametrize("cu_seqlens", [(0, 8), (4, 16), (0, 12, 8, 16), (0, 24)])
-def test_boundaries_that_do_not_fit_the_length_are_an_error(cu_seqlens):
-    with pytest.raises(ValueError, match="ascend from 0 to the sequence length 16"):
+@pytest.mark.parametrize(
+    "cu_seqlens, words",
+    [
+        ((0, 8), "ends with 8 and must end with the sequence length 16"),
+        ((4, 16), "must start with 0"),
+        ((0, 12, 8, 16), "must not descend, and entry 2 is 8 after 12"),
+        ((0, 24), "ends with 24"),
+    ],
+)
+def test_boundaries_that_do_not_fit_the_length_are_an_error(cu_seqlens, words):
+    with pytest.raises(ValueError, match=words):
         SequenceLayout.build(config(2, batch_layout="document_zigzag"), 16, cu_seqlens)
 
 
@@ -258,3 +267,15 @@ def test_whole_sequence_comes_back_in_order_with_each_ranks_own_gradient():
 
 def test_sizes_differ_by_at_most_one():
     assert split_sizes(7, 3) == [3, 2, 2] and split_sizes(2, 3) == [1, 1, 0]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_areas_of_sequences_beyond_32_bits_do_not_overflow(causal):
+    seq_len = 3 << 31
+    zigzag = SequenceLayout.build(config(4, batch_layout="zigzag"), seq_len)
+    rings = [zigzag.ring_runs(rank) for rank in range(4)]
+    assert imbalance(rings, (0, seq_len), causal) == pytest.approx(1, rel=1e-6)
+    contiguous = [((rank * seq_len // 4, (rank + 1) * seq_len // 4),) for rank in range(4)]
+    assert imbalance(contiguous, (0, seq_len), causal) == pytest.approx(7 / 4 if causal else 1, rel=1e-6)
+    balanced = balanced_rings((0, seq_len // 3, seq_len), 4, causal)
+    assert imbalance(list(balanced), (0, seq_len // 3, seq_len), causal) < 1.03

@@ -4,9 +4,9 @@ import agreement_runs
 import pytest
 from agreement_runs import CASES
 from distributed import run_ranks, script_outcome
-from mindspeed_cp.arguments.compared import COMPARED, compared_arguments
 from trainer_runs import IMPORTED
 
+from mindspeed_cp.arguments.compared import compared_arguments, compared_names
 from mindspeed_cp.settings.agreement import named
 
 pytestmark = pytest.mark.cpu_only
@@ -49,9 +49,12 @@ def test_groups_of_ranks_that_ask_for_different_ones_stop_before_any_is_made(ver
 
 @pytest.mark.megatron
 def test_megatron_stops_before_it_makes_a_group_and_starts_once_the_settings_agree():
-    for rank, (differ, refused, cp_size, started) in enumerate(
+    for rank, (ids, ends, kernel, differ, refused, cp_size, started) in enumerate(
         run_ranks(2, agreement_runs.start_megatron, fresh=True, imported=IMPORTED)
     ):
+        assert "documents_from_position_ids is True on rank 0 and False on rank 1" in ids
+        assert "end_of_document is 0 on rank 0 and 1 on rank 1" in ends
+        assert "--cp-kernel is cpu on rank 0 and blockwise on rank 1" in kernel
         assert "--lr is 0.1 on rank 0 and 0.2 on rank 1" in differ and "give all ranks the same" in differ
         assert "on rank 1: " in refused and "--context-parallel-size 4" in refused and "rank 0 can work" in refused
         assert "--context-parallel-size is 2 on rank 0 and 1 on rank 1" in cp_size
@@ -60,8 +63,9 @@ def test_megatron_stops_before_it_makes_a_group_and_starts_once_the_settings_agr
 
 def test_what_is_compared_shapes_the_job_and_nothing_that_ranks_may_have_of_their_own():
     own = {"rank", "local_rank", "save", "load", "data_path", "log_interval", "tensorboard_dir", "profile_ranks"}
-    assert own.isdisjoint(COMPARED) and len(set(COMPARED)) == len(COMPARED)
-    assert {"lr", "seed", "num_layers", "cp_batch_layout", "context_parallel_algo", "params_dtype"} <= set(COMPARED)
+    names = compared_names()
+    assert own.isdisjoint(names) and len(set(names)) == len(names)
+    assert {"lr", "seed", "num_layers", "cp_batch_layout", "context_parallel_algo", "params_dtype"} <= set(names)
     assert compared_arguments({"lr": 0.1, "rank": 3, "cp_comm_type": ["p2p", "p2p"]}) == {
         "--lr": "0.1",
         "--cp-comm-type": "p2p p2p",

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 from cases import TOLERANCE, Case, attend, expected, largest_errors, whole
 from distributed import run_ranks
-from mindspeed_cp.arguments import add_context_parallel_arguments, config_from_args
 from trainer_runs import IMPORTED, largest_difference, prepare_data, tiny, train
 
 from mindspeed_cp import ContextParallelConfig, TrainingSetup, resolve
+from mindspeed_cp.arguments import add_context_parallel_arguments, config_from_args
 from mindspeed_cp.settings.algorithms import ALGORITHMS
 from mindspeed_cp.settings.notices import ContextParallelWarning
 

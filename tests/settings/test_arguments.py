@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 from flags import make_parser, parse
+
 from mindspeed_cp.arguments import (
     add_context_parallel_arguments,
     config_from_args,
@@ -13,7 +14,6 @@ from mindspeed_cp.arguments import (
     validate,
 )
 from mindspeed_cp.arguments.flags import GROUP_TITLE
-
 from mindspeed_cp.settings.algorithms import ALGORITHMS
 from mindspeed_cp.settings.notices import ContextParallelWarning
 

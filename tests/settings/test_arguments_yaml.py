@@ -1,9 +1,13 @@
 """MindFormers' YAML files: the samples of its guide verbatim, precedence, and every error."""
 
+import re
+
 import pytest
 from flags import parse
-from mindspeed_cp.arguments import config_from_args, read_cp_yaml, validate
 
+from mindspeed_cp.arguments import config_from_args, read_cp_yaml, validate
+from mindspeed_cp.arguments.mindformers import KNOWN
+from mindspeed_cp.arguments.yaml_file import known_keys
 from mindspeed_cp.settings.notices import ContextParallelWarning
 
 SEQUENCE_PARALLEL_SAMPLE = """\
@@ -136,7 +140,6 @@ def test_ulysses_without_context_parallelism_is_said(write):
         ("paralel_config: {context_parallel: 2}", "unknown key paralel_config; did you mean parallel_config?"),
         ("model: {model_config: {use_flash_atention: True}}", "did you mean model.model_config.use_flash_attention?"),
         ("parallel: {enable_all2all: True}", "did you mean parallel.enable_alltoall?"),
-        ("context_parallel: 2", "unknown key context_parallel; did you mean parallel_config.context_parallel?"),
         ("parallel_config: {context_parallel: two}", "parallel_config.context_parallel two must be a whole number"),
         ("parallel_config: {context_parallel: True}", "context_parallel True must be a whole number"),
         (
@@ -154,6 +157,71 @@ def test_file_errors_name_the_key_and_the_way_out(write, text, says):
     with pytest.raises(ValueError) as error:
         read_cp_yaml(path)
     assert says in str(error.value) and f"--cp-config {path}" in str(error.value)
+
+
+# As the files of MindFormers have it: what is read here, and much that is not.
+WHOLE_FILE = """\
+seed: 0
+use_parallel: True
+moe_config: {expert_num: 8}
+model_config: {hidden_size: 8}
+recompute_config: {recompute: True}
+parallel: {parallel_mode: 1, enable_alltoall: False, full_batch: True}
+parallel_config:
+  context_parallel_size: 4
+  tensor_model_parallel_size: 2
+  pipeline_model_parallel_size: 2
+  sequence_parallel: False
+  micro_batch_num: 4
+  vocab_emb_dp: True
+  data_parallel:
+model: {arch: {type: X}, model_config: {use_ring_attention: True, use_incre_flash_attention: True}}
+"""
+
+
+def test_a_whole_file_of_mindformers_is_accepted_and_what_is_not_read_is_named_once(write):
+    path = write(WHOLE_FILE)
+    values, notices = read_cp_yaml(path)
+    assert values["parallel_config.context_parallel_size"] == 4 and "parallel_config.data_parallel" not in values
+    (notice,) = notices
+    for key in ("seed", "use_parallel", "moe_config", "model_config", "model.model_config.use_incre_flash_attention"):
+        assert re.search(rf"[ ]{key}[,.]", notice), key
+    config, setup = validate(parse("--cp-config", path), world_size=16)
+    assert (config.context_parallel_size, config.algorithm, config.alltoall) == (4, "megatron_cp_algo", False)
+    assert (setup.tensor_parallel_size, setup.pipeline_parallel_size) == (2, 2)
+
+
+@pytest.mark.parametrize("key", ["context_parallel: 2", "model: {use_flash_attention: True}"])
+def test_a_key_in_a_section_where_it_does_not_belong_is_named_with_the_place_where_it_does(write, key):
+    values, (notice,) = read_cp_yaml(write(key))
+    assert values == {} and "(nearest known: " in notice
+
+
+@pytest.mark.parametrize("name", ["hybrid_cp", "hybird_cp"])
+@pytest.mark.parametrize(
+    ("degree", "expected"),
+    [
+        ("ulysses_degree_in_cp: 4", ("hybrid_cp_algo", 4)),
+        ("", ("hybrid_cp_algo", 4)),  # chosen, as on the command line
+        ("ulysses_degree_in_cp: 1", ("megatron_cp_algo", None)),
+        ("ulysses_degree_in_cp: 8", ("ulysses_cp_algo", None)),
+    ],
+)
+def test_hybrid_of_a_file(write, name, degree, expected):
+    text = f"parallel_config:\n  context_parallel: 8\n  context_parallel_algo: {name}\n  {degree}\n"
+    config, _ = validate(parse("--cp-config", write(text), "--use-flash-attn"), world_size=8)
+    assert (config.algorithm, config.ulysses_degree) == expected
+
+
+def test_two_keys_of_one_setting_must_agree(write):
+    sizes = "parallel_config: {{context_parallel: 2, context_parallel_size: {}}}"
+    assert config_from_args(parse("--cp-config", write(sizes.format(2)))).context_parallel_size == 2
+    with pytest.raises(SystemExit):
+        parse("--cp-config", write(sizes.format(4)))
+
+
+def test_no_key_that_is_read_counts_as_one_that_is_not():
+    assert not KNOWN & set(known_keys())
 
 
 def test_missing_file_is_named(capsys):

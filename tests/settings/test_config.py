@@ -50,10 +50,10 @@ CONFIG_RULES = {
         "must divide --context-parallel-size 5",
         "not prime",
     ),
-    "window of the ring's size": (
-        dict(context_parallel_size=8, algorithm=RING, window_size=8),
-        "--cp-window-size 8",
-        "smaller than the ring size 8",
+    "window above the ring's size": (
+        dict(context_parallel_size=8, algorithm=RING, window_size=16),
+        "--cp-window-size 16",
+        "at most the ring size 8",
         "1, 2 or 4",
     ),
     "window does not divide": (
@@ -299,6 +299,16 @@ def test_flash_attention_is_switched_on_with_context_parallelism_alone():
 def test_setting_that_the_algorithm_ignores_is_a_warning(changes, says):
     with pytest.warns(ContextParallelWarning, match=says):
         ContextParallelConfig(**({"context_parallel_size": 4} | changes))
+
+
+@pytest.mark.parametrize("changes", [dict(algorithm=RING), dict(algorithm=HYBRID, ulysses_degree=2)])
+@pytest.mark.parametrize("exchange", ["ring", "direct", "auto"])
+def test_a_window_of_the_rings_size_is_the_plain_ring_and_says_so(changes, exchange):
+    ring = 8 // changes.get("ulysses_degree", 1)
+    with pytest.warns(ContextParallelWarning, match=f"--cp-window-size {ring} is one window of all {ring} ranks"):
+        one = ContextParallelConfig(context_parallel_size=8, window_size=ring, kv_exchange=exchange, **changes)
+    plain = ContextParallelConfig(context_parallel_size=8, kv_exchange=exchange, **changes)
+    assert one == plain and one.hierarchy == plain.hierarchy and one.describe() == plain.describe()
 
 
 def test_kept_attention_needs_ranks_and_says_so_where_nothing_is_recomputed():

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import framework_runs
 import pytest
 from distributed import run_ranks
-from framework_runs import CASES, GATHER, RING, ULYSSES
-from mindspeed_cp.arguments import FrameworkSettings
+from framework_runs import CASES, GATHER, HYBRID, RING, ULYSSES
 from trainer_runs import IMPORTED
+
+from mindspeed_cp.arguments import FrameworkSettings
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
 
@@ -32,9 +33,10 @@ def test_what_was_said_decides_and_attention_is_exact(outcomes, name):
 def test_settings_may_come_again_before_the_groups_and_what_they_leave_open_stays_afterwards(outcomes):
     for rank, ranks in enumerate(outcomes):
         first, kept, algorithm, size, still, announced, models, ring = ranks["again"]
-        assert first == kept == still == (GATHER, None) and ring == (RING, None)
-        assert "configure before initialize_model_parallel" in algorithm and "destroy_model_parallel first" in size
-        assert announced == (2 if rank == 0 else 0)
+        assert first == kept == (GATHER, None) and ring == (RING, None)
+        assert algorithm[:2] == still == (HYBRID, 2) and algorithm[2] < 1e-10, "the groups that exist follow"
+        assert "configure before initialize_model_parallel" in size and "destroy_model_parallel first" in size
+        assert announced == (1 if rank == 0 else 0), "the final one"
         assert "cp_comm_type all_gather" in models and "of an earlier one" in models
 
 
@@ -89,6 +91,39 @@ def test_every_field_of_a_configuration_comes_back_through_settings():
     again = FrameworkSettings.read({"context_parallel_size": 8, "use_flash_attn": True}).keeping(config)
     assert again.resolve().config == config and config.kv_cache_interval == 3
     assert (config.batch_layout, config.attention_mask_type) == ("zigzag", "general")
+
+
+@pytest.mark.parametrize(
+    ("given", "layout"),
+    [
+        ({}, None),
+        ({"cp_partition_mode": "contiguous"}, "contiguous"),
+        ({"attention_cp_layout": "zigzag"}, "zigzag"),
+        ({"cp_partition_mode": "contiguous", "attention_cp_layout": "zigzag"}, "contiguous"),
+    ],
+)
+def test_how_a_framework_splits_batches_is_read(given, layout):
+    settings = FrameworkSettings.read({"context_parallel_size": 2, **given})
+    assert settings.resolve().declared_layout == layout
+
+
+def test_a_layout_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="--cp-partition-mode spiral is not known; choose one of zigzag, contiguous"):
+        FrameworkSettings.read({"cp_partition_mode": "spiral"})
+
+
+def test_names_of_newer_megatrons_that_mean_nothing_here_are_said_once_each(recwarn):
+    newer = {"dynamic_context_parallel": True, "sequence_packing_scheduler": "dp_balanced", "use_flash_attn": True}
+    FrameworkSettings.read({"context_parallel_size": 2, "linear_cp_layout": "contiguous", **newer}).resolve()
+    said = [str(warning.message) for warning in recwarn if "changes nothing here" in str(warning.message)]
+    assert [notice.split(" changes")[0] for notice in said] == [
+        "--linear-cp-layout contiguous",
+        "--dynamic-context-parallel",
+        "--sequence-packing-scheduler dp_balanced",
+    ]
+    recwarn.clear()
+    FrameworkSettings.read({"linear_cp_layout": "zigzag", "dynamic_context_parallel": False}).resolve()
+    assert not recwarn.list
 
 
 def test_settings_that_are_neither_are_refused():

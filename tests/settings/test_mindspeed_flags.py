@@ -4,10 +4,12 @@ import argparse
 
 import pytest
 from flags import MODEL, make_parser, parse
-from mindspeed_cp.arguments import add_context_parallel_arguments, config_from_args, validate
-from mindspeed_cp.arguments.mindspeed_flags import ACCEPTED_FLAGS
 
+from mindspeed_cp import ContextParallelConfig
+from mindspeed_cp.arguments import FrameworkSettings, add_context_parallel_arguments, config_from_args, validate
+from mindspeed_cp.arguments.mindspeed_flags import WithoutEffect
 from mindspeed_cp.settings.notices import ContextParallelWarning
+from mindspeed_cp.settings.setting import declarations
 
 RING, ULYSSES, HYBRID, GATHER = "megatron_cp_algo", "ulysses_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo"
 CP4 = ("--context-parallel-size", "4", "--use-flash-attn")
@@ -99,6 +101,54 @@ def test_the_communication_type_of_a_namespace_that_no_parser_made_counts_unless
 
 
 @pytest.mark.parametrize(
+    ("cp", "heads", "tp", "node", "degree"),
+    [
+        (4, 8, 1, "", 2),
+        (16, 32, 1, "", 8),  # a node of 8, where nobody says it
+        (16, 32, 1, "4", 4),
+        (16, 32, 2, "", 4),  # four ranks, two devices apart
+        (16, 12, 1, "16", 4),
+        (9, 9, 1, "", 3),
+        (8, None, 1, "", 4),
+        (4, 9, 1, "", None),
+        (5, 10, 1, "", None),
+        (8, 8, 1, "1", None),
+    ],
+)
+def test_hybrid_without_a_degree_gets_the_largest_that_fits_and_says_so(cp, heads, tp, node, degree, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", node)
+    args = parse("--context-parallel-algo", HYBRID, "--context-parallel-size", str(cp), "--use-flash-attn")
+    args.num_attention_heads, args.tensor_model_parallel_size = heads, tp
+    if degree is None:
+        with pytest.raises(ValueError, match="--ulysses-degree-in-cp is not given, and .* needs it"):
+            validate(args, world_size=cp * tp)
+        return
+    with pytest.warns(
+        ContextParallelWarning, match=f"{degree} is the largest .* give --ulysses-degree-in-cp to change"
+    ):
+        config, _ = validate(args, world_size=cp * tp)
+    assert config.ulysses_degree == args.ulysses_degree_in_cp == degree
+
+
+@pytest.mark.parametrize("algorithm", [HYBRID, ULYSSES])
+@pytest.mark.parametrize("name", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
+def test_a_parallel_size_of_0_is_named_whatever_divides_by_it(algorithm, name):
+    args = parse("--context-parallel-size", "4", "--context-parallel-algo", algorithm)
+    setattr(args, name, 0)
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} 0 must be a whole number of at least 1; 1 "):
+        validate(args)
+
+
+def test_a_configuration_and_a_degree_that_is_given_stay_as_they_are(recwarn):
+    with pytest.raises(ValueError, match="--ulysses-degree-in-cp is not given"):
+        ContextParallelConfig(context_parallel_size=8, algorithm=HYBRID)
+    assert said(from_megatron("--context-parallel-algo", HYBRID, "--ulysses-degree-in-cp", "2"), recwarn) == []
+    for settings in ({"num_attention_heads": 4}, {}):
+        chosen = FrameworkSettings.read({"context_parallel_size": 4, "context_parallel_algo": HYBRID, **settings})
+        assert chosen.resolve().config.ulysses_degree == 2
+
+
+@pytest.mark.parametrize(
     ("flags", "says"),
     [
         ("--cp-comm-type a2a --context-parallel-algo megatron_cp_algo", "--cp-comm-type a2a is ignored"),
@@ -119,9 +169,9 @@ def test_a_communication_type_that_says_what_the_algorithm_says_is_no_warning(re
     assert said(from_megatron("--context-parallel-algo", RING), recwarn) == []
 
 
-@pytest.mark.parametrize("flag", ACCEPTED_FLAGS)
-def test_a_flag_of_mindspeed_without_effect_is_accepted_and_said_once(flag, recwarn):
-    value = ["16384"] if ACCEPTED_FLAGS[flag].number else []
+@pytest.mark.parametrize("accepted", declarations(WithoutEffect), ids=lambda each: each.flag)
+def test_a_flag_of_mindspeed_without_effect_is_accepted_and_said_once(accepted, recwarn):
+    flag, value = accepted.flag, ["16384"] if accepted.whole else []
     plain, carrying = from_megatron(), from_megatron(flag, *value)
     assert config_from_args(plain) == config_from_args(carrying)
     (notice,) = said(carrying, recwarn)

@@ -5,5 +5,15 @@ a third of the time.
 """
 
 import gc
+import os
+import time
+
+import half_instructions
 
 gc.set_threshold(100_000, 20, 20)
+
+half_instructions.deny_if_asked()
+
+# A rank that imports torch for longer than the others wait for a silent peer: RANK of it, and seconds.
+if "TEST_LATE_RANK" in os.environ and os.environ["TEST_LATE_RANK"] == os.environ.get("RANK"):
+    time.sleep(float(os.environ["TEST_LATE_SECONDS"]))

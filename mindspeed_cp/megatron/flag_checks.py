@@ -1,19 +1,21 @@
 """Flags of Megatron-LM that do not work with context parallelism, or not on this machine.
 
-``python -m mindspeed_cp.patches.checks FLAGS...`` checks a command line without Megatron, and prints as a JSON string
-what is wrong, or "".
+``python -m mindspeed_cp.megatron.flag_checks FLAGS...`` checks a command line without Megatron, and prints as a JSON
+string what is wrong, or "".
 """
 
 import argparse
 import importlib.util
 import json
 import sys
+from collections.abc import Sequence
+from typing import Any
 
-# Megatron's own assertions about legacy models, which _passing_assertions keeps from running.
+# Megatron's own assertions about legacy models, which patches/training.py keeps from running.
 NOT_WITH_LEGACY = ("rotary_interleaved", "mtp_num_layers", "decoupled_lr", "decoupled_min_lr", "overlap_param_gather")
 
 
-def check_flags(args) -> None:
+def check_flags(args: Any) -> None:
     """Raise ValueError for Megatron's flags that do not work with context parallelism here; size 1 is left to it."""
     if args.context_parallel_size == 1:
         return
@@ -23,7 +25,7 @@ def check_flags(args) -> None:
         _check_transformer_engine(args)
 
 
-def _check_legacy(args):
+def _check_legacy(args: Any) -> None:
     if args.ckpt_format != "torch":
         raise ValueError(
             f"--ckpt-format {args.ckpt_format} does not work with --use-legacy-models; use --ckpt-format torch."
@@ -35,7 +37,7 @@ def _check_legacy(args):
             )
 
 
-def _check_transformer_engine(args):
+def _check_transformer_engine(args: Any) -> None:
     if getattr(args, "transformer_impl", "local") == "transformer_engine" and not _is_there("transformer_engine"):
         raise ValueError(
             "--transformer-impl transformer_engine (Megatron's default) needs Transformer Engine, which is not "
@@ -43,12 +45,12 @@ def _check_transformer_engine(args):
         )
 
 
-def _is_there(library):
+def _is_there(library: str) -> bool:
     # A framework may have put a module of its own there, which importlib.util.find_spec does not like.
     return sys.modules.get(library) is not None or importlib.util.find_spec(library) is not None
 
 
-def wrong_flags(argv) -> str:
+def wrong_flags(argv: Sequence[str]) -> str:
     """What ``check_flags`` says of a command line of pretrain_gpt.py; "" when it is right. Defaults are Megatron's."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--context-parallel-size", type=int, default=1)

@@ -1,0 +1,162 @@
+"""Which algorithm is meant, by --context-parallel-algo or Megatron's ``cp_comm_type``, and how many ranks split heads.
+
+MindSpeed's core_r0.18.0 knows ``cp_comm_type`` alone. The flags, the same fields of a TransformerConfig and the same
+keys of a framework's dict all come through here.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mindspeed_cp.settings.algorithms import ALGORITHMS, algorithm_named, known_algorithm, names_with
+
+_SIZES = "--hierarchical-context-parallel-sizes"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An algorithm, the ranks that split the heads where it is Hybrid, and what to say of how they were chosen."""
+
+    algorithm: str
+    ulysses_degree: int | None = None
+    notice: str = ""
+
+
+def chosen_algorithm(args: Any, node_ranks: int | None = None) -> Choice:
+    """The algorithm that was named: by --context-parallel-algo, else by --cp-comm-type, else the default.
+
+    A parser notes in ``args.cp_given`` what was given; in a namespace without the note every name was, and every
+    communication type but p2p, Megatron's default. Where Hybrid gets no degree, one is chosen that fits ``node_ranks``,
+    by default what the launcher says.
+
+    Raises:
+        ValueError: the name belongs to MindSpeed alone, or the communication type is none or not one.
+    """
+    name = known_algorithm(args.context_parallel_algo)
+    cp, degree = args.context_parallel_size, args.ulysses_degree_in_cp
+    sizes = getattr(args, "hierarchical_context_parallel_sizes", None)
+    if cp > 1 and not algorithm_is_given(args) and given_kinds(args):
+        return choice_of_comm_type(given_kinds(args), cp, sizes, degree)
+    if not ALGORITHMS[name].takes_degree:
+        return Choice(name, degree)
+    degree = degree_from_sizes(cp, sizes, degree)
+    return Choice(name, degree) if degree is not None else _with_a_degree(name, args, node_ranks or ranks_of_node())
+
+
+def algorithm_is_given(args: Any) -> bool:
+    return "context_parallel_algo" in getattr(args, "cp_given", ("context_parallel_algo",))
+
+
+def given_kinds(args: Any) -> tuple[str, ...]:
+    """The communication types that somebody gave, () for Megatron's default."""
+    kinds = comm_kinds(getattr(args, "cp_comm_type", None))
+    return kinds if "cp_comm_type" in getattr(args, "cp_given", ()) or kinds != ("p2p",) else ()
+
+
+def ranks_of_node() -> int:
+    """How many ranks a launcher started on this node, 8 where none says it."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(text) if text.isdecimal() and int(text) > 0 else 8
+
+
+def _with_a_degree(name: str, args: Any, node: int) -> Choice:
+    """The largest proper divisor of the context-parallel size that fits the heads of a tensor-parallel rank, and whose
+    ranks, which lie tensor parallel size apart, fit a node; none where nothing fits.
+    """
+    cp, tp = args.context_parallel_size, max(getattr(args, "tensor_model_parallel_size", 1), 1)  # 0 is refused later
+    heads = getattr(args, "num_attention_heads", None)
+    fitting = [
+        degree
+        for degree in range(2, min(cp // 2, node // tp) + 1)
+        if cp % degree == 0 and (heads is None or heads % (tp * degree) == 0)
+    ]
+    if not fitting:
+        return Choice(name)
+    of_heads = "" if heads is None else f"the {heads // tp} heads of a tensor-parallel rank and "
+    return Choice(
+        name,
+        fitting[-1],
+        f"--ulysses-degree-in-cp is not given: {fitting[-1]} is the largest divisor of --context-parallel-size {cp} "
+        f"that fits {of_heads}the {node} ranks of a node; give --ulysses-degree-in-cp to change it.",
+    )
+
+
+def comm_kinds(cp_comm_type: str | Sequence[str] | None) -> tuple[str, ...]:
+    """``cp_comm_type`` as a tuple, one value or one for each layer; () when there is none."""
+    if cp_comm_type is None:
+        return ()
+    return (cp_comm_type,) if isinstance(cp_comm_type, str) else tuple(map(str, cp_comm_type))
+
+
+def choice_of_comm_type(
+    cp_comm_type: str | Sequence[str], cp_size: int, sizes: Sequence[int] | None = None, degree: int | None = None
+) -> Choice:
+    """The algorithm that a ``cp_comm_type`` names.
+
+    Args:
+        cp_comm_type: "p2p", "a2a", "all_gather" or "a2a+p2p", or a list of one for each layer.
+        cp_size: context-parallel size.
+        sizes: Megatron's hierarchical_context_parallel_sizes, the ranks of the all-to-all first.
+        degree: --ulysses-degree-in-cp, which may stand in for ``sizes``.
+
+    Raises:
+        ValueError: a value is not known, the list mixes kinds, or the sizes do not fit.
+    """
+    kinds = comm_kinds(cp_comm_type)
+    named = {kind: algorithm_named("comm_types", kind) for kind in kinds}
+    unknown = [kind for kind, algorithm in named.items() if algorithm is None]
+    if unknown:
+        raise ValueError(
+            f"--cp-comm-type {unknown[0]} is not known; choose one of p2p, a2a, all_gather, a2a+p2p, or name the "
+            "algorithm with --context-parallel-algo."
+        )
+    algorithms = [each for each in dict.fromkeys(named.values()) if each is not None]
+    if len(algorithms) != 1:
+        raise ValueError(
+            f"--cp-comm-type {' '.join(kinds) or '(empty)'} must be one kind for all layers, because every layer works "
+            f"on the same split of the batch; use --cp-comm-type {kinds[0] if kinds else 'p2p'}, or --cp-comm-type "
+            f"a2a+p2p ({names_with(takes_degree=True)}), which does both in every layer."
+        )
+    if not ALGORITHMS[algorithms[0]].takes_degree:
+        return Choice(algorithms[0])
+    degree = degree_from_sizes(cp_size, sizes, degree)
+    if degree is None:
+        raise ValueError(
+            f"--cp-comm-type a2a+p2p needs {_SIZES}, the ranks of the all-to-all and those of the ring; use {_SIZES} "
+            f"{_example(cp_size)}, or --ulysses-degree-in-cp."
+        )
+    return two_levels(algorithms[0], cp_size, degree)
+
+
+def degree_from_sizes(cp_size: int, sizes: Sequence[int] | None, degree: int | None) -> int | None:
+    """Ranks that split the heads, from Megatron's hierarchical sizes or from our own flag; None when neither is given.
+
+    Raises:
+        ValueError: the sizes are not two whose product is the context-parallel size, or the two sources disagree.
+    """
+    if not sizes:
+        return degree
+    text = " ".join(map(str, sizes))
+    if len(sizes) != 2 or sizes[0] * sizes[1] != cp_size:
+        raise ValueError(
+            f"{_SIZES} {text} must be two numbers, the ranks of the all-to-all and those of the ring, whose product is "
+            f"--context-parallel-size {cp_size}; use {_SIZES} {_example(cp_size)}."
+        )
+    if degree is not None and degree != sizes[0]:
+        raise ValueError(
+            f"{_SIZES} {text} and --ulysses-degree-in-cp {degree} disagree; leave one out, or use "
+            f"--ulysses-degree-in-cp {sizes[0]}."
+        )
+    return sizes[0]
+
+
+def two_levels(algorithm: str, cp_size: int, degree: int) -> Choice:
+    """``algorithm`` with this degree; with one rank on either side it is plain Ring or plain Ulysses."""
+    alone = {1: "p2p", cp_size: "a2a"}.get(degree)
+    return Choice(algorithm, degree) if alone is None else Choice(algorithm_named("comm_types", alone) or algorithm)
+
+
+def _example(cp_size: int) -> str:
+    first = next((size for size in range(2, cp_size) if cp_size % size == 0), 1)
+    return f"{first} {cp_size // first}"

@@ -1,0 +1,444 @@
+"""What the adaptor knows between two calls of Megatron: settings, groups, the batches under way."""
+
+import importlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache, wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mindspeed_cp.arguments import FrameworkSettings
+from mindspeed_cp.attention.kept import KeptAttention
+from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.comm.step_log import ContextParallelLog
+from mindspeed_cp.megatron import batches, splitting
+from mindspeed_cp.megatron.decision import OpenDecision, Settings, regrouped
+from mindspeed_cp.megatron.documents import BoundaryCache, MaskCache, documents_of_rows
+from mindspeed_cp.megatron.foreign import Foreign
+from mindspeed_cp.megatron.handed import Handed
+from mindspeed_cp.megatron.handover import HandOver
+from mindspeed_cp.megatron.records import BatchRecords, Documents, MicroBatch
+from mindspeed_cp.megatron.scopes import Scope, Scopes, checked_group, collective_device, named_group, own_group
+from mindspeed_cp.megatron.sizes import ranks_of_all
+from mindspeed_cp.megatron.start import agree_in_group
+from mindspeed_cp.sequence import sharding
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.training_setup import TrainingSetup
+
+
+class Adaptor:
+    """The one mutable object of the adaptor; ``megatron_adaptor.state()`` returns it.
+
+    Attributes:
+        settings: what was configured.
+        scopes: process group -> what is computed over it.
+        sizes: size -> scope, where Megatron's dynamic context parallelism gives every micro-batch one of its own.
+        records: where the record of a batch is found again.
+        masks, boundaries: what was read of the masks and of the packed boundaries under way.
+        tables: which embeddings hold this rank's own rows already.
+        foreign: the layouts of batches that others split.
+        handed: document ends that a framework hands over beside the batch.
+        hand_over: what later pipeline stages learn of a batch.
+        active: record of the forward pass that runs now; None outside.
+        kept: KeptAttention of the checkpoint whose function runs now, where --cp-keep-attention asks for it.
+        is_pipeline: there is more than one pipeline stage: stages then split the same batch knowing different parts of
+            it, and must come to the same layout.
+        timeout, virtual_pipeline: for groups that are made; as initialize_model_parallel was told.
+        log: measures the steps of training with --cp-log, as long as there are groups; None without.
+        embedded: length -> layout with which Megatron's cache holds an embedding of that length.
+        documents_by_hand: documents were given for a batch by hand, so that a forward pass of no known batch would lose
+            them.
+        computes_alone: what runs now is split over nobody, whatever group it names.
+        on_change: called whenever a cached embedding may have become wrong.
+        epoch: how often groups were forgotten.
+    """
+
+    def __init__(
+        self,
+        say: Callable[[ContextParallelConfig], None] = lambda config: None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.settings = Settings()
+        self.scopes = Scopes(self._adopt)
+        self.sizes: dict[int, Scope] = {}
+        self.records, self.tables, self.foreign = BatchRecords(), BatchRecords(), Foreign()
+        self.masks, self.boundaries = MaskCache(), BoundaryCache()
+        self.handed, self.hand_over = Handed(), HandOver(self)
+        self.active: MicroBatch | None = None
+        self.kept: KeptAttention | None = None
+        self.log: ContextParallelLog | None = None
+        self.is_pipeline, self.virtual_pipeline, self.epoch = False, False, 0
+        self.timeout: timedelta | None = None
+        self.embedded: dict[int, SequenceLayout] = {}
+        self.computes_alone, self.documents_by_hand, self._passes = False, False, 0
+        self._pool: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+        self.on_change: list[Callable[[], None]] = []
+        self._say, self._check, self._is_checked = say, check, False
+        self._announced: ContextParallelConfig | None = None
+
+    # What was set.
+
+    @property
+    def config(self) -> ContextParallelConfig | None:
+        """The configuration of the micro-batch that runs, else what was configured."""
+        scope = self.active.scope if self.active is not None and self.sizes else None
+        return self.settings.config if scope is None else scope.config
+
+    @property
+    def setup(self) -> TrainingSetup | None:
+        return self.settings.setup
+
+    @property
+    def kernel(self) -> str | None:
+        return self.settings.kernel
+
+    @property
+    def end_of_document(self) -> int | Callable[[], int] | None:
+        """The token behind which a document ends; may be set until a batch is split."""
+        return self.settings.end_of_document
+
+    @end_of_document.setter
+    def end_of_document(self, token: int | Callable[[], int] | None) -> None:
+        self.settings.end_of_document = token
+
+    def configure(
+        self,
+        config: ContextParallelConfig,
+        *,
+        setup: TrainingSetup | None = None,
+        kernel: str | None = None,
+        documents_from_position_ids: bool = False,
+        end_of_document: int | Callable[[], int] | None = None,
+    ) -> None:
+        """Set the configuration; groups that exist follow it.
+
+        Raises:
+            ValueError: Megatron's groups have another size.
+        """
+        self._check_size(config)
+        settings = self.settings
+        settings.config, settings.setup, settings.kernel, settings.undecided = config, setup, kernel, None
+        settings.documents_from_position_ids = documents_from_position_ids
+        settings.end_of_document, settings.declared = end_of_document, None
+        self._follow()
+
+    def configure_from(self, settings: FrameworkSettings) -> None:
+        """Take over a framework's settings; without a size in them they wait for the groups.
+
+        Once there are groups, what the settings leave open stays as it is.
+        """
+        main, size = self._main, settings.cp_size
+        if main is not None:
+            size = size or main.size
+            if not settings.names_algorithm and size == main.size:
+                settings = settings.keeping(main.config)
+        if size is None:
+            self.reset()
+            self.settings.undecided = OpenDecision(settings)
+        else:
+            self._check_size(OpenDecision(settings).resolved(size).config)
+            self.settings.undecided = OpenDecision(settings)
+            self.settings.decide(size)
+            self._follow()
+
+    def take_comm_type(self, comm_type: str | Sequence[str] | None, cp_size: int) -> None:
+        """A TransformerConfig names the algorithm where nobody else has.
+
+        Raises:
+            ValueError: the name is none, or another model of this process has another.
+        """
+        settings, decision = self.settings, self.settings.undecided
+        if decision is None or decision.settings.names_algorithm or comm_type is None or cp_size == 1:
+            return
+        named = comm_type if isinstance(comm_type, str) else tuple(comm_type)
+        taken = OpenDecision(decision.settings, named, decision.sizes)
+        main = self._main
+        if main is None:
+            settings.undecided = taken
+            return
+        if cp_size != main.size:
+            return
+        differs = taken.resolved(cp_size).config != settings.config
+        if differs and decision.comm_type is not None:
+            raise ValueError(
+                f"cp_comm_type {comm_type} of a TransformerConfig differs from {decision.comm_type} of an earlier one, "
+                "and a process splits its batches in one way; give both models the same cp_comm_type, or name the "
+                "algorithm with mindspeed_cp.megatron_adaptor.configure_from."
+            )
+        settings.undecided = taken
+        if differs:
+            settings.decide(cp_size)
+            self._follow()
+
+    def _check_size(self, config: ContextParallelConfig) -> None:
+        main = self._main
+        if main is not None and main.size != config.context_parallel_size:
+            raise ValueError(
+                f"the process groups were built for {main.config.describe()}, and {config.describe()} needs others; "
+                "configure before initialize_model_parallel, or call destroy_model_parallel first."
+            )
+
+    def _follow(self) -> None:
+        """Groups that exist follow the settings: at once where nothing must be made, else when they are used next."""
+        self.forget_batches()
+        again = []
+        for group, scope in self.scopes.items():
+            config = self.settings.config_of_size(scope.size)
+            if config == scope.config:
+                continue
+            groups = regrouped(scope.groups, config)
+            if groups is None:
+                again.append(group)
+            else:
+                self.scopes.put(group, Scope(config, groups))
+                self.announce(config)
+        for group in again:
+            self.scopes.drop(group)
+
+    def reset(self) -> None:
+        """Forget everything, as after the import; groups that Megatron or others made are adopted again when used."""
+        self.settings = Settings()
+        self.scopes.forget()
+        self.sizes, self.log, self.handed, self.is_pipeline = {}, None, Handed(), False
+        self._announced, self._is_checked = None, False
+        self.epoch += 1
+        self.forget_batches()
+
+    def forget_batches(self) -> None:
+        self.active, self.documents_by_hand = None, False
+        self.embedded.clear()
+        self.records.clear()
+        self.foreign.clear()
+        self.masks.clear()
+        for call in self.on_change:
+            call()
+
+    # Over which ranks.
+
+    def _adopt(self, group: dist.ProcessGroup) -> Scope:
+        config = self.settings.config_of_size(group.size())
+        ranks = dist.get_process_group_ranks(group)
+        agree_in_group(config, self.settings, ranks)
+        groups = ContextParallelGroups.adopt(
+            config, group, pool=self._pool, timeout=self.timeout, virtual_pipeline=self.virtual_pipeline
+        )
+        for call in self.on_change:
+            call()
+        return Scope(config, groups)
+
+    def announce(self, config: ContextParallelConfig) -> None:
+        """Say once what is on: when it was decided and its groups are there, else when a model first computes by it."""
+        if config != self._announced and config.context_parallel_size > 1:
+            self._announced = config
+            self._say(config)
+
+    def make_groups(self, group: dist.ProcessGroup, config: ContextParallelConfig) -> Scope:
+        """The scope of a group that every rank of the world has one like; collective over the world."""
+        groups = ContextParallelGroups.build(
+            config,
+            ranks_of_all(group),
+            timeout=self.timeout,
+            cp_group=group,
+            virtual_pipeline=self.virtual_pipeline,
+        )
+        scope = Scope(config, groups)
+        self.scopes.put(group, scope)
+        return scope
+
+    @property
+    def _main(self) -> Scope | None:
+        """The scope of Megatron's own group where it was adopted."""
+        return self.scopes.known(own_group())
+
+    @property
+    def main(self) -> Scope:
+        """The scope of Megatron's own group, or of the only group there is; of one rank without any."""
+        group = own_group()
+        if group is not None:
+            return self.scopes.of(group)
+        known = list(self.scopes)
+        return known[0] if len(known) == 1 else self.scopes.alone
+
+    @property
+    def current(self) -> Scope:
+        """The scope of the forward pass that runs, else the main one."""
+        scope = self.active.scope if self.active is not None else None
+        return self.main if scope is None else scope
+
+    def scope_of_group(self, group: dist.ProcessGroup | None) -> Scope:
+        """The scope of a group that was named, of Megatron's own where None is given."""
+        return self.main if group is None else self.scopes.of(group)
+
+    def scope_of(self, module: Any) -> Scope:
+        """The scope over which ``module`` computes, by its configuration and the group that it was built with.
+
+        Raises:
+            ValueError: its configuration asks for a group, and there is none or one of another size.
+        """
+        size = module.config.context_parallel_size
+        if size == 1:
+            return self.scopes.alone
+        group = named_group(module)
+        if group is None:
+            group = own_group()
+        return self.scopes.of(checked_group(size, group, type(module).__name__))
+
+    def running_in(self, scope: Scope) -> MicroBatch | None:
+        """The record of the forward pass that runs, where that was split over ``scope``."""
+        return self.active if self.active is not None and self.active.scope is scope else None
+
+    @property
+    def groups(self) -> ContextParallelGroups | None:
+        """Of Megatron's own context-parallel group, or of the micro-batch that runs; None where there is none."""
+        scope = self.current
+        return None if scope.alone and not self.sizes else scope.groups
+
+    @property
+    def cp_size(self) -> int:
+        return self.current.size
+
+    @property
+    def cp_rank(self) -> int:
+        return self.current.rank
+
+    @property
+    def alone(self) -> bool:
+        """Whether no sequence is ever split, so that everything is left to Megatron."""
+        return not self.scopes and not self.sizes
+
+    @staticmethod
+    def cp_ranks() -> tuple[list[int], int]:
+        """(global ranks of Megatron's context-parallel group, this rank's place among them), any size."""
+        from megatron.core import parallel_state
+
+        return parallel_state.get_context_parallel_global_ranks(), parallel_state.get_context_parallel_rank()
+
+    def measure(self, config: ContextParallelConfig, group: dist.ProcessGroup) -> None:
+        """With --cp-log, measure the steps and compare the ranks of each ``group``; collective over the world."""
+        if config.log:
+            self.log = ContextParallelLog(ranks_of_all(group), collective_device(group))
+
+    def destroy_groups(self) -> None:
+        """Release what was made beside Megatron's groups; every rank calls it."""
+        self.scopes.destroy()
+        self.log, self.sizes, self.is_pipeline = None, {}, False
+        self._announced, self._is_checked = None, False
+        self.epoch += 1
+        if self.settings.undecided is not None:
+            self.settings.undecided = OpenDecision(self.settings.undecided.settings)
+        self.forget_batches()
+
+    # The batches under way.
+
+    def layout(self, seq_len: int, documents: Documents | None = None, scope: Scope | None = None) -> SequenceLayout:
+        """The SequenceLayout of the configuration for a sequence that this project splits.
+
+        Raises:
+            ValueError: aligned Ulysses cannot split this length, a rank would get no token, or the layout goes by
+                documents and the rows of the batch differ in theirs.
+        """
+        return splitting.layout(self, self.current if scope is None else scope, seq_len, documents)
+
+    @contextmanager
+    def running(self, record: MicroBatch | None) -> Iterator[None]:
+        """Make ``record`` the one that layers see inside the block: the explicit way to hand it over."""
+        before, self.active = self.active, record if record is None else batches.placed(record, self)
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, seeing the record of now whenever it runs: recomputation runs after later batches."""
+        record = self.active
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.running(record):
+                return function(*args, **kwargs)
+
+        return call
+
+    @contextmanager
+    def computing_alone(self, alone: bool = True) -> Iterator[None]:
+        """Split embeddings over nobody inside the block; what is not ``alone`` over whom its record names."""
+        before, self.computes_alone = self.computes_alone, alone
+        try:
+            yield
+        finally:
+            self.computes_alone = before
+
+    def forward_pass_begins(self) -> None:
+        """What was read of masks in earlier passes is not believed any more; before the first pass every patch that
+        counts is asked whether its name is still ours.
+        """
+        self._passes += 1
+        if not self._is_checked:
+            self._check()
+            self._is_checked = True
+
+    @property
+    def forward_pass(self) -> int | None:
+        """Number of the forward pass of a model that runs; None outside of any."""
+        return None if self.active is None else self._passes
+
+    def shard_batch(
+        self,
+        batch: Mapping[str, Any],
+        cu_seqlens: torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        sequences: Collection[str] = (),
+    ) -> dict[str, Any]:
+        """This rank's part of a whole batch, for training loops that do not call Megatron's get_batch_on_this_cp_rank.
+
+        Args:
+            batch: name -> (batch, seq) tensor or anything else; ``mindspeed_cp.shard_batch`` says what is split.
+            cu_seqlens: document boundaries with the leading 0 and the total, for all rows or one row for each; None
+                looks for documents where the settings say.
+            sequences: further names to split.
+
+        Returns:
+            a new dict, by whose tensors the model finds layout and documents again.
+        """
+        documents = None if cu_seqlens is None else documents_of_rows(cu_seqlens)
+        self.documents_by_hand |= documents is not None
+        return splitting.sharded(self, self.current, batch, documents, sequences)
+
+    def gather_sequence(self, tensor: torch.Tensor, of: Any = None, dim: int = 1) -> torch.Tensor:
+        """The whole sequence in order, from every rank's part of it; differentiable, and every rank calls this.
+
+        Args:
+            tensor: ``dim`` holds this rank's tokens: (batch, seq, ...) by default, as Megatron's models return logits.
+            of: what says how the batch was split: a tensor of it, such as the tokens or the model's output, the batch
+                itself, or the PackedSeqParams of one that a framework split. None is ``tensor`` itself.
+
+        Raises:
+            ValueError: nothing says how the batch was split.
+        """
+        if self.alone:
+            return tensor
+        record = batches.record_of_part(self, tensor, of, dim)
+        scope = record.scope or self.main
+        return sharding.gather_sequence(tensor, groups=scope.groups, layout=record.layout, dim=dim)
+
+    def micro_batch(self, local_len: int) -> MicroBatch:
+        return batches.record_of_length(self, self.current, local_len)
+
+    def gather_size_calculator(self) -> Any:
+        """The calculator object of --gather-size-calculator, None for the aligned default."""
+        return _calculator("default" if self.setup is None else self.setup.gather_size_calculator)
+
+
+@cache
+def _calculator(name: str) -> Any:
+    if name == "default":
+        return None
+    if name == "dynamic":
+        from mindspeed_cp import DynamicGatherSizeCalculator
+
+        return DynamicGatherSizeCalculator()
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)()

@@ -1,0 +1,209 @@
+"""The record of what runs: of a forward pass that enters a model, of a block of layers, of a module on its own.
+
+A record is found by the tensors of its batch where this project split it, described by the batch itself where somebody
+else did (position ids, packed boundaries, a declaration), taken over from the first stage of a pipeline, or handed over
+with ``Adaptor.running``. Nothing is guessed.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from inspect import Signature, signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from mindspeed_cp.megatron.packed import packed_batch
+from mindspeed_cp.megatron.records import MicroBatch
+from mindspeed_cp.megatron.scopes import Scope, collective_device
+from mindspeed_cp.megatron.splitting import divided_by
+from mindspeed_cp.settings.notices import warn_rank0
+
+if TYPE_CHECKING:
+    from mindspeed_cp.megatron.adaptor import Adaptor
+
+# What forward passes call them; the last ones are those of legacy models.
+IDS, TOKENS = ("position_ids", "enc_position_ids"), ("input_ids", "tokens", "decoder_input_ids", "enc_input_ids")
+
+
+def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MicroBatch | None:
+    """The record with which ``model`` runs this forward pass; None where it computes alone.
+
+    Raises:
+        ValueError: nothing says how its batch was split, or what says so contradicts the model or itself.
+    """
+    values = (*args, *kwargs.values())
+    scope = adaptor.scope_of(model)
+    found = adaptor.records.find(values)
+    given = named_arguments(model, args, kwargs)
+    ids, tokens = _first(given, IDS), _first(given, TOKENS)
+    if found is None and not scope.alone:
+        found = adaptor.records.find_copied([tokens, given.get("labels")])
+    if scope.alone:
+        _refuse_split_batch(model, found)
+        return None
+    refuse_inference(values)
+    if found is not None and found.scope is not None and found.scope is not scope:
+        raise ValueError(
+            f"{type(model).__name__} computes over {scope.size} context-parallel ranks, and its batch was split over "
+            f"the {found.scope.size} ranks {list(found.scope.groups.global_ranks)}; split it over the group "
+            "of the model (cp_group of get_batch_on_this_cp_rank)."
+        )
+    record = found or adaptor.running_in(scope)
+    params = packed_params_in(values)
+    if params is not None:
+        adaptor.handed.waiting = False  # the parameters say the same, and where documents are padded too
+        told = ids if tokens is None else tokens
+        local = None if told is None else told.size(-1)
+        return packed_batch(adaptor, scope, params, local, ids, record)
+    if getattr(model, "pre_process", True):
+        if record is None:
+            record = adaptor.foreign.record(adaptor, scope, ids, tokens, declared(adaptor, scope, model))
+        record = with_handed_documents(adaptor, record, tokens, ids)
+        if found is None and adaptor.active is None and record.documents is None and adaptor.documents_by_hand:
+            raise ValueError(f"documents were given by hand (set_actual_seq_len, cu_seqlens){LOST}")
+        return adaptor.hand_over.first(model, scope, record)
+    return adaptor.hand_over.later(model, scope, record)
+
+
+LOST = (
+    ", and the tokens of this forward pass are those of no batch that was split; give the model the tensors that "
+    "get_batch_on_this_cp_rank or shard_batch returned, or run it inside state().running(record)."
+)
+
+
+def _refuse_split_batch(model: Any, found: MicroBatch | None) -> None:
+    if found is not None and found.layout.cp_size > 1:
+        raise ValueError(
+            f"{type(model).__name__} has context_parallel_size 1 in its configuration, and its batch was split over "
+            f"{found.layout.cp_size} ranks; give its TransformerConfig the same size, or pass it whole "
+            "batches."
+        )
+
+
+def with_handed_documents(
+    adaptor: "Adaptor", record: MicroBatch, tokens: torch.Tensor | None, ids: torch.Tensor | None
+) -> MicroBatch:
+    """``record`` with the documents that were handed over beside a batch that brings none itself."""
+    handed = adaptor.handed
+    if handed.ends is None or not record.waits_for_documents:
+        return record
+    told = ids if tokens is None else tokens
+    rows = 1 if told is None or told.dim() < 2 else told.size(-2)
+    size = divided_by(adaptor)
+    return replace(record, documents=handed.take(rows, record.seq_len, size), waits_for_documents=False)
+
+
+def declared(adaptor: "Adaptor", scope: Scope, model: Any) -> str:
+    """How somebody else is declared to cut whole rows, "" where nobody declared it."""
+    if scope.config.batch_layout in ("zigzag", "contiguous"):
+        return scope.config.batch_layout
+    mode = getattr(model.config, "cp_partition_mode", None)
+    return mode if mode in ("zigzag", "contiguous") else adaptor.settings.declared or ""
+
+
+def named_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    """name -> argument of a model's forward."""
+    known = _forward_of(type(model).forward)
+    try:
+        return known.bind_partial(model, *args, **kwargs).arguments
+    except TypeError:  # the call itself says what is wrong with them
+        return kwargs
+
+
+@cache
+def _forward_of(forward: Any) -> Signature:
+    return signature(forward)
+
+
+def _first(given: Mapping[str, Any], names: Iterable[str]) -> torch.Tensor | None:
+    return next((given[name] for name in names if isinstance(given.get(name), torch.Tensor)), None)
+
+
+def block_record(adaptor: "Adaptor", scope: Scope, config: Any, num_rows: int, params: Any = None) -> MicroBatch:
+    """The record of the micro-batch that enters a block of layers.
+
+    Args:
+        config: TransformerConfig.
+        num_rows: first dimension of the block's input, which sequence parallelism has split again.
+        params: PackedSeqParams in thd, None for whole sequences.
+    """
+    local_len = num_rows * config.tensor_model_parallel_size if config.sequence_parallel else num_rows
+    if adaptor.running_in(scope) is None and params is not None:
+        return packed_batch(adaptor, scope, params, local_len)
+    return record_of_length(adaptor, scope, local_len)
+
+
+def record_of_length(adaptor: "Adaptor", scope: Scope, local_len: int) -> MicroBatch:
+    """The record of what runs over ``scope``, of which this rank holds ``local_len`` tokens.
+
+    A later pipeline stage whose first one hands nothing over, and modules that are no part of a language model, know no
+    record. The layout is then that of the configuration, over what the ranks hold together; whether a rank asks the
+    others depends on the code that runs alone, so all ranks of the group ask together.
+
+    Raises:
+        ValueError: the record, or the layout, gives this rank another number of tokens.
+    """
+    record = adaptor.running_in(scope)
+    if record is None:
+        if not adaptor.is_pipeline:
+            warn_rank0(
+                "layers run outside a model that mindspeed_cp knows: each rank is taken to hold its part in the layout "
+                f"of the configuration ({scope.config.layout_kind}, state().layout(length).positions(rank)); run them "
+                "inside state().running(record) to say otherwise."
+            )
+        total = torch.tensor([local_len], device=collective_device(scope.group))
+        dist.all_reduce(total, group=scope.group)
+        record = MicroBatch(adaptor.layout(int(total), scope=scope), None, scope)
+    expected = record.layout.length(scope.rank)
+    if expected != local_len:
+        raise ValueError(
+            f"context-parallel rank {scope.rank} holds {local_len} tokens, and a sequence of {record.seq_len} "
+            f"gives it {expected} (layout {record.layout.kind}); split every batch with get_batch_on_this_cp_rank "
+            "or state().shard_batch, and pass the same length to all ranks."
+        )
+    return record
+
+
+def placed(record: MicroBatch, adaptor: "Adaptor") -> MicroBatch:
+    """``record`` with a scope: one that was made without is of Megatron's own group."""
+    return record if record.scope is not None else replace(record, scope=adaptor.main)
+
+
+def record_of_part(adaptor: "Adaptor", tensor: torch.Tensor, of: Any, dim: int) -> MicroBatch:
+    """The record of the batch to which a part of a sequence belongs; as ``Adaptor.gather_sequence`` says."""
+    values = of.values() if isinstance(of, Mapping) else (tensor if of is None else of,)
+    if getattr(of, "qkv_format", None) == "thd":
+        return placed(packed_batch(adaptor, adaptor.current, of, tensor.size(dim)), adaptor)
+    record = adaptor.records.find(values) or adaptor.active
+    if record is None:
+        raise ValueError(
+            "nothing says how the batch of this tensor was split; pass of=, the local tokens, the output of the "
+            "model, or the PackedSeqParams."
+        )
+    return placed(record, adaptor)
+
+
+def packed_params_in(values: Iterable[Any]) -> Any:
+    """The PackedSeqParams in thd among the arguments of a model or a block, None without."""
+    return next((value for value in values if getattr(value, "qkv_format", None) == "thd"), None)
+
+
+def refuse_inference(values: Iterable[Any]) -> None:
+    """Raise when Megatron's inference contexts are among the arguments of a model or a block."""
+    for value in values:
+        if type(value).__module__.startswith("megatron.core.inference") or type(value).__name__ == "InferenceParams":
+            raise ValueError(
+                f"{type(value).__name__}: generation with Megatron's inference contexts is not supported with context "
+                "parallelism, whose ranks hold parts of a sequence; use --context-parallel-size 1 to generate."
+            )
+
+
+def tensors_in(output: Any) -> Iterator[torch.Tensor]:
+    """Every tensor of what a model returned."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for item in output:
+            yield from tensors_in(item)

@@ -1,0 +1,323 @@
+"""The layout of a batch that somebody else split: described by its position ids, or declared; never guessed.
+
+Each rank's position ids say which tokens it holds. The ranks exchange them once for every new pattern (a fingerprint is
+exchanged for every micro-batch, and read back from the device once), and check that together they are a partition.
+
+r: rows of the batch, s: tokens of this rank, S: of the whole sequence.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+
+from mindspeed_cp.megatron.documents import documents_of_position_ids, documents_of_tokens, places_in_documents
+from mindspeed_cp.megatron.records import Documents, MicroBatch
+from mindspeed_cp.megatron.scopes import Scope, collective_device
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.sequence.sharding import gather_sequence
+from mindspeed_cp.settings.config import BatchLayout, ContextParallelConfig
+
+if TYPE_CHECKING:
+    from mindspeed_cp.megatron.adaptor import Adaptor
+
+KINDS = ("zigzag", "contiguous")  # how whole rows are cut by others
+PACKED_KINDS = ("document_zigzag", "contiguous", "zigzag")
+KEPT = 64  # patterns
+WAY_OUT = (
+    "split whole batches with Megatron's get_batch_on_this_cp_rank or with megatron_adaptor.state().shard_batch, or "
+    "declare how they arrive with --cp-batch-layout zigzag or contiguous (cp_partition_mode in a framework's settings)"
+)
+Found = tuple[SequenceLayout, Documents | None]
+Patterns = OrderedDict[Any, Found]
+
+
+class Foreign:
+    """The layouts of batches that others split; one for each process."""
+
+    def __init__(self) -> None:
+        self._patterns: Patterns = OrderedDict()
+
+    def clear(self) -> None:
+        self._patterns.clear()
+
+    def record(
+        self, adaptor: "Adaptor", scope: Scope, ids: torch.Tensor | None, tokens: torch.Tensor | None, declared: str
+    ) -> MicroBatch:
+        """The record of whole rows that somebody else split.
+
+        Args:
+            ids: (r, s), (s,) or (3, r, s) position ids of this rank; None without.
+            tokens: (r, s) or None where the model got none.
+            declared: the kind that was declared, "" where nobody did.
+
+        Raises:
+            ValueError: nothing says which tokens this rank holds, or what says so is no partition.
+        """
+        rows = None if ids is None else _plain(ids)
+        if rows is None:
+            length = None if tokens is None else tokens.size(-1)
+            layout, documents = _declared(scope, declared, length), None
+        else:
+            layout, documents = self._of_ids(scope, rows, declared)
+        settings = adaptor.settings
+        if not settings.documents_from_position_ids:
+            documents = None
+        if settings.end_of_document is not None and tokens is not None:
+            whole = gather_sequence(tokens, groups=scope.groups, layout=layout, dim=tokens.dim() - 1)
+            ends = settings.end_of_document
+            documents = documents_of_tokens(whole.view(-1, layout.seq_len), ends() if callable(ends) else ends)
+        return MicroBatch(layout, documents, scope, waits_for_documents=True)
+
+    def _of_ids(self, scope: Scope, rows: torch.Tensor, declared: str) -> Found:
+        def found(everyone: list[torch.Tensor]) -> Found:
+            layout = _layout_of_rows(scope.config, everyone, declared)
+            whole = layout.unshard([mine.to(torch.long) for mine in everyone], dim=1)
+            return layout, documents_of_position_ids(whole)
+
+        return self._once((scope.config, declared), scope, rows, found)
+
+    def packed(
+        self, scope: Scope, ids: torch.Tensor, padded: tuple[int, ...], documents: tuple[int, ...], preferred: str
+    ) -> SequenceLayout:
+        """The layout of packed documents that somebody else split, by their position ids.
+
+        Args:
+            ids: (1, s) or (s,), counted from the start of each document or of the whole sequence.
+            padded: boundaries with the padding of each document.
+            documents: boundaries, padding as documents of its own.
+            preferred: the kind that is taken where several fit.
+
+        Raises:
+            ValueError: they fit none of the ways in which packed documents are cut.
+        """
+
+        def found(everyone: list[torch.Tensor]) -> Found:
+            return _layout_of_packed(scope, [mine[0] for mine in everyone], padded, documents, preferred), None
+
+        return self._once((scope.config, padded, documents, preferred), scope, ids.reshape(1, -1), found)[0]
+
+    def _once(self, key: Any, scope: Scope, rows: torch.Tensor, found: Callable[[list[torch.Tensor]], Found]) -> Found:
+        """``found`` of all ranks' position ids, once for each pattern of theirs."""
+        group, device = scope.group, collective_device(scope.group)
+        mine = _fingerprint(rows).to(device)
+        prints = [torch.empty_like(mine) for _ in range(scope.size)]
+        dist.all_gather(prints, mine, group=group)
+        pattern = key, tuple(map(tuple, torch.stack(prints).tolist()))
+        if pattern not in self._patterns:
+            everyone: list[Any] = [None] * scope.size
+            dist.all_gather_object(everyone, rows.detach().cpu(), group=group)
+            self._patterns[pattern] = found(everyone)
+            if len(self._patterns) > KEPT:
+                self._patterns.popitem(last=False)
+        self._patterns.move_to_end(pattern)
+        return self._patterns[pattern]
+
+
+def _plain(ids: torch.Tensor) -> torch.Tensor | None:
+    """Position ids as (r, s); None for those of multimodal embeddings, of which images share a place."""
+    if ids.dim() == 3:
+        return None
+    return ids.reshape(-1, ids.size(-1))
+
+
+def _fingerprint(rows: torch.Tensor) -> torch.Tensor:
+    """(4,) whole numbers on the same device: number of rows and of tokens, and two sums that depend on every place."""
+    flat = rows.flatten().to(torch.long)
+    place = torch.arange(1, len(flat) + 1, device=flat.device)
+    sums = [(flat * place).sum(), ((flat + 7) * (flat + 3) * (place * place + 5)).sum()]
+    sizes = torch.tensor(rows.shape, device=flat.device)
+    return torch.cat([sizes, torch.stack(sums)])
+
+
+def _declared(scope: Scope, kind: str, length: int | None) -> SequenceLayout:
+    """The layout of the declared kind over what the ranks hold together."""
+    if not kind:
+        raise ValueError(
+            "this batch was not split by mindspeed_cp, it brings no position ids that say which tokens this rank "
+            f"holds, and nobody declared it; {WAY_OUT}."
+        )
+    if length is None:
+        raise ValueError(
+            "a model was given neither tokens nor position ids, and nothing says how its batch was split; pass "
+            "position_ids, or run it inside megatron_adaptor.state().running(record)."
+        )
+    total = torch.tensor([length], device=collective_device(scope.group))
+    dist.all_reduce(total, group=scope.group)
+    layout = of_kind(scope.config, kind, int(total))
+    if layout.length(scope.rank) != length:
+        raise ValueError(
+            f"context-parallel rank {scope.rank} holds {length} tokens, and {kind} gives it "
+            f"{layout.length(scope.rank)} of {layout.seq_len}; pass position_ids, or {WAY_OUT}."
+        )
+    return layout
+
+
+@lru_cache(maxsize=256)
+def of_kind(
+    config: ContextParallelConfig, kind: str, seq_len: int, documents: tuple[int, ...] | None = None
+) -> SequenceLayout:
+    """What a rank holds where rows of this length are cut in this way, whatever the algorithm."""
+    return SequenceLayout.build(replace(config, batch_layout=cast(BatchLayout, kind)), seq_len, documents)
+
+
+def _layout_of_rows(config: ContextParallelConfig, everyone: list[torch.Tensor], declared: str) -> SequenceLayout:
+    """The layout that all ranks' (r, s) position ids describe."""
+    if len({len(rows) for rows in everyone}) > 1:
+        raise ValueError(
+            f"the context-parallel ranks hold batches of {', '.join(str(len(rows)) for rows in everyone)} rows; all of "
+            "them hold parts of the same rows."
+        )
+    by_row = [[rows[index].tolist() for rows in everyone] for index in range(len(everyone[0]))]
+    partitions = {runs for parts in by_row if (runs := _partition(parts)) is not None}
+    if len(partitions) == 1:
+        layout = SequenceLayout.from_runs(config, [list(runs) for runs in next(iter(partitions))])
+        if all(_is_plausible(layout, parts) for parts in by_row):
+            return layout
+    if len(partitions) > 1:
+        raise ValueError(
+            "the rows of this batch were split over the context-parallel ranks in different ways, as their position "
+            f"ids say; split all rows alike: {WAY_OUT}."
+        )
+    if len(everyone) > 1 and all(torch.equal(rows, everyone[0]) for rows in everyone[1:]):
+        raise ValueError(
+            f"every context-parallel rank was given the same {everyone[0].size(1)} position ids, from "
+            f"{int(everyone[0].min())} to {int(everyone[0].max())}: nobody split this batch; {WAY_OUT}."
+        )
+    return _of_fitting_kind(config, by_row, declared)
+
+
+def _of_fitting_kind(config: ContextParallelConfig, by_row: list[list[list[int]]], declared: str) -> SequenceLayout:
+    """The one way of cutting whole rows in which documents or padding explain position ids that start again."""
+    seq_len = sum(map(len, by_row[0]))
+    lengths = [len(part) for part in by_row[0]]
+    fitting = []
+    layouts = {kind: of_kind(config, kind, seq_len) for kind in KINDS}
+    layouts.setdefault("the layout of the configuration", SequenceLayout.build(config, seq_len))
+    for kind, layout in layouts.items():
+        fits = [layout.length(rank) for rank in range(layout.cp_size)] == lengths
+        if fits and all(_is_plausible(layout, parts) for parts in by_row):
+            fitting.append((kind, layout))
+    named = dict(fitting)
+    if declared in named:
+        return named[declared]
+    if len(set(named.values())) == 1:
+        return fitting[0][1]
+    if fitting:
+        raise ValueError(
+            f"position ids that start again fit {' and '.join(named)} alike, and nobody declared which; {WAY_OUT}."
+        )
+    raise ValueError(f"{_what_is_wrong(by_row[0])}; {WAY_OUT}.")
+
+
+def _partition(parts: list[list[int]]) -> tuple[tuple[tuple[int, int], ...], ...] | None:
+    """Runs of positions of every rank, where together they are 0 to S - 1, each once."""
+    flat = [position for part in parts for position in part]
+    if sorted(flat) != list(range(len(flat))):
+        return None
+    return tuple(tuple(_runs(part)) for part in parts)
+
+
+def _runs(part: Sequence[int]) -> Iterator[tuple[int, int]]:
+    start = 0
+    for index in range(1, len(part) + 1):
+        if index == len(part) or part[index] != part[index - 1] + 1:
+            yield part[start], part[index - 1] + 1
+            start = index
+
+
+def _is_plausible(layout: SequenceLayout, parts: list[list[int]]) -> bool:
+    """Whether a whole row, put together by ``layout``, counts up, but for new starts and for padding."""
+    row = layout.unshard([torch.tensor(part, dtype=torch.long) for part in parts])
+    steps = row[1:] - row[:-1]
+    counts = (steps == 1) | (row[1:] == 0) | ((row[1:] == 1) & (row[:-1] == 1))
+    return bool(counts.all()) and int(row[0]) in (0, 1)
+
+
+def _what_is_wrong(parts: list[list[int]]) -> str:
+    holders: dict[int, int] = {}
+    for rank, part in enumerate(parts):
+        for position in part:
+            if position in holders and holders[position] != rank:
+                return (
+                    f"position {position} is held by context-parallel ranks {holders[position]} and {rank}, as the "
+                    "position ids of this batch say"
+                )
+            holders[position] = rank
+    total = sum(map(len, parts))
+    missing = next((position for position in range(total) if position not in holders), None)
+    if missing is not None:
+        return f"position {missing} of {total} is held by no context-parallel rank, as the position ids say"
+    return "the position ids of this batch are no partition of a sequence"
+
+
+def _layout_of_packed(
+    scope: Scope,
+    everyone: list[torch.Tensor],
+    padded: tuple[int, ...],
+    documents: tuple[int, ...],
+    preferred: str,
+) -> SequenceLayout:
+    fitting: dict[str, SequenceLayout] = {}
+    for kind in dict.fromkeys((preferred, *PACKED_KINDS)):
+        try:
+            layout = of_kind(scope.config, kind, padded[-1], padded)
+        except ValueError:
+            continue  # a document that this kind cannot cut
+        ranks = range(layout.cp_size)
+        if [layout.length(rank) for rank in ranks] == [len(ids) for ids in everyone] and all(
+            _wrong_place(layout.positions(rank), everyone[rank], padded, documents) is None for rank in ranks
+        ):
+            fitting[kind] = layout
+    if preferred in fitting:
+        return fitting[preferred]
+    if len(set(fitting.values())) == 1:
+        return next(iter(fitting.values()))
+    if fitting:
+        raise ValueError(
+            f"the position ids of these packed documents fit {' and '.join(fitting)} alike, and not {preferred}; "
+            "declare which with --cp-batch-layout."
+        )
+    raise ValueError(_contradiction(scope, everyone, padded, documents, preferred))
+
+
+def _contradiction(
+    scope: Scope, everyone: list[torch.Tensor], padded: tuple[int, ...], documents: tuple[int, ...], preferred: str
+) -> str:
+    """What is wrong with the position ids of this rank, or of the first one whose are."""
+    layout = of_kind(scope.config, preferred, padded[-1], padded)
+    for rank in (scope.rank, *range(layout.cp_size)):
+        positions, given = layout.positions(rank), everyone[rank]
+        if len(positions) != len(given):
+            return (
+                f"context-parallel rank {rank} holds {len(given)} packed tokens, and cu_seqlens that end at "
+                f"{padded[-1]} give it {len(positions)} in the layout {preferred}"
+            )
+        at = _wrong_place(positions, given, padded, documents)
+        if at is not None:
+            place = int(places_in_documents(positions, padded)[at])
+            return (
+                f"position id {int(given[at])} of packed token {at} of rank {rank} contradicts the layout {preferred}, "
+                f"which has place {place} of a document there"
+            )
+    return f"the position ids of these packed documents contradict the layout {preferred}"
+
+
+def _wrong_place(
+    positions: torch.Tensor, given: torch.Tensor, padded: tuple[int, ...], documents: tuple[int, ...]
+) -> int | None:
+    """The first token whose position id is neither its place in its document nor in the whole, None without.
+
+    Padding may hold anything. Where the boundaries do not tell padding from tokens, as with verl and ms-swift, padding
+    holds 0: 0 says nothing.
+    """
+    places = places_in_documents(positions, padded)
+    starts = torch.tensor(sorted(set(padded[:-1])))
+    first = torch.searchsorted(starts, positions, right=True) - 1
+    ends = torch.tensor(documents)[torch.searchsorted(torch.tensor(documents), starts, right=True)]
+    wrong = (given != places) & (given != positions) & (given != 0) & (positions < ends[first])
+    return int(wrong.nonzero()[0]) if wrong.any() else None

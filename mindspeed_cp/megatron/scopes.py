@@ -1,0 +1,177 @@
+"""Over which ranks a module computes: the context-parallel group that it was built with, and what belongs to it.
+
+A process has no current group. A group that Megatron, a framework or a script has made is adopted when it is first
+used: its members, and nobody else, compare their settings and make the further groups that the algorithm needs.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.settings.config import ContextParallelConfig
+
+SINGLE = ContextParallelConfig(context_parallel_size=1)
+COLLECTIONS = ("pg_collection", "model_comm_pgs")  # where modules keep their groups; the second until 0.14
+OWN = "context_parallel_group"  # set here on modules of ours, whose own arguments Megatron does not keep
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """One context-parallel group seen from this rank.
+
+    Args:
+        config: what is computed over it, and how.
+        groups: its links; those of one rank where nothing is split.
+    """
+
+    config: ContextParallelConfig
+    groups: ContextParallelGroups
+
+    @property
+    def size(self) -> int:
+        return self.groups.cp_size
+
+    @property
+    def rank(self) -> int:
+        return self.groups.cp_rank
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing is split, so that everything is left to Megatron."""
+        return self.groups.cp_size == 1
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group; there is one wherever something is split."""
+        group = self.groups.cp_group
+        assert group is not None
+        return group
+
+
+def _alone() -> Scope:
+    return Scope(SINGLE, ContextParallelGroups.build(SINGLE))
+
+
+class Scopes:
+    """The map of groups: process group -> Scope.
+
+    Args:
+        adopt: group -> Scope, called once for each group of more than one rank; collective over its ranks.
+    """
+
+    def __init__(self, adopt: Callable[[dist.ProcessGroup], Scope]) -> None:
+        self._adopt = adopt
+        self._known: dict[dist.ProcessGroup, Scope] = {}
+        self._alone: Scope | None = None
+
+    @property
+    def alone(self) -> Scope:
+        """The scope of one rank."""
+        if self._alone is None:
+            self._alone = _alone()
+        return self._alone
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
+    def __iter__(self) -> Iterator[Scope]:
+        """Every scope of more than one rank, once."""
+        return iter({id(scope): scope for scope in self._known.values()}.values())
+
+    def of(self, group: dist.ProcessGroup | None) -> Scope:
+        """The scope of ``group``; of one rank where that has one, or None is given."""
+        if group is None or group.size() == 1:
+            return self.alone
+        scope = self._known.get(group)
+        if scope is None:
+            ranks = tuple(dist.get_process_group_ranks(group))
+            # Another communicator over ranks that are known: a second scope of theirs would know none of their batches.
+            scope = next((known for known in self if known.groups.global_ranks == ranks), None) or self._adopt(group)
+            self._known[group] = scope
+        return scope
+
+    def known(self, group: dist.ProcessGroup | None) -> Scope | None:
+        """The scope of ``group`` where it was adopted already."""
+        return None if group is None else self._known.get(group)
+
+    def items(self) -> list[tuple[dist.ProcessGroup, Scope]]:
+        """Every group that was adopted, with its scope."""
+        return list(self._known.items())
+
+    def drop(self, group: dist.ProcessGroup) -> None:
+        """Adopt ``group`` anew when it is used next."""
+        self._known.pop(group, None)
+
+    def put(self, group: dist.ProcessGroup, scope: Scope) -> None:
+        """Let ``group`` have this scope from now on, and every other group that had the same one."""
+        old = self._known.get(group)
+        for other in [other for other, known in self._known.items() if known is old]:
+            self._known[other] = scope
+        self._known[group] = scope
+
+    def destroy(self) -> None:
+        """Release what was made for the groups; every rank calls it."""
+        for scope in self:
+            scope.groups.destroy()
+        self._known.clear()
+
+    def forget(self) -> None:
+        """Forget every group, and leave what was made for it: nothing says that other ranks do the same now."""
+        self._known.clear()
+
+
+def own_group() -> dist.ProcessGroup | None:
+    """The context-parallel group that Megatron's initialize_model_parallel made, None before or without that."""
+    from megatron.core import parallel_state
+
+    group: dist.ProcessGroup | None = parallel_state.get_context_parallel_group(check_initialized=False)
+    return group
+
+
+def named_group(owner: Any) -> dist.ProcessGroup | None:
+    """The context-parallel group that a module, or arguments of one, names; None where it names none.
+
+    Args:
+        owner: a module with ``cp_group`` or a collection of groups, or a mapping of arguments by name.
+    """
+    get = owner.get if isinstance(owner, dict) else lambda name: getattr(owner, name, None)
+    for group in (get(OWN), *(getattr(get(name), "cp", None) for name in COLLECTIONS), get("cp_group")):
+        if isinstance(group, dist.ProcessGroup):
+            return group
+    return None
+
+
+def checked_group(size: int, group: dist.ProcessGroup | None, what: str) -> dist.ProcessGroup | None:
+    """The group over which a module of this size computes; None for size 1, which is alone whatever the process has.
+
+    Args:
+        size: context_parallel_size of its configuration.
+        group: what it was built with, or Megatron's own.
+        what: its name in messages.
+
+    Raises:
+        ValueError: there is no group, or one of another size.
+    """
+    if size == 1:
+        return None
+    if group is None:
+        raise ValueError(
+            f"{what} has context_parallel_size {size} in its configuration, and no context-parallel group: call "
+            "initialize_model_parallel(context_parallel_size=...) first, or give its pg_collection a cp group; "
+            "context_parallel_size 1 computes on this rank alone."
+        )
+    if group.size() != size:
+        raise ValueError(
+            f"{what} has context_parallel_size {size} in its configuration, and its context-parallel group has "
+            f"{group.size()} ranks; give both the same size (1 computes on this rank alone)."
+        )
+    return group
+
+
+def collective_device(group: dist.ProcessGroup) -> Any:
+    """The device on which a collective of ``group`` wants its tensors."""
+    return "cpu" if dist.get_backend(group) == "gloo" else torch.cuda.current_device()

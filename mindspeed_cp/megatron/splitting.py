@@ -1,0 +1,212 @@
+"""How a whole batch is split: its sequences, where documents end, its layout, and the record that travels with it."""
+
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mindspeed_cp.megatron.documents import documents_of_position_ids, documents_of_tokens
+from mindspeed_cp.megatron.records import Documents, MicroBatch
+from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.sequence.layout import DOCUMENT_KINDS, SequenceLayout
+from mindspeed_cp.sequence.sharding import SEQUENCES, WHOLE, shard_batch
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.notices import warn_rank0
+
+if TYPE_CHECKING:
+    from mindspeed_cp.megatron.adaptor import Adaptor
+
+Batch = Mapping[str, Any]
+
+
+def layout(adaptor: "Adaptor", scope: Scope, seq_len: int, documents: Documents | None = None) -> SequenceLayout:
+    """The layout of a scope's configuration for a sequence that this project splits.
+
+    Raises:
+        ValueError: aligned Ulysses cannot split this length, a rank would get no token, or the layout goes by documents
+            and the rows of the batch differ in theirs.
+    """
+    config, setup, shared = scope.config, adaptor.setup, None
+    unaligned = setup is not None and setup.unaligned
+    if not scope.alone and not config.row.any_length and not unaligned and seq_len % config.context_parallel_size:
+        raise ValueError(
+            f"sequence length {seq_len} must be divisible by --context-parallel-size "
+            f"{config.context_parallel_size} for aligned Ulysses; use --gather-size-calculator dynamic, which "
+            "takes any length, or --context-parallel-algo megatron_cp_algo."
+        )
+    if config.layout_kind in DOCUMENT_KINDS:
+        shared = _shared(adaptor, config, documents)
+    elif documents is not None and len(documents) == 1 and not adaptor.is_pipeline:
+        shared = documents[0]  # "auto" may go by them
+    return with_tokens_everywhere(built(config, seq_len, shared))
+
+
+@lru_cache(maxsize=1024)
+def built(config: ContextParallelConfig, seq_len: int, documents: tuple[int, ...] | None = None) -> SequenceLayout:
+    return SequenceLayout.build(config, seq_len, documents)
+
+
+def _shared(adaptor: "Adaptor", config: ContextParallelConfig, documents: Documents | None) -> tuple[int, ...] | None:
+    """The documents by which a named layout goes."""
+    named = f"--cp-batch-layout {config.batch_layout} goes by documents"
+    if documents is None and adaptor.settings.expects_documents and adaptor.is_pipeline:
+        raise ValueError(
+            f"{named}, and Megatron gives the tokens that say where they end to the first pipeline stage alone; "
+            "use --cp-batch-layout auto."
+        )
+    if documents is not None and len(documents) > 1:
+        raise ValueError(
+            f"{named}, and the {len(documents)} rows of this micro-batch hold different ones; use "
+            "--micro-batch-size 1, or --cp-batch-layout auto."
+        )
+    return None if documents is None else documents[0]
+
+
+def with_tokens_everywhere(layout: SequenceLayout) -> SequenceLayout:
+    """``layout``; ValueError when it leaves a rank without tokens, which Megatron's layers cannot reshape."""
+    empty = [rank for rank in range(layout.cp_size) if not layout.length(rank)]
+    if empty:
+        raise ValueError(
+            f"a sequence of {layout.seq_len} tokens leaves context-parallel rank {', '.join(map(str, empty))} of "
+            f"{layout.cp_size} without any, and Megatron's layers need one on each; use at least {layout.cp_size} "
+            "tokens, or a smaller --context-parallel-size."
+        )
+    return layout
+
+
+def split_in_place(
+    adaptor: "Adaptor", scope: Scope, batch: dict[str, Any], documents: Documents | None = None
+) -> dict[str, Any]:
+    """Replace every sequence of ``batch`` by the part of this rank, and record how the batch was split.
+
+    Args:
+        batch: dict of (b, S) tensors, None, and an optional attention_mask (b, 1, S, S), which stays whole: attention
+            takes its rows and columns through the layout. Other tensors as long as the sequence are split too, said
+            aloud, as Megatron does.
+        documents: boundaries that the caller knows; None looks for them where the settings say.
+    """
+    sequences = _sequences(batch)
+    if not sequences:
+        return batch
+    record = _record(adaptor, scope, batch, length_of(sequences), documents)
+    for name, value in sequences.items():
+        batch[name] = _own_part(record.layout, value, scope.rank, sequence_dim(value))
+    adaptor.records.remember((batch[name] for name in sequences), record, _telling(batch))
+    return batch
+
+
+def sharded(
+    adaptor: "Adaptor", scope: Scope, batch: Batch, documents: Documents | None, sequences: Collection[str]
+) -> dict[str, Any]:
+    """A new batch of this rank's parts, by whose tensors the model finds the record again.
+
+    Raises:
+        ValueError: a tensor is as long as the sequence, and not a name that is known.
+    """
+    named = named_sequences(batch, sequences)
+    record = _record(adaptor, scope, batch, length_of(named), documents)
+    flat = {name: value for name, value in batch.items() if name not in named or sequence_dim(value) == 1}
+    local = shard_batch(flat, layout=record.layout, cp_rank=scope.rank, sequences=sequences)
+    for name, value in named.items():
+        local[name] = _own_part(record.layout, value, scope.rank, sequence_dim(value))
+    adaptor.records.remember((local[name] for name in named), record, _telling(local))
+    return local
+
+
+def _record(adaptor: "Adaptor", scope: Scope, batch: Batch, seq_len: int, documents: Documents | None) -> MicroBatch:
+    if documents is None:
+        documents, waits = documents_of_batch(adaptor, batch)
+    else:
+        waits = False
+    return MicroBatch(layout(adaptor, scope, seq_len, documents), documents, scope, waits_for_documents=waits)
+
+
+def _telling(local: Batch) -> list[Any]:
+    """The tensors of a batch by whose values a copy is known: positions and masks are those of many batches."""
+    return [local[name] for name in ("tokens", "input_ids", "labels") if local.get(name) is not None]
+
+
+def _own_part(layout: SequenceLayout, whole: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
+    """This rank's part in memory of its own, by which its record is found."""
+    part = layout.shard(whole, rank, dim).contiguous()
+    shares = part.untyped_storage()._cdata == whole.untyped_storage()._cdata
+    return part.clone() if shares else part
+
+
+def _sequences(batch: Batch) -> dict[str, torch.Tensor]:
+    """The (b, S, ...) tensors of Megatron's own batch: those known by name, and others that are as long, said aloud."""
+    named = named_sequences(batch)
+    others = {
+        name: value
+        for name, value in batch.items()
+        if name not in WHOLE and name not in named and _may_be_sequence(value)
+    }
+    if named:
+        length = length_of(named)
+        others = {name: value for name, value in others.items() if value.size(1) == length}
+    if others:
+        warn_rank0(
+            f"{', '.join(sorted(others))}: not known by name, and split over the context-parallel ranks because of a "
+            "length like that of the sequence, as Megatron does; take out of the batch what describes it as a whole."
+        )
+    return named | others
+
+
+def _may_be_sequence(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() >= 2
+
+
+def sequence_dim(value: torch.Tensor) -> int:
+    """Where the sequence lies: 2 in the (3, b, S) position ids of multimodal embeddings, else 1."""
+    return 2 if value.dim() == 3 and value.size(0) == 3 and not value.is_floating_point() else 1
+
+
+def named_sequences(batch: Batch, sequences: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    """The (b, S, ...) tensors that a batch of some framework calls by the names of sequences."""
+    named = SEQUENCES.union(sequences)
+    return {name: value for name, value in batch.items() if name in named and _may_be_sequence(value)}
+
+
+def length_of(sequences: Mapping[str, torch.Tensor]) -> int:
+    """The one length of these tensors; name -> tensor."""
+    lengths = {name: value.size(sequence_dim(value)) for name, value in sequences.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            "the batch holds sequences of different lengths on dimension 1: "
+            f"{', '.join(f'{name} {length}' for name, length in lengths.items())}; pad them to one length."
+        )
+    if not lengths:
+        raise ValueError(f"the batch holds no sequence; name one of {', '.join(sorted(SEQUENCES))}.")
+    return next(iter(lengths.values()))
+
+
+def documents_of_batch(adaptor: "Adaptor", batch: Batch) -> tuple[Documents | None, bool]:
+    """Where the documents of a whole batch end, and whether that may still be handed over until its forward pass.
+
+    As handed over for it; else by what the settings say; None when a mask in the batch says it.
+    """
+    settings, handed = adaptor.settings, adaptor.handed
+    if handed.ends is not None:
+        sequences = named_sequences(batch)
+        if not handed.waiting or not sequences:
+            return None, True
+        rows = next(iter(sequences.values()))
+        adaptor.documents_by_hand = True
+        return handed.take(rows.size(sequence_dim(rows) - 1), length_of(sequences), divided_by(adaptor)), False
+    if batch.get("attention_mask") is not None:
+        return None, True
+    position_ids, tokens = batch.get("position_ids"), batch.get("tokens", batch.get("input_ids"))
+    if settings.documents_from_position_ids and position_ids is not None:
+        if position_ids.dim() == 2:
+            return documents_of_position_ids(position_ids), True
+    if settings.end_of_document is not None and tokens is not None:
+        ends = settings.end_of_document
+        return documents_of_tokens(tokens, ends() if callable(ends) else ends), True
+    return None, True
+
+
+def divided_by(adaptor: "Adaptor") -> int:
+    """By what MindSpeed divides the ends that it hands over: the ranks of a causal ring."""
+    config = adaptor.current.config
+    return config.ring_size if config.causal else 1

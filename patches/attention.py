@@ -1,0 +1,222 @@
+"""Patches of Megatron's core attention modules: attention over the whole sequence, of which each rank holds a part.
+
+A module computes over the context-parallel group that it was built with. With context_parallel_size 1 in its own
+configuration it is alone and Megatron's, whatever the process has, but for what Megatron's local module refuses with an
+error: packed sequences, and the value heads of multi-latent attention.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+
+from mindspeed_cp.attention.exchanged import exchange_around
+from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.megatron.bridge import CoreAttention, attention, layer_window
+from mindspeed_cp.megatron.scopes import OWN, checked_group, named_group, own_group
+from mindspeed_cp.patches.machine.compiler import outside_compiler
+from mindspeed_cp.patches.rows import arguments_of, patch, signature_of, uninstalled
+
+DOT_PRODUCT = "megatron.core.transformer.dot_product_attention.DotProductAttention"
+TE_DOT_PRODUCT = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
+CAUSAL_TYPES = ("causal", "padding_causal", "causal_bottom_right")  # of AttnMaskType; queries are as many as keys
+WITHOUT_TE = uninstalled("transformer_engine", "Transformer Engine is not installed")
+# Field of TransformerConfig -> how the user names it, and why nothing here can honour it.
+REFUSED = {
+    "fp8_dot_product_attention": (
+        "fp8_dot_product_attention of the model's configuration",
+        "attention is computed in the type of its tensors",
+    ),
+    "fp8_multi_head_attention": (
+        "fp8_multi_head_attention of the model's configuration",
+        "attention is computed in the type of its tensors",
+    ),
+    "qk_clip": ("--qk-clip", "attention does not return its largest logit"),
+    "log_max_attention_logit": ("--log-max-attention-logit", "attention does not return its largest logit"),
+}
+
+
+@patch(
+    f"{DOT_PRODUCT}.__init__",
+    reason="the local attention refuses context_parallel_size above 1, multi-latent attention and, in 0.12, sliding "
+    "windows; what it is built with says over which group it computes",
+)
+def local_init(
+    adaptor: Adaptor, original: Callable[..., None], self: Any, config: Any, *args: Any, **kwargs: Any
+) -> None:
+    # Multi-latent attention names its head sizes; only Transformer Engine's module takes them.
+    known = signature_of(original).parameters
+    kwargs = {
+        name: value for name, value in kwargs.items() if name in known or name not in ("k_channels", "v_channels")
+    }
+    if config.context_parallel_size == 1:
+        original(self, config, *args, **kwargs)
+        return
+    group = _group(config, arguments_of(original, (self, config, *args), kwargs), type(self).__name__)
+    # The checks read a copy; everything later reads the real configuration.
+    checked = copy.copy(config)
+    checked.context_parallel_size, checked.window_size = 1, None
+    original(self, checked, *args, **kwargs)
+    self.config = config
+    _join(adaptor, self, group)
+
+
+@patch(
+    f"{TE_DOT_PRODUCT}.__init__",
+    reason="Transformer Engine's module does not keep the softmax scale that it was built with",
+    when=WITHOUT_TE,
+)
+def te_init(adaptor: Adaptor, original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    given = arguments_of(original, (self, *args), kwargs)
+    config, dropout = given["config"], given.get("attention_dropout")
+    if config.context_parallel_size > 1 or adaptor.sizes:
+        _refuse_unsupported(config)
+    original(self, *args, **kwargs)
+    self.asked_softmax_scale = given.get("softmax_scale")
+    self.asked_dropout = config.attention_dropout if dropout is None else dropout
+    if config.context_parallel_size > 1:
+        _join(adaptor, self, _group(config, given, type(self).__name__))
+
+
+def _group(config: Any, given: dict[str, Any], name: str) -> Any:
+    """The group that a module's arguments name, Megatron's own where they name none.
+
+    Raises:
+        ValueError: there is no group, or one of another size.
+    """
+    group = named_group(given)
+    return checked_group(config.context_parallel_size, own_group() if group is None else group, name)
+
+
+def _join(adaptor: Adaptor, module: Any, group: Any) -> None:
+    """Let ``module`` compute over ``group``."""
+    object.__setattr__(module, OWN, group)  # no parameter and no state
+    adaptor.announce(adaptor.scopes.of(group).config)
+
+
+def _refuse_unsupported(config: Any) -> None:
+    for field, (name, why) in REFUSED.items():
+        if getattr(config, field, False):
+            raise ValueError(
+                f"{name} is not supported with context parallelism, where {why}; leave it out, or use "
+                "--context-parallel-size 1."
+            )
+
+
+@patch(
+    f"{DOT_PRODUCT}.forward",
+    reason="attention over the whole sequence, of which each rank holds a part",
+)
+def local_forward(
+    adaptor: Adaptor,
+    original: Callable[..., torch.Tensor],
+    self: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    attn_mask_type: Any = None,
+    attention_bias: torch.Tensor | None = None,
+    packed_seq_params: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    # Megatron's local attention knows neither packed sequences nor the value heads of multi-latent attention.
+    width = self.num_attention_heads_per_partition * value.shape[-1]
+    asked = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, **kwargs}
+    if _is_alone(self) and not adaptor.sizes and packed_seq_params is None and width == self.hidden_size_per_partition:
+        return original(self, query, key, value, attention_mask, **asked, packed_seq_params=packed_seq_params)
+    # Query-key layer scaling divides, then multiplies.
+    scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1)
+    core = _described(self, self.attn_mask_type, scale, self.attention_dropout.p)
+    return _attended(adaptor, self, core, query, key, value, attention_mask, packed_seq_params, asked)
+
+
+@patch(
+    f"{TE_DOT_PRODUCT}.forward",
+    reason="Transformer Engine would run its own context parallelism (not verified on hardware)",
+    when=WITHOUT_TE,
+)
+def te_forward(
+    adaptor: Adaptor,
+    original: Callable[..., torch.Tensor],
+    self: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    attn_mask_type: Any = None,
+    attention_bias: torch.Tensor | None = None,
+    packed_seq_params: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    asked = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, **kwargs}
+    if _is_alone(self) and not adaptor.sizes:
+        return original(self, query, key, value, attention_mask, **asked, packed_seq_params=packed_seq_params)
+    scale = query.shape[-1] ** -0.5 if self.asked_softmax_scale is None else self.asked_softmax_scale
+    core = _described(self, attn_mask_type, scale, self.asked_dropout)
+    if attn_mask_type.name in CAUSAL_TYPES:
+        attention_mask = None  # Transformer Engine reads no mask with causal types
+    return _attended(adaptor, self, core, query, key, value, attention_mask, packed_seq_params, asked)
+
+
+# UlyssesContextAttention around one of them must not exchange again.
+local_forward.function.exchanges_context_parallel = True  # type: ignore[attr-defined]
+te_forward.function.exchanges_context_parallel = True  # type: ignore[attr-defined]
+
+
+def _is_alone(module: Any) -> bool:
+    return bool(module.config.context_parallel_size == 1)
+
+
+def _attended(
+    adaptor: Adaptor,
+    module: Any,
+    core: CoreAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    packed_seq_params: Any,
+    asked: dict[str, Any],
+) -> torch.Tensor:
+    if asked["attention_bias"] is not None:
+        raise ValueError(
+            "attention_bias is not supported with context parallelism; leave it out, or use --context-parallel-size 1."
+        )
+    active = adaptor.active
+    scope = active.scope if adaptor.sizes and active is not None and active.scope else adaptor.scope_of(module)
+    if getattr(module, "attention_type", "self") == "cross" and not scope.alone and len(key) != len(query):
+        raise ValueError(
+            f"cross attention of layer {module.layer_number} has {len(query)} queries and {len(key)} keys on this "
+            "rank, and context parallelism needs equal lengths, split alike; pad both to one length, or use "
+            "--context-parallel-size 1."
+        )
+    around = None if scope.alone else exchange_around(module)
+    return attend()(adaptor, scope, core, query, key, value, attention_mask, packed_seq_params, asked, around)
+
+
+@cache
+def attend() -> Callable[..., torch.Tensor]:
+    """``attention``, at which torch.compile breaks its graph."""
+    return outside_compiler(attention)
+
+
+def _described(module: Any, attn_mask_type: Any, softmax_scale: float, dropout_p: float) -> CoreAttention:
+    """The CoreAttention of one of Megatron's modules."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    config = module.config
+    skip_freq = getattr(config, "window_attn_skip_freq", None)  # absent before 0.15
+    return CoreAttention(
+        layer_number=module.layer_number,
+        causal=attn_mask_type.name in CAUSAL_TYPES,
+        softmax_scale=softmax_scale,
+        dropout_p=dropout_p if module.training else 0.0,
+        window=layer_window(config.window_size, skip_freq, module.layer_number),
+        softmax_offset=getattr(module, "softmax_offset", None),  # absent before 0.15
+        # With sequence parallelism Megatron is inside the fork already.
+        rng=nullcontext if config.sequence_parallel else get_cuda_rng_tracker().fork,
+    )

@@ -1,0 +1,78 @@
+"""Patches of how Megatron makes and destroys its process groups."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from mindspeed_cp.compat import process_groups
+from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.megatron.scopes import own_group
+from mindspeed_cp.megatron.sizes import adopt_sizes, check_launch
+from mindspeed_cp.megatron.start import agreed_config
+from mindspeed_cp.patches.rows import Row, arguments_of, patch
+
+PARALLEL_STATE = "megatron.core.parallel_state"
+
+
+@patch(
+    f"{PARALLEL_STATE}.initialize_model_parallel",
+    reason="all ranks agree on their settings, and the groups of context parallelism are made beside Megatron's",
+)
+def initialize_model_parallel(adaptor: Adaptor, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    from megatron.core import parallel_state
+
+    given = arguments_of(original, args, kwargs)
+    config, dynamic = agreed_config(adaptor.settings, given), given.get("hybrid_context_parallel")
+    if dynamic:
+        check_launch(given)
+    original(*args, **kwargs)
+    minutes = given.get("distributed_timeout_minutes")
+    adaptor.timeout = timedelta(minutes=minutes) if minutes else None
+    adaptor.virtual_pipeline = (given.get("virtual_pipeline_model_parallel_size") or 1) > 1
+    adaptor.is_pipeline = (given.get("pipeline_model_parallel_size") or 1) > 1
+    if dynamic:
+        adaptor.sizes = adopt_sizes(adaptor)
+        adaptor.announce(adaptor.sizes[max(adaptor.sizes)].config)
+        # All of these ranks share the sub-batches out among them, whatever the sizes.
+        adaptor.measure(config, parallel_state.get_data_parallel_group(with_context_parallel=True))
+    if config.context_parallel_size == 1:
+        return
+    group = own_group()
+    assert group is not None
+    adaptor.make_groups(group, config)
+    if not dynamic:
+        if adaptor.settings.is_decided:
+            adaptor.announce(config)
+        adaptor.measure(config, group)
+
+
+@patch(
+    f"{PARALLEL_STATE}.destroy_model_parallel",
+    reason="the groups of context parallelism go with Megatron's",
+)
+def destroy_model_parallel(adaptor: Adaptor, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    adaptor.destroy_groups()
+    original(*args, **kwargs)
+
+
+@patch(
+    "megatron.core.transformer.transformer_config.TransformerConfig.__post_init__",
+    reason="cp_comm_type of a model's configuration names the algorithm where no flag and no framework does",
+)
+def transformer_config(adaptor: Adaptor, original: Callable[..., None], self: Any) -> None:
+    original(self)
+    adaptor.take_comm_type(self.cp_comm_type, self.context_parallel_size)
+
+
+def _getter(name: str) -> Row:
+    return Row(
+        (f"{PARALLEL_STATE}.{name}",),
+        lambda adaptor, original: original or getattr(process_groups, name),
+        "code written for MindSpeed asks Megatron's parallel state for its groups",
+        create=True,
+        is_value=True,
+        essential=False,
+    )
+
+
+GETTERS = [_getter(name) for name in process_groups.GETTERS]

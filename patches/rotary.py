@@ -1,0 +1,241 @@
+"""Patches of rotary position embeddings: each rank's part by the layout, for any length and for packed documents."""
+
+import importlib
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.megatron.batches import block_record
+from mindspeed_cp.megatron.documents import places_in_documents
+from mindspeed_cp.megatron.packed import contract, layout_of_contract
+from mindspeed_cp.megatron.records import MicroBatch
+from mindspeed_cp.megatron.scopes import Scope, named_group
+from mindspeed_cp.megatron.splitting import built
+from mindspeed_cp.patches.rows import arguments_of, patch, signature_of
+from mindspeed_cp.sequence.layout import SequenceLayout
+
+ROPE_UTILS = "megatron.core.models.common.embeddings.rope_utils"
+EMBEDDINGS = "megatron.core.models.common.embeddings"
+ROTARY = f"{EMBEDDINGS}.rotary_pos_embedding.RotaryEmbedding"
+MULTIMODAL = f"{EMBEDDINGS}.rotary_pos_embedding.MultimodalRotaryEmbedding"
+YARN = f"{EMBEDDINGS}.yarn_rotary_pos_embedding.YarnRotaryEmbedding"
+
+
+def forget_cached_embeddings() -> None:
+    """Megatron keeps the last 32 embeddings per length; they are wrong after the layout has changed."""
+    for path in (ROTARY, YARN):
+        module, _, name = path.rpartition(".")
+        try:
+            forward = getattr(importlib.import_module(module), name).forward
+        except ImportError:  # Megatron is not there, and so has cached nothing
+            continue
+        if hasattr(forward, "cache_clear"):
+            forward.cache_clear()
+
+
+def _scope(adaptor: Adaptor, group: Any = None) -> Scope:
+    """Over which ranks an embedding is split: those of the forward pass that runs, else of the group that is named."""
+    if adaptor.computes_alone:
+        return adaptor.scopes.alone
+    active = adaptor.active
+    if active is not None and active.scope is not None:
+        return active.scope
+    return adaptor.scope_of_group(group)
+
+
+@patch(
+    f"{ROPE_UTILS}.get_pos_emb_on_this_cp_rank",
+    reason="positions follow the chosen algorithm's layout; Megatron's own is an even zigzag",
+)
+def get_pos_emb_on_this_cp_rank(
+    adaptor: Adaptor,
+    original: Callable[..., torch.Tensor],
+    pos_emb: torch.Tensor,
+    seq_dim: int,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    if adaptor.computes_alone:
+        return pos_emb  # this rank's own rows already
+    group = arguments_of(original, (pos_emb, seq_dim, *args), kwargs).get("cp_group")
+    scope = _scope(adaptor, group)
+    if scope.alone and not adaptor.sizes:
+        return original(pos_emb, seq_dim, *args, **kwargs)
+    return _layout_for(adaptor, scope, pos_emb.size(seq_dim)).shard(pos_emb, scope.rank, dim=seq_dim)
+
+
+def _layout_for(adaptor: Adaptor, scope: Scope, seq_len: int) -> SequenceLayout:
+    """The layout of the forward pass that runs, or of the configuration for a sequence of another length."""
+    record = adaptor.running_in(scope)
+    if record is not None and record.seq_len == seq_len:
+        return record.layout
+    return adaptor.layout(seq_len, scope=scope)
+
+
+@patch(
+    f"{ROTARY}.get_rotary_seq_len",
+    reason="the local length times cp is not the length of the sequence when lengths are uneven",
+)
+def get_rotary_seq_len(adaptor: Adaptor, original: Callable[..., int], self: Any, *args: Any, **kwargs: Any) -> int:
+    given = arguments_of(original, (self, *args), kwargs)
+    scope = _scope(adaptor, named_group(vars(self)))
+    if (scope.alone and not adaptor.sizes) or given.get("packed_seq_params") is not None:
+        return original(self, *args, **kwargs)
+    layout = _entering(adaptor, scope, given).layout
+    known = adaptor.embedded.setdefault(layout.seq_len, layout)
+    if known != layout:  # Megatron's cache goes by the length alone
+        forget_cached_embeddings()
+        adaptor.embedded.clear()
+        adaptor.embedded[layout.seq_len] = layout
+    return layout.seq_len
+
+
+def _entering(adaptor: Adaptor, scope: Scope, given: dict[str, Any]) -> MicroBatch:
+    """The record of the micro-batch for which a model asks the length; ``given`` are the arguments of the question."""
+    record = adaptor.running_in(scope)
+    if record is not None:
+        return record
+    block, rows = given["transformer"], given["transformer_input"]
+    if block is not None and block.input_tensor is not None:
+        rows = block.input_tensor
+    return block_record(adaptor, scope, given["transformer_config"] if block is None else block.config, rows.size(0))
+
+
+@patch(
+    f"{MULTIMODAL}.forward",
+    reason="its position ids are those of the whole sequence or of this rank's part; 0.12 cuts the rows of the batch",
+)
+def multimodal(
+    adaptor: Adaptor,
+    original: Callable[..., torch.Tensor],
+    self: Any,
+    position_ids: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    scope = _scope(adaptor, named_group(arguments_of(original, (self, position_ids, *args), kwargs)))
+    record = adaptor.running_in(scope)
+    if scope.alone or record is None:
+        return original(self, position_ids, *args, **kwargs)
+    length, own = position_ids.size(-1), record.layout.length(scope.rank)
+    if length not in (record.seq_len, own):
+        raise ValueError(
+            f"position_ids of a multimodal embedding have shape {tuple(position_ids.shape)}, and the sequence has "
+            f"{record.seq_len} tokens, of which this rank holds {own}; pass (3, batch, {record.seq_len}) or this "
+            f"rank's part, (3, batch, {own})."
+        )
+    if length == record.seq_len:
+        position_ids = record.layout.shard(position_ids, scope.rank, dim=-1 % position_ids.dim()).contiguous()
+    with adaptor.computing_alone():
+        table = original(self, position_ids, *args, **kwargs)
+    adaptor.tables.remember([table], record)
+    return table
+
+
+@patch(
+    f"{ROPE_UTILS}._apply_rotary_pos_emb_thd",
+    reason="packed documents are split as one sequence, not each into 2 * cp padded chunks",
+)
+def apply_packed(
+    adaptor: Adaptor,
+    original: Callable[..., torch.Tensor],
+    t: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    freqs: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    scope = _scope(adaptor, arguments_of(original, (t, cu_seqlens, freqs, *args), kwargs).get("cp_group"))
+    if scope.alone and not adaptor.computes_alone and not adaptor.sizes:
+        return original(t, cu_seqlens, freqs, *args, **kwargs)
+    utils = importlib.import_module(ROPE_UTILS)
+    # What only the packed embedding takes speaks of its own split: cp_group, from 0.20 on max_seqlen.
+    known = signature_of(utils._apply_rotary_pos_emb_bshd).parameters
+    kwargs = {name: value for name, value in kwargs.items() if name in known}
+    rows = freqs
+    if adaptor.tables.find([freqs]) is None:
+        boundaries = adaptor.boundaries.boundaries(cu_seqlens)
+        layout = _layout_of_packed(adaptor, scope, boundaries, t.size(0))
+        # From 0.15 on, embeddings of the total length hold one row per packed token instead of one per place in a
+        # document.
+        by_token = "offset" in signature_of(utils._get_thd_freqs_on_this_cp_rank).parameters
+        documents = None if by_token and freqs.size(0) == boundaries[-1] else boundaries
+        rows = freqs[_places(layout, scope.rank, documents, freqs.size(0), boundaries[-1], freqs.device)]
+    rotated: torch.Tensor = utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), rows, *args, **kwargs)
+    return rotated.squeeze(1)
+
+
+def _layout_of_packed(adaptor: Adaptor, scope: Scope, boundaries: tuple[int, ...], local_len: int) -> SequenceLayout:
+    """The layout of the packed batch that runs, of which only its padded boundaries may be known here."""
+    if scope.alone:
+        return built(scope.config, local_len)
+    record = adaptor.running_in(scope)
+    if record is not None:
+        return record.layout
+    return layout_of_contract(scope, contract(adaptor, scope), boundaries, local_len)
+
+
+@lru_cache(maxsize=16)
+def _places(
+    layout: SequenceLayout,
+    cp_rank: int,
+    boundaries: tuple[int, ...] | None,
+    num_rows: int,
+    end: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """(s,) the row of the embedding for each token of this rank; the layers of a micro-batch share it.
+
+    Args:
+        boundaries: of the documents, None when the embedding has one row for each token of the sequence.
+        num_rows: of the embedding.
+        end: of the last document; padding behind it may lie beyond the rows, and takes the last one.
+
+    Raises:
+        ValueError: a token of a document lies beyond the rows.
+    """
+    positions = layout.positions(cp_rank)
+    places = positions if boundaries is None else places_in_documents(positions, boundaries)
+    beyond = places >= num_rows
+    if bool((beyond & (positions < end)).any()):
+        raise ValueError(
+            f"a rotary embedding has {num_rows} rows, and a packed document has a token at place {int(places.max())}; "
+            "give PackedSeqParams a max_seqlen_q of the longest document."
+        )
+    return torch.where(beyond, num_rows - 1, places).to(device)
+
+
+@patch(
+    f"{ROPE_UTILS}.apply_rotary_pos_emb",
+    reason="the fused packed embedding of Transformer Engine assumes its own split; what computes alone in a process "
+    "with context parallelism would be split",
+)
+def unfused_when_packed(
+    adaptor: Adaptor,
+    original: Callable[..., torch.Tensor],
+    t: torch.Tensor,
+    freqs: torch.Tensor,
+    config: Any,
+    cu_seqlens: torch.Tensor | None = None,
+    mscale: float = 1.0,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    if cu_seqlens is None or adaptor.alone:
+        return original(t, freqs, config, cu_seqlens, mscale, *args, **kwargs)
+    alone = config.context_parallel_size == 1 and not adaptor.sizes
+    if not alone and not config.apply_rope_fusion:
+        return original(t, freqs, config, cu_seqlens, mscale, *args, **kwargs)
+    utils = importlib.import_module(ROPE_UTILS)
+    known = signature_of(utils._apply_rotary_pos_emb_thd).parameters
+    given = arguments_of(original, (t, freqs, config, cu_seqlens, mscale, *args), kwargs)
+    given = {name: value for name, value in given.items() if name in known}
+    if "mla_rotary_interleaved" not in signature_of(original).parameters:  # from 0.19 on the caller says it
+        given["multi_latent_attention"] = config.multi_latent_attention
+    with adaptor.computing_alone() if alone else nullcontext():  # a tower, whose group may be that of the process
+        rotated: torch.Tensor = utils._apply_rotary_pos_emb_thd(**given, rotary_interleaved=config.rotary_interleaved)
+    return rotated

@@ -1,0 +1,332 @@
+"""Batches, groups and models that come around the front door; each function runs on every rank and returns differences
+from the same model without context parallelism, or what is said of what is refused.
+"""
+
+import contextlib
+
+import batch_runs
+import torch
+import torch.distributed as dist
+from batch_runs import batch_of, build, configure, gradients, groups, losses_of, mask_of, split
+from kept_groups import megatron_groups
+
+SEQ = 24
+PLAIN = ((0, SEQ),)
+DOCUMENTS = ((0, 7, 15, SEQ),)
+ALGORITHMS = {"ulysses": {"algorithm": "ulysses_cp_algo"}, "ring": {"algorithm": "megatron_cp_algo"}}
+
+
+def alone_of(documents, **more):
+    """``expected_of`` where there are no groups yet."""
+    with groups({}, cp_size=1):
+        return expected_of(documents, **more)
+
+
+def expected_of(documents, masked=True, batch=None, **settings):
+    """(losses, gradients) of one process."""
+    batch, model = batch or batch_of(documents, seq=SEQ), build(1, **settings)
+    losses = losses_of(model, batch, mask_of(documents, SEQ) if masked else None)
+    return losses.detach(), gradients(model, (losses * batch["loss_mask"]).sum())
+
+
+def zigzag(rank, size=2, seq=SEQ):
+    chunks = torch.arange(seq).chunk(2 * size)
+    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
+
+
+def contiguous(rank, size=2, seq=SEQ):
+    return torch.arange(seq).chunk(size)[rank]
+
+
+def cut(batch, held):
+    """What a framework gives a rank that holds these positions."""
+    return {name: tensor[..., held].contiguous() for name, tensor in batch.items()}
+
+
+def told(call, *args):
+    """What is said of what is refused; "" where nothing is."""
+    try:
+        call(*args)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def held_of(local):
+    """The positions that this rank holds of a batch that was split here."""
+    from mindspeed_cp import megatron_adaptor
+
+    state = megatron_adaptor.state()
+    return state.records.find([local["tokens"]]).layout.positions(state.cp_rank)
+
+
+def of_part(model, local, held, whole, **more):
+    """Largest difference of this rank's losses, and of the summed gradients, from those of one process."""
+    losses = losses_of(model, local, **more)
+    found = gradients(model, (losses * local["loss_mask"]).sum())
+    return batch_runs.difference(losses, found, *whole, lambda tensor: tensor[:, held])
+
+
+def foreign(rank):
+    """name -> difference of whole rows that somebody else cut, or what is said of them."""
+    from mindspeed_cp import megatron_adaptor
+
+    batch, restarted = batch_of(PLAIN, seq=SEQ), batch_of(DOCUMENTS, seq=SEQ)
+    whole, with_documents = alone_of(PLAIN), alone_of(DOCUMENTS)
+    found = {}
+    for name, settings in ALGORITHMS.items():
+        with groups(settings, cp_size=2):
+            model = build(2)
+            cuts = {
+                "zigzag": zigzag(rank),
+                "contiguous": contiguous(rank),
+                "5 and 19": torch.arange(SEQ).split([5, 19])[rank],
+            }
+            for how, held in cuts.items():
+                found[name, how] = of_part(model, cut(batch, held), held, whole)
+            held = zigzag(rank)
+            flat = cut(batch, held) | {"position_ids": held}
+            found[name, "ids of one dimension"] = of_part(model, flat, held, whole)
+            found[name, "nobody"] = told(losses_of, model, batch)
+            overlap = cut(batch, torch.arange(SEQ)[8 * rank : 16 + 8 * rank])
+            found[name, "overlap"] = told(losses_of, model, overlap)
+            missing = cut(batch, zigzag(rank)) | {"position_ids": None}
+            found[name, "no ids"] = told(losses_of, model, missing)
+            megatron_adaptor.configure_from(
+                {"context_parallel_size": 2, "context_parallel_algo": settings["algorithm"]}
+            )
+            found[name, "no ids, a framework's"] = of_part(model, missing, zigzag(rank), whole)
+            configure(settings | {"batch_layout": "contiguous"}, 2)
+            held = contiguous(rank)
+            declared = cut(batch, held) | {"position_ids": None}
+            found[name, "no ids, declared contiguous"] = of_part(model, declared, held, whole)
+            configure(settings, 2, documents_from_position_ids=True)
+            held = zigzag(rank)
+            found[name, "documents in the ids"] = of_part(model, cut(restarted, held), held, with_documents)
+            configure(settings, 2, end_of_document=batch_runs.END)
+            local = cut(restarted, held) | {"position_ids": batch["position_ids"][:, held]}
+            expected = expected_of(DOCUMENTS, batch=restarted | {"position_ids": batch["position_ids"]})
+            found[name, "end-of-document tokens"] = of_part(model, local, held, expected)
+            configure(settings, 2)
+            alone = build(1)
+            found[name, "a model of one rank"] = told(losses_of, alone, split(batch))
+    return found
+
+
+def handed_over(rank):
+    """name -> difference of batches whose document ends are set beside them, in every order that MindSpeed allows."""
+    from mindspeed_cp.compat.handed import set_actual_seq_len
+
+    batch, others = batch_of(DOCUMENTS, seq=SEQ), batch_of(PLAIN, 9, seq=SEQ)
+    whole = alone_of(DOCUMENTS)
+    ends, found = list(DOCUMENTS[0][1:]), {}
+    for name, settings in ALGORITHMS.items():
+        with groups(settings, cp_size=2):
+            model = build(2)
+            held = zigzag(rank) if name == "ring" else contiguous(rank)
+            set_actual_seq_len(ends)
+            local = split(batch)
+            found[name, "before the split"] = of_part(model, local, held_of(local), whole)
+            found[name, "for a second batch too"] = of_part(model, split(batch), held, whole)
+            set_actual_seq_len(None)
+            local = split(batch)
+            set_actual_seq_len(ends)
+            found[name, "after the split"] = of_part(model, local, held, whole)
+            set_actual_seq_len(list(PLAIN[0][1:]))
+            split(others)
+            set_actual_seq_len(ends)
+            first = split(batch)
+            set_actual_seq_len(list(PLAIN[0][1:]))
+            split(others)
+            found[name, "prefetch"] = of_part(model, first, held_of(first), whole)
+            set_actual_seq_len(ends)
+            counted = batch | {"position_ids": torch.arange(SEQ)[None]}
+            local, expected = cut(counted, zigzag(rank)), expected_of(DOCUMENTS, batch=counted)
+            found[name, "split by a framework"] = of_part(model, local, zigzag(rank), expected)
+            if name == "ring":
+                set_actual_seq_len([end // 2 for end in (8, 16, SEQ)])
+                found[name, "divided by the ring"] = of_part(
+                    model, split(batch), held, expected_of(((0, 8, 16, SEQ),), batch=batch)
+                )
+                set_actual_seq_len([3, 5])
+                found[name, "not the end"] = told(split, batch)
+            set_actual_seq_len(None)
+    return found
+
+
+@contextlib.contextmanager
+def collection(size):
+    """Process groups that nobody registered with Megatron, as a ProcessGroupCollection."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    one = [dist.new_group([other]) for other in range(dist.get_world_size())][dist.get_rank()]
+    cp = dist.new_group(list(range(size))) if size > 1 else one
+    found = ProcessGroupCollection()
+    for name in ("tp", "pp", "dp", "mp", "embd", "pos_embd", "ep", "expt_tp", "tp_ep", "expt_dp", "tp_ep_pp"):
+        setattr(found, name, one)
+    found.cp = found.dp_cp = found.tp_cp = found.tp_dp_cp = cp
+    found.hcp = []
+    yield found
+
+
+def others(rank):
+    """name -> difference with groups that were there before the import, or what is said of those that do not fit."""
+    from megatron.core import parallel_state
+
+    from mindspeed_cp import megatron_adaptor
+
+    batch, found, whole = batch_of(PLAIN, seq=SEQ), {}, alone_of(PLAIN)
+    for name, settings in ALGORITHMS.items():
+        held = zigzag(rank) if name == "ring" else contiguous(rank)
+        megatron_adaptor.undo()
+        with megatron_groups(context_parallel_size=2):
+            megatron_adaptor.apply()
+            configure(settings, 2)
+            found[name, "made before the import"] = of_part(build(2), split(batch), held, whole)
+            megatron_adaptor.undo()
+            megatron_adaptor.apply()
+            configure(settings, 2)
+            found[name, "undo and apply"] = of_part(build(2), split(batch), held, whole)
+        megatron_adaptor.state().reset()
+    with megatron_groups(context_parallel_size=1):
+        found["another size"] = told(build, 2)
+    with contextlib.suppress(Exception):
+        parallel_state.destroy_model_parallel()
+    found["no group"] = told(_attention_without_groups)
+    return found
+
+
+def _attention_without_groups():
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, context_parallel_size=2)
+    DotProductAttention(config, 1, AttnMaskType.causal, "self")
+
+
+def collections(rank):
+    """name -> difference of models whose groups come in a ProcessGroupCollection alone."""
+    import zlib
+
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.utils import get_batch_on_this_cp_rank
+    from model_cases import MODEL, VOCABULARY
+
+    from mindspeed_cp import megatron_adaptor
+
+    def model_of(size, groups_of):
+        with contextlib.suppress(Exception):
+            parallel_state._set_global_memory_buffer()
+        model_parallel_cuda_manual_seed(3, tp_rank=0, ep_rank=0, etp_rank=0)
+        settings = MODEL | {"num_query_groups": 2, "cross_entropy_loss_fusion": True}
+        config = TransformerConfig(**settings, cross_entropy_fusion_impl="native", context_parallel_size=size)
+        model = GPTModel(
+            config,
+            get_gpt_layer_local_spec(),
+            vocab_size=VOCABULARY,
+            max_sequence_length=2 * SEQ,
+            position_embedding_type="rope",
+            pg_collection=groups_of,
+        )
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() > 1:
+                    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        return model
+
+    def results(size, groups_of):
+        model = model_of(size, groups_of)
+        batch = batch_of(PLAIN, seq=SEQ)
+        local = get_batch_on_this_cp_rank(dict(batch), cp_group=groups_of.cp) if size > 1 else batch
+        losses = losses_of(model, local)
+        (losses * local["loss_mask"]).sum().backward()
+        found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        if size > 1:
+            for gradient in found.values():
+                dist.all_reduce(gradient, group=groups_of.cp)
+        return losses.detach(), found
+
+    found = {}
+    with collection(1) as one:
+        losses, expected = results(1, one)
+    cases = {
+        "ulysses": ({"algorithm": "ulysses_cp_algo"}, lambda: contiguous(rank, 4)),
+        "ring": ({"algorithm": "megatron_cp_algo"}, lambda: zigzag(rank, 4)),
+        "hybrid": ({"algorithm": "hybrid_cp_algo", "ulysses_degree": 2}, None),
+        "nothing said": (None, lambda: contiguous(rank, 4)),
+    }
+    for name, (settings, held) in cases.items():
+        megatron_adaptor.state().reset()
+        with collection(4) as four:
+            if settings is not None:
+                configure(settings, 4)
+            mine, gradients_of = results(4, four)
+            layout = megatron_adaptor.state().scopes.of(four.cp)
+            where = megatron_adaptor.state().layout(SEQ, scope=layout).positions(rank) if held is None else held()
+            scale = max(float(gradient.abs().max()) for gradient in expected.values())
+            found[name] = max(
+                float((mine - losses[:, where]).abs().max()),
+                *(float((gradients_of[key] - expected[key]).abs().max()) / scale for key in expected),
+            )
+    return found
+
+
+def _plan(model, local, mask=None):
+    return model.build_schedule_plan(local["tokens"], local["position_ids"], mask, labels=local["labels"])
+
+
+def plans(rank):
+    """name -> difference of losses of a plan whose nodes run after that of another batch was made."""
+    found = {}
+    with groups({}, cp_size=1):
+        plan = _plan(build(1), batch_of(DOCUMENTS, seq=SEQ), mask_of(DOCUMENTS, SEQ))
+        whole = type(plan).run(plan, None).detach()
+    for name, settings in ALGORITHMS.items():
+        with groups(settings, cp_size=2):
+            configure(settings, 2, end_of_document=batch_runs.END)
+            model = build(2)
+            local = split(batch_of(DOCUMENTS, seq=SEQ))
+            held, plan = held_of(local), _plan(model, local)
+            _plan(model, split(batch_of(PLAIN, 9, seq=SEQ)))
+            losses = type(plan).run(plan, None)
+            found[name] = float((losses - whole[:, held]).abs().max() / whole.abs().max())
+    return found
+
+
+def two_models(rank):
+    """Differences of the losses of two models in one pipeline, whose forward passes the first stage runs together."""
+    from megatron.core import parallel_state
+
+    from mindspeed_cp import megatron_adaptor
+
+    rows = {"teacher": DOCUMENTS, "student": ((0, 11, 20, SEQ),)}
+    found = {}
+    whole = {name: alone_of(documents, num_layers=2)[0] for name, documents in rows.items()}
+    with groups({"algorithm": "megatron_cp_algo"}, cp_size=2, pp_size=2):
+        state = megatron_adaptor.state()
+        first = parallel_state.is_pipeline_first_stage()
+        pipeline = dict(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, num_layers=2)
+        models = {name: build(2, first, not first, **pipeline) for name in rows}
+        if first:
+            outputs = []
+            for name, documents in rows.items():
+                local = state.shard_batch(batch_of(documents, seq=SEQ), cu_seqlens=documents[0])
+                outputs.append(models[name](local["tokens"], local["position_ids"], None).detach())
+            for output in outputs:
+                dist.send(output, parallel_state.get_pipeline_model_parallel_next_rank())
+            return {}
+        for name, documents in rows.items():
+            hidden = torch.empty(SEQ // 2, 1, models[name].config.hidden_size)
+            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+            labels = {"labels": batch_of(documents, seq=SEQ)["labels"]}
+            models[name].set_input_tensor(hidden)
+            held = zigzag(state.cp_rank)
+            losses = models[name](None, None, None, labels=split(labels)["labels"])
+            found[name] = float((losses - whole[name][:, held]).abs().max() / whole[name].abs().max())
+    return found

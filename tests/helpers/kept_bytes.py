@@ -1,0 +1,24 @@
+"""What a checkpoint keeps of attention, in bytes, as a formula."""
+
+from math import lcm
+
+from cases import DTYPES
+from setups import degree_of
+
+
+def expected_bytes(case, order):
+    """t (H dv e + 4 H) without Ulysses; with it what it has received besides, and the output before and after."""
+    degree, item = degree_of(case.config), DTYPES[case.dtype].itemsize
+    tokens, lse = case.seq_len // case.cp * case.batch, 8 if case.dtype == "float64" else 4
+    size = case.heads * (case.dv * item + lse)
+    ring, policy = case.cp // degree, case.config.get("kv_cache_policy")
+    kv_heads = lcm(case.kv_heads, degree)
+    dims = {None: 0, "half": case.dk, "full": case.dk + case.dv}[policy]
+    if degree > 1:
+        size += case.heads * (case.dv + case.dk) * item
+        size += kv_heads * (case.dk + case.dv - (dims if ring == 1 else 0)) * item
+        if ring > 1 and order is None:  # the memory order that the kernel asks for
+            size += kv_heads * (case.dk + case.dv) * item  # packed for the ring, beside the message with the query
+    if ring > 1:  # an all-gather receives the rank's own rows as well
+        size += (ring - (case.config["algorithm"] != "kvallgather_cp_algo")) * kv_heads * dims * item
+    return 2 * tokens * size  # two calls
