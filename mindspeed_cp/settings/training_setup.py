@@ -24,6 +24,14 @@ def _calculator(text: str) -> str:
     return text
 
 
+def _class_names(text: str) -> str:
+    require(
+        re.fullmatch(r"[A-Za-z_][\w.]*(,[A-Za-z_][\w.]*)*", text),
+        f"--cp-trust {text} names no classes; give their names, with or without modules, separated by commas.",
+    )
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
     """What the launch script says about the model and the machine, as far as context parallelism must know it.
@@ -73,6 +81,14 @@ class TrainingSetup:
         flag="--use-fused-ring-attention-update",
         help="merge blocks by the NPU's fused operator",
         rule="kernels without one ignore it, and say so",
+    )
+    trusted_classes: str | None = setting(
+        None,
+        flag="--cp-trust",
+        help="module classes to build although context parallelism is not known to compute them, separated by commas",
+        rule="prove them first; Megatron's training alone reads it",
+        takes="Class,package.module.Class",
+        parse=_class_names,
     )
     use_flash_attn: bool = setting(
         True,
