@@ -176,6 +176,7 @@ def configure(
     Returns:
         The setup after all fallbacks, None without one.
     """
+    from mindspeed_cp.megatron import following
     from mindspeed_cp.settings.training_setup import resolve
 
     if setup is not None:
@@ -183,7 +184,8 @@ def configure(
         setup = resolve(config, setup)
         for notice in setup.notices[known:]:
             warn_rank0(notice)
-    _state.configure(
+    following.configure(
+        _state,
         config,
         setup=setup,
         kernel=kernel,
@@ -211,8 +213,9 @@ def configure_from(settings: Any) -> ContextParallelConfig | None:
         ValueError: a value or a combination cannot work, or the process groups are there and do not fit.
     """
     from mindspeed_cp.arguments import FrameworkSettings
+    from mindspeed_cp.megatron import following
 
-    _state.configure_from(FrameworkSettings.read(settings))
+    following.configure_from(_state, FrameworkSettings.read(settings))
     return _state.config
 
 

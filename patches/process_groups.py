@@ -6,6 +6,7 @@ from typing import Any
 
 from mindspeed_cp.compat import process_groups
 from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.megatron.following import take_comm_type
 from mindspeed_cp.megatron.scopes import own_group
 from mindspeed_cp.megatron.sizes import adopt_sizes, check_launch
 from mindspeed_cp.megatron.start import agreed_config
@@ -61,7 +62,7 @@ def destroy_model_parallel(adaptor: Adaptor, original: Callable[..., None], *arg
 )
 def transformer_config(adaptor: Adaptor, original: Callable[..., None], self: Any) -> None:
     original(self)
-    adaptor.take_comm_type(self.cp_comm_type, self.context_parallel_size)
+    take_comm_type(adaptor, self.cp_comm_type, self.context_parallel_size)
 
 
 def _getter(name: str) -> Row:

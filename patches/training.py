@@ -13,6 +13,7 @@ from mindspeed_cp.arguments import (
 )
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.flag_checks import check_flags
+from mindspeed_cp.megatron.following import configure
 from mindspeed_cp.megatron.splitting import with_tokens_everywhere
 from mindspeed_cp.patches.checkout import without_checkout
 from mindspeed_cp.patches.rows import patch
@@ -69,10 +70,10 @@ def validate_args(adaptor: Adaptor, original: Callable[..., Any], args: Any, *de
         # At size 1 the world is Megatron's business (0.12's encoder ranks are counted in no rule here).
         config, setup = validate(args, world_size=0 if args.context_parallel_size == 1 else None)
         check_flags(args)
-    settings.program = PROGRAM
+    settings.program, settings.asked_for_flash = PROGRAM, bool(flash)
     if config.context_parallel_size == 1:
         if getattr(args, "hybrid_context_parallel", False):
-            adaptor.configure(config, setup=setup, kernel=args.cp_kernel)
+            configure(adaptor, config, setup=setup, kernel=args.cp_kernel)
         result = original(args, *defaults, **kwargs)
         settings.compared = compared_arguments(args)
         return result
@@ -81,7 +82,7 @@ def validate_args(adaptor: Adaptor, original: Callable[..., Any], args: Any, *de
         result = original(args, *defaults, **kwargs)
     args.use_flash_attn = switched_on
     with readable_errors(PROGRAM):
-        adaptor.configure(config, setup=setup, kernel=args.cp_kernel, **_documents(args))
+        configure(adaptor, config, setup=setup, kernel=args.cp_kernel, **_documents(args))
         if args.seq_length:
             with_tokens_everywhere(SequenceLayout.build(config, args.seq_length))
     settings.compared = compared_arguments(args)

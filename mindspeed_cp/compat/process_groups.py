@@ -69,8 +69,11 @@ def _neighbour(steps: int) -> int:
     """Global rank of the context-parallel rank that many steps on."""
     from mindspeed_cp import megatron_adaptor
 
-    ranks, rank = megatron_adaptor.state().cp_ranks()
-    return ranks[(rank + steps) % len(ranks)]
+    main = megatron_adaptor.state().main
+    if main.alone:
+        return dist.get_rank()
+    ranks = main.groups.global_ranks
+    return ranks[(main.rank + steps) % len(ranks)]
 
 
 def get_context_parallel_next_rank() -> int:

@@ -1,26 +1,25 @@
 """What the adaptor knows between two calls of Megatron: settings, groups, the batches under way."""
 
-import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.arguments import FrameworkSettings
 from mindspeed_cp.attention.kept import KeptAttention
 from mindspeed_cp.comm.groups import ContextParallelGroups, PoolKey
 from mindspeed_cp.comm.step_log import ContextParallelLog
 from mindspeed_cp.megatron import batches, splitting
-from mindspeed_cp.megatron.decision import OpenDecision, Settings, regrouped
+from mindspeed_cp.megatron.decision import OpenDecision, Settings
 from mindspeed_cp.megatron.documents import BoundaryCache, MaskCache, documents_of_rows
 from mindspeed_cp.megatron.foreign import Foreign
 from mindspeed_cp.megatron.handed import Handed
 from mindspeed_cp.megatron.handover import HandOver
+from mindspeed_cp.megatron.hccl import hccl_buffers
 from mindspeed_cp.megatron.losses import Losses, share_of
 from mindspeed_cp.megatron.records import BatchRecords, Documents, MicroBatch
 from mindspeed_cp.megatron.scopes import Scope, Scopes, checked_group, collective_device, named_group, own_group
@@ -112,100 +111,6 @@ class Adaptor:
     def end_of_document(self, token: int | Callable[[], int] | None) -> None:
         self.settings.end_of_document = token
 
-    def configure(
-        self,
-        config: ContextParallelConfig,
-        *,
-        setup: TrainingSetup | None = None,
-        kernel: str | None = None,
-        documents_from_position_ids: bool = False,
-        end_of_document: int | Callable[[], int] | None = None,
-    ) -> None:
-        """Set the configuration; groups that exist follow it.
-
-        Raises:
-            ValueError: Megatron's groups have another size.
-        """
-        self._check_size(config)
-        settings = self.settings
-        settings.config, settings.setup, settings.kernel, settings.undecided = config, setup, kernel, None
-        settings.documents_from_position_ids = documents_from_position_ids
-        settings.end_of_document, settings.declared = end_of_document, None
-        self._follow()
-
-    def configure_from(self, settings: FrameworkSettings) -> None:
-        """Take over a framework's settings; without a size in them they wait for the groups.
-
-        Once there are groups, what the settings leave open stays as it is.
-        """
-        main, size = self._main, settings.cp_size
-        if main is not None:
-            size = size or main.size
-            if not settings.names_algorithm and size == main.size:
-                settings = settings.keeping(main.config)
-        if size is None:
-            self.reset()
-            self.settings.undecided = OpenDecision(settings)
-        else:
-            self._check_size(OpenDecision(settings).resolved(size).config)
-            self.settings.undecided = OpenDecision(settings)
-            self.settings.decide(size)
-            self._follow()
-
-    def take_comm_type(self, comm_type: str | Sequence[str] | None, cp_size: int) -> None:
-        """A TransformerConfig names the algorithm where nobody else has.
-
-        Raises:
-            ValueError: the name is none, or another model of this process has another.
-        """
-        settings, decision = self.settings, self.settings.undecided
-        if decision is None or decision.settings.names_algorithm or comm_type is None or cp_size == 1:
-            return
-        named = comm_type if isinstance(comm_type, str) else tuple(comm_type)
-        taken = OpenDecision(decision.settings, named, decision.sizes)
-        main = self._main
-        if main is None:
-            settings.undecided = taken
-            return
-        if cp_size != main.size:
-            return
-        differs = taken.resolved(cp_size).config != settings.config
-        if differs and decision.comm_type is not None:
-            raise ValueError(
-                f"cp_comm_type {comm_type} of a TransformerConfig differs from {decision.comm_type} of an earlier one, "
-                "and a process splits its batches in one way; give both models the same cp_comm_type, or name the "
-                "algorithm with mindspeed_cp.megatron_adaptor.configure_from."
-            )
-        settings.undecided = taken
-        if differs:
-            settings.decide(cp_size)
-            self._follow()
-
-    def _check_size(self, config: ContextParallelConfig) -> None:
-        main = self._main
-        if main is not None and main.size != config.context_parallel_size:
-            raise ValueError(
-                f"the process groups were built for {main.config.describe()}, and {config.describe()} needs others; "
-                "configure before initialize_model_parallel, or call destroy_model_parallel first."
-            )
-
-    def _follow(self) -> None:
-        """Groups that exist follow the settings: at once where nothing must be made, else when they are used next."""
-        self.forget_batches()
-        again = []
-        for group, scope in self.scopes.items():
-            config = self.settings.config_of_size(scope.size)
-            if config == scope.config:
-                continue
-            groups = regrouped(scope.groups, config)
-            if groups is None:
-                again.append(group)
-            else:
-                self.scopes.put(group, Scope(config, groups))
-                self.announce(config)
-        for group in again:
-            self.scopes.drop(group)
-
     def reset(self) -> None:
         """Forget everything, as after the import; groups that Megatron or others made are adopted again when used."""
         self.settings = Settings()
@@ -252,13 +157,14 @@ class Adaptor:
             timeout=self.timeout,
             cp_group=group,
             virtual_pipeline=self.virtual_pipeline,
+            buffers=hccl_buffers(config, self.setup),
         )
         scope = Scope(config, groups)
         self.scopes.put(group, scope)
         return scope
 
     @property
-    def _main(self) -> Scope | None:
+    def adopted_main(self) -> Scope | None:
         """The scope of Megatron's own group where it was adopted."""
         return self.scopes.known(own_group())
 
@@ -317,13 +223,6 @@ class Adaptor:
     def alone(self) -> bool:
         """Whether no sequence is ever split, so that everything is left to Megatron."""
         return not self.scopes and not self.sizes
-
-    @staticmethod
-    def cp_ranks() -> tuple[list[int], int]:
-        """(global ranks of Megatron's context-parallel group, this rank's place among them), any size."""
-        from megatron.core import parallel_state
-
-        return parallel_state.get_context_parallel_global_ranks(), parallel_state.get_context_parallel_rank()
 
     def measure(self, config: ContextParallelConfig, group: dist.ProcessGroup) -> None:
         """With --cp-log, measure the steps and compare the ranks of each ``group``; collective over the world."""
@@ -460,19 +359,3 @@ class Adaptor:
         self.losses.asked = True
         scope = self.current if of is None or self.alone else batches.scope_of_part(self, of)
         return share_of(count, scope)
-
-    def gather_size_calculator(self) -> Any:
-        """The calculator object of --gather-size-calculator, None for the aligned default."""
-        return _calculator("default" if self.setup is None else self.setup.gather_size_calculator)
-
-
-@cache
-def _calculator(name: str) -> Any:
-    if name == "default":
-        return None
-    if name == "dynamic":
-        from mindspeed_cp import DynamicGatherSizeCalculator
-
-        return DynamicGatherSizeCalculator()
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)()

@@ -1,0 +1,108 @@
+"""Settings that come after others: who may decide still, and how groups that exist follow."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from mindspeed_cp.arguments import FrameworkSettings
+from mindspeed_cp.megatron.decision import OpenDecision, regrouped
+from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.training_setup import TrainingSetup
+
+if TYPE_CHECKING:
+    from mindspeed_cp.megatron.adaptor import Adaptor
+
+
+def configure(
+    adaptor: "Adaptor",
+    config: ContextParallelConfig,
+    *,
+    setup: TrainingSetup | None = None,
+    kernel: str | None = None,
+    documents_from_position_ids: bool = False,
+    end_of_document: int | Callable[[], int] | None = None,
+) -> None:
+    """Set the configuration; groups that exist follow it.
+
+    Raises:
+        ValueError: Megatron's groups have another size.
+    """
+    _check_size(adaptor, config)
+    settings = adaptor.settings
+    settings.config, settings.setup, settings.kernel, settings.undecided = config, setup, kernel, None
+    settings.documents_from_position_ids = documents_from_position_ids
+    settings.end_of_document, settings.declared = end_of_document, None
+    _follow(adaptor)
+
+
+def configure_from(adaptor: "Adaptor", given: FrameworkSettings) -> None:
+    """Take over a framework's settings; without a size in them they wait for the groups.
+
+    Once there are groups, what the settings leave open stays as it is.
+    """
+    main, size = adaptor.adopted_main, given.cp_size
+    if main is not None:
+        size = size or main.size
+        if not given.names_algorithm and size == main.size:
+            given = given.keeping(main.config)
+    if size is None:
+        adaptor.reset()
+        adaptor.settings.undecided = OpenDecision(given)
+        return
+    _check_size(adaptor, OpenDecision(given).resolved(size).config)
+    adaptor.settings.undecided = OpenDecision(given)
+    adaptor.settings.decide(size)
+    _follow(adaptor)
+
+
+def take_comm_type(adaptor: "Adaptor", comm_type: str | Sequence[str] | None, cp_size: int) -> None:
+    """A TransformerConfig names the algorithm where nobody else has.
+
+    Raises:
+        ValueError: the name is none, or another model of this process has another.
+    """
+    settings, decision, main = adaptor.settings, adaptor.settings.undecided, adaptor.adopted_main
+    if decision is None or decision.settings.names_algorithm or comm_type is None or cp_size == 1:
+        return
+    named = comm_type if isinstance(comm_type, str) else tuple(comm_type)
+    taken = OpenDecision(decision.settings, named, decision.sizes)
+    if main is None:
+        settings.undecided = taken
+        return
+    if cp_size != main.size:
+        return
+    differs = taken.resolved(cp_size).config != settings.config
+    if differs and decision.comm_type is not None:
+        raise ValueError(
+            f"cp_comm_type {comm_type} of a TransformerConfig differs from {decision.comm_type} of an earlier one, "
+            "and a process splits its batches in one way; give both models the same cp_comm_type, or name the "
+            "algorithm with mindspeed_cp.megatron_adaptor.configure_from."
+        )
+    settings.undecided = taken
+    if differs:
+        settings.decide(cp_size)
+        _follow(adaptor)
+
+
+def _check_size(adaptor: "Adaptor", config: ContextParallelConfig) -> None:
+    main = adaptor.adopted_main
+    if main is not None and main.size != config.context_parallel_size:
+        raise ValueError(
+            f"the process groups were built for {main.config.describe()}, and {config.describe()} needs others; "
+            "configure before initialize_model_parallel, or call destroy_model_parallel first."
+        )
+
+
+def _follow(adaptor: "Adaptor") -> None:
+    """Groups that exist follow the settings: at once where nothing must be made, else when they are used next."""
+    adaptor.forget_batches()
+    for group, scope in adaptor.scopes.items():
+        config = adaptor.settings.config_of_size(scope.size)
+        if config == scope.config:
+            continue
+        groups = regrouped(scope.groups, config)
+        if groups is None:
+            adaptor.scopes.drop(group)
+        else:
+            adaptor.scopes.put(group, Scope(config, groups))
+            adaptor.announce(config)
