@@ -43,10 +43,10 @@ def cut(batch, held):
     return {name: tensor[..., held].contiguous() for name, tensor in batch.items()}
 
 
-def told(call, *args):
+def told(call, *args, **more):
     """What is said of what is refused; "" where nothing is."""
     try:
-        call(*args)
+        call(*args, **more)
     except ValueError as error:
         return str(error)
     return ""
@@ -192,6 +192,11 @@ def handed_over(rank):
             counted = batch | {"position_ids": torch.arange(SEQ)[None]}
             local, expected = cut(counted, zigzag(rank)), expected_of(DOCUMENTS, batch=counted)
             found[name, "split by a framework"] = of_part(model, local, zigzag(rank), expected)
+            set_actual_seq_len(None)
+            first = split(batch)
+            set_actual_seq_len(ends)
+            split(others)
+            found[name, "of one of two batches"] = told(losses_of, model, first)
             if name == "ring":
                 set_actual_seq_len([end // 2 for end in (8, 16, SEQ)])
                 found[name, "divided by the ring"] = of_part(
@@ -455,7 +460,9 @@ def two_models(rank):
             outputs = []
             for name, documents in rows.items():
                 local = state.shard_batch(batch_of(documents, seq=SEQ), cu_seqlens=documents[0])
-                outputs.append(models[name](local["tokens"], local["position_ids"], None).detach())
+                for _ in range(2):  # the later stage refuses the first of them
+                    output = models[name](local["tokens"], local["position_ids"], None).detach()
+                outputs.append(output)
             for output in outputs:
                 dist.send(output, parallel_state.get_pipeline_model_parallel_next_rank())
             return {}
@@ -465,6 +472,8 @@ def two_models(rank):
             labels = {"labels": batch_of(documents, seq=SEQ)["labels"]}
             models[name].set_input_tensor(hidden)
             held = zigzag(state.cp_rank)
+            other = state.shard_batch(labels, cu_seqlens=(0, 5, SEQ))["labels"]
+            found[name, "labels of other documents"] = told(models[name], None, None, None, labels=other)
             losses = models[name](None, None, None, labels=split(labels)["labels"])
             found[name] = float((losses - whole[name][:, held]).abs().max() / whole[name].abs().max())
     return found
