@@ -446,7 +446,8 @@ def two_models(rank):
     """Differences of the losses of two models in one pipeline, whose forward passes the first stage runs together."""
     from megatron.core import parallel_state
 
-    from mindspeed_cp import megatron_adaptor
+    from mindspeed_cp import SequenceLayout, megatron_adaptor
+    from mindspeed_cp.megatron.records import MicroBatch
 
     rows = {"teacher": DOCUMENTS, "student": ((0, 11, 20, SEQ),)}
     found = {}
@@ -465,7 +466,11 @@ def two_models(rank):
                 outputs.append(output)
             for output in outputs:
                 dist.send(output, parallel_state.get_pipeline_model_parallel_next_rank())
-            return {}
+            uneven = cut(batch_of(PLAIN, seq=SEQ), torch.arange(SEQ).split([5, SEQ - 5])[state.cp_rank])
+            layout = SequenceLayout.from_runs(state.config, [[(0, 5)], [(5, SEQ)]])
+            with state.running(MicroBatch(layout, DOCUMENTS)):
+                says = told(models["student"], uneven["tokens"], uneven["position_ids"], None)
+            return {"uneven rows": says}
         for name, documents in rows.items():
             hidden = torch.empty(SEQ // 2, 1, models[name].config.hidden_size)
             dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
