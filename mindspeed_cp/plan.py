@@ -23,11 +23,12 @@ from mindspeed_cp.planner.documents import Boundaries, boundaries
 from mindspeed_cp.planner.memory import most_bytes
 from mindspeed_cp.planner.models import ModelShape
 from mindspeed_cp.planner.picture import layer_milliseconds, plot, training_seconds
+from mindspeed_cp.planner.progress import Progress
 from mindspeed_cp.planner.report import reason
 from mindspeed_cp.planner.search import Candidate, Found, flags, hiding_tokens
 from mindspeed_cp.planner.split import Split, Work
 from mindspeed_cp.planner.trace import Problem
-from mindspeed_cp.planner.training import attention, plans, problem_of
+from mindspeed_cp.planner.training import attention, is_tight, plans, problem_of
 from mindspeed_cp.settings.config import KV_CACHE_POLICIES
 
 EVERYTHING = 200  # plans in JSON
@@ -55,11 +56,14 @@ def _record(candidate: Candidate, problem: Problem) -> dict[str, object]:
 
 def _assumed(cluster: Cluster, name: str) -> str:
     within, between = cluster.intra_bandwidth / 1e9, cluster.inter_bandwidth / 1e9
-    basis = "Measured here, now" if name == THIS_MACHINE else "Assumed"
+    basis = "Measured here, now" if name == THIS_MACHINE else f"Assumed ({name})"
+    links = f"{cluster.links} x " if cluster.links > 1 else ""
+    shared = f" for {cluster.devices_per_adapter} devices" if cluster.devices_per_adapter > 1 else ""
     return (
-        f"{basis}: {cluster.compute_efficiency:.0%} of {cluster.flops / 1e12:.4g} TFLOP/s; "
-        f"{cluster.link_efficiency:.0%} of {within:.4g} GB/s within and {between:.4g} GB/s between nodes of "
-        f"{cluster.devices_per_node}, {cluster.latency * 1e6:,.0f} us."
+        f"{basis}: of {cluster.flops / 1e12:.4g} TFLOP/s large products reach {cluster.compute_efficiency:.0%}, "
+        f"attention {cluster.attention_efficiency:.0%}; "
+        f"{cluster.link_efficiency:.0%} of {links}{within:.4g} GB/s within "
+        f"and {between:.4g} GB/s{shared} between nodes of {cluster.devices_per_node}, {cluster.latency * 1e6:,.0f} us."
     )
 
 
@@ -92,19 +96,25 @@ def _text(found: Found, cluster: Cluster, problem: Problem, given: argparse.Name
 def _run(given: argparse.Namespace) -> int:
     if given.calibrate:
         calibrate.save(calibrate.measured(given.device), given.calibrate)
-        print(f"{given.calibrate}: {_assumed(calibrate.read_cluster(given.calibrate), given.calibrate)[9:]}")
+        print(_assumed(calibrate.read_cluster(given.calibrate), given.calibrate).replace("Assumed", "Measured", 1))
         return 0
     described = given.model or given.hf_config or given.line
     needed = {"--model, --hf-config or Megatron's flags": described, "--seq-length": given.seq_length}
-    missing = [flag for flag, value in (needed | {"--cluster": given.cluster}).items() if value is None]
+    missing = [flag for flag, value in needed.items() if value is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} not given; a plan needs all of them, --calibrate none.")
     model = given_flags.model(given)
     if given.devices is None and given.cp is None:
         raise ValueError("--cp is not given; give it for one attention layer, or --devices for a whole training.")
+    if given.cluster is None:
+        given.cluster, why = calibrate.default_cluster()
+        given.notes.insert(0, f"Planned for {given.cluster}: {why}.")
+    for note in given.notes:
+        print(note, file=sys.stderr if given.json or given.shell else sys.stdout)
     names = [field.name for field in dataclasses.fields(Cluster)]
     changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     cluster = dataclasses.replace(calibrate.read_cluster(given.cluster, given.device), **changes)
+    given.memory = cluster.memory
     return _plan_layer(given, model, cluster) if given.devices is None else _plan_training(given, model, cluster)
 
 
@@ -122,7 +132,8 @@ def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluste
     if given.shell and (model.experts or given.documents):
         what = "--documents" if given.documents else "experts"
         raise ValueError(f"--shell has no variables for {what}; leave it out and take the flags of the plan.")
-    fixed = {name: getattr(given, name) for name in ("tp", "pp", "cp", "ep", "etp") if getattr(given, name) is not None}
+    sizes = ("tp", "pp", "vpp", "cp", "ep", "etp")
+    fixed = {name: getattr(given, name) for name in sizes if getattr(given, name) is not None}
     if given.plot:
         works = [_work(at_length, model) for at_length in _at_lengths(given)]
         found_of = {
@@ -131,18 +142,29 @@ def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluste
         plot(given.plot, found_of, "seconds of a step", f"{_name(given)}, {given.devices} devices, {given.cluster}")
     # The launch scripts have no variable for a shorter last stage.
     most = EVERYTHING if given.json else report.SHOWN
-    found, excluded = plans(work, given.devices, given.memory, cluster, fixed, most=most, even_stages=given.shell)
+    with Progress() as progress:
+        found, excluded = plans(
+            work, given.devices, given.memory, cluster, fixed, most=most, even_stages=given.shell, note=progress.note
+        )
     if given.json:
         everything = {
             "basis": PREDICTION,
             "cluster": {"name": given.cluster, **dataclasses.asdict(cluster)},
-            "plans": [report.record(plan, work) for plan in found],
+            "plans": [report.record(plan, work, cluster, given.memory) for plan in found],
             "excluded": excluded,
             "parameters": {"total": model.parameters, "active": model.active_parameters},
         }
         print(json.dumps(everything, indent=2))
     elif not found:
         print(f"mindspeed-cp plan: nothing fits: {excluded.get('everything', 'in equal stages')}", file=sys.stderr)
+    elif given.shell and is_tight(found[0], given.memory):
+        left = f"{found[0].memory.total / 1e9:.1f} of {given.memory / 1e9:.1f} GB"
+        print(
+            f"mindspeed-cp plan: nothing leaves a tenth of the memory free (the best needs {left}); use more devices, "
+            "or choose CP yourself.",
+            file=sys.stderr,
+        )
+        return 1
     elif given.shell:
         print("\n".join(report.shell(found[0])))
     else:
@@ -150,7 +172,7 @@ def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluste
         lines = [f"{given.devices} devices, {batch} sequences of {given.seq_length} tokens{documents}: {PREDICTION}."]
         active = f", {model.active_parameters / 1e9:,.1f} B active for a token" if model.experts else ""
         lines.append(f"{_name(given)}: {model.parameters / 1e9:,.1f} B parameters{active}.")
-        lines += [_assumed(cluster, given.cluster), "", *report.text(found, work), ""]
+        lines += [_assumed(cluster, given.cluster), "", *report.text(found, work, cluster, given.memory), ""]
         lines += [f"Excluded: {what}: {rule}" for what, rule in excluded.items()]
         print("\n".join([*lines, "", "Flags of the first: " + report.megatron_flags(found[0])]))
     return 0 if found else 1

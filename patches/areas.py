@@ -18,27 +18,30 @@ from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.patches import (
     attention,
     batches,
+    building,
     dynamic,
+    experts,
     legacy,
+    losses,
     models,
+    multi_token_prediction,
     pipeline,
+    positions,
     process_groups,
     recompute,
     rotary,
+    state_space,
     step_log,
     training,
 )
 from mindspeed_cp.patches.checkout import without_checkout
-from mindspeed_cp.patches.experts import expert_patches
-from mindspeed_cp.patches.loss import loss_patches
 from mindspeed_cp.patches.machine import checkout, choice, cpu, libraries, npu, triton
-from mindspeed_cp.patches.mamba import mamba_patches
 from mindspeed_cp.patches.manager import Patch, PatchRow
-from mindspeed_cp.patches.mtp import mtp_patches
 from mindspeed_cp.patches.rows import patches_of
 
-CORE = (attention, process_groups, batches, models, pipeline, dynamic, recompute, rotary)
-TRAINING = (step_log, training, legacy)
+PROCESS = (attention, process_groups, batches, models, pipeline, dynamic, recompute)
+MODELS = (building, rotary, positions, experts, multi_token_prediction, state_space)
+TRAINING = (losses, step_log, training, legacy)
 # What an area is for; the order of the areas on the screen.
 TITLES = {
     "core": "context parallelism in megatron-core",
@@ -68,18 +71,13 @@ def all_areas(adaptor: Adaptor, device_choice: str) -> dict[str, list[Patch]]:
         "triton": patches_of([triton]),
         "device": patches_of([cpu], None, lambda: why),
         "npu": npu.npu_patches(lambda: why_no_npu),
-        "core": [
-            *patches_of(CORE, adaptor),
-            *mtp_patches(adaptor),
-            *expert_patches(adaptor),
-            *mamba_patches(adaptor),
-        ],
+        "core": patches_of((*PROCESS, *MODELS), adaptor),
         "libraries": patches_of([libraries]),
         "checkout device": [
             *patches_of([checkout], None, lambda: why, without_checkout),
             *npu.npu_checkout_patches(lambda: why_no_npu),
         ],
-        "training": [*loss_patches(adaptor), *patches_of(TRAINING, adaptor)],
+        "training": patches_of(TRAINING, adaptor),
     }
 
 

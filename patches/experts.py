@@ -6,23 +6,31 @@ loss that the training script computes. s: tokens of this rank, S: of the whole 
 
 import importlib
 import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from mindspeed_cp.patches.manager import Patch
 
+from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.megatron.batches import record_of_length
+from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.patches.rows import absent, arguments_of, patch
+from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.notices import warn_rank0
 
 MOE = "megatron.core.transformer.moe"
+UTILS = f"{MOE}.moe_utils"
 
 
 @dataclass(frozen=True)
-class _Share:
-    """This rank's share of the tokens of a micro batch.
+class Share:
+    """The share of a micro-batch's tokens that the router that runs has here.
 
     Args:
         share: s / (S / cp); 1 for even lengths.
@@ -35,147 +43,118 @@ class _Share:
     weight: float | torch.Tensor
 
 
-def expert_patches(state):
-    """The table; ``state`` is the AdaptorState that all replacements share."""
-    router = _Router(state)
-    return [
-        Patch(
-            f"{MOE}.router.TopKRouter.routing",
-            router.routing,
-            "the losses below must know which part of the sequence this rank routes",
-        ),
-        Patch(
-            f"{MOE}.moe_utils.switch_load_balancing_loss_func",
-            router.balancing_loss,
-            "every rank is taken to hold the same number of tokens; and before 0.16, or with a per-token loss, the "
-            "loss counts "
-            "1 / cp of what it counts without context parallelism",
-        ),
-        Patch(
-            f"{MOE}.moe_utils.get_tokens_per_expert_and_token_count",
-            router.token_count,
-            "with a padding mask the count of this rank's tokens is overwritten by that of all ranks",
-            _absent("get_tokens_per_expert_and_token_count", "padding masks of experts come with 0.16"),
-        ),
-        Patch(
-            f"{MOE}.moe_utils.sequence_load_balancing_loss_func",
-            router.sequence_loss,
-            "the same, and gathering the tokens fails for uneven lengths",
-            _absent(
-                "sequence_load_balancing_loss_func", "from 0.14 this loss is computed by the one for whole batches"
-            ),
-        ),
-        Patch(
-            f"{MOE}.moe_utils.z_loss_func",
-            router.z_loss,
-            "the mean over a rank's tokens is the mean over all only for equal counts; and its weight as above",
-        ),
-    ]
+_NOW: ContextVar[Share | None] = ContextVar("share of the router that runs", default=None)
 
 
-def _absent(name, why):
-    """() -> why when moe_utils has no ``name``."""
-    return lambda: "" if hasattr(importlib.import_module(f"{MOE}.moe_utils"), name) else why
+@patch(f"{MOE}.router.TopKRouter.routing", reason="the losses below must know which part of the sequence is routed")
+def routing(
+    adaptor: Adaptor, original: Callable[..., Any], module: Any, logits: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    scope, config = adaptor.scope_of(module), module.config
+    if scope.alone or not module.training:
+        return original(module, logits, *args, **kwargs)
+    local = logits.size(0) * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+    layout = record_of_length(adaptor, scope, local).layout
+    _warn_of_local_decisions(config)
+    _check_dispatcher(config, layout)
+    padding_mask = arguments_of(original, (module, logits, *args), kwargs).get("padding_mask")
+    with _sharing(_share(scope, config, local * scope.size / layout.seq_len, padding_mask)):
+        return original(module, logits, *args, **kwargs)
 
 
-class _Router:
-    """Builds the replacements; ``_now`` is the _Share of the router that runs."""
+@contextmanager
+def _sharing(share: Share) -> Iterator[None]:
+    token = _NOW.set(share)
+    try:
+        yield
+    finally:
+        _NOW.reset(token)
 
-    def __init__(self, state):
-        self._state, self._now = state, None
 
-    def routing(self, original):
-        @wraps(original)
-        def routing(module, logits, *args, **kwargs):
-            if self._state.cp_size == 1 or not module.training:
-                return original(module, logits, *args, **kwargs)
-            config, padding_mask = module.config, kwargs.get("padding_mask", args[0] if args else None)
-            local = logits.size(0) * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
-            layout = self._state.micro_batch(local).layout
-            _warn_of_local_decisions(config)
-            _check_dispatcher(config, layout)
-            with self._sharing(self._share(config, local, layout.seq_len, padding_mask)):
-                return original(module, logits, *args, **kwargs)
+def _share(scope: Scope, config: Any, share: float | torch.Tensor, padding_mask: torch.Tensor | None) -> Share:
+    if padding_mask is not None:
+        valid = padding_mask.logical_not().sum().float()
+        total = valid.clone()
+        dist.all_reduce(total, group=scope.group)
+        # A rank of padding alone has losses of 0, and so has a micro-batch of padding alone.
+        share = (valid * scope.size / total.clamp(min=1)).clamp(min=1e-9)
+    if config.calculate_per_token_loss:
+        # Megatron multiplies by s, from 0.19 on by s * cp, adds over the ranks and divides by all tokens; S is what
+        # cp = 1 has.
+        weight = (1 if _multiplies_by_ranks() else scope.size) / share
+    else:
+        # Gradients are averaged over the ranks, and these are to be added.
+        weight = 1 if _scales_with_cp() else scope.size
+    return Share(share, padding_mask is not None, weight)
 
-        return routing
 
-    @contextmanager
-    def _sharing(self, share):
-        before, self._now = self._now, share
-        try:
-            yield
-        finally:
-            self._now = before
+@patch(
+    f"{UTILS}.switch_load_balancing_loss_func",
+    reason="every rank is taken to hold the same number of tokens; and before 0.16, or with a per-token loss, the loss "
+    "counts 1 / cp of what it counts without context parallelism",
+)
+def switch_load_balancing_loss_func(
+    adaptor: Adaptor, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    loss, now = original(*args, **kwargs), _NOW.get()
+    if now is None:
+        return loss
+    # Megatron divides by (s * cp)^2, the count that it believes S to be.
+    return _weighted(loss if now.counted else loss * now.share**2, now.weight)
 
-    def _share(self, config, local, seq_len, padding_mask):
-        cp_size = self._state.cp_size
-        if padding_mask is None:
-            share = local * cp_size / seq_len
-        else:
-            valid = padding_mask.logical_not().sum().float()
-            total = valid.clone()
-            dist.all_reduce(total, group=self._state.groups.cp_group)
-            # A rank of padding alone has losses of 0, and so has a micro-batch of padding alone.
-            share = (valid * cp_size / total.clamp(min=1)).clamp(min=1e-9)
-        if config.calculate_per_token_loss:
-            # Megatron multiplies by s, from 0.19 on by s * cp, adds over the ranks and divides by all tokens; S is what
-            # cp = 1 has.
-            weight = (1 if _multiplies_by_ranks() else cp_size) / share
-        else:
-            weight = (
-                1 if _scales_with_cp() else cp_size
-            )  # gradients are averaged over the ranks, and these are to be added
-        return _Share(share, padding_mask is not None, weight)
 
-    def balancing_loss(self, original):
-        @wraps(original)
-        def switch_load_balancing_loss_func(*args, **kwargs):
-            loss = original(*args, **kwargs)
-            if self._now is None:
-                return loss
-            # Megatron divides by (s * cp)^2, the count that it believes S to be.
-            return _weighted(loss if self._now.counted else loss * self._now.share**2, self._now.weight)
+@patch(
+    f"{UTILS}.get_tokens_per_expert_and_token_count",
+    reason="with a padding mask the count of this rank's tokens is overwritten by that of all ranks",
+    when=absent(f"{UTILS}.get_tokens_per_expert_and_token_count", "padding masks of experts come with 0.16"),
+)
+def get_tokens_per_expert_and_token_count(
+    adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> tuple[Any, Any, Any]:
+    per_expert, local, total = original(*args, **kwargs)
+    now = _NOW.get()
+    if now is not None and now.counted:
+        given = arguments_of(original, args, kwargs)
+        local = given["routing_map"].sum() / given["topk"]
+        total = total.clamp(min=1)  # of padding alone: the losses are 0 / 0 otherwise
+    return per_expert, local, total
 
-        return switch_load_balancing_loss_func
 
-    def token_count(self, original):
-        signature = inspect.signature(original)
+@patch(
+    f"{UTILS}.sequence_load_balancing_loss_func",
+    reason="the same, and gathering the tokens fails for uneven lengths",
+    when=absent(
+        f"{UTILS}.sequence_load_balancing_loss_func", "from 0.14 this loss is computed by the one for whole batches"
+    ),
+)
+def sequence_load_balancing_loss_func(
+    adaptor: Adaptor, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    now = _NOW.get()
+    if now is None:
+        return original(*args, **kwargs)
+    return _weighted(_sequence_loss(**arguments_of(original, args, kwargs), share=now.share), now.weight)
 
-        @wraps(original)
-        def get_tokens_per_expert_and_token_count(*args, **kwargs):
-            per_expert, local, total = original(*args, **kwargs)
-            given = signature.bind(*args, **kwargs).arguments
-            if self._now is not None and self._now.counted:
-                local = given["routing_map"].sum() / given["topk"]
-                total = total.clamp(min=1)  # of padding alone: the losses are 0 / 0 otherwise
-            return per_expert, local, total
 
-        return get_tokens_per_expert_and_token_count
-
-    def sequence_loss(self, original):
-        signature = inspect.signature(original)
-
-        @wraps(original)
-        def sequence_load_balancing_loss_func(*args, **kwargs):
-            if self._now is None:
-                return original(*args, **kwargs)
-            given = signature.bind(*args, **kwargs).arguments
-            return _weighted(_sequence_loss(**given, share=self._now.share), self._now.weight)
-
-        return sequence_load_balancing_loss_func
-
-    def z_loss(self, original):
-        @wraps(original)
-        def z_loss_func(*args, **kwargs):
-            loss = original(*args, **kwargs)
-            return loss if self._now is None else _weighted(loss * self._now.share, self._now.weight)
-
-        return z_loss_func
+@patch(
+    f"{UTILS}.z_loss_func",
+    reason="the mean over a rank's tokens is the mean over all only for equal counts; and its weight as above",
+)
+def z_loss_func(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    loss, now = original(*args, **kwargs), _NOW.get()
+    return loss if now is None else _weighted(loss * now.share, now.weight)
 
 
 def _sequence_loss(
-    probs, routing_map, batch_size, seq_length, topk, moe_aux_loss_coeff, sequence_partition_group, share
-):
+    probs: torch.Tensor,
+    routing_map: torch.Tensor,
+    batch_size: int,
+    seq_length: int,
+    topk: int,
+    moe_aux_loss_coeff: float,
+    sequence_partition_group: dist.ProcessGroup,
+    share: float | torch.Tensor,
+) -> torch.Tensor:
     """This rank's term of the loss that balances the experts within each sequence; the ranks' terms add up to the loss.
 
     Args:
@@ -189,7 +168,7 @@ def _sequence_loss(
     return (probs * chosen).sum() * (probs.size(-1) * moe_aux_loss_coeff / (batch_size * topk * total**2))
 
 
-def _check_dispatcher(config, layout):
+def _check_dispatcher(config: Any, layout: SequenceLayout) -> None:
     if config.moe_token_dispatcher_type != "allgather" or config.expert_model_parallel_size == 1 or layout.is_even:
         return
     raise ValueError(
@@ -199,13 +178,13 @@ def _check_dispatcher(config, layout):
     )
 
 
-def _weighted(loss, weight):
+def _weighted(loss: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
     """The same value, for the log; its gradient times ``weight``."""
     return loss.detach() + weight * (loss - loss.detach())
 
 
 @cache
-def _scales_with_cp():
+def _scales_with_cp() -> bool:
     """Whether Megatron multiplies these losses by cp, as it does with the loss of the training script.
 
     Asked by letting its schedule set the factor for a made-up micro-batch, as it does after every forward pass.
@@ -219,7 +198,7 @@ def _scales_with_cp():
     config = SimpleNamespace(
         calculate_per_token_loss=False, num_moe_experts=1, mtp_num_layers=None, grad_scale_func=None, timers=None
     )
-    given = {
+    given: dict[str, Any] = {
         "model": None,
         "output_tensor": torch.zeros(1),
         "loss_func": None,
@@ -240,7 +219,7 @@ def _scales_with_cp():
 
 
 @cache
-def _multiplies_by_ranks():
+def _multiplies_by_ranks() -> bool:
     """Whether Megatron multiplies these losses by the ranks too where it multiplies them by a rank's tokens.
 
     Asked by letting a router attach a made-up loss of 1 for 3 tokens on 2 ranks.
@@ -274,7 +253,7 @@ def _multiplies_by_ranks():
     return attached == [6.0]
 
 
-def _warn_of_local_decisions(config):
+def _warn_of_local_decisions(config: Any) -> None:
     if config.moe_expert_capacity_factor is not None:
         warn_rank0(
             f"--moe-expert-capacity-factor {config.moe_expert_capacity_factor} drops tokens by the capacity of each "

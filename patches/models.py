@@ -7,6 +7,7 @@ from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import block_record, entering, packed_params_in, refuse_inference, tensors_in
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.sizes import check_model, sub_batch_record
+from mindspeed_cp.patches.building import census_of
 from mindspeed_cp.patches.rows import absent, patch
 
 LANGUAGE_MODULE = "megatron.core.models.common.language_module.language_module.LanguageModule"
@@ -79,7 +80,11 @@ def _entered(adaptor: Adaptor, model: Any, args: tuple[Any, ...], kwargs: dict[s
         values = (*args, *kwargs.values())
         refuse_inference(values)
         return sub_batch_record(adaptor, values)
-    return entering(adaptor, model, args, kwargs)
+    record = entering(adaptor, model, args, kwargs)
+    if record is not None and model not in adaptor.counted:
+        adaptor.counted.add(model)
+        census_of(adaptor).take(model)  # what was added to it after it was built, too
+    return record
 
 
 @patch(

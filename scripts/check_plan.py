@@ -1,4 +1,5 @@
-"""Predicted and measured time of one attention layer for every setting, on the ranks of scripts/check_plan.sh.
+"""Predicted and measured time of one attention layer for every setting, on the ranks of scripts/check_plan.sh: those of
+two hosts, or of a full mesh.
 
 All ranks measure the kernel at once, because they share the cores, then the link within their host; the rate between
 hosts is the one that was set. Every setting runs forward and backward, all of them in turns; rank 0 prints the medians
@@ -41,13 +42,18 @@ def mean_over_ranks(value: float) -> float:
     return float(total) / dist.get_world_size()
 
 
-def measured_cluster(rate: str) -> Cluster:
+def measured_cluster(rate: str, is_mesh: bool) -> Cluster:
+    if is_mesh:  # every rank is alone on its host, and reaches each of the others by a link of its own
+        world, one = dist.get_world_size(), bytes_per_second(rate)
+        dist.barrier()
+        flops = mean_over_ranks(kernel_rate("cpu"))
+        return Cluster(world, flops, one, one, 2e-4, 1.0, 1.0, attention_efficiency=1.0, links=world - 1)
     rank, host = dist.get_rank(), int(os.environ["LOCAL_WORLD_SIZE"])
     hosts = [dist.new_group(list(range(first, first + host))) for first in range(0, dist.get_world_size(), host)]
     dist.barrier()
     flops = mean_over_ranks(kernel_rate("cpu"))
     within = mean_over_ranks(rates(link_of(hosts[rank // host]), "cpu")["ring"])
-    return Cluster(host, flops, within, bytes_per_second(rate), 2e-4, 1.0, 1.0)
+    return Cluster(host, flops, within, bytes_per_second(rate), 2e-4, 1.0, 1.0, attention_efficiency=1.0)
 
 
 def call_of(config: ContextParallelConfig, seq_len: int):
@@ -71,7 +77,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithm", nargs="+", help="ignored: all of them")
     parser.add_argument("--counter", help="ignored")
-    parser.add_argument("--rate", required=True)
+    parser.add_argument("--rate", required=True, help="of a link, such as 50mbit")
+    parser.add_argument("--mesh", action="store_true", help="the ranks of scripts/mesh.sh")
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()
@@ -79,7 +86,7 @@ def main() -> int:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["LINKS"].split(",")[int(os.environ["LOCAL_RANK"])]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(minutes=3))
-    world, cluster = dist.get_world_size(), measured_cluster(args.rate)
+    world, cluster = dist.get_world_size(), measured_cluster(args.rate, args.mesh)
     problem = Problem(args.seq_length, HEADS, KV_HEADS, DIM, DIM, dtype=torch.float32)
     setup = TrainingSetup(num_attention_heads=HEADS, num_query_groups=KV_HEADS, seq_length=args.seq_length)
     found = search(world, problem, setup, cluster, policies=(None,)).candidates

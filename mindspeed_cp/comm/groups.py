@@ -5,13 +5,14 @@ Within a context-parallel group, cp_rank = ring_rank * ulysses_degree + ulysses_
 """
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch.distributed as dist
 
+from mindspeed_cp.comm.hccl import group_options
 from mindspeed_cp.comm.host_memory import SMALLEST_MESSAGE, HostMemory
 from mindspeed_cp.comm.link import Link, within
 from mindspeed_cp.comm.workspace import Workspace
@@ -101,6 +102,7 @@ class ContextParallelGroups:
         cp_group: dist.ProcessGroup | None = None,
         share_from: int | None = SMALLEST_MESSAGE,
         virtual_pipeline: bool = False,
+        buffers: Mapping[str, int] | None = None,
     ) -> "ContextParallelGroups":
         """Make the process groups; collective over the world, so every rank calls it with the same arguments.
 
@@ -113,6 +115,8 @@ class ContextParallelGroups:
                 never.
             virtual_pipeline: whether the model's pipeline has virtual stages, beside which HCCL allows no batches of
                 messages between single ranks.
+            buffers: on HCCL, MB of the buffer of each group that is made, by its name (``comm.hccl.buffers_of``); a
+                group without an entry gets HCCL_BUFFSIZE.
 
         Raises:
             ValueError: the groups do not fit the configuration or the world, or --cp-p2p batch asks for what HCCL
@@ -123,7 +127,7 @@ class ContextParallelGroups:
             return cls(config.hierarchy, 0, (dist.get_rank() if dist.is_initialized() else 0,))
         all_ranks = _agreed_ranks(config, cp_ranks, cp_group)
         one_by_one = _one_by_one(config, virtual_pipeline)
-        made = _make(all_ranks, config.hierarchy, timeout, () if cp_group is None else ("cp",))
+        made = _make(all_ranks, config.hierarchy, timeout, () if cp_group is None else ("cp",), buffers or {})
         whole = made.get("cp", cp_group)
         assert whole is not None
         return cls._of(config, whole, made, tuple(made.values()), share_from, one_by_one)
@@ -207,14 +211,18 @@ class ContextParallelGroups:
 
 
 def _make(
-    all_ranks: Ranks, hierarchy: Hierarchy, timeout: timedelta | None, existing: Sequence[str]
+    all_ranks: Ranks,
+    hierarchy: Hierarchy,
+    timeout: timedelta | None,
+    existing: Sequence[str],
+    buffers: Mapping[str, int],
 ) -> dict[str, dist.ProcessGroup]:
     """This rank's process groups by name, without the existing ones; all ranks make all of them, in one order."""
     ulysses, _, windows = hierarchy
     made = {}
     for name, ranks in parts_of(all_ranks, ulysses, windows):
         if name not in existing:
-            group = dist.new_group(list(ranks), timeout=timeout)
+            group = dist.new_group(list(ranks), timeout=timeout, pg_options=group_options(buffers, name))
             if dist.get_rank() in ranks:
                 made[name] = group
     return made

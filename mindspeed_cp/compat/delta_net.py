@@ -9,8 +9,8 @@ __all__ = ["tensor_a2a_cp2hp", "tensor_a2a_hp2cp"]
 def _refuse(name: str) -> Callable[..., NoReturn]:
     def refused(*args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
-            f"{name}: gated delta nets with context parallelism are not supported; use --context-parallel-size 1 for "
-            "models that have them, or a Megatron whose own gated delta net is context-parallel (0.18 and later)."
+            f"{name}: gated delta nets with context parallelism are not supported, in no version of Megatron; use "
+            "--context-parallel-size 1 for models that have them."
         )
 
     refused.__name__ = name

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mindspeed_cp.doctor import attention, device, environment, installed
+from mindspeed_cp.doctor import attention, device, environment, installed, report
 from mindspeed_cp.doctor.finding import Finding, as_json, has_problem
 
+PROVE = "Does your own script compute the same with it? python -m mindspeed_cp.prove SCRIPT ARGS"
 DESCRIPTION = "Say whether context parallelism is on here, with which device and kernel, and what to do if not."
 Sections = dict[str, list[Finding]]
 
@@ -22,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--launch", metavar="COMMAND", help="a launch command, or a script with DRY_RUN=1: what it does"
     )
+    parser.add_argument("--report", action="store_true", help="versions, devices and problems as a block for an issue")
     parser.add_argument("--no-self-test", action="store_true", help="start no ranks")
     return parser
 
@@ -61,7 +63,7 @@ def text(sections: Sections, width: int) -> str:
         lines.append(title)
         for finding in findings:
             lines += finding.lines(width)
-    return "\n".join([*lines, verdict(_all(sections))])
+    return "\n".join([*lines, verdict(_all(sections)), PROVE])
 
 
 def verdict(findings: Iterable[Finding]) -> str:
@@ -80,7 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # torch_npu prints while it is imported
         sections, every_patch = examine(given)
     healthy = not has_problem(_all(sections))
-    if given.json:
+    if given.report:
+        print(report.text(sections))
+    elif given.json:
         found = {title: as_json(findings) for title, findings in sections.items()}
         print(json.dumps({"healthy": healthy, "sections": found, "patches": every_patch}, indent=2))
     else:

@@ -137,6 +137,8 @@ def port(address: str, number: int, put: str = "export MASTER_PORT=") -> Finding
     Args:
         put: what is written before another port to take that one.
     """
+    if not 0 < number < 1 << 16:
+        return Finding("problem", f"port {number} is none of 1 to 65535", f"{put}{_free_port()}")
     try:
         is_here = address in ("localhost", "127.0.0.1", socket.gethostname()) or socket.gethostbyname(
             address
@@ -145,8 +147,6 @@ def port(address: str, number: int, put: str = "export MASTER_PORT=") -> Finding
         return Finding("warning", f"MASTER_ADDR={address} has no address here", "export MASTER_ADDR=ADDRESS_OF_NODE_0")
     if not is_here:
         return Finding("note", f"whether port {number} is free can be said on {address} alone: run the doctor there")
-    if not 0 < number < 1 << 16:
-        return Finding("problem", f"port {number} is none of 1 to 65535", f"{put}{_free_port()}")
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -167,5 +167,5 @@ def meeting(shell: Mapping[str, str], own: Mapping[str, str]) -> Iterator[Findin
     """The port that the environment names, or torchrun's own."""
     environment = {**shell, **own}
     given = environment.get("MASTER_PORT", str(DEFAULT_PORT))
-    if given.isdigit() and 0 < int(given) < 1 << 16:
+    if given.isdigit() and int(given):  # what is no number at all was named before
         yield port(environment.get("MASTER_ADDR", "127.0.0.1"), int(given), _put("MASTER_PORT", "", own))

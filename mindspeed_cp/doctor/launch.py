@@ -1,6 +1,7 @@
 """A launch command, read: how many processes, where they meet, which script, which flags. Nothing of it is started.
 
-A script of the shell is run with DRY_RUN=1, where it knows that, and the command that it prints is read.
+A script of the shell is run with DRY_RUN=1 where it declares by MARKER that this starts nothing, and the command that
+it prints is read.
 """
 
 import contextlib
@@ -8,6 +9,7 @@ import io
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,11 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mindspeed_cp.doctor.environment import DEFAULT_PORT
+from mindspeed_cp.doctor.quoting import words
 
 RUNNER = "mindspeed_cp.run"
-LAUNCHERS = ("torch.distributed.run", "torch.distributed.launch")
+LAUNCHERS = ("torch.distributed.run", "torch.distributed.launch", "mindspeed_cp.torchrun")
 SHELLS = ("bash", "sh")
 TIMEOUT = 120  # seconds for a dry run
+MARKER = "# DRY_RUN=1: prints the command behind the line '# command' and starts nothing."
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 
 
@@ -53,7 +57,7 @@ def read(command: str, environment: Mapping[str, str]) -> Launch:
         ValueError: it cannot be read, or a dry run refuses it; the message says what to do.
     """
     try:
-        tokens = shlex.split(command)
+        tokens = words(command)
     except ValueError as error:
         raise ValueError(f"--launch {command!r} cannot be read ({error}); close the quotes.") from None
     own, tokens = _assignments(tokens)
@@ -62,7 +66,7 @@ def read(command: str, environment: Mapping[str, str]) -> Launch:
     is_script = tokens[0].endswith(".sh")
     if is_script or (Path(tokens[0]).name in SHELLS and len(tokens) > 1):
         printed = _dry_run(tokens if is_script else tokens[1:], {**environment, **own})
-        further, tokens = _assignments(shlex.split(printed))
+        further, tokens = _assignments(words(printed))
         own |= further
     return _launch(tokens, {**environment, **own}, own)
 
@@ -85,34 +89,49 @@ def _dry_run(tokens: list[str], environment: dict[str, str]) -> str:
         raise ValueError(f"--launch: {script} does not exist; give the path of a script, or the command itself.")
     if not _knows_dry_run(script):
         raise ValueError(
-            f"--launch: {script} does not know DRY_RUN=1 and would start the training; give the command that it "
-            'would run: --launch "torchrun ... pretrain_gpt.py ...".'
+            f"--launch: {script} does not say by the line {MARKER!r} that DRY_RUN=1 starts nothing, so it is not run; "
+            'give the command that it would run: --launch "torchrun ... pretrain_gpt.py ...".'
         )
-    try:
-        done = subprocess.run(
-            ["bash", *tokens],
-            env={"PYTHON": sys.executable, **environment, "DRY_RUN": "1"},
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-        )
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"--launch: {script} took more than {TIMEOUT} s with DRY_RUN=1; give the command.") from None
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error: " in line] or done.stderr.splitlines()[-1:]
+    status, said, complained = _run(tokens, {"PYTHON": sys.executable, **environment, "DRY_RUN": "1"})
+    if status:
+        lines = [line for line in complained.splitlines() if "error: " in line] or complained.splitlines()[-1:]
         raise ValueError((lines[-1] if lines else f"{script} failed").rpartition("error: ")[2])
-    _, separator, printed = done.stdout.partition("# command\n")
+    _, separator, printed = said.partition("# command\n")
     if not separator:
         raise ValueError(f"--launch: {script} prints no command with DRY_RUN=1; give the command itself.")
     return printed.strip().splitlines()[-1].rpartition(" && ")[2]
 
 
+def _run(tokens: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
+    """(status, stdout, stderr) of a script; with the time limit everything that it started ends too."""
+    running = subprocess.Popen(
+        ["bash", *tokens],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, complained = running.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+        raise ValueError(
+            f"--launch: {tokens[0]} took more than {TIMEOUT} s with DRY_RUN=1; give the command."
+        ) from None
+    return running.returncode, said, complained
+
+
 def _knows_dry_run(script: Path) -> bool:
-    """Whether DRY_RUN stands in the script, or in one of its folder that it sources."""
+    """Whether the script, or one of its folder that it sources, declares the contract by a line MARKER."""
     text = script.read_text(encoding="utf-8", errors="replace")
     sourced = re.findall(r"^\s*(?:source|\.)\s.*?([\w.-]+\.sh)\b", text, re.M)
     others = [script.parent / name for name in sourced if (script.parent / name).is_file()]
-    return any("DRY_RUN" in part for part in (text, *(path.read_text(encoding="utf-8") for path in others)))
+    parts = (text, *(path.read_text(encoding="utf-8", errors="replace") for path in others))
+    return any(MARKER in map(str.strip, part.splitlines()) for part in parts)
 
 
 def _launch(tokens: list[str], environment: Mapping[str, str], own: dict[str, str]) -> Launch:

@@ -11,7 +11,7 @@ import torch
 
 from mindspeed_cp.arguments import validate
 from mindspeed_cp.arguments.launch import misspelt
-from mindspeed_cp.doctor import environment, launch
+from mindspeed_cp.doctor import environment, hccl, launch
 from mindspeed_cp.doctor.finding import Finding, problem
 from mindspeed_cp.doctor.installed import ask
 from mindspeed_cp.kernels import select_kernel
@@ -49,8 +49,10 @@ def findings(started: launch.Launch, device: str) -> Iterator[Finding]:
         yield problem(str(error))
         return
     yield from switched_on(started)
-    for flag, meant in misspelt(rest).items():
-        yield Finding("warning", f"{flag} is not a flag of context parallelism", f"write {meant}")
+    meant = misspelt(rest)
+    for flag, likely in meant.items():
+        yield Finding("warning", f"{flag} is not a flag of context parallelism", f"write {likely}")
+    yield from unknown(started, set(meant))
     if started.port is not None:
         found = environment.port(started.address, started.port, "torchrun --master-port ")
         if found.level != "ok":
@@ -62,6 +64,28 @@ def findings(started: launch.Launch, device: str) -> Iterator[Finding]:
         yield problem(str(error))
     except RuntimeError as error:
         yield Finding("problem", f"Megatron's flags were not checked: {error}", "report it with this line")
+
+
+def unknown(started: launch.Launch, named: set[str]) -> Iterator[Finding]:
+    """Flags that the script's own parser refuses, where it can be asked."""
+    script = launch.home_of(started.script)
+    if not script.is_file() or not started.flags:
+        return
+    try:
+        found = ask(
+            "mindspeed_cp.megatron.unknown_flags",
+            str(script),
+            *started.flags,
+            environment={**os.environ, **started.environment},
+        )
+    except RuntimeError as error:
+        yield Finding("note", f"whether {script.name} knows every flag was not asked: {error}")
+        return
+    for flag in dict.fromkeys(found or ()):
+        if flag not in named:
+            yield Finding(
+                "problem", f"{script.name} does not know {flag}", f"leave it out; {script.name} --help lists all"
+            )
 
 
 def switched_on(started: launch.Launch) -> Iterator[Finding]:
@@ -124,6 +148,8 @@ def resolved(args: argparse.Namespace, started: launch.Launch, device: str) -> I
     ulysses, window, windows = config.hierarchy
     hierarchy = f"ulysses {ulysses} x window {window} x windows {windows}"
     yield Finding("ok", f"{config.describe()}; {hierarchy}; {tokens} tokens on a rank")
+    if device == "npu":
+        yield from hccl.of_launch(config, setup, started.flags, {**os.environ, **started.environment})
     yield from cost(args, config, setup, select_kernel(args.cp_kernel, device))
 
 

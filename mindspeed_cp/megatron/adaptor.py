@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, wraps
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from mindspeed_cp.megatron.documents import BoundaryCache, MaskCache, documents_
 from mindspeed_cp.megatron.foreign import Foreign
 from mindspeed_cp.megatron.handed import Handed
 from mindspeed_cp.megatron.handover import HandOver
+from mindspeed_cp.megatron.hccl import hccl_buffers
+from mindspeed_cp.megatron.losses import Losses, share_of
 from mindspeed_cp.megatron.records import BatchRecords, Documents, MicroBatch
 from mindspeed_cp.megatron.scopes import Scope, Scopes, checked_group, collective_device, named_group, own_group
 from mindspeed_cp.megatron.sizes import ranks_of_all
@@ -49,6 +52,8 @@ class Adaptor:
             it, and must come to the same layout.
         timeout, virtual_pipeline: for groups that are made; as initialize_model_parallel was told.
         log: measures the steps of training with --cp-log, as long as there are groups; None without.
+        counted: models whose modules were looked up in the census.
+        losses: what is known of the losses of the training.
         embedded: length -> layout with which Megatron's cache holds an embedding of that length.
         documents_by_hand: documents were given for a batch by hand, so that a forward pass of no known batch would lose
             them.
@@ -67,7 +72,8 @@ class Adaptor:
         self.sizes: dict[int, Scope] = {}
         self.records, self.tables, self.foreign = BatchRecords(), BatchRecords(), Foreign()
         self.masks, self.boundaries = MaskCache(), BoundaryCache()
-        self.handed, self.hand_over = Handed(), HandOver(self)
+        self.handed, self.hand_over, self.losses = Handed(), HandOver(self), Losses()
+        self.counted: WeakSet[Any] = WeakSet()
         self.active: MicroBatch | None = None
         self.kept: KeptAttention | None = None
         self.log: ContextParallelLog | None = None
@@ -205,6 +211,7 @@ class Adaptor:
         self.scopes.forget()
         self.sizes, self.log, self.handed, self.is_pipeline = {}, None, Handed(), False
         self._announced, self._is_checked = None, False
+        self.losses = Losses()
         self.epoch += 1
         self.forget_batches()
 
@@ -244,6 +251,7 @@ class Adaptor:
             timeout=self.timeout,
             cp_group=group,
             virtual_pipeline=self.virtual_pipeline,
+            buffers=hccl_buffers(config, self.setup),
         )
         scope = Scope(config, groups)
         self.scopes.put(group, scope)
@@ -327,6 +335,7 @@ class Adaptor:
         self.scopes.destroy()
         self.log, self.sizes, self.is_pipeline = None, {}, False
         self._announced, self._is_checked = None, False
+        self.losses = Losses()
         self.epoch += 1
         if self.settings.undecided is not None:
             self.settings.undecided = OpenDecision(self.settings.undecided.settings)
@@ -410,6 +419,10 @@ class Adaptor:
     def gather_sequence(self, tensor: torch.Tensor, of: Any = None, dim: int = 1) -> torch.Tensor:
         """The whole sequence in order, from every rank's part of it; differentiable, and every rank calls this.
 
+        A loss of what this returns is the whole loss on every rank, and its gradient each rank's own part. A loss
+        function of Megatron returns it as ``(loss / count, report)``, or with ``share_of(count)`` as ``num_tokens``:
+        ``(loss, share_of(count), report)``.
+
         Args:
             tensor: ``dim`` holds this rank's tokens: (batch, seq, ...) by default, as Megatron's models return logits.
             of: what says how the batch was split: a tensor of it, such as the tokens or the model's output, the batch
@@ -424,8 +437,19 @@ class Adaptor:
         scope = record.scope or self.main
         return sharding.gather_sequence(tensor, groups=scope.groups, layout=record.layout, dim=dim)
 
-    def micro_batch(self, local_len: int) -> MicroBatch:
-        return batches.record_of_length(self, self.current, local_len)
+    def share_of(self, count: Any, of: Any = None) -> Any:
+        """What a loss function returns as ``num_tokens`` for a loss of the whole sequence, of ``count`` tokens.
+
+        Megatron adds num_tokens over the context-parallel ranks, so each rank returns a share; until 0.12, which adds
+        over the data-parallel ranks alone, that is all of it.
+
+        Args:
+            count: a whole number or a tensor of one, the same on every rank.
+            of: as ``gather_sequence`` has it, None is Megatron's own group.
+        """
+        self.losses.asked = True
+        scope = self.current if of is None or self.alone else batches.scope_of_part(self, of)
+        return share_of(count, scope)
 
     def gather_size_calculator(self) -> Any:
         """The calculator object of --gather-size-calculator, None for the aligned default."""

@@ -185,6 +185,14 @@ def record_of_part(adaptor: "Adaptor", tensor: torch.Tensor, of: Any, dim: int) 
     return placed(record, adaptor)
 
 
+def scope_of_part(adaptor: "Adaptor", of: Any) -> Scope:
+    """Over which ranks the batch was split to which ``of`` belongs, as ``Adaptor.gather_sequence`` has it."""
+    if getattr(of, "qkv_format", None) == "thd":
+        return adaptor.current
+    found = adaptor.records.find(of.values() if isinstance(of, Mapping) else (of,))
+    return adaptor.current if found is None or found.scope is None else found.scope
+
+
 def packed_params_in(values: Iterable[Any]) -> Any:
     """The PackedSeqParams in thd among the arguments of a model or a block, None without."""
     return next((value for value in values if getattr(value, "qkv_format", None) == "thd"), None)

@@ -54,6 +54,7 @@ class Settings:
         documents_from_position_ids: position ids that start again at 0 begin a document when the batch has no mask.
         end_of_document: the token behind which a document ends when the batch has no mask and position ids say nothing,
             or () -> that token, asked when a batch is split.
+        asked_for_flash: the user wrote --use-flash-attn.
         declared: how a framework says that it cuts whole rows itself; None where nobody said.
         undecided: what is still to be decided; None once ``configure`` has decided everything.
         compared: flag -> value of what must be equal on all ranks, beside the configuration.
@@ -65,6 +66,7 @@ class Settings:
     kernel: str | None = None
     documents_from_position_ids: bool = False
     end_of_document: int | Callable[[], int] | None = None
+    asked_for_flash: bool = False
     declared: Literal["zigzag", "contiguous"] | None = None
     undecided: OpenDecision | None = field(default_factory=OpenDecision)
     compared: Mapping[str, str] = field(default_factory=dict)

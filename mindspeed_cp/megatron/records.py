@@ -132,7 +132,7 @@ def _only(records: Iterable[MicroBatch | None]) -> MicroBatch | None:
             raise ValueError(
                 f"the tensors of one forward pass belong to batches of {found.seq_len} and {record.seq_len} tokens "
                 f"with layouts {found.layout.kind} and {record.layout.kind} that were split differently; pass the "
-                "tensors of one batch."
+                "tensors of one batch, and give an encoder and a decoder of one length."
             )
         found = record
     return found

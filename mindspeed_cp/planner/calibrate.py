@@ -1,7 +1,9 @@
 """Measures what the planner otherwise assumes: the rates of this machine's kernel and links, into a YAML file."""
 
+import os
 import time
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import yaml
 from mindspeed_cp.doctor import self_test
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionRows, BlockTensors, KernelOptions
-from mindspeed_cp.planner.cluster import CLUSTERS, THIS_MACHINE, Cluster
+from mindspeed_cp.planner.cluster import CLUSTERS, DEFAULT, THIS_MACHINE, Cluster, known_device
 from mindspeed_cp.sequence.blocks import Block
 
 SIZES = {"cpu": (2048, 4, 64), "cuda": (16384, 16, 128), "npu": (16384, 16, 128)}  # seq, heads, dim
@@ -19,23 +21,66 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16, "npu": torch.bfloat16}
 REPEATS = 3
 
 
-def kernel_rate(device: str) -> float:
-    """FLOP/s of forward and backward of one causal block, the best of a few."""
-    seq, heads, dim = SIZES[device]
+@dataclass(frozen=True)
+class Curve:
+    """FLOP/s over a size: ``most`` size / (size + ``half``)."""
+
+    most: float
+    half: float
+
+
+def fitted(small: tuple[float, float], large: tuple[float, float]) -> Curve:
+    """The curve through two points (size, FLOP/s); flat where the small one is no slower."""
+    (x, slow), (y, fast) = small, large
+    if slow >= fast:
+        return Curve(max(slow, fast), 0.0)
+    # Where the rate is proportional to the size nothing is said about its most: the half then is the larger size.
+    half = min(x * y * (fast - slow) / max(slow * y - fast * x, 1e-9), float(y))
+    return Curve(fast * (y + half) / y, half)
+
+
+def _seconds(call: Callable[[], object], device: str) -> float:
+    """The best of a few."""
+    best = float("inf")
+    for _ in range(1 + REPEATS):
+        start = time.perf_counter()
+        call()
+        if device != "cpu":
+            getattr(torch, device).synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def product_rate(device: str, rows: int) -> float:
+    """FLOP/s of a product of so many rows with a square matrix."""
+    size = 4 * SIZES[device][2] * SIZES[device][1]
+    left, right = (torch.randn(count, size, device=device, dtype=DTYPES[device]) for count in (rows, size))
+    return 2 * rows * size * size / _seconds(lambda: left @ right, device)
+
+
+def memory_rate(device: str) -> float:
+    """Bytes/s that a copy writes and reads."""
+    source = torch.ones(1 << 25, device=device)
+    return 2 * source.numel() * 4 / _seconds(source.clone, device)
+
+
+def kernel_rate(device: str, seq: int | None = None) -> float:
+    """FLOP/s of forward and backward of one causal block."""
+    whole, heads, dim = SIZES[device]
+    seq = seq or whole
     block, options = Block((0, seq), (0, seq), None, 0), KernelOptions(dim**-0.5)
     query, key, value, grad_out = (
         torch.randn(seq, 1, heads, dim, device=device, dtype=DTYPES[device]) for _ in range(4)
     )
-    kernel, best = select_kernel(device), float("inf")
-    for _ in range(1 + REPEATS):
-        start = time.perf_counter()
+    kernel = select_kernel(device)
+
+    def both() -> None:
         tensors = BlockTensors(block, query, key, value)
         result = kernel.forward(tensors, options)
         kernel.backward(tensors, AttentionRows(grad_out, result.out, result.lse), options, result.saved)
-        if device != "cpu":
-            getattr(torch, device).synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 14 * block.area * heads * dim / best  # two products forward, five backward, two FLOPs each
+
+    # Two products forward, five backward, two FLOPs each.
+    return 14 * block.area * heads * dim / _seconds(both, device)
 
 
 def measured(device: str) -> Cluster:
@@ -46,7 +91,10 @@ def measured(device: str) -> Cluster:
     """
     if device != "cpu" and not (hasattr(torch, device) and getattr(torch, device).is_available()):
         raise ValueError(f"--device {device}: there is none here; use --device cpu, or a preset of --cluster.")
-    rate = kernel_rate(device)
+    seq = SIZES[device][0]
+    kernel = fitted(*((length, kernel_rate(device, length)) for length in (seq // 8, seq)))
+    product = fitted(*((rows, product_rate(device, rows)) for rows in (seq // 16, seq)))
+    flops = max(kernel.most, product.most)
     found: dict[str, Any] = self_test.run(*self_test.plan(device)[0])
     if "error" in found or not found["rates"]:
         raise ValueError(
@@ -55,7 +103,45 @@ def measured(device: str) -> Cluster:
         )
     bandwidth = float(found["rates"]["ring"])
     per_node = found["ranks"] if device == "cpu" else getattr(torch, device).device_count()
-    return Cluster(per_node, rate, bandwidth, bandwidth, compute_efficiency=1.0, link_efficiency=1.0)
+    return Cluster(
+        per_node,
+        flops,
+        bandwidth,
+        bandwidth,
+        compute_efficiency=product.most / flops,
+        link_efficiency=1.0,
+        attention_efficiency=kernel.most / flops,
+        half_rows=product.half,
+        half_tokens=kernel.half,
+        memory=memory_of(device),
+        memory_bandwidth=memory_rate(device),
+    )
+
+
+def memory_of(device: str) -> float:
+    """Bytes of one device, or of this machine."""
+    if device == "cpu":
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return float(getattr(torch, device).get_device_properties(0).total_memory)
+
+
+def device_here() -> str | None:
+    """The name of this machine's first accelerator, or None."""
+    for device in ("npu", "cuda"):
+        if hasattr(torch, device) and getattr(torch, device).is_available():
+            return str(getattr(torch, device).get_device_name(0))
+    return None
+
+
+def default_cluster() -> tuple[str, str]:
+    """(the preset where none is named, why)."""
+    name = device_here()
+    if name is None:
+        return DEFAULT, "--cluster is not given, and no accelerator is here"
+    preset = known_device(name)
+    if preset:
+        return preset, f"--cluster is not given, and {name} is here"
+    return DEFAULT, f"--cluster is not given, and {name}, which is here, is no preset: give --flops and the others"
 
 
 def save(cluster: Cluster, path: str) -> None:
@@ -85,7 +171,7 @@ def read_cluster(name: str, device: str = "cpu") -> Cluster:
     if not isinstance(values, dict) or not set(values) <= known:
         raise ValueError(f"--cluster {name} does not hold {', '.join(sorted(known))} alone; {way_out}.")
     try:
-        kinds = {"devices_per_node": int}
+        kinds = {"devices_per_node": int, "links": int, "devices_per_adapter": int}
         numbers: dict[str, Any] = {name: kinds.get(name, float)(value) for name, value in values.items()}
         return Cluster(**numbers)
     except (TypeError, ValueError) as error:

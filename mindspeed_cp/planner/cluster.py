@@ -1,7 +1,9 @@
-"""What the planner must know of the machines."""
+"""What the planner must know of the machines: rates of devices, links, and the share of both that is reached."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
+
+HEAD_DIM = 128  # of which attention_efficiency is the share
 
 
 @dataclass(frozen=True)
@@ -10,10 +12,17 @@ class Cluster:
 
     Args:
         devices_per_node: neighbouring global ranks that share a node.
-        flops: peak of one device in the precision of attention, FLOP/s.
-        intra_bandwidth, inter_bandwidth: peak of one device, in one direction, within and between nodes, bytes/s.
+        flops: peak of one device in the precision of the products, FLOP/s.
+        intra_bandwidth, inter_bandwidth: peak of one link, in one direction, within and between nodes, bytes/s.
         latency: of one transfer, seconds.
-        compute_efficiency, link_efficiency: reached share of the peaks, above 0 and at most 1. Assumed, not measured.
+        compute_efficiency, link_efficiency: reached share of the peaks at most, of large matrix products and of links.
+        attention_efficiency: the share of flops that attention reaches with long blocks and heads of HEAD_DIM.
+        half_rows: rows or columns of a matrix product with which it reaches half of its most.
+        half_tokens, half_head: tokens of a block, and the head size, with which attention reaches half of its most.
+        links: peers of its node that a device reaches at once, each at intra_bandwidth: 1 at a switch, where all share
+            its port, and the number of the others in a full mesh.
+        devices_per_adapter: that share an adapter of inter_bandwidth between nodes.
+        memory: of one device, bytes. memory_bandwidth: of one device, bytes/s.
     """
 
     devices_per_node: int
@@ -23,44 +32,98 @@ class Cluster:
     latency: float = 10e-6
     compute_efficiency: float = 0.5
     link_efficiency: float = 0.8
+    attention_efficiency: float = 0.5
+    half_rows: float = 0.0
+    half_tokens: float = 0.0
+    half_head: float = 0.0
+    links: int = 1
+    devices_per_adapter: int = 1
+    memory: float = 64e9
+    memory_bandwidth: float = inf
 
     def __post_init__(self) -> None:
-        for name in ("devices_per_node", "flops", "intra_bandwidth", "inter_bandwidth"):
+        for name in ("devices_per_node", "flops", "intra_bandwidth", "inter_bandwidth", "memory"):
             if not 0 < getattr(self, name) < inf:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} must be above 0 and finite.")
-        if not 0 <= self.latency < inf:
-            raise ValueError(f"--latency {self.latency} must be 0 or more seconds, and finite.")
-        for name in ("compute_efficiency", "link_efficiency"):
+        for name in ("links", "devices_per_adapter", "memory_bandwidth"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be at least 1.")
+        for name in ("latency", "half_rows", "half_tokens", "half_head"):
+            if not 0 <= getattr(self, name) < inf:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be 0 or more, and finite.")
+        for name in ("compute_efficiency", "attention_efficiency", "link_efficiency"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} must lie above 0 and be at most 1, such as 0.5.")
 
     def node(self, global_rank: int) -> int:
         return global_rank // self.devices_per_node
 
-    def bandwidth(self, inter: bool) -> float:
-        """Reached bytes/s of one device in one direction."""
-        return (self.inter_bandwidth if inter else self.intra_bandwidth) * self.link_efficiency
+    def bandwidth(self, inter: bool, peers: int = 1) -> float:
+        """Reached bytes/s of one device, in one direction, to so many peers at once."""
+        if inter:
+            return self.inter_bandwidth * self.link_efficiency / self.devices_per_adapter
+        return self.intra_bandwidth * self.link_efficiency * min(max(peers, 1), self.links)
+
+    def link(self, rank: int, peer: int) -> tuple[bool, int]:
+        """(whether it leads out of the node, its number) of the link to ``peer``; transfers on one link queue."""
+        if self.node(rank) != self.node(peer):
+            return True, 0
+        return False, (peer - rank) % self.devices_per_node % self.links
+
+    def product_seconds(self, flops: float, rows: float, columns: float) -> float:
+        """Of matrix products with so many rows, the smaller of whose other sizes is ``columns``."""
+        share = rows / (rows + self.half_rows) * columns / (columns + self.half_rows)
+        return flops / (self.flops * self.compute_efficiency * share)
+
+    def attention_seconds(self, flops: float, tokens: float, head_dim: int) -> float:
+        """Of attention's kernel on a block, the shorter side of which has so many tokens."""
+        head = min(head_dim, HEAD_DIM)
+        share = tokens / (tokens + self.half_tokens)
+        share *= head / (head + self.half_head) * (HEAD_DIM + self.half_head) / HEAD_DIM
+        return flops / (self.flops * self.attention_efficiency * share)
 
     @property
-    def rate(self) -> float:
-        """Reached FLOP/s of one device."""
-        return self.flops * self.compute_efficiency
+    def attention_rate(self) -> float:
+        """FLOP/s of attention with long blocks and heads of HEAD_DIM."""
+        return self.flops * self.attention_efficiency
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+# What kernels reach of the peaks is public for NVIDIA's devices; docs/choosing.md says where. Products reach half of it
+# with so many rows, attention with blocks of so many tokens and heads of that size.
+def _reached(cluster: Cluster, products: float, attention: float, rows: float, tokens: float) -> Cluster:
+    return replace(
+        cluster, compute_efficiency=products, attention_efficiency=attention, half_rows=rows, half_tokens=tokens,
+        half_head=32.0,
+    )  # fmt: skip
+
+
+def _ascend(cluster: Cluster) -> Cluster:
+    return _reached(cluster, 0.75, 0.55, 256, 512)
+
+
 # Dense bf16 peaks of one device and its links, one way, as the vendors publish them; docs/choosing.md says where.
 CLUSTERS = {
-    # Ascend/msmodeling (Huawei's simulator), tensor_cast/device.py: ATLAS_800_A2_313T_64G; HCCS within, RoCE between.
-    "ascend-910b": Cluster(8, 294.9e12, 196e9, 25e9),
+    # Ascend/msmodeling (Huawei's simulator), tensor_cast/device.py: ATLAS_800_A2_313T_64G. Its 196 GB/s of HCCS are a
+    # full mesh of seven links; RoCE between.
+    "ascend-910b": _ascend(Cluster(8, 294.9e12, 28e9, 25e9, links=7, memory=64e9, memory_bandwidth=1.6e12)),
     # One of its two dies, as frameworks see them. There too: ATLAS_800_A3_752T_128G_DIE; RoCE: half of the 400
-    # Gbit/s of arXiv 2506.12708. In a supernode the links within (UB) span up to 768 dies.
-    "ascend-910c": Cluster(16, 353.9e12, 196e9, 25e9),
+    # Gbit/s of arXiv 2506.12708. In a supernode the links within (UB, switched) span up to 768 dies.
+    "ascend-910c": _ascend(Cluster(16, 353.9e12, 196e9, 25e9, memory=64e9, memory_bandwidth=1.6e12)),
     # NVIDIA A100 and DGX A100 datasheets: NVLink 600 GB/s both ways, a 200 Gbit/s adapter for each device.
-    "a100": Cluster(8, 312e12, 300e9, 25e9),
+    "a100": _reached(Cluster(8, 312e12, 300e9, 25e9, memory=80e9, memory_bandwidth=2.0e12), 0.87, 0.62, 128, 384),
     # NVIDIA H100 datasheet (SXM), DGX BasePOD: NVLink 900 GB/s both ways, a 400 Gbit/s adapter for each device.
-    "h100": Cluster(8, 989e12, 450e9, 50e9),
+    "h100": _reached(Cluster(8, 989e12, 450e9, 50e9, memory=80e9, memory_bandwidth=3.35e12), 0.80, 0.60, 256, 512),
 }
+# Those whose links within a node are NVLink or HCCS; of other devices --flops and the others say what they are.
+DEVICE_NAMES = {"910B": "ascend-910b", "910_93": "ascend-910c", "910C": "ascend-910c", "A100": "a100", "H100": "h100"}
 THIS_MACHINE = "this-machine"  # measured where and when it is named, and written nowhere
+DEFAULT = "ascend-910b"  # where nothing is named and nothing is found
+
+
+def known_device(name: str) -> str | None:
+    """The preset of a device by the name that its driver gives, or None."""
+    return next((preset for part, preset in DEVICE_NAMES.items() if part in name), None)

@@ -9,13 +9,31 @@ from collections.abc import Sequence
 
 from mindspeed_cp.doctor import launch
 from mindspeed_cp.planner import calibrate, megatron_flags
-from mindspeed_cp.planner.cluster import CLUSTERS, THIS_MACHINE, Cluster
+from mindspeed_cp.planner.cluster import CLUSTERS, DEFAULT, THIS_MACHINE, Cluster
 from mindspeed_cp.planner.hugging_face import hf_model
 from mindspeed_cp.planner.models import MODELS, ModelShape, named_model
 from mindspeed_cp.settings.config import MASK_TYPES
+from mindspeed_cp.settings.lengths import tokens
 
 SCALES = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 SCALES |= {f"{prefix}i": 2.0 ** (10 * power) for power, prefix in enumerate("KMGT", 1)}
+LEAST_BYTES = 1e5  # of --memory; below it a number without a unit is gigabytes
+HELP_OF = {
+    "devices_per_node": "neighbouring devices of a node, such as 8",
+    "flops": "peak of a device, such as 320TFLOP/s",
+    "intra_bandwidth": "of one link within a node, one way, such as 28GB/s",
+    "inter_bandwidth": "of one adapter between nodes, one way, such as 200Gbit/s",
+    "latency": "of a transfer, such as 10us",
+    "compute_efficiency": "share of --flops that large matrix products reach, such as 0.8",
+    "attention_efficiency": "share of --flops that attention reaches in long blocks, such as 0.6",
+    "link_efficiency": "share of the links that is reached, such as 0.8",
+    "half_rows": "rows of a matrix product with which it reaches half of that, such as 256",
+    "half_tokens": "tokens of a block with which attention reaches half of that, such as 512",
+    "half_head": "size of a head with which attention reaches half of that, such as 32",
+    "links": "peers within a node that a device reaches at once: 1 at a switch, 7 in a mesh of 8",
+    "devices_per_adapter": "that share an adapter between nodes, such as 1",
+    "memory_bandwidth": "of a device, such as 1600GB/s",
+}
 QUANTITY = re.compile(rf"(.*\d\.?) ?({'|'.join(sorted(SCALES, key=len, reverse=True))})(FLOPS|FLOP/s|bit/s|B/s|B|s|)")
 
 
@@ -35,6 +53,13 @@ def quantity(text: str) -> float:
         ) from None
 
 
+def _tokens(text: str) -> int:
+    try:
+        return tokens(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "mindspeed-cp plan",
@@ -48,29 +73,37 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--devices", type=int, help="plan a whole training on so many; sizes that are given stay")
     parser.add_argument("--tp", type=int, help="tensor parallel size (default: 1, with --devices any)")
     parser.add_argument("--pp", type=int, help="with --devices: pipeline parallel size")
+    parser.add_argument("--vpp", type=int, help="with --devices: parts of a pipeline stage; 1 is no interleaving")
     parser.add_argument("--ep", type=int, help="with --devices: expert parallel size")
     parser.add_argument("--etp", type=int, help="with --devices: tensor parallel size of an expert (default: 1 or tp)")
     parser.add_argument("--cp", type=int, help="context parallel size; needed without --devices")
     parser.add_argument("--global-batch", type=int, help="with --devices: sequences of a step (default: --devices)")
     parser.add_argument(
-        "--memory", type=quantity, default=64e9, metavar="BYTES", help="with --devices: of a device (default: 64GB)"
+        "--memory",
+        type=quantity,
+        metavar="GB",
+        help="with --devices: of a device, such as 80 or 80GB (default: --cluster's)",
     )
-    parser.add_argument("--seq-length", type=int, help="tokens")
+    parser.add_argument("--seq-length", type=_tokens, help="tokens, such as 4096 or 128k")
+    parser.add_argument("--vocab-size", type=int, help="where Megatron's flags name a tokenizer instead")
     parser.add_argument("--documents", help="packed documents: a dataset's .idx, or lognormal:6.5,1.3 and the like")
     parser.add_argument("--micro-batch", type=int, help="sequences (default: 1)")
     parser.add_argument("--mask-type", choices=[name for name in MASK_TYPES if name != "general"])
     parser.add_argument(
         "--cluster",
-        help=f"{', '.join(CLUSTERS)}, {THIS_MACHINE} (measured now), or a file of --calibrate; flags override it",
+        help=f"{', '.join(CLUSTERS)}, {THIS_MACHINE} (measured now), or a file of --calibrate; flags override it "
+        f"(default: of the devices that are here, else {DEFAULT})",
     )
     parser.add_argument("--calibrate", metavar="FILE.yaml", help="measure this machine, write the file, plan nothing")
     parser.add_argument(
         "--device", choices=calibrate.SIZES, default="cpu", help=f"that --calibrate and {THIS_MACHINE} measure"
     )
     for field in dataclasses.fields(Cluster):
-        kind = int if field.name == "devices_per_node" else quantity
+        if field.name == "memory":
+            continue
+        kind = int if field.type in ("int", int) else quantity
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=kind, metavar="NUMBER", help="such as 320TFLOP/s, 196GB/s, 200Gbit/s, 10us, 0.5")
+        parser.add_argument(flag, type=kind, metavar="NUMBER", help=HELP_OF[field.name])
     parser.add_argument(
         "--shell", action="store_true", help="with --devices: the first as variables of the launch scripts"
     )
@@ -98,14 +131,20 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
     given.line = megatron_flags.read(flags) if flags else None
     if started and given.devices is None and given.cp is None:
         given.devices = started.world_size or None
-    if given.devices is None and (given.pp or given.ep or given.etp or given.global_batch or given.shell):
-        raise ValueError("--pp, --ep, --etp, --global-batch and --shell belong to a whole training; give --devices.")
+    if given.devices is None and (given.pp or given.vpp or given.ep or given.etp or given.global_batch or given.shell):
+        raise ValueError(
+            "--pp, --vpp, --ep, --etp, --global-batch and --shell belong to a whole training; give --devices."
+        )
     for name, value in (given.line.sizes if given.line else {}).items():
         if getattr(given, name) is None:
             setattr(given, name, value)
     given.mask_type = given.mask_type or (given.line.mask_type if given.line else "causal")
     given.micro_batch = 1 if given.micro_batch is None else given.micro_batch
-    for name in ("devices", *megatron_flags.SIZES, "memory"):
+    given.notes = []
+    if given.memory is not None and 1 <= given.memory < LEAST_BYTES:
+        given.notes.append(f"--memory {given.memory:g} is read as {given.memory:g} GB.")
+        given.memory *= 1e9
+    for name in ("devices", *megatron_flags.SIZES, "vpp", "vocab_size", "memory"):
         if getattr(given, name) is not None and not getattr(given, name) >= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)} must be at least 1.")
     return given
@@ -121,5 +160,5 @@ def model(given: argparse.Namespace) -> ModelShape:
         return named_model(given.model)
     if given.hf_config:
         return hf_model(given.hf_config)
-    described: ModelShape = given.line.model()
+    described: ModelShape = given.line.model(given.vocab_size)
     return described

@@ -3,6 +3,7 @@
 Experts are taken to be loaded evenly; tokens travel by Megatron's all-to-all dispatcher.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -29,14 +30,14 @@ class Held:
 
 @dataclass(frozen=True)
 class Forward:
-    """One micro batch through one layer, without attention's kernel.
+    """Seconds of one micro batch through one layer, without attention's kernel.
 
     Args:
-        flops: of the matrix products.
-        tensor, expert: seconds of communication of tensor and of expert parallelism.
+        compute: the matrix products, and what the layer writes to memory and reads from it beside them.
+        tensor, expert: communication of tensor and of expert parallelism.
     """
 
-    flops: float
+    compute: float
     tensor: float
     expert: float
 
@@ -74,7 +75,12 @@ def forward(work: Work, split: Split, cluster: Cluster, with_experts: bool) -> F
 
 @lru_cache(maxsize=4096)
 def _forward(model: ModelShape, tokens: int, split: Split, cluster: Cluster, with_experts: bool) -> Forward:
-    flops = 2 * tokens * _counts(model, with_experts).active / split.tp
+    compute = sum(
+        cluster.product_seconds(flops, rows, columns)
+        for flops, rows, columns in _products(model, tokens, split, with_experts)
+    )
+    # Every activation is written once and read once.
+    compute += 2 * _held(model, tokens, split, with_experts).activations / cluster.memory_bandwidth
     row = tokens * model.hidden * HALF / split.tp  # of the tokens that a rank holds between the layers
     # A gather before and a scatter behind attention, and the dense MLP or the shared experts; latent attention gathers
     # what its projections to low ranks leave of a token.
@@ -82,11 +88,26 @@ def _forward(model: ModelShape, tokens: int, split: Split, cluster: Cluster, wit
     entry = (latent.q_rank or model.hidden) + latent.kv_rank + latent.rope if latent else model.hidden
     tensor = _exchange(tokens * entry * HALF, split.tp, 1, cluster) + scatter
     if not with_experts:
-        return Forward(flops, tensor + 2 * scatter, 0.0)
+        return Forward(compute, tensor + 2 * scatter, 0.0)
     experts = _experts(model)
     tensor += 2 * scatter if experts.shared_ffn else 0
     tensor += 2 * _exchange(experts.topk * row * split.etp, split.etp, 1, cluster)
-    return Forward(flops, tensor, 2 * _exchange(experts.topk * row, split.ep, split.etp, cluster))
+    return Forward(compute, tensor, 2 * _exchange(experts.topk * row, split.ep, split.etp, cluster))
+
+
+def _products(model: ModelShape, tokens: int, split: Split, with_experts: bool) -> Iterator[tuple[float, float, float]]:
+    """(FLOPs, rows, the smaller other size) of a rank's matrix products: attention's projections, the MLP, experts."""
+    counts, experts = _counts(model, with_experts), model.experts
+    shared = experts.shared_ffn if with_experts and experts else model.ffn
+    mlp = model.matrices * model.hidden * shared
+    narrow = (model.latent.q_rank or model.latent.kv_rank) if model.latent else model.hidden
+    width = min(narrow, model.num_heads * model.dk / split.tp)
+    yield 2 * tokens * (counts.active - counts.visited - mlp) / split.tp, tokens, width
+    if mlp:
+        yield 2 * tokens * mlp / split.tp, tokens, min(model.hidden, shared / split.tp)
+    if with_experts and experts:
+        visits = tokens / split.tp * split.ep * split.etp * experts.topk / experts.num  # of one expert
+        yield 2 * tokens * counts.visited / split.tp, visits, min(model.hidden, experts.ffn / split.etp)
 
 
 def _counts(model: ModelShape, with_experts: bool) -> LayerParameters:
@@ -106,4 +127,6 @@ def _exchange(size: float, members: int, stride: int, cluster: Cluster) -> float
     """
     near = min(max(cluster.devices_per_node // stride, 1), members)  # members in one node
     parts = {False: size * (near - 1) / members, True: size * (members - near) / members}
-    return max(cluster.latency + part / cluster.bandwidth(inter) if part else 0.0 for inter, part in parts.items())
+    return max(
+        cluster.latency + part / cluster.bandwidth(inter, near - 1) if part else 0.0 for inter, part in parts.items()
+    )

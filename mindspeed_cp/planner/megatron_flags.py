@@ -9,7 +9,8 @@ from mindspeed_cp.arguments.launch import bare_parser, known_flags, read_flags
 from mindspeed_cp.planner.models import Experts, Latent, ModelShape
 
 NUMBERS = {
-    "ffn-hidden-size": None, "vocab-size": None, "global-batch-size": None, "num-experts": None, "moe-router-topk": 2,
+    "ffn-hidden-size": None, "vocab-size": None, "padded-vocab-size": None,
+    "global-batch-size": None, "num-experts": None, "moe-router-topk": 2,
     "moe-ffn-hidden-size": None, "moe-shared-expert-intermediate-size": None, "expert-model-parallel-size": None,
     "expert-tensor-parallel-size": None, "q-lora-rank": None, "kv-lora-rank": 32, "qk-head-dim": 128,
     "qk-pos-emb-head-dim": 64, "v-head-dim": 128,
@@ -49,14 +50,19 @@ class MegatronFlags:
     def mask_type(self) -> str:
         return "full" if self.args.cp_attention_mask_type == "full" else "causal"
 
-    def model(self) -> ModelShape:
+    def model(self, vocab: int | None = None) -> ModelShape:
         """The model that it describes.
+
+        Args:
+            vocab: entries of the vocabulary, where the line does not say how many.
 
         Raises:
             ValueError: a size is missing, or they do not fit together.
         """
-        if self.missing:
-            flags = ", ".join(f"--{name}" for name in self.missing)
+        entries: int = self.args.vocab_size or self.args.padded_vocab_size or vocab or 0
+        missing = [name for name in self.missing if name != "vocab-size" or not entries]
+        if missing:
+            flags = ", ".join(f"--{name}" for name in missing)
             raise ValueError(f"{flags} not given; a model by Megatron's flags needs all of them, or give --model.")
         args, gated = self.args, self.args.swiglu or self.args.quick_geglu
         heads, kv_heads, dk, dv = attention_sizes(args)
@@ -67,7 +73,7 @@ class MegatronFlags:
             latent = Latent(args.q_lora_rank or 0, args.kv_lora_rank, args.qk_pos_emb_head_dim)
         tied, experts = not args.untie_embeddings_and_output_weights, _experts(args, ffn)
         learned = args.position_embedding_type in (None, "learned_absolute")  # Megatron's default
-        sizes = layers, heads, kv_heads, dk, dv, hidden, ffn, args.vocab_size
+        sizes = layers, heads, kv_heads, dk, dv, hidden, ffn, entries
         return ModelShape(*sizes, gated, tied, latent, experts, learned)
 
 

@@ -81,6 +81,7 @@ class ModelShape:
         tied: embeddings and output share their weights.
         learned_positions: a table with a row for each position, whole on every tensor-parallel rank of the first stage;
             ``parameters`` leaves it out.
+        window, windowed_share: tokens that a query sees in some layers, and the share of those layers.
     """
 
     num_layers: int
@@ -96,6 +97,8 @@ class ModelShape:
     latent: Latent | None = None
     experts: Experts | None = None
     learned_positions: bool = False
+    window: int = 0
+    windowed_share: float = 0.0
 
     @property
     def matrices(self) -> int:
@@ -136,10 +139,14 @@ class ModelShape:
         down = self.hidden * (latent.q_rank + latent.kv_rank + latent.rope) + latent.q_rank + latent.kv_rank
         return out + query + key_value, norms + down
 
-    def stage(self, number: int, of: int) -> tuple[int, int]:
-        """Layers (without, with) experts of one of so many pipeline stages; the last one is shorter if need be."""
-        most = -(-self.num_layers // of)
-        layers = range(self.num_layers)[number * most : (number + 1) * most]
+    def stage(self, number: int, of: int, ends: bool = False) -> tuple[int, int]:
+        """Layers (without, with) experts of one of so many pipeline stages; the last one is shorter if need be.
+
+        Args:
+            ends: embedding and output take the place of a layer each, in the first stage and in the last one.
+        """
+        most, shift = -(-(self.num_layers + 2 * ends) // of), int(ends)
+        layers = range(self.num_layers)[max(number * most - shift, 0) : (number + 1) * most - shift]
         with_experts = sum(self.experts.layers[layer] for layer in layers) if self.experts else 0
         return len(layers) - with_experts, with_experts
 
@@ -174,8 +181,14 @@ def _row(line: str) -> tuple[str, ModelShape]:
         pattern = tuple(layer >= dense for layer in range(layers))
         experts = Experts(more["experts"], more["topk"], more["expert_ffn"], more.get("shared_ffn", 0), pattern)
     gated, tied, dv = "gated" in words, "untied" not in words, more.get("dv", dk)
+    # Of every so many layers the last one sees everything, the others a window.
+    every = more.get("every", 1)
+    share = sum((layer + 1) % every > 0 for layer in range(layers)) / layers
     sizes = layers, heads, kv_heads, dk, dv, hidden, ffn, vocab
-    return name, ModelShape(*sizes, gated, tied, latent, experts, learned_positions="learned" in words)
+    shape = ModelShape(
+        *sizes, gated, tied, latent, experts, "learned" in words, more.get("window", 0) if share else 0, share
+    )
+    return name, shape
 
 
 MODELS = dict(_row(line) for line in TABLE.read_text(encoding="utf-8").splitlines() if not line.startswith("#"))

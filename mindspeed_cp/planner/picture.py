@@ -1,14 +1,16 @@
-"""A picture of the planner's predictions: time over the length of a sequence, a line for each algorithm."""
+"""A picture of the planner's predictions: time over that of the fastest, a line for each algorithm."""
 
 from collections import defaultdict
+from typing import Any
 
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.search import Found
-from mindspeed_cp.planner.split import Work
-from mindspeed_cp.planner.training import fitting, options
+from mindspeed_cp.planner.split import Work, splits
+from mindspeed_cp.planner.training import Search
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 NONE = "no context parallelism"
+LIMIT = 2.0  # times the fastest: slower than that nobody chooses
 
 
 def _name(config: ContextParallelConfig) -> str:
@@ -28,16 +30,25 @@ def layer_milliseconds(found: Found) -> dict[str, float]:
 def training_seconds(
     work: Work, devices: int, memory: float, cluster: Cluster, fixed: dict[str, int]
 ) -> dict[str, float]:
-    """Algorithm -> seconds of a step with its fastest plan; algorithms of which none fits are left out."""
-    by_name = defaultdict(list)
-    for option in options(work, devices, cluster, fixed)[0]:
-        by_name[_name(option.attention.config)].append(option)
-    best = {name: next(fitting(work, its_own, memory, cluster), None) for name, its_own in by_name.items()}
-    return {name: plan.step.seconds for name, plan in best.items() if plan is not None}
+    """Algorithm -> seconds of a step with its fastest plan; those of which none fits, or which takes more than LIMIT
+    times as long as the fastest, are left out.
+    """
+    best: dict[str, float] = {}
+    some = list(splits(work, devices, cluster, fixed, {}))
+    for plan in Search(work, memory, cluster).fitting(
+        some, wanted=lambda candidate: _name(candidate.config) not in best
+    ):
+        if plan.step.seconds > LIMIT * min(best.values(), default=plan.step.seconds):
+            break
+        best.setdefault(_name(plan.attention.config), plan.step.seconds)
+    return best
 
 
 def plot(path: str, found: dict[int, dict[str, float]], unit: str, title: str) -> None:
-    """Write the picture; ``found`` maps the length of a sequence to the time of each algorithm, in ``unit``.
+    """Write the picture: the time of every algorithm over that of the fastest one, and a mark where nothing fits.
+
+    Args:
+        found: length of a sequence -> algorithm -> time in ``unit``; empty where nothing fits.
 
     Raises:
         ValueError: there is no matplotlib, or the file cannot be written.
@@ -46,21 +57,38 @@ def plot(path: str, found: dict[int, dict[str, float]], unit: str, title: str) -
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("--plot needs matplotlib; pip install matplotlib, or leave it out.") from error
-    lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for length, each in sorted(found.items()):
-        for name, time in each.items():
-            lines[name].append((length, time))
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, points in lines.items():
-        axes.plot(*zip(*points), marker="o", markersize=3, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="tokens of a sequence", ylabel=f"{unit} (prediction)", title=title)
-    axes.set_xscale("log", base=2)
-    axes.legend()
-    axes.grid(alpha=0.3)
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    _draw(figure.subplots(), found, unit, title)
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--plot {path} cannot be written: {error}; name a .png, .svg or .pdf in a folder that exists."
         ) from error
+
+
+def _draw(axes: Any, found: dict[int, dict[str, float]], unit: str, title: str) -> None:
+    lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for length, each in sorted(found.items()):
+        for name, time in each.items():
+            if time <= LIMIT * min(each.values()):
+                lines[name].append((length, time / min(each.values())))
+    heights: list[float] = []
+    for name, points in sorted(lines.items(), key=lambda line: line[1][-1][1]):
+        (drawn,) = axes.plot(*zip(*points), marker="o", markersize=3)
+        height = max([points[-1][1], *(taken + 0.05 for taken in heights)])  # labels do not cover each other
+        heights.append(height)
+        axes.annotate(
+            name, points[-1], (8, 72 * (height - points[-1][1])), textcoords="offset points", color=drawn.get_color(),
+            va="center", fontsize=8,
+        )  # fmt: skip
+    for length in (length for length, each in found.items() if not each):
+        axes.plot([length], [1.0], marker="x", markersize=9, color="black")
+        axes.annotate("nothing fits", (length, 1.0), (0, 10), textcoords="offset points", ha="center", fontsize=8)
+    fastest = ", ".join(f"{length:,}: {min(each.values()):,.3g}" for length, each in sorted(found.items()) if each)
+    axes.set(xlabel=f"tokens of a sequence (fastest, {unit}, a prediction: {fastest})", title=title)
+    axes.set_ylabel("time over that of the fastest")
+    axes.xaxis.label.set_size(7)
+    axes.set_xscale("log", base=2)
+    axes.margins(x=0.25)
+    axes.grid(alpha=0.3)

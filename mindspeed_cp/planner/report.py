@@ -1,9 +1,10 @@
 """What the planner says of a whole training: a table, the reason, the flags, and lines for a shell."""
 
 from mindspeed_cp.arguments.declared import variables_of
+from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.search import Candidate, flags
 from mindspeed_cp.planner.split import Work, sizes
-from mindspeed_cp.planner.training import Plan, tokens_per_second
+from mindspeed_cp.planner.training import MARGIN, Plan, is_tight, tokens_per_second, utilization
 
 SHOWN = 5
 
@@ -16,23 +17,25 @@ def reason(candidate: Candidate) -> str:
     return f"{sent}, of which {candidate.exposed * 1e3:,.1f} ms do not hide"
 
 
-def text(found: list[Plan], work: Work) -> list[str]:
-    """The best plans, one below the other."""
+def text(found: list[Plan], work: Work, cluster: Cluster, memory: float) -> list[str]:
+    """The best plans, one below the other; those that leave less than a tenth of the memory are marked."""
     lines = []
     for number, plan in enumerate(found[:SHOWN], 1):
-        step, memory = plan.step, plan.memory
+        step, held = plan.step, plan.memory
         parts = {
             "compute": step.compute, "context parallelism": step.context, "tensor": step.tensor,
-            "expert": step.expert, "data": step.data, "bubble": step.bubble,
+            "expert": step.expert, "between stages": step.pipeline, "data": step.data, "bubble": step.bubble,
         }  # fmt: skip
-        bytes_of = {name: value for name, value in vars(memory).items() if value}
+        bytes_of = {name: value for name, value in vars(held).items() if value}
         lines += [
-            f"{number}. {tokens_per_second(work, plan):,.0f} tokens/s: {sizes(plan.split)}; "
+            f"{number}. {tokens_per_second(work, plan):,.0f} tokens/s, MFU {utilization(work, plan, cluster):.0%}: "
+            f"{sizes(plan.split)}; "
             f"{_setting(plan)}; recompute {plan.recompute}",
             f"   step {step.seconds:.2f} s: "
             + ", ".join(f"{name} {value:.2f}" for name, value in parts.items() if value),
-            f"   memory {memory.total / 1e9:.1f} GB: "
-            + ", ".join(f"{name} {value / 1e9:.1f}" for name, value in bytes_of.items()),
+            f"   memory {held.total / 1e9:.1f} GB: "
+            + ", ".join(f"{name} {value / 1e9:.1f}" for name, value in bytes_of.items())
+            + (f"; above {MARGIN:.0%} of the device's, which may not suffice" if is_tight(plan, memory) else ""),
         ]
         if plan.split.cp > 1:
             lines.append(f"   a layer {reason(plan.attention)}")
@@ -53,7 +56,13 @@ def megatron_flags(plan: Plan) -> str:
     if split.ep:
         line += f" --expert-model-parallel-size {split.ep} --expert-tensor-parallel-size {split.etp}"
         line += " --moe-token-dispatcher-type alltoall"  # which is planned; Megatron's default gathers all tokens
+    if split.vpp > 1:
+        line += f" --num-virtual-stages-per-pipeline-rank {split.vpp}"
+    if split.ends:
+        line += " --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
     line += " --use-distributed-optimizer"  # whose share of the states is planned
+    if split.dp * split.cp > 1:  # so that data parallelism hides behind a micro batch
+        line += " --overlap-grad-reduce --overlap-param-gather"
     if plan.recompute != "none":
         line += " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     if plan.recompute == "full, attention kept" and split.cp > 1:
@@ -73,13 +82,15 @@ def shell(plan: Plan) -> list[str]:
     return [f"{name}={value}" for name, value in values.items()]
 
 
-def record(plan: Plan, work: Work) -> dict[str, object]:
+def record(plan: Plan, work: Work, cluster: Cluster, memory: float) -> dict[str, object]:
     """For JSON."""
     return {
         "split": vars(plan.split),
         "setting": _setting(plan),
         "recompute": plan.recompute,
         "tokens_per_second": tokens_per_second(work, plan),
+        "mfu": utilization(work, plan, cluster),
+        "above_nine_tenths_of_memory": is_tight(plan, memory),
         "step_seconds": {**vars(plan.step), "total": plan.step.seconds},
         "memory_bytes": {**vars(plan.memory), "total": plan.memory.total},
         "flags": megatron_flags(plan),

@@ -1,7 +1,7 @@
 """Every setting of context parallelism for one attention layer, timed on a model of the cluster."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -73,25 +73,27 @@ class Found:
     excluded: dict[str, str]
 
 
-def timeline(events: list[Event], cluster: Cluster, node: int) -> Timing:
-    """Play one rank's events. What is sent and what is received within and between nodes queue in four lines of their
-    own, links being full duplex; peers post when this rank posts.
+def timeline(events: list[Event], cluster: Cluster, rank: int) -> Timing:
+    """Play the events of one global rank. What is sent and what is received queue at each of its links, which are full
+    duplex: transfers to several peers share the port of a switch or an adapter, and the links of a mesh carry them at
+    once. Peers post when this rank posts.
     """
     now = compute = exposed = 0.0
-    free: dict[tuple[bool, str], float] = {}
+    free: dict[tuple[bool, int, str], float] = {}
     ready = {}
     for event in events:
         if isinstance(event, Compute):
-            compute += event.flops / cluster.rate
-            now += event.flops / cluster.rate
+            seconds = cluster.attention_seconds(event.flops, event.tokens, event.head_dim)
+            compute += seconds
+            now += seconds
         elif isinstance(event, Post):
             ready[event.number] = now
             for way, ends in (("out", event.sent), ("in", event.received)):
-                for inter, size in _apart(ends, cluster, node).items():
-                    if size:
-                        start = max(now, free.get((inter, way), 0.0))
-                        free[inter, way] = start + cluster.latency + size / cluster.bandwidth(inter)
-                        ready[event.number] = max(ready[event.number], free[inter, way])
+                for (inter, number), size in _by_link(ends, cluster, rank).items():
+                    start = max(now, free.get((inter, number, way), 0.0))
+                    end = start + cluster.latency + size / cluster.bandwidth(inter)
+                    free[inter, number, way] = end
+                    ready[event.number] = max(ready[event.number], end)
         else:
             waited = max(ready[event.number] - now, 0.0)
             exposed += waited
@@ -99,11 +101,20 @@ def timeline(events: list[Event], cluster: Cluster, node: int) -> Timing:
     return Timing(compute, exposed)
 
 
-def _apart(ends: dict[int, int], cluster: Cluster, node: int) -> dict[bool, int]:
+def _by_link(ends: dict[int, int], cluster: Cluster, rank: int) -> dict[tuple[bool, int], int]:
+    """Bytes on each link of ``rank``."""
+    sizes: dict[tuple[bool, int], int] = {}
+    for peer, size in ends.items():
+        link = cluster.link(rank, peer)
+        sizes[link] = sizes.get(link, 0) + size
+    return sizes
+
+
+def _apart(ends: dict[int, int], cluster: Cluster, rank: int) -> dict[bool, int]:
     """Bytes within (False) and between (True) nodes."""
     sizes = {False: 0, True: 0}
-    for rank, size in ends.items():
-        sizes[cluster.node(rank) != node] += size
+    for peer, size in ends.items():
+        sizes[cluster.node(peer) != cluster.node(rank)] += size
     return sizes
 
 
@@ -169,9 +180,18 @@ def _rank(candidate: Candidate) -> tuple[float, bool, int]:
 
 
 def timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> Candidate:
-    """One setting, traced; raises what the engine raises."""
+    """One setting, traced; raises what the engine raises. Of a model with two kinds of layers it is the mean layer."""
     alike = replace(problem, is_pipeline=False)
-    return _timed(config, alike if alike.layout(config) == problem.layout(config) else problem, cluster)
+    problem = alike if alike.layout(config) == problem.layout(config) else problem
+    if problem.windowed is None:
+        return _timed(config, problem, cluster)
+    (window, share), whole = problem.windowed, replace(problem, windowed=None)
+    wide, narrow = (_timed(config, each, cluster) for each in (whole, replace(whole, sliding_window=(window - 1, 0))))
+    forward, backward = (
+        Timing(*((1 - share) * one + share * other for one, other in zip(astuple(first), astuple(second))))
+        for first, second in ((wide.forward, narrow.forward), (wide.backward, narrow.backward))
+    )
+    return replace(wide, forward=forward, backward=backward)
 
 
 @lru_cache(maxsize=4096)
@@ -179,9 +199,9 @@ def _timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) ->
     times, intra, inter = [], 0, 0
     for rank in traced_ranks(config, problem, cluster):
         passes = trace(config, problem, rank)
-        node = cluster.node(rank * problem.stride)
-        times.append([timeline(each.events, cluster, node) for each in passes])
-        sizes = [_apart(each.sent, cluster, node) for each in passes]
+        place = rank * problem.stride
+        times.append([timeline(each.events, cluster, place) for each in passes])
+        sizes = [_apart(each.sent, cluster, place) for each in passes]
         intra, inter = max(intra, sum(s[False] for s in sizes)), max(inter, sum(s[True] for s in sizes))
     forward, backward = max(times, key=lambda passes: sum(each.seconds for each in passes))
     return Candidate(config, forward, backward, intra, inter)
@@ -222,7 +242,7 @@ def hiding_tokens(problem: Problem, cluster: Cluster, inter: bool, causal: bool 
     """Local tokens from which a ring step's transfer hides behind its forward computation (docs/choosing.md)."""
     share = 0.5 if causal else 1.0
     ratio = problem.kv_heads * problem.dtype.itemsize / (2 * share * problem.heads)
-    return cluster.rate / cluster.bandwidth(inter) * ratio
+    return cluster.attention_rate / cluster.bandwidth(inter) * ratio
 
 
 def flags(config: ContextParallelConfig) -> str:

@@ -36,6 +36,8 @@ class Split:
     Args:
         ep, etp: of expert parallelism, and of tensor parallelism within an expert; 0 where the model has no experts.
         last_layers: of the last pipeline stage where it is shorter than the others, else 0.
+        vpp: parts of the layers of a stage, between which a pipeline is interleaved; 1 where it is not.
+        ends: embedding and output count as a layer each, where the stages are equal only then.
     """
 
     tp: int
@@ -45,6 +47,8 @@ class Split:
     ep: int = 0
     etp: int = 0
     last_layers: int = 0
+    vpp: int = 1
+    ends: bool = False
 
     @property
     def stage(self) -> int:
@@ -58,7 +62,9 @@ class Split:
 
 
 def sizes(split: Split) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(split).items() if value)
+    values = {name: value for name, value in vars(split).items() if value and (name != "vpp" or value > 1)}
+    ends = ", embedding and output as layers" if values.pop("ends", False) else ""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items()) + ends
 
 
 def splits(
@@ -72,8 +78,8 @@ def splits(
             excluded.setdefault(f"tp {tp}", rule)
             continue
         for pp in _chosen(fixed.get("pp"), devices // tp):
-            last = model.num_layers - (pp - 1) * -(-model.num_layers // pp)
-            if last < 1:
+            shapes = list(_pipelines(model.num_layers, pp, fixed.get("vpp")))
+            if not shapes:
                 excluded.setdefault(f"pp {pp}", f"{model.num_layers} layers must be divisible by it, or nearly so")
                 continue
             for cp in _chosen(fixed.get("cp"), devices // tp // pp):
@@ -91,13 +97,30 @@ def splits(
                     samples = f"dp {dp} x --micro-batch {work.micro_batch}"
                     excluded.setdefault(f"dp {dp}", f"--global-batch {work.global_batch} is no multiple of {samples}")
                     continue
+                # Interleaving needs whole groups of micro batches.
+                even = work.global_batch // (dp * work.micro_batch) % pp == 0
                 for ep, etp in _expert_sizes(model, tp, tp * cp * dp, fixed, excluded):
-                    some = True
-                    yield Split(tp, pp, cp, dp, ep, etp, last if model.num_layers % pp else 0)
+                    for last, vpp, ends in shapes if even else [shape for shape in shapes if shape[1] == 1]:
+                        some = True
+                        yield Split(tp, pp, cp, dp, ep, etp, last, vpp, ends)
     if not some:
         rules = "; ".join(f"{what}: {rule}" for what, rule in excluded.items())
         rules = rules or ", ".join(f"--{name} {size}" for name, size in fixed.items()) + " must divide them"
         raise ValueError(f"--devices {devices} cannot be split for this model and batch ({rules}); change one of them.")
+
+
+def _pipelines(layers: int, pp: int, vpp: int | None) -> Iterator[tuple[int, int, bool]]:
+    """(layers of a shorter last stage or 0, parts of a stage, whether embedding and output count as layers)."""
+    last = layers - (pp - 1) * -(-layers // pp)
+    if last >= 1 and vpp in (None, 1):
+        yield last if layers % pp else 0, 1, False
+    ends = layers % pp > 0 and (layers + 2) % pp == 0
+    if pp == 1 or (layers % pp and not ends):
+        return
+    a_stage = (layers + 2 * ends) // pp
+    for parts in _chosen(vpp, a_stage):
+        if parts > 1 or ends:
+            yield 0, parts, ends
 
 
 def _rule_of_tp(model: ModelShape, tp: int, cluster: Cluster | None) -> str:

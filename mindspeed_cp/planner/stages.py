@@ -45,9 +45,11 @@ class Step:
     """Seconds of one step.
 
     Args:
-        compute: kernels, attention's and what is recomputed included.
+        compute: kernels, attention's and what is recomputed included, and the optimizer.
         context: communication of context parallelism that does not hide behind attention.
-        tensor, expert, data: communication of tensor, expert and data parallelism, of which nothing is taken to hide.
+        tensor, expert, pipeline: communication of tensor and expert parallelism and between stages of a pipeline, of
+            which nothing is taken to hide.
+        data: of data parallelism, what does not hide behind one micro batch.
         bubble: stages of the pipeline that wait.
     """
 
@@ -55,12 +57,13 @@ class Step:
     context: float
     tensor: float
     expert: float
+    pipeline: float
     data: float
     bubble: float
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.context + self.tensor + self.expert + self.data + self.bubble
+        return sum(vars(self).values())
 
 
 def stage_memory(work: Work, split: Split, recompute: Recompute, number: int, one: AttentionBytes, left: int) -> Memory:
@@ -71,16 +74,16 @@ def stage_memory(work: Work, split: Split, recompute: Recompute, number: int, on
         one: attention of the layer that runs. left: bytes that attention of every other one has left.
     """
     model, is_last = work.model, number == split.pp - 1
-    in_flight = min(split.pp - number, _micro_batches(work, split))
+    parts = _parts_in_flight(work, split, number)
     layers = [held(work, split, kind) for kind, count in _kinds(work, split, number) for _ in range(count)]
     tokens, routed = local_tokens(work, split), sum(layer.routed for layer in layers)
     parameters = sum(layer.parameters for layer in layers) + _tables(work, split, number)
     if recompute == "none":
-        activations = in_flight * sum(layer.activations for layer in layers)
+        activations = -(-parts * sum(layer.activations for layer in layers) // split.vpp)
     else:  # the inputs of all, and one that is recomputed
         entry = tokens * HALF * model.hidden // split.tp
-        activations = in_flight * len(layers) * entry + max(layer.activations for layer in layers)
-    attention_sum = (in_flight * len(layers) - 1) * left + one.saved
+        activations = parts * len(layers) * entry // split.vpp + max((layer.activations for layer in layers), default=0)
+    attention_sum = (-(-parts * len(layers) // split.vpp) - 1) * left + one.saved
     logits = tokens * model.vocab * (HALF + FLOAT) // split.tp if is_last else 0
     optimizer = parameters * OPTIMIZER // (split.dp * split.cp) + (routed * OPTIMIZER // split.edp if routed else 0)
     parameters += routed
@@ -95,11 +98,20 @@ def stage_memory(work: Work, split: Split, recompute: Recompute, number: int, on
     )
 
 
+def _parts_in_flight(work: Work, split: Split, number: int) -> int:
+    """Of a stage's layers, in micro batches that have passed forward and not yet backward: 1F1B, or interleaved."""
+    behind = split.pp - number
+    if split.vpp == 1:
+        return min(behind, _micro_batches(work, split))
+    return min(2 * (behind - 1) + (split.vpp - 1) * split.pp + 1, _micro_batches(work, split) * split.vpp)
+
+
 def kinds_of_stages(work: Work, split: Split) -> list[int]:
     """The stages that differ: the first of every kind, by its layers, by its tables and by the output."""
     first: dict[tuple[object, ...], int] = {}
     for number in range(split.pp):
-        first.setdefault((work.model.stage(number, split.pp), number == 0, number == split.pp - 1), number)
+        layers = work.model.stage(number, split.pp, split.ends)
+        first.setdefault((layers, number == 0, number == split.pp - 1), number)
     return list(first.values())
 
 
@@ -113,7 +125,7 @@ def _tables(work: Work, split: Split, number: int) -> int:
 
 def _kinds(work: Work, split: Split, number: int) -> list[tuple[bool, int]]:
     """(whether they have experts, how many) of the layers of a stage."""
-    without, with_experts = work.model.stage(number, split.pp)
+    without, with_experts = work.model.stage(number, split.pp, split.ends)
     return [(kind, count) for kind, count in ((False, without), (True, with_experts)) if count]
 
 
@@ -130,19 +142,42 @@ def stage_step(
     parameters, routed = _tables(work, split, number), 0
     for with_experts, layers in kinds:
         layer, size = forward(work, split, cluster, with_experts), held(work, split, with_experts)
-        compute += layers * ((3 + again) * layer.flops / cluster.rate + of_attention)  # backward counts twice
+        compute += layers * ((3 + again) * layer.compute + of_attention)  # backward counts twice
         context += layers * exposed
         tensor += layers * (2 + again) * layer.tensor
         expert += layers * (2 + again) * layer.expert
         parameters, routed = parameters + layers * size.parameters, routed + layers * size.routed
     if number == split.pp - 1:
-        compute += 3 * 2 * local_tokens(work, split) * model.vocab * model.hidden / split.tp / cluster.rate
+        tokens, columns = local_tokens(work, split), min(model.hidden, model.vocab / split.tp)
+        flops = 2 * tokens * model.vocab * model.hidden / split.tp
+        compute += 3 * cluster.product_seconds(flops, tokens, columns)
+    compute += 2 * FLOAT * (parameters + routed) / cluster.memory_bandwidth  # gradients are summed up
+    passed = _between_stages(work, split, cluster)
+    bubble = (split.pp - 1) / split.vpp * (compute + context + tensor + expert + passed)
+    exchanged, updated = _data(split, parameters, routed, cluster)
+    exposed_data = max(exchanged - compute, 0.0)
+    return Step(
+        count * compute + updated, count * context, count * tensor, count * expert, count * passed, exposed_data, bubble
+    )
+
+
+def _between_stages(work: Work, split: Split, cluster: Cluster) -> float:
+    """Seconds in which a stage passes on what one micro batch needs, forward and backward."""
+    if split.pp == 1:
+        return 0.0
+    size = local_tokens(work, split) * work.model.hidden * HALF / split.tp
+    inter = split.stage >= cluster.devices_per_node
+    return 2 * split.vpp * (cluster.latency + size / cluster.bandwidth(inter))
+
+
+def _data(split: Split, parameters: int, routed: int, cluster: Cluster) -> tuple[float, float]:
+    """Seconds of (reducing gradients and gathering parameters, the optimizer)."""
     inter = split.stage > cluster.devices_per_node
+    near = min(max(cluster.devices_per_node // split.tp, 1), split.dp * split.cp)
     copies = ((parameters, split.dp * split.cp), (routed, split.edp if routed else 1))
     moved = sum(size * (FLOAT + HALF) * (members - 1) / members for size, members in copies)
-    bubble = (split.pp - 1) * (compute + context + tensor + expert)
-    data = moved / cluster.bandwidth(inter)
-    return Step(count * compute, count * context, count * tensor, count * expert, data, bubble)
+    states = sum(size * (2 * OPTIMIZER + FLOAT + HALF) / members for size, members in copies)
+    return moved / cluster.bandwidth(inter, near - 1), states / cluster.memory_bandwidth
 
 
 def _micro_batches(work: Work, split: Split) -> int:

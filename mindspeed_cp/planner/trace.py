@@ -28,6 +28,8 @@ from mindspeed_cp.kernels.base import (
     MemoryOrder,
     accumulation_dtype,
 )
+from mindspeed_cp.planner.cluster import HEAD_DIM
+from mindspeed_cp.sequence.blocks import Block
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.config import ContextParallelConfig
 
@@ -39,6 +41,7 @@ class Problem:
     Args:
         heads, kv_heads: of a tensor-parallel rank.
         cu_seqlens: document boundaries with the leading 0 and the total, those of every row where they differ, or None.
+        windowed: (tokens that a query sees, share of the layers that are so limited), of models that mix both kinds.
         is_pipeline: of which the first stage alone knows where documents end.
         stride: global ranks between neighbours of the context-parallel group, the tensor-parallel size in Megatron.
     """
@@ -52,6 +55,7 @@ class Problem:
     dtype: torch.dtype = torch.bfloat16
     cu_seqlens: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = None
     sliding_window: tuple[int | None, int | None] | None = None
+    windowed: tuple[int, float] | None = None
     stride: int = 1
     layer_number: int = 1
     is_pipeline: bool = False
@@ -67,9 +71,16 @@ class Problem:
         return SequenceLayout.build(config, self.seq_len, self.layout_documents)
 
 
+LONG = 1 << 30  # tokens of a block that is long enough for any kernel
+
+
 @dataclass(frozen=True)
 class Compute:
+    """A block: its FLOPs, the shorter side of its pieces (their mean by what it costs a kernel), the size of a head."""
+
     flops: int
+    tokens: float = LONG
+    head_dim: int = HEAD_DIM
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,14 @@ class NotingLink(Link):
         return self.notes.post(leaving, arriving).wait
 
 
+def shorter_side(block: Block) -> float:
+    """Tokens of the shorter side of a block's pieces: the mean with which its time is that of the pieces one by one."""
+    sides = [(rows.stop - rows.start, cols.stop - cols.start) for rows, cols in block.pieces()]
+    if len(sides) == 1:
+        return float(min(sides[0]))
+    return sum(rows * cols for rows, cols in sides) / max(sum(max(pair) for pair in sides), 1)
+
+
 @dataclass
 class NotingKernel(AttentionKernel):
     """A kernel that computes nothing and notes its FLOPs: two for each multiply-add of the matrix products."""
@@ -185,7 +204,8 @@ class NotingKernel(AttentionKernel):
         query = tensors.query
         _, batch, heads, dk = query.shape
         dv = tensors.value.shape[-1]
-        self.notes.events.append(Compute(2 * tensors.block.area * batch * heads * (dk + dv)))
+        flops = 2 * tensors.block.area * batch * heads * (dk + dv)
+        self.notes.events.append(Compute(flops, shorter_side(tensors.block), dk))
         lse = query.new_empty(query.shape[:-1], dtype=accumulation_dtype(query.dtype))
         return BlockResult(query.new_empty((*query.shape[:-1], dv)), lse)
 
@@ -196,7 +216,8 @@ class NotingKernel(AttentionKernel):
         query, key, value = tensors.query, tensors.key, tensors.value
         _, batch, heads, dk = query.shape
         # Scores again, their gradient, and the gradients of query, key and value.
-        self.notes.events.append(Compute(2 * tensors.block.area * batch * heads * (3 * dk + 2 * value.shape[-1])))
+        flops = 2 * tensors.block.area * batch * heads * (3 * dk + 2 * value.shape[-1])
+        self.notes.events.append(Compute(flops, shorter_side(tensors.block), dk))
         return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 

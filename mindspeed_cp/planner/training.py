@@ -3,23 +3,27 @@
 The attention layer comes from the engine (search.py, memory.py), the rest from stages.py.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from heapq import heapify, heappop, heappush
-from itertools import islice
+from heapq import heappop, heappush
+from itertools import count, pairwise
+from math import inf
 
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.layers import HALF
 from mindspeed_cp.planner.memory import AttentionBytes, kept_bytes, most_bytes
 from mindspeed_cp.planner.models import ModelShape
-from mindspeed_cp.planner.search import Candidate, Found, Policies, search, timed
+from mindspeed_cp.planner.search import Candidate, Found, Policies, Timing, search, timed
 from mindspeed_cp.planner.split import Split, Work, sizes, splits
 from mindspeed_cp.planner.stages import RECOMPUTES, Memory, Recompute, Step, kinds_of_stages, stage_memory, stage_step
 from mindspeed_cp.planner.trace import Problem
 from mindspeed_cp.settings.config import KV_CACHE_POLICIES, ContextParallelConfig, MaskType
 from mindspeed_cp.settings.rules import heads_of_rank
 from mindspeed_cp.settings.training_setup import TrainingSetup
+
+MARGIN = 0.9  # of a device's memory: the rest is for what is not counted
+SETTINGS = 4  # of context parallelism that are weighed where nothing fits
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,96 @@ class Option:
     """One way to train of which it is not known yet whether it fits.
 
     Args:
+        attention: the setting of context parallelism, None where none has been traced yet.
         is_bound: the times are lower bounds; a KV cache policy's are traced where they matter.
     """
 
     split: Split
-    attention: Candidate
+    attention: Candidate | None
     recompute: Recompute
     step: Step
     is_bound: bool = False
+
+
+@dataclass
+class Search:
+    """The ways to train, fastest first, each traced only when nothing that is not yet traced could be faster.
+
+    Args:
+        memory: bytes of a device.
+        note: called with (how many splits are decided, how many there are).
+    """
+
+    work: Work
+    memory: float
+    cluster: Cluster
+    excluded: dict[str, str] = field(default_factory=dict)
+    note: Callable[[int, int], None] = lambda decided, of: None
+
+    def fitting(self, some: Iterable[Split], wanted: Callable[[Candidate], bool] = lambda _: True) -> Iterator[Plan]:
+        """Those that fit, of equals the one that sends less. What attention needs and a policy saves is counted only
+        where the rest leaves room for it.
+
+        Args:
+            wanted: asked for each setting before its memory is counted.
+        """
+        waiting: list[tuple[float, int, Option]] = []
+        numbers, seen, decided = count(), set[tuple[object, ...]](), set[tuple[Split, Recompute]]()
+        for option in self.bounds(some):
+            heappush(waiting, (option.step.seconds, next(numbers), option))
+        total = len(waiting)
+        while waiting:
+            _, number, option = heappop(waiting)
+            if option.attention is None:
+                decided.add((option.split, option.recompute))
+                self.note(len(decided), total)
+                for each in self.traced(option):
+                    heappush(waiting, (each.step.seconds, next(numbers), each))
+                continue
+            split, recompute = option.split, option.recompute
+            if not wanted(option.attention):
+                continue
+            if option.is_bound:
+                if _memory(self.work, option, exact=False).total > self.memory:
+                    continue
+                candidate = timed(option.attention.config, problem_of(self.work, split), self.cluster)
+                step = _step(self.work, split, candidate, recompute, self.cluster)
+                heappush(waiting, (step.seconds, number, Option(split, candidate, recompute, step)))
+                continue
+            alike = split, recompute, f"{option.step.seconds:.9g}"
+            if alike not in seen and (plan := _plan(self.work, option)).memory.total <= self.memory:
+                seen.add(alike)
+                yield plan
+
+    def bounds(self, some: Iterable[Split]) -> Iterator[Option]:
+        """Every split with every recomputation that may fit, with the least time that attention can take."""
+        for split in some:
+            least = least_candidate(self.work, split, self.cluster)
+            for recompute in RECOMPUTES if split.cp > 1 else RECOMPUTES[:2]:
+                option = Option(
+                    split, None, recompute, _step(self.work, split, least, recompute, self.cluster), is_bound=True
+                )
+                if _memory(self.work, option, exact=False).total <= self.memory:
+                    yield option
+
+    def traced(self, option: Option) -> Iterator[Option]:
+        """The settings of context parallelism of one split."""
+        split, recompute = option.split, option.recompute
+        layer = attention(self.work, split, self.cluster)
+        self._note_rules(split, layer)
+        for candidate, is_bound in _with_policies(layer) if split.cp > 1 else [(layer.candidates[0], False)]:
+            step = _step(self.work, split, candidate, recompute, self.cluster)
+            yield Option(split, candidate, recompute, step, is_bound)
+
+    def _note_rules(self, split: Split, layer: Found) -> None:
+        for name, rule in layer.excluded.items() if split.cp > 1 else ():
+            if rule not in self.excluded.values():
+                self.excluded[f"{name} at cp {split.cp}, tp {split.tp}"] = rule
+        if problem_of(self.work, split).layout_documents is None and self.work.documents is not None and split.cp > 1:
+            self.excluded["--cp-batch-layout balanced"] = (
+                "it goes by documents, which every row of a micro batch and every stage of a pipeline must share; use "
+                "--micro-batch 1 and --pp 1."
+            )
 
 
 def plans(
@@ -57,50 +143,68 @@ def plans(
     *,
     most: int = 10,
     even_stages: bool = False,
+    note: Callable[[int, int], None] = lambda decided, of: None,
 ) -> tuple[list[Plan], dict[str, str]]:
-    """(the ``most`` fastest ways that fit, fastest first; of what is excluded the first rule).
+    """(the ``most`` fastest ways that leave a tenth of the memory free, fastest first, and behind them those that are
+    faster or as fast and do not; of what is excluded the first rule).
 
     Args:
         memory: bytes of a device.
         fixed: sizes of Split that are given.
-        even_stages: leave out pipelines whose last stage is shorter.
+        even_stages: leave out pipelines whose stages differ, or are interleaved.
+        note: called with how many ways of how many are decided.
 
     Raises:
         ValueError: no split of the devices exists.
     """
-    all_options, excluded = options(work, devices, cluster, fixed)
-    if even_stages:
-        all_options = [option for option in all_options if not option.split.last_layers]
-    found = list(islice(fitting(work, all_options, memory, cluster), most))
-    if not found and all_options:
-        smallest = _smallest(work, all_options)
-        excluded["everything"] = (
-            f"the least that is needed is {smallest.memory.total / 1e9:,.1f} GB of --memory {memory / 1e9:,.1f} GB, by "
-            f"{sizes(smallest.split)}, recompute {smallest.recompute}; use more --devices or a shorter --seq-length."
-        )
-    return sorted(found, key=lambda plan: (plan.step.seconds, plan.memory.total)), excluded
-
-
-def options(work: Work, devices: int, cluster: Cluster, fixed: dict[str, int]) -> tuple[list[Option], dict[str, str]]:
-    """(every way to train; of what is excluded the first rule); errors as ``plans`` raises."""
-    found: list[Option] = []
     excluded: dict[str, str] = {}
-    # Ways of one size together: they share the plans of their documents.
-    for split in sorted(splits(work, devices, cluster, fixed, excluded), key=lambda split: split.cp):
-        layer = attention(work, split, cluster)
-        for name, rule in layer.excluded.items() if split.cp > 1 else ():
-            if rule not in excluded.values():
-                excluded[f"{name} at cp {split.cp}, tp {split.tp}"] = rule
-        if problem_of(work, split).layout_documents is None and work.documents is not None and split.cp > 1:
-            excluded["--cp-batch-layout balanced"] = (
-                "it goes by documents, which every row of a micro batch and every stage of a pipeline must share; use "
-                "--micro-batch 1 and --pp 1."
-            )
-        for candidate, is_bound in _with_policies(layer) if split.cp > 1 else [(layer.candidates[0], False)]:
-            for recompute in RECOMPUTES if split.cp > 1 else RECOMPUTES[:2]:
-                step = _step(work, split, candidate, recompute, cluster)
-                found.append(Option(split, candidate, recompute, step, is_bound))
-    return found, excluded
+    some = list(splits(work, devices, cluster, fixed, excluded))
+    if even_stages:
+        some = [split for split in some if not split.last_layers and not split.ends and split.vpp == 1]
+    roomy: list[Plan] = []
+    tight: list[Plan] = []
+    for plan in Search(work, memory, cluster, excluded, note).fitting(some):
+        (tight if is_tight(plan, memory) else roomy).append(plan)
+        if len(roomy) == most or (len(tight) >= 20 * most and roomy):
+            break
+    if not roomy and not tight and some:
+        excluded["everything"] = _too_little(work, some, memory, cluster)
+    by_time = [sorted(each, key=lambda plan: (plan.step.seconds, plan.memory.total)) for each in (roomy, tight)]
+    return (by_time[0] + by_time[1][:most])[:most] if even_stages else by_time[0] + by_time[1][:most], excluded
+
+
+def is_tight(plan: Plan, memory: float) -> bool:
+    """Whether it leaves less than a tenth for what is not counted: the allocator's fragments, buffers of libraries."""
+    return plan.memory.total > MARGIN * memory
+
+
+def least_candidate(work: Work, split: Split, cluster: Cluster) -> Candidate:
+    """What attention takes at least: its kernels with blocks as long as can be, and nothing that waits."""
+    problem, model = problem_of(work, split), work.model
+    area = _area(work) * problem.heads / split.cp
+    tokens = work.seq_length
+    forward, backward = (
+        Timing(cluster.attention_seconds(2 * area * size, tokens, model.dk), 0.0)
+        for size in (model.dk + model.dv, 3 * model.dk + 2 * model.dv)
+    )
+    return Candidate(ContextParallelConfig(), forward, backward, 0, 0)
+
+
+@lru_cache(maxsize=64)
+def _area(work: Work) -> float:
+    """Pairs of query and key of a micro batch that attention computes in the mean layer."""
+    rows, seq, window = work.documents, work.seq_length, work.model.window
+    every = rows if rows is not None and not isinstance(rows[0], int) else [rows or (0, seq)] * work.micro_batch
+    total = 0.0
+    for row in every:
+        for start, stop in pairwise(row):
+            length = stop - start
+            whole = length * (length + 1) / 2 if work.mask_type == "causal" else length**2
+            short = min(window, length)
+            seen = short * length - short * (short - 1) / 2
+            share = work.model.windowed_share
+            total += (1 - share) * whole + share * (seen if window else whole)
+    return total
 
 
 def _with_policies(layer: Found) -> Iterator[tuple[Candidate, bool]]:
@@ -113,41 +217,26 @@ def _with_policies(layer: Found) -> Iterator[tuple[Candidate, bool]]:
                 yield replace(candidate, config=config, backward=replace(candidate.backward, exposed=0.0)), True
 
 
-def fitting(work: Work, all_options: list[Option], memory: float, cluster: Cluster) -> Iterator[Plan]:
-    """The options that fit, fastest first, of equals the one that sends less. What attention needs and a policy saves
-    is counted only where the rest leaves room for it.
-    """
-    waiting = [(option.step.seconds, number, option) for number, option in enumerate(all_options)]
-    heapify(waiting)
-    seen: set[tuple[object, ...]] = set()
-    while waiting:
-        _, number, option = heappop(waiting)
-        split, recompute = option.split, option.recompute
-        if _memory(work, option, exact=False).total > memory:
-            continue
-        if option.is_bound:
-            candidate = timed(option.attention.config, problem_of(work, split), cluster)
-            option = Option(split, candidate, recompute, _step(work, split, candidate, recompute, cluster))
-            heappush(waiting, (option.step.seconds, number, option))
-            continue
-        alike = split, recompute, f"{option.step.seconds:.9g}"
-        if alike not in seen and (plan := _plan(work, option)).memory.total <= memory:
-            seen.add(alike)
-            yield plan
-
-
-def _smallest(work: Work, all_options: list[Option]) -> Plan:
-    """The one that needs the least memory."""
-    by_bound = sorted(all_options, key=lambda option: _memory(work, option, exact=False).total)
-    best = _plan(work, by_bound[0])
-    for option in by_bound[1:]:
-        if _memory(work, option, exact=False).total >= best.memory.total:
+def _too_little(work: Work, some: list[Split], memory: float, cluster: Cluster) -> str:
+    """What is missing where nothing fits: the least of the first settings of each way, fullest ways left out."""
+    search = Search(work, inf, cluster)
+    bounds = [(_memory(work, option, exact=False).total, option) for option in search.bounds(some)]
+    best: Plan | None = None
+    for least, option in sorted(bounds, key=lambda pair: pair[0]):
+        if best is not None and least >= best.memory.total:
             break
-        best = min(best, _plan(work, option), key=lambda plan: plan.memory.total)
-    return best
+        traced = [each for each in search.traced(option) if not each.is_bound][:SETTINGS]
+        candidates = [_plan(work, each) for each in traced] + ([best] if best else [])
+        best = min(candidates, key=lambda plan: plan.memory.total)
+    assert best is not None, "there is a split"
+    return (
+        f"the least that is needed is {best.memory.total / 1e9:,.1f} GB of --memory {memory / 1e9:,.1f} GB, by "
+        f"{sizes(best.split)}, recompute {best.recompute}; use more --devices or a shorter --seq-length."
+    )
 
 
 def _plan(work: Work, option: Option) -> Plan:
+    assert option.attention is not None, "it was traced"
     return Plan(option.split, option.attention, option.recompute, _memory(work, option), option.step)
 
 
@@ -172,6 +261,7 @@ def problem_of(work: Work, split: Split) -> Problem:
         cu_seqlens=work.documents,
         stride=split.tp,
         is_pipeline=split.pp > 1 and work.documents is not None,
+        windowed=(model.window, model.windowed_share) if model.window else None,
     )
 
 
@@ -195,8 +285,8 @@ def _kept_bytes(config: ContextParallelConfig, problem: Problem) -> int:
 
 
 def _least(problem: Problem, cp: int) -> AttentionBytes:
-    """What every setting needs at least: out, and the query from forward to backward."""
-    tokens = problem.seq_len // cp * problem.batch * problem.heads
+    """What every setting needs at least: query, key, value and out from forward to backward."""
+    tokens = problem.seq_len // cp * problem.batch * (problem.heads + problem.kv_heads)
     return AttentionBytes(tokens * (problem.dk + problem.dv) * HALF, 0, 0)
 
 
@@ -212,11 +302,14 @@ def _memory(work: Work, option: Option, exact: bool = True) -> Memory:
         exact: count attention's memory; else a lower bound of it.
     """
     split = option.split
-    problem, config = problem_of(work, split), option.attention.config
-    one = most_bytes(config, problem) if exact else _least(problem, split.cp)
+    problem = replace(problem_of(work, split), windowed=None)
+    one = _least(problem, split.cp)
+    if exact:
+        assert option.attention is not None
+        one = most_bytes(option.attention.config, problem)
     left = one.saved if option.recompute == "none" else 0  # of every layer but the one that runs
-    if option.recompute == "full, attention kept" and exact:
-        left = _kept_bytes(config, problem)
+    if option.recompute == "full, attention kept" and exact and option.attention:
+        left = _kept_bytes(option.attention.config, problem)
     stages = [stage_memory(work, split, option.recompute, number, one, left) for number in kinds_of_stages(work, split)]
     return max(stages, key=lambda stage: stage.total)
 
@@ -225,6 +318,25 @@ def _step(work: Work, split: Split, candidate: Candidate, recompute: Recompute, 
     """Every stage as long as the slowest one; the last one has the output too."""
     steps = [stage_step(work, split, candidate, recompute, cluster, number) for number in kinds_of_stages(work, split)]
     return max(steps, key=lambda step: step.seconds)
+
+
+def model_flops(work: Work, causal: bool = True) -> float:
+    """FLOPs of a step that training needs, whatever is recomputed.
+
+    Args:
+        causal: count of causal attention what is computed; else all pairs, as NVIDIA's and Megatron's figures do.
+    """
+    model = work.model
+    area = _area(work if causal else replace(work, mask_type="full")) / work.micro_batch
+    products = model.active_parameters - (0 if model.tied else 1) * model.vocab * model.hidden
+    pairs = 6 * area * model.num_layers * model.num_heads * (model.dk + model.dv)
+    return work.global_batch * (6 * products * work.seq_length + pairs)
+
+
+def utilization(work: Work, plan: Plan, cluster: Cluster, causal: bool = True) -> float:
+    """Model FLOPs of a step over what the devices' peaks would do meanwhile."""
+    devices = plan.split.stage * plan.split.pp
+    return model_flops(work, causal) / (devices * cluster.flops * plan.step.seconds)
 
 
 def tokens_per_second(work: Work, plan: Plan) -> float:

@@ -69,8 +69,11 @@ def gather_sequence(
 ) -> torch.Tensor:
     """The whole sequence, in order, from every rank's part of it; every rank of the group calls this.
 
-    Differentiable: each rank gets the gradient of its own part. That is right for a loss that all ranks compute alike
-    from the whole sequence, such as one of logits or log-probabilities.
+    Differentiable: each rank gets the gradient of its own part, that of the whole loss where all ranks compute the loss
+    alike from the whole sequence, such as one of logits or log-probabilities. Add gradients over the ranks; where they
+    are averaged instead, multiply the loss by the number of ranks. Megatron's schedule does that with a loss of two
+    values, ``(loss / count, report)``; with one of three it adds the counts, so return
+    ``(loss, state().share_of(count), report)``.
 
     Args:
         tensor: ``dim`` holds this rank's tokens in the order of layout.positions(cp_rank).

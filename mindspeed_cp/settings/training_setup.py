@@ -24,12 +24,20 @@ def _calculator(text: str) -> str:
     return text
 
 
+def _class_names(text: str) -> str:
+    require(
+        re.fullmatch(r"[A-Za-z_][\w.]*(,[A-Za-z_][\w.]*)*", text),
+        f"--cp-trust {text} names no classes; give their names, with or without modules, separated by commas.",
+    )
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
     """What the launch script says about the model and the machine, as far as context parallelism must know it.
 
     ``recomputes_attention`` is None where it does not say whether layers, or core attention, are recomputed;
-    ``half_precision`` is None where it trains in float32 or does not say.
+    ``half_precision`` is None where it trains in float32 or does not say; ``head_dim`` is None where it does not say.
     """
 
     num_attention_heads: int | None = megatrons(None)
@@ -74,6 +82,14 @@ class TrainingSetup:
         help="merge blocks by the NPU's fused operator",
         rule="kernels without one ignore it, and say so",
     )
+    trusted_classes: str | None = setting(
+        None,
+        flag="--cp-trust",
+        help="module classes to build although context parallelism is not known to compute them, separated by commas",
+        rule="prove them first; Megatron's training alone reads it",
+        takes="Class,package.module.Class",
+        parse=_class_names,
+    )
     use_flash_attn: bool = setting(
         True,
         flag="--use-flash-attn",
@@ -85,6 +101,8 @@ class TrainingSetup:
     )
     recomputes_attention: bool | None = field(default=None, compare=False)
     half_precision: Literal["bfloat16", "float16"] | None = field(default=None, compare=False)
+    head_dim: int | None = field(default=None, compare=False)
+    micro_batch_size: int = field(default=1, compare=False)
     notices: tuple[str, ...] = field(default=(), compare=False)
 
     @property

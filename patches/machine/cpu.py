@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mindspeed_cp.patches.machine import streams  # undo rebinds copies of its classes
-from mindspeed_cp.patches.rows import patch, replacement
+from mindspeed_cp.patches.rows import arguments_of, patch, replacement
 
 CPU = torch.device("cpu")
 FACTORIES = (
@@ -310,3 +310,12 @@ def maybe_move_tensor_to_cpu(
     adaptor: Any, original: Any, tensor: Any, as_numpy: bool = False, record_stream: bool = False
 ) -> Any:
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+@patch(
+    "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding.YarnRotaryEmbedding.__init__",
+    reason="it enters torch.device(0), which names an accelerator",
+)
+def yarn(adaptor: Any, original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    given = arguments_of(original, (self, *args), kwargs)
+    original(**given | {"use_cpu_initialization": True})

@@ -6,10 +6,11 @@
 #   TINY=1                    the same architecture, small enough to train on a CPU
 #   DRY_RUN=1                 print the resolved configuration and a command to paste into any shell, start nothing
 #   MEGATRON_LM_PATH=DIR      run DIR/pretrain_gpt.py; without it the trainer of this repository
-#   SEQ_LENGTH=32k|128k|1m|N  tokens of a sequence; the first three choose a fitting CP, CP_ALGO, ULYSSES_DEGREE, CP_WINDOW
-#   CP TP PP                  context, tensor and pipeline parallel sizes; data parallel is what is left
+#   SEQ_LENGTH=32k|128k|1m|N  tokens of a sequence; the first three choose a fitting CP, CP_ALGO, ULYSSES_DEGREE, CP_WINDOW;
+#                             N may end in k or m
+#   CP TP PP VPP              context, tensor and pipeline parallel sizes, interleaved parts of a stage; data parallel is the rest
 #   CP=auto                   the planner's fastest setting that fits (python -m mindspeed_cp.plan) on NNODES x NPROC_PER_NODE
-#                             devices of CLUSTER=ascend-910b|ascend-910c|a100|h100 with DEVICE_MEMORY=64e9 bytes; TP and PP that are given stay
+#                             devices of CLUSTER=ascend-910b|ascend-910c|a100|h100 with DEVICE_MEMORY=64GB; TP and PP that are given stay
 #   CP_ALGO ULYSSES_DEGREE CP_WINDOW MASK_TYPE KV_CACHE_POLICY KV_EXCHANGE OVERLAP CALCULATOR KEEP_ATTENTION=1|0    context parallelism
 #   MICRO_BATCH GLOBAL_BATCH TRAIN_ITERS LR MIN_LR LR_WARMUP_ITERS WEIGHT_DECAY CLIP_GRAD SEED    training
 #   PRECISION=bf16|fp32 RECOMPUTE=full|selective|none SEQUENCE_PARALLEL=1|0 DISTRIBUTED_OPTIMIZER=1|0
@@ -17,6 +18,7 @@
 #   SAVE LOAD SAVE_INTERVAL EVAL_ITERS EVAL_INTERVAL LOG_INTERVAL TENSORBOARD_DIR    files
 #   DEVICE=npu|gpu|cpu NPROC_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT PYTHON TIMEOUT_MINUTES    machines (or Slurm's)
 
+# DRY_RUN=1: prints the command behind the line '# command' and starts nothing.
 LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 REPOSITORY=$(cd "$LAUNCH_DIR/../.." && pwd)
 PYTHON=$(command -v "${PYTHON:-python}" || echo "${PYTHON:-python}")
@@ -26,6 +28,31 @@ MODEL=$(basename "$0" .sh)
 fail() {
   printf '%s: error: %s\n' "$(basename "$0")" "$1" >&2
   exit 2
+}
+
+# check_numbers: every number that comes from the environment, before any of them is computed with: bash would evaluate
+# what stands in them.
+check_numbers() {
+  local name rule
+  for name in TP PP VPP CP NPROC_PER_NODE NNODES MICRO_BATCH GLOBAL_BATCH TRAIN_ITERS CP_WINDOW ULYSSES_DEGREE VOCAB_SIZE \
+    SAVE_INTERVAL LOG_INTERVAL EVAL_INTERVAL TIMEOUT_MINUTES SLURM_NNODES SLURM_JOB_NUM_NODES; do
+    if [[ $name == CP && ${CP:-} == auto ]]; then continue; fi
+    rule="must be a whole number of at least 1, such as 2"
+    [[ -z ${!name:-} || ${!name} =~ ^[1-9][0-9]{0,11}$ ]] || fail "$name ${!name} $rule, or left out."
+  done
+  for name in NODE_RANK EVAL_ITERS LR_WARMUP_ITERS SEED SLURM_NODEID SLURM_JOB_ID; do
+    rule="must be a whole number of at least 0, such as 0"
+    [[ -z ${!name:-} || ${!name} =~ ^(0|[1-9][0-9]{0,11})$ ]] || fail "$name ${!name} $rule, or left out."
+  done
+  for name in LR MIN_LR WEIGHT_DECAY CLIP_GRAD; do
+    rule="must be a number of at least 0, such as 1.5e-4"
+    [[ -z ${!name:-} || ${!name} =~ ^([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?$ ]] || fail "$name ${!name} $rule, or left out."
+  done
+  for name in TINY DRY_RUN SEQUENCE_PARALLEL DISTRIBUTED_OPTIMIZER OVERLAP KEEP_ATTENTION; do
+    [[ ${!name:-0} == [01] ]] || fail "$name ${!name} must be 1 or 0, or left out."
+  done
+  [[ -z ${MASTER_PORT:-} || ${MASTER_PORT} =~ ^[1-9][0-9]{0,4}$ && ${MASTER_PORT} -lt 65536 ]] ||
+    fail "MASTER_PORT $MASTER_PORT must be a port from 1 to 65535, such as 29500, or left out."
 }
 
 # read_model ARGUMENTS: the size is the first of them, or $SIZE, or the family's first; the rest are flags for
@@ -40,7 +67,7 @@ read_model() {
   fi
   SIZE=${given:-${known%% *}}
   SIZE=${SIZE,,}
-  [[ " $known " == *" $SIZE "* ]] || fail "size $SIZE is not known; choose one of ${known// /, }."
+  [[ $SIZE != *[[:space:]]* && " $known " == *" $SIZE "* ]] || fail "size $SIZE is not known; choose one of ${known// /, }."
   EXTRA_FLAGS=("$@")
   read -r _ LAYERS HIDDEN FFN HEADS KV_HEADS vocabulary _ < <(grep "^$MODEL-$SIZE " "$table")
   if [[ ${TINY:-0} == 1 ]]; then
@@ -63,12 +90,8 @@ default_parallel() {
 # CP=auto: what the planner prints for --shell; TP and PP that are set already stay.
 plan_context_parallel() {
   local plan name value given=()
+  plain_length
   [[ ${TINY:-0} != 1 ]] || fail "CP=auto plans the full model, and TINY=1 trains another one; leave one of them out."
-  case ${SEQ_LENGTH,,} in
-    32k) SEQ_LENGTH=32768 ;;
-    128k) SEQ_LENGTH=131072 ;;
-    1m) SEQ_LENGTH=1048576 ;;
-  esac
   for name in CP_ALGO ULYSSES_DEGREE CP_WINDOW KV_EXCHANGE KV_CACHE_POLICY RECOMPUTE KEEP_ATTENTION; do
     [[ -z ${!name:-} ]] || fail "CP=auto chooses $name, and it is ${!name}; leave it out, or give CP."
   done
@@ -77,8 +100,9 @@ plan_context_parallel() {
   TP=$TP_GIVEN PP=$PP_GIVEN
   local devices=$((${NNODES:-${SLURM_NNODES:-${SLURM_JOB_NUM_NODES:-1}}} * NPROC_PER_NODE))
   given=(--model "$MODEL-$SIZE" --devices "$devices" --devices-per-node "$NPROC_PER_NODE" --seq-length "$SEQ_LENGTH"
-    --global-batch "${GLOBAL_BATCH:-$devices}" --micro-batch "${MICRO_BATCH:-1}" --memory "${DEVICE_MEMORY:-64e9}"
+    --global-batch "${GLOBAL_BATCH:-$devices}" --micro-batch "${MICRO_BATCH:-1}"
     --mask-type "${MASK_TYPE:-causal}" --cluster "${CLUSTER:-ascend-910b}")
+  if [[ -n ${DEVICE_MEMORY:-} ]]; then given+=(--memory "$DEVICE_MEMORY"); fi
   if [[ -n ${TP:-} ]]; then given+=(--tp "$TP"); fi
   if [[ -n ${PP:-} ]]; then given+=(--pp "$PP"); fi
   plan=$(PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}" TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
@@ -88,6 +112,17 @@ plan_context_parallel() {
   while IFS='=' read -r name value; do
     if [[ -z ${!name:-} ]]; then printf -v "$name" '%s' "$value"; fi
   done <<<"$plan"
+}
+
+# SEQ_LENGTH as a number: 64k is 65536.
+plain_length() {
+  [[ ${SEQ_LENGTH,,} =~ ^([1-9][0-9]{0,8})([km]?)$ ]] ||
+    fail "SEQ_LENGTH $SEQ_LENGTH must be a number of tokens above 0, such as 32k, 128k, 1m or 4096."
+  case ${BASH_REMATCH[2]} in
+    k) SEQ_LENGTH=$((BASH_REMATCH[1] * 1024)) ;;
+    m) SEQ_LENGTH=$((BASH_REMATCH[1] * 1048576)) ;;
+    *) SEQ_LENGTH=${BASH_REMATCH[1]} ;;
+  esac
 }
 
 # A sequence length -> CP, algorithm and windows. At 32k a rank of 4 holds 8k tokens, too few to hide a ring's transfers
@@ -100,8 +135,10 @@ choose_context_parallel() {
     32k) SEQ_LENGTH=32768 preset=(4 ulysses_cp_algo "" 1) ;;
     128k) SEQ_LENGTH=131072 preset=(8 hybrid_cp_algo 4 1) ;;
     1m) SEQ_LENGTH=1048576 preset=(32 hybrid_cp_algo 4 4) ;;
-    *[!0-9]* | 0*) fail "SEQ_LENGTH $SEQ_LENGTH must be 32k, 128k, 1m or a number of tokens." ;;
-    *) preset=("${CP:-1}" ulysses_cp_algo "" 1) ;;
+    *)
+      plain_length
+      preset=("${CP:-1}" ulysses_cp_algo "" 1)
+      ;;
   esac
   # The preset's degree and window belong to its size and algorithm.
   if [[ ${CP:-${preset[0]}} != "${preset[0]}" || ${CP_ALGO:-${preset[1]}} != "${preset[1]}" ]]; then
@@ -142,7 +179,7 @@ choose_nodes() {
   NNODES=${NNODES:-${SLURM_NNODES:-${SLURM_JOB_NUM_NODES:-1}}}
   NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
   if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} ]]; then
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST") || true
   fi
   if [[ -z ${MASTER_ADDR:-} ]]; then
     ((NNODES == 1)) || fail "MASTER_ADDR is not set, and NNODES is $NNODES; set MASTER_ADDR to the address of the first node."
@@ -165,6 +202,7 @@ model_flags() {
 parallel_flags() {
   FLAGS+=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP"
     --distributed-timeout-minutes "${TIMEOUT_MINUTES:-30}")
+  if [[ ${VPP:-1} != 1 ]]; then FLAGS+=(--num-virtual-stages-per-pipeline-rank "$VPP"); fi
   if ((TP > 1)) && [[ ${SEQUENCE_PARALLEL:-1} == 1 ]]; then FLAGS+=(--sequence-parallel); fi
   if [[ ${DISTRIBUTED_OPTIMIZER:-1} == 1 ]]; then FLAGS+=(--use-distributed-optimizer); fi
   if [[ $CP == 1 ]]; then return; fi
@@ -306,6 +344,7 @@ launch_qwen() {
 # Resolve everything and start torchrun, or print with DRY_RUN=1.
 launch() {
   FLAGS=() PREPARE=()
+  check_numbers
   choose_context_parallel
   choose_device
   choose_nodes
@@ -315,7 +354,7 @@ launch() {
   file_flags
   set_environment
   if [[ -n ${MEGATRON_LM_PATH:-} ]]; then megatron_flags; else embedded_flags; fi
-  COMMAND=("$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC_PER_NODE"
+  COMMAND=("$PYTHON" -m mindspeed_cp.torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC_PER_NODE"
     --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "${PROGRAM[@]}" "${FLAGS[@]}" "${EXTRA_FLAGS[@]}")
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     print_resolved

@@ -10,7 +10,7 @@ import torch
 from mindspeed_cp.arguments import add_context_parallel_arguments, validate
 from trainer.checks import check_batch, check_model, check_parallel, check_training
 from trainer.files import check_files
-from trainer.rules import HelpFormatter, OneLineParser, one_of, path, real, shares, whole, window
+from trainer.rules import HelpFormatter, OneLineParser, length, one_of, path, real, shares, whole, window
 from trainer.tokenizer import VOCAB_SIZE
 
 
@@ -73,7 +73,7 @@ def _add_model(add):
     add("--kv-channels", whole(1), help="head dimension; default: hidden size / heads")
     add("--group-query-attention", action="store_true", help="share KV heads between query heads")
     add("--num-query-groups", whole(1), default=1, help="KV heads, with --group-query-attention")
-    add("--seq-length", whole(1), default=1024, help="tokens of a sequence, over all context-parallel ranks")
+    add("--seq-length", length(), default=1024, help="tokens of a sequence, over all context-parallel ranks")
     add("--max-position-embeddings", whole(1), help="learned positions; default: --seq-length")
     kinds = one_of("learned_absolute", "rope", "none")
     add("--position-embedding-type", kinds, default="learned_absolute", help="how tokens know their place")

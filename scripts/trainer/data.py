@@ -43,7 +43,7 @@ def build_datasets(args):
         blend=([args.data_path], None),
         split=args.split,
         path_to_cache=args.data_cache_path,
-        tokenizer=ByteTokenizer(args.vocab_size),
+        tokenizer=ByteTokenizer(args.vocab_size, args.eod),
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
@@ -85,7 +85,7 @@ def prepare_batch(whole, args, length):
     mask = whole.get("attention_mask")
     num_tokens, packed = fields["loss_mask"].sum(), None
     if args.reset_attention_mask and args.context_parallel_size > 1:
-        packed, mask = documents(fields["tokens"], ByteTokenizer.eod), None
+        packed, mask = documents(fields["tokens"], args.eod), None
         # Documents lie end to end in one row (Megatron's thd format), whatever row they came from.
         fields = {name: value.reshape(1, -1) for name, value in fields.items()}
     elif mask is not None:

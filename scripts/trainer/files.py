@@ -3,6 +3,7 @@ checkpoint to go on from.
 """
 
 import importlib.util
+import json
 import os
 import struct
 import tempfile
@@ -13,6 +14,8 @@ import numpy as np
 
 from trainer.checkpoint_files import Checkpoint, find_checkpoint
 from trainer.checks import require
+from trainer.texts import ENDINGS
+from trainer.tokenizer import EOD
 
 MAGIC = b"MMIDIDX\x00\x00"  # how Megatron's index files begin
 HEADER = 34  # bytes: magic, version, code of the dtype, numbers of sequences and of documents
@@ -28,10 +31,12 @@ def check_files(args) -> Checkpoint | None:
     """
     require(
         args.data_path is not None,
-        "--data-path is not given, and training needs a dataset; make one with: python scripts/prepare_data.py "
-        "--output data/topics, then use --data-path data/topics.",
+        "--data-path is not given, and training needs a dataset; make one of your text with: python "
+        "scripts/prepare_data.py --input FILE --output PREFIX, or of Python's help with --output data/topics alone, "
+        "then use --data-path with that prefix.",
     )
     check_dataset(args.data_path, args.vocab_size)
+    args.eod = end_of_document(args.data_path)
     fused_adam = any(importlib.util.find_spec(name) for name in ("apex", "transformer_engine"))
     require(
         fused_adam or not args.use_distributed_optimizer or not (args.save or args.load),
@@ -81,11 +86,19 @@ def check_dataset(prefix: str, vocab_size: int) -> None:
 
     Values are read in the first 8 million tokens only, the size of both files always.
     """
+    given = Path(prefix)
+    if given.is_file() or (given.is_dir() and not Path(prefix + ".idx").is_file()):
+        what = f"a {given.suffix or 'plain'} file" if given.is_file() else "a folder"
+        own = f"data/{given.stem}"
+        usable = given.is_dir() or given.suffix in ENDINGS
+        made = f"make one of it with: python scripts/prepare_data.py --input {prefix} --output {own}, then use"
+        way_out = f"{made} --data-path {own}" if usable else f"use --data-path {given.with_suffix('')}"
+        require(False, f"--data-path {prefix} is {what}, not the prefix of a dataset; {way_out}.")
     for ending in (".bin", ".idx"):
         require(
             Path(prefix + ending).is_file(),
-            f"--data-path {prefix}: the file {prefix}{ending} does not exist; make it with: python "
-            f"scripts/prepare_data.py --output {prefix}",
+            f"--data-path {prefix}: the file {prefix}{ending} does not exist; make it of your text with: python "
+            f"scripts/prepare_data.py --input FILE --output {prefix}",
         )
     dtype, lengths, pointers = _read_index(prefix)
     tokens = Path(prefix + ".bin")
@@ -128,8 +141,25 @@ def _require_whole(condition, prefix, path, what):
         changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
         raise ValueError(
             f"--data-path {prefix}: {path} {what} (last changed {changed}); write the dataset again, such as by: "
-            f"python scripts/prepare_data.py --output {prefix}"
+            f"python scripts/prepare_data.py --input FILE --output {prefix}"
         )
+
+
+def end_of_document(prefix: str) -> int:
+    """The token that ends a document, as prepare_data.py noted it beside the dataset; that of bytes where it did not.
+
+    Raises:
+        ValueError: the note cannot be read.
+    """
+    path = Path(prefix + ".json")
+    if not path.is_file():
+        return EOD
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["eod"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"--data-path {prefix}: {path} names no end-of-document token; write the dataset again."
+        ) from None
 
 
 def drop_broken_caches(args) -> list[str]:

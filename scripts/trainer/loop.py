@@ -4,6 +4,7 @@ import dataclasses
 import time
 from contextlib import nullcontext
 
+import torch
 import torch.distributed as dist
 
 import mindspeed_cp.megatron_adaptor as megatron_adaptor
@@ -13,6 +14,7 @@ from trainer.data import batches, build_datasets
 from trainer.initialize import initialize, shut_down
 from trainer.model import build_model, build_optimizer
 from trainer.report import Report
+from trainer.start import announce
 from trainer.step import evaluate, train_step
 
 
@@ -25,6 +27,7 @@ def pretrain(args):
     first = load_checkpoint(args, chunks, optimizer, scheduler) if args.resume else 0
     if first and dist.get_rank() == 0:
         print(f"going on from {args.resume.path}, saved at {args.resume.saved_at}", flush=True)
+    announce(args, next(chunks[0].parameters()).device)
     with Report(args, first) as report:
         records = _train(args, (chunks, optimizer, scheduler), (train_set, valid_set), first, report)
     # Not after a failure: ranks that take leave of a peer that is gone would wait for it, or hide what happened.
@@ -53,6 +56,7 @@ def _train(args, parts, datasets, first, report):
                 "tokens_per_second": result.num_positions / seconds,
                 "cp_bytes_per_rank": result.cp_bytes,
                 "cp_bytes_of_rank_0": result.traffic,
+                "peak_memory_bytes": torch.cuda.max_memory_allocated(),
             }
         )
         figures = log.interval() if log is not None and iteration % args.log_interval == 0 else None

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mindspeed_cp.settings.lengths import tokens
+
 LARGEST = 2**31 - 1
-GRACE = 2.0  # seconds that another rank waits before it complains: most mistakes are rank 0's too, and it speaks first
+GRACE = 4.0  # seconds that another rank waits before it complains: most mistakes are rank 0's too, and it speaks first
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,16 @@ def whole(minimum: int, maximum: int = LARGEST) -> Rule:
 
     upper = "" if maximum == LARGEST else f" and at most {maximum}"
     return Rule(f"a whole number of at least {minimum}{upper}", str(max(minimum, 1)), convert, "N")
+
+
+def length() -> Rule:
+    """Tokens of a sequence: a whole number of at least 1, or such as 128k and 1m."""
+
+    def convert(text):
+        _require(text == text.strip() and tokens(text) <= LARGEST)
+        return tokens(text)
+
+    return Rule("a whole number of at least 1, or such as 4k", "1024", convert, "N")
 
 
 def real(low: float, high: float = math.inf, *, example: str, open_low: bool = False, open_high: bool = False) -> Rule:

@@ -11,10 +11,10 @@ class ByteTokenizer:
     elsewhere.
     """
 
-    eod, pad = EOD, PAD
+    pad = PAD
 
-    def __init__(self, vocab_size=VOCAB_SIZE):
-        self.vocab_size = vocab_size
+    def __init__(self, vocab_size=VOCAB_SIZE, eod=EOD):
+        self.vocab_size, self.eod = vocab_size, eod
         # Megatron names its index caches after this.
         self.unique_identifiers = OrderedDict({"class": "ByteTokenizer", "vocab_size": str(vocab_size)})
 
@@ -22,4 +22,4 @@ class ByteTokenizer:
         return list(text.encode("utf-8"))
 
     def detokenize(self, ids):
-        return bytes(token for token in ids if token < EOD).decode("utf-8", errors="replace")
+        return bytes(token for token in ids if token < 256).decode("utf-8", errors="replace")

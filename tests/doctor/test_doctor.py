@@ -228,7 +228,9 @@ def test_the_exit_status_and_the_last_line_tell_problems(monkeypatch, capsys, le
     monkeypatch.setattr(command, "examine", lambda given: ({"Installed": [Finding(level, "text", "do this")]}, {}))
     assert command.main([]) == status
     shown = capsys.readouterr().out
-    assert shown.endswith("All is well.\n") == (level == "ok") and "   -> do this\n" in shown
+    verdict, prove = shown.splitlines()[-2:]
+    assert (verdict == "All is well.") == (level == "ok") and "   -> do this\n" in shown
+    assert prove.endswith("python -m mindspeed_cp.prove SCRIPT ARGS")
     assert command.main(["--json"]) == status
     assert json.loads(capsys.readouterr().out)["healthy"] == (status == 0)
 
@@ -256,3 +258,14 @@ def test_the_public_names_come_when_they_are_asked_for():
     assert set(mindspeed_cp.__all__) <= set(dir(mindspeed_cp))
     with pytest.raises(AttributeError, match="nothing"):
         _ = mindspeed_cp.nothing
+
+
+def test_a_report_has_versions_and_problems_and_no_values_of_variables(monkeypatch, capsys):
+    monkeypatch.setenv("MINDSPEED_CP_DEVICE", "secret/place")
+    found = {"Installed": [Finding("ok", "fine")], "Environment": [Finding("problem", "wrong", "mend it")]}
+    monkeypatch.setattr(command, "examine", lambda given: (found, {}))
+    assert command.main(["--report"]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("```text\nPython 3.") and said.endswith("```\n")
+    assert f"torch {installed.release('torch')}" in said and "MINDSPEED_CP_DEVICE" in said
+    assert "Installed: 1 checks are well\nEnvironment: problem: wrong" in said and "secret" not in said

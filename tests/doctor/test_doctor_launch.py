@@ -3,12 +3,14 @@
 import json
 import shlex
 import socket
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from mindspeed_cp.arguments.launch import misspelt, read_flags
-from mindspeed_cp.doctor import launch, launched
+from mindspeed_cp.doctor import environment, launch, launched, quoting
 from mindspeed_cp.megatron import flag_checks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,9 +20,10 @@ MODEL = "--num-attention-heads 16 --hidden-size 1024 --num-layers 8 --seq-length
 
 @pytest.fixture(autouse=True)
 def megatron_is_not_asked(monkeypatch):
-    monkeypatch.setattr(
-        launched, "ask", lambda module, *flags, environment=None: json.loads(json.dumps(flag_checks.wrong_flags(flags)))
-    )
+    def ask(module, *flags, environment=None):
+        return json.loads(json.dumps(flag_checks.wrong_flags(flags) if module.endswith("checks") else None))
+
+    monkeypatch.setattr(launched, "ask", ask)
 
 
 @pytest.fixture
@@ -76,11 +79,68 @@ def test_a_command_that_cannot_be_read_says_what_to_give(command, message):
 
 def test_a_script_that_does_not_know_dry_runs_is_not_started(tmp_path):
     script = tmp_path / "train.sh"
-    script.write_text(f"touch {tmp_path}/started\n")
-    for command in (f"bash {script} 7b", str(script)):
-        (found,), _ = launched.examined(command, "cpu")
-        assert found.level == "problem" and "does not know DRY_RUN=1" in found.text and "--launch" in found.todo
+    for text in ("", "# with DRY_RUN=1 it prints\n", "echo DRY_RUN\n", f"echo {launch.MARKER}\n"):
+        script.write_text(f"{text}touch {tmp_path}/started\n")
+        for command in (f"bash {script} 7b", str(script)):
+            (found,), _ = launched.examined(command, "cpu")
+            assert (
+                found.level == "problem" and "that DRY_RUN=1 starts nothing" in found.text and "--launch" in found.todo
+            )
     assert not (tmp_path / "started").exists()
+
+
+def test_what_a_script_started_ends_with_the_time_limit(tmp_path, monkeypatch):
+    script = tmp_path / "train.sh"
+    script.write_text(f"{launch.MARKER}\nsleep 300 &\necho $! > {tmp_path}/pid\nwait\n")
+    monkeypatch.setattr(launch, "TIMEOUT", 1)
+    (found,), _ = launched.examined(f"bash {script}", "cpu")
+    assert "took more than 1 s" in found.text
+    child = int((tmp_path / "pid").read_text())
+    for _ in range(50):
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {child} is alive")
+
+
+QUOTED = [
+    r"a\ b 'c d' \"e $F \\ \x\" g''h",
+    r"--x $'it\'s\ta\x41\u00e9\101\n' $'a'b",
+    "a\\\nb 'c\nd' \"\"",
+    "KEY=$'a b' torchrun",
+]
+
+
+@pytest.mark.parametrize("line", QUOTED)
+def test_words_are_those_of_bash(line):
+    printed = subprocess.run(
+        ["bash", "-c", f"F='$F'; printf '%s\\0' {line}"], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"}
+    )
+    assert quoting.words(line) == printed.stdout.decode().split("\0")[:-1]
+
+
+@pytest.mark.parametrize("line", ["a 'b", 'a "b', "$'a", "a\\"])
+def test_a_quote_that_is_not_closed_is_an_error(line):
+    with pytest.raises(ValueError):
+        quoting.words(line)
+
+
+def test_flags_that_the_script_does_not_know_are_named(monkeypatch):
+    from mindspeed_cp.doctor import installed
+
+    monkeypatch.setattr(launched, "ask", installed.ask)
+    trainer = ROOT / "scripts" / "pretrain_gpt.py"
+    found = said(trainer, "--context-parallel-size 4 --use-flash-attn --use-mcore-models --cp-windowsize 2")
+    (wrong,) = [finding for finding in found if finding.level == "problem"]
+    assert wrong.text == "pretrain_gpt.py does not know --use-mcore-models"
+
+
+@pytest.mark.parametrize("where", ["MASTER_PORT=99999 MASTER_ADDR=node0", "MASTER_PORT=70000"])
+def test_a_port_beyond_all_ports_is_a_problem(where):
+    own = dict(part.split("=") for part in where.split())
+    (wrong,) = [finding for finding in environment.meeting({}, own) if finding.level == "problem"]
+    assert f"port {own['MASTER_PORT']} is none of 1 to 65535" in wrong.text and "MASTER_PORT=" in wrong.todo
 
 
 def test_a_launch_script_is_read_by_its_dry_run(monkeypatch, tmp_path):
@@ -98,8 +158,8 @@ def test_a_launch_script_is_read_by_its_dry_run(monkeypatch, tmp_path):
     assert "imports the adaptor" in texts(found, "ok")[0]
     started = launch.read(f"{flags} bash {LAUNCH}/llama2.sh 7b", {"PATH": "/usr/bin:/bin"})
     assert started.world_size == 16 and started.environment["TASK_QUEUE_ENABLE"] == own["TASK_QUEUE_ENABLE"] == "2"
-    (refused,), _ = launched.examined(f"SEQ_LENGTH=64k bash {LAUNCH}/llama2.sh 7b", "cpu")
-    assert refused.text.startswith("SEQ_LENGTH 64k must be 32k") and refused.todo
+    (refused,), _ = launched.examined(f"SEQ_LENGTH=64x bash {LAUNCH}/llama2.sh 7b", "cpu")
+    assert refused.text.startswith("SEQ_LENGTH 64x must be a number") and refused.todo
 
 
 def test_the_resolved_configuration_its_bytes_and_its_memory_are_shown(script):

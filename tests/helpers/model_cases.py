@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from megatron_version import MINOR as VERSION
+from model_shapes import SHAPES
 
 
 def has(module):
@@ -78,12 +79,20 @@ class Case:
         documents: boundaries of packed documents, None for whole sequences.
         padding: how many tokens at the end of each sequence experts must leave out of their losses.
         steps: how many; the second sees what the first has updated.
+        model: keywords of GPTModel, beyond those of all.
+        layer: keywords of the layer's spec.
+        targets: how many tokens of a micro batch have a loss, None for most of them.
+        since: the first Megatron that has it.
     """
 
     settings: dict = field(default_factory=dict)
     documents: tuple | None = None
     padding: int = 0
     steps: int = 1
+    model: dict = field(default_factory=dict)
+    layer: dict = field(default_factory=dict)
+    targets: int | None = None
+    since: tuple = (0, 12)
 
 
 CASES = {
@@ -107,6 +116,7 @@ CASES = {
     "off-by-one softmax": Case({"softmax_type": "off-by-one"}),
     "learnable softmax": Case({"softmax_type": "learnable", "num_query_groups": 2}, steps=2),
 }
+CASES |= {name: Case(**values) for name, values in SHAPES.items()}
 # What is said about them, or why they are refused, when experts are shared by ranks of uneven lengths.
 REMARKABLE = {
     "capacity": Case(MOE | {"moe_expert_capacity_factor": 1.0}),
@@ -124,7 +134,9 @@ def possible(named):
     # Transformer Engine from 0.20 on, and with full recomputation in 0.18.
     absent |= {"prediction", "all of them"} if VERSION >= (0, 20) else set()
     absent |= {"all of them, recomputed"} if VERSION == (0, 18) else set()
-    return {name: case for name, case in named.items() if not any(word in name for word in absent)}
+    return {
+        name: case for name, case in named.items() if VERSION >= case.since and not any(word in name for word in absent)
+    }
 
 
 def cases():
@@ -137,13 +149,20 @@ IN_BF16 = possible(
 )
 
 
-def samples(seq_len, count, documents):
-    """Whole micro batches; about a quarter of the tokens has no loss, more of them at the end."""
+def samples(seq_len, count, documents, targets=None):
+    """Whole micro batches; about a quarter of the tokens has no loss, more of them at the end.
+
+    Args:
+        targets: how many tokens have a loss at all, None for no limit.
+    """
     generator = torch.Generator().manual_seed(3)
     rows = 1 if documents else BATCH
     for _ in range(count):
         tokens, labels = torch.randint(1, VOCABULARY, (2, rows, seq_len), generator=generator)
         counted = torch.rand(rows, seq_len, generator=generator) > torch.linspace(0, 0.5, seq_len)
+        if targets is not None:
+            counted = torch.zeros_like(counted)
+            counted[0, 10 : 10 + targets] = True
         positions = torch.arange(seq_len).expand(rows, -1)
         yield {"tokens": tokens, "labels": labels, "loss_mask": counted.float(), "position_ids": positions}
 
@@ -161,11 +180,10 @@ def build(case, cp_size, ep_size, bf16):
     config = (MLATransformerConfig if latent else TransformerConfig)(
         **(MODEL | case.settings), **dtype, context_parallel_size=cp_size, expert_model_parallel_size=ep_size
     )
-    layer = get_gpt_layer_local_spec(config.num_moe_experts, False, multi_latent_attention=latent)
+    layer = get_gpt_layer_local_spec(config.num_moe_experts, False, multi_latent_attention=latent, **case.layer)
     mtp = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False) if config.mtp_num_layers else None
-    model = GPTModel(
-        config, layer, vocab_size=VOCABULARY, max_sequence_length=64, position_embedding_type="rope", mtp_block_spec=mtp
-    )
+    settings = {"position_embedding_type": "rope", "mtp_block_spec": mtp} | case.model
+    model = GPTModel(config, layer, vocab_size=VOCABULARY, max_sequence_length=64, **settings)
     for name, parameter in model.named_parameters():
         if name.endswith("softmax_offset"):  # which 0.15 does not initialize
             torch.nn.init.normal_(parameter)

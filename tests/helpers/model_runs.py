@@ -31,7 +31,7 @@ class Trainer:
         model_parallel_cuda_manual_seed(7)
         self.case, self.cp_size, self.seq_len = case, cp_size, seq_len
         self.config, self.model = build(case, cp_size, parallel_state.get_expert_model_parallel_world_size(), bf16)
-        whole = list(samples(seq_len, dist.get_world_size(), case.documents))
+        whole = list(samples(seq_len, dist.get_world_size(), case.documents, case.targets))
         group = dist.get_rank() // cp_size
         self.mine = list(enumerate(whole))[group * cp_size : (group + 1) * cp_size]
         rows = whole[0]["tokens"].size(0)
@@ -162,11 +162,12 @@ def _forget_logged_losses():
     where.get_moe_layer_wise_logging_tracker().clear()
 
 
-def dense_attention(query, key, value, *, config, softmax_scale, cu_seqlens, softmax_offset, **unused):
+def dense_attention(
+    query, key, value, *, config, softmax_scale, cu_seqlens, softmax_offset, sliding_window=None, **unused
+):
     """The textbook's attention in place of ours, for what Megatron's own local attention does not know."""
-    allowed = reference.allowed_pairs(
-        query.size(0), causal=config.attention_mask_type == "causal", cu_seqlens=cu_seqlens
-    )
+    causal = config.attention_mask_type == "causal"
+    allowed = reference.allowed_pairs(query.size(0), causal=causal, cu_seqlens=cu_seqlens, window=sliding_window)
     return reference.attention(query, key, value, allowed, softmax_scale=softmax_scale, sinks=softmax_offset)
 
 

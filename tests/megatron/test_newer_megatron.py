@@ -16,7 +16,8 @@ from adaptors import RING, adaptor_of
 
 from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.megatron import decision, sizes
-from mindspeed_cp.patches import batches, experts, mtp, rotary
+from mindspeed_cp.patches import batches, experts, rotary
+from mindspeed_cp.patches import multi_token_prediction as mtp
 from mindspeed_cp.patches.machine import libraries
 from mindspeed_cp.patches.machine import triton as without_triton
 from mindspeed_cp.settings.notices import ContextParallelWarning
@@ -98,18 +99,53 @@ def test_dynamic_context_parallelism_is_refused_by_name(more):
         split(as_in_0_18, batch_of(local_cp_size=torch.tensor(1), **more), is_hybrid_cp=True)
 
 
+def mtp_loss_of_0_19(labels, loss_mask, config, input_ids=None, cp_group=None):
+    """What is left of Megatron's: the factor on each token's loss, after one shift."""
+    before = loss_mask.sum()
+    mask, num_tokens = mtp.roll_tensor(ADAPTORS[cp_group], roll_until_0_13, loss_mask)
+    return mask * (before if config.calculate_per_token_loss else 1) / num_tokens.clamp(min=1)
+
+
+def roll_until_0_13(tensor, shifts=-1, dims=-1):
+    raise AssertionError("not Megatron's own")
+
+
+ADAPTORS = [adaptor_of(cp_rank=rank) for rank in range(2)]
+for of_rank in ADAPTORS:
+    of_rank.fixed.groups.cp_group = "the ranks"
+
+
 @pytest.mark.parametrize("per_token", [True, False])
-def test_tokens_are_counted_over_the_ranks_where_the_count_is_read(per_token, monkeypatch):
-    reduced = []
-    monkeypatch.setattr(mtp.dist, "all_reduce", lambda total, group: reduced.append(total.item()))
-    state = adaptor_of()
+@pytest.mark.parametrize("targets", [1, 3, 7])
+def test_fewer_targets_than_ranks_weigh_as_without_context_parallelism(targets, per_token, monkeypatch):
+    whole = torch.tensor([[0.0, *[1.0] * targets, *[0.0] * (SEQ - 1 - targets)]])
+    masks = [ADAPTORS[0].layout(SEQ).shard(whole, rank, dim=1) for rank in range(2)]
+    monkeypatch.setattr(mtp, "_layout", lambda adaptor, *args: adaptor.layout(SEQ))
+    size_of_ones = mtp.Counted(torch.ones(1), ADAPTORS[0].main).mask
+    monkeypatch.setattr(mtp, "gather_sequence", lambda mine, **how: whole * size_of_ones)
+    monkeypatch.setattr(mtp.dist, "all_reduce", lambda total, group: total.copy_(2 * whole.sum()))
+    config = SimpleNamespace(calculate_per_token_loss=per_token, context_parallel_size=2)
+    weights = []
+    for rank, adaptor in enumerate(ADAPTORS):
+        weights.append(mtp.process_mtp_loss(adaptor, mtp_loss_of_0_19, masks[rank], masks[rank], config, cp_group=rank))
+    # A loss per token is added over the ranks and divided by all tokens later; others are averaged over the ranks.
+    found = sum(float(weight.sum()) for weight in weights) / (1 if per_token else 2)
+    assert found == pytest.approx(targets if per_token else 1)
 
-    def process_mtp_loss(labels, loss_mask, config):
-        return loss_mask.sum()
 
-    config = SimpleNamespace(calculate_per_token_loss=per_token)
-    count = mtp._with_tokens_of_the_sequence(state)(process_mtp_loss)(torch.zeros(1, 4), torch.ones(1, 4), config)
-    assert (reduced, count) == (([4], 4 / 2) if per_token else ([], 4))
+def test_labels_that_are_not_given_are_the_next_tokens_and_the_last_one_has_no_loss(monkeypatch):
+    shifted = SimpleNamespace(
+        roll_tensor=lambda tensor, **how: (torch.cat([tensor[:, 1:], 0 * tensor[:, :1]], 1), None)
+    )
+    monkeypatch.setattr(mtp.importlib, "import_module", lambda name: shifted)
+    given = {}
+
+    def process_mtp_loss(labels, loss_mask, config, input_ids=None, cp_group=None):
+        given.update(labels=labels.tolist(), mask=loss_mask.tolist())
+
+    config = SimpleNamespace(calculate_per_token_loss=False, context_parallel_size=2)
+    mtp.process_mtp_loss(ADAPTORS[0], process_mtp_loss, None, torch.ones(1, 3), config, torch.tensor([[5, 6, 7]]))
+    assert given == {"labels": [[6, 7, 0]], "mask": [[2, 2, 0]]}
 
 
 def test_several_packed_rows_are_refused():

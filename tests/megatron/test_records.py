@@ -253,17 +253,17 @@ def test_a_layout_by_documents_needs_the_same_documents_in_every_row():
 def test_losses_of_experts_are_numbers_when_a_micro_batch_is_all_padding(monkeypatch):
     monkeypatch.setattr(experts.dist, "all_reduce", lambda *args, **kwargs: None)
     monkeypatch.setattr(experts, "_scales_with_cp", lambda: True)
-    state = SimpleNamespace(cp_size=2, groups=SimpleNamespace(cp_group=None))
-    router, config = experts._Router(state), SimpleNamespace(calculate_per_token_loss=True)
-    share = router._share(config, 4, 8, torch.ones(4, dtype=torch.bool))
+    config, scope = SimpleNamespace(calculate_per_token_loss=True), SimpleNamespace(size=2, group=None)
+    share = experts._share(scope, config, 1.0, torch.ones(4, dtype=torch.bool))
     assert torch.isfinite(share.share) and torch.isfinite(share.weight)
 
     def counts(routing_map, reduce_group, topk, with_padding_mask):
         return torch.zeros(4), routing_map.shape[0], routing_map.sum() / topk
 
-    with router._sharing(share):
-        _, local, total = router.token_count(counts)(torch.zeros(4, 4), None, 2, True)
-        loss = router.balancing_loss(lambda total: torch.zeros(()) * (1 / (total * total)))(total)
+    with experts._sharing(share):
+        _, local, total = experts.get_tokens_per_expert_and_token_count(None, counts, torch.zeros(4, 4), None, 2, True)
+        balancing = lambda total: torch.zeros(()) * (1 / (total * total))  # noqa: E731
+        loss = experts.switch_load_balancing_loss_func(None, balancing, total)
     assert local == 0 and torch.isfinite(loss)
 
 

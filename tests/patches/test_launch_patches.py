@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mindspeed_cp.megatron.adaptor import Adaptor
-from mindspeed_cp.patches import loss, training
+from mindspeed_cp.patches import losses, training
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -223,11 +223,11 @@ def test_documents_without_a_mask_are_said_to_differ_from_megatrons_own_size_1()
 def test_loss_of_unequal_counts_is_the_mean_over_all_tokens(monkeypatch):
     # Two ranks with 3 and 1 tokens; Megatron divides each loss by the rank's own count and averages over the ranks.
     counts, sums = (torch.tensor(3), torch.tensor(1)), (torch.tensor(6.0), torch.tensor(10.0))
-    state = SimpleNamespace(cp_size=2, groups=SimpleNamespace(cp_group=None))
-    monkeypatch.setattr(loss.dist, "all_reduce", lambda total, group: total.copy_(sum(counts)))
+    scope = SimpleNamespace(size=2, group=None)
+    monkeypatch.setattr(losses.dist, "all_reduce", lambda total, group: total.copy_(sum(counts)))
     shares = []
     for count, value in zip(counts, sums):
-        scaled, num_tokens, report = loss._weighted(state, lambda count=count, value=value: (value, count, "report"))()
+        scaled, num_tokens, report = losses._weighted(scope, value, count, "report")
         assert num_tokens is count and report == "report"
         shares.append(scaled / num_tokens.clamp(min=1))
     assert float(sum(shares)) / 2 == pytest.approx((6.0 + 10.0) / 4)

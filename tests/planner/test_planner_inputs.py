@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.plan import main
 from mindspeed_cp.planner import calibrate, given
 from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
 from mindspeed_cp.planner.documents import boundaries, read_lengths
+from mindspeed_cp.planner.search import timed
+from mindspeed_cp.planner.trace import Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYER = ["--model", "gpt3-1.3b", "--cp", "4", "--cluster", "a100"]
@@ -70,23 +73,32 @@ def test_every_row_of_a_micro_batch_has_documents_of_its_own():
     assert first[0] == second[0] == 0 and first[-1] == second[-1] == 512 and first != second
 
 
-def test_documents_favour_the_balanced_layout_which_sends_less(capsys):
-    arguments = [*LAYER, "--seq-length", "8192", "--documents", "pareto:100,0.9", "--json"]
-    assert main(arguments) == 0
-    rows = json.loads(capsys.readouterr().out)["candidates"]
-    ring = [row for row in rows if "megatron_cp_algo" in row["flags"]]
-    balanced = next(row for row in ring if "--cp-batch-layout balanced" in row["flags"])
-    zigzag = next(row for row in ring if row["setting"].endswith("zigzag, causal"))
-    assert balanced["compute_seconds"] < zigzag["compute_seconds"]
-    assert balanced["intra_bytes"] < zigzag["intra_bytes"]
+def test_documents_favour_the_balanced_layout_which_sends_less():
+    problem = Problem(8192, 16, 16, 128, 128, cu_seqlens=boundaries("pareto:100,0.9", 8192))
+    setting = {"context_parallel_size": 4, "algorithm": "megatron_cp_algo", "kv_exchange": "direct"}
+    balanced, zigzag, auto = (
+        timed(ContextParallelConfig(**setting, batch_layout=layout), problem, CLUSTERS["a100"])
+        for layout in ("balanced", "zigzag", "auto")
+    )
+    whole = timed(ContextParallelConfig(**setting | {"kv_exchange": "ring"}), problem, CLUSTERS["a100"])
+    assert balanced.compute < 0.95 * zigzag.compute and balanced.intra_bytes < 0.95 * whole.intra_bytes
+    assert (auto.compute, auto.intra_bytes) == (balanced.compute, balanced.intra_bytes)
 
 
 def test_a_calibration_is_read_back_and_plans(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(calibrate, "kernel_rate", lambda device: 2e10)
+    monkeypatch.setattr(calibrate, "kernel_rate", lambda device, seq: {256: 1e10, 2048: 2e10}[seq])
+    monkeypatch.setattr(calibrate, "product_rate", lambda device, rows: 5e10)
+    monkeypatch.setattr(calibrate, "memory_rate", lambda device: 4e9)
+    monkeypatch.setattr(calibrate, "memory_of", lambda device: 8e9)
     monkeypatch.setattr(calibrate.self_test, "run", lambda device, world: {"ranks": world, "rates": {"ring": 1e9}})
     path = str(tmp_path / "here.yaml")
-    assert main(["--calibrate", path]) == 0 and "100% of 0.02 TFLOP/s" in capsys.readouterr().out
-    assert calibrate.read_cluster(path) == Cluster(4, 2e10, 1e9, 1e9, compute_efficiency=1.0, link_efficiency=1.0)
+    assert main(["--calibrate", path]) == 0
+    assert "here.yaml): of 0.05 TFLOP/s large products reach 100%, attention 47%" in capsys.readouterr().out
+    found = calibrate.read_cluster(path)
+    rates = [2048 / found.attention_seconds(2048, tokens, 128) for tokens in (256, 2048)]
+    assert rates == pytest.approx([1e10, 2e10])  # the curve goes through what was measured
+    assert found.product_seconds(5e10, 128, 4096) == pytest.approx(1) and found.half_rows == 0
+    assert (found.links, found.memory, found.memory_bandwidth, found.intra_bandwidth) == (1, 8e9, 4e9, 1e9)
     assert main([*LAYER[:4], "--cluster", path, "--seq-length", "2048"]) == 0
 
 
@@ -96,7 +108,8 @@ def test_every_preset_has_its_source_in_the_docs(page):
     for name, cluster in CLUSTERS.items():
         assert f" {cluster.flops / 1e12:.4g}e12 |" in rows[name]
         assert "Ascend/msmodeling" in rows[name] or "arxiv.org" in rows[name] or "nvidia.com" in rows[name]
-        assert f"{cluster.devices_per_node} x {cluster.intra_bandwidth / 1e9:.0f} GB/s" in rows[name]
+        assert f"{cluster.links} x {cluster.intra_bandwidth / 1e9:.0f} GB/s" in rows[name]
+        assert f"| {cluster.memory / 1e9:.0f} GB |" in rows[name] and f"| {cluster.devices_per_node} |" in rows[name]
         assert f"| {cluster.inter_bandwidth / 1e9:.0f} GB/s |" in rows[name]
 
 
@@ -104,7 +117,10 @@ def test_this_machine_is_measured_where_it_is_named_and_says_so(monkeypatch, cap
     monkeypatch.setattr(calibrate, "measured", lambda device: Cluster(4, 2e10, 1e9, 1e9))
     arguments = [*LAYER[:4], "--seq-length", "2048", "--cluster", "this-machine", "--inter-bandwidth", "5e8"]
     assert main(arguments) == 0
-    assert "\nMeasured here, now: 50% of 0.02 TFLOP/s; 80% of 1 GB/s within and 0.5 GB/s" in capsys.readouterr().out
+    words = (
+        "\nMeasured here, now: of 0.02 TFLOP/s large products reach 50%, attention 50%; 80% of 1 GB/s within and 0.5 "
+    )
+    assert words in capsys.readouterr().out
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cluster"]["name"] == "this-machine"
 
@@ -134,11 +150,29 @@ def test_the_picture_is_written(tmp_path, capsys):
 
 def test_what_a_plan_needs_is_named(capsys):
     assert main([]) == 2
-    assert "--model, --hf-config or Megatron's flags, --seq-length, --cluster not given" in capsys.readouterr().err
+    assert "--model, --hf-config or Megatron's flags, --seq-length not given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "preset", "words"),
+    [
+        (None, "ascend-910b", "no accelerator is here"),
+        ("Ascend910B2", "ascend-910b", "Ascend910B2 is here"),
+        ("NVIDIA H100 80GB HBM3", "h100", "NVIDIA H100 80GB HBM3 is here"),
+        ("NVIDIA L40S", "ascend-910b", "NVIDIA L40S, which is here, is no preset: give --flops"),
+    ],
+)
+def test_the_cluster_may_be_left_out_and_the_first_line_says_which_is_taken(device, preset, words, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "device_here", lambda: device)
+    assert main([*LAYER[:4], "--seq-length", "2k"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"Planned for {preset}: --cluster is not given, and ") and words in first
 
 
 def test_memory_is_a_number_of_bytes(capsys):
     arguments = ["--model", "gpt3-125m", "--devices", "2", "--seq-length", "512", "--cluster", "a100"]
+    assert main([*arguments, "--memory", "80"]) == 0
+    assert "--memory 80 is read as 80 GB." in capsys.readouterr().out
     for memory in ("nan", "0.5"):
         assert main([*arguments, "--memory", memory]) == 2
         assert f"--memory {memory} must be at least 1" in capsys.readouterr().err

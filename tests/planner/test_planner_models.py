@@ -20,6 +20,25 @@ KNOWN = {
     "qwen3-235b-a22b": (235, 22),
     "deepseek-v2": (236, 21.4),
     "deepseek-v3": (671, 37.5),
+    "llama3-8b": (8.03, 8.03),
+    "llama3.1-70b": (70.6, 70.6),
+    "llama3.1-405b": (405.9, 405.9),
+    "llama3.2-1b": (1.24, 1.24),
+    "llama3.2-3b": (3.21, 3.21),
+    "qwen2.5-7b": (7.62, 7.62),
+    "qwen2.5-72b": (72.7, 72.7),
+    "qwen3-8b": (8.19, 8.19),
+    "qwen3-32b": (32.8, 32.8),
+    "mistral-7b": (7.25, 7.25),
+    "mistral-small-24b": (23.6, 23.6),
+    "mistral-large-123b": (122.6, 122.6),
+    "gemma3-12b": (11.8, 11.8),
+    "gemma3-27b": (27.0, 27.0),
+    "gpt-oss-20b": (20.9, 4.2),
+    "gpt-oss-120b": (116.8, 5.7),
+    "glm-4.5": (353, 33.5),
+    "glm-4.5-air": (106.9, 13.4),
+    "pangu-ultra-135b": (134, 134),
 }
 
 
@@ -33,6 +52,12 @@ def test_parameters_are_those_that_the_models_are_known_by(name):
 def test_deepseek_counts_its_active_parameters_without_the_embeddings():
     model = MODELS["deepseek-v3"]
     assert (model.active_parameters - model.vocab * model.hidden) / 1e9 == pytest.approx(36.6, abs=0.05)
+
+
+def test_windows_are_counted():
+    gemma, oss = MODELS["gemma3-27b"], MODELS["gpt-oss-120b"]
+    assert (gemma.window, gemma.windowed_share) == (1024, pytest.approx(52 / 62))  # every sixth layer sees everything
+    assert (oss.window, oss.windowed_share) == (128, 0.5) and MODELS["llama3-8b"].window == 0
 
 
 DENSE = {"hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32, "tie_word_embeddings": False}

@@ -4,6 +4,7 @@ with cp 1.
 
 import json
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from distributed import free_port
 from trainer_runs import REPOSITORY, prepare_data, run_argvs
 
@@ -75,7 +77,8 @@ def dry_run(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
 def test_scripts_are_shellcheck_clean():
-    scripts = [*LAUNCH.glob("*.sh"), *(LAUNCH.parent / name for name in ("two_hosts.sh", "test_megatron_lm.sh"))]
+    others = ("two_hosts.sh", "mesh.sh", "check_plan.sh", "test_megatron_lm.sh")
+    scripts = [*LAUNCH.glob("*.sh"), *(LAUNCH.parent / name for name in others)]
     result = subprocess.run(["shellcheck", "-x", *map(str, scripts)], capture_output=True, text=True, cwd=LAUNCH)
     assert result.returncode == 0, result.stdout
 
@@ -154,7 +157,7 @@ def test_environment_and_later_flags_win(tmp_path):
         ({"SIZE": "8b"}, "size 8b is not known; choose one of 7b, 13b, 70b."),
         ({"NNODES": "2"}, "set MASTER_ADDR"),
         ({"DEVICE": "gpu", "NPROC_PER_NODE": "6"}, "must be a multiple of TP 2 x CP 4 x PP 1 = 8; use NNODES=2"),
-        ({"SEQ_LENGTH": "32m"}, "must be 32k, 128k, 1m or a number"),
+        ({"SEQ_LENGTH": "32x"}, "must be a number of tokens above 0, such as 32k"),
         ({"DEVICE": "tpu"}, "choose npu, gpu or cpu"),
         ({"MEGATRON_LM_PATH": "/nowhere"}, "holds no pretrain_gpt.py"),
         ({"CP": "3"}, "must be divisible by --tensor-model-parallel-size 2 x --context-parallel-size 3"),
@@ -164,6 +167,114 @@ def test_environment_and_later_flags_win(tmp_path):
 def test_mistakes_are_named_with_a_way_out(environment, words):
     result = launch("llama2", DRY_RUN="1", **environment)
     assert result.returncode == 2 and words in result.stderr, result.stderr
+
+
+BAD = ("08", "abc", "0", "-1", "1.5")
+NUMBERS = [
+    *((name, value) for name in ("TP", "CP", "NPROC_PER_NODE", "GLOBAL_BATCH") for value in BAD),
+    ("PP", " 2"), ("VPP", "0"), ("NNODES", "2;ls"), ("NODE_RANK", "-1"), ("ULYSSES_DEGREE", "x"), ("CP_WINDOW", "2**3"),
+    ("MASTER_PORT", "99999"), ("MASTER_PORT", "0"), ("LR", "fast"), ("TINY", "yes"), ("SLURM_JOB_ID", "a[0]"),
+    ("SEQ_LENGTH", "0"), ("SEQ_LENGTH", "010"), ("SEQ_LENGTH", "1e6"), ("SIZE", "7b 13b"), ("TIMEOUT_MINUTES", "long"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", NUMBERS)
+def test_every_number_is_checked_before_it_is_used(name, value):
+    result = launch("llama2", DRY_RUN="1", DEVICE="gpu", PYTHON="true", **{name: value})
+    line = f"{'size' if name == 'SIZE' else name} {value} "
+    assert result.returncode == 2 and result.stderr.startswith("llama2.sh: error: ") and line in result.stderr
+    assert result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["TP", "CP", "PP", "VPP", "NNODES", "NPROC_PER_NODE", "SEQ_LENGTH", "ULYSSES_DEGREE", "CP_WINDOW", "SEED",
+     "VOCAB_SIZE", "MASTER_PORT", "TIMEOUT_MINUTES", "EVAL_ITERS", "TINY", "DRY_RUN", "SLURM_JOB_ID", "SLURM_NNODES"],
+)  # fmt: skip
+def test_nothing_that_stands_in_a_number_is_executed(name, tmp_path):
+    settings = {"DRY_RUN": "1", "DEVICE": "gpu", "PYTHON": "true", name: f"PATH[$(touch {tmp_path}/executed)]"}
+    result = launch("llama2", **settings)
+    assert result.returncode == 2 and not (tmp_path / "executed").exists(), result.stderr
+
+
+def test_lengths_may_end_in_k_or_m():
+    for text, tokens in (("64k", "65536"), ("2m", "2097152"), ("4096", "4096")):
+        assert (
+            resolved(launch("llama2", "7b", DRY_RUN="1", DEVICE="gpu", PYTHON="true", SEQ_LENGTH=text))["SEQ_LENGTH"]
+            == tokens
+        )
+
+
+def test_a_pipeline_may_be_interleaved():
+    values = resolved(launch("llama2", "13b", DRY_RUN="1", DEVICE="gpu", PYTHON="true", CP="1", VPP="4"))
+    assert "--num-virtual-stages-per-pipeline-rank 4" in values["command"]
+
+
+def shim(folder, name, text):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def run_in(folder, *command, **environment):
+    path = os.pathsep.join([str(folder), os.environ["PATH"]])
+    kept = {name: os.environ[name] for name in ("HOME",) if name in os.environ}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=LAUNCH.parents[1], env={**kept, "PATH": path, **environment}
+    )
+
+
+DRY = {"DRY_RUN": "1", "DEVICE": "gpu", "PYTHON": "true", "SEQ_LENGTH": "128k"}
+
+
+def test_the_slurm_job_starts_one_launch_script_on_each_node(tmp_path):
+    shim(tmp_path / "bin", "srun", 'echo "srun $1"; shift; exec "$@"')
+    shim(tmp_path / "bin", "scontrol", "echo node7; echo node8")
+    slurm = {"SLURM_NNODES": "4", "SLURM_NODEID": "1", "SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "node[7-8]"}
+    result = run_in(tmp_path / "bin", "bash", str(LAUNCH / "slurm.sbatch"), "llama2", "7b", **DRY, **slurm)
+    values = resolved(result)
+    assert result.stdout.startswith("srun --kill-on-bad-exit=1\n")
+    assert (values["NNODES"], values["NODE_RANK"], values["MASTER_ADDR"], values["SIZE"]) == ("4", "1", "node7", "7b")
+
+
+def test_the_kubernetes_job_runs_the_launch_script_with_what_the_operator_gives(tmp_path):
+    job = yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())
+    specs = job["spec"]["pytorchReplicaSpecs"]
+    nodes = sum(spec["replicas"] for spec in specs.values())
+    for rank, kind in ((0, "Master"), (2, "Worker")):
+        (container,) = specs[kind]["template"]["spec"]["containers"]
+        given = {each["name"]: each["value"] for each in container["env"]}
+        operator = {"WORLD_SIZE": str(nodes), "RANK": str(rank), "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+        command = [*container["command"], *container["args"]]
+        values = resolved(run_in(tmp_path, *command, **{**DRY, **given, **operator}))
+        assert (values["NNODES"], values["NODE_RANK"], values["NPROC_PER_NODE"]) == ("4", str(rank), "8")
+        assert "--master-addr job-master-0 --master-port 23456" in values["command"]
+
+
+def test_docker_gets_the_variables_and_the_devices(tmp_path):
+    command = ["bash", str(LAUNCH / "docker.sh"), "qwen", "7b", "--lr", "1e-4"]
+    result = run_in(tmp_path, *command, IMAGE="torch:2", **DRY)
+    words = shlex.split(result.stdout.split("# command\n")[1])
+    assert words[:3] == ["docker", "run", "--rm"] and "--gpus" in words
+    assert words[-6:] == ["torch:2", "bash", "scripts/launch/qwen.sh", "7b", "--lr", "1e-4"]
+    assert words[words.index("SEQ_LENGTH") - 1] == "--env" and "CP" not in words
+    for wrong, said in (({"IMAGE": ""}, "set IMAGE"), ({"IMAGE": "x", "DEVICE": "tpu"}, "choose npu, gpu or cpu")):
+        result = run_in(tmp_path, *command, **{**DRY, **wrong})
+        assert result.returncode and said in result.stderr
+    named = re.search(r"^for name in (.*?); do", (LAUNCH / "docker.sh").read_text(), re.M | re.S)[1]
+    missing = {"DRY_RUN", "MEGATRON_LM_PATH", "PYTHON", "TENSORBOARD_DIR", "MODEL", "DIR"}
+    documented = re.findall(r"^#   ([A-Z_ =|0-9a-z.]+?)  ", (LAUNCH / "common.sh").read_text(), re.M)
+    known = {name for line in documented for name in re.findall(r"\b[A-Z][A-Z_]+\b", line)}
+    assert known - missing <= set(named.replace("\\\n", " ").split()) | {"N"}
+
+
+def test_ray_checks_the_flags_before_it_starts_workers(capsys):
+    ray_train = runpy.run_path(str(LAUNCH / "ray_train.py"))
+    flags = ["scripts/pretrain_gpt.py", "--num-attention-heads", "8", "--seq-length", "4096", "--context-parallel-size"]
+    assert ray_train["main"](["--workers", "8", "--dry-run", *flags, "4"]) == 0
+    assert capsys.readouterr().out == "8 workers with one GPU each: Ulysses, cp=4, contiguous, causal\n"
+    assert ray_train["main"](["--workers", "8", "--dry-run", *flags, "3"]) == 2
+    assert "ray_train.py: error: " in capsys.readouterr().err
 
 
 TINY = [("llama2", "7b"), ("llama2", "70b"), ("qwen", "7b"), ("qwen1_5", "7b"), ("gpt3", "1.3b")]

@@ -87,13 +87,13 @@ def test_wrong_flags_are_refused_before_any_process_group(data, flags, says):
     ("flags", "says"),
     [
         ("", "--data-path is not given"),
-        ("--data-path no/such", "the file no/such.bin does not exist; make it with: python"),
+        ("--data-path no/such", "the file no/such.bin does not exist; make it of your text with: python"),
     ],
 )
 def test_missing_data_says_which_file_and_how_to_make_it(flags, says):
     with pytest.raises(ValueError, match=says) as error:
         parse_args(f"{TINY} {flags}".split(), world_size=4)
-    assert "scripts/prepare_data.py --output" in str(error.value)
+    assert "scripts/prepare_data.py --input FILE --output" in str(error.value)
 
 
 def test_wrong_world_size_exits_with_status_2_and_one_line(data):

@@ -312,3 +312,8 @@ def test_help_of_argparse_would_name_defaults_twice():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ffn", help="default: four times the width")
     assert "(default: None)" in parser.format_help()
+
+
+def test_a_length_may_be_written_as_4k():
+    assert build_parser().parse_args(["--seq-length", "4k"]).seq_length == 4096
+    assert build_parser().parse_args(["--seq-length", "1m"]).seq_length == 1 << 20

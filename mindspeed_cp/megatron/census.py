@@ -1,0 +1,263 @@
+"""The census: what of Megatron reads the sequence axis or splits it on its own, and how each is handled here.
+
+A class that is not in the table is met by tests/megatron/test_census.py, which reads the sources of Megatron, before it
+is met by a user; in a version that was not tried, by ``check_class``, when a module of it is built.
+"""
+
+import inspect
+import textwrap
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+
+from mindspeed_cp.megatron.sources import reading
+from mindspeed_cp.settings.notices import warn_rank0
+
+Version = tuple[int, int]
+Handled = Literal["exact", "by layout", "alone", "refused"]
+CORE = "megatron.core."
+LIBRARIES = ("torch", "megatron", "transformer_engine", "apex", "mindspeed", "mindspeed_cp", "torch_npu")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a class or function of Megatron, or all of a module, is handled with context parallelism.
+
+    Args:
+        how: exact: a replacement computes it over the group of its module. by layout: it is Megatron's own, between
+            exchanges that follow the layout of the batch. alone: it computes nothing along the sequence. refused: no
+            module of it is built.
+        why: one sentence.
+        instead: the way out of what is refused.
+        versions: (first, first of those behind) in which this holds, None for no limit.
+        setting: of TransformerConfig; what is refused is refused where it is on, "" refuses always.
+    """
+
+    how: Handled
+    why: str
+    instead: str = ""
+    versions: tuple[Version | None, Version | None] = (None, None)
+    setting: str = ""
+
+    def holds(self, version: Version) -> bool:
+        first, behind = self.versions
+        return (first is None or version >= first) and (behind is None or version < behind)
+
+
+def _refused(why: str, instead: str) -> Entry:
+    return Entry("refused", why, instead)
+
+
+_MODEL = Entry("exact", "runs with the record of its batch, and its attention over its own group")
+_CORE = Entry("exact", "computed over the group of its module, whatever computed it before")
+_LATENT = Entry(
+    "refused",
+    "keeps, with fused rotary embeddings, one rank's part of them for batches of any layout",
+    "--no-rope-fusion (apply_rope_fusion=False)",
+    ((0, 14), None),
+    "apply_rope_fusion",
+)
+_ATTENTION = Entry("exact", "core attention inside it is computed over the whole sequence; it projects tokens alone")
+_ROTARY = Entry("exact", "positions are those of the batch's layout")
+_STATES = Entry("by layout", "sees the whole sequence in order for a part of the heads")
+_SETTINGS = Entry("alone", "settings, recorded graphs and groups for modules; nothing of a sequence")
+_TOWER = _refused(
+    "sees whole images or sounds, which are not split",
+    "context_parallel_size 1 in the configuration of the tower: it is then computed on each rank alone",
+)
+_EMBEDDINGS = "models.common.embeddings"
+
+
+def _all(prefix: str, names: str, *entries: Entry) -> dict[str, tuple[Entry, ...]]:
+    return {f"{prefix}.{name}": entries for name in names.split()}
+
+
+# Paths behind "megatron.core.", of a class, a function, or a module or package and all that is in it; of several
+# entries the first that holds in a version.
+CENSUS: dict[str, tuple[Entry, ...]] = {
+    # Models.
+    **_all("models.common.language_module.language_module", "LanguageModule", _MODEL),
+    **_all("models", "gpt.gpt_model.GPTModel mamba.mamba_model.MambaModel hybrid.hybrid_model.HybridModel", _MODEL),
+    **_all(
+        "models.T5.t5_model",
+        "T5Model t5_position_ids",
+        Entry("exact", "positions are those of the layout; an encoder and a decoder of different lengths are refused"),
+    ),
+    **_all("models.bert.bert_model", "BertModel", Entry("exact", "learned positions are those of the layout")),
+    **_all(
+        "models.bert",
+        "pooler",
+        _refused(
+            "pools the first token that a rank holds, not that of the sequence",
+            "--bert-no-binary-head (add_binary_head=False)",
+        ),
+    ),
+    **_all("models", "retro", _refused("looks up neighbours for chunks of the whole sequence", "a GPT model")),
+    **_all(
+        "models",
+        "multimodal mimo",
+        _refused(
+            "mixes images into the text and splits the result for itself",
+            "its language model alone, with what that gets split by state().shard_batch",
+        ),
+    ),
+    **_all("models", "vision.clip_vit_model vision.radio huggingface audio", _TOWER),
+    # Positions.
+    **_all(
+        f"{_EMBEDDINGS}.rope_utils",
+        "get_pos_emb_on_this_cp_rank _get_thd_freqs_on_this_cp_rank _apply_rotary_pos_emb_thd apply_rotary_pos_emb",
+        _ROTARY,
+    ),
+    **_all(f"{_EMBEDDINGS}.rotary_pos_embedding", "RotaryEmbedding MultimodalRotaryEmbedding", _ROTARY),
+    **_all(f"{_EMBEDDINGS}.yarn_rotary_pos_embedding", "YarnRotaryEmbedding", _ROTARY),
+    **_all(
+        "fusions",
+        "fused_mla_yarn_rope_apply",
+        Entry("alone", "reached from latent attention with fused rotary embeddings, which is refused"),
+    ),
+    # Attention.
+    **_all("transformer", "attention.Attention transformer_layer.TransformerLayer", _ATTENTION),
+    **_all("transformer.dot_product_attention", "DotProductAttention", _CORE),
+    **_all("extensions.transformer_engine", "TEDotProductAttention", _CORE),
+    **_all("transformer.multi_latent_attention", "MultiLatentAttention", _LATENT, _ATTENTION),
+    **_all("transformer.multi_latent_attention", "MLASelfAttention", _ATTENTION),
+    **_all(
+        "transformer",
+        "experimental_attention_variant",
+        _refused(
+            "takes every batch to be Megatron's zigzag over the whole row, and gathers keys and indexes for itself",
+            "latent attention without a sparse indexer (leave out --experimental-attention-variant)",
+        ),
+    ),
+    # Layers.
+    **_all("transformer.module", "MegatronModule GraphableMegatronModule", _SETTINGS),
+    **_all("transformer.transformer_config", "TransformerConfig", _SETTINGS),
+    **_all("transformer.moe.moe_utils", "get_default_pg_collection get_default_model_comm_pgs", _SETTINGS),
+    **_all(
+        "transformer.multi_token_prediction",
+        "roll_tensor _roll_tensor_packed_seq process_mtp_loss MultiTokenPredictionLayer MultiTokenPredictionBlock",
+        Entry("exact", "tokens are shifted within the whole sequence, document by document"),
+    ),
+    **_all(
+        "transformer.moe.router",
+        "Router TopKRouter",
+        Entry("exact", "losses weigh a rank's tokens by its share of the sequence"),
+    ),
+    # State space.
+    **_all(
+        "ssm.mamba_mixer",
+        "MambaMixer",
+        Entry(
+            "refused",
+            "takes a rank's part for the whole sequence before 0.13",
+            "a megatron-core of 0.13 or later",
+            (None, (0, 13)),
+        ),
+        _STATES,
+    ),
+    **_all("ssm", "mamba_context_parallel", _STATES),
+    **_all(
+        "ssm",
+        "gated_delta_net",
+        _refused(
+            "takes a rank's part for the whole sequence until 0.17, and its own split from 0.18 on was not tried",
+            "attention or Mamba layers",
+        ),
+    ),
+}
+
+
+def entry_of(path: str, version: Version) -> Entry | None:
+    """The entry of a class or function, by its path behind "megatron.core.", or of the module or package it is in."""
+    while path:
+        for entry in CENSUS.get(path, ()):
+            if entry.holds(version):
+                return entry
+        path = path.rpartition(".")[0]
+    return None
+
+
+@dataclass(frozen=True)
+class Census:
+    """The table, asked about the classes of one Megatron.
+
+    Args:
+        megatron: version of megatron-core, as it calls itself.
+        tried: versions that were tried, in which no class reads the sequence axis that is not in the table.
+        trusted: names of classes, with or without their module, that are built all the same (--cp-trust).
+    """
+
+    megatron: str
+    tried: frozenset[Version]
+    trusted: frozenset[str] = frozenset()
+
+    @property
+    def version(self) -> Version:
+        major, minor, *_ = self.megatron.split(".")
+        return int(major), int(minor)
+
+    def check(self, cls: type, config: Any) -> None:
+        """Refuse to build a module that would take a rank's part of the sequence for all of it.
+
+        Args:
+            config: of the module, a TransformerConfig with a context_parallel_size above 1.
+
+        Raises:
+            ValueError: by name, with the way out.
+        """
+        if self._is_trusted(cls):
+            return
+        for base in cls.__mro__:
+            if base.__module__.startswith(CORE) and (why := self._against(base, config)):
+                raise ValueError(
+                    f"{cls.__name__} with --context-parallel-size {config.context_parallel_size}: {base.__name__} "
+                    f"{why}; --cp-trust {cls.__name__} builds it all the same, after `python -m mindspeed_cp.prove` "
+                    "has shown that it is exact."
+                )
+
+    def take(self, model: torch.nn.Module) -> None:
+        """Look up every module of a model, also what was added to it after it was built, and name the user's own.
+
+        Raises:
+            ValueError: by name, with the way out.
+        """
+        own: dict[str, None] = {}
+        for module in model.modules():
+            cls, config = type(module), getattr(module, "config", None)
+            if getattr(config, "context_parallel_size", 1) > 1:
+                self.check(cls, config)
+            if cls.__module__.partition(".")[0] not in LIBRARIES and "forward" in vars(cls):
+                own[cls.__name__] = None
+        if names := [name for name in own if name not in self.trusted]:
+            warn_rank0(
+                f"modules of your own in {type(model).__name__}: {', '.join(names)}. With context parallelism each "
+                "gets a rank's part of the sequence; what looks from one token to another must gather it "
+                "(state().gather_sequence). --cp-trust NAME leaves this line out."
+            )
+
+    def _is_trusted(self, cls: type) -> bool:
+        return not self.trusted.isdisjoint((cls.__name__, f"{cls.__module__}.{cls.__name__}"))
+
+    def _against(self, cls: type, config: Any) -> str:
+        """Why a class of Megatron is refused, and what to do instead; "" where it is not."""
+        entry = entry_of(f"{cls.__module__.removeprefix(CORE)}.{cls.__name__}", self.version)
+        if entry is None and self.version not in self.tried and (sign := _read_in(cls)):
+            return (
+                f"of megatron-core {self.megatron}, a version that was not tried, reads the sequence axis ({sign}), "
+                "and the census does not say how; use --context-parallel-size 1, or a megatron-core that was tried"
+            )
+        if entry is None or entry.how != "refused" or not getattr(config, entry.setting or "context_parallel_size"):
+            return ""
+        return f"{entry.why}; use --context-parallel-size 1, or {entry.instead}"
+
+
+@cache
+def _read_in(cls: type) -> str:
+    """What a class reads of the sequence axis, "" for nothing."""
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except (OSError, TypeError):
+        return "its source is not there"
+    return reading(source).get(cls.__name__, "")

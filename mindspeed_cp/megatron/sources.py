@@ -1,0 +1,53 @@
+"""What in the source of Megatron reads the sequence axis: classes and functions that must be in the census."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+GROUPS = ("cp_group", "cp_size", "cp_rank", "context_parallel")
+# Of groups that checkpoints are written and gradients are added over.
+SAVING = ("dp_cp_group", "with_context_parallel")
+# Packages of models; everything else of megatron.core makes groups, batches, optimizers, checkpoints or schedules.
+PACKAGES = ("models", "transformer", "ssm", "extensions", "fusions")
+
+
+def reading(source: str) -> dict[str, str]:
+    """name -> what it reads first, for each class and function at the top of a module that reads the sequence axis.
+
+    That is: a context-parallel group, size or rank, by whatever name, or places counted from the length of a tensor.
+    """
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            sign = next((sign for part in ast.walk(node) if (sign := _sign(part))), "")
+            if sign:
+                found[node.name] = sign
+    return found
+
+
+def read_by(core: Path) -> Iterator[tuple[str, str]]:
+    """(path behind "megatron.core.", what it reads) of a folder megatron/core."""
+    for package in PACKAGES:
+        for file in sorted((core / package).rglob("*.py")):
+            module = ".".join(file.relative_to(core).with_suffix("").parts)
+            for name, sign in reading(file.read_text("utf-8")).items():
+                yield f"{module.removesuffix('.__init__')}.{name}", sign
+
+
+def _sign(node: ast.AST) -> str:
+    """How a node shows that it reads the sequence axis, "" where it does not."""
+    if isinstance(node, ast.Call) and _counts_places(node):
+        return ast.unparse(node)
+    named = {ast.Name: "id", ast.Attribute: "attr", ast.arg: "arg", ast.keyword: "arg"}.get(type(node))
+    name = getattr(node, named) if named else None
+    if not name or any(word in name for word in SAVING):
+        return ""
+    return name if any(group in name for group in GROUPS) or (named == "attr" and name == "cp") else ""
+
+
+def _counts_places(call: ast.Call) -> bool:
+    """``arange`` over a length that a tensor of this rank has."""
+    if not (isinstance(call.func, ast.Attribute) and call.func.attr == "arange" and call.args):
+        return False
+    length = ast.unparse(call.args[0] if len(call.args) == 1 else call.args[1])
+    return any(word in length for word in ("seq", ".size(", ".shape"))

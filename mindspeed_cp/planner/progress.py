@@ -1,0 +1,31 @@
+"""One line on a terminal while the planner works."""
+
+import sys
+import time
+from types import TracebackType
+
+EVERY = 0.5  # seconds
+
+
+class Progress:
+    """Shows how many ways to train are decided; says nothing where nobody looks, or before EVERY seconds are over."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._shown = False
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def note(self, decided: int, of: int) -> None:
+        """So many of so many ways are decided; those that the fastest ones exclude are never looked at."""
+        now = time.monotonic()
+        if sys.stderr.isatty() and now - self._last >= EVERY:
+            self._last, self._shown = now, True
+            print(f"\rplanning: looked at {decided} of {of} ways to train", end="", file=sys.stderr, flush=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._shown:
+            print("\r" + " " * 60 + "\r", end="", file=sys.stderr, flush=True)

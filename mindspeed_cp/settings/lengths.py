@@ -1,0 +1,17 @@
+"""Lengths of sequences as people write them: 131072, 128k, 1m."""
+
+import re
+
+UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
+
+
+def tokens(text: str) -> int:
+    """The number of tokens that ``text`` says; k is 1,024 and m 1,048,576.
+
+    Raises:
+        ValueError: it is none. The message names the value and the rule; argparse shows it beside the flag.
+    """
+    match = re.fullmatch(r"0*([1-9][0-9]*)([km]?)", text.strip().lower())
+    if not match:
+        raise ValueError(f"{text!r} is no length; write a number of tokens above 0, such as 4096, 128k or 1m.")
+    return int(match[1]) * UNITS[match[2]]

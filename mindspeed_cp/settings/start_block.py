@@ -1,0 +1,56 @@
+"""What is on, as one framed block right before the first step: a pure function of plain values, for rank 0 to print."""
+
+from dataclasses import dataclass
+
+LINES, WIDTH = 8, 110  # at most, the frame included
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the block says.
+
+    Args:
+        setting: the configuration's own phrase, such as "Ring, cp=4, zigzag, causal".
+        sizes: of every kind of parallelism, such as {"tp": 2, "pp": 1, "cp": 4, "dp": 1}.
+        seq_length, lengths: tokens of a sequence, and of the ranks (shortest, longest).
+        kernel: of attention. exchange: how keys and values, or heads, travel.
+        documents: what attention does with the documents of a batch, such as "kept apart".
+        patches: (how many are alive, how many were applied).
+    """
+
+    setting: str
+    sizes: dict[str, int]
+    seq_length: int
+    lengths: tuple[int, int]
+    kernel: str
+    exchange: str
+    documents: str
+    patches: tuple[int, int]
+
+
+def start_block(start: Start, has_log: bool = False) -> str:
+    """The block, without a line's end behind it.
+
+    Args:
+        has_log: --cp-log is given, whose lines say in every interval what this block says once.
+    """
+    shortest, longest = start.lengths
+    tokens = f"{longest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
+    alive, applied = start.patches
+    gone = f"{alive} of {applied} alive: somebody replaced the others"
+    patches = f"all {applied} alive" if alive == applied else gone
+    look = "time to hide in the lines of --cp-log" if has_log else "--cp-log says what every interval waits for"
+    rows = [
+        ("on", start.setting),
+        ("sizes", " x ".join(f"{name} {size}" for name, size in start.sizes.items())),
+        ("tokens", f"{start.seq_length:,} of a sequence, {tokens} on a rank; documents {start.documents}"),
+        ("kernel", f"{start.kernel}; {start.exchange}"),
+        ("patches", patches),
+        ("look at", f"{look}; python -m mindspeed_cp.doctor"),
+    ]
+    frame = "+-- context parallelism " + "-" * 40
+    return "\n".join([frame, *(_cut(f"| {name:<8}{text}") for name, text in rows), "+" + "-" * (len(frame) - 1)])
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."

@@ -1,0 +1,41 @@
+"""Patches of models that make the positions of their tokens themselves, from a rank's own tokens."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.megatron.batches import record_of_length
+from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.patches.computing import computes_over, computing_over
+from mindspeed_cp.patches.rows import patch
+
+T5 = "megatron.core.models.T5.t5_model"
+REASON = "learned positions count from the first token that a rank holds, and not from that of the sequence"
+
+
+@patch("megatron.core.models.bert.bert_model.BertModel.bert_position_ids", reason=REASON)
+def bert_position_ids(
+    adaptor: Adaptor, original: Callable[..., Any], self: Any, token_ids: torch.Tensor
+) -> torch.Tensor:
+    scope = adaptor.scope_of(self)
+    return original(self, token_ids) if scope.alone else _positions(adaptor, scope, token_ids)
+
+
+@patch(f"{T5}.T5Model.forward", reason="the function below makes positions, and is told of no model")
+def t5_model(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    with computing_over(adaptor.scope_of(self)):
+        return original(self, *args, **kwargs)
+
+
+@patch(f"{T5}.t5_position_ids", reason=REASON)
+def t5_position_ids(adaptor: Adaptor, original: Callable[..., Any], token_ids: torch.Tensor) -> torch.Tensor:
+    scope = computes_over()
+    return original(token_ids) if scope is None or scope.alone else _positions(adaptor, scope, token_ids)
+
+
+def _positions(adaptor: Adaptor, scope: Scope, token_ids: torch.Tensor) -> torch.Tensor:
+    """(b, s) the places in the whole sequence of this rank's tokens."""
+    layout = record_of_length(adaptor, scope, token_ids.size(1)).layout
+    return layout.positions(scope.rank, token_ids.device).expand_as(token_ids)

@@ -1,0 +1,117 @@
+"""One truth for each fact of the docs: versions, masks, forms of arguments, the picture, the site, a checkout."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from inspect import Parameter, signature
+
+import pytest
+import torch
+import yaml
+from test_docs import DOCS, PAGES, READMES, ROOT, text_of
+
+import mindspeed_cp
+from mindspeed_cp import (
+    ContextParallelConfig,
+    ContextParallelGroups,
+    SequenceLayout,
+    context_parallel_attention,
+)
+from mindspeed_cp.patches import versions
+
+NUMBERS = {word: n for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+NUMBERS |= {"五": 5, "六": 6, "七": 7, "八": 8, "九": 9}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_every_page_says_the_same_of_the_versions_that_were_tried(page):
+    newest, text = versions.MEGATRONS[-1].version, text_of(page)
+    for last in re.findall(rf"{re.escape(versions.OLDEST)} (?:to|到) (\d+\.\d+\.\d+)", text):
+        assert last == newest, f"0.12.1 to {last}"
+    for word in re.findall(
+        r"(?:script|checkouts?|脚本).{0,12}? on (\w+) (?:versions|checkouts)|([五六七八九])个版本的 Mega", text
+    ):
+        assert NUMBERS["".join(word)] == len(versions.MEGATRONS), word
+
+
+def test_no_ratio_of_a_command_stands_on_two_pages():
+    assert not (ROOT / "docs/performance.md").exists()
+    assert text_of("docs/measurements.md").count("<!-- bench_attention -->") == 1
+
+
+def test_every_keyword_of_the_api_has_its_form():
+    table = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text_of("docs/python-api.md"), re.M))
+    keywords = [
+        name
+        for name, parameter in signature(context_parallel_attention).parameters.items()
+        if parameter.kind is Parameter.KEYWORD_ONLY and name not in ("config", "groups", "layout")
+    ]
+    assert set(keywords) <= set(table) and all(table.values())
+
+
+def test_a_mask_of_the_batch_and_the_causal_type_are_said_to_hide_together():
+    mask = torch.ones(4, 4, dtype=torch.bool).triu(1)
+    mask[:2, :2] = False  # a prefix of two
+    outs = {}
+    for kind in ("causal", "general", "full"):
+        config = ContextParallelConfig(context_parallel_size=1, attention_mask_type=kind)
+        groups, layout = ContextParallelGroups(config.hierarchy, 0, (0,)), SequenceLayout.build(config, 4)
+        query = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 1, 1, 2)
+        keywords = dict(config=config, groups=groups, layout=layout)
+        outs[kind] = context_parallel_attention(query, query, query, **keywords, attention_mask=mask)
+        plain = context_parallel_attention(query, query, query, **keywords)
+        assert (kind == "causal") == torch.equal(outs[kind], plain) or kind == "general"
+    assert torch.equal(outs["general"], outs["full"]) and not torch.equal(outs["general"], outs["causal"])
+    assert "applies on top of the causal mask where the configuration's mask type is causal" in text_of(
+        "docs/python-api.md"
+    )
+
+
+def test_every_flag_of_ours_that_mindspeed_lacks_is_on_the_page_of_migration():
+    for page in ("docs/migration-from-mindspeed.md", "docs/zh-CN/migration-from-mindspeed.md"):
+        assert "| `--cp-p2p` |" in text_of(page)
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_a_picture_and_a_number_stand_at_the_top_of_the_readme(page):
+    top = "\n".join(text_of(page).splitlines()[:20])
+    (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", top)
+    drawn = text_of(picture)
+    for algorithm, cells in re.findall(r'<g data-layout="(\w+)">(.*?)</g>', drawn):
+        degree = 2 if algorithm == "hybrid_cp_algo" else None
+        config = ContextParallelConfig(context_parallel_size=4, algorithm=algorithm, ulysses_degree=degree)
+        layout = SequenceLayout.build(config, 16)
+        owner = {token: rank for rank in range(4) for token in layout.positions(rank).tolist()}
+        assert [int(rank) for rank in re.findall(r">(\d)</text>", cells)] == [owner[token] for token in range(16)]
+    (number,) = re.findall(r"\*\*([\d.e-]+)\*\*", top)
+    assert f"largest relative difference of a loss: {number}, " in text_of(page)
+
+
+def test_the_site_has_every_page_in_its_menu():
+    site = yaml.safe_load(text_of("mkdocs.yml"))
+    named = set(re.findall(r"[\w/-]+\.md", str(site["nav"])))
+    english = {page.removeprefix("docs/") for page in DOCS if "/zh-CN/" not in page}
+    assert english <= named and all((ROOT / "docs" / page).is_file() for page in named)
+    citation = yaml.safe_load(text_of("CITATION.cff"))
+    assert citation["version"] == mindspeed_cp.__version__
+
+
+MEGATRON_CPU = r"^```bash megatron-cpu\n(.*?)^```"
+
+
+@pytest.mark.skipif(
+    "MEGATRON_LM_PATH" not in os.environ or not find_spec("six"), reason="needs MEGATRON_LM_PATH, six, regex, pydantic"
+)
+def test_the_four_commands_train_a_checkout_on_a_cpu(tmp_path):
+    commands = re.search(MEGATRON_CPU, text_of("docs/megatron.md"), re.M | re.S)[1]
+    _, _, *rest = commands.splitlines(keepends=True)  # the checkout and its packages are here
+    (tmp_path / "Megatron-LM").symlink_to(os.environ["MEGATRON_LM_PATH"])
+    for name in ("mindspeed_cp", "patches", "arguments"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    script = "".join(rest).replace(".venv/bin/python", shlex.quote(sys.executable))
+    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Context parallelism: Ring, cp=2, zigzag, causal, kernel cpu" in done.stdout and "lm loss" in done.stdout
