@@ -40,7 +40,23 @@ def setup_from_args(args: Any, world_size: int | None = None) -> TrainingSetup:
         "world_size": (values["world_size"] if world_size is None else world_size) or None,
     }
     half: Any = "bfloat16" if getattr(args, "bf16", False) else "float16" if getattr(args, "fp16", False) else None
-    return TrainingSetup(**values, recomputes_attention=_recomputes_attention(args), half_precision=half)
+    return TrainingSetup(
+        **values,
+        recomputes_attention=_recomputes_attention(args),
+        half_precision=half,
+        head_dim=_head_dim(args),
+        micro_batch_size=getattr(args, "micro_batch_size", None) or 1,
+    )
+
+
+def _head_dim(args: Any) -> int | None:
+    """Elements of a head, None where the flags leave it open; multi-latent attention has several."""
+    if getattr(args, "multi_latent_attention", False):
+        return None
+    if getattr(args, "kv_channels", None):
+        return int(args.kv_channels)
+    hidden, heads = getattr(args, "hidden_size", None), args.num_attention_heads
+    return hidden // heads if hidden and heads else None
 
 
 def _recomputes_attention(args: Any) -> bool | None:

@@ -8,6 +8,7 @@ from importlib import import_module
 COMMANDS = {
     "plan": ("mindspeed_cp.plan", "which algorithm, degree, window and exchange, and why"),
     "doctor": ("mindspeed_cp.doctor", "is it on here, with which device and kernel, and what to do if not"),
+    "prove": ("mindspeed_cp.prove", "does my own script compute the same with context parallelism"),
 }
 
 

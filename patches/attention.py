@@ -15,10 +15,12 @@ import torch
 
 from mindspeed_cp.attention.exchanged import exchange_around
 from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.megatron.alone import Scores, alone, memory_of
 from mindspeed_cp.megatron.bridge import CoreAttention, attention, layer_window
 from mindspeed_cp.megatron.scopes import OWN, checked_group, named_group, own_group
 from mindspeed_cp.patches.machine.compiler import outside_compiler
 from mindspeed_cp.patches.rows import arguments_of, patch, signature_of, uninstalled
+from mindspeed_cp.settings.notices import warn_rank0
 
 DOT_PRODUCT = "megatron.core.transformer.dot_product_attention.DotProductAttention"
 TE_DOT_PRODUCT = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
@@ -126,7 +128,8 @@ def local_forward(
     # Megatron's local attention knows neither packed sequences nor the value heads of multi-latent attention.
     width = self.num_attention_heads_per_partition * value.shape[-1]
     asked = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, **kwargs}
-    if _is_alone(self) and not adaptor.sizes and packed_seq_params is None and width == self.hidden_size_per_partition:
+    theirs = packed_seq_params is None and width == self.hidden_size_per_partition
+    if _is_alone(self) and not adaptor.sizes and theirs and not _takes_the_kernel(adaptor, query, key, attention_bias):
         return original(self, query, key, value, attention_mask, **asked, packed_seq_params=packed_seq_params)
     # Query-key layer scaling divides, then multiplies.
     scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1)
@@ -165,6 +168,22 @@ def te_forward(
 # UlyssesContextAttention around one of them must not exchange again.
 local_forward.function.exchanges_context_parallel = True  # type: ignore[attr-defined]
 te_forward.function.exchanges_context_parallel = True  # type: ignore[attr-defined]
+
+
+def _takes_the_kernel(adaptor: Adaptor, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether --use-flash-attn means this project's kernel here; what plain attention costs is said once."""
+    computable = len(query) == len(key) and bias is None
+    choice = alone(
+        Scores.of(query, key),
+        asked=adaptor.settings.asked_for_flash,
+        device=query.device.type,
+        packed=False,
+        memory=memory_of(query.device),
+        refusal="" if computable else "queries and keys differ in length, or have a bias",
+    )
+    if choice.line:
+        warn_rank0(choice.line)
+    return choice.fused
 
 
 def _is_alone(module: Any) -> bool:

@@ -1,16 +1,15 @@
 """``context_parallel_attention``: the public entry; checks its arguments and assembles the call."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
+from mindspeed_cp.attention.exchange_choice import exchange_for, steps_in_flight
 from mindspeed_cp.attention.function import AttentionCall, ContextParallelAttention
 from mindspeed_cp.attention.kept import KeptAttention
 from mindspeed_cp.attention.kv_cache import KVCache
 from mindspeed_cp.attention.merging import merge_function, plain_merge
 from mindspeed_cp.attention.ring import RingProblem
-from mindspeed_cp.attention.ring_plan import ring_plan
 from mindspeed_cp.attention.ulysses import UlyssesProblem
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.sequence_exchange import SequenceExchange
@@ -20,7 +19,6 @@ from mindspeed_cp.sequence.cache import kept_up_to
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.sequence.masks import dense_mask, interval_masks
 from mindspeed_cp.sequence.runs import positions
-from mindspeed_cp.sequence.staircases import IntervalMask
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -84,10 +82,12 @@ def context_parallel_attention(
     masks = interval_masks(causal, layout.seq_len, query.shape[1], cu_seqlens, sliding_window)
     policy = config.kv_cache_policy_for(layer_number)
     differentiates = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    if not differentiates and (kept is None or not kept.is_active):
+    has_backward = differentiates or (kept is not None and kept.is_active)
+    if not has_backward:
         policy = None  # nothing will run backward, so nothing is kept for it
     cache = KVCache.resolve(policy, config.ring_size)
     order, merge = chosen.memory_order(query.dtype), merge_function(chosen, fused_update)
+    exchange = exchange_for(config, groups, layout, masks, attention_mask is not None)
     ring = RingProblem(
         groups=groups,
         layout=layout,
@@ -99,15 +99,16 @@ def context_parallel_attention(
             groups.cp_rank,
             fused_merge=merge is not plain_merge,
         ),
-        exchange=_exchange(config, layout, masks, attention_mask),
+        exchange=exchange,
         keep=cache.keep,
         overlap=config.send_recv_overlap,
         dense_mask=dense_mask(attention_mask, query.shape[1], layout.seq_len),
         merge=merge,
         order=order,
+        in_flight=steps_in_flight(config, exchange, groups.topology),
     )
     ulysses = _ulysses_problem(config, groups, layout, query, key, value, cache, order)
-    call = AttentionCall(ring, ulysses, layer_number, kept)
+    call = AttentionCall(ring, ulysses, layer_number, has_backward, kept)
     # Kernels take any strides but the last dimension's; torch's CPU operator would read past it without a word.
     tensors = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
     places = None if layout.ulysses_degree > 1 else _ascending(layout, groups.cp_rank, query.device)
@@ -137,20 +138,6 @@ def _places(layout: SequenceLayout, cp_rank: int, device: torch.device) -> torch
         return positions(layout.ulysses_rows(cp_rank)[0], device)
 
 
-def _exchange(
-    config: ContextParallelConfig,
-    layout: SequenceLayout,
-    masks: tuple[IntervalMask, ...],
-    attention_mask: torch.Tensor | None,
-) -> Literal["ring", "direct", "allgather"]:
-    """How keys and values travel around the ring: what the configuration says, or for "auto" what sends less."""
-    row = config.row.exchange or "ring"
-    if config.kv_exchange != "auto" or row != "ring":
-        return "direct" if config.kv_exchange == "direct" else row
-    saves = attention_mask is None and config.hierarchy[2] == 1
-    return "direct" if saves and ring_plan(layout, masks, True, exact=True).direct_sends_less else "ring"
-
-
 def _ulysses_problem(
     config: ContextParallelConfig,
     groups: ContextParallelGroups,
@@ -172,7 +159,18 @@ def _ulysses_problem(
         value.shape[3],
         refetch=cache.refetch,
         allgather_kv=config.allgather_kv,
+        num_groups=_num_groups(config, query.shape[2]),
     )
+
+
+def _num_groups(config: ContextParallelConfig, heads: int) -> int:
+    of_rank = -(-heads // config.hierarchy[0])
+    if config.ulysses_chunks > of_rank:
+        raise ValueError(
+            f"--cp-ulysses-chunks {config.ulysses_chunks} must be at most the {of_rank} heads that a rank computes; "
+            f"use --cp-ulysses-chunks {of_rank} or less."
+        )
+    return config.ulysses_chunks
 
 
 def _check_options(

@@ -4,19 +4,23 @@ Forward: heads are scattered over the Ulysses group, the ring computes, the outp
 same in reverse. A part that has one rank does nothing.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice, zip_longest
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.attention.kept import Computed, KeptAttention, Stamp
+from mindspeed_cp.attention.kept import Computed, ComputedHeads, KeptAttention, Stamp
 from mindspeed_cp.attention.kv_cache import NAMES, Name
 from mindspeed_cp.attention.merging import add_softmax_offset, softmax_offset_gradient
 from mindspeed_cp.attention.ring import RingProblem, RingSaved, own_rows, ring_backward, ring_forward
 from mindspeed_cp.attention.ulysses import UlyssesProblem
+from mindspeed_cp.kernels.base import accumulation_dtype
+from mindspeed_cp.kernels.merge import add_in_place
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +29,14 @@ class AttentionCall:
 
     Args:
         layer_number: global, 1-based.
+        has_backward: whether a backward pass may come, for which forward saves what it needs.
         kept: of the checkpoint around the call, whose recomputation takes what its first pass computed.
     """
 
     ring: RingProblem
     ulysses: UlyssesProblem | None = None
     layer_number: int = 1
+    has_backward: bool = True
     kept: KeptAttention | None = None
 
     @property
@@ -64,6 +70,7 @@ class AttentionCall:
             layout=ring.layout,
             masks=ring.masks,
             dense_mask=None if dense is None else dense.shape,
+            num_rounds=1 if self.ulysses is None else self.ulysses.num_groups,
         )
 
     def compute(
@@ -77,24 +84,148 @@ class AttentionCall:
         """Run the call; ``local`` is what ``without_communication`` returned."""
         dtype = query.dtype
         if self.ulysses is None:
-            query, *own = (local[place] for place in range(3))
-        else:
-            query, *own = own_rows(self.ring, *self.ulysses.scatter(query, key, value))
-        out, lse, saved = ring_forward(self.ring, query, tuple(own))
-        if softmax_offset is not None:
+            own = tuple(local[place] for place in range(3))
+            heads = self._attend(own, softmax_offset, dtype, local)
+            return Computed(heads.out, self._for_backward([heads]))
+        rounds, done, leaving = self.ulysses.rounds, list[ComputedHeads](), None
+        result = self.ulysses.all_heads("out", query, dtype)
+        arriving = rounds[0].scatter(query, key, value)
+        stay: tuple[torch.Tensor, ...] = ()
+        for this, following in zip_longest(rounds, rounds[1:]):
+            here = _with_keys_that_stay(this, arriving.wait(), stay)
+            if following:
+                arriving = following.scatter(query, key, value)
+            stay = here[1:] if following and following.keys_stay else ()
+            here = own_rows(self.ring, *here)
+            offset = None if softmax_offset is None else softmax_offset[this.head_slice()]
+            heads = self._attend(here, offset, dtype, local)
+            if leaving is not None:
+                leaving.wait()
+            leaving = this.gather({"out": result}, {"out": heads.out})
+            done += self._for_backward([heads])
+            del here, heads  # while the next round is computed
+        assert leaving is not None
+        leaving.wait()
+        return Computed(result.result(), tuple(done))
+
+    def _attend(
+        self,
+        own: tuple[torch.Tensor, ...],
+        offset: torch.Tensor | None,
+        dtype: torch.dtype,
+        local: dict[int, torch.Tensor],
+    ) -> ComputedHeads:
+        """Attention of the heads that are here: ``own_rows`` of query, key and value, and their softmax offsets."""
+        query, *keys_values = own
+        out, lse, saved = ring_forward(self.ring, query, tuple(keys_values))
+        if offset is not None:
             if out.dtype != lse.dtype:
                 out = out.to(lse.dtype)
-            add_softmax_offset(out, lse, self.local_offset(softmax_offset))
+            add_softmax_offset(out, lse, offset)
         out = out.to(dtype)
-        result = self.ulysses.gather_out(out, dtype) if self.ulysses else out
         # Rows without a key have lse -inf; +inf makes exp(score - lse) 0 in backward.
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         tensors = (query, *saved.tensors)
-        kept = tuple(None if place in local else tensor for place, tensor in enumerate(tensors))
-        return Computed(result, out, lse, kept, saved.blocks)
+        return ComputedHeads(
+            out, lse, tuple(None if place in local else tensor for place, tensor in enumerate(tensors)), saved.blocks
+        )
 
-    def local_offset(self, softmax_offset: torch.Tensor) -> torch.Tensor:
-        return softmax_offset if self.ulysses is None else softmax_offset[self.ulysses.head_slice()]
+    def _for_backward(self, rounds: list[ComputedHeads]) -> tuple[ComputedHeads, ...]:
+        return tuple(rounds) if self.has_backward else ()
+
+    def differentiate(
+        self,
+        grad_out: torch.Tensor,
+        rounds: tuple[ComputedHeads, ...],
+        softmax_offset: torch.Tensor | None,
+        local: dict[int, torch.Tensor],
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Gradients ([dq, dk, dv], that of the softmax offsets)."""
+        d_offset = None if softmax_offset is None else torch.zeros_like(softmax_offset)
+        if self.ulysses is None:
+            query, *kept = (local.get(place, tensor) for place, tensor in enumerate(rounds[0].saved))
+            self._add_offset_gradient(d_offset, softmax_offset, grad_out, rounds[0], slice(None))
+            return list(self._gradients(grad_out, rounds[0], query, kept)), d_offset
+        again: dict[str, torch.Tensor] = {
+            name: local[place] for place, name in zip((1, 2), NAMES) if name in self.refetch
+        }
+        problems, dtype, leaving = self.ulysses.rounds, grad_out.dtype, None
+        into = {f"grad_{kind}": self.ulysses.all_heads(f"grad_{kind}", grad_out, dtype) for kind in ("query", *NAMES)}
+        arriving, here, sums = problems[0].scatter_for_backward(grad_out, again), dict[str, torch.Tensor](), KeptSums()
+        for number, (this, heads) in enumerate(zip(problems, rounds, strict=True)):
+            arrived = arriving.wait()
+            here |= {name: tensor for name, tensor in arrived.items() if tensor.shape[2] or not this.keys_stay}
+            if number + 1 < len(problems):
+                arriving = problems[number + 1].scatter_for_backward(grad_out, again)
+            query, *kept = heads.saved
+            kept = [here[name] if name in again else tensor for name, tensor in zip(NAMES, kept)] + kept[len(NAMES) :]
+            grads = self._gradients(here["grad_out"], heads, query, kept)
+            self._add_offset_gradient(d_offset, softmax_offset, here["grad_out"], heads, this.head_slice())
+            if leaving is not None:
+                leaving.wait()
+            leaving = this.gather(into, dict(zip(into, (grads[0], *sums.add(grads[1:], this.keys_are_done)))))
+        assert leaving is not None
+        leaving.wait()
+        return [gathered.result() for gathered in into.values()], d_offset
+
+    def _gradients(
+        self,
+        grad_out: torch.Tensor,
+        heads: ComputedHeads,
+        query: torch.Tensor | None,
+        kept: Sequence[torch.Tensor | None],
+    ) -> tuple[torch.Tensor, ...]:
+        assert query is not None
+        return ring_backward(
+            self.ring,
+            grad_out,
+            query,
+            heads.out,
+            heads.lse,
+            RingSaved(tuple(tensor for tensor in kept if tensor is not None), heads.blocks),
+        )
+
+    @staticmethod
+    def _add_offset_gradient(
+        total: torch.Tensor | None,
+        offset: torch.Tensor | None,
+        grad_out: torch.Tensor,
+        heads: ComputedHeads,
+        share: slice,
+    ) -> None:
+        if total is not None and offset is not None:
+            total[share] = softmax_offset_gradient(grad_out, heads.out, heads.lse, offset[share])
+
+
+class KeptSums:
+    """The gradients of keys and values that stay for several rounds, summed until they leave."""
+
+    def __init__(self) -> None:
+        self._sums: list[torch.Tensor] | None = None
+
+    def add(self, grads: tuple[torch.Tensor, ...], are_done: bool) -> list[torch.Tensor]:
+        """What leaves, the sums so far and these; where more comes, what they are by now."""
+        if self._sums is None and are_done:
+            return list(grads)
+        if self._sums is None:
+            self._sums = [grad.to(accumulation_dtype(grad.dtype), copy=True) for grad in grads]
+        else:
+            for total, grad in zip(self._sums, grads):
+                add_in_place(total, grad)
+        sums, self._sums = self._sums, None if are_done else self._sums
+        return sums
+
+
+def _with_keys_that_stay(
+    this: UlyssesProblem, arrived: tuple[torch.Tensor | None, ...], stay: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """(query, key, value) of a round: the keys and values that came with it, or those of the round before."""
+    query, *keys_values = arrived
+    assert query is not None
+    if this.keys_stay:
+        return query, *stay
+    empty = (query.new_empty((*query.shape[:2], 0, dim)) for dim in (this.dk, this.dv))  # for a rank without a head
+    return query, *(none if tensor is None else tensor for tensor, none in zip(keys_values, empty))
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -135,9 +266,10 @@ class ContextParallelAttention(torch.autograd.Function):
             found = compute()
         else:
             found = call.kept.once(call.stamp(query, key, value), query.device, compute)
-        ctx.call, ctx.blocks = call, found.blocks
-        rows, *kept = (local.get(place, tensor) for place, tensor in enumerate(found.saved))
-        ctx.save_for_backward(rows, found.out, found.lse, softmax_offset, *kept)
+        ctx.call, ctx.places = call, list(local)
+        ctx.rounds = [(len(heads.tensors), heads.blocks) for heads in found.rounds]
+        tensors = (tensor for heads in found.rounds for tensor in heads.tensors)
+        ctx.save_for_backward(softmax_offset, *local.values(), *tensors)
         return found.result
 
     @staticmethod
@@ -149,20 +281,12 @@ class ContextParallelAttention(torch.autograd.Function):
     @staticmethod
     def _backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call: AttentionCall = ctx.call
-        (query, out, lse, softmax_offset, *kept) = ctx.saved_tensors
-        dtype = query.dtype
-        if call.ulysses:
-            again: dict[str, torch.Tensor] = {name: tensor for name, tensor in zip(NAMES, kept) if name in call.refetch}
-            grad_out, fetched = call.ulysses.scatter_for_backward(grad_out, again)
-            if again:
-                kept = [fetched.get(name, tensor) for name, tensor in zip(NAMES, kept)]
-        saved = RingSaved(tuple(kept), ctx.blocks)
-        dq, dk, dv = ring_backward(call.ring, grad_out, query, out, lse, saved)
-        d_offset = None
-        if softmax_offset is not None:
-            d_offset = torch.zeros_like(softmax_offset)
-            local = call.local_offset(d_offset)
-            local.copy_(softmax_offset_gradient(grad_out, out, lse, call.local_offset(softmax_offset)))
-        if call.ulysses:
-            dq, dk, dv = call.ulysses.gather_gradients(dq, dk, dv, dtype)
+        softmax_offset, *saved = ctx.saved_tensors
+        local = dict(zip(ctx.places, saved))
+        of_rounds, rounds = iter(saved[len(local) :]), []
+        for count, blocks in ctx.rounds:
+            out, lse, *tensors = islice(of_rounds, count)
+            rounds.append(ComputedHeads(out, lse, tuple(tensors), blocks))
+        (dq, dk, dv), d_offset = call.differentiate(grad_out, tuple(rounds), softmax_offset, local)
+        dtype = grad_out.dtype
         return dq.to(dtype), dk.to(dtype), dv.to(dtype), d_offset, None

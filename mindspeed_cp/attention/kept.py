@@ -6,7 +6,7 @@ between is computed twice, and so would be the slowest part of it, attention and
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -40,6 +40,33 @@ class Stamp(NamedTuple):
     layout: SequenceLayout
     masks: tuple[IntervalMask, ...]
     dense_mask: torch.Size | None
+    num_rounds: int
+
+
+@dataclass(frozen=True)
+class ComputedHeads:
+    """What backward needs of the heads that one round computes.
+
+    Args:
+        out, lse: of this rank's rows and heads.
+        saved: query, and what backward starts from of keys and values; None for what the rank has without
+            communication, which the next pass has as well.
+        blocks: what the kernel saved of each block.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    saved: tuple[torch.Tensor | None, ...]
+    blocks: tuple[Any, ...]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.out, self.lse, *self.saved
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor | None]) -> "ComputedHeads":
+        out, lse, *saved = tensors
+        assert out is not None and lse is not None
+        return ComputedHeads(out, lse, tuple(saved), self.blocks)
 
 
 @dataclass(frozen=True)
@@ -48,26 +75,23 @@ class Computed:
 
     Args:
         result: what the caller gets.
-        out, lse: of this rank's rows and heads, for backward.
-        saved: query, and what backward starts from of keys and values; None for what the rank has without
-            communication, which the next pass has as well.
-        blocks: what the kernel saved of each block.
+        rounds: what backward needs, of every group of heads; nothing where no backward pass comes.
     """
 
     result: torch.Tensor
-    out: torch.Tensor
-    lse: torch.Tensor
-    saved: tuple[torch.Tensor | None, ...]
-    blocks: tuple[Any, ...]
+    rounds: tuple[ComputedHeads, ...]
 
     def detached(self) -> "Computed":
         """The same memory in tensors of its own: those that the caller gets may lead to the checkpoint itself."""
-        saved = tuple(None if tensor is None else tensor.detach() for tensor in self.saved)
-        return Computed(self.result.detach(), self.out.detach(), self.lse.detach(), saved, self.blocks)
+        rounds = tuple(
+            heads.with_tensors([None if tensor is None else tensor.detach() for tensor in heads.tensors])
+            for heads in self.rounds
+        )
+        return Computed(self.result.detach(), rounds)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        return [self.result, self.out, self.lse, *(tensor for tensor in self.saved if tensor is not None)]
+        return [self.result, *(tensor for heads in self.rounds for tensor in heads.tensors if tensor is not None)]
 
 
 class _KeptCall(NamedTuple):

@@ -191,6 +191,17 @@ class KVPartial:
         for target, grad in zip(self._targets, self._grads):
             target[self._covered].copy_(grad)
 
+    def whole(self) -> Sequence[torch.Tensor]:
+        """All rows of the key's gradient and of the value's; in the targets, unless one block made just them."""
+        if self._grads and self._covers_all:
+            return self._grads
+        self.store()
+        return self._targets
+
+    @property
+    def _covers_all(self) -> bool:
+        return (self._covered.start, self._covered.stop) == (0, self._targets[0].shape[0])
+
     def rows(self, ranges: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
         """These rows, (start, stop), of the key's gradient and of the value's; in the targets, unless one block made
         just them.

@@ -16,13 +16,17 @@ import torch
 
 from mindspeed_cp.attention.kv_cache import NAMES, Name
 from mindspeed_cp.attention.merging import KVPartial, Merge, PartialAttention, RowSum, accumulator, plain_merge
+from mindspeed_cp.attention.mesh_plan import MeshPlan, mesh_plan
 from mindspeed_cp.attention.ring_plan import RingPlan, Task, ring_plan
+from mindspeed_cp.comm.channel import RingChannel, Stream, paired
+from mindspeed_cp.comm.gradient_return import GradientReturn
 from mindspeed_cp.comm.groups import ContextParallelGroups
-from mindspeed_cp.comm.kv_exchange import EXCHANGES, GradientReturn, RingChannel, paired
+from mindspeed_cp.comm.kv_exchange import EXCHANGES
 from mindspeed_cp.comm.link import Link
+from mindspeed_cp.comm.mesh_exchange import MeshReturn
 from mindspeed_cp.comm.messages import packed
-from mindspeed_cp.comm.schedule import RingPlace
-from mindspeed_cp.comm.watch import note_area
+from mindspeed_cp.comm.meter import note_area
+from mindspeed_cp.comm.schedule import RingPlace, Step
 from mindspeed_cp.kernels.base import AttentionKernel, AttentionRows, BlockTensors, KernelOptions, MemoryOrder
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.sequence.runs import positions
@@ -41,6 +45,7 @@ class RingProblem:
         keep: which received keys and values forward keeps; backward communicates the others again.
         overlap: transfers are posted before the block that hides them.
         order: of the memory of what the kernel gets, as it asks.
+        in_flight: steps that may be under way at once, where nothing is forwarded.
     """
 
     groups: ContextParallelGroups
@@ -48,44 +53,71 @@ class RingProblem:
     masks: tuple[IntervalMask, ...]
     kernel: AttentionKernel
     options: KernelOptions
-    exchange: Literal["ring", "direct", "allgather"] = "ring"
+    exchange: Literal["ring", "direct", "mesh", "allgather"] = "ring"
     keep: frozenset[Name] = frozenset()
     overlap: bool = False
     dense_mask: torch.Tensor | None = None
     merge: Merge = plain_merge
     order: MemoryOrder | None = None
+    in_flight: int = 1
     plan: RingPlan = field(init=False)
+    mesh: MeshPlan | None = field(init=False)
     channel: RingChannel = field(init=False)
 
     def __post_init__(self) -> None:
         dense, groups = self.dense_mask is not None, self.groups
         # Neither knows the problem: it would not be freed before the garbage collector runs, nor the groups with it.
-        exact = self.exchange == "direct" and not dense
+        exact = self.exchange in ("direct", "mesh") and not dense
         plan = ring_plan(self.layout, self.masks, self.kernel.native_bands, dense, exact)
-        place = RingPlace(self.rank, *groups.hierarchy[1:])
+        mesh = mesh_plan(plan, self.rank) if self.exchange == "mesh" and len(plan.lengths) > 1 else None
         ring, outer = cast(Link, groups.ring), cast(Link, groups.outer)  # used where there is something to exchange
-        channel = RingChannel(place, ring, outer, plan.lengths, plan.rows_needed, self.overlap, self.order)
-        object.__setattr__(self, "plan", plan)
-        object.__setattr__(self, "channel", channel)
+        channel = RingChannel(
+            RingPlace(self.rank, *groups.hierarchy[1:]),
+            ring,
+            outer,
+            plan.lengths,
+            plan.rows_needed,
+            self.overlap,
+            self.order,
+            self.in_flight,
+            mesh.steps if mesh else (),
+        )
+        for name, value in (("plan", plan), ("mesh", mesh), ("channel", channel)):
+            object.__setattr__(self, name, value)
 
     @property
     def rank(self) -> int:
         return self.groups.ring_rank
 
-    def tasks(self, query: torch.Tensor, source: int) -> tuple[Task, ...]:
-        """This rank's blocks against ``source``; none when uneven heads leave it without a head (kernels want at least
-        one).
-        """
-        return self.plan.tasks(self.rank, source) if query.numel() else ()
+    @property
+    def steps(self) -> list[Step]:
+        """What is computed with, in order; the rank's own shard first."""
+        if self.mesh is None:
+            return list(self.channel.place.steps())
+        return [Step(0, 0, self.rank), *(Step(0, place + 1, None) for place in range(len(self.mesh.steps)))]
 
-    def mask_against(self, source: int) -> torch.Tensor | None:
-        """The dense mask of this rank's queries against ``source``'s keys, intervals included; None without one."""
+    def tasks(self, query: torch.Tensor, step: Step) -> tuple[Task, ...]:
+        """This rank's blocks at a step; none when uneven heads leave it without a head (kernels want at least one)."""
+        if not query.numel():
+            return ()
+        if step.source is not None:
+            return self.plan.tasks(self.rank, step.source)
+        assert self.mesh is not None
+        return self.mesh.tasks(step.place - 1)
+
+    def mask_against(self, step: Step) -> torch.Tensor | None:
+        """The dense mask of this rank's queries against a step's keys, intervals included; None without one."""
         if self.dense_mask is None:
             return None
         device = self.dense_mask.device
-        queries, keys = (positions(self.layout.ring_runs(rank), device) for rank in (self.rank, source))
+        key_runs = self.channel.mesh[step.place - 1].keys if step.source is None else self.layout.ring_runs(step.source)
+        queries, keys = (positions(runs, device) for runs in (self.layout.ring_runs(self.rank), key_runs))
         hidden = self.dense_mask[:, queries][:, :, keys]
         return hidden | torch.stack([_interval_hidden(queries, keys, mask) for mask in self.masks])
+
+    def gradient_return(self, own: tuple[torch.Tensor, ...], like: tuple[torch.Tensor, ...]):
+        """What brings partial gradients home, as the exchange does; see comm/gradient_return.py."""
+        return (GradientReturn if self.mesh is None else MeshReturn)(self.channel, own, like)
 
 
 def _interval_hidden(queries: torch.Tensor, keys: torch.Tensor, mask: IntervalMask) -> torch.Tensor:
@@ -139,9 +171,10 @@ def ring_forward(
     note_area(lambda: problem.plan.area(problem.rank, query.shape[1]) * query.shape[2])
     partial = PartialAttention(problem.groups.workspace, problem.merge, query, own[1].shape[-1])
     kept, blocks = [*own], []
-    for source, (source_key, source_value) in _forward_stream(problem, own, kept):
-        mask = problem.mask_against(source)
-        for batch, block in problem.tasks(query, source):
+    stream = _forward_stream(problem, own, kept)
+    for step, (source_key, source_value) in zip(problem.steps, stream, strict=True):
+        mask = problem.mask_against(step)
+        for batch, block in problem.tasks(query, step):
             rows, keys = block.query_rows, block.key_rows
             tensors = BlockTensors(block, query[rows, batch], source_key[keys, batch], source_value[keys, batch], mask)
             result = problem.kernel.forward(tensors, problem.options)
@@ -151,10 +184,10 @@ def ring_forward(
     return out, lse, RingSaved(tuple(kept), tuple(blocks))
 
 
-def _forward_stream(problem, own, kept):
-    """Stream (source, (key, value)) by the problem's exchange; what backward needs besides ``own`` joins ``kept``."""
+def _forward_stream(problem: RingProblem, own: tuple[torch.Tensor, ...], kept: list[torch.Tensor]) -> Stream:
+    """Stream (key, value) by the problem's exchange; what backward needs besides ``own`` joins ``kept``."""
     if problem.layout.ring_size == 1:
-        yield problem.rank, own
+        yield own
         return
     exchange = EXCHANGES[problem.exchange]
     if len(problem.keep) != 1:
@@ -168,32 +201,32 @@ def _forward_stream(problem, own, kept):
     yield from paired(*streams)
 
 
-def _collect(stream, kept):
-    """Pass a stream on and keep every received shard (not the own one, which is kept already)."""
-    for step, (source, rows) in enumerate(stream):
+def _collect(stream: Stream, kept: list[torch.Tensor]) -> Stream:
+    """Pass a stream on and keep everything received (not the own shard, which is kept already)."""
+    for step, rows in enumerate(stream):
         if step:
             kept += rows
-        yield source, rows
+        yield rows
 
 
-def _backward_stream(problem, saved):
+def _backward_stream(problem: RingProblem, saved: tuple[torch.Tensor, ...]) -> Stream:
     """The forward's stream again: from what was kept, and fetching again what was not."""
     own, received = saved[: len(NAMES)], saved[len(NAMES) :]
     if problem.layout.ring_size == 1:
-        yield problem.rank, own
+        yield own
         return
-    exchange, sources = EXCHANGES[problem.exchange], [source for _, _, source in problem.channel.place.steps()]
+    exchange = EXCHANGES[problem.exchange]
     if len(problem.keep) == 1:
         yield from paired(
             *(
-                zip(sources, ((shard,) for shard in (rows, *received)), strict=True)
+                ((shard,) for shard in (rows, *received))
                 if name in problem.keep
                 else exchange(problem.channel, (rows,), f"kv.{name}")
                 for name, rows in zip(NAMES, own)
             )
         )
     elif problem.keep:
-        yield from zip(sources, zip(saved[::2], saved[1::2], strict=True), strict=True)
+        yield from zip(saved[::2], saved[1::2], strict=True)
     else:
         yield from exchange(problem.channel, own, "kv")
 
@@ -236,23 +269,23 @@ def ring_backward(
     The schedule runs again from the shard that the rank still holds, its own. Own partials are summed in place; those
     for other ranks leave in the input's dtype, straight to the rank that sums them.
     """
-    if problem.layout.ring_size == 1 and len(tasks := problem.tasks(query, 0)) == 1 and tasks[0].is_whole:
-        mask, (key, value) = problem.mask_against(0), saved.tensors
+    first = problem.steps[0]
+    if problem.layout.ring_size == 1 and len(tasks := problem.tasks(query, first)) == 1 and tasks[0].is_whole:
+        mask, (key, value) = problem.mask_against(first), saved.tensors
         tensors = BlockTensors(tasks[0].block, query, key, value, mask)
         return problem.kernel.backward(tensors, AttentionRows(grad_out, out, lse), problem.options, saved.blocks[0])
     if problem.order == "sequence":
         grad_out = grad_out.contiguous()
     workspace, like = problem.groups.workspace, saved.tensors[: len(NAMES)]
     own = tuple(accumulator(workspace, f"dkv.own.{name}", rows.shape, query) for name, rows in zip(NAMES, like))
-    returns, blocks = GradientReturn(problem.channel, own, like), iter(saved.blocks)
+    returns, blocks = problem.gradient_return(own, like), iter(saved.blocks)
     dq, shared = RowSum(query, workspace), _SharedRows(AttentionRows(grad_out, out, lse))
     stream = _backward_stream(problem, saved.tensors)
-    for (j, t, source), (_, (key, value)) in zip(problem.channel.place.steps(), stream, strict=True):
-        tasks = problem.tasks(query, source)
-        target = returns.begin(j) if t == 0 else returns.wire(t, source)
+    for step, (key, value) in zip(problem.steps, stream, strict=True):
+        tasks, (target, accumulates) = problem.tasks(query, step), returns.target(step)
         single = not tasks or (len(tasks) == 1 and tasks[0].is_whole)
-        partial = KVPartial(target, single, workspace, t == 0)
-        mask = problem.mask_against(source)
+        partial = KVPartial(target, single, workspace, accumulates)
+        mask = problem.mask_against(step)
         for batch, block in tasks:
             rows, keys = block.query_rows, block.key_rows
             tensors = BlockTensors(block, query[rows, batch], key[keys, batch], value[keys, batch], mask)
@@ -261,11 +294,6 @@ def ring_backward(
             )
             dq.add(rows, batch, block_dq)
             partial.add(keys, batch, block_dkv)
-        if t == 0:
-            partial.store()
-        else:
-            returns.send(j, t, partial.rows(problem.channel.rows_needed(problem.rank, source)))
-        if t + 1 == problem.channel.place.window:
-            returns.end(j)
+        returns.take(step, partial)
     dk, dv = returns.finish()
     return dq.result(), dk, dv

@@ -59,7 +59,7 @@ class RingPlan:
         return tuple(self.layout.ring_length(rank) for rank in range(self.layout.ring_size))
 
     @cached_property
-    def _batches(self) -> list[tuple[slice, IntervalMask]]:
+    def batches(self) -> list[tuple[slice, IntervalMask]]:
         """Neighbouring rows of the batch with one mask, and that mask."""
         if len(set(self.masks)) == 1:
             return [(ALL, self.masks[0])]
@@ -107,7 +107,7 @@ class RingPlan:
         queries, keys = self.layout.ring_runs(reader), self.layout.ring_runs(source)
         tasks = tuple(
             Task(batch, block)
-            for batch, mask in self._batches
+            for batch, mask in self.batches
             for block in plan_blocks(queries, keys, mask, self.native_bands)
         )
         if self.dense and tasks:
@@ -122,7 +122,7 @@ class RingPlan:
             return ()
         if (reader, source) not in self._needed:
             queries, keys = self.layout.ring_runs(reader), self.layout.ring_runs(source)
-            needed = [needed_rows(queries, keys, mask) for _, mask in self._batches]
+            needed = [needed_rows(queries, keys, mask) for _, mask in self.batches]
             self._needed[reader, source] = union(*needed)
         return self._needed[reader, source]
 
@@ -144,6 +144,11 @@ class RingPlan:
         ends = sum(len(mask.cu_seqlens or ()) for mask in self.masks)
         runs = sum(map(len, self._needed.values())) + 3 * sum(map(len, self.layout.all_runs))
         return INT_BYTES * (offsets + ends) + RUN_BYTES * runs
+
+    @cached_property
+    def exchanges(self) -> bool:
+        """Whether any rank may need rows of another; all ranks know."""
+        return bool((self._related & ~np.eye(len(self.lengths), dtype=bool)).any())
 
     @cached_property
     def direct_sends_less(self) -> bool:

@@ -25,7 +25,7 @@ from mindspeed_cp.attention.gather_size import (
     check_lengths,
     check_single,
 )
-from mindspeed_cp.attention.ulysses import head_shares
+from mindspeed_cp.attention.head_groups import head_shares
 from mindspeed_cp.comm.link import Link, link_of, ranks_of
 from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
 from mindspeed_cp.kernels.base import MemoryOrder

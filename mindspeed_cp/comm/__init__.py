@@ -1,5 +1,5 @@
 """Communication of context parallelism: all-to-all, exchanges of keys and values, and the count of what was sent."""
 
-from mindspeed_cp.comm.counters import Traffic, count_bytes
+from mindspeed_cp.comm.meter import Traffic, count_bytes
 
 __all__ = ["Traffic", "count_bytes"]

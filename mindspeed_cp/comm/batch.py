@@ -7,81 +7,19 @@ the ranks tell each other something with it, a notice goes ahead ::
     place in the sender's memory, or BY_GLOO | bytes | number, the tag of what follows by gloo | stamp
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from mindspeed_cp.comm.host_memory import Parcel
 from mindspeed_cp.comm.messages import Message
-from mindspeed_cp.comm.watch import wait_for
-
-if TYPE_CHECKING:
-    from mindspeed_cp.comm.link import Link
+from mindspeed_cp.comm.meter import wait_for
+from mindspeed_cp.comm.posting import Loans, Member, Posted, Work
 
 Stamp = tuple[int, int]
 BY_GLOO = -1  # the place of a message that follows its notice through gloo
-
-
-def turn(sender: int, receiver: int, size: int) -> tuple[int, int, int]:
-    """When a message has its turn among those of a batch, the same on both of its ends and comparable with all others.
-
-    Ranks whose messages are finished one after the other in one order that all of them share never wait in a circle:
-    the first unfinished message of all is the next one of its sender and of its receiver. Messages that jump equally
-    far come together, those from every second rank of their circle first, so that a ring of any even size is done in
-    two rounds and one of odd size in three.
-    """
-    step = (receiver - sender) % size
-    circles = math.gcd(step, size)
-    around = size // circles
-    place = sender // circles * pow(step // circles, -1, around) % around
-    return step, 2 if place == around - 1 and around % 2 else place % 2, sender
-
-
-class Posted(NamedTuple):
-    """A message to be posted: ``how`` is dist.isend or dist.irecv, ``rank`` the peer's place in the link."""
-
-    how: Callable
-    tensor: torch.Tensor
-    rank: int
-    tag: int
-
-
-class Work(NamedTuple):
-    """What waits for messages of these ranks; their tensors live until then."""
-
-    work: Any
-    ranks: Sequence[int]
-    tensors: Sequence[torch.Tensor]
-
-
-def post_together(link: "Link", ops: Sequence[Posted], purpose: str) -> list[Work]:
-    """Post messages in the link's way; the works are in their order."""
-    calls = [dist.P2POp(op.how, op.tensor, link.global_ranks[op.rank], link.group, op.tag) for op in ops]
-    ranks = [op.rank for op in ops]
-    with link.naming(purpose, ranks):
-        works = _one_by_one(link, calls, ops) if link.one_by_one else dist.batch_isend_irecv(calls)
-    # NCCL and HCCL return one work for the whole batch, gloo one for each operation.
-    each = [[op] for op in ops] if len(works) == len(ops) else [ops] * len(works)
-    return [Work(work, [op.rank for op in of], [op.tensor for op in of]) for work, of in zip(works, each)]
-
-
-def _one_by_one(link: "Link", calls: list[dist.P2POp], ops: Sequence[Posted]) -> list[dist.Work | None]:
-    """Post every operation by itself; what it returns, in the order of the operations."""
-    works: dict[int, dist.Work | None] = dict.fromkeys(range(len(ops)))
-
-    def when(index: int) -> tuple[int, int, int]:
-        op = ops[index]
-        ends = (link.rank, op.rank) if op.how is dist.isend else (op.rank, link.rank)
-        return turn(*ends, link.size)
-
-    for index in sorted(works, key=when):
-        call = calls[index]
-        works[index] = call.op(call.tensor, call.peer, call.group, call.tag)
-    return list(works.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +44,20 @@ class Arrival:
 class Batch:
     """Messages that are posted together."""
 
-    def __init__(self, link: "Link", purpose: str, stamp: Stamp | None = None, check=None) -> None:
+    def __init__(
+        self,
+        link: Member,
+        purpose: str,
+        stamp: Stamp | None = None,
+        check: Callable[[list[Stamp]], None] | None = None,
+        tag: int = 0,
+    ) -> None:
+        self._tag = tag
         self._link, self.purpose, self._stamp, self._check = link, purpose.partition(".")[0], stamp, check
         self._arrivals: list[Arrival] = []
         self._ops: list[Posted] = []  # receives first, because a notice may ask for one more before sends end
         self._works: list[Work] = []
-        self._lent: list[torch.Tensor] = []
+        self._loans = Loans(link.workspace)
 
     def receive(self, rank: int, message: Message, announced: bool = False) -> None:
         """Have the message from ``rank`` unpacked into its tensors."""
@@ -121,16 +67,16 @@ class Batch:
             lands_in = torch.empty(5, dtype=torch.int64, device="cpu")
             self._arrivals.append(Arrival(rank, message, lands_in, None))
         else:
-            lands_in = self._flat(message)
+            lands_in = self._loans.flat(message)
             self._arrivals.append(Arrival(rank, message, None, lands_in))
-        self._add(dist.irecv, rank, lands_in)
+        self._add(dist.irecv, rank, lands_in, self._tag)
 
     def send(self, rank: int, message: Message, announced: bool = False, parcel: Parcel | None = None) -> None:
         """Send a message, or the notice of the parcel that holds it."""
         if message.numel == 0 and self._stamp is None:
             return
         if not announced and not self._announces(rank, message):
-            self._add(dist.isend, rank, self._written(message))
+            self._add(dist.isend, rank, self._loans.written(message), self._tag)
             return
         carrier, number = self._link.carrier, next(self._link.numbers)
         peer = self._link.global_ranks[rank]
@@ -138,14 +84,27 @@ class Batch:
             parcel = carrier.write([peer], message)
         place = BY_GLOO if parcel is None else parcel.start
         notice = [place, message.num_bytes, number, *(self._stamp or (0, 0))]
-        self._add(dist.isend, rank, torch.tensor(notice, device="cpu"))
+        self._add(dist.isend, rank, torch.tensor(notice, device="cpu"), self._tag)
         if parcel is None and message.numel:
-            self._add(dist.isend, rank, self._written(message), tag=number)
+            self._add(dist.isend, rank, self._loans.written(message), tag=number)
 
     def post(self) -> None:
         if self._ops:
             self._works = self._link.post(self._ops, self.purpose)
             self._ops = []
+
+    @classmethod
+    def post_receives_first(cls, batches: "Sequence[Batch]") -> None:
+        """Post batches over one link together: what is received, then what is sent."""
+        first = [(batch, op) for batch in batches for op in batch._ops[: len(batch._arrivals)]]
+        ops = first + [(batch, op) for batch in batches for op in batch._ops[len(batch._arrivals) :]]
+        if not ops:
+            return
+        works = batches[0]._link.post([op for _, op in ops], batches[0].purpose)
+        for (batch, _), work in zip(ops, works, strict=True):
+            batch._works.append(work)
+        for batch in batches:
+            batch._ops = []
 
     def finish(self) -> None:
         """Wait for all that was posted, and unpack it."""
@@ -159,8 +118,7 @@ class Batch:
         finally:
             self._release(notices)
         self._await(self._works[len(self._arrivals) :])
-        for buffer in self._lent:
-            self._link.workspace.give_back(buffer)
+        self._loans.give_back()
 
     def _release(self, notices: list[list[int] | None]) -> None:
         """Tell peers that what they have in shared memory for this rank has been read."""
@@ -168,11 +126,14 @@ class Batch:
             if notice is not None and notice[0] != BY_GLOO and self._link.carrier is not None:
                 self._link.carrier.release(self._link.global_ranks[arrival.rank], notice[0])
 
-    def _check_stamps(self, notices) -> None:
+    def _check_stamps(self, notices: list[list[int] | None]) -> None:
         if self._check is None:
             return
-        stamps = {arrival.rank: (notice[3], notice[4]) for arrival, notice in zip(self._arrivals, notices)}
-        self._check([stamps.get(rank, self._stamp) for rank in range(self._link.size)])
+        own = self._stamp
+        assert own is not None, "a stamp of its own is what this rank's is compared with"
+        told = ((arrival.rank, notice) for arrival, notice in zip(self._arrivals, notices) if notice is not None)
+        stamps = {rank: (notice[3], notice[4]) for rank, notice in told}
+        self._check([stamps.get(rank, own) for rank in range(self._link.size)])
 
     def _unpack(self, arrival: Arrival, notice: list[int] | None) -> None:
         message, landing, carrier = arrival.message, arrival.landing, self._link.carrier
@@ -186,13 +147,13 @@ class Batch:
             if place != BY_GLOO and carrier is not None:
                 message.read(carrier.read(peer, place, num_bytes).view(message.dtype))
                 return
-            landing = self._flat(message)
+            landing = self._loans.flat(message)
             work = dist.irecv(landing, peer, self._link.group, tag=number)
             self._await([Work(work, [arrival.rank], [landing])])
         if message.in_place is None and landing is not None:
             message.read(landing)
 
-    def _await(self, works) -> None:
+    def _await(self, works: Iterable[Work]) -> None:
         for work, ranks, tensors in works:
             with self._link.naming(self.purpose, ranks):
                 wait_for(work, tensors[0].device)
@@ -203,19 +164,5 @@ class Batch:
             carrier is not None and carrier.carries(self._link.global_ranks[rank], message.device, message.num_bytes)
         )
 
-    def _flat(self, message: Message) -> torch.Tensor:
-        """The message's memory where that is contiguous, else borrowed memory of its size."""
-        found = message.in_place
-        if found is None:
-            self._lent.append(self._link.workspace.borrow(message.numel, message.dtype, message.device))
-            found = self._lent[-1][: message.numel]
-        return found
-
-    def _written(self, message: Message) -> torch.Tensor:
-        flat = self._flat(message)
-        if message.in_place is None:
-            message.write(flat)
-        return flat
-
-    def _add(self, op: Callable, rank: int, tensor: torch.Tensor, tag: int = 0) -> None:
+    def _add(self, op: Callable, rank: int, tensor: torch.Tensor, tag: int) -> None:
         self._ops.append(Posted(op, tensor, rank, tag))

@@ -4,12 +4,15 @@ Within a context-parallel group, cp_rank = ring_rank * ulysses_degree + ulysses_
 (their all-to-all wants the fastest links), ring ranks are strided.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any, Literal
 
 import torch.distributed as dist
 
+from mindspeed_cp.comm.hccl import group_options
 from mindspeed_cp.comm.host_memory import SMALLEST_MESSAGE, HostMemory
 from mindspeed_cp.comm.link import Link, within
 from mindspeed_cp.comm.workspace import Workspace
@@ -18,6 +21,7 @@ from mindspeed_cp.settings.algorithms import Hierarchy
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 Ranks = list[list[int]]  # global ranks of every context-parallel group
+Linkage = Literal["mesh", "switch", "nodes"]  # how ring ranks are linked, see ContextParallelConfig.topology
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +36,7 @@ class ContextParallelGroups:
         outer: a second communicator over the ring, for transfers between windows, so that they run beside the
             transfers within a window instead of queueing behind them; None without windows.
         workspace: reused communication buffers.
+        topology: how the ring ranks are linked, as far as the configuration asks.
         made: the process groups that ``build`` made, and ``destroy`` destroys.
     """
 
@@ -43,6 +48,7 @@ class ContextParallelGroups:
     ring: Link | None = None
     outer: Link | None = None
     workspace: Workspace = field(default_factory=Workspace, repr=False)
+    topology: Linkage = "switch"
     made: tuple[dist.ProcessGroup, ...] = field(default=(), repr=False)
 
     @property
@@ -96,6 +102,7 @@ class ContextParallelGroups:
         cp_group: dist.ProcessGroup | None = None,
         share_from: int | None = SMALLEST_MESSAGE,
         virtual_pipeline: bool = False,
+        buffers: Mapping[str, int] | None = None,
     ) -> "ContextParallelGroups":
         """Make the process groups; collective over the world, so every rank calls it with the same arguments.
 
@@ -108,6 +115,8 @@ class ContextParallelGroups:
                 never.
             virtual_pipeline: whether the model's pipeline has virtual stages, beside which HCCL allows no batches of
                 messages between single ranks.
+            buffers: on HCCL, MB of the buffer of each group that is made, by its name (``comm.hccl.buffers_of``); a
+                group without an entry gets HCCL_BUFFSIZE.
 
         Raises:
             ValueError: the groups do not fit the configuration or the world, or --cp-p2p batch asks for what HCCL
@@ -118,7 +127,7 @@ class ContextParallelGroups:
             return cls(config.hierarchy, 0, (dist.get_rank() if dist.is_initialized() else 0,))
         all_ranks = _agreed_ranks(config, cp_ranks, cp_group)
         one_by_one = _one_by_one(config, virtual_pipeline)
-        made = _make(all_ranks, config.hierarchy, timeout, () if cp_group is None else ("cp",))
+        made = _make(all_ranks, config.hierarchy, timeout, () if cp_group is None else ("cp",), buffers or {})
         whole = made.get("cp", cp_group)
         assert whole is not None
         return cls._of(config, whole, made, tuple(made.values()), share_from, one_by_one)
@@ -174,14 +183,14 @@ class ContextParallelGroups:
         mine = tuple(dist.get_process_group_ranks(whole))
         carrier = None if share_from is None else HostMemory.connect(whole, share_from)
         link = Link(whole, mine.index(dist.get_rank()), mine, carrier=carrier, one_by_one=one_by_one)
-        links = {"cp": link}
+        links: dict[str, Any] = {"cp": link}
         if config.hierarchy[0] in (1, config.context_parallel_size):
             links["ring" if config.hierarchy[0] == 1 else "ulysses"] = link
         for name, group in parts.items():
             links.setdefault(name, within(link, group, dist.get_process_group_ranks(group)))
         groups = cls(config.hierarchy, link.rank, mine, **links, workspace=link.workspace, made=made)
         groups._warm_up()
-        return groups
+        return replace(groups, topology=_topology(config, groups.ring))
 
     def _warm_up(self) -> None:
         """Connect every pair now: NCCL and HCCL want every rank in a group's first operation, and a ring may start with
@@ -202,14 +211,18 @@ class ContextParallelGroups:
 
 
 def _make(
-    all_ranks: Ranks, hierarchy: Hierarchy, timeout: timedelta | None, existing: Sequence[str]
+    all_ranks: Ranks,
+    hierarchy: Hierarchy,
+    timeout: timedelta | None,
+    existing: Sequence[str],
+    buffers: Mapping[str, int],
 ) -> dict[str, dist.ProcessGroup]:
     """This rank's process groups by name, without the existing ones; all ranks make all of them, in one order."""
     ulysses, _, windows = hierarchy
     made = {}
     for name, ranks in parts_of(all_ranks, ulysses, windows):
         if name not in existing:
-            group = dist.new_group(list(ranks), timeout=timeout)
+            group = dist.new_group(list(ranks), timeout=timeout, pg_options=group_options(buffers, name))
             if dist.get_rank() in ranks:
                 made[name] = group
     return made
@@ -253,6 +266,21 @@ def _one_by_one(config: ContextParallelConfig, virtual_pipeline: bool) -> bool:
             "receives beside them; leave it out, or use --cp-p2p isend."
         )
     return config.p2p == "isend" or forbidden
+
+
+def _topology(config: ContextParallelConfig, ring: Link | None) -> Linkage:
+    """As configured; else several hosts are nodes, one of NPUs a mesh and any other a switch. The ranks of the ring ask
+    each other where something depends on it.
+    """
+    if config.topology != "auto":
+        return config.topology
+    if ring is None or "auto" not in (config.kv_exchange, config.in_flight):
+        return "switch"
+    hosts: list[str] = [""] * ring.size
+    dist.all_gather_object(hosts, socket.gethostname(), group=ring.group)
+    if len(set(hosts)) > 1:
+        return "nodes"
+    return "mesh" if "hccl" in ring.backend else "switch"
 
 
 def _ranks_of_mine(all_ranks: Ranks) -> tuple[int, ...]:

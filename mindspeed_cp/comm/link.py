@@ -11,65 +11,43 @@ Between ranks of one host, large messages of CPU tensors cross through shared me
 carries the notices. That changes no result, no order and no count of bytes.
 """
 
-import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.comm.batch import Batch, Posted, Stamp, Work, post_together
-from mindspeed_cp.comm.counters import record
+from mindspeed_cp.comm.batch import Batch, Stamp
 from mindspeed_cp.comm.host_memory import HostMemory
 from mindspeed_cp.comm.messages import Message, Pending, copy_message
-from mindspeed_cp.comm.watch import wait_for
+from mindspeed_cp.comm.meter import record, wait_for
+from mindspeed_cp.comm.posting import Loans, Member
 from mindspeed_cp.comm.workspace import Workspace
 
 # torch 2.13 renames the collective and warns about the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+# Back ends that tell a peer what they are ready to receive behind what they send it: where receives are not posted
+# before sends, the two directions of a pair take turns. gloo's own all-to-all does that, so one is made of messages
+# here. HCCL's messages, on the other hand, go one after another, and its collective uses all links.
+ANNOUNCE_FIRST = ("gloo",)
+OVERTAKING = 1 << 30  # the tag of what may be received before what was posted earlier; notices count from 1
+
+Ends = Sequence[tuple[int, Sequence[torch.Tensor]]]  # ranks, and the tensors that go there or come from there
+
 
 @dataclass(frozen=True, eq=False)
-class Link:
-    """One process group seen from one rank. Peers are named by their rank in it.
-
-    Args:
-        group: process group. rank: this rank's place in ``global_ranks``.
-        global_ranks: of the members, in the order in which this link counts them; collectives want it ascending.
-        workspace: reused buffers.
-        carrier: shared memory with the members on this host, or None.
-        one_by_one: post the messages of a batch one after the other, not as the back end's batch.
-    """
-
-    group: dist.ProcessGroup
-    rank: int
-    global_ranks: tuple[int, ...]
-    workspace: Workspace = field(default_factory=Workspace, repr=False)
-    carrier: HostMemory | None = field(default=None, repr=False)
-    one_by_one: bool = False
-
-    @property
-    def size(self) -> int:
-        return len(self.global_ranks)
-
-    @property
-    def numbers(self) -> Iterator[int]:
-        """Tells messages apart that follow their notice; all links over one group count on."""
-        return _numbers.setdefault(self.group, itertools.count(1))
-
-    @property
-    def peers(self) -> list[int]:
-        """The other ranks."""
-        return [rank for rank in range(self.size) if rank != self.rank]
+class Link(Member):
+    """One process group seen from one rank, and the transfers in it."""
 
     def exchange(
         self,
-        sends: Sequence[tuple[int, Sequence[torch.Tensor]]],
-        receives: Sequence[tuple[int, Sequence[torch.Tensor]]],
+        sends: Ends,
+        receives: Ends,
         purpose: str,
         add_in: torch.dtype | None = None,
+        tag: int = 0,
     ) -> Pending[None]:
         """Send and receive messages.
 
@@ -79,10 +57,37 @@ class Link:
             purpose: what the bytes count as; what follows a dot in it tells streams apart and is not counted.
             add_in: the dtype of messages that are added to the tensors of ``receives`` by ``wait``; None for messages
                 in the tensors' own dtype, which take their place.
+            tag: messages of one tag arrive in their order.
         """
+        return self.exchange_several([(sends, receives)], purpose, add_in, tag)[0]
+
+    def expect(self, receives: Ends, purpose: str, add_in: torch.dtype | None = None) -> Pending[None] | None:
+        """Post what is received already, so that the peer's side of an exchange may send as soon as it can; None where
+        a back end would hold up what follows, and receives belong into the exchange."""
+        if self.backend not in ANNOUNCE_FIRST or self.one_by_one:
+            return None
+        return self.exchange((), receives, purpose, add_in, OVERTAKING)
+
+    def exchange_several(
+        self,
+        exchanges: Sequence[tuple[Ends, Ends]],
+        purpose: str,
+        add_in: torch.dtype | None = None,
+        tag: int = 0,
+    ) -> list[Pending[None]]:
+        """Several exchanges posted at once, each to be awaited on its own, in their order."""
+        batches = [self._batch(sends, receives, purpose, add_in, tag) for sends, receives in exchanges]
+        if len(batches) > 1 and self.backend in ANNOUNCE_FIRST and not self.one_by_one:
+            Batch.post_receives_first(batches)
+        else:
+            for batch in batches:
+                batch.post()
+        return [Pending(batch.finish) for batch in batches]
+
+    def _batch(self, sends: Ends, receives: Ends, purpose: str, add_in: torch.dtype | None, tag: int) -> Batch:
         for ends in (sends, receives):
             assert len({rank for rank, _ in ends}) == len(ends), "two messages for one rank in a batch"
-        batch = Batch(self, purpose)
+        batch = Batch(self, purpose, tag=tag)
         for rank, tensors in receives:
             batch.receive(rank, _end_to_end(tensors, add_in, adds=add_in is not None))
         for rank, tensors in sends:
@@ -90,8 +95,7 @@ class Link:
             batch.send(rank, message)
             if message.numel:
                 record({batch.purpose: message.num_bytes})
-        batch.post()
-        return Pending(batch.finish)
+        return batch
 
     def gather(
         self, tensor: torch.Tensor, lengths: Sequence[int], purpose: str, name: str | None = None, count: bool = True
@@ -146,7 +150,7 @@ class Link:
             stamp: what every rank tells the others beside its messages, where ``tells`` says that it can.
             check: called with all ranks' stamps in rank order before anything is unpacked; it may raise.
         """
-        if stamp is None and not self._shares_memory(leaving[self.rank].device):
+        if stamp is None and self.backend not in ANNOUNCE_FIRST and not self._shares_memory(leaving[self.rank].device):
             return self._all_to_all_at_once(leaving, arriving, purpose)
         batch = Batch(self, purpose, stamp, check)
         for rank in self.peers:
@@ -154,16 +158,12 @@ class Link:
         for rank in self.peers:
             batch.send(rank, leaving[rank])
         batch.post()
-
-        def finish() -> None:
-            batch.finish()
-            copy_message(leaving[self.rank], arriving[self.rank])
-
-        return Pending(finish)
+        copy_message(leaving[self.rank], arriving[self.rank])  # what leaves may change from now on
+        return Pending(batch.finish)
 
     def tells(self, device: torch.device) -> bool:
         """Whether stamps travel with messages of this device: gloo's can be announced, for its peers are processes."""
-        return device.type == "cpu" and dist.get_backend(self.group) == "gloo"
+        return device.type == "cpu" and self.backend == "gloo"
 
     def _shares_memory(self, device: torch.device, size: int | None = None) -> bool:
         """Whether all peers share memory with this rank, and messages of ``size`` bytes go through it."""
@@ -196,32 +196,17 @@ class Link:
         if len({*sizes[0], *sizes[1]}) == 1 and sizes[0][0]:
             sizes = []  # then they are equal on all ranks, and HCCL has an operator for that
         outgoing, incoming = Message.joined(leaving), Message.joined(arriving)
-        like, lent = leaving[self.rank], []
-
-        def flat(message):
-            found = message.in_place
-            if found is None:
-                lent.append(self.workspace.borrow(message.numel, like.dtype, like.device))
-                found = lent[-1][: message.numel]
-            return found
-
-        send, received = flat(outgoing), flat(incoming)
-        if outgoing.in_place is None:
-            outgoing.write(send)
+        like, loans = leaving[self.rank].tensors[0], Loans(self.workspace)
+        send, received = loans.written(outgoing, like), loans.flat(incoming, like)
         finish = self._trade_at_once(received, send, sizes, purpose)
 
-        def finished():
+        def finished() -> None:
             finish()
             if incoming.in_place is None:
                 incoming.read(received)
-            for buffer in lent:
-                self.workspace.give_back(buffer)
+            loans.give_back()
 
         return Pending(finished)
-
-    def post(self, ops: Sequence[Posted], purpose: str) -> list[Work]:
-        """Start single messages of one batch; like the two below a place of its own for links that only take notes."""
-        return post_together(self, ops, purpose)
 
     def _gather_at_once(self, gathered: torch.Tensor, own: torch.Tensor, purpose: str) -> Callable[[], None]:
         return self._start(
@@ -250,18 +235,6 @@ class Link:
 
         return finish
 
-    @contextmanager
-    def naming(self, purpose: str, ranks: Sequence[int]):
-        """Turn a back end's error into one that says who was waited for and why."""
-        try:
-            yield
-        except (RuntimeError, OSError) as error:
-            who = ", ".join(str(rank) for rank in sorted({self.global_ranks[rank] for rank in ranks}))
-            raise RuntimeError(
-                f"context parallelism: global rank {dist.get_rank()} lost rank {who} while exchanging {purpose}; "
-                f"look at the log of that rank first. Back end: {error}"
-            ) from error
-
 
 def _end_to_end(tensors: Sequence[torch.Tensor], dtype: torch.dtype | None = None, adds: bool = False) -> Message:
     if dtype is None:
@@ -270,9 +243,7 @@ def _end_to_end(tensors: Sequence[torch.Tensor], dtype: torch.dtype | None = Non
     return message if adds or len(tensors) == 1 else Message.joined([message])
 
 
-# Of every process group, as long as it lives: the number of its last message; and (workspace, carrier) of those that
-# somebody else made.
-_numbers: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
+# (workspace, carrier) of the process groups that somebody else made, as long as they live.
 _memories: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 
 

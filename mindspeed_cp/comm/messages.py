@@ -49,18 +49,22 @@ class Message:
             same rows and batch, lie side by side there for every row; one alone may have any shape.
         dtype: that of the message, whatever the tensors' own.
         adds: what is received is added to the tensors, and so lands elsewhere first.
+        apart: it travels in memory of its own: the tensors may change as soon as they were sent, and those that are
+            received into change only when that is awaited.
     """
 
     blocks: tuple[tuple[torch.Tensor, ...], ...]
     dtype: torch.dtype
     adds: bool = False
+    apart: bool = False
 
     @classmethod
     def joined(cls, messages: Iterable["Message"]) -> "Message":
         """Messages of one dtype end to end, in as few blocks as the memory of their tensors allows."""
         messages = list(messages)
         dtype = messages[-1].dtype if messages else torch.float32
-        return cls(_joined([block for message in messages for block in message.blocks]), dtype)
+        adds, apart = any(message.adds for message in messages), any(message.apart for message in messages)
+        return cls(_joined([block for message in messages for block in message.blocks]), dtype, adds, apart)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -81,7 +85,7 @@ class Message:
     @cached_property
     def in_place(self) -> torch.Tensor | None:
         """The message, flat, where the tensors' memory is it already; else None."""
-        if self.adds:
+        if self.adds or self.apart:
             return None
         blocks = self.blocks if len(self.blocks) == 1 else _joined(self.blocks)
         if not self.numel or any(len(block) > 1 for block in blocks):

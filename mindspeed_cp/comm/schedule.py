@@ -4,7 +4,22 @@ Ring rank = W * window + i. Forward step (j, t) of rank (W, i) computes with the
 ((W - j) mod windows, (i - t) mod window). Source: LoongTrain (arXiv 2406.18485), section on Double-Ring-Attention.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Step(NamedTuple):
+    """What a rank computes at one step.
+
+    Args:
+        window, place: number of the window, and of the step in it; place 0 of window 0 is the rank's own shard.
+        source: the ring rank whose shard is here; None for slices of all others' shards (the mesh exchange).
+    """
+
+    window: int
+    place: int
+    source: int | None
 
 
 @dataclass(frozen=True)
@@ -15,18 +30,18 @@ class RingPlace:
     window: int
     windows: int
 
-    def peer(self, outer, inner):
+    def peer(self, outer: int, inner: int) -> int:
         """The rank that lies ``outer`` windows and ``inner`` places further on, wrapping round in each."""
         place_w, place_i = divmod(self.rank, self.window)
         return (place_w + outer) % self.windows * self.window + (place_i + inner) % self.window
 
-    def steps(self):
-        """(j, t, source) of every step in order; the first source is the rank itself."""
+    def steps(self) -> Iterator[Step]:
+        """Every step in order; the first source is the rank itself."""
         for outer in range(self.windows):
             for inner in range(self.window):
-                yield outer, inner, self.peer(-outer, -inner)
+                yield Step(outer, inner, self.peer(-outer, -inner))
 
 
-def forward_schedule(ring_rank, window, windows):
+def forward_schedule(ring_rank: int, window: int, windows: int) -> list[int | None]:
     """The ring ranks whose shards ``ring_rank`` computes with, in order."""
-    return [source for _, _, source in RingPlace(ring_rank, window, windows).steps()]
+    return [step.source for step in RingPlace(ring_rank, window, windows).steps()]

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mindspeed_cp.comm.counters import record
 from mindspeed_cp.comm.link import Link, Stamp
 from mindspeed_cp.comm.messages import Message, Pending, as_stored, end_to_end
+from mindspeed_cp.comm.meter import record
 from mindspeed_cp.kernels.base import MemoryOrder, accumulation_dtype
 
 Rows = tuple[tuple[int, int], ...]
@@ -129,17 +129,32 @@ class SequenceExchange:
             Pending of a list of fresh (seq_local, batch, heads, dim). A head that several ranks hold is summed in
             float32 (float64 for float64).
         """
-        like, batch, length = tensors[0].new_empty(0, dtype=dtype), tensors[0].shape[1], self.lengths[self.rank]
+        like, batch = tensors[0].new_empty(0, dtype=dtype), tensors[0].shape[1]
+        into = [self.all_heads(part, like, batch) for part in parts]
+        return self.gather_heads(parts, tensors, into).then(lambda _: [gathered.result() for gathered in into])
+
+    def all_heads(self, whole: Part, like: torch.Tensor, batch: int) -> "AllHeads":
+        """Where this rank's tokens of all heads are gathered, in the dtype of ``like``."""
+        return AllHeads(whole, like, (self.lengths[self.rank], batch))
+
+    def gather_heads(
+        self, parts: Sequence[Part], tensors: Sequence[torch.Tensor], into: "Sequence[AllHeads]"
+    ) -> Pending[None]:
+        """``scatter_sequence_gather_heads`` of some heads, into what gathers all of them."""
+        dtype, batch = into[0].dtype, tensors[0].shape[1]
         leaving = [self._message(tensors, ranges, dtype) for ranges in self.rows]
-        joined = [like.new_empty((length, batch, part.total_count, part.dim)) for part in parts]
-        arriving = [
-            Message((tuple(_heads_from(part, tensor, rank) for part, tensor in zip(parts, joined)),), dtype)
-            for rank in range(self.size)
-        ]
+        rooms = [gathered.room(part) for part, gathered in zip(parts, into)]
+        arriving = [Message((tuple(places[rank] for places in rooms),), dtype) for rank in range(self.size)]
         table = [[rows * batch * _width(parts, rank) for rows in self.lengths] for rank in range(self.size)]
         pending = self._trade(leaving, arriving, table)
+        like = tensors[0].new_empty(0, dtype=dtype)
         self._record(parts, [[rows * batch * part.width(self.rank) for rows in self.lengths] for part in parts], like)
-        return pending.then(lambda _: [_summed(part, tensor) for part, tensor in zip(parts, joined)])
+
+        def add(_: None) -> None:
+            for part, gathered, room in zip(parts, into, rooms):
+                gathered.take(part, room)
+
+        return pending.then(add)
 
     def gather_sequence(self, tensor: torch.Tensor, purpose: str) -> torch.Tensor:
         """All-gather (seq_local, batch, heads, dim) along the sequence into a tensor of the whole."""
@@ -226,21 +241,40 @@ def _width(parts: Sequence[Part], rank: int) -> int:
     return sum(part.width(rank) for part in parts)
 
 
-def _heads_from(part: Part, joined: torch.Tensor, rank: int) -> torch.Tensor:
-    """Where the heads that ``rank`` holds go: into the tensor of all heads, or side by side, to be summed."""
-    if part.is_cut:
-        return joined[:, :, part.shares[rank]]
-    start = sum(map(part.count, range(rank)))
-    return joined[:, :, start : start + part.count(rank)]
+class AllHeads:
+    """This rank's tokens (seq_local, batch, heads, dim) of all heads, which arrive in one exchange or in several.
 
+    Where each head goes to one rank, what arrives is written into its place. A head that several ranks hold is summed
+    in float32 (float64 for float64), in the order of exchanges and ranks.
+    """
 
-def _summed(part: Part, joined: torch.Tensor) -> torch.Tensor:
-    """(seq_local, batch, heads, dim): heads that came from several ranks summed, in rank order."""
-    if part.is_cut:
-        return joined
-    dtype = accumulation_dtype(joined.dtype)
-    total = torch.zeros((*joined.shape[:2], part.num_heads, part.dim), dtype=dtype, device=joined.device)
-    heads = torch.arange(part.num_heads, device=joined.device)
-    for rank, share in enumerate(part.shares):
-        total.index_add_(2, heads[share], _heads_from(part, joined, rank).to(dtype))
-    return total.to(joined.dtype)
+    def __init__(self, whole: Part, like: torch.Tensor, rows: tuple[int, int]) -> None:
+        """whole: the part of all exchanges together; like: has dtype and device; rows: (seq_local, batch)."""
+        self._whole, self._like, self._rows = whole, like, rows
+        self._shape = (*rows, whole.num_heads, whole.dim)
+        self._heads: torch.Tensor | None = like.new_empty(self._shape) if whole.is_cut else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    def room(self, part: Part) -> list[torch.Tensor]:
+        """Per rank, where to receive its heads."""
+        if self._heads is not None and self._whole.is_cut:
+            return [self._heads[:, :, share] for share in part.shares]
+        counts = [part.count(rank) for rank in range(len(part.shares))]
+        return list(self._like.new_empty((*self._rows, part.total_count, part.dim)).split(counts, dim=2))
+
+    def take(self, part: Part, room: Sequence[torch.Tensor]) -> None:
+        """The heads have arrived."""
+        if self._whole.is_cut:
+            return
+        if self._heads is None:
+            self._heads = self._like.new_zeros(self._shape, dtype=accumulation_dtype(self.dtype))
+        heads = torch.arange(part.num_heads, device=self._heads.device)
+        for share, received in zip(part.shares, room):
+            self._heads.index_add_(2, heads[share], received.to(self._heads.dtype))
+
+    def result(self) -> torch.Tensor:
+        assert self._heads is not None, "an exchange has ended"
+        return self._heads.to(self.dtype)

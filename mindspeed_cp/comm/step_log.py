@@ -11,7 +11,6 @@ Nothing is measured outside of ``step``, and a run without a log takes no time f
 """
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.comm.counters import count_bytes
-from mindspeed_cp.comm.watch import Watch, watching
+from mindspeed_cp.comm.meter import Watch, measuring
 
 # What ranks tell each other of their bytes; "other" is everything else, such as lengths.
 PURPOSES = ("q", "kv", "out", "dout", "dq", "dkv", "other")
@@ -111,26 +109,25 @@ class ContextParallelLog:
 
     def _begin(self) -> None:
         self._seconds, self._watch = 0.0, Watch()
-        self._areas, self._bytes = list[int](), Counter[str]()
+        self._areas = list[int]()
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Measure what is inside: one training step."""
         start, area = time.perf_counter(), self._watch.area
-        with count_bytes() as traffic, watching(self._watch):
+        with measuring(self._watch):
             yield
         self._areas.append(self._watch.area - area)
         self._seconds += time.perf_counter() - start
-        self._bytes.update(traffic.bytes)
 
     def interval(self) -> IntervalFigures:
         """The figures of the steps since the last call; every rank of the world calls this."""
-        known = [self._bytes[purpose] for purpose in PURPOSES[:-1]]
+        known = [self._watch[purpose] for purpose in PURPOSES[:-1]]
         mine = [
             round(1e6 * self._seconds),
             round(1e6 * self._watch.seconds),
             *known,
-            sum(self._bytes.values()) - sum(known),
+            self._watch.total_bytes - sum(known),
             *self._areas,
         ]
         num_steps, first = len(self._areas), 2 + len(PURPOSES)

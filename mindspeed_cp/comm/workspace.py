@@ -28,7 +28,8 @@ class Workspace:
     def borrow(self, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A flat tensor of at least ``count`` elements that is nobody else's until ``give_back``."""
         alike = [buffer for buffer in self._free if buffer.dtype == dtype and buffer.device == device]
-        lent = next((buffer for buffer in alike if buffer.numel() >= count), None)
+        alike.sort(key=torch.Tensor.numel)
+        lent = next((buffer for buffer in alike if buffer.numel() >= count), None)  # the smallest that is large enough
         for buffer in alike[-1:] if lent is None else [lent]:  # one that is too small makes room for its successor
             self._free = [other for other in self._free if other is not buffer]
         lent = _flat(count, dtype, device) if lent is None else lent

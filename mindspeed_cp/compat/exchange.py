@@ -3,9 +3,9 @@
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.comm.counters import record
 from mindspeed_cp.comm.link import link_of
 from mindspeed_cp.comm.messages import Message, Pending
+from mindspeed_cp.comm.meter import record
 from mindspeed_cp.sequence.runs import split_sizes
 
 Group = dist.ProcessGroup | None

@@ -12,6 +12,7 @@ from typing import Any
 from mindspeed_cp.doctor import attention, device, environment, installed, report
 from mindspeed_cp.doctor.finding import Finding, as_json, has_problem
 
+PROVE = "Does your own script compute the same with it? python -m mindspeed_cp.prove SCRIPT ARGS"
 DESCRIPTION = "Say whether context parallelism is on here, with which device and kernel, and what to do if not."
 Sections = dict[str, list[Finding]]
 
@@ -62,7 +63,7 @@ def text(sections: Sections, width: int) -> str:
         lines.append(title)
         for finding in findings:
             lines += finding.lines(width)
-    return "\n".join([*lines, verdict(_all(sections))])
+    return "\n".join([*lines, verdict(_all(sections)), PROVE])
 
 
 def verdict(findings: Iterable[Finding]) -> str:

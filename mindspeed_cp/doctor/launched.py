@@ -11,7 +11,7 @@ import torch
 
 from mindspeed_cp.arguments import validate
 from mindspeed_cp.arguments.launch import misspelt
-from mindspeed_cp.doctor import environment, launch
+from mindspeed_cp.doctor import environment, hccl, launch
 from mindspeed_cp.doctor.finding import Finding, problem
 from mindspeed_cp.doctor.installed import ask
 from mindspeed_cp.kernels import select_kernel
@@ -148,6 +148,8 @@ def resolved(args: argparse.Namespace, started: launch.Launch, device: str) -> I
     ulysses, window, windows = config.hierarchy
     hierarchy = f"ulysses {ulysses} x window {window} x windows {windows}"
     yield Finding("ok", f"{config.describe()}; {hierarchy}; {tokens} tokens on a rank")
+    if device == "npu":
+        yield from hccl.of_launch(config, setup, started.flags, {**os.environ, **started.environment})
     yield from cost(args, config, setup, select_kernel(args.cp_kernel, device))
 
 

@@ -21,6 +21,7 @@ from mindspeed_cp.megatron.documents import BoundaryCache, MaskCache, documents_
 from mindspeed_cp.megatron.foreign import Foreign
 from mindspeed_cp.megatron.handed import Handed
 from mindspeed_cp.megatron.handover import HandOver
+from mindspeed_cp.megatron.hccl import hccl_buffers
 from mindspeed_cp.megatron.losses import Losses, share_of
 from mindspeed_cp.megatron.records import BatchRecords, Documents, MicroBatch
 from mindspeed_cp.megatron.scopes import Scope, Scopes, checked_group, collective_device, named_group, own_group
@@ -250,6 +251,7 @@ class Adaptor:
             timeout=self.timeout,
             cp_group=group,
             virtual_pipeline=self.virtual_pipeline,
+            buffers=hccl_buffers(config, self.setup),
         )
         scope = Scope(config, groups)
         self.scopes.put(group, scope)

@@ -54,6 +54,7 @@ class Settings:
         documents_from_position_ids: position ids that start again at 0 begin a document when the batch has no mask.
         end_of_document: the token behind which a document ends when the batch has no mask and position ids say nothing,
             or () -> that token, asked when a batch is split.
+        asked_for_flash: the user wrote --use-flash-attn.
         declared: how a framework says that it cuts whole rows itself; None where nobody said.
         undecided: what is still to be decided; None once ``configure`` has decided everything.
         compared: flag -> value of what must be equal on all ranks, beside the configuration.
@@ -65,6 +66,7 @@ class Settings:
     kernel: str | None = None
     documents_from_position_ids: bool = False
     end_of_document: int | Callable[[], int] | None = None
+    asked_for_flash: bool = False
     declared: Literal["zigzag", "contiguous"] | None = None
     undecided: OpenDecision | None = field(default_factory=OpenDecision)
     compared: Mapping[str, str] = field(default_factory=dict)
@@ -129,7 +131,13 @@ def of_size(config: ContextParallelConfig, size: int, setup: TrainingSetup | Non
     ring = size // (degree or 1)
     window = config.window_size if config.window_size < ring and ring % config.window_size == 0 else 1
     of_ring: dict[str, Any] = dict(
-        kv_exchange="ring", send_recv_overlap=False, p2p="auto", kv_cache_policy=None, kv_cache_interval=0
+        kv_exchange="ring",
+        send_recv_overlap=False,
+        p2p="auto",
+        kv_cache_policy=None,
+        kv_cache_interval=0,
+        in_flight=1,
+        topology="auto",
     )
     found = replace(
         config,

@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from mindspeed_cp.attention.entry import context_parallel_attention
 from mindspeed_cp.attention.kept import KeptAttention
-from mindspeed_cp.comm.batch import Work
-from mindspeed_cp.comm.counters import Traffic, count_bytes
 from mindspeed_cp.comm.groups import ContextParallelGroups, parts_of
 from mindspeed_cp.comm.link import Link
+from mindspeed_cp.comm.meter import Traffic, count_bytes
+from mindspeed_cp.comm.posting import Work
 from mindspeed_cp.comm.workspace import Workspace
 from mindspeed_cp.kernels.base import (
     AttentionKernel,
@@ -153,6 +153,10 @@ class NotingLink(Link):
 
     notes: Notes = field(default_factory=Notes)
 
+    @property
+    def backend(self) -> str:
+        return "dry"
+
     def post(self, ops, purpose):
         sent, received = (
             {self.global_ranks[op.rank]: _num_bytes(op.tensor) for op in ops if op.how is how}
@@ -233,7 +237,10 @@ def dry_groups(config: ContextParallelConfig, rank: int, stride: int, notes: Not
     }
     if ulysses in (1, len(everyone)):
         links["ring" if ulysses == 1 else "ulysses"] = links["cp"]
-    return ContextParallelGroups(config.hierarchy, rank, tuple(everyone), workspace=workspace, **links)
+    topology = "switch" if config.topology == "auto" else config.topology
+    return ContextParallelGroups(
+        config.hierarchy, rank, tuple(everyone), workspace=workspace, topology=topology, **links
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,8 @@ from mindspeed_cp.settings.setting import declarations, setting
 
 MaskType = Literal["causal", "full", "general"]
 KVCachePolicy = Literal["full", "half"]
-KVExchange = Literal["ring", "direct", "auto"]
+KVExchange = Literal["ring", "direct", "mesh", "auto"]
+Topology = Literal["auto", "mesh", "switch", "nodes"]
 P2P = Literal["auto", "batch", "isend"]
 BatchLayout = Literal["auto", "contiguous", "zigzag", "document_zigzag", "balanced"]
 
@@ -111,13 +112,50 @@ class ContextParallelConfig:
         "ring",
         flag="--cp-kv-exchange",
         help="how keys and values reach the other ring ranks",
-        rule="direct needs a ring algorithm and window size 1",
+        rule="direct and mesh need a ring algorithm and window size 1",
         meanings={
             "ring": "whole shards are forwarded",
             "direct": "each peer gets just the rows its mask needs",
-            "auto": "whichever sends less for the batch",
+            "mesh": "each step trades a slice of every shard over all links",
+            "auto": "mesh where the ranks form one, else whichever sends less for the batch",
         },
+        see="[Mesh exchange](algorithms/mesh-exchange.md)",
         variable="KV_EXCHANGE",
+    )
+    in_flight: int | Literal["auto"] = setting(
+        1,
+        flag="--cp-in-flight",
+        help="steps of the exchange that may be under way at once, where nothing is forwarded: direct, mesh, and "
+        "within windows of Double Ring",
+        rule="what holds one step exists N + 1 times",
+        meanings={"auto": "by topology"},
+        takes="N",
+        least=1,
+        least_means="1 is one step at a time",
+    )
+    topology: Topology = setting(
+        "auto",
+        flag="--cp-topology",
+        help="how ring ranks are linked",
+        rule="--cp-kv-exchange auto and --cp-in-flight auto read it",
+        meanings={
+            "auto": "nodes where the ranks are on several hosts, else mesh on NPUs and switch elsewhere",
+            "mesh": "each pair by a link of its own",
+            "switch": "any one peer at full rate",
+            "nodes": "over several servers",
+        },
+    )
+    ulysses_chunks: int = setting(
+        1,
+        flag="--cp-ulysses-chunks",
+        help="groups of heads that Ulysses exchanges one after the other, each while the one before it is computed",
+        rule="at most the heads of a rank",
+        takes="C",
+        least=1,
+        least_means="1 exchanges all heads at once",
+        taken_by=lambda row: row.splits_heads,
+        ignored="{algorithm} exchanges no heads",
+        see="[Chunks of heads](algorithms/ulysses.md#in-chunks-of-heads)",
     )
     p2p: P2P = setting(
         "auto",
@@ -240,10 +278,24 @@ class ContextParallelConfig:
             f"--cp-batch-layout balanced is contiguous for {algorithm}, whose ranks have equal work by nature.": (
                 self.batch_layout == "balanced" and self.row.exchange is None and self.context_parallel_size > 1
             ),
+            f"--cp-p2p {self.p2p} is ignored: the mesh exchange sends no messages between single ranks.": (
+                self.p2p != "auto" and self.kv_exchange == "mesh"
+            ),
+            f"--cp-in-flight {self.in_flight} is ignored: {algorithm} without --cp-kv-exchange direct, mesh or auto, "
+            "or windows, forwards one step at a time.": self.in_flight not in (1, "auto")
+            and not self._takes_several_steps,
+            f"--cp-topology {self.topology} is ignored: neither --cp-kv-exchange nor --cp-in-flight is auto.": (
+                self.topology != "auto" and "auto" not in (self.kv_exchange, self.in_flight)
+            ),
             "--cp-log says nothing at --context-parallel-size 1 without --hybrid-context-parallel.": self.log
             and self.context_parallel_size == 1,
         }
         return [*filter(None, found), *(message for message, applies in across.items() if applies)]
+
+    @property
+    def _takes_several_steps(self) -> bool:
+        has_windows = self.window_size > 1 and not self._is_one_window
+        return self.row.exchange == "ring" and (self.kv_exchange != "ring" or has_windows)
 
     @property
     def hierarchy(self) -> Hierarchy:
@@ -291,6 +343,10 @@ class ContextParallelConfig:
         ]
         if self.kv_exchange != "ring":
             parts.append(f"{self.kv_exchange} exchange")
+        if self.in_flight != 1 and self._takes_several_steps:
+            parts.append(f"{self.in_flight} steps in flight")
+        if self.ulysses_chunks > 1 and self.row.splits_heads:
+            parts.append(f"{self.ulysses_chunks} groups of heads")
         if self.p2p == "isend" and self.row.exchange == "ring":
             parts.append("single messages")
         if self.kv_cache_policy:

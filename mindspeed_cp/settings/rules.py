@@ -96,16 +96,16 @@ def check_kv_cache(cp: int, policy: str | None, interval: int) -> None:
 
 
 def check_exchange(algorithm: str, exchange: str, window: int) -> None:
-    if exchange != "direct":
+    if exchange not in ("direct", "mesh"):
         return
     require(
         ALGORITHMS[algorithm].exchange == "ring",
-        f"--cp-kv-exchange direct needs a ring-type algorithm, not --context-parallel-algo {algorithm}; "
+        f"--cp-kv-exchange {exchange} needs a ring-type algorithm, not --context-parallel-algo {algorithm}; "
         f"choose {names_with(exchange='ring')}, or --cp-kv-exchange ring.",
     )
     require(
         window == 1,
-        f"--cp-kv-exchange direct forwards nothing, so --cp-window-size {window} has no meaning; "
+        f"--cp-kv-exchange {exchange} forwards nothing, so --cp-window-size {window} has no meaning; "
         "use --cp-window-size 1, or --cp-kv-exchange ring.",
     )
 

@@ -37,7 +37,7 @@ class TrainingSetup:
     """What the launch script says about the model and the machine, as far as context parallelism must know it.
 
     ``recomputes_attention`` is None where it does not say whether layers, or core attention, are recomputed;
-    ``half_precision`` is None where it trains in float32 or does not say.
+    ``half_precision`` is None where it trains in float32 or does not say; ``head_dim`` is None where it does not say.
     """
 
     num_attention_heads: int | None = megatrons(None)
@@ -101,6 +101,8 @@ class TrainingSetup:
     )
     recomputes_attention: bool | None = field(default=None, compare=False)
     half_precision: Literal["bfloat16", "float16"] | None = field(default=None, compare=False)
+    head_dim: int | None = field(default=None, compare=False)
+    micro_batch_size: int = field(default=1, compare=False)
     notices: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -132,6 +134,7 @@ def resolve(config: ContextParallelConfig, setup: TrainingSetup) -> TrainingSetu
     setup = _fall_back_to_aligned(config, setup, notices)
     _check_world(config, setup)
     _check_heads(config, setup, asked)
+    _check_chunks(config, setup)
     _check_length(config, setup)
     require(
         config.kv_cache_interval == 0 or config.kv_cache_interval < setup.num_layers,
@@ -184,6 +187,17 @@ def _check_world(config: ContextParallelConfig, setup: TrainingSetup) -> None:
         f"world size {setup.world_size} must be --tensor-model-parallel-size {setup.tensor_parallel_size} x "
         f"--context-parallel-size {config.context_parallel_size} x --pipeline-model-parallel-size "
         f"{setup.pipeline_parallel_size} x data parallel size; start {model} processes or a multiple of {model}.",
+    )
+
+
+def _check_chunks(config: ContextParallelConfig, setup: TrainingSetup) -> None:
+    if setup.num_attention_heads is None or config.ulysses_chunks == 1 or not config.row.splits_heads:
+        return
+    heads = -(-setup.num_attention_heads // (setup.tensor_parallel_size * config.hierarchy[0]))
+    require(
+        config.ulysses_chunks <= heads,
+        f"--cp-ulysses-chunks {config.ulysses_chunks} must be at most the {heads} heads that a rank computes; use "
+        f"--cp-ulysses-chunks {heads} or less.",
     )
 
 

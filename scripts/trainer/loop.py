@@ -4,6 +4,7 @@ import dataclasses
 import time
 from contextlib import nullcontext
 
+import torch
 import torch.distributed as dist
 
 import mindspeed_cp.megatron_adaptor as megatron_adaptor
@@ -55,6 +56,7 @@ def _train(args, parts, datasets, first, report):
                 "tokens_per_second": result.num_positions / seconds,
                 "cp_bytes_per_rank": result.cp_bytes,
                 "cp_bytes_of_rank_0": result.traffic,
+                "peak_memory_bytes": torch.cuda.max_memory_allocated(),
             }
         )
         figures = log.interval() if log is not None and iteration % args.log_interval == 0 else None

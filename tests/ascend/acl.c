@@ -3,7 +3,7 @@
  *
  * Only what torch_npu calls to start, allocate, copy, and order work is here; build.sh adds an error code for the other
  * functions it links to. Functions that torch_npu looks up by name and finds missing it reports itself.
- * Environment: NPU_STUB_DEVICES (default 8), NPU_STUB_SOC (default Ascend910B2), NPU_STUB_MEMORY_GIB (default 64).
+ * Environment: NPU_STUB_DEVICES (default 8), NPU_STUB_SOC (default Ascend910B2), NPU_STUB_MEMORY_MIB (default 65536).
  */
 #define _GNU_SOURCE
 #include <stdint.h>
@@ -87,7 +87,7 @@ int aclrtFree(void *memory) { free(memory); return OK; }
 int aclrtFreeHost(void *memory) { free(memory); return OK; }
 
 int aclrtGetMemInfo(int kind, size_t *available, size_t *total) {
-    *total = (size_t)setting("NPU_STUB_MEMORY_GIB", 64) << 30;
+    *total = (size_t)setting("NPU_STUB_MEMORY_MIB", 65536) << 20;
     *available = *total;
     return OK;
 }

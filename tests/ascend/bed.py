@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-RELEASE = "2.13.0"
+RELEASE = os.environ.get("TORCH_NPU", "2.13.0")
 FOLDER = Path(os.environ.get("TORCH_NPU_FOLDER", Path(sys.prefix, f"torch_npu-{RELEASE}")))
 SOURCES = ("acl.c", "aclnn.c", "hccl.c", "build.sh")
 
@@ -60,8 +60,8 @@ def environment(*first, **more):
         "PYTHONPATH": os.pathsep.join([*map(str, own), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(build()), os.environ.get("LD_LIBRARY_PATH")])),
         "PYTHONWARNINGS": "ignore",
-        # With the queue a copy may run after the CPU kernel that reads it.
-        "TASK_QUEUE_ENABLE": "0",
+        # 0: every operator at once; 1, 2: a thread of torch_npu's runs what is queued (npu_on_cpu.py waits for it).
+        "TASK_QUEUE_ENABLE": os.environ.get("NPU_BED_QUEUE", "0"),
         "OMP_NUM_THREADS": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         **more,
@@ -100,8 +100,13 @@ class Server:
         return answer["results"]
 
     def close(self):
+        """End the server; what its libraries do at their end is nobody's result, so it gets a few seconds for that."""
         self._process.stdin.close()
-        self._process.wait(timeout=20)
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 class JobFailed(AssertionError):

@@ -24,7 +24,7 @@ comm -23 build/undefined build/present | grep -vE '^_?Py' | comm -23 - build/wri
 awk '{print "long " $1 "(void) { return 107000; }"}' build/default > build/default.c
 gcc -O1 -fPIC -w -shared -Wl,-soname,libcann_stub.so -o lib/libcann_stub.so build/*.o build/default.c
 # One library under every name that torch_npu links to or opens.
-for name in $(readelf -d "${core[@]}" | sed -n 's/.*NEEDED.*\[\(lib[a-z_]*\.so\)\]/\1/p' | sort -u) libopapi.so; do
+for name in $(readelf -d "${core[@]}" | sed -n 's/.*NEEDED.*\[\(lib[a-z_]*\.so\)\]/\1/p' | sort -u) libopapi.so libhcomm.so; do
     [ -e "$npu/lib/$name" ] || [ -e "$torch/lib/$name" ] || ln -sf libcann_stub.so "lib/$name"
 done
 echo "$(wc -l < build/written) functions written, $(wc -l < build/default) fail, in $folder/lib"

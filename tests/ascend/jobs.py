@@ -9,6 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from cost_jobs import group_buffers, groups_messages, host_waits, piece_launches, step_costs  # noqa: F401  jobs too
+
 
 class Rank(NamedTuple):
     rank: int
@@ -302,32 +304,6 @@ def checkpoint(rank, folder):
     empty = {"w": ShardedTensor.from_rank_offsets("w", torch.zeros(4, device="cuda"), (0, rank.rank, rank.world))}
     loaded = dist_checkpointing.load(empty, folder)
     return bool(torch.equal(loaded["w"].cpu(), piece.cpu())) and loaded["w"].device.type
-
-
-def host_waits(rank, algorithm, packed=False, window=None):
-    """What makes the host wait for the device in the second attention call, forward and backward."""
-    import npu_on_cpu
-    import torch
-
-    from mindspeed_cp import (
-        ContextParallelConfig,
-        ContextParallelGroups,
-        SequenceLayout,
-        context_parallel_attention,
-    )
-
-    rank.join()
-    config = ContextParallelConfig(context_parallel_size=rank.world, algorithm=algorithm)
-    groups, layout = ContextParallelGroups.build(config), SequenceLayout.build(config, 16)
-    leaves = [torch.randn(16 // rank.world, 1, 4, 16, device="cuda").requires_grad_() for _ in range(3)]
-    documents = torch.tensor([0, 5, 16], dtype=torch.int32, device="cuda") if packed else None
-    for _ in range(2):
-        del npu_on_cpu.host_waits[:]
-        out = context_parallel_attention(
-            *leaves, config=config, groups=groups, layout=layout, cu_seqlens=documents, sliding_window=window
-        )
-        out.backward(torch.ones_like(out))
-    return npu_on_cpu.host_waits
 
 
 def schemas(rank):

@@ -7,10 +7,17 @@ namespace npu; any other one raises NotImplementedError.
 """
 
 import ctypes
+import inspect
+import os
 
 import torch
 
 KEY = "PrivateUse1"
+QUEUE = os.environ.get("TASK_QUEUE_ENABLE", "1") != "0"  # torch_npu's own default is 1
+# Older releases of torch let nobody replace a kernel that was registered from Python.
+OVERRIDE = (
+    {"allow_override": True} if "allow_override" in inspect.signature(torch.library.Library.impl).parameters else {}
+)
 # Kernels of torch_npu that need no operator: they allocate, describe or copy bytes.
 KEPT = {
     "aten::" + name
@@ -22,14 +29,16 @@ KEPT = {
     """.split()
 }
 OPERATORS = {}  # name in the namespace npu -> function over CPU tensors
-calls = []  # names of the operators that ran, when ``record`` is True
+calls = []  # names of the operators that a device would have run, when ``record`` is True; a view launches nothing
 record = False
-host_waits = []  # names of the operators for which the host would have waited for the device
+host_waits = []  # what the host would have waited for: copies to it, values, and blocking copies from pageable memory
 _library = []
 
 
 def cpu_alias(tensor):
-    """A CPU tensor over the memory of an 'npu' tensor."""
+    """A CPU tensor over the memory of an 'npu' tensor, after all that its stream's queue still holds."""
+    if QUEUE:
+        torch.npu.current_stream(tensor.device).synchronize()
     storage = tensor.untyped_storage()
     size = storage.nbytes()
     if not size:
@@ -103,9 +112,11 @@ def _kernel(operator, function):
     random = torch.Tag.nondeterministic_seeded in operator.tags
     has_generator = any(argument.name == "generator" for argument in operator._schema.arguments)
 
+    is_view = any(out.alias_info is not None and not out.alias_info.is_write for out in operator._schema.returns)
+
     def kernel(*args, **kwargs):
         call = _Call()
-        if record:
+        if record and not is_view:
             calls.append(operator._name)
         args, kwargs = call.to_cpu(args), {name: call.to_cpu(value) for name, value in kwargs.items()}
         if kwargs.get("pin_memory"):
@@ -117,7 +128,9 @@ def _kernel(operator, function):
                 device = (
                     call.device.index if call.device and call.device.index is not None else torch.npu.current_device()
                 )
-                generator = cpu_generator(torch.npu.default_generators[device])
+                own = torch.npu.default_generators[device]
+                start = own.get_state()
+                generator = cpu_generator(own)
                 if has_generator:
                     if kwargs.get("generator") is None:
                         kwargs["generator"] = generator
@@ -128,6 +141,8 @@ def _kernel(operator, function):
                     try:
                         result = function(*args, **kwargs)
                     finally:
+                        if torch.equal(torch.get_rng_state(), generator.get_state()):
+                            own.set_state(start)  # attention without dropout draws nothing
                         torch.set_rng_state(before)
         call.written()
         return call.to_npu(result)
@@ -135,9 +150,15 @@ def _kernel(operator, function):
     return kernel
 
 
+def _note_upload(source, device, non_blocking):
+    if device.type == "npu" and source.device.type == "cpu" and not non_blocking:
+        host_waits.append("to the device")
+
+
 def _copy_(target, source, non_blocking=False):
     if target.device.type == "cpu" and source.device.type == "npu":
         host_waits.append("copy_")
+    _note_upload(source, target.device, non_blocking)
     to, what = (cpu_alias(t) if t.device.type == "npu" else t for t in (target, source))
     with torch._C._AutoDispatchBelowAutograd():
         to.copy_(what)
@@ -155,6 +176,7 @@ def _to_copy(source, *, dtype=None, layout=None, device=None, pin_memory=None, n
     call.device = source.device if device is None else torch.device(device)
     if call.device.type == "cpu" and source.device.type == "npu":
         host_waits.append("to")
+    _note_upload(source, call.device, non_blocking)
     return copy if call.device.type == "cpu" else call.to_npu(copy)
 
 
@@ -259,4 +281,24 @@ def install():
                 function = _kernel(operator, OPERATORS[base]) if base in OPERATORS else _refusal(name)
             else:
                 function = _kernel(operator, ATEN.get(name, operator))
-            libraries[namespace].impl(name, function, KEY, allow_override=True)
+            try:
+                libraries[namespace].impl(name, function, KEY, **OVERRIDE)
+            except RuntimeError as error:  # torch_npu's own kernel from Python stays where none can be replaced
+                if OVERRIDE or "from python" not in str(error):
+                    raise
+
+
+def take_cann_9(torch_npu):
+    """NPU_BED_CANN=9: the way of batch_isend_irecv that torch_npu takes with CANN 9 on 910B and 910C; the stub has no
+    CANN whose version could be read.
+
+    Returns:
+        Whether this release has that way.
+    """
+    if os.environ.get("NPU_BED_CANN") != "9":
+        return False
+    messages = torch_npu.distributed.distributed_c10d
+    if not hasattr(messages, "_CANN_VERSION"):
+        return False
+    messages._CANN_VERSION = True
+    return True

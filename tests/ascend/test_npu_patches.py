@@ -2,6 +2,7 @@
 
 import bed
 import pytest
+import torch
 
 GENERATORS = "torch.cuda.default_generators"
 NORM = "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__"
@@ -53,6 +54,8 @@ FAILURES = {
 @pytest.mark.parametrize("name", FAILURES)
 def test_it_fails_without_its_patch_and_works_with_it(server, name):
     job, arguments, targets, message = FAILURES[name]
+    if name.startswith("nvtx") and torch.version.cuda is not None:
+        pytest.skip("this torch was built for CUDA and has NVTX")
     server.run(job, **arguments)
     with pytest.raises(bed.JobFailed, match=f"(?s){message}"):
         server.run(job, **arguments, without=targets)

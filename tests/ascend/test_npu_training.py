@@ -76,9 +76,30 @@ def test_attention_does_not_make_the_host_wait_for_the_device(server, algorithm)
     assert max(map(len, packed)) <= 1, packed  # the boundaries, where they lie on the device
 
 
+NORM = "megatron.core.utils.local_multi_tensor_l2_norm"
+# Of the host for the device in a step, whatever the number of layers; 0.12 makes three flags from lists on the host.
+MOST_WAITS = {"0.12": 6, "0.16": 4}
+
+
+@pytest.mark.parametrize("algorithm, world", [("", 1), (RING, 2), (ULYSSES, 2)])
+def test_a_step_waits_for_the_device_as_often_whatever_the_number_of_layers(server, algorithm, world):
+    most = MOST_WAITS[server.run("version")[0][:4]]
+    for options in (dict(layers=2), dict(layers=4), dict(layers=3, bf16=True, distributed_optimizer=True)):
+        for costs in server.run("step_costs", world, algorithm=algorithm, options=options):
+            assert sum(costs["waits"].values()) <= most, (options, costs["waits"])
+    without = server.run("step_costs", world, algorithm=algorithm, options=dict(layers=4), without=[NORM])
+    assert min(sum(costs["waits"].values()) for costs in without) > 50  # one for each parameter
+
+
+def test_the_gradient_norm_of_one_reduction_is_megatrons(server):
+    same(server.run("train")[0], server.run("train", without=[NORM])[0])
+
+
 def test_the_fakes_have_the_schemas_of_torch_npu_itself(server):
     import fake_torch_npu
 
+    if bed.RELEASE not in fake_torch_npu.RELEASES:
+        pytest.skip(f"no schemas of {bed.RELEASE} among the fakes")
     published = fake_torch_npu.schemas(bed.RELEASE)
     for name, schema in server.run("schemas")[0].items():
         assert _parsed(published[name]) == _parsed(schema), name
@@ -88,6 +109,13 @@ def _parsed(schema):
     import torch
 
     return str(torch._C.parse_schema(schema))
+
+
+def test_each_process_group_gets_the_buffer_of_its_largest_message(server, tmp_path):
+    given = server.run("group_buffers", 4, folder=str(tmp_path), buffers={"ulysses": 385, "ring": 33})
+    for communicators in given:
+        assert [pair for pair in communicators if pair[0] == 2] == [[2, 33], [2, 385]], communicators
+        assert all(megabytes == 200 for size, megabytes in communicators if size == 4), communicators
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -27,6 +27,7 @@ class Options:
     sequence_parallel: bool = False
     recompute: str = ""
     fused_update: bool = False
+    layers: int = 2
     cp_options: tuple = ()  # further (name, value) pairs of ContextParallelConfig
 
 
@@ -64,7 +65,7 @@ def train(algorithm, cp, tp, steps, options):
 def _transformer_config(cp, tp, options):
     recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     return TransformerConfig(
-        num_layers=2,
+        num_layers=options.layers,
         hidden_size=HIDDEN,
         num_attention_heads=HEADS,
         ffn_hidden_size=HIDDEN,
@@ -88,12 +89,14 @@ def _transformer_config(cp, tp, options):
 def _batch():
     tokens = torch.randint(1, VOCABULARY, (2, LENGTH + 1), generator=torch.Generator().manual_seed(3))
     batch = {
-        "tokens": tokens[:, :-1].contiguous().cuda(),
-        "labels": tokens[:, 1:].contiguous().cuda(),
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
         "attention_mask": None,
-        "loss_mask": torch.ones(2, LENGTH).cuda(),
-        "position_ids": torch.arange(LENGTH).repeat(2, 1).cuda(),
+        "loss_mask": torch.ones(2, LENGTH),
+        "position_ids": torch.arange(LENGTH).repeat(2, 1),
     }
+    # As Megatron's training does: from pinned memory, and the host goes on.
+    batch = {name: value if value is None else value.cuda(non_blocking=True) for name, value in batch.items()}
     return get_batch_on_this_cp_rank(batch)
 
 

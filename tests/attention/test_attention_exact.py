@@ -41,6 +41,8 @@ FEATURES = {
     "send_recv_overlap": (False, True),
     "alltoall": (True, False),
     "allgather_kv": (False, True),
+    "ulysses_chunks": (1, 2, 3, 100),
+    "in_flight": (1, 2, 100),
     "dense": ("shared", "batch"),
     "batch": (1, 2),
     "sinks": (False, True),
@@ -69,8 +71,11 @@ def case_of(point, number, algorithm, cp):
     config = {**setup, "attention_mask_type": point["mask_type"]}
     if has_ring(setup):
         config["send_recv_overlap"] = point["send_recv_overlap"]
+    if setup["kv_exchange"] != "ring" or "window_size" in setup:
+        config["in_flight"] = point["in_flight"]
     if degree > 1:
         config["alltoall"] = point["alltoall"]
+        config["ulysses_chunks"] = min(point["ulysses_chunks"], heads // degree)  # 100: every head on its own
     if cp > 1:
         config["kv_cache_policy"] = point["kv_cache_policy"]
     if algorithm == "ulysses_cp_algo" and kv_heads == 1 and heads > 1:
@@ -227,6 +232,20 @@ def test_every_cache_policy_and_overlap_gives_the_same_gradients(algorithm, cp):
         for results in check_cases(cases):
             for case, result in zip(cases[1:], results[1:]):
                 assert all(torch.equal(result[name], results[0][name]) for name in result), str(case)
+
+
+@pytest.mark.parametrize("cp", [2, 4])
+def test_every_number_of_chunks_and_cache_policy_is_exact_for_uneven_and_grouped_heads(cp):
+    def cases():
+        for heads, kv_heads in ((4 * cp, 4 * cp), (4 * cp, cp), (4 * cp, 2 * cp), (4 * cp, 1), (7, 7), (7, 1), (6, 2)):
+            for chunks in range(1, min(5, -(-heads // cp) + 1)):
+                policy = (None, "half", "full")[(heads + kv_heads + chunks) % 3]
+                config = {"context_parallel_size": cp, "ulysses_chunks": chunks, "kv_cache_policy": policy}
+                yield Case(config, seq_len=13, heads=heads, kv_heads=kv_heads, sinks=chunks % 2 == 0)
+                if policy is None and heads % 2 == 0 and cp == 4:
+                    yield Case({**config, "algorithm": "hybrid_cp_algo", "ulysses_degree": 2}, heads=heads, kv_heads=2)
+
+    check_cases(list(cases()))
 
 
 @pytest.mark.parametrize("cp", [2, 3, 4, 8])

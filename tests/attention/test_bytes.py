@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import Case, arguments, local_inputs, setup_of
 from distributed import run_ranks
+from pairs import drawn
 from setups import degree_of, shapes
 
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
@@ -121,10 +122,10 @@ def test_an_all_gather_sends_the_own_shard_to_every_other_rank(cp):
         assert (forward, messages, backward) == ({"kv": once}, {"kv": 1}, {"kv": once, "dkv": once})
 
 
-@pytest.mark.parametrize("cp", range(2, 9))
-def test_direct_exchange_of_even_zigzag_causal_sends_three_quarters_of_the_ring(cp):
+@pytest.mark.parametrize("cp, exchange", [(cp, "mesh" if cp % 2 else "direct") for cp in range(2, 9)])
+def test_direct_and_mesh_exchange_of_even_zigzag_causal_send_three_quarters_of_the_ring(cp, exchange):
     case = Case(
-        {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "kv_exchange": "direct"},
+        {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "kv_exchange": exchange},
         seq_len=8 * cp,
         kv_heads=2,
     )
@@ -151,15 +152,15 @@ DIRECT_CASES = {
 }
 
 
-@pytest.mark.parametrize("policy", [None, "full"])
-@pytest.mark.parametrize("cp", [2, 3, 5, 8])
-@pytest.mark.parametrize("kind", DIRECT_CASES)
-def test_direct_exchange_sends_exactly_the_rows_that_the_mask_needs(kind, cp, policy):
+@pytest.mark.parametrize(
+    "kind, cp, exchange, policy", drawn(list(DIRECT_CASES), [2, 3, 5, 8], ["direct", "mesh"], [None, "full"])
+)
+def test_direct_and_mesh_exchange_send_exactly_the_rows_that_the_mask_needs(kind, cp, exchange, policy):
     options = dict(DIRECT_CASES[kind])
     config = {
         "context_parallel_size": cp,
         "algorithm": "megatron_cp_algo",
-        "kv_exchange": "direct",
+        "kv_exchange": exchange,
         "kv_cache_policy": policy,
         "attention_mask_type": options.pop("mask_type", "causal"),
         "batch_layout": options.pop("batch_layout", "auto"),
@@ -173,12 +174,13 @@ def test_direct_exchange_sends_exactly_the_rows_that_the_mask_needs(kind, cp, po
         assert backward == drop_zero({"kv": 0 if policy == "full" else lent, "dkv": borrowed})
 
 
-def test_direct_exchange_sends_nothing_when_every_document_lies_on_one_rank():
+@pytest.mark.parametrize("exchange", ["direct", "mesh"])
+def test_direct_and_mesh_exchange_send_nothing_when_every_document_lies_on_one_rank(exchange):
     case = Case(
         {
             "context_parallel_size": 4,
             "algorithm": "megatron_cp_algo",
-            "kv_exchange": "direct",
+            "kv_exchange": exchange,
             "attention_mask_type": "full",
         },
         seq_len=32,
@@ -223,6 +225,36 @@ def test_ulysses_sends_one_share_of_everything_in_one_message_before_and_one_aft
         assert sum(messages.values()) == 2, messages
         assert backward == {"dout": out, "dq": q, "dkv": keys_values}
         assert sum(backward_messages.values()) == 2, backward_messages
+
+
+CHUNKED = [(2, 8, 8), (2, 8, 4), (2, 8, 1), (4, 16, 2), (3, 7, 7), (4, 6, 2)]
+
+
+@pytest.mark.parametrize("policy", [None, "half", "full"])
+@pytest.mark.parametrize("cp, heads, kv_heads", CHUNKED)
+def test_chunks_of_heads_send_the_bytes_of_all_at_once_in_as_many_messages_as_chunks(cp, heads, kv_heads, policy):
+    case = Case(
+        {"context_parallel_size": cp, "kv_cache_policy": policy}, seq_len=4 * cp, heads=heads, kv_heads=kv_heads
+    )
+    at_once, most = traffic(case), -(-heads // cp)
+    for chunks in {2, 3, 4, most} if most > 1 else ():
+        if chunks > most:
+            continue
+        for once, found in zip(at_once, traffic(case.with_config(ulysses_chunks=chunks))):
+            assert found[::2] == once[::2], chunks
+            assert sum(found[1].values()) >= 2 * chunks
+
+
+@pytest.mark.parametrize("chunks, times", [(1, 1), (2, 1), (4, 2)])
+def test_a_ring_around_chunks_sends_a_kv_head_once_for_every_chunk_that_needs_it(chunks, times):
+    """Two KV heads of a rank: two chunks share them out; of four, two need each."""
+    config = {"context_parallel_size": 4, "algorithm": "hybrid_cp_algo", "ulysses_degree": 2}
+    case = Case(config, seq_len=16, heads=8, kv_heads=4)
+    _, keys_values, _ = ulysses_sizes(case, 2, 4)
+    ring = 4 * 2 * 2 * (case.dk + case.dv) * ITEMSIZE[case.dtype]
+    for forward, _, backward, _ in traffic(case.with_config(ulysses_chunks=chunks)):
+        assert forward["kv"] == keys_values + times * ring
+        assert (backward["kv"], backward["dkv"]) == (times * ring, keys_values + times * ring)
 
 
 @pytest.mark.parametrize("cp", [2, 4])

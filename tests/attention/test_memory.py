@@ -114,6 +114,36 @@ def test_peak_memory_of_a_ring_does_not_grow_with_its_size(options, dtype, overl
     assert peak(4) == peak(6) == peak(8)
 
 
+MESH_ROWS = 210  # of a rank; 3, 5 and 7 others, each of which sends a slice, divide them and their halves
+
+
+@pytest.mark.parametrize("mask_type", ["causal", "full"])
+def test_peak_memory_of_the_mesh_exchange_does_not_grow_with_its_size(mask_type):
+    def peak(cp):
+        config = {"context_parallel_size": cp, "algorithm": "megatron_cp_algo", "kv_exchange": "mesh"}
+        config |= {"attention_mask_type": mask_type, "send_recv_overlap": True}
+        case = Case(config, seq_len=cp * MESH_ROWS, dk=8, dv=8, dtype="float32", share_from=None)
+        return max(peak for peak, _ in run_ranks(cp, peak_bytes, case))
+
+    assert peak(4) == peak(6) == peak(8)
+
+
+@pytest.mark.parametrize("exchange", ["direct", "mesh"])
+def test_what_holds_a_step_exists_once_for_every_step_in_flight_and_once_more(exchange):
+    """Four buffers of a step's size. Direct: keys and values, gradients on the wire, packed, and landing. Mesh: what is
+    packed and what lands, of both; a step is computed with in one buffer more, whatever is in flight.
+    """
+
+    def peak(in_flight):
+        config = {"context_parallel_size": 8, "algorithm": "megatron_cp_algo", "kv_exchange": exchange}
+        config |= {"attention_mask_type": "full", "send_recv_overlap": True, "in_flight": in_flight}
+        case = Case(config, seq_len=8 * MESH_ROWS, dk=8, dv=8, dtype="float32", share_from=None)
+        return {peak for peak, _ in run_ranks(8, peak_bytes, case)}
+
+    (one,), (three,) = peak(1), peak(3)
+    assert three - one == 2 * 4 * MESH_ROWS * 4 * (8 + 8) * FLOAT32
+
+
 @pytest.mark.parametrize("documents", [(0, 30, 37, 200, 256), (0, 256), tuple(range(0, 257, 16))], ids=len)
 def test_peak_memory_of_the_balanced_layout_is_not_above_the_zigzags(documents):
     zigzag = {"context_parallel_size": 4, "algorithm": "megatron_cp_algo", "batch_layout": "zigzag"}
@@ -224,3 +254,36 @@ def test_nothing_outlives_the_backward_pass(algorithm):
             {"context_parallel_size": 4, "algorithm": algorithm, "kv_cache_policy": policy}, seq_len=32, dtype="float32"
         )
         assert run_ranks(4, unreferenced_after, case) == [0] * 4, policy
+
+
+def intermediates(rank, case):
+    """Most bytes alive in a forward pass without a graph and in a backward pass, beyond what was there and results."""
+    call, leaves, grad_out, groups = prepared(rank, case)
+    for _ in range(2):
+        call().backward(grad_out)
+    with torch.no_grad(), LiveBytes() as forward:
+        out = call()
+    result = out.untyped_storage().nbytes()
+    out = call()
+    with LiveBytes() as backward:
+        grads = torch.autograd.grad(out, leaves, grad_out)
+    named = sum(buffer.nbytes for (name, *_), buffer in groups.workspace._buffers.items() if "a2a" in name)
+    return forward.peak - result, backward.peak - sum(grad.untyped_storage().nbytes() for grad in grads) + named
+
+
+@pytest.mark.parametrize("kv_heads", [8, 16])
+@pytest.mark.parametrize("chunks", [1, 2, 4, 8])
+def test_chunks_of_heads_divide_what_ulysses_holds(chunks, kv_heads):
+    """One chunk is computed with and its output made, the next arrives: two of C chunks, of all one where C is 1."""
+    heads, dim, cp = 16, 16, 2
+    case = Case({"context_parallel_size": cp}, seq_len=cp * LOCAL, heads=heads, kv_heads=kv_heads, dk=dim, dv=dim)
+    ((forward, backward),) = {*run_ranks(cp, intermediates, case.with_config(ulysses_chunks=chunks))}
+    rows = LOCAL * 8  # bytes of a column of float64, all heads of the own tokens or a rank's heads of all tokens
+    query, keys_values, lse = rows * heads * dim, 2 * rows * kv_heads * dim, rows * heads
+    held, of_rank = min(chunks, 2), kv_heads // cp
+    if chunks <= of_rank:
+        assert forward == (held * (query + keys_values) + query + 2 * lse) / chunks
+    else:  # a KV head stays for two chunks, beside the query that it came with
+        assert forward == (3 * query + query + 2 * lse) / chunks + 2 * keys_values / of_rank
+    if kv_heads == heads:  # the output's gradient, and gradients of query, key and value
+        assert backward == held * 4 * query / chunks

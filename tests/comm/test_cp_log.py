@@ -19,10 +19,10 @@ from distributed import run_ranks
 from kept_groups import of_megatron
 from trainer_runs import IMPORTED, prepare_data, tiny
 
-from mindspeed_cp.comm import watch as watch_module
+from mindspeed_cp.comm import meter as meter_module
 from mindspeed_cp.comm.link import Link
+from mindspeed_cp.comm.meter import Watch, measuring, wait_for
 from mindspeed_cp.comm.step_log import Imbalance, IntervalFigures
-from mindspeed_cp.comm.watch import Watch, wait_for, watching
 from mindspeed_cp.patches.step_log import train_step, training_log
 
 pytestmark = pytest.mark.cpu_only
@@ -169,17 +169,17 @@ def test_without_a_log_no_clock_is_read_and_no_area_is_computed(monkeypatch):
     def never():
         raise AssertionError("measured where nobody watches")
 
-    monkeypatch.setattr(watch_module.time, "perf_counter", never)
+    monkeypatch.setattr(meter_module.time, "perf_counter", never)
     monkeypatch.setattr(torch.cuda, "Event", never)
     work = _Work()
     for device in ("cpu", "cuda"):
         wait_for(work, torch.device(device))
-    watch_module.note_area(never)
+    meter_module.note_area(never)
     assert work.awaited == 2
 
 
 def test_a_wait_of_the_cpu_takes_the_time_of_the_host():
-    with watching(Watch()) as watch:
+    with measuring(Watch()) as watch:
         wait_for(_Work(0.02), torch.device("cpu"))
     seconds = watch.seconds
     wait_for(_Work(), torch.device("cpu"))  # nobody watches any more
@@ -215,7 +215,7 @@ class _WorkOnStream:
 
 def test_a_wait_of_an_accelerator_takes_the_time_of_its_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", _Event)
-    with watching(Watch()) as watch:
+    with measuring(Watch()) as watch:
         for _ in range(3):
             wait_for(_WorkOnStream(), torch.device("cuda"))
             _Event.now += 1000.0  # computation, which hides what it can

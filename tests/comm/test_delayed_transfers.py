@@ -25,12 +25,17 @@ CONFIGS = (
         for more in ({}, {"send_recv_overlap": True}, {"kv_exchange": "direct"}, {"window_size": 2})
     ),
     *({**RING, "kv_exchange": "direct", "kv_cache_policy": policy} for policy in (None, "full", "half")),
+    *({**RING, "kv_exchange": "mesh", "kv_cache_policy": policy} for policy in (None, "full", "half")),
+    *({**RING, "kv_exchange": "direct", "in_flight": 3, "send_recv_overlap": overlap} for overlap in (False, True)),
+    *({**RING, "kv_exchange": "mesh", "in_flight": steps, "send_recv_overlap": True} for steps in (1, 2)),
+    {**RING, "window_size": 2, "in_flight": 2, "send_recv_overlap": True},
     *({**RING, "window_size": 2, "kv_cache_policy": policy} for policy in (None, "full", "half")),
     {**RING, "window_size": 2, "attention_mask_type": "full"},
     *({**ULYSSES, "kv_cache_policy": policy} for policy in (None, "full", "half")),
     {**ULYSSES, "alltoall": False},
+    {**HYBRID, "ulysses_chunks": 2},
     *({**HYBRID, "kv_cache_policy": policy} for policy in (None, "full", "half")),
-    {**HYBRID, "kv_exchange": "direct"},
+    *({**HYBRID, "kv_exchange": exchange} for exchange in ("direct", "mesh")),
     dict(context_parallel_size=4, algorithm="kvallgather_cp_algo"),
 )
 FLOAT32 = dict(dtype="float32", share_from=None)
@@ -40,10 +45,14 @@ def problems():
     for config in CONFIGS:
         yield Case(config, **FLOAT32)
     yield Case({**HYBRID, "alltoall": False}, runs=(((0, 12),), ((12, 24),), (), ()), **FLOAT32)  # gathers nothing
-    for config in (RING, {**RING, "kv_exchange": "direct"}, ULYSSES, HYBRID):
+    direct, mesh = ({**RING, "kv_exchange": exchange} for exchange in ("direct", "mesh"))
+    for config in (RING, direct, mesh, ULYSSES, HYBRID):
         yield Case(config, cu_seqlens=PACKED, kv_heads=2, **FLOAT32)
     yield Case({**RING, "window_size": 2}, window=(7, 0), **FLOAT32)
     yield Case(RING, seq_len=23, dtype="bfloat16", share_from=None)
+    for dtype, policy in (("float32", None), ("bfloat16", None), ("bfloat16", "full")):
+        config = {**ULYSSES, "ulysses_chunks": 3, "kv_cache_policy": policy}
+        yield Case(config, heads=16, kv_heads=8, dtype=dtype, share_from=None)
 
 
 def on_delayed_group(rank, world_size, port, function, *arguments):
@@ -85,6 +94,7 @@ def test_odd_sizes_and_two_layers_are_bitwise_the_same():
         for case in (
             Case(RING, **FLOAT32),
             Case({**RING, "kv_exchange": "direct"}, **FLOAT32),
+            Case({**RING, "kv_exchange": "mesh", "in_flight": 2, "send_recv_overlap": True}, **FLOAT32),
             Case({**RING, "p2p": "isend"}, **FLOAT32),
             Case({**RING, "p2p": "isend", "kv_exchange": "direct"}, **FLOAT32),
             Case(ULYSSES, **FLOAT32),

@@ -125,6 +125,8 @@ TRACED = [
         (7, {}),
         (4, {"kv_exchange": "direct"}),
         (5, {"kv_exchange": "direct"}),
+        (4, {"kv_exchange": "mesh"}),
+        (5, {"kv_exchange": "mesh"}),
         (4, {"window_size": 2}),
         (6, {"window_size": 3}),
         (8, {"window_size": 2}),

@@ -12,10 +12,10 @@ from distributed import run_ranks
 
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
 from mindspeed_cp.comm import count_bytes, groups
-from mindspeed_cp.comm.batch import Posted, post_together, turn
 from mindspeed_cp.comm.host_memory import HostMemory
 from mindspeed_cp.comm.link import Link, link_of
 from mindspeed_cp.comm.messages import Message, Pending, copy_message
+from mindspeed_cp.comm.posting import Posted, post_together, turn
 from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
 from mindspeed_cp.comm.workspace import Workspace
 

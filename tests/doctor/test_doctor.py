@@ -228,7 +228,9 @@ def test_the_exit_status_and_the_last_line_tell_problems(monkeypatch, capsys, le
     monkeypatch.setattr(command, "examine", lambda given: ({"Installed": [Finding(level, "text", "do this")]}, {}))
     assert command.main([]) == status
     shown = capsys.readouterr().out
-    assert shown.endswith("All is well.\n") == (level == "ok") and "   -> do this\n" in shown
+    verdict, prove = shown.splitlines()[-2:]
+    assert (verdict == "All is well.") == (level == "ok") and "   -> do this\n" in shown
+    assert prove.endswith("python -m mindspeed_cp.prove SCRIPT ARGS")
     assert command.main(["--json"]) == status
     assert json.loads(capsys.readouterr().out)["healthy"] == (status == 0)
 

@@ -177,6 +177,7 @@ def _serve(rank, world_size, folder, device, group_timeout, leave_after_failure,
     from mindspeed_cp.doctor.meeting import join
 
     end_with_parent()
+    set_device_type(device)  # what it is forked from has not read pytest's options
     # SIGUSR1 writes this rank's stack where the parent finds it.
     faulthandler.register(signal.SIGUSR1, open(os.path.join(folder, f"stack-{rank}"), "w", encoding="utf-8"))
     join(rank, world_size, device, folder, group_timeout)
@@ -260,7 +261,9 @@ def run_alone(function, *args, timeout=120.0):
     """
     wake(None)
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("forkserver").Process(target=_alone, args=(function, args, theirs))
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_alone, args=(function, args, _device_type, theirs)
+    )
     with _forking_from(()):
         process.start()
     theirs.close()
@@ -339,8 +342,9 @@ def free_port():
     raise RuntimeError("no port is free")
 
 
-def _alone(function, args, connection):
+def _alone(function, args, device, connection):
     end_with_parent()
+    set_device_type(device)
     answer = _answer(args[0], function, args[1:])
     connection.send_bytes(answer if isinstance(answer, bytes) else pickle.dumps(answer))
 

@@ -6,7 +6,7 @@ from cases import DTYPES
 from setups import degree_of
 
 
-def expected_bytes(case, order):
+def expected_bytes(case, order, rank):
     """t (H dv e + 4 H) without Ulysses; with it what it has received besides, and the output before and after."""
     degree, item = degree_of(case.config), DTYPES[case.dtype].itemsize
     tokens, lse = case.seq_len // case.cp * case.batch, 8 if case.dtype == "float64" else 4
@@ -20,5 +20,8 @@ def expected_bytes(case, order):
         if ring > 1 and order is None:  # the memory order that the kernel asks for
             size += kv_heads * (case.dk + case.dv) * item  # packed for the ring, beside the message with the query
     if ring > 1:  # an all-gather receives the rank's own rows as well
-        size += (ring - (case.config["algorithm"] != "kvallgather_cp_algo")) * kv_heads * dims * item
+        received = ring - (case.config["algorithm"] != "kvallgather_cp_algo")
+        if case.config["kv_exchange"] == "mesh":  # needed rows alone: of zigzag ranks before this one the first chunk
+            received -= rank // degree / 2
+        size += round(received * kv_heads * dims * item)
     return 2 * tokens * size  # two calls

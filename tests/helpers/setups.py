@@ -28,8 +28,8 @@ def shapes(algorithm, cp):
 
 
 def exchanges(shape):
-    direct = ALGORITHMS[shape["algorithm"]].exchange == "ring" and "window_size" not in shape
-    return ["ring", "direct"] if direct else ["ring"]
+    any_peer = ALGORITHMS[shape["algorithm"]].exchange == "ring" and "window_size" not in shape
+    return ["ring", "direct", "mesh"] if any_peer else ["ring"]
 
 
 def setups(algorithm, cp):

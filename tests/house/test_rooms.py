@@ -21,7 +21,6 @@ ADAPTOR = "mindspeed_cp.megatron.adaptor"
 HELPERS = ("batches", "foreign", "handover", "packed", "sizes", "splitting")
 CLOSING = {
     *((f"mindspeed_cp.megatron.{helper}", ADAPTOR) for helper in HELPERS),
-    ("mindspeed_cp.comm.link", "mindspeed_cp.comm.batch"),
     ("mindspeed_cp.compat.process_groups", "mindspeed_cp.megatron_adaptor"),
 }
 

@@ -183,7 +183,7 @@ def attend_in_order(rank, cases):
             assert not any(tensor.is_contiguous() for tensor in split)
             kernel, copied = Asking(order) if order else None, []
             keywords = arguments(case, config, groups, layout, None, mask) | {"kernel": kernel}
-            with mock.patch.object(Batch, "_flat", noting_copies(copied)):
+            with mock.patch.object(Batch, "post", noting_copies(copied)):
                 out = context_parallel_attention(*split, **keywords)
                 # Of a sum over the output, say: strides that no kernel takes as they are.
                 gradient = torch.stack([grad_out, grad_out], dim=-1)[..., 0]
@@ -197,15 +197,14 @@ def attend_in_order(rank, cases):
 
 
 def noting_copies(copied):
-    """``Batch._flat``, which notes the purpose of messages that are no piece of memory."""
-    original = Batch._flat
+    """``Batch.post``, which notes the purpose of messages that are no piece of memory."""
+    original = Batch.post
 
-    def flat(batch, message):
-        if message.in_place is None:
-            copied.append(batch.purpose)
-        return original(batch, message)
+    def post(batch):
+        copied.extend([batch.purpose] * len(batch._loans._lent))
+        return original(batch)
 
-    return flat
+    return post
 
 
 RINGS = [

@@ -1,11 +1,7 @@
-"""bench_kernels.py and verify_npu.sh run where there is no accelerator, and say what they would do."""
-
-import subprocess
-import sys
+"""bench_kernels.py runs where there is no accelerator."""
 
 import bench_kernels
 import pytest
-from trainer_runs import REPOSITORY, environment
 
 from mindspeed_cp.kernels import select_kernel
 
@@ -30,37 +26,3 @@ def test_bench_kernels_times_the_blocks_of_one_rank_of_a_ring():
 def test_a_fused_merge_that_is_absent_is_refused():
     with pytest.raises(SystemExit, match="kernel cpu has no fused update on this machine"):
         bench_kernels.main(["--device", "cpu", "--fused-merge"])
-
-
-def verify(*flags):
-    return subprocess.run(
-        ["bash", str(REPOSITORY / "scripts/verify_npu.sh"), *flags],
-        capture_output=True,
-        text=True,
-        env={**environment(), "PYTHON": sys.executable},
-        timeout=120,
-    )
-
-
-def test_verify_npu_lists_its_checks():
-    result = verify("--list")
-    assert result.returncode == 0
-    assert [line.split(":")[0] for line in result.stdout.splitlines()] == [
-        "device and kernel",
-        "operators, every block shape",
-        "kernel choice",
-        "parity of every algorithm",
-        "parity over all features",
-        "launch scripts, dry run",
-        "training, every algorithm",
-        "training, KV cache policies",
-        "training, sequence parallel, distributed optimizer, recompute, bf16",
-        "training, packed documents, unaligned",
-        "checkpoint and resume",
-        "performance",
-    ]
-
-
-def test_verify_npu_refuses_an_unknown_flag():
-    result = verify("--devise")
-    assert result.returncode == 2 and "--devise is not known" in result.stderr

@@ -142,4 +142,4 @@ def test_predicted_bytes_of_kept_attention_are_the_formulas(algorithm):
         case = Case(config, seq_len=32, batch=2, heads=8, kv_heads=4, dk=6, dv=4, dtype="bfloat16")
         for order in ("heads", None):  # with instructions for bfloat16 and without them
             kept = memory.kept_bytes(ContextParallelConfig(**config), problem_of(case), 0, order=order)
-            assert 2 * kept == expected_bytes(case, order), (case, order)
+            assert 2 * kept == expected_bytes(case, order, 0), (case, order)

@@ -110,6 +110,36 @@ CONFIG_RULES = {
         "ring-type algorithm",
         "megatron_cp_algo or hybrid_cp_algo",
     ),
+    "mesh with all-gather": (
+        dict(context_parallel_size=2, algorithm="kvallgather_cp_algo", kv_exchange="mesh"),
+        "--cp-kv-exchange mesh",
+        "ring-type algorithm",
+        "megatron_cp_algo or hybrid_cp_algo",
+    ),
+    "mesh with windows": (
+        dict(context_parallel_size=4, algorithm=RING, window_size=2, kv_exchange="mesh"),
+        "--cp-kv-exchange mesh",
+        "--cp-window-size 2",
+        "use --cp-window-size 1",
+    ),
+    "no step in flight": (
+        dict(context_parallel_size=4, algorithm=RING, kv_exchange="direct", in_flight=0),
+        "--cp-in-flight 0",
+        "a whole number of at least 1, or auto",
+        "1 is one step at a time",
+    ),
+    "topology": (
+        dict(context_parallel_size=4, algorithm=RING, kv_exchange="auto", topology="torus"),
+        "--cp-topology torus",
+        "not known",
+        "mesh, switch, nodes",
+    ),
+    "no chunk": (
+        dict(context_parallel_size=4, ulysses_chunks=0),
+        "--cp-ulysses-chunks 0",
+        "at least 1",
+        "1 exchanges all heads at once",
+    ),
     "direct with windows": (
         dict(context_parallel_size=4, algorithm=RING, window_size=2, kv_exchange="direct"),
         "--cp-kv-exchange direct",

@@ -43,6 +43,7 @@ class _Loader(importlib.abc.Loader):
             import npu_on_cpu
 
             npu_on_cpu.install_with_attention()
+            npu_on_cpu.take_cann_9(module)
         finally:
             for folder in added:
                 sys.path.remove(folder)

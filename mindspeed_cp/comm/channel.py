@@ -1,0 +1,115 @@
+"""What every exchange of keys and values needs to know of the ring, and how far it may run ahead of the computation."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mindspeed_cp.comm.link import Link
+from mindspeed_cp.comm.messages import Pending, as_stored, end_to_end
+from mindspeed_cp.comm.schedule import RingPlace
+from mindspeed_cp.kernels.base import MemoryOrder
+
+Rows = tuple[tuple[int, int], ...]
+Tensors = tuple[torch.Tensor, ...]
+Stream = Iterator[Tensors]
+UnderWay = tuple[Pending[None], Tensors]  # a step's transfer, and what it brings
+
+
+@dataclass(frozen=True)
+class MeshStep:
+    """One step of the mesh exchange, seen from one rank: a slice of every shard, as far as its reader needs it.
+
+    Args:
+        leaving: per ring rank, the rows of this rank's shard that go there.
+        arriving: per ring rank, where the rows that come from it lie among those of the step, in their order.
+        keys: global positions of what arrives, ascending; the rows of the step count along them.
+        num_rows: that arrive.
+    """
+
+    leaving: tuple[Rows, ...]
+    arriving: tuple[Rows, ...]
+    keys: Rows
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class RingChannel:
+    """The ring as an exchange sees it.
+
+    Args:
+        place: this rank's place in it.
+        link: over the ring; unused where it has one rank.
+        outer: a link for transfers between windows; unused without.
+        lengths: rows of every ring rank's shard.
+        rows_needed: (query rank, source rank) -> ((start, stop), ...), the rows of the source's shard that are wanted.
+        overlap: post transfers before the block that hides them.
+        order: of the memory of keys and values on their way; their gradients return contiguous.
+        in_flight: steps that may be under way at once, where nothing is forwarded.
+        mesh: the steps of the mesh exchange after the first, which is the rank's own shard.
+    """
+
+    place: RingPlace
+    link: Link
+    outer: Link
+    lengths: tuple[int, ...]
+    rows_needed: Callable[[int, int], Rows]
+    overlap: bool
+    order: MemoryOrder | None = None
+    in_flight: int = 1
+    mesh: tuple[MeshStep, ...] = ()
+
+    def buffer(
+        self, name: str, like: Tensors, num_rows: int, keep: bool = False, order: MemoryOrder | None = None
+    ) -> Tensors:
+        """A buffer of so many rows: fresh when it is kept for the backward pass, else from the workspace."""
+        shapes = [(num_rows, *tensor.shape[1:]) for tensor in like]
+        count, first = sum(map(math.prod, shapes)), like[0]
+        flat = first.new_empty(count) if keep else self.link.workspace.get(name, (count,), first.dtype, first.device)
+        return end_to_end(flat, shapes, order)
+
+    def turn(self, step: int) -> int:
+        """Which of a stream's buffers serves a step: one is computed with while ``in_flight`` others are received."""
+        return step % (self.in_flight + 1)
+
+
+def run_ahead(
+    channel: RingChannel, num_steps: int, own: Tensors, fetch: Callable[[range, Tensors], list[UnderWay]]
+) -> Stream:
+    """Yield ``own``, then what each further step brings.
+
+    With ``overlap`` as many steps as may be are posted before the block that hides them; else after it. A step is
+    awaited when the block before it has been computed.
+
+    Args:
+        fetch: (steps, rows that are computed with now) -> the steps' transfers, posted.
+    """
+    under_way: deque[UnderWay] = deque()
+
+    def post(now: int, rows: Tensors) -> None:
+        steps = range(now + len(under_way) + 1, min(now + channel.in_flight + 1, num_steps))
+        if steps:
+            under_way.extend(fetch(steps, rows))
+
+    rows = own
+    for step in range(num_steps):
+        if channel.overlap:
+            post(step, rows)
+        yield rows
+        post(step, rows)
+        if under_way:
+            pending, rows = under_way.popleft()
+            pending.wait()
+
+
+def parts(rows: Iterable[torch.Tensor], ranges: Rows, order: MemoryOrder | None = None) -> list[torch.Tensor]:
+    """Views of these (start, stop) of the rows; they travel in one message, each in this order of memory."""
+    return [as_stored(tensor[start:stop], order) for tensor in rows for start, stop in ranges]
+
+
+def paired(*streams: Iterable[Tensors]) -> Stream:
+    """Streams that run in step as one, each step with the tensors of all."""
+    for steps in zip(*streams, strict=True):
+        yield tuple(tensor for rows in steps for tensor in rows)

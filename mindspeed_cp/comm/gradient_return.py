@@ -1,0 +1,146 @@
+"""How partial gradients of keys and values return to their owners, whatever brought the keys and values here.
+
+target(step)         the buffer for the partial of a step, and whether it is in the accumulation dtype
+take(step, partial)  the partial is computed: it is sent, or it was summed in place
+finish()             the sum for the own rows
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from mindspeed_cp.comm.channel import RingChannel, Rows, Tensors, parts
+from mindspeed_cp.comm.link import OVERTAKING, Ends
+from mindspeed_cp.comm.messages import Pending
+from mindspeed_cp.comm.schedule import Step
+
+
+class Partial(Protocol):
+    """The gradients of one step's keys and values from this rank's blocks (``attention.merging.KVPartial``)."""
+
+    def store(self) -> None:
+        """Write those of every row into the targets."""
+
+    def rows(self, ranges: Rows) -> list[torch.Tensor]:
+        """These rows of the key's gradient and of the value's."""
+
+    def whole(self) -> Sequence[torch.Tensor]:
+        """All rows of the key's gradient and of the value's."""
+
+
+class UnderWay:
+    """Transfers in the order in which they were posted, of which ``most`` may be under way."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._pending = most, deque[Pending[None]]()
+
+    def add(self, pending: Pending[None]) -> None:
+        self._pending.append(pending)
+        self.drain(self._most)
+
+    @property
+    def num_left(self) -> int:
+        return len(self._pending)
+
+    def drain(self, left: int = 0) -> None:
+        """Await the oldest until so many are left."""
+        while len(self._pending) > left:
+            self._pending.popleft().wait()
+
+
+class GradientReturn:
+    """A partial goes straight to the rank of this window that held the shard first (inner step 0), which sums in the
+    accumulation dtype; the window's sum crosses windows once, to the owner. Each partial is so rounded once to the wire
+    dtype, and once more when it crosses windows. Without windows the first holder is the owner.
+    """
+
+    def __init__(self, channel: RingChannel, own: Tensors, like: Tensors) -> None:
+        """own: accumulators for this rank's rows, which step 0 fills; like: tensors with the wire dtype."""
+        self._channel, self._own, self._like = channel, own, like
+        self._window_sum = own
+        self._inner, self._outer = UnderWay(channel.in_flight), UnderWay(1)
+        self._expected: deque[Pending[None]] = deque()
+        self._expect(0, 0)
+
+    def target(self, step: Step) -> tuple[Tensors, bool]:
+        channel, source = self._channel, step.source
+        assert source is not None
+        if step.place == 1:
+            self._inner.drain()  # the first block of this window has hidden what the window before left under way
+        if step.place > 0:
+            return channel.buffer(f"dkv.wire{channel.turn(step.place)}", self._like, channel.lengths[source]), False
+        if step.window > 0:
+            self._window_sum = channel.buffer("dkv.window", self._own, channel.lengths[source])
+            self._expect(step.window, 0)
+        return self._window_sum, True
+
+    def take(self, step: Step, partial: Partial) -> None:
+        assert step.source is not None
+        if step.place == 0:
+            partial.store()
+        else:
+            rows = partial.rows(self._channel.rows_needed(self._channel.place.rank, step.source))
+            self._send(step.window, step.place, rows)
+        if step.place + 1 == self._channel.place.window:
+            self._end(step.window)
+
+    def _send(self, j: int, t: int, leaving: Sequence[torch.Tensor]) -> None:
+        """Send the partial of inner step t to the first holder of its shard, and take the peer's for the shard held
+        first here.
+        """
+        channel, place = self._channel, self._channel.place
+        leaving_to, dtype = [(place.peer(0, -t), leaving)], self._like[0].dtype
+        if self._expected:
+            sent, received = channel.link.exchange(leaving_to, (), "dkv", dtype, OVERTAKING), self._expected.popleft()
+            self._inner.add(sent.then(lambda _: received.wait()))
+        else:
+            self._inner.add(channel.link.exchange(leaving_to, self._arriving(j, t), "dkv", dtype))
+        self._expect(j, t)
+
+    def _arriving(self, j: int, t: int) -> Ends:
+        """What inner step t of window j brings: the rows of the shard held first here that a peer needed."""
+        place = self._channel.place
+        peer, held = place.peer(0, t), place.peer(-j, 0)
+        return [(peer, parts(self._window_sum, self._channel.rows_needed(peer, held)))]
+
+    def _expect(self, j: int, t: int) -> None:
+        """Where several steps may be under way, receive what follows step t before it is sent for: as many as may be
+        under way, and one."""
+        channel = self._channel
+        if channel.in_flight == 1:
+            return
+        awaited = t - self._inner.num_left
+        for number in range(t + len(self._expected) + 1, min(awaited + channel.in_flight + 2, channel.place.window)):
+            expected = channel.link.expect(self._arriving(j, number), "dkv", self._like[0].dtype)
+            if expected is None:
+                return
+            self._expected.append(expected)
+
+    def _end(self, j: int) -> None:
+        """Close window j: its sum goes to the owner, while the next window is computed."""
+        channel, place = self._channel, self._channel.place
+        if j == 0:
+            return  # its sum is that of the own rows, and nobody waits for it
+        self._inner.drain()
+        self._outer.drain()
+        source, peer = place.peer(-j, 0), place.peer(j, 0)
+        leaving: Tensors = ()
+        if self._window_reads(place.rank, source):
+            leaving = channel.buffer("dkv.crossing", self._like, channel.lengths[source])
+            for wire, total in zip(leaving, self._window_sum):
+                wire.copy_(total)
+        arriving = self._own if self._window_reads(peer, place.rank) else ()
+        self._outer.add(channel.outer.exchange([(source, leaving)], [(peer, arriving)], "dkv", self._like[0].dtype))
+
+    def _window_reads(self, member: int, source: int) -> bool:
+        """Whether any rank of ``member``'s window has a block against the shard of ``source``."""
+        window = self._channel.place.window
+        first = member // window * window
+        return any(self._channel.rows_needed(reader, source) for reader in range(first, first + window))
+
+    def finish(self) -> Tensors:
+        self._inner.drain()
+        self._outer.drain()
+        return self._own

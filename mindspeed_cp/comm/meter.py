@@ -1,0 +1,142 @@
+"""What this rank sends, waits for and computes, measured where somebody asks and nowhere else.
+
+Bytes are exact, so that tests can assert them. Waits take clocks or events, and are measured for a ``Watch`` alone.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+# Those that measure now; autograd may run the backward pass in another thread, so this is not a context variable.
+_open: list["Traffic"] = []
+
+M = TypeVar("M", bound="Traffic")
+
+
+class Traffic:
+    """What one rank sent, by purpose: "q", "kv", "out" forward, "dout", "dq", "dkv" backward.
+
+    Attributes:
+        bytes: Counter, purpose -> bytes.
+        messages: Counter, purpose -> messages. A message that carries several purposes counts for the first.
+    """
+
+    def __init__(self) -> None:
+        self.bytes: Counter[str] = Counter()
+        self.messages: Counter[str] = Counter()
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.bytes.values())
+
+    @property
+    def total_messages(self) -> int:
+        return sum(self.messages.values())
+
+    def __getitem__(self, purpose: str) -> int:
+        return self.bytes[purpose]
+
+    def __repr__(self) -> str:
+        rows = ", ".join(
+            f"{purpose}: {self.bytes[purpose]} bytes in {self.messages[purpose]}" for purpose in sorted(self.bytes)
+        )
+        return f"{type(self).__name__}({rows or 'nothing'})"
+
+
+class Watch(Traffic):
+    """Traffic, and waits and work of this rank.
+
+    Attributes:
+        area: (query, key) pairs that forward passes of attention computed, times batch rows and query heads.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.area = 0
+        self._seconds = 0.0
+        self._on_stream: deque[tuple[Any, Any]] = deque()  # events around waits that may not have ended yet
+
+    @property
+    def seconds(self) -> float:
+        """How long transfers kept this rank waiting, the time that no computation hid; it awaits those under way."""
+        for _, after in self._on_stream:
+            after.synchronize()
+        self._collect()
+        return self._seconds
+
+    def add_seconds(self, seconds: float) -> None:
+        self._seconds += seconds
+
+    def add_events(self, before: Any, after: Any) -> None:
+        """A wait on the device's stream, between two events."""
+        self._on_stream.append((before, after))
+        self._collect()
+
+    def _collect(self) -> None:
+        """Sum up what has ended, so that no more events are held than waits are under way."""
+        while self._on_stream and self._on_stream[0][1].query():
+            before, after = self._on_stream.popleft()
+            self._seconds += before.elapsed_time(after) / 1000
+
+
+@contextmanager
+def measuring(meter: M) -> Iterator[M]:
+    """Let ``meter`` measure what is inside the block; blocks may nest."""
+    _open.append(meter)
+    try:
+        yield meter
+    finally:
+        _open.remove(meter)
+
+
+def count_bytes() -> AbstractContextManager[Traffic]:
+    """Count the bytes and messages that this rank sends inside the block; yields a ``Traffic``. Blocks may nest."""
+    return measuring(Traffic())
+
+
+def record(sizes: Mapping[str, int], messages: int = 1) -> None:
+    """Note one transfer; ``sizes`` maps purpose -> bytes, the messages count for its first purpose."""
+    for meter in _open:
+        for index, (purpose, size) in enumerate(sizes.items()):
+            meter.bytes[purpose] += size
+            meter.messages[purpose] += 0 if index else messages
+
+
+def _watches() -> list[Watch]:
+    return [meter for meter in _open if isinstance(meter, Watch)]
+
+
+def wait_for(work: Any, device: torch.device) -> None:
+    """``work.wait()`` for a transfer of tensors on ``device``.
+
+    A CPU's wait takes the host's time. An accelerator's makes its stream wait while the host goes on: there the time
+    is that between an event before and one after it on the stream.
+    """
+    watches = _watches()
+    if not watches:
+        work.wait()
+    elif device.type == "cpu":
+        start = time.perf_counter()
+        work.wait()
+        seconds = time.perf_counter() - start
+        for watch in watches:
+            watch.add_seconds(seconds)
+    else:
+        before, after = (getattr(torch, device.type).Event(enable_timing=True) for _ in range(2))
+        before.record()
+        work.wait()
+        after.record()
+        for watch in watches:
+            watch.add_events(before, after)
+
+
+def note_area(area: Callable[[], int]) -> None:
+    """Note the area of one forward pass of attention; ``area`` is called where somebody watches."""
+    if watches := _watches():
+        noted = area()
+        for watch in watches:
+            watch.area += noted

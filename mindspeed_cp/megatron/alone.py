@@ -1,0 +1,82 @@
+"""Attention without context parallelism: when the fused kernel computes it, and what plain attention costs.
+
+Megatron's local attention builds the scores of every query with every key, whatever --use-flash-attn says. At
+context-parallel size 1 the flag therefore means this project's kernel, alone, where it matters; without the flag
+Megatron's own code runs, bit by bit, and a line says what that costs.
+"""
+
+import os
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+SHARE = 10  # scores above this part of the memory are worth a line, and with the flag the kernel
+
+
+class Scores(NamedTuple):
+    """What plain attention builds in one layer: (batch, heads, queries, keys) in a dtype of ``itemsize`` bytes."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, query: torch.Tensor, key: torch.Tensor) -> "Scores":
+        """Args: query (queries, batch, heads, dim), key (keys, batch, kv heads, dim); without batch in packed rows."""
+        batch = query.shape[1] if query.dim() == 4 else 1
+        return cls(batch, query.shape[-2], query.shape[0], key.shape[0], query.element_size())
+
+    @property
+    def num_bytes(self) -> int:
+        return self.batch * self.heads * self.queries * self.keys * self.itemsize
+
+
+class Alone(NamedTuple):
+    """How attention without context parallelism is computed.
+
+    Args:
+        fused: by this project's kernel; else by the module's own code, with the arguments that it got.
+        line: to be said once on rank 0, "" where there is nothing to say.
+    """
+
+    fused: bool
+    line: str = ""
+
+
+def alone(scores: Scores, *, asked: bool, device: str, packed: bool, memory: int, refusal: str = "") -> Alone:
+    """Who computes attention at context-parallel size 1.
+
+    Args:
+        asked: whether the user wrote --use-flash-attn.
+        device: "cpu", "cuda" or "npu".
+        packed: whether the batch is one of packed documents (thd).
+        memory: bytes of the device; see ``memory_of``.
+        refusal: why the kernel cannot compute this call, "" when it can.
+    """
+    large = scores.num_bytes * SHARE > memory
+    wanted = asked and (device == "npu" or packed or large)
+    if wanted and not refusal:
+        return Alone(True)
+    cost = [_cost(scores, memory)] if large else []
+    if wanted:
+        return Alone(False, "; ".join([f"--use-flash-attn changes nothing here: {refusal}", *cost]) + ".")
+    return Alone(False, "; ".join([*cost, "add --use-flash-attn."]) if large else "")
+
+
+def _cost(scores: Scores, memory: int) -> str:
+    return (
+        f"Megatron's own attention builds {scores.num_bytes / 1e9:.1f} GB of scores in each layer (batch "
+        f"{scores.batch}, {scores.heads} heads, {scores.queries} queries x {scores.keys} keys), and this device has "
+        f"{memory / 1e9:.1f} GB; the fused kernel never builds them"
+    )
+
+
+@cache
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a device has; those of the host for the CPU."""
+    if device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(getattr(torch, device.type).get_device_properties(device).total_memory)

@@ -1,0 +1,154 @@
+"""The command: read it, plan two small runs, start them, compare, and say what was found."""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mindspeed_cp.doctor import launch
+from mindspeed_cp.prove import launching, report, shrinking
+from mindspeed_cp.prove.comparing import LIMITS, compare
+from mindspeed_cp.prove.ranks import Order, Run
+from mindspeed_cp.prove.report import Verdict
+from mindspeed_cp.prove.shrinking import Plan, Wish
+
+DESCRIPTION = """\
+Show on this machine, in minutes, whether a training command computes the same with context parallelism as without: it
+is made small, runs twice with the same weights and the same data, and everything that can be compared is compared.
+Exit status 0: equal; 1: different, or a run failed; 2: wrong use."""
+ALONE = "cp=1"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "mindspeed-cp prove",
+        description=DESCRIPTION,
+        usage="%(prog)s [flags] SCRIPT.py ARGS...   (or: torchrun ... SCRIPT.py ARGS..., or a launch script)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--cp", type=int, help="context-parallel size to compare with 1; default: 2, with two levels 4")
+    add("--ranks", type=int, help="processes; pipeline and tensor parallelism are kept as far as they fit. Default: 4")
+    add("--device", choices=("cpu", "npu", "cuda"), default="cpu", help="where both runs compute (default: cpu)")
+    add("--dtype", choices=tuple(LIMITS), default="float32", help="precision of both runs (default: float32)")
+    add("--steps", type=int, default=3, help="training steps (default: 3)")
+    add("--seed", type=int, default=1234, help="of weights and data (default: 1234)")
+    add("--real-sizes", action="store_true", help="do not make the model smaller")
+    add("--reference-only", action="store_true", help="the script's own context parallelism, without this project's")
+    add("--json", action="store_true", help="everything, machine-readable")
+    add("--report", metavar="FILE", type=Path, help="write Markdown that can be pasted into an issue")
+    add("--limit", type=float, default=600.0, help="seconds that a run may take (default: 600)")
+    add("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def script_of(command: Sequence[str]) -> tuple[str, list[str], dict[str, str]]:
+    """(script, its flags, variables that the command sets) of a Python script, or of what launches one.
+
+    Raises:
+        ValueError: it is neither, or does not exist.
+    """
+    if not command:
+        raise ValueError("no script is given; write: mindspeed-cp prove pretrain_gpt.py ARGS...")
+    if command[0].endswith(".py"):
+        script, words, own = command[0], list(command[1:]), {}
+    else:
+        started = launch.read(shlex.join(command), os.environ)
+        script, words, own = str(launch.home_of(started.script)), list(started.flags), started.environment
+    if not Path(script).is_file():
+        raise ValueError(f"{script} does not exist; give the path of a training script.")
+    return str(Path(script).resolve()), words, own
+
+
+def wish_of(given: argparse.Namespace) -> Wish:
+    for flag, least in (("steps", 1), ("seed", 0)):
+        if getattr(given, flag) < least:
+            raise ValueError(f"--{flag} {getattr(given, flag)} must be at least {least}.")
+    if given.reference_only and given.device == "cpu":
+        raise ValueError(
+            "--reference-only needs --device cuda or npu: without this project Megatron runs on no CPU; leave one of "
+            "them out."
+        )
+    return Wish(
+        cp=given.cp,
+        ranks=given.ranks or max(4, given.cp or 0),
+        device=given.device,
+        real_sizes=given.real_sizes,
+        ours=not given.reference_only,
+        steps=given.steps,
+        seed=given.seed,
+        dtype=given.dtype,
+    )
+
+
+@contextmanager
+def progress(plan: Plan, steps: int, quiet: bool) -> Iterator[Callable[[str, int], None]]:
+    """A bar for each run where rich is installed and a screen is there, lines elsewhere; on standard error."""
+    names = (ALONE, f"cp={plan.ranks.cp}")
+    if quiet:
+        yield lambda name, step: None
+        return
+    try:
+        if not sys.stderr.isatty():
+            raise ImportError
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        yield lambda name, step: print(f"{name}: step {step} of {steps}", file=sys.stderr, flush=True)
+        return
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        tasks = {name: bars.add_task(name, total=steps) for name in names}
+        yield lambda name, step: bars.update(tasks[name], completed=step)
+
+
+def proved(plan: Plan, wish: Wish, folder: Path, limit: float, tell: Callable[[str, int], None]) -> Verdict:
+    """Run both and compare."""
+    start, size = time.monotonic(), plan.ranks.tp * plan.ranks.pp
+    many = f"cp={plan.ranks.cp}"
+    runs = Run(ALONE, size, plan.alone), Run(many, size * plan.ranks.cp, plan.shared)
+    limits = LIMITS[wish.dtype]
+    result = Verdict(
+        Path(plan.script).name,
+        plan.ranks.cp,
+        limits,
+        changed=plan.changed,
+        uncovered=plan.uncovered,
+        runs={run.name: (run.world, [plan.script, *run.flags]) for run in runs},
+    )
+    try:
+        records = launching.run(Order(plan.script, runs, wish.ours, limit), folder, wish.device, tell)
+        result.comparison = compare(records[ALONE], records[many], limits, plan.ranks.cp)
+        result.uncovered = [*plan.uncovered, *report.limits_of(result.comparison)]
+    except launching.Failure as failure:
+        result.failure = failure.said
+    result.seconds = time.monotonic() - start
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0 where both runs are equal, 1 where not, 2 for wrong use."""
+    own = parser()
+    given = own.parse_args(arguments)
+    try:
+        script, words, variables = script_of(given.command)
+        with tempfile.TemporaryDirectory(prefix="mindspeed-cp-prove-") as name:
+            wish = wish_of(given)
+            plan = shrinking.plan(script, words, wish, Path(name))
+            os.environ.update(variables)
+            with progress(plan, wish.steps, given.json) as tell:
+                result = proved(plan, wish, Path(name), given.limit, tell)
+    except ValueError as error:
+        print(f"mindspeed-cp prove: error: {error}", file=sys.stderr)
+        return 2
+    if given.report is not None:
+        given.report.write_text(report.markdown(result), encoding="utf-8")
+    with suppress(BrokenPipeError):
+        print(json.dumps(report.as_json(result), indent=2) if given.json else report.text(result))
+    return 0 if result.equal else 1

@@ -1,0 +1,350 @@
+"""Two runs, compared: the ranks' records of one without context parallelism, and of one with it.
+
+rows       entries of the sequence axis; a whole tensor is put together from the ranks' parts by their positions
+error      of an output: the row that is off the most, as a share of a row's usual size (2-norms);
+           of a gradient: the largest entry's, as a share of the largest entry
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mindspeed_cp.prove.recording import Chunk, Output, Record
+from mindspeed_cp.prove.steps import by_step, loss_of, off
+
+SMALL = 1e-4  # gradients below this share of the largest are compared as if they had that size
+INFINITE = float("inf")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Up to which relative error two runs count as equal."""
+
+    output: float
+    gradient: float
+    loss: float
+    grad_norm: float
+
+
+LIMITS = {
+    "float32": Limits(output=5e-5, gradient=2e-4, loss=1e-5, grad_norm=5e-5),
+    "bfloat16": Limits(output=1e-1, gradient=2e-1, loss=1e-2, grad_norm=5e-2),
+}
+
+
+@dataclass
+class Rows:
+    """An output on the sequence axis, whole, of both runs.
+
+    Args:
+        expected, found: (rows, features) float32, in the order of the sequence.
+        owner: context-parallel rank that holds each row.
+        local: place of each row within its rank's part.
+        documents: where documents begin.
+    """
+
+    expected: torch.Tensor
+    found: torch.Tensor
+    owner: torch.Tensor
+    local: torch.Tensor
+    documents: tuple[int, ...] = ()
+
+    def errors(self) -> torch.Tensor:
+        """(rows,) error of each."""
+        scale = self.expected.norm(dim=1).square().mean().sqrt()
+        off = (self.found - self.expected).norm(dim=1)
+        return torch.nan_to_num(off / scale.clamp(min=1e-30), nan=INFINITE)
+
+
+@dataclass
+class Difference:
+    """Something that is not equal.
+
+    Args:
+        what: "output", "gradient", "weight", "loss", "gradient norm", "tokens", "positions".
+        name: of the module or parameter, or the step.
+        error: relative, 1 where there is no number.
+        rows: for outputs on the sequence axis.
+        tensors: (expected, found by each context-parallel rank) for gradients.
+    """
+
+    what: str
+    name: str
+    error: float
+    kind: str = ""
+    rows: Rows | None = None
+    tensors: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+    order: tuple[int, ...] = ()
+
+
+@dataclass
+class Comparison:
+    """What was compared, and what is not equal, in the order of computation.
+
+    Args:
+        worst: "output", "gradient", "loss", "gradient norm" -> largest error that was seen.
+        counted: how much was compared: modules, parameters, steps.
+        apart: modules whose outputs have no common axis in the two runs, and were not compared.
+        documents: in the first batch, at most; losses, grad_norms: (without, with) of each step.
+    """
+
+    cp: int
+    differences: list[Difference] = field(default_factory=list)
+    worst: dict[str, float] = field(default_factory=dict)
+    counted: dict[str, int] = field(default_factory=dict)
+    apart: list[str] = field(default_factory=list)
+    documents: int = 0
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    grad_norms: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def equal(self) -> bool:
+        return not self.differences
+
+    def first(self, what: str) -> Difference | None:
+        """The first difference of a kind: outputs in the order of computation, gradients in that of backward."""
+        found = [difference for difference in self.differences if difference.what == what]
+        return found[0] if found else None
+
+    def note(self, what: str, error: float, limit: float, **details: Any) -> None:
+        self.worst[what] = max(self.worst.get(what, 0.0), error)
+        self.counted[what] = self.counted.get(what, 0) + 1
+        if not error <= limit:
+            self.differences.append(Difference(what, error=error, **details))
+
+
+def compare(expected: Sequence[Record], found: Sequence[Record], limits: Limits, cp: int) -> Comparison:
+    """Compare the records of all ranks of two runs.
+
+    Args:
+        expected: of the run without context parallelism; one rank for each place of tensor and pipeline parallelism.
+        found: of the run with it.
+    """
+    result = Comparison(cp)
+    pairs = list(_paired(expected, found))
+    for reference, ranks in pairs:
+        _compare_chunks(result, reference, ranks, expected, found, limits)
+    _compare_steps(result, expected, found, limits)
+    rising = [difference for difference in result.differences if difference.what != "gradient"]
+    backward = [difference for difference in result.differences if difference.what == "gradient"]
+    rising.sort(key=lambda difference: difference.order)
+    backward.sort(key=lambda difference: difference.order, reverse=True)
+    result.differences = rising + backward
+    return result
+
+
+def _paired(expected: Sequence[Record], found: Sequence[Record]) -> Iterable[tuple[Record, list[Record]]]:
+    """(reference, the context-parallel ranks of the same place in tensor and pipeline parallelism)"""
+    for reference in expected:
+        if reference.place.get("dp", 0):
+            continue
+        ranks = [rank for rank in found if _stage(rank) == _stage(reference) and not rank.place["dp"]]
+        yield reference, sorted(ranks, key=lambda rank: rank.place["cp"])
+
+
+def _stage(record: Record) -> tuple[int, int]:
+    return record.place["pp"], record.place["tp"]
+
+
+def _compare_chunks(
+    result: Comparison,
+    reference: Record,
+    ranks: Sequence[Record],
+    expected: Sequence[Record],
+    found: Sequence[Record],
+    limits: Limits,
+) -> None:
+    pp, tp = _stage(reference)
+    for index, chunk in enumerate(reference.chunks):
+        parts = [rank.chunks[index] for rank in ranks]
+        where = {"index": index, "pp": pp, "tp": tp}
+        _compare_weights(result, chunk, parts, where)
+        if not _is_partition(result, chunk, parts, where):
+            continue
+        slices = _Slices(chunk, parts, tp, reference.place["tp_size"])
+        siblings = _siblings(expected, index, pp), [_siblings(found, index, pp, cp) for cp in range(len(ranks))]
+        _compare_outputs(result, slices, siblings, where, limits)
+        _compare_gradients(result, chunk, parts, where, limits)
+
+
+def _siblings(records: Sequence[Record], index: int, pp: int, cp: int = 0) -> list[Chunk]:
+    """The same chunk on all tensor-parallel ranks, in their order."""
+    found = [
+        record for record in records if record.place["pp"] == pp and record.place["cp"] == cp and not record.place["dp"]
+    ]
+    return [record.chunks[index] for record in sorted(found, key=lambda record: record.place["tp"])]
+
+
+def _compare_weights(result: Comparison, chunk: Chunk, parts: Sequence[Chunk], where: Mapping[str, int]) -> None:
+    for at, (name, value) in enumerate(chunk.weights.items()):
+        others = {part.weights.get(name, "missing") for part in parts}
+        result.note(
+            "weight", float(others != {value}), 0.0, name=name, order=(0, where["index"], where["pp"], at, where["tp"])
+        )
+
+
+def _is_partition(result: Comparison, chunk: Chunk, parts: Sequence[Chunk], where: Mapping[str, int]) -> bool:
+    """Whether the ranks hold every position of the sequence once."""
+    if chunk.positions is None:
+        return False
+    held = [part.positions for part in parts if part.positions is not None]
+    whole = torch.cat(held).sort().values if held else torch.empty(0)
+    fine = len(held) == len(parts) and torch.equal(whole, torch.arange(chunk.seq_len))
+    result.documents = max(result.documents, len(chunk.documents))
+    name = f"{len(whole)} tokens on {len(parts)} ranks, and {chunk.seq_len} without context parallelism"
+    result.note("positions", float(not fine), 0.0, name=name, order=(1, where["index"], where["pp"]))
+    return fine
+
+
+class _Slices:
+    """Where the rows of an output lie: on which axis, and which rows a rank holds.
+
+    Args:
+        chunk: of the reference; parts: of the context-parallel ranks.
+    """
+
+    def __init__(self, chunk: Chunk, parts: Sequence[Chunk], tp: int, tp_size: int) -> None:
+        self.chunk, self.parts, self.tp, self.tp_size = chunk, parts, tp, tp_size
+        self.seq_len = chunk.seq_len
+        self.positions = [part.positions for part in parts if part.positions is not None]
+
+    def axis(self, expected: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[int, int, int] | None:
+        """(dimension, tensor-parallel ranks that share its rows, entries for each row); None where there is none."""
+        if any(part.dim() != expected.dim() for part in parts):
+            return None
+        lengths = [len(positions) for positions in self.positions]
+        for share in dict.fromkeys((1, self.tp_size)):
+            for dim, size in enumerate(expected.shape):
+                each = size * share // self.seq_len
+                # Of two dimensions, the first runs over the sequence and the batch: (seq x batch, features).
+                wanted = self.chunk.rows or 1 if expected.dim() == 2 and not dim else 1
+                if each != wanted or each * self.seq_len != size * share:
+                    continue
+                fits = all(part.size(dim) * share == each * length for part, length in zip(parts, lengths))
+                others = all(_without(part.shape, dim) == _without(expected.shape, dim) for part in parts)
+                if fits and others:
+                    return dim, share, each
+        return None
+
+
+def _without(shape: Sequence[int], dim: int) -> list[int]:
+    return [size for place, size in enumerate(shape) if place != dim]
+
+
+def _compare_outputs(
+    result: Comparison,
+    slices: _Slices,
+    siblings: tuple[list[Chunk], list[list[Chunk]]],
+    where: Mapping[str, int],
+    limits: Limits,
+) -> None:
+    """``siblings``: the tensor-parallel ranks of the reference, and those of each context-parallel rank."""
+    own, others = siblings
+    by_name = [[{output.name: output for output in chunk.outputs} for chunk in chunks] for chunks in (own, *others)]
+    for at, output in enumerate(slices.chunk.outputs):
+        order = (2, where["index"], where["pp"], at, where["tp"])
+        named = [[chunk.get(output.name) for chunk in chunks] for chunks in by_name]
+        if _is_of_experts(output.name) or any(
+            each is None or len(each.tensors) != len(output.tensors) for group in named for each in group
+        ):
+            result.apart.append(output.name)  # such as the parts of an attention that another one replaces
+        else:
+            for number in range(len(output.tensors)):
+                tensors = [[each.tensors[number] for each in group if each] for group in named]
+                _compare_output(result, slices, output, tensors, order, limits)
+
+
+def _is_of_experts(name: str) -> bool:
+    """Whether a module sees the tokens in the order of experts; what they add up to is compared where they meet."""
+    return "experts" in name.split(".") or "local_experts" in name.split(".")
+
+
+def _compare_output(
+    result: Comparison,
+    slices: _Slices,
+    output: Output,
+    tensors: Sequence[Sequence[torch.Tensor]],
+    order: tuple[int, ...],
+    limits: Limits,
+) -> None:
+    """``tensors``: of the reference's tensor-parallel ranks, then those of each context-parallel rank."""
+    own = [group[slices.tp] for group in tensors]
+    found = slices.axis(own[0], own[1:])
+    if found is None:
+        if all(part.shape == own[0].shape for part in own[1:]):  # not split: the same on every rank
+            error = max(_largest(part, own[0]) for part in own[1:])
+            result.note("output", error, limits.output, **_named(output), order=order)
+        else:
+            result.apart.append(output.name)
+        return
+    dim, share, each = found
+    groups = [torch.cat(list(group), dim) if share > 1 else group[slices.tp] for group in tensors]
+    rows = [_as_rows(tensor, dim, each) for tensor in groups]
+    whole = torch.empty_like(rows[0])
+    owner, local = (torch.empty(slices.seq_len, dtype=torch.long) for _ in range(2))
+    for cp, positions in enumerate(slices.positions):
+        whole[positions] = rows[1 + cp]
+        owner[positions], local[positions] = cp, torch.arange(len(positions))
+    compared = Rows(rows[0], whole, owner, local, slices.chunk.documents)
+    error = float(compared.errors().max())
+    result.note("output", error, limits.output, **_named(output), rows=compared, order=order)
+
+
+def _named(output: Output) -> dict[str, str]:
+    name, _, number = output.name.partition("#")
+    words = [f"call {number}"] if number else []
+    words += [f"called by {output.caller}"] if output.caller and output.caller != "GPTModel" else []
+    return {"name": ", ".join([name, *words]), "kind": output.kind}
+
+
+def _as_rows(tensor: torch.Tensor, dim: int, each: int) -> torch.Tensor:
+    """(rows, features)"""
+    moved = tensor.movedim(dim, 0)
+    return moved.reshape(moved.size(0) // each, -1)
+
+
+def _largest(found: torch.Tensor, expected: torch.Tensor, floor: float = 1e-30) -> float:
+    """Largest difference as a share of the largest entry; infinite where something is no number."""
+    off = torch.nan_to_num((found - expected).abs(), nan=INFINITE).max()
+    return float(off / expected.abs().max().clamp(min=floor))
+
+
+def _compare_gradients(
+    result: Comparison, chunk: Chunk, parts: Sequence[Chunk], where: Mapping[str, int], limits: Limits
+) -> None:
+    floor = SMALL * max((float(value.abs().max()) for value in chunk.gradients.values()), default=0.0)
+    places = {output.name: at for at, output in enumerate(chunk.outputs)}
+    for at, (name, expected) in enumerate(chunk.gradients.items()):
+        found = [part.gradients[name] for part in parts]
+        error = max(_largest(value, expected, max(floor, 1e-30)) for value in found)
+        order = (where["pp"], where["index"], _place_of(name, places), at, where["tp"])
+        result.note("gradient", error, limits.gradient, name=name, tensors=(expected, found), order=order)
+
+
+def _place_of(parameter: str, places: Mapping[str, int]) -> int:
+    """When the module of a parameter finishes in the forward pass."""
+    module = parameter
+    while "." in module:
+        module = module.rpartition(".")[0]
+        if module in places:
+            return places[module]
+    return -1
+
+
+def _compare_steps(result: Comparison, expected: Sequence[Record], found: Sequence[Record], limits: Limits) -> None:
+    for step, (one, many) in enumerate(zip(by_step(expected), by_step(found))):
+        details = {"name": f"step {step + 1}", "order": (3, step)}
+        (wanted, wanted_tokens), (loss, tokens) = loss_of(one), loss_of(many)
+        if any(each.losses for each in one):
+            result.losses.append((wanted, loss))
+            result.note("loss", off(loss, wanted), limits.loss, **details)
+        if wanted_tokens is not None and tokens is not None:
+            # Some loss functions return the count of the whole sequence, some that of the rank.
+            equal = wanted_tokens in (tokens, tokens / result.cp)
+            result.note("tokens", float(not equal), 0.0, **details)
+        norms = one[0].grad_norm, many[0].grad_norm
+        if norms[0] is not None and norms[1] is not None:
+            result.grad_norms.append((norms[0], norms[1]))
+            result.note("gradient norm", off(norms[1], norms[0]), limits.grad_norm, **details)

@@ -1,0 +1,193 @@
+"""Start both runs, follow them, and read what their ranks kept. Nothing of it outlives the proof."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mindspeed_cp.prove.ranks import Order, Run
+from mindspeed_cp.prove.recording import Record
+
+HOME = Path(__file__).resolve().parents[2]  # where mindspeed_cp can be imported from
+TAIL = 25  # lines of a log
+
+
+class Failure(Exception):
+    """A run failed.
+
+    Args:
+        run: its name.
+        said: what the rank that failed first said.
+    """
+
+    def __init__(self, run: str, said: str) -> None:
+        super().__init__(said)
+        self.run, self.said = run, said
+
+
+def run(order: Order, folder: Path, device: str, tell: Callable[[str, int], None]) -> dict[str, list[Record]]:
+    """name -> the records of its ranks.
+
+    Args:
+        folder: a temporary one.
+        tell: called with a run's name and the number of steps that its rank 0 has made.
+
+    Raises:
+        Failure: a rank failed, or did not end in time.
+    """
+    order = replace(order, port=_free_ports())
+    order.write(folder)
+    if device == "cpu":
+        _forked(order, folder, tell)
+    else:
+        for each in order.runs:
+            _started(order, each, folder, device, tell)
+    records = {}
+    for each in order.runs:
+        records[each.name] = [
+            torch.load(folder / f"{each.name}-{rank}.pt", weights_only=False) for rank in range(each.world)
+        ]
+    return records
+
+
+def _forked(order: Order, folder: Path, tell: Callable[[str, int], None]) -> None:
+    """All ranks from one process that has imported Megatron."""
+    done = {}
+    with open(folder / "imports.log", "w", encoding="utf-8") as log, _process(folder, log, "cpu") as process:
+        for said in _lines(process):
+            if "statuses" in said:
+                done[said["run"]] = said["statuses"]
+            elif said["rank"] == 0:
+                tell(said["run"], said["step"])
+        process.wait()
+    for each in order.runs:
+        if each.name not in done:
+            raise Failure(each.name, tail(folder / "imports.log"))
+        _check(each, done[each.name], folder)
+
+
+def _check(run: Run, statuses: list[int | None], folder: Path) -> None:
+    """Raise Failure with what the ranks said that failed, those that ended for want of a peer after the others."""
+    failed = [rank for rank, status in enumerate(statuses) if status != 0]
+    if failed:
+        ended = [rank for rank in failed if statuses[rank] is not None] or failed
+        code = statuses[ended[0]]
+        status = "did not end in time" if code is None else f"ended with status {code}"
+        said = tail(folder / f"{run.name}-{ended[0]}.log")
+        raise Failure(run.name, f"rank {ended[0]} of the run {run.name} {status}:\n{said}")
+
+
+def _started(order: Order, run: Run, folder: Path, device: str, tell: Callable[[str, int], None]) -> None:
+    """Every rank a process of its own, as a device wants it."""
+    logs = [open(folder / f"{run.name}-{rank}.log", "w", encoding="utf-8") for rank in range(run.world)]
+    with _closing(logs):
+        processes = [
+            subprocess.Popen(
+                _command(folder, run.name, str(rank)), env=environment(folder, device), start_new_session=True,
+                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, stderr=logs[rank], text=True,
+            )
+            for rank in range(run.world)
+        ]  # fmt: skip
+        try:
+            for said in _lines(processes[0]):
+                tell(said["run"], said["step"])
+            statuses: list[int | None] = []
+            for process in processes:
+                try:
+                    statuses.append(process.wait(order.limit if not statuses else 30))
+                except subprocess.TimeoutExpired:
+                    statuses.append(None)
+        finally:
+            for process in processes:
+                _end(process)
+    _check(run, statuses, folder)
+
+
+@contextmanager
+def _closing(files: list[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for file in files:
+            file.close()
+
+
+@contextmanager
+def _process(folder: Path, log: Any, device: str) -> Iterator["subprocess.Popen[str]"]:
+    process = subprocess.Popen(
+        _command(folder), env=environment(folder, device), start_new_session=True, stdout=subprocess.PIPE, stderr=log,
+        text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        _end(process)
+
+
+def _command(folder: Path, *words: str) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", "mindspeed_cp.prove.ranks", str(folder), *words]
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """End what still runs of a process and of what it started; it ends its own ranks when told to leave."""
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if process.poll() is None:
+            process.terminate()
+            process.wait(10)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def _lines(process: "subprocess.Popen[str]") -> Iterator[dict[str, Any]]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        with suppress(json.JSONDecodeError):  # what a library prints
+            said = json.loads(line)
+            if isinstance(said, dict) and "run" in said:
+                yield said
+
+
+def environment(folder: Path, device: str) -> dict[str, str]:
+    """The user's own, without a launcher's variables, and with temporary files where they are taken away again."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in launcher and "TORCHELASTIC" not in name}
+    path = [kept.get("PYTHONPATH", ""), str(HOME)]
+    return kept | {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", "1"),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "MINDSPEED_CP_DEVICE": device,
+        "TMPDIR": str(folder),
+        "WANDB_MODE": "disabled",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def tail(path: Path) -> str:
+    """The end of a log: the last traceback, or the last lines."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = [line for line in lines if line.strip()]
+    errors = [line for line in lines if ": error: " in line]
+    return "\n".join(errors[-1:] or lines[-TAIL:]) or "it said nothing."
+
+
+def _free_ports() -> int:
+    """A port that is free together with the next one, below those that the system gives to connections."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            with socket.create_server(("127.0.0.1", port + 1)):
+                return port
+    raise RuntimeError("no two ports are free")

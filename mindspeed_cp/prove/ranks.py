@@ -1,0 +1,199 @@
+"""The ranks of both runs. ``python -m mindspeed_cp.prove.ranks FOLDER`` imports Megatron once and forks every rank, run
+after run; ``... FOLDER RUN RANK`` is one rank alone, for devices, which no fork may have touched.
+
+FOLDER/order.json says what is run (``Order``); a rank leaves FOLDER/RUN-RANK.pt and .log, and one line on standard
+output for every step.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+GRACE = 10.0  # seconds that the other ranks of a run get once one has failed
+# What a script of Megatron-LM imports; a fork finds it there.
+IMPORTS = ("megatron.training", "megatron.core.models.gpt", "megatron.core.optimizer")
+TESTS = "MINDSPEED_CP_PROVE_IMPORTS"  # modules that the tests of this command put into every rank
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its name, its ranks, the script's flags."""
+
+    name: str
+    world: int
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is run.
+
+    Args:
+        ours: whether this project's context parallelism is used, or the script's own.
+        limit: seconds that a run may take.
+        port: of the first run; the second takes the next one.
+    """
+
+    script: str
+    runs: tuple[Run, ...]
+    ours: bool = True
+    limit: float = 600.0
+    port: int = 0
+
+    def write(self, folder: Path) -> None:
+        (folder / "order.json").write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @staticmethod
+    def read(folder: Path) -> "Order":
+        found = json.loads((folder / "order.json").read_text(encoding="utf-8"))
+        runs = tuple(Run(run["name"], run["world"], tuple(run["flags"])) for run in found.pop("runs"))
+        return Order(runs=runs, **found)
+
+
+def prepare(order: Order) -> None:
+    """Import the adaptor, and what the script will import of Megatron, in that order."""
+    sys.path[0] = str(Path(order.script).resolve().parent)
+    if order.ours:
+        import mindspeed_cp.megatron_adaptor  # noqa: F401  first, or Megatron is not patched
+    for name in IMPORTS:
+        with suppress(ModuleNotFoundError):  # a script on megatron-core alone has no megatron.training
+            if importlib.util.find_spec(name):
+                importlib.import_module(name)
+    for name in filter(None, os.environ.get(TESTS, "").split(",")):
+        importlib.import_module(name)
+
+
+def live(order: Order, run: Run, rank: int, folder: Path, tell: int) -> int:
+    """Run the script as one rank of a run, keep its record, and return its exit status.
+
+    Args:
+        tell: file descriptor that gets a line after every step.
+    """
+    import torch
+
+    from mindspeed_cp.prove import watching
+    from mindspeed_cp.prove.recording import Recorder
+
+    _meet(run, rank, order.port + [each.name for each in order.runs].index(run.name))
+    positions = watching.our_positions if order.ours else watching.zigzag_positions
+    recorder = Recorder(positions, lambda step: _say(tell, run=run.name, rank=rank, step=step))
+    status = 1
+    try:
+        watching.watch(recorder)
+        _run_script(order, run)
+        status = 0
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    path = folder / f"{run.name}-{rank}.pt"
+    torch.save(recorder.record, path.with_suffix(".part"))
+    path.with_suffix(".part").rename(path)
+    return status
+
+
+def _meet(run: Run, rank: int, port: int) -> None:
+    size = str(run.world)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size,
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+
+
+def _run_script(order: Order, run: Run) -> None:
+    if order.ours:  # as python -m mindspeed_cp.run does
+        sys.argv[:] = ["-", order.script, *run.flags]
+        runpy.run_module("mindspeed_cp.run", run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:] = [order.script, *run.flags]
+        runpy.run_path(order.script, run_name="__main__")
+
+
+def _say(tell: int, **what: Any) -> None:
+    os.write(tell, (json.dumps(what) + "\n").encode())
+
+
+def _fork(order: Order, run: Run, rank: int, folder: Path, tell: int) -> int:
+    """Start a rank; returns its process id."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        with suppress(OSError):  # it has done so itself
+            os.setpgid(pid, pid)
+        return pid
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.setpgid(0, 0)
+        log = os.open(folder / f"{run.name}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        status = live(order, run, rank, folder, tell)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        status = 1
+    os._exit(status)
+
+
+def _wait(children: Mapping[int, int], limit: float) -> dict[int, int | None]:
+    """rank -> exit status, None for one that did not end in time; whoever is left then is ended.
+
+    Args:
+        children: process id, which is its process group too -> rank.
+    """
+    ended: dict[int, int | None] = {}
+    deadline = time.monotonic() + limit
+    try:
+        while len(ended) < len(children) and time.monotonic() < deadline:
+            for pid, rank in children.items():
+                if rank not in ended and (found := os.waitpid(pid, os.WNOHANG))[0]:
+                    ended[rank] = os.waitstatus_to_exitcode(found[1])
+                    if ended[rank]:
+                        deadline = min(deadline, time.monotonic() + GRACE)
+            time.sleep(0.02)
+    finally:
+        for pid, rank in children.items():
+            with suppress(ProcessLookupError, PermissionError):  # the rank, or what it started and left behind
+                os.killpg(pid, signal.SIGKILL)
+            if rank not in ended:
+                os.waitpid(pid, 0)
+                ended[rank] = None
+    return ended
+
+
+def _leave(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(words: list[str]) -> int:
+    folder = Path(words[0])
+    order = Order.read(folder)
+    signal.signal(signal.SIGTERM, _leave)
+    tell = os.dup(1)
+    os.dup2(2, 1)
+    prepare(order)
+    if len(words) == 3:
+        run = next(run for run in order.runs if run.name == words[1])
+        return live(order, run, int(words[2]), folder, tell)
+    for run in order.runs:
+        children = {_fork(order, run, rank, folder, tell): rank for rank in range(run.world)}
+        statuses = _wait(children, order.limit)
+        _say(tell, run=run.name, statuses=[statuses[rank] for rank in range(run.world)])
+        if any(statuses.values()):
+            break
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,296 @@
+"""What one rank keeps of a run: at the first step the output of every module and the gradient of every parameter, at
+each step loss, gradient norm and tokens. A record is plain data, and ranks exchange nothing for it.
+
+    outputs    in the order in which modules finish, those of the first micro-batch of the first step alone
+    gradients  as the optimizer would get them
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from typing import Any
+
+import torch
+
+WIDEST = 1024  # entries of the last dimension that are kept; of wider ones (logits) every n-th
+PER_MODULE = 4  # tensors that are kept of one output
+
+
+@dataclass
+class Output:
+    """What a module returned: (shape as computed, with WIDEST at most on the last dimension) float tensors on the CPU.
+
+    Args:
+        name: of the module, from the model's own name on, with layers counted over all stages; "#2" at the second call.
+        kind: its class.
+        caller: the module that called it, where that is not one that holds it.
+    """
+
+    name: str
+    kind: str
+    tensors: list[torch.Tensor]
+    caller: str = ""
+
+
+@dataclass
+class Chunk:
+    """What a rank keeps of one model chunk.
+
+    Args:
+        positions: of the tokens that this rank holds, in its order; None while no module has run.
+        seq_len: of the whole sequence; rows: sequences of the micro-batch, 0 where no tensor of the batch says it.
+        documents: where documents begin in the first row of the batch, as far as the batch says it.
+        gradients, weights: name of a parameter -> gradient, fingerprint at the start.
+    """
+
+    positions: torch.Tensor | None = None
+    seq_len: int = 0
+    rows: int = 0
+    documents: tuple[int, ...] = ()
+    outputs: list[Output] = field(default_factory=list)
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Step:
+    """One training step: (loss, tokens) of every micro-batch by name, the gradient norm.
+
+    Tokens are None where a loss comes without; its sum over the context-parallel ranks is then the loss.
+    """
+
+    losses: list[dict[str, tuple[float, float | None]]] = field(default_factory=list)
+    grad_norm: float | None = None
+
+
+@dataclass
+class Record:
+    """What one rank keeps of one run; ``place`` is its coordinates: tp, pp, cp and their sizes."""
+
+    place: dict[str, int] = field(default_factory=dict)
+    chunks: list[Chunk] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+
+class Recorder:
+    """Fills a Record while a run goes on.
+
+    Args:
+        positions: (length of this rank's part, tensors of the batch) -> (positions of its tokens, whole length); called
+            inside the forward pass, on every rank of a context-parallel group at the same module.
+        tell: called with the number of steps made.
+    """
+
+    def __init__(
+        self,
+        positions: Callable[[int, list[Any]], tuple[torch.Tensor, int]],
+        tell: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self.record = Record()
+        self._positions, self._tell = positions, tell
+        self._running: Chunk | None = None
+
+    @contextmanager
+    def step(self, chunks: Sequence[torch.nn.Module], place: Mapping[str, int]) -> Iterator[None]:
+        """Around forward and backward of one step; what is kept of the first step begins and ends here."""
+        first = not self.record.steps
+        self.record.steps.append(Step())
+        if not first:
+            yield
+            return
+        self.record.place = dict(place)
+        handles = [handle for chunk in chunks for handle in self._watch(chunk)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        for chunk, kept in zip(chunks, self.record.chunks):
+            kept.gradients = {name: _gradient(parameter) for name, parameter in named_parameters(chunk)}
+
+    def losses(self, loss_function: Callable[..., Any]) -> Callable[..., Any]:
+        """Megatron's loss function, whose results are kept."""
+
+        @wraps(loss_function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = loss_function(*args, **kwargs)
+            if self.record.steps and isinstance(result, tuple) and len(result) in (2, 3):
+                self.record.steps[-1].losses.append(_losses(result))
+            return result
+
+        return call
+
+    def grad_norm(self, value: Any) -> None:
+        """The end of a step: the optimizer knows its gradient norm."""
+        if self.record.steps:
+            self.record.steps[-1].grad_norm = None if value is None else float(value)
+            self._tell(len(self.record.steps))
+
+    def _watch(self, chunk: torch.nn.Module) -> Iterator[Any]:
+        """Hooks on every module of a chunk; yields their handles."""
+        kept = Chunk(weights={name: _fingerprint(value) for name, value in named_parameters(chunk)})
+        self.record.chunks.append(kept)
+        batch: list[Any] = []
+        under_way: list[str] = []
+        calls: dict[str, int] = {}
+
+        def begin(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            if not kept.outputs:
+                self._running, batch[:] = kept, [*args, *kwargs.values()]
+
+        def end(module: torch.nn.Module, args: Any, output: Any) -> None:
+            self._running = None
+            batch.clear()
+
+        def keep(name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
+            if self._running is not kept:
+                return
+            while under_way and under_way.pop() != name:  # those above it never returned
+                pass
+            tensors = list(_tensors(output))
+            if kept.positions is None and tensors:
+                self._locate(kept, batch, tensors[0], chunk)
+            calls[name] = calls.get(name, 0) + 1
+            called = name if calls[name] == 1 else f"{name}#{calls[name]}"
+            caller = next((other for other in reversed(under_way) if not name.startswith(f"{other}.")), "")
+            kept.outputs.append(Output(called, type(module).__name__, [_kept(each) for each in tensors], caller))
+
+        yield chunk.register_forward_pre_hook(begin, with_kwargs=True)
+        for name, module in named_modules(chunk):
+            yield module.register_forward_pre_hook(partial(_note, under_way, name))
+            yield module.register_forward_hook(partial(keep, name))
+        yield chunk.register_forward_hook(end)
+
+    def _locate(self, kept: Chunk, batch: list[Any], output: torch.Tensor, chunk: torch.nn.Module) -> None:
+        """Find out which tokens this rank holds: from the batch's tensors, else from the first output's length."""
+        rows = [value for value in batch if isinstance(value, torch.Tensor) and value.dim() == 2]
+        length = rows[0].size(1) if rows else output.size(0) * _parts(chunk, self.record.place)
+        kept.positions, kept.seq_len = self._positions(length, batch)
+        kept.rows = rows[0].size(0) if rows else 0
+        kept.documents = tuple(_documents(batch))
+
+
+def _note(under_way: list[str], name: str, module: torch.nn.Module, args: Any) -> None:
+    under_way.append(name)
+
+
+def _parts(chunk: torch.nn.Module, place: Mapping[str, int]) -> int:
+    """In how many parts tensor-parallel ranks hold the sequence of a hidden state."""
+    return place["tp_size"] if getattr(getattr(chunk, "config", None), "sequence_parallel", False) else 1
+
+
+def _losses(result: tuple[Any, ...]) -> dict[str, tuple[float, float | None]]:
+    """name -> (loss, tokens) of what a loss function returned: (loss, report) or (loss, tokens, report)."""
+    found: dict[str, tuple[float, float | None]] = {}
+    for name, value in dict(result[-1] or {}).items():
+        parts = [float(part) for part in _flat(value)]
+        if parts:
+            found[str(name)] = (parts[0], parts[1] if len(parts) > 1 else None)
+    count = float(result[1]) if len(result) == 3 else None
+    found["objective"] = (float(result[0].detach().sum()), count)
+    return found
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _flat(part)
+    elif isinstance(value, torch.Tensor):
+        yield from value.detach().flatten().tolist()
+    elif isinstance(value, (int, float)):
+        yield value
+
+
+def named_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name as the user wrote it, parameter), those that are trained."""
+    layers = _layer_numbers(chunk)
+    for name, parameter in chunk.named_parameters():
+        if parameter.requires_grad:
+            yield _shown(name, layers), parameter
+
+
+def named_modules(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """(name, module) of all modules below the wrappers for data parallelism and half precision."""
+    layers = _layer_numbers(chunk)
+    for name, module in chunk.named_modules():
+        shown = _shown(name, layers)
+        if shown and shown != "module":
+            yield shown, module
+        elif type(module).__name__ not in ("DistributedDataParallel", "Float16Module"):
+            yield type(module).__name__, module
+
+
+def _layer_numbers(chunk: torch.nn.Module) -> dict[str, int]:
+    """Name of a layer in its stage -> its number, from 0, in the whole model."""
+    numbers = {}
+    for name, module in chunk.named_modules():
+        number = getattr(module, "layer_number", None)
+        head, _, index = name.rpartition(".")
+        if index.isdigit() and head.endswith("layers") and isinstance(number, int):
+            numbers[name] = number - 1
+    return numbers
+
+
+def _shown(name: str, layers: Mapping[str, int]) -> str:
+    head = next((layer for layer in layers if f"{name}.".startswith(f"{layer}.")), None)
+    if head is not None and "mtp" not in head:
+        name = f"{head.rpartition('.')[0]}.{layers[head]}{name[len(head) :]}"
+    while name.startswith("module."):
+        name = name[len("module.") :]
+    return name
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    value = getattr(parameter, "main_grad", None)
+    value = parameter.grad if value is None else value
+    found = torch.zeros_like(parameter) if value is None else value
+    return found.detach().float().cpu().clone()
+
+
+def _fingerprint(parameter: torch.Tensor) -> str:
+    value = parameter.detach().float().cpu().contiguous()
+    return hashlib.sha256(value.numpy().tobytes()).hexdigest()[:16]
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    """The float tensors of what a module returned, at most PER_MODULE."""
+    found = 0
+    for value in _leaves(output):
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() and found < PER_MODULE:
+            found += 1
+            yield value
+
+
+def _leaves(value: Any) -> Iterable[Any]:
+    if isinstance(value, (list, tuple)):
+        return [leaf for part in value for leaf in _leaves(part)]
+    if isinstance(value, Mapping):
+        return [leaf for part in value.values() for leaf in _leaves(part)]
+    return [value]
+
+
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    every = -(-tensor.size(-1) // WIDEST) if tensor.dim() > 2 else 1
+    return tensor.detach()[..., ::every].float().cpu().clone()
+
+
+def _documents(batch: list[Any]) -> list[int]:
+    """Where documents begin in the first row: by packed parameters, a dense mask, or position ids; [] if nowhere."""
+    for value in batch:
+        ends = getattr(value, "cu_seqlens_q", None)
+        if ends is not None:
+            return [int(end) for end in ends.flatten().tolist()[:-1]]
+    for value in batch:
+        if isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.dim() == 4 and value.size(-1) > 1:
+            hidden = value[0, 0].diagonal(offset=-1)
+            return [0, *((hidden.nonzero().flatten() + 1).tolist())]
+    numbers = [value for value in batch if isinstance(value, torch.Tensor) and value.dtype == torch.int64]
+    positions = [value[0] for value in numbers if value.dim() == 2 and _counts(value[0])]
+    return (positions[0] == 0).nonzero().flatten().tolist() if positions else []
+
+
+def _counts(row: torch.Tensor) -> bool:
+    """Whether a row of numbers counts up, from 0, and again from 0 where a document begins."""
+    return bool(row[0] == 0) and bool(((row[1:] == row[:-1] + 1) | (row[1:] == 0)).all())

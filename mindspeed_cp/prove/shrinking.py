@@ -1,0 +1,244 @@
+"""A training command, made small enough for a laptop: the same script, model class, data and dataloader."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mindspeed_cp.prove import flags, sizes
+from mindspeed_cp.prove.sizes import Ranks
+from mindspeed_cp.prove.words import Words
+
+ALGORITHM = "--context-parallel-algo"
+SIZE = "--context-parallel-size"
+DEGREE, WINDOW = "--ulysses-degree-in-cp", "--cp-window-size"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asks of the proof.
+
+    Args:
+        cp: None: 2, or 4 where the algorithm has two levels.
+        ranks: processes of the run with context parallelism; pipeline and tensor parallelism fit into them.
+        device: "cpu", "cuda" or "npu".
+        real_sizes: the model stays as large as it is.
+        ours: context parallelism of this project, not the script's own.
+    """
+
+    cp: int | None = None
+    ranks: int = 4
+    device: str = "cpu"
+    real_sizes: bool = False
+    ours: bool = True
+    steps: int = 3
+    seed: int = 1234
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Two runs of one script.
+
+    Args:
+        alone, shared: flags without and with context parallelism.
+        changed: what differs from the user's command, a line each.
+        uncovered: what the runs therefore do not show.
+    """
+
+    script: str
+    ranks: Ranks
+    alone: tuple[str, ...]
+    shared: tuple[str, ...]
+    changed: tuple[str, ...]
+    uncovered: tuple[str, ...]
+
+
+def plan(script: str, command: Sequence[str], wish: Wish, folder: Path) -> Plan:
+    """The two runs by which a training command is proved.
+
+    Args:
+        folder: a temporary one, for caches.
+
+    Raises:
+        ValueError: a flag cannot be read, or nothing fits into the ranks.
+    """
+    given, words = Words(command), Words(command)
+    if "--yaml-cfg" in words:
+        raise ValueError("--yaml-cfg is not read by prove; give the same settings as flags.")
+    uncovered: list[str] = []
+    kind = kind_of(script)
+    own = _own(words)
+    ranks = _ranks(words, own, wish)
+    _without_side_effects(words, kind, wish, folder)
+    _fold(words, ranks, uncovered)
+    if not wish.real_sizes:
+        words.drop(flags.STAGES)
+        sizes.shrink(words, ranks, own)
+    uncovered += _plainer(words, kind, wish)
+    alone, shared = words.copy(), words.copy()
+    alone.drop(flags.of_context_parallelism())
+    if "--reset-attention-mask" in words:
+        alone.drop(["--no-create-attention-mask-in-dataloader"])  # without it nothing else tells attention of documents
+        if kind == "trainer":
+            shared.set("--micro-batch-size", 1)  # it lays the rows of a batch end to end
+            alone.set("--micro-batch-size", 1)
+    _share(shared, ranks, wish)
+    uncovered += _uncovered(given, wish)
+    changed = list(_changes(given, shared))
+    return Plan(script, ranks, tuple(alone.line()), tuple(shared.line()), tuple(changed), tuple(uncovered))
+
+
+def kind_of(script: str) -> str:
+    """ "megatron-lm" (megatron.training is used), "trainer" (the one of this project), or "other"."""
+    text = Path(script).read_text(encoding="utf-8", errors="replace")
+    if re.search(r"\bmegatron\.training\b", text):
+        return "megatron-lm"
+    return "trainer" if re.search(r"\btrainer\.loop\b", text) else "other"
+
+
+def _own(words: Words) -> Ranks:
+    per_stage = words.number("--num-layers-per-virtual-pipeline-stage", 0)
+    virtual = words.number("--num-virtual-stages-per-pipeline-rank", 1)
+    pp = words.number("--pipeline-model-parallel-size", 1)
+    if per_stage:
+        virtual = max(words.number("--num-layers", pp) // pp // per_stage, 1)
+    return Ranks(words.number("--tensor-model-parallel-size", 1), pp, words.number(SIZE, 1), virtual)
+
+
+def _ranks(words: Words, own: Ranks, wish: Wish) -> Ranks:
+    """What fits: context parallelism, then the pipeline, then tensor parallelism, each at two ranks or as many as
+    remain.
+    """
+    cp = wish.cp if wish.cp is not None else (4 if _levels(words) else 2)
+    if cp < 2:
+        raise ValueError(f"--cp {cp} compares a run with itself; give at least 2.")
+    if cp > wish.ranks:
+        raise ValueError(f"--cp {cp} needs as many --ranks, and they are {wish.ranks}; use --ranks {cp}.")
+    room = wish.ranks // cp
+    if wish.real_sizes:
+        if own.tp * own.pp > room:
+            raise ValueError(
+                f"--real-sizes keeps tensor x pipeline parallel size {own.tp} x {own.pp}, which with --cp {cp} needs "
+                f"--ranks {own.tp * own.pp * cp}; they are {wish.ranks}."
+            )
+        return replace(own, cp=cp)
+    pp = min(own.pp, room, 2)
+    tp = min(own.tp, room // pp, 2)
+    return Ranks(tp, pp, cp, min(own.virtual, 2) if pp > 1 else 1)
+
+
+def _levels(words: Words) -> bool:
+    """Whether the algorithm has two levels, and so needs four ranks: Hybrid and Double Ring."""
+    return (
+        words.text(ALGORITHM).startswith("hybrid")
+        or words.number(WINDOW, 1) > 1
+        or "a2a+p2p" in words.text("--cp-comm-type")
+    )
+
+
+def _without_side_effects(words: Words, kind: str, wish: Wish, folder: Path) -> None:
+    """Nothing of the user's is written, and every run ends after a few steps that it can repeat."""
+    words.drop((*flags.FILES, *flags.SCHEDULE))
+    steady = flags.DROPOUT | flags.STEADY | {"--train-iters": wish.steps, "--seed": wish.seed}
+    for flag, value in steady.items():
+        if kind != "other" or flag in words:  # a script with a parser of its own may not know it
+            words.set(flag, value)
+    if kind != "other" and "--mock-data" not in words:
+        words.set("--data-cache-path", folder / "cache")
+
+
+def _fold(words: Words, ranks: Ranks, uncovered: list[str]) -> None:
+    """Parallel sizes that fit into the ranks."""
+    for flag, size in (
+        ("--tensor-model-parallel-size", ranks.tp),
+        ("--pipeline-model-parallel-size", ranks.pp),
+    ):
+        if flag in words:
+            if size == 1 and words.number(flag, 1) > 1:
+                uncovered.append(
+                    f"{flag} {words.number(flag, 1)} (--ranks {2 * ranks.cp * ranks.tp * ranks.pp} keeps 2)"
+                )
+            words.set(flag, size)
+    if ranks.tp == 1:
+        words.drop(["--sequence-parallel", "--tp-comm-overlap"])
+    if words.number("--expert-model-parallel-size", 1) > 1:
+        uncovered.append("experts on several ranks (the run with cp=1 has no second rank for them)")
+    words.drop(["--expert-model-parallel-size", "--expert-tensor-parallel-size"])
+
+
+def _plainer(words: Words, kind: str, wish: Wish) -> list[str]:
+    """Leave out what hides gradients, other precisions, and what a CPU has not; returns what is not shown then."""
+    lost = [flags.OPTIMIZER[flag] for flag in words.drop(flags.OPTIMIZER)]
+    precise = [flag for flag in words.drop(flags.PRECISION) if flag in ("--bf16", "--fp16", "--fp8-format")]
+    if wish.dtype == "bfloat16":
+        words.set("--bf16")
+    elif precise:
+        lost.append(f"{precise[0]}: rounding in the precision of the training (this ran in float32)")
+    if wish.device == "cpu":
+        lost += [flags.DEVICE[flag] for flag in words.drop(flags.DEVICE)]
+        if words.text("--moe-token-dispatcher-type") == "flex":
+            words.set("--moe-token-dispatcher-type", "alltoall")
+            lost.append("the flex dispatcher of experts")
+        if kind == "megatron-lm":
+            if words.text("--transformer-impl", "transformer_engine") != "local":
+                lost.append("Transformer Engine's layers (Megatron's local ones ran)")
+            words.set("--transformer-impl", "local")
+            for flag in flags.PLAIN_CPU:
+                words.set(flag)
+    return list(dict.fromkeys(lost))
+
+
+def _share(words: Words, ranks: Ranks, wish: Wish) -> None:
+    """The flags of context parallelism, for so many ranks."""
+    words.set(SIZE, ranks.cp)
+    if DEGREE in words:
+        words.set(DEGREE, _divisor(words.number(DEGREE, 2), ranks.cp, below=True))
+    if words.number(WINDOW, 1) > 1:
+        ring = ranks.cp // words.number(DEGREE, 1) if words.text(ALGORITHM).startswith("hybrid") else ranks.cp
+        words.set(WINDOW, _divisor(words.number(WINDOW, 1), ring, below=True))
+    if "--hierarchical-context-parallel-sizes" in words:
+        words.set("--hierarchical-context-parallel-sizes", 2, ranks.cp // 2)
+    layers = words.number("--num-layers", 2)
+    if words.number("--context-parallel-cache-interval", 0) >= layers:
+        words.set("--context-parallel-cache-interval", layers - 1)
+    kinds = words.values("--cp-comm-type")
+    if kinds and len(kinds) > 1:
+        words.set("--cp-comm-type", *kinds[:layers])
+
+
+def _divisor(value: int, size: int, below: bool) -> int:
+    """The largest divisor of ``size`` up to ``value``, and smaller than ``size`` where there is one."""
+    fits = [number for number in range(1, size + 1) if size % number == 0 and number <= value]
+    inner = [number for number in fits if 1 < number < size]
+    return max(inner) if below and inner else max(fits)
+
+
+def _uncovered(given: Words, wish: Wish) -> list[str]:
+    lines = []
+    if any(float(given.text(flag, "0.1")) > 0 for flag in flags.DROPOUT):
+        lines.append("dropout (off in both runs)")
+    if wish.device == "cpu":
+        lines.append("attention kernels and collectives of the device (the CPU's kernel and gloo ran)")
+    lines.append("validation, checkpoints, more than one data-parallel rank")
+    return lines
+
+
+def _changes(given: Words, words: Words) -> list[str]:
+    """flag old -> new, several to a line; flags that only make runs short and harmless are not worth a word."""
+    silent = {*flags.FILES, *flags.SCHEDULE, *flags.STEADY, *flags.PLAIN_CPU, "--data-cache-path", "--seed"}
+    silent |= {"--train-iters"}
+    changed = []
+    for flag in dict.fromkeys([*given.flags(), *words.flags()]):
+        before, after = given.values(flag), words.values(flag)
+        if before == after or flag in silent:
+            continue
+        old, new = (" ".join(values) or "on" if values is not None else "-" for values in (before, after))
+        changed.append(f"{flag[2:]} {old} -> {new}")
+    lines: list[str] = []
+    for change in changed:
+        if lines and len(lines[-1]) + len(change) < 100:
+            lines[-1] += f", {change}"
+        else:
+            lines.append(change)
+    return lines

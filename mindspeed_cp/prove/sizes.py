@@ -1,0 +1,180 @@
+"""Smaller models of the same kind: every kind of layer stays, and what the sizes say of one another."""
+
+import re
+from dataclasses import dataclass
+
+from mindspeed_cp.planner.megatron_flags import layer_pattern
+from mindspeed_cp.prove.words import Words
+
+HEAD = 16  # head dimension
+LONG, SHORT = 512, 128  # tokens of a sequence: with documents, and without
+VOCABULARY = 4224  # tokens of Megatron's mock data count up to the length of a document, which is at most 4096
+MOCK_TOKENIZERS = ("NullTokenizer", "NullMultimodalTokenizer")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many ranks share what, in both runs, and in the run with context parallelism."""
+
+    tp: int
+    pp: int
+    cp: int
+    virtual: int = 1  # model chunks of a pipeline rank
+
+
+def shrink(words: Words, ranks: Ranks, own: Ranks) -> None:
+    """Make the model of a command small.
+
+    Args:
+        words: changed in place.
+        own: the sizes that the command itself asks for.
+
+    Raises:
+        ValueError: a flag holds no number, or a list of layers cannot be read.
+    """
+    _layers(words, ranks)
+    scale = _width(words, ranks, own)
+    _latents(words)
+    _experts(words)
+    _sequence(words, ranks, own)
+    _batch(words, ranks)
+    _vocabulary(words)
+    if scale > 1:
+        # Smaller layers with the same deviation would compute almost nothing: outputs keep their size.
+        deviation = float(words.text("--init-method-std", "0.02"))
+        words.set("--init-method-std", f"{min(deviation * scale, 0.2):.4g}")
+
+
+def _layers(words: Words, ranks: Ranks) -> None:
+    """One layer of each kind, and at least one for each stage."""
+    count = words.number("--num-layers", 2)
+    stages = ranks.pp * ranks.virtual
+    if "--hybrid-override-pattern" in words:
+        pattern = words.text("--hybrid-override-pattern")
+        short = "".join(dict.fromkeys(re.sub(r"[^A-Za-z*\-]", "", pattern)))
+        short = (short * max(stages, 1))[: max(len(short), -(-len(short) // stages) * stages)]
+        words.set("--hybrid-override-pattern", short)
+        words.set("--num-layers", len(short))
+        return
+    kinds = ("--moe-layer-freq", "--window-attn-skip-freq", "--linear-attention-freq")
+    patterns = {flag: layer_pattern(words.text(flag), count) for flag in kinds if words.text(flag)}
+    together = list(dict.fromkeys(zip(*patterns.values()))) if patterns else []
+    fewest = max(2, len(together))
+    layers = min(max(count, stages), -(-fewest // stages) * stages)
+    for place, flag in enumerate(patterns):
+        chosen = [kind[place] for kind in together]
+        words.set(flag, f"[{','.join(str(int((chosen * layers)[at])) for at in range(layers))}]")
+    words.set("--num-layers", layers)
+    if ranks.virtual == 1:
+        words.drop(["--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank"])
+    elif "--num-layers-per-virtual-pipeline-stage" in words:
+        words.set("--num-layers-per-virtual-pipeline-stage", layers // stages)
+    else:
+        words.set("--num-virtual-stages-per-pipeline-rank", ranks.virtual)
+    if "--recompute-num-layers" in words:
+        words.set("--recompute-num-layers", 1)
+    if words.number("--mtp-num-layers", 0) > 2:
+        words.set("--mtp-num-layers", 2)
+
+
+def _width(words: Words, ranks: Ranks, own: Ranks) -> float:
+    """Hidden size, heads and feed-forward; returns by which factor outputs of a layer would shrink."""
+    hidden, heads = words.number("--hidden-size", 64), words.number("--num-attention-heads", 4)
+    groups = words.number("--num-query-groups", 1) if "--group-query-attention" in words else heads
+    shared = ranks.tp * ranks.cp
+    fewer = _few_groups(groups, own, ranks)
+    ratio = max(1, heads // max(groups, 1))
+    per_group = min(ratio, 4)
+    while fewer * per_group % shared:
+        per_group += 1
+    if groups == heads:
+        fewer, per_group = max(shared, 4 // shared * shared), 1
+    new_heads = fewer * per_group
+    words.set("--num-attention-heads", new_heads)
+    if "--group-query-attention" in words:
+        words.set("--num-query-groups", fewer)
+    if "--kv-channels" in words:
+        words.set("--kv-channels", HEAD)
+    new_hidden = new_heads * HEAD
+    words.set("--hidden-size", new_hidden)
+    if "--ffn-hidden-size" in words:
+        words.set("--ffn-hidden-size", 2 * new_hidden)
+    for flag in ("--moe-ffn-hidden-size", "--moe-shared-expert-intermediate-size"):
+        if flag in words:
+            words.set(flag, new_hidden)
+    return float((hidden / new_hidden) ** 0.5)
+
+
+def _few_groups(groups: int, own: Ranks, ranks: Ranks) -> int:
+    """KV heads: as few for the ranks that share them as before, so that they are replicated where they were."""
+    shared = ranks.tp * ranks.cp
+    if groups < own.tp * own.cp:
+        return min(groups, ranks.tp)
+    return min(groups, max(shared, 2))
+
+
+def _latents(words: Words) -> None:
+    if "--multi-latent-attention" not in words:
+        return
+    if "--q-lora-rank" in words:
+        words.set("--q-lora-rank", 24)
+    words.set("--kv-lora-rank", 24)
+    equal = words.text("--v-head-dim", "128") == words.text("--qk-head-dim", "128")
+    words.set("--qk-head-dim", HEAD)
+    words.set("--qk-pos-emb-head-dim", HEAD // 2)
+    words.set("--v-head-dim", HEAD if equal else HEAD - 4)
+
+
+def _experts(words: Words) -> None:
+    count = words.number("--num-experts", 0)
+    if not count:
+        return
+    chosen = min(words.number("--moe-router-topk", 2), 2)
+    groups = words.number("--moe-router-num-groups", 0)
+    words.set("--num-experts", min(count, 4))
+    words.set("--moe-router-topk", chosen)
+    if groups:
+        words.set("--moe-router-num-groups", 2)
+        words.set("--moe-router-group-topk", min(words.number("--moe-router-group-topk", 1), 2))
+
+
+def _sequence(words: Words, ranks: Ranks, own: Ranks) -> None:
+    """Shorter, even where it was even, and with a window that still ends within it."""
+    length = words.number("--seq-length", SHORT)
+    has_documents = any(
+        flag in words for flag in ("--reset-attention-mask", "--reset-position-ids", "--sft", "--eod-mask-loss")
+    )
+    multiple = 2 * ranks.cp * ranks.tp
+    short = min(length, LONG if has_documents else SHORT)
+    if length % (2 * own.cp) == 0:
+        short = max(multiple, short // multiple * multiple)
+    else:
+        short = max(short // multiple * multiple - (ranks.tp if "--sequence-parallel" in words else 3), ranks.cp + 1)
+    words.set("--seq-length", short)
+    if "--max-position-embeddings" in words:
+        words.set("--max-position-embeddings", max(short, 1))
+    if "--window-size" in words:
+        words.set("--window-size", *_window(words, length, short))
+
+
+def _window(words: Words, length: int, short: int) -> list[str]:
+    """The same share of the sequence, at least a few tokens; as it was written, with or without a comma."""
+    values = words.values("--window-size") or []
+    numbers = [int(number) for number in re.findall(r"-?\d+", " ".join(values))]
+    fewer = [number if number <= 0 else max(5, min(number * short // length, short // 3)) for number in numbers]
+    texts = [str(number) for number in fewer]
+    return texts if len(values) > 1 else [",".join(texts)]
+
+
+def _batch(words: Words, ranks: Ranks) -> None:
+    micro = min(words.number("--micro-batch-size", 1), 2)
+    words.set("--micro-batch-size", micro)
+    batches = 2 * ranks.pp if ranks.pp > 1 else 2
+    words.set("--global-batch-size", micro * batches)
+
+
+def _vocabulary(words: Words) -> None:
+    """Smaller where tokens are made up; the tokens of real text need the vocabulary that they have."""
+    mocked = "--mock-data" in words or "--data-path" not in words
+    if mocked and words.text("--tokenizer-type") in MOCK_TOKENIZERS and "--vocab-size" in words:
+        words.set("--vocab-size", min(words.number("--vocab-size", VOCABULARY), VOCABULARY))

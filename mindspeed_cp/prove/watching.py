@@ -1,0 +1,177 @@
+"""Where Megatron is watched: its pipeline schedules, loss functions and optimizers, whatever script calls them."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mindspeed_cp.prove.recording import Recorder
+
+SCHEDULES = "megatron.core.pipeline_parallel.schedules"
+SCHEDULE_NAMES = (
+    "forward_backward_no_pipelining",
+    "forward_backward_pipelining_with_interleaving",
+    "forward_backward_pipelining_without_interleaving",
+)
+OPTIMIZERS = "megatron.core.optimizer.optimizer"
+OPTIMIZER_NAMES = ("ChainedOptimizer", "FP32Optimizer", "MixedPrecisionOptimizer")
+MANY = 1 << 40  # more tokens than a rank holds
+
+
+def watch(recorder: Recorder) -> Callable[[], None]:
+    """Let ``recorder`` see every training step of this process from now on; returns what ends that."""
+    undo: list[tuple[Any, str, Any]] = []
+
+    def replace(owner: Any, name: str, build: Callable[..., Any]) -> None:
+        original = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
+        undo.append((owner, name, original))
+        setattr(owner, name, build(original, recorder))
+
+    schedules = importlib.import_module(SCHEDULES)
+    for name in SCHEDULE_NAMES:
+        replace(schedules, name, _schedule)
+    optimizers = importlib.import_module(OPTIMIZERS)
+    depth: list[Any] = []  # optimizers whose step runs now
+    for name in OPTIMIZER_NAMES:
+        owner = getattr(optimizers, name, None)
+        if owner is not None and "step" in vars(owner):
+            replace(owner, "step", partial(_optimizer_step, depth))
+
+    def end() -> None:
+        while undo:
+            setattr(*undo.pop())
+
+    return end
+
+
+def _schedule(original: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
+    @wraps(original)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if args or kwargs.get("forward_only") or "model" not in kwargs:
+            return original(*args, **kwargs)  # Megatron's schedules take keywords alone
+        model = kwargs["model"]
+        chunks = list(model) if isinstance(model, (list, tuple)) else [model]
+        for chunk in chunks:
+            _keep_what_is_sent(chunk)
+        kwargs["forward_step_func"] = _forward_step(kwargs["forward_step_func"], recorder)
+        with recorder.step(chunks, place()):
+            return original(**kwargs)
+
+    return run
+
+
+def _keep_what_is_sent(chunk: torch.nn.Module) -> None:
+    """Megatron frees a stage's output while it is sent, which only streams make safe: gloo then sends other numbers."""
+    from megatron.core.utils import get_model_config
+
+    config = get_model_config(chunk)
+    if next(chunk.parameters()).device.type == "cpu" and getattr(config, "deallocate_pipeline_outputs", False):
+        config.deallocate_pipeline_outputs = False
+
+
+def _forward_step(forward_step: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
+    @wraps(forward_step)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output, loss_function = forward_step(*args, **kwargs)
+        return output, loss_function and recorder.losses(loss_function)
+
+    return run
+
+
+def _optimizer_step(depth: list[Any], original: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
+    """The outermost of chained optimizers reports."""
+
+    @wraps(original)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        depth.append(self)
+        try:
+            result = original(self, *args, **kwargs)
+        finally:
+            depth.pop()
+        if not depth and isinstance(result, tuple) and len(result) == 3:
+            recorder.grad_norm(result[1])
+        return result
+
+    return step
+
+
+def place() -> dict[str, int]:
+    """This rank's coordinates in Megatron's groups, and their sizes."""
+    from megatron.core import parallel_state
+
+    return {
+        "tp": parallel_state.get_tensor_model_parallel_rank(),
+        "tp_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_rank(),
+        "pp_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "cp": parallel_state.get_context_parallel_rank(),
+        "cp_size": parallel_state.get_context_parallel_world_size(),
+        "dp": parallel_state.get_data_parallel_rank(),
+    }
+
+
+def our_positions(local_length: int, batch: list[Any]) -> tuple[torch.Tensor, int]:
+    """(positions of this rank's tokens, whole length) by the record of the batch that runs; see Recorder."""
+    from mindspeed_cp import megatron_adaptor
+
+    state = megatron_adaptor.state()
+    if state.cp_size == 1:
+        return torch.arange(local_length), local_length
+    cp_rank = place()["cp"]
+    # Numbers that say whose they are, gathered as the batch's own layout puts them in order.
+    marks = torch.arange(local_length, dtype=torch.float64, device=_device(batch)) + cp_rank * MANY
+    for of in [value for value in batch if _leads(value)] + [None]:
+        try:
+            whole = state.gather_sequence(marks, of=of, dim=0)
+        except ValueError:  # on all ranks alike: it is about the batch, of which each has its part
+            continue
+        places = [(int(mark) % MANY, at) for at, mark in enumerate(whole.tolist()) if mark // MANY == cp_rank]
+        return torch.tensor([at for _, at in sorted(places)]), len(whole)
+    # A pipeline stage that was given no batch: the layout of the configuration, as for attention.
+    total = _total(local_length)
+    return state.layout(total).positions(cp_rank), total
+
+
+def _leads(value: Any) -> bool:
+    packed = getattr(value, "qkv_format", None) == "thd"
+    return packed or (isinstance(value, torch.Tensor) and value.dim() == 2)
+
+
+def zigzag_positions(local_length: int, batch: list[Any]) -> tuple[torch.Tensor, int]:
+    """The same for Megatron's own contract: zigzag over the row, or over each document of a packed batch."""
+    here = place()
+    size, rank = here["cp_size"], here["cp"]
+    packed = next((value for value in batch if getattr(value, "qkv_format", None) == "thd"), None)
+    if packed is None:
+        ends = [0, local_length * size]
+    else:
+        padded = getattr(packed, "cu_seqlens_q_padded", None)
+        ends = [int(end) for end in (packed.cu_seqlens_q if padded is None else padded).flatten().tolist()]
+    return zigzag(ends, size, rank), ends[-1]
+
+
+def zigzag(ends: Sequence[int], size: int, rank: int) -> torch.Tensor:
+    """Positions of a rank where every piece between two ``ends`` is zigzag on its own."""
+    pieces = []
+    for start, stop in zip(ends[:-1], ends[1:]):
+        part = (stop - start) // (2 * size)
+        for chunk in (rank, 2 * size - 1 - rank) if size > 1 else (0, 1):
+            pieces.append(torch.arange(start + chunk * part, start + (chunk + 1) * part))
+    return torch.cat(pieces)
+
+
+def _total(local_length: int) -> int:
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_context_parallel_group()
+    total = torch.tensor([local_length], device="cpu" if dist.get_backend(group) == "gloo" else _device([]))
+    dist.all_reduce(total, group=group)
+    return int(total)
+
+
+def _device(batch: list[Any]) -> Any:
+    found = [value.device for value in batch if isinstance(value, torch.Tensor)]
+    return found[0] if found else torch.cuda.current_device()

@@ -1,0 +1,70 @@
+"""A command line as flags with their values: read without the script's parser, changed, and written back."""
+
+from collections.abc import Iterable, Sequence
+
+
+class Words:
+    """Flags in the order in which they were given, each with its values; the last of two with the same name counts.
+
+    Args:
+        words: the command line behind the script; "--flag=value" is taken apart.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._items: list[tuple[str, list[str]]] = [("", [])]  # the first holds what stands before any flag
+        for word in words:
+            if word.startswith("--"):
+                flag, equals, value = word.partition("=")
+                self._items.append((flag, [value] if equals else []))
+            else:
+                self._items[-1][1].append(word)
+
+    def __contains__(self, flag: str) -> bool:
+        return any(name == flag for name, _ in self._items)
+
+    def flags(self) -> list[str]:
+        return [name for name, _ in self._items if name]
+
+    def values(self, flag: str) -> list[str] | None:
+        """The values of a flag, an empty list for a switch; None where it is not given."""
+        found = [values for name, values in self._items if name == flag]
+        return found[-1] if found else None
+
+    def text(self, flag: str, default: str = "") -> str:
+        values = self.values(flag)
+        return " ".join(values) if values else default
+
+    def number(self, flag: str, default: int) -> int:
+        """Raises ValueError where the value is no whole number."""
+        value = self.text(flag)
+        if not value:
+            return default
+        try:
+            return int(value)
+        except ValueError:
+            raise ValueError(f"{flag} {value} is no whole number; correct the command.") from None
+
+    def set(self, flag: str, *values: object) -> None:
+        """Give a flag these values, in its place or at the end."""
+        texts = [str(value) for value in values]
+        places = [place for place, (name, _) in enumerate(self._items) if name == flag]
+        if not places:
+            self._items.append((flag, texts))
+            return
+        for place in places[:-1][::-1]:
+            del self._items[place]
+        place = next(place for place, (name, _) in enumerate(self._items) if name == flag)
+        self._items[place] = (flag, texts)
+
+    def drop(self, flags: Iterable[str]) -> list[str]:
+        """Leave out these flags; returns those that were there."""
+        unwanted = set(flags)
+        found = [name for name in dict.fromkeys(self.flags()) if name in unwanted]
+        self._items = [(name, values) for name, values in self._items if name not in unwanted]
+        return found
+
+    def copy(self) -> "Words":
+        return Words(self.line())
+
+    def line(self) -> list[str]:
+        return [word for name, values in self._items for word in ([name] if name else []) + values]

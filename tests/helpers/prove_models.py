@@ -1,0 +1,134 @@
+"""What the tests of the proof train: small models of each kind, whole batches, and a framework's forward step in the
+parts that faults change.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from megatron_version import MINOR as VERSION
+from model_cases import AUX, MLA, MODEL, MTP, PER_TOKEN, RECOMPUTE, VOCABULARY, packed_params, samples
+
+SEQ = 32
+DOCUMENTS = (0, 5, 6, 23)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model and its batches.
+
+    Args:
+        settings: of TransformerConfig, beyond MODEL.
+        positions: "rope" or "learned_absolute".
+        documents: boundaries of packed documents, None for whole sequences.
+        parallel: settings of ContextParallelConfig.
+        seq_len: tokens of a sequence.
+    """
+
+    settings: dict = field(default_factory=dict)
+    positions: str = "rope"
+    documents: tuple | None = None
+    parallel: dict = field(default_factory=lambda: {"algorithm": "megatron_cp_algo"})
+    seq_len: int = SEQ
+
+
+ULYSSES = {"algorithm": "ulysses_cp_algo"}
+MODELS = {
+    "dense": Model(),
+    "learned positions": Model(positions="learned_absolute"),
+    "grouped queries": Model({"num_query_groups": 2, "num_attention_heads": 8, "kv_channels": 8}, parallel=ULYSSES),
+    "packed": Model(documents=DOCUMENTS),
+    "window": Model({"window_size": (6, 0)}),
+    "sinks": Model({"softmax_type": "learnable"}),
+    "latents": Model(MLA),
+    "experts": Model(AUX),
+    "multi-token prediction": Model(MTP),
+    "per-token loss": Model(PER_TOKEN),
+    "uneven": Model(seq_len=31),
+    "recomputed, kept": Model(
+        RECOMPUTE, parallel={"algorithm": "megatron_cp_algo", "keep_attention": True, "kv_exchange": "direct"}
+    ),
+    "all-gather": Model(parallel={"algorithm": "kvallgather_cp_algo"}),
+    "balanced": Model(documents=DOCUMENTS, parallel={"algorithm": "megatron_cp_algo", "batch_layout": "balanced"}),
+}
+
+
+def possible():
+    """The models that this version of megatron-core has."""
+    absent = {"packed", "balanced"} if VERSION < (0, 16) else set()
+    absent |= {"sinks", "window"} if VERSION < (0, 15) else set()
+    absent |= {"multi-token prediction"} if VERSION >= (0, 20) else set()
+    return {name: model for name, model in MODELS.items() if name not in absent}
+
+
+def provider(model, cp_size):
+    """() -> GPTModel of megatron-core's local specs; build it twice from one seed, and the weights are the same."""
+
+    def build():
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+        from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+
+        latent = model.settings.get("multi_latent_attention", False)
+        kind = MLATransformerConfig if latent else TransformerConfig
+        config = kind(**(MODEL | model.settings), context_parallel_size=cp_size)
+        layer = get_gpt_layer_local_spec(config.num_moe_experts, False, multi_latent_attention=latent)
+        mtp = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False) if config.mtp_num_layers else None
+        built = GPTModel(
+            config,
+            layer,
+            vocab_size=VOCABULARY,
+            max_sequence_length=64,
+            position_embedding_type=model.positions,
+            mtp_block_spec=mtp,
+        )
+        for name, parameter in built.named_parameters():
+            if name.endswith("softmax_offset"):  # which 0.15 does not initialize
+                torch.nn.init.normal_(parameter)
+        return built
+
+    return build
+
+
+def batches(model):
+    """Two whole micro-batches."""
+    return [(model, sample) for sample in samples(model.seq_len, 2, model.documents)]
+
+
+class Framework:
+    """A framework's forward step; a fault replaces one of its parts."""
+
+    def split(self, model, sample):
+        from megatron.core.utils import get_batch_on_this_cp_rank
+
+        from mindspeed_cp import megatron_adaptor
+
+        state = megatron_adaptor.state()
+        if model.documents is None or state.cp_size == 1:
+            return get_batch_on_this_cp_rank(dict(sample))
+        return state.shard_batch(sample, cu_seqlens=(*model.documents, model.seq_len))
+
+    def packed(self, model):
+        return packed_params(model.documents, model.seq_len)
+
+    def loss(self, sample, local, losses):
+        """As Megatron's own pretrain_gpt.py: 0.12 wants the count of the whole sequence, later versions the rank's
+        own.
+        """
+        mask = local["loss_mask"]
+        count = (sample["loss_mask"] if VERSION < (0, 13) else mask).sum().to(torch.int)
+        total = (losses.float() * mask).sum()
+        return total, count, {"lm loss": torch.stack([total.detach(), mask.sum()])}
+
+    def forward_step(self, iterator, module):
+        model, sample = next(iterator)
+        local = self.split(model, sample)
+        losses = module(
+            local["tokens"],
+            local["position_ids"],
+            None,
+            labels=local["labels"],
+            loss_mask=local["loss_mask"],
+            packed_seq_params=self.packed(model),
+        )
+        return losses, partial(self.loss, sample, local)

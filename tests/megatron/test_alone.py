@@ -1,0 +1,53 @@
+"""Who computes attention at context-parallel size 1, and what is said about it."""
+
+import pytest
+import torch
+
+from mindspeed_cp.megatron.alone import Scores, alone, memory_of
+
+CARD = 64 << 30
+LONG = Scores(batch=1, heads=32, queries=32768, keys=32768, itemsize=2)
+SHORT = LONG._replace(queries=1024, keys=1024)
+
+
+def decide(scores, **changes):
+    return alone(scores, **{**dict(asked=True, device="npu", packed=False, memory=CARD), **changes})
+
+
+def test_the_flag_means_the_kernel_on_an_npu_and_where_scores_do_not_fit():
+    assert decide(SHORT) == decide(LONG) == decide(LONG, device="cuda") == (True, "")
+    assert decide(SHORT, device="cuda", packed=True).fused
+    assert decide(SHORT, device="cuda") == decide(SHORT, device="cpu") == (False, "")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "npu"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_without_the_flag_nothing_changes_and_large_scores_are_named(device, packed):
+    assert decide(SHORT, asked=False, device=device, packed=packed) == (False, "")
+    fused, line = decide(LONG, asked=False, device=device, packed=packed)
+    assert not fused
+    assert "68.7 GB of scores" in line and "68.7 GB;" in line and line.endswith("add --use-flash-attn.")
+
+
+def test_the_line_begins_above_a_tenth_of_the_memory():
+    assert decide(LONG, asked=False, memory=LONG.num_bytes * 10) == (False, "")
+    assert decide(LONG, asked=False, memory=LONG.num_bytes * 10 - 1).line
+
+
+def test_a_call_that_the_kernel_refuses_stays_with_the_module_and_says_why():
+    why = "attention_bias is not one of the kernel's arguments"
+    assert decide(SHORT, refusal=why) == (False, f"--use-flash-attn changes nothing here: {why}.")
+    assert decide(SHORT, device="cpu", refusal=why) == (False, "")  # the module would have computed it anyhow
+    fused, line = decide(LONG, refusal=why)
+    assert not fused and why in line and "68.7 GB of scores" in line and "add --use-flash-attn" not in line
+
+
+def test_scores_are_those_of_the_tensors():
+    query, key = torch.empty(5, 2, 8, 4, dtype=torch.bfloat16), torch.empty(7, 2, 2, 4, dtype=torch.bfloat16)
+    assert Scores.of(query, key) == (2, 8, 5, 7, 2)
+    assert Scores.of(query[:, 0], key[:, 0]) == (1, 8, 5, 7, 2)
+    assert Scores.of(query, key).num_bytes == 2 * 8 * 5 * 7 * 2
+
+
+def test_the_memory_of_the_host_is_found():
+    assert memory_of(torch.device("cpu")) > 1 << 28

@@ -1,0 +1,162 @@
+"""A training command made small: what stays, what is left out, and what is said about it."""
+
+import shlex
+
+import pytest
+
+from mindspeed_cp.prove import flags
+from mindspeed_cp.prove.command import main
+from mindspeed_cp.prove.shrinking import Wish, plan
+from mindspeed_cp.prove.words import Words
+
+LARGE = (
+    "--num-layers 32 --hidden-size 4096 --num-attention-heads 32 --seq-length 32768 --micro-batch-size 4 "
+    "--global-batch-size 512 --max-position-embeddings 32768 --lr 1e-4 --bf16 --context-parallel-size 8 "
+)
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "pretrain.py"
+    path.write_text("from megatron.training import pretrain\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def small(script, tmp_path):
+    """(command, **wish) -> (flags without context parallelism, flags with it, the plan)"""
+
+    def make(command, **wish):
+        found = plan(script, shlex.split(command), Wish(**wish), tmp_path)
+        return Words(found.alone), Words(found.shared), found
+
+    return make
+
+
+def test_words_are_read_and_written_back():
+    words = Words(["data", "--a=1", "--b", "2", "3", "--c", "--a", "-5"])
+    assert words.values("--a") == ["-5"] and words.values("--b") == ["2", "3"] and words.values("--c") == []
+    words.set("--a", 7)
+    assert words.drop(["--c", "--d"]) == ["--c"]
+    assert words.line() == ["data", "--b", "2", "3", "--a", "7"]
+    assert words.copy().line() == words.line()
+
+
+def test_a_value_that_is_no_number_is_refused(small):
+    with pytest.raises(ValueError, match="--num-layers many is no whole number"):
+        small("--num-layers many")
+
+
+def test_the_two_runs_differ_in_context_parallelism_alone(small):
+    alone, shared, _ = small(
+        LARGE + "--context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 4 --cp-kv-exchange auto"
+    )
+    ours = flags.of_context_parallelism()
+    assert not set(alone.flags()) & ours
+    assert shared.number("--context-parallel-size", 0) == 4 and shared.text("--ulysses-degree-in-cp") == "2"
+    rest = shared.copy()
+    rest.drop(ours)
+    assert rest.line() == alone.line()
+
+
+def test_nothing_of_the_user_is_written(small):
+    files = "--save a --load b --tensorboard-dir c --wandb-project d --log-file e --data-cache-path f --data-path g"
+    alone, shared, _ = small(LARGE + files, steps=2)
+    for words in (alone, shared):
+        assert not {"--save", "--load", "--tensorboard-dir", "--wandb-project", "--log-file"} & set(words.flags())
+        assert words.text("--data-cache-path").endswith("/cache") and words.text("--data-path") == "g"
+        assert words.text("--train-iters") == "2" and words.text("--hidden-dropout") == "0"
+
+
+def test_sizes_keep_what_they_say_of_one_another(small):
+    alone, _, found = small(
+        LARGE + "--group-query-attention --num-query-groups 8 --kv-channels 128 --window-size 4096,0"
+    )
+    heads, groups = alone.number("--num-attention-heads", 0), alone.number("--num-query-groups", 0)
+    assert heads == 4 * groups and groups == 2
+    assert alone.number("--hidden-size", 0) == heads * alone.number("--kv-channels", 0)
+    length = alone.number("--seq-length", 0)
+    assert length == 128 and length % 4 == 0 and alone.text("--window-size") == "16,0"
+    assert any("num-layers 32 -> 2" in line for line in found.changed)
+    assert any(line.startswith("--bf16") for line in found.uncovered)
+
+
+def test_replicated_heads_stay_replicated(small):
+    """Of 2 KV heads on 8 ranks each was held by four; two ranks hold one together."""
+    alone, _, _ = small(LARGE + "--group-query-attention --num-query-groups 2 --context-parallel-algo ulysses_cp_algo")
+    assert alone.number("--num-query-groups", 0) < 2
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "value"),
+    [
+        ("--num-experts 64 --moe-layer-freq ([0]*3+[1]*29)", "--moe-layer-freq", "[0,1]"),
+        ("--num-experts 64 --moe-router-topk 6", "--moe-router-topk", "2"),
+        ("--hybrid-override-pattern M-M-M*-M-M*-", "--hybrid-override-pattern", "M-*"),
+        ("--multi-latent-attention --v-head-dim 192", "--v-head-dim", "12"),
+        ("--recompute-num-layers 8 --recompute-granularity full", "--recompute-num-layers", "1"),
+        ("--mock-data --tokenizer-type NullTokenizer --vocab-size 128000", "--vocab-size", "4224"),
+        ("--data-path text --tokenizer-type NullTokenizer --vocab-size 128000", "--vocab-size", "128000"),
+        ("--seq-length 4097", "--seq-length", "125"),
+        ("--reset-attention-mask", "--seq-length", "512"),
+    ],
+)
+def test_every_kind_of_layer_and_batch_stays(small, command, flag, value):
+    assert small(LARGE + command)[1].text(flag) == value
+
+
+def test_parallel_sizes_fit_into_the_ranks(small):
+    command = (
+        LARGE
+        + "--tensor-model-parallel-size 8 --sequence-parallel --pipeline-model-parallel-size 4 "
+        + "--num-layers-per-virtual-pipeline-stage 2 --expert-model-parallel-size 4"
+    )
+    _, four, found = small(command)
+    assert four.text("--pipeline-model-parallel-size") == "2" and four.text("--tensor-model-parallel-size") == "1"
+    assert "--sequence-parallel" not in four and four.text("--num-layers") == "4"
+    assert any("--ranks 8 keeps 2" in line for line in found.uncovered)
+    _, eight, _ = small(command, ranks=8)
+    assert eight.text("--tensor-model-parallel-size") == "2" and "--sequence-parallel" in eight
+    assert eight.text("--num-layers-per-virtual-pipeline-stage") == "1" and "--expert-model-parallel-size" not in eight
+
+
+def test_real_sizes_stay(small):
+    _, shared, _ = small(LARGE, real_sizes=True)
+    assert shared.text("--num-layers") == "32" and shared.text("--seq-length") == "32768"
+    assert shared.text("--train-iters") == "3"
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"cp": 1}, "--cp 1 compares a run with itself; give at least 2"),
+        ({"cp": 8}, "--cp 8 needs as many --ranks, and they are 4; use --ranks 8"),
+    ],
+)
+def test_what_does_not_fit_is_refused(small, wish, message):
+    with pytest.raises(ValueError, match=message):
+        small(LARGE, **wish)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no script is given"),
+        (["missing.py"], "missing.py does not exist"),
+        (["--steps", "0", "SCRIPT"], "--steps 0 must be at least 1"),
+        (["SCRIPT", "--yaml-cfg", "a"], "--yaml-cfg is not read by prove"),
+        (["--reference-only", "SCRIPT"], "--reference-only needs --device cuda or npu"),
+        (["ls", "-l"], "starts neither torchrun nor python"),
+    ],
+)
+def test_wrong_use_is_one_line_and_status_2(script, capsys, words, message):
+    assert main([script if word == "SCRIPT" else word for word in words]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_launcher_in_front_of_the_script_is_read(script):
+    from mindspeed_cp.prove.command import script_of
+
+    found = script_of(["env", "A=1", "torchrun", "--nproc-per-node", "8", script, "--num-layers", "4"])
+    assert found == (script, ["--num-layers", "4"], {"A": "1"})
