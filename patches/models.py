@@ -8,8 +8,9 @@ from mindspeed_cp.megatron.batches import block_record, entering, packed_params_
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.sizes import check_model, sub_batch_record
 from mindspeed_cp.patches.building import census_of
-from mindspeed_cp.patches.rows import absent, patch
+from mindspeed_cp.patches.rows import Row, absent, patch, present
 
+MODELS = "megatron.core.models"
 LANGUAGE_MODULE = "megatron.core.models.common.language_module.language_module.LanguageModule"
 GPT_MODEL = "megatron.core.models.gpt.gpt_model.GPTModel"
 SCHEDULE_NODE = "megatron.core.pipeline_parallel.utils.ScheduleNode"
@@ -30,14 +31,32 @@ def language_module_init(adaptor: Adaptor, original: Callable[..., None], self: 
     inherited=True,
 )
 def language_module_call(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    if _is_untouched(adaptor, self):
+    if adaptor.entered is self or _is_untouched(adaptor, self):
         return original(self, *args, **kwargs)
     record = _entered(adaptor, self, args, kwargs)
-    with adaptor.running(record), adaptor.computing_alone(record is None and adaptor.scope_of(self).alone):
+    with adaptor.inside(self, record):
         output = original(self, *args, **kwargs)
     if record is not None:
         adaptor.records.remember(tensors_in(output), record)  # logits: state().gather_sequence finds them
     return output
+
+
+def _forward_of(model: str, *when: Callable[[], str]) -> Row:
+    target = f"{MODELS}.{model}.forward"
+    reason = "a script may call forward itself, past the door of every model"
+    unneeded = (absent(target, "this version has no such model"), *when)
+    # Not essential: frameworks put functions of their own there, and __call__ leads to those.
+    return Row((target,), language_module_call.function, reason, unneeded, essential=False)
+
+
+HYBRID = "hybrid.hybrid_model.HybridModel"
+FORWARDS = [
+    _forward_of("gpt.gpt_model.GPTModel"),
+    _forward_of("bert.bert_model.BertModel"),
+    _forward_of("T5.t5_model.T5Model"),
+    _forward_of(HYBRID),
+    _forward_of("mamba.mamba_model.MambaModel", present(f"{MODELS}.{HYBRID}", "its forward is HybridModel's")),
+]
 
 
 @patch(
@@ -48,7 +67,7 @@ def language_module_call(adaptor: Adaptor, original: Callable[..., Any], self: A
 def build_schedule_plan(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     if _is_untouched(adaptor, self):
         return original(self, *args, **kwargs)
-    with adaptor.running(_entered(adaptor, self, args, kwargs)):
+    with adaptor.inside(self, _entered(adaptor, self, args, kwargs)):
         return original(self, *args, **kwargs)
 
 
@@ -65,7 +84,7 @@ def schedule_node_init(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    original(self, forward_func if adaptor.active is None else adaptor.bound(forward_func), *args, **kwargs)
+    original(self, forward_func if adaptor.alone else adaptor.bound(forward_func), *args, **kwargs)
 
 
 def _is_untouched(adaptor: Adaptor, model: Any) -> bool:

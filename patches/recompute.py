@@ -10,8 +10,10 @@ import torch
 
 from mindspeed_cp.attention.kept import KeptAttention
 from mindspeed_cp.megatron.adaptor import Adaptor
-from mindspeed_cp.patches.rows import patch
+from mindspeed_cp.patches.attention import WITHOUT_TE
+from mindspeed_cp.patches.rows import absent, patch
 
+TE = "megatron.core.extensions.transformer_engine"
 RANDOM = "megatron.core.tensor_parallel.random"
 Function = Callable[..., Any]
 
@@ -54,6 +56,24 @@ def _running_with(adaptor: Adaptor, kept: KeptAttention) -> Iterator[None]:
         yield
     finally:
         adaptor.kept = before
+
+
+@patch(
+    "torch.utils.checkpoint.checkpoint",
+    reason="scripts and frameworks recompute with torch's own checkpoint, which must see the same micro-batch",
+    essential=False,
+)
+def torch_checkpoint(adaptor: Adaptor, original: Function, function: Function, *args: Any, **kwargs: Any) -> Any:
+    return original(function if adaptor.alone else adaptor.bound(function), *args, **kwargs)
+
+
+@patch(
+    f"{TE}.te_checkpoint",
+    reason="layers in fp8 are recomputed by Transformer Engine, which must see the same micro-batch",
+    when=(WITHOUT_TE, absent(f"{TE}.te_checkpoint", "this version does not recompute with Transformer Engine")),
+)
+def te_checkpoint(adaptor: Adaptor, original: Function, forward_func: Function, *args: Any, **kwargs: Any) -> Any:
+    return original(forward_func if adaptor.alone else adaptor.bound(forward_func), *args, **kwargs)
 
 
 @patch(

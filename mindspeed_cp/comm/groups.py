@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from mindspeed_cp.comm.hccl import group_options
 from mindspeed_cp.comm.host_memory import SMALLEST_MESSAGE, HostMemory
@@ -20,6 +21,7 @@ from mindspeed_cp.settings.agreement import agree, settings_of
 from mindspeed_cp.settings.algorithms import Hierarchy
 from mindspeed_cp.settings.config import ContextParallelConfig
 
+PoolKey = tuple[str, tuple[int, ...], int]
 Ranks = list[list[int]]  # global ranks of every context-parallel group
 Linkage = Literal["mesh", "switch", "nodes"]  # how ring ranks are linked, see ContextParallelConfig.topology
 
@@ -138,7 +140,7 @@ class ContextParallelGroups:
         config: ContextParallelConfig,
         group: dist.ProcessGroup,
         *,
-        pool: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup],
+        pool: dict[PoolKey, dist.ProcessGroup],
         timeout: timedelta | None = None,
         share_from: int | None = SMALLEST_MESSAGE,
         virtual_pipeline: bool = False,
@@ -147,8 +149,7 @@ class ContextParallelGroups:
 
         Args:
             group: has context_parallel_size ranks; it is used and never destroyed.
-            pool: (name, global ranks) -> a group that is made here once and kept: torch knows a group that its members
-                alone make by its ranks, and finds the addresses of a destroyed one under the same name.
+            pool: (name, global ranks, how many were ended before) -> a group that is made here once and kept.
             timeout, share_from, virtual_pipeline: as ``build`` has them.
 
         Raises:
@@ -164,9 +165,12 @@ class ContextParallelGroups:
         found = {}
         for name, members in parts_of([ranks], config.hierarchy[0], config.hierarchy[2]):
             if name != "cp" and dist.get_rank() in members:
-                key = name, tuple(members)
+                key, number = (name, tuple(members), 0), 0
+                while key in pool and not is_there(pool[key]):
+                    number += 1
+                    key = name, tuple(members), number
                 if key not in pool:
-                    pool[key] = dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
+                    pool[key] = _made_by_members(key, timeout)
                 found[name] = pool[key]
         return cls._of(config, group, found, (), share_from, one_by_one)
 
@@ -208,6 +212,30 @@ class ContextParallelGroups:
         for group in self.made:
             dist.destroy_process_group(group)
         self.workspace.clear()
+
+
+def _made_by_members(key: PoolKey, timeout: timedelta | None) -> dist.ProcessGroup:
+    """A group that its members alone make.
+
+    torch names such a group by its ranks and by how many groups this process has, so that ranks of which one belongs to
+    more groups would wait for each other under different names.
+    """
+    name, ranks, number = key
+    known = distributed_c10d._process_group_name
+    distributed_c10d._process_group_name = lambda *args, **kwargs: f"mindspeed_cp {name} {ranks} {number}"
+    try:
+        return dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+    finally:
+        distributed_c10d._process_group_name = known
+
+
+def is_there(group: dist.ProcessGroup) -> bool:
+    """Whether a process group has not been ended, by ``destroy_process_group``."""
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError):
+        return False
+    return True
 
 
 def _make(

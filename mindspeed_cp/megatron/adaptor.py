@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_cp.attention.kept import KeptAttention
-from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.comm.groups import ContextParallelGroups, PoolKey
 from mindspeed_cp.comm.step_log import ContextParallelLog
 from mindspeed_cp.megatron import batches, splitting
 from mindspeed_cp.megatron.decision import OpenDecision, Settings
@@ -45,6 +45,7 @@ class Adaptor:
         handed: document ends that a framework hands over beside the batch.
         hand_over: what later pipeline stages learn of a batch.
         active: record of the forward pass that runs now; None outside.
+        entered: the model whose forward pass runs now; None outside.
         kept: KeptAttention of the checkpoint whose function runs now, where --cp-keep-attention asks for it.
         is_pipeline: there is more than one pipeline stage: stages then split the same batch knowing different parts of
             it, and must come to the same layout.
@@ -73,13 +74,14 @@ class Adaptor:
         self.handed, self.hand_over, self.losses = Handed(), HandOver(self), Losses()
         self.counted: WeakSet[Any] = WeakSet()
         self.active: MicroBatch | None = None
+        self.entered: Any = None
         self.kept: KeptAttention | None = None
         self.log: ContextParallelLog | None = None
         self.is_pipeline, self.virtual_pipeline, self.epoch = False, False, 0
         self.timeout: timedelta | None = None
         self.embedded: dict[int, SequenceLayout] = {}
         self.computes_alone, self.documents_by_hand, self._passes = False, False, 0
-        self._pool: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+        self._pool: dict[PoolKey, dist.ProcessGroup] = {}
         self.on_change: list[Callable[[], None]] = []
         self._say, self._check, self._is_checked = say, check, False
         self._announced: ContextParallelConfig | None = None
@@ -260,14 +262,24 @@ class Adaptor:
 
     def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, seeing the record of now whenever it runs: recomputation runs after later batches."""
-        record = self.active
+        record, alone = self.active, self.computes_alone
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with self.running(record):
+            with self.running(record), self.computing_alone(alone):
                 return function(*args, **kwargs)
 
         return call
+
+    @contextmanager
+    def inside(self, model: Any, record: MicroBatch | None) -> Iterator[None]:
+        """The forward pass of ``model`` runs inside the block, with this record; None computes alone."""
+        before, self.entered = self.entered, model
+        try:
+            with self.running(record), self.computing_alone(record is None and self.scope_of(model).alone):
+                yield
+        finally:
+            self.entered = before
 
     @contextmanager
     def computing_alone(self, alone: bool = True) -> Iterator[None]:

@@ -38,8 +38,8 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
     found = adaptor.records.find(values)
     given = named_arguments(model, args, kwargs)
     ids, tokens = _first(given, IDS), _first(given, TOKENS)
-    if found is None and not scope.alone:
-        found = adaptor.records.find_copied([tokens, given.get("labels")])
+    if found is None and not scope.alone and adaptor.running_in(scope) is None:
+        found = adaptor.records.find_copied([tokens, given.get("labels")], scope)
     if scope.alone:
         _refuse_split_batch(model, found)
         return None

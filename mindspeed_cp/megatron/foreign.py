@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -40,7 +42,7 @@ class Foreign:
     """The layouts of batches that others split; one for each process."""
 
     def __init__(self) -> None:
-        self._patterns: Patterns = OrderedDict()
+        self._patterns: WeakKeyDictionary[Scope, Patterns] = WeakKeyDictionary()  # the ranks of one know the same
 
     def clear(self) -> None:
         self._patterns.clear()
@@ -104,18 +106,22 @@ class Foreign:
     def _once(self, key: Any, scope: Scope, rows: torch.Tensor, found: Callable[[list[torch.Tensor]], Found]) -> Found:
         """``found`` of all ranks' position ids, once for each pattern of theirs."""
         group, device = scope.group, collective_device(scope.group)
-        mine = _fingerprint(rows).to(device)
+        asked = torch.tensor([crc32(repr(key).encode())])  # ranks that ask for different things all meet anew
+        mine = torch.cat([_fingerprint(rows).to(device), asked.to(device)])
         prints = [torch.empty_like(mine) for _ in range(scope.size)]
         dist.all_gather(prints, mine, group=group)
-        pattern = key, tuple(map(tuple, torch.stack(prints).tolist()))
-        if pattern not in self._patterns:
+        pattern, known = (
+            (key, tuple(map(tuple, torch.stack(prints).tolist()))),
+            self._patterns.setdefault(scope, OrderedDict()),
+        )
+        if pattern not in known:
             everyone: list[Any] = [None] * scope.size
             dist.all_gather_object(everyone, rows.detach().cpu(), group=group)
-            self._patterns[pattern] = found(everyone)
-            if len(self._patterns) > KEPT:
-                self._patterns.popitem(last=False)
-        self._patterns.move_to_end(pattern)
-        return self._patterns[pattern]
+            known[pattern] = found(everyone)
+            if len(known) > KEPT:
+                known.popitem(last=False)
+        known.move_to_end(pattern)
+        return known[pattern]
 
 
 def _plain(ids: torch.Tensor) -> torch.Tensor | None:
@@ -231,11 +237,15 @@ def _runs(part: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _is_plausible(layout: SequenceLayout, parts: list[list[int]]) -> bool:
-    """Whether a whole row, put together by ``layout``, counts up, but for new starts and for padding."""
+    """Whether a whole row, put together by ``layout``, counts up, but for new starts and for padding.
+
+    Padding holds 0, 1 or -1 all along, or the place of the last token before it.
+    """
     row = layout.unshard([torch.tensor(part, dtype=torch.long) for part in parts])
-    steps = row[1:] - row[:-1]
-    counts = (steps == 1) | (row[1:] == 0) | ((row[1:] == 1) & (row[:-1] == 1))
-    return bool(counts.all()) and int(row[0]) in (0, 1)
+    before, here, steps = row[:-1], row[1:], row[1:] - row[:-1]
+    after = torch.cat([row[2:], row[-1:]])[: len(here)]
+    counts = (steps == 1) | (here == 0) | (here == before) | ((here == 1) & (after == 1))
+    return bool(counts.all()) and int(row[0]) in (-1, 0, 1)
 
 
 def _what_is_wrong(parts: list[list[int]]) -> str:

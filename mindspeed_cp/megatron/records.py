@@ -8,15 +8,18 @@ tensors of its batch (tokens, labels, ...), which travel to the model, or handed
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
-from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.megatron.scopes import Scope, collective_device
 from mindspeed_cp.sequence.layout import SequenceLayout
 
 Documents = tuple[tuple[int, ...], ...]
+COMPARED = 32  # batches of equal values of which ranks tell each other
 
 
 @dataclass(frozen=True)
@@ -51,22 +54,29 @@ def one_row_if_shared(documents: Iterable[Iterable[int]]) -> Documents:
 
 @dataclass(frozen=True)
 class _Part:
-    """What is kept of a tensor of a batch: nothing that keeps its memory alive."""
+    """What is kept of a tensor of a batch: nothing that keeps its memory alive.
+
+    Args:
+        number: of the batch among those that were split over its scope, the same on all ranks of that.
+    """
 
     memory: StorageWeakRef
     tensor: TensorWeakRef | None
     record: MicroBatch
+    number: int
 
 
 class BatchRecords:
     """Finds the MicroBatch of a tensor; a record lives as long as the memory of a tensor of its batch.
 
     A tensor leads to the record of its batch by its memory, so that views, views of views and ``detach`` do; what holds
-    other memory, such as ``clone`` or ``.to(dtype)`` of tokens, by its values.
+    other memory, such as ``clone`` or ``.to(dtype)`` of tokens, by its values, on which all ranks have to agree: parts
+    of several batches may be equal on one of them, as those of a common beginning or of padding are.
     """
 
     def __init__(self) -> None:
         self._parts: dict[int, _Part] = {}  # identity of the memory -> the tensor that was remembered there
+        self._counts: WeakKeyDictionary[Scope, int] = WeakKeyDictionary()  # batches that were split over a scope
 
     def remember(self, tensors: Iterable[Any], record: MicroBatch, telling: Iterable[Any] = ()) -> None:
         """Let every tensor among ``tensors`` lead to ``record``; none of them shares memory with another batch.
@@ -75,12 +85,15 @@ class BatchRecords:
             telling: those among them of which a copy leads to it too.
         """
         values = {id(tensor) for tensor in telling}
+        number = 0
+        if values and record.scope is not None:
+            number = self._counts[record.scope] = self._counts.get(record.scope, 0) + 1
         self._parts = {place: part for place, part in self._parts.items() if not part.memory.expired()}
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor) and tensor.numel():
                 memory = tensor.untyped_storage()
                 copied = TensorWeakRef(tensor) if id(tensor) in values else None
-                self._parts[memory._cdata] = _Part(StorageWeakRef(memory), copied, record)
+                self._parts[memory._cdata] = _Part(StorageWeakRef(memory), copied, record, number)
 
     def find(self, values: Iterable[Any]) -> MicroBatch | None:
         """The record of the batch to which the tensors among ``values`` belong.
@@ -90,33 +103,53 @@ class BatchRecords:
         """
         return _only(self._by_memory(tensor) for tensor in _tensors(values))
 
-    def find_copied(self, values: Iterable[Any]) -> MicroBatch | None:
-        """The record of the batch whose tokens or labels have the values of a tensor among ``values``."""
-        return _only(self._by_values(tensor) for tensor in _tensors(values))
+    def find_copied(self, values: Iterable[Any], scope: Scope) -> MicroBatch | None:
+        """The record of the batch over ``scope`` whose tokens and labels all ranks hold; collective over its ranks.
+
+        Raises:
+            ValueError: the values are those of several batches that were split in different ways.
+        """
+        tensors = _tensors(values)
+        if not tensors or not self._counts.get(scope):
+            return None
+        by_tensor = [found for tensor in tensors if (found := self._by_values(tensor, scope))]
+        alike = dict(kv for found in by_tensor for kv in found.items())
+        mine = set(alike).intersection(*by_tensor) or set(alike)
+        return _only(alike[number] for number in _on_all_ranks(mine, scope))
 
     def _by_memory(self, tensor: torch.Tensor) -> MicroBatch | None:
         part = self._parts.get(tensor.untyped_storage()._cdata)
         return None if part is None or part.memory.expired() else part.record
 
-    def _by_values(self, tensor: torch.Tensor) -> MicroBatch | None:
-        """The record of tensors of whole numbers with the same values; None where batches of equal values differ."""
+    def _by_values(self, tensor: torch.Tensor, scope: Scope) -> dict[int, MicroBatch]:
+        """number -> record of the batches of which a tensor of whole numbers has the same values."""
         if tensor.is_floating_point() or tensor.dim() < 2:
-            return None
-        alike: list[MicroBatch] = []
+            return {}
+        alike = {}
         for part in self._parts.values():
-            known = None if part.tensor is None else part.tensor()
+            known = None if part.tensor is None or part.record.scope is not scope else part.tensor()
             if (
                 known is not None
                 and (known.shape, known.device) == (tensor.shape, tensor.device)
                 and not known.is_floating_point()
-                and part.record not in alike
                 and bool((known == tensor).all())
             ):
-                alike.append(part.record)
-        return alike[0] if len(alike) == 1 else None
+                alike[part.number] = part.record
+        return alike
 
     def clear(self) -> None:
         self._parts.clear()
+        self._counts.clear()
+
+
+def _on_all_ranks(numbers: Iterable[int], scope: Scope) -> list[int]:
+    """Which of these numbers, the newest ``COMPARED``, every rank of ``scope`` gives; collective over its ranks."""
+    newest = sorted(numbers, reverse=True)[:COMPARED]
+    mine = torch.tensor(newest + [0] * (COMPARED - len(newest)), device=collective_device(scope.group))
+    everyone = [torch.empty_like(mine) for _ in range(scope.size)]
+    dist.all_gather(everyone, mine, group=scope.group)
+    shared = set.intersection(*map(set, torch.stack(everyone).tolist()))
+    return sorted(shared - {0})
 
 
 def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.comm.groups import ContextParallelGroups, is_there
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 SINGLE = ContextParallelConfig(context_parallel_size=1)
@@ -88,11 +88,18 @@ class Scopes:
             return self.alone
         scope = self._known.get(group)
         if scope is None:
+            self._forget_ended()
             ranks = tuple(dist.get_process_group_ranks(group))
             # Another communicator over ranks that are known: a second scope of theirs would know none of their batches.
             scope = next((known for known in self if known.groups.global_ranks == ranks), None) or self._adopt(group)
             self._known[group] = scope
         return scope
+
+    def _forget_ended(self) -> None:
+        """Forget groups that whoever made them has ended, and what was adopted with them."""
+        self._known = {
+            group: scope for group, scope in self._known.items() if is_there(group) and is_there(scope.group)
+        }
 
     def known(self, group: dist.ProcessGroup | None) -> Scope | None:
         """The scope of ``group`` where it was adopted already."""

@@ -60,10 +60,14 @@ def held_of(local):
     return state.records.find([local["tokens"]]).layout.positions(state.cp_rank)
 
 
-def of_part(model, local, held, whole, **more):
-    """Largest difference of this rank's losses, and of the summed gradients, from those of one process."""
+def of_part(model, local, held, whole, of=None, **more):
+    """Largest difference of this rank's losses, and of the summed gradients, from those of one process.
+
+    Args:
+        model: or another entry of the model ``of``.
+    """
     losses = losses_of(model, local, **more)
-    found = gradients(model, (losses * local["loss_mask"]).sum())
+    found = gradients(of or model, (losses * local["loss_mask"]).sum())
     return batch_runs.difference(losses, found, *whole, lambda tensor: tensor[:, held])
 
 
@@ -113,6 +117,51 @@ def foreign(rank):
     return found
 
 
+def padded(rank):
+    """name -> difference of two rows, the second of them padded, in each way in which frameworks count padding."""
+    batch, found = batch_of(PLAIN * 2, seq=SEQ), {}
+    real = {
+        "left": torch.arange(SEQ) >= torch.tensor([[5], [9]]),
+        "right": torch.arange(SEQ) < torch.tensor([[15], [9]]),
+    }
+    for side, mask in real.items():
+        places = mask.cumsum(1) - 1
+        ways = {
+            "zeros": places * mask,
+            "ones": places.where(mask, 1),
+            "clipped": places.clamp(min=0),
+            "counted on": places,
+        }
+        for way, ids in ways.items():
+            rows = batch | {"position_ids": ids, "loss_mask": batch["loss_mask"] * mask}
+            with groups({}, cp_size=1):
+                whole = expected_of(PLAIN * 2, masked=False, batch=rows)
+            with groups(ALGORITHMS["ulysses"], cp_size=2):
+                for name, held in {"zigzag": zigzag(rank), "contiguous": contiguous(rank)}.items():
+                    found[side, way, name] = of_part(build(2), cut(rows, held), held, whole)
+    return found
+
+
+def beginnings(rank):
+    """name -> difference of a copy of one of two batches that one rank holds the same part of."""
+    from mindspeed_cp import megatron_adaptor
+
+    batch, found = batch_of(DOCUMENTS, seq=SEQ), {}
+    other = {name: tensor.clone() for name, tensor in batch.items()}
+    other["tokens"][:, SEQ // 2 :], other["labels"][:, SEQ // 2 :] = 1, 2
+    whole, state = alone_of(DOCUMENTS), megatron_adaptor.state()
+    with groups(ALGORITHMS["ulysses"], cp_size=2):
+        model, held = build(2), contiguous(rank)
+        local = state.shard_batch(batch, cu_seqlens=DOCUMENTS[0])
+        later = state.shard_batch(other, cu_seqlens=(0, 9, SEQ))
+        copy = {name: tensor.clone() for name, tensor in local.items()}
+        found["a common beginning"] = of_part(model, copy, held, whole)
+        again = state.shard_batch(batch, cu_seqlens=(0, 9, SEQ))
+        found["equal batches"] = told(losses_of, model, copy)
+        del later, again
+    return found
+
+
 def handed_over(rank):
     """name -> difference of batches whose document ends are set beside them, in every order that MindSpeed allows."""
     from mindspeed_cp.compat.handed import set_actual_seq_len
@@ -152,6 +201,58 @@ def handed_over(rank):
                 found[name, "not the end"] = told(split, batch)
             set_actual_seq_len(None)
     return found
+
+
+def _mla(cp_size, **settings):
+    """A model of multi-latent attention, whose rotary embedding is computed in each layer, recomputed with it."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+    from model_cases import MLA, MODEL, VOCABULARY
+
+    model_parallel_cuda_manual_seed(3)
+    config = MLATransformerConfig(**(MODEL | MLA | settings), context_parallel_size=cp_size)
+    spec = get_gpt_layer_local_spec(multi_latent_attention=True)
+    return GPTModel(config, spec, VOCABULARY, 2 * SEQ, position_embedding_type="rope")
+
+
+def _by_torch(layer, **how):
+    """Recompute a layer as scripts do that know torch's checkpoint alone."""
+    from torch.utils.checkpoint import checkpoint
+
+    forward = layer.forward
+    layer.forward = lambda hidden_states, **more: checkpoint(
+        lambda hidden: forward(hidden, **more), hidden_states, **how
+    )
+
+
+def doors(rank):
+    """name -> difference of models entered by ``forward``, of layers recomputed by torch, of a teacher of one rank."""
+    batch, whole, found = batch_of(DOCUMENTS, seq=SEQ), alone_of(DOCUMENTS), {}
+    for name, settings in ALGORITHMS.items():
+        with groups(settings, cp_size=2):
+            configure(settings, 2, end_of_document=batch_runs.END)
+            model, local = build(2), split(batch)
+            held = held_of(local)
+            found[name, "forward"] = of_part(model.forward, local, held, whole, of=model)
+            for reentrant in (False, True):
+                model = build(2)
+                for layer in model.decoder.layers:
+                    _by_torch(layer, use_reentrant=reentrant)
+                found[name, f"torch's checkpoint, reentrant {reentrant}"] = of_part(model, local, held, whole)
+            found[name, "a teacher of one rank"] = _recomputed(batch)
+    return found
+
+
+def _recomputed(batch):
+    """Largest difference of gradients with and without recomputation, of a model that computes alone."""
+    plain = _mla(1)
+    again = _mla(1, **batch_runs.RECOMPUTE)
+    again.load_state_dict(plain.state_dict())
+    expected, found = (gradients(model, losses_of(model, batch).sum()) for model in (plain, again))
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    return max(float((found[name] - expected[name]).abs().max()) for name in expected) / scale
 
 
 @contextlib.contextmanager
@@ -205,6 +306,43 @@ def _attention_without_groups():
     DotProductAttention(config, 1, AttnMaskType.causal, "self")
 
 
+def _overlapping(rank):
+    """Whether a pattern of position ids that one rank knows of another group leaves the others waiting."""
+    from mindspeed_cp import megatron_adaptor
+
+    state = megatron_adaptor.state()
+    state.reset()
+    configure({"algorithm": "megatron_cp_algo"}, 2)
+    wrong = 0.0
+    for members in ([0, 1], [0, 2]):
+        group = dist.new_group(members)
+        if rank in members:
+            scope = state.scopes.of(group)
+            held = contiguous(scope.rank)
+            layout = state.foreign.record(state, scope, held, None, "").layout
+            wrong += float((layout.positions(scope.rank) - held).abs().max())
+    return {"groups that overlap": wrong}
+
+
+def _ended():
+    """Largest difference of attention over groups of the same ranks, each made when the one before was ended."""
+    from mindspeed_cp import context_parallel_attention, megatron_adaptor
+
+    state, wrong = megatron_adaptor.state(), 0.0
+    state.reset()
+    configure({"algorithm": "hybrid_cp_algo", "ulysses_degree": 2}, 4)
+    ones = torch.ones(4, 1, 4, 8)
+    for _ in range(2):
+        group = dist.new_group(list(range(4)))
+        scope = state.scopes.of(group)
+        layout = state.layout(16, scope=scope)
+        out = context_parallel_attention(ones, ones, ones, config=scope.config, groups=scope.groups, layout=layout)
+        wrong = max(wrong, float((out - 1).abs().max()))
+        dist.destroy_process_group(group)
+    assert len(state.scopes.items()) == 1
+    return {"groups that were ended": wrong}
+
+
 def collections(rank):
     """name -> difference of models whose groups come in a ProcessGroupCollection alone."""
     import zlib
@@ -252,7 +390,7 @@ def collections(rank):
                 dist.all_reduce(gradient, group=groups_of.cp)
         return losses.detach(), found
 
-    found = {}
+    found = _overlapping(rank) | _ended()
     with collection(1) as one:
         losses, expected = results(1, one)
     cases = {

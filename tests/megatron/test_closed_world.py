@@ -18,6 +18,7 @@ REFUSED = {
     "a model of one rank": ["context_parallel_size 1", "split over 2 ranks", "pass it whole batches"],
     "not the end": ["set_actual_seq_len got ends up to 5", "24 tokens"],
     "another size": ["context_parallel_size 2", "has 1 ranks", "same size"],
+    "equal batches": ["batches of 24 and 24 tokens", "pass the tensors of one batch"],
     "no group": ["context_parallel_size 2", "no context-parallel group", "initialize_model_parallel"],
 }
 
@@ -41,8 +42,20 @@ def test_whole_rows_that_others_cut_are_exact_by_their_position_ids_or_refused()
     check(ranks)
 
 
+def test_padding_is_recognised_in_every_way_of_counting_it():
+    check(run_ranks(2, closed_runs.padded, timeout=200, fresh=True, imported=IMPORTED))
+
+
+def test_copies_of_a_batch_are_known_by_what_all_ranks_hold():
+    check(run_ranks(2, closed_runs.beginnings, timeout=60, fresh=True, imported=IMPORTED))
+
+
 def test_document_ends_beside_a_batch_are_taken_in_every_order_and_unit():
     check(run_ranks(2, closed_runs.handed_over, timeout=200, fresh=True, imported=IMPORTED))
+
+
+def test_every_entry_of_a_model_and_every_recomputation_sees_its_own_batch():
+    check(run_ranks(2, closed_runs.doors, timeout=200, fresh=True, imported=IMPORTED))
 
 
 def test_groups_that_were_there_before_the_import_or_are_of_another_size():
