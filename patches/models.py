@@ -5,6 +5,7 @@ from typing import Any
 
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import block_record, entering, packed_params_in, refuse_inference, tensors_in
+from mindspeed_cp.megatron.handover import pipeline_of
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.sizes import check_model, sub_batch_record
 from mindspeed_cp.patches.building import census_of
@@ -23,6 +24,7 @@ SCHEDULE_NODE = "megatron.core.pipeline_parallel.utils.ScheduleNode"
 def language_module_init(adaptor: Adaptor, original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
     adaptor.hand_over.number(self)
+    adaptor.is_pipeline |= len(pipeline_of(self)) > 1  # of groups, too, that initialize_model_parallel did not make
 
 
 @patch(

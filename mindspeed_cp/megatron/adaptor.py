@@ -115,7 +115,7 @@ class Adaptor:
         """Forget everything, as after the import; groups that Megatron or others made are adopted again when used."""
         self.settings = Settings()
         self.scopes.forget()
-        self.sizes, self.log, self.handed, self.is_pipeline = {}, None, Handed(), False
+        self.sizes, self.log, self.handed = {}, None, Handed()  # pipelines stay
         self._announced, self._is_checked = None, False
         self.losses = Losses()
         self.epoch += 1

@@ -89,6 +89,12 @@ def with_handed_documents(
     handed = adaptor.handed
     if handed.ends is None or not record.waits_for_documents:
         return record
+    if handed.of_a_split and record.split_after < handed.times:
+        raise ValueError(
+            "set_actual_seq_len was called after this batch was split, and another batch, split since, took the ends: "
+            "nothing says of which batch they are; set them before each batch is split (the whole row as one document "
+            "where it is one), or give them to state().shard_batch(batch, cu_seqlens=...)."
+        )
     told = ids if tokens is None else tokens
     rows = 1 if told is None or told.dim() < 2 else told.size(-2)
     size = divided_by(adaptor)

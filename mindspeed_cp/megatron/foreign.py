@@ -73,7 +73,7 @@ class Foreign:
             whole = gather_sequence(tokens, groups=scope.groups, layout=layout, dim=tokens.dim() - 1)
             ends = settings.end_of_document
             documents = documents_of_tokens(whole.view(-1, layout.seq_len), ends() if callable(ends) else ends)
-        return MicroBatch(layout, documents, scope, waits_for_documents=True)
+        return MicroBatch(layout, documents, scope, waits_for_documents=True, split_after=adaptor.handed.times)
 
     def _of_ids(self, scope: Scope, rows: torch.Tensor, declared: str) -> Found:
         def found(everyone: list[torch.Tensor]) -> Found:
@@ -239,12 +239,13 @@ def _runs(part: Sequence[int]) -> Iterator[tuple[int, int]]:
 def _is_plausible(layout: SequenceLayout, parts: list[list[int]]) -> bool:
     """Whether a whole row, put together by ``layout``, counts up, but for new starts and for padding.
 
-    Padding holds 0, 1 or -1 all along, or the place of the last token before it.
+    Padding holds 0, 1 or -1 all along, or the place of the token before it, up to the end of the row or to a new start.
     """
     row = layout.unshard([torch.tensor(part, dtype=torch.long) for part in parts])
-    before, here, steps = row[:-1], row[1:], row[1:] - row[:-1]
-    after = torch.cat([row[2:], row[-1:]])[: len(here)]
-    counts = (steps == 1) | (here == 0) | (here == before) | ((here == 1) & (after == 1))
+    before, here, end = row[:-1], row[1:], torch.tensor([True])
+    stays = here == before
+    padding = (stays | (here == 1)) & torch.cat([stays[1:] | (here[1:] == 0), end])[: len(here)]
+    counts = (here == before + 1) | (here == 0) | padding
     return bool(counts.all()) and int(row[0]) in (-1, 0, 1)
 
 

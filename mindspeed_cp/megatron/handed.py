@@ -20,15 +20,20 @@ class Handed:
     Args:
         ends: document ends over the rows of a micro-batch one after another, with or without a leading 0.
         waiting: no batch has taken them yet.
+        times: how often they were set.
+        of_a_split: a batch took them when it was split.
         position_ids: kept for those who ask, read by nobody here.
     """
 
     ends: torch.Tensor | Sequence[int] | None = None
     waiting: bool = False
+    times: int = 0
+    of_a_split: bool = False
     position_ids: Any = None
 
     def set_ends(self, ends: torch.Tensor | Sequence[int] | None) -> None:
-        self.ends, self.waiting = ends, ends is not None
+        self.ends, self.waiting, self.of_a_split = ends, ends is not None, False
+        self.times += 1
 
     def take(self, rows: int, seq_len: int, divided_by: int = 1) -> Documents | None:
         """Boundaries of every row of a batch (one row where all share them); None without.

@@ -52,11 +52,13 @@ class HandOver:
         Raises:
             ValueError: the first record was the configuration's own, so that nothing is handed over, and this is not.
         """
-        pipeline = _pipeline_of(model)
+        pipeline = pipeline_of(model)
         if len(pipeline) == 1:
             return record
         passes, model_key = self._count(model, pipeline)
-        plain = record.documents is None and record.layout == self._adaptor.layout(record.seq_len, scope=scope)
+        usual = self._adaptor.layout(record.seq_len, scope=scope)
+        _check_rows(model.config, record.layout, usual, scope.rank)
+        plain = record.documents is None and record.layout.all_runs == usual.all_runs
         way = self._ways.get(model_key)
         if way is None:
             way = PLAIN if plain and not self._adaptor.settings.expects_documents else HANDED
@@ -78,20 +80,28 @@ class HandOver:
         """The record of a forward pass of a later stage; ``record`` is what its own batch says, None without.
 
         None is what the configuration makes of the length that the stage receives.
+
+        Raises:
+            ValueError: its own batch was split in another way than that of the first stage.
         """
-        pipeline = _pipeline_of(model)
+        pipeline = pipeline_of(model)
         if len(pipeline) == 1:
             return record
         passes, model_key = self._count(model, pipeline)
         if model_key not in self._ways:
             self._ways[model_key] = _get_default_store().get(model_key).decode()
         if self._ways[model_key] == PLAIN:
+            if record is not None:
+                _check_alike(record, MicroBatch(self._adaptor.layout(record.seq_len, scope=scope), None, scope))
             return record
         seq_len, rows, runs = json.loads(_get_default_store().get(f"{model_key}/{passes}"))
         layout = SequenceLayout.from_runs(scope.config, runs)
         documents: Documents | None = None if rows is None else tuple(map(tuple, rows))
         assert layout.seq_len == seq_len
-        return MicroBatch(layout, documents, scope)
+        handed = MicroBatch(layout, documents, scope)
+        if record is not None:
+            _check_alike(record, handed)
+        return handed
 
     def _count(self, model: Any, pipeline: list[int]) -> tuple[int, str]:
         """(number of this forward pass of ``model``, key of the model in its pipeline)."""
@@ -108,11 +118,33 @@ class HandOver:
             _get_default_store().set(key, value)
 
 
+def _check_rows(config: Any, layout: SequenceLayout, usual: SequenceLayout, rank: int) -> None:
+    """Raise ValueError where stages that know a length alone expect another number of rows than this one sends."""
+    own, expected = layout.length(rank), usual.length(rank)
+    if own != expected and not getattr(config, "variable_seq_lengths", False):
+        raise ValueError(
+            f"context-parallel rank {rank} holds {own} of {layout.seq_len} tokens (layout {layout.kind}), and the next "
+            f"pipeline stage expects {expected}, as the configuration splits them; let stages tell each other their "
+            "shapes with variable_seq_lengths=True in the TransformerConfig (--variable-seq-lengths)."
+        )
+
+
+def _check_alike(record: MicroBatch, first: MicroBatch) -> None:
+    """Raise ValueError where the batch of a later stage was not split like that of the first one."""
+    differ = record.documents is not None and record.documents != first.documents
+    if record.layout.all_runs != first.layout.all_runs or differ:
+        raise ValueError(
+            f"the labels of this pipeline stage were split as {record.layout.kind} with documents {record.documents}, "
+            f"and the tokens of the first stage as {first.layout.kind} with documents {first.documents}; split both in "
+            "the same way, with the same cu_seqlens on every stage."
+        )
+
+
 def _written(record: MicroBatch) -> list[Any]:
     return [record.seq_len, record.documents, record.layout.all_runs]
 
 
-def _pipeline_of(model: Any) -> list[int]:
+def pipeline_of(model: Any) -> list[int]:
     """Global ranks of the pipeline to which a model belongs, its first stage first."""
     from megatron.core import parallel_state
 

@@ -33,12 +33,14 @@ class MicroBatch:
         scope: over which ranks it was split; None is Megatron's own group.
         waits_for_documents: nobody has said yet where documents end; until its forward pass they may be handed over
             beside the batch (MindSpeed's set_actual_seq_len).
+        split_after: how often ends had been handed over when it was split.
     """
 
     layout: SequenceLayout
     documents: Documents | None = None
     scope: Scope | None = field(default=None, compare=False)
     waits_for_documents: bool = field(default=False, compare=False)
+    split_after: int = field(default=0, compare=False)
 
     @property
     def seq_len(self) -> int:

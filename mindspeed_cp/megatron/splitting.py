@@ -119,7 +119,8 @@ def _record(adaptor: "Adaptor", scope: Scope, batch: Batch, seq_len: int, docume
         documents, waits = documents_of_batch(adaptor, batch)
     else:
         waits = False
-    return MicroBatch(layout(adaptor, scope, seq_len, documents), documents, scope, waits_for_documents=waits)
+    of_this_length, times = layout(adaptor, scope, seq_len, documents), adaptor.handed.times
+    return MicroBatch(of_this_length, documents, scope, waits_for_documents=waits, split_after=times)
 
 
 def _telling(local: Batch) -> list[Any]:
@@ -192,7 +193,7 @@ def documents_of_batch(adaptor: "Adaptor", batch: Batch) -> tuple[Documents | No
         if not handed.waiting or not sequences:
             return None, True
         rows = next(iter(sequences.values()))
-        adaptor.documents_by_hand = True
+        adaptor.documents_by_hand = handed.of_a_split = True
         return handed.take(rows.size(sequence_dim(rows) - 1), length_of(sequences), divided_by(adaptor)), False
     if batch.get("attention_mask") is not None:
         return None, True

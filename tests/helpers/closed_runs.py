@@ -43,10 +43,10 @@ def cut(batch, held):
     return {name: tensor[..., held].contiguous() for name, tensor in batch.items()}
 
 
-def told(call, *args):
+def told(call, *args, **more):
     """What is said of what is refused; "" where nothing is."""
     try:
-        call(*args)
+        call(*args, **more)
     except ValueError as error:
         return str(error)
     return ""
@@ -192,6 +192,11 @@ def handed_over(rank):
             counted = batch | {"position_ids": torch.arange(SEQ)[None]}
             local, expected = cut(counted, zigzag(rank)), expected_of(DOCUMENTS, batch=counted)
             found[name, "split by a framework"] = of_part(model, local, zigzag(rank), expected)
+            set_actual_seq_len(None)
+            first = split(batch)
+            set_actual_seq_len(ends)
+            split(others)
+            found[name, "of one of two batches"] = told(losses_of, model, first)
             if name == "ring":
                 set_actual_seq_len([end // 2 for end in (8, 16, SEQ)])
                 found[name, "divided by the ring"] = of_part(
@@ -441,7 +446,8 @@ def two_models(rank):
     """Differences of the losses of two models in one pipeline, whose forward passes the first stage runs together."""
     from megatron.core import parallel_state
 
-    from mindspeed_cp import megatron_adaptor
+    from mindspeed_cp import SequenceLayout, megatron_adaptor
+    from mindspeed_cp.megatron.records import MicroBatch
 
     rows = {"teacher": DOCUMENTS, "student": ((0, 11, 20, SEQ),)}
     found = {}
@@ -455,16 +461,24 @@ def two_models(rank):
             outputs = []
             for name, documents in rows.items():
                 local = state.shard_batch(batch_of(documents, seq=SEQ), cu_seqlens=documents[0])
-                outputs.append(models[name](local["tokens"], local["position_ids"], None).detach())
+                for _ in range(2):  # the later stage refuses the first of them
+                    output = models[name](local["tokens"], local["position_ids"], None).detach()
+                outputs.append(output)
             for output in outputs:
                 dist.send(output, parallel_state.get_pipeline_model_parallel_next_rank())
-            return {}
+            uneven = cut(batch_of(PLAIN, seq=SEQ), torch.arange(SEQ).split([5, SEQ - 5])[state.cp_rank])
+            layout = SequenceLayout.from_runs(state.config, [[(0, 5)], [(5, SEQ)]])
+            with state.running(MicroBatch(layout, DOCUMENTS)):
+                says = told(models["student"], uneven["tokens"], uneven["position_ids"], None)
+            return {"uneven rows": says}
         for name, documents in rows.items():
             hidden = torch.empty(SEQ // 2, 1, models[name].config.hidden_size)
             dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
             labels = {"labels": batch_of(documents, seq=SEQ)["labels"]}
             models[name].set_input_tensor(hidden)
             held = zigzag(state.cp_rank)
+            other = state.shard_batch(labels, cu_seqlens=(0, 5, SEQ))["labels"]
+            found[name, "labels of other documents"] = told(models[name], None, None, None, labels=other)
             losses = models[name](None, None, None, labels=split(labels)["labels"])
             found[name] = float((losses - whole[name][:, held]).abs().max() / whole[name].abs().max())
     return found

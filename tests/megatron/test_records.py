@@ -4,6 +4,7 @@ batch that somebody else split contradicts itself. No process group is needed.
 
 import gc
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,6 +14,7 @@ from adaptors import adaptor_of
 
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
 from mindspeed_cp.megatron import bridge, documents, foreign, packed
+from mindspeed_cp.megatron import records as batch_records
 from mindspeed_cp.megatron.batches import refuse_inference
 from mindspeed_cp.megatron.bridge import CoreAttention
 from mindspeed_cp.megatron.records import BatchRecords, MicroBatch
@@ -46,15 +48,25 @@ def test_a_record_is_found_by_any_tensor_of_its_batch_and_by_views_of_them():
     assert records.find([torch.zeros(2, 4), "tokens"]) is None
 
 
-def test_a_copy_of_tokens_leads_to_the_record_of_the_only_batch_with_these_values():
+def test_a_copy_of_tokens_leads_to_the_record_of_the_only_batch_with_these_values_on_all_ranks():
     records, tokens, places = BatchRecords(), torch.tensor([[3, 1, 4, 1]]), torch.arange(4)[None]
-    records.remember([tokens, places], record(8), [tokens])
+    scope = BatchRecords()  # any object that can be referred to weakly
+    of_scope = lambda *args: replace(record(*args), scope=scope)  # noqa: E731
+    records.remember([tokens, places], of_scope(8), [tokens])
+
+    def found(copy, theirs=(1, 2, 3)):
+        with mock.patch.object(batch_records, "_on_all_ranks", lambda mine, scope: sorted({*mine} & {*theirs})):
+            return records.find_copied([copy], scope)
+
     for copy in (tokens.clone(), tokens.to(torch.int32), tokens.tolist() and torch.tensor([[3, 1, 4, 1]])):
-        assert records.find([copy]) is None and records.find_copied([copy]) == record(8)
-    assert records.find_copied([places.clone()]) is None, "positions are those of many batches"
+        assert records.find([copy]) is None and found(copy) == record(8)
+    assert found(places.clone()) is None, "positions are those of many batches"
+    assert found(tokens.clone(), theirs=()) is None, "another rank holds other values"
     again = tokens.clone()
-    records.remember([again], record(8, ((0, 3, 8),)), [again])
-    assert records.find_copied([tokens.clone()]) is None and records.find([tokens]) == record(8)
+    records.remember([again], of_scope(8, ((0, 3, 8),)), [again])
+    assert found(tokens.clone(), theirs=(2,)) == record(8, ((0, 3, 8),)) and records.find([tokens]) == record(8)
+    with pytest.raises(ValueError, match="pass the tensors of one batch"):
+        found(tokens.clone())
 
 
 def test_a_record_goes_with_the_tensors_of_its_batch():
