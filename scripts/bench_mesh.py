@@ -212,11 +212,12 @@ def measure(options: argparse.Namespace) -> None:
 
     from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention
     from mindspeed_cp.comm import count_bytes
+    from mindspeed_cp.kernels.base import AttentionKernel, BlockResult
 
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
 
-    class Kernel:
+    class Kernel(AttentionKernel):
         """Zeros of the right shapes, after as much time as was asked for the whole of a pass."""
 
         name, native_bands = "stub", True
@@ -224,17 +225,15 @@ def measure(options: argparse.Namespace) -> None:
         def __init__(self, seconds=0.0):
             self.seconds = seconds
 
-        def wait(self, query):
+        def forward(self, tensors, options):
+            query = tensors.query
             time.sleep(self.seconds * query.shape[2] * ranks / HEADS)
+            out = torch.zeros((*query.shape[:3], tensors.value.shape[3]), dtype=query.dtype)
+            return BlockResult(out, torch.zeros(query.shape[:3], dtype=torch.float32))
 
-        def forward(self, query, key, value, block, options, attention_mask=None):
-            self.wait(query)
-            out = torch.zeros((*query.shape[:3], value.shape[3]), dtype=query.dtype)
-            return out, torch.zeros(query.shape[:3], dtype=torch.float32), None
-
-        def backward(self, grad_out, query, key, value, out, lse, block, options, rng, attention_mask=None):
-            self.wait(query)
-            return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        def backward(self, tensors, rows, options, saved):
+            time.sleep(self.seconds * tensors.query.shape[2] * ranks / HEADS)
+            return tuple(torch.zeros_like(like) for like in (tensors.query, tensors.key, tensors.value))
 
     local = options.seq_length // ranks
     leaves = [

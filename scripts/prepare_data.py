@@ -14,6 +14,7 @@ import mindspeed_cp.megatron_adaptor  # noqa: F401  before anything of Megatron
 
 import argparse
 import json
+import os
 import pydoc_data.topics
 import sys
 from collections.abc import Iterable
@@ -31,21 +32,29 @@ def write_documents(texts: Iterable[str], prefix: str, encoder: Encoder | None =
     Returns:
         (documents, tokens).
 
+    A dataset of that name stays as it is until the new one is whole.
+
     Raises:
-        ValueError: there is no document.
+        ValueError: there is no document, or what yields them raises it.
     """
     encoder = encoder or bytes_encoder()
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-    builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=DType.optimal_dtype(encoder.vocab_size))
+    part = f"{prefix}.part{os.getpid()}"
+    builder = IndexedDatasetBuilder(get_bin_path(part), dtype=DType.optimal_dtype(encoder.vocab_size))
     num_documents = num_tokens = 0
-    for text in texts:
-        tokens = torch.tensor([*encoder.encode(text), encoder.eod], dtype=torch.int64)
-        builder.add_document(tokens, [len(tokens)])
-        num_documents, num_tokens = num_documents + 1, num_tokens + len(tokens)
-    if not num_documents:
-        Path(get_bin_path(prefix)).unlink(missing_ok=True)
-        raise ValueError("--input holds no text: every document is empty; give another file.")
-    builder.finalize(get_idx_path(prefix))
+    try:
+        for text in texts:
+            tokens = torch.tensor([*encoder.encode(text), encoder.eod], dtype=torch.int64)
+            builder.add_document(tokens, [len(tokens)])
+            num_documents, num_tokens = num_documents + 1, num_tokens + len(tokens)
+        if not num_documents:
+            raise ValueError("--input holds no text: every document is empty; give another file.")
+        builder.finalize(get_idx_path(part))
+        os.replace(get_bin_path(part), get_bin_path(prefix))
+        os.replace(get_idx_path(part), get_idx_path(prefix))
+    finally:
+        for path in (get_bin_path(part), get_idx_path(part)):
+            Path(path).unlink(missing_ok=True)
     about = {"tokenizer": encoder.name, "eod": encoder.eod, "vocab_size": encoder.vocab_size}
     Path(prefix + ".json").write_text(json.dumps(about) + "\n", encoding="utf-8")
     return num_documents, num_tokens

@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
             kind, said = proved([*line.flags(), "--data-path", prefix], args.seed, args.limit)
             counts[kind] += 1
             if kind == "different" or args.verbose:
-                print(f"{kind}: {shlex.join(line.flags())}", flush=True)
+                why = f"    {said.splitlines()[-1]}" if kind == "refused" else ""
+                print(f"{kind}: {shlex.join(line.flags())}", why, sep="\n" if why else "", flush=True)
             if kind == "different":
                 print("    " + "\n    ".join(said.splitlines()), flush=True)
     print("| seed | command lines | " + " | ".join(KINDS) + " |")

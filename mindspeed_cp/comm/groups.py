@@ -222,7 +222,8 @@ def _made_by_members(key: PoolKey, timeout: timedelta | None) -> dist.ProcessGro
     """
     name, ranks, number = key
     known = distributed_c10d._process_group_name
-    distributed_c10d._process_group_name = lambda *args, **kwargs: f"mindspeed_cp {name} {ranks} {number}"
+    named: Any = lambda *args, **kwargs: f"mindspeed_cp {name} {ranks} {number}"  # noqa: E731
+    distributed_c10d._process_group_name = named
     try:
         return dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
     finally:

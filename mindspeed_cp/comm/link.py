@@ -141,6 +141,7 @@ class Link(Member):
         purpose: str,
         stamp: Stamp | None = None,
         check: Callable[[list[Stamp]], None] | None = None,
+        by_messages: bool = False,
     ) -> Pending[None]:
         """Trade messages with every rank; the caller counts the bytes.
 
@@ -148,9 +149,14 @@ class Link(Member):
             leaving, arriving: the message to, and from, each rank, this one included. A size is a number of the sender
                 times one of the receiver, as rows times heads are.
             stamp: what every rank tells the others beside its messages, where ``tells`` says that it can.
+            by_messages: single messages where the back end's own all-to-all keeps links idle.
             check: called with all ranks' stamps in rank order before anything is unpacked; it may raise.
         """
-        if stamp is None and self.backend not in ANNOUNCE_FIRST and not self._shares_memory(leaving[self.rank].device):
+        if (
+            stamp is None
+            and not (by_messages and self.backend in ANNOUNCE_FIRST)
+            and not self._shares_memory(leaving[self.rank].device)
+        ):
             return self._all_to_all_at_once(leaving, arriving, purpose)
         batch = Batch(self, purpose, stamp, check)
         for rank in self.peers:
@@ -158,8 +164,11 @@ class Link(Member):
         for rank in self.peers:
             batch.send(rank, leaving[rank])
         batch.post()
-        copy_message(leaving[self.rank], arriving[self.rank])  # what leaves may change from now on
-        return Pending(batch.finish)
+        own = leaving[self.rank], arriving[self.rank]  # and nothing else of what leaves lives on
+        if check is None:
+            copy_message(*own)  # what leaves may change from now on
+            return Pending(batch.finish)
+        return Pending(batch.finish).then(lambda _: copy_message(*own))
 
     def tells(self, device: torch.device) -> bool:
         """Whether stamps travel with messages of this device: gloo's can be announced, for its peers are processes."""

@@ -82,7 +82,7 @@ def _trade(channel: RingChannel, leaving: list[Message], arriving: list[Message]
     num_bytes = sum(message.num_bytes for message in leaving)
     if num_bytes:
         record({purpose.partition(".")[0]: num_bytes})
-    return channel.link.all_to_all(leaving, arriving, purpose)
+    return channel.link.all_to_all(leaving, arriving, purpose, by_messages=True)
 
 
 __all__ = ["MeshReturn", "MeshStep", "mesh_exchange"]

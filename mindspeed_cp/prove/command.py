@@ -73,8 +73,7 @@ def wish_of(given: argparse.Namespace) -> Wish:
             raise ValueError(f"--{flag} {getattr(given, flag)} must be at least {least}.")
     if given.reference_only and given.device == "cpu":
         raise ValueError(
-            "--reference-only needs --device cuda or npu: without this project Megatron runs on no CPU; leave one of "
-            "them out."
+            "--reference-only needs --device cuda or npu: without this project Megatron runs on no CPU; leave it out."
         )
     return Wish(
         cp=given.cp,

@@ -148,6 +148,8 @@ def _sequence(words: Words, ranks: Ranks, own: Ranks) -> None:
     short = min(length, LONG if has_documents else SHORT)
     if length % (2 * own.cp) == 0:
         short = max(multiple, short // multiple * multiple)
+    elif own.cp > 1 and length % own.cp == 0:  # as aligned Ulysses wants it, and no more
+        short = max(multiple, short // multiple * multiple) - multiple // 2
     else:
         short = max(short // multiple * multiple - (ranks.tp if "--sequence-parallel" in words else 3), ranks.cp + 1)
     words.set("--seq-length", short)

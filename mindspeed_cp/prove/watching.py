@@ -54,22 +54,11 @@ def _schedule(original: Callable[..., Any], recorder: Recorder) -> Callable[...,
             return original(*args, **kwargs)  # Megatron's schedules take keywords alone
         model = kwargs["model"]
         chunks = list(model) if isinstance(model, (list, tuple)) else [model]
-        for chunk in chunks:
-            _keep_what_is_sent(chunk)
         kwargs["forward_step_func"] = _forward_step(kwargs["forward_step_func"], recorder)
         with recorder.step(chunks, place()):
             return original(**kwargs)
 
     return run
-
-
-def _keep_what_is_sent(chunk: torch.nn.Module) -> None:
-    """Megatron frees a stage's output while it is sent, which only streams make safe: gloo then sends other numbers."""
-    from megatron.core.utils import get_model_config
-
-    config = get_model_config(chunk)
-    if next(chunk.parameters()).device.type == "cpu" and getattr(config, "deallocate_pipeline_outputs", False):
-        config.deallocate_pipeline_outputs = False
 
 
 def _forward_step(forward_step: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:

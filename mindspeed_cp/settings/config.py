@@ -125,8 +125,7 @@ class ContextParallelConfig:
     in_flight: int | Literal["auto"] = setting(
         1,
         flag="--cp-in-flight",
-        help="steps of the exchange that may be under way at once, where nothing is forwarded: direct, mesh, and "
-        "within windows of Double Ring",
+        help="steps of direct, of mesh, or of a window of Double Ring that may be under way at once",
         rule="what holds one step exists N + 1 times",
         meanings={"auto": "by topology"},
         takes="N",
@@ -272,6 +271,7 @@ class ContextParallelConfig:
         """Messages about settings that the chosen algorithm does not read; they are warnings, never silence."""
         algorithm = f"--context-parallel-algo {self.algorithm}"
         found = [each.notice(getattr(self, each.name), self.algorithm) for each in declarations(type(self))]
+        unread = "auto" not in (self.kv_exchange, self.in_flight) and self.topology != "auto"
         across = {
             f"--cp-window-size {self.window_size} is one window of all {self.window_size} ranks of the ring: the plain "
             "ring.": self._is_one_window,
@@ -281,12 +281,10 @@ class ContextParallelConfig:
             f"--cp-p2p {self.p2p} is ignored: the mesh exchange sends no messages between single ranks.": (
                 self.p2p != "auto" and self.kv_exchange == "mesh"
             ),
-            f"--cp-in-flight {self.in_flight} is ignored: {algorithm} without --cp-kv-exchange direct, mesh or auto, "
-            "or windows, forwards one step at a time.": self.in_flight not in (1, "auto")
+            f"--cp-in-flight {self.in_flight} is ignored: a plain ring forwards one step at a time.": self.in_flight
+            not in (1, "auto")
             and not self._takes_several_steps,
-            f"--cp-topology {self.topology} is ignored: neither --cp-kv-exchange nor --cp-in-flight is auto.": (
-                self.topology != "auto" and "auto" not in (self.kv_exchange, self.in_flight)
-            ),
+            f"--cp-topology {self.topology} is ignored: neither --cp-kv-exchange nor --cp-in-flight is auto.": unread,
             "--cp-log says nothing at --context-parallel-size 1 without --hybrid-context-parallel.": self.log
             and self.context_parallel_size == 1,
         }
@@ -294,8 +292,7 @@ class ContextParallelConfig:
 
     @property
     def _takes_several_steps(self) -> bool:
-        has_windows = self.window_size > 1 and not self._is_one_window
-        return self.row.exchange == "ring" and (self.kv_exchange != "ring" or has_windows)
+        return self.row.exchange == "ring" and (self.kv_exchange != "ring" or self.hierarchy[2] > 1)
 
     @property
     def hierarchy(self) -> Hierarchy:
@@ -335,12 +332,7 @@ class ContextParallelConfig:
             )
         elif 1 < ulysses < self.context_parallel_size:
             name = f"{name} (ulysses {ulysses}, ring {window})"
-        parts = [
-            name,
-            f"cp={self.context_parallel_size}",
-            self.layout_kind,
-            self.attention_mask_type,
-        ]
+        parts = [name, f"cp={self.context_parallel_size}", self.layout_kind, self.attention_mask_type]
         if self.kv_exchange != "ring":
             parts.append(f"{self.kv_exchange} exchange")
         if self.in_flight != 1 and self._takes_several_steps:

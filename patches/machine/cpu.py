@@ -319,3 +319,13 @@ def maybe_move_tensor_to_cpu(
 def yarn(adaptor: Any, original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     given = arguments_of(original, (self, *args), kwargs)
     original(**given | {"use_cpu_initialization": True})
+
+
+@patch(
+    "megatron.core.model_parallel_config.ModelParallelConfig.__post_init__",
+    reason="Megatron frees a pipeline stage's output while it is sent, which streams make safe: gloo would send other "
+    "numbers",
+)
+def keep_what_is_sent(adaptor: Any, original: Any, self: Any) -> None:
+    original(self)
+    self.deallocate_pipeline_outputs = False

@@ -52,7 +52,15 @@ def _devices(torch):
         "cast": str(one.type("torch.cuda.DoubleTensor").dtype),
         "compiled": [torch.compile(_devices) is _devices, decorated is _devices],
         "memory": torch.cuda.mem_get_info(torch.cuda.current_device()),
+        "frees what is sent": _frees_what_is_sent(),
     }
+
+
+def _frees_what_is_sent():
+    from megatron.core.transformer import TransformerConfig
+
+    asked = dict(num_layers=1, hidden_size=8, num_attention_heads=1, deallocate_pipeline_outputs=True)
+    return TransformerConfig(**asked).deallocate_pipeline_outputs
 
 
 def _scripted(torch):

@@ -69,6 +69,10 @@ def test_the_memory_of_the_device_is_that_of_the_machine(facts):
     assert 0 < free <= total == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def test_a_stage_keeps_what_gloo_still_sends(facts):
+    assert facts["frees what is sent"] is False
+
+
 def test_nccl_is_gloo_and_device_arguments_are_dropped(facts):
     assert facts["backends"] == ["gloo", "gloo", "gloo"]
 

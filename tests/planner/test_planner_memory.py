@@ -119,7 +119,8 @@ def cases_of(algorithm, cp):
 
 @pytest.mark.parametrize("algorithm, cp", [param for param in SOME_SIZES if param.values[1] > 1])
 def test_predicted_peaks_are_those_of_live_tensors(algorithm, cp):
-    cases = list(cases_of(algorithm, cp))
+    """Not of the mesh exchange: on gloo it is made of messages, which are packed one by one."""
+    cases = [case for case in cases_of(algorithm, cp) if case.config["kv_exchange"] != "mesh"]
     for case, measured in zip(cases, zip(*run_ranks(cp, peaks_of_layers, cases))):
         assert measured == tuple((one.saved + one.passing, one.buffers) for one in predicted(case)), case
 

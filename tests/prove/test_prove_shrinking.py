@@ -98,6 +98,7 @@ def test_replicated_heads_stay_replicated(small):
         ("--mock-data --tokenizer-type NullTokenizer --vocab-size 128000", "--vocab-size", "4224"),
         ("--data-path text --tokenizer-type NullTokenizer --vocab-size 128000", "--vocab-size", "128000"),
         ("--seq-length 4097", "--seq-length", "125"),
+        ("--seq-length 63 --context-parallel-size 3", "--seq-length", "58"),
         ("--reset-attention-mask", "--seq-length", "512"),
     ],
 )

@@ -121,6 +121,7 @@ def test_own_text_becomes_a_dataset_and_the_demo_never_bears_its_name(texts):
     check_dataset(own, 258)
     assert named[0] == 2 and f"use --output {own[:-3]}b, and --input for your text" in named[2]
     assert keyless[0] == 2 and "has no text under --json-key text; it has body" in keyless[2]
+    assert not list(texts.glob("*.part*"))  # and what was there before is whole
     assert hollow[0] == 2 and "every document is empty" in hollow[2] and not (texts / "none.idx").exists()
 
 
