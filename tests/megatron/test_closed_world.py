@@ -2,6 +2,7 @@
 entries of a model, document ends beside the batch, several models.
 """
 
+import closed_groups
 import closed_runs
 import pytest
 from distributed import run_ranks
@@ -62,12 +63,12 @@ def test_every_entry_of_a_model_and_every_recomputation_sees_its_own_batch():
 
 
 def test_groups_that_were_there_before_the_import_or_are_of_another_size():
-    check(run_ranks(2, closed_runs.others, timeout=200, fresh=True, imported=IMPORTED))
+    check(run_ranks(2, closed_groups.others, timeout=200, fresh=True, imported=IMPORTED))
 
 
 @pytest.mark.skipif(MINOR < (0, 16), reason="models take a ProcessGroupCollection of any groups from 0.16 on")
 def test_models_over_groups_that_nobody_registered():
-    check(run_ranks(4, closed_runs.collections, timeout=200, fresh=True, imported=IMPORTED))
+    check(run_ranks(4, closed_groups.collections, timeout=200, fresh=True, imported=IMPORTED))
 
 
 @pytest.mark.skipif(not has("megatron.core.models.common.model_chunk_schedule_plan"), reason="no plans before 0.14")
