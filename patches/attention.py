@@ -17,7 +17,7 @@ from mindspeed_cp.attention.exchanged import exchange_around
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.alone import Scores, alone, memory_of
 from mindspeed_cp.megatron.bridge import CoreAttention, attention, layer_window
-from mindspeed_cp.megatron.scopes import OWN, checked_group, named_group, own_group
+from mindspeed_cp.megatron.scopes import OWN, HeldGroup, checked_group, named_group, own_group
 from mindspeed_cp.patches.machine.compiler import outside_compiler
 from mindspeed_cp.patches.rows import arguments_of, patch, signature_of, uninstalled
 from mindspeed_cp.settings.notices import warn_rank0
@@ -95,7 +95,7 @@ def _group(config: Any, given: dict[str, Any], name: str) -> Any:
 
 def _join(adaptor: Adaptor, module: Any, group: Any) -> None:
     """Let ``module`` compute over ``group``."""
-    object.__setattr__(module, OWN, group)  # no parameter and no state
+    object.__setattr__(module, OWN, HeldGroup(group))  # no parameter and no state
     adaptor.announce(adaptor.scopes.of(group).config)
 
 

@@ -41,7 +41,7 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
     if found is None and not scope.alone and adaptor.running_in(scope) is None:
         found = adaptor.records.find_copied([tokens, given.get("labels")], scope)
     if scope.alone:
-        _refuse_split_batch(model, found)
+        _refuse_split_batch(model, found or adaptor.records.copied_from(tokens))
         return None
     refuse_inference(values)
     if found is not None and found.scope is not None and found.scope is not scope:

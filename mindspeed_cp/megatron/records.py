@@ -119,17 +119,25 @@ class BatchRecords:
         mine = set(alike).intersection(*by_tensor) or set(alike)
         return _only(alike[number] for number in _on_all_ranks(mine, scope))
 
+    def copied_from(self, tokens: torch.Tensor | None) -> MicroBatch | None:
+        """The record of a batch of which ``tokens`` of several values are a copy, whatever it was split over."""
+        if tokens is None:
+            return None
+        alike = self._by_values(tokens, None)
+        return next(iter(alike.values())) if alike and bool(tokens.ne(tokens.flatten()[0]).any()) else None
+
     def _by_memory(self, tensor: torch.Tensor) -> MicroBatch | None:
         part = self._parts.get(tensor.untyped_storage()._cdata)
         return None if part is None or part.memory.expired() else part.record
 
-    def _by_values(self, tensor: torch.Tensor, scope: Scope) -> dict[int, MicroBatch]:
-        """number -> record of the batches of which a tensor of whole numbers has the same values."""
+    def _by_values(self, tensor: torch.Tensor, scope: Scope | None) -> dict[int, MicroBatch]:
+        """number -> record of the batches, over ``scope`` or any, of which a tensor of whole numbers has the values."""
         if tensor.is_floating_point() or tensor.dim() < 2:
             return {}
         alike = {}
         for part in self._parts.values():
-            known = None if part.tensor is None or part.record.scope is not scope else part.tensor()
+            elsewhere = scope is not None and part.record.scope is not scope
+            known = None if part.tensor is None or elsewhere else part.tensor()
             if (
                 known is not None
                 and (known.shape, known.device) == (tensor.shape, tensor.device)

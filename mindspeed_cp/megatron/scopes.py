@@ -19,6 +19,19 @@ COLLECTIONS = ("pg_collection", "model_comm_pgs")  # where modules keep their gr
 OWN = "context_parallel_group"  # set here on modules of ours, whose own arguments Megatron does not keep
 
 
+class HeldGroup:
+    """A process group on a module: copies of the module share it, and one that was pickled takes Megatron's own."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HeldGroup":
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return HeldGroup, ()
+
+
 @dataclass(frozen=True, eq=False)
 class Scope:
     """One context-parallel group seen from this rank.
@@ -146,7 +159,11 @@ def named_group(owner: Any) -> dist.ProcessGroup | None:
         owner: a module with ``cp_group`` or a collection of groups, or a mapping of arguments by name.
     """
     get = owner.get if isinstance(owner, dict) else lambda name: getattr(owner, name, None)
-    for group in (get(OWN), *(getattr(get(name), "cp", None) for name in COLLECTIONS), get("cp_group")):
+    for group in (
+        getattr(get(OWN), "group", None),
+        *(getattr(get(name), "cp", None) for name in COLLECTIONS),
+        get("cp_group"),
+    ):
         if isinstance(group, dist.ProcessGroup):
             return group
     return None

@@ -2,6 +2,8 @@
 from the same model without context parallelism, or what is said of what is refused.
 """
 
+import copy
+
 import batch_runs
 import torch
 import torch.distributed as dist
@@ -110,7 +112,10 @@ def foreign(rank):
             found[name, "end-of-document tokens"] = of_part(model, local, held, expected)
             configure(settings, 2)
             alone = build(1)
-            found[name, "a model of one rank"] = told(losses_of, alone, split(batch))
+            local = split(batch)
+            found[name, "a model of one rank"] = told(losses_of, alone, local)
+            cloned = {key: tensor.clone() for key, tensor in local.items()}
+            found[name, "a copy", "a model of one rank"] = told(losses_of, alone, cloned)
     return found
 
 
@@ -151,10 +156,10 @@ def beginnings(rank):
         model, held = build(2), contiguous(rank)
         local = state.shard_batch(batch, cu_seqlens=DOCUMENTS[0])
         later = state.shard_batch(other, cu_seqlens=(0, 9, SEQ))
-        copy = {name: tensor.clone() for name, tensor in local.items()}
-        found["a common beginning"] = of_part(model, copy, held, whole)
+        cloned = {name: tensor.clone() for name, tensor in local.items()}
+        found["a common beginning"] = of_part(model, cloned, held, whole)
         again = state.shard_batch(batch, cu_seqlens=(0, 9, SEQ))
-        found["equal batches"] = told(losses_of, model, copy)
+        found["equal batches"] = told(losses_of, model, cloned)
         del later, again
     return found
 
@@ -231,6 +236,10 @@ def _by_torch(layer, **how):
 
 def doors(rank):
     """name -> difference of models entered by ``forward``, of layers recomputed by torch, of a teacher of one rank."""
+    from megatron.core import parallel_state
+
+    from mindspeed_cp.megatron.scopes import named_group
+
     batch, whole, found = batch_of(DOCUMENTS, seq=SEQ), alone_of(DOCUMENTS), {}
     for name, settings in ALGORITHMS.items():
         with groups(settings, cp_size=2):
@@ -243,6 +252,10 @@ def doors(rank):
                 for layer in model.decoder.layers:
                     _by_torch(layer, use_reentrant=reentrant)
                 found[name, f"torch's checkpoint, reentrant {reentrant}"] = of_part(model, local, held, whole)
+            if batch_runs.VERSION < (0, 13):  # later modules hold groups themselves, and cannot be copied
+                core = copy.deepcopy(model.decoder.layers[0].self_attention.core_attention)
+                own = parallel_state.get_context_parallel_group()
+                found[name, "a copy of attention"] = float(named_group(core) is not own)
             found[name, "a teacher of one rank"] = _recomputed(batch)
     return found
 

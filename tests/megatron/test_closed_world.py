@@ -42,7 +42,7 @@ def check(ranks):
 
 def test_whole_rows_that_others_cut_are_exact_by_their_position_ids_or_refused():
     ranks = run_ranks(2, closed_runs.foreign, timeout=200, fresh=True, imported=IMPORTED)
-    assert len(ranks[0]) == 24
+    assert len(ranks[0]) == 26
     check(ranks)
 
 

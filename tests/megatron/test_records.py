@@ -18,7 +18,7 @@ from mindspeed_cp.megatron import records as batch_records
 from mindspeed_cp.megatron.batches import refuse_inference
 from mindspeed_cp.megatron.bridge import CoreAttention
 from mindspeed_cp.megatron.records import BatchRecords, MicroBatch
-from mindspeed_cp.patches import experts
+from mindspeed_cp.patches import experts, recompute
 from mindspeed_cp.patches.machine.compiler import outside_compiler
 
 pytestmark = pytest.mark.cpu_only
@@ -300,3 +300,11 @@ def test_torch_compile_breaks_its_graph_at_attention_and_traces_nothing_of_it():
     for rows in (1, 2, 3):
         assert torch.equal(compiled(torch.ones(2), SimpleNamespace(rows=rows)), torch.full((2,), 4.0 * rows))
     assert calls == [False] * 3 and counter.frame_count == 2  # before and behind, whatever the batch
+
+
+def test_what_transformer_engine_recomputes_sees_the_record_of_its_forward_pass():
+    adaptor, kept = adaptor_of(), []
+    with adaptor.running(replace(record(8), scope=adaptor.main)):
+        expected = adaptor.active
+        recompute.te_checkpoint(adaptor, lambda function, *args: kept.append(function), lambda: adaptor.active, False)
+    assert adaptor.active is None and kept[0]() is expected
