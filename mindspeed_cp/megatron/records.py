@@ -121,10 +121,10 @@ class BatchRecords:
 
     def copied_from(self, tokens: torch.Tensor | None) -> MicroBatch | None:
         """The record of a batch of which ``tokens`` of several values are a copy, whatever it was split over."""
-        alike = {} if tokens is None else self._by_values(tokens, None)
-        if tokens is None or not alike or torch.equal(tokens, tokens.flatten()[0].expand_as(tokens)):
+        if tokens is None:
             return None
-        return next(iter(alike.values()))
+        alike = self._by_values(tokens, None)
+        return next(iter(alike.values())) if alike and bool(tokens.ne(tokens.flatten()[0]).any()) else None
 
     def _by_memory(self, tensor: torch.Tensor) -> MicroBatch | None:
         part = self._parts.get(tensor.untyped_storage()._cdata)

@@ -4,8 +4,9 @@ from math import lcm
 
 import pytest
 import torch
-from cases import Case, arguments, local_inputs, setup_of
+from cases import Case
 from distributed import run_ranks
+from measured import drop_zero, traffic
 from pairs import drawn
 from setups import degree_of, shapes
 
@@ -19,29 +20,6 @@ RINGS = [
     for cp in range(2, 9)
     for shape in shapes("megatron_cp_algo", cp)
 ]
-
-
-def traffic_of(rank, case):
-    """(forward bytes, forward messages, backward bytes, backward messages) of this rank, each a dict by purpose."""
-    from mindspeed_cp import context_parallel_attention
-
-    config, groups = setup_of(case.config, case.share_from)
-    layout = case.layout()
-    leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
-    with count_bytes() as forward:
-        out = context_parallel_attention(*leaves, **arguments(case, config, groups, layout, sinks, mask))
-    with count_bytes() as backward:
-        out.backward(grad_out)
-    counts = (forward.bytes, forward.messages, backward.bytes, backward.messages)
-    return tuple({purpose: number for purpose, number in counter.items() if number} for counter in counts)
-
-
-def traffic(case):
-    return run_ranks(case.cp, traffic_of, case)
-
-
-def drop_zero(sizes):
-    return {purpose: size for purpose, size in sizes.items() if size}
 
 
 def row_bytes(case):

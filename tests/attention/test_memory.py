@@ -8,8 +8,9 @@ from math import lcm
 
 import pytest
 import torch
-from cases import Case, arguments, local_inputs, setup_of
+from cases import Case
 from distributed import run_ranks
+from measured import prepared, saved_bytes
 from pairs import drawn
 
 from mindspeed_cp.comm.host_memory import LINE
@@ -17,37 +18,6 @@ from mindspeed_cp.planner.memory import LiveBytes
 
 pytestmark = pytest.mark.cpu_only
 FLOAT32 = 4  # bytes
-
-
-def prepared(rank, case):
-    """(context_parallel_attention of the leaves or of other tensors, leaves, grad_out, groups), an empty workspace."""
-    from mindspeed_cp import context_parallel_attention
-
-    config, groups = setup_of(case.config, case.share_from)
-    groups.workspace.clear()
-    layout = case.layout()
-    leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
-    keywords = arguments(case, config, groups, layout, sinks, mask)
-
-    def call(*tensors, kept=None):
-        return context_parallel_attention(*(tensors or leaves), **keywords, kept=kept)
-
-    return call, leaves, grad_out, groups
-
-
-def saved_bytes(rank, case):
-    """Bytes of the memory that forward saves for backward, every storage once."""
-    call, *_ = prepared(rank, case)
-    storages = {}
-
-    def note(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = call()
-    assert out.requires_grad
-    return sum(storages.values())
 
 
 def peak_bytes(rank, case):

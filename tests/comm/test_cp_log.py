@@ -77,13 +77,13 @@ def _run(rank, cases):
 
 @contextmanager
 def _late():
-    exchange = Link.exchange
+    post = Link.post
 
     def late(self, *args, **kwargs):
         time.sleep(DELAY)
-        return exchange(self, *args, **kwargs)
+        return post(self, *args, **kwargs)
 
-    with patch.object(Link, "exchange", late):
+    with patch.object(Link, "post", late):
         yield
 
 

@@ -144,21 +144,20 @@ def test_a_port_beyond_all_ports_is_a_problem(where):
 
 
 def test_a_launch_script_is_read_by_its_dry_run(monkeypatch, tmp_path):
-    from test_launch import LAUNCH
 
     python = tmp_path / "python"  # describe.py has tests of its own, and costs seconds
     python.write_text("#!/bin/sh\n")
     python.chmod(0o755)
     monkeypatch.delenv("MEGATRON_LM_PATH", raising=False)
     flags = f"PYTHON={python} DEVICE=npu NNODES=2 MASTER_ADDR=127.0.0.1 SEQ_LENGTH=128k"
-    found, own = launched.examined(f"{flags} bash {LAUNCH}/llama2.sh 7b", "cpu")
+    found, own = launched.examined(f"{flags} bash {ROOT}/scripts/launch/llama2.sh 7b", "cpu")
     assert texts(found, "ok")[1] == (
         "Hybrid (ulysses 4, ring 2), cp=8, zigzag, causal; ulysses 4 x window 2 x windows 1; 16,384 tokens on a rank"
     )
     assert "imports the adaptor" in texts(found, "ok")[0]
-    started = launch.read(f"{flags} bash {LAUNCH}/llama2.sh 7b", {"PATH": "/usr/bin:/bin"})
+    started = launch.read(f"{flags} bash {ROOT}/scripts/launch/llama2.sh 7b", {"PATH": "/usr/bin:/bin"})
     assert started.world_size == 16 and started.environment["TASK_QUEUE_ENABLE"] == own["TASK_QUEUE_ENABLE"] == "2"
-    (refused,), _ = launched.examined(f"SEQ_LENGTH=64x bash {LAUNCH}/llama2.sh 7b", "cpu")
+    (refused,), _ = launched.examined(f"SEQ_LENGTH=64x bash {ROOT}/scripts/launch/llama2.sh 7b", "cpu")
     assert refused.text.startswith("SEQ_LENGTH 64x must be a number") and refused.todo
 
 
@@ -285,7 +284,7 @@ def test_the_port_of_the_launch_is_tried(script):
 def test_the_documented_launch_says_what_the_page_says(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
     command = page.split('--launch "')[1].split('"')[0]
-    shown = page.split("```text\nLaunch\n")[1].split("```")[0].splitlines()[:-1]
+    shown = page.split("```text\nLaunch\n")[1].split("```")[0].splitlines()[:-2]
     monkeypatch.chdir(tmp_path)
     Path("pretrain_gpt.py").touch()
     lines = [line for finding in launched.examined(command, "cpu")[0] for line in finding.lines(110)]

@@ -2,9 +2,8 @@
 entries of a model, document ends beside the batch, several models.
 """
 
+import closed_groups
 import closed_runs
-import door_runs
-import group_runs
 import pytest
 from distributed import run_ranks
 from megatron_version import MINOR
@@ -48,11 +47,11 @@ def test_whole_rows_that_others_cut_are_exact_by_their_position_ids_or_refused()
 
 
 def test_padding_is_recognised_in_every_way_of_counting_it():
-    check(run_ranks(2, door_runs.padded, timeout=200, fresh=True, imported=IMPORTED))
+    check(run_ranks(2, closed_runs.padded, timeout=200, fresh=True, imported=IMPORTED))
 
 
 def test_copies_of_a_batch_are_known_by_what_all_ranks_hold():
-    check(run_ranks(2, door_runs.beginnings, timeout=60, fresh=True, imported=IMPORTED))
+    check(run_ranks(2, closed_runs.beginnings, timeout=60, fresh=True, imported=IMPORTED))
 
 
 def test_document_ends_beside_a_batch_are_taken_in_every_order_and_unit():
@@ -60,16 +59,16 @@ def test_document_ends_beside_a_batch_are_taken_in_every_order_and_unit():
 
 
 def test_every_entry_of_a_model_and_every_recomputation_sees_its_own_batch():
-    check(run_ranks(2, door_runs.doors, timeout=200, fresh=True, imported=IMPORTED))
+    check(run_ranks(2, closed_runs.doors, timeout=200, fresh=True, imported=IMPORTED))
 
 
 def test_groups_that_were_there_before_the_import_or_are_of_another_size():
-    check(run_ranks(2, group_runs.others, timeout=200, fresh=True, imported=IMPORTED))
+    check(run_ranks(2, closed_groups.others, timeout=200, fresh=True, imported=IMPORTED))
 
 
 @pytest.mark.skipif(MINOR < (0, 16), reason="models take a ProcessGroupCollection of any groups from 0.16 on")
 def test_models_over_groups_that_nobody_registered():
-    check(run_ranks(4, group_runs.collections, timeout=200, fresh=True, imported=IMPORTED))
+    check(run_ranks(4, closed_groups.collections, timeout=200, fresh=True, imported=IMPORTED))
 
 
 @pytest.mark.skipif(not has("megatron.core.models.common.model_chunk_schedule_plan"), reason="no plans before 0.14")

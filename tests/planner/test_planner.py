@@ -5,8 +5,8 @@ import json
 
 import pytest
 from cases import DTYPES, Case
+from measured import drop_zero, traffic
 from setups import SOME_SIZES, drawn
-from test_bytes import drop_zero, traffic
 
 from mindspeed_cp import ContextParallelConfig, cli
 from mindspeed_cp.plan import main

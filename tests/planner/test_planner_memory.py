@@ -5,8 +5,8 @@ import torch
 from cases import DTYPES, Case
 from distributed import run_ranks
 from kept_bytes import expected_bytes
+from measured import prepared, saved_bytes
 from setups import SOME_SIZES, drawn, variants
-from test_memory import prepared, saved_bytes
 from torch.utils.checkpoint import checkpoint
 
 from mindspeed_cp import ContextParallelConfig, KeptAttention

@@ -20,6 +20,9 @@ BELOW_A_FILE = "a_file/folder"  # no folder can be made here, not even by root
 
 # Flag -> values that mean nothing. A new flag belongs here, or test_every_flag_has_nonsense is red.
 NONSENSE = {
+    "--cp-topology": CHOICE,
+    **dict.fromkeys(("--cp-in-flight", "--cp-ulysses-chunks"), FROM_ONE),
+    "--cp-trust": ["", " ", ","],
     **dict.fromkeys(
         (
             "--num-layers", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads", "--kv-channels",

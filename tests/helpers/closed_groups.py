@@ -1,4 +1,4 @@
-"""Process groups that others made or ended; each function runs on every rank, as in closed_runs."""
+"""Process groups that others made; each function runs on every rank, as those of closed_runs do."""
 
 import contextlib
 

@@ -1,0 +1,61 @@
+"""What a call of attention saves and sends, measured on real ranks."""
+
+import torch
+from cases import arguments, local_inputs, setup_of
+from distributed import run_ranks
+
+from mindspeed_cp.comm import count_bytes
+
+
+def prepared(rank, case):
+    """(context_parallel_attention of the leaves or of other tensors, leaves, grad_out, groups), an empty workspace."""
+    from mindspeed_cp import context_parallel_attention
+
+    config, groups = setup_of(case.config, case.share_from)
+    groups.workspace.clear()
+    layout = case.layout()
+    leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
+    keywords = arguments(case, config, groups, layout, sinks, mask)
+
+    def call(*tensors, kept=None):
+        return context_parallel_attention(*(tensors or leaves), **keywords, kept=kept)
+
+    return call, leaves, grad_out, groups
+
+
+def saved_bytes(rank, case):
+    """Bytes of the memory that forward saves for backward, every storage once."""
+    call, *_ = prepared(rank, case)
+    storages = {}
+
+    def note(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = call()
+    assert out.requires_grad
+    return sum(storages.values())
+
+
+def traffic_of(rank, case):
+    """(forward bytes, forward messages, backward bytes, backward messages) of this rank, each a dict by purpose."""
+    from mindspeed_cp import context_parallel_attention
+
+    config, groups = setup_of(case.config, case.share_from)
+    layout = case.layout()
+    leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
+    with count_bytes() as forward:
+        out = context_parallel_attention(*leaves, **arguments(case, config, groups, layout, sinks, mask))
+    with count_bytes() as backward:
+        out.backward(grad_out)
+    counts = (forward.bytes, forward.messages, backward.bytes, backward.messages)
+    return tuple({purpose: number for purpose, number in counter.items() if number} for counter in counts)
+
+
+def traffic(case):
+    return run_ranks(case.cp, traffic_of, case)
+
+
+def drop_zero(sizes):
+    return {purpose: size for purpose, size in sizes.items() if size}
