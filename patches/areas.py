@@ -10,7 +10,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 
@@ -149,13 +148,24 @@ def _short(rows: Sequence[PatchRow]) -> Iterator[str]:
     told = [row for row in needed if row.status != "applied"]
     for row in told:
         yield f"  {_last_two(row):46} {row.status}"
-    for _, alike in groupby((row for row in needed if row not in told), lambda row: row.target.rpartition(".")[0]):
-        first, *others = alike
+    for first, *others in _alike(row for row in needed if row not in told):
         name = _last_two(first) + (f" and {len(others)} more" if others else "")
         yield f"  {name:46} {first.reason}"
     if len(needed) < len(rows):
         unneeded = ", ".join(_last_two(row) for row in rows if row not in needed)
         yield f"  not needed here: {len(rows) - len(needed)} ({unneeded})"
+
+
+def _alike(rows: Iterable[PatchRow]) -> list[list[PatchRow]]:
+    """Rows that follow each other and are of one class or module, or have one reason."""
+    groups: list[list[PatchRow]] = []
+    for row in rows:
+        last = groups[-1][-1] if groups else None
+        if last and (last.reason == row.reason or last.target.rpartition(".")[0] == row.target.rpartition(".")[0]):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def _last_two(row: PatchRow) -> str:
