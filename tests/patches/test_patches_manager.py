@@ -6,6 +6,7 @@ import sys
 from types import ModuleType
 
 import pytest
+
 from mindspeed_cp.patches import Patch, PatchError, PatchManager
 
 LIBRARY = """

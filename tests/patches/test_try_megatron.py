@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from mindspeed_cp.patches import versions
 
 ROOT = Path(__file__).resolve().parents[2]
