@@ -52,7 +52,7 @@ MASKS = {
 LAYOUTS = ("auto", "balanced")
 LAYERS = 3
 WARM_UP = 4  # runs until no reused buffer grows any more
-RUNS = 4  # a message that its reader has not taken yet lives a little longer: the least is what must be there
+RUNS = 4  # a message that its reader has not taken yet lives a little longer: what two of them at least show is there
 
 
 def problem_of(case):
@@ -98,7 +98,7 @@ def peak_of_layers(rank, case, recompute="none", layers=1):
             run()
         peaks.append(live.peak)
     assert groups.workspace.num_bytes == before
-    return min(peaks), before
+    return sorted(peaks)[1], before  # one lucky run is not enough
 
 
 def peaks_of_layers(rank, cases, *more):
