@@ -15,6 +15,7 @@ from mindspeed_cp.settings.setting import declarations, setting
 MaskType = Literal["causal", "full", "general"]
 KVCachePolicy = Literal["full", "half"]
 KVExchange = Literal["ring", "direct", "mesh", "auto"]
+MLAExchange = Literal["latent", "heads", "auto"]
 Topology = Literal["auto", "mesh", "switch", "nodes"]
 P2P = Literal["auto", "batch", "isend"]
 BatchLayout = Literal["auto", "contiguous", "zigzag", "document_zigzag", "balanced"]
@@ -143,6 +144,18 @@ class ContextParallelConfig:
             "switch": "any one peer at full rate",
             "nodes": "over several servers",
         },
+    )
+    mla_exchange: MLAExchange = setting(
+        "auto",
+        flag="--cp-mla-exchange",
+        help="what multi-latent attention sends as keys and values",
+        rule="latent needs Megatron's own up-projection, without fp8; other attention has nothing of it",
+        meanings={
+            "latent": "the latent and the rotated part of the key; every rank makes keys and values of what arrives",
+            "heads": "keys and values of all heads",
+            "auto": "latent where the bytes that it saves are worth making keys and values on every rank",
+        },
+        see="[Latent exchange](choosing.md#latent-exchange)",
     )
     ulysses_chunks: int = setting(
         1,
@@ -337,6 +350,8 @@ class ContextParallelConfig:
             parts.append(f"{self.kv_exchange} exchange")
         if self.in_flight != 1 and self._takes_several_steps:
             parts.append(f"{self.in_flight} steps in flight")
+        if self.mla_exchange != "auto":
+            parts.append(f"{self.mla_exchange} of multi-latent attention exchanged")
         if self.ulysses_chunks > 1 and self.row.splits_heads:
             parts.append(f"{self.ulysses_chunks} groups of heads")
         if self.p2p == "isend" and self.row.exchange == "ring":
