@@ -17,6 +17,7 @@ from mindspeed_cp.attention.exchanged import exchange_around
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.alone import Scores, alone, memory_of
 from mindspeed_cp.megatron.bridge import CoreAttention, attention, layer_window
+from mindspeed_cp.megatron.latents import marked
 from mindspeed_cp.megatron.scopes import OWN, HeldGroup, checked_group, named_group, own_group
 from mindspeed_cp.patches.machine.compiler import outside_compiler
 from mindspeed_cp.patches.rows import arguments_of, patch, signature_of, uninstalled
@@ -227,7 +228,7 @@ def _described(module: Any, attn_mask_type: Any, softmax_scale: float, dropout_p
     """The CoreAttention of one of Megatron's modules."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    config = module.config
+    config, latents = module.config, marked(module)
     skip_freq = getattr(config, "window_attn_skip_freq", None)  # absent before 0.15
     return CoreAttention(
         layer_number=module.layer_number,
@@ -236,6 +237,7 @@ def _described(module: Any, attn_mask_type: Any, softmax_scale: float, dropout_p
         dropout_p=dropout_p if module.training else 0.0,
         window=layer_window(config.window_size, skip_freq, module.layer_number),
         softmax_offset=getattr(module, "softmax_offset", None),  # absent before 0.15
+        expand=None if latents is None else latents.expansion,
         # With sequence parallelism Megatron is inside the fork already.
         rng=nullcontext if config.sequence_parallel else get_cuda_rng_tracker().fork,
     )
