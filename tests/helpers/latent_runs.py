@@ -87,10 +87,12 @@ def build(cp_size, run):
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
     model_parallel_cuda_manual_seed(3)
+    settings = MODEL | MLA | run.settings
+    normed = settings["q_lora_rank"] is not None
     config = MLATransformerConfig(
-        **(MODEL | MLA | run.settings), params_dtype=torch.float64, context_parallel_size=cp_size
+        **settings, qk_layernorm=normed, params_dtype=torch.float64, context_parallel_size=cp_size
     )
-    spec = get_gpt_layer_local_spec(multi_latent_attention=True, qk_layernorm=True)
+    spec = get_gpt_layer_local_spec(multi_latent_attention=True, qk_layernorm=normed)
     model = GPTModel(config, spec, VOCABULARY, 64, post_process=False, position_embedding_type="rope").double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -169,7 +171,9 @@ def compare(rank, named, cp_size=2):
             whole, gradients, _ = passed(build(1, run), batch, run, lambda hidden: weights)
         size = cp_size if run.parallel["algorithm"] != HYBRID else 4
         with groups(run, size) as state:
-            local = state.shard_batch(batch, cu_seqlens=(*run.documents, run.seq_len)) if run.documents else split(batch)
+            local = (
+                state.shard_batch(batch, cu_seqlens=(*run.documents, run.seq_len)) if run.documents else split(batch)
+            )
             held = state.records.find(local.values()).layout.positions(state.cp_rank)
             own, own_gradients, sent = passed(build(size, run), local, run, lambda hidden: weights[held])
         worst = float((own - whole[held]).abs().max())
