@@ -102,11 +102,11 @@ def build(cp_size, run):
     return model
 
 
-def passed(model, local, run, weigh):
+def passed(model, local, run, weights):
     """(last hidden states of a rank's tokens, name -> gradient, traffic of the forward pass).
 
     Args:
-        weigh: hidden states -> their gradient.
+        weights: the gradient of the hidden states.
     """
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
@@ -123,7 +123,7 @@ def passed(model, local, run, weigh):
         hidden = model(local["tokens"], local["position_ids"], None, packed_seq_params=packed)
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-    hidden.backward(weigh(hidden))
+    hidden.backward(weights)
     for up in ups:
         assert up.weight.grad_added_to_main_grad
         up.weight.grad = up.weight.main_grad
@@ -168,14 +168,14 @@ def compare(rank, named, cp_size=2):
             groups(run, 1),
             mock.patch.object(mindspeed_cp.megatron.bridge, "context_parallel_attention", model_runs.dense_attention),
         ):
-            whole, gradients, _ = passed(build(1, run), batch, run, lambda hidden: weights)
+            whole, gradients, _ = passed(build(1, run), batch, run, weights)
         size = cp_size if run.parallel["algorithm"] != HYBRID else 4
         with groups(run, size) as state:
             local = (
                 state.shard_batch(batch, cu_seqlens=(*run.documents, run.seq_len)) if run.documents else split(batch)
             )
             held = state.records.find(local.values()).layout.positions(state.cp_rank)
-            own, own_gradients, sent = passed(build(size, run), local, run, lambda hidden: weights[held])
+            own, own_gradients, sent = passed(build(size, run), local, run, weights[held])
         worst = float((own - whole[held]).abs().max())
         for parameter, gradient in gradients.items():
             worst = max(worst, float((own_gradients[parameter] - gradient).abs().max()))
