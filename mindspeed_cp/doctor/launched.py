@@ -161,7 +161,8 @@ def problem_of(args: argparse.Namespace, setup: TrainingSetup) -> Problem | str:
     tp = setup.tensor_parallel_size
     of_rank = heads_of_rank(heads, kv_heads, tp)
     dtype = torch.bfloat16 if args.bf16 or args.fp16 else torch.float32
-    return Problem(args.seq_length, *of_rank, dk, dv, args.micro_batch_size, dtype, stride=tp)
+    latent = (args.qk_pos_emb_head_dim, args.kv_lora_rank) if args.multi_latent_attention else None
+    return Problem(args.seq_length, *of_rank, dk, dv, args.micro_batch_size, dtype, stride=tp, latent=latent)
 
 
 def cost(

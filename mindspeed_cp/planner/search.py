@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy as np
 from mindspeed_cp.arguments.declared import flags_of
 from mindspeed_cp.attention.ring_plan import ring_plan
 from mindspeed_cp.planner.cluster import Cluster
-from mindspeed_cp.planner.trace import Compute, Event, Post, Problem, trace
+from mindspeed_cp.planner.events import Compute, Event, Post, Product
+from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.sequence.masks import interval_masks
 from mindspeed_cp.settings.algorithms import ALGORITHMS
 from mindspeed_cp.settings.config import (
@@ -86,6 +88,10 @@ def timeline(events: list[Event], cluster: Cluster, rank: int) -> Timing:
             seconds = cluster.attention_seconds(event.flops, event.tokens, event.head_dim)
             compute += seconds
             now += seconds
+        elif isinstance(event, Product):
+            seconds = cluster.product_seconds(event.flops, event.rows, event.columns)
+            compute += seconds
+            now += seconds
         elif isinstance(event, Post):
             ready[event.number] = now
             for way, ends in (("out", event.sent), ("in", event.received)):
@@ -118,11 +124,12 @@ def _apart(ends: dict[int, int], cluster: Cluster, rank: int) -> dict[bool, int]
     return sizes
 
 
-def variants(cp: int, documents: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+def variants(cp: int, documents: bool = False, latents: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """(algorithm, arguments of the configuration), whether or not they work together: the configuration says that.
 
     Args:
         documents: the balanced layout too, with the exchange that sends only what documents need.
+        latents: of multi-latent attention both that may travel.
     """
     divisors = [number for number in range(2, cp) if cp % number == 0]
     for name, row in ALGORITHMS.items():
@@ -132,7 +139,8 @@ def variants(cp: int, documents: bool = False) -> Iterator[tuple[str, dict[str, 
             for window in [1, *windows]:
                 ways = [("auto", "ring"), ("auto", "direct"), ("balanced", "direct")][: 3 if documents else 2]
                 for layout, exchange in ways if row.exchange == "ring" else ways[:1]:
-                    for policy in KV_CACHE_POLICIES:
+                    forms = ("latent", "heads") if latents and cp > 1 else ("auto",)
+                    for form, policy in product(forms, KV_CACHE_POLICIES):
                         yield (
                             name,
                             dict(
@@ -142,6 +150,7 @@ def variants(cp: int, documents: bool = False) -> Iterator[tuple[str, dict[str, 
                                 window_size=window,
                                 batch_layout=layout,
                                 kv_exchange=exchange,
+                                mla_exchange=form,
                                 kv_cache_policy=policy,
                                 send_recv_overlap=row.exchange is not None,
                             ),
@@ -159,7 +168,7 @@ def search(
     """Trace and time every setting that config.py's own rules allow, with these KV cache policies."""
     found: list[Candidate] = []
     first_rule: dict[str, str] = {}
-    for name, arguments in variants(cp, problem.layout_documents is not None):
+    for name, arguments in variants(cp, problem.layout_documents is not None, problem.latent is not None):
         if arguments["kv_cache_policy"] not in policies:
             continue
         try:
@@ -238,10 +247,17 @@ def _busiest(config: ContextParallelConfig, problem: Problem, cluster: Cluster) 
     return {rank * degree for rank in found}
 
 
-def hiding_tokens(problem: Problem, cluster: Cluster, inter: bool, causal: bool = True) -> float:
-    """Local tokens from which a ring step's transfer hides behind its forward computation (docs/choosing.md)."""
-    share = 0.5 if causal else 1.0
-    ratio = problem.kv_heads * problem.dtype.itemsize / (2 * share * problem.heads)
+def hiding_tokens(
+    problem: Problem, cluster: Cluster, inter: bool, causal: bool = True, elements: int | None = None
+) -> float:
+    """Local tokens from which a ring step's transfer hides behind its forward computation (docs/choosing.md).
+
+    Args:
+        elements: of a token that travel, all of its keys and values by default.
+    """
+    share, width = 0.5 if causal else 1.0, problem.dk + problem.dv
+    elements = problem.kv_heads * width if elements is None else elements
+    ratio = elements * problem.dtype.itemsize / (2 * share * problem.heads * width)
     return cluster.attention_rate / cluster.bandwidth(inter) * ratio
 
 

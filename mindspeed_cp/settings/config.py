@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from mindspeed_cp.settings import rules
 from mindspeed_cp.settings.algorithms import ALGORITHMS, DEFAULT, Algorithm, Hierarchy, known_algorithm, summaries
 from mindspeed_cp.settings.notices import warn_rank0
+from mindspeed_cp.settings.phrase import phrase
 from mindspeed_cp.settings.setting import declarations, setting
 
 MaskType = Literal["causal", "full", "general"]
@@ -296,7 +297,7 @@ class ContextParallelConfig:
             ),
             f"--cp-in-flight {self.in_flight} is ignored: a plain ring forwards one step at a time.": self.in_flight
             not in (1, "auto")
-            and not self._takes_several_steps,
+            and not self.takes_several_steps,
             f"--cp-topology {self.topology} is ignored: neither --cp-kv-exchange nor --cp-in-flight is auto.": unread,
             "--cp-log says nothing at --context-parallel-size 1 without --hybrid-context-parallel.": self.log
             and self.context_parallel_size == 1,
@@ -304,7 +305,7 @@ class ContextParallelConfig:
         return [*filter(None, found), *(message for message, applies in across.items() if applies)]
 
     @property
-    def _takes_several_steps(self) -> bool:
+    def takes_several_steps(self) -> bool:
         return self.row.exchange == "ring" and (self.kv_exchange != "ring" or self.hierarchy[2] > 1)
 
     @property
@@ -337,29 +338,4 @@ class ContextParallelConfig:
 
     def describe(self) -> str:
         """One phrase for the line that says what is on, such as "Ring, cp=4, zigzag, causal"."""
-        ulysses, window, windows = self.hierarchy
-        name = self.row.title
-        if windows > 1:
-            name = (
-                f"Double {name} (window {window})" if ulysses == 1 else f"{name} (ulysses {ulysses}, window {window})"
-            )
-        elif 1 < ulysses < self.context_parallel_size:
-            name = f"{name} (ulysses {ulysses}, ring {window})"
-        parts = [name, f"cp={self.context_parallel_size}", self.layout_kind, self.attention_mask_type]
-        if self.kv_exchange != "ring":
-            parts.append(f"{self.kv_exchange} exchange")
-        if self.in_flight != 1 and self._takes_several_steps:
-            parts.append(f"{self.in_flight} steps in flight")
-        if self.mla_exchange != "auto":
-            parts.append(f"{self.mla_exchange} of multi-latent attention exchanged")
-        if self.ulysses_chunks > 1 and self.row.splits_heads:
-            parts.append(f"{self.ulysses_chunks} groups of heads")
-        if self.p2p == "isend" and self.row.exchange == "ring":
-            parts.append("single messages")
-        if self.kv_cache_policy:
-            parts.append(f"kv cache {self.kv_cache_policy}")
-        if self.keep_attention:
-            parts.append("attention kept across recomputation")
-        if self.log:
-            parts.append("logged")
-        return ", ".join(parts)
+        return phrase(self)

@@ -172,12 +172,12 @@ def test_the_resolved_configuration_its_bytes_and_its_memory_are_shown(script):
     assert f"{(2 * one + 1024 * 16 * 4) / 1e6:,.1f} MB a layer" in kept and "8 layers" in kept
 
 
-def test_latent_attention_sends_keys_wider_than_values_for_every_head(script):
-    latent = "--multi-latent-attention --qk-head-dim 48 --qk-pos-emb-head-dim 16 --v-head-dim 32 --bf16"
-    found = said(
-        script, f"--context-parallel-size 4 --context-parallel-algo megatron_cp_algo --use-flash-attn {latent}"
-    )
-    assert f"{3 * 1024 * 16 * (64 + 32) * 2 / 1e6:,.1f} MB forward" in texts(found, "ok")[2]
+def test_latent_attention_sends_the_latent_or_keys_wider_than_values_for_every_head(script):
+    latent = "--multi-latent-attention --qk-head-dim 48 --qk-pos-emb-head-dim 16 --v-head-dim 32 --kv-lora-rank 128"
+    flags = f"--context-parallel-size 4 --context-parallel-algo megatron_cp_algo --use-flash-attn --bf16 {latent}"
+    assert f"{3 * 1024 * (16 + 128) * 2 / 1e3:,.1f} kB forward" in texts(said(script, flags), "ok")[2]
+    heads = texts(said(script, f"{flags} --cp-mla-exchange heads"), "ok")[2]
+    assert f"{3 * 1024 * 16 * (64 + 32) * 2 / 1e6:,.1f} MB forward" in heads
 
 
 def test_fallbacks_are_notes_and_ignored_flags_are_warnings(script):
