@@ -53,8 +53,8 @@ def te_up_projection(
     return original(self, x, *args, **kwargs) if latents is None else (latents.held_back(x), None)
 
 
-for _row in (up_projection, te_up_projection):
-    setattr(_row.function, HOLDS_BACK, True)
+setattr(up_projection.function, HOLDS_BACK, True)
+setattr(te_up_projection.function, HOLDS_BACK, True)
 
 
 @patch(
