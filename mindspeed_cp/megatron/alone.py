@@ -57,7 +57,7 @@ def alone(scores: Scores, *, asked: bool, device: str, packed: bool, memory: int
         refusal: why the kernel cannot compute this call, "" when it can.
 
     Raises:
-        ValueError: the scores are larger than the device's memory, and nothing but Megatron's own code may compute them.
+        ValueError: the scores exceed the device's memory, and nothing but Megatron's own code may compute them.
     """
     large = scores.num_bytes * SHARE > memory
     wanted = asked and (device == "npu" or packed or large)
