@@ -17,6 +17,8 @@ from mindspeed_cp.kernels.base import MemoryOrder, accumulation_dtype
 from mindspeed_cp.kernels.merge import add_in_place
 from mindspeed_cp.sequence.runs import union
 
+Ends = tuple[int | None, int | None]  # (start, stop) of rows of the batch
+
 
 class Arrived:
     """Keys and values that travelled themselves.
@@ -128,16 +130,15 @@ def _holder(parts: list[_Part], keys: slice) -> _Part:
     return parts[bisect_right(parts, keys.start, key=lambda part: part.start) - 1]
 
 
-def _parts(tasks: Sequence[Task]) -> dict[tuple[int | None, int | None], list[_Part]]:
-    """(start, stop) of rows of the batch -> the rows that their blocks read, each once, ascending."""
-    read: dict[tuple[int | None, int | None], list[slice]] = {}
+def _parts(tasks: Sequence[Task]) -> dict[Ends, list[_Part]]:
+    """Rows of the batch -> the rows that their blocks read, each once, ascending."""
+    read: dict[Ends, list[slice]] = {}
     for batch, block in tasks:
         read.setdefault((batch.start, batch.stop), []).append(block.key_rows)
-    found = {
-        batch: [_Part(start, stop, slice(*batch)) for start, stop in union((keys.start, keys.stop) for keys in mine)]
-        for batch, mine in read.items()
-    }
-    for batch, mine in read.items():
-        for keys in mine:
-            _holder(found[batch], keys).left += 1
+    found = {}
+    for ends, blocks in read.items():
+        runs = union((keys.start, keys.stop) for keys in blocks)
+        found[ends] = [_Part(start, stop, slice(*ends)) for start, stop in runs]
+        for keys in blocks:
+            _holder(found[ends], keys).left += 1
     return found

@@ -154,7 +154,8 @@ class LatentExpansion(Expansion):
 
     def _mine(self, weight: torch.Tensor) -> torch.Tensor:
         """(heads of mine, nope + dv, rank), a view."""
-        return weight.detach().unflatten(0, (self.heads, -1))[self.mine]
+        mine: torch.Tensor = weight.detach().unflatten(0, (self.heads, -1))[self.mine]
+        return mine
 
 
 def _empty(like: torch.Tensor, shape: Sequence[int], order: MemoryOrder | None) -> torch.Tensor:

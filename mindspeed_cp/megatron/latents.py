@@ -39,7 +39,7 @@ class FusedExpansion(LatentExpansion):
         main_grad.add_(total)
         if not hasattr(weight, "grad_added_to_main_grad"):
             return (None,)
-        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        weight.grad_added_to_main_grad = True
         # The hooks of data parallelism run where there is a gradient, and read this one where they are told to.
         return (torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight),)
 
