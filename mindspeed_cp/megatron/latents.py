@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from mindspeed_cp.attention.exchange_choice import sends_latents
 from mindspeed_cp.attention.expansion import LatentExpansion, Sums
+from mindspeed_cp.settings.notices import warn_rank0
 
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.adaptor import Adaptor
@@ -192,6 +193,7 @@ def latents_of(adaptor: "Adaptor", module: Any) -> Latents | None:
     if why and exchange == "latent":
         raise ValueError(f"--cp-mla-exchange latent: {why}; {HEADS}.")
     if why:
+        warn_rank0(f"--cp-mla-exchange auto sends heads: {why}; {HEADS}, which says nothing.")
         return None
     latents = Latents.of(module)
     expansion = latents.expansion

@@ -85,7 +85,8 @@ REFUSED = {
 def test_what_cannot_send_latents_is_refused_where_they_are_asked_for_and_sends_heads_else(says):
     with pytest.raises(ValueError, match=f"--cp-mla-exchange latent: .*{says}.*; use --cp-mla-exchange heads"):
         travels(REFUSED[says])
-    assert travels(REFUSED[says], "auto") is None
+    with pytest.warns(UserWarning, match=f"auto sends heads: .*{says}"):
+        assert travels(REFUSED[says], "auto") is None
     assert travels(REFUSED[says], "heads") is None
 
 
