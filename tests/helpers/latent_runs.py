@@ -75,8 +75,11 @@ SPLIT = {
 
 
 def runs(named):
-    """Those that this version has: Megatron's local layers take packed sequences from 0.16 on."""
-    return {name: run for name, run in named.items() if run.documents is None or VERSION >= (0, 16)}
+    """Those that this version has: Megatron's local layers take packed sequences from 0.16 on, and 0.14 gives YaRN's
+    constructor its arguments in a wrong order.
+    """
+    absent = {"packed": VERSION < (0, 16), "yarn": VERSION == (0, 14)}
+    return {name: run for name, run in named.items() if not any(absent[word] and word in name for word in absent)}
 
 
 def build(cp_size, run):
