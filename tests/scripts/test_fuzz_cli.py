@@ -1,10 +1,10 @@
-"""The command lines that scripts/fuzz_cli.py draws, and what it compares them with."""
+"""The command lines that tests/check fuzz draws, and what it compares them with."""
 
 import random
 
 import pytest
+from drawing import SHARING, draw
 from trainer.arguments import build_parser
-from trainer.fuzz import SHARING, draw
 
 pytestmark = pytest.mark.cpu_only
 

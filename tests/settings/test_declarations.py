@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from drawing import draw
 from flags import make_parser, parse
-from trainer.fuzz import draw
 
 from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.arguments import FrameworkSettings, compared_arguments, compared_config, config_from_args, declared

@@ -1,4 +1,4 @@
-"""Command lines drawn at random for scripts/fuzz_cli.py: most can run, some break a rule, some hold nonsense."""
+"""Command lines drawn at random for fuzz.py and prove_drawn.py: most can run, some break a rule, some hold nonsense."""
 
 import random
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Draw command lines for the embedded trainer, run them in forked ranks, and say how each ended.
 
-    python scripts/fuzz_cli.py --seconds 120 --seed 1 [--verbose]
+    python tests/check fuzz --seconds 120 --seed 1 [--verbose]
 
     equal     it trained to the losses of the same command line without context parallelism, up to the step at which a
               learning rate of nonsense has doubled the loss: from there on rounding grows without bound
@@ -33,7 +33,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.fuzz import CommandLine, draw
+from drawing import CommandLine, draw
 
 NO_NUMBER = "found NaN in local grad norm"  # Megatron's own words, at a learning rate of nonsense
 KINDS = ("equal", "refused", "wrong", "crash", "hang", "no pair")

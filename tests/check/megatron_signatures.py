@@ -1,7 +1,7 @@
 """What the patched names of Megatron look like in each tried version, and how another version differs.
 
-    python scripts/megatron_signatures.py FOLDER         differences of a Megatron from the newest tried version
-    python scripts/megatron_signatures.py --add FOLDER   writes that Megatron's version into the table, once it is tried
+    python tests/check megatron_signatures FOLDER          differences of a Megatron from the newest tried version
+    python tests/check megatron_signatures --add FOLDER    writes its version into the table, once it is tried
 
 FOLDER holds megatron/core: a checkout, a folder of pip install --target, site-packages. Megatron is read, not imported,
 so that one that cannot be imported is shown too. The table, tests/helpers/megatron_signatures.json, has for each
@@ -16,7 +16,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "tests/helpers/megatron_signatures.json"
 ABSENT = "is not there"
 

@@ -1,12 +1,12 @@
 """Prove drawn command lines of the embedded trainer: on sound code none may differ.
 
-    python scripts/prove_drawn.py --cases 200 --seed 1 [--verbose]
+    python tests/check prove_drawn --cases 200 --seed 1 [--verbose]
 
     equal      outputs, gradients, losses are those without context parallelism
     refused    the trainer, or the proof, refuses the command line
     different  a false alarm, or a fault; the command line and the report are printed
 
-Exit status 1 if anything differs. The drawing is fuzz_cli's; one seed draws one sequence of command lines.
+Exit status 1 if anything differs. The drawing is fuzz.py's; one seed draws one sequence of command lines.
 """
 
 import trainer.quiet  # noqa: F401  before Megatron warns
@@ -20,12 +20,12 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from trainer.fuzz import draw
+from drawing import draw
 
 from mindspeed_cp.prove import command, report, shrinking
 from mindspeed_cp.prove.shrinking import Wish
 
-SCRIPT = str(Path(__file__).with_name("pretrain_gpt.py"))
+SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "pretrain_gpt.py")
 KINDS = ("equal", "refused", "different")
 RANKS = 4
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_lm_cases import CASES, LENGTH, MOCK, MODEL, numbers, runs_of
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-5  # relative, float32
 PLAIN = {"name": "without the adaptor", "world": 1, "flags": [*MODEL, *LENGTH.split(), *MOCK]}
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from verify_report import Outcome, last_line, report
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 RANKS = {"cpu": 4, "cuda": 8, "npu": 8}
 
 
@@ -38,7 +38,7 @@ class Check(NamedTuple):
 
 PYTEST = "{python} -m pytest -q -p no:cacheprovider --device {device} --durations 3"
 CHECKS = (
-    Check("device and kernel", "{python} scripts/verify_machine.py {device}", True, 5),
+    Check("device and kernel", "{python} tests/check verify_machine {device}", True, 5),
     Check("operators, every block shape", f"{PYTEST} tests/kernels/test_kernel_{{kernel}}.py", True),
     Check("parity of every algorithm", f"{PYTEST} tests/kernels/test_kernel_parity.py", True),
     Check("training, Ulysses and Ring", "{runs} algorithms {logs}/quick --quick", True),
@@ -68,7 +68,7 @@ def checks(args: argparse.Namespace) -> list[Check]:
 
 def command_of(check: Check, args: argparse.Namespace, logs: Path) -> str:
     tiny = " --tiny" if args.device == "cpu" else ""
-    runs = f"{sys.executable} scripts/verify_runs.py --ranks {args.ranks} --device {args.device}{tiny}"
+    runs = f"{sys.executable} tests/check verify_runs --ranks {args.ranks} --device {args.device}{tiny}"
     return check.command.format(
         python=sys.executable,
         device=args.device,

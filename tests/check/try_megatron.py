@@ -1,6 +1,6 @@
 """Try one Megatron with the Python that runs this, and report; scripts/try_megatron.sh makes the environment.
 
-    python scripts/try_megatron.py FOLDER [--quick] [--steps signatures import tests table]
+    python tests/check try_megatron FOLDER [--quick] [--steps signatures import tests table]
 
 FOLDER holds megatron/core: a checkout, or a folder of pip install --target. Status 1 when a step failed.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_signatures import differences, read_table, version_of, versions_in
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("signatures", "import", "tests", "table")
 SHOWN = 40  # last lines of a step that failed
 
@@ -77,7 +77,7 @@ def steps(folder: Path, chosen, quick: bool):
     if "table" in chosen and not (folder / "pretrain_gpt.py").is_file():
         yield Step("table", "not run: a wheel has no pretrain_gpt.py; name a Megatron-LM checkout")
     elif "table" in chosen:
-        command = [sys.executable, str(ROOT / "scripts" / "test_megatron_lm.py"), str(folder)]
+        command = [sys.executable, str(ROOT / "tests" / "check"), "megatron_lm", str(folder)]
         yield run("table", [*command, *(["--quick"] if quick else [])], folder)
 
 

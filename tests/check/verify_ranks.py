@@ -1,4 +1,4 @@
-"""Starts the ranks of one training of scripts/verify_runs.py, and collects what each of them said when one failed."""
+"""Starts the ranks of one training of tests/check verify_runs, and collects what each of them said when one failed."""
 
 import re
 import subprocess

@@ -1,6 +1,6 @@
 """The planner against trainings that were published: its table of docs/choosing.md.
 
-    python scripts/published_plans.py [NAME ...] [--check]
+    python tests/check published_plans [NAME ...] [--check]
 
 For each: the place of the published split (tp, pp, cp, dp, ep) among the planner's splits, and the utilization that
 it predicts for that split beside the published one. With --check the exit status is 1 where a row of ``MISSES`` is none
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
 from mindspeed_cp.planner.models import MODELS

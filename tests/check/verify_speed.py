@@ -1,4 +1,4 @@
-"""The performance rows of scripts/verify_runs.py: sizes that fit the device, one training for each algorithm."""
+"""The performance rows of tests/check verify_runs: sizes that fit the device, one training for each algorithm."""
 
 import statistics
 from collections.abc import Callable, Iterable

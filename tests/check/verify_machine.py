@@ -1,4 +1,4 @@
-"""What a machine is, for the report of scripts/verify_npu.sh: python scripts/verify_machine.py npu|cuda|cpu
+"""What a machine is, for the report of scripts/verify_npu.sh: python tests/check verify_machine npu|cuda|cpu
 
 Prints the versions, the devices and their memory, and the environment; the last line names the kernel that attention
 uses, and the exit status is 1 where there is none.

@@ -1,4 +1,4 @@
-"""Faults on purpose, for scripts/faults.py and the tests: one rank is killed, stopped or meets a full disk, at a phase.
+"""Faults on purpose, for faults.py: one rank is killed, stopped or meets a full disk, at a phase.
 
 A plan names the fault of every attempt. torchrun's agent, here inside this process with ranks forked from a server that
 has imported everything, restarts the ranks after each, and the run must end with the losses of an undisturbed one.
@@ -18,7 +18,7 @@ from typing import Literal
 
 VICTIM, STEP = 1, 3  # the rank and the step (counted from 1) that a fault meets
 PHASES = ("groups", "data", "forward", "backward", "between", "shards", "latest")
-IMPORTED = ("trainer.quiet", "mindspeed_cp.megatron_adaptor", "trainer.loop", "trainer.faults")
+IMPORTED = ("trainer.quiet", "mindspeed_cp.megatron_adaptor", "trainer.loop", "fault_injection")
 
 
 @dataclass(frozen=True)

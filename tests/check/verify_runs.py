@@ -1,9 +1,9 @@
 """Training runs of scripts/verify_npu.sh: each feature against the same training without context parallelism.
 
-    python scripts/verify_runs.py algorithms FOLDER --ranks 8     twenty steps a run, the embedded trainer
-    python scripts/verify_runs.py policies|modes|batches|resume FOLDER --ranks 8
-    python scripts/verify_runs.py megatron FOLDER --ranks 8 --checkout DIR    Megatron-LM's own pretrain_gpt.py
-    python scripts/verify_runs.py performance FOLDER --ranks 8 --device npu   a table of the algorithms
+    python tests/check verify_runs algorithms FOLDER --ranks 8     twenty steps a run, the embedded trainer
+    python tests/check verify_runs policies|modes|batches|resume FOLDER --ranks 8
+    python tests/check verify_runs megatron FOLDER --ranks 8 --checkout DIR    Megatron-LM's own pretrain_gpt.py
+    python tests/check verify_runs performance FOLDER --ranks 8 --device npu   a table of the algorithms
     --quick: Ulysses and Ring alone, five steps
 
 The last line says how it ended; exit status 1 when a run fails or its losses differ. A run that fails costs its own
@@ -23,7 +23,7 @@ from verify_machine import free_memory
 from verify_ranks import RunFailed, torchrun
 from verify_speed import HEAD, STEPS, Shape, rows, shape_for
 
-SCRIPTS = Path(__file__).resolve().parent
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TOLERANCE = 1e-3  # relative, loss and gradient norm of every step, float32
 SMALL = 1 << 30  # bytes of a device below which the trainings take the sizes for a CPU: the test bed's is 32 MiB
 TRAINING = (

@@ -1,6 +1,6 @@
 """Break a training run on purpose: fault x phase x outcome x time, as a table.
 
-    python scripts/faults.py [--phases forward shards] [--kinds kill stop "full disk"] [--markdown]
+    python tests/check faults [--phases forward shards] [--kinds kill stop "full disk"] [--markdown]
 
 Two ranks train twelve steps on the Ring, with a checkpoint every second step. In each row one rank is killed (kill
 -9), stopped (kill -STOP) or can write no more, at one phase; torchrun's agent restarts both, and the resumed run must
@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from trainer.faults import PHASES, Fault, run
+from fault_injection import PHASES, Fault, run
 
 NUM_STEPS = 12
 COLUMNS = ("fault", "phase", "outcome", "step of the fault", "resumed at", "seconds to the next step")

@@ -1,6 +1,6 @@
 """Run the unchanged pretrain_gpt.py of one Megatron-LM checkout, many times: what it takes to import is paid once.
 
-    python scripts/megatron_lm_runs.py CHECKOUT < runs.json > results.jsonl
+    python tests/check/megatron_lm_runs.py CHECKOUT < runs.json > results.jsonl
 
 Input: a list of {"name", "world", "flags", "adaptor"}. Output: one line per run, {"name", "losses", "grad_norms",
 "error"}. Every rank is a fork of this process in which Megatron is imported already; it enters through

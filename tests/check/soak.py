@@ -1,6 +1,6 @@
-"""What scripts/soak.sh runs: a training job whose ranks are killed at random, and an undisturbed one beside it.
+"""A training job whose ranks are killed at random, and an undisturbed one beside it.
 
-    bash scripts/soak.sh MINUTES [--ranks 4] [--seed 1] [--every 20]
+    python tests/check soak MINUTES [--ranks 4] [--seed 1] [--every 20]
 
 Killing stops after MINUTES, or when the job has done its steps. A loss that differs from the undisturbed run's in one
 bit is an error.
@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SCRIPTS = Path(__file__).resolve().parent
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 FLAGS = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64 --global-batch-size 1 --lr 2e-3 "
     "--hidden-dropout 0.1 --context-parallel-algo megatron_cp_algo --use-flash-attn "

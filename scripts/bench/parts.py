@@ -1,32 +1,30 @@
 """Time parts that disappear in a whole run: planning blocks for a new batch, and half precision on a CPU.
 
-``python scripts/bench_parts.py``: milliseconds of one rank to plan its blocks against every shard, for a million tokens
+``python scripts/bench parts``: milliseconds of one rank to plan its blocks against every shard, for a million tokens
 on 32 ranks; and of the CPU kernel's two passes in float32, bfloat16 and float16, with K and V in either order of
 memory, beside torch's operator, all interleaved, medians.
 """
 
-import argparse
-import os
 import statistics
 import time
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from functools import partial
 
 import torch
 
+from bench.measuring import head, in_turns, parser_of, row, sample
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
 from mindspeed_cp.attention.ring_plan import RingPlan
-from mindspeed_cp.sequence.blocks import Block, IntervalMask
 from mindspeed_cp.comm.messages import packed
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionRows, BlockTensors, KernelOptions
+from mindspeed_cp.sequence.blocks import Block, IntervalMask
 
 
 def planning(options):
     """Print a table: documents, layout, milliseconds."""
     tokens, ranks = options.tokens, options.ranks
     print(f"planning the blocks of one rank of {ranks}, {tokens} tokens, causal within documents\n")
-    print("| documents | layout | ms |\n| ---: | --- | ---: |")
+    head("documents:", "layout", "ms:")
     for count in (2_000, 20_000):
         documents = (*range(0, tokens, -(-tokens // count)), tokens)
         for kind in ("zigzag", "balanced"):
@@ -42,15 +40,14 @@ def planning(options):
                     plan.rows_needed(0, source)
                     plan.rows_needed(source, 0)
                 times.append(time.perf_counter() - start)
-            print(f"| {len(documents) - 1} | {kind} | {statistics.median(times) * 1e3:.1f} |", flush=True)
+            row(len(documents) - 1, kind, f"{statistics.median(times) * 1e3:.1f}")
 
 
 def half_precision(options):
     """Print a table: what computes forward and backward, milliseconds, over float32."""
     length, heads, dim = options.seq_length, options.heads, options.head_dim
     kernel, block = select_kernel("cpu"), Block((0, length), (0, length), None, 0)
-    settings, generator = KernelOptions(dim**-0.5), torch.Generator().manual_seed(0)
-    whole = [torch.randn(length, 1, heads, dim, generator=generator) for _ in range(4)]
+    settings, whole = KernelOptions(dim**-0.5), sample(length, heads, heads, dim, torch.float32)
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     operator_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -79,36 +76,27 @@ def half_precision(options):
         runs[f"the kernel, {name}"] = ours(dtype, "sequence")
         runs[f"the kernel, {name}, each head of K and V contiguous"] = ours(dtype, "heads")
         runs[f"torch's operator, {name}"] = torchs(dtype)
-    times = {(name, way): [] for name in runs for way in (0, 1)}
-    for repetition in range(options.repetitions + 1):
-        for name, way in times:
-            start = time.process_time()
-            runs[name][way]()
-            if repetition:  # the first is a warm-up
-                times[name, way].append(time.process_time() - start)
+
+    def seconds(run):
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+
+    timed = {(name, way): partial(seconds, runs[name][way]) for name in runs for way in (0, 1)}
+    times = in_turns(timed, options.repetitions)
     medians = {key: statistics.median(values) for key, values in times.items()}
     base = [medians["the kernel, float32", way] for way in (0, 1)]
     print(f"\ncausal, S={length}, {heads} heads, D={dim}, one thread\n")
-    print("| computed by | forward, ms | over float32 | backward, ms | over float32 |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    head("computed by", "forward, ms:", "over float32:", "backward, ms:", "over float32:")
     for name in runs:
-        columns = (f"{medians[name, way] * 1e3:.0f} | {medians[name, way] / base[way]:.2f}" for way in (0, 1))
-        print(f"| {name} | {' | '.join(columns)} |")
+        figures = ((medians[name, way] * 1e3, medians[name, way] / base[way]) for way in (0, 1))
+        row(name, *(text for ms, ratio in figures for text in (f"{ms:.0f}", f"{ratio:.2f}")))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1 << 20)
-    parser.add_argument("--ranks", type=int, default=32)
-    parser.add_argument("--seq-length", type=int, default=2048, help="of the backward pass")
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--repetitions", type=int, default=5)
-    options = parser.parse_args()
+    options = parser_of(
+        __doc__, tokens=1 << 20, ranks=32, seq_length=2048, heads=4, head_dim=64, repetitions=5
+    ).parse_args()
     torch.set_num_threads(1)
     planning(options)
     half_precision(options)
-
-
-if __name__ == "__main__":
-    main()
