@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import socket
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from bench.network import free_port
 from mindspeed_cp.kernels.base import AttentionKernel, BlockResult
 
 Name, Value = TypeVar("Name"), TypeVar("Value")
@@ -24,11 +24,6 @@ def parser_of(description: str | None, **sizes: int | None) -> argparse.Argument
         shown = None if default is None else f"default {default}"
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=shown)
     return parser
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def on_ranks(ranks: int, function: Callable[..., None], *arguments: Any) -> None:

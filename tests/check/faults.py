@@ -12,7 +12,6 @@ import trainer.quiet  # noqa: F401  before Megatron warns
 import argparse
 import json
 import shutil
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +19,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench.network import free_port
+from compare_runs import losses
 from fault_injection import PHASES, Fault, run
 
 NUM_STEPS = 12
@@ -32,26 +33,13 @@ FLAGS = (
 ).split()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def losses(path: Path) -> dict[int, float]:
-    """step -> loss of a --log-file."""
-    if not path.is_file():
-        return {}
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {record["iteration"]: record["loss"] for record in records}
-
-
 def train(prefix: str, folder: Path, plan: list[Fault]) -> tuple[bool, dict[int, float]]:
     """(whether the run came to its end, its losses); what the ranks printed stays in ``folder``."""
     folder.mkdir()
     flags = [*FLAGS, "--data-path", prefix, "--save", str(folder / "ck"), "--load", str(folder / "ck")]
     log = folder / "run.jsonl"
     ended = run([*flags, "--log-file", str(log)], plan, 2, free_port(), folder)
-    return ended, losses(log)
+    return ended, losses(log) if log.is_file() else {}
 
 
 def rows_of(plan: list[Fault], prefix: str, folder: Path, wanted: dict[int, float]) -> list[tuple[str, ...]]:

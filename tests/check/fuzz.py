@@ -20,12 +20,9 @@ import mindspeed_cp.megatron_adaptor  # noqa: F401  before anything of Megatron
 
 import argparse
 import json
-import os
 import random
 import shlex
 import shutil
-import signal
-import socket
 import sys
 import tempfile
 import time
@@ -33,6 +30,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 from drawing import CommandLine, draw
 
 NO_NUMBER = "found NaN in local grad norm"  # Megatron's own words, at a learning rate of nonsense
@@ -54,16 +52,15 @@ def launch(flags: list[str], world_size: int, folder: Path, limit: float) -> End
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     log = folder / "run.jsonl"
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    sys.stdout.flush()
-    ranks = {}
-    for rank in range(world_size):
-        pid = os.fork()
-        if pid == 0:
-            be_rank([*flags, "--log-file", str(log)], rank, world_size, port, folder)
-        ranks[pid] = rank
-    statuses = wait_for(ranks, limit)
+    ranks = forked.start(
+        world_size,
+        lambda rank: (folder / f"{rank}.out", folder / f"{rank}.err"),
+        lambda rank: train([*flags, "--log-file", str(log)], rank),
+    )
+    # When rank 0 refuses, the others wait to say the same, and count as if they had.
+    statuses = forked.finish(ranks, limit, lambda rank, status: 0.0 if (rank, status) == (0, 2) else limit)
+    if statuses.get(0) == 2:
+        statuses |= {rank: 2 for rank in range(world_size) if rank not in statuses}
     errors = [folder / f"{rank}.err" for rank in range(world_size)]
     # A rank that was ended because rank 0 had refused may not have opened its file.
     said = "".join(path.read_text(encoding="utf-8", errors="replace") for path in errors if path.is_file())
@@ -77,55 +74,13 @@ def launch(flags: list[str], world_size: int, folder: Path, limit: float) -> End
     return Ending("crash", said=f"{said}\nexit statuses {sorted(statuses.values())}")
 
 
-def be_rank(flags, rank, world_size, port, folder):
-    """The life of a forked rank; never returns."""
-    status = 1
-    try:
-        for name, target in (("out", sys.stdout), ("err", sys.stderr)):
-            handle = os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT)
-            os.dup2(handle, target.fileno())
-        import trainer.rules
-        from pretrain_gpt import main
+def train(flags: list[str], rank: int) -> None:
+    """The life of a rank."""
+    import trainer.rules
+    from pretrain_gpt import main
 
-        trainer.rules.GRACE = 0.0 if rank == 0 else 60.0  # rank 0 says what all would say; the others are ended
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )  # fmt: skip
-        main(flags)
-        status = 0
-    except SystemExit as leaving:
-        status = leaving.code if isinstance(leaving.code, int) else 1
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def wait_for(ranks: dict[int, int], limit: float) -> dict[int, int]:
-    """rank -> exit status (negative: a signal); who has not ended after ``limit`` seconds is ended and not in it.
-
-    When rank 0 leaves with status 2, the others wait to say the same, and count as if they had.
-    """
-    statuses, end = {}, time.monotonic() + limit
-    while len(statuses) < len(ranks) and time.monotonic() < end:
-        for pid, rank in ranks.items():
-            if rank not in statuses and (ended := os.waitpid(pid, os.WNOHANG))[0]:
-                statuses[rank] = os.waitstatus_to_exitcode(ended[1])
-        if statuses.get(0) == 2:
-            break
-        time.sleep(0.01)
-    for pid, rank in ranks.items():
-        if rank not in statuses:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            if statuses.get(0) == 2:
-                statuses[rank] = 2
-    return statuses
+    trainer.rules.GRACE = 0.0 if rank == 0 else 60.0  # rank 0 says what all would say; the others are ended
+    main(flags)
 
 
 def classify(line: CommandLine, prefix: str, folder: Path, limit: float, references: dict) -> tuple[str, str]:

@@ -8,14 +8,14 @@ Exit status 1 when a loss or a gradient norm of any step differs by more than th
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from megatron_lm_cases import CASES, LENGTH, MOCK, MODEL, numbers, runs_of
+from megatron_lm_cases import CASES, LENGTH, MOCK, MODEL, runs_of
+from megatron_signatures import in_order, version_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-5  # relative, float32
@@ -27,11 +27,9 @@ def find_checkouts(folder):
     candidates = [folder] if (folder / "pretrain_gpt.py").is_file() else sorted(folder.iterdir())
     found = {}
     for path in candidates:
-        info = path / "megatron" / "core" / "package_info.py"
-        if (path / "pretrain_gpt.py").is_file() and info.is_file():
-            numbers = dict(re.findall(r"^(MAJOR|MINOR|PATCH) = (\d+)", info.read_text(), re.M))
-            found[".".join(numbers[part] for part in ("MAJOR", "MINOR", "PATCH"))] = path
-    return dict(sorted(found.items(), key=lambda item: [int(part) for part in item[0].split(".")]))
+        if (path / "pretrain_gpt.py").is_file() and (path / "megatron" / "core" / "package_info.py").is_file():
+            found[version_of(path)] = path
+    return {version: found[version] for version in sorted(found, key=in_order)}
 
 
 def start_runs(checkout, runs, *options):
@@ -193,7 +191,7 @@ def main(argv=None):
             start = time.monotonic()
             work = Path(folder, version)
             work.mkdir()
-            possible = [case for case in cases if numbers(case.since) <= numbers(version) < numbers(case.before)]
+            possible = [case for case in cases if in_order(case.since) <= in_order(version) < in_order(case.before)]
             results[version] = check_version(
                 checkout, version, possible, str(work), f"{folder}/text", lambda line: print(line, file=sys.stderr)
             )

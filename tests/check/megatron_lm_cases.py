@@ -4,6 +4,8 @@ equal.
 
 from dataclasses import dataclass
 
+from megatron_signatures import in_order
+
 MODEL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 8 --max-position-embeddings 128 --micro-batch-size 1 "
     "--global-batch-size 2 --train-iters 4 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --log-interval 1 "
@@ -186,14 +188,9 @@ def context_parallel_flags(case):
     return flags
 
 
-def numbers(version):
-    """ "0.18.2" -> (0, 18, 2)"""
-    return tuple(int(part) for part in version.split("."))
-
-
 def vocabulary_of_text(version):
     """--vocab-size with which token 256 ends a document: NullTokenizer adds that token to the number before 0.18."""
-    return "256" if numbers(version) < (0, 18) else "257"
+    return "256" if in_order(version) < [0, 18] else "257"
 
 
 def runs_of(case, folder, text_prefix, version):

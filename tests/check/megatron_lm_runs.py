@@ -13,14 +13,14 @@ import argparse
 import json
 import os
 import runpy
-import signal
-import socket
 import sys
 import tempfile
 import time
 import traceback
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
+
+import forked
 
 TIMEOUT = 240  # seconds of one run
 
@@ -65,20 +65,9 @@ def _run_script(script, adaptor):
         runpy.run_path(str(script), run_name="__main__")
 
 
-def _rank(script, run, rank, port, folder):
-    """The life of one rank; leaves folder/rank-N.json and folder/rank-N.log."""
-    log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    world = run["world"]
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+def _life(script, run, folder, results_fd, rank):
+    """A rank leaves folder/rank-N.json; no rank may keep the pipe of the results open."""
+    os.close(results_fd)
     records, error = [], None
     sys.argv = ["-", *run["flags"]]
     try:
@@ -90,57 +79,26 @@ def _rank(script, run, rank, port, folder):
         traceback.print_exc()
         error = f"{type(failure).__name__}: {failure}"
     (folder / f"rank-{rank}.json").write_text(json.dumps({"records": records, "error": error}))
-    sys.stdout.flush()
-    os._exit(1 if error else 0)
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _wait(children, deadline):
-    """Wait for every child; the first that fails, or the deadline, ends the others."""
-    failed = False
-    while children:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid in children:
-            children.remove(pid)
-            failed = failed or status != 0
-            deadline = min(deadline, time.monotonic() + 10) if failed else deadline
-        elif time.monotonic() > deadline:
-            for child in children:
-                os.kill(child, signal.SIGKILL)
-            deadline, failed = float("inf"), True
-        else:
-            time.sleep(0.02)
-    return failed
+    sys.exit(1 if error else 0)
 
 
 def run_one(script, run, results_fd):
-    """Start the ranks of one run and collect what they recorded; no rank may keep the pipe of the results open."""
+    """Start the ranks of one run and collect what they recorded."""
     with tempfile.TemporaryDirectory(prefix="megatron-") as name:
-        folder, port, children = Path(name), _free_port(), []
-        for rank in range(run["world"]):
-            pid = os.fork()
-            if pid == 0:
-                os.setpgid(0, 0)
-                os.close(results_fd)
-                _rank(script, run, rank, port, folder)
-            children.append(pid)
-        failed = _wait(list(children), time.monotonic() + TIMEOUT)
-        for pid in children:  # what a rank started itself and left behind
-            with suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+        folder, world = Path(name), run["world"]
+        logs = [folder / f"rank-{rank}.log" for rank in range(world)]
+        ranks = forked.start(
+            world, lambda rank: (logs[rank], logs[rank]), partial(_life, script, run, folder, results_fd)
+        )
+        statuses = forked.finish(ranks, TIMEOUT, lambda rank, status: 10.0)
+        failed = len(statuses) < world or any(statuses.values())
         answers = [
             json.loads(path.read_text()) if path.exists() else {"records": [], "error": "ended without an answer"}
-            for path in (folder / f"rank-{rank}.json" for rank in range(run["world"]))
+            for path in (folder / f"rank-{rank}.json" for rank in range(world))
         ]
         errors = [f"rank {rank}: {answer['error']}" for rank, answer in enumerate(answers) if answer["error"]]
         if failed or errors:
-            tails = [(folder / f"rank-{rank}.log").read_text(errors="replace")[-3000:] for rank in range(run["world"])]
-            print("\n".join(tails), file=sys.stderr, flush=True)
+            print("\n".join(log.read_text(errors="replace")[-3000:] for log in logs), file=sys.stderr, flush=True)
     # The loss is known on the last pipeline stage, which holds the last ranks.
     records = answers[-1]["records"]
     return {

@@ -7,19 +7,21 @@ bit is an error.
 """
 
 import argparse
-import json
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from bench.network import Network, free_port, two_hosts
+from compare_runs import losses
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 FLAGS = (
@@ -31,28 +33,31 @@ FLAGS = (
 
 @dataclass
 class Job:
-    """torchrun on one or two hosts (network namespaces), each with its share of the ranks."""
+    """torchrun on this host, or on each of two with half of the ranks."""
 
     ranks: int
-    hosts: int
+    network: Network | None
     folder: Path
     agents: list[subprocess.Popen] = field(default_factory=list)
 
     def start(self, name: str, flags: list[str], max_restarts: int) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        hosts, address = (1, "127.0.0.1") if self.network is None else (2, self.network.address)
+        port = free_port()
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--nnodes", str(self.hosts), "--nproc-per-node",
-            str(self.ranks // self.hosts), "--max-restarts", str(max_restarts), "--master-port", str(port),
-            "--master-addr", "127.0.0.1" if self.hosts == 1 else "10.203.8.1",
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", str(hosts), "--nproc-per-node",
+            str(self.ranks // hosts), "--max-restarts", str(max_restarts), "--master-port", str(port),
+            "--master-addr", address,
         ]  # fmt: skip
         script = [str(SCRIPTS / "pretrain_gpt.py"), *FLAGS, *flags]
         self.agents = []
-        for host in range(self.hosts):
-            where = [] if self.hosts == 1 else namespace(host)
+        for host in range(hosts):
             output = open(self.folder / f"{name}-{host}.txt", "w", encoding="utf-8")
-            whole = [*where, *command, "--node-rank", str(host), *script]
-            self.agents.append(subprocess.Popen(whole, stdout=output, stderr=subprocess.STDOUT))
+            whole = [*command, "--node-rank", str(host), *script]
+            files = {"stdout": output, "stderr": subprocess.STDOUT}
+            agent = (
+                self.network.start(host, 1, whole, port, **files) if self.network else subprocess.Popen(whole, **files)
+            )
+            self.agents.append(agent)
 
     def wait(self) -> int:
         return max(agent.wait() for agent in self.agents)
@@ -88,34 +93,6 @@ def is_rank(pid: int) -> bool:
     return b"torch.distributed.run" not in command and any(part.endswith(b"pretrain_gpt.py") for part in command)
 
 
-def namespace(host: int) -> list[str]:
-    name = f"soak{os.getpid()}{'ab'[host]}"
-    return ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME=soak{host}"]
-
-
-def make_hosts() -> None:
-    """Two network namespaces joined by a veth pair, 10.203.8.1 and 10.203.8.2."""
-    names = [f"soak{os.getpid()}{letter}" for letter in "ab"]
-    commands = [f"ip netns add {name}" for name in names]
-    commands.append(f"ip link add soak0 netns {names[0]} type veth peer name soak1 netns {names[1]}")
-    for index, name in enumerate(names):
-        commands.append(f"ip -n {name} addr add 10.203.8.{index + 1}/24 dev soak{index}")
-        commands += [f"ip -n {name} link set {device} up" for device in (f"soak{index}", "lo")]
-    for command in commands:
-        subprocess.run(command.split(), check=True)
-
-
-def remove_hosts() -> None:
-    for letter in "ab":
-        subprocess.run(["ip", "netns", "del", f"soak{os.getpid()}{letter}"], check=False)
-
-
-def losses(path: Path) -> dict[int, float]:
-    """step -> loss of a --log-file."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {record["iteration"]: record["loss"] for record in records}
-
-
 def last_step(path: Path) -> int:
     """The step that the log ends with; its last line may be half-written."""
     found = re.findall(r'"iteration": (\d+), "loss"', path.read_text(encoding="utf-8") if path.is_file() else "")
@@ -140,8 +117,8 @@ def resumed_steps(folder: Path) -> list[int]:
     return [int(step) for step in re.findall(r"going on from \S*iter_(\d+)", text)]
 
 
-def soak(args: argparse.Namespace, folder: Path) -> int:
-    job = Job(args.ranks, args.hosts, folder)
+def soak(args: argparse.Namespace, folder: Path, network: Network | None) -> int:
+    job = Job(args.ranks, network, folder)
     prefix, checkpoints = str(folder / "topics"), str(folder / "ck")
     subprocess.run([sys.executable, str(SCRIPTS / "prepare_data.py"), "--output", prefix], check=True)
     common = ["--data-path", prefix, "--context-parallel-size", str(args.ranks), "--train-iters", str(args.steps)]
@@ -189,12 +166,9 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the job ends with this process
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     try:
-        if args.hosts == 2:
-            make_hosts()
-        return soak(args, folder)
+        with two_hosts() if args.hosts == 2 else nullcontext() as network:
+            return soak(args, folder, network)
     finally:
-        if args.hosts == 2:
-            remove_hosts()
         if args.keep:
             print(f"logs and checkpoints: {folder}")
         else:
