@@ -32,6 +32,7 @@ TRANSLATIONS = {"README.md": "README.zh-CN.md"} | {
 README_LINES = 230
 # What users or runs make, and other people's files; everything else that looks like a path here must exist.
 ELSEWHERE = {
+    "mindspeed_cp/kernels/mine.py",
     "data/topics",
     "latest.txt",
     "loss.png",
