@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_cp.attention.kept import KeptAttention
-from mindspeed_cp.comm.groups import ContextParallelGroups, PoolKey
+from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.comm.parts import PoolKey
 from mindspeed_cp.comm.step_log import ContextParallelLog
 from mindspeed_cp.megatron import batches, splitting
 from mindspeed_cp.megatron.decision import OpenDecision, Settings
