@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def examine(given: argparse.Namespace) -> tuple[Sections, dict[str, Any]]:
-    """(every check, every patch); those that need torch are left out where it does not load."""
+    """(findings of every check, every patch); checks that need torch are left out where it does not load."""
     broken = installed.loads_torch()
     npu_works = broken is None and device.npu_works()
     found = [*installed.fitting(), *installed.ascend(os.environ, npu_works), *installed.optional()]

@@ -1,4 +1,4 @@
-"""What would be on: a launch as findings, by the rules of arguments/ and config.py themselves."""
+"""Findings about a launch: what would be on, by the rules of arguments/ and config.py themselves."""
 
 import argparse
 import ast
@@ -42,7 +42,7 @@ def examined(command: str, device: str) -> tuple[list[Finding], dict[str, str]]:
 
 
 def findings(started: launch.Launch, device: str) -> Iterator[Finding]:
-    """Whether the launch switches context parallelism on, what it resolves to, costs, and gets wrong."""
+    """Whether the launch switches context parallelism on, what it resolves to, what it costs, its mistakes."""
     try:
         args, rest = megatron_flags.parsed(started.flags)
     except ValueError as error:
@@ -154,7 +154,7 @@ def resolved(args: argparse.Namespace, started: launch.Launch, device: str) -> I
 
 
 def problem_of(args: argparse.Namespace, setup: TrainingSetup) -> Problem | str:
-    """The attention of one layer, or which flag is missing for it."""
+    """The attention of one layer, or the flag that is missing to know it."""
     if not (args.kv_channels or args.hidden_size or args.multi_latent_attention) or args.num_attention_heads == 1:
         return "bytes and memory need --num-attention-heads and --hidden-size (or --kv-channels)"
     heads, kv_heads, dk, dv = megatron_flags.attention_sizes(args)
@@ -194,7 +194,7 @@ def _size(num_bytes: int) -> str:
 
 
 def of_megatron(started: launch.Launch) -> Iterator[Finding]:
-    """What the patches refuse of Megatron's own flags, for a script of Megatron-LM."""
+    """Megatron's own flags that the patches refuse, for a script of Megatron-LM."""
     if started.runner and Path(started.script).name.startswith("pretrain_"):
         environment = {**os.environ, **started.environment}
         wrong = ask("mindspeed_cp.megatron.flag_checks", *started.flags, environment=environment)

@@ -1,4 +1,4 @@
-"""Packed documents for the planner: lengths of a dataset or of a distribution, and a row that is filled with them."""
+"""Packed documents for the planner: their lengths, from a dataset or a distribution, and rows filled with them."""
 
 import math
 import random
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mindspeed_cp.planner.indexed_dataset import read_index
 
 Boundaries = tuple[int, ...]
-BATCHES = 15  # are filled, of which the one with the median area is planned
+BATCHES = 15  # batches are filled; the one with the median area is planned
 
 # name -> how a length is drawn from its two parameters
 DISTRIBUTIONS: dict[str, Callable[[random.Random, float, float], float]] = {
