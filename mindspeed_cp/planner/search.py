@@ -208,8 +208,8 @@ def _timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) ->
 
 
 def traced_ranks(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> list[int]:
-    """All ranks of a small group. Of a large group: the first, the last, the last of the first node and, with documents,
-    which load ranks unevenly, those that compute the most and those that send or receive the most.
+    """All ranks of a small group. Of a large group: the first, the last, the last of the first node; with documents,
+    which load ranks unevenly, also those that compute the most and those that send or receive the most.
     """
     cp = config.context_parallel_size
     if cp <= 4:
