@@ -1,5 +1,5 @@
-"""What the flags name on disk, looked at before any process group exists: the dataset, folders to write to, the
-checkpoint to go on from.
+"""Checks the files that flags name before any process group exists: the dataset, folders to write to, the checkpoint
+to go on from.
 """
 
 import importlib.util

@@ -47,7 +47,7 @@ _device_type = "cpu"
 
 
 def set_device_type(device_type):
-    """Where the ranks of this session compute; the --device option of pytest calls it once."""
+    """Set where the ranks of this session compute; pytest's option --device calls it once."""
     global _device_type
     _device_type = device_type
 
@@ -173,7 +173,7 @@ class RankPool:
 
 
 def _serve(rank, world_size, folder, device, group_timeout, leave_after_failure, connection):
-    """The life of one rank: join the group, answer calls until the pipe closes."""
+    """Runs one rank: it joins the group and answers calls until the pipe closes."""
     from mindspeed_cp.doctor.meeting import join
 
     end_with_parent()
@@ -334,7 +334,7 @@ def _script(path, words, variables):
 
 
 def free_port():
-    """Below those that the system gives to connections, of which other tests make many until this one is used."""
+    """A port below the range that the system assigns to connections: other tests make many before this one is used."""
     for port in random.sample(range(20_000, 30_000), 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("", port))

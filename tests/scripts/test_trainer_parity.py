@@ -29,7 +29,7 @@ UNALIGNED = {
 }
 FOUR = "--context-parallel-size 4 --micro-batch-size 4"
 VIRTUAL = "--num-layers 4 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
-ROPE, SHORT = "--position-embedding-type rope", "--train-iters 5"
+ROPE, SHORT = "--position-embedding-type rope", "--train-iters 3"
 LONG = "" if pairs.whole() else SHORT  # 20 steps with --full
 BALANCED = "--cp-batch-layout balanced --cp-kv-exchange auto --recompute-granularity full --cp-keep-attention"
 PACKED = f"--reset-position-ids --reset-attention-mask --eod-mask-loss --seq-length 256 {SHORT} --data-path PARAGRAPHS"
