@@ -234,7 +234,7 @@ def leave_many_times(connection, folder, number):
 
 def test_a_message_arrives_though_its_sender_ends_by_os_exit(tmp_path):
     ours, theirs = multiprocessing.Pipe()
-    with distributed._forking_from(()):
+    with distributed.forking_from(()):
         process = multiprocessing.get_context("forkserver").Process(
             target=leave_many_times, args=(theirs, str(tmp_path), 40), daemon=True
         )

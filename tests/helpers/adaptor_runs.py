@@ -11,7 +11,7 @@ import sys
 import warnings
 from types import ModuleType
 
-from distributed import run_alone
+from alone import run_alone
 
 DEVICE_VARIABLE = "MINDSPEED_CP_DEVICE"
 EMBEDDINGS = "megatron.core.models.common.embeddings"

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from distributed import run_script
+from alone import run_script
 from test_docs import FENCE, OUTPUT, PAGES, READMES, blocks, text_of
 
 
