@@ -19,7 +19,7 @@ from mindspeed_cp.megatron.scopes import COLLECTIONS, Scope
 from mindspeed_cp.sequence.layout import SequenceLayout
 
 if TYPE_CHECKING:
-    from mindspeed_cp.megatron.adaptor import Adaptor
+    from mindspeed_cp.megatron.known import Known as Adaptor
 
 KEPT = 1024  # records in the store for each pipeline; a stage is never that many micro-batches behind the first
 PLAIN, HANDED = "plain", "handed"
