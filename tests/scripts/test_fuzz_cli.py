@@ -38,6 +38,6 @@ def test_the_reference_differs_in_how_the_sequence_is_shared_alone():
         assert {flag for flag, _ in plain.settings}.isdisjoint(SHARING)
         assert set(line.settings) - set(plain.settings) == {pair for pair in line.settings if pair[0] in SHARING}
         sizes = dict(plain.settings)
-        assert plain.world_size == int(sizes.get("--tensor-model-parallel-size", 1)) * int(
-            sizes.get("--pipeline-model-parallel-size", 1)
+        assert plain.world_size == int(sizes.get("--tensor-model-parallel-size") or 1) * int(
+            sizes.get("--pipeline-model-parallel-size") or 1
         )
