@@ -119,7 +119,7 @@ def _apart(ends: dict[int, int], cluster: Cluster, rank: int) -> dict[bool, int]
 
 
 def variants(cp: int, documents: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(algorithm, arguments of the configuration); the configuration itself says which of them work together.
+    """(algorithm, arguments of the configuration), whether or not they work together: the configuration says that.
 
     Args:
         documents: the balanced layout too, with the exchange that sends only what documents need.

@@ -37,7 +37,7 @@ def stages(pp_size, vpp_size, cp_size, **settings):
 
 
 def batches(model, documents, seq, by_hand=False):
-    """The part of each micro-batch that a stage gets; all are split before the first one runs.
+    """What a stage gets of each micro-batch, all of it split before the first one runs.
 
     Args:
         by_hand: the first stage alone is told where documents end.
