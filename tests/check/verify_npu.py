@@ -39,7 +39,7 @@ class Check(NamedTuple):
 PYTEST = "{python} -m pytest -q -p no:cacheprovider --device {device} --durations 3"
 CHECKS = (
     Check("device and kernel", "{python} tests/check verify_machine {device}", True, 5),
-    Check("operators, every block shape", f"{PYTEST} tests/kernels/test_kernel_{{kernel}}.py", True),
+    Check("operators, every block shape", f"{PYTEST} tests/kernels/test_kernel_{{kernel}}*.py", True),
     Check("parity of every algorithm", f"{PYTEST} tests/kernels/test_kernel_parity.py", True),
     Check("training, Ulysses and Ring", "{runs} algorithms {logs}/quick --quick", True),
     Check("performance, Ulysses and Ring", "{runs} performance {logs}/quick --quick", True),
