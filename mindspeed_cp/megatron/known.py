@@ -8,6 +8,7 @@ import torch.distributed as dist
 from mindspeed_cp.megatron.decision import Settings
 from mindspeed_cp.megatron.documents import BoundaryCache
 from mindspeed_cp.megatron.handed import Handed
+from mindspeed_cp.megatron.losses import Losses
 from mindspeed_cp.megatron.records import BatchRecords, Documents, MicroBatch
 from mindspeed_cp.megatron.scopes import Scope
 from mindspeed_cp.sequence.layout import SequenceLayout
@@ -46,11 +47,14 @@ class Known(Protocol):
     is_pipeline: bool
     documents_by_hand: bool
     epoch: int
+    losses: Losses
 
     @property
     def foreign(self) -> ForeignLayouts: ...
     @property
     def hand_over(self) -> LaterStages: ...
+    @property
+    def alone(self) -> bool: ...
     @property
     def setup(self) -> TrainingSetup | None: ...
     @property
