@@ -46,9 +46,9 @@ def examine(given: argparse.Namespace) -> tuple[Sections, dict[str, Any]]:
     sections["Patches"] = patches
     own: dict[str, str] = {}
     if given.launch is not None:
-        from mindspeed_cp.doctor import launched
+        from mindspeed_cp.doctor import launch_findings
 
-        of_launch, own = launched.examined(given.launch, chosen)
+        of_launch, own = launch_findings.examined(given.launch, chosen)
     sections["Environment"] = list(environment.findings(os.environ, own, chosen))
     if not given.no_self_test:
         sections["Self test"] = list(attention.self_test(chosen))

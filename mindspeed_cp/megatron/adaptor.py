@@ -17,9 +17,9 @@ from mindspeed_cp.megatron import batches, splitting
 from mindspeed_cp.megatron.decision import OpenDecision, Settings
 from mindspeed_cp.megatron.documents import BoundaryCache, MaskCache
 from mindspeed_cp.megatron.foreign import Foreign
-from mindspeed_cp.megatron.handed import Handed
-from mindspeed_cp.megatron.handover import HandOver
+from mindspeed_cp.megatron.handed_ends import Handed
 from mindspeed_cp.megatron.hccl import hccl_buffers
+from mindspeed_cp.megatron.later_stages import HandOver
 from mindspeed_cp.megatron.losses import Losses
 from mindspeed_cp.megatron.own_loops import OwnLoops
 from mindspeed_cp.megatron.records import BatchRecords, Documents, MicroBatch

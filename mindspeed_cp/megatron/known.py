@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from mindspeed_cp.megatron.decision import Settings
 from mindspeed_cp.megatron.documents import BoundaryCache
-from mindspeed_cp.megatron.handed import Handed
+from mindspeed_cp.megatron.handed_ends import Handed
 from mindspeed_cp.megatron.losses import Losses
 from mindspeed_cp.megatron.records import BatchRecords, Documents, MicroBatch
 from mindspeed_cp.megatron.scopes import Scope
@@ -29,7 +29,7 @@ class ForeignLayouts(Protocol):
 
 
 class LaterStages(Protocol):
-    """What later pipeline stages learn of a batch (``handover.HandOver``)."""
+    """What later pipeline stages learn of a batch (``later_stages.HandOver``)."""
 
     def first(self, model: Any, scope: Scope, record: MicroBatch) -> MicroBatch: ...
     def later(self, model: Any, scope: Scope, record: MicroBatch | None) -> MicroBatch | None: ...
