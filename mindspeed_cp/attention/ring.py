@@ -126,7 +126,9 @@ class RingProblem:
             return Arrived((first, second), tasks)
         return Expanding((first, second), tasks, expansion, self.order, sums)
 
-    def gradient_return(self, own: tuple[torch.Tensor, ...], like: tuple[torch.Tensor, ...]):
+    def gradient_return(
+        self, own: tuple[torch.Tensor, ...], like: tuple[torch.Tensor, ...]
+    ) -> GradientReturn | MeshReturn:
         """What brings partial gradients home, as the exchange does; see comm/gradient_return.py."""
         return (GradientReturn if self.mesh is None else MeshReturn)(self.channel, own, like)
 
