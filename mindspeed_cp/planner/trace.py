@@ -89,6 +89,11 @@ class Problem:
         topology = dry_topology(config)
         return expansion if sends_latents(config, expansion, topology, self.dtype.itemsize) else None
 
+    def least_row_elements(self, cp: int) -> int:
+        """What travels of a token at least, as key and value."""
+        heads = self.kv_heads * (self.dk + self.dv)
+        return min(heads, sum(self.latent)) if self.latent is not None and cp > 1 else heads
+
     def row_elements(self, config: ContextParallelConfig) -> int:
         """What travels of a token around a ring."""
         if self.latent is not None and self.expansion(config, Notes()) is not None:

@@ -292,11 +292,8 @@ def _kept_bytes(config: ContextParallelConfig, problem: Problem) -> int:
 
 def _least(problem: Problem, cp: int) -> AttentionBytes:
     """What every setting needs at least: query, out, and what travels of key and value, from forward to backward."""
-    width = problem.dk + problem.dv
-    travels = problem.kv_heads * width
-    if problem.latent is not None and cp > 1:
-        travels = min(travels, sum(problem.latent))
-    return AttentionBytes(problem.seq_len // cp * problem.batch * (problem.heads * width + travels) * HALF, 0, 0)
+    elements = problem.heads * (problem.dk + problem.dv) + problem.least_row_elements(cp)
+    return AttentionBytes(problem.seq_len // cp * problem.batch * elements * HALF, 0, 0)
 
 
 def planned(work: Work, split: Split, candidate: Candidate, recompute: Recompute, cluster: Cluster) -> Plan:

@@ -8,15 +8,21 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from mindspeed_cp.settings import rules
-from mindspeed_cp.settings.algorithms import ALGORITHMS, DEFAULT, Algorithm, Hierarchy, known_algorithm, summaries
+from mindspeed_cp.settings.algorithms import (
+    ALGORITHMS,
+    DEFAULT,
+    Algorithm,
+    Hierarchy,
+    known_algorithm,
+    summaries,
+    titled,
+)
 from mindspeed_cp.settings.notices import warn_rank0
-from mindspeed_cp.settings.phrase import phrase
 from mindspeed_cp.settings.setting import declarations, setting
 
 MaskType = Literal["causal", "full", "general"]
 KVCachePolicy = Literal["full", "half"]
 KVExchange = Literal["ring", "direct", "mesh", "auto"]
-MLAExchange = Literal["latent", "heads", "auto"]
 Topology = Literal["auto", "mesh", "switch", "nodes"]
 P2P = Literal["auto", "batch", "isend"]
 BatchLayout = Literal["auto", "contiguous", "zigzag", "document_zigzag", "balanced"]
@@ -146,7 +152,7 @@ class ContextParallelConfig:
             "nodes": "over several servers",
         },
     )
-    mla_exchange: MLAExchange = setting(
+    mla_exchange: Literal["latent", "heads", "auto"] = setting(
         "auto",
         flag="--cp-mla-exchange",
         help="what multi-latent attention sends as keys and values",
@@ -257,11 +263,7 @@ class ContextParallelConfig:
         rules.check_kv_cache(self.context_parallel_size, self.kv_cache_policy, self.kv_cache_interval)
         rules.check_exchange(self.algorithm, self.kv_exchange, 1 if self._is_one_window else self.window_size)
         rules.check_allgather(self.algorithm, self.allgather_kv)
-        rules.require(
-            not self.keep_attention or self.context_parallel_size > 1,
-            "--cp-keep-attention needs --context-parallel-size above 1; leave it out or use --context-parallel-size 2 "
-            "or more.",
-        )
+        rules.check_keep_attention(self.context_parallel_size, self.keep_attention)
         for notice in self.ignored_settings():
             warn_rank0(notice)
         if self._is_one_window:
@@ -286,26 +288,23 @@ class ContextParallelConfig:
         algorithm = f"--context-parallel-algo {self.algorithm}"
         found = [each.notice(getattr(self, each.name), self.algorithm) for each in declarations(type(self))]
         unread = "auto" not in (self.kv_exchange, self.in_flight) and self.topology != "auto"
+        alike = self.batch_layout == "balanced" and self.row.exchange is None and self.context_parallel_size > 1
+        all_at_once = self.p2p != "auto" and self.kv_exchange == "mesh"
+        silent = self.log and self.context_parallel_size == 1
+        one_by_one = self.in_flight not in (1, "auto") and not self._takes_several_steps
         across = {
             f"--cp-window-size {self.window_size} is one window of all {self.window_size} ranks of the ring: the plain "
             "ring.": self._is_one_window,
-            f"--cp-batch-layout balanced is contiguous for {algorithm}, whose ranks have equal work by nature.": (
-                self.batch_layout == "balanced" and self.row.exchange is None and self.context_parallel_size > 1
-            ),
-            f"--cp-p2p {self.p2p} is ignored: the mesh exchange sends no messages between single ranks.": (
-                self.p2p != "auto" and self.kv_exchange == "mesh"
-            ),
-            f"--cp-in-flight {self.in_flight} is ignored: a plain ring forwards one step at a time.": self.in_flight
-            not in (1, "auto")
-            and not self.takes_several_steps,
+            f"--cp-batch-layout balanced is contiguous for {algorithm}, whose ranks have equal work by nature.": alike,
+            f"--cp-p2p {self.p2p} is ignored: the mesh exchange sends no messages between single ranks.": all_at_once,
+            f"--cp-in-flight {self.in_flight} is ignored: a plain ring forwards one step at a time.": one_by_one,
             f"--cp-topology {self.topology} is ignored: neither --cp-kv-exchange nor --cp-in-flight is auto.": unread,
-            "--cp-log says nothing at --context-parallel-size 1 without --hybrid-context-parallel.": self.log
-            and self.context_parallel_size == 1,
+            "--cp-log says nothing at --context-parallel-size 1 without --hybrid-context-parallel.": silent,
         }
         return [*filter(None, found), *(message for message, applies in across.items() if applies)]
 
     @property
-    def takes_several_steps(self) -> bool:
+    def _takes_several_steps(self) -> bool:
         return self.row.exchange == "ring" and (self.kv_exchange != "ring" or self.hierarchy[2] > 1)
 
     @property
@@ -315,8 +314,7 @@ class ContextParallelConfig:
 
     @property
     def ring_size(self) -> int:
-        _, window, windows = self.hierarchy
-        return window * windows
+        return self.context_parallel_size // self.hierarchy[0]
 
     @property
     def causal(self) -> bool:
@@ -338,4 +336,15 @@ class ContextParallelConfig:
 
     def describe(self) -> str:
         """One phrase for the line that says what is on, such as "Ring, cp=4, zigzag, causal"."""
-        return phrase(self)
+        said = {
+            f"{self.kv_exchange} exchange": self.kv_exchange != "ring",
+            f"{self.in_flight} steps in flight": self.in_flight != 1 and self._takes_several_steps,
+            f"MLA sends {'heads' if self.mla_exchange == 'heads' else 'latents'}": self.mla_exchange != "auto",
+            f"{self.ulysses_chunks} groups of heads": self.ulysses_chunks > 1 and self.row.splits_heads,
+            "single messages": self.p2p == "isend" and self.row.exchange == "ring",
+            f"kv cache {self.kv_cache_policy}": self.kv_cache_policy is not None,
+            "attention kept across recomputation": self.keep_attention,
+            "logged": self.log,
+        }
+        always = [f"cp={self.context_parallel_size}", self.layout_kind, self.attention_mask_type]
+        return ", ".join([titled(self.row, self.hierarchy), *always, *(part for part, holds in said.items() if holds)])
