@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -196,15 +197,18 @@ def test_no_plan_is_missed_by_counting_only_where_it_matters(documents):
     work = Work(TINY, 1024, 8, documents=documents)
     fixed, limit = {"tp": 1, "pp": 1}, one(Split(1, 1, 1, 8)).memory.total
     found, _ = plans(work, 8, limit, UNIT, fixed, most=5)
-    every = []
+    every: dict[tuple, float] = {}
     for option in options(work, 8, UNIT, fixed)[0]:
         config = option.attention.config
         candidate = timed(config, problem_of(work, option.split), UNIT)
         plan = planned(work, option.split, candidate, option.recompute, UNIT)
         if plan.memory.total <= limit:
-            every.append((plan.step.seconds, plan.split, plan.recompute))
-    fastest = sorted(set(every), key=lambda one: one[0])[: len(found)]
-    assert sorted(plan.step.seconds for plan in found) == pytest.approx([seconds for seconds, *_ in fastest])
+            kind = plan.split, plan.recompute, config.hierarchy, is_tight(plan, limit)
+            every[kind] = min(plan.step.seconds, every.get(kind, inf))
+    roomy = [every.get((*kind[:3], False), inf) for kind in every]
+    # What is slower than a plan of its kind that leaves memory free is not a plan of its own.
+    fastest = sorted(seconds for (kind, seconds), free in zip(every.items(), roomy) if not kind[3] or seconds < free)
+    assert sorted(plan.step.seconds for plan in found) == pytest.approx(fastest[: len(found)])
 
 
 def test_documents_are_planned_with_the_layout_that_megatron_can_cut():
