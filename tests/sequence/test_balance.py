@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
-from mindspeed_cp.sequence.balance import balanced_rings, imbalance
+from mindspeed_cp.sequence.balance import balanced_rings, imbalance, received_rows
 from mindspeed_cp.sequence.blocks import IntervalMask, needed_rows
 from mindspeed_cp.sequence.filling import Work, fill_ranks
 from mindspeed_cp.sequence.nodes import within_nodes
@@ -56,6 +56,7 @@ def test_parts_cover_every_token_once_with_the_areas_and_rows_of_brute_force(len
     assert sorted(map(length, rings), reverse=True) == split_sizes(documents[-1], num_ranks)
     assert imbalance(list(rings), documents, causal) == pytest.approx(max(areas) * num_ranks / sum(areas))
     assert sum(areas) == sum(work.area(number, 0, n) for number, n in enumerate(lengths))
+    assert received_rows(rings, documents, causal).tolist() == list(map(len, rows))
     mask = IntervalMask(None, 0 if causal else None, documents)
     for reader, source in itertools.permutations(range(num_ranks), 2):
         needed = needed_rows(rings[reader], rings[source], mask)
