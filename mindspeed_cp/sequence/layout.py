@@ -10,7 +10,7 @@ The picture, two ranks and eight tokens (uneven lengths give the extra tokens to
     contiguous       0 0 0 0 1 1 1 1      Ulysses; ring with a full mask
     zigzag           0 0 1 1 1 1 0 0      chunks r and 2n-1-r of 2n, so that every rank has equal causal work
     document_zigzag  0 1 1 0|0 1 1 0      every document on its own: packed batches of Megatron, verl, ms-swift
-    balanced         1 0 0 1 1|0 0|1 ..   documents shared out so that they load every ring rank alike
+    balanced         1 1 1 1|0 0 0 0      documents shared out whole, long ones in parts: equal work, few rows travel
 
 Hybrid's own zigzag is over the ring ranks, and each ring rank's tokens are contiguous over its Ulysses ranks.
 Runs are half-open intervals (start, stop) of global positions; rows are places in the order in which something is held.
