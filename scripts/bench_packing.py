@@ -5,8 +5,8 @@
 For Megatron's example of dynamic context parallelism and the distributions of ``bench_documents.py`` it draws the
 documents of a step of eight rows and prints, exactly counted, the attention makespan (the sum over rows or micro
 batches of the largest area of a rank) over the ideal, and the rows of keys and values that ranks receive for each
-token. The last column is a bound that no way of cutting the same rows can be below. ``--time`` measures two ranks:
-data parallel, each with documents of its own, beside one row over both.
+token. The last column is a bound that no way of cutting the same rows can be below. ``--time`` measures two ranks
+instead: data parallel, each with rows of its own, beside one row over both.
 """
 
 import argparse
@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from bench_documents import DISTRIBUTIONS
 from packing_models import Count, dynamic, least_rows, static
+from packing_time import RANKS, measure
 
 from mindspeed_cp import pack_documents
 from mindspeed_cp.sequence.balance import balanced_rings, imbalance, received_rows
@@ -68,35 +69,38 @@ def balanced(rows: Sequence[Sequence[int]], ranks: int) -> Count:
     return Count(span / sum(areas), received / tokens, least / tokens)
 
 
-def ways(lengths: list[int], ranks: int, tokens: int) -> dict[str, Count | None]:
+WAYS = ("static, cp 4", "Megatron's dynamic groups", "balanced, rows as they come", "balanced, packed by length")
+
+
+def ways(lengths: list[int], ranks: int, tokens: int) -> list[Count | None]:
+    """What each of WAYS costs."""
     packed = [[lengths[place] for place in row] for row in pack_documents(lengths, ranks, tokens)]
-    return {
-        "static, cp 4": static(lengths, ranks, tokens),
-        "Megatron's dynamic groups": dynamic(lengths, ranks, tokens),
-        "balanced, rows as they come": balanced(in_order(lengths, ranks, tokens), ranks),
-        "balanced, packed by length": balanced(packed, ranks),
-    }
+    return [
+        static(lengths, ranks, tokens),
+        dynamic(lengths, ranks, tokens),
+        balanced(in_order(lengths, ranks, tokens), ranks),
+        balanced(packed, ranks),
+    ]
 
 
 def print_table(options: argparse.Namespace) -> None:
     print(f"{ROWS} rows of ranks x {options.tokens} tokens, up to {options.seeds} steps of each\n")
-    print("| documents | ranks | way | makespan / ideal | KV rows / token | at least |")
-    print("| --- | ---: | --- | ---: | ---: | ---: |")
+    print(f"| documents | ranks | {' | '.join(WAYS)} | at least |")
+    print(f"| --- | ---: |{' ---: |' * (len(WAYS) + 1)}")
     for name in options.documents:
         for ranks in options.ranks:
             seeds = max(1, min(options.seeds, 64 * options.seeds // ranks))
             steps = [ways(drawn(name, ranks, options.tokens, seed), ranks, options.tokens) for seed in range(seeds)]
-            for way in steps[0]:
-                found = [count for step in steps if (count := step[way]) is not None]
-                if not found:
-                    continue
-                cells = [
-                    f"{statistics.mean(c.makespan for c in found):.2f}",
-                    f"{statistics.mean(c.rows for c in found):.2f}",
-                ]
-                least = [c.least for c in found if c.least is not None]
-                cells.append(f"{statistics.mean(least):.2f}" if least else "")
-                print(f"| {name} | {ranks} | {way} | {' | '.join(cells)} |", flush=True)
+            cells = [cell([step[way] for step in steps]) for way in range(len(WAYS))]
+            least = statistics.mean(step[-1].least for step in steps if step[-1] is not None)
+            print(f"| {name} | {ranks} | {' | '.join(cells)} | {least:.2f} |", flush=True)
+
+
+def cell(counts: Sequence[Count | None]) -> str:
+    found = [count for count in counts if count is not None]
+    if not found:
+        return "too long"
+    return f"{statistics.mean(c.makespan for c in found):.2f}, {statistics.mean(c.rows for c in found):.2f}"
 
 
 def print_planning() -> None:
@@ -111,6 +115,20 @@ def print_planning() -> None:
     print(f"\nlayout of {len(lengths)} documents on 256 ranks: {min(seconds) * 1e3:.0f} ms")
 
 
+def print_times(options: argparse.Namespace) -> None:
+    steps = {}
+    for name in options.documents:
+        lengths = [min(length, options.tokens) for length in drawn(name, RANKS, options.tokens, 0)]
+        packed = pack_documents(lengths, RANKS, options.tokens)
+        both = [[lengths[place] for place in row] for row in packed]
+        steps[name] = in_order(lengths, 1, options.tokens), both
+    print(f"\n{RANKS} ranks, {options.tokens} tokens each, forward + backward of a step's attention\n")
+    print("| documents | data parallel, ms | one row over both, ms | data parallel's time over it |")
+    print("| --- | ---: | ---: | ---: |")
+    for name, (apart, together) in measure(steps, options.heads, options.head_dim, options.repetitions).items():
+        print(f"| {name} | {apart * 1e3:.0f} | {together * 1e3:.0f} | {apart / together:.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [EXAMPLE, *DISTRIBUTIONS]
@@ -118,7 +136,13 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a rank")
     parser.add_argument("--seeds", type=int, default=6, help="steps drawn for each row of the table up to 64 ranks")
+    parser.add_argument("--time", action="store_true", help="measure two ranks instead of counting")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--repetitions", type=int, default=5)
     options = parser.parse_args()
+    if options.time:
+        return print_times(options)
     np.seterr(all="raise")
     print_table(options)
     print_planning()

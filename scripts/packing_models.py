@@ -19,7 +19,7 @@ class Count:
 
     makespan: float
     rows: float
-    least: float | None = None
+    least: float = 0.0
 
 
 def static(lengths: Sequence[int], ranks: int, tokens: int, cp_size: int = 4) -> Count | None:
@@ -134,7 +134,7 @@ def least_rows(lengths: Sequence[int], ranks: int) -> int:
     Two bounds, and the larger one counts. Of a document of L tokens, m ranks hold all tokens from position x on, and
     f = m T - (L - x) others, which are at least as much work as the f lightest tokens of all documents; so x is at
     least where these areas reach m times the limit, and the rows are at least the sum of x over m. And a rank of T
-    tokens that receives R rows has an area of at most T R + T^2 / 2.
+    tokens that receives R rows has an area of at most T R + T (T + 1) / 2.
     """
     tokens, total = sum(lengths) / ranks, sum(n * (n + 1) / 2 for n in lengths)
     limit, light = LIMIT * total / ranks, _Lightest(lengths)
@@ -150,7 +150,7 @@ def least_rows(lengths: Sequence[int], ranks: int) -> int:
             low, high = np.where(can, low, x), np.where(can, x, high)
         rows += float(low.sum())
         long = long[low >= 1]
-    return int(max(rows, ranks * max(0.0, total / ranks / tokens - tokens / 2)))
+    return int(max(rows, ranks * max(0.0, total / ranks / tokens - (tokens + 1) / 2)))
 
 
 class _Lightest:
