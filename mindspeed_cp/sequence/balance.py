@@ -34,8 +34,8 @@ class _Area:
         self._before = np.concatenate([[0.0], np.cumsum(self._pairs(np.diff(self._ends), np.diff(self._ends)))])
 
     @property
-    def total(self) -> np.float64:
-        return self._before[-1]
+    def total(self) -> float:
+        return float(self._before[-1])
 
     def _pairs(self, queries: Integers, keys: Integers) -> Areas:
         queries_, keys_ = queries.astype(np.float64), keys.astype(np.float64)
@@ -97,7 +97,7 @@ def balanced_rings(
     """
     lengths = np.diff(np.array(documents, dtype=np.int64)).tolist()
     work, sizes = Work(lengths, causal), split_sizes(documents[-1], num_ranks)
-    mean = float(_Area(documents, causal).total) / num_ranks
+    mean = _Area(documents, causal).total / num_ranks
     best: tuple[int, list[list[Part]]] | None = None
     for goal in GOALS:
         shares, largest = fill_ranks(work, sizes, int(goal * mean), int(SLACK * mean))
