@@ -6,8 +6,8 @@ what is behind the cut receives what is before it. Filling keeps the sum of the 
 
 * A rank takes the heaviest pieces first (a token's work is its place in its document) and fills up with the lightest
   ones, which leaves it a long stretch of a heavy piece. Whole pieces are preferred.
-* A piece that is too long is cut. The rank takes its two ends, as the zigzag does, or where they are too much, its end
-  alone and lighter documents.
+* A piece that is too long is cut. Either the rank takes its two ends, as the zigzag does, or its end alone and lighter
+  documents; whichever cut costs less.
 * What a cut leaves over goes back among the pieces, as if it were a document of its own.
 
 Areas are whole numbers of Python, so that every rank of a job finds the same, whatever its processor.
@@ -28,7 +28,7 @@ Piece = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Work:
-    """How much work tokens are, in pairs of query and key.
+    """How much work tokens are, in pairs of query and key, and what it costs to part them from those before.
 
     Args:
         lengths: of the documents.
@@ -53,6 +53,10 @@ class Work:
         lengths = [self.lengths[document] for document in order]
         weights = [n + 1 for n in lengths] if self.causal else [2 * n for n in lengths]
         return list(zip(weights, lengths, order, repeat(0)))
+
+    def cost(self, document: int, cut: int) -> int:
+        """Rows that travel because another rank holds the tokens before ``cut``."""
+        return cut if self.causal else self.lengths[document]
 
 
 def fill_ranks(work: Work, sizes: Sequence[int], goal: int, slack: int) -> tuple[list[list[Part]], int]:
@@ -110,6 +114,15 @@ class _Lightest(_Sums):
             return inf
         _, _, document, start = self._pool[number]
         return self.areas[number] + self._work.area(document, start, start + rest)
+
+    def cost(self, tokens: int) -> int:
+        """What the cut of the last piece costs."""
+        number = self.whole(tokens)
+        rest = tokens - self.tokens[number]
+        if not rest or number >= len(self._pool):
+            return 0
+        _, _, document, start = self._pool[number]
+        return self._work.cost(document, start + rest)
 
 
 class _Rank:
@@ -193,12 +206,16 @@ class _Rank:
     def _cut(self, piece: Piece) -> None:
         """Take the last tokens of the piece and leave the rest: with its first tokens, or with lighter pieces."""
         _, width, document, start = piece
-        stop = start + width
-        last, area = self._last_tokens(piece, lambda tokens: self.work.area(document, start, start + tokens))
-        first = self.tokens - last
-        if width <= self.tokens or area > self.room + self.slack:
-            last, _ = self._last_tokens(piece, self._area_of_lightest(piece))
-            first = max(0, self.tokens - last - self.lightest.total)
+        stop, most = start + width, self.room + self.slack
+        last, area = self._last_tokens(piece, self._area_of_lightest(piece))
+        cost = self.lightest.cost(self.tokens - last)
+        if last < width:
+            cost += self.work.cost(document, stop - last)
+        first = max(0, self.tokens - last - self.lightest.total)
+        if width > self.tokens:
+            own, own_area = self._last_tokens(piece, lambda tokens: self.work.area(document, start, start + tokens))
+            if own_area <= most and (self.work.cost(document, stop - own) <= cost or area > most):
+                last, first = own, self.tokens - own
         self._take(document, stop - last, stop)
         self._take(document, start, start + first)
         self._take_lightest()
