@@ -92,8 +92,7 @@ def received(rings, documents, node=1):
     return rows
 
 
-# Rows per token that may travel; equal chunks shared out by area alone sent 0.37, 3.36, 4.41
-# and 5.70.
+# Rows per token that may travel; equal chunks shared out by area alone sent 0.37, 3.36, 4.41 and 5.70.
 @pytest.mark.parametrize(
     "name, most", [("short", 0.05), ("lognormal", 1.5), ("pareto", 2.6), ("one long and many short", 5.0)]
 )
