@@ -15,7 +15,7 @@ SHARING = {each.flag for each in our_flags() if each.shares}
 _BY_HAND = {
     "--context-parallel-size", "--context-parallel-algo", "--ulysses-degree-in-cp", "--cp-window-size",
     "--context-parallel-kv-cache-policy", "--context-parallel-cache-interval", "--use-ulysses-allgather-kv",
-    "--gather-size-calculator", "--cp-kernel", "--cp-keep-attention",
+    "--gather-size-calculator", "--cp-kernel", "--cp-keep-attention", "--cp-trust",
 }  # fmt: skip
 
 
