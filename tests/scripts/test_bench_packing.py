@@ -1,9 +1,9 @@
-"""What scripts/bench_packing.py compares with: a bound that nothing is below, and the rules of the schedulers."""
+"""What scripts/bench packing compares with: a bound that nothing is below, and the rules of the schedulers."""
 
 import itertools
 
 import pytest
-from packing_models import dynamic, least_rows, static
+from bench.packing_models import dynamic, least_rows, static
 
 from mindspeed_cp.sequence.balance import balanced_rings, received_rows
 
