@@ -147,9 +147,7 @@ def test_megatrons_names_for_packing_mean_documents_on_any_ranks(given, layout, 
 def test_megatrons_names_for_packing_change_nothing_on_one_rank(recwarn):
     for given in ({PACKING: True}, {"sequence_packing_scheduler": None}):
         assert FrameworkSettings.read(given).resolve().config.batch_layout == "auto"
-    assert (
-        FrameworkSettings.read({**RING, PACKING: False, "use_flash_attn": True}).resolve().config.kv_exchange == "ring"
-    )
+    assert FrameworkSettings.read({**ON_A_RING, PACKING: False}).resolve().config.kv_exchange == "ring"
     assert not recwarn.list
 
 
