@@ -107,8 +107,15 @@ def progress(plan: Plan, steps: int, quiet: bool) -> Iterator[Callable[[str, int
         yield lambda name, step: bars.update(tasks[name], completed=step)
 
 
-def proved(plan: Plan, wish: Wish, folder: Path, limit: float, tell: Callable[[str, int], None]) -> Verdict:
-    """Run both and compare."""
+def proved(
+    plan: Plan,
+    wish: Wish,
+    folder: Path,
+    limit: float,
+    tell: Callable[[str, int], None],
+    server: launching.Server | None = None,
+) -> Verdict:
+    """Run both and compare; see ``launching.run``."""
     start, size = time.monotonic(), plan.ranks.tp * plan.ranks.pp
     many = f"cp={plan.ranks.cp}"
     runs = Run(ALONE, size, plan.alone), Run(many, size * plan.ranks.cp, plan.shared)
@@ -122,7 +129,7 @@ def proved(plan: Plan, wish: Wish, folder: Path, limit: float, tell: Callable[[s
         runs={run.name: (run.world, [plan.script, *run.flags]) for run in runs},
     )
     try:
-        records = launching.run(Order(plan.script, runs, wish.ours, limit), folder, wish.device, tell)
+        records = launching.run(Order(plan.script, runs, wish.ours, limit), folder, wish.device, tell, server)
         result.comparison = compare(records[ALONE], records[many], limits, plan.ranks.cp)
         result.uncovered = [*plan.uncovered, *report.limits_of(result.comparison)]
     except launching.Failure as failure:

@@ -103,6 +103,9 @@ def _own(words: Words) -> Ranks:
     pp = words.number("--pipeline-model-parallel-size", 1)
     if per_stage:
         virtual = max(words.number("--num-layers", pp) // pp // per_stage, 1)
+    pieces = words.text("--hybrid-layer-pattern").partition("/")[0].count("|") + 1
+    if pieces > pp:
+        virtual = pieces // pp
     return Ranks(words.number("--tensor-model-parallel-size", 1), pp, words.number(SIZE, 1), virtual)
 
 
