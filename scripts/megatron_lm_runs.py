@@ -27,7 +27,7 @@ TIMEOUT = 240  # seconds of one run
 
 def _apply_stand_in_only():
     """Make CUDA's names mean the CPU and change nothing else: Megatron as it is, as far as a CPU can show it."""
-    from mindspeed_cp.patches.conditions import without_checkout
+    from mindspeed_cp.patches.checkout import without_checkout
     from mindspeed_cp.patches.machine import checkout, cpu, libraries
     from mindspeed_cp.patches.manager import PatchManager
     from mindspeed_cp.patches.rows import patches_of

@@ -71,10 +71,6 @@ def wish_of(given: argparse.Namespace) -> Wish:
     for flag, least in (("steps", 1), ("seed", 0)):
         if getattr(given, flag) < least:
             raise ValueError(f"--{flag} {getattr(given, flag)} must be at least {least}.")
-    if given.reference_only and given.device == "cpu":
-        raise ValueError(
-            "--reference-only needs --device cuda or npu: without this project Megatron runs on no CPU; leave it out."
-        )
     return Wish(
         cp=given.cp,
         ranks=given.ranks or max(4, given.cp or 0),

@@ -71,11 +71,23 @@ def prepare(order: Order) -> None:
     sys.path[0] = str(Path(order.script).resolve().parent)
     if order.ours:
         import mindspeed_cp.megatron_adaptor  # noqa: F401  first, or Megatron is not patched
+    elif os.environ.get("MINDSPEED_CP_DEVICE") == "cpu":
+        _stand_in()
     text = Path(order.script).read_text(encoding="utf-8", errors="replace")
     _import(IMPORTS)
     for name in filter(None, os.environ.get(TESTS, "").split(",")):
         importlib.import_module(name)
     _import(name for name in BESIDE if name in text)
+
+
+def _stand_in() -> None:
+    """Make CUDA's names mean the CPU and change nothing else: Megatron as it is, as far as a CPU can show it."""
+    from mindspeed_cp.patches.checkout import without_checkout
+    from mindspeed_cp.patches.machine import checkout, cpu, libraries, triton
+    from mindspeed_cp.patches.manager import PatchManager
+    from mindspeed_cp.patches.rows import patches_of
+
+    PatchManager(patches_of([triton, cpu, libraries]) + patches_of([checkout], None, without_checkout)).apply()
 
 
 def _import(names: Iterable[str]) -> None:
@@ -100,7 +112,7 @@ def live(order: Order, run: Run, rank: int, folder: Path, tell: int) -> int:
     _meet(run, rank, order.port + [each.name for each in order.runs].index(run.name))
     os.environ["TMPDIR"] = str(folder)
     tempfile.tempdir = None  # asked for again where it is needed
-    positions = watching.our_positions if order.ours else watching.zigzag_positions
+    positions = watching.our_positions if order.ours else watching.their_positions
     recorder = Recorder(positions, lambda step: _say(tell, run=run.name, rank=rank, step=step))
     status = 1
     try:

@@ -11,6 +11,12 @@ from mindspeed_cp.prove.words import Words
 
 ALGORITHM = "--context-parallel-algo"
 SIZE = "--context-parallel-size"
+AT_LEAST_1 = (
+    *"--num-layers --hidden-size --ffn-hidden-size --num-attention-heads --num-query-groups --seq-length".split(),
+    *"--micro-batch-size --global-batch-size --tensor-model-parallel-size --pipeline-model-parallel-size".split(),
+    *"--vocab-size --num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank".split(),
+    SIZE,
+)
 DEGREE, WINDOW = "--ulysses-degree-in-cp", "--cp-window-size"
 
 
@@ -66,6 +72,9 @@ def plan(script: str, command: Sequence[str], wish: Wish, folder: Path) -> Plan:
     given, words = Words(command), Words(command)
     if "--yaml-cfg" in words:
         raise ValueError("--yaml-cfg is not read by prove; give the same settings as flags.")
+    for flag in AT_LEAST_1:
+        if words.number(flag, 1) < 1:
+            raise ValueError(f"{flag} {words.text(flag)} must be at least 1; correct the command.")
     uncovered: list[str] = []
     kind = kind_of(script)
     own = _own(words)
@@ -76,6 +85,8 @@ def plan(script: str, command: Sequence[str], wish: Wish, folder: Path) -> Plan:
         words.drop(flags.STAGES)
         sizes.shrink(words, ranks, own)
     uncovered += _plainer(words, kind, wish)
+    if kind == "other":  # a script with a parser of its own may not know what it was not given
+        words.drop([flag for flag in words.flags() if flag not in given])
     alone, shared = words.copy(), words.copy()
     alone.drop(flags.of_context_parallelism())
     if "--reset-attention-mask" in words:
@@ -145,8 +156,7 @@ def _without_side_effects(words: Words, kind: str, wish: Wish, folder: Path) -> 
     words.drop((*flags.FILES, *flags.SCHEDULE))
     steady = flags.DROPOUT | flags.STEADY | {"--train-iters": wish.steps, "--seed": wish.seed}
     for flag, value in steady.items():
-        if kind != "other" or flag in words:  # a script with a parser of its own may not know it
-            words.set(flag, value)
+        words.set(flag, value)
     if kind != "other" and "--mock-data" not in words:
         words.set("--data-cache-path", folder / "cache")
 
