@@ -3,7 +3,7 @@
     python scripts/prove_models.py FOLDER [--versions 0.12.1 0.16.1] [--only TEXT] [--verbose]
 
     equal      everything that was compared; the largest errors of outputs and gradients
-    refused    the project refuses the combination by name, in this version
+    refused    this project, or this version of Megatron, refuses the combination by an error that names it
     -          this version of Megatron has no such model
 
 Exit status 1 where a case differs or a run fails. The state-space layers run on tests/helpers/mamba_kernels.py.
@@ -46,7 +46,7 @@ MOE = (
     f"{ROPE} --num-experts 64 --moe-router-topk 6 --moe-ffn-hidden-size 512 --disable-bias-linear --moe-grouped-gemm "
     "--moe-token-dispatcher-type alltoall --moe-layer-freq ([0]*3+[1]*21) --expert-model-parallel-size 8"
 )
-BALANCED = "--cp-batch-layout balanced --no-create-attention-mask-in-dataloader"
+BALANCED = "--cp-batch-layout balanced --no-create-attention-mask-in-dataloader --micro-batch-size 1"
 BRINGS = "--dataloader-inter-document-masking --eod-mask-loss"
 WINDOWS = "--window-size 512,0 --window-attn-skip-freq 2 --softmax-type learnable"
 OVERLAP = "--use-cp-send-recv-overlap --context-parallel-kv-cache-policy half"
@@ -130,7 +130,8 @@ def proved(case: Case, script: Path, data: list[str], limit: float, server: Serv
 
 
 def cell(found: Verdict | str) -> str:
-    if isinstance(found, str) or (found.comparison is None and "error: " in found.failure):
+    named = (": error: ", "ValueError: --", "AssertionError: ")
+    if isinstance(found, str) or (found.comparison is None and any(each in found.failure for each in named)):
         return "refused"
     if found.comparison is None:
         return "FAILED"

@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mindspeed_cp.doctor import launch
+from mindspeed_cp.patches.machine import choice as machine
 from mindspeed_cp.prove import launching, report, shrinking
-from mindspeed_cp.prove.comparing import LIMITS, compare
+from mindspeed_cp.prove.comparing import LIMITS, compare, limits_of
 from mindspeed_cp.prove.ranks import Order, Run
 from mindspeed_cp.prove.report import Verdict
 from mindspeed_cp.prove.shrinking import Plan, Wish
@@ -71,9 +72,16 @@ def wish_of(given: argparse.Namespace) -> Wish:
     for flag, least in (("steps", 1), ("seed", 0)):
         if getattr(given, flag) < least:
             raise ValueError(f"--{flag} {getattr(given, flag)} must be at least {least}.")
+    ranks = given.ranks or max(4, given.cp or 0)
+    devices = machine.num_devices(given.device)
+    if devices is not None and devices < ranks:
+        raise ValueError(
+            f"--device {given.device} needs a device for each of --ranks {ranks}, and torch sees {devices} here; "
+            "give --ranks as many, or use --device cpu."
+        )
     return Wish(
         cp=given.cp,
-        ranks=given.ranks or max(4, given.cp or 0),
+        ranks=ranks,
         device=given.device,
         real_sizes=given.real_sizes,
         ours=not given.reference_only,
@@ -115,7 +123,7 @@ def proved(
     start, size = time.monotonic(), plan.ranks.tp * plan.ranks.pp
     many = f"cp={plan.ranks.cp}"
     runs = Run(ALONE, size, plan.alone), Run(many, size * plan.ranks.cp, plan.shared)
-    limits = LIMITS[wish.dtype]
+    limits = limits_of(wish.dtype, wish.device)
     result = Verdict(
         Path(plan.script).name,
         plan.ranks.cp,

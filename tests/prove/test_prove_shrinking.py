@@ -161,6 +161,8 @@ def test_what_does_not_fit_is_refused(small, wish, message):
         (["missing.py"], "missing.py does not exist"),
         (["--steps", "0", "SCRIPT"], "--steps 0 must be at least 1"),
         (["SCRIPT", "--yaml-cfg", "a"], "--yaml-cfg is not read by prove"),
+        (["--device", "cuda", "SCRIPT"], "--device cuda needs a device for each of --ranks 4, and torch sees 0"),
+        (["--device", "npu", "--cp", "8", "SCRIPT"], "--device npu needs a device for each of --ranks 8"),
         (["ls", "-l"], "starts neither torchrun nor python"),
     ],
 )
