@@ -8,6 +8,7 @@ from pathlib import Path
 from mindspeed_cp.prove import flags, sizes
 from mindspeed_cp.prove.sizes import Ranks
 from mindspeed_cp.prove.words import Words
+from mindspeed_cp.prove.yaml_files import with_files
 
 ALGORITHM = "--context-parallel-algo"
 SIZE = "--context-parallel-size"
@@ -69,9 +70,8 @@ def plan(script: str, command: Sequence[str], wish: Wish, folder: Path) -> Plan:
     Raises:
         ValueError: a flag cannot be read, or nothing fits into the ranks.
     """
-    given, words = Words(command), Words(command)
-    if "--yaml-cfg" in words:
-        raise ValueError("--yaml-cfg is not read by prove; give the same settings as flags.")
+    given = with_files(Words(command))
+    words = given.copy()
     for flag in AT_LEAST_1:
         if words.number(flag, 1) < 1:
             raise ValueError(f"{flag} {words.text(flag)} must be at least 1; correct the command.")

@@ -160,7 +160,8 @@ def test_what_does_not_fit_is_refused(small, wish, message):
         ([], "no script is given"),
         (["missing.py"], "missing.py does not exist"),
         (["--steps", "0", "SCRIPT"], "--steps 0 must be at least 1"),
-        (["SCRIPT", "--yaml-cfg", "a"], "--yaml-cfg is not read by prove"),
+        (["SCRIPT", "--yaml-cfg", "a"], "--yaml-cfg a cannot be read"),
+        (["SCRIPT", "--cp-config", "a"], "--cp-config a cannot be read"),
         (["--device", "cuda", "SCRIPT"], "--device cuda needs a device for each of --ranks 4, and torch sees 0"),
         (["--device", "npu", "--cp", "8", "SCRIPT"], "--device npu needs a device for each of --ranks 8"),
         (["ls", "-l"], "starts neither torchrun nor python"),
@@ -177,3 +178,50 @@ def test_a_launcher_in_front_of_the_script_is_read(script):
 
     found = script_of(["env", "A=1", "torchrun", "--nproc-per-node", "8", script, "--num-layers", "4"])
     assert found == (script, ["--num-layers", "4"], {"A": "1"})
+
+
+YAML = """
+language_model: {num_layers: 24, hidden_size: 1024, num_attention_heads: 16, num_moe_experts: null,
+  add_bias_linear: False, activation_func: swiglu, bias_swiglu_fusion: True, persist_layer_norm: False,
+  init_method: null}
+model_parallel: {context_parallel_size: 4, sequence_parallel: True, tp_comm_split_ag: True, bf16: True}
+seq_length: 4096
+global_batch_size: 128
+save: checkpoints
+data_path: ${WHERE}/a b
+profile_ranks: [0, 1]
+"""
+
+
+def test_a_yaml_file_of_megatrons_is_read_as_flags(small, tmp_path, monkeypatch):
+    (file := tmp_path / "model.yaml").write_text(YAML, encoding="utf-8")
+    monkeypatch.setenv("WHERE", "/data")
+    alone, shared, found = small(f"--yaml-cfg {file} --context-parallel-algo megatron_cp_algo --seq-length 8192")
+    assert "--yaml-cfg" not in shared and "--save" not in shared and shared.text("--num-layers") == "2"
+    assert {"--swiglu", "--disable-bias-linear", "--no-persist-layer-norm"} <= set(alone.flags())
+    assert not {"--no-bias-swiglu-fusion", "--init-method", "--tp-comm-split-ag", "--num-experts"} & set(alone.flags())
+    assert alone.values("--data-path") == ["/data/a", "b"] and alone.values("--profile-ranks") == ["0", "1"]
+    assert shared.text("--context-parallel-size") == "2" and "--context-parallel-size" not in alone
+    assert any("num-layers 24 -> 2" in line and "seq-length 8192" in " ".join(found.changed) for line in found.changed)
+
+
+def test_a_yaml_file_of_mindformers_is_read_as_flags(small, tmp_path):
+    text = "parallel_config: {context_parallel: 4, context_parallel_algo: ulysses_cp}\n"
+    (file := tmp_path / "cp.yaml").write_text(text, encoding="utf-8")
+    alone, shared, _ = small(f"--cp-config {file} --num-layers 4 --seq-length 4096")
+    assert shared.text("--context-parallel-algo") == "ulysses_cp_algo" and "--cp-config" not in shared
+    assert shared.text("--context-parallel-size") == "2" and "--context-parallel-algo" not in alone
+
+
+def test_a_launch_script_is_read_as_the_doctor_reads_it(tmp_path, script):
+    from mindspeed_cp.doctor.launch import MARKER
+    from mindspeed_cp.prove.command import script_of
+
+    (launch := tmp_path / "train.sh").write_text(
+        f"""{MARKER}
+if [[ -n $DRY_RUN ]]; then echo "# command"; echo "LEVEL=$LEVEL torchrun --nproc-per-node 8 {script} --num-layers 4"; fi
+""",
+        encoding="utf-8",
+    )
+    assert script_of(["env", "LEVEL=2", "bash", str(launch)])[:2] == (script, ["--num-layers", "4"])
+    assert script_of(["env", "LEVEL=2", "bash", str(launch)])[2]["LEVEL"] == "2"
