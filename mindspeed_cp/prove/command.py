@@ -14,7 +14,8 @@ from pathlib import Path
 from mindspeed_cp.doctor import launch
 from mindspeed_cp.patches.machine import choice as machine
 from mindspeed_cp.prove import launching, report, shrinking
-from mindspeed_cp.prove.comparing import LIMITS, compare, limits_of
+from mindspeed_cp.prove.comparing import compare
+from mindspeed_cp.prove.limits import LIMITS, limits_of
 from mindspeed_cp.prove.ranks import Order, Run
 from mindspeed_cp.prove.report import Verdict
 from mindspeed_cp.prove.shrinking import Plan, Wish

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_cp.prove import report, watching
-from mindspeed_cp.prove.comparing import compare, limits_of
+from mindspeed_cp.prove.comparing import compare
+from mindspeed_cp.prove.limits import limits_of
 from mindspeed_cp.prove.recording import Record, Recorder
 from mindspeed_cp.prove.report import Verdict
 from mindspeed_cp.settings.config import ContextParallelConfig

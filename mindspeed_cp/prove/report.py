@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mindspeed_cp.prove import signature
-from mindspeed_cp.prove.comparing import Comparison, Difference, Limits
+from mindspeed_cp.prove.comparing import Comparison, Difference
+from mindspeed_cp.prove.limits import Limits
 
 SHOWN = 6  # module names of a list
 WIDTH = 110

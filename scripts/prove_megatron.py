@@ -1,6 +1,6 @@
 """Prove Megatron-LM's own scripts, model by model, on every checkout of a folder; print a table.
 
-    python scripts/prove_models.py FOLDER [--versions 0.12.1 0.16.1] [--only TEXT] [--verbose]
+    python scripts/prove_megatron.py FOLDER [--versions 0.12.1 0.16.1] [--only TEXT] [--verbose]
 
     equal      everything that was compared; the largest errors of outputs and gradients
     refused    this project, or this version of Megatron, refuses the combination by an error that names it
