@@ -28,7 +28,7 @@ GRACE = 10.0  # seconds that the other ranks of a run get once one has failed
 IMPORTS = ("megatron.training", "megatron.core.models.gpt", "megatron.core.optimizer", "torch._dynamo")
 # The same of the files beside the script, where its text names them.
 BESIDE = ("trainer.loop", "model_provider", "gpt_builders", "mamba_builders", "hybrid_builders")
-TESTS = "MINDSPEED_CP_PROVE_IMPORTS"  # modules that the tests of this command put into every rank
+TESTS = "MINDSPEED_CP_PROVE_IMPORTS"  # modules that the tests of this command put into every rank, before all others
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class Order:
 def prepare(order: Order) -> None:
     """Import the adaptor, and what the script will import of Megatron, in that order."""
     sys.path[0] = str(Path(order.script).resolve().parent)
+    for name in filter(None, os.environ.get(TESTS, "").split(",")):
+        importlib.import_module(name)
     if order.ours:
         import mindspeed_cp.megatron_adaptor  # noqa: F401  first, or Megatron is not patched
     elif os.environ.get("MINDSPEED_CP_DEVICE") == "cpu":
         _stand_in()
     text = Path(order.script).read_text(encoding="utf-8", errors="replace")
     _import(IMPORTS)
-    for name in filter(None, os.environ.get(TESTS, "").split(",")):
-        importlib.import_module(name)
     _import(name for name in BESIDE if name in text)
 
 

@@ -101,9 +101,11 @@ def plan(script: str, command: Sequence[str], wish: Wish, folder: Path) -> Plan:
 
 
 def kind_of(script: str) -> str:
-    """ "megatron-lm" (megatron.training is used), "trainer" (the one of this project), or "other"."""
+    """ "megatron-lm" (it uses megatron.training, or stands in a checkout and runs another script of it), "trainer" (the
+    one of this project), or "other".
+    """
     text = Path(script).read_text(encoding="utf-8", errors="replace")
-    if re.search(r"\bmegatron\.training\b", text):
+    if re.search(r"\bmegatron\.training\b", text) or Path(script).with_name("megatron").joinpath("training").is_dir():
         return "megatron-lm"
     return "trainer" if re.search(r"\btrainer\.loop\b", text) else "other"
 

@@ -15,8 +15,8 @@ MODEL = (
 ).split()
 # A module that the ranks import: RoPE counts from each rank's first token.
 BREAK_ROPE = """
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from mindspeed_cp import megatron_adaptor
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 original = RotaryEmbedding.forward
 
