@@ -183,7 +183,7 @@ def test_a_launcher_in_front_of_the_script_is_read(script):
 YAML = """
 language_model: {num_layers: 24, hidden_size: 1024, num_attention_heads: 16, num_moe_experts: null,
   add_bias_linear: False, activation_func: swiglu, bias_swiglu_fusion: True, persist_layer_norm: False,
-  init_method: null}
+  init_method: null, layernorm_zero_centered_gamma: True}
 model_parallel: {context_parallel_size: 4, sequence_parallel: True, tp_comm_split_ag: True, bf16: True}
 seq_length: 4096
 global_batch_size: 128
@@ -198,6 +198,7 @@ def test_a_yaml_file_of_megatrons_is_read_as_flags(small, tmp_path, monkeypatch)
     monkeypatch.setenv("WHERE", "/data")
     alone, shared, found = small(f"--yaml-cfg {file} --context-parallel-algo megatron_cp_algo --seq-length 8192")
     assert "--yaml-cfg" not in shared and "--save" not in shared and shared.text("--num-layers") == "2"
+    assert "--apply-layernorm-1p" not in shared and any("count from 1" in line for line in found.uncovered)
     assert {"--swiglu", "--disable-bias-linear", "--no-persist-layer-norm"} <= set(alone.flags())
     assert not {"--no-bias-swiglu-fusion", "--init-method", "--tp-comm-split-ag", "--num-experts"} & set(alone.flags())
     assert alone.values("--data-path") == ["/data/a", "b"] and alone.values("--profile-ranks") == ["0", "1"]
