@@ -101,19 +101,28 @@ class Problem:
         return self.kv_heads * (self.dk + self.dv)
 
 
+DEVICES = "dry"
+
+
 def _num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
 @dataclass(frozen=True, eq=False)
 class NotingLink(Link):
-    """A link that packs and unpacks as any other, moves nothing and notes what it would have moved."""
+    """A link that packs and unpacks as any other, moves nothing and notes what it would have moved.
+
+    Args:
+        like: the back end as whose link it transfers; a name that the engine knows nothing of stands for those of
+            devices, which all do the same.
+    """
 
     notes: Notes = field(default_factory=Notes)
+    like: str = DEVICES
 
     @property
     def backend(self) -> str:
-        return "dry"
+        return self.like
 
     def post(self, ops: Sequence[Posted], purpose: str) -> list[Work]:
         sent, received = (
@@ -214,7 +223,9 @@ def dry_topology(config: ContextParallelConfig) -> Linkage:
     return "switch" if config.topology == "auto" else config.topology
 
 
-def dry_groups(config: ContextParallelConfig, rank: int, stride: int, notes: Notes) -> ContextParallelGroups:
+def dry_groups(
+    config: ContextParallelConfig, rank: int, stride: int, notes: Notes, backend: str = DEVICES
+) -> ContextParallelGroups:
     """The groups of cp_rank ``rank``, with the ranks that ``ContextParallelGroups.build`` would give them."""
     everyone = [place * stride for place in range(config.context_parallel_size)]
     if len(everyone) == 1:
@@ -223,7 +234,8 @@ def dry_groups(config: ContextParallelConfig, rank: int, stride: int, notes: Not
     workspace = Workspace()
 
     def link(ranks: Sequence[int]) -> NotingLink:
-        return NotingLink(cast(Any, None), list(ranks).index(everyone[rank]), tuple(ranks), workspace, notes=notes)
+        place = list(ranks).index(everyone[rank])
+        return NotingLink(cast(Any, None), place, tuple(ranks), workspace, notes=notes, like=backend)
 
     links: dict[str, Any] = {
         name: link(ranks) for name, ranks in parts_of([everyone], ulysses, windows) if everyone[rank] in ranks
@@ -251,7 +263,9 @@ def _forget(leaf: torch.Tensor) -> None:
     leaf.grad = None
 
 
-def dry_call(config: ContextParallelConfig, problem: Problem, rank: int, kernel: NotingKernel) -> DryCall:
+def dry_call(
+    config: ContextParallelConfig, problem: Problem, rank: int, kernel: NotingKernel, backend: str = DEVICES
+) -> DryCall:
     """The call of cp_rank ``rank``; its links note where the kernel notes."""
     layout = problem.layout(config)
     sizes = ((problem.heads, problem.dk), (problem.kv_heads, problem.dk), (problem.kv_heads, problem.dv))
@@ -275,7 +289,7 @@ def dry_call(config: ContextParallelConfig, problem: Problem, rank: int, kernel:
         fused_update=True,
         expand=expansion,
     )
-    return DryCall(leaves, dry_groups(config, rank, problem.stride, kernel.notes), keywords)
+    return DryCall(leaves, dry_groups(config, rank, problem.stride, kernel.notes, backend), keywords)
 
 
 def trace(config: ContextParallelConfig, problem: Problem, rank: int) -> tuple[Pass, Pass]:

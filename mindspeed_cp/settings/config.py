@@ -103,6 +103,17 @@ class ContextParallelConfig:
         },
         see="[Batch layouts](batch-layouts.md)",
     )
+    ranks_per_node: int | None = setting(
+        None,
+        flag="--cp-ranks-per-node",
+        help="neighbouring context-parallel ranks that share a node; the balanced layout then keeps the parts of a "
+        "document within one node where it can",
+        rule="read by --cp-batch-layout balanced, and auto where it is that; where ranks are numbered node by node, "
+        "devices of a node / tensor-parallel size",
+        takes="N",
+        least=1,
+        least_means="leave it out where the nodes are not known",
+    )
     window_size: int = setting(
         1,
         flag="--cp-window-size",
@@ -290,6 +301,7 @@ class ContextParallelConfig:
         unread = "auto" not in (self.kv_exchange, self.in_flight) and self.topology != "auto"
         alike = self.batch_layout == "balanced" and self.row.exchange is None and self.context_parallel_size > 1
         all_at_once = self.p2p != "auto" and self.kv_exchange == "mesh"
+        unplaced = self.ranks_per_node is not None and not self._may_be_balanced
         silent = self.log and self.context_parallel_size == 1
         one_by_one = self.in_flight not in (1, "auto") and not self._takes_several_steps
         across = {
@@ -299,6 +311,9 @@ class ContextParallelConfig:
             f"--cp-p2p {self.p2p} is ignored: the mesh exchange sends no messages between single ranks.": all_at_once,
             f"--cp-in-flight {self.in_flight} is ignored: a plain ring forwards one step at a time.": one_by_one,
             f"--cp-topology {self.topology} is ignored: neither --cp-kv-exchange nor --cp-in-flight is auto.": unread,
+            f"--cp-ranks-per-node {self.ranks_per_node} is ignored: only the balanced layout of a ring reads it.": (
+                unplaced
+            ),
             "--cp-log says nothing at --context-parallel-size 1 without --hybrid-context-parallel.": silent,
         }
         return [*filter(None, found), *(message for message, applies in across.items() if applies)]
@@ -315,6 +330,17 @@ class ContextParallelConfig:
     @property
     def ring_size(self) -> int:
         return self.context_parallel_size // self.hierarchy[0]
+
+    @property
+    def ring_ranks_per_node(self) -> int | None:
+        """How many ranks of the ring share a node, None where that is not known."""
+        return None if self.ranks_per_node is None else max(1, self.ranks_per_node // self.hierarchy[0])
+
+    @property
+    def _may_be_balanced(self) -> bool:
+        return self.ring_size > 1 and (
+            self.batch_layout == "balanced" or self.batch_layout == "auto" and self.layout_kind == "zigzag"
+        )
 
     @property
     def causal(self) -> bool:
