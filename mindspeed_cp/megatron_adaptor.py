@@ -1,7 +1,8 @@
 """Importing this module patches Megatron; ``python -m mindspeed_cp.megatron_adaptor`` lists every patch.
 
 Import it before Megatron. With context_parallel_size 1 and no flag Megatron behaves exactly as without the import. This
-is the only module of the package that reads the environment (MINDSPEED_CP_DEVICE) and keeps anything global.
+is the only module of the package that reads the environment (MINDSPEED_CP_DEVICE, MINDSPEED_CP) and keeps anything
+global. Where MindSpeed is importable it patches first, and keeps what is not context parallelism.
 """
 
 import importlib
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mindspeed_cp import compat
+from mindspeed_cp.megatron import neighbour
+from mindspeed_cp.megatron.neighbour import DEFAULT_ALGORITHM as MINDSPEEDS_DEFAULT
 from mindspeed_cp.patches.machine import choice as machine
 from mindspeed_cp.patches.machine.choice import DEVICE_VARIABLE
 from mindspeed_cp.patches.versions import DEFAULT, MEGATRONS
@@ -23,6 +26,7 @@ from mindspeed_cp.settings.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.adaptor import Adaptor
+    from mindspeed_cp.megatron.neighbour import Neighbour
     from mindspeed_cp.megatron.records import MicroBatch
     from mindspeed_cp.patches.areas import Applied
     from mindspeed_cp.patches.manager import Patch, PatchManager, PatchRow
@@ -40,6 +44,8 @@ MODEL_CODE = (
 _modules_before = frozenset(sys.modules)
 _state: "Adaptor"
 _manager: "PatchManager"
+_neighbour: "Neighbour"  # MindSpeed, where it is importable
+_around: "PatchManager"  # patches of MindSpeed's features manager, which stay while the others give way
 _tables: "dict[str, list[Patch]]"  # name -> patches, in the order of application
 
 
@@ -72,7 +78,9 @@ def _announce(config: ContextParallelConfig) -> None:
     check()
     if is_rank0():
         alive, _ = _num_cp_patches()
-        print(f"Context parallelism: {config.describe()}, kernel {_kernel()}, {alive} patches", flush=True)
+        said = f"{config.describe()}, kernel {_kernel()}, {alive} patches{_whose_default(config)}"
+        print(f"Context parallelism: {said}", flush=True)
+        _say_who_does_what()
 
 
 def _tell(record: "MicroBatch") -> str:
@@ -98,6 +106,17 @@ def _kernel() -> str:
     return f"{kernel} ({half} in float32)" if kernel == "cpu" and half and cpu.is_slow(getattr(torch, half)) else kernel
 
 
+def _whose_default(config: ContextParallelConfig) -> str:
+    default = _state.settings.by_mindspeed and config.algorithm == MINDSPEEDS_DEFAULT
+    return f", {MINDSPEEDS_DEFAULT} is MindSpeed's default" if default else ""
+
+
+def _say_who_does_what() -> None:
+    line = _neighbour.line()
+    if line and is_rank0():
+        print(line, flush=True)
+
+
 def _num_cp_patches() -> tuple[int, int]:
     """How many of this project's own patches are alive, stand-ins not counted, and how many others have taken."""
     from mindspeed_cp.patches.areas import STAND_INS
@@ -118,7 +137,7 @@ def _warn_of_version() -> None:
 
 def _warn_of_late_import() -> None:
     first = [name for name in MODEL_CODE if name in _modules_before]
-    if not first:
+    if not first or _neighbour.is_here:  # MindSpeed imports Megatron when it patches
         return
     copies = [
         copy
@@ -143,16 +162,58 @@ def apply() -> None:
     """
     if _manager.num_applied:
         return
-    _manager.apply()
+    _meet_neighbour()
+    if not _neighbour.kept:
+        _come_back()
     compat.install()
     _warn_of_version()
 
 
+def _meet_neighbour() -> None:
+    """Let MindSpeed patch first, without its context parallelism; where it comes later, learn of it then.
+
+    Raises:
+        ValueError: the value of MINDSPEED_CP is not known.
+    """
+    choice = os.environ.get(neighbour.VARIABLE, "")
+    if choice not in ("", "off"):
+        raise ValueError(
+            f"{neighbour.VARIABLE}={choice} is not known; use {neighbour.VARIABLE}=off to leave context parallelism to "
+            "MindSpeed, or unset it."
+        )
+    _neighbour.kept = f"{neighbour.VARIABLE}=off" if choice else ""
+    if choice:
+        _say_who_does_what()
+    elif _neighbour.is_here:
+        _around.apply()
+        neighbour.take_over()
+    elif neighbour.is_importable():
+        neighbour.AfterImport.install(_around.apply)
+        if machine.device_type(_device_choice()) == "npu":
+            neighbour.activate(sys.argv[0])
+
+
+def _give_way() -> None:
+    _state.forget_batches()
+    _manager.undo()
+
+
+def _come_back() -> None:
+    if _neighbour.is_here:
+        _around.apply()
+    _manager.apply()
+
+
+def _hand_ends(ends: Any) -> None:
+    _state.handed.set_ends(ends)
+
+
 def undo() -> None:
     """Restore every attribute of Megatron and torch to the object it was, and forget the configuration."""
-    _state.forget_batches()
     compat.uninstall()
-    _manager.undo()
+    _give_way()
+    neighbour.AfterImport.uninstall()
+    _around.undo()
     _state.reset()
 
 
@@ -215,7 +276,7 @@ def configure(
 
 
 def configure_from(settings: Any) -> ContextParallelConfig | None:
-    """Set the configuration from a framework's own settings; MindSpeed calls this ``repatch``.
+    """Set the configuration from a framework's own settings.
 
     May be called again with other settings before the process groups exist; each call replaces the one before. No
     command line is read.
@@ -238,7 +299,21 @@ def configure_from(settings: Any) -> ContextParallelConfig | None:
     return _state.config
 
 
-repatch = configure_from
+def repatch(settings: Any) -> ContextParallelConfig | None:
+    """``configure_from`` under the name by which frameworks call MindSpeed's, with MindSpeed's default algorithm."""
+    from mindspeed_cp.arguments import FrameworkSettings
+    from mindspeed_cp.megatron import following
+
+    following.configure_from(_state, FrameworkSettings.read(settings, MINDSPEEDS_DEFAULT))
+    return _state.config
+
+
+def _configure_later(settings: dict[str, Any]) -> None:
+    """Take over what MindSpeed was given, until the process groups are made or somebody says more."""
+    from mindspeed_cp.arguments import FrameworkSettings
+    from mindspeed_cp.megatron import following
+
+    following.expect(_state, FrameworkSettings.read(settings, MINDSPEEDS_DEFAULT))
 
 
 def compare_on_all_ranks(args: Any, *, program: str = "") -> None:
@@ -275,13 +350,20 @@ def _applied() -> "Applied":
 
 
 def _build() -> None:
+    from mindspeed_cp.arguments import add_context_parallel_arguments
     from mindspeed_cp.megatron.adaptor import Adaptor
+    from mindspeed_cp.patches import features_manager
     from mindspeed_cp.patches.areas import all_areas
     from mindspeed_cp.patches.manager import PatchManager
+    from mindspeed_cp.patches.rows import patches_of
 
-    global _state, _tables, _manager
+    global _state, _tables, _manager, _neighbour, _around
     _state = Adaptor(_announce, check, _tell)
-    _manager = PatchManager(subject=lambda: f"megatron-core {megatron_version()}")
+    _manager = PatchManager(subject=lambda: f"megatron-core {megatron_version()}", is_wrapped=neighbour.is_wrapped)
+    _neighbour = neighbour.Neighbour(
+        _give_way, _come_back, _configure_later, add_context_parallel_arguments, _say_who_does_what, _hand_ends
+    )
+    _around = PatchManager(patches_of([features_manager], _neighbour), subject=lambda: "MindSpeed")
     _tables = all_areas(_state, _device_choice())
     for patches in _tables.values():
         _manager.add(patches)

@@ -14,6 +14,7 @@ from mindspeed_cp.arguments import (
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.flag_checks import check_flags
 from mindspeed_cp.megatron.following import configure
+from mindspeed_cp.megatron.neighbour import is_here
 from mindspeed_cp.megatron.splitting import with_tokens_everywhere
 from mindspeed_cp.patches.checkout import without_checkout
 from mindspeed_cp.patches.rows import patch
@@ -40,6 +41,8 @@ _STAGES_WITHOUT_MASK = (
     when=without_checkout,
 )
 def add_megatron_arguments(adaptor: Adaptor, original: Callable[..., Any], parser: Any) -> Any:
+    if is_here():  # MindSpeed adds its flags afterwards, and patches/features_manager.py those that are left
+        return _refusing_together(original(parser))
     return _refusing_together(add_context_parallel_arguments(original(parser)))
 
 
