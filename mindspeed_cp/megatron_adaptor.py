@@ -194,8 +194,9 @@ def _meet_neighbour() -> None:
 
 
 def _give_way() -> None:
-    _state.forget_batches()
-    _manager.undo()
+    if _manager.num_applied:
+        _state.forget_batches()
+        _manager.undo()
 
 
 def _come_back() -> None:
@@ -210,8 +211,9 @@ def _hand_ends(ends: Any) -> None:
 
 def undo() -> None:
     """Restore every attribute of Megatron and torch to the object it was, and forget the configuration."""
+    _state.forget_batches()
     compat.uninstall()
-    _give_way()
+    _manager.undo()
     neighbour.AfterImport.uninstall()
     _around.undo()
     _state.reset()
