@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mindspeed_cp.megatron.neighbour import FEATURES, Neighbour
+from mindspeed_cp.megatron.neighbour import FEATURES, FRONTS, Neighbour
 from mindspeed_cp.patches.rows import patch
 
 MANAGER = f"{FEATURES}.MindSpeedFeaturesManager"
@@ -45,7 +45,8 @@ def register_patch(
 
 def megatron_is_to_come() -> str:
     """Why the row below waits: its modules import Megatron, and MindSpeed has not patched what must be there before."""
-    return "" if "megatron.core.parallel_state" in sys.modules else "MindSpeed has not patched yet"
+    patches = any(module in sys.modules for module, _ in FRONTS.values())
+    return "" if patches and "megatron.core.parallel_state" in sys.modules else "MindSpeed has not patched yet"
 
 
 @patch(

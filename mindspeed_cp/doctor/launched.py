@@ -155,7 +155,7 @@ def resolved(args: argparse.Namespace, started: launch.Launch, device: str) -> I
 
 def problem_of(args: argparse.Namespace, setup: TrainingSetup) -> Problem | str:
     """The attention of one layer, or which flag is missing for it."""
-    if not (args.kv_channels or args.hidden_size or args.multi_latent_attention) or args.num_attention_heads == 1:
+    if not (args.kv_channels or args.hidden_size or args.multi_latent_attention) or not args.num_attention_heads:
         return "bytes and memory need --num-attention-heads and --hidden-size (or --kv-channels)"
     heads, kv_heads, dk, dv = megatron_flags.attention_sizes(args)
     tp = setup.tensor_parallel_size

@@ -210,12 +210,12 @@ def is_wrapped(owner: type) -> bool:
     return module.partition(".")[0] in FRONTS and "context_parallel" not in module
 
 
-def front_of(script: str) -> str:
-    """The package of FRONTS by which a script activates MindSpeed; MindSpeed itself where it names none."""
+def front_named_in(script: str) -> str:
+    """The package of FRONTS that a script imports, "" where it imports none."""
     path = Path(script)
     text = path.read_text(errors="replace") if path.suffix == ".py" and path.is_file() else ""
     named = re.findall(r"^\s*(?:from|import)\s+(\w+)", text, re.MULTILINE)
-    return next((package for package in FRONTS if package in named), "mindspeed")
+    return next((package for package in FRONTS if package in named), "")
 
 
 def settings_in_use() -> Any:
@@ -234,7 +234,7 @@ def settings_in_use() -> Any:
 
 def activate(script: str) -> None:
     """Import what makes MindSpeed patch: the front that the script itself imports, else MindSpeed's own."""
-    module = FRONTS[front_of(script)][0]
+    module = FRONTS[front_named_in(script) or "mindspeed"][0]
     try:
         importlib.import_module(module)
     except ImportError as error:

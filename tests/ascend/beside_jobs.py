@@ -30,6 +30,8 @@ def beside_mindspeed(rank, order, flags=(), algorithm="", train=True):
     with contextlib.redirect_stdout(said):
         for step in order:
             STEPS[step](algorithm)
+        if "repatch" not in order and "plain" not in order:
+            _as_megatrons_parser()
         calls, losses = _train(rank) if train else ([], [])
     report = sys.modules["mindspeed_cp.megatron_adaptor"].report() if "ours" in order else []
     return {
@@ -39,6 +41,14 @@ def beside_mindspeed(rank, order, flags=(), algorithm="", train=True):
         "lost": [row.target for row in report if row.is_lost],
         "applied": sum(row.applied for row in report),
     }
+
+
+def _as_megatrons_parser():
+    """Without megatron.training MindSpeed reads Megatron's flags as text, and its own rules want numbers."""
+    from mindspeed.args_utils import get_full_args
+
+    values = vars(get_full_args())
+    values.update({name: int(value) for name, value in values.items() if isinstance(value, str) and value.isdigit()})
 
 
 def _train(rank):

@@ -121,14 +121,14 @@ def test_tensor_parallelism_in_two_dimensions_is_refused_with_a_way_out():
     [
         ("import torch\nfrom mindspeed_llm import megatron_adaptor\n", "mindspeed_llm"),
         ("import mindspeed.megatron_adaptor\n", "mindspeed"),
-        ("import mindspeed_cp.megatron_adaptor\n", "mindspeed"),
+        ("import mindspeed_cp.megatron_adaptor\n", ""),
     ],
 )
 def test_mindspeed_is_activated_as_the_script_does(tmp_path, lines, front):
     script = tmp_path / "train.py"
     script.write_text(lines)
-    assert neighbour.front_of(str(script)) == front
-    assert neighbour.front_of(str(tmp_path / "nowhere.py")) == "mindspeed"
+    assert neighbour.front_named_in(str(script)) == front
+    assert neighbour.front_named_in(str(tmp_path / "nowhere.py")) == ""
 
 
 def test_every_branch_of_mindspeed_belongs_to_a_megatron_that_was_tried():
