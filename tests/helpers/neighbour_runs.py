@@ -73,3 +73,13 @@ def ours_first():
     import mindspeed.megatron_adaptor  # noqa: F401
 
     return before, _now()
+
+
+def flags_of_features():
+    """Flag -> owner, whether MindSpeed has patched to say so, and whether a module for a device that is absent stays."""
+    importable()
+    from mindspeed_cp.megatron.unknown_flags import _flags_of_features, _without_device
+
+    with _without_device():
+        import torch_npu  # noqa: F401
+    return _flags_of_features("mindspeed"), "mindspeed.megatron_adaptor" in sys.modules, "torch_npu" in sys.modules

@@ -140,3 +140,9 @@ def test_every_branch_of_mindspeed_belongs_to_a_megatron_that_was_tried():
 def test_a_value_of_the_variable_that_is_none_is_refused():
     with pytest.raises(Exception, match="MINDSPEED_CP=on is not known; use MINDSPEED_CP=off"):
         observe("every_order", "neighbour_runs", MINDSPEED_CP_DEVICE="cpu", MINDSPEED_CP="on")
+
+
+def test_flags_of_mindspeed_have_an_owner_without_a_device_and_without_a_patch():
+    owners, has_patched, has_device = observe("flags_of_features", "neighbour_runs")
+    assert owners == {"--context-parallel-algo": "MindSpeed", "--attention-mask-type": "MindSpeed"}
+    assert not has_device and not has_patched

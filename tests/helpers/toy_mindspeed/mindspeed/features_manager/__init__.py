@@ -1,4 +1,4 @@
-"""Two features: context parallelism, and attention without it."""
+"""Two features in one: context parallelism, and attention without it."""
 
 ATTENTION = "megatron.core.transformer.dot_product_attention.DotProductAttention"
 
@@ -17,3 +17,6 @@ class Features:
             from mindspeed.core.fused_attention import dot_product_attention_forward
 
             manager.register_patch(f"{ATTENTION}.forward", dot_product_attention_forward)
+
+
+from mindspeed.features_manager import features_manager  # noqa: E402, F401  as MindSpeed's package does

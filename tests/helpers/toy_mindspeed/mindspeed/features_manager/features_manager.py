@@ -5,7 +5,7 @@ from mindspeed.patch_utils import MindSpeedPatchesManager
 
 
 class MindSpeedFeaturesManager:
-    FEATURES = (Features(),)
+    FEATURES_LIST = (Features(),)
 
     @classmethod
     def apply_features_pre_patches(cls, args):
@@ -13,13 +13,13 @@ class MindSpeedFeaturesManager:
 
     @classmethod
     def apply_features_patches(cls, args):
-        for feature in cls.FEATURES:
+        for feature in cls.FEATURES_LIST:
             feature.register_patches(MindSpeedPatchesManager, args)
         MindSpeedPatchesManager.apply_patches()
 
     @classmethod
     def register_features_args(cls, parser):
-        for feature in cls.FEATURES:
+        for feature in cls.FEATURES_LIST:
             feature.register_args(parser)
 
     @classmethod
