@@ -17,7 +17,7 @@ from mindspeed_cp.attention.exchanged import exchange_around
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.alone import Scores, alone, memory_of
 from mindspeed_cp.megatron.bridge import CoreAttention, attention, layer_window
-from mindspeed_cp.megatron.neighbour import is_wrapped
+from mindspeed_cp.megatron.neighbour import is_here, is_wrapped
 from mindspeed_cp.megatron.scopes import OWN, HeldGroup, checked_group, named_group, own_group
 from mindspeed_cp.patches.machine.compiler import outside_compiler
 from mindspeed_cp.patches.owners import at_path
@@ -31,8 +31,10 @@ WITHOUT_TE = uninstalled("transformer_engine", "Transformer Engine is not instal
 
 
 def without_te() -> str:
-    """Why there is no Transformer Engine's module: nobody has it, MindSpeed neither."""
+    """Why there is no Transformer Engine's module: nobody has it, MindSpeed neither, or has one for both."""
     found = at_path(TE_DOT_PRODUCT)
+    if found is at_path(DOT_PRODUCT):
+        return "MindSpeed has one class for this and the local module"
     return "" if isinstance(found, type) and is_wrapped(found) else WITHOUT_TE()
 
 
@@ -193,6 +195,8 @@ te_forward.function.exchanges_context_parallel = True  # type: ignore[attr-defin
 
 def _takes_the_kernel(adaptor: Adaptor, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether --use-flash-attn means this project's kernel here; what plain attention costs is said once."""
+    if is_here():  # it means MindSpeed's, which stands there
+        return False
     computable = len(query) == len(key) and bias is None
     choice = alone(
         Scores.of(query, key),

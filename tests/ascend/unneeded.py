@@ -6,8 +6,9 @@ import importlib.util
 import sys
 import types
 
-# Compilers for NPUs; MindSpeed decorates its kernels with them when it is imported.
-PACKAGES = ("torchair", "triton", "scipy")
+# Compilers for NPUs, with which MindSpeed decorates its kernels; CANN's Python, which is asked for the device's name.
+PACKAGES = ("acl", "scipy", "torchair", "triton")
+SOC = "Ascend910B1"
 
 
 class _Unneeded(types.ModuleType):
@@ -19,7 +20,7 @@ class _Unneeded(types.ModuleType):
     def __getattr__(self, name):
         if name.startswith("__") or name == "active":  # Triton's driver: there is no device for it
             raise AttributeError(name)
-        return _Name(f"{self.__name__}.{name}")
+        return (lambda: SOC) if name == "get_soc_name" else _Name(f"{self.__name__}.{name}")
 
 
 class _Name:

@@ -76,7 +76,7 @@ def ours_first():
 
 
 def flags_of_features():
-    """Flag -> owner, whether MindSpeed has patched to say so, and whether a module for a device that is absent stays."""
+    """Flag -> owner, whether MindSpeed has patched to say so, and whether a stand-in for torch_npu stays."""
     importable()
     from mindspeed_cp.megatron.unknown_flags import _flags_of_features, _without_device
 
