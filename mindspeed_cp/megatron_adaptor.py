@@ -163,8 +163,9 @@ def apply() -> None:
     if _manager.num_applied:
         return
     _meet_neighbour()
-    if not _neighbour.kept:
-        _come_back()
+    if _neighbour.kept:  # Megatron stays unimported: MindSpeed may not have patched yet what must be there before
+        return
+    _come_back()
     compat.install()
     _warn_of_version()
 

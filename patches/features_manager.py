@@ -34,7 +34,7 @@ def register_flags(neighbour: Neighbour, original: Callable[..., None], cls: typ
 
 @patch(
     "mindspeed.patch_utils.MindSpeedPatchesManager.register_patch",
-    reason="documents are found by the batch's record, whatever layout it has",
+    reason="nothing of MindSpeed exchanges or splits a sequence besides; documents are found by the batch's record",
 )
 def register_patch(
     neighbour: Neighbour, original: Callable[..., None], target: str, function: Any = None, *args: Any, **kwargs: Any

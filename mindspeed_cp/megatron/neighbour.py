@@ -54,16 +54,18 @@ FRONTS = {
     "mindspeed": ("mindspeed.megatron_adaptor", "get_mindspeed_args"),
 }
 
-# Functions that MindSpeed puts around models and batches where --reset-attention-mask packs documents: they read a
-# rank's tokens in MindSpeed's own layout. Here documents come with the batch's record. Module -> names, () for all.
+# Functions that MindSpeed's other features put around models and batches, and that act for its own context parallelism.
+# Where --reset-attention-mask packs documents, they read a rank's tokens in MindSpeed's own layout, and here documents
+# come with the batch's record; an attention's constructor exchanges heads around it. Module -> names, () for all.
 _RESET = "mindspeed.core.transformer.flash_attention.reset_attention_mask"
-OF_DOCUMENTS = {
+LEFT_OUT = {
     f"{_RESET}.adaptor": (),
     f"{_RESET}.utils": ("get_batch_on_this_cp_rank_wrapper",),
     "mindspeed_llm.training.utils": ("get_batch_on_this_cp_rank_wrapper",),
     "mindspeed_llm.core.models.gpt.gpt_model": ("gpt_forward_wrapper",),
     "mindspeed_llm.core.transformer.attention": ("attention_forward",),
     "mindspeed_llm.core.models.common.embeddings.rotary_pos_embedding": ("apply_rotary_pos_emb_thd",),
+    "mindspeed.core.transformer.attention": ("attention_init",),
 }
 
 
@@ -119,8 +121,8 @@ class Neighbour:
         self.come_back()
 
     def leaves_out(self, function: Any) -> bool:
-        """Whether MindSpeed is kept from patching with ``function``, because the batch's record says the same here."""
-        names = OF_DOCUMENTS.get(getattr(function, "__module__", ""))
+        """Whether MindSpeed is kept from patching with ``function``, because this project does the same by its own."""
+        names = LEFT_OUT.get(getattr(function, "__module__", ""))
         return self._hides and names is not None and (not names or function.__name__ in names)
 
     @contextmanager

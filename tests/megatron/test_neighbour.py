@@ -95,6 +95,7 @@ def _of(name, module="mindspeed.core.transformer.flash_attention.reset_attention
     ("function", "out"),
     [
         (_of("gpt_forward_wrapper"), True),
+        (_of("attention_init", "mindspeed.core.transformer.attention"), True),
         (_of("get_batch_on_this_cp_rank_wrapper", "mindspeed_llm.training.utils"), True),
         (_of("get_batch_on_this_tp_rank", "mindspeed_llm.training.utils"), False),
         (_of("collate_wrapper", "mindspeed.core.transformer.flash_attention.reset_attention_mask.utils"), False),
