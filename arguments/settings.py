@@ -47,7 +47,7 @@ class FrameworkSettings:
     default_algorithm: str | None = None
 
     @classmethod
-    def read(cls, source: Any, default_algorithm: str | None = None) -> "FrameworkSettings":
+    def read(cls, source: Any) -> "FrameworkSettings":
         """Read a mapping, a namespace or a dataclass; None counts as not given.
 
         Raises:
@@ -65,7 +65,7 @@ class FrameworkSettings:
             values = {name: value for name, value in values.items() if name not in _ALGORITHM or name in noted}
         elif not isinstance(source, Mapping) and values.get("cp_comm_type") in ("p2p", ("p2p",)):
             del values["cp_comm_type"]  # Megatron's default of a flag that was not given
-        return cls(values, default_algorithm)
+        return cls(values)
 
     @property
     def cp_size(self) -> int | None:

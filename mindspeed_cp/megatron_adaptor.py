@@ -16,7 +16,6 @@ import torch
 
 from mindspeed_cp import compat
 from mindspeed_cp.megatron import neighbour
-from mindspeed_cp.megatron.neighbour import DEFAULT_ALGORITHM as MINDSPEEDS_DEFAULT
 from mindspeed_cp.patches.machine import choice as machine
 from mindspeed_cp.patches.machine.choice import DEVICE_VARIABLE
 from mindspeed_cp.patches.versions import DEFAULT, MEGATRONS
@@ -26,9 +25,9 @@ from mindspeed_cp.settings.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.adaptor import Adaptor
-    from mindspeed_cp.megatron.neighbour import Neighbour
     from mindspeed_cp.megatron.records import MicroBatch
     from mindspeed_cp.patches.areas import Applied
+    from mindspeed_cp.patches.beside import Beside
     from mindspeed_cp.patches.manager import Patch, PatchManager, PatchRow
 
 TRIED_VERSIONS = tuple(row.version for row in MEGATRONS)
@@ -44,8 +43,7 @@ MODEL_CODE = (
 _modules_before = frozenset(sys.modules)
 _state: "Adaptor"
 _manager: "PatchManager"
-_neighbour: "Neighbour"  # MindSpeed, where it is importable
-_around: "PatchManager"  # patches of MindSpeed's features manager, which stay while the others give way
+_beside: "Beside"  # MindSpeed, where it is importable
 _tables: "dict[str, list[Patch]]"  # name -> patches, in the order of application
 
 
@@ -78,9 +76,9 @@ def _announce(config: ContextParallelConfig) -> None:
     check()
     if is_rank0():
         alive, _ = _num_cp_patches()
-        said = f"{config.describe()}, kernel {_kernel()}, {alive} patches{_whose_default(config)}"
+        said = f"{config.describe()}, kernel {_kernel()}, {alive} patches{_beside.default_said(config)}"
         print(f"Context parallelism: {said}", flush=True)
-        _say_who_does_what()
+        _beside.say()
 
 
 def _tell(record: "MicroBatch") -> str:
@@ -106,17 +104,6 @@ def _kernel() -> str:
     return f"{kernel} ({half} in float32)" if kernel == "cpu" and half and cpu.is_slow(getattr(torch, half)) else kernel
 
 
-def _whose_default(config: ContextParallelConfig) -> str:
-    default = _state.settings.by_mindspeed and config.algorithm == MINDSPEEDS_DEFAULT
-    return f", {MINDSPEEDS_DEFAULT} is MindSpeed's default" if default else ""
-
-
-def _say_who_does_what() -> None:
-    line = _neighbour.line()
-    if line and is_rank0():
-        print(line, flush=True)
-
-
 def _num_cp_patches() -> tuple[int, int]:
     """How many of this project's own patches are alive, stand-ins not counted, and how many others have taken."""
     from mindspeed_cp.patches.areas import STAND_INS
@@ -137,7 +124,7 @@ def _warn_of_version() -> None:
 
 def _warn_of_late_import() -> None:
     first = [name for name in MODEL_CODE if name in _modules_before]
-    if not first or _neighbour.is_here:  # MindSpeed imports Megatron when it patches
+    if not first or neighbour.is_here():  # MindSpeed imports Megatron when it patches
         return
     copies = [
         copy
@@ -162,52 +149,12 @@ def apply() -> None:
     """
     if _manager.num_applied:
         return
-    _meet_neighbour()
-    if _neighbour.kept:  # Megatron stays unimported: MindSpeed may not have patched yet what must be there before
+    _beside.meet(os.environ.get(neighbour.VARIABLE, ""), machine.device_type(_device_choice()))
+    if _beside.kept:  # Megatron stays unimported: MindSpeed may not have patched yet what must be there before
         return
-    _come_back()
+    _beside.come_back()
     compat.install()
     _warn_of_version()
-
-
-def _meet_neighbour() -> None:
-    """Let MindSpeed patch first, without its context parallelism; where it comes later, learn of it then.
-
-    Raises:
-        ValueError: the value of MINDSPEED_CP is not known.
-    """
-    choice = os.environ.get(neighbour.VARIABLE, "")
-    if choice not in ("", "off"):
-        raise ValueError(
-            f"{neighbour.VARIABLE}={choice} is not known; use {neighbour.VARIABLE}=off to leave context parallelism to "
-            "MindSpeed, or unset it."
-        )
-    _neighbour.kept = f"{neighbour.VARIABLE}=off" if choice else ""
-    if choice:
-        _say_who_does_what()
-    elif _neighbour.is_here:
-        _around.apply()
-        neighbour.take_over()
-    elif neighbour.is_importable():
-        neighbour.AfterImport.install(_around.apply)
-        if machine.device_type(_device_choice()) == "npu":
-            neighbour.activate(sys.argv[0])
-
-
-def _give_way() -> None:
-    if _manager.num_applied:
-        _state.forget_batches()
-        _manager.undo()
-
-
-def _come_back() -> None:
-    if _neighbour.is_here:
-        _around.apply()
-    _manager.apply()
-
-
-def _hand_ends(ends: Any) -> None:
-    _state.handed.set_ends(ends)
 
 
 def undo() -> None:
@@ -215,8 +162,7 @@ def undo() -> None:
     _state.forget_batches()
     compat.uninstall()
     _manager.undo()
-    neighbour.AfterImport.uninstall()
-    _around.undo()
+    _beside.leave()
     _state.reset()
 
 
@@ -304,19 +250,11 @@ def configure_from(settings: Any) -> ContextParallelConfig | None:
 
 def repatch(settings: Any) -> ContextParallelConfig | None:
     """``configure_from`` under the name by which frameworks call MindSpeed's, with MindSpeed's default algorithm."""
-    from mindspeed_cp.arguments import FrameworkSettings
     from mindspeed_cp.megatron import following
+    from mindspeed_cp.patches.beside import by_mindspeed
 
-    following.configure_from(_state, FrameworkSettings.read(settings, MINDSPEEDS_DEFAULT))
+    following.configure_from(_state, by_mindspeed(settings))
     return _state.config
-
-
-def _configure_later(settings: dict[str, Any]) -> None:
-    """Take over what MindSpeed was given, until the process groups are made or somebody says more."""
-    from mindspeed_cp.arguments import FrameworkSettings
-    from mindspeed_cp.megatron import following
-
-    following.expect(_state, FrameworkSettings.read(settings, MINDSPEEDS_DEFAULT))
 
 
 def compare_on_all_ranks(args: Any, *, program: str = "") -> None:
@@ -353,20 +291,15 @@ def _applied() -> "Applied":
 
 
 def _build() -> None:
-    from mindspeed_cp.arguments import add_context_parallel_arguments
     from mindspeed_cp.megatron.adaptor import Adaptor
-    from mindspeed_cp.patches import features_manager
     from mindspeed_cp.patches.areas import all_areas
+    from mindspeed_cp.patches.beside import Beside
     from mindspeed_cp.patches.manager import PatchManager
-    from mindspeed_cp.patches.rows import patches_of
 
-    global _state, _tables, _manager, _neighbour, _around
+    global _state, _tables, _manager, _beside
     _state = Adaptor(_announce, check, _tell)
     _manager = PatchManager(subject=lambda: f"megatron-core {megatron_version()}", is_wrapped=neighbour.is_wrapped)
-    _neighbour = neighbour.Neighbour(
-        _give_way, _come_back, _configure_later, add_context_parallel_arguments, _say_who_does_what, _hand_ends
-    )
-    _around = PatchManager(patches_of([features_manager], _neighbour), subject=lambda: "MindSpeed")
+    _beside = Beside(_state, _manager)
     _tables = all_areas(_state, _device_choice())
     for patches in _tables.values():
         _manager.add(patches)
