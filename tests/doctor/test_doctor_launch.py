@@ -158,7 +158,7 @@ def test_a_script_whose_parser_is_not_known_is_never_told_that_its_flags_are_rig
 
 
 def test_the_owner_of_every_foreign_flag_is_named_and_what_nobody_knows_is_a_problem(of_mindspeed, monkeypatch):
-    monkeypatch.setattr(launched, "ask", lambda module, *flags, environment=None: SAYS)
+    monkeypatch.setattr(launch_findings, "ask", lambda module, *flags, environment=None: SAYS)
     found = said(of_mindspeed, "--context-parallel-size 4 --stage sft --neat-pack --use-fused-rmsnorm --no-such-flag 3")
     assert "MindSpeed-LLM's own flags, which posttrain_gpt.py knows: --stage, --neat-pack" in texts(found, "ok")
     assert "MindSpeed's own flags, which posttrain_gpt.py knows: --use-fused-rmsnorm" in texts(found, "ok")
@@ -167,7 +167,7 @@ def test_the_owner_of_every_foreign_flag_is_named_and_what_nobody_knows_is_a_pro
 
 def test_a_value_that_the_scripts_parser_refuses_is_a_problem(of_mindspeed, monkeypatch):
     refused = {**SAYS, "unknown": [], "refused": "argument --stage: invalid choice: 'sftt'"}
-    monkeypatch.setattr(launched, "ask", lambda module, *flags, environment=None: refused)
+    monkeypatch.setattr(launch_findings, "ask", lambda module, *flags, environment=None: refused)
     found = said(of_mindspeed, "--context-parallel-size 4 --stage sftt")
     assert "posttrain_gpt.py refuses the line: argument --stage: invalid choice: 'sftt'" in texts(found, "problem")
 
@@ -190,7 +190,7 @@ def test_an_algorithm_that_only_mindspeed_has_is_left_to_it(of_mindspeed, script
 
 def test_heads_and_length_that_a_line_does_not_give_are_unknown_and_not_one(of_mindspeed):
     line = f"torchrun --standalone --nproc-per-node 8 {of_mindspeed} {CP} --context-parallel-algo ulysses_cp_algo"
-    found, _ = launched.examined(line, "cpu")
+    found, _ = launch_findings.examined(line, "cpu")
     assert any("Ulysses, cp=4" in text and "unknown tokens on a rank" in text for text in texts(found, "ok"))
     assert "bytes and memory need --seq-length, --num-attention-heads" in " ".join(texts(found, "note"))
     assert not [text for text in texts(found, "problem") if "divisible" in text]
