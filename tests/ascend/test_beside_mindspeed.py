@@ -4,6 +4,9 @@ MINDSPEED_FOLDER=DIR names a folder in which its package lies, of the branch for
 """
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import bed
@@ -74,3 +77,45 @@ def test_an_algorithm_that_only_mindspeed_has_stays_its_own_and_is_said(run):
 def test_tensor_parallelism_in_two_dimensions_is_refused_by_name(run):
     with pytest.raises(bed.JobFailed, match="--tp-2d with --tp-y 2 splits the sequence .* set MINDSPEED_CP=off"):
         run(2, "ours", flags=[*SPLIT, RING, "--tp-2d", "--tp-y", "2"], train=False)
+
+
+LLM = """--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --max-position-embeddings 128
+--micro-batch-size 1 --global-batch-size 2 --train-iters 3 --lr 1e-3 --min-lr 1e-4 --log-interval 1 --eval-iters 0
+--eval-interval 100 --attention-dropout 0 --hidden-dropout 0 --distributed-timeout-minutes 2 --split 90,10,0
+--no-gradient-accumulation-fusion --no-masked-softmax-fusion --seq-length 64 --mock-data --tokenizer-type NullTokenizer
+--vocab-size 4200 --transformer-impl local --use-mcore-models --use-flash-attn --position-embedding-type rope
+--normalization RMSNorm --swiglu""".split()
+RESET = ["--reset-attention-mask", "--reset-position-ids"]
+
+
+def losses_of_mindspeed_llm(folders, world, flags, **more):
+    """[(loss, gradient norm)] that MindSpeed-LLM's pretrain_gpt.py prints, and all that it prints."""
+    script = next(path for folder in folders if (path := Path(folder, "pretrain_gpt.py")).is_file())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    command += [str(bed.HERE / "mindspeed_llm.py"), str(script), *LLM, *flags]
+    done = subprocess.run(
+        command, env=bed.environment(*folders, bed.HERE, **more), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = re.findall(r"lm loss: (\S+) .*? grad norm: (\S+) ", done.stdout)
+    assert len(found) == 3
+    return [tuple(map(float, pair)) for pair in found], done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("documents", [[], RESET], ids=["whole", "documents"])
+def test_mindspeed_llms_own_script_trains_to_the_losses_of_mindspeed_alone(documents):
+    """MINDSPEED_LLM_PATH: the folders of MindSpeed-LLM, its Megatron-LM, its MindSpeed and its packages, as in PATH."""
+    folders = os.environ.get("MINDSPEED_LLM_PATH", "").split(os.pathsep)
+    if folders == [""]:
+        pytest.skip("no MindSpeed-LLM: MINDSPEED_LLM_PATH names its folder, Megatron-LM's, MindSpeed's, its packages'")
+    wanted, _ = losses_of_mindspeed_llm(folders, 1, documents, MINDSPEED_CP="off")
+    split = ["--context-parallel-size", "2", "--context-parallel-algo"]
+    causal = ["--variable-seq-lengths"] if documents else []
+    general = ["--attention-mask-type", "general"] if documents else []
+    for algorithm, further in ((RING, causal), (ULYSSES, general)):
+        found, said = losses_of_mindspeed_llm(folders, 2, [*split, algorithm, *documents, *further])
+        assert WHO in said
+        for pair, other in zip(found, wanted, strict=True):
+            assert pair == pytest.approx(other, rel=2e-6, abs=1.1e-3), (found, wanted)  # three digits of the norm
+            assert pair[0] == pytest.approx(other[0], rel=1e-6)
