@@ -1,5 +1,6 @@
 """This project's patches beside MindSpeed's: who gives way to whom, and what each learns of the other."""
 
+import importlib
 import sys
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from mindspeed_cp.patches import features_manager
 from mindspeed_cp.patches.manager import PatchManager
 from mindspeed_cp.patches.rows import patches_of
 from mindspeed_cp.settings.config import ContextParallelConfig
-from mindspeed_cp.settings.notices import is_rank0
+from mindspeed_cp.settings.notices import is_rank0, warn_rank0
 
 
 class Beside:
@@ -90,6 +91,10 @@ class Beside:
         line = self._neighbour.line()
         if line and is_rank0():
             print(line, flush=True)
+        if line and not self.kept:
+            said = neighbour.untried(importlib.import_module("megatron.core.package_info").__version__)
+            if said:
+                warn_rank0(said)
 
     def default_said(self, config: ContextParallelConfig) -> str:
         """That the algorithm is MindSpeed's default, where settings came through it."""

@@ -44,9 +44,25 @@ class Branch(NamedTuple):
 
 BRANCHES = (
     Branch((0, 12), "26.1.0_core_r0.12.1", "57a3305 of 2026-07-20"),
-    Branch((0, 15), "core_r0.15.3", ""),
+    Branch((0, 15), "core_r0.15.3", "d0d5809 of 2026-04-21"),
     Branch((0, 16), "core_r0.16.0", "e477249 of 2026-07-10"),
 )
+
+
+def untried(megatron: str) -> str:
+    """What to say of MindSpeed beside a version of megatron-core with which no branch was tried, "" where one was.
+
+    Args:
+        megatron: a version such as "0.16.1".
+    """
+    if tuple(map(int, megatron.split(".")[:2])) in [branch.megatron for branch in BRANCHES]:
+        return ""
+    tried = ", ".join(f"{branch.name} (megatron-core {'.'.join(map(str, branch.megatron))})" for branch in BRANCHES)
+    return (
+        f"MindSpeed beside megatron-core {megatron} has not been tried with mindspeed_cp; tried: {tried}. Compare a "
+        "short run with --context-parallel-size 1 before a long one."
+    )
+
 
 # Packages whose import activates MindSpeed with features of their own -> (module to import, how it reads its settings).
 FRONTS = {

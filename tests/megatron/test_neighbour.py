@@ -132,6 +132,12 @@ def test_mindspeed_is_activated_as_the_script_does(tmp_path, lines, front):
     assert neighbour.front_named_in(str(tmp_path / "nowhere.py")) == ""
 
 
+def test_a_megatron_without_a_tried_branch_is_said_with_those_that_have_one():
+    assert neighbour.untried("0.16.1") == neighbour.untried("0.12.1") == ""
+    said = neighbour.untried("0.19.1")
+    assert "megatron-core 0.19.1 has not been tried" in said and "core_r0.16.0 (megatron-core 0.16)" in said
+
+
 def test_every_branch_of_mindspeed_belongs_to_a_megatron_that_was_tried():
     tried = {minor(row.version) for row in MEGATRONS}
     assert {branch.megatron for branch in neighbour.BRANCHES} <= tried
