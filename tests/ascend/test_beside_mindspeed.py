@@ -92,7 +92,7 @@ def losses_of_mindspeed_llm(folders, world, flags, **more):
     """[(loss, gradient norm)] that MindSpeed-LLM's pretrain_gpt.py prints, and all that it prints."""
     script = next(path for folder in folders if (path := Path(folder, "pretrain_gpt.py")).is_file())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    command += [str(bed.HERE / "mindspeed_llm.py"), str(script), *LLM, *flags]
+    command += [str(bed.HERE / "llm_script.py"), str(script), *LLM, *flags]
     done = subprocess.run(
         command, env=bed.environment(*folders, bed.HERE, **more), capture_output=True, text=True, timeout=600
     )

@@ -1,4 +1,4 @@
-"""Run a script of MindSpeed-LLM on the test bed: python mindspeed_llm.py SCRIPT FLAGS..., one process of torchrun.
+"""Run a script of MindSpeed-LLM on the test bed: python llm_script.py SCRIPT FLAGS..., one process of torchrun.
 
 Unchanged, through mindspeed_cp.run. MindSpeed's own attention hands operators of the gradient what CANN leaves
 uninitialised without dropout, and does not read; the fakes refuse that of this project's kernel, and here of nobody.
