@@ -14,7 +14,7 @@ from mindspeed_cp.arguments import (
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.flag_checks import check_flags
 from mindspeed_cp.megatron.following import configure
-from mindspeed_cp.megatron.neighbour import is_here
+from mindspeed_cp.megatron.neighbour import is_here, notice_of_targets
 from mindspeed_cp.megatron.splitting import with_tokens_everywhere
 from mindspeed_cp.patches.checkout import without_checkout
 from mindspeed_cp.patches.rows import patch
@@ -74,6 +74,9 @@ def validate_args(adaptor: Adaptor, original: Callable[..., Any], args: Any, *de
         config, setup = validate(args, world_size=0 if args.context_parallel_size == 1 else None)
         check_flags(args)
     settings.program, settings.asked_for_flash = PROGRAM, bool(flash)
+    notice = notice_of_targets(args) if is_here() else ""
+    if notice:
+        warn_rank0(notice)
     if config.context_parallel_size == 1:
         if getattr(args, "hybrid_context_parallel", False):
             configure(adaptor, config, setup=setup, kernel=args.cp_kernel)
