@@ -19,7 +19,7 @@ def main():
     from fake_torch_npu import attention
 
     attention.check_gradient = lambda asked, uninitialised: None
-    sys.argv.insert(0, "-")
+    sys.argv[0] = "-"
     runpy.run_module("mindspeed_cp.run", run_name="__main__", alter_sys=True)
 
 
