@@ -11,7 +11,7 @@ from mindspeed_cp.arguments.declared import flags_of
 from mindspeed_cp.attention.ring_plan import ring_plan
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.trace import Compute, Event, Post, Problem, trace
-from mindspeed_cp.sequence.masks import interval_masks
+from mindspeed_cp.sequence.masks import attention_masks
 from mindspeed_cp.settings.algorithms import ALGORITHMS
 from mindspeed_cp.settings.config import (
     KV_CACHE_POLICIES,
@@ -221,7 +221,7 @@ def traced_ranks(config: ContextParallelConfig, problem: Problem, cluster: Clust
 def _busiest(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> set[int]:
     """The rank with the largest attention area, and those whose rows travel furthest."""
     layout, degree, ranks = problem.layout(config), config.hierarchy[0], range(config.ring_size)
-    masks = interval_masks(config.causal, problem.seq_len, problem.batch, problem.cu_seqlens, problem.sliding_window)
+    masks = attention_masks(config.causal, problem.seq_len, problem.batch, problem.cu_seqlens, problem.sliding_window)
     direct = config.kv_exchange == "direct"
     plan = ring_plan(layout, masks, True, exact=direct)
     found = {max(ranks, key=lambda rank: plan.area(rank, problem.batch))}
