@@ -83,7 +83,7 @@ def test_tokens_that_no_slice_names_give_zeros_and_reach_nobody(cp):
             for name, rows in result.items():
                 assert rows.isfinite().all(), name
                 assert not rows[torch.isin(positions, nowhere)].any(), name
-    check_cases([case])
+    check_cases([case, replace(case, slices=(((4, 9), (3, 12), "full"),)), replace(case, slices=())])
 
 
 def attend_poisoned(rank, case, nowhere):

@@ -273,3 +273,13 @@ def test_the_areas_of_chunks_are_those_that_magi_attention_publishes(slices, chu
         for start in range(0, size, chunk)
     ]
     assert tuple(found) == areas
+
+
+def test_a_prefix_that_every_branch_sees_is_one_rectangle_and_its_branches_one_packed_block():
+    branches = [(10 * n, 10 * n + 10) for n in range(1, 8)]
+    slices = [((0, 10), (0, 10), "causal")]
+    for branch in branches:
+        slices += [(branch, (0, 10), "full"), (branch, branch, "causal")]
+    packed, prefix = plan_blocks(((0, SIZE),), ((0, SIZE),), slices_mask(slices, SIZE))
+    assert packed.is_causal and packed.num_pieces == 8
+    assert prefix.is_full and (prefix.query_rows, prefix.key_rows) == (slice(10, 80), slice(0, 10))
