@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mindspeed_cp.comm.groups import ContextParallelGroups
     from mindspeed_cp.sequence.layout import SequenceLayout
     from mindspeed_cp.sequence.sharding import gather_sequence, shard_batch
+    from mindspeed_cp.sequence.trees import PackedTree, pack_tree
     from mindspeed_cp.settings.config import ContextParallelConfig
     from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
@@ -36,11 +37,13 @@ __all__ = [
     "DynamicGatherSizeCalculator",
     "GatherSizeCalculator",
     "KeptAttention",
+    "PackedTree",
     "SequenceLayout",
     "TrainingSetup",
     "UlyssesContextAttention",
     "context_parallel_attention",
     "gather_sequence",
+    "pack_tree",
     "resolve",
     "shard_batch",
 ]
@@ -53,6 +56,7 @@ _HOMES = (
     "mindspeed_cp.comm.groups",
     "mindspeed_cp.sequence.layout",
     "mindspeed_cp.sequence.sharding",
+    "mindspeed_cp.sequence.trees",
 )
 
 
