@@ -48,7 +48,7 @@ def attention_masks(
         right = 0 if causal else right
         masks = tuple(_document_mask(seq_len, left, right, row) for row in documents)
     else:
-        slices = _rows_of_slices(attention_slices, batch)
+        slices = rows_of_slices(attention_slices, batch)
         count = max(len(documents), len(slices))
         pairs = zip(_repeated(documents, count), _repeated(slices, count))
         masks = tuple(_slices_mask(seq_len, left, right, *pair) for pair in pairs)
@@ -81,14 +81,14 @@ def _rows_of_boundaries(cu_seqlens: Any, batch: int) -> list[Boundaries | None]:
     return [boundaries(row) for row in cu_seqlens]
 
 
-def _rows_of_slices(attention_slices: Any, batch: int) -> list[AttentionSlices]:
+def rows_of_slices(attention_slices: Any, batch: int) -> list[AttentionSlices]:
     """The slices of every row, or of all rows at once, as they can be looked up."""
     if not isinstance(attention_slices, (tuple, list)):
         raise ValueError(
             f"attention_slices is {type(attention_slices).__name__} and must be a list of ((first query, last + 1), "
             "(first key, last + 1), kind), or one such list for each row of the batch."
         )
-    given = _frozen(attention_slices)
+    given = frozen(attention_slices)
     one = any(len(row) == 3 and isinstance(row[2], str) for row in given if isinstance(row, tuple))
     if one or not given:
         return [given]
@@ -100,9 +100,10 @@ def _rows_of_slices(attention_slices: Any, batch: int) -> list[AttentionSlices]:
     return list(given)
 
 
-def _frozen(value: Any) -> Any:
+def frozen(value: Any) -> Any:
+    """``value`` with tuples for its lists, so that it can be looked up."""
     if isinstance(value, (tuple, list)):
-        return tuple(map(_frozen, value))
+        return tuple(map(frozen, value))
     return value
 
 

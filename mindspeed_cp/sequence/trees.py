@@ -97,7 +97,8 @@ class PackedTree:
         return [values[places.to(values.device)] for places in self.places]
 
     def batch(self, multiple_of: int = 1, padding: int = 0) -> dict[str, Any]:
-        """A batch of one row for Megatron: tokens, labels, loss_mask, position_ids (1, s) and attention_slices.
+        """A batch of one row for Megatron: tokens, labels, loss_mask, position_ids (1, s), attention_slices, and
+        rotary_position_ids, by which rotary embeddings turn.
 
         Args:
             multiple_of: padding tokens, which see nothing and count nothing, make the length a multiple of it.
@@ -117,12 +118,14 @@ class PackedTree:
             return values.new_full((length,), default).index_copy_(0, rows, values)[None]
 
         everyone = torch.arange(len(self), device=self.tokens.device)
+        position_ids = whole(self.position_ids, everyone)
         return {
             "tokens": whole(self.tokens, everyone, padding),
             "labels": whole(self.labels, self.rows, padding),
             "loss_mask": whole(self.weights, self.rows),
-            "position_ids": whole(self.position_ids, everyone),
+            "position_ids": position_ids,
             "attention_slices": self.attention_slices,
+            "rotary_position_ids": position_ids,
         }
 
 
