@@ -138,7 +138,7 @@ def _check_alike(record: MicroBatch, first: MicroBatch) -> None:
         raise ValueError(
             f"the labels of this pipeline stage were split as {record.layout.kind} with documents {record.documents}, "
             f"and the tokens of the first stage as {first.layout.kind} with documents {first.documents}; split both in "
-            "the same way, with the same cu_seqlens and slices on every stage."
+            "the same way, with the same cu_seqlens on every stage, or the same slices."
         )
 
 
