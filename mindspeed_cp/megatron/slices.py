@@ -56,8 +56,9 @@ def slices_of_batch(
         given = tuple(rows_of_slices(batch["attention_slices"], rows))
         for row in given:
             slices_mask(row, seq_len)
-        return given, _places(batch.get(ROTARY), rows, seq_len)
-    of_rows = [(0, seq_len)] * rows if documents is None else list(documents) * (rows // len(documents))
+        return _one_if_shared(given), _places(batch.get(ROTARY), rows, seq_len)
+    shared: Documents = ((0, seq_len),) if documents is None else documents
+    of_rows = shared * (rows // len(shared))
     if named[0] == "prefix_lengths":
         return _one_if_shared(_prefixes(of_rows, batch["prefix_lengths"])), None
     tokens = batch.get("tokens", batch.get("input_ids"))
@@ -71,7 +72,7 @@ def _one_if_shared(rows: Slices) -> Slices:
     return rows[:1] if len(set(rows)) == 1 else rows
 
 
-def _prefixes(of_rows: list[tuple[int, ...]], lengths: Any) -> Slices:
+def _prefixes(of_rows: Documents, lengths: Any) -> Slices:
     given = lengths.tolist() if isinstance(lengths, torch.Tensor) else list(lengths)
     if len(given) != len(of_rows):
         raise ValueError(

@@ -134,15 +134,19 @@ def bounds_of_rows(query_runs: Runs, key_runs: Runs, mask: SliceMask) -> Iterato
     pieces = visible_pieces(query_runs, key_runs, mask)
     row, count, lo, hi, lo_slope, hi_slope = (np.array(part, dtype=np.int64) for part in vars(pieces).values())
     piece, number = spread(count)
-    rows = row[piece] + number
-    order = np.argsort(rows, kind="stable")
-    rows, (piece, number) = rows[order], (piece[order], number[order])
-    lo, hi = (bound[piece] + np.maximum(slope[piece], 0) * number for bound, slope in ((lo, lo_slope), (hi, hi_slope)))
+    bounds = np.stack(
+        [
+            row[piece] + number,
+            lo[piece] + np.maximum(lo_slope[piece], 0) * number,
+            hi[piece] + np.maximum(hi_slope[piece], 0) * number,
+        ]
+    )
+    rows, low, high = bounds[:, np.argsort(bounds[0], kind="stable")]
     turn = np.arange(len(rows)) - np.searchsorted(rows, rows, side="left")
-    for each in range(turn.max(initial=-1) + 1):
-        bounds = np.zeros((2, length(query_runs)), dtype=np.int64)
-        bounds[:, rows[turn == each]] = lo[turn == each], hi[turn == each]
-        yield bounds[0], bounds[1]
+    for each in range(int(turn.max(initial=-1)) + 1):
+        found = np.zeros((2, length(query_runs)), dtype=np.int64)
+        found[:, rows[turn == each]] = low[turn == each], high[turn == each]
+        yield found[0], found[1]
 
 
 def _cut_where_slopes_change(queries: Stretches, rows: _KeyRows) -> tuple[Integers, Integers, Integers]:
