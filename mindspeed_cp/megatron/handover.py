@@ -17,7 +17,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.scopes import COLLECTIONS, Scope
 from mindspeed_cp.sequence.layout import SequenceLayout
-from mindspeed_cp.sequence.masks import frozen
+from mindspeed_cp.sequence.slice_mask import frozen
 
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.adaptor import Adaptor

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mindspeed_cp.megatron.documents import documents_of_position_ids, documents_of_tokens
-from mindspeed_cp.megatron.records import Documents, MicroBatch
+from mindspeed_cp.megatron.records import Documents, MicroBatch, Slices
 from mindspeed_cp.megatron.scopes import Scope
 from mindspeed_cp.megatron.slices import slices_of_batch
 from mindspeed_cp.sequence.layout import DOCUMENT_KINDS, SequenceLayout
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 Batch = Mapping[str, Any]
 
 
-def layout(adaptor: "Adaptor", scope: Scope, seq_len: int, documents: Documents | None = None) -> SequenceLayout:
+def layout(
+    adaptor: "Adaptor", scope: Scope, seq_len: int, documents: Documents | None = None, slices: Slices | None = None
+) -> SequenceLayout:
     """The layout of a scope's configuration for a sequence that this project splits.
 
     Raises:
@@ -40,6 +42,8 @@ def layout(adaptor: "Adaptor", scope: Scope, seq_len: int, documents: Documents 
         shared = _shared(adaptor, config, documents)
     elif documents is not None and len(documents) == 1 and not adaptor.is_pipeline:
         shared = documents[0]  # "auto" may go by them
+    if slices is not None and len(slices) == 1 and not adaptor.is_pipeline:
+        return with_tokens_everywhere(SequenceLayout.build(config, seq_len, shared, slices[0]))
     return with_tokens_everywhere(built(config, seq_len, shared))
 
 
@@ -127,7 +131,7 @@ def _record(adaptor: "Adaptor", scope: Scope, batch: Batch, seq_len: int, docume
             "--hybrid-context-parallel; leave that out: one row lies on all ranks in balance without it."
         )
     adaptor.sliced |= slices is not None
-    of_this_length = layout(adaptor, scope, seq_len, documents)
+    of_this_length = layout(adaptor, scope, seq_len, documents, slices)
     return MicroBatch(
         of_this_length,
         documents,

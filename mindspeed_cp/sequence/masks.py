@@ -7,7 +7,14 @@ import torch
 
 from mindspeed_cp.sequence.cache import INT_BYTES, kept_up_to
 from mindspeed_cp.sequence.runs import Boundaries, boundaries
-from mindspeed_cp.sequence.slice_mask import AttentionSlice, AttentionSlices, SliceMask, document_mask, slices_mask
+from mindspeed_cp.sequence.slice_mask import (
+    AttentionSlice,
+    AttentionSlices,
+    SliceMask,
+    document_mask,
+    frozen,
+    slices_mask,
+)
 
 GivenBoundaries = torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | None
 GivenSlices = Sequence[AttentionSlice] | Sequence[Sequence[AttentionSlice]] | None
@@ -98,13 +105,6 @@ def rows_of_slices(attention_slices: Any, batch: int) -> list[AttentionSlices]:
             "each row of the batch, or a single list of ((first query, last + 1), (first key, last + 1), kind) for all."
         )
     return list(given)
-
-
-def frozen(value: Any) -> Any:
-    """``value`` with tuples for its lists, so that it can be looked up."""
-    if isinstance(value, (tuple, list)):
-        return tuple(map(frozen, value))
-    return value
 
 
 def _num_bytes(mask: SliceMask) -> int:

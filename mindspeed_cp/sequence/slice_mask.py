@@ -11,7 +11,7 @@ each. No two slices of a mask share a pair. Only numbers are kept, of the order 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -138,6 +138,13 @@ def _show_something(slices: SliceTable) -> npt.NDArray[np.bool_]:
     some_query = np.maximum(q_start, k_start - upper) < np.minimum(q_stop, k_stop - lower)
     some: npt.NDArray[np.bool_] = some_query & (k_start < k_stop) & (lower <= upper)
     return some
+
+
+def frozen(value: Any) -> Any:
+    """``value`` with tuples for its lists, so that it can be looked up."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(frozen, value))
+    return value
 
 
 def spread(counts: Integers) -> tuple[Integers, Integers]:

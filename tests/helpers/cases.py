@@ -115,7 +115,9 @@ class Case:
         config = ContextParallelConfig(**self.config)
         if self.runs is not None:
             return SequenceLayout.from_runs(config, self.runs)
-        return SequenceLayout.build(config, self.seq_len, None if self.differs_by_row else self.cu_seqlens)
+        cu_seqlens = None if self.differs_by_row else self.cu_seqlens
+        slices = None if self.slices_differ_by_row else self.slices
+        return SequenceLayout.build(config, self.seq_len, cu_seqlens, slices)
 
     def __str__(self):
         flags = [
