@@ -76,6 +76,7 @@ def compare(rank):
             found[name] = {
                 kind: _difference(whole[kind], batch, more, 2, settings) for kind, (batch, _, more) in given.items()
             }
+            found[name]["told"] = megatron_adaptor.state().told
             configure(settings, 2)
             found[name]["tree"] = trees(2)
             found[name]["said"] = said()

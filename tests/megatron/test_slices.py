@@ -22,6 +22,11 @@ def test_losses_and_gradients_are_those_of_megatrons_dense_masks_and_of_separate
 
 
 @pytest.mark.parametrize("setup", RINGS)
+def test_the_block_before_the_first_batch_says_that_its_masks_are_slices(ranks, setup):
+    assert all("documents and masks as slices (1, 2 here)" in rank[setup]["told"] for rank in ranks)
+
+
+@pytest.mark.parametrize("setup", RINGS)
 def test_what_contradicts_slices_is_refused_with_a_way_out(ranks, setup):
     ways_out = (
         "pass None as the model's attention_mask",
