@@ -31,6 +31,7 @@ from mindspeed_cp.kernels.base import (
 from mindspeed_cp.planner.cluster import HEAD_DIM
 from mindspeed_cp.sequence.blocks import Block
 from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.sequence.slice_mask import AttentionSlices
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 
@@ -41,6 +42,7 @@ class Problem:
     Args:
         heads, kv_heads: of a tensor-parallel rank.
         cu_seqlens: document boundaries with the leading 0 and the total, those of every row where they differ, or None.
+        attention_slices: what queries see, in one list for all rows, or None where mask type and documents say it.
         windowed: (tokens that a query sees, share of the layers that are so limited), of models that mix both kinds.
         is_pipeline: of which the first stage alone knows where documents end.
         stride: global ranks between neighbours of the context-parallel group, the tensor-parallel size in Megatron.
@@ -59,6 +61,7 @@ class Problem:
     stride: int = 1
     layer_number: int = 1
     is_pipeline: bool = False
+    attention_slices: AttentionSlices | None = None
 
     @property
     def layout_documents(self) -> tuple[int, ...] | None:
@@ -68,7 +71,8 @@ class Problem:
         return self.cu_seqlens
 
     def layout(self, config: ContextParallelConfig) -> SequenceLayout:
-        return SequenceLayout.build(config, self.seq_len, self.layout_documents)
+        slices = None if self.is_pipeline else self.attention_slices
+        return SequenceLayout.build(config, self.seq_len, self.layout_documents, slices)
 
 
 LONG = 1 << 30  # tokens of a block that is long enough for any kernel
@@ -277,6 +281,7 @@ def dry_call(config: ContextParallelConfig, problem: Problem, rank: int, kernel:
         layer_number=problem.layer_number,
         kernel=kernel,
         fused_update=True,
+        attention_slices=problem.attention_slices,
     )
     return DryCall(leaves, dry_groups(config, rank, problem.stride, kernel.notes), keywords)
 
