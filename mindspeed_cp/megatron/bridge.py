@@ -159,6 +159,8 @@ def _unpacked(call: Call, attention_mask: torch.Tensor | None, gather_size: int 
                 "leave out --reset-attention-mask, or window_size."
             )
         return _attend(call, layout, causal=False)
+    if facts.slices is not None:
+        return _attend(call, replace(layout, slices=facts.slices), causal=False)
     if facts.documents is None:
         return _attend(call, layout, causal=False, mask=_as_bool(mask))
     # The mask is the batch's, and wins over every flag: it is causal within these documents.

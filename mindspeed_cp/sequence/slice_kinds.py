@@ -2,8 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from mindspeed_cp.sequence.runs import Boundaries, Run
-from mindspeed_cp.sequence.slice_mask import AttentionSlice, AttentionSlices
+from mindspeed_cp.sequence.slice_mask import KINDS, AttentionSlice, AttentionSlices, Integers
+
+QUERIES_PER_SLICE = 16  # fewer on average, and a dense mask is as good
 
 
 def prefix_slices(documents: Boundaries, lengths: Sequence[int]) -> AttentionSlices:
@@ -53,3 +57,32 @@ def span_slices(documents: Boundaries, spans: Iterable[Run]) -> AttentionSlices:
                 found.append(((low, high), (first, high), "full"))
             start = high
     return tuple(found)
+
+
+def slices_of_ranges(first: Integers, last: Integers) -> AttentionSlices | None:
+    """The slices of queries that see one range of keys each; None where it takes more than a sixteenth of the queries.
+
+    Args:
+        first, last: int64 (seq,), the first key of each query, and the last + 1; no key where they are equal.
+    """
+    steps, seen = (np.diff(first), np.diff(last)), last > first
+    straight = (((steps[0] | steps[1]) & ~1) == 0) & seen[1:] & seen[:-1]
+    kinds = np.where(straight, 2 * steps[0] + steps[1], -1)  # of the step to the next query, as KINDS counts
+    ends = np.flatnonzero(np.append(kinds[1:] != kinds[:-1], True)) + 1 if len(kinds) else kinds
+    if len(ends) > max(len(first) // (QUERIES_PER_SLICE // 2), 1):
+        return None
+    found, query = list[tuple[int, int, int]](), 0  # (first query, last + 1, kind)
+    for start, stop in zip([0, *ends.tolist()], ends.tolist()):
+        kind = int(kinds[start])
+        if kind < 0:
+            found += [(each, each + 1, 0) for each in range(query, stop)]
+            query = max(query, stop)
+        elif query < stop:  # the step into these queries belongs to no slice
+            found.append((max(query, start), stop + 1, kind))
+            query = stop + 1
+    found += [(each, each + 1, 0) for each in range(query, len(first))]
+    found = [part for part in found if seen[part[0]]]
+    if len(found) > max(len(first) // QUERIES_PER_SLICE, 1):
+        return None
+    names = list(KINDS)
+    return tuple(((start, stop), (int(first[start]), int(last[stop - 1])), names[kind]) for start, stop, kind in found)

@@ -76,6 +76,8 @@ def compare(rank):
             found[name] = {
                 kind: _difference(whole[kind], batch, more, 2, settings) for kind, (batch, _, more) in given.items()
             }
+            batch = {key: value for key, value in given["prefix lengths"][0].items() if key != "prefix_lengths"}
+            found[name]["dense prefix"] = _difference(whole["prefix lengths"], batch, {}, 2, settings, prefix_mask())
             found[name]["told"] = megatron_adaptor.state().told
             configure(settings, 2)
             found[name]["tree"] = trees(2)
@@ -89,13 +91,16 @@ def _whole(batch, mask):
     return losses, gradients(model, (losses * batch["loss_mask"]).sum())
 
 
-def _difference(whole, batch, more, cp_size, settings=None):
+def _difference(whole, batch, more, cp_size, settings=None, mask=None):
     from mindspeed_cp import megatron_adaptor
 
     configure(settings or {}, cp_size, **more)
     state, model, local = megatron_adaptor.state(), build(cp_size), split(batch)
     record = state.records.find(value for value in local.values() if isinstance(value, torch.Tensor))
-    losses = losses_of(model, local)
+    losses = losses_of(model, local, mask)
+    if mask is not None:
+        ((_, facts),) = state.masks._entries.values()
+        assert [len(row) for row in facts.slices] == [2, 1], "a dense mask of a prefix and a causal row"
     found = gradients(model, (losses * local["loss_mask"]).sum())
     return difference(losses, found, *whole, lambda tensor: record.layout.shard(tensor, state.cp_rank, dim=1))
 

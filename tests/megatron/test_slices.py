@@ -22,6 +22,11 @@ def test_losses_and_gradients_are_those_of_megatrons_dense_masks_and_of_separate
 
 
 @pytest.mark.parametrize("setup", RINGS)
+def test_a_dense_mask_that_is_slices_is_computed_as_such(ranks, setup):
+    assert all(rank[setup]["dense prefix"] < 1e-5 for rank in ranks)
+
+
+@pytest.mark.parametrize("setup", RINGS)
 def test_the_block_before_the_first_batch_says_that_its_masks_are_slices(ranks, setup):
     assert all("documents and masks as slices (1, 2 here)" in rank[setup]["told"] for rank in ranks)
 
