@@ -122,7 +122,7 @@ def trees(cp_size):
     tree = pack_tree(sequences, one_label_per_row=True)
     local, model = split(tree.batch(multiple_of=2)), build(cp_size)
     losses = losses_of(model, local)
-    whole = state.gather_sequence(losses) if cp_size > 1 else losses
+    whole = state.gather_sequence(losses)
     reward = grpo_like(tree.per_sequence(-whole[0, tree.rows]), advantages)
     found, scale = gradients(model, reward), max(float(value.abs().max()) for value in expected.values())
     worst = max(float((found[name] - expected[name]).abs().max()) / scale for name in found)
