@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_cp.megatron.records import Documents, Places, Slices
+from mindspeed_cp.megatron.records import Documents, MicroBatch, Places, Slices
 from mindspeed_cp.sequence.masks import rows_of_slices
 from mindspeed_cp.sequence.runs import Runs, join
 from mindspeed_cp.sequence.slice_kinds import prefix_slices, span_slices
@@ -19,6 +19,7 @@ from mindspeed_cp.sequence.slice_mask import slices_mask
 
 KEYS = ("attention_slices", "prefix_lengths")
 ROTARY = "rotary_position_ids"
+STATE_SPACE_MODELS = ("MambaModel", "HybridModel")
 
 
 def brings_slices(batch: Mapping[str, Any], image_token_id: int | None) -> bool:
@@ -108,3 +109,21 @@ def _places(position_ids: torch.Tensor | None, rows: int, seq_len: int) -> Place
         starts = [0, *((row[1:] != row[:-1] + 1).nonzero()[:, 0] + 1).tolist(), seq_len]
         found.append(tuple((int(row[a]), int(row[a]) + b - a) for a, b in zip(starts, starts[1:])))
     return None if found == [((0, seq_len),)] else tuple(found)
+
+
+def check_positions(model: Any, record: MicroBatch) -> None:
+    """Raise ValueError where parts of ``model`` take neighbouring rows for neighbouring tokens, and they are not."""
+    if record.places is None:
+        return
+    config, reason = model.config, ""
+    if getattr(config, "window_size", None) is not None:
+        reason = "window_size counts rows; use full attention"
+    elif getattr(config, "mtp_num_layers", None):
+        reason = "multi-token prediction takes the next row for the next token; leave out --mtp-num-layers"
+    elif type(model).__name__ in STATE_SPACE_MODELS:
+        reason = "state-space layers go from row to row; pass the sequences one by one"
+    if reason:
+        raise ValueError(
+            f"{ROTARY} of the batch say that its rows are no sequence in order, such as a tree of shared prefixes, and "
+            f"in {type(model).__name__} {reason}, or pack sequences without common prefixes (cu_seqlens)."
+        )

@@ -129,6 +129,11 @@ def trees(cp_size):
     return max(worst, abs(float((reward - loss).detach())))
 
 
+def _with(model, **settings):
+    vars(model.config).update(settings)
+    return model
+
+
 def said():
     """What is said of a mask beside slices, of two ways to say it, and of a tree's positions in several rows."""
     from mindspeed_cp import megatron_adaptor, pack_tree
@@ -149,6 +154,8 @@ def said():
         lambda: split({**batch, "prefix_lengths": (3, SEQ + 1)}),
         lambda: losses_of(build(2), split({**rows, "attention_slices": tree["attention_slices"]})),
         lambda: losses_of(build(2), lost),
+        lambda: losses_of(build(2, window_size=(3, 0)), split(dict(tree))),
+        lambda: losses_of(_with(build(2), mtp_num_layers=1), split(dict(tree))),
     ):
         try:
             wrong()
