@@ -48,15 +48,17 @@ def images(documents=None):
 
 
 def batches():
-    """name -> (batch, dense mask of the same, settings of ``configure``)."""
+    """name -> (batch, dense mask of the same, settings of ``configure``, of the model that has no mask)."""
     plain, picture, packed = batch_of(DOCUMENTS), images(), images(DOCUMENTS)
     mixed = [prefix_slices(11), [((0, 30), (0, 30), "band"), ((30, 48), (7, 48), "causal")]]
     dense = ~torch.stack([sliced_pairs(row, SEQ) for row in mixed])[:, None]
+    windowed = prefix_mask() | ~allowed_pairs(SEQ, window=(9, None))
     return {
-        "prefix lengths": ({**plain, "prefix_lengths": torch.tensor(PREFIXES)}, prefix_mask(), {}),
-        "attention slices": ({**plain, "attention_slices": mixed}, dense, {}),
-        "images": (*picture, {"image_token_id": IMAGE}),
-        "images in documents": (*packed, {"image_token_id": IMAGE, "end_of_document": END}),
+        "prefix lengths": ({**plain, "prefix_lengths": torch.tensor(PREFIXES)}, prefix_mask(), {}, {}),
+        "prefix lengths, window": ({**plain, "prefix_lengths": PREFIXES}, windowed, {}, {"window_size": (9, 0)}),
+        "attention slices": ({**plain, "attention_slices": mixed}, dense, {}, {}),
+        "images": (*picture, {"image_token_id": IMAGE}, {}),
+        "images in documents": (*packed, {"image_token_id": IMAGE, "end_of_document": END}, {}),
     }
 
 
@@ -68,16 +70,18 @@ def compare(rank):
 
     given, found = batches(), {}
     with groups({}, cp_size=1):
-        whole = {name: _whole(batch, mask) for name, (batch, mask, _) in given.items()}
-        found["alone"] = {name: _difference(whole[name], batch, more, 1) for name, (batch, _, more) in given.items()}
+        whole = {name: _whole(batch, mask) for name, (batch, mask, *_) in given.items()}
+        found["alone"] = {name: _difference(whole[name], batch, *how, 1) for name, (batch, _, *how) in given.items()}
         found["alone"]["tree"] = trees(1)
     for name, settings in RINGS.items():
         with groups(settings, cp_size=2):
             found[name] = {
-                kind: _difference(whole[kind], batch, more, 2, settings) for kind, (batch, _, more) in given.items()
+                kind: _difference(whole[kind], batch, *how, 2, settings) for kind, (batch, _, *how) in given.items()
             }
             batch = {key: value for key, value in given["prefix lengths"][0].items() if key != "prefix_lengths"}
-            found[name]["dense prefix"] = _difference(whole["prefix lengths"], batch, {}, 2, settings, prefix_mask())
+            found[name]["dense prefix"] = _difference(
+                whole["prefix lengths"], batch, {}, {}, 2, settings, prefix_mask()
+            )
             found[name]["told"] = megatron_adaptor.state().told
             configure(settings, 2)
             found[name]["tree"] = trees(2)
@@ -91,11 +95,11 @@ def _whole(batch, mask):
     return losses, gradients(model, (losses * batch["loss_mask"]).sum())
 
 
-def _difference(whole, batch, more, cp_size, settings=None, mask=None):
+def _difference(whole, batch, more, of_model, cp_size, settings=None, mask=None):
     from mindspeed_cp import megatron_adaptor
 
     configure(settings or {}, cp_size, **more)
-    state, model, local = megatron_adaptor.state(), build(cp_size), split(batch)
+    state, model, local = megatron_adaptor.state(), build(cp_size, **of_model), split(batch)
     record = state.records.find(value for value in local.values() if isinstance(value, torch.Tensor))
     losses = losses_of(model, local, mask)
     if mask is not None:

@@ -6,7 +6,7 @@ from slice_runs import RINGS, compare
 from trainer_runs import IMPORTED
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
-BATCHES = ("prefix lengths", "attention slices", "images", "images in documents", "tree")
+BATCHES = ("prefix lengths", "prefix lengths, window", "attention slices", "images", "images in documents", "tree")
 
 
 @pytest.fixture(scope="module")
