@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.megatron.handover import pipeline_of
+from mindspeed_cp.megatron.later_stages import pipeline_of
 from mindspeed_cp.megatron.packed import packed_batch
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.scopes import Scope, collective_device
@@ -22,7 +22,7 @@ from mindspeed_cp.megatron.splitting import divided_by
 from mindspeed_cp.settings.notices import warn_rank0
 
 if TYPE_CHECKING:
-    from mindspeed_cp.megatron.adaptor import Adaptor
+    from mindspeed_cp.megatron.known import Known as Adaptor
 
 # What forward passes call them; the last ones are those of legacy models.
 IDS, TOKENS = ("position_ids", "enc_position_ids"), ("input_ids", "tokens", "decoder_input_ids", "enc_input_ids")
