@@ -26,7 +26,7 @@ AttentionSlices = tuple[AttentionSlice, ...]
 FAR = 1 << 60  # beyond every position: no limit
 PAIRS_AT_ONCE = 1 << 20  # of slices that are compared for a common pair
 # kind -> whether its diagonals limit it: that of the first query and first key below, that of the last ones above.
-KINDS: dict[str, tuple[bool, bool]] = {
+KINDS: dict[SliceKind, tuple[bool, bool]] = {
     "full": (False, False),
     "causal": (False, True),
     "inverse": (True, False),
