@@ -83,6 +83,12 @@ def test_a_tree_of_prompts_without_anything_in_common_is_packed_documents():
     layout = SequenceLayout.build(config, 3)
     held = [tree.held(layout, rank) for rank in range(3)]
     assert [part.labels.tolist() for part in held].count([5]) == 1
+    padded = SequenceLayout.build(config, 8)
+    tree = pack_tree(ROLLOUTS[:2])
+    held = [tree.held(padded, rank) for rank in range(3)]
+    assert sorted(label for part in held for label in part.labels.tolist()) == sorted(tree.labels.tolist())
+    for rank, part in enumerate(held):
+        assert padded.positions(rank)[part.rows].tolist() == part.layout.shard(tree.rows, rank).tolist()
     alone = pack_tree([[7]])
     assert len(alone.rows) == 0 and alone.per_sequence(alone.weights)[0].shape == (0,)
     assert alone.batch()["loss_mask"].tolist() == [[0]]
