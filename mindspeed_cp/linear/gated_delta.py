@@ -1,0 +1,176 @@
+"""Gated delta nets over a context-parallel group, by heads or by states.
+
+    heads    every rank gets some heads of the whole sequence, in order, and returns what it computed
+    state    every rank computes one part of the sequence for all heads, and hands on its last state
+
+s: tokens of this rank, b: batch. What is computed with one token alone (projections, gates' norms) stays with the layer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from mindspeed_cp.attention.head_groups import Share, head_shares
+from mindspeed_cp.comm.link import Link
+from mindspeed_cp.comm.sequence_exchange import Part
+from mindspeed_cp.kernels.base import accumulation_dtype
+from mindspeed_cp.linear.heads import HeadExchange
+from mindspeed_cp.linear.recurrence import Convolution, Documents, Recurrence
+from mindspeed_cp.linear.rows import exchange_rows, rows_before
+from mindspeed_cp.linear.state import Chain
+from mindspeed_cp.sequence.layout import SequenceLayout
+
+
+@dataclass(frozen=True)
+class DeltaHeads:
+    """Heads of a layer: value head n goes with key head n // (value heads / key heads).
+
+    Args:
+        keys, values: how many of each. key_dim, value_dim: their sizes.
+    """
+
+    keys: int
+    values: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def widths(self) -> tuple[int, int, int, int, int]:
+        """Of a token's query, key, value, beta and alpha."""
+        return (*self.channels, self.values, self.values)
+
+    @property
+    def channels(self) -> tuple[int, int, int]:
+        """Of the convolution, over query, key and value."""
+        return self.keys * self.key_dim, self.keys * self.key_dim, self.values * self.value_dim
+
+
+@dataclass(frozen=True)
+class DeltaWeights:
+    """Weights of the layer's core.
+
+    Args:
+        convolution: (channels, width). bias: (channels,) or None. decay: A_log, (value heads,). step: dt_bias, the same.
+    """
+
+    convolution: torch.Tensor
+    bias: torch.Tensor | None
+    decay: torch.Tensor
+    step: torch.Tensor
+
+    def of(self, heads: DeltaHeads, keys: Share, values: slice) -> "DeltaWeights":
+        """Those of some heads."""
+
+        def channels(weight: torch.Tensor) -> torch.Tensor:
+            parts = weight.split(heads.channels)
+            sizes = heads.key_dim, heads.key_dim, heads.value_dim
+            shares = keys, keys, values
+            found = [part.unflatten(0, (-1, size))[share] for part, size, share in zip(parts, sizes, shares)]
+            return torch.cat([part.flatten(0, 1) for part in found])
+
+        bias = None if self.bias is None else channels(self.bias)
+        return replace(
+            self, convolution=channels(self.convolution), bias=bias, decay=self.decay[values], step=self.step[values]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class DeltaLayer:
+    """The core of a gated delta net: convolution, gates and recurrence.
+
+    Args:
+        normalize: (..., key_dim) -> the same, of queries and keys; None leaves them.
+    """
+
+    heads: DeltaHeads
+    weights: DeltaWeights
+    recurrence: Recurrence
+    convolve: Convolution
+    normalize: Callable[[torch.Tensor], torch.Tensor] | None
+
+    def by_heads(self, tokens: torch.Tensor, link: Link, layout: SequenceLayout, documents: Documents) -> torch.Tensor:
+        """Some heads of the whole sequence on every rank.
+
+        Args:
+            tokens: (s, b, sum(heads.widths)), query, key, value, beta and alpha of this rank's tokens.
+            documents: boundaries in the whole sequence.
+
+        Returns:
+            (s, b, value heads, value_dim).
+        """
+        heads, documents = self.heads, local_documents(documents, 0, layout.seq_len)
+        queries, keys = head_shares(heads.values, heads.keys, link.size)
+        parts = [
+            Part("q", heads.keys, heads.key_dim, keys),
+            Part("kv", heads.keys, heads.key_dim, keys),
+            Part("kv", heads.values, heads.value_dim, queries),
+            Part("gates", heads.values, 1, queries),
+            Part("gates", heads.values, 1, queries),
+        ]
+        whole = zip(tokens.split(heads.widths, dim=-1), parts)
+        arrived = HeadExchange.over(link, layout, parts).to_sequence(
+            *(tensor.unflatten(-1, (part.num_heads, part.dim)) for tensor, part in whole)
+        )
+        mine = replace(heads, keys=parts[0].count(link.rank), values=parts[2].count(link.rank))
+        weights = self.weights.of(heads, keys[link.rank], queries[link.rank])
+        core = replace(self, heads=mine, weights=weights)
+        rows = core.prepared(torch.cat([tensor.flatten(2) for tensor in arrived], dim=-1), documents)
+        out, _ = self.recurrence.over_documents(rows, documents)
+        back = HeadExchange.over(link, layout, [Part("out", heads.values, heads.value_dim, queries)])
+        return back.to_heads(out.transpose(0, 1))[0]
+
+    def by_state(self, tokens: torch.Tensor, link: Link, parts: SequenceLayout, documents: Documents) -> torch.Tensor:
+        """All heads of this rank's part of the sequence.
+
+        Args:
+            tokens: as ``by_heads`` has them, of one run of tokens; the ranks hold theirs in rank order (``parts``).
+
+        Returns:
+            (s, b, value heads, value_dim).
+        """
+        (start, stop), width = parts.runs(link.rank)[0], self.weights.convolution.size(1)
+        mine = local_documents(documents, start, stop)
+        chain = Chain(link, tuple(runs[0][0] not in documents for runs in parts.all_runs))
+        inputs = tokens[..., : sum(self.heads.channels)]
+        before = exchange_rows(inputs, rows_before(parts, width - 1, documents), link, "inputs")
+        rows = self.prepared(tokens, mine, before)
+        return self.recurrence.along(chain, rows, mine).transpose(0, 1)
+
+    def prepared(
+        self, tokens: torch.Tensor, documents: Documents, before: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """What the recurrence takes.
+
+        Args:
+            tokens: (s, b, sum(heads.widths)). before: (n, b, channels), what the convolution sees in front of them.
+
+        Returns:
+            query and key (b, s, value heads, key_dim), value (b, s, value heads, value_dim), decay and beta (b, s,
+            value heads), contiguous.
+        """
+        heads, channels = self.heads, sum(self.heads.channels)
+        inputs, beta, alpha = tokens.transpose(0, 1).split([channels, heads.values, heads.values], dim=-1)
+        seen = 0 if before is None else before.size(0)
+        if before is not None:  # with none of them too, for what this rank gave others has gradients
+            inputs = torch.cat([before.transpose(0, 1), inputs], dim=1)
+            documents = (0, *(end + seen for end in documents[1:]))
+        mixed = self.convolve(inputs.contiguous(), self.weights.convolution, self.weights.bias, documents)[:, seen:]
+        query, key, value = mixed.split(heads.channels, dim=-1)
+        query, key = (part.unflatten(-1, (heads.keys, heads.key_dim)) for part in (query, key))
+        if self.normalize is not None:
+            query, key = self.normalize(query.contiguous()), self.normalize(key.contiguous())
+        repeats = heads.values // heads.keys
+        if repeats > 1:
+            query, key = query.repeat_interleave(repeats, dim=2), key.repeat_interleave(repeats, dim=2)
+        steps = F.softplus(alpha.to(accumulation_dtype(alpha.dtype)) + self.weights.step)
+        decay = -self.weights.decay.exp() * steps
+        value = value.unflatten(-1, (heads.values, heads.value_dim))
+        return tuple(part.contiguous() for part in (query, key, value, decay, beta.sigmoid()))
+
+
+def local_documents(documents: Documents, start: int, stop: int) -> Documents:
+    """Where documents end within the tokens start to stop, counted from there, without empty ones."""
+    inside = sorted({end - start for end in documents if start < end < stop})
+    return (0, *inside, stop - start)
