@@ -37,11 +37,6 @@ class DeltaHeads:
     value_dim: int
 
     @property
-    def widths(self) -> tuple[int, int, int, int, int]:
-        """Of a token's query, key, value, beta and alpha."""
-        return (*self.channels, self.values, self.values)
-
-    @property
     def channels(self) -> tuple[int, int, int]:
         """Of the convolution, over query, key and value."""
         return self.keys * self.key_dim, self.keys * self.key_dim, self.values * self.value_dim
@@ -90,42 +85,50 @@ class DeltaLayer:
     convolve: Convolution
     normalize: Callable[[torch.Tensor], torch.Tensor] | None
 
-    def by_heads(self, tokens: torch.Tensor, link: Link, layout: SequenceLayout, documents: Documents) -> torch.Tensor:
+    def by_heads(
+        self, inputs: torch.Tensor, gates: torch.Tensor, link: Link, layout: SequenceLayout, documents: Documents
+    ) -> torch.Tensor:
         """Some heads of the whole sequence on every rank.
 
         Args:
-            tokens: (s, b, sum(heads.widths)), query, key, value, beta and alpha of this rank's tokens.
+            inputs: (s, b, channels), query, key and value of this rank's tokens. gates: (s, b, 2 value heads), beta and
+                alpha.
             documents: boundaries in the whole sequence.
 
         Returns:
             (s, b, value heads, value_dim).
         """
         heads, documents = self.heads, local_documents(documents, 0, layout.seq_len)
-        queries, keys = head_shares(heads.values, heads.keys, link.size)
+        values, keys = head_shares(heads.values, heads.keys, link.size)
         parts = [
             Part("q", heads.keys, heads.key_dim, keys),
             Part("kv", heads.keys, heads.key_dim, keys),
-            Part("kv", heads.values, heads.value_dim, queries),
-            Part("gates", heads.values, 1, queries),
-            Part("gates", heads.values, 1, queries),
+            Part("kv", heads.values, heads.value_dim, values),
+            *[Part("gates", heads.values, 1, values)] * 2,
         ]
-        whole = zip(tokens.split(heads.widths, dim=-1), parts)
+        tensors = (*inputs.split(heads.channels, dim=-1), *gates.chunk(2, dim=-1))
         arrived = HeadExchange.over(link, layout, parts).to_sequence(
-            *(tensor.unflatten(-1, (part.num_heads, part.dim)) for tensor, part in whole)
+            *(tensor.unflatten(-1, (part.num_heads, part.dim)) for tensor, part in zip(tensors, parts))
         )
-        mine = replace(heads, keys=parts[0].count(link.rank), values=parts[2].count(link.rank))
-        weights = self.weights.of(heads, keys[link.rank], queries[link.rank])
-        core = replace(self, heads=mine, weights=weights)
-        rows = core.prepared(torch.cat([tensor.flatten(2) for tensor in arrived], dim=-1), documents)
+        query, key, value, beta, alpha = (tensor.flatten(2) for tensor in arrived)
+        core = replace(
+            self,
+            heads=replace(heads, keys=parts[0].count(link.rank), values=parts[2].count(link.rank)),
+            weights=self.weights.of(heads, keys[link.rank], values[link.rank]),
+        )
+        rows = core.prepared(torch.cat([query, key, value], dim=-1), beta, alpha, documents)
         out, _ = self.recurrence.over_documents(rows, documents)
-        back = HeadExchange.over(link, layout, [Part("out", heads.values, heads.value_dim, queries)])
+        back = HeadExchange.over(link, layout, [Part("out", heads.values, heads.value_dim, values)])
         return back.to_heads(out.transpose(0, 1))[0]
 
-    def by_state(self, tokens: torch.Tensor, link: Link, parts: SequenceLayout, documents: Documents) -> torch.Tensor:
+    def by_state(
+        self, inputs: torch.Tensor, gates: torch.Tensor, link: Link, parts: SequenceLayout, documents: Documents
+    ) -> torch.Tensor:
         """All heads of this rank's part of the sequence.
 
         Args:
-            tokens: as ``by_heads`` has them, of one run of tokens; the ranks hold theirs in rank order (``parts``).
+            inputs, gates: as ``by_heads`` has them, of one run of tokens; the ranks hold theirs in rank order.
+            parts: which.
 
         Returns:
             (s, b, value heads, value_dim).
@@ -133,26 +136,30 @@ class DeltaLayer:
         (start, stop), width = parts.runs(link.rank)[0], self.weights.convolution.size(1)
         mine = local_documents(documents, start, stop)
         chain = Chain(link, tuple(runs[0][0] not in documents for runs in parts.all_runs))
-        inputs = tokens[..., : sum(self.heads.channels)]
         before = exchange_rows(inputs, rows_before(parts, width - 1, documents), link, "inputs")
-        rows = self.prepared(tokens, mine, before)
+        rows = self.prepared(inputs, *gates.chunk(2, dim=-1), mine, before)
         return self.recurrence.along(chain, rows, mine).transpose(0, 1)
 
     def prepared(
-        self, tokens: torch.Tensor, documents: Documents, before: torch.Tensor | None = None
+        self,
+        inputs: torch.Tensor,
+        beta: torch.Tensor,
+        alpha: torch.Tensor,
+        documents: Documents,
+        before: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """What the recurrence takes.
 
         Args:
-            tokens: (s, b, sum(heads.widths)). before: (n, b, channels), what the convolution sees in front of them.
+            inputs: (s, b, channels). beta, alpha: (s, b, value heads).
+            before: (n, b, channels), what the convolution sees in front of them.
 
         Returns:
             query and key (b, s, value heads, key_dim), value (b, s, value heads, value_dim), decay and beta (b, s,
-            value heads), contiguous.
+            value heads).
         """
-        heads, channels = self.heads, sum(self.heads.channels)
-        inputs, beta, alpha = tokens.transpose(0, 1).split([channels, heads.values, heads.values], dim=-1)
-        seen = 0 if before is None else before.size(0)
+        heads, seen = self.heads, 0 if before is None else before.size(0)
+        inputs, beta, alpha = inputs.transpose(0, 1), beta.transpose(0, 1), alpha.transpose(0, 1)
         if before is not None:  # with none of them too, for what this rank gave others has gradients
             inputs = torch.cat([before.transpose(0, 1), inputs], dim=1)
             documents = (0, *(end + seen for end in documents[1:]))
@@ -165,9 +172,8 @@ class DeltaLayer:
         if repeats > 1:
             query, key = query.repeat_interleave(repeats, dim=2), key.repeat_interleave(repeats, dim=2)
         steps = F.softplus(alpha.to(accumulation_dtype(alpha.dtype)) + self.weights.step)
-        decay = -self.weights.decay.exp() * steps
         value = value.unflatten(-1, (heads.values, heads.value_dim))
-        return tuple(part.contiguous() for part in (query, key, value, decay, beta.sigmoid()))
+        return query, key, value, -self.weights.decay.exp() * steps, beta.sigmoid()
 
 
 def local_documents(documents: Documents, start: int, stop: int) -> Documents:

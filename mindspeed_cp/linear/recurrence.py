@@ -6,6 +6,7 @@ A state is (b, h, k, v). Documents are boundaries within the s tokens, 0 and s w
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,8 @@ from mindspeed_cp.linear.state import Chain
 Documents = tuple[int, ...]
 
 
-# What kernels of flash-linear-attention and Megatron's torch code are called with: query, key (b, s, h, k), value (b, s,
-# h, v), g=, beta= (b, s, h), initial_state= a state or None, output_final_state=True -> (b, s, h, v) and the last state.
+# What kernels of flash-linear-attention and Megatron's torch code are called with: query, key (b, s, h, k), value
+# (b, s, h, v), g=, beta= (b, s, h), initial_state= a state or None, output_final_state=True -> (b, s, h, v), last state.
 Rule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 Rows = Sequence[torch.Tensor]  # query, key, value, g and beta
 
@@ -42,7 +43,7 @@ class Recurrence:
             (b, s, h, v) and (b, h, k, v).
         """
         if self.takes_documents and len(documents) > 2:
-            out, states = self._run(rows, None, cu_seqlens=torch.tensor(documents, device=rows[0].device))
+            out, states = self._run(rows, None, cu_seqlens=boundaries_on(documents, rows[0].device))
             return out, states[-1:]
         found = [self._run(_between(rows, low, high)) for low, high in zip(documents, documents[1:])]
         return torch.cat([out for out, _ in found], dim=1), found[-1][1]
@@ -125,3 +126,10 @@ def causal_convolution(
         padded = F.pad(rows[:, low:high].transpose(1, 2), (width - 1, 0))
         found.append(F.conv1d(padded, weight.unsqueeze(1), bias, groups=channels).transpose(1, 2))
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+@lru_cache(maxsize=16)
+def boundaries_on(documents: Documents, device: torch.device) -> torch.Tensor:
+    """Document boundaries as kernels want them, copied to the device once for all layers."""
+    with torch.inference_mode(False):
+        return torch.tensor(documents, device=device)

@@ -161,10 +161,7 @@ CENSUS: dict[str, tuple[Entry, ...]] = {
     **_all(
         "ssm",
         "gated_delta_net",
-        _refused(
-            "takes a rank's part for the whole sequence until 0.17, and its own split from 0.18 on was not tried",
-            "attention or Mamba layers",
-        ),
+        Entry("exact", "computed by heads of the whole sequence or by states that go from rank to rank"),
     ),
 }
 

@@ -149,13 +149,14 @@ def run(rank, case):
         if weight is not None:
             weight.requires_grad_()
     core = core_of(case, weights)
+    widths = [mine.size(-1) - 2 * case.values, 2 * case.values]
     with count_bytes() as forward:
         if case.way == "heads":
-            out = core.by_heads(mine, groups.cp, layout, case.ends)
+            out = core.by_heads(*mine.split(widths, dim=-1), groups.cp, layout, case.ends)
         else:
             parts = contiguous_parts(layout)
             moved = exchange_rows(mine, conversion(layout, parts), groups.cp, "tokens")
-            out = core.by_state(moved, groups.cp, parts, case.ends)
+            out = core.by_state(*moved.split(widths, dim=-1), groups.cp, parts, case.ends)
             out = exchange_rows(out, conversion(parts, layout), groups.cp, "tokens")
     with count_bytes() as backward:
         out.backward(layout.shard(grad, rank))
