@@ -88,8 +88,8 @@ def _check_as_megatron(config: Any) -> None:
         )
     if getattr(config, "batch_invariant_mode", False):
         raise ValueError(
-            f"--batch-invariant-mode with --context-parallel-size {config.context_parallel_size}: Megatron has no batch "
-            "invariant attention for parts of a sequence; use --context-parallel-size 1."
+            f"--batch-invariant-mode with --context-parallel-size {config.context_parallel_size}: Megatron has no "
+            "batch invariant attention for parts of a sequence; use --context-parallel-size 1."
         )
 
 

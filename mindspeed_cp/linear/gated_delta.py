@@ -3,7 +3,7 @@
     heads    every rank gets some heads of the whole sequence, in order, and returns what it computed
     state    every rank computes one part of the sequence for all heads, and hands on its last state
 
-s: tokens of this rank, b: batch. What is computed with one token alone (projections, gates' norms) stays with the layer.
+s: tokens of this rank, b: batch. What one token alone computes (projections, norms, gates) stays with the layer.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ class DeltaWeights:
     """Weights of the layer's core.
 
     Args:
-        convolution: (channels, width). bias: (channels,) or None. decay: A_log, (value heads,). step: dt_bias, the same.
+        convolution: (channels, width). bias: (channels,) or None. decay, step: A_log and dt_bias, (value heads,).
     """
 
     convolution: torch.Tensor

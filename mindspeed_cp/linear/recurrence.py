@@ -17,7 +17,8 @@ Documents = tuple[int, ...]
 
 
 # What kernels of flash-linear-attention and Megatron's torch code are called with: query, key (b, s, h, k), value
-# (b, s, h, v), g=, beta= (b, s, h), initial_state= a state or None, output_final_state=True -> (b, s, h, v), last state.
+# (b, s, h, v), g=, beta= (b, s, h), initial_state= a state or None, output_final_state=True; they return (b, s, h, v)
+# and the last state.
 Rule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 Rows = Sequence[torch.Tensor]  # query, key, value, g and beta
 

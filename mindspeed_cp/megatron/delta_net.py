@@ -103,8 +103,8 @@ def _documents(adaptor: "Adaptor", params: Any, seq_len: int) -> Documents:
 def _check_heads(heads: DeltaHeads, ranks: int) -> None:
     if heads.values < ranks:
         raise ValueError(
-            f"--cp-linear-exchange heads needs a value head of gated delta nets for each of the {ranks} context-parallel "
-            f"ranks, and a tensor-parallel rank has {heads.values} (--linear-num-value-heads); use "
+            f"--cp-linear-exchange heads needs a value head of gated delta nets for each of the {ranks} "
+            f"context-parallel ranks, and a tensor-parallel rank has {heads.values} (--linear-num-value-heads); use "
             "--cp-linear-exchange state."
         )
 

@@ -43,7 +43,7 @@ def tensor_a2a_cp2hp(
     parts = _parts(tensor.size(-1), split_sections, scope.size)
     pieces = tensor.split([part.num_heads * part.dim for part in parts], dim=-1)
     heads = [piece.unflatten(-1, (part.num_heads, part.dim)) for piece, part in zip(pieces, parts)]
-    layout = _of_rows(adaptor, scope, tensor.size(0), scope.rank)
+    layout = layout_of_rows(adaptor, scope, tensor.size(0), scope.rank)
     exchange = _exchange(scope, layout if undo_attention_load_balancing else _end_to_end(layout), parts)
     return torch.cat([piece.flatten(2) for piece in exchange.to_sequence(*heads)], dim=-1)
 
@@ -65,7 +65,7 @@ def tensor_a2a_hp2cp(
     widths = None if split_sections is None else [width * scope.size for width in split_sections]
     parts = _parts(tensor.size(-1) * scope.size, widths, scope.size)
     pieces = [piece.unsqueeze(2) for piece in tensor.split([part.dim for part in parts], dim=-1)]
-    layout = _of_rows(adaptor, scope, tensor.size(0), None)
+    layout = layout_of_rows(adaptor, scope, tensor.size(0), None)
     exchange = _exchange(scope, layout if redo_attention_load_balancing else _end_to_end(layout), parts)
     return torch.cat([piece.flatten(2) for piece in exchange.to_heads(*pieces)], dim=-1)
 
@@ -73,8 +73,8 @@ def tensor_a2a_hp2cp(
 def _check(tensor: torch.Tensor, seq_dim: int, head_dim: int) -> None:
     if tensor.dim() != 3 or seq_dim != 0 or head_dim not in (-1, 2):
         raise ValueError(
-            f"a tensor of shape {tuple(tensor.shape)} with seq_dim {seq_dim} and head_dim {head_dim} cannot be exchanged; "
-            "pass (sequence, batch, features) with seq_dim 0 and head_dim -1."
+            f"a tensor of shape {tuple(tensor.shape)} with seq_dim {seq_dim} and head_dim {head_dim} cannot be "
+            "exchanged; pass (sequence, batch, features) with seq_dim 0 and head_dim -1."
         )
 
 
@@ -94,13 +94,11 @@ def _parts(width: int, sections: Sequence[int] | None, size: int) -> list[Part]:
     return [Part("heads", size, each // size, tuple(slice(r, r + 1) for r in range(size))) for each in widths]
 
 
-def _of_rows(adaptor: "Adaptor", scope: Scope, rows: int, rank: int | None) -> SequenceLayout:
+def layout_of_rows(adaptor: "Adaptor", scope: Scope, rows: int, rank: int | None) -> SequenceLayout:
     """The layout of a sequence of which a rank holds ``rows`` tokens, or which has as many where ``rank`` is None."""
     record = adaptor.running_in(scope)
     if record is None:
-        assert rank is not None or rows % scope.size == 0, "a sequence outside of any model is shared evenly"
-        local = rows if rank is not None else rows // scope.size
-        return record_of_length(adaptor, scope, local).layout
+        return adaptor.layout(rows, scope=scope) if rank is None else record_of_length(adaptor, scope, rows).layout
     layout = record.layout
     if rows == (layout.seq_len if rank is None else layout.length(rank)):
         return layout
