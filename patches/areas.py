@@ -30,6 +30,7 @@ from mindspeed_cp.patches import (
     process_groups,
     recompute,
     rotary,
+    sparse_attention,
     state_space,
     step_log,
     training,
@@ -40,7 +41,7 @@ from mindspeed_cp.patches.manager import Patch, PatchRow
 from mindspeed_cp.patches.rows import patches_of
 
 PROCESS = (attention, process_groups, batches, models, pipeline, dynamic, recompute)
-MODELS = (building, rotary, positions, experts, multi_token_prediction, state_space, delta_net)
+MODELS = (building, rotary, positions, experts, multi_token_prediction, state_space, delta_net, sparse_attention)
 TRAINING = (losses, step_log, training, legacy)
 # What an area is for; the order of the areas on the screen.
 TITLES = {

@@ -2,8 +2,10 @@
 
 import copy
 
+import torch
 import torch.nn.functional as F
-from model_cases import PER_TOKEN, RECOMPUTE, Case
+from model_cases import MLA, PER_TOKEN, RECOMPUTE, Case
+from model_runs import compare, groups, said
 
 DELTA_NET = {
     "num_layers": 3,
@@ -41,9 +43,105 @@ def delta_net_block(config):
     return TransformerBlockSubmodules(layers, norm)
 
 
-LINEAR_CASES = {
-    "delta nets": Case(DELTA_NET, block=delta_net_block, steps=2, since=(0, 16)),
-    "delta nets, per-token loss": Case(DELTA_NET | PER_TOKEN, block=delta_net_block, since=(0, 16)),
-    "delta nets, recomputed": Case(DELTA_NET | RECOMPUTE, block=delta_net_block, since=(0, 16)),
-    "delta nets, deterministic": Case(DELTA_NET | {"deterministic_mode": True}, block=delta_net_block, since=(0, 16)),
+class Duplicated(torch.nn.Linear):
+    """What Transformer Engine calls a linear layer with parallel_mode "duplicated"."""
+
+    def __init__(
+        self,
+        input_size,
+        output_size,
+        *,
+        config,
+        init_method,
+        bias,
+        skip_bias_add,
+        skip_weight_param_allocation,
+        parallel_mode,
+        **named,
+    ):
+        assert parallel_mode == "duplicated" and not (bias or skip_bias_add or skip_weight_param_allocation)
+        super().__init__(input_size, output_size, bias=False)
+        init_method(self.weight)
+
+    def forward(self, rows):
+        return super().forward(rows), None
+
+
+SPARSE = MLA | {
+    "experimental_attention_variant": "dsa",
+    "dsa_indexer_n_heads": 2,
+    "dsa_indexer_head_dim": 8,
+    "dsa_indexer_topk": 6,
+    "dsa_indexer_loss_coeff": 0.7,
+    "dsa_indexer_rotate_activation": False,
 }
+
+
+def sparse_block(config):
+    """Layers of local modules whose latent attention is sparse."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.experimental_attention_variant import absorbed_mla, dsa
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    layer = get_gpt_layer_local_spec(multi_latent_attention=True)
+    indexer = ModuleSpec(
+        dsa.DSAIndexer, submodules=dsa.DSAIndexerSubmodules(Duplicated, Duplicated, WrappedTorchNorm, Duplicated)
+    )
+    names = "linear_q_proj linear_q_down_proj linear_q_up_proj linear_kv_down_proj linear_kv_up_proj".split()
+    layer.submodules.self_attention = ModuleSpec(
+        absorbed_mla.AbsorbedMLASelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=absorbed_mla.AbsorbedMLASelfAttentionSubmodules(
+            **dict.fromkeys(names, ColumnParallelLinear),
+            core_attention=ModuleSpec(dsa.DSAttention, submodules=dsa.DSAttentionSubmodules(indexer=indexer)),
+            linear_proj=RowParallelLinear,
+            q_layernorm=IdentityOp,
+            kv_layernorm=IdentityOp,
+        ),
+    )
+    return TransformerBlockSubmodules([layer] * config.num_layers, layer.submodules.input_layernorm)
+
+
+def _delta(settings=None, since=(0, 16), **further):
+    return Case(DELTA_NET | (settings or {}), block=delta_net_block, since=since, **further)
+
+
+def _sparse(settings=None, **further):
+    return Case(SPARSE | (settings or {}), block=sparse_block, since=(0, 19), **further)
+
+
+PACKED = (0, 8, 12, 24)  # each of multiples of 2 x 2 tokens
+LINEAR_CASES = {
+    "delta nets": _delta(steps=2),
+    "delta nets, per-token loss": _delta(PER_TOKEN),
+    "delta nets, recomputed": _delta(RECOMPUTE),
+    "delta nets, deterministic": _delta({"deterministic_mode": True}),
+    "delta nets, packed": _delta(since=(0, 18), documents=(0, 5, 6, 23)),
+    "sparse attention": _sparse(steps=2),
+    "sparse attention, sparse loss, per token": _sparse({"dsa_indexer_use_sparse_loss": True} | PER_TOKEN),
+    "sparse attention, recomputed": _sparse(RECOMPUTE),
+    "sparse attention, shared indexes": _sparse({"dsa_indexer_topk_freq": 2}),
+    "sparse attention, packed": _sparse(documents=PACKED),
+}
+
+
+def compare_all(rank, lengths, cases, refused):
+    """(name of the run -> name of the case -> difference, name of a case -> what is said of it).
+
+    Args:
+        lengths: length -> runs as ``compare`` has them.
+        refused: (name of a case, length, settings) of what is not computed.
+    """
+    found = {}
+    for length, parallel in lengths.items():
+        found |= compare(rank, length, parallel, cases)
+    messages = {}
+    for name, length, settings in refused:
+        with groups(settings):
+            messages[name] = said(cases[name], settings["context_parallel_size"], length)
+    return found, messages

@@ -136,7 +136,12 @@ class Trainer:
                 parameter.sub_(RATE * parameter.main_grad)
 
     def _mtp_loss(self):
-        """What Megatron would log, the mean over the micro batches, summed over the ranks."""
+        """What Megatron would log of losses of its own, the mean over the micro batches, summed over the ranks."""
+        if getattr(self.config, "experimental_attention_variant", None) == "dsa":
+            from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossLoggingHelper
+
+            ranks = 1 if self.config.calculate_per_token_loss else self.cp_size  # sums are added, means averaged
+            return self._sum(DSAIndexerLossLoggingHelper.tracker.pop("values") / ranks)
         from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
         values = MTPLossLoggingHelper.tracker.pop("values", torch.zeros(1))
