@@ -4,6 +4,7 @@ The kernels are those that the layer's Megatron has chosen: flash-linear-attenti
 s: tokens of this rank, b: batch.
 """
 
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -48,9 +49,10 @@ def computed(adaptor: "Adaptor", scope: Scope, module: Any, hidden: torch.Tensor
         inputs, gate, gates = _split(module, projected)
         core = layer.by_state(inputs, gates, link, parts, documents)
         return module.out_proj(exchange_rows(_gated(module, core, gate), back, link, "tokens"))
-    inputs, gate, gates = _projected(module, exchange_rows(hidden, there, link, "tokens"))
-    core = layer.by_state(inputs, gates, link, parts, documents)
-    out, bias = module.out_proj(_gated(module, core, gate))
+    with adaptor.running(replace(record, layout=parts, moved_from=layout)):
+        inputs, gate, gates = _projected(module, exchange_rows(hidden, there, link, "tokens"))
+        core = layer.by_state(inputs, gates, link, parts, documents)
+        out, bias = module.out_proj(_gated(module, core, gate))
     return exchange_rows(out, back, link, "tokens"), bias
 
 

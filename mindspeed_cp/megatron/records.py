@@ -34,6 +34,7 @@ class MicroBatch:
         waits_for_documents: nobody has said yet where documents end; until its forward pass they may be handed over
             beside the batch (MindSpeed's set_actual_seq_len).
         split_after: how often ends had been handed over when it was split.
+        moved_from: the layout of the batch, while layers that want another run.
     """
 
     layout: SequenceLayout
@@ -41,6 +42,7 @@ class MicroBatch:
     scope: Scope | None = field(default=None, compare=False)
     waits_for_documents: bool = field(default=False, compare=False)
     split_after: int = field(default=0, compare=False)
+    moved_from: SequenceLayout | None = field(default=None, compare=False)
 
     @property
     def seq_len(self) -> int:

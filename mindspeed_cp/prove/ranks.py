@@ -87,7 +87,8 @@ def live(order: Order, run: Run, rank: int, folder: Path, tell: int) -> int:
 
     _meet(run, rank, order.port + [each.name for each in order.runs].index(run.name))
     positions = watching.our_positions if order.ours else watching.zigzag_positions
-    recorder = Recorder(positions, lambda step: _say(tell, run=run.name, rank=rank, step=step))
+    in_place = {"in_place": watching.our_rows} if order.ours else {}
+    recorder = Recorder(positions, lambda step: _say(tell, run=run.name, rank=rank, step=step), **in_place)
     status = 1
     try:
         watching.watch(recorder)
