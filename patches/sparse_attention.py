@@ -112,7 +112,7 @@ def positions_of_ids(adaptor: Adaptor, original: Callable[..., Any], *args: Any,
 
 
 @patch(f"{LAYOUTS}.build_packed_allgather_cp_local_positions", reason=WHERE, when=WITHOUT)
-def packed_positions(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+def packed_positions(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     now = _NOW.get()
     if now is None:
         return original(*args, **kwargs)
@@ -121,9 +121,7 @@ def packed_positions(adaptor: Adaptor, original: Callable[..., Any], *args: Any,
 
 
 @patch(f"{LAYOUTS}.build_packed_allgather_cp_query_positions_and_key_reorder", reason=WHERE, when=WITHOUT)
-def packed_positions_and_reorder(
-    adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+def packed_positions_and_reorder(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     now = _NOW.get()
     if now is None:
         return original(*args, **kwargs)

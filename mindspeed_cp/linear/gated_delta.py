@@ -137,7 +137,8 @@ class DeltaLayer:
         mine = local_documents(documents, start, stop)
         chain = Chain(link, tuple(runs[0][0] not in documents for runs in parts.all_runs))
         before = exchange_rows(inputs, rows_before(parts, width - 1, documents), link, "inputs")
-        rows = self.prepared(inputs, *gates.chunk(2, dim=-1), mine, before)
+        beta, alpha = gates.chunk(2, dim=-1)
+        rows = self.prepared(inputs, beta, alpha, mine, before)
         return self.recurrence.along(chain, rows, mine).transpose(0, 1)
 
     def prepared(

@@ -41,18 +41,18 @@ def computed(adaptor: "Adaptor", scope: Scope, module: Any, hidden: torch.Tensor
         _check_heads(layer.heads, link.size)
         inputs, gate, gates = _projected(module, hidden)
         core = layer.by_heads(inputs, gates, link, layout, documents)
-        return module.out_proj(_gated(module, core, gate))
+        return _out(module, _gated(module, core, gate))
     parts = contiguous_parts(layout)
     there, back = conversion(layout, parts), conversion(parts, layout)
     if module.config.sequence_parallel:  # whose rows are gathered by the projection
         projected = exchange_rows(_project(module, hidden), there, link, "tokens")
         inputs, gate, gates = _split(module, projected)
         core = layer.by_state(inputs, gates, link, parts, documents)
-        return module.out_proj(exchange_rows(_gated(module, core, gate), back, link, "tokens"))
+        return _out(module, exchange_rows(_gated(module, core, gate), back, link, "tokens"))
     with adaptor.running(replace(record, layout=parts, moved_from=layout)):
         inputs, gate, gates = _projected(module, exchange_rows(hidden, there, link, "tokens"))
         core = layer.by_state(inputs, gates, link, parts, documents)
-        out, bias = module.out_proj(_gated(module, core, gate))
+        out, bias = _out(module, _gated(module, core, gate))
     return exchange_rows(out, back, link, "tokens"), bias
 
 
@@ -82,7 +82,13 @@ def _split(module: Any, projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(s, b, width) -> inputs of the convolution (s, b, channels), gate of the output (s, b, v), beta and alpha."""
     tp = module.tp_size
     widths = (2 * module.qk_dim + module.v_dim) // tp, module.v_dim // tp, 2 * module.num_value_heads // tp
-    return projected.split(widths, dim=-1)
+    return tuple(projected.split(widths, dim=-1))
+
+
+def _out(module: Any, gated: torch.Tensor) -> tuple[Any, Any]:
+    """What the last projection makes of (s, b, v), and its bias."""
+    out, bias = module.out_proj(gated)
+    return out, bias
 
 
 def _projected(module: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -355,6 +355,8 @@ class ContextParallelConfig:
             parts.append("single messages")
         if self.kv_cache_policy:
             parts.append(f"kv cache {self.kv_cache_policy}")
+        if self.linear_exchange == "state":
+            parts.append("states of linear layers from rank to rank")
         if self.keep_attention:
             parts.append("attention kept across recomputation")
         if self.log:

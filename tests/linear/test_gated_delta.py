@@ -35,8 +35,8 @@ def test_outputs_and_all_gradients_are_those_of_one_process(name):
 
 def test_bytes_of_the_state_do_not_depend_on_the_length():
     sent = []
-    for seq_len in (64, 256):
-        case = Case(4, "state", seq_len, keys=1, values=1)
+    for seq_len in (1 << 10, 1 << 13, 1 << 16):
+        case = Case(4, "state", seq_len, keys=1, values=1, cheap=True)
         ranks = run_ranks(4, run, case)
         state = case.values * case.key_dim * case.value_dim * 8
         inputs = (WIDTH - 1) * (2 * case.keys * case.key_dim + case.values * case.value_dim) * 8
@@ -45,12 +45,22 @@ def test_bytes_of_the_state_do_not_depend_on_the_length():
         assert forward == [{"inputs": inputs, "state": state}] * 3 + [{}]
         assert backward == [{}] + [{"dinputs": inputs, "dstate": state}] * 3
         sent.append(forward)
-    assert sent[0] == sent[1]
+    assert sent[0] == sent[1] == sent[2]
 
 
 def test_a_document_that_begins_with_a_part_gets_no_state():
     case = Case(2, "state", 24, documents=(0, 12, 24))
     assert [rank[-1][0] for rank in run_ranks(2, run, case)] == [{}, {}]
+
+
+@pytest.mark.parametrize("layout, rows", [("contiguous", (0, 0, 0)), ("zigzag", (6, 12, 12))])
+def test_rows_move_where_the_layout_of_the_batch_is_another(layout, rows):
+    """In a zigzag of six chunks of six tokens, ranks hold 0 5, 1 4 and 2 3, and want 0 1, 2 3 and 4 5."""
+    case = Case(3, "state", 36, layout=layout, cheap=True)
+    out = case.values * case.value_dim
+    token = 2 * case.keys * case.key_dim + out + 2 * case.values
+    sent = [rank[-1][0].get("tokens", 0) for rank in run_ranks(3, run, case)]
+    assert sent == [count * (token + out) * 8 for count in rows]
 
 
 def test_heads_send_nothing_of_the_gate_and_each_rank_its_share():
