@@ -4,10 +4,11 @@ The kernels are those that the layer's Megatron has chosen: flash-linear-attenti
 s: tokens of this rank, b: batch.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
     from mindspeed_cp.megatron.adaptor import Adaptor
 
 MODULE = "megatron.core.ssm.gated_delta_net"
+Rows = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Move(NamedTuple):
+    """How rows come to the layout that a layer wants, and back."""
+
+    there: Rows
+    back: Rows
+
+
+STAY = Move(lambda rows: rows, lambda rows: rows)
 
 
 def computed(adaptor: "Adaptor", scope: Scope, module: Any, hidden: torch.Tensor, params: Any) -> tuple[Any, Any]:
@@ -39,21 +51,39 @@ def computed(adaptor: "Adaptor", scope: Scope, module: Any, hidden: torch.Tensor
     documents = (0, layout.seq_len) if params is None else _documents(adaptor, params, layout.seq_len)
     if scope.config.linear_exchange == "heads":
         _check_heads(layer.heads, link.size)
-        inputs, gate, gates = _projected(module, hidden)
-        core = layer.by_heads(inputs, gates, link, layout, documents)
-        return _out(module, _gated(module, core, gate))
+        compute = partial(layer.by_heads, link=link, layout=layout, documents=documents)
+        return _forward(module, hidden, compute, STAY, STAY)
     parts = contiguous_parts(layout)
-    there, back = conversion(layout, parts), conversion(parts, layout)
-    if module.config.sequence_parallel:  # whose rows are gathered by the projection
-        projected = exchange_rows(_project(module, hidden), there, link, "tokens")
-        inputs, gate, gates = _split(module, projected)
-        core = layer.by_state(inputs, gates, link, parts, documents)
-        return _out(module, exchange_rows(_gated(module, core, gate), back, link, "tokens"))
+    compute = partial(layer.by_state, link=link, parts=parts, documents=documents)
+    plans = conversion(layout, parts), conversion(parts, layout)
+    move = Move(*(partial(exchange_rows, plan=plan, link=link, purpose="tokens") for plan in plans))
+    if module.config.sequence_parallel:  # whose rows are gathered by the first projection
+        return _forward(module, hidden, compute, STAY, move)
     with adaptor.running(replace(record, layout=parts, moved_from=layout)):
-        inputs, gate, gates = _projected(module, exchange_rows(hidden, there, link, "tokens"))
-        core = layer.by_state(inputs, gates, link, parts, documents)
-        out, bias = _out(module, _gated(module, core, gate))
-    return exchange_rows(out, back, link, "tokens"), bias
+        return _forward(module, hidden, compute, move, STAY)
+
+
+def _forward(
+    module: Any, hidden: torch.Tensor, compute: Callable[..., torch.Tensor], around: Move, inside: Move
+) -> tuple[Any, Any]:
+    """The layer, with its rows moved around its projections or inside them.
+
+    Args:
+        compute: inputs of the convolution, beta and alpha -> (s, b, value heads, value_dim).
+    """
+    projected = inside.there(module.in_proj(around.there(hidden))[0])
+    inputs, gate, gates = _split(module, projected)
+    core = compute(inputs, gates)
+    kept = None
+    if getattr(module, "recompute_norm_out", False):  # of 0.19, --recompute-modules gdn_norm_out
+        from megatron.core.tensor_parallel import CheckpointWithoutOutput
+
+        kept = CheckpointWithoutOutput()
+    gated = _gated(module, core, gate) if kept is None else kept.checkpoint(partial(_gated, module), core, gate)
+    out, bias = module.out_proj(inside.back(gated))
+    if kept is not None:
+        kept.discard_output_and_register_recompute(out)
+    return around.back(out), bias
 
 
 def layer_of(module: Any) -> DeltaLayer:
@@ -73,26 +103,11 @@ def layer_of(module: Any) -> DeltaLayer:
     )
 
 
-def _project(module: Any, hidden: torch.Tensor) -> torch.Tensor:
-    projected: torch.Tensor = module.in_proj(hidden)[0]
-    return projected
-
-
 def _split(module: Any, projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(s, b, width) -> inputs of the convolution (s, b, channels), gate of the output (s, b, v), beta and alpha."""
     tp = module.tp_size
     widths = (2 * module.qk_dim + module.v_dim) // tp, module.v_dim // tp, 2 * module.num_value_heads // tp
     return tuple(projected.split(widths, dim=-1))
-
-
-def _out(module: Any, gated: torch.Tensor) -> tuple[Any, Any]:
-    """What the last projection makes of (s, b, v), and its bias."""
-    out, bias = module.out_proj(gated)
-    return out, bias
-
-
-def _projected(module: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return _split(module, _project(module, hidden))
 
 
 def _gated(module: Any, core: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,8 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from model_cases import MLA, PER_TOKEN, RECOMPUTE, Case
+from kept_groups import megatron_groups
+from model_cases import MLA, MODEL, PER_TOKEN, RECOMPUTE, Case
 from model_runs import compare, groups, said
 
 DELTA_NET = {
@@ -121,6 +122,9 @@ LINEAR_CASES = {
     "delta nets, per-token loss": _delta(PER_TOKEN),
     "delta nets, recomputed": _delta(RECOMPUTE),
     "delta nets, deterministic": _delta({"deterministic_mode": True}),
+    "delta nets, norms recomputed": _delta(
+        {"recompute_granularity": "selective", "recompute_modules": ["gdn_norm_out"]}, since=(0, 19)
+    ),
     "delta nets, packed": _delta(since=(0, 18), documents=(0, 5, 6, 23)),
     "sparse attention": _sparse(steps=2),
     "sparse attention, sparse loss, per token": _sparse({"dsa_indexer_use_sparse_loss": True} | PER_TOKEN),
@@ -128,6 +132,72 @@ LINEAR_CASES = {
     "sparse attention, shared indexes": _sparse({"dsa_indexer_topk_freq": 2}),
     "sparse attention, packed": _sparse(documents=PACKED),
 }
+
+
+LENGTH, WAYS = 24, ((1, "heads"), (2, "heads"), (2, "state"))
+
+
+def tensor_parallel(rank):
+    """Way -> largest difference of one gated delta net on two tensor-parallel and two context-parallel ranks, from the
+    same on two tensor-parallel ranks: outputs, gradients of inputs and of weights; sequence parallelism is on.
+    """
+    import trainer.quiet  # noqa: F401
+
+    from mindspeed_cp import ContextParallelConfig, megatron_adaptor
+
+    found = {}
+    for cp_size, way in WAYS:
+        config = ContextParallelConfig(context_parallel_size=cp_size, algorithm="megatron_cp_algo", linear_exchange=way)
+        megatron_adaptor.configure(config)
+        with megatron_groups(tensor_model_parallel_size=2, context_parallel_size=cp_size):
+            found[cp_size, way] = _layer_alone(cp_size)
+    expected = found.pop((1, "heads"))
+    return {
+        way: max(float((mine[name] - value).abs().max() / value.abs().max()) for name, value in expected.items())
+        for (_, way), mine in found.items()
+    }
+
+
+def _layer_alone(cp_size):
+    """name -> whole output, gradient of the whole input, gradients of this tensor-parallel rank's weights."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import build_module
+
+    from mindspeed_cp import megatron_adaptor
+    from mindspeed_cp.megatron.records import MicroBatch
+
+    model_parallel_cuda_manual_seed(3)
+    sizes = {"context_parallel_size": cp_size, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+    config = TransformerConfig(**(MODEL | DELTA_NET), **sizes)
+    spec = delta_net_block(config).layer_specs[0].submodules.self_attention
+    module = build_module(
+        spec, config=config, layer_number=1, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
+    )
+    tp_rank, state = parallel_state.get_tensor_model_parallel_rank(), megatron_adaptor.state()
+    generator = torch.Generator().manual_seed(5)
+    hidden, grad = (torch.randn(LENGTH, 2, config.hidden_size, generator=generator) for _ in range(2))
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            own = torch.Generator().manual_seed(len(name) + 100 * tp_rank * hasattr(weight, "tensor_model_parallel"))
+            weight.copy_(torch.randn(weight.shape, generator=own) * 0.3)
+    layout = state.layout(LENGTH)
+    rows = layout.positions(state.cp_rank).chunk(2)[tp_rank]
+    mine = hidden[rows].requires_grad_()
+    with state.running(MicroBatch(layout) if cp_size > 1 else None):
+        out = module(mine, None)[0]
+    out.backward(grad[rows])
+    found = {"out": torch.zeros_like(hidden), "hidden": torch.zeros_like(hidden)}
+    found["out"][rows], found["hidden"][rows] = out.detach(), mine.grad
+    for tensor in found.values():
+        dist.all_reduce(tensor, group=parallel_state.get_tensor_and_context_parallel_group())
+    for name, weight in module.named_parameters():
+        found[name] = weight.grad
+        dist.all_reduce(found[name], group=parallel_state.get_context_parallel_group())
+    return found
 
 
 def compare_all(rank, lengths, cases, refused):

@@ -4,7 +4,7 @@ parallelism.
 
 import pytest
 from distributed import run_ranks
-from linear_models import LINEAR_CASES, compare_all
+from linear_models import LINEAR_CASES, compare_all, tensor_parallel
 from model_cases import HYBRID, RING, ULYSSES, possible
 from pairs import whole
 from trainer_runs import IMPORTED
@@ -82,3 +82,8 @@ def test_loss_and_gradients_equal_those_without_context_parallelism(world, count
 def test_sparse_attention_of_uneven_lengths_is_refused_with_the_way_out(world):
     for _, said in world(2):
         assert "gathers equally many keys" in said[SPARSE[0]] and "that 2 x 2 divides" in said[SPARSE[0]]
+
+
+def test_a_gated_delta_net_beside_tensor_and_sequence_parallelism_equals_one_without_context_parallelism():
+    for rank in run_ranks(4, tensor_parallel, timeout=200, fresh=True, imported=("fake_fla", *IMPORTED)):
+        assert set(rank) == {"heads", "state"} and all(value < 1e-5 for value in rank.values()), rank
