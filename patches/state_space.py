@@ -15,7 +15,7 @@ from mindspeed_cp.comm.sequence_exchange import Part
 from mindspeed_cp.linear.heads import HeadExchange
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import record_of_length
-from mindspeed_cp.megatron.hidden_exchange import layout_of_rows
+from mindspeed_cp.megatron.hidden_exchange import exchange_of, layout_of_rows
 from mindspeed_cp.megatron.scopes import Scope
 from mindspeed_cp.patches.rows import absent, patch
 from mindspeed_cp.sequence.layout import SequenceLayout
@@ -39,7 +39,8 @@ def pre_conv_ssm(
     layout, parts = record_of_length(adaptor, scope, input_.size(0)).layout, _parts(self)
     pieces = input_.split([part.num_heads * part.dim for part in parts], dim=-1)
     heads = (piece.unflatten(-1, (part.num_heads, part.dim)) for piece, part in zip(pieces, parts))
-    return torch.cat([piece.flatten(2) for piece in _exchange(scope, layout, parts).to_sequence(*heads)], dim=-1)
+    exchange = HeadExchange(exchange_of(scope, layout), parts)
+    return torch.cat([piece.flatten(2) for piece in exchange.to_sequence(*heads)], dim=-1)
 
 
 @patch(f"{MIXER}.post_conv_ssm", reason=ORDER, when=WITHOUT)
@@ -52,7 +53,7 @@ def post_conv_ssm(
         return original(self, input_, *args, **kwargs)
     layout, part = layout_of_rows(adaptor, scope, input_.size(0), None), _parts(self)[0]
     heads = input_.unflatten(-1, (part.count(scope.rank), part.dim))
-    return _exchange(scope, layout, [part]).to_heads(heads)[0].flatten(2)
+    return HeadExchange(exchange_of(scope, layout), [part]).to_heads(heads)[0].flatten(2)
 
 
 def _parts(mixer: Any) -> list[Part]:
@@ -62,11 +63,6 @@ def _parts(mixer: Any) -> list[Part]:
     inner = Part("heads", heads, mixer.d_inner_local_tp // heads, shares)
     group = Part("groups", groups, mixer.d_state, of_groups)
     return [inner, inner, group, group, Part("heads", heads, 1, shares)]
-
-
-def _exchange(scope: Scope, layout: SequenceLayout, parts: list[Part]) -> HeadExchange:
-    assert scope.groups.cp is not None, "what is alone travels nowhere"
-    return HeadExchange.over(scope.groups.cp, layout, parts)
 
 
 def _refuse_states(scope: Scope) -> None:

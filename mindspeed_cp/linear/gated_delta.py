@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from mindspeed_cp.attention.head_groups import Share, head_shares
 from mindspeed_cp.comm.link import Link
-from mindspeed_cp.comm.sequence_exchange import Part
+from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
 from mindspeed_cp.kernels.base import accumulation_dtype
 from mindspeed_cp.linear.heads import HeadExchange
 from mindspeed_cp.linear.recurrence import Convolution, Documents, Recurrence
@@ -86,20 +86,22 @@ class DeltaLayer:
     normalize: Callable[[torch.Tensor], torch.Tensor] | None
 
     def by_heads(
-        self, inputs: torch.Tensor, gates: torch.Tensor, link: Link, layout: SequenceLayout, documents: Documents
+        self, inputs: torch.Tensor, gates: torch.Tensor, exchange: SequenceExchange, documents: Documents
     ) -> torch.Tensor:
         """Some heads of the whole sequence on every rank.
 
         Args:
             inputs: (s, b, channels), query, key and value of this rank's tokens. gates: (s, b, 2 value heads), beta and
                 alpha.
+            exchange: over all ranks, whose rows are the runs of the batch's layout.
             documents: boundaries in the whole sequence.
 
         Returns:
             (s, b, value heads, value_dim).
         """
-        heads, documents = self.heads, local_documents(documents, 0, layout.seq_len)
-        values, keys = head_shares(heads.values, heads.keys, link.size)
+        heads, rank = self.heads, exchange.rank
+        documents = local_documents(documents, 0, sum(exchange.lengths))
+        values, keys = head_shares(heads.values, heads.keys, exchange.size)
         parts = [
             Part("q", heads.keys, heads.key_dim, keys),
             Part("kv", heads.keys, heads.key_dim, keys),
@@ -107,18 +109,18 @@ class DeltaLayer:
             *[Part("gates", heads.values, 1, values)] * 2,
         ]
         tensors = (*inputs.split(heads.channels, dim=-1), *gates.chunk(2, dim=-1))
-        arrived = HeadExchange.over(link, layout, parts).to_sequence(
+        arrived = HeadExchange(exchange, parts).to_sequence(
             *(tensor.unflatten(-1, (part.num_heads, part.dim)) for tensor, part in zip(tensors, parts))
         )
         query, key, value, beta, alpha = (tensor.flatten(2) for tensor in arrived)
         core = replace(
             self,
-            heads=replace(heads, keys=parts[0].count(link.rank), values=parts[2].count(link.rank)),
-            weights=self.weights.of(heads, keys[link.rank], values[link.rank]),
+            heads=replace(heads, keys=parts[0].count(rank), values=parts[2].count(rank)),
+            weights=self.weights.of(heads, keys[rank], values[rank]),
         )
         rows = core.prepared(torch.cat([query, key, value], dim=-1), beta, alpha, documents)
         out, _ = self.recurrence.over_documents(rows, documents)
-        back = HeadExchange.over(link, layout, [Part("out", heads.values, heads.value_dim, values)])
+        back = HeadExchange(exchange, [Part("out", heads.values, heads.value_dim, values)])
         return back.to_heads(out.transpose(0, 1))[0]
 
     def by_state(

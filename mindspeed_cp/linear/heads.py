@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
-from mindspeed_cp.sequence.layout import SequenceLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,17 +18,12 @@ class HeadExchange:
     """The all-to-all around a layer whose heads are shared out.
 
     Args:
-        exchange: over the whole context-parallel group.
+        exchange: over the whole context-parallel group, whose rows are the runs of the layout.
         parts: what travels together, and which heads of it every rank gets.
     """
 
     exchange: SequenceExchange
-    parts: tuple[Part, ...]
-
-    @classmethod
-    def over(cls, link: Link, layout: SequenceLayout, parts: Sequence[Part]) -> "HeadExchange":
-        """Over all ranks of ``link``, which hold the sequence in ``layout``, whatever that is."""
-        return cls(SequenceExchange(link, layout.all_runs), tuple(parts))
+    parts: Sequence[Part]
 
     def to_sequence(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(s, batch, heads, dim) -> (S, batch, heads of this rank, dim), in the order of the sequence."""

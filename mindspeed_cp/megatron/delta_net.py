@@ -16,6 +16,7 @@ from mindspeed_cp.linear.gated_delta import DeltaHeads, DeltaLayer, DeltaWeights
 from mindspeed_cp.linear.recurrence import Convolution, Documents, Recurrence, boundaries_on, causal_convolution
 from mindspeed_cp.linear.rows import contiguous_parts, conversion, exchange_rows
 from mindspeed_cp.megatron.batches import block_record
+from mindspeed_cp.megatron.hidden_exchange import exchange_of
 from mindspeed_cp.megatron.scopes import Scope
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def computed(adaptor: "Adaptor", scope: Scope, module: Any, hidden: torch.Tensor
     documents = (0, layout.seq_len) if params is None else _documents(adaptor, params, layout.seq_len)
     if scope.config.linear_exchange == "heads":
         _check_heads(layer.heads, link.size)
-        compute = partial(layer.by_heads, link=link, layout=layout, documents=documents)
+        compute = partial(layer.by_heads, exchange=exchange_of(scope, layout), documents=documents)
         return _forward(module, hidden, compute, STAY, STAY)
     parts = contiguous_parts(layout)
     compute = partial(layer.by_state, link=link, parts=parts, documents=documents)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mindspeed_cp.comm.sequence_exchange import Part
+from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
 from mindspeed_cp.linear.heads import HeadExchange
 from mindspeed_cp.megatron.batches import record_of_length
 from mindspeed_cp.megatron.foreign import of_kind
@@ -44,7 +44,8 @@ def tensor_a2a_cp2hp(
     pieces = tensor.split([part.num_heads * part.dim for part in parts], dim=-1)
     heads = [piece.unflatten(-1, (part.num_heads, part.dim)) for piece, part in zip(pieces, parts)]
     layout = layout_of_rows(adaptor, scope, tensor.size(0), scope.rank)
-    exchange = _exchange(scope, layout if undo_attention_load_balancing else _end_to_end(layout), parts)
+    order = layout if undo_attention_load_balancing else _end_to_end(layout)
+    exchange = HeadExchange(exchange_of(scope, order), parts)
     return torch.cat([piece.flatten(2) for piece in exchange.to_sequence(*heads)], dim=-1)
 
 
@@ -66,7 +67,8 @@ def tensor_a2a_hp2cp(
     parts = _parts(tensor.size(-1) * scope.size, widths, scope.size)
     pieces = [piece.unsqueeze(2) for piece in tensor.split([part.dim for part in parts], dim=-1)]
     layout = layout_of_rows(adaptor, scope, tensor.size(0), None)
-    exchange = _exchange(scope, layout if redo_attention_load_balancing else _end_to_end(layout), parts)
+    order = layout if redo_attention_load_balancing else _end_to_end(layout)
+    exchange = HeadExchange(exchange_of(scope, order), parts)
     return torch.cat([piece.flatten(2) for piece in exchange.to_heads(*pieces)], dim=-1)
 
 
@@ -78,9 +80,10 @@ def _check(tensor: torch.Tensor, seq_dim: int, head_dim: int) -> None:
         )
 
 
-def _exchange(scope: Scope, layout: SequenceLayout, parts: Sequence[Part]) -> HeadExchange:
+def exchange_of(scope: Scope, layout: SequenceLayout) -> SequenceExchange:
+    """The exchange of heads over all ranks of a scope, which hold a sequence in ``layout``."""
     assert scope.groups.cp is not None, "what is alone travels nowhere"
-    return HeadExchange.over(scope.groups.cp, layout, parts)
+    return SequenceExchange(scope.groups.cp, layout.all_runs, scope.config.alltoall)
 
 
 def _parts(width: int, sections: Sequence[int] | None, size: int) -> list[Part]:

@@ -26,6 +26,7 @@ class Case:
     key_dim: int = 3
     value_dim: int = 2
     cheap: bool = False
+    alltoall: bool = True
 
     @property
     def ends(self):
@@ -147,6 +148,7 @@ def cheap(query, key, value, *, g, beta, initial_state, output_final_state):
 def run(rank, case):
     """(this rank's layout and outputs, gradients by name, bytes by purpose forward and backward)."""
     from mindspeed_cp.comm import count_bytes
+    from mindspeed_cp.comm.sequence_exchange import SequenceExchange
     from mindspeed_cp.linear.rows import contiguous_parts, conversion, exchange_rows
 
     config, groups = setup_of({"context_parallel_size": case.cp, "batch_layout": _kind(case)})
@@ -160,7 +162,8 @@ def run(rank, case):
     widths = [mine.size(-1) - 2 * case.values, 2 * case.values]
     with count_bytes() as forward:
         if case.way == "heads":
-            out = core.by_heads(*mine.split(widths, dim=-1), groups.cp, layout, case.ends)
+            exchange = SequenceExchange(groups.cp, layout.all_runs, case.alltoall)
+            out = core.by_heads(*mine.split(widths, dim=-1), exchange, case.ends)
         else:
             parts = contiguous_parts(layout)
             moved = exchange_rows(mine, conversion(layout, parts), groups.cp, "tokens")

@@ -9,6 +9,7 @@ PACKED = (0, 1, 9, 9, 12, 30, 37)
 CASES = {
     "zigzag": Case(2, "heads", 24, layout="zigzag", batch=2, bias=True),
     "packed, uneven lengths and heads": Case(3, "heads", 37, keys=1, values=5, layout="uneven", documents=PACKED),
+    "without all-to-all": Case(2, "heads", 13, layout="zigzag", alltoall=False),
     "packed, a kernel that takes documents": Case(4, "heads", 37, 2, 4, 1, PACKED, "zigzag", True),
     "contiguous, state": Case(4, "state", 25, batch=2, bias=True),
     "zigzag, state": Case(3, "state", 26, layout="zigzag"),
