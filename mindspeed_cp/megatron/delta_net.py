@@ -79,7 +79,7 @@ def _forward(
     if getattr(module, "recompute_norm_out", False):  # of 0.19, --recompute-modules gdn_norm_out
         from megatron.core.tensor_parallel import CheckpointWithoutOutput
 
-        kept = CheckpointWithoutOutput()
+        kept = CheckpointWithoutOutput(fp8=module.config.fp8)  # by default it asks Transformer Engine
     gated = _gated(module, core, gate) if kept is None else kept.checkpoint(partial(_gated, module), core, gate)
     out, bias = module.out_proj(inside.back(gated))
     if kept is not None:

@@ -2,12 +2,16 @@
 parallelism.
 """
 
+from types import SimpleNamespace
+
 import pytest
 from distributed import run_ranks
 from linear_models import LINEAR_CASES, compare_all, tensor_parallel
 from model_cases import HYBRID, RING, ULYSSES, possible
 from pairs import whole
 from trainer_runs import IMPORTED
+
+from mindspeed_cp.patches import state_space
 
 CASES = possible(LINEAR_CASES)
 pytestmark = [
@@ -16,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not CASES, reason="this version has no such layers"),
 ]
 DELTA = tuple(name for name in CASES if name.startswith("delta"))
+ONE_HEAD = "delta nets, one head"
 SPARSE = tuple(name for name in CASES if name.startswith("sparse"))
 FEW = tuple(name for name in CASES if name in ("delta nets", "delta nets, packed"))
 UNEVEN = {"algorithm": ULYSSES, "gather_size_calculator": "dynamic"}
@@ -29,7 +34,7 @@ def run(size, cases, **settings):
 RUNS = {
     2: {
         31: {
-            "ulysses, heads": run(2, DELTA, **UNEVEN),
+            "ulysses, heads": run(2, tuple(name for name in DELTA if name != ONE_HEAD), **UNEVEN),
             "ring, state": run(2, DELTA, algorithm=RING, linear_exchange="state"),
         },
         32: {"ring": run(2, SPARSE, algorithm=RING), "ulysses": run(2, SPARSE[:1], algorithm=ULYSSES)},
@@ -45,7 +50,7 @@ RUNS = {
         }
     },
 }
-REFUSED = [(name, 31, {"context_parallel_size": 2, "algorithm": RING}) for name in SPARSE[:1]]
+REFUSED = [(name, 31, {"context_parallel_size": 2, "algorithm": RING}) for name in (ONE_HEAD, *SPARSE[:1])]
 EXACT = [
     (count, name, case)
     for count, lengths in RUNS.items()
@@ -78,7 +83,19 @@ def test_loss_and_gradients_equal_those_without_context_parallelism(world, count
         assert loss < 1e-5 and grad_norm < 1e-5 and gradient < 2e-5, (loss, grad_norm, gradient, parameter)
 
 
-@pytest.mark.skipif(not REFUSED, reason="this version has no sparse attention with context parallelism")
+def test_fewer_heads_than_ranks_are_refused_by_heads_with_the_way_out(world):
+    for _, said in world(2):
+        assert "--cp-linear-exchange heads needs a value head of gated delta nets for each of the 2" in said[ONE_HEAD]
+        assert "use --cp-linear-exchange state" in said[ONE_HEAD]
+
+
+def test_states_of_mamba_layers_are_refused_with_the_way_out():
+    scope = SimpleNamespace(config=SimpleNamespace(linear_exchange="state"))
+    with pytest.raises(ValueError, match="the states of Mamba layers.*use --cp-linear-exchange heads"):
+        state_space._refuse_states(scope)
+
+
+@pytest.mark.skipif(not SPARSE, reason="this version has no sparse attention with context parallelism")
 def test_sparse_attention_of_uneven_lengths_is_refused_with_the_way_out(world):
     for _, said in world(2):
         assert "gathers equally many keys" in said[SPARSE[0]] and "that 2 x 2 divides" in said[SPARSE[0]]
