@@ -69,8 +69,7 @@ def world():
     def results(count):
         if count not in found:
             arguments = RUNS[count], CASES, REFUSED if count == 2 else []
-            imported = ("fake_fla", *IMPORTED)
-            found[count] = run_ranks(count, compare_all, *arguments, timeout=400, fresh=True, imported=imported)
+            found[count] = run_ranks(count, compare_all, *arguments, timeout=400, fresh=True, imported=IMPORTED)
         return found[count]
 
     return results
@@ -102,5 +101,5 @@ def test_sparse_attention_of_uneven_lengths_is_refused_with_the_way_out(world):
 
 
 def test_a_gated_delta_net_beside_tensor_and_sequence_parallelism_equals_one_without_context_parallelism():
-    for rank in run_ranks(4, tensor_parallel, timeout=200, fresh=True, imported=("fake_fla", *IMPORTED)):
+    for rank in run_ranks(4, tensor_parallel, timeout=200, fresh=True, imported=IMPORTED):
         assert set(rank) == {"heads", "state"} and all(value < 1e-5 for value in rank.values()), rank
