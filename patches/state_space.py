@@ -5,6 +5,8 @@ every batch to have, runs the layer, and redoes it. Here heads travel in one mes
 s: tokens of this rank, S: of the whole sequence, b: batch.
 """
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -13,18 +15,46 @@ import torch
 from mindspeed_cp.attention.head_groups import head_shares
 from mindspeed_cp.comm.sequence_exchange import Part
 from mindspeed_cp.linear.heads import HeadExchange
+from mindspeed_cp.megatron import mixer
 from mindspeed_cp.megatron.adaptor import Adaptor
-from mindspeed_cp.megatron.batches import record_of_length
+from mindspeed_cp.megatron.batches import packed_params_in, record_of_length, refuse_inference
 from mindspeed_cp.megatron.hidden_exchange import exchange_of, layout_of_rows
-from mindspeed_cp.megatron.scopes import Scope
 from mindspeed_cp.patches.rows import absent, patch
 from mindspeed_cp.sequence.layout import SequenceLayout
 
 CONTEXT_PARALLEL = "megatron.core.ssm.mamba_context_parallel"
 MIXER = f"{CONTEXT_PARALLEL}.MambaContextParallel"
 WITHOUT = absent(MIXER, "this version's Mamba has no context parallelism")
+LAYER = "megatron.core.ssm.mamba_mixer.MambaMixer"
 ORDER = "the batch may have another layout than Megatron's zigzag over the whole row"
 FRAMEWORKS = f"layers of frameworks call it, and {ORDER}"
+
+
+def no_mixer() -> str:
+    """Why there is no mixer to patch: it wants mamba-ssm, and Triton in most versions, whatever else is used."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return "mamba-ssm is not installed"
+    try:
+        importlib.import_module(LAYER.rpartition(".")[0])
+    except Exception as error:  # of compiled libraries, anything
+        return f"Mamba's mixer cannot be imported here: {error}"
+    return ""
+
+
+@patch(
+    f"{LAYER}.forward",
+    reason="with --cp-linear-exchange state, states go from rank to rank instead",
+    when=(WITHOUT, no_mixer),
+)
+def forward(
+    adaptor: Adaptor, original: Callable[..., Any], self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    scope = adaptor.scope_of(self)
+    if scope.alone or scope.config.linear_exchange == "heads":
+        return original(self, hidden_states, *args, **kwargs)
+    values = (*args, *kwargs.values())
+    refuse_inference(values)
+    return mixer.computed(adaptor, scope, self, hidden_states, packed_params_in(values))
 
 
 @patch(f"{MIXER}.pre_conv_ssm", reason=ORDER, when=WITHOUT)
@@ -35,7 +65,6 @@ def pre_conv_ssm(
     scope = adaptor.scopes.of(self.cp_group)
     if scope.alone:
         return original(self, input_, *args, **kwargs)
-    _refuse_states(scope)
     layout, parts = record_of_length(adaptor, scope, input_.size(0)).layout, _parts(self)
     pieces = input_.split([part.num_heads * part.dim for part in parts], dim=-1)
     heads = (piece.unflatten(-1, (part.num_heads, part.dim)) for piece, part in zip(pieces, parts))
@@ -56,21 +85,13 @@ def post_conv_ssm(
     return HeadExchange(exchange_of(scope, layout), [part]).to_heads(heads)[0].flatten(2)
 
 
-def _parts(mixer: Any) -> list[Part]:
+def _parts(layer: Any) -> list[Part]:
     """z, x, B, C and dt of a MambaContextParallel; a group of B and C goes to every rank that has heads of it."""
-    heads, groups = mixer.nheads_local_tp, mixer.ngroups_local_tp
-    shares, of_groups = head_shares(heads, groups, mixer.cp_size)
-    inner = Part("heads", heads, mixer.d_inner_local_tp // heads, shares)
-    group = Part("groups", groups, mixer.d_state, of_groups)
+    heads, groups = layer.nheads_local_tp, layer.ngroups_local_tp
+    shares, of_groups = head_shares(heads, groups, layer.cp_size)
+    inner = Part("heads", heads, layer.d_inner_local_tp // heads, shares)
+    group = Part("groups", groups, layer.d_state, of_groups)
     return [inner, inner, group, group, Part("heads", heads, 1, shares)]
-
-
-def _refuse_states(scope: Scope) -> None:
-    if scope.config.linear_exchange == "state":
-        raise ValueError(
-            "--cp-linear-exchange state: the states of Mamba layers do not go from rank to rank here, those of gated "
-            "delta nets alone; use --cp-linear-exchange heads."
-        )
 
 
 @patch(f"{CONTEXT_PARALLEL}._undo_attention_load_balancing", reason=FRAMEWORKS, when=WITHOUT)

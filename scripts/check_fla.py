@@ -92,10 +92,10 @@ def checks():
     from fla.modules.convolution import causal_conv1d
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    from mindspeed_cp.linear.recurrence import Recurrence
+    from mindspeed_cp.linear.recurrence import DeltaRule
 
     torch.manual_seed(0)
-    length, recurrence = DOCUMENTS[-1], Recurrence(chunk_gated_delta_rule, True, torch.float32)
+    length, recurrence = DOCUMENTS[-1], DeltaRule(chunk_gated_delta_rule, True, torch.float32)
     query, key = (leaf(F.normalize(torch.randn(1, length, HEADS, KEY), dim=-1)) for _ in range(2))
     value, beta = leaf(torch.randn(1, length, HEADS, VALUE)), leaf(torch.rand(1, length, HEADS))
     rows = [query, key, value, leaf(-0.3 * torch.rand(1, length, HEADS), torch.float32), beta]

@@ -4,6 +4,7 @@ b: batch, s: tokens, h: heads, k, v: head sizes of keys and values, c: channels 
 A state is (b, h, k, v). Documents are boundaries within the s tokens, 0 and s where there is one.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,17 +21,66 @@ Documents = tuple[int, ...]
 # (b, s, h, v), g=, beta= (b, s, h), initial_state= a state or None, output_final_state=True; they return (b, s, h, v)
 # and the last state.
 Rule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-Rows = Sequence[torch.Tensor]  # query, key, value, g and beta
+Rows = Sequence[torch.Tensor]  # (b, s, ...) of every input of a recurrence
+
+
+class Recurrence(ABC):
+    """What becomes of rows of tokens and a state, document by document.
+
+    Attributes:
+        state_dtype: of the states that it takes and returns.
+    """
+
+    state_dtype: torch.dtype
+
+    @abstractmethod
+    def over_documents(self, rows: Rows, documents: Documents) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output of all documents, each from nothing, and the state behind the last one."""
+
+    @abstractmethod
+    def linear_in_state(self, rows: Rows) -> tuple["FromState", torch.Tensor]:
+        """Tokens of one document, whose first state is not known yet.
+
+        Returns:
+            first state -> (output, last state), and a tensor that this depends on.
+        """
+
+    @abstractmethod
+    def state_shape(self, rows: Rows) -> tuple[int, ...]:
+        """Of the state of such rows."""
+
+    def along(self, chain: Chain, rows: Rows, documents: Documents) -> torch.Tensor:
+        """This rank's part of a sequence whose states go from rank to rank.
+
+        Returns:
+            its output.
+        """
+        if not chain.receives:
+            return chain.hand_on(*self.over_documents(rows, documents))
+        first = documents[1]
+        from_state, after = self.linear_in_state(_between(rows, 0, first))
+        out, state = from_state(chain.first_state(self.state_shape(rows), self.state_dtype, after))
+        if len(documents) > 2:
+            others = tuple(end - first for end in documents[1:])
+            more, state = self.over_documents(_between(rows, first, documents[-1]), others)
+            out = torch.cat([out, more], dim=1)
+        return chain.hand_on(out, state)
+
+
+FromState = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _between(rows: Rows, low: int, high: int) -> Rows:
+    return [row[:, low:high] for row in rows]
 
 
 @dataclass(frozen=True)
-class Recurrence:
-    """A rule, and how it takes documents.
+class DeltaRule(Recurrence):
+    """The gated delta rule; its rows are query, key (b, s, h, k), value (b, s, h, v), g and beta (b, s, h).
 
     Args:
         rule: linear in its first state, each column of which stands alone, as are those of the values.
         takes_documents: it takes ``cu_seqlens`` with a batch of one row; else it is called for each document.
-        state_dtype: of the states that it takes and returns.
     """
 
     rule: Rule
@@ -38,11 +88,6 @@ class Recurrence:
     state_dtype: torch.dtype
 
     def over_documents(self, rows: Rows, documents: Documents) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output of all documents, each from nothing, and the state of the last one.
-
-        Returns:
-            (b, s, h, v) and (b, h, k, v).
-        """
         if self.takes_documents and len(documents) > 2:
             out, states = self._run(rows, None, cu_seqlens=boundaries_on(documents, rows[0].device))
             return out, states[-1:]
@@ -60,13 +105,8 @@ class Recurrence:
         return out, last
 
     def linear_in_state(self, rows: Rows) -> tuple["FromState", torch.Tensor]:
-        """Tokens of one document, whose first state is not known yet.
-
-        The recurrence runs on more columns: those of the values from nothing, and those of the identity without
-        values, which say what becomes of any first state.
-
-        Returns:
-            state (b, h, k, v) -> (out (b, s, h, v), last state (b, h, k, v)), and a tensor that this depends on.
+        """It runs on more columns: those of the values from nothing, and those of the identity without values, which
+        say what becomes of any first state.
         """
         query, key, value, g, beta = rows
         size, width = key.size(-1), value.size(-1)
@@ -82,31 +122,9 @@ class Recurrence:
 
         return from_state, out
 
-    def along(self, chain: Chain, rows: Rows, documents: Documents) -> torch.Tensor:
-        """This rank's part of a sequence whose states go from rank to rank.
-
-        Returns:
-            (b, s, h, v).
-        """
-        if not chain.receives:
-            return chain.hand_on(*self.over_documents(rows, documents))
+    def state_shape(self, rows: Rows) -> tuple[int, ...]:
         _, key, value, *_ = rows
-        first = documents[1]
-        from_state, after = self.linear_in_state(_between(rows, 0, first))
-        shape = (value.size(0), value.size(2), key.size(-1), value.size(-1))
-        out, state = from_state(chain.first_state(shape, self.state_dtype, after))
-        if len(documents) > 2:
-            others = tuple(end - first for end in documents[1:])
-            more, state = self.over_documents(_between(rows, first, documents[-1]), others)
-            out = torch.cat([out, more], dim=1)
-        return chain.hand_on(out, state)
-
-
-FromState = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-
-def _between(rows: Rows, low: int, high: int) -> Rows:
-    return [row[:, low:high] for row in rows]
+        return value.size(0), value.size(2), key.size(-1), value.size(-1)
 
 
 # (b, s, c), weight (c, w), bias (c,) or None, documents -> (b, s, c), activation included.

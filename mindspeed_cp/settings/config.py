@@ -160,8 +160,8 @@ class ContextParallelConfig:
     linear_exchange: LinearExchange = setting(
         "heads",
         flag="--cp-linear-exchange",
-        help="what travels for layers with a state (gated delta nets)",
-        rule="heads needs a value head for each rank",
+        help="what travels for layers with a state (gated delta nets, Mamba)",
+        rule="heads needs a head for each rank",
         meanings={
             "heads": "tokens, so that every rank computes some heads of the whole sequence",
             "state": "one state for each rank, whatever the length, which computes its own part of the sequence",

@@ -127,12 +127,12 @@ def layout_of(case, config):
 
 def core_of(case, weights):
     from mindspeed_cp.linear.gated_delta import DeltaHeads, DeltaLayer, DeltaWeights
-    from mindspeed_cp.linear.recurrence import Recurrence, causal_convolution
+    from mindspeed_cp.linear.recurrence import DeltaRule, causal_convolution
 
     return DeltaLayer(
         DeltaHeads(case.keys, case.values, case.key_dim, case.value_dim),
         DeltaWeights(**weights),
-        Recurrence(cheap if case.cheap else rule, case.takes_documents, torch.float64),
+        DeltaRule(cheap if case.cheap else rule, case.takes_documents, torch.float64),
         lambda *arguments: F.silu(causal_convolution(*arguments)),
         normalize,
     )

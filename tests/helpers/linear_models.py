@@ -133,31 +133,58 @@ LINEAR_CASES = {
 
 
 LENGTH, WAYS = 24, ((1, "heads"), (2, "heads"), (2, "state"))
+MIXER = {"mamba_state_dim": 4, "mamba_head_dim": 8, "mamba_num_groups": 4, "mamba_num_heads": 8}
+
+
+def mixer_layer(config):
+    """The spec of a Mamba mixer of local modules."""
+    from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    return ModuleSpec(
+        MambaMixer,
+        params={"d_model": config.hidden_size},
+        submodules=MambaMixerSubmodules(ColumnParallelLinear, RowParallelLinear),
+    )
+
+
+# Kind of layer -> (settings of TransformerConfig, config -> the layer's spec).
+LAYERS = {
+    "delta net": (DELTA_NET, lambda config: delta_net_block(config).layer_specs[0].submodules.self_attention),
+    "mixer": (MIXER, mixer_layer),
+}
 
 
 def tensor_parallel(rank):
-    """Way -> largest difference of one gated delta net on two tensor-parallel and two context-parallel ranks, from the
-    same on two tensor-parallel ranks: outputs, gradients of inputs and of weights; sequence parallelism is on, and
-    norms are recomputed, which Megatron itself does with Transformer Engine alone.
+    """(kind of layer, way) -> largest difference of one layer on two tensor-parallel and two context-parallel ranks,
+    from the same on two tensor-parallel ranks: outputs, gradients of inputs and of weights; sequence parallelism is on,
+    and norms of delta nets are recomputed, which Megatron itself does with Transformer Engine alone. Without mixers
+    where they cannot be built, for most versions import Triton for them.
     """
     import trainer.quiet  # noqa: F401
 
     from mindspeed_cp import ContextParallelConfig, megatron_adaptor
+    from mindspeed_cp.patches.state_space import no_mixer
 
-    found = {}
+    found, kinds = {}, [kind for kind in LAYERS if kind != "mixer" or not no_mixer()]
     for cp_size, way in WAYS:
         config = ContextParallelConfig(context_parallel_size=cp_size, algorithm="megatron_cp_algo", linear_exchange=way)
         megatron_adaptor.configure(config)
         with megatron_groups(tensor_model_parallel_size=2, context_parallel_size=cp_size):
-            found[cp_size, way] = _layer_alone(cp_size)
-    expected = found.pop((1, "heads"))
+            for kind in kinds:
+                found[kind, cp_size, way] = _layer_alone(cp_size, *LAYERS[kind])
     return {
-        way: max(float((mine[name] - value).abs().max() / value.abs().max()) for name, value in expected.items())
-        for (_, way), mine in found.items()
+        (kind, way): max(
+            float((mine[name] - value).abs().max() / value.abs().max())
+            for name, value in found[kind, 1, "heads"].items()
+        )
+        for (kind, cp_size, way), mine in found.items()
+        if cp_size > 1
     }
 
 
-def _layer_alone(cp_size):
+def _layer_alone(cp_size, settings, spec):
     """name -> whole output, gradient of the whole input, gradients of this tensor-parallel rank's weights."""
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -171,10 +198,9 @@ def _layer_alone(cp_size):
 
     model_parallel_cuda_manual_seed(3)
     sizes = {"context_parallel_size": cp_size, "tensor_model_parallel_size": 2, "sequence_parallel": True}
-    config = TransformerConfig(**(MODEL | DELTA_NET), **sizes)
-    spec = delta_net_block(config).layer_specs[0].submodules.self_attention
+    config = TransformerConfig(**(MODEL | settings), **sizes)
     module = build_module(
-        spec, config=config, layer_number=1, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
+        spec(config), config=config, layer_number=1, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
     )
     module.recompute_norm_out = cp_size > 1
     tp_rank, state = parallel_state.get_tensor_model_parallel_rank(), megatron_adaptor.state()

@@ -2,16 +2,13 @@
 parallelism.
 """
 
-from types import SimpleNamespace
-
 import pytest
 from distributed import run_ranks
 from linear_models import LINEAR_CASES, compare_all, tensor_parallel
+from megatron_version import MINOR
 from model_cases import HYBRID, RING, ULYSSES, possible
 from pairs import whole
 from trainer_runs import IMPORTED
-
-from mindspeed_cp.patches import state_space
 
 CASES = possible(LINEAR_CASES)
 pytestmark = [
@@ -88,18 +85,16 @@ def test_fewer_heads_than_ranks_are_refused_by_heads_with_the_way_out(world):
         assert "use --cp-linear-exchange state" in said[ONE_HEAD]
 
 
-def test_states_of_mamba_layers_are_refused_with_the_way_out():
-    scope = SimpleNamespace(config=SimpleNamespace(linear_exchange="state"))
-    with pytest.raises(ValueError, match="the states of Mamba layers.*use --cp-linear-exchange heads"):
-        state_space._refuse_states(scope)
-
-
 @pytest.mark.skipif(not SPARSE, reason="this version has no sparse attention with context parallelism")
 def test_sparse_attention_of_uneven_lengths_is_refused_with_the_way_out(world):
     for _, said in world(2):
         assert "gathers equally many keys" in said[SPARSE[0]] and "that 2 x 2 divides" in said[SPARSE[0]]
 
 
-def test_a_gated_delta_net_beside_tensor_and_sequence_parallelism_equals_one_without_context_parallelism():
-    for rank in run_ranks(4, tensor_parallel, timeout=200, fresh=True, imported=IMPORTED):
-        assert set(rank) == {"heads", "state"} and all(value < 1e-5 for value in rank.values()), rank
+def test_one_layer_beside_tensor_and_sequence_parallelism_equals_one_without_context_parallelism():
+    ranks = run_ranks(4, tensor_parallel, timeout=200, fresh=True, imported=IMPORTED)
+    kinds = {kind for kind, _ in ranks[0]}
+    assert "delta net" in kinds and (MINOR < (0, 18) or "mixer" in kinds)
+    for rank in ranks:
+        assert set(rank) == {(kind, way) for kind in kinds for way in ("heads", "state")}
+        assert all(value < 1e-5 for value in rank.values()), rank
