@@ -14,11 +14,11 @@ from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.layers import HALF
 from mindspeed_cp.planner.memory import AttentionBytes, kept_bytes, most_bytes
 from mindspeed_cp.planner.models import ModelShape
-from mindspeed_cp.planner.search import Candidate, Found, Policies, Timing, search, timed
+from mindspeed_cp.planner.search import Candidate, Found, Policies, Timing, policies_beside, search, timed
 from mindspeed_cp.planner.split import Split, Work, sizes, splits
 from mindspeed_cp.planner.stages import RECOMPUTES, Memory, Recompute, Step, kinds_of_stages, stage_memory, stage_step
 from mindspeed_cp.planner.trace import Problem
-from mindspeed_cp.settings.config import KV_CACHE_POLICIES, ContextParallelConfig, MaskType
+from mindspeed_cp.settings.config import ContextParallelConfig, MaskType
 from mindspeed_cp.settings.rules import heads_of_rank
 from mindspeed_cp.settings.training_setup import TrainingSetup
 
@@ -211,7 +211,7 @@ def _with_policies(layer: Found) -> Iterator[tuple[Candidate, bool]]:
     """(candidate, whether its time is a lower bound): a KV cache policy can save what backward waits, and no more."""
     for candidate in layer.candidates:
         yield candidate, False
-        for policy in KV_CACHE_POLICIES:
+        for policy in policies_beside(candidate.config.ulysses_chunks):
             if policy is not None:
                 config = replace(candidate.config, kv_cache_policy=policy)
                 yield replace(candidate, config=config, backward=replace(candidate.backward, exposed=0.0)), True
