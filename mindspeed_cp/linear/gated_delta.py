@@ -13,14 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from mindspeed_cp.attention.head_groups import Share, head_shares
-from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
 from mindspeed_cp.kernels.base import accumulation_dtype
 from mindspeed_cp.linear.heads import HeadExchange
+from mindspeed_cp.linear.parts import OwnPart, local_documents
 from mindspeed_cp.linear.recurrence import Convolution, Documents, Recurrence
-from mindspeed_cp.linear.rows import exchange_rows, rows_before
-from mindspeed_cp.linear.state import Chain
-from mindspeed_cp.sequence.layout import SequenceLayout
 
 
 @dataclass(frozen=True)
@@ -118,55 +115,37 @@ class DeltaLayer:
             heads=replace(heads, keys=parts[0].count(rank), values=parts[2].count(rank)),
             weights=self.weights.of(heads, keys[rank], values[rank]),
         )
-        rows = core.prepared(torch.cat([query, key, value], dim=-1), beta, alpha, documents)
+        inputs = torch.cat([query, key, value], dim=-1).transpose(0, 1).contiguous()
+        mixed = self.convolve(inputs, core.weights.convolution, core.weights.bias, documents)
+        rows = core.prepared(mixed, beta, alpha)
         out, _ = self.recurrence.over_documents(rows, documents)
         back = HeadExchange(exchange, [Part("out", heads.values, heads.value_dim, values)])
         return back.to_heads(out.transpose(0, 1))[0]
 
-    def by_state(
-        self, inputs: torch.Tensor, gates: torch.Tensor, link: Link, parts: SequenceLayout, documents: Documents
-    ) -> torch.Tensor:
+    def by_state(self, inputs: torch.Tensor, gates: torch.Tensor, part: OwnPart) -> torch.Tensor:
         """All heads of this rank's part of the sequence.
 
         Args:
-            inputs, gates: as ``by_heads`` has them, of one run of tokens; the ranks hold theirs in rank order.
-            parts: which.
+            inputs, gates: as ``by_heads`` has them, of the tokens of the part.
 
         Returns:
             (s, b, value heads, value_dim).
         """
-        (start, stop), width = parts.runs(link.rank)[0], self.weights.convolution.size(1)
-        mine = local_documents(documents, start, stop)
-        chain = Chain(link, tuple(runs[0][0] not in documents for runs in parts.all_runs))
-        before = exchange_rows(inputs, rows_before(parts, width - 1, documents), link, "inputs")
-        beta, alpha = gates.chunk(2, dim=-1)
-        rows = self.prepared(inputs, beta, alpha, mine, before)
-        return self.recurrence.along(chain, rows, mine).transpose(0, 1)
+        mixed = part.convolved(self.convolve, inputs, self.weights.convolution, self.weights.bias)
+        rows = self.prepared(mixed, *gates.chunk(2, dim=-1))
+        return self.recurrence.along(part.chain, rows, part.documents).transpose(0, 1)
 
-    def prepared(
-        self,
-        inputs: torch.Tensor,
-        beta: torch.Tensor,
-        alpha: torch.Tensor,
-        documents: Documents,
-        before: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, ...]:
+    def prepared(self, mixed: torch.Tensor, beta: torch.Tensor, alpha: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What the recurrence takes.
 
         Args:
-            inputs: (s, b, channels). beta, alpha: (s, b, value heads).
-            before: (n, b, channels), what the convolution sees in front of them.
+            mixed: (b, s, channels), behind the convolution. beta, alpha: (s, b, value heads).
 
         Returns:
             query and key (b, s, value heads, key_dim), value (b, s, value heads, value_dim), decay and beta (b, s,
             value heads).
         """
-        heads, seen = self.heads, 0 if before is None else before.size(0)
-        inputs, beta, alpha = inputs.transpose(0, 1), beta.transpose(0, 1), alpha.transpose(0, 1)
-        if before is not None:  # with none of them too, for what this rank gave others has gradients
-            inputs = torch.cat([before.transpose(0, 1), inputs], dim=1)
-            documents = (0, *(end + seen for end in documents[1:]))
-        mixed = self.convolve(inputs.contiguous(), self.weights.convolution, self.weights.bias, documents)[:, seen:]
+        heads, beta, alpha = self.heads, beta.transpose(0, 1), alpha.transpose(0, 1)
         query, key, value = mixed.split(heads.channels, dim=-1)
         query, key = (part.unflatten(-1, (heads.keys, heads.key_dim)) for part in (query, key))
         if self.normalize is not None:
@@ -177,9 +156,3 @@ class DeltaLayer:
         steps = F.softplus(alpha.to(accumulation_dtype(alpha.dtype)) + self.weights.step)
         value = value.unflatten(-1, (heads.values, heads.value_dim))
         return query, key, value, -self.weights.decay.exp() * steps, beta.sigmoid()
-
-
-def local_documents(documents: Documents, start: int, stop: int) -> Documents:
-    """Where documents end within the tokens start to stop, counted from there, without empty ones."""
-    inside = sorted({end - start for end in documents if start < end < stop})
-    return (0, *inside, stop - start)

@@ -11,12 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from mindspeed_cp.comm.link import Link
-from mindspeed_cp.linear.gated_delta import local_documents
+from mindspeed_cp.linear.parts import OwnPart
 from mindspeed_cp.linear.recurrence import Convolution, Documents, FromState, Recurrence, Rows
-from mindspeed_cp.linear.rows import exchange_rows, rows_before
-from mindspeed_cp.linear.state import Chain
-from mindspeed_cp.sequence.layout import SequenceLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,28 +89,17 @@ class StateSpaceLayer:
     bias: torch.Tensor | None
     convolve: Convolution
 
-    def by_state(
-        self, inputs: torch.Tensor, steps: torch.Tensor, link: Link, parts: SequenceLayout, documents: Documents
-    ) -> torch.Tensor:
+    def by_state(self, inputs: torch.Tensor, steps: torch.Tensor, part: OwnPart) -> torch.Tensor:
         """This rank's part of the sequence.
 
         Args:
-            inputs: (s, b, channels), x, B and C of one run of tokens. steps: (s, b, h).
-            parts: which runs the ranks hold, in rank order. documents: boundaries in the whole sequence.
+            inputs: (s, b, channels), x, B and C of the tokens of the part. steps: (s, b, h).
 
         Returns:
             (s, b, h * p).
         """
-        (start, stop), heads = parts.runs(link.rank)[0], steps.size(-1)
-        mine = local_documents(documents, start, stop)
-        chain = Chain(link, tuple(runs[0][0] not in documents for runs in parts.all_runs))
-        before = exchange_rows(inputs, rows_before(parts, self.weight.size(1) - 1, documents), link, "inputs")
-        seen = before.size(0)
-        rows = torch.cat([before, inputs]).transpose(0, 1).contiguous()
-        ends = (0, *(end + seen for end in mine[1:]))
-        mixed = self.convolve(rows, self.weight, self.bias, ends)[:, seen:]
-        group = self.groups * self.state
+        mixed, group = part.convolved(self.convolve, inputs, self.weight, self.bias), self.groups * self.state
         values, writes, reads = mixed.split([mixed.size(-1) - 2 * group, group, group], dim=-1)
-        writes, reads = (part.unflatten(-1, (self.groups, self.state)) for part in (writes, reads))
-        parts_of_row = values.unflatten(-1, (heads, -1)), steps.transpose(0, 1), writes, reads
-        return self.scan.along(chain, parts_of_row, mine).transpose(0, 1).flatten(2)
+        writes, reads = (each.unflatten(-1, (self.groups, self.state)) for each in (writes, reads))
+        rows = values.unflatten(-1, (steps.size(-1), -1)), steps.transpose(0, 1), writes, reads
+        return self.scan.along(part.chain, rows, part.documents).transpose(0, 1).flatten(2)

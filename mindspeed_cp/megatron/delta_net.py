@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mindspeed_cp.linear.gated_delta import DeltaHeads, DeltaLayer, DeltaWeights
+from mindspeed_cp.linear.parts import OwnPart
 from mindspeed_cp.linear.recurrence import Convolution, DeltaRule, Documents, boundaries_on
 from mindspeed_cp.megatron.batches import block_record
 from mindspeed_cp.megatron.hidden_exchange import exchange_of
 from mindspeed_cp.megatron.moving import Inner, by_parts, dao_convolution, documents_of, through, torch_convolution
 from mindspeed_cp.megatron.scopes import Scope
-from mindspeed_cp.sequence.layout import SequenceLayout
 
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.adaptor import Adaptor
@@ -46,13 +46,11 @@ def computed(adaptor: "Adaptor", scope: Scope, module: Any, hidden: torch.Tensor
 
         return through(module, hidden, by_heads)
 
-    def by_state(projected: torch.Tensor, parts: SequenceLayout) -> Inner:
+    def by_state(projected: torch.Tensor, part: OwnPart) -> Inner:
         inputs, gate, gates = _split(module, projected)
-        link = scope.groups.cp
-        assert link is not None, "what is alone is Megatron's own"
-        return _gated(module, layer.by_state(inputs, gates, link, parts, documents), gate)
+        return _gated(module, layer.by_state(inputs, gates, part), gate)
 
-    return by_parts(adaptor, record, module, hidden, by_state)
+    return by_parts(adaptor, record, documents, module, hidden, by_state)
 
 
 def layer_of(module: Any) -> DeltaLayer:

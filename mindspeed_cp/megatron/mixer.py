@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from mindspeed_cp.linear.parts import OwnPart
 from mindspeed_cp.linear.state_space import StateSpace, StateSpaceLayer
 from mindspeed_cp.megatron.batches import block_record
 from mindspeed_cp.megatron.moving import Inner, by_parts, dao_convolution, documents_of, torch_convolution
 from mindspeed_cp.megatron.scopes import Scope
-from mindspeed_cp.sequence.layout import SequenceLayout
 
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.adaptor import Adaptor
@@ -33,15 +33,13 @@ def computed(adaptor: "Adaptor", scope: Scope, mixer: Any, hidden: torch.Tensor,
     inner, heads = mixer.d_inner_local_tp, mixer.nheads_local_tp
     widths = inner, inner + 2 * mixer.ngroups_local_tp * mixer.d_state, heads
 
-    def by_state(projected: torch.Tensor, parts: SequenceLayout) -> Inner:
+    def by_state(projected: torch.Tensor, part: OwnPart) -> Inner:
         gate, inputs, steps = projected.split(widths, dim=-1)
-        link = scope.groups.cp
-        assert link is not None, "what is alone is Megatron's own"
-        out = layer.by_state(inputs, steps, link, parts, documents)
+        out = layer.by_state(inputs, steps, part)
         gated = (out.float() * F.silu(gate.float())).to(out.dtype)  # norm_before_gate is off in every version
         return Inner(mixer.norm(gated) if mixer.rmsnorm else gated)
 
-    return by_parts(adaptor, record, mixer, hidden, by_state)
+    return by_parts(adaptor, record, documents, mixer, hidden, by_state)
 
 
 def layer_of(mixer: Any) -> StateSpaceLayer:

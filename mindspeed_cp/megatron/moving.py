@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from mindspeed_cp.linear.parts import OwnPart
 from mindspeed_cp.linear.recurrence import Convolution, Documents, causal_convolution
 from mindspeed_cp.linear.rows import contiguous_parts, conversion, exchange_rows
 from mindspeed_cp.megatron.records import MicroBatch
-from mindspeed_cp.sequence.layout import SequenceLayout
 
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.adaptor import Adaptor
@@ -64,9 +64,10 @@ def through(
 def by_parts(
     adaptor: "Adaptor",
     record: MicroBatch,
+    documents: Documents,
     module: Any,
     hidden: torch.Tensor,
-    compute: Callable[[torch.Tensor, SequenceLayout], Inner],
+    compute: Callable[[torch.Tensor, OwnPart], Inner],
 ) -> tuple[Any, Any]:
     """``through`` a layer that computes one part of the sequence on each rank, as ``compute`` is told."""
     assert record.scope is not None and record.scope.groups.cp is not None, "what is alone is Megatron's own"
@@ -74,7 +75,7 @@ def by_parts(
     parts = contiguous_parts(layout)
     plans = conversion(layout, parts), conversion(parts, layout)
     move = Move(*(partial(exchange_rows, plan=plan, link=link, purpose="tokens") for plan in plans))
-    computed = partial(compute, parts=parts)
+    computed = partial(compute, part=OwnPart(link, parts, documents))
     if module.config.sequence_parallel:  # whose rows are gathered by the first projection
         return through(module, hidden, computed, inside=move)
     with adaptor.running(replace(record, layout=parts, moved_from=layout)):

@@ -149,6 +149,7 @@ def run(rank, case):
     """(this rank's layout and outputs, gradients by name, bytes by purpose forward and backward)."""
     from mindspeed_cp.comm import count_bytes
     from mindspeed_cp.comm.sequence_exchange import SequenceExchange
+    from mindspeed_cp.linear.parts import OwnPart
     from mindspeed_cp.linear.rows import contiguous_parts, conversion, exchange_rows
 
     config, groups = setup_of({"context_parallel_size": case.cp, "batch_layout": _kind(case)})
@@ -167,7 +168,7 @@ def run(rank, case):
         else:
             parts = contiguous_parts(layout)
             moved = exchange_rows(mine, conversion(layout, parts), groups.cp, "tokens")
-            out = core.by_state(*moved.split(widths, dim=-1), groups.cp, parts, case.ends)
+            out = core.by_state(*moved.split(widths, dim=-1), OwnPart(groups.cp, parts, case.ends))
             out = exchange_rows(out, conversion(parts, layout), groups.cp, "tokens")
     with count_bytes() as backward:
         out.backward(layout.shard(grad, rank))

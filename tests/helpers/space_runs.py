@@ -69,6 +69,7 @@ def run(rank, case):
     """(this rank's positions, outputs, gradients of its rows, gradients of weights, bytes forward)"""
     from mindspeed_cp import SequenceLayout
     from mindspeed_cp.comm import count_bytes
+    from mindspeed_cp.linear.parts import OwnPart
     from mindspeed_cp.linear.recurrence import causal_convolution
     from mindspeed_cp.linear.state_space import StateSpace, StateSpaceLayer
 
@@ -82,7 +83,7 @@ def run(rank, case):
         scan, GROUPS, STATE, weight, bias, lambda *arguments: F.silu(causal_convolution(*arguments))
     )
     with count_bytes() as sent:
-        out = layer.by_state(*mine, groups.cp, layout, case.ends)
+        out = layer.by_state(*mine, OwnPart(groups.cp, layout, case.ends))
     out.backward(layout.shard(grad, rank))
     gradients = [row.grad for row in mine], [each.grad for each in weights]
     return (
