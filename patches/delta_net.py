@@ -5,6 +5,8 @@ shared out for a zigzag over the whole row or over every document. Here they are
 documents, by heads or by states (--cp-linear-exchange).
 """
 
+import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +20,30 @@ from mindspeed_cp.patches.rows import absent, patch
 
 LAYER = f"{MODULE}.GatedDeltaNet"
 LAYOUT = "the batch may have another layout than Megatron's zigzag over the whole row"
+ABSENT = "this version has no gated delta nets"
 WITHOUT = "this version's gated delta nets have no context parallelism"
+
+
+def takes_comm_type() -> str:
+    """Why the constructor needs no patch: from 0.19 on it takes and ignores what it is not given here."""
+    layer = importlib.import_module(MODULE).GatedDeltaNet
+    return "it takes cp_comm_type" if "cp_comm_type" in inspect.signature(layer.__init__).parameters else ""
+
+
+@patch(
+    f"{LAYER}.__init__",
+    reason="layers of a model with context parallelism are built with its cp_comm_type, which is attention's alone",
+    when=(absent(LAYER, ABSENT), takes_comm_type),
+)
+def __init__(adaptor: Adaptor, original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    kwargs.pop("cp_comm_type", None)
+    original(self, *args, **kwargs)
 
 
 @patch(
     f"{LAYER}.forward",
     reason="a rank's part of the sequence has any layout, and its states begin where the ranks before it end",
-    when=absent(LAYER, "this version has no gated delta nets"),
+    when=absent(LAYER, ABSENT),
 )
 def forward(
     adaptor: Adaptor,

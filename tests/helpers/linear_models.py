@@ -12,6 +12,7 @@ DELTA_NET = {
     "num_layers": 3,
     "experimental_attention_variant": "gated_delta_net",
     "linear_attention_freq": [1, 1, 0],
+    "cp_comm_type": "p2p",  # as Megatron's own arguments have it, for every layer
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 4,
