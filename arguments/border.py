@@ -1,4 +1,4 @@
-"""Settings that no configuration holds: those of the adaptor, and what is said at the border and decides others."""
+"""Settings that no configuration holds: those of the adaptor, and those that only decide others."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ def _sizes(value: Sequence[Any]) -> tuple[int, ...] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class BorderSettings:
-    """What a command line, a file or a framework says, and what is asked only while it becomes a configuration."""
+    """Settings of a command line, a file or a framework that are read only while a configuration is made."""
 
     config_file: str | None = setting(
         None,
@@ -70,7 +70,8 @@ class BorderSettings:
     cp_partition_mode: PartitionMode | None = megatrons(None)
     attention_cp_layout: PartitionMode | None = megatrons(None)
     linear_cp_layout: str | None = megatrons("zigzag", without_effect=_EVERY_LAYER)
-    dynamic_context_parallel: bool = megatrons(
-        False, without_effect="a packed batch says by itself over how many ranks it is split (PackedSeqParams)"
+    dynamic_context_parallel: bool = megatrons(False)
+    sequence_packing_scheduler: str | None = megatrons(None)
+    max_seqlen_per_dp_cp_rank: int | None = megatrons(
+        None, least=1, least_means="a rank holds one token of a row at least"
     )
-    sequence_packing_scheduler: str | None = megatrons(None, without_effect="batches are computed as they arrive")

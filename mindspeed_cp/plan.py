@@ -36,7 +36,11 @@ PREDICTION = "prediction, not measured on this hardware"
 
 
 def _documents(given: argparse.Namespace) -> Boundaries | tuple[Boundaries, ...] | None:
-    return None if given.documents is None else boundaries(given.documents, given.seq_length, given.micro_batch)
+    if given.documents is None:
+        if given.pack:
+            raise ValueError("--pack shares documents out over rows, and there are none; add --documents.")
+        return None
+    return boundaries(given.documents, given.seq_length, given.micro_batch, given.pack)
 
 
 def _record(candidate: Candidate, problem: Problem) -> dict[str, object]:
@@ -190,7 +194,7 @@ def _plot(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> Non
 
 
 def _at_lengths(given: argparse.Namespace) -> list[argparse.Namespace]:
-    """From a sixteenth of the length to four times as much."""
+    """The same question for lengths from a sixteenth of the given one to four times it."""
     lengths = {given.seq_length * 2**power // 16 for power in range(0, 7)} - {0}
     return [argparse.Namespace(**{**vars(given), "seq_length": length}) for length in sorted(lengths)]
 

@@ -16,14 +16,17 @@ from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.scopes import Scope
 
 if TYPE_CHECKING:
-    from mindspeed_cp.megatron.adaptor import Adaptor
+    from mindspeed_cp.megatron.known import Known as Adaptor
 
 FLAG = "--hybrid-context-parallel"
 
 
 def refuse_dynamic(why: str) -> NoReturn:
     """Raise ValueError with the reason for which dynamic context parallelism cannot work here."""
-    raise ValueError(f"{FLAG} gives every micro-batch a context-parallel size of its own, and {why}; leave out {FLAG}.")
+    raise ValueError(
+        f"{FLAG} gives every micro-batch a context-parallel size of its own, and {why}; leave out {FLAG}. Documents of "
+        "any length share one row over all ranks with --cp-batch-layout balanced (mindspeed_cp.pack_documents)."
+    )
 
 
 def local_size(params: Any) -> int | None:

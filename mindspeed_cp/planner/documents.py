@@ -1,17 +1,18 @@
-"""Packed documents for the planner: lengths of a dataset or of a distribution, and a row that is filled with them."""
+"""Packed documents for the planner: their lengths, from a dataset or a distribution, and rows filled with them."""
 
 import math
 import random
-import struct
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
+from mindspeed_cp.planner.indexed_dataset import read_index
+from mindspeed_cp.sequence.packing import pack_documents
+from mindspeed_cp.sequence.runs import offsets
+
 Boundaries = tuple[int, ...]
-HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of the tokens, sequences, documents
-BATCHES = 15  # are filled, of which the one with the median area is planned
+BATCHES = 15  # batches are filled; the one with the median area is planned
 
 # name -> how a length is drawn from its two parameters
 DISTRIBUTIONS: dict[str, Callable[[random.Random, float, float], float]] = {
@@ -22,12 +23,16 @@ DISTRIBUTIONS: dict[str, Callable[[random.Random, float, float], float]] = {
 USAGE = "give the .idx of a Megatron dataset, or uniform:64,512, lognormal:6.5,1.3 or pareto:100,0.9"
 
 
-def boundaries(source: str, seq_length: int, rows: int = 1) -> Boundaries | tuple[Boundaries, ...]:
+def boundaries(
+    source: str, seq_length: int, rows: int = 1, by_length: bool = False
+) -> Boundaries | tuple[Boundaries, ...]:
     """cu_seqlens of a typical micro batch, of every row where it has more than one: documents in random order, the last
     one cut, as Megatron's GPT datasets fill rows.
 
     Args:
         source: a path that ends in .idx, or NAME:FIRST,SECOND of a distribution.
+        by_length: whole documents of about one length in a row, as ``pack_documents`` fills it; what is left of the row
+            is one more.
 
     Raises:
         ValueError: the file is no index of a dataset or empty, or the distribution is not known.
@@ -48,13 +53,31 @@ def boundaries(source: str, seq_length: int, rows: int = 1) -> Boundaries | tupl
             except OverflowError:
                 return seq_length
 
-    batches = [tuple(_filled(next_length, seq_length) for _ in range(rows)) for _ in range(BATCHES)]
+    fill = _packed if by_length else _in_order
+    filled = fill(next_length, seq_length, BATCHES * rows)
+    batches = [filled[first : first + rows] for first in range(0, BATCHES * rows, rows)]
     typical = sorted(batches, key=lambda batch: sum(map(_area, batch)))[BATCHES // 2]
     return typical if rows > 1 else typical[0]
 
 
 def _area(ends: Boundaries) -> int:
     return sum((stop - start) ** 2 for start, stop in zip(ends, ends[1:]))
+
+
+def _in_order(next_length: Callable[[], int], seq_length: int, rows: int) -> tuple[Boundaries, ...]:
+    return tuple(_filled(next_length, seq_length) for _ in range(rows))
+
+
+def _packed(next_length: Callable[[], int], seq_length: int, rows: int) -> tuple[Boundaries, ...]:
+    """Rows of whole documents by length, enough of them for so many rows."""
+    lengths = [min(seq_length, next_length())]
+    while sum(lengths) < (rows - 1) * seq_length + 1:
+        lengths.append(min(seq_length, next_length()))
+    found = []
+    for row in pack_documents(lengths, 1, seq_length)[:rows]:
+        ends = offsets(lengths[place] for place in row)
+        found.append(tuple(ends if ends[-1] == seq_length else [*ends, seq_length]))
+    return tuple(found)
 
 
 def _filled(next_length: Callable[[], int], seq_length: int) -> Boundaries:
@@ -75,23 +98,16 @@ def _distribution(source: str) -> tuple[str, float, float]:
     return name, first, second
 
 
-def read_lengths(path: str) -> np.ndarray:
+def read_lengths(path: str) -> NDArray[np.int32]:
     """int32 (documents,): tokens of every sequence of a Megatron indexed dataset, without those of no tokens.
 
     Raises:
-        ValueError: the file is not there, no index, shorter than it says, or empty.
+        ValueError: the file cannot be read, or is no whole index.
     """
     try:
-        data = Path(path).read_bytes()
+        lengths = read_index(path).lengths
     except OSError as error:
         raise ValueError(f"--documents {path} cannot be read ({error.strerror}); {USAGE}.") from error
-    if len(data) < HEADER.size or HEADER.unpack_from(data)[:2] != (MAGIC, VERSION):
-        raise ValueError(f"--documents {path} is no index of a Megatron dataset; {USAGE}.")
-    count = HEADER.unpack_from(data)[3]
-    if len(data) < HEADER.size + 4 * count:
-        raise ValueError(f"--documents {path} says {count} sequences and is too short for them; make the data again.")
-    lengths = np.frombuffer(data, dtype="<i4", count=count, offset=HEADER.size)
-    lengths = lengths[lengths > 0]
-    if not len(lengths):
-        raise ValueError(f"--documents {path} holds no tokens; {USAGE}.")
-    return lengths
+    except ValueError as error:
+        raise ValueError(f"--documents {path} {error}; {USAGE}.") from None
+    return lengths[lengths > 0]

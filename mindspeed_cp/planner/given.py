@@ -38,7 +38,7 @@ QUANTITY = re.compile(rf"(.*\d\.?) ?({'|'.join(sorted(SCALES, key=len, reverse=T
 
 
 def quantity(text: str) -> float:
-    """Bytes, bytes/s, FLOP/s or seconds of a number with an SI prefix and a unit: 6.4e10, 64GB, 80GiB, 200Gbit/s, 10us.
+    """Read bytes, bytes/s, FLOP/s or seconds, a number with an SI prefix and a unit: 6.4e10, 64GB, 200Gbit/s, 10us.
 
     Raises:
         argparse.ArgumentTypeError: it is none.
@@ -87,6 +87,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq-length", type=_tokens, help="tokens, such as 4096 or 128k")
     parser.add_argument("--vocab-size", type=int, help="where Megatron's flags name a tokenizer instead")
     parser.add_argument("--documents", help="packed documents: a dataset's .idx, or lognormal:6.5,1.3 and the like")
+    parser.add_argument(
+        "--pack",
+        action="store_true",
+        help="with --documents: rows filled by length (pack_documents)",
+    )
     parser.add_argument("--micro-batch", type=int, help="sequences (default: 1)")
     parser.add_argument("--mask-type", choices=[name for name in MASK_TYPES if name != "general"])
     parser.add_argument(

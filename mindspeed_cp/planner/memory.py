@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from mindspeed_cp.attention.kept import KeptAttention
 from mindspeed_cp.kernels.base import BlockResult, MemoryOrder
 from mindspeed_cp.kernels.merge import merge_attention
-from mindspeed_cp.planner.trace import Notes, NotingKernel, Problem, dry_call
+from mindspeed_cp.planner.trace import DEVICES, Notes, NotingKernel, Problem, dry_call
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 
@@ -26,7 +26,9 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, Any] = {}
         self._sizes: dict[int, int] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         self._note((args, kwargs), False)  # what comes in from outside does not count, nor do its views
         result = func(*args, **(kwargs or {}))
         self._note(result, True)
@@ -78,19 +80,20 @@ class Rest(torch.autograd.Function):
     """What follows attention in a layer: it keeps nothing of out, and gives back a gradient of its size."""
 
     @staticmethod
-    def forward(ctx, out):
+    def forward(ctx: Any, out: torch.Tensor) -> torch.Tensor:
         ctx.shape = out.shape
         return out.new_empty(0)
 
     @staticmethod
-    def backward(ctx, nothing):
+    def backward(ctx: Any, nothing: torch.Tensor) -> torch.Tensor:
         return nothing.new_empty(ctx.shape)
 
 
 def layer(call: Callable[..., torch.Tensor], *tensors: torch.Tensor, **keywords: Any) -> torch.Tensor:
     """A layer that makes its query, key and value, calls attention, and goes on."""
     inputs = [tensor.clone() for tensor in tensors]
-    return Rest.apply(call(*inputs, **keywords))
+    after: torch.Tensor = Rest.apply(call(*inputs, **keywords))
+    return after
 
 
 @dataclass(frozen=True)
@@ -110,16 +113,21 @@ class AttentionBytes:
 
 
 def attention_bytes(
-    config: ContextParallelConfig, problem: Problem, rank: int, order: MemoryOrder | None = None
+    config: ContextParallelConfig,
+    problem: Problem,
+    rank: int,
+    order: MemoryOrder | None = None,
+    backend: str = DEVICES,
 ) -> AttentionBytes:
     """What cp_rank ``rank`` holds in one layer; projections and other parts of the layer are not part of it, nor what a
     kernel holds inside.
 
     Args:
         order: as the kernel asks; it decides which tensors share memory.
+        backend: whose transfers they are; gloo's all-to-all of the mesh exchange is made of messages.
     """
     kernel = WeighingKernel(Notes(), order)
-    call, buffers = dry_call(config, problem, rank, kernel), -1
+    call, buffers = dry_call(config, problem, rank, kernel, backend), -1
     while buffers != call.groups.workspace.num_bytes:  # the first runs make the reused buffers
         buffers, kernel.live = call.groups.workspace.num_bytes, LiveBytes()
         saved = _Saved()

@@ -1,4 +1,4 @@
-"""Every setting of context parallelism for one attention layer, timed on a model of the cluster."""
+"""Times every setting of context parallelism for one attention layer on a model of the cluster."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -28,7 +28,7 @@ Policies = tuple[KVCachePolicy | None, ...]
 
 @dataclass(frozen=True)
 class Timing:
-    """One pass of one rank, seconds; exposed is what computation waits for."""
+    """Seconds of one pass of one rank; ``exposed`` is what computation waits for."""
 
     compute: float
     exposed: float
@@ -54,12 +54,12 @@ class Candidate:
 
     @property
     def compute(self) -> float:
-        """Seconds of both passes in kernels."""
+        """Seconds that kernels take in both passes."""
         return self.forward.compute + self.backward.compute
 
     @property
     def exposed(self) -> float:
-        """Seconds of both passes that wait."""
+        """Seconds for which computation waits in both passes."""
         return self.forward.exposed + self.backward.exposed
 
     @property
@@ -244,7 +244,7 @@ def _rank(candidate: Candidate) -> tuple[float, bool, int, int]:
 
 
 def timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> Candidate:
-    """One setting, traced; raises what the engine raises. Of a model with two kinds of layers it is the mean layer."""
+    """Trace and time one setting; raises what the engine raises. A model with two kinds of layers has a mean layer."""
     alike = replace(problem, is_pipeline=False)
     problem = alike if alike.layout(config) == problem.layout(config) else problem
     if problem.windowed is None:
@@ -272,8 +272,8 @@ def _timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) ->
 
 
 def traced_ranks(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> list[int]:
-    """All ranks of a small group; of a large one the first, the last, the last of the first node, and of documents,
-    which load ranks unevenly, those that compute the most and those that send or receive the most.
+    """All ranks of a small group. Of a large group: the first, the last, the last of the first node; with documents,
+    which load ranks unevenly, also those that compute the most and those that send or receive the most.
     """
     cp = config.context_parallel_size
     if cp <= 4:
@@ -310,5 +310,5 @@ def hiding_tokens(problem: Problem, cluster: Cluster, inter: bool, causal: bool 
 
 
 def flags(config: ContextParallelConfig) -> str:
-    """The flags to paste."""
+    """The flags of a configuration, to paste."""
     return f"{flags_of(config)} --use-flash-attn"

@@ -4,7 +4,7 @@ So the predicted bytes are those of the engine's own code: nothing of its planni
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,10 +13,11 @@ import torch.distributed as dist
 
 from mindspeed_cp.attention.entry import context_parallel_attention
 from mindspeed_cp.attention.kept import KeptAttention
-from mindspeed_cp.comm.groups import ContextParallelGroups, parts_of
+from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.meter import Traffic, count_bytes
-from mindspeed_cp.comm.posting import Work
+from mindspeed_cp.comm.parts import parts_of
+from mindspeed_cp.comm.posting import Posted, Work
 from mindspeed_cp.comm.workspace import Workspace
 from mindspeed_cp.kernels.base import (
     AttentionKernel,
@@ -72,6 +73,7 @@ class Problem:
 
 
 LONG = 1 << 30  # tokens of a block that is long enough for any kernel
+DEVICES = "dry"
 
 
 @dataclass(frozen=True)
@@ -149,15 +151,21 @@ def _num_bytes(tensor: torch.Tensor) -> int:
 
 @dataclass(frozen=True, eq=False)
 class NotingLink(Link):
-    """A link that packs and unpacks as any other, moves nothing and notes what it would have moved."""
+    """A link that packs and unpacks as any other, moves nothing and notes what it would have moved.
+
+    Args:
+        like: the back end as whose link it transfers; a name that the engine knows nothing of stands for those of
+            devices, which all do the same.
+    """
 
     notes: Notes = field(default_factory=Notes)
+    like: str = DEVICES
 
     @property
     def backend(self) -> str:
-        return "dry"
+        return self.like
 
-    def post(self, ops, purpose):
+    def post(self, ops: Sequence[Posted], purpose: str) -> list[Work]:
         sent, received = (
             {self.global_ranks[op.rank]: _num_bytes(op.tensor) for op in ops if op.how is how}
             for how in (dist.isend, dist.irecv)
@@ -165,11 +173,13 @@ class NotingLink(Link):
         transfer = self.notes.post(sent, received)
         return [Work(transfer, [op.rank], [op.tensor]) for op in ops]
 
-    def _gather_at_once(self, gathered, own, purpose):
+    def _gather_at_once(self, gathered: torch.Tensor, own: torch.Tensor, purpose: str) -> Callable[[], None]:
         moved = {self.global_ranks[rank]: _num_bytes(own) for rank in self.peers}
         return self.notes.post(moved, moved).wait
 
-    def _trade_at_once(self, received, sent, sizes, purpose):
+    def _trade_at_once(
+        self, received: torch.Tensor, sent: torch.Tensor, sizes: list[list[int]], purpose: str
+    ) -> Callable[[], None]:
         even = [sent.numel() // self.size] * self.size
         arriving, leaving = (
             {self.global_ranks[rank]: count[rank] * sent.element_size() for rank in self.peers}
@@ -183,7 +193,7 @@ def shorter_side(block: Block) -> float:
     sides = [(rows.stop - rows.start, cols.stop - cols.start) for rows, cols in block.pieces()]
     if len(sides) == 1:
         return float(min(sides[0]))
-    return sum(rows * cols for rows, cols in sides) / max(sum(max(pair) for pair in sides), 1)
+    return float(sum(rows * cols for rows, cols in sides) / max(sum(max(pair) for pair in sides), 1))
 
 
 @dataclass
@@ -221,7 +231,9 @@ class NotingKernel(AttentionKernel):
         return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def dry_groups(config: ContextParallelConfig, rank: int, stride: int, notes: Notes) -> ContextParallelGroups:
+def dry_groups(
+    config: ContextParallelConfig, rank: int, stride: int, notes: Notes, backend: str = DEVICES
+) -> ContextParallelGroups:
     """The groups of cp_rank ``rank``, with the ranks that ``ContextParallelGroups.build`` would give them."""
     everyone = [place * stride for place in range(config.context_parallel_size)]
     if len(everyone) == 1:
@@ -230,7 +242,8 @@ def dry_groups(config: ContextParallelConfig, rank: int, stride: int, notes: Not
     workspace = Workspace()
 
     def link(ranks: Sequence[int]) -> NotingLink:
-        return NotingLink(cast(Any, None), list(ranks).index(everyone[rank]), tuple(ranks), workspace, notes=notes)
+        place = list(ranks).index(everyone[rank])
+        return NotingLink(cast(Any, None), place, tuple(ranks), workspace, notes=notes, like=backend)
 
     links: dict[str, Any] = {
         name: link(ranks) for name, ranks in parts_of([everyone], ulysses, windows) if everyone[rank] in ranks
@@ -259,7 +272,9 @@ def _forget(leaf: torch.Tensor) -> None:
     leaf.grad = None
 
 
-def dry_call(config: ContextParallelConfig, problem: Problem, rank: int, kernel: NotingKernel) -> DryCall:
+def dry_call(
+    config: ContextParallelConfig, problem: Problem, rank: int, kernel: NotingKernel, backend: str = DEVICES
+) -> DryCall:
     """The call of cp_rank ``rank``; its links note where the kernel notes."""
     layout = problem.layout(config)
     sizes = ((problem.heads, problem.dk), (problem.kv_heads, problem.dk), (problem.kv_heads, problem.dv))
@@ -278,7 +293,7 @@ def dry_call(config: ContextParallelConfig, problem: Problem, rank: int, kernel:
         kernel=kernel,
         fused_update=True,
     )
-    return DryCall(leaves, dry_groups(config, rank, problem.stride, kernel.notes), keywords)
+    return DryCall(leaves, dry_groups(config, rank, problem.stride, kernel.notes, backend), keywords)
 
 
 def trace(config: ContextParallelConfig, problem: Problem, rank: int) -> tuple[Pass, Pass]:

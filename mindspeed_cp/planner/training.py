@@ -69,8 +69,9 @@ class Search:
     note: Callable[[int, int], None] = lambda decided, of: None
 
     def fitting(self, some: Iterable[Split], wanted: Callable[[Candidate], bool] = lambda _: True) -> Iterator[Plan]:
-        """Those that fit, of equals the one that sends less. What attention needs and a policy saves is counted only
-        where the rest leaves room for it.
+        """Those that fit: of each split, recomputation and hierarchy of ranks the fastest setting, and the fastest that
+        leaves a tenth of the memory, of equals the one that sends less. What attention needs and a policy saves is
+        counted only where the rest leaves room for it.
 
         Args:
             wanted: asked for each setting before its memory is counted.
@@ -98,9 +99,13 @@ class Search:
                 step = _step(self.work, split, candidate, recompute, self.cluster)
                 heappush(waiting, (step.seconds, number, Option(split, candidate, recompute, step)))
                 continue
-            alike = split, recompute, f"{option.step.seconds:.9g}"
-            if alike not in seen and (plan := _plan(self.work, option)).memory.total <= self.memory:
-                seen.add(alike)
+            alike = split, recompute, option.attention.config.hierarchy
+            if (*alike, False) in seen:
+                continue
+            plan = _plan(self.work, option)
+            key = (*alike, is_tight(plan, self.memory))
+            if plan.memory.total <= self.memory and key not in seen:
+                seen.add(key)
                 yield plan
 
     def bounds(self, some: Iterable[Split]) -> Iterator[Option]:

@@ -96,6 +96,17 @@ class ContextParallelConfig:
         },
         see="[Batch layouts](batch-layouts.md)",
     )
+    ranks_per_node: int | None = setting(
+        None,
+        flag="--cp-ranks-per-node",
+        help="neighbouring context-parallel ranks that share a node; the balanced layout then keeps the parts of a "
+        "document within one node where it can",
+        rule="read by --cp-batch-layout balanced, and auto where it is that; where ranks are numbered node by node, "
+        "devices of a node / tensor-parallel size",
+        takes="N",
+        least=1,
+        least_means="leave it out where the nodes are not known",
+    )
     window_size: int = setting(
         1,
         flag="--cp-window-size",
@@ -272,7 +283,7 @@ class ContextParallelConfig:
 
     @property
     def _ring_of_window(self) -> int:
-        """The ring that a window divides; asked before the hierarchy, which needs a valid window."""
+        """Size of the ring that a window divides; read before the hierarchy, which needs a valid window."""
         return self.context_parallel_size // (self.ulysses_degree or 1 if self.row.takes_degree else 1)
 
     @property
@@ -297,6 +308,9 @@ class ContextParallelConfig:
             not in (1, "auto")
             and not self._takes_several_steps,
             f"--cp-topology {self.topology} is ignored: neither --cp-kv-exchange nor --cp-in-flight is auto.": unread,
+            f"--cp-ranks-per-node {self.ranks_per_node} is ignored: only the balanced layout of a ring reads it.": (
+                self.ranks_per_node is not None and not self._may_be_balanced
+            ),
             "--cp-log says nothing at --context-parallel-size 1 without --hybrid-context-parallel.": self.log
             and self.context_parallel_size == 1,
         }
@@ -317,13 +331,24 @@ class ContextParallelConfig:
         return window * windows
 
     @property
+    def ring_ranks_per_node(self) -> int | None:
+        """How many ranks of the ring share a node, None where that is not known."""
+        return None if self.ranks_per_node is None else max(1, self.ranks_per_node // self.hierarchy[0])
+
+    @property
+    def _may_be_balanced(self) -> bool:
+        return self.ring_size > 1 and (
+            self.batch_layout == "balanced" or self.batch_layout == "auto" and self.layout_kind == "zigzag"
+        )
+
+    @property
     def causal(self) -> bool:
         """Whether a layer is causal when the batch brings no mask."""
         return self.attention_mask_type != "full"
 
     @property
     def layout_kind(self) -> Literal["contiguous", "zigzag", "document_zigzag", "balanced"]:
-        """The kind that ``batch_layout`` stands for: by itself a causal ring is zigzag, everything else contiguous."""
+        """The kind that ``batch_layout`` stands for; "auto" is zigzag for a causal ring, and contiguous otherwise."""
         if self.batch_layout == "balanced" and self.ring_size == 1:
             return "contiguous"
         if self.batch_layout != "auto":

@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from megatron_version import MINOR as VERSION
 from model_shapes import SHAPES
+
+from mindspeed_cp import pack_documents
 
 
 def has(module):
@@ -120,6 +123,11 @@ CASES = {
     "learnable softmax": Case({"softmax_type": "learnable", "num_query_groups": 2}, steps=2),
 }
 CASES |= {name: Case(**values) for name, values in SHAPES.items()}
+# The first row of these documents, packed by length over four ranks of eight tokens.
+LENGTHS = (3, 20, 5, 9, 4, 2, 11)
+ROW = [LENGTHS[place] for place in pack_documents(LENGTHS, ranks=4, tokens=8)[0]]
+BY_LENGTH = "all of them, packed by length"
+CASES[BY_LENGTH] = Case(DEEPSEEK | PER_TOKEN, documents=(0, *accumulate(ROW)))
 # What is said about them, or why they are refused, when experts are shared by ranks of uneven lengths.
 REMARKABLE = {
     "capacity": Case(MOE | {"moe_expert_capacity_factor": 1.0}),
@@ -130,7 +138,7 @@ REMARKABLE = {
 
 
 def possible(named):
-    """What this version of megatron-core has of these cases."""
+    """Those of the given cases that this version of megatron-core has."""
     absent = {"packed", "padding"} if VERSION < (0, 16) else set()
     absent |= {"softmax"} if VERSION < (0, 15) else set()
     # Megatron itself ends in a TypeError there, without context parallelism too: multi-token prediction without

@@ -23,7 +23,8 @@ LAYER = ["--model", "gpt3-1.3b", "--cp", "4", "--cluster", "a100"]
 def write_index(path, lengths, count=None):
     """An index as Megatron writes it."""
     head = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, len(lengths) if count is None else count, len(lengths) + 1)
-    path.write_bytes(head + np.array(lengths, dtype="<i4").tobytes())
+    places = np.arange(2 * len(lengths) + 1, dtype="<i8")  # of sequences, then numbers of documents
+    path.write_bytes(head + np.array(lengths, dtype="<i4").tobytes() + places.tobytes())
     return str(path)
 
 
@@ -44,9 +45,9 @@ def test_a_dataset_that_the_projects_own_script_wrote_is_read(tmp_path):
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (lambda path: path.write_bytes(b"nothing of the kind, but long enough for one"), "is no index"),
-        (lambda path: write_index(path, [5], count=9), "says 9 sequences and is too short"),
-        (lambda path: write_index(path, [0]), "holds no tokens"),
+        (lambda path: path.write_bytes(b"nothing of the kind, but long enough for one"), "wrong magic"),
+        (lambda path: write_index(path, [5], count=9), "is truncated"),
+        (lambda path: write_index(path, [0]), "counts no documents"),
         (lambda path: None, "cannot be read"),
     ],
 )
@@ -71,6 +72,19 @@ def test_lengths_beyond_all_bounds_fill_the_row():
 def test_every_row_of_a_micro_batch_has_documents_of_its_own():
     first, second = boundaries("uniform:10,100", 512, rows=2)
     assert first[0] == second[0] == 0 and first[-1] == second[-1] == 512 and first != second
+
+
+def test_rows_packed_by_length_hold_documents_of_about_one_length():
+    row, mixed = boundaries("lognormal:4,1.3", 4096, by_length=True), boundaries("lognormal:4,1.3", 4096)
+    for ends in (row, mixed, *boundaries("pareto:100,0.9", 512, rows=2, by_length=True)):
+        assert ends[0] == 0 and ends[-1] in (512, 4096) and all(a < b for a, b in zip(ends, ends[1:]))
+    spread = [np.diff(ends[:-1]).std() / np.diff(ends[:-1]).mean() for ends in (row, mixed)]
+    assert spread[0] < 0.5 * spread[1]
+
+
+def test_packing_without_documents_is_an_error(capsys):
+    assert main("--model llama2-7b --cp 2 --seq-length 1k --pack".split()) != 0
+    assert "--pack shares documents out over rows, and there are none; add --documents" in capsys.readouterr().err
 
 
 def test_documents_favour_the_balanced_layout_which_sends_less():
