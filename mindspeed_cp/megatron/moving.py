@@ -75,7 +75,11 @@ def by_parts(
     parts = contiguous_parts(layout)
     plans = conversion(layout, parts), conversion(parts, layout)
     move = Move(*(partial(exchange_rows, plan=plan, link=link, purpose="tokens") for plan in plans))
-    computed = partial(compute, part=OwnPart(link, parts, documents))
+    part = OwnPart(link, parts, documents)
+
+    def computed(projected: torch.Tensor) -> Inner:
+        return compute(projected, part)
+
     if module.config.sequence_parallel:  # whose rows are gathered by the first projection
         return through(module, hidden, computed, inside=move)
     with adaptor.running(replace(record, layout=parts, moved_from=layout)):
