@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mindspeed_cp.megatron.adaptor import Adaptor
-from mindspeed_cp.megatron.latents import HOLDS_BACK, latents_of, mark, marked
+from mindspeed_cp.megatron.latents import ENDS, HOLDS_BACK, latents_of, mark, marked
 from mindspeed_cp.patches.attention import WITHOUT_TE
 from mindspeed_cp.patches.rows import absent, arguments_of, patch
 
@@ -53,6 +53,7 @@ def te_up_projection(
     return original(self, x, *args, **kwargs) if latents is None else (latents.held_back(x), None)
 
 
+setattr(query_key_value.function, ENDS, True)
 setattr(up_projection.function, HOLDS_BACK, True)
 setattr(te_up_projection.function, HOLDS_BACK, True)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MARK = "context_parallel_latents"  # on an up-projection and a core attention that belong together
 HOLDS_BACK = "holds_latents_back"  # on the forward methods of up-projections that look for the mark
+ENDS = "ends_as_latents"  # on the method that puts queries, keys and values together, of which those are its own
 HEADS = "use --cp-mla-exchange heads"
 
 
@@ -170,6 +171,12 @@ class UpProjected:
             raise AttributeError(name)
         raise _unknown(name)
 
+    def _refuse(self, other: Any) -> Any:
+        raise _unknown("arithmetic")
+
+    # Python looks for these on the class, as the hook of an adapter does that adds its own product.
+    __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __truediv__ = _refuse
+
 
 def _unknown(what: str) -> ValueError:
     return ValueError(
@@ -205,13 +212,18 @@ def _refusal(adaptor: "Adaptor", module: Any) -> str:
     """Why a module cannot send latents, "" where it can."""
     config, linear = module.config, module.linear_kv_up_proj
     bias, weight = getattr(linear, "bias", None), getattr(linear, "weight", None)
-    ours = getattr(type(module.core_attention).forward, "exchanges_context_parallel", False)
+    ours = _calls(module.core_attention, "forward", "exchanges_context_parallel")
     kind, core = type(linear).__name__, type(module.core_attention).__name__
+    autocast = weight is not None and weight.device.type != "meta" and torch.is_autocast_enabled(weight.device.type)
     reasons = {
         f"its core attention is a {core}, which this project does not compute": not ours,
-        f"its up-projection is a {kind}, which may do more than a matrix product": not getattr(
-            type(linear).forward, HOLDS_BACK, False
+        f"its up-projection is a {kind}, which may do more than a matrix product": not _calls(
+            linear, "forward", HOLDS_BACK
         ),
+        f"get_query_key_value_tensors of {type(module).__name__} may do more to keys and values than Megatron": not (
+            _calls(module, "get_query_key_value_tensors", ENDS)
+        ),
+        "autocast computes its up-projection in another type than the weight has": autocast,
         "its up-projection has a bias": bias is not None and bias.numel() > 0,
         "its up-projection is computed in fp8 or fp4, and keys and values would be made in another type": bool(
             getattr(config, "fp8", None) or getattr(config, "fp4", None)
@@ -225,6 +237,12 @@ def _refusal(adaptor: "Adaptor", module: Any) -> str:
         "micro-batches of several context-parallel sizes share the module": bool(adaptor.sizes),
     }
     return next((why for why, holds in reasons.items() if holds), "")
+
+
+def _calls(module: Any, method: str, attribute: str) -> bool:
+    """Whether a method of ``module`` is one with this attribute, of its class and not put in front of that."""
+    found = getattr(type(module), method, None)
+    return method not in vars(module) and bool(getattr(found, attribute, False))
 
 
 def mark(module: Any, latents: Latents | None) -> None:

@@ -19,7 +19,9 @@ from mindspeed_cp.sequence.slice_mask import slices_mask
 
 KEYS = ("attention_slices", "prefix_lengths")
 ROTARY = "rotary_position_ids"
-STATE_SPACE_MODELS = ("MambaModel", "HybridModel")
+# Models, layers and Megatron's names for those of a GPTModel (experimental_attention_variant).
+WITH_STATES = {"MambaModel", "HybridModel", "MambaMixer", "GatedDeltaNet", "gated_delta_net"}
+SPARSE = {"DSAttention", "dsa"}
 
 
 def brings_slices(batch: Mapping[str, Any], image_token_id: int | None) -> bool:
@@ -111,19 +113,38 @@ def _places(position_ids: torch.Tensor | None, rows: int, seq_len: int) -> Place
     return None if found == [((0, seq_len),)] else tuple(found)
 
 
-def check_positions(model: Any, record: MicroBatch) -> None:
-    """Raise ValueError where parts of ``model`` take neighbouring rows for neighbouring tokens, and they are not."""
-    if record.places is None:
+def check_layers(model: Any, record: MicroBatch) -> None:
+    """Raise ValueError where layers of ``model`` do not see what the slices of its batch say, or take neighbouring rows
+    for neighbouring tokens, and they are not.
+    """
+    if record.slices is None:
         return
-    config, reason = model.config, ""
-    if getattr(config, "window_size", None) is not None:
-        reason = "window_size counts rows; use full attention"
-    elif getattr(config, "mtp_num_layers", None):
-        reason = "multi-token prediction takes the next row for the next token; leave out --mtp-num-layers"
-    elif type(model).__name__ in STATE_SPACE_MODELS:
-        reason = "state-space layers go from row to row; pass the sequences one by one"
+    name, layers = type(model).__name__, _layers(model)
+    if layers & SPARSE:
+        raise ValueError(
+            f"the batch says by slices what its tokens see, and sparse attention (DSAttention) of {name} is causal "
+            "whatever they say; leave attention_slices, prefix_lengths and image_token_id out."
+        )
+    reason = _order_of_rows(model.config, layers) if record.places is not None else ""
     if reason:
         raise ValueError(
             f"{ROTARY} of the batch say that its rows are no sequence in order, such as a tree of shared prefixes, and "
-            f"in {type(model).__name__} {reason}, or pack sequences without common prefixes (cu_seqlens)."
+            f"in {name} {reason}, or pack sequences without common prefixes (cu_seqlens)."
         )
+
+
+def _order_of_rows(config: Any, layers: set[str]) -> str:
+    """What takes neighbouring rows for neighbouring tokens, and the way out; "" where nothing does."""
+    if getattr(config, "window_size", None) is not None:
+        return "window_size counts rows; use full attention"
+    if getattr(config, "mtp_num_layers", None):
+        return "multi-token prediction takes the next row for the next token; leave out --mtp-num-layers"
+    if layers & WITH_STATES:
+        return "layers with a state go from row to row; pass the sequences one by one"
+    return ""
+
+
+def _layers(model: Any) -> set[str]:
+    """Class names of a model and its modules, and the variant of attention that all of its stages name."""
+    variant = getattr(model.config, "experimental_attention_variant", None)
+    return {type(module).__name__ for module in model.modules()} | ({variant} if variant else set())

@@ -177,6 +177,10 @@ def said():
         lambda: losses_of(build(2), lost),
         lambda: losses_of(build(2, window_size=(3, 0)), split(dict(tree))),
         lambda: losses_of(_with(build(2), mtp_num_layers=1), split(dict(tree))),
+        lambda: losses_of(_with(build(2), experimental_attention_variant="gated_delta_net"), split(dict(tree))),
+        lambda: losses_of(
+            _with(build(2), experimental_attention_variant="dsa"), split({**batch, "attention_slices": slices})
+        ),
     ):
         try:
             wrong()

@@ -44,14 +44,30 @@ class Another(torch.nn.Module):
     pass
 
 
-def module(core=Ours, linear=Ours, bias=None, config=(), **attributes):
+class Attention(SimpleNamespace):
     """Megatron's MLASelfAttention as far as it is read."""
+
+    def get_query_key_value_tensors(self):
+        pass
+
+    get_query_key_value_tensors.ends_as_latents = True
+
+
+class Changing(Attention):
+    def get_query_key_value_tensors(self):
+        pass
+
+
+def module(core=Ours, linear=Ours, bias=None, config=(), kind=Attention, forward=None, **attributes):
+    """An attention module; ``forward`` is put in front of its up-projection's."""
     settings = dict(qk_head_dim=128, qk_pos_emb_head_dim=64, v_head_dim=128, apply_rope_fusion=False, fp8=None)
     up = linear()
     up.weight, up.bias = torch.empty(16 * 256, 512, device="meta"), bias
+    if forward is not None:
+        up.forward = forward
     for name, value in attributes.items():
         setattr(up.weight if name.startswith("__") else up, name, value)
-    return SimpleNamespace(
+    return kind(
         config=SimpleNamespace(**(settings | dict(config))),
         core_attention=core(),
         linear_kv_up_proj=up,
@@ -72,6 +88,8 @@ def travels(given, exchange="latent", cp=4, sizes=(), **settings):
 REFUSED = {
     "core attention is a Another": module(core=Another),
     "up-projection is a Another, which may do more": module(linear=Another),
+    "up-projection is a Ours, which may do more": module(forward=lambda latent: latent),
+    "get_query_key_value_tensors of Changing may do more": module(kind=Changing),
     "has a bias": module(bias=torch.zeros(3)),
     "in fp8 or fp4": module(config={"fp8": "hybrid"}),
     "--delay-wgrad-compute takes": module(config={"delay_wgrad_compute": True}),
@@ -88,6 +106,17 @@ def test_what_cannot_send_latents_is_refused_where_they_are_asked_for_and_sends_
     with pytest.warns(UserWarning, match=f"auto sends heads: .*{says}"):
         assert travels(REFUSED[says], "auto") is None
     assert travels(REFUSED[says], "heads") is None
+
+
+def test_autocast_sends_heads_for_its_types_are_not_those_of_the_weight():
+    given = module()
+    given.linear_kv_up_proj.weight = torch.empty(16 * 256, 512)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(ValueError, match="autocast computes its up-projection .*; use --cp-mla-exchange heads"):
+            travels(given)
+        with pytest.warns(UserWarning, match="auto sends heads: autocast"):
+            assert travels(given, "auto") is None
+    assert travels(given, "auto") is not None
 
 
 def test_a_module_sends_latents_where_that_is_asked_for_or_worth_it():
@@ -116,6 +145,8 @@ def test_what_is_held_back_goes_through_megatrons_steps_and_ends_as_what_travels
     "step",
     [
         lambda made: torch.ones(1) + made,
+        lambda made: made + torch.ones(1),
+        lambda made: made * 1.5,
         lambda made: made.view(2, 16 * 256),
         lambda made: made.permute(1, 0, 2),
         lambda made: made.contiguous(),

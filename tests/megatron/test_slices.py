@@ -44,6 +44,8 @@ def test_what_contradicts_slices_is_refused_with_a_way_out(ranks, setup):
         "state().running(record)",
         "use full attention",
         "leave out --mtp-num-layers",
+        "pass the sequences one by one",
+        "leave attention_slices, prefix_lengths and image_token_id out",
     )
     for rank in ranks:
         for way_out, message in zip(ways_out, rank[setup]["said"], strict=True):
