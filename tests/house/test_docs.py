@@ -249,8 +249,9 @@ def test_both_languages_have_the_same_structure_and_the_same_code(english, chine
     assert formulas[0] == formulas[1]
 
 
-def test_the_page_on_launching_has_the_presets_and_every_key_of_the_yaml_file():
-    page = text_of("docs/launching.md")
+@pytest.mark.parametrize("page", ["docs/launching.md", "docs/zh-CN/launching.md"])
+def test_the_page_on_launching_has_the_presets_and_every_key_of_the_yaml_file(page):
+    page = text_of(page)
     presets = re.findall(
         r"(\w+)\) SEQ_LENGTH=\d+ preset=\((\d+) (\w+) (\S+) (\d+)\)", text_of("scripts/launch/common.sh")
     )
