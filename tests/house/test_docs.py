@@ -227,6 +227,14 @@ def test_the_page_of_versions_has_the_table_that_everything_goes_by():
     assert PINNED["torch"] == versions.TORCH and PINNED["megatron-core"] == versions.DEFAULT
 
 
+def test_the_chinese_page_of_versions_has_the_same_versions():
+    page = text_of("docs/zh-CN/versions.md")
+    rows = [f"| {row.version} | {' 到 '.join(row.pythons)} |" for row in versions.MEGATRONS]
+    rows += [f"| Python | {'、'.join(versions.PYTHONS)} |", f"| torch | {versions.LOWEST_TORCH} 到 {versions.TORCH} |"]
+    assert [row for row in rows if row not in page] == []
+    assert len(re.findall(r"^\| \d", page, re.M)) == len(versions.MEGATRONS)
+
+
 def version_key(text):
     return [int(number) for number in re.findall(r"\d+", text)]
 
