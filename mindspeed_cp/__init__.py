@@ -16,6 +16,7 @@ if not (Path(__file__).parent / "patches").is_dir():
 
 if TYPE_CHECKING:
     from mindspeed_cp.attention.entry import context_parallel_attention
+    from mindspeed_cp.attention.expansion import LatentExpansion
     from mindspeed_cp.attention.kept import KeptAttention
     from mindspeed_cp.attention.ulysses_attention import (
         DefaultGatherSizeCalculator,
@@ -37,6 +38,7 @@ __all__ = [
     "DynamicGatherSizeCalculator",
     "GatherSizeCalculator",
     "KeptAttention",
+    "LatentExpansion",
     "SequenceLayout",
     "TrainingSetup",
     "UlyssesContextAttention",
@@ -47,6 +49,7 @@ __all__ = [
     "shard_batch",
 ]
 _HOMES = (
+    "mindspeed_cp.attention.expansion",
     "mindspeed_cp.attention.kept",
     "mindspeed_cp.attention.ulysses_attention",
     "mindspeed_cp.attention.entry",

@@ -20,6 +20,7 @@ from mindspeed_cp.patches import (
     building,
     dynamic,
     experts,
+    latent_attention,
     legacy,
     losses,
     models,
@@ -38,7 +39,7 @@ from mindspeed_cp.patches.machine import checkout, choice, cpu, libraries, npu, 
 from mindspeed_cp.patches.manager import Patch, PatchRow
 from mindspeed_cp.patches.rows import patches_of
 
-PROCESS = (attention, process_groups, batches, models, pipeline, dynamic, recompute)
+PROCESS = (attention, latent_attention, process_groups, batches, models, pipeline, dynamic, recompute)
 MODELS = (building, rotary, positions, experts, multi_token_prediction, state_space)
 TRAINING = (losses, step_log, training, legacy)
 # What an area is for; the order of the areas on the screen.

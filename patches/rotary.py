@@ -1,6 +1,7 @@
 """Patches of rotary position embeddings: each rank's part by the layout, for any length and for packed documents."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
@@ -29,10 +30,9 @@ def forget_cached_embeddings() -> None:
     """Megatron keeps the last 32 embeddings per length; they are wrong after the layout has changed."""
     for path in (ROTARY, YARN):
         module, _, name = path.rpartition(".")
-        try:
-            forward = getattr(importlib.import_module(module), name).forward
-        except ImportError:  # Megatron is not there, and so has cached nothing
+        if module not in sys.modules:  # what nobody has imported has cached nothing
             continue
+        forward = getattr(sys.modules[module], name).forward
         if hasattr(forward, "cache_clear"):
             forward.cache_clear()
 

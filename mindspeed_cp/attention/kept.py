@@ -41,6 +41,7 @@ class Stamp(NamedTuple):
     masks: tuple[IntervalMask, ...]
     dense_mask: torch.Size | None
     num_rounds: int
+    expands: bool
 
 
 @dataclass(frozen=True)

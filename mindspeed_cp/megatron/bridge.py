@@ -15,6 +15,7 @@ import torch
 
 from mindspeed_cp.attention.entry import context_parallel_attention
 from mindspeed_cp.attention.exchanged import Exchanged
+from mindspeed_cp.attention.expansion import Expansion
 from mindspeed_cp.attention.gather_size import calculator_named
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.megatron.batches import record_of_length
@@ -41,6 +42,7 @@ class CoreAttention:
         dropout_p: 0 outside training.
         window: (left, right) of a sliding window, None without.
         softmax_offset: (n,) attention sinks, or None.
+        expand: makes keys and values of what the module was called with; None where that is keys and values.
         rng: () -> context manager inside which dropout draws its seed.
     """
 
@@ -50,6 +52,7 @@ class CoreAttention:
     dropout_p: float = 0.0
     window: tuple[int, int] | None = None
     softmax_offset: torch.Tensor | None = None
+    expand: Expansion | None = None
     rng: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
@@ -224,6 +227,7 @@ def _attend(call: Call, record: MicroBatch, *, causal: bool, mask: torch.Tensor 
             softmax_offset=core.softmax_offset,
             fused_update=adaptor.settings.fused_update,
             kept=adaptor.kept,
+            expand=core.expand,
         )
 
 

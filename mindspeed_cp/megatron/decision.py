@@ -59,6 +59,7 @@ class Settings:
         undecided: what is still to be decided; None once ``configure`` has decided everything.
         compared: flag -> value of what must be equal on all ranks, beside the configuration.
         program: the program whose flags they are; it ends with one line where a script gets an exception.
+        by_mindspeed: they came through MindSpeed, with its default algorithm.
     """
 
     config: ContextParallelConfig | None = None
@@ -71,6 +72,7 @@ class Settings:
     undecided: OpenDecision | None = field(default_factory=OpenDecision)
     compared: Mapping[str, str] = field(default_factory=dict)
     program: str = ""
+    by_mindspeed: bool = False
 
     @property
     def is_decided(self) -> bool:
@@ -104,7 +106,7 @@ class Settings:
         self.documents_from_position_ids, self.end_of_document = resolved.documents_from_position_ids, None
         # Frameworks that name no layout cut whole rows as Megatron does.
         self.declared = (resolved.declared_layout or "zigzag") if decision.settings.values else None
-        self.undecided = decision
+        self.undecided, self.by_mindspeed = decision, decision.settings.default_algorithm is not None
 
     def config_of_size(self, cp_size: int) -> ContextParallelConfig:
         """The configuration of a group of so many ranks: what was configured, fitted to the size where it differs."""

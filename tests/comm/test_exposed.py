@@ -12,7 +12,8 @@ from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.attention.exchange_model import rows_sent
 from mindspeed_cp.attention.ring_plan import ring_plan
 from mindspeed_cp.comm.schedule import RingPlace
-from mindspeed_cp.planner.trace import Compute, Post, Problem, Wait, trace
+from mindspeed_cp.planner.events import Compute, Post, Wait
+from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.sequence.masks import interval_masks
 
 PROBLEM = Problem(seq_len=256, heads=16, kv_heads=8, dk=4, dv=4)

@@ -11,10 +11,11 @@ from setups import SOME_SIZES, drawn
 from mindspeed_cp import ContextParallelConfig, cli
 from mindspeed_cp.plan import main
 from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
+from mindspeed_cp.planner.events import Compute, Post, Wait
 from mindspeed_cp.planner.models import MODELS
 from mindspeed_cp.planner.search import hiding_tokens, timeline, variants
 from mindspeed_cp.planner.split import Split, Work
-from mindspeed_cp.planner.trace import Compute, Post, Problem, Wait, shorter_side, trace
+from mindspeed_cp.planner.trace import Problem, shorter_side, trace
 from mindspeed_cp.planner.training import attention
 from mindspeed_cp.sequence.blocks import Block
 
