@@ -258,6 +258,14 @@ def test_both_languages_have_the_same_structure_and_the_same_code(english, chine
     assert formulas[0] == formulas[1]
 
 
+@pytest.mark.parametrize("english, chinese", TRANSLATIONS.items())
+def test_each_language_of_a_page_begins_with_a_link_to_the_other(english, chinese):
+    for page, other in ((english, chinese), (chinese, english)):
+        top = "\n".join(text_of(page).splitlines()[:4])
+        links = [((ROOT / page).parent / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)\)", top)]
+        assert (ROOT / other).resolve() in links
+
+
 @pytest.mark.parametrize("page", ["docs/launching.md", "docs/zh-CN/launching.md"])
 def test_the_page_on_launching_has_the_presets_and_every_key_of_the_yaml_file(page):
     page = text_of(page)
