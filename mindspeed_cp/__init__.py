@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mindspeed_cp.sequence.layout import SequenceLayout
     from mindspeed_cp.sequence.packing import pack_documents
     from mindspeed_cp.sequence.sharding import gather_sequence, shard_batch
+    from mindspeed_cp.sequence.trees import PackedTree, pack_tree
     from mindspeed_cp.settings.config import ContextParallelConfig
     from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
@@ -39,12 +40,14 @@ __all__ = [
     "GatherSizeCalculator",
     "KeptAttention",
     "LatentExpansion",
+    "PackedTree",
     "SequenceLayout",
     "TrainingSetup",
     "UlyssesContextAttention",
     "context_parallel_attention",
     "gather_sequence",
     "pack_documents",
+    "pack_tree",
     "resolve",
     "shard_batch",
 ]
@@ -59,6 +62,7 @@ _HOMES = (
     "mindspeed_cp.sequence.layout",
     "mindspeed_cp.sequence.packing",
     "mindspeed_cp.sequence.sharding",
+    "mindspeed_cp.sequence.trees",
 )
 
 

@@ -191,6 +191,7 @@ def configure(
     kernel: str | None = None,
     documents_from_position_ids: bool = False,
     end_of_document: int | Callable[[], int] | None = None,
+    image_token_id: int | None = None,
 ) -> TrainingSetup | None:
     """Set the configuration for scripts without Megatron's flags; call it before initialize_model_parallel.
 
@@ -201,6 +202,8 @@ def configure(
         documents_from_position_ids: position ids that start again at 0 begin a document when the batch has no mask.
         end_of_document: a token, or a function that returns it when a batch is split: a document ends behind each such
             token when the batch has no mask.
+        image_token_id: the token that stands for a part of an image: those that follow each other see each other, while
+            text stays causal. The batch must have no mask.
 
     Returns:
         The setup after all fallbacks, None without one.
@@ -220,6 +223,7 @@ def configure(
         kernel=kernel,
         documents_from_position_ids=documents_from_position_ids,
         end_of_document=end_of_document,
+        image_token_id=image_token_id,
     )
     return setup
 

@@ -153,6 +153,7 @@ def local_forward(
     width = self.num_attention_heads_per_partition * value.shape[-1]
     asked = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, **kwargs}
     theirs = packed_seq_params is None and width == self.hidden_size_per_partition
+    theirs = theirs and not _has_slices(adaptor)
     if _is_alone(self) and not adaptor.sizes and theirs and not _takes_the_kernel(adaptor, query, key, attention_bias):
         return original(self, query, key, value, attention_mask, **asked, packed_seq_params=packed_seq_params)
     # Query-key layer scaling divides, then multiplies.
@@ -180,7 +181,7 @@ def te_forward(
     **kwargs: Any,
 ) -> torch.Tensor:
     asked = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, **kwargs}
-    if _is_alone(self) and not adaptor.sizes:
+    if _is_alone(self) and not adaptor.sizes and not _has_slices(adaptor):
         return original(self, query, key, value, attention_mask, **asked, packed_seq_params=packed_seq_params)
     scale = query.shape[-1] ** -0.5 if self.asked_softmax_scale is None else self.asked_softmax_scale
     core = _described(self, attn_mask_type, scale, self.asked_dropout)
@@ -216,6 +217,11 @@ def _is_alone(module: Any) -> bool:
     return bool(module.config.context_parallel_size == 1)
 
 
+def _has_slices(adaptor: Adaptor) -> bool:
+    """Whether the batch that runs says by slices what its tokens see."""
+    return adaptor.active is not None and adaptor.active.slices is not None
+
+
 def _attended(
     adaptor: Adaptor,
     module: Any,
@@ -230,6 +236,11 @@ def _attended(
     if asked["attention_bias"] is not None:
         raise ValueError(
             "attention_bias is not supported with context parallelism; leave it out, or use --context-parallel-size 1."
+        )
+    if getattr(module, "attention_type", "self") == "cross" and _has_slices(adaptor):
+        raise ValueError(
+            f"cross attention of layer {module.layer_number} runs in a batch with slices, which say what tokens of one "
+            "sequence see of it; leave attention_slices, prefix_lengths and image_token_id out."
         )
     active = adaptor.active
     scope = active.scope if adaptor.sizes and active is not None and active.scope else adaptor.scope_of(module)

@@ -18,7 +18,7 @@ from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions, MemoryOrder
 from mindspeed_cp.sequence.cache import kept_up_to
 from mindspeed_cp.sequence.layout import SequenceLayout
-from mindspeed_cp.sequence.masks import dense_mask, interval_masks
+from mindspeed_cp.sequence.masks import GivenSlices, attention_masks, dense_mask
 from mindspeed_cp.sequence.runs import positions
 from mindspeed_cp.settings.config import ContextParallelConfig
 
@@ -44,6 +44,7 @@ def context_parallel_attention(
     fused_update: bool = False,
     kept: KeptAttention | None = None,
     expand: Expansion | None = None,
+    attention_slices: GivenSlices = None,
 ) -> torch.Tensor:
     """Attention over a sequence that is split over the ranks of a context-parallel group; every rank of it calls this.
 
@@ -70,6 +71,19 @@ def context_parallel_attention(
         expand: makes keys and values of ``key`` and ``value``, which then have one head each of its ``widths``, such as
             the latent of multi-latent attention (LatentExpansion). They travel as they are, or as what is made of them
             (``config.mla_exchange``); its parameters get the gradient of this rank's queries.
+        attention_slices: ((first query, last + 1), (first key, last + 1), kind) of global positions, which together say
+            what queries see, whatever the mask type: no other pair is seen, and a query that is in no slice gives 0. A
+            window, documents and a dense mask hide more. One list for all rows of the batch, or one for each. Kinds
+            (rows are queries, x is seen)::
+
+                full      causal    inverse   band
+                x x x x   x x . .   x x x x   x x . .
+                x x x x   x x x .   . x x x   . x x .
+                x x x x   x x x x   . . x x   . . x x
+
+            causal ends in the lower right corner (MagiAttention's CAUSAL): the last query sees every key, each one
+            before it a key less. inverse begins in the upper left one (INVCAUSAL): the first query sees every key, each
+            one after it begins a key later. band is both (BICAUSAL), and empty with more queries than keys.
 
     Returns:
         (seq_local, batch, heads, dv) in the query's dtype; float64, float32, float16 and bfloat16.
@@ -91,7 +105,7 @@ def context_parallel_attention(
         kernel = "blockwise"  # fused kernels divide by the probability of keeping
     chosen = select_kernel(kernel, query.device.type) if kernel is None or isinstance(kernel, str) else kernel
     causal = config.causal and not (config.attention_mask_type == "general" and attention_mask is not None)
-    masks = interval_masks(causal, layout.seq_len, query.shape[1], cu_seqlens, sliding_window)
+    masks = attention_masks(causal, layout.seq_len, query.shape[1], cu_seqlens, sliding_window, attention_slices)
     policy = config.kv_cache_policy_for(layer_number)
     differentiates = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (query, key, value, *parameters)

@@ -6,7 +6,7 @@ from mindspeed_cp.attention.expansion import Expansion
 from mindspeed_cp.attention.ring_plan import ring_plan
 from mindspeed_cp.comm.groups import ContextParallelGroups, Linkage
 from mindspeed_cp.sequence.layout import SequenceLayout
-from mindspeed_cp.sequence.staircases import IntervalMask
+from mindspeed_cp.sequence.slice_mask import SliceMask
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 Exchange = Literal["ring", "direct", "mesh", "allgather"]
@@ -20,7 +20,7 @@ def exchange_for(
     config: ContextParallelConfig,
     groups: ContextParallelGroups,
     layout: SequenceLayout,
-    masks: tuple[IntervalMask, ...],
+    masks: tuple[SliceMask, ...],
     dense: bool,
 ) -> Exchange:
     """The exchange of a call. "auto" is the mesh exchange where each pair of ranks has a link of its own, else direct

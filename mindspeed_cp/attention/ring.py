@@ -31,8 +31,9 @@ from mindspeed_cp.comm.meter import note_area
 from mindspeed_cp.comm.schedule import RingPlace, Step
 from mindspeed_cp.kernels.base import AttentionKernel, AttentionRows, BlockTensors, KernelOptions, MemoryOrder
 from mindspeed_cp.sequence.layout import SequenceLayout
-from mindspeed_cp.sequence.runs import positions
-from mindspeed_cp.sequence.staircases import IntervalMask
+from mindspeed_cp.sequence.runs import Runs, length, positions
+from mindspeed_cp.sequence.slice_mask import SliceMask
+from mindspeed_cp.sequence.staircases import bounds_of_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class RingProblem:
 
     Args:
         layout: which global positions each ring rank holds.
-        masks: one IntervalMask for all rows of the batch, or one for each.
+        masks: what queries may see, one for all rows of the batch, or one for each.
         dense_mask: None or bool (1 or batch, S, S), True = masked out, on top of them.
         exchange: how keys and values travel.
         keep: which received keys and values forward keeps; backward communicates the others again.
@@ -52,7 +53,7 @@ class RingProblem:
 
     groups: ContextParallelGroups
     layout: SequenceLayout
-    masks: tuple[IntervalMask, ...]
+    masks: tuple[SliceMask, ...]
     kernel: AttentionKernel
     options: KernelOptions
     exchange: Literal["ring", "direct", "mesh", "allgather"] = "ring"
@@ -111,11 +112,11 @@ class RingProblem:
         """The dense mask of this rank's queries against a step's keys, intervals included; None without one."""
         if self.dense_mask is None:
             return None
-        device = self.dense_mask.device
+        device, query_runs = self.dense_mask.device, self.layout.ring_runs(self.rank)
         key_runs = self.channel.mesh[step.place - 1].keys if step.source is None else self.layout.ring_runs(step.source)
-        queries, keys = (positions(runs, device) for runs in (self.layout.ring_runs(self.rank), key_runs))
+        queries, keys = (positions(runs, device) for runs in (query_runs, key_runs))
         hidden = self.dense_mask[:, queries][:, :, keys]
-        return hidden | torch.stack([_interval_hidden(queries, keys, mask) for mask in self.masks])
+        return hidden | torch.stack([_hidden(query_runs, key_runs, mask, device) for mask in self.masks])
 
     def arrived(
         self, rows: Tensors, tasks: tuple[Task, ...], expansion: Expansion | None, sums: Sums = ()
@@ -133,17 +134,13 @@ class RingProblem:
         return (GradientReturn if self.mesh is None else MeshReturn)(self.channel, own, like)
 
 
-def _interval_hidden(queries: torch.Tensor, keys: torch.Tensor, mask: IntervalMask) -> torch.Tensor:
-    """Bool (queries, keys): hidden by the interval mask. Only beside a dense mask, which is that large already."""
-    offset = keys - queries.unsqueeze(1)
-    hidden = torch.zeros_like(offset, dtype=torch.bool)
-    if mask.right is not None:
-        hidden |= offset > mask.right
-    if mask.left is not None:
-        hidden |= offset < -mask.left
-    if mask.cu_seqlens is not None:
-        ends = torch.tensor(mask.cu_seqlens[1:], device=queries.device)
-        hidden |= torch.bucketize(queries, ends, right=True).unsqueeze(1) != torch.bucketize(keys, ends, right=True)
+def _hidden(query_runs: Runs, key_runs: Runs, mask: SliceMask, device: torch.device) -> torch.Tensor:
+    """Bool (queries, keys): hidden by the mask. Only beside a dense mask, which is that large already."""
+    columns = torch.arange(length(key_runs), device=device)
+    hidden = torch.ones(length(query_runs), len(columns), dtype=torch.bool, device=device)
+    for bounds in bounds_of_rows(query_runs, key_runs, mask):
+        lo, hi = (torch.from_numpy(bound).to(device).unsqueeze(1) for bound in bounds)
+        hidden &= (columns < lo) | (columns >= hi)
     return hidden
 
 
@@ -295,7 +292,8 @@ def ring_backward(
     """
     first = problem.steps[0]
     alone = problem.layout.ring_size == 1 and expansion is None
-    if alone and len(tasks := problem.tasks(query, first)) == 1 and tasks[0].is_whole:
+    tasks = problem.tasks(query, first) if alone else ()
+    if len(tasks) == 1 and tasks[0].covers(query.shape[0], saved.tensors[0].shape[0]):
         mask, (key, value) = problem.mask_against(first), saved.tensors
         tensors = BlockTensors(tasks[0].block, query, key, value, mask)
         return problem.kernel.backward(tensors, AttentionRows(grad_out, out, lse), problem.options, saved.blocks[0])

@@ -22,6 +22,7 @@ def configure(
     kernel: str | None = None,
     documents_from_position_ids: bool = False,
     end_of_document: int | Callable[[], int] | None = None,
+    image_token_id: int | None = None,
 ) -> None:
     """Set the configuration; groups that exist follow it.
 
@@ -33,7 +34,7 @@ def configure(
     settings.config, settings.setup, settings.kernel, settings.undecided = config, setup, kernel, None
     settings.by_mindspeed = is_here()
     settings.documents_from_position_ids = documents_from_position_ids
-    settings.end_of_document, settings.declared = end_of_document, None
+    settings.end_of_document, settings.image_token_id, settings.declared = end_of_document, image_token_id, None
     _follow(adaptor)
 
 

@@ -14,7 +14,7 @@ from mindspeed_cp.attention.ring_plan import ring_plan
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.events import Compute, Event, Post, Product
 from mindspeed_cp.planner.trace import Problem, trace
-from mindspeed_cp.sequence.masks import interval_masks
+from mindspeed_cp.sequence.masks import attention_masks
 from mindspeed_cp.settings.algorithms import ALGORITHMS
 from mindspeed_cp.settings.config import (
     KV_CACHE_POLICIES,
@@ -283,20 +283,22 @@ def _timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) ->
 
 
 def traced_ranks(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> list[int]:
-    """All ranks of a small group. Of a large group: the first, the last, the last of the first node; with documents,
-    which load ranks unevenly, also those that compute the most and those that send or receive the most.
+    """All ranks of a small group. Of a large group: the first, the last, the last of the first node; with documents
+    or slices, which load ranks unevenly, also those that compute the most and those that send or receive the most.
     """
     cp = config.context_parallel_size
     if cp <= 4:
         return list(range(cp))
     some = {0, min(max(cluster.devices_per_node // problem.stride, 1), cp) - 1, cp - 1}
-    return sorted(some | _busiest(config, problem, cluster) if problem.cu_seqlens is not None else some)
+    uneven = problem.cu_seqlens is not None or problem.attention_slices is not None
+    return sorted(some | _busiest(config, problem, cluster) if uneven else some)
 
 
 def _busiest(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> set[int]:
     """The rank with the largest attention area, and those whose rows travel furthest."""
     layout, degree, ranks = problem.layout(config), config.hierarchy[0], range(config.ring_size)
-    masks = interval_masks(config.causal, problem.seq_len, problem.batch, problem.cu_seqlens, problem.sliding_window)
+    given = problem.cu_seqlens, problem.sliding_window, problem.attention_slices
+    masks = attention_masks(config.causal, problem.seq_len, problem.batch, *given)
     direct = config.kv_exchange == "direct"
     plan = ring_plan(layout, masks, True, exact=direct)
     found = {max(ranks, key=lambda rank: plan.area(rank, problem.batch))}

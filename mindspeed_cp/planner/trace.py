@@ -33,6 +33,7 @@ from mindspeed_cp.kernels.base import (
 from mindspeed_cp.planner.events import Compute, Notes, Pass, Product
 from mindspeed_cp.sequence.blocks import Block
 from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.sequence.slice_mask import AttentionSlices
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 
@@ -43,6 +44,7 @@ class Problem:
     Args:
         heads, kv_heads: of a tensor-parallel rank.
         cu_seqlens: document boundaries with the leading 0 and the total, those of every row where they differ, or None.
+        attention_slices: what queries see, in one list for all rows, or None where mask type and documents say it.
         windowed: (tokens that a query sees, share of the layers that are so limited), of models that mix both kinds.
         latent: (elements of the keys' rotated part, of the latent), of multi-latent attention.
         is_pipeline: of which the first stage alone knows where documents end.
@@ -63,6 +65,7 @@ class Problem:
     stride: int = 1
     layer_number: int = 1
     is_pipeline: bool = False
+    attention_slices: AttentionSlices | None = None
 
     @property
     def layout_documents(self) -> tuple[int, ...] | None:
@@ -72,7 +75,8 @@ class Problem:
         return self.cu_seqlens
 
     def layout(self, config: ContextParallelConfig) -> SequenceLayout:
-        return SequenceLayout.build(config, self.seq_len, self.layout_documents)
+        slices = None if self.is_pipeline else self.attention_slices
+        return SequenceLayout.build(config, self.seq_len, self.layout_documents, slices)
 
     def expansion(self, config: ContextParallelConfig, notes: "Notes", local_tokens: int = 0) -> "Expansion | None":
         """What makes keys and values of what travels; None where they travel themselves.
@@ -288,6 +292,7 @@ def dry_call(
         kernel=kernel,
         fused_update=True,
         expand=expansion,
+        attention_slices=problem.attention_slices,
     )
     return DryCall(leaves, dry_groups(config, rank, problem.stride, kernel.notes, backend), keywords)
 
