@@ -18,6 +18,7 @@ from mindspeed_cp.patches import (
     attention,
     batches,
     building,
+    delta_net,
     dynamic,
     experts,
     latent_attention,
@@ -30,6 +31,7 @@ from mindspeed_cp.patches import (
     process_groups,
     recompute,
     rotary,
+    sparse_attention,
     state_space,
     step_log,
     training,
@@ -40,7 +42,7 @@ from mindspeed_cp.patches.manager import Patch, PatchRow
 from mindspeed_cp.patches.rows import patches_of
 
 PROCESS = (attention, latent_attention, process_groups, batches, models, pipeline, dynamic, recompute)
-MODELS = (building, rotary, positions, experts, multi_token_prediction, state_space)
+MODELS = (building, rotary, positions, experts, multi_token_prediction, state_space, delta_net, sparse_attention)
 TRAINING = (losses, step_log, training, legacy)
 # What an area is for; the order of the areas on the screen.
 TITLES = {

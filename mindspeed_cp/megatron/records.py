@@ -42,6 +42,7 @@ class MicroBatch:
             documents say it.
         places: the rotary position ids of a batch with slices, different rows once; None when they count from 0 to the
             end.
+        moved_from: the layout of the batch, while layers that want another run.
     """
 
     layout: SequenceLayout
@@ -51,6 +52,7 @@ class MicroBatch:
     split_after: int = field(default=0, compare=False)
     slices: Slices | None = None
     places: Places | None = None
+    moved_from: SequenceLayout | None = field(default=None, compare=False)
 
     @property
     def seq_len(self) -> int:

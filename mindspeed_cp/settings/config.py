@@ -25,6 +25,7 @@ KVCachePolicy = Literal["full", "half"]
 KVExchange = Literal["ring", "direct", "mesh", "auto"]
 Topology = Literal["auto", "mesh", "switch", "nodes"]
 P2P = Literal["auto", "batch", "isend"]
+LinearExchange = Literal["heads", "state"]
 BatchLayout = Literal["auto", "contiguous", "zigzag", "document_zigzag", "balanced"]
 
 MASK_TYPES: tuple[MaskType, ...] = get_args(MaskType)
@@ -186,6 +187,17 @@ class ContextParallelConfig:
         taken_by=lambda row: row.splits_heads,
         ignored="{algorithm} exchanges no heads",
         see="[Chunks of heads](algorithms/ulysses.md#in-chunks-of-heads)",
+    )
+    linear_exchange: LinearExchange = setting(
+        "heads",
+        flag="--cp-linear-exchange",
+        help="what travels for layers with a state (gated delta nets, Mamba)",
+        rule="heads needs a head for each rank",
+        meanings={
+            "heads": "tokens, so that every rank computes some heads of the whole sequence",
+            "state": "one state for each rank, whatever the length, which computes its own part of the sequence",
+        },
+        see="[Linear attention](linear-attention.md)",
     )
     p2p: P2P = setting(
         "auto",
@@ -369,6 +381,7 @@ class ContextParallelConfig:
             f"{self.ulysses_chunks} groups of heads": self.ulysses_chunks > 1 and self.row.splits_heads,
             "single messages": self.p2p == "isend" and self.row.exchange == "ring",
             f"kv cache {self.kv_cache_policy}": self.kv_cache_policy is not None,
+            "states of linear layers from rank to rank": self.linear_exchange == "state",
             "attention kept across recomputation": self.keep_attention,
             "logged": self.log,
         }
