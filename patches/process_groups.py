@@ -1,16 +1,18 @@
 """Patches of how Megatron makes and destroys its process groups."""
 
+import inspect
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from mindspeed_cp.arguments.settings import declared_names
 from mindspeed_cp.compat import process_groups
 from mindspeed_cp.megatron.adaptor import Adaptor
-from mindspeed_cp.megatron.following import take_comm_type
+from mindspeed_cp.megatron.following import take_comm_type, take_settings
 from mindspeed_cp.megatron.scopes import own_group
 from mindspeed_cp.megatron.sizes import adopt_sizes, check_launch
 from mindspeed_cp.megatron.start import agreed_config
-from mindspeed_cp.patches.rows import Row, arguments_of, patch
+from mindspeed_cp.patches.rows import Row, arguments_of, patch, signature_of
 
 PARALLEL_STATE = "megatron.core.parallel_state"
 
@@ -63,6 +65,24 @@ def destroy_model_parallel(adaptor: Adaptor, original: Callable[..., None], *arg
 def transformer_config(adaptor: Adaptor, original: Callable[..., None], self: Any) -> None:
     original(self)
     take_comm_type(adaptor, self.cp_comm_type, self.context_parallel_size)
+
+
+@patch(
+    "megatron.core.transformer.transformer_config.TransformerConfig.__init__",
+    "megatron.core.transformer.transformer_config.MLATransformerConfig.__init__",
+    reason="frameworks give a model's configuration what they give MindSpeed's repatch, whose own accepts it",
+    essential=False,
+)
+def accept_settings(adaptor: Adaptor, original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    taken: dict[str, Any] = {}
+    if not original.__code__.co_flags & inspect.CO_VARKEYWORDS:  # MindSpeed's own takes all of them
+        fields = signature_of(original).parameters
+        taken = {name: kwargs.pop(name) for name in declared_names() - fields.keys() if name in kwargs}
+    original(self, *args, **kwargs)
+    for name, value in taken.items():
+        setattr(self, name, value)
+    if taken:
+        take_settings(adaptor, taken)
 
 
 def _getter(name: str) -> Row:

@@ -115,7 +115,10 @@ CASES = {
 
 def decide(rank):
     """Rank's outcomes of CASES, and what happens when settings come again."""
-    return {name: outcome(**said) for name, (said, _) in CASES.items()} | {"again": again()}
+    return {name: outcome(**said) for name, (said, _) in CASES.items()} | {
+        "again": again(),
+        "model": named_by_the_model(),
+    }
 
 
 def again():
@@ -141,6 +144,27 @@ def again():
         transformer_config(4, "p2p")
         found.append(_refused(lambda: transformer_config(4, "all_gather")))
         found.append(decided())
+    megatron_adaptor.state().reset()
+    return found
+
+
+def named_by_the_model():
+    """A TransformerConfig with MindSpeed's names: after repatch with the same, after nothing, after configure."""
+    from megatron.core.transformer import TransformerConfig
+
+    from mindspeed_cp import ContextParallelConfig, megatron_adaptor
+
+    said = {"context_parallel_algo": HYBRID, "ulysses_degree_in_cp": 2}
+    plain = dict(num_layers=2, hidden_size=32, num_attention_heads=4, context_parallel_size=4)
+    found = []
+    for first in (lambda: megatron_adaptor.repatch({"context_parallel_size": 4, **said}), lambda: None):
+        first()
+        with process_groups(context_parallel_size=4):
+            config = TransformerConfig(**plain, **said)
+            found.append((*decided(), config.ulysses_degree_in_cp, attention_error(4, None)))
+        megatron_adaptor.state().reset()
+    megatron_adaptor.configure(ContextParallelConfig(context_parallel_size=4, algorithm=RING))
+    found.append(_refused(lambda: TransformerConfig(**plain, **said)))
     megatron_adaptor.state().reset()
     return found
 
