@@ -1,6 +1,5 @@
 """Parsed flags -> ContextParallelConfig and TrainingSetup, checked against each other."""
 
-import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,7 +89,8 @@ def validate(
     config = _config(args, choice)
     setup = resolve(config, setup_from_args(args, world_size))
     _check_device_num(args, config, setup)
-    _check_calculator(setup.gather_size_calculator)
+    if setup.unaligned:
+        _find_calculator(setup.gather_size_calculator)
     args.use_flash_attn, args.gather_size_calculator = setup.use_flash_attn, setup.gather_size_calculator
     ignored = (*notices_of_accepted(args, declared.declared()), *_ignored_flags(args, config))
     args.context_parallel_algo, args.ulysses_degree_in_cp = config.algorithm, config.ulysses_degree
@@ -146,21 +146,11 @@ def _check_device_num(args: Any, config: ContextParallelConfig, setup: TrainingS
         )
 
 
-def _check_calculator(name: str) -> None:
+def _find_calculator(name: str) -> None:
     """An own calculator must be importable now, not in the middle of the first step."""
-    if name in ("default", "dynamic"):
-        return
-    module, _, attribute = name.partition(":")
-    way_out = "choose default or dynamic, or name an importable class as package.module:Class"
-    try:
-        found = getattr(importlib.import_module(module), attribute, None)
-    except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
-        raise ValueError(f"--gather-size-calculator {name} cannot be imported ({reason}); {way_out}.") from error
-    if not callable(getattr(found, "calculate", None)):
-        raise ValueError(
-            f"--gather-size-calculator {name} must be a class with a method calculate(*args, **kwargs); {way_out}."
-        )
+    from mindspeed_cp.attention.gather_size import calculator_named  # with torch, which only this needs
+
+    calculator_named(name)
 
 
 def _ignored_flags(args: Any, config: ContextParallelConfig) -> Iterator[str]:

@@ -23,6 +23,7 @@ from mindspeed_cp.settings.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.adaptor import Adaptor
+    from mindspeed_cp.megatron.records import MicroBatch
     from mindspeed_cp.patches.areas import Applied
     from mindspeed_cp.patches.manager import Patch, PatchManager, PatchRow
 
@@ -70,22 +71,40 @@ def _announce(config: ContextParallelConfig) -> None:
     """Rank 0 says what is on, so that nobody has to wonder; every rank looks first whether it is."""
     check()
     if is_rank0():
-        from mindspeed_cp.kernels import KERNELS, cpu
-
-        device = machine.device_type(_device_choice())
-        automatic = [name for name, row in KERNELS.items() if row.automatic and row.device_type == device]
-        kernel = _state.kernel or automatic[0]
-        half = _state.setup.half_precision if _state.setup else None
-        if kernel == "cpu" and half and cpu.is_slow(getattr(torch, half)):
-            kernel += f" ({half} in float32)"
-        print(f"Context parallelism: {config.describe()}, kernel {kernel}, {_num_cp_patches()} patches", flush=True)
+        alive, _ = _num_cp_patches()
+        print(f"Context parallelism: {config.describe()}, kernel {_kernel()}, {alive} patches", flush=True)
 
 
-def _num_cp_patches() -> int:
+def _tell(record: "MicroBatch") -> str:
+    """Rank 0 says in one block of at most eight lines what is on, right before the first batch is computed."""
+    from mindspeed_cp.megatron.first_batch import start_of
+    from mindspeed_cp.settings.start_block import start_block
+
+    config = _state.main.config if record.scope is None else record.scope.config
+    alive, lost = _num_cp_patches()
+    block = start_block(start_of(record, config, _kernel(), (alive, alive + lost)), has_log=config.log)
+    if is_rank0():
+        print(block, flush=True)
+    return block
+
+
+def _kernel() -> str:
+    from mindspeed_cp.kernels import KERNELS, cpu
+
+    device = machine.device_type(_device_choice())
+    automatic = [name for name, row in KERNELS.items() if row.automatic and row.device_type == device]
+    kernel = _state.kernel or automatic[0]
+    half = _state.setup.half_precision if _state.setup else None
+    return f"{kernel} ({half} in float32)" if kernel == "cpu" and half and cpu.is_slow(getattr(torch, half)) else kernel
+
+
+def _num_cp_patches() -> tuple[int, int]:
+    """How many of this project's own patches are alive, stand-ins not counted, and how many others have taken."""
     from mindspeed_cp.patches.areas import STAND_INS
 
     stand_in = {patch.target for table in STAND_INS for patch in _tables[table]}
-    return sum(row.applied and row.target not in stand_in for row in _manager.report())
+    own = [row for row in _manager.report() if row.target not in stand_in]
+    return sum(row.applied for row in own), sum(row.is_lost for row in own)
 
 
 def _warn_of_version() -> None:
@@ -264,7 +283,7 @@ def _build() -> None:
     from mindspeed_cp.patches.manager import PatchManager
 
     global _state, _tables, _manager
-    _state = Adaptor(_announce, check)
+    _state = Adaptor(_announce, check, _tell)
     _manager = PatchManager(subject=lambda: f"megatron-core {megatron_version()}")
     _tables = all_areas(_state, _device_choice())
     for patches in _tables.values():

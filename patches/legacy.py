@@ -99,6 +99,7 @@ def language_model(adaptor: Adaptor, original: Callable[..., Any], self: Any, *a
         return original(self, *args, **kwargs)
     adaptor.forward_pass_begins()
     record = entering(adaptor, self, args, kwargs)
+    adaptor.batch_begins(record)
     with adaptor.running(record):
         output = original(self, *args, **kwargs)
     if record is not None:

@@ -35,19 +35,24 @@ def training_log(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **k
     result = original(*args, **kwargs)
     if adaptor.log is not None:
         # The place of the iteration differs between versions.
-        _report(adaptor.log, arguments_of(original, args, kwargs)["iteration"])
+        _report(adaptor, arguments_of(original, args, kwargs)["iteration"])
     return result
 
 
-def _report(log: Any, iteration: int) -> None:
-    """At the end of an interval, on all ranks: rank 0 prints, and the rank with Megatron's writer, the last, writes."""
+def _report(adaptor: Adaptor, iteration: int) -> None:
+    """At the end of an interval, on all ranks: rank 0 prints, and the rank with Megatron's writer, the last, writes.
+
+    Under the first line stands again what is on: what was said before step 1 is far above, between Megatron's lines.
+    """
     from megatron.training import get_args, get_tensorboard_writer
 
     if iteration % get_args().log_interval:
         return
-    figures, writer = log.interval(), get_tensorboard_writer()
+    assert adaptor.log is not None
+    figures, writer = adaptor.log.interval(), get_tensorboard_writer()
     if dist.get_rank() == 0:
-        print(f" iteration {iteration} | {figures.line()}", flush=True)
+        again = f"\n{adaptor.told}" if iteration == get_args().log_interval else ""
+        print(f" iteration {iteration} | {figures.line()}{again}", flush=True)
     if writer:
         for name, value in figures.scalars().items():
             writer.add_scalar(name, value, iteration)

@@ -1,6 +1,9 @@
 """How long the sequence is after Ulysses' all-to-all: the calculators that say it, and the check of what ranks hold."""
 
+import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,6 +45,39 @@ class DynamicGatherSizeCalculator(GatherSizeCalculator):
         """Last dimension of the mask: the first positional argument, or ``attention_mask`` or ``attn_mask``."""
         candidates = [*args[:1], kwargs.get("attention_mask"), kwargs.get("attn_mask")]
         return next((mask.shape[-1] for mask in candidates if isinstance(mask, torch.Tensor)), None)
+
+
+CALCULATORS: dict[str, Callable[[], "GatherSizeCalculator"]] = {
+    "default": DefaultGatherSizeCalculator,
+    "dynamic": DynamicGatherSizeCalculator,
+}
+
+
+@cache
+def calculator_named(name: str) -> GatherSizeCalculator:
+    """The calculator that --gather-size-calculator names; one object for each name.
+
+    Args:
+        name: "default", "dynamic", or a class of your own as "package.module:Class".
+
+    Raises:
+        ValueError: there is no such class, or it is no calculator.
+    """
+    if name in CALCULATORS:
+        return CALCULATORS[name]()
+    module, _, attribute = name.partition(":")
+    way_out = "choose default or dynamic, or name an importable class as package.module:Class"
+    try:
+        found: Any = getattr(importlib.import_module(module), attribute, None)
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+        raise ValueError(f"--gather-size-calculator {name} cannot be imported ({reason}); {way_out}.") from error
+    if not callable(getattr(found, "calculate", None)):
+        raise ValueError(
+            f"--gather-size-calculator {name} must be a class with a method calculate(*args, **kwargs); {way_out}."
+        )
+    made: GatherSizeCalculator = found()
+    return made
 
 
 def check_lengths(calculator: GatherSizeCalculator, stamps: list[tuple[int, int]]) -> list[int]:

@@ -22,6 +22,7 @@ from mindspeed_cp.attention.gather_size import (
     DefaultGatherSizeCalculator,
     DynamicGatherSizeCalculator,
     GatherSizeCalculator,
+    calculator_named,
     check_lengths,
     check_single,
 )
@@ -52,7 +53,7 @@ class UlyssesContextAttention(torch.nn.Module):
             (``exchanged.exchange_around``), so that nothing is exchanged twice.
         sequence_process_group: the ranks that share the sequence; None is the default group.
         scatter_idx, gather_idx: dimension of the heads, and of the sequence.
-        gather_size_calculator: a GatherSizeCalculator.
+        gather_size_calculator: a GatherSizeCalculator, or its name: "default", "dynamic", "package.module:Class".
     """
 
     def __init__(
@@ -61,12 +62,15 @@ class UlyssesContextAttention(torch.nn.Module):
         sequence_process_group: dist.ProcessGroup | None,
         scatter_idx: int = 2,
         gather_idx: int = 0,
-        gather_size_calculator: GatherSizeCalculator = DefaultGatherSizeCalculator(),  # noqa: B008  stateless, published
+        gather_size_calculator: GatherSizeCalculator | str = DefaultGatherSizeCalculator(),  # noqa: B008  stateless, published
     ) -> None:
         super().__init__()
         self.local_attn = local_attention
         self.spg, self.scatter_idx, self.gather_idx = sequence_process_group, scatter_idx, gather_idx
-        self.gather_size_calculator = gather_size_calculator
+        named = isinstance(gather_size_calculator, str)
+        self.gather_size_calculator: GatherSizeCalculator = (
+            calculator_named(gather_size_calculator) if named else gather_size_calculator
+        )
         self._checked: set[tuple[int, int]] = set()  # (length, gather size) that all ranks were seen to agree on
 
     def forward(

@@ -57,6 +57,7 @@ class Adaptor:
         documents_by_hand: documents were given for a batch by hand, so that a forward pass of no known batch would lose
             them.
         computes_alone: what runs now is split over nobody, whatever group it names.
+        told: what was said before the first batch, "" until then.
         on_change: called whenever a cached embedding may have become wrong.
         epoch: how often groups were forgotten.
     """
@@ -65,6 +66,7 @@ class Adaptor:
         self,
         say: Callable[[ContextParallelConfig], None] = lambda config: None,
         check: Callable[[], None] = lambda: None,
+        tell: Callable[[MicroBatch], str] = lambda record: "",
     ) -> None:
         self.settings = Settings()
         self.scopes = Scopes(self._adopt)
@@ -83,7 +85,8 @@ class Adaptor:
         self.computes_alone, self.documents_by_hand, self._passes = False, False, 0
         self._pool: dict[PoolKey, dist.ProcessGroup] = {}
         self.on_change: list[Callable[[], None]] = []
-        self._say, self._check, self._is_checked = say, check, False
+        self._say, self._check, self._tell = say, check, tell
+        self._is_checked, self.told = False, ""
         self._announced: ContextParallelConfig | None = None
 
     # What was set.
@@ -116,7 +119,7 @@ class Adaptor:
         self.settings = Settings()
         self.scopes.forget()
         self.sizes, self.log, self.handed = {}, None, Handed()  # pipelines stay
-        self._announced, self._is_checked = None, False
+        self._announced, self._is_checked, self.told = None, False, ""
         self.losses = Losses()
         self.epoch += 1
         self.forget_batches()
@@ -233,7 +236,7 @@ class Adaptor:
         """Release what was made beside Megatron's groups; every rank calls it."""
         self.scopes.destroy()
         self.log, self.sizes, self.is_pipeline = None, {}, False
-        self._announced, self._is_checked = None, False
+        self._announced, self._is_checked, self.told = None, False, ""
         self.losses = Losses()
         self.epoch += 1
         if self.settings.undecided is not None:
@@ -274,6 +277,7 @@ class Adaptor:
     @contextmanager
     def inside(self, model: Any, record: MicroBatch | None) -> Iterator[None]:
         """The forward pass of ``model`` runs inside the block, with this record; None computes alone."""
+        self.batch_begins(record)
         before, self.entered = self.entered, model
         try:
             with self.running(record), self.computing_alone(record is None and self.scope_of(model).alone):
@@ -298,6 +302,11 @@ class Adaptor:
         if not self._is_checked:
             self._check()
             self._is_checked = True
+
+    def batch_begins(self, record: MicroBatch | None) -> None:
+        """Tell, before the first batch that is split over several ranks, what is on."""
+        if not self.told and record is not None and record.layout.cp_size > 1:
+            self.told = self._tell(record)
 
     @property
     def forward_pass(self) -> int | None:

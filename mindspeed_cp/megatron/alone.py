@@ -55,11 +55,17 @@ def alone(scores: Scores, *, asked: bool, device: str, packed: bool, memory: int
         packed: whether the batch is one of packed documents (thd).
         memory: bytes of the device; see ``memory_of``.
         refusal: why the kernel cannot compute this call, "" when it can.
+
+    Raises:
+        ValueError: the scores exceed the device's memory, and nothing but Megatron's own code may compute them.
     """
     large = scores.num_bytes * SHARE > memory
     wanted = asked and (device == "npu" or packed or large)
     if wanted and not refusal:
         return Alone(True)
+    if scores.num_bytes > memory:
+        way_out = "" if asked else "add --use-flash-attn, or "
+        raise ValueError(f"{_cost(scores, memory)}; {way_out}split the sequence with --context-parallel-size.")
     cost = [_cost(scores, memory)] if large else []
     if wanted:
         return Alone(False, "; ".join([f"--use-flash-attn changes nothing here: {refusal}", *cost]) + ".")

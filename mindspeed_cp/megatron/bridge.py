@@ -5,18 +5,17 @@ Shapes, s: tokens of this rank, b: batch, n: query heads of this tensor-parallel
 Packed sequences (thd) have no batch: (s, n, d) -> (s, n * dv). The dense mask is global, (b, 1, S, S) or (1, 1, S, S).
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mindspeed_cp.attention.entry import context_parallel_attention
 from mindspeed_cp.attention.exchanged import Exchanged
-from mindspeed_cp.attention.gather_size import DynamicGatherSizeCalculator
+from mindspeed_cp.attention.gather_size import calculator_named
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.megatron.batches import record_of_length
 from mindspeed_cp.megatron.packed import packed_batch
@@ -91,7 +90,8 @@ def attention(
                 f"packed_seq_params with qkv_format {packed_seq_params.qkv_format} are not supported with context "
                 "parallelism; use qkv_format thd, or leave them out."
             )
-        calculator = _calculator("default" if adaptor.setup is None else adaptor.setup.gather_size_calculator)
+        name = "default" if adaptor.setup is None else adaptor.setup.gather_size_calculator
+        calculator = None if name == "default" else calculator_named(name)
         size = calculator and calculator.calculate(
             attention_mask, packed_seq_params=packed_seq_params, **(others or {})
         )
@@ -225,17 +225,6 @@ def _attend(call: Call, record: MicroBatch, *, causal: bool, mask: torch.Tensor 
             fused_update=adaptor.settings.fused_update,
             kept=adaptor.kept,
         )
-
-
-@cache
-def _calculator(name: str) -> Any:
-    """The calculator object of --gather-size-calculator, None for the aligned default."""
-    if name == "default":
-        return None
-    if name == "dynamic":
-        return DynamicGatherSizeCalculator()
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)()
 
 
 def effective_config(config: ContextParallelConfig, attention_mask_type: str) -> ContextParallelConfig:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import os
 import subprocess
 import sysconfig
 import tempfile
@@ -18,8 +19,12 @@ from mindspeed_cp.patches.rows import patch
 FUSED_KERNELS = "megatron.legacy.fused_kernels"
 
 
-@patch("megatron.training.initialize.initialize_megatron", reason="Megatron refuses to start without CUDA")
+@patch(
+    "megatron.training.initialize.initialize_megatron",
+    reason="Megatron refuses to start without CUDA, and without the number of its connections, which a CPU has not",
+)
 def initialize_megatron(adaptor: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # The fourth positional argument in every version; no caller passes it so.
     return original(*args, **{**kwargs, "allow_no_cuda": True})
 

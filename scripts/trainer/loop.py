@@ -14,7 +14,6 @@ from trainer.data import batches, build_datasets
 from trainer.initialize import initialize, shut_down
 from trainer.model import build_model, build_optimizer
 from trainer.report import Report
-from trainer.start import announce
 from trainer.step import evaluate, train_step
 
 
@@ -27,7 +26,6 @@ def pretrain(args):
     first = load_checkpoint(args, chunks, optimizer, scheduler) if args.resume else 0
     if first and dist.get_rank() == 0:
         print(f"going on from {args.resume.path}, saved at {args.resume.saved_at}", flush=True)
-    announce(args, next(chunks[0].parameters()).device)
     with Report(args, first) as report:
         records = _train(args, (chunks, optimizer, scheduler), (train_set, valid_set), first, report)
     # Not after a failure: ranks that take leave of a peer that is gone would wait for it, or hide what happened.

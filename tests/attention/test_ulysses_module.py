@@ -91,7 +91,7 @@ def _aligned(rank):
     for order in (SBHD, BSHD, BHSD, SHBD):
         for merged in (False, True) if order in (SBHD, BSHD) else (False,):
             for kv_heads in (6, 3, 2, 1):
-                _check(rank, 12, 6, kv_heads, order, merged, None, DefaultGatherSizeCalculator(), {})
+                _check(rank, 12, 6, kv_heads, order, merged, None, "default", {})
         _check(rank, 12, 6, 2, order, False, mask, DefaultGatherSizeCalculator(), {})
 
 
@@ -104,7 +104,7 @@ def _unaligned(rank):
     for seq in (1, 2, 5, 13):
         mask = ~torch.tril(torch.ones(seq, seq, dtype=torch.bool))
         for heads, kv_heads in ((6, 2), (7, 7), (5, 1), (10, 5)):
-            _check(rank, seq, heads, kv_heads, SBHD, True, mask, DynamicGatherSizeCalculator(), {})
+            _check(rank, seq, heads, kv_heads, SBHD, True, mask, "dynamic", {})
             _check(rank, seq, heads, kv_heads, BSHD, False, None, DynamicGatherSizeCalculator(), {})
             _check(rank, seq, heads, kv_heads, SBHD, seq % 2 == 1, None, ByKeyword(), {"gather_size": seq})
 

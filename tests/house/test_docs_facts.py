@@ -115,3 +115,6 @@ def test_the_four_commands_train_a_checkout_on_a_cpu(tmp_path):
     done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Context parallelism: Ring, cp=2, zigzag, causal, kernel cpu" in done.stdout and "lm loss" in done.stdout
+    assert (
+        done.stdout.count("+-- context parallelism ---") == 1 < done.stdout.index("| sizes   tp 1 x pp 1 x cp 2 x dp 1")
+    )

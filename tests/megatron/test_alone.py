@@ -42,6 +42,14 @@ def test_a_call_that_the_kernel_refuses_stays_with_the_module_and_says_why():
     assert not fused and why in line and "68.7 GB of scores" in line and "add --use-flash-attn" not in line
 
 
+def test_scores_larger_than_the_memory_are_an_error_that_offers_what_helps():
+    for asked, refusal in ((False, ""), (True, "it has a bias")):
+        with pytest.raises(ValueError, match="68.7 GB of scores.*--context-parallel-size") as caught:
+            decide(LONG, asked=asked, refusal=refusal, memory=LONG.num_bytes - 1)
+        assert ("add --use-flash-attn, or" in str(caught.value)) is not asked
+    assert decide(LONG, memory=LONG.num_bytes - 1).fused
+
+
 def test_scores_are_those_of_the_tensors():
     query, key = torch.empty(5, 2, 8, 4, dtype=torch.bfloat16), torch.empty(7, 2, 2, 4, dtype=torch.bfloat16)
     assert Scores.of(query, key) == (2, 8, 5, 7, 2)

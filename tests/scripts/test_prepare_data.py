@@ -169,3 +169,4 @@ def test_the_readmes_three_commands_train_on_a_users_text_with_the_same_losses(t
     done = subprocess.run(["bash", "-ec", commands], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "runs" / "loss.png").stat().st_size > 5_000 and "cp=4" in done.stdout
+    assert done.stdout.count("+-- context parallelism ---") == 1 and "documents kept apart (" in done.stdout

@@ -1,0 +1,61 @@
+"""What rank 0 says of the first batch that a model computes: the block of settings/start_block.py, filled in."""
+
+from mindspeed_cp.megatron.records import MicroBatch
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.start_block import Start
+
+EXCHANGES = {
+    "ring": "keys and values go round the ring",
+    "direct": "each rank sends what its peer needs",
+    "mesh": "slices of keys and values to all at once",
+    "auto": "keys and values by whichever exchange sends less",
+    "allgather": "keys and values by one all-gather",
+}
+
+
+def start_of(record: MicroBatch, config: ContextParallelConfig, kernel: str, patches: tuple[int, int]) -> Start:
+    """What is on for ``record``, the first batch.
+
+    Args:
+        config: of the group that the batch was split over.
+        kernel, patches: as ``Start`` has them.
+    """
+    lengths = [record.layout.length(rank) for rank in range(record.layout.cp_size)]
+    return Start(
+        config.describe(),
+        _sizes(config),
+        record.seq_len,
+        (min(lengths), max(lengths)),
+        kernel,
+        _exchange(config),
+        _documents(record),
+        patches,
+    )
+
+
+def _exchange(config: ContextParallelConfig) -> str:
+    ways = ["heads for tokens"] if config.hierarchy[0] > 1 else []
+    if config.ring_size > 1:
+        ways.append(EXCHANGES["allgather" if config.row.exchange == "allgather" else config.kv_exchange])
+    return ", then ".join(ways)
+
+
+def _documents(record: MicroBatch) -> str:
+    if record.documents is None:
+        return "not known"
+    numbers = {len(row) - 1 for row in record.documents}
+    return f"kept apart ({', '.join(map(str, sorted(numbers)))} here)"
+
+
+def _sizes(config: ContextParallelConfig) -> dict[str, int]:
+    """Of every kind of parallelism, as far as Megatron made the groups; the sizes of others' groups are theirs."""
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return {"cp": config.context_parallel_size}
+    return {
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "cp": config.context_parallel_size,
+        "dp": parallel_state.get_data_parallel_world_size(),
+    }
