@@ -21,7 +21,7 @@ if ! cmp --silent "$folder/installed.txt" - <<<"$installed"; then
   pip install "$(grep '^pip==' constraints.txt)"
   torch=$(grep '^torch==' constraints.txt)
   "$python" scripts/environment.py --refuse-cuda "$torch"
-  pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL" --no-deps} "$torch"
+  pip install ${TORCH_INDEX_URL:+-i "$TORCH_INDEX_URL" --no-deps} "$torch"
   pip install --constraint constraints.txt --requirement "$inputs/requirements.txt" numpy pytest torch
   pip install --no-deps --requirement "$inputs/frameworks.txt"
   echo "$installed" >"$folder/installed.txt"

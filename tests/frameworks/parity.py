@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import megatron_bridge_runs
 import ms_swift_runs
 import verl_runs
 from algorithms import ALGORITHMS, ALONE
@@ -18,14 +19,15 @@ from algorithms import ALGORITHMS, ALONE
 HERE = Path(__file__).parent
 BOUND = 1e-5
 ORDERS = {"ours": "mindspeed_cp first", "theirs": "the framework first"}
-SUBJECTS = {  # (framework, order) -> what is trained: a model or an engine
-    ("ms_swift", "ours"): tuple(ms_swift_runs.MODELS),
-    ("ms_swift", "theirs"): tuple(ms_swift_runs.MODELS),
-    ("verl", "ours"): verl_runs.ENGINES["ours"],
-    ("verl", "theirs"): verl_runs.ENGINES["theirs"],
+SUBJECTS = {  # (framework, order) -> what is trained (models, engines, recipes), and its batches
+    ("ms_swift", "ours"): (tuple(ms_swift_runs.MODELS), tuple(ms_swift_runs.BATCHES)),
+    ("ms_swift", "theirs"): (tuple(ms_swift_runs.MODELS), tuple(ms_swift_runs.BATCHES)),
+    ("verl", "ours"): (verl_runs.ENGINES["ours"], tuple(verl_runs.BATCHES)),
+    ("verl", "theirs"): (verl_runs.ENGINES["theirs"], tuple(verl_runs.BATCHES)),
+    ("megatron_bridge", "ours"): (megatron_bridge_runs.RECIPES, ("rows",)),
+    ("megatron_bridge", "theirs"): (megatron_bridge_runs.RECIPES, ("rows",)),
 }
-BATCHES = ("packed", "padded")
-PACKAGES = ("ms-swift", "mcore-bridge", "verl", "mbridge", "megatron-core", "transformers", "torch")
+PACKAGES = ("ms-swift", "mcore-bridge", "verl", "mbridge", "megatron-bridge", "megatron-core", "transformers", "torch")
 
 
 def run(framework, order):
@@ -59,8 +61,9 @@ def difference(found, subject, batch, algorithm):
 def rows(framework, order):
     """Markdown rows: subject, batch, order, the losses without, the difference for each algorithm."""
     found = run(framework, order)
-    for subject in SUBJECTS[framework, order]:
-        for batch in BATCHES:
+    subjects, batches = SUBJECTS[framework, order]
+    for subject in subjects:
+        for batch in batches:
             first, *_, last = [loss for loss, _ in found[f"{subject}, {batch}, {ALONE}"][0][0][:3]]
             cells = [f"{difference(found, subject, batch, name):.0e}" for name in ALGORITHMS]
             what = [framework.replace("_", "-"), subject, batch, ORDERS[order], f"{first:.4f} to {last:.4f}"]
@@ -73,7 +76,14 @@ def main(argv=None):
     versions = ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in PACKAGES)
     print(f"{versions}; float32, Transformer Engine's classes on the CPU.\n")
     titles = [f"{name}, cp={size}" for name, (size, _) in ALGORITHMS.items()]
-    head = ["framework", "model or engine", "batch", "who is imported first", "loss, cp=1, steps 1 to 3", *titles]
+    head = [
+        "framework",
+        "model, engine or recipe",
+        "batch",
+        "who is imported first",
+        "loss, cp=1, steps 1 to 3",
+        *titles,
+    ]
     print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for framework, order in SUBJECTS:
         for row in rows(framework, order):

@@ -1,4 +1,4 @@
-"""ms-swift and verl themselves train with every algorithm to their own numbers without context parallelism."""
+"""ms-swift, verl and Megatron-Bridge train with every algorithm to their own numbers without context parallelism."""
 
 import functools
 
@@ -10,9 +10,9 @@ pytestmark = pytest.mark.cpu_only
 run = functools.cache(parity.run)
 CASES = [
     pytest.param(framework, order, subject, batch, id=f"{framework} {order} {subject} {batch}")
-    for (framework, order), subjects in parity.SUBJECTS.items()
+    for (framework, order), (subjects, batches) in parity.SUBJECTS.items()
     for subject in subjects
-    for batch in parity.BATCHES
+    for batch in batches
 ]
 
 

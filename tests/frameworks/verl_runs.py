@@ -4,7 +4,8 @@
 
 ORDER says who comes first:
 
-    ours    mindspeed_cp.megatron_adaptor is imported before verl, whose MindspeedEngine finds MindSpeed's repatch then
+    ours    verl itself imports mindspeed_cp.megatron_adaptor, which a variable names, and then its engines, of which
+            MindSpeed's finds repatch; the engine's configuration names the algorithm
     theirs  verl and its engine are there already; configure_from names the algorithm before the engine is built
 """
 
@@ -90,11 +91,10 @@ def train(rank, order, engine, batch, algorithm, folder):
 
     dist.init_process_group("gloo")
     cp_size, settings = ALGORITHMS.get(algorithm, (1, {}))
-    with_repatch = engine.startswith("Mindspeed")
-    if not with_repatch:
+    if order == "theirs":
         megatron_adaptor.configure_from(settings)
     without_a_device()
-    made = make_engine(engine, folder, batch, cp_size, settings if with_repatch else {})
+    made = make_engine(engine, folder, batch, cp_size, settings if order == "ours" else {})
     steps = []
     with made.train_mode():
         for step in range(STEPS):
@@ -115,7 +115,7 @@ def main(order, only=""):
 
     transformer_engine_on_cpu.install()
     if order == "ours":
-        import mindspeed_cp.megatron_adaptor  # noqa: F401
+        os.environ["VERL_USE_EXTERNAL_MODULES"] = "mindspeed_cp.megatron_adaptor"
     import tiny_models
     import verl.workers.engine
     import verl.workers.utils.losses  # noqa: F401
