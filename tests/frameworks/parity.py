@@ -65,7 +65,9 @@ def rows(framework, order):
     for subject in subjects:
         for batch in batches:
             first, *_, last = [loss for loss, _ in found[f"{subject}, {batch}, {ALONE}"][0][0][:3]]
-            cells = [f"{difference(found, subject, batch, name):.0e}" for name in ALGORITHMS]
+            errors = [difference(found, subject, batch, name) for name in ALGORITHMS]
+            assert max(errors) < BOUND, (subject, batch, errors)
+            cells = [f"{error:.0e}" for error in errors]
             what = [framework.replace("_", "-"), subject, batch, ORDERS[order], f"{first:.4f} to {last:.4f}"]
             yield f"| {' | '.join([*what, *cells])} |"
 
