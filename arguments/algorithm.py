@@ -1,4 +1,4 @@
-"""Which algorithm is meant, by --context-parallel-algo or Megatron's ``cp_comm_type``, and how many ranks split heads.
+"""Finds the algorithm, by --context-parallel-algo or Megatron's ``cp_comm_type``, and how many ranks split heads.
 
 MindSpeed's core_r0.18.0 knows ``cp_comm_type`` alone. The flags, the same fields of a TransformerConfig and the same
 keys of a framework's dict all come through here.
@@ -16,7 +16,7 @@ _SIZES = "--hierarchical-context-parallel-sizes"
 
 @dataclass(frozen=True)
 class Choice:
-    """An algorithm, the ranks that split the heads where it is Hybrid, and what to say of how they were chosen."""
+    """An algorithm, for Hybrid the ranks that split the heads, and a notice of how they were chosen."""
 
     algorithm: str
     ulysses_degree: int | None = None
@@ -31,7 +31,7 @@ def chosen_algorithm(args: Any, node_ranks: int | None = None) -> Choice:
     by default what the launcher says.
 
     Raises:
-        ValueError: the name belongs to MindSpeed alone, or the communication type is none or not one.
+        ValueError: only MindSpeed has the algorithm, or the communication types are unknown or several.
     """
     name = known_algorithm(args.context_parallel_algo)
     cp, degree = args.context_parallel_size, args.ulysses_degree_in_cp
@@ -49,13 +49,13 @@ def algorithm_is_given(args: Any) -> bool:
 
 
 def given_kinds(args: Any) -> tuple[str, ...]:
-    """The communication types that somebody gave, () for Megatron's default."""
+    """The communication types that were given, () for Megatron's default."""
     kinds = comm_kinds(getattr(args, "cp_comm_type", None))
     return kinds if "cp_comm_type" in getattr(args, "cp_given", ()) or kinds != ("p2p",) else ()
 
 
 def ranks_of_node() -> int:
-    """How many ranks a launcher started on this node, 8 where none says it."""
+    """How many ranks the launcher started on this node, 8 where it does not say."""
     text = os.environ.get("LOCAL_WORLD_SIZE", "")
     return int(text) if text.isdecimal() and int(text) > 0 else 8
 

@@ -1,4 +1,4 @@
-"""Settings that no configuration holds: those of the adaptor, and what is said at the border and decides others."""
+"""Settings that no configuration holds: those of the adaptor, and those that only decide others."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ def _sizes(value: Sequence[Any]) -> tuple[int, ...] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class BorderSettings:
-    """What a command line, a file or a framework says, and what is asked only while it becomes a configuration."""
+    """Settings of a command line, a file or a framework that are read only while a configuration is made."""
 
     config_file: str | None = setting(
         None,

@@ -1,4 +1,4 @@
-"""What must be equal on all ranks, by name: what shapes the model, the training and the communication.
+"""The settings that must be equal on all ranks: those that shape the model, the training and the communication.
 
 Ranks may differ in everything else: rank and local rank, paths, logging, profiling, seeds that Megatron derives itself.
 """
@@ -44,7 +44,7 @@ ckpt_format use_dist_ckpt num_distributed_optimizer_instances tp_comm_overlap
 
 
 def compared_names() -> tuple[str, ...]:
-    """The names that are compared, as they stand in a namespace."""
+    """The compared names, as a namespace has them."""
     ours = (each.dest for each in declared() if each.agree)
     return tuple(dict.fromkeys((*PARALLEL, *ours, *MODEL, *TRAINING)))
 

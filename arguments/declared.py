@@ -10,13 +10,13 @@ CONFIG: type[ContextParallelConfig] = ContextParallelConfig  # the class that ar
 
 
 def declared() -> list[Setting]:
-    """Those of the configuration first, in the order of help and documentation."""
+    """All settings, those of the configuration first, in the order of help and documentation."""
     owners = (CONFIG, TrainingSetup, AdaptorSettings, BorderSettings, WithoutEffect)
     return [each for owner in owners for each in declarations(owner) if each.flag or each.keys]
 
 
 def our_flags() -> list[Setting]:
-    """Those whose flags our parser adds, and that have an effect."""
+    """The settings whose flags this project's parser adds, and that have an effect."""
     return [each for each in declared() if each.ours and each.flag and not each.without_effect]
 
 

@@ -1,4 +1,4 @@
-"""Which flags stand on the command line: only a second look tells one given with its default from one not given."""
+"""Which flags the command line gives: a second parse tells a flag given with its default from an absent one."""
 
 import argparse
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The flags of a training script as context parallelism must know them, read without the script's own parser."""
+"""Reads the flags that context parallelism needs from a training script's line, without the script's own parser."""
 
 import argparse
 import difflib
@@ -26,11 +26,11 @@ SWITCHES = (
     "fp16",
     "recompute-activations",
 )
-CLOSE = 0.88  # from which likeness on an unknown flag is taken for a misspelt one
+CLOSE = 0.88  # similarity from which an unknown flag counts as misspelt
 
 
 class _Refused(Exception):
-    """A flag's value is wrong. argparse takes a ValueError of a converter for its own business."""
+    """A flag's value is wrong; argparse would catch a ValueError of a converter itself."""
 
 
 class _RaisingParser(argparse.ArgumentParser):
@@ -44,7 +44,7 @@ class _RaisingParser(argparse.ArgumentParser):
 
 
 def bare_parser(prog: str) -> argparse.ArgumentParser:
-    """A parser of no flags, for ``known_flags``."""
+    """A parser without flags, for ``known_flags``."""
     return _RaisingParser(prog=prog, allow_abbrev=False, add_help=False)
 
 
@@ -66,7 +66,7 @@ def flag_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def read_flags(argv: Sequence[str], prog: str = "launch") -> tuple[argparse.Namespace, list[str]]:
-    """(the flags that context parallelism reads, the rest, which is the script's business).
+    """(the flags that context parallelism reads, the other words of the line).
 
     Raises:
         ValueError: the value of a flag is wrong.
@@ -75,7 +75,7 @@ def read_flags(argv: Sequence[str], prog: str = "launch") -> tuple[argparse.Name
 
 
 def known_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What a ``bare_parser`` that got flags knows of a command line, and the rest.
+    """(the flags of a command line that a parser knows, the other words); ``parser`` comes from ``bare_parser``.
 
     Raises:
         ValueError: the value of a flag is wrong.

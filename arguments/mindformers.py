@@ -1,4 +1,4 @@
-"""Keys of MindFormers' YAML files that nothing here reads, so that none is taken for a misspelt one.
+"""Keys of MindFormers' YAML files that nothing here reads; they are no misspelt keys.
 
 Gathered from the files of its releases 0.3 to 1.8: the whole first level, the sections of parallelism, and of a model's
 configuration the keys that resemble those read here.

@@ -1,4 +1,4 @@
-"""What launch scripts written for MindSpeed carry: flags that change nothing here, and a value that is refused."""
+"""Flags of launch scripts for MindSpeed: some change nothing here, and one value is refused."""
 
 import argparse
 from collections.abc import Callable, Iterable

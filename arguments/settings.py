@@ -1,7 +1,7 @@
-"""Settings as a framework holds them, a namespace or a dict without a command line, -> configuration.
+"""A framework's settings (a namespace or a dict, without a command line) -> configuration.
 
 The names are those of the flags (Megatron's and MindSpeed's argparse ``dest``). What is missing gets the flag's
-default, what nobody here knows is ignored, and values may be text, as files of settings have it.
+default, unknown names are ignored, and values may be text, as in files of settings.
 """
 
 import dataclasses

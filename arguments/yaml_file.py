@@ -1,4 +1,4 @@
-"""MindFormers' YAML file (--cp-config) as another way to give the same flags.
+"""Reads MindFormers' YAML file (--cp-config), another way to give the same flags.
 
 A setting declares its keys; docs/launching.md lists them. Everything else in the file is named in one warning; a key
 that looks like a misspelt one of the same section, and is none of MindFormers' own, is an error.
@@ -18,7 +18,7 @@ from mindspeed_cp.settings.rules import listed
 from mindspeed_cp.settings.setting import Setting
 
 DEFAULT_NAME = "colossalai_cp"  # MindFormers' own algorithm, which differs from the flag's
-_CLOSE = 0.85  # from which likeness on an unknown key is taken for a misspelt one
+_CLOSE = 0.85  # similarity from which an unknown key counts as misspelt
 Tree = dict[Any, Any]
 
 
@@ -86,7 +86,7 @@ def _load(path: str) -> Tree:
 
 
 def _walk(tree: Tree, prefix: str, path: str, values: dict[str, Any], others: list[str]) -> None:
-    """Sort the leaves of ``tree`` into known ``values`` and ``others``; a misspelt key or a wrong value is an error."""
+    """Sort the leaves of ``tree`` into ``values`` and ``others``; a misspelt key or a wrong value is an error."""
     keys = known_keys()
     for name, value in tree.items():
         key = f"{prefix}{name}"
@@ -113,7 +113,7 @@ def _same_section(key: str, keys: Iterable[str]) -> list[str]:
 
 
 def _nearest(key: str) -> str | None:
-    """What to name beside a key that is not read: the nearest known one, for keys of parallelism and unknown ones."""
+    """The known key to name beside one that is not read: the nearest, for keys of parallelism and unknown ones."""
     keys, section = known_keys(), key.rpartition(".")[0]
     if section.startswith("parallel"):
         return _nearest_of(key, _same_section(key, keys), 0.0)
@@ -145,7 +145,7 @@ def _checked(key: str, each: Setting, value: Any, path: str) -> Any:
 def apply_config_file(args: Any, path: str, given: Collection[str]) -> set[str]:
     """Set on ``args`` what the file says, except for the names in ``given``, whose flags stand on the command line.
 
-    What was overruled or is not read goes to ``args.cp_notices``; ``validate`` says it on rank 0.
+    What was overruled and what is not read goes to ``args.cp_notices``; ``validate`` says it on rank 0.
 
     Returns:
         The attributes that were set, which count as given.

@@ -190,7 +190,7 @@ def _plot(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> Non
 
 
 def _at_lengths(given: argparse.Namespace) -> list[argparse.Namespace]:
-    """From a sixteenth of the length to four times as much."""
+    """The same question for lengths from a sixteenth of the given one to four times it."""
     lengths = {given.seq_length * 2**power // 16 for power in range(0, 7)} - {0}
     return [argparse.Namespace(**{**vars(given), "seq_length": length}) for length in sorted(lengths)]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import block_record, entering, packed_params_in, refuse_inference, tensors_in
-from mindspeed_cp.megatron.handover import pipeline_of
+from mindspeed_cp.megatron.later_stages import pipeline_of
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.sizes import check_model, sub_batch_record
 from mindspeed_cp.patches.building import census_of

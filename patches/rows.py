@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 from mindspeed_cp.patches.manager import Patch
@@ -79,24 +79,18 @@ def patch(
     when: Conditions = (),
     create: bool = False,
     inherited: bool = False,
+    is_value: bool = False,
     essential: bool = True,
 ) -> Callable[[Callable[..., Any]], Row]:
-    """Decorates ``(adaptor, original, *args, **kwargs) -> result``, which runs instead of each of ``targets``."""
+    """Decorates ``(adaptor, original, *args, **kwargs) -> result``, which runs instead of each of ``targets``.
+
+    ``replacement`` decorates ``(adaptor, original) -> object``, which becomes the value of each of ``targets``.
+    """
     conditions = when if isinstance(when, tuple) else (when,)
-    return lambda function: Row(targets, function, reason, conditions, create, inherited, False, essential)
+    return lambda function: Row(targets, function, reason, conditions, create, inherited, is_value, essential)
 
 
-def replacement(
-    *targets: str,
-    reason: str,
-    when: Conditions = (),
-    create: bool = False,
-    inherited: bool = False,
-    essential: bool = True,
-) -> Callable[[Callable[..., Any]], Row]:
-    """Decorates ``(adaptor, original) -> object``, which becomes the value of each of ``targets``."""
-    conditions = when if isinstance(when, tuple) else (when,)
-    return lambda function: Row(targets, function, reason, conditions, create, inherited, True, essential)
+replacement = partial(patch, is_value=True)
 
 
 def rows_of(module: Any) -> list[Row]:

@@ -21,6 +21,11 @@ def read_run(path):
     return [record for record in records if "loss" in record]
 
 
+def losses(path):
+    """step -> loss of a --log-file."""
+    return {record["iteration"]: record["loss"] for record in read_run(path)}
+
+
 def largest_difference(run, reference):
     """Largest relative difference of two runs' losses; infinite when their steps differ or a loss is no number."""
     if [record["iteration"] for record in run] != [record["iteration"] for record in reference] or not run:

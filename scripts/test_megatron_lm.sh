@@ -4,4 +4,4 @@
 #   bash scripts/test_megatron_lm.sh FOLDER [--versions 0.12.1 0.16.1] [--quick] [--only TEXT]      PYTHON=python
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python}" scripts/test_megatron_lm.py "$@"
+exec "${PYTHON:-python}" tests/check megatron_lm "$@"

@@ -24,4 +24,4 @@ if [ ! -d "$wanted" ]; then
   [ "$wanted" != newest ] || requirement=megatron-core
   [ -d "$folder/megatron" ] || pip --no-deps --target "$folder" "$requirement"
 fi
-exec "$python" scripts/try_megatron.py "$folder" "$@"
+exec "$python" tests/check try_megatron "$folder" "$@"

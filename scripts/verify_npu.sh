@@ -17,4 +17,4 @@ if [[ "$*" != *--device* || "$*" == *--device\ npu* ]] && [[ -z ${ASCEND_HOME_PA
   done
 fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "${PYTHON:-python}" scripts/verify_npu.py "$@"
+exec "${PYTHON:-python}" tests/check verify_npu "$@"

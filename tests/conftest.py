@@ -26,7 +26,7 @@ LONGEST = (
     "test_memory",
     "test_trainer",
     "test_two_hosts",
-    "test_docs",
+    "test_docs_examples",
     "test_launch",
     "test_failures",
 )

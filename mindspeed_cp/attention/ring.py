@@ -115,7 +115,9 @@ class RingProblem:
         hidden = self.dense_mask[:, queries][:, :, keys]
         return hidden | torch.stack([_interval_hidden(queries, keys, mask) for mask in self.masks])
 
-    def gradient_return(self, own: tuple[torch.Tensor, ...], like: tuple[torch.Tensor, ...]):
+    def gradient_return(
+        self, own: tuple[torch.Tensor, ...], like: tuple[torch.Tensor, ...]
+    ) -> GradientReturn | MeshReturn:
         """What brings partial gradients home, as the exchange does; see comm/gradient_return.py."""
         return (GradientReturn if self.mesh is None else MeshReturn)(self.channel, own, like)
 

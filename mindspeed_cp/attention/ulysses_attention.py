@@ -67,10 +67,9 @@ class UlyssesContextAttention(torch.nn.Module):
         super().__init__()
         self.local_attn = local_attention
         self.spg, self.scatter_idx, self.gather_idx = sequence_process_group, scatter_idx, gather_idx
-        named = isinstance(gather_size_calculator, str)
-        self.gather_size_calculator: GatherSizeCalculator = (
-            calculator_named(gather_size_calculator) if named else gather_size_calculator
-        )
+        if isinstance(gather_size_calculator, str):
+            gather_size_calculator = calculator_named(gather_size_calculator)
+        self.gather_size_calculator: GatherSizeCalculator = gather_size_calculator
         self._checked: set[tuple[int, int]] = set()  # (length, gather size) that all ranks were seen to agree on
 
     def forward(

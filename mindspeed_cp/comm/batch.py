@@ -9,6 +9,7 @@ the ranks tell each other something with it, a notice goes ahead ::
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -164,5 +165,5 @@ class Batch:
             carrier is not None and carrier.carries(self._link.global_ranks[rank], message.device, message.num_bytes)
         )
 
-    def _add(self, op: Callable, rank: int, tensor: torch.Tensor, tag: int) -> None:
+    def _add(self, op: Callable[..., Any], rank: int, tensor: torch.Tensor, tag: int) -> None:
         self._ops.append(Posted(op, tensor, rank, tag))

@@ -5,24 +5,21 @@ Within a context-parallel group, cp_rank = ring_rank * ulysses_degree + ulysses_
 """
 
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
-from mindspeed_cp.comm.hccl import group_options
 from mindspeed_cp.comm.host_memory import SMALLEST_MESSAGE, HostMemory
 from mindspeed_cp.comm.link import Link, within
+from mindspeed_cp.comm.parts import PoolKey, Ranks, make_parts, part_of_pool, parts_of
 from mindspeed_cp.comm.workspace import Workspace
 from mindspeed_cp.settings.agreement import agree, settings_of
 from mindspeed_cp.settings.algorithms import Hierarchy
 from mindspeed_cp.settings.config import ContextParallelConfig
 
-PoolKey = tuple[str, tuple[int, ...], int]
-Ranks = list[list[int]]  # global ranks of every context-parallel group
 Linkage = Literal["mesh", "switch", "nodes"]  # how ring ranks are linked, see ContextParallelConfig.topology
 
 
@@ -129,7 +126,7 @@ class ContextParallelGroups:
             return cls(config.hierarchy, 0, (dist.get_rank() if dist.is_initialized() else 0,))
         all_ranks = _agreed_ranks(config, cp_ranks, cp_group)
         one_by_one = _one_by_one(config, virtual_pipeline)
-        made = _make(all_ranks, config.hierarchy, timeout, () if cp_group is None else ("cp",), buffers or {})
+        made = make_parts(all_ranks, config.hierarchy, timeout, () if cp_group is None else ("cp",), buffers or {})
         whole = made.get("cp", cp_group)
         assert whole is not None
         return cls._of(config, whole, made, tuple(made.values()), share_from, one_by_one)
@@ -165,13 +162,7 @@ class ContextParallelGroups:
         found = {}
         for name, members in parts_of([ranks], config.hierarchy[0], config.hierarchy[2]):
             if name != "cp" and dist.get_rank() in members:
-                key, number = (name, tuple(members), 0), 0
-                while key in pool and not is_there(pool[key]):
-                    number += 1
-                    key = name, tuple(members), number
-                if key not in pool:
-                    pool[key] = _made_by_members(key, timeout)
-                found[name] = pool[key]
+                found[name] = part_of_pool(pool, name, tuple(members), timeout)
         return cls._of(config, group, found, (), share_from, one_by_one)
 
     @classmethod
@@ -212,63 +203,6 @@ class ContextParallelGroups:
         for group in self.made:
             dist.destroy_process_group(group)
         self.workspace.clear()
-
-
-def _made_by_members(key: PoolKey, timeout: timedelta | None) -> dist.ProcessGroup:
-    """A group that its members alone make.
-
-    torch names such a group by its ranks and by how many groups this process has, so that ranks of which one belongs to
-    more groups would wait for each other under different names.
-    """
-    name, ranks, number = key
-    known = distributed_c10d._process_group_name
-    named: Any = lambda *args, **kwargs: f"mindspeed_cp {name} {ranks} {number}"  # noqa: E731
-    distributed_c10d._process_group_name = named
-    try:
-        return dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
-    finally:
-        distributed_c10d._process_group_name = known
-
-
-def is_there(group: dist.ProcessGroup) -> bool:
-    """Whether a process group has not been ended, by ``destroy_process_group``."""
-    try:
-        dist.get_process_group_ranks(group)
-    except (KeyError, ValueError):
-        return False
-    return True
-
-
-def _make(
-    all_ranks: Ranks,
-    hierarchy: Hierarchy,
-    timeout: timedelta | None,
-    existing: Sequence[str],
-    buffers: Mapping[str, int],
-) -> dict[str, dist.ProcessGroup]:
-    """This rank's process groups by name, without the existing ones; all ranks make all of them, in one order."""
-    ulysses, _, windows = hierarchy
-    made = {}
-    for name, ranks in parts_of(all_ranks, ulysses, windows):
-        if name not in existing:
-            group = dist.new_group(list(ranks), timeout=timeout, pg_options=group_options(buffers, name))
-            if dist.get_rank() in ranks:
-                made[name] = group
-    return made
-
-
-def parts_of(all_ranks: Ranks, ulysses: int, windows: int) -> Iterator[tuple[str, Sequence[int]]]:
-    """(name, global ranks) of every process group, in the order in which all ranks make them."""
-    for ranks in all_ranks:
-        yield "cp", ranks
-        if 1 < ulysses < len(ranks):
-            for start in range(0, len(ranks), ulysses):
-                yield "ulysses", ranks[start : start + ulysses]
-        for first in range(ulysses):
-            if 1 < ulysses < len(ranks):
-                yield "ring", ranks[first::ulysses]
-            if windows > 1:
-                yield "outer", ranks[first::ulysses]
 
 
 def _agreed_ranks(

@@ -12,10 +12,12 @@ the block and awaited at once. In both cases the first local block starts before
 
 from collections.abc import Sequence
 
+import torch
+
 from mindspeed_cp.comm.channel import RingChannel, Stream, Tensors, UnderWay, parts, run_ahead
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.mesh_exchange import mesh_exchange
-from mindspeed_cp.comm.messages import as_stored, end_to_end, flat_memory
+from mindspeed_cp.comm.messages import Pending, as_stored, end_to_end, flat_memory
 
 
 def ring_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool = False) -> Stream:
@@ -90,7 +92,7 @@ def allgather_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: b
     widths = [tensor.shape[1:] for tensor in own]
     sizes = [rows * sum(width.numel() for width in widths) for rows in channel.lengths]
 
-    def gather():
+    def gather() -> Pending[list[torch.Tensor]]:
         flat = flat_memory([as_stored(tensor, channel.order) for tensor in own])
         assert flat is not None, "own rows are packed"
         return channel.link.gather(flat, sizes, purpose, None if keep else f"{purpose}.gathered")

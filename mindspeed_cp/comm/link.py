@@ -14,6 +14,7 @@ carries the notices. That changes no result, no order and no count of bytes.
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -181,7 +182,10 @@ class Link(Member):
             return False
         return size is None or all(carrier.carries(peer, device, size) for peer in peers)
 
-    def _gather_through_memory(self, tensor, shards, purpose):
+    def _gather_through_memory(
+        self, tensor: torch.Tensor, shards: list[torch.Tensor], purpose: str
+    ) -> Pending[list[torch.Tensor]]:
+        assert self.carrier is not None, "the peers share memory"
         batch = Batch(self, purpose)
         message = Message(((tensor,),), tensor.dtype)
         for rank in self.peers:
@@ -193,13 +197,15 @@ class Link(Member):
         batch.post()
         shards[self.rank].copy_(tensor)
 
-        def finish():
+        def finish() -> list[torch.Tensor]:
             batch.finish()
             return shards
 
         return Pending(finish)
 
-    def _all_to_all_at_once(self, leaving, arriving, purpose):
+    def _all_to_all_at_once(
+        self, leaving: Sequence[Message], arriving: Sequence[Message], purpose: str
+    ) -> Pending[None]:
         """One collective; what is not contiguous over all ranks is packed into one buffer, and out of one."""
         sizes = [[message.numel for message in messages] for messages in (arriving, leaving)]
         if len({*sizes[0], *sizes[1]}) == 1 and sizes[0][0]:
@@ -233,7 +239,7 @@ class Link(Member):
             lambda: dist.all_to_all_single(received, sent, arriving, leaving, group=self.group, async_op=True),
         )
 
-    def _start(self, purpose: str, device: torch.device, collective: Callable) -> Callable[[], None]:
+    def _start(self, purpose: str, device: torch.device, collective: Callable[[], Any]) -> Callable[[], None]:
         """Start a collective; returns what waits for it."""
         with self.naming(purpose, self.peers):
             work = collective()
@@ -253,7 +259,9 @@ def _end_to_end(tensors: Sequence[torch.Tensor], dtype: torch.dtype | None = Non
 
 
 # (workspace, carrier) of the process groups that somebody else made, as long as they live.
-_memories: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
+_memories: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[Workspace, HostMemory | None]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def link_of(group: dist.ProcessGroup | None) -> Link:

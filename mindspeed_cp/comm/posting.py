@@ -37,7 +37,7 @@ def turn(sender: int, receiver: int, size: int) -> tuple[int, int, int]:
 class Posted(NamedTuple):
     """A message to be posted: ``how`` is dist.isend or dist.irecv, ``rank`` the peer's place in the link."""
 
-    how: Callable
+    how: Callable[..., Any]
     tensor: torch.Tensor
     rank: int
     tag: int

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mindspeed_cp.comm.link import Link, Stamp
+from mindspeed_cp.comm.batch import Stamp
+from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.messages import Message, Pending, as_stored, end_to_end
 from mindspeed_cp.comm.meter import record
 from mindspeed_cp.kernels.base import MemoryOrder, accumulation_dtype
@@ -183,7 +184,9 @@ class SequenceExchange:
             return Message(tuple(map(tuple, blocks)), dtype)
         return Message(tuple((as_stored(tensor, order),) for block in blocks for tensor in block), dtype)
 
-    def _results(self, parts, like, name):
+    def _results(
+        self, parts: Sequence[Part], like: torch.Tensor, name: str | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """(tensors (seq, batch, heads_local, dim), in memory as ``unpack`` says, and what to receive into)."""
         seq, batch = sum(self.lengths), like.shape[1]
         shapes = [(seq, batch, part.count(self.rank), part.dim) for part in parts]
@@ -199,7 +202,14 @@ class SequenceExchange:
         results = list(end_to_end(whole.view(-1), shapes, self.unpack))
         return results, results
 
-    def _trade(self, leaving, arriving, table, stamp=None, check=None):
+    def _trade(
+        self,
+        leaving: Sequence[Message],
+        arriving: Sequence[Message],
+        table: Sequence[Sequence[int]],
+        stamp: Stamp | None = None,
+        check: Callable[[list[Stamp]], None] | None = None,
+    ) -> Pending[None]:
         """All-to-all, or the same by gathering every rank's whole message and taking this rank's slices.
 
         Args:
@@ -214,14 +224,14 @@ class SequenceExchange:
             packed.write(send)
         pending = self.link.gather(send, [sum(row) for row in table], "gathered", count=False)
 
-        def unpack(messages):
+        def unpack(messages: list[torch.Tensor]) -> None:
             for source, message in enumerate(arriving):
                 start = sum(table[source][: self.rank])
                 message.read(messages[source][start : start + message.numel])
 
         return pending.then(unpack)
 
-    def _record(self, parts, elements, like):
+    def _record(self, parts: Sequence[Part], elements: Sequence[Sequence[int]], like: torch.Tensor) -> None:
         """Count one message; ``elements`` has, for each part, the number of elements for every rank."""
         sent: dict[str, int] = {}
         for part, sizes in zip(parts, elements):

@@ -1,6 +1,7 @@
 """Reused flat buffers: page faults on fresh large buffers cost more than the copies into them."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -17,7 +18,7 @@ class Workspace:
         self._free: list[torch.Tensor] = []
         self._lent_bytes = 0
 
-    def get(self, name: str, shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def get(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A contiguous tensor of ``shape`` that shares memory with earlier tensors of the same name and dtype."""
         count, key = math.prod(shape), (name, dtype, device)
         buffer = self._buffers.get(key)

@@ -13,7 +13,7 @@ REPORT = "python -m mindspeed_cp.doctor.self_test {device} shows it alone; repor
 
 
 def self_test(device: str) -> Iterator[Finding]:
-    """Every algorithm on a few ranks against dense attention, and what their links carry."""
+    """Compare every algorithm on a few ranks with dense attention, and measure their links."""
     start = time.monotonic()
     try:
         results = ask("mindspeed_cp.doctor.self_test", device)
@@ -26,7 +26,7 @@ def self_test(device: str) -> Iterator[Finding]:
 
 
 def judged(result: dict[str, Any]) -> Iterator[Finding]:
-    """What one run of self_test.run says."""
+    """Findings of one run of self_test.run."""
     ranks = f"{result['ranks']} {result['device']} rank{'s' if result['ranks'] > 1 else ''}"
     if "error" in result:
         gloo = result["device"] == "cpu" and any(

@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def examine(given: argparse.Namespace) -> tuple[Sections, dict[str, Any]]:
-    """(every check, every patch); those that need torch are left out where it does not load."""
+    """(findings of every check, every patch); checks that need torch are left out where it does not load."""
     broken = installed.loads_torch()
     npu_works = broken is None and device.npu_works()
     found = [*installed.fitting(), *installed.ascend(os.environ, npu_works), *installed.optional()]
@@ -46,9 +46,9 @@ def examine(given: argparse.Namespace) -> tuple[Sections, dict[str, Any]]:
     sections["Patches"] = patches
     own: dict[str, str] = {}
     if given.launch is not None:
-        from mindspeed_cp.doctor import launched
+        from mindspeed_cp.doctor import launch_findings
 
-        of_launch, own = launched.examined(given.launch, chosen)
+        of_launch, own = launch_findings.examined(given.launch, chosen)
     sections["Environment"] = list(environment.findings(os.environ, own, chosen))
     if not given.no_self_test:
         sections["Self test"] = list(attention.self_test(chosen))

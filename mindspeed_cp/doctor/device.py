@@ -7,14 +7,14 @@ from typing import Any
 from mindspeed_cp.doctor.finding import Finding, split
 from mindspeed_cp.doctor.installed import ask
 
-# Groups of patches without which context parallelism is not on; the others depend on the device and on libraries.
+# Without these areas of patches context parallelism is off; the others depend on the device and on libraries.
 NEEDED = "core"
 # Without the training code's patches a checkout's scripts do not know the flags.
 BROKEN = "megatron.training cannot be imported"
 
 
 def adaptor() -> tuple[dict[str, Any] | None, list[Finding]]:
-    """What the adaptor says of itself in a process of its own, and what is wrong with it."""
+    """What the adaptor reports in a process of its own, and what is wrong there."""
     try:
         record: dict[str, Any] = ask("mindspeed_cp.megatron_adaptor", "--json")
     except RuntimeError as error:
@@ -86,7 +86,7 @@ def npu_works() -> bool:
 
 
 def device_without_megatron() -> tuple[str, str]:
-    """(device, why) by the kernels alone, where no adaptor can be asked."""
+    """(device, why), decided by the kernels alone, because no adaptor can be asked."""
     from mindspeed_cp.kernels import KERNELS
 
     for name in ("cuda", "npu"):

@@ -40,12 +40,12 @@ LEFT_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 def findings(shell: Mapping[str, str], own: Mapping[str, str], device: str) -> Iterator[Finding]:
-    """Everything about the environment that ranks would get; what the command sets is to be mended in the command.
+    """Everything about the environment that ranks would get; what the command itself sets has to be changed there.
 
     Args:
         shell: the variables of this shell.
-        own: those that a launch command sets itself; they win.
-        device: that this machine uses.
+        own: variables that a launch command sets itself; they win.
+        device: the device that this machine uses.
     """
     yield from variables(shell, own, device)
     yield from interfaces(shell, own, device)
@@ -117,7 +117,7 @@ def _matches(value: str, known: list[str], exact: bool) -> bool:
 
 
 def _usable(known: list[str]) -> str:
-    """An interface with an address, one that other machines reach before the loopback."""
+    """An interface with an address; one that other machines can reach is preferred to the loopback."""
     return next((name for name in sorted(known, key="lo".__eq__) if _has_address(name)), "lo")
 
 
@@ -135,7 +135,7 @@ def port(address: str, number: int, put: str = "export MASTER_PORT=") -> Finding
     """Whether rank 0 could open the port: a problem where another program listens on it, a note for another host.
 
     Args:
-        put: what is written before another port to take that one.
+        put: text that, with another port behind it, selects that port.
     """
     if not 0 < number < 1 << 16:
         return Finding("problem", f"port {number} is none of 1 to 65535", f"{put}{_free_port()}")
@@ -167,5 +167,5 @@ def meeting(shell: Mapping[str, str], own: Mapping[str, str]) -> Iterator[Findin
     """The port that the environment names, or torchrun's own."""
     environment = {**shell, **own}
     given = environment.get("MASTER_PORT", str(DEFAULT_PORT))
-    if given.isdigit() and int(given):  # what is no number at all was named before
+    if given.isdigit() and int(given):  # a value that is no number was reported before
         yield port(environment.get("MASTER_ADDR", "127.0.0.1"), int(given), _put("MASTER_PORT", "", own))

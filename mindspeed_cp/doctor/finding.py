@@ -30,13 +30,13 @@ class Finding:
     def lines(self, width: int) -> list[str]:
         lines = textwrap.wrap(f"{MARKS[self.level]:>2} {self.text}", width, subsequent_indent="   ")
         if self.todo:
-            # Not wrapped: it is there to be copied.
+            # Not wrapped, so that it can be copied.
             lines.append(f"   -> {self.todo}")
         return lines
 
 
 def split(message: str) -> tuple[str, str]:
-    """(what is wrong, the way out) of an error of this project, which ends with its way out behind a semicolon."""
+    """Split an error of this project, which ends with a semicolon and a way out: (what is wrong, the way out)."""
     wrong, separator, way_out = message.rpartition("; ")
     if separator:
         return wrong, way_out

@@ -25,12 +25,12 @@ VIRTUAL_STAGES = ("--num-virtual-stages-per-pipeline-rank", "--num-layers-per-vi
 
 @dataclass(frozen=True)
 class Communicators:
-    """Those of one rank.
+    """The communicators of one rank.
 
     Args:
-        groups: name of a process group -> MB of its buffer, of which a communicator takes two.
-        pairs: single messages (isend, irecv) have one communicator and one stream with each of so many ranks.
-        pair_megabytes: of the buffer of each pair.
+        groups: name of a process group -> MB of its buffer; a communicator takes two buffers.
+        pairs: how many ranks this one sends single messages to (isend, irecv), with a communicator and a stream each.
+        pair_megabytes: MB of the buffer of each pair.
     """
 
     groups: dict[str, int] = field(default_factory=dict)
@@ -72,7 +72,7 @@ def communicators(
 
 
 def _peers(config: ContextParallelConfig) -> int:
-    """Ranks with which a rank exchanges keys and values."""
+    """How many ranks a rank exchanges keys and values with."""
     ulysses, window, windows = config.hierarchy
     ring = window * windows
     if ring == 1 or config.row.exchange == "allgather":

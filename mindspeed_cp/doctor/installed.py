@@ -65,7 +65,7 @@ def fitting() -> Iterator[Finding]:
 
 
 def ascend(environment: Mapping[str, str], npu_works: bool) -> Iterator[Finding]:
-    """torch_npu, CANN and the driver; nothing where none of them is there."""
+    """Findings about torch_npu, CANN and the driver; none where none of them is installed."""
     torch_npu, torch, cann = release("torch_npu"), release("torch"), cann_version(environment)
     driver = _field(ASCEND / "driver" / "version.info", "Version")
     if driver:
@@ -95,7 +95,7 @@ def ascend(environment: Mapping[str, str], npu_works: bool) -> Iterator[Finding]
 
 
 def cann_version(environment: Mapping[str, str]) -> str | None:
-    """CANN's version as its own file says, "unknown" where set_env.sh was sourced and no file says it."""
+    """CANN's version by its own file; "unknown" where set_env.sh was sourced and no file has the version."""
     for variable in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH"):
         home = environment.get(variable)
         if home:
@@ -125,7 +125,7 @@ def optional() -> Iterator[Finding]:
 
 def loads_torch() -> Finding | None:
     """Import torch here; the problem where that fails, as it does with torch_npu but without CANN."""
-    # Asked before: torch_npu sets the variable while it loads.
+    # Read first, because torch_npu sets the variable while it loads.
     npu = release("torch_npu") and os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0"
     try:
         importlib.import_module("torch")

@@ -1,4 +1,4 @@
-"""A launch command, read: how many processes, where they meet, which script, which flags. Nothing of it is started.
+"""Reads a launch command: how many processes, where they meet, which script, which flags. It starts none of them.
 
 A script of the shell is run with DRY_RUN=1 where it declares by MARKER that this starts nothing, and the command that
 it prints is read.
@@ -29,12 +29,12 @@ _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 
 @dataclass(frozen=True)
 class Launch:
-    """What would be started.
+    """What a command would start.
 
     Args:
         script: path of the training script.
         flags: its command line.
-        runner: it runs under mindspeed_cp.run.
+        runner: whether the script runs under mindspeed_cp.run.
         world_size, node_ranks: processes of all nodes and of one, 0 where the command does not say.
         address, port: where they meet, None where the launcher chooses.
         environment: variables that the command itself sets.
@@ -103,7 +103,7 @@ def _dry_run(tokens: list[str], environment: dict[str, str]) -> str:
 
 
 def _run(tokens: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
-    """(status, stdout, stderr) of a script; with the time limit everything that it started ends too."""
+    """(status, stdout, stderr) of a script; at the time limit it is ended with everything that it started."""
     running = subprocess.Popen(
         ["bash", *tokens],
         env=environment,

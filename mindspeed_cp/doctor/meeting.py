@@ -14,7 +14,7 @@ def join(rank: int, world: int, device: str, folder: str, seconds: float) -> Non
     Args:
         device: "cpu", "cuda" or "npu".
         folder: where the ranks meet, empty before.
-        seconds: that a collective may take.
+        seconds: time limit of a collective.
     """
     torch.set_num_threads(1)
     if device != "cpu":

@@ -1,4 +1,4 @@
-"""A command line into words, quoted as bash quotes: single and double quotes, backslashes, and $'...'."""
+"""Splits a command line into words as bash does: single and double quotes, backslashes, and $'...'."""
 
 import re
 

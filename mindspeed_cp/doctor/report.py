@@ -1,4 +1,4 @@
-"""What somebody who reads a bug report asks first, as one block to paste: no paths, no values of variables."""
+"""What a reader of a bug report asks first, as one block to paste: no paths, no values of variables."""
 
 import os
 import platform
@@ -33,7 +33,7 @@ def text(sections: dict[str, list[Finding]]) -> str:
 
 
 def _told(findings: Iterable[Finding]) -> list[str]:
-    """What is not well, or how much is."""
+    """The findings that are not well, or how many are."""
     found = list(findings)
     bad = [f"{finding.level}: {finding.text}" for finding in found if finding.level in ("problem", "warning")]
     return bad or [f"{len(found)} checks are well"]

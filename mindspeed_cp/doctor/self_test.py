@@ -90,7 +90,7 @@ def largest_error(
     whole: list[torch.Tensor],
     reference: list[torch.Tensor],
 ) -> float:
-    """Of out and the three gradients on this rank, as a share of the reference's largest value."""
+    """Largest error of out and the three gradients on this rank, as a share of the reference's largest value."""
     layout = SequenceLayout.build(config, whole[0].shape[0])
     shards = [layout.shard(tensor, groups.cp_rank).to(device) for tensor in whole]
     leaves = [shard.clone().requires_grad_() for shard in shards[:3]]
@@ -144,7 +144,7 @@ def _rate(transfer: Callable[[], None], size: int, link: Link, device: str) -> f
 
 
 def run_rank(rank: int, world: int, device: str, folder: str) -> None:
-    """The life of one rank; it writes its result, or its error, into the folder."""
+    """Runs one rank, which writes its result, or its error, into the folder."""
     result: dict[str, Any] = {}
     try:
         result = _results(rank, world, device, folder)
@@ -210,7 +210,7 @@ def _wait(ranks: list[Any], folder: Path, deadline: float) -> Iterator[dict[str,
 
 
 def plan(device: str) -> list[tuple[str, int]]:
-    """(device, ranks) of every run: two or more devices; a single one alone, and gloo beside it."""
+    """(device, ranks) of every run: a single one with two devices or more, else the only device alone, and gloo."""
     if device == "cpu":
         return [("cpu", MOST_RANKS)]
     count = min(getattr(torch, device).device_count(), MOST_RANKS)

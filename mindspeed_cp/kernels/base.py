@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class KernelOptions(NamedTuple):
-    """What stays the same for all blocks of one call.
+    """Options that are the same for all blocks of one call.
 
     Args:
         rng_stream: differs between ranks that share torch's seed; kernels with a seed of their own mix it in.
@@ -37,7 +37,7 @@ class KernelOptions(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class BlockTensors:
-    """A block and what it reads, already cut to its rows.
+    """A block and its tensors, already cut to the block's rows.
 
     Its query i sees its key j when lower <= j - i <= upper, counted within a piece of the block.
 
@@ -61,7 +61,7 @@ class BlockTensors:
 
 
 class BlockResult(NamedTuple):
-    """What forward makes of a block.
+    """The result of forward for one block.
 
     Args:
         out: in the input's or the accumulation dtype, 0 where a row sees no key.
@@ -78,7 +78,7 @@ class BlockResult(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AttentionRows:
-    """The whole attention (all blocks merged) in some query rows, and its gradient: what backward starts from.
+    """What backward starts from: the whole attention (all blocks merged) in some query rows, and its gradient.
 
     Args:
         grad_out, out: (nq, batch, heads, dv).
@@ -91,7 +91,7 @@ class AttentionRows:
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def once(self, name: Hashable, make: Callable[[], T]) -> T:
-        """What ``make`` returns, made once for all blocks that share these rows."""
+        """The value of ``make()``, made once for all blocks that share these rows."""
         if name not in self._made:
             self._made[name] = make()
         made: T = self._made[name]
@@ -138,8 +138,8 @@ class AttentionKernel(ABC):
         """How tensors of this dtype should lie in memory; None takes any strides.
 
         "sequence" makes each (seq, batch, heads, dim) contiguous, "heads" makes (seq, dim) of each head of key and
-        value contiguous. What comes from an exchange lies so on every rank, its own rows included, because somebody
-        copies them once anyway; so does with "sequence" what blocks share, the query and its gradient.
+        value contiguous. What an exchange brings lies so on every rank, the rank's own rows included, because they are
+        copied once anyway; with "sequence" so do the query and its gradient, which blocks share.
         """
         return None
 

@@ -147,7 +147,7 @@ def _generator(seed: int | None, device: torch.device) -> torch.Generator | None
 
 
 def _dropped(probs: torch.Tensor, dropout_p: float, generator: torch.Generator | None) -> torch.Tensor:
-    """Zero each entry with probability dropout_p and scale the rest by 1 / (1 - dropout_p), in place."""
+    """Zero each entry with probability dropout_p and scale the others by 1 / (1 - dropout_p), in place."""
     if not dropout_p:
         return probs
     keep = torch.rand(probs.shape, generator=generator, device=probs.device, dtype=torch.float32) >= dropout_p

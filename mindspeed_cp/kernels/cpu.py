@@ -3,8 +3,8 @@
 The operator wants (batch, heads, seq, dim) with any strides, so the sequence-first tensors go in as views. A KV head
 that serves several query heads is expanded with stride 0, never copied. It has no dropout and wants dk == dv: those
 cases take the blockwise path, which is exact and slower. Where the processor has no instructions for half precision its
-backward pass takes 8 to 20 times as long as in float32 (and forward in float16 1.5 times); there a block's tensors are
-converted first. With such instructions half precision is the faster, and most where each head of K and V is contiguous.
+backward pass takes 8 to 20 times as long as in float32 (and forward in float16 1.5 times), so a block's tensors are
+converted first. With such instructions half precision is faster, most of all where each head of K and V is contiguous.
 """
 
 import platform
@@ -42,7 +42,7 @@ def build() -> AttentionKernel:
 
 @cache
 def is_slow(dtype: torch.dtype) -> bool:
-    """Whether a block is faster in float32 than in this dtype: half precision on x86 without instructions for it."""
+    """Whether float32 is faster for a block than this dtype: half precision on x86 without instructions for it."""
     if dtype not in HALF_INSTRUCTIONS or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     queries: list[Callable[[], bool]] = [getattr(torch.cpu, name, lambda: False) for name in HALF_INSTRUCTIONS[dtype]]
@@ -90,7 +90,7 @@ def _in_fast_dtype(tensors: BlockTensors) -> BlockTensors:
 
 
 def _pieces(tensors: BlockTensors) -> list[tuple[slice, slice]]:
-    """The rows of each piece where a block has several, which no operator call takes at once."""
+    """The rows of each piece of a block with several pieces, which no single call of the operator computes."""
     return list(tensors.block.pieces()) if tensors.block.num_pieces > 1 else []
 
 

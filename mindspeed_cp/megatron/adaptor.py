@@ -1,37 +1,37 @@
 """What the adaptor knows between two calls of Megatron: settings, groups, the batches under way."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import wraps
 from typing import Any
 from weakref import WeakSet
 
-import torch
 import torch.distributed as dist
 
 from mindspeed_cp.attention.kept import KeptAttention
-from mindspeed_cp.comm.groups import ContextParallelGroups, PoolKey
+from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.comm.parts import PoolKey
 from mindspeed_cp.comm.step_log import ContextParallelLog
 from mindspeed_cp.megatron import batches, splitting
 from mindspeed_cp.megatron.decision import OpenDecision, Settings
-from mindspeed_cp.megatron.documents import BoundaryCache, MaskCache, documents_of_rows
+from mindspeed_cp.megatron.documents import BoundaryCache, MaskCache
 from mindspeed_cp.megatron.foreign import Foreign
-from mindspeed_cp.megatron.handed import Handed
-from mindspeed_cp.megatron.handover import HandOver
+from mindspeed_cp.megatron.handed_ends import Handed
 from mindspeed_cp.megatron.hccl import hccl_buffers
-from mindspeed_cp.megatron.losses import Losses, share_of
+from mindspeed_cp.megatron.later_stages import HandOver
+from mindspeed_cp.megatron.losses import Losses
+from mindspeed_cp.megatron.own_loops import OwnLoops
 from mindspeed_cp.megatron.records import BatchRecords, Documents, MicroBatch
 from mindspeed_cp.megatron.scopes import Scope, Scopes, checked_group, collective_device, named_group, own_group
 from mindspeed_cp.megatron.sizes import ranks_of_all
 from mindspeed_cp.megatron.start import agree_in_group
-from mindspeed_cp.sequence import sharding
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.training_setup import TrainingSetup
 
 
-class Adaptor:
+class Adaptor(OwnLoops):
     """The one mutable object of the adaptor; ``megatron_adaptor.state()`` returns it.
 
     Attributes:
@@ -312,59 +312,3 @@ class Adaptor:
     def forward_pass(self) -> int | None:
         """Number of the forward pass of a model that runs; None outside of any."""
         return None if self.active is None else self._passes
-
-    def shard_batch(
-        self,
-        batch: Mapping[str, Any],
-        cu_seqlens: torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
-        sequences: Collection[str] = (),
-    ) -> dict[str, Any]:
-        """This rank's part of a whole batch, for training loops that do not call Megatron's get_batch_on_this_cp_rank.
-
-        Args:
-            batch: name -> (batch, seq) tensor or anything else; ``mindspeed_cp.shard_batch`` says what is split.
-            cu_seqlens: document boundaries with the leading 0 and the total, for all rows or one row for each; None
-                looks for documents where the settings say.
-            sequences: further names to split.
-
-        Returns:
-            a new dict, by whose tensors the model finds layout and documents again.
-        """
-        documents = None if cu_seqlens is None else documents_of_rows(cu_seqlens)
-        self.documents_by_hand |= documents is not None
-        return splitting.sharded(self, self.current, batch, documents, sequences)
-
-    def gather_sequence(self, tensor: torch.Tensor, of: Any = None, dim: int = 1) -> torch.Tensor:
-        """The whole sequence in order, from every rank's part of it; differentiable, and every rank calls this.
-
-        A loss of what this returns is the whole loss on every rank, and its gradient each rank's own part. A loss
-        function of Megatron returns it as ``(loss / count, report)``, or with ``share_of(count)`` as ``num_tokens``:
-        ``(loss, share_of(count), report)``.
-
-        Args:
-            tensor: ``dim`` holds this rank's tokens: (batch, seq, ...) by default, as Megatron's models return logits.
-            of: what says how the batch was split: a tensor of it, such as the tokens or the model's output, the batch
-                itself, or the PackedSeqParams of one that a framework split. None is ``tensor`` itself.
-
-        Raises:
-            ValueError: nothing says how the batch was split.
-        """
-        if self.alone:
-            return tensor
-        record = batches.record_of_part(self, tensor, of, dim)
-        scope = record.scope or self.main
-        return sharding.gather_sequence(tensor, groups=scope.groups, layout=record.layout, dim=dim)
-
-    def share_of(self, count: Any, of: Any = None) -> Any:
-        """What a loss function returns as ``num_tokens`` for a loss of the whole sequence, of ``count`` tokens.
-
-        Megatron adds num_tokens over the context-parallel ranks, so each rank returns a share; until 0.12, which adds
-        over the data-parallel ranks alone, that is all of it.
-
-        Args:
-            count: a whole number or a tensor of one, the same on every rank.
-            of: as ``gather_sequence`` has it, None is Megatron's own group.
-        """
-        self.losses.asked = True
-        scope = self.current if of is None or self.alone else batches.scope_of_part(self, of)
-        return share_of(count, scope)

@@ -21,7 +21,7 @@ from mindspeed_cp.megatron.splitting import divided_by
 from mindspeed_cp.settings.notices import warn_rank0
 
 if TYPE_CHECKING:
-    from mindspeed_cp.megatron.adaptor import Adaptor
+    from mindspeed_cp.megatron.known import Known as Adaptor
 
 # What forward passes call them; the last ones are those of legacy models.
 IDS, TOKENS = ("position_ids", "enc_position_ids"), ("input_ids", "tokens", "decoder_input_ids", "enc_input_ids")

@@ -92,9 +92,9 @@ def attention(
             )
         name = "default" if adaptor.setup is None else adaptor.setup.gather_size_calculator
         calculator = None if name == "default" else calculator_named(name)
-        size = calculator and calculator.calculate(
-            attention_mask, packed_seq_params=packed_seq_params, **(others or {})
-        )
+        size = None
+        if calculator is not None:
+            size = calculator.calculate(attention_mask, packed_seq_params=packed_seq_params, **(others or {}))
         out = _unpacked(call, attention_mask, size)
     return out.flatten(2).squeeze(1) if without_batch else out.flatten(2)
 

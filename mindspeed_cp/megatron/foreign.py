@@ -25,7 +25,7 @@ from mindspeed_cp.sequence.sharding import gather_sequence
 from mindspeed_cp.settings.config import BatchLayout, ContextParallelConfig
 
 if TYPE_CHECKING:
-    from mindspeed_cp.megatron.adaptor import Adaptor
+    from mindspeed_cp.megatron.known import Known as Adaptor
 
 KINDS = ("zigzag", "contiguous")  # how whole rows are cut by others
 PACKED_KINDS = ("document_zigzag", "contiguous", "zigzag")

@@ -19,7 +19,7 @@ from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.notices import warn_rank0
 
 if TYPE_CHECKING:
-    from mindspeed_cp.megatron.adaptor import Adaptor
+    from mindspeed_cp.megatron.known import Known as Adaptor
 
 WAY_OUT = (
     "split packed batches as Megatron does, each document padded to a multiple of 2 x cp tokens and zigzag on its own, "

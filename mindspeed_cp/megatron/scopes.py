@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.comm.groups import ContextParallelGroups, is_there
+from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.comm.parts import is_there
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 SINGLE = ContextParallelConfig(context_parallel_size=1)

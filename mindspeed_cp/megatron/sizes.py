@@ -16,7 +16,7 @@ from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.scopes import Scope
 
 if TYPE_CHECKING:
-    from mindspeed_cp.megatron.adaptor import Adaptor
+    from mindspeed_cp.megatron.known import Known as Adaptor
 
 FLAG = "--hybrid-context-parallel"
 

@@ -15,7 +15,7 @@ from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.notices import warn_rank0
 
 if TYPE_CHECKING:
-    from mindspeed_cp.megatron.adaptor import Adaptor
+    from mindspeed_cp.megatron.known import Known as Adaptor
 
 Batch = Mapping[str, Any]
 

@@ -34,13 +34,13 @@ def fitted(small: tuple[float, float], large: tuple[float, float]) -> Curve:
     (x, slow), (y, fast) = small, large
     if slow >= fast:
         return Curve(max(slow, fast), 0.0)
-    # Where the rate is proportional to the size nothing is said about its most: the half then is the larger size.
+    # Where the rate grows in proportion to the size, its maximum is unknown; the larger size then counts as the half.
     half = min(x * y * (fast - slow) / max(slow * y - fast * x, 1e-9), float(y))
     return Curve(fast * (y + half) / y, half)
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
-    """The best of a few."""
+    """The shortest time of a few runs."""
     best = float("inf")
     for _ in range(1 + REPEATS):
         start = time.perf_counter()
@@ -52,20 +52,20 @@ def _seconds(call: Callable[[], object], device: str) -> float:
 
 
 def product_rate(device: str, rows: int) -> float:
-    """FLOP/s of a product of so many rows with a square matrix."""
+    """FLOP/s of the product of a matrix of ``rows`` rows with a square one."""
     size = 4 * SIZES[device][2] * SIZES[device][1]
     left, right = (torch.randn(count, size, device=device, dtype=DTYPES[device]) for count in (rows, size))
     return 2 * rows * size * size / _seconds(lambda: left @ right, device)
 
 
 def memory_rate(device: str) -> float:
-    """Bytes/s that a copy writes and reads."""
+    """Bytes/s that a copy reads and writes."""
     source = torch.ones(1 << 25, device=device)
     return 2 * source.numel() * 4 / _seconds(source.clone, device)
 
 
 def kernel_rate(device: str, seq: int | None = None) -> float:
-    """FLOP/s of forward and backward of one causal block."""
+    """FLOP/s of the forward and backward pass of one causal block."""
     whole, heads, dim = SIZES[device]
     seq = seq or whole
     block, options = Block((0, seq), (0, seq), None, 0), KernelOptions(dim**-0.5)
@@ -84,7 +84,7 @@ def kernel_rate(device: str, seq: int | None = None) -> float:
 
 
 def measured(device: str) -> Cluster:
-    """A cluster of machines like this one; between nodes the rate within one is taken, give --inter-bandwidth.
+    """A cluster of machines like this one; between nodes it has the rate within a node (see --inter-bandwidth).
 
     Raises:
         ValueError: the ranks that measure the links failed; the message says how.
@@ -145,7 +145,7 @@ def default_cluster() -> tuple[str, str]:
 
 
 def save(cluster: Cluster, path: str) -> None:
-    """Raises ValueError where the file cannot be written."""
+    """Write the cluster as YAML; raises ValueError where the file cannot be written."""
     try:
         Path(path).write_text(yaml.safe_dump(asdict(cluster), sort_keys=False), encoding="utf-8")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What the planner must know of the machines: rates of devices, links, and the share of both that is reached."""
+"""What the planner knows of the machines: the rates of devices and links, and the share of them that is reached."""
 
 from dataclasses import dataclass, replace
 from math import inf
@@ -8,20 +8,20 @@ HEAD_DIM = 128  # of which attention_efficiency is the share
 
 @dataclass(frozen=True)
 class Cluster:
-    """Devices in nodes, with peak rates and the share of them that is reached.
+    """Nodes of devices, their peak rates and the share of these that is reached.
 
     Args:
         devices_per_node: neighbouring global ranks that share a node.
         flops: peak of one device in the precision of the products, FLOP/s.
         intra_bandwidth, inter_bandwidth: peak of one link, in one direction, within and between nodes, bytes/s.
         latency: of one transfer, seconds.
-        compute_efficiency, link_efficiency: reached share of the peaks at most, of large matrix products and of links.
+        compute_efficiency, link_efficiency: the largest share of the peak that matrix products, and links, reach.
         attention_efficiency: the share of flops that attention reaches with long blocks and heads of HEAD_DIM.
-        half_rows: rows or columns of a matrix product with which it reaches half of its most.
-        half_tokens, half_head: tokens of a block, and the head size, with which attention reaches half of its most.
+        half_rows: rows or columns at which a matrix product reaches half of its highest rate.
+        half_tokens, half_head: tokens of a block, and head size, at which attention reaches half of its highest rate.
         links: peers of its node that a device reaches at once, each at intra_bandwidth: 1 at a switch, where all share
             its port, and the number of the others in a full mesh.
-        devices_per_adapter: that share an adapter of inter_bandwidth between nodes.
+        devices_per_adapter: how many devices share one network adapter of inter_bandwidth.
         memory: of one device, bytes. memory_bandwidth: of one device, bytes/s.
     """
 
@@ -59,24 +59,24 @@ class Cluster:
         return global_rank // self.devices_per_node
 
     def bandwidth(self, inter: bool, peers: int = 1) -> float:
-        """Reached bytes/s of one device, in one direction, to so many peers at once."""
+        """Bytes/s that one device reaches in one direction, to ``peers`` peers at once."""
         if inter:
             return self.inter_bandwidth * self.link_efficiency / self.devices_per_adapter
         return self.intra_bandwidth * self.link_efficiency * min(max(peers, 1), self.links)
 
     def link(self, rank: int, peer: int) -> tuple[bool, int]:
-        """(whether it leads out of the node, its number) of the link to ``peer``; transfers on one link queue."""
+        """(whether the link to ``peer`` leaves the node, its number); transfers on one link queue."""
         if self.node(rank) != self.node(peer):
             return True, 0
         return False, (peer - rank) % self.devices_per_node % self.links
 
     def product_seconds(self, flops: float, rows: float, columns: float) -> float:
-        """Of matrix products with so many rows, the smaller of whose other sizes is ``columns``."""
+        """Seconds of matrix products of ``rows`` rows, the smaller of whose other two sizes is ``columns``."""
         share = rows / (rows + self.half_rows) * columns / (columns + self.half_rows)
         return flops / (self.flops * self.compute_efficiency * share)
 
     def attention_seconds(self, flops: float, tokens: float, head_dim: int) -> float:
-        """Of attention's kernel on a block, the shorter side of which has so many tokens."""
+        """Seconds of attention's kernel on a block whose shorter side has ``tokens`` tokens."""
         head = min(head_dim, HEAD_DIM)
         share = tokens / (tokens + self.half_tokens)
         share *= head / (head + self.half_head) * (HEAD_DIM + self.half_head) / HEAD_DIM
@@ -92,8 +92,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# What kernels reach of the peaks is public for NVIDIA's devices; docs/choosing.md says where. Products reach half of it
-# with so many rows, attention with blocks of so many tokens and heads of that size.
+# The share of the peaks that kernels reach is public for NVIDIA's devices; docs/choosing.md says where. Products reach
+# half of it with ``rows`` rows, attention with blocks of ``tokens`` tokens.
 def _reached(cluster: Cluster, products: float, attention: float, rows: float, tokens: float) -> Cluster:
     return replace(
         cluster, compute_efficiency=products, attention_efficiency=attention, half_rows=rows, half_tokens=tokens,

@@ -1,17 +1,16 @@
-"""Packed documents for the planner: lengths of a dataset or of a distribution, and a row that is filled with them."""
+"""Packed documents for the planner: their lengths, from a dataset or a distribution, and rows filled with them."""
 
 import math
 import random
-import struct
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
+from mindspeed_cp.planner.indexed_dataset import read_index
+
 Boundaries = tuple[int, ...]
-HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of the tokens, sequences, documents
-BATCHES = 15  # are filled, of which the one with the median area is planned
+BATCHES = 15  # batches are filled; the one with the median area is planned
 
 # name -> how a length is drawn from its two parameters
 DISTRIBUTIONS: dict[str, Callable[[random.Random, float, float], float]] = {
@@ -75,23 +74,16 @@ def _distribution(source: str) -> tuple[str, float, float]:
     return name, first, second
 
 
-def read_lengths(path: str) -> np.ndarray:
+def read_lengths(path: str) -> NDArray[np.int32]:
     """int32 (documents,): tokens of every sequence of a Megatron indexed dataset, without those of no tokens.
 
     Raises:
-        ValueError: the file is not there, no index, shorter than it says, or empty.
+        ValueError: the file cannot be read, or is no whole index.
     """
     try:
-        data = Path(path).read_bytes()
+        lengths = read_index(path).lengths
     except OSError as error:
         raise ValueError(f"--documents {path} cannot be read ({error.strerror}); {USAGE}.") from error
-    if len(data) < HEADER.size or HEADER.unpack_from(data)[:2] != (MAGIC, VERSION):
-        raise ValueError(f"--documents {path} is no index of a Megatron dataset; {USAGE}.")
-    count = HEADER.unpack_from(data)[3]
-    if len(data) < HEADER.size + 4 * count:
-        raise ValueError(f"--documents {path} says {count} sequences and is too short for them; make the data again.")
-    lengths = np.frombuffer(data, dtype="<i4", count=count, offset=HEADER.size)
-    lengths = lengths[lengths > 0]
-    if not len(lengths):
-        raise ValueError(f"--documents {path} holds no tokens; {USAGE}.")
-    return lengths
+    except ValueError as error:
+        raise ValueError(f"--documents {path} {error}; {USAGE}.") from None
+    return lengths[lengths > 0]

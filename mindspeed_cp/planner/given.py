@@ -38,7 +38,7 @@ QUANTITY = re.compile(rf"(.*\d\.?) ?({'|'.join(sorted(SCALES, key=len, reverse=T
 
 
 def quantity(text: str) -> float:
-    """Bytes, bytes/s, FLOP/s or seconds of a number with an SI prefix and a unit: 6.4e10, 64GB, 80GiB, 200Gbit/s, 10us.
+    """Read bytes, bytes/s, FLOP/s or seconds, a number with an SI prefix and a unit: 6.4e10, 64GB, 200Gbit/s, 10us.
 
     Raises:
         argparse.ArgumentTypeError: it is none.

@@ -11,14 +11,14 @@ NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermedia
 OPTIONAL = ("num_key_value_heads", "head_dim", "kv_channels")
 LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-# Names that speak of another architecture; what the planner reads of them, and what changes no size, is left out.
+# Keys that only another architecture has, less those that the planner reads and those that change no size.
 SUSPECT = re.compile(
     r"expert|moe|lora|mamba|ssm|^linear_|conv_|state_size|vision|audio|text_config|cross_attention|index_|^layer_types$"
 )
 KNOWN = {
     *LATENT[:2], *EXPERTS, "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size",
     "n_shared_experts", "moe_layer_freq",
-    # Of these a size does not depend: how experts are chosen and trained.
+    # How experts are chosen and trained: no size depends on it.
     "output_router_logits", "moe_renormalize", "num_experts_per_group", "moe_aux_loss_coef", "moe_router_dtype",
 }  # fmt: skip
 

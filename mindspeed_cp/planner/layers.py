@@ -16,10 +16,10 @@ HALF, FLOAT = 2, 4  # bytes
 
 @dataclass(frozen=True)
 class Held:
-    """What a rank holds of one layer.
+    """The part of one layer that a rank holds.
 
     Args:
-        parameters, routed: of everything but routed experts, and of those.
+        parameters, routed: parameters of everything but the routed experts, and of the routed experts.
         activations: bytes that the backward pass of one micro batch needs, without attention's own.
     """
 
@@ -43,7 +43,7 @@ class Forward:
 
 
 def local_tokens(work: Work, split: Split) -> int:
-    """Of one micro batch on one rank of the context-parallel group."""
+    """Tokens of one micro batch on one rank of the context-parallel group."""
     return -(-work.seq_length // split.cp) * work.micro_batch
 
 
@@ -82,7 +82,7 @@ def _forward(model: ModelShape, tokens: int, split: Split, cluster: Cluster, wit
     # Every activation is written once and read once.
     compute += 2 * _held(model, tokens, split, with_experts).activations / cluster.memory_bandwidth
     row = tokens * model.hidden * HALF / split.tp  # of the tokens that a rank holds between the layers
-    # A gather before and a scatter behind attention, and the dense MLP or the shared experts; latent attention gathers
+    # A gather before and a scatter behind attention and the dense MLP or the shared experts; latent attention gathers
     # what its projections to low ranks leave of a token.
     latent, scatter = model.latent, _exchange(row * split.tp, split.tp, 1, cluster)
     entry = (latent.q_rank or model.hidden) + latent.kv_rank + latent.rope if latent else model.hidden
@@ -120,7 +120,7 @@ def _experts(model: ModelShape) -> Experts:
 
 
 def _exchange(size: float, members: int, stride: int, cluster: Cluster) -> float:
-    """Seconds in which every member sends each of the others its share of so many bytes.
+    """Seconds in which every member sends each of the others its share of ``size`` bytes.
 
     Args:
         stride: global ranks between neighbours of the group.

@@ -26,7 +26,9 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, Any] = {}
         self._sizes: dict[int, int] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         self._note((args, kwargs), False)  # what comes in from outside does not count, nor do its views
         result = func(*args, **(kwargs or {}))
         self._note(result, True)
@@ -78,19 +80,20 @@ class Rest(torch.autograd.Function):
     """What follows attention in a layer: it keeps nothing of out, and gives back a gradient of its size."""
 
     @staticmethod
-    def forward(ctx, out):
+    def forward(ctx: Any, out: torch.Tensor) -> torch.Tensor:
         ctx.shape = out.shape
         return out.new_empty(0)
 
     @staticmethod
-    def backward(ctx, nothing):
+    def backward(ctx: Any, nothing: torch.Tensor) -> torch.Tensor:
         return nothing.new_empty(ctx.shape)
 
 
 def layer(call: Callable[..., torch.Tensor], *tensors: torch.Tensor, **keywords: Any) -> torch.Tensor:
     """A layer that makes its query, key and value, calls attention, and goes on."""
     inputs = [tensor.clone() for tensor in tensors]
-    return Rest.apply(call(*inputs, **keywords))
+    after: torch.Tensor = Rest.apply(call(*inputs, **keywords))
+    return after
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the planner must know of a model: its sizes, its parameters, and the table of models by name (models.txt)."""
+"""What the planner knows of a model: its sizes, its parameters, and the table of models by name (models.txt)."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +9,7 @@ TABLE = Path(__file__).with_name("models.txt")
 
 @dataclass(frozen=True)
 class Latent:
-    """Multi-latent attention: queries, and keys with values, come out of projections of a low rank.
+    """Multi-latent attention: low-rank projections yield the queries, and the keys with the values.
 
     Args:
         q_rank, kv_rank: of queries (0: they are projected at once), and of keys and values.
@@ -102,12 +102,12 @@ class ModelShape:
 
     @property
     def matrices(self) -> int:
-        """Of an MLP."""
+        """Matrices of an MLP."""
         return 3 if self.gated else 2
 
     @property
     def split_widths(self) -> tuple[int, ...]:
-        """Of the MLPs that tensor parallelism shares out: of layers without experts, and of shared experts."""
+        """Widths of the MLPs that tensor parallelism splits: those of layers without experts and of shared experts."""
         dense = self.experts is None or not all(self.experts.layers)
         shared = self.experts.shared_ffn if self.experts else 0
         return ((self.ffn,) if dense else ()) + ((shared,) if shared else ())
@@ -129,7 +129,7 @@ class ModelShape:
         return LayerParameters(split + shared, whole + router, self.experts.num * one, self.experts.topk * one)
 
     def _attention_parameters(self) -> tuple[int, int]:
-        """(split over tensor parallelism, whole), both norms of the layer among the whole ones."""
+        """(parameters that tensor parallelism splits, parameters that it does not, among them both norms)."""
         latent, norms = self.latent, 2 * self.hidden
         out = self.num_heads * self.dv * self.hidden
         if latent is None:
@@ -140,7 +140,7 @@ class ModelShape:
         return out + query + key_value, norms + down
 
     def stage(self, number: int, of: int, ends: bool = False) -> tuple[int, int]:
-        """Layers (without, with) experts of one of so many pipeline stages; the last one is shorter if need be.
+        """Layers (without, with) experts of pipeline stage ``number`` of ``of``; the last stage may be shorter.
 
         Args:
             ends: embedding and output take the place of a layer each, in the first stage and in the last one.
@@ -152,14 +152,14 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Parameters of the whole model."""
         dense, experts = self.stage(0, 1)
         layers = dense * self.dense_layer.total + (experts * self.expert_layer.total if experts else 0)
         return layers + self._others()
 
     @property
     def active_parameters(self) -> int:
-        """Of those that one token visits."""
+        """Parameters that one token visits."""
         dense, experts = self.stage(0, 1)
         layers = dense * self.dense_layer.active + (experts * self.expert_layer.active if experts else 0)
         return layers + self._others()
@@ -181,7 +181,7 @@ def _row(line: str) -> tuple[str, ModelShape]:
         pattern = tuple(layer >= dense for layer in range(layers))
         experts = Experts(more["experts"], more["topk"], more["expert_ffn"], more.get("shared_ffn", 0), pattern)
     gated, tied, dv = "gated" in words, "untied" not in words, more.get("dv", dk)
-    # Of every so many layers the last one sees everything, the others a window.
+    # In each group of layers the last one sees everything, the others a window.
     every = more.get("every", 1)
     share = sum((layer + 1) % every > 0 for layer in range(layers)) / layers
     sizes = layers, heads, kv_heads, dk, dv, hidden, ffn, vocab

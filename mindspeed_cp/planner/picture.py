@@ -30,8 +30,8 @@ def layer_milliseconds(found: Found) -> dict[str, float]:
 def training_seconds(
     work: Work, devices: int, memory: float, cluster: Cluster, fixed: dict[str, int]
 ) -> dict[str, float]:
-    """Algorithm -> seconds of a step with its fastest plan; those of which none fits, or which takes more than LIMIT
-    times as long as the fastest, are left out.
+    """Algorithm -> seconds of a step with its fastest plan; algorithms without a plan that fits, or that take more than
+    LIMIT times as long as the fastest, are left out.
     """
     best: dict[str, float] = {}
     some = list(splits(work, devices, cluster, fixed, {}))

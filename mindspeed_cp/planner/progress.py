@@ -8,7 +8,7 @@ EVERY = 0.5  # seconds
 
 
 class Progress:
-    """Shows how many ways to train are decided; says nothing where nobody looks, or before EVERY seconds are over."""
+    """Shows on a terminal how many ways to train are decided, at most once in EVERY seconds."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
@@ -18,7 +18,7 @@ class Progress:
         return self
 
     def note(self, decided: int, of: int) -> None:
-        """So many of so many ways are decided; those that the fastest ones exclude are never looked at."""
+        """``decided`` ways ``of`` all are decided; ways that the fastest ones exclude are never tried."""
         now = time.monotonic()
         if sys.stderr.isatty() and now - self._last >= EVERY:
             self._last, self._shown = now, True

@@ -10,7 +10,7 @@ SHOWN = 5
 
 
 def reason(candidate: Candidate) -> str:
-    """Why attention takes as long as it does, in one sentence."""
+    """One sentence that says what the time of attention is made of."""
     sent = f"sends {candidate.intra_bytes / 1e6:,.0f} MB within and {candidate.inter_bytes / 1e6:,.0f} MB between nodes"
     if candidate.exposed < 0.01 * candidate.seconds:
         return f"{sent}, hidden behind {candidate.compute * 1e3:,.1f} ms of attention"
@@ -47,7 +47,7 @@ def _setting(plan: Plan) -> str:
 
 
 def megatron_flags(plan: Plan) -> str:
-    """The line to paste."""
+    """Megatron's flags of a plan, to paste."""
     split = plan.split
     line = f"--tensor-model-parallel-size {split.tp} --pipeline-model-parallel-size {split.pp}"
     line += " --sequence-parallel" if split.tp > 1 else ""
@@ -83,7 +83,7 @@ def shell(plan: Plan) -> list[str]:
 
 
 def record(plan: Plan, work: Work, cluster: Cluster, memory: float) -> dict[str, object]:
-    """For JSON."""
+    """The plans as values for JSON."""
     return {
         "split": vars(plan.split),
         "setting": _setting(plan),

@@ -1,8 +1,10 @@
-"""Every setting of context parallelism for one attention layer, timed on a model of the cluster."""
+"""Times every setting of context parallelism for one attention layer on a model of the cluster."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ Policies = tuple[KVCachePolicy | None, ...]
 
 @dataclass(frozen=True)
 class Timing:
-    """One pass of one rank, seconds; exposed is what computation waits for."""
+    """Seconds of one pass of one rank; ``exposed`` is what computation waits for."""
 
     compute: float
     exposed: float
@@ -52,12 +54,12 @@ class Candidate:
 
     @property
     def compute(self) -> float:
-        """Seconds of both passes in kernels."""
+        """Seconds that kernels take in both passes."""
         return self.forward.compute + self.backward.compute
 
     @property
     def exposed(self) -> float:
-        """Seconds of both passes that wait."""
+        """Seconds for which computation waits in both passes."""
         return self.forward.exposed + self.backward.exposed
 
     @property
@@ -118,34 +120,58 @@ def _apart(ends: dict[int, int], cluster: Cluster, rank: int) -> dict[bool, int]
     return sizes
 
 
-def variants(cp: int, documents: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+# Layout, exchange and steps under way; only where a device reaches several peers at once do the last ones gain time.
+WAYS = (("auto", "ring", 1), ("auto", "direct", 1))
+OF_DOCUMENTS = (("balanced", "direct", 1),)
+OF_A_MESH = (("auto", "direct", 2), ("auto", "mesh", 1), ("auto", "mesh", 2))
+CHUNKS = (1, 2, 4)
+# What hides more is looked at for so many hierarchies, the fastest, which wait for more than this part of their time.
+FASTEST, WAITING = 2, 0.01
+
+
+def policies_beside(chunks: int) -> Policies:
+    """KV cache policies that are tried with so many groups of heads: groups save memory themselves, and with every
+    policy they would crowd out settings that differ more.
+    """
+    return KV_CACHE_POLICIES if chunks == 1 else (None,)
+
+
+def variants(cp: int, documents: bool = False, mesh: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """(algorithm, arguments of the configuration), whether or not they work together: the configuration says that.
 
     Args:
         documents: the balanced layout too, with the exchange that sends only what documents need.
+        mesh: the exchanges too that use several links at once.
     """
+    ring_ways = WAYS + OF_DOCUMENTS * documents + OF_A_MESH * mesh
     divisors = [number for number in range(2, cp) if cp % number == 0]
     for name, row in ALGORITHMS.items():
         degrees: list[int | None] = [*divisors] if row.takes_degree and divisors else [None]
         for degree in degrees:
             windows = [number for number in divisors if number < cp // (degree or 1)] if row.takes_window else []
             for window in [1, *windows]:
-                ways = [("auto", "ring"), ("auto", "direct"), ("balanced", "direct")][: 3 if documents else 2]
-                for layout, exchange in ways if row.exchange == "ring" else ways[:1]:
-                    for policy in KV_CACHE_POLICIES:
-                        yield (
-                            name,
-                            dict(
-                                context_parallel_size=cp,
-                                algorithm=name,
-                                ulysses_degree=degree,
-                                window_size=window,
-                                batch_layout=layout,
-                                kv_exchange=exchange,
-                                kv_cache_policy=policy,
-                                send_recv_overlap=row.exchange is not None,
-                            ),
-                        )
+                ways = product(
+                    ring_ways if row.exchange == "ring" else WAYS[:1],
+                    CHUNKS if row.splits_heads else CHUNKS[:1],
+                    KV_CACHE_POLICIES,
+                )
+                for (layout, exchange, in_flight), chunks, policy in ways:
+                    is_more = (layout, exchange, in_flight) in OF_A_MESH
+                    if policy not in policies_beside(chunks) or (is_more and chunks > 1):
+                        continue
+                    arguments = dict(
+                        context_parallel_size=cp,
+                        algorithm=name,
+                        ulysses_degree=degree,
+                        window_size=window,
+                        batch_layout=layout,
+                        kv_exchange=exchange,
+                        in_flight=in_flight,
+                        ulysses_chunks=chunks,
+                        kv_cache_policy=policy,
+                        send_recv_overlap=row.exchange is not None,
+                    )
+                    yield name, arguments
 
 
 def search(
@@ -157,30 +183,68 @@ def search(
     policies: Policies = KV_CACHE_POLICIES,
 ) -> Found:
     """Trace and time every setting that config.py's own rules allow, with these KV cache policies."""
+    search_one = partial(_search_one, problem=problem, setup=setup, cluster=cluster)
     found: list[Candidate] = []
     first_rule: dict[str, str] = {}
-    for name, arguments in variants(cp, problem.layout_documents is not None):
+    further: list[ContextParallelConfig] = []
+    for name, arguments in variants(cp, problem.layout_documents is not None, _is_mesh(problem, cluster)):
         if arguments["kv_cache_policy"] not in policies:
             continue
         try:
             config = ContextParallelConfig(**arguments, attention_mask_type=mask_type)
-            resolve(config, setup)
-            found.append(timed(config, problem, cluster))
+            if _is_plain(config):
+                found.append(search_one(config))
+            else:
+                further.append(config)
         except ValueError as error:
             first_rule.setdefault(name, str(error))
+    worth = _worth_more(found)
+    for config in further:
+        if config.hierarchy in worth:
+            with suppress(ValueError):  # what excludes a plain setting was said; a number of groups may not fit heads
+                found.append(search_one(config))
     found.sort(key=_rank)
     working = {candidate.config.algorithm for candidate in found}
     return Found(tuple(found), {name: rule for name, rule in first_rule.items() if name not in working})
 
 
-def _rank(candidate: Candidate) -> tuple[float, bool, int]:
-    """By time; of equals the one without a policy, which holds less in a ring, then the one that sends less."""
-    has_policy = candidate.config.kv_cache_policy is not None
-    return float(f"{candidate.seconds:.9g}"), has_policy, candidate.intra_bytes + candidate.inter_bytes
+def _search_one(config: ContextParallelConfig, problem: Problem, setup: TrainingSetup, cluster: Cluster) -> Candidate:
+    """Raises ValueError where rules across settings or the engine refuse ``config``."""
+    resolve(config, setup)
+    return timed(config, problem, cluster)
+
+
+def _is_plain(config: ContextParallelConfig) -> bool:
+    return config.in_flight == config.ulysses_chunks == 1 and config.kv_exchange != "mesh"
+
+
+def _worth_more(found: list[Candidate]) -> set[tuple[int, int, int]]:
+    """Hierarchies whose plain settings are among the fastest and wait: for these what hides more is looked at."""
+    least: dict[tuple[int, int, int], Candidate] = {}
+    for candidate in sorted(found, key=_rank):
+        least.setdefault(candidate.config.hierarchy, candidate)
+    fastest = list(least.items())[:FASTEST]
+    return {hierarchy for hierarchy, each in fastest if each.exposed > WAITING * each.seconds}
+
+
+def _is_mesh(problem: Problem, cluster: Cluster) -> bool:
+    """Whether a rank reaches several peers of its group at once."""
+    return cluster.links > 1 and cluster.devices_per_node // problem.stride > 2
+
+
+def _rank(candidate: Candidate) -> tuple[float, bool, int, int]:
+    """By time; of equals the one without a policy, which holds less in a ring, then the one with the fewest steps
+    under way and groups of heads, then the one that sends less.
+    """
+    config = candidate.config
+    has_policy = config.kv_cache_policy is not None
+    assert isinstance(config.in_flight, int)
+    extra = config.in_flight + config.ulysses_chunks
+    return float(f"{candidate.seconds:.9g}"), has_policy, extra, candidate.intra_bytes + candidate.inter_bytes
 
 
 def timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> Candidate:
-    """One setting, traced; raises what the engine raises. Of a model with two kinds of layers it is the mean layer."""
+    """Trace and time one setting; raises what the engine raises. A model with two kinds of layers has a mean layer."""
     alike = replace(problem, is_pipeline=False)
     problem = alike if alike.layout(config) == problem.layout(config) else problem
     if problem.windowed is None:
@@ -208,8 +272,8 @@ def _timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) ->
 
 
 def traced_ranks(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> list[int]:
-    """All ranks of a small group; of a large one the first, the last, the last of the first node, and of documents,
-    which load ranks unevenly, those that compute the most and those that send or receive the most.
+    """All ranks of a small group. Of a large group: the first, the last, the last of the first node; with documents,
+    which load ranks unevenly, also those that compute the most and those that send or receive the most.
     """
     cp = config.context_parallel_size
     if cp <= 4:
@@ -246,5 +310,5 @@ def hiding_tokens(problem: Problem, cluster: Cluster, inter: bool, causal: bool 
 
 
 def flags(config: ContextParallelConfig) -> str:
-    """The flags to paste."""
+    """The flags of a configuration, to paste."""
     return f"{flags_of(config)} --use-flash-attn"

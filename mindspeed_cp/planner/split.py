@@ -18,7 +18,7 @@ class Work:
 
     Args:
         seq_length: tokens of a sequence. global_batch, micro_batch: sequences.
-        documents: boundaries of those in a row, or in every row of a micro batch.
+        documents: boundaries of the documents in a row, or in every row of a micro batch.
     """
 
     model: ModelShape
@@ -70,7 +70,7 @@ def sizes(split: Split) -> str:
 def splits(
     work: Work, devices: int, cluster: Cluster, fixed: dict[str, int], excluded: dict[str, str]
 ) -> Iterator[Split]:
-    """Every split of the devices that the model and the batch allow; of what they do not, the first rule."""
+    """Every split that the model and the batch allow; for each excluded one, the first rule it breaks."""
     model, some = work.model, False
     for tp in _chosen(fixed.get("tp"), devices):
         rule = _rule_of_tp(model, tp, None if "tp" in fixed else cluster)
@@ -124,7 +124,7 @@ def _pipelines(layers: int, pp: int, vpp: int | None) -> Iterator[tuple[int, int
 
 
 def _rule_of_tp(model: ModelShape, tp: int, cluster: Cluster | None) -> str:
-    """The first rule that excludes so many ranks of tensor parallelism, or ""; a cluster's nodes are not left."""
+    """The first rule that excludes ``tp`` tensor-parallel ranks, or ""; they stay within a node of the cluster."""
     if cluster is not None and tp > cluster.devices_per_node:
         return f"tensor parallelism would leave the node of {cluster.devices_per_node}"
     for width in model.split_widths:
@@ -134,7 +134,7 @@ def _rule_of_tp(model: ModelShape, tp: int, cluster: Cluster | None) -> str:
 
 
 def _broken(rule: Callable[..., object], *values: int) -> str:
-    """What a rule says that such values break, or ""."""
+    """The message of a rule that these values break, or ""."""
     try:
         rule(*values)
     except ValueError as error:

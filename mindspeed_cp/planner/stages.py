@@ -37,7 +37,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return sum(vars(self).values())
+        return int(sum(vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        return sum(vars(self).values())
+        return float(sum(vars(self).values()))
 
 
 def stage_memory(work: Work, split: Split, recompute: Recompute, number: int, one: AttentionBytes, left: int) -> Memory:

@@ -4,7 +4,7 @@ So the predicted bytes are those of the engine's own code: nothing of its planni
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,10 +13,11 @@ import torch.distributed as dist
 
 from mindspeed_cp.attention.entry import context_parallel_attention
 from mindspeed_cp.attention.kept import KeptAttention
-from mindspeed_cp.comm.groups import ContextParallelGroups, parts_of
+from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.meter import Traffic, count_bytes
-from mindspeed_cp.comm.posting import Work
+from mindspeed_cp.comm.parts import parts_of
+from mindspeed_cp.comm.posting import Posted, Work
 from mindspeed_cp.comm.workspace import Workspace
 from mindspeed_cp.kernels.base import (
     AttentionKernel,
@@ -157,7 +158,7 @@ class NotingLink(Link):
     def backend(self) -> str:
         return "dry"
 
-    def post(self, ops, purpose):
+    def post(self, ops: Sequence[Posted], purpose: str) -> list[Work]:
         sent, received = (
             {self.global_ranks[op.rank]: _num_bytes(op.tensor) for op in ops if op.how is how}
             for how in (dist.isend, dist.irecv)
@@ -165,11 +166,13 @@ class NotingLink(Link):
         transfer = self.notes.post(sent, received)
         return [Work(transfer, [op.rank], [op.tensor]) for op in ops]
 
-    def _gather_at_once(self, gathered, own, purpose):
+    def _gather_at_once(self, gathered: torch.Tensor, own: torch.Tensor, purpose: str) -> Callable[[], None]:
         moved = {self.global_ranks[rank]: _num_bytes(own) for rank in self.peers}
         return self.notes.post(moved, moved).wait
 
-    def _trade_at_once(self, received, sent, sizes, purpose):
+    def _trade_at_once(
+        self, received: torch.Tensor, sent: torch.Tensor, sizes: list[list[int]], purpose: str
+    ) -> Callable[[], None]:
         even = [sent.numel() // self.size] * self.size
         arriving, leaving = (
             {self.global_ranks[rank]: count[rank] * sent.element_size() for rank in self.peers}
@@ -183,7 +186,7 @@ def shorter_side(block: Block) -> float:
     sides = [(rows.stop - rows.start, cols.stop - cols.start) for rows, cols in block.pieces()]
     if len(sides) == 1:
         return float(min(sides[0]))
-    return sum(rows * cols for rows, cols in sides) / max(sum(max(pair) for pair in sides), 1)
+    return float(sum(rows * cols for rows, cols in sides) / max(sum(max(pair) for pair in sides), 1))
 
 
 @dataclass

@@ -14,11 +14,11 @@ from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.layers import HALF
 from mindspeed_cp.planner.memory import AttentionBytes, kept_bytes, most_bytes
 from mindspeed_cp.planner.models import ModelShape
-from mindspeed_cp.planner.search import Candidate, Found, Policies, Timing, search, timed
+from mindspeed_cp.planner.search import Candidate, Found, Policies, Timing, policies_beside, search, timed
 from mindspeed_cp.planner.split import Split, Work, sizes, splits
 from mindspeed_cp.planner.stages import RECOMPUTES, Memory, Recompute, Step, kinds_of_stages, stage_memory, stage_step
 from mindspeed_cp.planner.trace import Problem
-from mindspeed_cp.settings.config import KV_CACHE_POLICIES, ContextParallelConfig, MaskType
+from mindspeed_cp.settings.config import ContextParallelConfig, MaskType
 from mindspeed_cp.settings.rules import heads_of_rank
 from mindspeed_cp.settings.training_setup import TrainingSetup
 
@@ -69,8 +69,9 @@ class Search:
     note: Callable[[int, int], None] = lambda decided, of: None
 
     def fitting(self, some: Iterable[Split], wanted: Callable[[Candidate], bool] = lambda _: True) -> Iterator[Plan]:
-        """Those that fit, of equals the one that sends less. What attention needs and a policy saves is counted only
-        where the rest leaves room for it.
+        """Those that fit: of each split, recomputation and hierarchy of ranks the fastest setting, and the fastest that
+        leaves a tenth of the memory, of equals the one that sends less. What attention needs and a policy saves is
+        counted only where the rest leaves room for it.
 
         Args:
             wanted: asked for each setting before its memory is counted.
@@ -98,9 +99,13 @@ class Search:
                 step = _step(self.work, split, candidate, recompute, self.cluster)
                 heappush(waiting, (step.seconds, number, Option(split, candidate, recompute, step)))
                 continue
-            alike = split, recompute, f"{option.step.seconds:.9g}"
-            if alike not in seen and (plan := _plan(self.work, option)).memory.total <= self.memory:
-                seen.add(alike)
+            alike = split, recompute, option.attention.config.hierarchy
+            if (*alike, False) in seen:
+                continue
+            plan = _plan(self.work, option)
+            key = (*alike, is_tight(plan, self.memory))
+            if plan.memory.total <= self.memory and key not in seen:
+                seen.add(key)
                 yield plan
 
     def bounds(self, some: Iterable[Split]) -> Iterator[Option]:
@@ -211,7 +216,7 @@ def _with_policies(layer: Found) -> Iterator[tuple[Candidate, bool]]:
     """(candidate, whether its time is a lower bound): a KV cache policy can save what backward waits, and no more."""
     for candidate in layer.candidates:
         yield candidate, False
-        for policy in KV_CACHE_POLICIES:
+        for policy in policies_beside(candidate.config.ulysses_chunks):
             if policy is not None:
                 config = replace(candidate.config, kv_cache_policy=policy)
                 yield replace(candidate, config=config, backward=replace(candidate.backward, exposed=0.0)), True

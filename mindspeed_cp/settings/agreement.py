@@ -1,4 +1,4 @@
-"""Before they work together, all ranks compare what must be equal, through the store in which they found each other.
+"""Before they work together, all ranks compare what must be equal, through the store by which they met.
 
 A rank publishes its settings; rank 0 reads those of all and publishes a verdict, which every rank reads. No tensor is
 sent, so it works before any group exists and whatever differs; a rank that refuses its own settings says why instead.
@@ -41,9 +41,8 @@ def agree(
     Args:
         ranks: global ranks of a group; None is the world.
         refusal: why this rank cannot work with its own settings; ``SAID`` when it has said so itself.
-        say: called on the first rank with the verdict, before any rank learns it, so that it is said before a rank
-            leaves.
-        patience: how long to wait for ranks that come later.
+        say: called on the first rank with the verdict, before any other rank learns it and may leave.
+        patience: how long to wait for late ranks.
 
     Raises:
         RanksDiffer: a setting differs, or a rank refuses; the message names the flag, the values and the ranks.
@@ -75,7 +74,7 @@ def agree(
 def refuse(
     refusal: str, *, say: Callable[[str], None], backend: str = "nccl", patience: timedelta = timedelta(minutes=1)
 ) -> None:
-    """Tell the other ranks, which are starting, that this one cannot; the caller then ends it.
+    """Tell the other ranks, which are starting, that this one cannot start; the caller then ends it.
 
     Without a process group it joins the one that the others are about to make, where a launcher has said how; otherwise
     they would wait for it until their own timeout.
@@ -130,11 +129,11 @@ def _leave_last(store: dist.Store, place: str, rank: int, everyone: Sequence[int
         try:
             store.wait([f"{place}/all-left"], FAREWELL)
         except RuntimeError:
-            pass  # somebody is gone already; nobody else needs the store
+            pass  # a rank has left already; nobody else needs the store
 
 
 def _verdict(said: list[tuple[str | None, dict[str, str]]], everyone: Sequence[int]) -> str:
-    """What stops the ranks, "" when nothing does; ``said``: (refusal, settings) of each of ``everyone``."""
+    """The message that stops the ranks, or ""; ``said``: (refusal, settings) of each of ``everyone``."""
     by_refusal = _ranks_by([refusal for refusal, _ in said], everyone)
     accepting = by_refusal.pop(None, [])
     refusals = {refusal: ranks for refusal, ranks in by_refusal.items() if refusal is not None}

@@ -105,7 +105,7 @@ _ADAPTIVE = (
     "it reorders tokens to suit one dense mask; here blocks that a mask empties are skipped for every algorithm: "
     "take {way_out} with --cp-kv-exchange direct"
 )
-# MindSpeed's algorithms that are none here -> why, and the nearest way.
+# Algorithms that only MindSpeed has -> why, and the nearest one here.
 REFUSED = {
     "adaptive_cp_algo": _ADAPTIVE.format(way_out="megatron_cp_algo"),
     "hybrid_adaptive_cp_algo": _ADAPTIVE.format(way_out="hybrid_cp_algo with --ulysses-degree-in-cp"),
@@ -118,7 +118,7 @@ def known_algorithm(name: str) -> str:
     """``name``, where it is an algorithm.
 
     Raises:
-        ValueError: it is none, or one that MindSpeed has alone.
+        ValueError: the name is unknown, or that of an algorithm that only MindSpeed has.
     """
     if name in REFUSED:
         raise ValueError(f"--context-parallel-algo {name} is not supported: {REFUSED[name]}.")
@@ -128,7 +128,7 @@ def known_algorithm(name: str) -> str:
 
 
 def summaries() -> dict[str, str]:
-    """Algorithm -> its line."""
+    """Algorithm -> its line of help."""
     return {name: row.summary for name, row in ALGORITHMS.items()}
 
 

@@ -260,7 +260,7 @@ class ContextParallelConfig:
 
     @property
     def _ring_of_window(self) -> int:
-        """The ring that a window divides; asked before the hierarchy, which needs a valid window."""
+        """Size of the ring that a window divides; read before the hierarchy, which needs a valid window."""
         return self.context_parallel_size // (self.ulysses_degree or 1 if self.row.takes_degree else 1)
 
     @property
@@ -311,7 +311,7 @@ class ContextParallelConfig:
 
     @property
     def layout_kind(self) -> Literal["contiguous", "zigzag", "document_zigzag", "balanced"]:
-        """The kind that ``batch_layout`` stands for: by itself a causal ring is zigzag, everything else contiguous."""
+        """The kind that ``batch_layout`` stands for; "auto" is zigzag for a causal ring, and contiguous otherwise."""
         if self.batch_layout == "balanced" and self.ring_size == 1:
             return "contiguous"
         if self.batch_layout != "auto":

@@ -6,10 +6,10 @@ UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
 
 def tokens(text: str) -> int:
-    """The number of tokens that ``text`` says; k is 1,024 and m 1,048,576.
+    """Read a number of tokens; k is 1,024 and m 1,048,576.
 
     Raises:
-        ValueError: it is none. The message names the value and the rule; argparse shows it beside the flag.
+        ValueError: ``text`` is no such number. The message names value and rule; argparse shows it beside the flag.
     """
     match = re.fullmatch(r"0*([1-9][0-9]*)([km]?)", text.strip().lower())
     if not match:

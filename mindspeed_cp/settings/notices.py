@@ -1,4 +1,4 @@
-"""The one road of every warning: said once, on rank 0, or by the rank that it happens to.
+"""All warnings go through here: each is said once, on rank 0 or on the rank that it concerns.
 
 Before the process group exists, torchrun's RANK says which rank this is.
 """
@@ -27,5 +27,5 @@ def warn_rank0(message: str) -> None:
 
 
 def warn_this_rank(message: str) -> None:
-    """The same, of what may happen to this rank alone and to any other."""
+    """As ``warn_rank0``, on this rank: for what may concern any rank alone."""
     warnings.warn(message, ContextParallelWarning, stacklevel=3)

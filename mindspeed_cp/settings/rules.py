@@ -1,10 +1,10 @@
-"""Rules across settings, what they are written with, and the one that tensor parallelism has for heads."""
+"""Rules across settings, the helpers to write them, and the rule of tensor parallelism for heads."""
 
 from collections.abc import Iterable
 
 from mindspeed_cp.settings.algorithms import ALGORITHMS, Algorithm, names_with
 
-MOST_RANKS = 1 << 16  # that a message looks for; a flag may say any number
+MOST_RANKS = 1 << 16  # the largest that a message names; a flag may hold any number
 
 
 def listed(values: Iterable[object]) -> str:
@@ -23,7 +23,7 @@ def require(condition: object, message: str) -> None:
 
 
 def require_even_tokens(length: int, cp: int, tp: int) -> None:
-    """Sequence parallelism shares the tokens of a rank of context parallelism out among ``tp`` ranks."""
+    """Raise unless the tokens of a context-parallel rank split evenly over ``tp`` ranks of sequence parallelism."""
     require(
         length % (cp * tp) == 0,
         f"--seq-length {length} must be divisible by --context-parallel-size {cp} x --tensor-model-parallel-size {tp} "
@@ -36,7 +36,7 @@ def heads_of_rank(heads: int, groups: int, tp: int) -> tuple[int, int]:
     """(query heads, KV heads) of a tensor-parallel rank; with more ranks than KV heads several hold the same one.
 
     Raises:
-        ValueError: Megatron cannot split them so. Before 0.16 it asks for at least one KV head for each rank.
+        ValueError: Megatron cannot split the heads so; before 0.16 it needs at least one KV head for each rank.
     """
     require(
         heads % tp == 0,

@@ -1,4 +1,4 @@
-"""A setting is one field of a dataclass, which declares what it is, how it is named everywhere and who reads it.
+"""A setting is one field of a dataclass; the field declares what it is, all its names, and who reads it.
 
 Parser, conversion, MindFormers' file, frameworks' settings, the comparison of ranks, the planner's lines and the table
 of docs/flags.md read the declaration, so that a new setting is one field, and one rule where it needs other settings.
@@ -25,7 +25,7 @@ class Setting:
     """What a field declares; ``name``, ``default``, ``literals``, ``whole`` and ``switch`` come from the field itself.
 
     Args:
-        flag: the flag that sets it, which is also its name in messages; "" where none does, BY_NAME that of the field.
+        flag: the flag that sets it, also its name in messages; "" for none, BY_NAME for the one named as the field.
         help: what it is. rule: what it asks for. Both are sentences without their last period.
         meanings: choice -> what it does, or a function that returns this (a table that grows).
         also: further flags that set the same.
@@ -37,8 +37,8 @@ class Setting:
         taken_by: whether an algorithm reads it; where it does not, ``ignored`` says why: {algorithm} is the flag with
             its value, {takers} those that do.
         parse: text -> value, which raises ValueError; by default choices, whole numbers or any text.
-        agree: all ranks must have the same.
-        ours: our parser adds the flag; else Megatron's does.
+        agree: all ranks must have the same value.
+        ours: this project's parser adds the flag; else Megatron's does.
         shares: it says how the sequence is shared, and nothing of what is computed.
         variable: the variable of the launch scripts that sets it.
         see: a link for the documentation.
@@ -102,10 +102,10 @@ class Setting:
         return self.default_text or ("off" if self.switch else "none" if self.unset is None else str(self.unset))
 
     def value_of(self, text: str) -> Any:
-        """The value that ``text`` stands for on a command line.
+        """Convert the text of a command line.
 
         Raises:
-            ValueError: there is none; the message names the flag, the text and what to write.
+            ValueError: the text is wrong; the message names flag, text and what to write.
         """
         if self.parse is not None:
             return self.parse(text)
@@ -127,7 +127,7 @@ class Setting:
         """Check the value of a field by itself.
 
         Raises:
-            ValueError: it is none of the choices and no such number.
+            ValueError: the value is none of the choices, or no number in the allowed range.
         """
         if self.switch or (value is None and self.default is None) or value in self.choices:
             return
@@ -150,7 +150,7 @@ class Setting:
         return f"{self.label}{'' if value is True else f' {value}'} is ignored: {why}."
 
     def algorithms(self, taking: bool, between: str = " or ") -> str:
-        """The algorithms that read it, or those that do not, as text."""
+        """The algorithms that read this setting, or those that do not, as text."""
         asked = self.taken_by or (lambda row: True)
         return between.join(name for name, row in ALGORITHMS.items() if bool(asked(row)) == taking)
 
@@ -173,7 +173,7 @@ def megatrons(default: Value, *, flag: str = BY_NAME, **declared: Any) -> Value:
 
 
 def declarations(owner: type) -> tuple[Setting, ...]:
-    """What the fields of a dataclass declare, in their order."""
+    """The declarations of a dataclass's fields, in their order."""
     return _declarations(owner)
 
 

@@ -1,4 +1,4 @@
-"""What is on, as one framed block right before the first step: a pure function of plain values, for rank 0 to print."""
+"""The framed block that says what is on, right before the first step: a pure function of plain values."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ LINES, WIDTH = 8, 110  # at most, the frame included
 
 @dataclass(frozen=True)
 class Start:
-    """What the block says.
+    """The contents of the block.
 
     Args:
         setting: the configuration's own phrase, such as "Ring, cp=4, zigzag, causal".

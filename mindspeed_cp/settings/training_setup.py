@@ -153,7 +153,7 @@ def resolve(config: ContextParallelConfig, setup: TrainingSetup) -> TrainingSetu
 
 
 def _fall_back_to_aligned(config: ContextParallelConfig, setup: TrainingSetup, notices: list[str]) -> TrainingSetup:
-    """Unaligned Ulysses with a KV cache policy or legacy models becomes aligned Ulysses, said aloud."""
+    """Unaligned Ulysses with a KV cache policy or legacy models becomes aligned Ulysses, with a notice."""
     if not setup.unaligned or config.context_parallel_size == 1 or config.row.any_length:
         return setup
     calculator = f"--gather-size-calculator {setup.gather_size_calculator}"
@@ -202,7 +202,7 @@ def _check_chunks(config: ContextParallelConfig, setup: TrainingSetup) -> None:
 
 
 def _check_heads(config: ContextParallelConfig, setup: TrainingSetup, asked: TrainingSetup) -> None:
-    """asked: the setup before the fallbacks, so that no message offers what was given and could not be used."""
+    """Check the heads; ``asked`` is the setup before the fallbacks: no message offers what was given in vain."""
     heads, groups, tp = setup.num_attention_heads, setup.num_query_groups, setup.tensor_parallel_size
     degree = config.hierarchy[0]
     if heads is None:

@@ -324,23 +324,6 @@ print_resolved() {
   echo
 }
 
-# Qwen and Qwen1.5 differ in the rotary base alone: qwen_model takes the script's arguments, launch_qwen the base.
-qwen_model() {
-  DEFAULT_TOKENIZER=HuggingFaceTokenizer
-  read_model "$@"
-  case $SIZE in
-    7b) default_parallel 2 1 ;;
-    14b) default_parallel 2 2 ;;
-    *) default_parallel 8 4 ;;
-  esac
-}
-
-launch_qwen() {
-  ARCHITECTURE=(--normalization RMSNorm --norm-epsilon 1e-6 --swiglu --disable-bias-linear --add-qkv-bias
-    --position-embedding-type rope --rotary-base "${ROTARY_BASE:-$1}" --untie-embeddings-and-output-weights)
-  launch
-}
-
 # Resolve everything and start torchrun, or print with DRY_RUN=1.
 launch() {
   FLAGS=() PREPARE=()

@@ -116,7 +116,7 @@ def _check_stages(args, pp, layers):
 
 
 def _check_lengths(args, tp):
-    """Lengths that vary, have documents or leave a rank without a token."""
+    """Check lengths that vary, have documents or would leave a rank without a token."""
     shortest = args.seq_length - max(args.seq_length // 2 - 2, 0) if args.variable_seq_lengths else args.seq_length
     cp = args.context_parallel_size
     require(
@@ -163,7 +163,7 @@ def _check_lengths(args, tp):
 
 
 def has_uneven_shapes(args) -> bool:
-    """Whether pipeline stages must tell each other the shapes instead of dividing the sequence length evenly."""
+    """Whether pipeline stages must tell each other their shapes, because the sequence is not divided evenly."""
     packed = args.reset_attention_mask and args.context_parallel_size > 1
     return args.variable_seq_lengths or args.seq_length % (2 * args.context_parallel_size) != 0 or packed
 

@@ -1,5 +1,5 @@
-"""What a run says when it cannot go on: one line where the reason is known, a traceback for what is a bug, and one
-line from each rank that only lost another.
+"""The messages of a run that cannot go on: one line where the reason is known, a traceback for a bug, and one line
+from each rank that only lost another.
 """
 
 import sys
@@ -23,7 +23,7 @@ class Refused(ValueError):
     """The run cannot go on; the message names what, why and a way out.
 
     Args:
-        everywhere: every rank raises this, so that one of them need say it; else the rank that raises it is alone.
+        everywhere: every rank raises this, so that one of them is enough to say it; else this rank alone raises it.
         status: the exit status; 2 is for what could be known before the first step.
     """
 
@@ -50,8 +50,8 @@ def readable_flags() -> Iterator[None]:
 
 @contextmanager
 def readable_failures(rank: int) -> Iterator[None]:
-    """What goes wrong inside is said once: a refusal by rank 0, the loss of another rank in one line by each that lost
-    it; an error of this rank's own passes on, with its traceback.
+    """Say once what goes wrong inside: rank 0 says a refusal, each rank that lost another one says that in a line, and
+    an error of this rank's own passes on with its traceback.
     """
     try:
         yield

@@ -1,25 +1,22 @@
-"""What the flags name on disk, looked at before any process group exists: the dataset, folders to write to, the
-checkpoint to go on from.
+"""Checks the files that flags name before any process group exists: the dataset, folders to write to, the checkpoint
+to go on from.
 """
 
 import importlib.util
 import json
 import os
-import struct
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
+from mindspeed_cp.planner.indexed_dataset import read_index
 from trainer.checkpoint_files import Checkpoint, find_checkpoint
 from trainer.checks import require
 from trainer.texts import ENDINGS
 from trainer.tokenizer import EOD
 
-MAGIC = b"MMIDIDX\x00\x00"  # how Megatron's index files begin
-HEADER = 34  # bytes: magic, version, code of the dtype, numbers of sequences and of documents
-DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}  # Megatron's codes
 LOOKED_AT = 1 << 23  # tokens whose values are compared with the vocabulary: all of a small dataset
 
 
@@ -100,17 +97,15 @@ def check_dataset(prefix: str, vocab_size: int) -> None:
             f"--data-path {prefix}: the file {prefix}{ending} does not exist; make it of your text with: python "
             f"scripts/prepare_data.py --input FILE --output {prefix}",
         )
-    dtype, lengths, pointers = _read_index(prefix)
+    try:
+        index = read_index(prefix + ".idx")
+    except ValueError as error:
+        raise _damaged(prefix, Path(prefix + ".idx"), str(error)) from None
     tokens = Path(prefix + ".bin")
-    end = int((pointers + lengths.astype(np.int64) * dtype.itemsize).max())
-    _require_whole(
-        tokens.stat().st_size >= end and int(pointers.min()) >= 0 and int(lengths.min()) >= 0,
-        prefix,
-        tokens,
-        f"holds {tokens.stat().st_size:,} bytes, and {prefix}.idx counts {end:,}",
-    )
-    values = np.fromfile(tokens, dtype, LOOKED_AT)
-    largest = int(values.max())
+    size, end = tokens.stat().st_size, int((index.places + index.lengths.astype(np.int64) * index.dtype.itemsize).max())
+    if size < end or int(index.places.min()) < 0 or int(index.lengths.min()) < 0:
+        raise _damaged(prefix, tokens, f"holds {size:,} bytes, and {prefix}.idx counts {end:,}")
+    largest = int(np.fromfile(tokens, index.dtype, LOOKED_AT).max())
     require(
         largest < vocab_size,
         f"--vocab-size {vocab_size} is too small for --data-path {prefix}, which holds the token {largest}; use "
@@ -118,31 +113,12 @@ def check_dataset(prefix: str, vocab_size: int) -> None:
     )
 
 
-def _read_index(prefix):
-    """(dtype of the tokens, lengths of the sequences, their places in bytes) of PREFIX.idx."""
-    path = Path(prefix + ".idx")
-    size = path.stat().st_size
-    _require_whole(size > 0, prefix, path, "is empty")
-    content = np.memmap(path, mode="r")
-    header = content[:HEADER].tobytes()
-    _require_whole(header.startswith(MAGIC), prefix, path, "does not begin as Megatron's index files do (wrong magic)")
-    _require_whole(size >= HEADER, prefix, path, f"ends within its header ({size} of {HEADER} bytes)")
-    version, code, sequences, documents = struct.unpack_from("<QBQQ", header, len(MAGIC))
-    _require_whole(version == 1 and code in DTYPES, prefix, path, f"has version {version} and type code {code}")
-    needed = HEADER + 12 * sequences + 8 * documents
-    _require_whole(size >= needed, prefix, path, f"is truncated: {size:,} of {needed:,} bytes")
-    lengths = np.frombuffer(content, "<i4", sequences, HEADER)
-    _require_whole(documents > 1 and lengths.sum(dtype=np.int64) > 0, prefix, path, "counts no documents")
-    return np.dtype(DTYPES[code]), lengths, np.frombuffer(content, "<i8", sequences, HEADER + 4 * sequences)
-
-
-def _require_whole(condition, prefix, path, what):
-    if not condition:
-        changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
-        raise ValueError(
-            f"--data-path {prefix}: {path} {what} (last changed {changed}); write the dataset again, such as by: "
-            f"python scripts/prepare_data.py --input FILE --output {prefix}"
-        )
+def _damaged(prefix, path, what):
+    changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+    return ValueError(
+        f"--data-path {prefix}: {path} {what} (last changed {changed}); write the dataset again, such as by: "
+        f"python scripts/prepare_data.py --input FILE --output {prefix}"
+    )
 
 
 def end_of_document(prefix: str) -> int:

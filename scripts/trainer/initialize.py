@@ -40,7 +40,7 @@ def initialize(args):
 
 
 def _defaults_for_one_process():
-    """So that plain python starts the trainer too; torchrun has set all of these."""
+    """Set what torchrun would have set, so that plain python starts the trainer too."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
         os.environ.setdefault(name, value)
 

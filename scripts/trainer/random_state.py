@@ -1,4 +1,4 @@
-"""Every rank's random state beside a checkpoint, so that dropout goes on where it was when the sizes are the same."""
+"""Saves every rank's random state beside a checkpoint, so that under the same sizes dropout goes on where it was."""
 
 from pathlib import Path
 

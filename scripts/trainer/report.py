@@ -1,4 +1,4 @@
-"""What a run shows and keeps: a progress bar or lines on rank 0, JSON lines, TensorBoard scalars."""
+"""Reports of a run: a progress bar or lines on rank 0, JSON lines, TensorBoard scalars."""
 
 import json
 from pathlib import Path
@@ -86,7 +86,7 @@ class Report:
 
 
 def keep_steps(path, last):
-    """Leave in the log at ``path`` what a run that goes on after step ``last`` will not report again."""
+    """Cut the log at ``path`` behind step ``last``; a run that goes on from there reports later steps again."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if last and path.is_file() else []
     path.write_text("".join(line + "\n" for line in lines if 0 < _step_of(line) <= last), encoding="utf-8")
 

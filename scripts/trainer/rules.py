@@ -1,4 +1,4 @@
-"""What the value of a flag may be. A rule turns the text of the command line into a value, or says what works."""
+"""Rules for the values of flags. A rule turns the text of the command line into a value, or says what works."""
 
 import argparse
 import difflib
@@ -14,7 +14,7 @@ from typing import Any
 from mindspeed_cp.settings.lengths import tokens
 
 LARGEST = 2**31 - 1
-GRACE = 4.0  # seconds that another rank waits before it complains: most mistakes are rank 0's too, and it speaks first
+GRACE = 4.0  # seconds that another rank waits before it complains: rank 0 has made most mistakes too, and speaks first
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Rule:
     choices: tuple[str, ...] | None = None
 
     def of(self, flag: str) -> Callable[[str], Any]:
-        """What argparse calls with the text that stands behind ``flag``."""
+        """The converter that argparse calls with the text behind ``flag``."""
 
         def convert(text):
             try:

@@ -1,4 +1,4 @@
-"""Own text: documents of .txt and .jsonl files and of folders, and the tokenizer that turns them into tokens."""
+"""Reads documents from .txt and .jsonl files and folders, and turns them into tokens."""
 
 import importlib.util
 import json

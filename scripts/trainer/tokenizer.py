@@ -7,9 +7,7 @@ VOCAB_SIZE = 258
 
 
 class ByteTokenizer:
-    """What Megatron's datasets ask of a tokenizer; ``vocab_size`` may be larger for data that was tokenized
-    elsewhere.
-    """
+    """The tokenizer that Megatron's datasets need; ``vocab_size`` may be larger for data tokenized elsewhere."""
 
     pad = PAD
 

@@ -53,7 +53,8 @@ def build():
 
 def environment(*first, **more):
     """The environment of a program on "npu" devices; ``first`` are folders of the import path before all others."""
-    own = [HERE / "site", *first, FOLDER, REPOSITORY, REPOSITORY / "scripts", REPOSITORY / "tests/helpers"]
+    ours = (REPOSITORY / name for name in ("scripts", "tests/helpers", "tests/check"))
+    own = [HERE / "site", *first, FOLDER, REPOSITORY, *ours]
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("ASCEND", "MINDSPEED_CP"))}
     return {
         **variables,

@@ -125,7 +125,7 @@ def test_single_messages_cost_a_communicator_for_each_pair(changes, pairs):
 
 
 def test_the_doctor_says_it_of_a_launch(tmp_path):
-    from mindspeed_cp.doctor.launched import examined
+    from mindspeed_cp.doctor.launch_findings import examined
 
     (script := tmp_path / "pretrain.py").write_text("import mindspeed_cp.megatron_adaptor\n")
     flags = "--num-layers 2 --hidden-size 4096 --num-attention-heads 32 --seq-length 131072 --bf16 --use-flash-attn "

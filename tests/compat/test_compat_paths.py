@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from distributed import run_ranks, run_script
+from alone import run_script
+from distributed import run_ranks
 
 from mindspeed_cp import compat
 from mindspeed_cp.comm.groups import ContextParallelGroups

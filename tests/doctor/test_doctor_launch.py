@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mindspeed_cp.arguments.launch import misspelt, read_flags
-from mindspeed_cp.doctor import environment, launch, launched, quoting
+from mindspeed_cp.doctor import environment, launch, launch_findings, quoting
 from mindspeed_cp.megatron import flag_checks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ def megatron_is_not_asked(monkeypatch):
     def ask(module, *flags, environment=None):
         return json.loads(json.dumps(flag_checks.wrong_flags(flags) if module.endswith("checks") else None))
 
-    monkeypatch.setattr(launched, "ask", ask)
+    monkeypatch.setattr(launch_findings, "ask", ask)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def script(tmp_path):
 
 
 def said(script, flags, launcher="torchrun --standalone --nproc-per-node 8"):
-    return launched.examined(f"{launcher} {shlex.quote(str(script))} {MODEL} {flags}", "cpu")[0]
+    return launch_findings.examined(f"{launcher} {shlex.quote(str(script))} {MODEL} {flags}", "cpu")[0]
 
 
 def texts(findings, level):
@@ -73,7 +73,7 @@ def test_a_command_is_read_without_being_started(command, world, port, runner):
     ],
 )
 def test_a_command_that_cannot_be_read_says_what_to_give(command, message):
-    (found, *_), _ = launched.examined(command, "cpu")
+    (found, *_), _ = launch_findings.examined(command, "cpu")
     assert found.level == "problem" and message in f"{found.text}; {found.todo}"
 
 
@@ -82,7 +82,7 @@ def test_a_script_that_does_not_know_dry_runs_is_not_started(tmp_path):
     for text in ("", "# with DRY_RUN=1 it prints\n", "echo DRY_RUN\n", f"echo {launch.MARKER}\n"):
         script.write_text(f"{text}touch {tmp_path}/started\n")
         for command in (f"bash {script} 7b", str(script)):
-            (found,), _ = launched.examined(command, "cpu")
+            (found,), _ = launch_findings.examined(command, "cpu")
             assert (
                 found.level == "problem" and "that DRY_RUN=1 starts nothing" in found.text and "--launch" in found.todo
             )
@@ -93,7 +93,7 @@ def test_what_a_script_started_ends_with_the_time_limit(tmp_path, monkeypatch):
     script = tmp_path / "train.sh"
     script.write_text(f"{launch.MARKER}\nsleep 300 &\necho $! > {tmp_path}/pid\nwait\n")
     monkeypatch.setattr(launch, "TIMEOUT", 1)
-    (found,), _ = launched.examined(f"bash {script}", "cpu")
+    (found,), _ = launch_findings.examined(f"bash {script}", "cpu")
     assert "took more than 1 s" in found.text
     child = int((tmp_path / "pid").read_text())
     for _ in range(50):
@@ -129,7 +129,7 @@ def test_a_quote_that_is_not_closed_is_an_error(line):
 def test_flags_that_the_script_does_not_know_are_named(monkeypatch):
     from mindspeed_cp.doctor import installed
 
-    monkeypatch.setattr(launched, "ask", installed.ask)
+    monkeypatch.setattr(launch_findings, "ask", installed.ask)
     trainer = ROOT / "scripts" / "pretrain_gpt.py"
     found = said(trainer, "--context-parallel-size 4 --use-flash-attn --use-mcore-models --cp-windowsize 2")
     (wrong,) = [finding for finding in found if finding.level == "problem"]
@@ -150,14 +150,14 @@ def test_a_launch_script_is_read_by_its_dry_run(monkeypatch, tmp_path):
     python.chmod(0o755)
     monkeypatch.delenv("MEGATRON_LM_PATH", raising=False)
     flags = f"PYTHON={python} DEVICE=npu NNODES=2 MASTER_ADDR=127.0.0.1 SEQ_LENGTH=128k"
-    found, own = launched.examined(f"{flags} bash {ROOT}/scripts/launch/llama2.sh 7b", "cpu")
+    found, own = launch_findings.examined(f"{flags} bash {ROOT}/scripts/launch/llama2.sh 7b", "cpu")
     assert texts(found, "ok")[1] == (
         "Hybrid (ulysses 4, ring 2), cp=8, zigzag, causal; ulysses 4 x window 2 x windows 1; 16,384 tokens on a rank"
     )
     assert "imports the adaptor" in texts(found, "ok")[0]
     started = launch.read(f"{flags} bash {ROOT}/scripts/launch/llama2.sh 7b", {"PATH": "/usr/bin:/bin"})
     assert started.world_size == 16 and started.environment["TASK_QUEUE_ENABLE"] == own["TASK_QUEUE_ENABLE"] == "2"
-    (refused,), _ = launched.examined(f"SEQ_LENGTH=64x bash {ROOT}/scripts/launch/llama2.sh 7b", "cpu")
+    (refused,), _ = launch_findings.examined(f"SEQ_LENGTH=64x bash {ROOT}/scripts/launch/llama2.sh 7b", "cpu")
     assert refused.text.startswith("SEQ_LENGTH 64x must be a number") and refused.todo
 
 
@@ -287,5 +287,5 @@ def test_the_documented_launch_says_what_the_page_says(tmp_path, monkeypatch):
     shown = page.split("```text\nLaunch\n")[1].split("```")[0].splitlines()[:-2]
     monkeypatch.chdir(tmp_path)
     Path("pretrain_gpt.py").touch()
-    lines = [line for finding in launched.examined(command, "cpu")[0] for line in finding.lines(110)]
+    lines = [line for finding in launch_findings.examined(command, "cpu")[0] for line in finding.lines(110)]
     assert [line.split() for line in lines] == [line.split() for line in shown]

@@ -11,7 +11,7 @@ import sys
 import warnings
 from types import ModuleType
 
-from distributed import run_alone
+from alone import run_alone
 
 DEVICE_VARIABLE = "MINDSPEED_CP_DEVICE"
 EMBEDDINGS = "megatron.core.models.common.embeddings"
@@ -163,7 +163,7 @@ def version_first():
     return _late_warnings(lambda: importlib.import_module("mindspeed_cp.megatron_adaptor"))
 
 
-def _attempt(error_type):
+def attempt(error_type):
     """The message of the error that importing the adaptor raises, "" when it raises none; then what changed."""
     before = snapshot()
     try:
@@ -182,10 +182,10 @@ def failed_imports():
 
     results = {}
     sys.modules["megatron"] = None
-    results["missing"] = _attempt(ImportError)
+    results["missing"] = attempt(ImportError)
     del sys.modules["megatron"]
     os.environ[DEVICE_VARIABLE] = "gpu"
-    results["variable"] = _attempt(ValueError)
+    results["variable"] = attempt(ValueError)
     results["megatron_imported"] = "megatron.core" in sys.modules
     os.environ[DEVICE_VARIABLE] = ""
 
@@ -194,14 +194,14 @@ def failed_imports():
 
     destroy = parallel_state.destroy_model_parallel
     del parallel_state.destroy_model_parallel
-    results["gone"] = _attempt(PatchError)
+    results["gone"] = attempt(PatchError)
     results["version"] = package_info.__version__
     parallel_state.destroy_model_parallel = destroy
 
     attention = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
     forward = attention.forward
     del attention.forward  # what is left is the forward that torch.nn.Module has
-    results["inherited"] = _attempt(PatchError)
+    results["inherited"] = attempt(PatchError)
     attention.forward = forward
 
     package_info.__version__ = "0.99.0"
@@ -298,57 +298,3 @@ def without_context_parallelism():
         "finite": not any("nan" in number or "inf" in number for number in alone),
         "nonzero": sum(float.fromhex(number) != 0 for number in alone),
     }
-
-
-def _of_another_package(name, source):
-    """A module that another package would have imported; it sees Megatron's attention as ``Attention``."""
-    module = ModuleType(name)
-    module.__file__ = f"/somewhere/{name.replace('.', '/')}.py"
-    module.Attention = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
-    sys.modules[name] = module
-    exec(compile(source, module.__file__, "exec"), vars(module))
-    return module
-
-
-def owners():
-    """The adaptor's names in other hands: status in the report, message of ``check``, and what the groups say of it."""
-    import torch  # noqa: F401
-
-    from mindspeed_cp import ContextParallelConfig, megatron_adaptor
-    from mindspeed_cp.patches import PatchError
-
-    attention = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
-    target = f"{attention.__module__}.{attention.__qualname__}.forward"
-
-    def seen(call=megatron_adaptor.check):
-        try:
-            call()
-        except PatchError as error:
-            return status(), str(error)
-        return status(), ""
-
-    def status():
-        return next(row.status for row in megatron_adaptor.report() if row.target == target)
-
-    facts, ours = {"untouched": seen()}, attention.forward
-    wrapper = "def wrap(f):\n    def forward(*args, **kwargs):\n        return f(*args, **kwargs)\n    return forward\n"
-    attention.forward = _of_another_package("toy_profiler", wrapper).wrap(ours)
-    facts["wrapped"] = seen()
-    attention.forward = _of_another_package("toy_thief", "def forward(self, *args):\n    return None\n").forward
-    facts["replaced"] = seen()
-    facts["groups"] = seen(lambda: megatron_adaptor._announce(ContextParallelConfig(context_parallel_size=2)))
-    attention.forward = ours
-    importlib.import_module("megatron.core.parallel_state").get_context_parallel_next_rank = print
-    facts["cosmetic"] = seen()
-    return facts
-
-
-def mindspeed_first():
-    """MindSpeed with context-parallel flags of its own has put its class in the place of Megatron's attention."""
-    from mindspeed_cp.patches import PatchError
-
-    dot_product = importlib.import_module("megatron.core.transformer.dot_product_attention")
-    name = "mindspeed.core.context_parallel.dot_product_attention"
-    source = "class MindSpeedCPDotProductAttention(Attention):\n    def __init__(self):\n        pass\n"
-    dot_product.DotProductAttention = _of_another_package(name, source).MindSpeedCPDotProductAttention
-    return _attempt(PatchError)

@@ -1,4 +1,4 @@
-"""What ranks say to each other before they work together; each function runs on every rank."""
+"""How ranks compare their settings before they work together; each function runs on every rank."""
 
 import contextlib
 import io

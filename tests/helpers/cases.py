@@ -1,4 +1,4 @@
-"""One attention problem, solved by the ranks and by the dense reference: what most distributed tests are made of."""
+"""One attention problem, solved by the ranks and by the dense reference; most distributed tests are made of these."""
 
 from dataclasses import dataclass, field, replace
 

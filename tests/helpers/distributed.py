@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import pickle
 import random
-import runpy
 import shutil
 import signal
 import socket
@@ -23,7 +22,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
-from pathlib import Path
 from unittest.mock import patch
 
 from rank_server import IMPORTS, end_with_parent
@@ -39,7 +37,6 @@ PRELOAD = (
     "pytest",
     "hypothesis",
 )
-OUTPUTS = "out", "err"  # what files of script_outcome are called, in the order of their numbers
 
 _pools, _servers = {}, {}
 _awake = None  # the pool whose ranks run
@@ -47,7 +44,7 @@ _device_type = "cpu"
 
 
 def set_device_type(device_type):
-    """Where the ranks of this session compute; the --device option of pytest calls it once."""
+    """Set where the ranks of this session compute; pytest's option --device calls it once."""
     global _device_type
     _device_type = device_type
 
@@ -75,7 +72,7 @@ class RankFailure(AssertionError):
 
 
 @contextmanager
-def _forking_from(imported):
+def forking_from(imported):
     """Processes started inside are forked from a server that has imported torch, then the modules named ``imported``.
 
     One server for each list, because imports that change torch must not reach other ranks.
@@ -106,7 +103,7 @@ class RankPool:
                 daemon=True,
                 args=(rank, world_size, self.folder, _device_type, group_timeout, leave_after_failure, theirs),
             )
-            with _forking_from(imported):
+            with forking_from(imported):
                 process.start()
             theirs.close()
             self.connections.append(ours)
@@ -173,7 +170,7 @@ class RankPool:
 
 
 def _serve(rank, world_size, folder, device, group_timeout, leave_after_failure, connection):
-    """The life of one rank: join the group, answer calls until the pipe closes."""
+    """Runs one rank: it joins the group and answers calls until the pipe closes."""
     from mindspeed_cp.doctor.meeting import join
 
     end_with_parent()
@@ -189,7 +186,7 @@ def _serve(rank, world_size, folder, device, group_timeout, leave_after_failure,
         except Exception:
             answer = ("raised", traceback.format_exc())
         else:
-            answer = _answer(rank, function, args)
+            answer = answered(rank, function, args)
         try:
             connection.send_bytes(answer if isinstance(answer, bytes) else pickle.dumps(answer))
         except OSError:
@@ -198,7 +195,7 @@ def _serve(rank, world_size, folder, device, group_timeout, leave_after_failure,
             os._exit(1)
 
 
-def _answer(rank, function, args):
+def answered(rank, function, args):
     """Pickled bytes of a value, or a (kind, traceback) pair of a failure."""
     try:
         return pickle.dumps(("returned", function(rank, *args)))
@@ -253,100 +250,13 @@ def run_ranks(world_size, function, *args, timeout=120.0, fresh=False, imported=
     return [outcome.detail for outcome in outcomes]
 
 
-def run_alone(function, *args, timeout=120.0):
-    """``function(*args)`` in a new process that belongs to no process group and may fork its own ranks.
-
-    Raises:
-        RankFailure: it raised, or did not answer within ``timeout`` seconds.
-    """
-    wake(None)
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("forkserver").Process(
-        target=_alone, args=(function, args, _device_type, theirs)
-    )
-    with _forking_from(()):
-        process.start()
-    theirs.close()
-    try:
-        kind, detail = pickle.loads(ours.recv_bytes()) if ours.poll(timeout) else ("hung", "")
-    except EOFError:
-        kind, detail = "died", ""
-    finally:
-        process.kill()
-        process.join()
-    if kind != "returned":
-        raise RankFailure(f"{function.__name__} {kind}\n{detail}")
-    return detail
-
-
-def run_script(path, num_processes=1, **variables):
-    """What a script prints, in its folder: a process of its own, or as many as torchrun would start, with these
-    environment ``variables``.
-
-    Raises:
-        RankFailure: a process failed, or did not end.
-    """
-    codes, printed, errors = script_outcome(path, [()] * num_processes, **variables)
-    if codes != [0] * num_processes:
-        raise RankFailure(f"exit codes {codes}\n{printed}{errors}")
-    return printed
-
-
-def script_outcome(path, arguments, timeout=300.0, **variables):
-    """(exit codes, printed text, errors) of a process for each of ``arguments``, which are lists of words; the code of
-    one that did not end within ``timeout`` seconds is None.
-    """
-    wake(None)
-    size = len(arguments)
-    if size > 1:
-        variables |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    context, deadline = multiprocessing.get_context("forkserver"), time.monotonic() + timeout
-    processes = [
-        context.Process(
-            target=_script, args=(path, words, variables | ({"RANK": rank, "LOCAL_RANK": rank} if size > 1 else {}))
-        )
-        for rank, words in enumerate(arguments)
-    ]
-    try:
-        for process in processes:
-            with _forking_from(()):
-                process.start()
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        codes = [process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.kill()
-    return codes, *(Path(f"{path}.{name}").read_text("utf-8") for name in OUTPUTS)
-
-
-def _script(path, words, variables):
-    end_with_parent()
-    sys.path.insert(0, str(path.parent))
-    os.chdir(path.parent)
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    for number, name in enumerate(OUTPUTS, 1):
-        os.dup2(os.open(f"{path}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.argv = [str(path), *words]
-    runpy.run_path(str(path), run_name="__main__")
-
-
 def free_port():
-    """Below those that the system gives to connections, of which other tests make many until this one is used."""
+    """A port below the range that the system assigns to connections: other tests make many before this one is used."""
     for port in random.sample(range(20_000, 30_000), 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("", port))
             return port
     raise RuntimeError("no port is free")
-
-
-def _alone(function, args, device, connection):
-    end_with_parent()
-    set_device_type(device)
-    answer = _answer(args[0], function, args[1:])
-    connection.send_bytes(answer if isinstance(answer, bytes) else pickle.dumps(answer))
 
 
 def _describe(outcomes):

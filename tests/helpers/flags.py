@@ -1,4 +1,4 @@
-"""A parser with the flags of Megatron that ours are checked against, for the tests of the command line."""
+"""For tests of the command line: a parser with those flags of Megatron that ours are checked against."""
 
 import argparse
 

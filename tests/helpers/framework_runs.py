@@ -1,4 +1,4 @@
-"""What a framework's settings and a TransformerConfig decide on, on ranks with Megatron; the tests read the outcome."""
+"""The outcome of a framework's settings and of a TransformerConfig on ranks with Megatron, for tests to read."""
 
 import contextlib
 import io

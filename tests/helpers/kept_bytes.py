@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of attention, in bytes, as a formula."""
+"""The bytes of attention that a checkpoint keeps, as a formula."""
 
 from math import lcm
 

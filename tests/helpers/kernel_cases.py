@@ -1,4 +1,4 @@
-"""Blocks of every shape and a dense float64 reference: what every kernel is measured against."""
+"""Blocks of every shape and a dense float64 reference, for tests of every kernel."""
 
 from dataclasses import dataclass
 

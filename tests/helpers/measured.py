@@ -1,4 +1,4 @@
-"""What a call of attention saves and sends, measured on real ranks."""
+"""Measures on real ranks what a call of attention saves and sends."""
 
 import torch
 from cases import arguments, local_inputs, setup_of

@@ -127,7 +127,7 @@ REMARKABLE = {
 
 
 def possible(named):
-    """What this version of megatron-core has of these cases."""
+    """Those of the given cases that this version of megatron-core has."""
     absent = {"packed", "padding"} if VERSION < (0, 16) else set()
     absent |= {"softmax"} if VERSION < (0, 15) else set()
     # Megatron itself ends in a TypeError there, without context parallelism too: multi-token prediction without

@@ -1,5 +1,6 @@
 """Ranks are forked from servers that never read pytest's options: they are told the device of the session."""
 
+import alone
 import distributed
 import pytest
 
@@ -20,4 +21,4 @@ def test_ranks_of_a_pool_compute_on_the_device_of_the_session(on_cuda):
 
 @pytest.mark.cpu_only
 def test_a_process_alone_computes_on_the_device_of_the_session(on_cuda):
-    assert distributed.run_alone(device_of, 0) == "cuda"
+    assert alone.run_alone(device_of, 0) == "cuda"

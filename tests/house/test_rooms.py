@@ -16,13 +16,8 @@ FILES = {
 }
 BELOW = [name for name in FILES if not name.startswith((*BRIDGES, "patches/"))]
 # Imports that close a circle today, and whose circles are to be opened; nothing is added here, and what closes none any
-# more has to go. The helpers of the Adaptor import it for its type alone.
-ADAPTOR = "mindspeed_cp.megatron.adaptor"
-HELPERS = ("batches", "foreign", "handover", "packed", "sizes", "splitting")
-CLOSING = {
-    *((f"mindspeed_cp.megatron.{helper}", ADAPTOR) for helper in HELPERS),
-    ("mindspeed_cp.compat.process_groups", "mindspeed_cp.megatron_adaptor"),
-}
+# more has to go.
+CLOSING = {("mindspeed_cp.compat.process_groups", "mindspeed_cp.megatron_adaptor")}
 
 
 def imported(source):

@@ -5,13 +5,14 @@ import types
 
 import pytest
 import torch
+from contributing import diff_of, row_of
 from kernel_cases import CASES, check_block, forward
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mindspeed_cp import kernels
 from mindspeed_cp.attention.merging import merge_function, plain_merge
 from mindspeed_cp.kernels import KERNELS, KernelRow, select_kernel
 from mindspeed_cp.kernels.base import KernelOptions
-from mindspeed_cp.kernels.blockwise import BlockwiseKernel
 from mindspeed_cp.sequence.blocks import Block
 from mindspeed_cp.settings.notices import ContextParallelWarning
 
@@ -86,38 +87,31 @@ def test_a_missing_fused_update_is_announced():
         assert merge_function(select_kernel("cpu", "cpu"), fused=True) is plain_merge
 
 
-class DummyKernel(BlockwiseKernel):
-    """The documented ten lines: a name, native_bands, forward and backward."""
+@pytest.fixture
+def mine(monkeypatch):
+    """The module and the row of CONTRIBUTING.md."""
+    name, row = row_of("a kernel", "mindspeed_cp/kernels/__init__.py", kernels)
+    module = types.ModuleType(row.module)
+    exec(diff_of("a kernel")["mindspeed_cp/kernels/mine.py"], vars(module))
+    monkeypatch.setitem(sys.modules, row.module, module)
+    monkeypatch.setitem(KERNELS, name, row)
+    return module
 
-    name = "dummy"
-    blocks = 0
 
-    def forward(self, *args, **kwargs):
-        DummyKernel.blocks += 1
-        return super().forward(*args, **kwargs)
-
-
-def test_a_new_kernel_is_a_module_and_a_row(monkeypatch):
-    module = types.ModuleType("dummy_kernel")
-    module.build, module.unavailable = DummyKernel, lambda: ""
-    monkeypatch.setitem(sys.modules, "dummy_kernel", module)
-    monkeypatch.setitem(KERNELS, "dummy", KernelRow("cpu", "dummy_kernel", automatic=False))
-    kernel = select_kernel("dummy", "cpu")
+def test_a_new_kernel_is_a_module_and_a_row(mine, monkeypatch):
+    kernel = select_kernel("mine", "cpu")
     for case in CASES:
         check_block(kernel, case, torch.float64)
-    assert DummyKernel.blocks == len(CASES)
-    module.unavailable = lambda: "its chip is missing."
+    assert mine.MyKernel.blocks == len(CASES)
+    monkeypatch.setattr(mine, "unavailable", lambda: "its chip is missing.")
     select_kernel.cache_clear()
-    with pytest.raises(ValueError, match="--cp-kernel dummy cannot be used here: its chip is missing."):
-        select_kernel("dummy", "cpu")
+    with pytest.raises(ValueError, match="--cp-kernel mine cannot be used here: its chip is missing."):
+        select_kernel("mine", "cpu")
 
 
-def test_a_new_device_finds_its_kernel_by_itself(monkeypatch):
-    module = types.ModuleType("dummy_kernel")
-    module.build, module.unavailable = DummyKernel, lambda: ""
-    monkeypatch.setitem(sys.modules, "dummy_kernel", module)
-    monkeypatch.setitem(KERNELS, "dummy", KernelRow("xpu", "dummy_kernel"))
-    assert select_kernel(None, "xpu").name == "dummy"
+def test_a_new_device_finds_its_kernel_by_itself(mine, monkeypatch):
+    monkeypatch.setitem(KERNELS, "mine", KernelRow("xpu", mine.__name__))
+    assert select_kernel(None, "xpu").name == "mine"
 
 
 def test_a_dense_mask_is_never_made_once_for_each_head():

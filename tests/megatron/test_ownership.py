@@ -9,7 +9,7 @@ FORWARD = "megatron.core.transformer.dot_product_attention.DotProductAttention.f
 
 @pytest.fixture(scope="module")
 def facts():
-    return observe("owners")
+    return observe("owners", "owner_runs")
 
 
 def test_what_nobody_touched_passes(facts):
@@ -34,7 +34,7 @@ def test_a_name_that_only_helps_others_does_not_count(facts):
 
 
 def test_a_class_of_mindspeed_is_named_with_what_to_do_and_nothing_is_changed():
-    message, changed = observe("mindspeed_first")
+    message, changed = observe("mindspeed_first", "owner_runs")
     says = ["MindSpeedCPDotProductAttention of mindspeed.core.context_parallel.dot_product_attention",
             "/somewhere/mindspeed/core/context_parallel/dot_product_attention.py", "has no 'forward' of its own",
             "MindSpeed takes these names", "start it without them", "No patch was applied"]  # fmt: skip

@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 import pytest
-from distributed import run_alone
+from alone import run_alone
 from fake_transformer_engine import RELEASES
 from transformer_engine_runs import ALGORITHMS, run_release
 

@@ -1,10 +1,9 @@
 """Who owns a patched name now, on toy modules: ours, wrapped by somebody who calls ours, or replaced."""
 
 import functools
-import sys
-from types import ModuleType
 
 import pytest
+from toy_modules import module_from
 
 from mindspeed_cp.patches import Patch, PatchError, PatchManager
 
@@ -50,14 +49,6 @@ THIEVES = {
     ),
     "partial of another": "import functools\ndef wrap(f):\n    return functools.partial(max, 0)\n",
 }
-
-
-def module_from(name, source, monkeypatch):
-    module = ModuleType(name)
-    module.__file__ = f"/somewhere/{name}.py"
-    monkeypatch.setitem(sys.modules, name, module)
-    exec(compile(source, module.__file__, "exec"), module.__dict__)
-    return module
 
 
 @pytest.fixture

@@ -32,9 +32,8 @@ SOURCES = {
 
 
 @pytest.fixture
-def scripts(monkeypatch):
-    """(scripts/megatron_signatures.py, scripts/try_megatron.py) as modules."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
+def scripts():
+    """The modules megatron_signatures and try_megatron of tests/check."""
     import megatron_signatures
     import try_megatron
 

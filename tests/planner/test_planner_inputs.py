@@ -23,7 +23,8 @@ LAYER = ["--model", "gpt3-1.3b", "--cp", "4", "--cluster", "a100"]
 def write_index(path, lengths, count=None):
     """An index as Megatron writes it."""
     head = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, len(lengths) if count is None else count, len(lengths) + 1)
-    path.write_bytes(head + np.array(lengths, dtype="<i4").tobytes())
+    places = np.arange(2 * len(lengths) + 1, dtype="<i8")  # of sequences, then numbers of documents
+    path.write_bytes(head + np.array(lengths, dtype="<i4").tobytes() + places.tobytes())
     return str(path)
 
 
@@ -44,9 +45,9 @@ def test_a_dataset_that_the_projects_own_script_wrote_is_read(tmp_path):
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (lambda path: path.write_bytes(b"nothing of the kind, but long enough for one"), "is no index"),
-        (lambda path: write_index(path, [5], count=9), "says 9 sequences and is too short"),
-        (lambda path: write_index(path, [0]), "holds no tokens"),
+        (lambda path: path.write_bytes(b"nothing of the kind, but long enough for one"), "wrong magic"),
+        (lambda path: write_index(path, [5], count=9), "is truncated"),
+        (lambda path: write_index(path, [0]), "counts no documents"),
         (lambda path: None, "cannot be read"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
 from mindspeed_cp.planner.documents import boundaries
 from mindspeed_cp.planner.models import MODELS, ModelShape
 from mindspeed_cp.planner.picture import NONE, training_seconds
-from mindspeed_cp.planner.report import megatron_flags
 from mindspeed_cp.planner.search import timed, timeline, traced_ranks
 from mindspeed_cp.planner.split import Split, Work, splits
 from mindspeed_cp.planner.stages import RECOMPUTES
@@ -77,31 +77,6 @@ def test_the_logits_of_the_last_stage_count_where_it_is_the_fuller():
     assert memory.activations == one(Split(1, 1, 1, 1), work=many).memory.activations // 2
 
 
-def test_tables_of_words_and_positions_belong_to_their_stages():
-    untied = Work(dataclasses.replace(TINY, tied=False, learned_positions=True), 1024, 8)
-    layers, words, positions = 2 * TINY.dense_layer.total, TINY.vocab * TINY.hidden, 1024 * TINY.hidden
-    first, alone = one(Split(1, 2, 1, 1), work=untied).memory, one(Split(1, 1, 1, 1), work=untied).memory
-    assert first.weights == 2 * (layers + words + positions)
-    assert alone.weights == 2 * (2 * layers + 2 * words + positions)
-    # What tensor parallelism shares out and what every rank has; the gradients of tables travel too.
-    shared = one(Split(2, 1, 1, 2), work=untied)
-    assert shared.memory.weights == alone.weights // 2 + positions + TINY.num_layers * 2 * TINY.hidden
-    assert shared.step.data == 0  # hidden behind the first micro batch
-    slow = dataclasses.replace(UNIT, intra_bandwidth=1e5)
-    candidate = attention(untied, Split(2, 1, 1, 2), slow).candidates[0]
-    found = planned(untied, Split(2, 1, 1, 2), candidate, "none", slow).step
-    moved = shared.memory.weights / 2 * 6 / 2 / 1e5
-    assert found.data == pytest.approx(moved - found.compute / 4)  # of four micro batches
-
-
-def test_a_short_last_stage_has_the_output_and_the_others_do_not():
-    five = Work(dataclasses.replace(TINY, num_layers=5), 1024, 8)
-    uneven, even = one(Split(1, 2, 1, 1, last_layers=2), work=five).step, one(Split(1, 2, 1, 1)).step
-    output = 6 * 1024 * TINY.vocab * TINY.hidden / 1e9
-    layer = (even.compute / 8 - output) / 2
-    assert uneven.compute / 8 == pytest.approx(max(3 * layer, 2 * layer + output))
-
-
 def test_attention_is_kept_with_context_parallelism_alone():
     found, _ = plans(WORK, 2, 1e12, UNIT, {"tp": 1, "pp": 1})
     kept = [plan.split.cp for plan in found if plan.recompute == "full, attention kept"]
@@ -131,12 +106,6 @@ def test_a_rule_of_tensor_parallelism_is_an_exclusion(changes, seq_length, what,
 def test_rates_are_finite(name):
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} inf must be .* finite"):
         dataclasses.replace(UNIT, **{name: float("inf")})
-
-
-def test_stages_wait_for_the_pipeline_to_fill():
-    two = one(Split(1, 2, 1, 1)).step
-    assert two.bubble == pytest.approx((two.compute + two.context + two.tensor + two.pipeline) / 8)
-    assert two.pipeline == pytest.approx(8 * 2 * 1024 * TINY.hidden * 2 / 1e9)
 
 
 def test_all_that_is_found_fits_and_the_fastest_comes_first():
@@ -228,15 +197,18 @@ def test_no_plan_is_missed_by_counting_only_where_it_matters(documents):
     work = Work(TINY, 1024, 8, documents=documents)
     fixed, limit = {"tp": 1, "pp": 1}, one(Split(1, 1, 1, 8)).memory.total
     found, _ = plans(work, 8, limit, UNIT, fixed, most=5)
-    every = []
+    every: dict[tuple, float] = {}
     for option in options(work, 8, UNIT, fixed)[0]:
         config = option.attention.config
         candidate = timed(config, problem_of(work, option.split), UNIT)
         plan = planned(work, option.split, candidate, option.recompute, UNIT)
         if plan.memory.total <= limit:
-            every.append((plan.step.seconds, plan.split, plan.recompute))
-    fastest = sorted(set(every), key=lambda one: one[0])[: len(found)]
-    assert sorted(plan.step.seconds for plan in found) == pytest.approx([seconds for seconds, *_ in fastest])
+            kind = plan.split, plan.recompute, config.hierarchy, is_tight(plan, limit)
+            every[kind] = min(plan.step.seconds, every.get(kind, inf))
+    roomy = [every.get((*kind[:3], False), inf) for kind in every]
+    # What is slower than a plan of its kind that leaves memory free is not a plan of its own.
+    fastest = sorted(seconds for (kind, seconds), free in zip(every.items(), roomy) if not kind[3] or seconds < free)
+    assert sorted(plan.step.seconds for plan in found) == pytest.approx(fastest[: len(found)])
 
 
 def test_documents_are_planned_with_the_layout_that_megatron_can_cut():
@@ -281,40 +253,6 @@ def test_a_line_of_the_picture_ends_where_nothing_fits():
     assert NONE in every and NONE not in some and set(some) < set(every)
     assert {"Ring", "Ulysses", "Hybrid", "KV all-gather"} <= set(every)
     assert min(every.values()) == plans(WORK, 8, 1e12, UNIT, {"tp": 1}, most=1)[0][0].step.seconds
-
-
-def test_an_interleaved_pipeline_waits_less_and_holds_more():
-    long = Work(dataclasses.replace(TINY, num_layers=8), 1024, 8)
-    plain, parts = (one(Split(1, 2, 1, 1, vpp=vpp), work=long) for vpp in (1, 4))
-    busy = plain.step.compute + plain.step.tensor
-    assert plain.step.bubble == pytest.approx((busy + plain.step.pipeline) / 8)
-    assert parts.step.bubble == pytest.approx((busy + parts.step.pipeline) / 8 / 4)
-    assert parts.step.pipeline == pytest.approx(4 * plain.step.pipeline)
-    # Of four parts the first stage has 2 (2 - 1) + (4 - 1) 2 + 1 = 9 in flight: 9 / 4 micro batches in place of 2.
-    assert parts.memory.activations == pytest.approx(plain.memory.activations * 9 / 8)
-
-
-def test_a_pipeline_is_interleaved_where_megatron_can_do_it():
-    long = dataclasses.replace(TINY, num_layers=8)
-    found = {split.vpp for split in splits(Work(long, 1024, 8), 2, UNIT, {"tp": 1, "pp": 2}, {})}
-    assert found == {1, 2, 4}
-    # Three micro batches are no whole number of groups of two.
-    assert {split.vpp for split in splits(Work(long, 1024, 3), 2, UNIT, {"tp": 1, "pp": 2}, {})} == {1}
-    # 126 layers with embedding and output are 128: Llama 3 405B on 16 stages.
-    work = Work(MODELS["llama3.1-405b"], 8192, 16)
-    sizes = {(split.vpp, split.ends, split.last_layers) for split in splits(work, 128, UNIT, {"tp": 8, "pp": 16}, {})}
-    assert (8, True, 0) in sizes and (1, False, 6) in sizes
-    model = MODELS["llama3.1-405b"]
-    layers = [sum(model.stage(number, 16, True)) for number in range(16)]
-    assert layers == [7, *[8] * 14, 7]
-    plan = planned(
-        long_work(),
-        Split(1, 2, 1, 1, vpp=2),
-        attention(long_work(), Split(1, 2, 1, 1), UNIT).candidates[0],
-        "none",
-        UNIT,
-    )
-    assert "--num-virtual-stages-per-pipeline-rank 2 " in megatron_flags(plan)
 
 
 def long_work():
@@ -376,25 +314,3 @@ def test_utilization_is_what_training_needs_over_what_the_devices_could_do():
     assert every == pytest.approx((products + 24 * pairs) / (products + 14 * pairs), rel=2e-3)
     again = one(Split(1, 1, 1, 1), "full")
     assert utilization(WORK, again, UNIT) < 0.8 * utilization(WORK, plan, UNIT)
-
-
-@pytest.mark.parametrize("page", ["docs/choosing.md", "docs/zh-CN/choosing.md"])
-def test_the_table_of_published_trainings_stands_in_the_docs(page):
-    import published_plans as published
-
-    rows = [line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if "| tp " in line and "%" in line]
-    assert len(rows) == len(published.PUBLISHED) >= 8
-    for (name, training), row in zip(published.PUBLISHED.items(), rows):
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        split = ", ".join(f"{size} {value}" for size, value in training.split.items())
-        assert cells[:3] == [name, f"{training.devices:,}", split] and cells[4] == f"{training.mfu:.0%}"
-        assert ("**miss**" in cells[6]) == (name in published.MISSES)
-
-
-@pytest.mark.parametrize("name", ["Llama 3 70B, 8k", "Pangu Ultra 135B, 4k, 910B", "Mixtral 8x7B, 4k"])
-def test_a_published_training_is_found_and_its_speed_is_predicted(name):
-    import published_plans as published
-
-    training = published.PUBLISHED[name]
-    row = published.row_of(training)
-    assert 1 <= row.place <= published.FIRST and 1 / published.WITHIN < row.mfu / training.mfu < published.WITHIN

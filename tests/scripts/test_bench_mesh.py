@@ -1,4 +1,4 @@
-"""scripts/bench_mesh.py: what each link of an emulated mesh carries, by the counters of its devices."""
+"""scripts/bench mesh: what each link of an emulated mesh carries, by the counters of its devices."""
 
 import ast
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench_mesh.py"
+BENCH = [sys.executable, str(Path(__file__).resolve().parents[2] / "scripts" / "bench"), "mesh"]
 RANKS, LOCAL = 3, 512
 SHARD = LOCAL * 32 * (16 + 16) * 2  # bytes of a rank's keys and values
 
@@ -16,9 +16,7 @@ SHARD = LOCAL * 32 * (16 + 16) * 2  # bytes of a rank's keys and values
 def test_every_link_carries_a_shard_of_keys_and_values_twice_and_one_of_gradients():
     """Two calls of the mesh exchange with a full mask; headers and the ranks' own talk add little."""
     arguments = [str(RANKS), "none", "--seq-length", str(RANKS * LOCAL), "--repetitions", "1", "--count"]
-    done = subprocess.run(
-        [sys.executable, str(BENCH), *arguments, "--only", "mesh, full mask"], capture_output=True, text=True
-    )
+    done = subprocess.run([*BENCH, *arguments, "--only", "mesh, full mask"], capture_output=True, text=True)
     if done.returncode == 77:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
@@ -29,5 +27,5 @@ def test_every_link_carries_a_shard_of_keys_and_values_twice_and_one_of_gradient
 
 
 def test_a_rate_that_is_none_is_refused():
-    done = subprocess.run([sys.executable, str(BENCH), "2", "fast"], capture_output=True, text=True)
+    done = subprocess.run([*BENCH, "2", "fast"], capture_output=True, text=True)
     assert done.returncode != 0 and "RATE fast must be a number" in done.stderr

@@ -1,10 +1,10 @@
-"""The command lines that scripts/fuzz_cli.py draws, and what it compares them with."""
+"""The command lines that tests/check fuzz draws, and what it compares them with."""
 
 import random
 
 import pytest
+from drawing import SHARING, draw
 from trainer.arguments import build_parser
-from trainer.fuzz import SHARING, draw
 
 pytestmark = pytest.mark.cpu_only
 
@@ -38,6 +38,6 @@ def test_the_reference_differs_in_how_the_sequence_is_shared_alone():
         assert {flag for flag, _ in plain.settings}.isdisjoint(SHARING)
         assert set(line.settings) - set(plain.settings) == {pair for pair in line.settings if pair[0] in SHARING}
         sizes = dict(plain.settings)
-        assert plain.world_size == int(sizes.get("--tensor-model-parallel-size", 1)) * int(
-            sizes.get("--pipeline-model-parallel-size", 1)
+        assert plain.world_size == int(sizes.get("--tensor-model-parallel-size") or 1) * int(
+            sizes.get("--pipeline-model-parallel-size") or 1
         )

@@ -6,12 +6,12 @@ import sys
 import pytest
 from trainer_runs import REPOSITORY, environment
 
-PHASES = ("groups", "forward", "backward", "shards", "latest")  # scripts/faults.py knows two more
+PHASES = ("groups", "forward", "backward", "shards", "latest")  # tests/check/faults.py knows two more
 pytestmark = pytest.mark.cpu_only
 
 
 def test_a_run_whose_ranks_are_killed_at_every_phase_ends_with_the_same_losses():
-    command = [sys.executable, str(REPOSITORY / "scripts/faults.py"), "--together", "--markdown"]
+    command = [sys.executable, str(REPOSITORY / "tests/check"), "faults", "--together", "--markdown"]
     command += ["--kinds", "kill", "--phases", *PHASES]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
     rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("| kill")]

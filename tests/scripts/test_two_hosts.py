@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,16 +19,14 @@ pytestmark = pytest.mark.cpu_only
 
 
 def start(*arguments, **environment):
-    """scripts/two_hosts.sh as a process; skips where namespaces are impossible."""
-    if shutil.which("ip") is None:
-        pytest.skip("needs iproute2 (ip netns)")
+    """tests/check hosts as a process."""
     return subprocess.Popen(
-        ["bash", "scripts/two_hosts.sh", *arguments],
+        [sys.executable, "tests/check", "hosts", *arguments],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHON": sys.executable, **environment},
+        env={**os.environ, **environment},
     )
 
 
@@ -45,8 +42,8 @@ def finish(process):
 def runs():
     """A run of both algorithms and one whose link is cut; both at once, because the second mostly waits."""
     processes = [
-        start(",".join(ALGORITHMS), "--seq-length", str(SEQ)),
-        start("double_ring", "--seq-length", str(SEQ), "--timeout", "5", CUT_AFTER="0.3", **LATE),
+        start(*ALGORITHMS, "--seq-length", str(SEQ)),
+        start("double_ring", "--seq-length", str(SEQ), "--timeout", "5", "--cut-after", "0.3", **LATE),
     ]
     return [finish(process) for process in processes]
 

@@ -3,7 +3,8 @@
 import agreement_runs
 import pytest
 from agreement_runs import CASES
-from distributed import run_ranks, script_outcome
+from alone import script_outcome
+from distributed import run_ranks
 from trainer_runs import IMPORTED
 
 from mindspeed_cp.arguments.compared import compared_arguments, compared_names

@@ -4,16 +4,17 @@ import dataclasses
 
 import pytest
 from cases import TOLERANCE, Case, attend, expected, largest_errors, whole
+from contributing import row_of
 from distributed import run_ranks
 from trainer_runs import IMPORTED, largest_difference, prepare_data, tiny, train
 
 from mindspeed_cp import ContextParallelConfig, TrainingSetup, resolve
 from mindspeed_cp.arguments import add_context_parallel_arguments, config_from_args
+from mindspeed_cp.settings import algorithms
 from mindspeed_cp.settings.algorithms import ALGORITHMS
 from mindspeed_cp.settings.notices import ContextParallelWarning
 
-NAME = "my_cp_algo"
-ROW = dataclasses.replace(ALGORITHMS["hybrid_cp_algo"], title="Mine", summary="a row of the tests")
+NAME, ROW = row_of("an algorithm", "mindspeed_cp/settings/algorithms.py", algorithms)  # that of CONTRIBUTING.md
 
 
 @pytest.fixture

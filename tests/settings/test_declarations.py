@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from contributing import diff_of
+from drawing import draw
 from flags import make_parser, parse
-from trainer.fuzz import draw
 
 from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.arguments import FrameworkSettings, compared_arguments, compared_config, config_from_args, declared
@@ -21,22 +22,17 @@ ROOT = Path(__file__).resolve().parents[2]
 RING, ULYSSES = "megatron_cp_algo", "ulysses_cp_algo"
 
 
+class Documented:
+    """The field that CONTRIBUTING.md adds to the configuration."""
+
+    exec(diff_of("a setting")["mindspeed_cp/settings/config.py"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Extended(ContextParallelConfig):
     """A configuration with two settings more."""
 
-    echo: Literal["soft", "loud"] = setting(
-        "soft",
-        flag="--cp-echo",
-        also=("--echo",),
-        keys=("parallel_config.echo",),
-        help="how a rank answers",
-        rule="rings have an echo",
-        meanings={"soft": "hardly", "loud": "to all"},
-        taken_by=lambda row: row.exchange == "ring",
-        ignored="{algorithm} has no echo, {takers} have",
-        variable="ECHO",
-    )
+    echo: Documented.__annotations__["echo"] = Documented.echo
     depth: int | Literal["auto"] = setting(
         1, flag="--cp-depth", help="steps at once", rule="1 or more", takes="N", least=1, least_means="1 is one by one"
     )

@@ -1,0 +1,202 @@
+"""Findings about a launch: what would be on, by the rules of arguments/ and config.py themselves."""
+
+import argparse
+import ast
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from mindspeed_cp.arguments import validate
+from mindspeed_cp.arguments.launch import misspelt
+from mindspeed_cp.doctor import environment, hccl, launch
+from mindspeed_cp.doctor.finding import Finding, problem
+from mindspeed_cp.doctor.installed import ask
+from mindspeed_cp.kernels import select_kernel
+from mindspeed_cp.kernels.base import AttentionKernel
+from mindspeed_cp.planner import megatron_flags
+from mindspeed_cp.planner.memory import attention_bytes
+from mindspeed_cp.planner.trace import Problem, trace
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.rules import heads_of_rank
+from mindspeed_cp.settings.training_setup import TrainingSetup
+
+ADAPTORS = ("mindspeed_cp.megatron_adaptor", "mindspeed.megatron_adaptor")
+
+
+def examined(command: str, device: str) -> tuple[list[Finding], dict[str, str]]:
+    """(everything that can be said of a launch before it is started, the variables that it sets).
+
+    Args:
+        command: as for launch.read.
+        device: that this machine uses.
+    """
+    try:
+        started = launch.read(command, os.environ)
+    except ValueError as error:
+        return [problem(str(error))], {}
+    return list(findings(started, device)), started.environment
+
+
+def findings(started: launch.Launch, device: str) -> Iterator[Finding]:
+    """Whether the launch switches context parallelism on, what it resolves to, what it costs, its mistakes."""
+    try:
+        args, rest = megatron_flags.parsed(started.flags)
+    except ValueError as error:
+        yield problem(str(error))
+        return
+    yield from switched_on(started)
+    meant = misspelt(rest)
+    for flag, likely in meant.items():
+        yield Finding("warning", f"{flag} is not a flag of context parallelism", f"write {likely}")
+    yield from unknown(started, set(meant))
+    if started.port is not None:
+        found = environment.port(started.address, started.port, "torchrun --master-port ")
+        if found.level != "ok":
+            yield found
+    try:
+        yield from resolved(args, started, device)
+        yield from of_megatron(started)
+    except ValueError as error:
+        yield problem(str(error))
+    except RuntimeError as error:
+        yield Finding("problem", f"Megatron's flags were not checked: {error}", "report it with this line")
+
+
+def unknown(started: launch.Launch, named: set[str]) -> Iterator[Finding]:
+    """Flags that the script's own parser refuses, where it can be asked."""
+    script = launch.home_of(started.script)
+    if not script.is_file() or not started.flags:
+        return
+    try:
+        found = ask(
+            "mindspeed_cp.megatron.unknown_flags",
+            str(script),
+            *started.flags,
+            environment={**os.environ, **started.environment},
+        )
+    except RuntimeError as error:
+        yield Finding("note", f"whether {script.name} knows every flag was not asked: {error}")
+        return
+    for flag in dict.fromkeys(found or ()):
+        if flag not in named:
+            yield Finding(
+                "problem", f"{script.name} does not know {flag}", f"leave it out; {script.name} --help lists all"
+            )
+
+
+def switched_on(started: launch.Launch) -> Iterator[Finding]:
+    """Whether the adaptor is imported, and before Megatron."""
+    script = launch.home_of(started.script)
+    if not script.is_file():
+        yield Finding("problem", f"the script {started.script} does not exist", "give its path, or start elsewhere")
+    elif started.runner:
+        yield Finding("ok", f"{script.name} runs under {launch.RUNNER}: Megatron is patched first")
+    else:
+        try:
+            adaptor, megatron = import_lines(script)
+        except SyntaxError as error:
+            yield Finding("problem", f"{script.name} is no Python: {error}", "give the path of a Python script")
+            return
+        way_out = f"start it through -m {launch.RUNNER} {started.script}"
+        if adaptor is None:
+            yield Finding("problem", f"{script.name} does not import {ADAPTORS[0]}: nothing is patched", way_out)
+        elif megatron is not None and megatron < adaptor:
+            text = f"{script.name} imports Megatron in line {megatron}, before the adaptor in line {adaptor}"
+            yield Finding("problem", text, f"put import {ADAPTORS[0]} first, or {way_out}")
+        else:
+            yield Finding("ok", f"{script.name} imports the adaptor in line {adaptor}, before Megatron")
+
+
+def import_lines(script: Path) -> tuple[int | None, int | None]:
+    """(first line that imports the adaptor, first that imports Megatron) at the top of a script; None for none."""
+    found: dict[str, int] = {}
+    for node in ast.parse(script.read_bytes()).body:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            kind = "adaptor" if name.startswith(ADAPTORS) else "megatron" if name.startswith("megatron.") else ""
+            found.setdefault(kind, node.lineno)
+    return found.get("adaptor"), found.get("megatron")
+
+
+def resolved(args: argparse.Namespace, started: launch.Launch, device: str) -> Iterator[Finding]:
+    """The configuration, what is replaced or ignored, and what a layer sends and keeps.
+
+    Raises:
+        ValueError: a rule is broken.
+    """
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        config, setup = validate(args, started.world_size, started.node_ranks or None)
+        layout = SequenceLayout.build(config, args.seq_length)
+    for notice in dict.fromkeys(str(warning.message) for warning in said):
+        ignored = " is ignored" in notice
+        yield Finding("warning" if ignored else "note", notice, f"leave out {notice.split()[0]}" if ignored else "")
+    if config.context_parallel_size == 1:
+        yield Finding("warning", "context parallelism is off: its size is 1", "add --context-parallel-size N, N > 1")
+        return
+    lengths = sorted({layout.length(rank) for rank in range(config.context_parallel_size)})
+    tokens = " or ".join(f"{length:,}" for length in lengths)
+    ulysses, window, windows = config.hierarchy
+    hierarchy = f"ulysses {ulysses} x window {window} x windows {windows}"
+    yield Finding("ok", f"{config.describe()}; {hierarchy}; {tokens} tokens on a rank")
+    if device == "npu":
+        yield from hccl.of_launch(config, setup, started.flags, {**os.environ, **started.environment})
+    yield from cost(args, config, setup, select_kernel(args.cp_kernel, device))
+
+
+def problem_of(args: argparse.Namespace, setup: TrainingSetup) -> Problem | str:
+    """The attention of one layer, or the flag that is missing to know it."""
+    if not (args.kv_channels or args.hidden_size or args.multi_latent_attention) or args.num_attention_heads == 1:
+        return "bytes and memory need --num-attention-heads and --hidden-size (or --kv-channels)"
+    heads, kv_heads, dk, dv = megatron_flags.attention_sizes(args)
+    tp = setup.tensor_parallel_size
+    of_rank = heads_of_rank(heads, kv_heads, tp)
+    dtype = torch.bfloat16 if args.bf16 or args.fp16 else torch.float32
+    return Problem(args.seq_length, *of_rank, dk, dv, args.micro_batch_size, dtype, stride=tp)
+
+
+def cost(
+    args: argparse.Namespace, config: ContextParallelConfig, setup: TrainingSetup, kernel: AttentionKernel
+) -> Iterator[Finding]:
+    """Bytes and memory of one layer, by the planner; the larger of the first and the last rank."""
+    layer = problem_of(args, setup)
+    if isinstance(layer, str):
+        yield Finding("note", layer)
+        return
+    ranks = (0, config.context_parallel_size - 1)
+    passes = [trace(config, layer, rank) for rank in ranks]
+    forward, backward = (max(sum(each[way].sent.values()) for each in passes) for way in (0, 1))
+    yield Finding("ok", f"a layer sends {_size(forward)} forward and {_size(backward)} backward, per rank")
+    order = kernel.memory_order(layer.dtype)
+    saved = max(attention_bytes(config, layer, rank, order).saved for rank in ranks)
+    layers = -(-setup.num_layers // setup.pipeline_parallel_size)
+    again = setup.recomputes_attention and not config.keep_attention
+    flying = " for every micro batch in flight" if setup.pipeline_parallel_size > 1 else ""
+    kept = "of which recomputation keeps one layer's at a time" if again else f"{_size(saved * layers)} in all{flying}"
+    text = f"attention keeps {_size(saved)} a layer for backward, on {layers} layers of a rank, {kept}"
+    yield Finding("ok", text)
+
+
+def _size(num_bytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes / 1e3:,.1f} kB"
+
+
+def of_megatron(started: launch.Launch) -> Iterator[Finding]:
+    """Megatron's own flags that the patches refuse, for a script of Megatron-LM."""
+    if started.runner and Path(started.script).name.startswith("pretrain_"):
+        environment = {**os.environ, **started.environment}
+        wrong = ask("mindspeed_cp.megatron.flag_checks", *started.flags, environment=environment)
+        if wrong:
+            yield problem(wrong)

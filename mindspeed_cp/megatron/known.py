@@ -1,0 +1,69 @@
+"""What functions of this room read of the Adaptor, which imports them: the interface between the two."""
+
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from mindspeed_cp.megatron.decision import Settings
+from mindspeed_cp.megatron.documents import BoundaryCache
+from mindspeed_cp.megatron.handed_ends import Handed
+from mindspeed_cp.megatron.losses import Losses
+from mindspeed_cp.megatron.records import BatchRecords, Documents, MicroBatch
+from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.training_setup import TrainingSetup
+
+
+class ForeignLayouts(Protocol):
+    """The layouts of batches that others split (``foreign.Foreign``)."""
+
+    def record(
+        self, adaptor: "Known", scope: Scope, ids: torch.Tensor | None, tokens: torch.Tensor | None, declared: str
+    ) -> MicroBatch: ...
+
+    def packed(
+        self, scope: Scope, ids: torch.Tensor, padded: tuple[int, ...], documents: tuple[int, ...], preferred: str
+    ) -> SequenceLayout: ...
+
+
+class LaterStages(Protocol):
+    """What later pipeline stages learn of a batch (``later_stages.HandOver``)."""
+
+    def first(self, model: Any, scope: Scope, record: MicroBatch) -> MicroBatch: ...
+    def later(self, model: Any, scope: Scope, record: MicroBatch | None) -> MicroBatch | None: ...
+
+
+class Known(Protocol):
+    """Attributes and methods of ``adaptor.Adaptor``, where their meaning stands."""
+
+    settings: Settings
+    sizes: dict[int, Scope]
+    records: BatchRecords
+    boundaries: BoundaryCache
+    handed: Handed
+    active: MicroBatch | None
+    is_pipeline: bool
+    documents_by_hand: bool
+    epoch: int
+    losses: Losses
+
+    @property
+    def foreign(self) -> ForeignLayouts: ...
+    @property
+    def hand_over(self) -> LaterStages: ...
+    @property
+    def alone(self) -> bool: ...
+    @property
+    def setup(self) -> TrainingSetup | None: ...
+    @property
+    def current(self) -> Scope: ...
+    @property
+    def main(self) -> Scope: ...
+    def scope_of(self, module: Any) -> Scope: ...
+    def running_in(self, scope: Scope) -> MicroBatch | None: ...
+    def make_groups(self, group: dist.ProcessGroup, config: ContextParallelConfig) -> Scope: ...
+    def layout(
+        self, seq_len: int, documents: Documents | None = None, scope: Scope | None = None
+    ) -> SequenceLayout: ...

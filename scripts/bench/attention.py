@@ -1,0 +1,192 @@
+"""Time context-parallel attention on this machine (CPU and gloo).
+
+``python scripts/bench attention``         forward + backward over the ideal T(1 rank) / ranks, per algorithm, beside
+                                           the floor: all ranks compute their share of the heads, without communication;
+                                           T(1 rank) is this project's kernel and, in a column of its own, torch's
+                                           operator as it is
+``python scripts/bench attention --stub``  communication, merging and copying alone: the kernel returns empty outputs,
+                                           CPU time per rank, beside a straightforward reference ring
+"""
+
+import statistics
+import time
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import scaled_dot_product_attention
+
+from bench.measuring import StubKernel, head, in_turns, on_ranks, parser_of, row, sample, step
+from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention
+from mindspeed_cp.comm import count_bytes
+from mindspeed_cp.kernels import select_kernel
+from mindspeed_cp.kernels.base import BlockTensors
+
+FLOOR = "floor: no communication"
+TORCH = "torch's operator"
+ALONE, REFERENCE = "1 rank", "reference ring"
+
+
+def variants(ranks):
+    """name -> settings of ContextParallelConfig."""
+    ring = {"algorithm": "megatron_cp_algo", "send_recv_overlap": True}
+    table = {
+        "ulysses": {"algorithm": "ulysses_cp_algo"},
+        "ring": ring,
+        "ring direct": {**ring, "kv_exchange": "direct"},
+        "kv all-gather": {"algorithm": "kvallgather_cp_algo"},
+    }
+    if ranks % 2 == 0 and ranks > 2:
+        table["double ring w=2"] = {**ring, "window_size": 2}
+        table["hybrid u=2"] = {**ring, "algorithm": "hybrid_cp_algo", "ulysses_degree": 2}
+    return table
+
+
+def torch_attention(query, key, value):
+    """torch's own attention of the whole sequence, on one rank."""
+    query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
+    return out.permute(2, 0, 1, 3)
+
+
+def reference_ring_step(query, key, value, grad_out, kernel, group, rank):
+    """A straightforward ring with a stubbed kernel: K and V sent separately, fresh buffers, merging out of place.
+
+    Forward passes K and V on; backward passes them on again together with their summed gradients, cp times.
+    """
+    ranks = group.size()
+
+    def rotate(tensors):
+        received = [torch.empty_like(tensor) for tensor in tensors]
+        ops = [
+            op
+            for tensor, into in zip(tensors, received)
+            for op in (
+                dist.P2POp(dist.isend, tensor, (rank + 1) % ranks, group),
+                dist.P2POp(dist.irecv, into, (rank - 1) % ranks, group),
+            )
+        ]
+        return dist.batch_isend_irecv(ops), received
+
+    half, out, lse = query.shape[0] // 2, None, None
+    local = (key.contiguous(), value.contiguous())
+    everything, first, second = slice(None), slice(half), slice(half, None)
+    blocks = [
+        (everything, everything) if t == 0 else (everything, first) if t <= rank else (second, everything)
+        for t in range(ranks)
+    ]
+    kv = local
+    for t, (rows, _) in enumerate(blocks):
+        works, following = rotate(kv) if t + 1 < ranks else ((), None)
+        block_out, block_lse, *_ = kernel.forward(BlockTensors(None, query[rows], None, value), None)
+        block_out, block_lse = block_out.float(), block_lse.unsqueeze(-1)
+        if out is None:
+            out, lse = block_out, block_lse
+        else:
+            merged = out[rows] - torch.sigmoid(block_lse - lse[rows]) * (out[rows] - block_out)
+            merged_lse = lse[rows] - torch.nn.functional.logsigmoid(lse[rows] - block_lse)
+            out, lse = out.clone(), lse.clone()
+            out[rows], lse[rows] = merged, merged_lse
+        for work in works:
+            work.wait()
+        kv = following
+    out = out.to(query.dtype)
+    kv, dq, pending, arriving = local, None, (), None
+    for t, (rows, keys) in enumerate(blocks):
+        works, following = rotate(kv) if t + 1 < ranks else ((), None)
+        part = kernel.backward(BlockTensors(None, query[rows], key[keys], value[keys]), None, None, None)
+        if dq is None:
+            dq, dkv = part[0].float(), [part[1].float(), part[2].float()]
+        else:
+            dq[rows] += part[0]
+            for work in pending:
+                work.wait()
+            dkv = [grad.clone() for grad in arriving]
+            for grad, piece in zip(dkv, part[1:]):
+                grad[keys] += piece
+        for work in works:
+            work.wait()
+        kv = following
+        pending, arriving = rotate(dkv)
+    for work in pending:
+        work.wait()
+    return out, dq.to(query.dtype), arriving[0].to(key.dtype), arriving[1].to(key.dtype)
+
+
+def cases_of(options, kernel, whole):
+    """variant -> function of nothing that runs it on this rank."""
+    rank, ranks, cases = dist.get_rank(), dist.get_world_size(), {}
+
+    def attention(config):
+        groups, layout = ContextParallelGroups.build(config), SequenceLayout.build(config, options.seq_length)
+        call = partial(context_parallel_attention, config=config, groups=groups, layout=layout, kernel=kernel)
+        return call, groups, layout
+
+    for name, settings in variants(ranks).items():
+        attend, groups, layout = attention(ContextParallelConfig(context_parallel_size=ranks, **settings))
+        *tensors, grad_out = [layout.shard(tensor, rank).clone() for tensor in whole]
+        cases[name] = partial(step, attend, tensors, grad_out)
+    if options.stub:
+        cases[REFERENCE] = partial(reference_ring_step, *tensors, grad_out, kernel, groups.cp_group, rank)
+        return cases
+    single, *_ = attention(ContextParallelConfig())
+    for name, attend in ((ALONE, single), (TORCH, torch_attention)):
+        cases[name] = partial(step, attend, whole[:3], whole[3]) if rank == 0 else (lambda: None)
+    if options.kv_heads % ranks == 0:
+        share = [
+            tensor.chunk(ranks, dim=2)[rank].permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for tensor in whole
+        ]
+        cases[FLOOR] = partial(step, single, share[:3], share[3])
+    return cases
+
+
+def measure(options):
+    dtype = getattr(torch, options.dtype)
+    whole = sample(options.seq_length, options.heads, options.kv_heads, options.head_dim, dtype)
+    cases = cases_of(options, StubKernel() if options.stub else select_kernel("cpu"), whole)
+
+    def timed(run):
+        dist.barrier()
+        wall, cpu = time.perf_counter(), time.process_time()
+        with count_bytes() as sent:
+            run()
+        cpu = time.process_time() - cpu
+        dist.barrier()
+        seconds = cpu if options.stub else time.perf_counter() - wall
+        traffic = torch.tensor(float(sent.total_bytes))
+        dist.all_reduce(traffic)
+        return seconds, float(traffic)
+
+    found = in_turns({name: partial(timed, run) for name, run in cases.items()}, options.repetitions)
+    if dist.get_rank() == 0:
+        medians = {name: statistics.median(seconds for seconds, _ in values) for name, values in found.items()}
+        report(medians, {name: values[-1][1] for name, values in found.items()}, dist.get_world_size(), options)
+
+
+def report(medians, traffic, ranks, options):
+    print(
+        f"{ranks} ranks, S={options.seq_length}, H={options.heads}, KV heads={options.kv_heads}, D={options.head_dim}, "
+        f"{options.dtype}, forward + backward, {options.repetitions} interleaved repetitions"
+    )
+    base = medians.pop(REFERENCE) if options.stub else medians.pop(ALONE) / ranks
+    label = f"{REFERENCE}, CPU time per rank" if options.stub else f"ideal T(1 rank) / {ranks}"
+    columns = {f"over {label}": base}
+    if not options.stub:
+        columns[f"over {TORCH}: T(1 rank) / {ranks}"] = medians.pop(TORCH) / ranks
+    head("variant", "median ms:", *(f"{column}:" for column in columns), "mean MB sent per rank:")
+    for name, median in {label: base, **medians}.items():
+        sent = f"{traffic[name] / ranks / 1e6:.1f}" if name in traffic else ""
+        row(name, f"{median * 1e3:.1f}", *(f"{median / of:.2f}" for of in columns.values()), sent)
+
+
+def main():
+    parser = parser_of(
+        __doc__, ranks=None, seq_length=None, heads=8, kv_heads=None, head_dim=64, repetitions=7
+    )  # by default 2 ranks and 4096 tokens, with --stub 4 and 8192, and as many KV heads as heads
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32", "float64"])
+    parser.add_argument("--stub", action="store_true", help="stub the kernel and print CPU time per rank")
+    options = parser.parse_args()
+    options.ranks = options.ranks or (4 if options.stub else 2)
+    options.seq_length = options.seq_length or (8192 if options.stub else 4096)
+    options.kv_heads = options.kv_heads or options.heads
+    on_ranks(options.ranks, measure, options)

@@ -1,0 +1,110 @@
+"""What the benchmarks share: ranks, variants in turns, inputs, a kernel that computes nothing, tables."""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from bench.network import free_port
+from mindspeed_cp.kernels.base import AttentionKernel, BlockResult
+
+Name, Value = TypeVar("Name"), TypeVar("Value")
+
+
+def parser_of(description: str | None, **sizes: int | None) -> argparse.ArgumentParser:
+    """A parser with a flag for each size."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in sizes.items():
+        shown = None if default is None else f"default {default}"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=shown)
+    return parser
+
+
+def on_ranks(ranks: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Call ``function(*arguments)`` in so many processes, each a rank of gloo with one thread."""
+    mp.spawn(_rank, (ranks, free_port(), function, arguments), nprocs=ranks)
+
+
+def _rank(rank: int, ranks: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(minutes=5))
+    function(*arguments)
+    dist.destroy_process_group()
+
+
+def in_turns(runs: Mapping[Name, Callable[[], Value]], repetitions: int) -> dict[Name, list[Value]]:
+    """What each of ``runs`` returned: a repetition calls each once, and the first, a warm-up, is left out."""
+    found: dict[Name, list[Value]] = {name: [] for name in runs}
+    for repetition in range(repetitions + 1):
+        for name, run in runs.items():
+            value = run()
+            if repetition:
+                found[name].append(value)
+    return found
+
+
+def sample(
+    length: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str = "cpu"
+) -> list[torch.Tensor]:
+    """query, key, value and the output's gradient, (length, 1, heads, dim)."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(length, 1, count, dim, generator=generator).to(device, dtype)
+        for count in (heads, kv_heads, kv_heads, heads)
+    ]
+
+
+def step(attend: Callable[..., torch.Tensor], tensors: list[torch.Tensor], grad_out: torch.Tensor) -> None:
+    """Forward and backward pass of ``attend``; the caller times it."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    attend(*leaves).backward(grad_out)
+
+
+class StubKernel(AttentionKernel):
+    """Returns outputs of the right shapes that were made once: what is left is communication, merging and copying.
+
+    Args:
+        seconds: that a pass takes for each query head.
+    """
+
+    name, native_bands = "stub", True
+
+    def __init__(self, order="heads", seconds=0.0):
+        self._outputs, self._order, self._seconds = {}, order, seconds
+
+    def memory_order(self, dtype):
+        return self._order
+
+    def _output(self, name, shape, dtype):
+        key = (name, tuple(shape), dtype)
+        if key not in self._outputs:
+            self._outputs[key] = torch.zeros(shape, dtype=dtype)
+        return self._outputs[key]
+
+    def forward(self, tensors, options):
+        query, value = tensors.query, tensors.value
+        time.sleep(self._seconds * query.shape[2])
+        lse = self._output("lse", query.shape[:3], torch.float32)
+        return BlockResult(self._output("out", (*query.shape[:3], value.shape[-1]), query.dtype), lse.clone())
+
+    def backward(self, tensors, rows, options, saved):
+        time.sleep(self._seconds * tensors.query.shape[2])
+        likes = (("dq", tensors.query), ("dk", tensors.key), ("dv", tensors.value))
+        return tuple(self._output(name, like.shape, like.dtype) for name, like in likes)
+
+
+def head(*columns: str) -> None:
+    """Print the head of a table; a column whose name ends in a colon has numbers."""
+    print("|", " | ".join(column.removesuffix(":") for column in columns), "|")
+    print("|", " | ".join("---:" if column.endswith(":") else "---" for column in columns), "|")
+
+
+def row(*cells: object) -> None:
+    print("|", " | ".join(map(str, cells)), "|", flush=True)

@@ -1,0 +1,134 @@
+"""Every check of scripts/verify_npu.sh, which sources CANN's environment first; see there.
+
+Each check is a command in a process of its own with a log of its own. What --quick runs comes first in a whole run too.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from verify_report import Outcome, last_line, report
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RANKS = {"cpu": 4, "cuda": 8, "npu": 8}
+
+
+class Check(NamedTuple):
+    """One row of the report.
+
+    Args:
+        command: a line of bash, in the repository's root, with {python}, {device}, {logs} and {runs} filled in; {runs}
+            starts a part of verify_runs.py.
+        quick: whether --quick runs it too.
+        minutes: after which it is ended, and has failed.
+    """
+
+    name: str
+    command: str
+    quick: bool = False
+    minutes: int = 60
+
+
+PYTEST = "{python} -m pytest -q -p no:cacheprovider --device {device} --durations 3"
+CHECKS = (
+    Check("device and kernel", "{python} tests/check verify_machine {device}", True, 5),
+    Check("operators, every block shape", f"{PYTEST} tests/kernels/test_kernel_{{kernel}}*.py", True),
+    Check("parity of every algorithm", f"{PYTEST} tests/kernels/test_kernel_parity.py", True),
+    Check("training, Ulysses and Ring", "{runs} algorithms {logs}/quick --quick", True),
+    Check("performance, Ulysses and Ring", "{runs} performance {logs}/quick --quick", True),
+    Check("kernel choice", f"{PYTEST} tests/kernels/test_kernel_select.py"),
+    Check("parity over all features", f"{PYTEST} tests/attention/test_attention_exact.py"),
+    Check(
+        "launch scripts, dry run",
+        "for s in scripts/launch/[!cd]*.sh; do DRY_RUN=1 PYTHON={python} bash $s || exit 1; done",
+    ),
+    Check("training, cp=1 with and without --use-flash-attn", "{runs} alone {logs}/whole"),
+    Check("training, every algorithm", "{runs} algorithms {logs}/whole"),
+    Check("training, KV cache policies", "{runs} policies {logs}/whole"),
+    Check("training, sequence parallel, distributed optimizer, recompute, bf16", "{runs} modes {logs}/whole"),
+    Check("training, packed documents, unaligned", "{runs} batches {logs}/whole"),
+    Check("checkpoint and resume", "{runs} resume {logs}/resume"),
+    Check("performance", "{runs} performance {logs}/whole", minutes=120),
+)
+MEGATRON = Check("Megatron-LM's own pretrain_gpt.py", "{runs} megatron {logs}/megatron --checkout {checkout}")
+
+
+def checks(args: argparse.Namespace) -> list[Check]:
+    """Those that are asked for, and can run here."""
+    found = [*CHECKS, *([MEGATRON] if os.environ.get("MEGATRON_LM_PATH") else [])]
+    return [check for check in found if check.quick or not args.quick]
+
+
+def command_of(check: Check, args: argparse.Namespace, logs: Path) -> str:
+    tiny = " --tiny" if args.device == "cpu" else ""
+    runs = f"{sys.executable} tests/check verify_runs --ranks {args.ranks} --device {args.device}{tiny}"
+    return check.command.format(
+        python=sys.executable,
+        device=args.device,
+        kernel="cuda" if args.device == "cuda" else "npu",
+        ranks=args.ranks,
+        runs=runs,
+        logs=logs,
+        checkout=os.environ.get("MEGATRON_LM_PATH", ""),
+    )
+
+
+def run(check: Check, command: str, log: Path) -> Outcome:
+    """Run one check in a session of its own, which is ended whole when its time is over."""
+    start = time.monotonic()
+    with open(log, "w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            ["bash", "-c", command], cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = process.wait(timeout=60 * check.minutes)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            status = process.wait()
+            file.write(f"\nended after {check.minutes} minutes\n")
+    said = log.read_text(encoding="utf-8", errors="replace")
+    return Outcome(check.name, command, status == 0, time.monotonic() - start, said)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="verify_npu.sh", description=__doc__)
+    parser.add_argument("--device", choices=list(RANKS), default="npu")
+    parser.add_argument("--report", type=Path, help="the file to write; default: verify-DEVICE.md")
+    parser.add_argument("--quick", action="store_true", help="the kernel, parity, Ulysses and Ring; ten minutes")
+    parser.add_argument("--list", action="store_true", help="show the checks and run none")
+    args = parser.parse_args(argv)
+    args.ranks = int(os.environ.get("RANKS", RANKS[args.device]))
+    args.report = args.report or Path(f"verify-{args.device}.md")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    logs = Path(tempfile.mkdtemp(prefix="verify-"))
+    outcomes: list[Outcome] = []
+    for number, check in enumerate(checks(args)):
+        command = command_of(check, args, logs)
+        if args.list:
+            print(f"{check.name}: {command}")
+            continue
+        print(f"{check.name} ... ", end="", flush=True)
+        outcomes.append(outcome := run(check, command, logs / f"{number}.log"))
+        print(f"{'pass' if outcome.passed else 'FAIL'} ({outcome.seconds:.0f} s) {last_line(outcome)}", flush=True)
+        # After every check, so that a machine that goes down leaves what it had.
+        args.report.write_text(report(args.device, args.ranks, args.quick, outcomes), encoding="utf-8")
+    if args.list:
+        return 0
+    failed = [outcome.name for outcome in outcomes if not outcome.passed]
+    print(f"\n{len(outcomes) - len(failed)} of {len(outcomes)} checks passed; report: {args.report}; logs: {logs}")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""Training runs of scripts/verify_npu.sh: each feature against the same training without context parallelism.
+
+    python tests/check verify_runs algorithms FOLDER --ranks 8     twenty steps a run, the embedded trainer
+    python tests/check verify_runs policies|modes|batches|resume FOLDER --ranks 8
+    python tests/check verify_runs megatron FOLDER --ranks 8 --checkout DIR    Megatron-LM's own pretrain_gpt.py
+    python tests/check verify_runs performance FOLDER --ranks 8 --device npu   a table of the algorithms
+    --quick: Ulysses and Ring alone, five steps
+
+The last line says how it ended; exit status 1 when a run fails or its losses differ. A run that fails costs its own
+line, and what every rank said of it is printed.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from verify_machine import free_memory
+from verify_ranks import RunFailed, torchrun
+from verify_speed import HEAD, STEPS, Shape, rows, shape_for
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+TOLERANCE = 1e-3  # relative, loss and gradient norm of every step, float32
+SMALL = 1 << 30  # bytes of a device below which the trainings take the sizes for a CPU: the test bed's is 32 MiB
+TRAINING = (
+    "--num-layers 2 --num-attention-heads 16 --global-batch-size 8 --lr 3e-4 "
+    "--position-embedding-type rope --use-flash-attn"
+)
+SIZES = {False: "--hidden-size 256 --seq-length 1024", True: "--hidden-size 64 --seq-length 128"}  # by --tiny
+RING, ULYSSES = "--context-parallel-algo megatron_cp_algo", "--context-parallel-algo ulysses_cp_algo"
+HYBRID, GATHER = "--context-parallel-algo hybrid_cp_algo", "--context-parallel-algo kvallgather_cp_algo"
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+DOCUMENTS = "--reset-attention-mask --reset-position-ids"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One comparison: ``flags`` with context parallelism against ``shared`` alone; tp is in both."""
+
+    name: str
+    flags: str
+    shared: str = ""
+    tp: int = 1
+
+
+RUNS = {
+    "alone": (Run("cp=1, --use-flash-attn", "--context-parallel-size 1"),),
+    "algorithms": (
+        Run("ulysses", ULYSSES),
+        Run("ring", f"{RING} --use-cp-send-recv-overlap"),
+        Run("ring, direct exchange", f"{RING} --cp-kv-exchange direct"),
+        Run("double ring", f"{RING} --cp-window-size 2"),
+        Run("hybrid", f"{HYBRID} --ulysses-degree-in-cp 2"),
+        Run("kv all-gather", GATHER),
+    ),
+    "policies": (
+        Run("ring, KV cache full", f"{RING} --context-parallel-kv-cache-policy full"),
+        Run("ring, KV cache half", f"{RING} --context-parallel-kv-cache-policy half"),
+        Run("ulysses, KV cache full", f"{ULYSSES} --context-parallel-kv-cache-policy full"),
+        Run("ulysses, KV cache half", f"{ULYSSES} --context-parallel-kv-cache-policy half"),
+    ),
+    "modes": (
+        Run("sequence parallel", RING, "--sequence-parallel", tp=2),
+        Run("distributed optimizer and recompute", RING, f"--use-distributed-optimizer {RECOMPUTE}"),
+        Run("bf16", RING, "--bf16"),
+    ),
+    "batches": (
+        Run("packed documents, ring", RING, DOCUMENTS),
+        Run("packed documents, ulysses", ULYSSES, DOCUMENTS),
+        Run("unaligned", f"{ULYSSES} --gather-size-calculator dynamic", "--seq-length 125"),
+    ),
+}
+LOOSE = {"bf16": 3e-2}  # the order of the blocks rounds differently
+
+
+QUICK = ("ulysses", "ring")
+DATA_PARALLELISM = "data parallelism"
+
+
+def training_flags(args):
+    steps = 5 if args.quick else 20
+    return [*TRAINING.split(), *SIZES[args.tiny].split(), "--train-iters", str(steps)]
+
+
+def train(args, name, flags):
+    """Step records of one run of the embedded trainer.
+
+    Raises:
+        RunFailed: see ``torchrun``.
+    """
+    place = args.folder / re.sub(r"\W+", "_", name)
+    log = place.with_suffix(".jsonl")
+    flags = [*flags, "--data-path", args.folder / "topics", "--log-file", log]
+    torchrun(place, args.ranks, [SCRIPTS / "pretrain_gpt.py"], flags)
+    return [record for record in map(json.loads, log.read_text().splitlines()) if "loss" in record]
+
+
+def gap(records, reference):
+    """Largest relative difference of loss and gradient norm, step by step."""
+    steps = {record["iteration"]: record for record in reference}
+    assert records and all(record["iteration"] in steps for record in records)
+    return max(
+        abs(record[key] - steps[record["iteration"]][key]) / abs(steps[record["iteration"]][key])
+        for record in records
+        for key in ("loss", "grad_norm")
+    )
+
+
+def compared(name: str, difference: Callable[[], float]) -> float:
+    """Print and return a run's difference over what is allowed for it; infinite where the run failed."""
+    try:
+        found = difference()
+    except RunFailed as error:
+        print(f"{name}: failed, {error}", flush=True)
+        return float("inf")
+    print(f"{name}: {found:.1e}", flush=True)
+    return found / LOOSE.get(name, TOLERANCE)
+
+
+def training(args):
+    references = {}
+
+    def difference(run):
+        shared = [*training_flags(args), *run.shared.split(), "--tensor-model-parallel-size", str(run.tp)]
+        if args.what == "alone":
+            plain = [flag for flag in shared if flag != "--use-flash-attn"]
+            return gap(train(args, run.name, shared), train(args, "without the flag", plain))
+        key = run.shared, run.tp
+        if key not in references:
+            references[key] = train(args, f"without {run.name}", shared)
+        flags = [*shared, "--context-parallel-size", str(args.ranks // run.tp), *run.flags.split()]
+        return gap(train(args, run.name, flags), references[key])
+
+    return max(compared(run.name, lambda run=run: difference(run)) for run in possible(args, args.what))
+
+
+def possible(args, what):
+    """The runs that are asked for, as far as so many ranks can be shared out for them; what is left out is said."""
+    for run in RUNS[what]:
+        if args.quick and run.name not in QUICK:
+            continue
+        cp = args.ranks // run.tp
+        needs = 4 if "hybrid" in run.name or "double" in run.name else 2
+        if what != "alone" and (cp < needs or args.ranks % run.tp):
+            print(f"{run.name}: skipped, it needs {needs * run.tp} ranks")
+        else:
+            yield run
+
+
+def resume(args):
+    """Ten steps with a checkpoint, ten more from it, under context parallelism, then without."""
+    flags, save = training_flags(args), str(args.folder / "checkpoint")
+    parallel = [*flags, "--context-parallel-size", str(args.ranks), *RING.split()]
+
+    def difference():
+        reference = train(args, "without", flags)
+        train(args, "first half", [*parallel, "--save", save, "--exit-interval", "10"])
+        return max(
+            gap(train(args, f"second half {len(more)}", [*more, "--load", save])[-10:], reference)
+            for more in (parallel, flags)
+        )
+
+    return compared("checkpoint and resume", difference)
+
+
+def megatron(args):
+    """Megatron-LM's own script; it prints loss and gradient norm with six and three digits."""
+    from megatron_lm_cases import LENGTH, MOCK, MODEL
+
+    script = args.checkout / "pretrain_gpt.py"
+    flags = [*MODEL, *LENGTH.split(), *MOCK, "--train-iters", "5", "--global-batch-size", "8"]
+    pattern = re.compile(r"lm loss: (\S+) .*grad norm: (\S+) ")
+
+    def run(name, *more):
+        place = args.folder / f"megatron_{name}"
+        output = torchrun(place, args.ranks, ["mindspeed_cp.run", script], [*flags, *more], module=True)
+        found = [tuple(map(float, pair)) for pair in pattern.findall(output)]
+        return [dict(iteration=step, loss=loss, grad_norm=norm) for step, (loss, norm) in enumerate(found)]
+
+    def difference(algorithm):
+        name = algorithm.split()[-1]
+        alone = run(f"without_{name}")
+        return gap(run(name, "--context-parallel-size", str(args.ranks), *algorithm.split()), alone)
+
+    return max(compared(each.split()[-1], lambda each=each: difference(each)) for each in (RING, ULYSSES))
+
+
+def performance(args):
+    """Median step of each algorithm; the same work on the same devices, so what a row takes longer than the row of data
+    parallelism is communication that nothing hides, and imbalance."""
+    free = free_memory(args.device)
+    shape = Shape(64, 256, 2) if args.tiny else shape_for(free)
+    print(f"{shape.layers} layers of {shape.hidden}, {shape.length} tokens, for {free / 2**30:.2f} GiB free\n")
+    steps = f"--train-iters {STEPS} --global-batch-size {args.ranks} --lr 1e-4 --position-embedding-type rope"
+    common = [*shape.flags, *steps.split(), "--use-flash-attn", *([] if args.tiny else ["--bf16"])]
+    runs = {run.name: run for run in (Run(DATA_PARALLELISM, ""), *possible(args, "algorithms"))}
+
+    def speed(name):
+        run = runs[name]
+        cp = ["--context-parallel-size", str(args.ranks), *run.flags.split()] if run.flags else []
+        return train(args, f"speed {name}", [*common, *cp])
+
+    failures = []
+    print(*HEAD, sep="\n")
+    for row, failure in rows(shape, args.ranks, runs, speed, RunFailed):
+        print(row, flush=True)
+        failures += [failure] if failure else []
+    print("", *failures, f"{len(runs) - len(failures)} of {len(runs)} rows measured", sep="\n")
+    return float("inf") if failures else 0.0
+
+
+def main():
+    kinds = {**dict.fromkeys(RUNS, training), "resume": resume, "megatron": megatron, "performance": performance}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=list(kinds))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "npu"])
+    parser.add_argument("--checkout", type=Path, help="of Megatron-LM")
+    parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
+    parser.add_argument("--quick", action="store_true", help="Ulysses and Ring alone, five steps")
+    args = parser.parse_args()
+    args.tiny = args.tiny or free_memory(args.device) < SMALL
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.what != "megatron" and not (args.folder / "topics.idx").exists():
+        prepare = [sys.executable, SCRIPTS / "prepare_data.py", "--output", args.folder / "topics"]
+        subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
+    worst = kinds[args.what](args)
+    if args.what != "performance":
+        allowed = f"{TOLERANCE:.0e}, in bf16 {LOOSE['bf16']:.0e}"
+        print(f"largest relative difference: {worst:.1g} of what is allowed ({allowed})")
+    sys.exit(worst > 1)
+
+
+if __name__ == "__main__":
+    main()
