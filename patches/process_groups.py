@@ -1,10 +1,12 @@
 """Patches of how Megatron makes and destroys its process groups."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from mindspeed_cp import compat
 from mindspeed_cp.arguments.settings import declared_names
 from mindspeed_cp.compat import process_groups
 from mindspeed_cp.megatron.adaptor import Adaptor
@@ -60,10 +62,13 @@ def destroy_model_parallel(adaptor: Adaptor, original: Callable[..., None], *arg
 
 @patch(
     "megatron.core.transformer.transformer_config.TransformerConfig.__post_init__",
-    reason="cp_comm_type of a model's configuration names the algorithm where no flag and no framework does",
+    reason="a model's configuration names the algorithm, by cp_comm_type or by MindSpeed's names, where no flag does",
 )
 def transformer_config(adaptor: Adaptor, original: Callable[..., None], self: Any) -> None:
     original(self)
+    if compat.is_installed():  # a real MindSpeed gives every configuration all of its arguments, defaults included
+        names = (declared_names() & vars(self).keys()) - {field.name for field in dataclasses.fields(self)}
+        take_settings(adaptor, {name: getattr(self, name) for name in names})
     take_comm_type(adaptor, self.cp_comm_type, self.context_parallel_size)
 
 
@@ -74,15 +79,11 @@ def transformer_config(adaptor: Adaptor, original: Callable[..., None], self: An
     essential=False,
 )
 def accept_settings(adaptor: Adaptor, original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    taken: dict[str, Any] = {}
     if not original.__code__.co_flags & inspect.CO_VARKEYWORDS:  # MindSpeed's own takes all of them
         fields = signature_of(original).parameters
-        taken = {name: kwargs.pop(name) for name in declared_names() - fields.keys() if name in kwargs}
+        for name in declared_names() & kwargs.keys() - fields.keys():
+            setattr(self, name, kwargs.pop(name))  # where __post_init__ finds it
     original(self, *args, **kwargs)
-    for name, value in taken.items():
-        setattr(self, name, value)
-    if taken:
-        take_settings(adaptor, taken)
 
 
 def _getter(name: str) -> Row:

@@ -91,6 +91,8 @@ def take_settings(adaptor: "Adaptor", given: Mapping[str, Any]) -> None:
         ValueError: they differ from what the flags or ``configure`` have decided, or cannot work.
     """
     settings, read = adaptor.settings, FrameworkSettings.read(given)
+    if not read.values:
+        return
     if settings.undecided is not None:
         known = settings.undecided.settings.values
         if any(known.get(name) != value for name, value in read.values.items()):

@@ -149,7 +149,7 @@ def again():
 
 
 def named_by_the_model():
-    """A TransformerConfig with MindSpeed's names: after repatch with the same, after nothing, after configure."""
+    """A TransformerConfig with MindSpeed's names: after repatch with the same, alone, set later, after configure."""
     from megatron.core.transformer import TransformerConfig
 
     from mindspeed_cp import ContextParallelConfig, megatron_adaptor
@@ -163,6 +163,12 @@ def named_by_the_model():
             config = TransformerConfig(**plain, **said)
             found.append((*decided(), config.ulysses_degree_in_cp, attention_error(4, None)))
         megatron_adaptor.state().reset()
+    with process_groups(context_parallel_size=4):
+        config = TransformerConfig(**plain)
+        vars(config).update(said)
+        config.__post_init__()  # as Megatron-Bridge does once all is set
+        found.append((*decided(), config.ulysses_degree_in_cp, attention_error(4, None)))
+    megatron_adaptor.state().reset()
     megatron_adaptor.configure(ContextParallelConfig(context_parallel_size=4, algorithm=RING))
     found.append(_refused(lambda: TransformerConfig(**plain, **said)))
     megatron_adaptor.state().reset()

@@ -32,8 +32,8 @@ def test_what_was_said_decides_and_attention_is_exact(outcomes, name):
 
 def test_a_models_configuration_takes_mindspeeds_names_as_its_own_does(outcomes):
     for ranks in outcomes:
-        after_repatch, alone, differs = ranks["model"]
-        for algorithm, degree, attribute, error in (after_repatch, alone):
+        after_repatch, alone, set_later, differs = ranks["model"]
+        for algorithm, degree, attribute, error in (after_repatch, alone, set_later):
             assert (algorithm, degree, attribute) == (HYBRID, 2, 2) and error < 1e-10
         assert f"context_parallel_algo {HYBRID} of a TransformerConfig differs from {RING}" in differs
 
