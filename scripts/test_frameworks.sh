@@ -3,7 +3,7 @@
 # their own training without context parallelism. Makes .venv-frameworks (2.5 GB) on first use.
 #
 #   bash scripts/test_frameworks.sh [arguments for pytest]
-#   bash scripts/test_frameworks.sh --table       runs everything and prints the table of docs/frameworks.md
+#   bash scripts/test_frameworks.sh --table [--only FRAMEWORK ...]       runs it and prints the table of docs/frameworks.md
 #
 # PYTHON: the Python of the environment, 3.11. TORCH_INDEX_URL: an index of CPU wheels of torch; see
 # scripts/environment.py. Transformer Engine is tests/frameworks/transformer_engine_on_cpu.py.
@@ -30,6 +30,6 @@ fi
 export MINDSPEED_CP_DEVICE=cpu OMP_NUM_THREADS=1 CUDA_DEVICE_MAX_CONNECTIONS=1
 export PYTHONPATH=$PWD:$PWD/$inputs:$PWD/tests/helpers
 if [ "${1:-}" = --table ]; then
-  exec "$python" "$inputs/parity.py"
+  exec "$python" "$inputs/parity.py" "${@:2}"
 fi
 exec "$python" -m pytest -q -p no:cacheprovider "$inputs" "$@"

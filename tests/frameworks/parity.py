@@ -22,11 +22,12 @@ ORDERS = {"ours": "mindspeed_cp first", "theirs": "the framework first"}
 SUBJECTS = {  # (framework, order) -> what is trained (models, engines, recipes), and its batches
     ("ms_swift", "ours"): (tuple(ms_swift_runs.MODELS), tuple(ms_swift_runs.BATCHES)),
     ("ms_swift", "theirs"): (tuple(ms_swift_runs.MODELS), tuple(ms_swift_runs.BATCHES)),
-    ("verl", "ours"): (verl_runs.ENGINES["ours"], tuple(verl_runs.BATCHES)),
-    ("verl", "theirs"): (verl_runs.ENGINES["theirs"], tuple(verl_runs.BATCHES)),
+    ("verl", "ours"): (verl_runs.OF_ORDER["ours"], tuple(verl_runs.BATCHES)),
+    ("verl", "theirs"): (verl_runs.OF_ORDER["theirs"], tuple(verl_runs.BATCHES)),
     ("megatron_bridge", "ours"): (megatron_bridge_runs.RECIPES, ("rows",)),
     ("megatron_bridge", "theirs"): (megatron_bridge_runs.RECIPES, ("rows",)),
 }
+FRAMEWORKS = tuple(dict.fromkeys(framework for framework, _ in SUBJECTS))
 PACKAGES = ("ms-swift", "mcore-bridge", "verl", "mbridge", "megatron-bridge", "megatron-core", "transformers", "torch")
 
 
@@ -74,7 +75,8 @@ def rows(framework, order):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(argv)
+    parser.add_argument("--only", nargs="+", default=list(FRAMEWORKS), choices=FRAMEWORKS, help="these frameworks")
+    options = parser.parse_args(argv)
     versions = ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in PACKAGES)
     print(f"{versions}; float32, Transformer Engine's classes on the CPU.\n")
     titles = [f"{name}, cp={size}" for name, (size, _) in ALGORITHMS.items()]
@@ -88,8 +90,9 @@ def main(argv=None):
     ]
     print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for framework, order in SUBJECTS:
-        for row in rows(framework, order):
-            print(row, flush=True)
+        if framework in options.only:
+            for row in rows(framework, order):
+                print(row, flush=True)
 
 
 if __name__ == "__main__":

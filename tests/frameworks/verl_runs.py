@@ -20,7 +20,12 @@ from forked_ranks import run_forked
 STEPS, RATE = 3, 1e-3
 LENGTHS = (13, 5, 24, 7, 18, 9)  # of the sequences of a batch, two in each micro-batch
 BATCHES = {"packed": True, "padded": False}  # use_remove_padding
-ENGINES = {"ours": ("MindspeedEngineWithLMHead", "MegatronEngineWithLMHead"), "theirs": ("MegatronEngineWithLMHead",)}
+ENGINES = {  # name -> class, whether it is built by mbridge, else by Megatron-Bridge
+    "MegatronEngine": ("MegatronEngineWithLMHead", False),
+    "MegatronEngine of mbridge": ("MegatronEngineWithLMHead", True),
+    "MindspeedEngine": ("MindspeedEngineWithLMHead", True),
+}
+OF_ORDER = {"ours": tuple(ENGINES), "theirs": ("MegatronEngine",)}
 
 
 def make_engine(name, folder, batch, cp_size, settings):
@@ -28,6 +33,8 @@ def make_engine(name, folder, batch, cp_size, settings):
     from verl.trainer.config import CheckpointConfig
     from verl.workers import engine
     from verl.workers.config import HFModelConfig, McoreEngineConfig, McoreOptimizerConfig
+
+    kind, by_mbridge = ENGINES[name]
 
     class InFloat32(McoreEngineConfig):  # the published one knows half precision alone
         def __post_init__(self):
@@ -37,11 +44,11 @@ def make_engine(name, folder, batch, cp_size, settings):
     engine_config = InFloat32(
         context_parallel_size=cp_size,
         use_remove_padding=BATCHES[batch],
-        vanilla_mbridge=True,
+        vanilla_mbridge=by_mbridge,
         use_dynamic_bsz=False,
         override_transformer_config={**settings, "gradient_accumulation_fusion": False, "masked_softmax_fusion": False},
     )
-    made = getattr(engine, name)(
+    made = getattr(engine, kind)(
         HFModelConfig(path=folder, use_remove_padding=BATCHES[batch]),
         engine_config,
         McoreOptimizerConfig(lr=RATE, total_training_steps=100, lr_warmup_steps=0, weight_decay=0.0),
@@ -125,7 +132,7 @@ def main(order, only=""):
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         tiny_models.make_model(folder, "qwen2")
-        for engine in ENGINES[order]:
+        for engine in OF_ORDER[order]:
             for batch in BATCHES:
                 for algorithm in (ALONE, *ALGORITHMS):
                     name = f"{engine}, {batch}, {algorithm}"
