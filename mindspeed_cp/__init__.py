@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from mindspeed_cp.comm.groups import ContextParallelGroups
     from mindspeed_cp.sequence.layout import SequenceLayout
+    from mindspeed_cp.sequence.packing import pack_documents
     from mindspeed_cp.sequence.sharding import gather_sequence, shard_batch
     from mindspeed_cp.settings.config import ContextParallelConfig
     from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
@@ -41,6 +42,7 @@ __all__ = [
     "UlyssesContextAttention",
     "context_parallel_attention",
     "gather_sequence",
+    "pack_documents",
     "resolve",
     "shard_batch",
 ]
@@ -52,6 +54,7 @@ _HOMES = (
     "mindspeed_cp.settings.training_setup",
     "mindspeed_cp.comm.groups",
     "mindspeed_cp.sequence.layout",
+    "mindspeed_cp.sequence.packing",
     "mindspeed_cp.sequence.sharding",
 )
 

@@ -36,7 +36,11 @@ PREDICTION = "prediction, not measured on this hardware"
 
 
 def _documents(given: argparse.Namespace) -> Boundaries | tuple[Boundaries, ...] | None:
-    return None if given.documents is None else boundaries(given.documents, given.seq_length, given.micro_batch)
+    if given.documents is None:
+        if given.pack:
+            raise ValueError("--pack shares documents out over rows, and there are none; add --documents.")
+        return None
+    return boundaries(given.documents, given.seq_length, given.micro_batch, given.pack)
 
 
 def _record(candidate: Candidate, problem: Problem) -> dict[str, object]:

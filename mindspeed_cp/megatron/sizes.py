@@ -23,7 +23,10 @@ FLAG = "--hybrid-context-parallel"
 
 def refuse_dynamic(why: str) -> NoReturn:
     """Raise ValueError with the reason for which dynamic context parallelism cannot work here."""
-    raise ValueError(f"{FLAG} gives every micro-batch a context-parallel size of its own, and {why}; leave out {FLAG}.")
+    raise ValueError(
+        f"{FLAG} gives every micro-batch a context-parallel size of its own, and {why}; leave out {FLAG}. Documents of "
+        "any length share one row over all ranks with --cp-batch-layout balanced (mindspeed_cp.pack_documents)."
+    )
 
 
 def local_size(params: Any) -> int | None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from mindspeed_cp.attention.kept import KeptAttention
 from mindspeed_cp.kernels.base import BlockResult, MemoryOrder
 from mindspeed_cp.kernels.merge import merge_attention
-from mindspeed_cp.planner.trace import Notes, NotingKernel, Problem, dry_call
+from mindspeed_cp.planner.trace import DEVICES, Notes, NotingKernel, Problem, dry_call
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 
@@ -113,16 +113,21 @@ class AttentionBytes:
 
 
 def attention_bytes(
-    config: ContextParallelConfig, problem: Problem, rank: int, order: MemoryOrder | None = None
+    config: ContextParallelConfig,
+    problem: Problem,
+    rank: int,
+    order: MemoryOrder | None = None,
+    backend: str = DEVICES,
 ) -> AttentionBytes:
     """What cp_rank ``rank`` holds in one layer; projections and other parts of the layer are not part of it, nor what a
     kernel holds inside.
 
     Args:
         order: as the kernel asks; it decides which tensors share memory.
+        backend: whose transfers they are; gloo's all-to-all of the mesh exchange is made of messages.
     """
     kernel = WeighingKernel(Notes(), order)
-    call, buffers = dry_call(config, problem, rank, kernel), -1
+    call, buffers = dry_call(config, problem, rank, kernel, backend), -1
     while buffers != call.groups.workspace.num_bytes:  # the first runs make the reused buffers
         buffers, kernel.live = call.groups.workspace.num_bytes, LiveBytes()
         saved = _Saved()

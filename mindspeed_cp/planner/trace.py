@@ -73,6 +73,7 @@ class Problem:
 
 
 LONG = 1 << 30  # tokens of a block that is long enough for any kernel
+DEVICES = "dry"
 
 
 @dataclass(frozen=True)
@@ -150,13 +151,19 @@ def _num_bytes(tensor: torch.Tensor) -> int:
 
 @dataclass(frozen=True, eq=False)
 class NotingLink(Link):
-    """A link that packs and unpacks as any other, moves nothing and notes what it would have moved."""
+    """A link that packs and unpacks as any other, moves nothing and notes what it would have moved.
+
+    Args:
+        like: the back end as whose link it transfers; a name that the engine knows nothing of stands for those of
+            devices, which all do the same.
+    """
 
     notes: Notes = field(default_factory=Notes)
+    like: str = DEVICES
 
     @property
     def backend(self) -> str:
-        return "dry"
+        return self.like
 
     def post(self, ops: Sequence[Posted], purpose: str) -> list[Work]:
         sent, received = (
@@ -224,7 +231,9 @@ class NotingKernel(AttentionKernel):
         return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def dry_groups(config: ContextParallelConfig, rank: int, stride: int, notes: Notes) -> ContextParallelGroups:
+def dry_groups(
+    config: ContextParallelConfig, rank: int, stride: int, notes: Notes, backend: str = DEVICES
+) -> ContextParallelGroups:
     """The groups of cp_rank ``rank``, with the ranks that ``ContextParallelGroups.build`` would give them."""
     everyone = [place * stride for place in range(config.context_parallel_size)]
     if len(everyone) == 1:
@@ -233,7 +242,8 @@ def dry_groups(config: ContextParallelConfig, rank: int, stride: int, notes: Not
     workspace = Workspace()
 
     def link(ranks: Sequence[int]) -> NotingLink:
-        return NotingLink(cast(Any, None), list(ranks).index(everyone[rank]), tuple(ranks), workspace, notes=notes)
+        place = list(ranks).index(everyone[rank])
+        return NotingLink(cast(Any, None), place, tuple(ranks), workspace, notes=notes, like=backend)
 
     links: dict[str, Any] = {
         name: link(ranks) for name, ranks in parts_of([everyone], ulysses, windows) if everyone[rank] in ranks
@@ -262,7 +272,9 @@ def _forget(leaf: torch.Tensor) -> None:
     leaf.grad = None
 
 
-def dry_call(config: ContextParallelConfig, problem: Problem, rank: int, kernel: NotingKernel) -> DryCall:
+def dry_call(
+    config: ContextParallelConfig, problem: Problem, rank: int, kernel: NotingKernel, backend: str = DEVICES
+) -> DryCall:
     """The call of cp_rank ``rank``; its links note where the kernel notes."""
     layout = problem.layout(config)
     sizes = ((problem.heads, problem.dk), (problem.kv_heads, problem.dk), (problem.kv_heads, problem.dv))
@@ -281,7 +293,7 @@ def dry_call(config: ContextParallelConfig, problem: Problem, rank: int, kernel:
         kernel=kernel,
         fused_update=True,
     )
-    return DryCall(leaves, dry_groups(config, rank, problem.stride, kernel.notes), keywords)
+    return DryCall(leaves, dry_groups(config, rank, problem.stride, kernel.notes, backend), keywords)
 
 
 def trace(config: ContextParallelConfig, problem: Problem, rank: int) -> tuple[Pass, Pass]:

@@ -12,8 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mindspeed_cp.doctor import launch
+from mindspeed_cp.patches.machine import choice as machine
 from mindspeed_cp.prove import launching, report, shrinking
-from mindspeed_cp.prove.comparing import LIMITS, compare
+from mindspeed_cp.prove.comparing import compare
+from mindspeed_cp.prove.limits import LIMITS, limits_of
 from mindspeed_cp.prove.ranks import Order, Run
 from mindspeed_cp.prove.report import Verdict
 from mindspeed_cp.prove.shrinking import Plan, Wish
@@ -71,13 +73,16 @@ def wish_of(given: argparse.Namespace) -> Wish:
     for flag, least in (("steps", 1), ("seed", 0)):
         if getattr(given, flag) < least:
             raise ValueError(f"--{flag} {getattr(given, flag)} must be at least {least}.")
-    if given.reference_only and given.device == "cpu":
+    ranks = given.ranks or max(4, given.cp or 0)
+    devices = machine.num_devices(given.device)
+    if devices is not None and devices < ranks:
         raise ValueError(
-            "--reference-only needs --device cuda or npu: without this project Megatron runs on no CPU; leave it out."
+            f"--device {given.device} needs a device for each of --ranks {ranks}, and torch sees {devices} here; "
+            "give --ranks as many, or use --device cpu."
         )
     return Wish(
         cp=given.cp,
-        ranks=given.ranks or max(4, given.cp or 0),
+        ranks=ranks,
         device=given.device,
         real_sizes=given.real_sizes,
         ours=not given.reference_only,
@@ -107,12 +112,19 @@ def progress(plan: Plan, steps: int, quiet: bool) -> Iterator[Callable[[str, int
         yield lambda name, step: bars.update(tasks[name], completed=step)
 
 
-def proved(plan: Plan, wish: Wish, folder: Path, limit: float, tell: Callable[[str, int], None]) -> Verdict:
-    """Run both and compare."""
+def proved(
+    plan: Plan,
+    wish: Wish,
+    folder: Path,
+    limit: float,
+    tell: Callable[[str, int], None],
+    server: launching.Server | None = None,
+) -> Verdict:
+    """Run both and compare; see ``launching.run``."""
     start, size = time.monotonic(), plan.ranks.tp * plan.ranks.pp
     many = f"cp={plan.ranks.cp}"
     runs = Run(ALONE, size, plan.alone), Run(many, size * plan.ranks.cp, plan.shared)
-    limits = LIMITS[wish.dtype]
+    limits = limits_of(wish.dtype, wish.device)
     result = Verdict(
         Path(plan.script).name,
         plan.ranks.cp,
@@ -122,7 +134,7 @@ def proved(plan: Plan, wish: Wish, folder: Path, limit: float, tell: Callable[[s
         runs={run.name: (run.world, [plan.script, *run.flags]) for run in runs},
     )
     try:
-        records = launching.run(Order(plan.script, runs, wish.ours, limit), folder, wish.device, tell)
+        records = launching.run(Order(plan.script, runs, wish.ours, limit), folder, wish.device, tell, server)
         result.comparison = compare(records[ALONE], records[many], limits, plan.ranks.cp)
         result.uncovered = [*plan.uncovered, *report.limits_of(result.comparison)]
     except launching.Failure as failure:

@@ -11,27 +11,11 @@ from typing import Any
 
 import torch
 
+from mindspeed_cp.prove.limits import Limits
 from mindspeed_cp.prove.recording import Chunk, Output, Record
 from mindspeed_cp.prove.steps import by_step, loss_of, off
 
-SMALL = 1e-4  # gradients below this share of the largest are compared as if they had that size
 INFINITE = float("inf")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Up to which relative error two runs count as equal."""
-
-    output: float
-    gradient: float
-    loss: float
-    grad_norm: float
-
-
-LIMITS = {
-    "float32": Limits(output=5e-5, gradient=2e-4, loss=1e-5, grad_norm=5e-5),
-    "bfloat16": Limits(output=1e-1, gradient=2e-1, loss=1e-2, grad_norm=5e-2),
-}
 
 
 @dataclass
@@ -314,7 +298,7 @@ def _largest(found: torch.Tensor, expected: torch.Tensor, floor: float = 1e-30) 
 def _compare_gradients(
     result: Comparison, chunk: Chunk, parts: Sequence[Chunk], where: Mapping[str, int], limits: Limits
 ) -> None:
-    floor = SMALL * max((float(value.abs().max()) for value in chunk.gradients.values()), default=0.0)
+    floor = limits.small * max((float(value.abs().max()) for value in chunk.gradients.values()), default=0.0)
     places = {output.name: at for at, output in enumerate(chunk.outputs)}
     for at, (name, expected) in enumerate(chunk.gradients.items()):
         found = [part.gradients[name] for part in parts]

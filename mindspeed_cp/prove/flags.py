@@ -70,6 +70,7 @@ DEVICE = {
     "--offload-modules": "activations on the CPU",
     "--cpu-offloading-num-layers": "activations on the CPU",
     "--attention-backend": "the attention kernels of the device",
+    "--apply-layernorm-1p": "norms whose weights count from 1 (torch's count from 0)",
     "--use-fused-rmsnorm": "MindSpeed's fused kernels",
     "--use-fused-swiglu": "MindSpeed's fused kernels",
     "--use-fused-rotary-pos-emb": "MindSpeed's fused kernels",

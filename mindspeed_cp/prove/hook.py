@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_cp.prove import report, watching
-from mindspeed_cp.prove.comparing import LIMITS, compare
+from mindspeed_cp.prove.comparing import compare
+from mindspeed_cp.prove.limits import limits_of
 from mindspeed_cp.prove.recording import Record, Recorder
 from mindspeed_cp.prove.report import Verdict
 from mindspeed_cp.settings.config import ContextParallelConfig
@@ -64,7 +65,8 @@ def prove(
 
 def judge(expected: Sequence[Record], found: Sequence[Record], *, dtype: str = "float32", title: str = "") -> Verdict:
     """The verdict on the records of all ranks of two runs."""
-    limits, cp = LIMITS[dtype], found[0].place["cp_size"]
+    device = "cpu" if dist.get_backend() == "gloo" else "cuda"
+    limits, cp = limits_of(dtype, device), found[0].place["cp_size"]
     comparison = compare(expected, found, limits, cp)
     return Verdict(title, cp, limits, comparison, uncovered=report.limits_of(comparison))
 

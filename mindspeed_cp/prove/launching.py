@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,66 @@ class Failure(Exception):
         self.run, self.said = run, said
 
 
-def run(order: Order, folder: Path, device: str, tell: Callable[[str, int], None]) -> dict[str, list[Record]]:
+class Server:
+    """A process that has imported Megatron once and forks the ranks of one order after the other, of one script.
+
+    Args:
+        folder: a temporary one, for what the imports leave.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._log = folder / "imports.log"
+        self._file = open(self._log, "w", encoding="utf-8")
+        self._process = subprocess.Popen(
+            _command(), env=environment(folder, "cpu"), start_new_session=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self._file, text=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        with suppress(BrokenPipeError):
+            _input_of(self._process).close()
+        _end(self._process)
+        self._file.close()
+
+    def run(self, order: Order, folder: Path, tell: Callable[[str, int], None]) -> None:
+        """Let it run an order, which lies in ``folder``.
+
+        Raises:
+            Failure: a rank failed, or did not end in time.
+        """
+        done = {}
+        with suppress(BrokenPipeError):  # it says below why it has ended
+            print(folder, file=_input_of(self._process), flush=True)
+        for said in _lines(self._process):
+            if "ended" in said:
+                break
+            if "statuses" in said:
+                done[said["run"]] = said["statuses"]
+            elif said["rank"] == 0:
+                tell(said["run"], said["step"])
+        for each in order.runs:
+            if each.name not in done:
+                raise Failure(each.name, tail(self._log))
+            _check(each, done[each.name], folder)
+
+
+def _input_of(process: "subprocess.Popen[str]") -> Any:
+    assert process.stdin is not None
+    return process.stdin
+
+
+def run(
+    order: Order, folder: Path, device: str, tell: Callable[[str, int], None], server: Server | None = None
+) -> dict[str, list[Record]]:
     """name -> the records of its ranks.
 
     Args:
         folder: a temporary one.
         tell: called with a run's name and the number of steps that its rank 0 has made.
+        server: that has run orders of this script before; None starts one. A device's ranks need none.
 
     Raises:
         Failure: a rank failed, or did not end in time.
@@ -48,7 +102,8 @@ def run(order: Order, folder: Path, device: str, tell: Callable[[str, int], None
     order = replace(order, port=_free_ports())
     order.write(folder)
     if device == "cpu":
-        _forked(order, folder, tell)
+        with nullcontext(server) if server else Server(folder) as forking:
+            forking.run(order, folder, tell)
     else:
         for each in order.runs:
             _started(order, each, folder, device, tell)
@@ -58,22 +113,6 @@ def run(order: Order, folder: Path, device: str, tell: Callable[[str, int], None
             torch.load(folder / f"{each.name}-{rank}.pt", weights_only=False) for rank in range(each.world)
         ]
     return records
-
-
-def _forked(order: Order, folder: Path, tell: Callable[[str, int], None]) -> None:
-    """All ranks from one process that has imported Megatron."""
-    done = {}
-    with open(folder / "imports.log", "w", encoding="utf-8") as log, _process(folder, log, "cpu") as process:
-        for said in _lines(process):
-            if "statuses" in said:
-                done[said["run"]] = said["statuses"]
-            elif said["rank"] == 0:
-                tell(said["run"], said["step"])
-        process.wait()
-    for each in order.runs:
-        if each.name not in done:
-            raise Failure(each.name, tail(folder / "imports.log"))
-        _check(each, done[each.name], folder)
 
 
 def _check(run: Run, statuses: list[int | None], folder: Path) -> None:
@@ -93,7 +132,7 @@ def _started(order: Order, run: Run, folder: Path, device: str, tell: Callable[[
     with _closing(logs):
         processes = [
             subprocess.Popen(
-                _command(folder, run.name, str(rank)), env=environment(folder, device), start_new_session=True,
+                _command(str(folder), run.name, str(rank)), env=environment(folder, device), start_new_session=True,
                 stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, stderr=logs[rank], text=True,
             )
             for rank in range(run.world)
@@ -122,20 +161,8 @@ def _closing(files: list[Any]) -> Iterator[None]:
             file.close()
 
 
-@contextmanager
-def _process(folder: Path, log: Any, device: str) -> Iterator["subprocess.Popen[str]"]:
-    process = subprocess.Popen(
-        _command(folder), env=environment(folder, device), start_new_session=True, stdout=subprocess.PIPE, stderr=log,
-        text=True,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        _end(process)
-
-
-def _command(folder: Path, *words: str) -> list[str]:
-    return [sys.executable, "-W", "ignore", "-m", "mindspeed_cp.prove.ranks", str(folder), *words]
+def _command(*words: str) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", "mindspeed_cp.prove.ranks", *words]
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
@@ -162,18 +189,20 @@ def _lines(process: "subprocess.Popen[str]") -> Iterator[dict[str, Any]]:
 
 def environment(folder: Path, device: str) -> dict[str, str]:
     """The user's own, without a launcher's variables, and with temporary files where they are taken away again."""
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in launcher and "TORCHELASTIC" not in name}
+    own = {"MINDSPEED_CP_DEVICE": device} if device == "cpu" else {}  # without it the machine's accelerator is used
+    launcher = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT MINDSPEED_CP_DEVICE"
+    left_out = {*launcher.split(), *(name for name in os.environ if "TORCHELASTIC" in name)}
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
     path = [kept.get("PYTHONPATH", ""), str(HOME)]
-    return kept | {
+    fixed = {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", "1"),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "MINDSPEED_CP_DEVICE": device,
         "TMPDIR": str(folder),
         "WANDB_MODE": "disabled",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
+    return kept | own | fixed
 
 
 def tail(path: Path) -> str:

@@ -1,10 +1,12 @@
-"""The ranks of both runs. ``python -m mindspeed_cp.prove.ranks FOLDER`` imports Megatron once and forks every rank, run
-after run; ``... FOLDER RUN RANK`` is one rank alone, for devices, which no fork may have touched.
+"""The ranks of both runs. ``python -m mindspeed_cp.prove.ranks`` imports Megatron once and forks every rank of every
+order, run after run, of which standard input names the FOLDER, one a line; ``... FOLDER RUN RANK`` is one rank alone,
+for devices, which no fork may have touched.
 
 FOLDER/order.json says what is run (``Order``); a rank leaves FOLDER/RUN-RANK.pt and .log, and one line on standard
-output for every step.
+output for every step. A last line says that an order has ended.
 """
 
+import gc
 import importlib
 import importlib.util
 import json
@@ -12,18 +14,21 @@ import os
 import runpy
 import signal
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 GRACE = 10.0  # seconds that the other ranks of a run get once one has failed
-# What a script of Megatron-LM imports; a fork finds it there.
-IMPORTS = ("megatron.training", "megatron.core.models.gpt", "megatron.core.optimizer")
-TESTS = "MINDSPEED_CP_PROVE_IMPORTS"  # modules that the tests of this command put into every rank
+# What a script of Megatron-LM imports, and torch with the first optimizer; a fork finds it there.
+IMPORTS = ("megatron.training", "megatron.core.models.gpt", "megatron.core.optimizer", "torch._dynamo")
+# The same of the files beside the script, where its text names them.
+BESIDE = ("trainer.loop", "model_provider", "gpt_builders", "mamba_builders", "hybrid_builders")
+TESTS = "MINDSPEED_CP_PROVE_IMPORTS"  # modules that the tests of this command put into every rank, before all others
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,33 @@ class Order:
 def prepare(order: Order) -> None:
     """Import the adaptor, and what the script will import of Megatron, in that order."""
     sys.path[0] = str(Path(order.script).resolve().parent)
-    if order.ours:
-        import mindspeed_cp.megatron_adaptor  # noqa: F401  first, or Megatron is not patched
-    for name in IMPORTS:
-        with suppress(ModuleNotFoundError):  # a script on megatron-core alone has no megatron.training
-            if importlib.util.find_spec(name):
-                importlib.import_module(name)
     for name in filter(None, os.environ.get(TESTS, "").split(",")):
         importlib.import_module(name)
+    if order.ours:
+        import mindspeed_cp.megatron_adaptor  # noqa: F401  first, or Megatron is not patched
+    elif os.environ.get("MINDSPEED_CP_DEVICE") == "cpu":
+        _stand_in()
+    text = Path(order.script).read_text(encoding="utf-8", errors="replace")
+    _import(IMPORTS)
+    _import(name for name in BESIDE if name in text)
+
+
+def _stand_in() -> None:
+    """Make CUDA's names mean the CPU and change nothing else: Megatron as it is, as far as a CPU can show it."""
+    from mindspeed_cp.patches.checkout import without_checkout
+    from mindspeed_cp.patches.machine import checkout, cpu, libraries, triton
+    from mindspeed_cp.patches.manager import PatchManager
+    from mindspeed_cp.patches.rows import patches_of
+
+    PatchManager(patches_of([triton, cpu, libraries]) + patches_of([checkout], None, without_checkout)).apply()
+
+
+def _import(names: Iterable[str]) -> None:
+    """Those that are there: a script on megatron-core alone has no megatron.training."""
+    for name in names:
+        with suppress(ModuleNotFoundError):
+            if importlib.util.find_spec(name):
+                importlib.import_module(name)
 
 
 def live(order: Order, run: Run, rank: int, folder: Path, tell: int) -> int:
@@ -86,7 +110,9 @@ def live(order: Order, run: Run, rank: int, folder: Path, tell: int) -> int:
     from mindspeed_cp.prove.recording import Recorder
 
     _meet(run, rank, order.port + [each.name for each in order.runs].index(run.name))
-    positions = watching.our_positions if order.ours else watching.zigzag_positions
+    os.environ["TMPDIR"] = str(folder)
+    tempfile.tempdir = None  # asked for again where it is needed
+    positions = watching.our_positions if order.ours else watching.their_positions
     recorder = Recorder(positions, lambda step: _say(tell, run=run.name, rank=rank, step=step))
     status = 1
     try:
@@ -176,22 +202,36 @@ def _leave(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
-def main(words: list[str]) -> int:
-    folder = Path(words[0])
-    order = Order.read(folder)
-    signal.signal(signal.SIGTERM, _leave)
-    tell = os.dup(1)
-    os.dup2(2, 1)
-    prepare(order)
-    if len(words) == 3:
-        run = next(run for run in order.runs if run.name == words[1])
-        return live(order, run, int(words[2]), folder, tell)
+def _carry_out(order: Order, folder: Path, tell: int) -> None:
+    """Both runs of an order, up to the first that fails."""
     for run in order.runs:
         children = {_fork(order, run, rank, folder, tell): rank for rank in range(run.world)}
         statuses = _wait(children, order.limit)
         _say(tell, run=run.name, statuses=[statuses[rank] for rank in range(run.world)])
         if any(statuses.values()):
             break
+    _say(tell, run="", ended=True)
+
+
+def main(words: list[str]) -> int:
+    signal.signal(signal.SIGTERM, _leave)
+    tell = os.dup(1)
+    os.dup2(2, 1)
+    if words:
+        folder = Path(words[0])
+        order = Order.read(folder)
+        prepare(order)
+        run = next(run for run in order.runs if run.name == words[1])
+        return live(order, run, int(words[2]), folder, tell)
+    prepared = False
+    for line in sys.stdin:
+        folder = Path(line.strip())
+        order = Order.read(folder)
+        if not prepared:
+            prepare(order)
+            gc.freeze()  # or every rank copies the memory of all that was imported when it collects
+            prepared = True
+        _carry_out(order, folder, tell)
     return 0
 
 

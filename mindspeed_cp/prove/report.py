@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mindspeed_cp.prove import signature
-from mindspeed_cp.prove.comparing import Comparison, Difference, Limits
+from mindspeed_cp.prove.comparing import Comparison, Difference
+from mindspeed_cp.prove.limits import Limits
 
 SHOWN = 6  # module names of a list
 WIDTH = 110
@@ -94,9 +95,14 @@ def _headline(verdict: Verdict) -> str:
     return f"{word}: {verdict.title}: cp={verdict.cp} against cp=1{seconds}"
 
 
+def allowed(limits: Limits) -> dict[str, float]:
+    """Quantity -> up to which error it counts as equal."""
+    sizes = (limits.output, limits.gradient, limits.loss, limits.grad_norm)
+    return dict(zip(("output", "gradient", "loss", "gradient norm"), sizes))
+
+
 def _table(comparison: Comparison, limits: Limits) -> list[str]:
-    allowed = {"output": limits.output, "gradient": limits.gradient, "loss": limits.loss}
-    allowed["gradient norm"] = limits.grad_norm
+    largest = allowed(limits)
     lines = []
     for what in QUANTITIES:
         count = comparison.counted.get(what)
@@ -104,7 +110,7 @@ def _table(comparison: Comparison, limits: Limits) -> list[str]:
             continue
         wrong = sum(difference.what == what for difference in comparison.differences)
         state = "equal" if not wrong else f"{wrong} differ"
-        error = f"largest error {comparison.worst[what]:.1e}, limit {allowed[what]:.0e}" if what in allowed else ""
+        error = f"largest error {comparison.worst[what]:.1e}, limit {largest[what]:.0e}" if what in largest else ""
         lines.append(f"{TITLES[what]:<24} {count:>5}  {state:<12} {error}".rstrip())
     for step, (one, many) in enumerate(comparison.losses[:4]):
         norms = comparison.grad_norms[step] if step < len(comparison.grad_norms) else None
@@ -165,6 +171,7 @@ def as_json(verdict: Verdict) -> dict[str, Any]:
         return found
     return found | {
         "compared": comparison.counted,
+        "limits": {what: limit for what, limit in allowed(verdict.limits).items() if what in comparison.counted},
         "largest_error": {what: _number(error) for what, error in comparison.worst.items()},
         "not_compared": comparison.apart,
         "documents": comparison.documents,

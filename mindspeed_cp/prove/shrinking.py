@@ -8,9 +8,16 @@ from pathlib import Path
 from mindspeed_cp.prove import flags, sizes
 from mindspeed_cp.prove.sizes import Ranks
 from mindspeed_cp.prove.words import Words
+from mindspeed_cp.prove.yaml_files import with_files
 
 ALGORITHM = "--context-parallel-algo"
 SIZE = "--context-parallel-size"
+AT_LEAST_1 = (
+    *"--num-layers --hidden-size --ffn-hidden-size --num-attention-heads --num-query-groups --seq-length".split(),
+    *"--micro-batch-size --global-batch-size --tensor-model-parallel-size --pipeline-model-parallel-size".split(),
+    *"--vocab-size --num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank".split(),
+    SIZE,
+)
 DEGREE, WINDOW = "--ulysses-degree-in-cp", "--cp-window-size"
 
 
@@ -63,9 +70,11 @@ def plan(script: str, command: Sequence[str], wish: Wish, folder: Path) -> Plan:
     Raises:
         ValueError: a flag cannot be read, or nothing fits into the ranks.
     """
-    given, words = Words(command), Words(command)
-    if "--yaml-cfg" in words:
-        raise ValueError("--yaml-cfg is not read by prove; give the same settings as flags.")
+    given = with_files(Words(command))
+    words = given.copy()
+    for flag in AT_LEAST_1:
+        if words.number(flag, 1) < 1:
+            raise ValueError(f"{flag} {words.text(flag)} must be at least 1; correct the command.")
     uncovered: list[str] = []
     kind = kind_of(script)
     own = _own(words)
@@ -76,6 +85,8 @@ def plan(script: str, command: Sequence[str], wish: Wish, folder: Path) -> Plan:
         words.drop(flags.STAGES)
         sizes.shrink(words, ranks, own)
     uncovered += _plainer(words, kind, wish)
+    if kind == "other":  # a script with a parser of its own may not know what it was not given
+        words.drop([flag for flag in words.flags() if flag not in given])
     alone, shared = words.copy(), words.copy()
     alone.drop(flags.of_context_parallelism())
     if "--reset-attention-mask" in words:
@@ -90,9 +101,11 @@ def plan(script: str, command: Sequence[str], wish: Wish, folder: Path) -> Plan:
 
 
 def kind_of(script: str) -> str:
-    """ "megatron-lm" (megatron.training is used), "trainer" (the one of this project), or "other"."""
+    """ "megatron-lm" (it uses megatron.training, or stands in a checkout and runs another script of it), "trainer" (the
+    one of this project), or "other".
+    """
     text = Path(script).read_text(encoding="utf-8", errors="replace")
-    if re.search(r"\bmegatron\.training\b", text):
+    if re.search(r"\bmegatron\.training\b", text) or Path(script).with_name("megatron").joinpath("training").is_dir():
         return "megatron-lm"
     return "trainer" if re.search(r"\btrainer\.loop\b", text) else "other"
 
@@ -103,6 +116,9 @@ def _own(words: Words) -> Ranks:
     pp = words.number("--pipeline-model-parallel-size", 1)
     if per_stage:
         virtual = max(words.number("--num-layers", pp) // pp // per_stage, 1)
+    pieces = words.text("--hybrid-layer-pattern").partition("/")[0].count("|") + 1
+    if pieces > pp:
+        virtual = pieces // pp
     return Ranks(words.number("--tensor-model-parallel-size", 1), pp, words.number(SIZE, 1), virtual)
 
 
@@ -142,8 +158,7 @@ def _without_side_effects(words: Words, kind: str, wish: Wish, folder: Path) -> 
     words.drop((*flags.FILES, *flags.SCHEDULE))
     steady = flags.DROPOUT | flags.STEADY | {"--train-iters": wish.steps, "--seed": wish.seed}
     for flag, value in steady.items():
-        if kind != "other" or flag in words:  # a script with a parser of its own may not know it
-            words.set(flag, value)
+        words.set(flag, value)
     if kind != "other" and "--mock-data" not in words:
         words.set("--data-cache-path", folder / "cache")
 

@@ -9,6 +9,7 @@ from mindspeed_cp.prove.words import Words
 HEAD = 16  # head dimension
 LONG, SHORT = 512, 128  # tokens of a sequence: with documents, and without
 VOCABULARY = 4224  # tokens of Megatron's mock data count up to the length of a document, which is at most 4096
+HYBRID = ("--hybrid-layer-pattern", "--hybrid-override-pattern")
 MOCK_TOKENIZERS = ("NullTokenizer", "NullMultimodalTokenizer")
 
 
@@ -35,6 +36,7 @@ def shrink(words: Words, ranks: Ranks, own: Ranks) -> None:
     _layers(words, ranks)
     scale = _width(words, ranks, own)
     _latents(words)
+    _state_space(words, ranks)
     _experts(words)
     _sequence(words, ranks, own)
     _batch(words, ranks)
@@ -49,12 +51,12 @@ def _layers(words: Words, ranks: Ranks) -> None:
     """One layer of each kind, and at least one for each stage."""
     count = words.number("--num-layers", 2)
     stages = ranks.pp * ranks.virtual
-    if "--hybrid-override-pattern" in words:
-        pattern = words.text("--hybrid-override-pattern")
-        short = "".join(dict.fromkeys(re.sub(r"[^A-Za-z*\-]", "", pattern)))
-        short = (short * max(stages, 1))[: max(len(short), -(-len(short) // stages) * stages)]
-        words.set("--hybrid-override-pattern", short)
-        words.set("--num-layers", len(short))
+    flag = next((flag for flag in HYBRID if flag in words), None)
+    if flag is not None:
+        pattern = short_pattern(words.text(flag), stages)
+        words.set(flag, pattern)
+        if "--num-layers" in words:
+            words.set("--num-layers", len(pattern.partition("/")[0].replace("|", "")))
         return
     kinds = ("--moe-layer-freq", "--window-attn-skip-freq", "--linear-attention-freq")
     patterns = {flag: layer_pattern(words.text(flag), count) for flag in kinds if words.text(flag)}
@@ -75,6 +77,29 @@ def _layers(words: Words, ranks: Ranks) -> None:
         words.set("--recompute-num-layers", 1)
     if words.number("--mtp-num-layers", 0) > 2:
         words.set("--mtp-num-layers", 2)
+
+
+def short_pattern(pattern: str, stages: int) -> str:
+    """One layer of each kind of a hybrid model, and as many for each stage; "|" ends a stage, "/" the model itself."""
+    model, *predictions = pattern.split("/")
+    kinds = "".join(dict.fromkeys(re.sub(r"[|\s]", "", model)))
+    each = -(-len(kinds) // stages)
+    layers = (kinds * stages)[: each * stages]
+    parts = [layers[place : place + each] for place in range(0, len(layers), each)]
+    short = ("|" if "|" in model and stages > 1 else "").join(parts)
+    return "/".join([short, *("".join(dict.fromkeys(part)) for part in predictions[:2])])
+
+
+def _state_space(words: Words, ranks: Ranks) -> None:
+    """Heads and groups that share out over the ranks; Megatron's own sizes are meant for large layers."""
+    if not any(flag in words for flag in HYBRID):
+        return
+    groups = min(words.number("--mamba-num-groups", 8), 2 * ranks.tp)
+    sizes = {"--mamba-head-dim": HEAD, "--mamba-state-dim": HEAD, "--mamba-num-groups": groups}
+    if "--mamba-num-heads" in words:
+        sizes["--mamba-num-heads"] = 2 * ranks.tp * ranks.cp
+    for flag, size in sizes.items():
+        words.set(flag, size)
 
 
 def _width(words: Words, ranks: Ranks, own: Ranks) -> float:

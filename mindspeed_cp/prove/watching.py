@@ -129,10 +129,15 @@ def _leads(value: Any) -> bool:
     return packed or (isinstance(value, torch.Tensor) and value.dim() == 2)
 
 
-def zigzag_positions(local_length: int, batch: list[Any]) -> tuple[torch.Tensor, int]:
-    """The same for Megatron's own contract: zigzag over the row, or over each document of a packed batch."""
+def their_positions(local_length: int, batch: list[Any]) -> tuple[torch.Tensor, int]:
+    """The same for context parallelism that is not ours: by the batch's position ids where they count the whole
+    sequence, else by Megatron's own contract, zigzag over the row, or over each document of a packed batch.
+    """
     here = place()
     size, rank = here["cp_size"], here["cp"]
+    counted = _counted(local_length, batch) if size > 1 else None
+    if counted is not None:
+        return counted, local_length * size
     packed = next((value for value in batch if getattr(value, "qkv_format", None) == "thd"), None)
     if packed is None:
         ends = [0, local_length * size]
@@ -140,6 +145,21 @@ def zigzag_positions(local_length: int, batch: list[Any]) -> tuple[torch.Tensor,
         padded = getattr(packed, "cu_seqlens_q_padded", None)
         ends = [int(end) for end in (packed.cu_seqlens_q if padded is None else padded).flatten().tolist()]
     return zigzag(ends, size, rank), ends[-1]
+
+
+def _counted(local_length: int, batch: list[Any]) -> torch.Tensor | None:
+    """The row of whole numbers that is, over all context-parallel ranks, the positions of a sequence once each."""
+    from megatron.core import parallel_state
+
+    group, size = parallel_state.get_context_parallel_group(), place()["cp_size"]
+    for value in reversed(batch):  # position ids come behind tokens, which may count as well
+        if isinstance(value, torch.Tensor) and value.dtype == torch.int64 and value.dim() == 2:
+            rows = [torch.empty_like(value[0]) for _ in range(size)]
+            dist.all_gather(rows, value[0].contiguous(), group=group)
+            whole = torch.cat(rows)
+            if torch.equal(whole.sort().values, torch.arange(local_length * size, device=whole.device)):
+                return value[0].cpu()
+    return None
 
 
 def zigzag(ends: Sequence[int], size: int, rank: int) -> torch.Tensor:

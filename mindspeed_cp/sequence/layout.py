@@ -10,7 +10,7 @@ The picture, two ranks and eight tokens (uneven lengths give the extra tokens to
     contiguous       0 0 0 0 1 1 1 1      Ulysses; ring with a full mask
     zigzag           0 0 1 1 1 1 0 0      chunks r and 2n-1-r of 2n, so that every rank has equal causal work
     document_zigzag  0 1 1 0|0 1 1 0      every document on its own: packed batches of Megatron, verl, ms-swift
-    balanced         0 1 1 0 1 0 0 1|..   chunks shared out so that packed documents load every ring rank alike
+    balanced         1 1 1 1|0 0 0 0      documents shared out whole, long ones in parts: equal work, few rows travel
 
 Hybrid's own zigzag is over the ring ranks, and each ring rank's tokens are contiguous over its Ulysses ranks.
 Runs are half-open intervals (start, stop) of global positions; rows are places in the order in which something is held.
@@ -73,8 +73,8 @@ class SequenceLayout:
                 "cumulative lengths of all documents, padding included."
             )
         if kind not in DOCUMENT_KINDS:
-            return _zigzag_or_balanced(degree, ring_size, documents)
-        return _by_documents(kind, degree, ring_size, documents, config.causal)
+            return _zigzag_or_balanced(degree, ring_size, documents, config.ring_ranks_per_node)
+        return _by_documents(kind, degree, ring_size, documents, config.causal, config.ring_ranks_per_node)
 
     @classmethod
     def from_runs(cls, config: ContextParallelConfig, runs: Sequence[Sequence[tuple[int, int]]]) -> "SequenceLayout":
@@ -239,28 +239,36 @@ def _even(kind: LayoutKind, degree: int, ring_size: int, seq_len: int, nested: b
 
 
 @kept_up_to(8 << 20, _num_bytes)
-def _by_documents(kind: LayoutKind, degree: int, ring_size: int, documents: Boundaries, causal: bool) -> SequenceLayout:
-    return SequenceLayout(DOCUMENT_KINDS[kind](documents, degree, ring_size, causal), degree, kind)
+def _by_documents(
+    kind: LayoutKind, degree: int, ring_size: int, documents: Boundaries, causal: bool, ranks_per_node: int | None
+) -> SequenceLayout:
+    return SequenceLayout(DOCUMENT_KINDS[kind](documents, degree, ring_size, causal, ranks_per_node), degree, kind)
 
 
 @kept_up_to(8 << 20, _num_bytes)
-def _zigzag_or_balanced(degree: int, ring_size: int, documents: Boundaries) -> SequenceLayout:
+def _zigzag_or_balanced(
+    degree: int, ring_size: int, documents: Boundaries, ranks_per_node: int | None
+) -> SequenceLayout:
     """What "auto" takes for a causal ring: the zigzag, unless these documents load its ranks unevenly."""
     zigzag = _even("zigzag", degree, ring_size, documents[-1], True)
     if imbalance([zigzag.ring_runs(rank) for rank in range(ring_size)], documents) <= UNEVEN:
         return zigzag
-    return _by_documents("balanced", degree, ring_size, documents, True)
+    return _by_documents("balanced", degree, ring_size, documents, True, ranks_per_node)
 
 
-def _balanced(documents: Boundaries, degree: int, ring_size: int, causal: bool) -> tuple[Runs, ...]:
+def _balanced(
+    documents: Boundaries, degree: int, ring_size: int, causal: bool, ranks_per_node: int | None
+) -> tuple[Runs, ...]:
     """Equal areas on every ring rank, whose tokens lie contiguous over its Ulysses ranks; one document is a zigzag."""
     if len(set(documents)) <= 2:
         return _even("zigzag", degree, ring_size, documents[-1], True).all_runs
-    rings = map(ranges.join, balanced_rings(documents, ring_size, causal))
+    rings = balanced_rings(documents, ring_size, causal, ranks_per_node)
     return tuple(piece for runs in rings for piece in ranges.cut(runs, degree))
 
 
-def _document_zigzag(documents: Boundaries, degree: int, ring_size: int, causal: bool) -> tuple[Runs, ...]:
+def _document_zigzag(
+    documents: Boundaries, degree: int, ring_size: int, causal: bool, ranks_per_node: int | None
+) -> tuple[Runs, ...]:
     """Every document zigzag over all ranks on its own; within a rank document by document."""
     ranks = degree * ring_size
     held: list[list[Run]] = [[] for _ in range(ranks)]
@@ -276,6 +284,7 @@ def _document_zigzag(documents: Boundaries, degree: int, ring_size: int, causal:
     return tuple(map(ranges.join, held))
 
 
-# Kinds that depend on where documents end: (boundaries, ulysses degree, ring size, causal) -> every rank's runs.
-DocumentKind = Callable[[Boundaries, int, int, bool], tuple[Runs, ...]]
+# Kinds that depend on where documents end:
+# (boundaries, ulysses degree, ring size, causal, ring ranks of a node or None) -> every rank's runs.
+DocumentKind = Callable[[Boundaries, int, int, bool, int | None], tuple[Runs, ...]]
 DOCUMENT_KINDS: dict[str, DocumentKind] = {"document_zigzag": _document_zigzag, "balanced": _balanced}

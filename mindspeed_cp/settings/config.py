@@ -95,6 +95,17 @@ class ContextParallelConfig:
         },
         see="[Batch layouts](batch-layouts.md)",
     )
+    ranks_per_node: int | None = setting(
+        None,
+        flag="--cp-ranks-per-node",
+        help="neighbouring context-parallel ranks that share a node; the balanced layout then keeps the parts of a "
+        "document within one node where it can",
+        rule="read by --cp-batch-layout balanced, and auto where it is that; where ranks are numbered node by node, "
+        "devices of a node / tensor-parallel size",
+        takes="N",
+        least=1,
+        least_means="leave it out where the nodes are not known",
+    )
     window_size: int = setting(
         1,
         flag="--cp-window-size",
@@ -285,6 +296,9 @@ class ContextParallelConfig:
             not in (1, "auto")
             and not self._takes_several_steps,
             f"--cp-topology {self.topology} is ignored: neither --cp-kv-exchange nor --cp-in-flight is auto.": unread,
+            f"--cp-ranks-per-node {self.ranks_per_node} is ignored: only the balanced layout of a ring reads it.": (
+                self.ranks_per_node is not None and not self._may_be_balanced
+            ),
             "--cp-log says nothing at --context-parallel-size 1 without --hybrid-context-parallel.": self.log
             and self.context_parallel_size == 1,
         }
@@ -303,6 +317,17 @@ class ContextParallelConfig:
     def ring_size(self) -> int:
         _, window, windows = self.hierarchy
         return window * windows
+
+    @property
+    def ring_ranks_per_node(self) -> int | None:
+        """How many ranks of the ring share a node, None where that is not known."""
+        return None if self.ranks_per_node is None else max(1, self.ranks_per_node // self.hierarchy[0])
+
+    @property
+    def _may_be_balanced(self) -> bool:
+        return self.ring_size > 1 and (
+            self.batch_layout == "balanced" or self.batch_layout == "auto" and self.layout_kind == "zigzag"
+        )
 
     @property
     def causal(self) -> bool:

@@ -67,3 +67,12 @@ def _accelerator() -> Literal["CUDA", "NPU", ""]:
 
 def _npu_is_available() -> bool:
     return importlib.util.find_spec("torch_npu") is not None and not npu_setup.unavailable()
+
+
+def num_devices(name: Literal["cpu", "cuda", "npu"]) -> int | None:
+    """How many devices of a kind this process could use; None: any number of CPUs' ranks fit."""
+    if name == "cpu":
+        return None
+    if name == "npu" and not _npu_is_available():
+        return 0
+    return int(getattr(torch, name).device_count())

@@ -1,6 +1,10 @@
 """Training on the real torch_npu: context parallelism gives the losses and gradient norms of one device."""
 
+import functools
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import bed
@@ -203,3 +207,17 @@ def test_fused_kernels_of_a_checkout_are_not_compiled():
             server.run("load_fused_kernels", without=["megatron.legacy.fused_kernels.load"])
     finally:
         server.close()
+
+
+@pytest.mark.slow
+def test_a_proof_runs_on_the_devices_in_the_real_sizes(tmp_path):
+    data = tmp_path / "topics"
+    scripts = bed.REPOSITORY / "scripts"
+    run = functools.partial(subprocess.run, env=bed.environment(), capture_output=True, text=True, timeout=900)
+    run([sys.executable, scripts / "prepare_data.py", "--output", data], check=True)
+    command = [sys.executable, "-m", "mindspeed_cp.prove", "--json", "--device", "npu", "--ranks", "2", "--real-sizes"]
+    flags = [*TRAINER, "--data-path", data, "--context-parallel-algo", RING]
+    done = run([*command, "--steps", "2", scripts / "pretrain_gpt.py", *flags])
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    assert done.returncode == 0 and found["equal"] and found["compared"]["output"] > 20, done.stdout + done.stderr
+    assert found["limits"]["output"] > 5e-4 and not any("cpu" in line.lower() for line in found["not_covered"])

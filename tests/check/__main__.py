@@ -17,6 +17,7 @@ CHECKS = {
     "soak": "ranks are killed at random while a job trains",
     "fuzz": "drawn command lines of the embedded trainer, beside the run without context parallelism",
     "prove_drawn": "drawn command lines of the embedded trainer, proved",
+    "prove_megatron": "the scripts of Megatron-LM checkouts, model by model, proved",
     "megatron_lm": "pretrain_gpt.py of Megatron-LM checkouts (scripts/test_megatron_lm.sh)",
     "megatron_signatures": "what the patched names look like in a Megatron, beside the newest tried one",
     "try_megatron": "another version of Megatron (scripts/try_megatron.sh)",

@@ -3,7 +3,7 @@
     python tests/check prove_drawn --cases 200 --seed 1 [--verbose]
 
     equal      outputs, gradients, losses are those without context parallelism
-    refused    the trainer, or the proof, refuses the command line
+    refused    the trainer, or the proof, refuses the command line; it does not count as a case
     different  a false alarm, or a fault; the command line and the report are printed
 
 Exit status 1 if anything differs. The drawing is fuzz.py's; one seed draws one sequence of command lines.
@@ -23,6 +23,7 @@ from pathlib import Path
 from drawing import draw
 
 from mindspeed_cp.prove import command, report, shrinking
+from mindspeed_cp.prove.launching import Server
 from mindspeed_cp.prove.shrinking import Wish
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "pretrain_gpt.py")
@@ -30,7 +31,7 @@ KINDS = ("equal", "refused", "different")
 RANKS = 4
 
 
-def proved(flags: list[str], seed: int, limit: float) -> tuple[str, str]:
+def proved(flags: list[str], seed: int, limit: float, server: Server) -> tuple[str, str]:
     """(kind, report) of one command line."""
     with tempfile.TemporaryDirectory(prefix="prove-drawn-") as folder:
         wish = Wish(ranks=RANKS, steps=2, seed=seed)
@@ -38,7 +39,7 @@ def proved(flags: list[str], seed: int, limit: float) -> tuple[str, str]:
             plan = shrinking.plan(SCRIPT, flags, wish, Path(folder))
         except ValueError as error:
             return "refused", str(error)
-        verdict = command.proved(plan, wish, Path(folder), limit, lambda name, step: None)
+        verdict = command.proved(plan, wish, Path(folder), limit, lambda name, step: None, server)
     if verdict.comparison is None and "error: " in verdict.failure:
         return "refused", verdict.failure
     return ("equal" if verdict.equal else "different"), report.text(verdict)
@@ -46,7 +47,7 @@ def proved(flags: list[str], seed: int, limit: float) -> tuple[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=20, help="command lines with context parallelism (default: 20)")
+    parser.add_argument("--cases", type=int, default=20, help="command lines that are proved (default: 20)")
     parser.add_argument("--seed", type=int, default=1, help="of the drawing (default: 1)")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds of a run (default: 300)")
     parser.add_argument("--verbose", action="store_true", help="print every command line with its kind")
@@ -54,14 +55,14 @@ def main(argv: list[str] | None = None) -> int:
     from prepare_data import main as prepare_data
 
     rng, counts = random.Random(args.seed), Counter()
-    with tempfile.TemporaryDirectory(prefix="prove-drawn-") as folder:
+    with tempfile.TemporaryDirectory(prefix="prove-drawn-") as folder, Server(Path(folder)) as server:
         prefix = str(Path(folder) / "paragraphs")
         prepare_data(["--output", prefix, "--documents", "paragraphs"])
-        while sum(counts.values()) < args.cases:
+        while counts["equal"] + counts["different"] < args.cases:
             line = draw(rng)
             if dict(line.settings).get("--context-parallel-size") in (None, "1"):
                 continue
-            kind, said = proved([*line.flags(), "--data-path", prefix], args.seed, args.limit)
+            kind, said = proved([*line.flags(), "--data-path", prefix], args.seed, args.limit, server)
             counts[kind] += 1
             if kind == "different" or args.verbose:
                 why = f"    {said.splitlines()[-1]}" if kind == "refused" else ""

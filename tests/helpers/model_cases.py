@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from megatron_version import MINOR as VERSION
 from model_shapes import SHAPES
+
+from mindspeed_cp import pack_documents
 
 
 def has(module):
@@ -117,6 +120,11 @@ CASES = {
     "learnable softmax": Case({"softmax_type": "learnable", "num_query_groups": 2}, steps=2),
 }
 CASES |= {name: Case(**values) for name, values in SHAPES.items()}
+# The first row of these documents, packed by length over four ranks of eight tokens.
+LENGTHS = (3, 20, 5, 9, 4, 2, 11)
+ROW = [LENGTHS[place] for place in pack_documents(LENGTHS, ranks=4, tokens=8)[0]]
+BY_LENGTH = "all of them, packed by length"
+CASES[BY_LENGTH] = Case(DEEPSEEK | PER_TOKEN, documents=(0, *accumulate(ROW)))
 # What is said about them, or why they are refused, when experts are shared by ranks of uneven lengths.
 REMARKABLE = {
     "capacity": Case(MOE | {"moe_expert_capacity_factor": 1.0}),

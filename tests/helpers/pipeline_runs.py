@@ -141,7 +141,7 @@ def compare(rank):
 
     from mindspeed_cp import megatron_adaptor  # noqa: F401
 
-    ends = [((0, 5 + 7 * index, SEQ), (0, 30 - index, SEQ)) for index in range(MICRO_BATCHES)]
+    ends = [((0, 7 + 7 * index, SEQ), (0, 30 - index, SEQ)) for index in range(MICRO_BATCHES)]
     documents, plain = list(enumerate(ends)), list(enumerate(((0, SEQ - 1),) * ROWS for _ in ends))
     with groups({}, cp_size=1):
         whole, odd = expected_of(documents, SEQ, True), expected_of(plain, SEQ - 1, False)

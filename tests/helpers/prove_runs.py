@@ -1,7 +1,11 @@
 """Proofs on the ranks of a test: of every model as it is, and of every fault."""
 
 import contextlib
+import io
+import re
 import warnings
+from pathlib import Path
+from unittest import mock
 
 import prove_faults
 import prove_models
@@ -55,25 +59,25 @@ def prove_all(rank, size):
 
 
 def prove_as_a_framework(rank, size):
-    """(whether the hook finds sound code equal, on this rank; the message where the world does not fit)"""
+    """What the example of docs/prove.md finds on this rank: (equal, counts, what it prints); and the message where the
+    world does not fit.
+    """
+    import torch.distributed as dist
     import trainer.quiet  # noqa: F401
 
-    from mindspeed_cp import ContextParallelConfig, megatron_adaptor  # noqa: F401
+    from mindspeed_cp import ContextParallelConfig
     from mindspeed_cp.prove import prove
 
-    model, framework = prove_models.MODELS["dense"], prove_models.Framework()
-
-    def build():
-        from megatron.core import parallel_state
-
-        return [prove_models.provider(model, parallel_state.get_context_parallel_world_size())()]
-
-    given = build, prove_models.batches(model), framework.forward_step
-    verdict = prove(*given, config=ContextParallelConfig(context_parallel_size=size, algorithm="megatron_cp_algo"))
+    page = (Path(__file__).resolve().parents[2] / "docs" / "prove.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    found, printed = {}, io.StringIO()
+    with mock.patch.object(dist, "init_process_group"), contextlib.redirect_stdout(printed):  # this rank has one
+        exec(compile(example, "docs/prove.md", "exec"), found)
+    verdict, given = found["verdict"], [found[name] for name in ("model_provider", "batch", "forward_step")]
     try:
         prove(*given, config=ContextParallelConfig(context_parallel_size=2 * size))
     except ValueError as error:
-        return verdict.equal, verdict.comparison.counted, str(error)
+        return (verdict.equal, verdict.comparison.counted), printed.getvalue(), str(error)
     return None
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from trainer_runs import REPOSITORY, environment, prepare_data
@@ -14,8 +15,8 @@ MODEL = (
 ).split()
 # A module that the ranks import: RoPE counts from each rank's first token.
 BREAK_ROPE = """
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from mindspeed_cp import megatron_adaptor
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 original = RotaryEmbedding.forward
 
@@ -46,10 +47,20 @@ def prove(folder, data, *words, model=MODEL, **variables):
     )
 
 
-def test_the_trainer_is_equal_and_nothing_is_left_behind(tmp_path, data):
-    before = sorted(path.name for path in tmp_path.iterdir())
-    files = sorted(data_file.name for data_file in (tmp_path / data).parent.iterdir())
-    result = prove(tmp_path, data, "--steps", "2", "--report", "found.md")
+def files(*folders):
+    """Every file of the user's: its contents, and when it was written."""
+    found = [path for folder in folders for path in sorted(folder.rglob("*"))]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in found}
+
+
+def test_the_trainer_is_equal_and_nothing_of_the_users_is_touched(tmp_path, data):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("checkpoints/latest.txt", "log.jsonl"):
+        (tmp_path / name).write_text("the user's own", encoding="utf-8")
+    home = Path(data).parent
+    before = files(tmp_path, home)
+    theirs = "--save checkpoints --load checkpoints --save-interval 1 --log-file log.jsonl".split()
+    result = prove(tmp_path, data, "--steps", "2", "--report", "found.md", model=[*MODEL, *theirs])
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith("EQUAL: pretrain_gpt.py: cp=2 against cp=1")
@@ -57,8 +68,7 @@ def test_the_trainer_is_equal_and_nothing_is_left_behind(tmp_path, data):
     assert "step 2 of 2" in result.stderr
     assert "### mindspeed-cp prove: EQUAL" in (tmp_path / "found.md").read_text(encoding="utf-8")
     (tmp_path / "found.md").unlink()
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-    assert sorted(data_file.name for data_file in (tmp_path / data).parent.iterdir()) == files
+    assert files(tmp_path, home) == before
 
 
 def test_a_fault_in_the_script_is_found_and_named(tmp_path, data):

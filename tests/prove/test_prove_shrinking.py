@@ -42,9 +42,17 @@ def test_words_are_read_and_written_back():
     assert words.copy().line() == words.line()
 
 
-def test_a_value_that_is_no_number_is_refused(small):
-    with pytest.raises(ValueError, match="--num-layers many is no whole number"):
-        small("--num-layers many")
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("--num-layers many", "--num-layers many is no whole number"),
+        ("--context-parallel-size 0", "--context-parallel-size 0 must be at least 1"),
+        ("--hidden-size -5", "--hidden-size -5 must be at least 1"),
+    ],
+)
+def test_a_value_that_is_no_size_is_refused(small, command, message):
+    with pytest.raises(ValueError, match=message):
+        small(command)
 
 
 def test_the_two_runs_differ_in_context_parallelism_alone(small):
@@ -93,6 +101,13 @@ def test_replicated_heads_stay_replicated(small):
         ("--num-experts 64 --moe-layer-freq ([0]*3+[1]*29)", "--moe-layer-freq", "[0,1]"),
         ("--num-experts 64 --moe-router-topk 6", "--moe-router-topk", "2"),
         ("--hybrid-override-pattern M-M-M*-M-M*-", "--hybrid-override-pattern", "M-*"),
+        ("--hybrid-layer-pattern MGE|*-|M-/M*/M*/M*", "--hybrid-layer-pattern", "MGE*-/M*/M*"),
+        (
+            "--hybrid-layer-pattern M-*-|M-*-|M-E-|M-E- --pipeline-model-parallel-size 2",
+            "--hybrid-layer-pattern",
+            "M|-|*|E",
+        ),
+        ("--hybrid-override-pattern M*", "--mamba-num-groups", "2"),
         ("--multi-latent-attention --v-head-dim 192", "--v-head-dim", "12"),
         ("--recompute-num-layers 8 --recompute-granularity full", "--recompute-num-layers", "1"),
         ("--mock-data --tokenizer-type NullTokenizer --vocab-size 128000", "--vocab-size", "4224"),
@@ -145,8 +160,10 @@ def test_what_does_not_fit_is_refused(small, wish, message):
         ([], "no script is given"),
         (["missing.py"], "missing.py does not exist"),
         (["--steps", "0", "SCRIPT"], "--steps 0 must be at least 1"),
-        (["SCRIPT", "--yaml-cfg", "a"], "--yaml-cfg is not read by prove"),
-        (["--reference-only", "SCRIPT"], "--reference-only needs --device cuda or npu"),
+        (["SCRIPT", "--yaml-cfg", "a"], "--yaml-cfg a cannot be read"),
+        (["SCRIPT", "--cp-config", "a"], "--cp-config a cannot be read"),
+        (["--device", "cuda", "SCRIPT"], "--device cuda needs a device for each of --ranks 4, and torch sees 0"),
+        (["--device", "npu", "--cp", "8", "SCRIPT"], "--device npu needs a device for each of --ranks 8"),
         (["ls", "-l"], "starts neither torchrun nor python"),
     ],
 )
@@ -161,3 +178,51 @@ def test_a_launcher_in_front_of_the_script_is_read(script):
 
     found = script_of(["env", "A=1", "torchrun", "--nproc-per-node", "8", script, "--num-layers", "4"])
     assert found == (script, ["--num-layers", "4"], {"A": "1"})
+
+
+YAML = """
+language_model: {num_layers: 24, hidden_size: 1024, num_attention_heads: 16, num_moe_experts: null,
+  add_bias_linear: False, activation_func: swiglu, bias_swiglu_fusion: True, persist_layer_norm: False,
+  init_method: null, layernorm_zero_centered_gamma: True}
+model_parallel: {context_parallel_size: 4, sequence_parallel: True, tp_comm_split_ag: True, bf16: True}
+seq_length: 4096
+global_batch_size: 128
+save: checkpoints
+data_path: ${WHERE}/a b
+profile_ranks: [0, 1]
+"""
+
+
+def test_a_yaml_file_of_megatrons_is_read_as_flags(small, tmp_path, monkeypatch):
+    (file := tmp_path / "model.yaml").write_text(YAML, encoding="utf-8")
+    monkeypatch.setenv("WHERE", "/data")
+    alone, shared, found = small(f"--yaml-cfg {file} --context-parallel-algo megatron_cp_algo --seq-length 8192")
+    assert "--yaml-cfg" not in shared and "--save" not in shared and shared.text("--num-layers") == "2"
+    assert "--apply-layernorm-1p" not in shared and any("count from 1" in line for line in found.uncovered)
+    assert {"--swiglu", "--disable-bias-linear", "--no-persist-layer-norm"} <= set(alone.flags())
+    assert not {"--no-bias-swiglu-fusion", "--init-method", "--tp-comm-split-ag", "--num-experts"} & set(alone.flags())
+    assert alone.values("--data-path") == ["/data/a", "b"] and alone.values("--profile-ranks") == ["0", "1"]
+    assert shared.text("--context-parallel-size") == "2" and "--context-parallel-size" not in alone
+    assert any("num-layers 24 -> 2" in line and "seq-length 8192" in " ".join(found.changed) for line in found.changed)
+
+
+def test_a_yaml_file_of_mindformers_is_read_as_flags(small, tmp_path):
+    text = "parallel_config: {context_parallel: 4, context_parallel_algo: ulysses_cp}\n"
+    (file := tmp_path / "cp.yaml").write_text(text, encoding="utf-8")
+    alone, shared, _ = small(f"--cp-config {file} --num-layers 4 --seq-length 4096")
+    assert shared.text("--context-parallel-algo") == "ulysses_cp_algo" and "--cp-config" not in shared
+    assert shared.text("--context-parallel-size") == "2" and "--context-parallel-algo" not in alone
+
+
+def test_a_launch_script_is_read_as_the_doctor_reads_it(tmp_path, script):
+    from mindspeed_cp.doctor.launch import MARKER
+    from mindspeed_cp.prove.command import script_of
+
+    (launch := tmp_path / "train.sh").write_text(
+        f"""{MARKER}
+if [[ -n $DRY_RUN ]]; then echo "# command"; echo "LEVEL=$LEVEL torchrun --nproc-per-node 8 {script} --num-layers 4"; fi
+""",
+        encoding="utf-8",
+    )
+    assert script_of(["env", "LEVEL=2", "bash", str(launch)])[:2] == (script, ["--num-layers", "4"])
+    assert script_of(["env", "LEVEL=2", "bash", str(launch)])[2]["LEVEL"] == "2"

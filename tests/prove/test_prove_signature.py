@@ -5,6 +5,7 @@ import torch
 
 from mindspeed_cp.prove import signature
 from mindspeed_cp.prove.comparing import Rows
+from mindspeed_cp.prove.limits import limits_of
 from mindspeed_cp.prove.watching import zigzag
 
 SEQ, LIMIT = 32, 1e-4
@@ -65,3 +66,9 @@ def test_zigzag_positions_are_a_partition_of_every_document():
     ends = [0, 8, 24]
     assert zigzag(ends, 2, 0).tolist() == [0, 1, 6, 7, 8, 9, 10, 11, 20, 21, 22, 23]
     assert sorted(torch.cat([zigzag(ends, 2, rank) for rank in range(2)]).tolist()) == list(range(24))
+
+
+def test_limits_are_wider_on_devices_and_for_bfloat16():
+    cpu, npu, half = limits_of("float32", "cpu"), limits_of("float32", "npu"), limits_of("bfloat16", "npu")
+    assert npu.output == 20 * cpu.output and npu.grad_norm == 20 * cpu.grad_norm and npu.small == cpu.small
+    assert half == limits_of("bfloat16", "cpu") and half.output > npu.output and half.small > cpu.small

@@ -1,11 +1,16 @@
 """scripts/verify_npu.sh: its checks, the one file that it writes, and a run that fails costs its own row alone."""
 
+import json
 import os
 import subprocess
 import sys
+from math import inf
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import verify_npu
+import verify_runs
 from trainer_runs import REPOSITORY, environment
 from verify_ranks import RunFailed, last_words, torchrun
 from verify_report import Outcome, report
@@ -150,6 +155,40 @@ def test_a_run_that_fails_costs_its_own_row():
     assert [failure for _, failure in found] == ["", "ring: it ended with status 1", ""]
     assert found[1][0].startswith("| ring | failed |")
     assert "| 2000 |" in found[2][0] and "+100.0%" in found[2][0] and "| 1.00 |" in found[2][0]
+
+
+@pytest.mark.parametrize(
+    ("stdout", "share", "said"),
+    [
+        ({"largest_error": {"output": 1e-5, "gradient": None, "loss": 0.0}}, 0.2, "ring: equal, output 1.0e-05"),
+        (
+            {"equal": False, "first_module": {"name": "rope", "signature": "ends", "seen": "few"}},
+            inf,
+            "rope: ends, few",
+        ),
+        ({"failure": "rank 1 ended"}, inf, "ring: failed, rank 1 ended"),
+        (None, inf, "ring: failed, no such file"),
+    ],
+)
+def test_a_row_of_training_is_a_proof(monkeypatch, capsys, stdout, share, said):
+    whole = {"equal": True, "failure": "", "first_module": None, "first_parameter": None, "largest_error": {}}
+    whole |= {"limits": {"output": 5e-5, "gradient": 2e-4, "loss": 1e-5}}
+    printed = "" if stdout is None else json.dumps(whole | stdout)
+    done = SimpleNamespace(stdout=printed, stderr="no such file")
+    commands = []
+    monkeypatch.setattr(verify_runs.subprocess, "run", lambda command, **options: commands.append(command) or done)
+    args = SimpleNamespace(folder=Path("f"), ranks=8, device="npu", quick=True, tiny=False)
+    run = verify_runs.Run("ring", "--context-parallel-algo megatron_cp_algo", "--sequence-parallel", tp=2)
+    assert verify_runs.proof(args, run) == pytest.approx(share)
+    assert said in capsys.readouterr().out
+    line = " ".join(commands[0])
+    assert "--real-sizes --device npu --dtype float32 --ranks 8 --cp 4" in line and "--sequence-parallel" in line
+
+
+def test_what_a_proof_leaves_out_is_trained():
+    by_training = [run.name for run in verify_runs.RUNS["modes"] if not verify_runs.is_proved(run, "modes")]
+    assert by_training == ["distributed optimizer and recompute"]
+    assert not verify_runs.is_proved(verify_runs.RUNS["alone"][0], "alone")
 
 
 def test_nothing_else_of_the_environment_is_shown(monkeypatch):

@@ -67,7 +67,7 @@ def test_plans_of_documents_that_change_in_every_step_hold_a_bounded_memory(monk
     assert ring_plan._limit <= 48 << 20 and all(cache._limit <= 8 << 20 for cache in caches[1:])
     for cache in caches:
         cache.cache_clear()
-        monkeypatch.setattr(cache, "_limit", cache._limit // 64)
+        monkeypatch.setattr(cache, "_limit", cache._limit // 16)
     generator = torch.Generator().manual_seed(0)
     seq_len, peak = 1 << 15, 0
     for _ in range(60):

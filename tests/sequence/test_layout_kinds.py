@@ -278,4 +278,4 @@ def test_areas_of_sequences_beyond_32_bits_do_not_overflow(causal):
     contiguous = [((rank * seq_len // 4, (rank + 1) * seq_len // 4),) for rank in range(4)]
     assert imbalance(contiguous, (0, seq_len), causal) == pytest.approx(7 / 4 if causal else 1, rel=1e-6)
     balanced = balanced_rings((0, seq_len // 3, seq_len), 4, causal)
-    assert imbalance(list(balanced), (0, seq_len // 3, seq_len), causal) < 1.03
+    assert imbalance(list(balanced), (0, seq_len // 3, seq_len), causal) <= 1.05
