@@ -106,24 +106,10 @@ def needs_of(requirement):
     return found["metadata"].get("requires_dist", [])
 
 
-def is_for_cuda(requirement):
-    """Whether pip's own index has only a build for CUDA."""
-    pip("install", pinned("pip"))  # older ones download a package to learn what it needs
-    return any(need.startswith(("nvidia-", "cuda-", "triton")) for need in needs_of(requirement))
-
-
-def refuse_cuda(requirement):
-    """End, with the way out, where a CPU's environment would get torch for CUDA."""
-    if not os.environ.get(INDEX_VARIABLE) and is_for_cuda(requirement):
-        raise SystemExit(
-            f"{requirement} comes as a build for CUDA, several GB; set {INDEX_VARIABLE}=ADDRESS to an index of CPU "
-            "wheels, such as the one that PyTorch's installation page names"
-        )
-
-
 def warn_of_size(requirement):
     """Say how large torch is and how to avoid that, where pip's own index has only a build for CUDA."""
-    if not is_for_cuda(requirement):
+    pip("install", pinned("pip"))  # older ones download a package to learn what it needs
+    if not any(need.startswith(("nvidia-", "cuda-", "triton")) for need in needs_of(requirement)):
         return
     table = _table()
     say(
@@ -168,18 +154,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("extra", nargs="?", choices=["train", "test", "dev"])
     parser.add_argument("--oldest", action="store_true", help="print the oldest megatron-core for this Python")
-    parser.add_argument(
-        "--refuse-cuda", metavar="TORCH", help="end with status 1 where pip's own index has this torch for CUDA alone"
-    )
     options = parser.parse_args(argv)
     table, version = _table(), f"{sys.version_info[0]}.{sys.version_info[1]}"
     if sys.version_info < (3, 10):  # noqa: UP036  it is run by whatever python3 is
         parser.error(f"Python {version} is too old; set PYTHON to one of {', '.join(table.PYTHONS)}")
     if options.oldest:
         print(table.oldest_for(version))
-        return
-    if options.refuse_cuda:
-        refuse_cuda(options.refuse_cuda)
         return
     if options.extra is None:
         parser.error("name an extra, or --oldest")

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # ms-swift, verl and Megatron-Bridge themselves, from PyPI, trained on the CPU with every algorithm and compared with
-# their own training without context parallelism. Makes .venv-frameworks (2.5 GB) on first use.
+# their own training without context parallelism. Makes .venv-frameworks (3 GB) on first use.
 #
 #   bash scripts/test_frameworks.sh [arguments for pytest]
 #   bash scripts/test_frameworks.sh --table [--only FRAMEWORK ...]       runs it and prints the table of docs/frameworks.md
 #
-# PYTHON: the Python of the environment, 3.11. TORCH_INDEX_URL: an index of CPU wheels of torch; see
-# scripts/environment.py. Transformer Engine is tests/frameworks/transformer_engine_on_cpu.py.
+# PYTHON: the Python of the environment, 3.11. TORCH_INDEX_URL: an index of CPU wheels of torch, without which pip's own
+# may bring a build for CUDA, 6 GB more. Transformer Engine is tests/frameworks/transformer_engine_on_cpu.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,7 +20,6 @@ if ! cmp --silent "$folder/installed.txt" - <<<"$installed"; then
   "${PYTHON:-python3}" -m venv --clear "$folder"
   pip install "$(grep '^pip==' constraints.txt)"
   torch=$(grep '^torch==' constraints.txt)
-  "$python" scripts/environment.py --refuse-cuda "$torch"
   pip install ${TORCH_INDEX_URL:+-i "$TORCH_INDEX_URL" --no-deps} "$torch"
   pip install --constraint constraints.txt --requirement "$inputs/requirements.txt" numpy pytest torch
   pip install --no-deps --requirement "$inputs/frameworks.txt"
