@@ -8,3 +8,9 @@ ALGORITHMS = {  # name -> (context-parallel size, settings as MindSpeed names th
     "KV all-gather": (2, {"context_parallel_algo": "kvallgather_cp_algo"}),
 }
 ALONE = "cp=1"
+
+
+def sizes():
+    """(name, context-parallel size) of a run without and of one with each algorithm."""
+    yield ALONE, 1
+    yield from ((name, size) for name, (size, _) in ALGORITHMS.items())

@@ -3,11 +3,27 @@
 import json
 import os
 import signal
-import socket
 import tempfile
 import time
 import traceback
 from pathlib import Path
+
+from distributed import free_port
+
+
+def print_found(cases, function, only=""):
+    """Run (name, world size, arguments of ``function``) of every name that holds ``only``.
+
+    Prints name -> the results of its ranks, or what a rank said that failed.
+    """
+    found = {}
+    for name, world, arguments in cases:
+        if only in name:
+            try:
+                found[name] = run_forked(world, function, *arguments)
+            except RuntimeError as error:
+                found[name] = str(error)
+    print(json.dumps(found))
 
 
 def run_forked(world, function, *arguments, seconds=120):
@@ -19,10 +35,8 @@ def run_forked(world, function, *arguments, seconds=120):
     Raises:
         RuntimeError: a rank failed or took too long; its message holds the end of what the ranks said.
     """
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as held:
-        held.bind(("127.0.0.1", 0))  # nobody else gets the port while the ranks do not listen on it yet
-        port = held.getsockname()[1]
-        held.close()
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
         started = {_fork(rank, world, port, Path(folder), function, arguments): rank for rank in range(world)}
         try:
             _wait(started, Path(folder), time.monotonic() + seconds)

@@ -6,14 +6,14 @@ ORDER is who is imported first, ``ours`` or ``theirs``. Either way ``configure_f
 ``pretrain`` makes the process groups.
 """
 
-import json
 import os
 import sys
 import tempfile
+from itertools import product
 from types import ModuleType, SimpleNamespace
 
-from algorithms import ALGORITHMS, ALONE
-from forked_ranks import run_forked
+from algorithms import ALGORITHMS, sizes
+from forked_ranks import print_found
 
 STEPS = 3
 RECIPES = ("qwen25_500m_pretrain_config",)
@@ -104,19 +104,13 @@ def main(order, only=""):
 
     import mindspeed_cp.megatron_adaptor  # noqa: F401
 
-    found = {}
     with tempfile.TemporaryDirectory() as folder:
         tiny_models.make_model(folder, "qwen2")
-        for name in RECIPES:
-            for algorithm in (ALONE, *ALGORITHMS):
-                case = f"{name}, rows, {algorithm}"
-                if only in case:
-                    size = ALGORITHMS.get(algorithm, (1,))[0]
-                    try:
-                        found[case] = run_forked(size, train, name, algorithm, folder)
-                    except RuntimeError as error:
-                        found[case] = str(error)
-    print(json.dumps(found))
+        cases = [
+            (f"{name}, rows, {algorithm}", size, (name, algorithm, folder))
+            for name, (algorithm, size) in product(RECIPES, sizes())
+        ]
+        print_found(cases, train, only)
 
 
 if __name__ == "__main__":

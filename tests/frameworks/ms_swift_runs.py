@@ -13,10 +13,11 @@ import json
 import os
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
-from algorithms import ALGORITHMS, ALONE
-from forked_ranks import run_forked
+from algorithms import ALGORITHMS, sizes
+from forked_ranks import print_found
 
 STEPS = 3
 MODELS = {"Qwen2.5": ("qwen2", "qwen2_5"), "Qwen3": ("qwen3", "qwen3")}  # transformers' and ms-swift's names
@@ -77,23 +78,15 @@ def main(order, only=""):
 
     import mindspeed_cp.megatron_adaptor  # noqa: F401
 
-    found = {}
     with tempfile.TemporaryDirectory() as folder:
         tiny_models.make_conversations(f"{folder}/conversations.jsonl", 24)
         for model, (kind, _) in MODELS.items():
             tiny_models.make_model(f"{folder}/{model}", kind)
-        for model in MODELS:
-            for batch in BATCHES:
-                for algorithm in (ALONE, *ALGORITHMS):
-                    name = f"{model}, {batch}, {algorithm}"
-                    if only not in name:
-                        continue
-                    size = ALGORITHMS.get(algorithm, (1,))[0]
-                    try:
-                        found[name] = run_forked(size, train, order, model, batch, algorithm, folder)
-                    except RuntimeError as error:
-                        found[name] = str(error)
-    print(json.dumps(found))
+        cases = [
+            (f"{model}, {batch}, {algorithm}", size, (order, model, batch, algorithm, folder))
+            for model, batch, (algorithm, size) in product(MODELS, BATCHES, sizes())
+        ]
+        print_found(cases, train, only)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ ORDER says who comes first:
     theirs  verl and its engine are there already; configure_from names the algorithm before the engine is built
 """
 
-import json
 import os
 import sys
 import tempfile
+from itertools import product
 
-from algorithms import ALGORITHMS, ALONE
-from forked_ranks import run_forked
+from algorithms import ALGORITHMS, sizes
+from forked_ranks import print_found
 
 STEPS, RATE = 3, 1e-3
 LENGTHS = (13, 5, 24, 7, 18, 9)  # of the sequences of a batch, two in each micro-batch
@@ -129,21 +129,13 @@ def main(order, only=""):
 
     import mindspeed_cp.megatron_adaptor  # noqa: F401
 
-    found = {}
     with tempfile.TemporaryDirectory() as folder:
         tiny_models.make_model(folder, "qwen2")
-        for engine in OF_ORDER[order]:
-            for batch in BATCHES:
-                for algorithm in (ALONE, *ALGORITHMS):
-                    name = f"{engine}, {batch}, {algorithm}"
-                    if only not in name:
-                        continue
-                    size = ALGORITHMS.get(algorithm, (1,))[0]
-                    try:
-                        found[name] = run_forked(size, train, order, engine, batch, algorithm, folder)
-                    except RuntimeError as error:
-                        found[name] = str(error)
-    print(json.dumps(found))
+        cases = [
+            (f"{engine}, {batch}, {algorithm}", size, (order, engine, batch, algorithm, folder))
+            for engine, batch, (algorithm, size) in product(OF_ORDER[order], BATCHES, sizes())
+        ]
+        print_found(cases, train, only)
 
 
 if __name__ == "__main__":
