@@ -115,4 +115,5 @@ def main(order, only=""):
 
 if __name__ == "__main__":
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # inductor would ask for the properties of the device, too
     main(*sys.argv[1:])

@@ -65,9 +65,9 @@ def rows(framework, order):
     subjects, batches = SUBJECTS[framework, order]
     for subject in subjects:
         for batch in batches:
-            first, *_, last = [loss for loss, _ in found[f"{subject}, {batch}, {ALONE}"][0][0][:3]]
             errors = [difference(found, subject, batch, name) for name in ALGORITHMS]
             assert max(errors) < BOUND, (subject, batch, errors)
+            first, *_, last = [loss for loss, _ in found[f"{subject}, {batch}, {ALONE}"][0][0][:3]]
             cells = [f"{error:.0e}" for error in errors]
             what = [framework.replace("_", "-"), subject, batch, ORDERS[order], f"{first:.4f} to {last:.4f}"]
             yield f"| {' | '.join([*what, *cells])} |"
