@@ -26,6 +26,7 @@ class AdaptorSettings:
     )
     documents_from_position_ids: bool = setting(False)
     end_of_document: int | Callable[[], int] | None = setting(None)
+    image_token_id: int | None = setting(None)
 
 
 def _kinds(value: Any) -> str | tuple[str, ...]:

@@ -8,6 +8,7 @@ from mindspeed_cp.megatron.batches import block_record, entering, packed_params_
 from mindspeed_cp.megatron.later_stages import pipeline_of
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.sizes import check_model, sub_batch_record
+from mindspeed_cp.megatron.slices import check_positions
 from mindspeed_cp.patches.building import census_of
 from mindspeed_cp.patches.rows import Row, absent, patch, present
 
@@ -102,7 +103,9 @@ def _entered(adaptor: Adaptor, model: Any, args: tuple[Any, ...], kwargs: dict[s
         refuse_inference(values)
         return sub_batch_record(adaptor, values)
     record = entering(adaptor, model, args, kwargs)
-    if record is not None and model not in adaptor.counted:
+    if record is not None:
+        check_positions(model, record)
+    if record is not None and record.layout.cp_size > 1 and model not in adaptor.counted:
         adaptor.counted.add(model)
         census_of(adaptor).take(model)  # what was added to it after it was built, too
     return record
@@ -119,7 +122,8 @@ def transformer_block(
         return original(self, hidden_states, *args, **kwargs)
     scope = adaptor.scope_of(self)
     if scope.alone:
-        with adaptor.running(None), adaptor.computing_alone():  # a tower inside a model, or beside one
+        own = adaptor.running_in(scope)  # of a batch with slices; a tower inside a model, or beside one, has none
+        with adaptor.running(own), adaptor.computing_alone():
             return original(self, hidden_states, *args, **kwargs)
     values = (hidden_states, *args, *kwargs.values())
     refuse_inference(values)

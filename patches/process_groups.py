@@ -60,16 +60,44 @@ def destroy_model_parallel(adaptor: Adaptor, original: Callable[..., None], *arg
     original(*args, **kwargs)
 
 
+# Megatron refuses them with context parallelism, or asks for heads and a cp_comm_type that its own way needs; here the
+# layer itself (the census, --cp-linear-exchange) says what it cannot do.
+VARIANTS = ("gated_delta_net", "dsa")
+
+
 @patch(
     "megatron.core.transformer.transformer_config.TransformerConfig.__post_init__",
-    reason="a model's configuration names the algorithm, by cp_comm_type or by MindSpeed's names, where no flag does",
+    reason="a model's configuration names the algorithm, by cp_comm_type or by MindSpeed's names, where no flag does; "
+    "layers with a state may have context parallelism",
 )
 def transformer_config(adaptor: Adaptor, original: Callable[..., None], self: Any) -> None:
-    original(self)
+    cp_size = self.context_parallel_size
+    if cp_size > 1 and getattr(self, "experimental_attention_variant", None) in VARIANTS:
+        _check_as_megatron(self)
+        self.context_parallel_size = 1
+    try:
+        original(self)
+    finally:
+        self.context_parallel_size = cp_size
     if compat.is_installed():  # a real MindSpeed gives every configuration all of its arguments, defaults included
         names = (declared_names() & vars(self).keys()) - {field.name for field in dataclasses.fields(self)}
         take_settings(adaptor, {name: getattr(self, name) for name in names})
     take_comm_type(adaptor, self.cp_comm_type, self.context_parallel_size)
+
+
+def _check_as_megatron(config: Any) -> None:
+    """What else Megatron's own check asks of a configuration with context parallelism."""
+    named = config.cp_comm_type
+    if isinstance(named, list) and len(named) != config.num_layers:
+        raise ValueError(
+            f"--cp-comm-type names {len(named)} ways and --num-layers is {config.num_layers}; name one for each layer, "
+            "or one for all."
+        )
+    if getattr(config, "batch_invariant_mode", False):
+        raise ValueError(
+            f"--batch-invariant-mode with --context-parallel-size {config.context_parallel_size}: Megatron has no "
+            "batch invariant attention for parts of a sequence; use --context-parallel-size 1."
+        )
 
 
 @patch(

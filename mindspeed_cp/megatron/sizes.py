@@ -58,6 +58,7 @@ def check_model(model: Any) -> None:
         ("multi_latent_attention", "--multi-latent-attention"),
         ("num_moe_experts", "--num-experts"),
         ("mtp_num_layers", "--mtp-num-layers"),
+        ("experimental_attention_variant", "--experimental-attention-variant"),
     ):
         if getattr(config, name, None):
             refuse_dynamic(f"{flag} knows one size for all")

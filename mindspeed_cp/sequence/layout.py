@@ -26,7 +26,10 @@ import torch
 from mindspeed_cp.sequence import runs as ranges
 from mindspeed_cp.sequence.balance import balanced_rings, imbalance
 from mindspeed_cp.sequence.cache import RUN_BYTES, kept_up_to
+from mindspeed_cp.sequence.masks import attention_masks
 from mindspeed_cp.sequence.runs import Boundaries, Run, Runs, boundaries
+from mindspeed_cp.sequence.slice_balance import balanced_by_slices, imbalance_of_slices
+from mindspeed_cp.sequence.slice_mask import AttentionSlice, SliceMask
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 LayoutKind = Literal["contiguous", "zigzag", "document_zigzag", "balanced", "runs"]
@@ -50,12 +53,17 @@ class SequenceLayout:
 
     @classmethod
     def build(
-        cls, config: ContextParallelConfig, seq_len: int, cu_seqlens: torch.Tensor | Sequence[int] | None = None
+        cls,
+        config: ContextParallelConfig,
+        seq_len: int,
+        cu_seqlens: torch.Tensor | Sequence[int] | None = None,
+        attention_slices: Sequence[AttentionSlice] | None = None,
     ) -> "SequenceLayout":
         """The layout of ``config`` (its ``batch_layout``) for a sequence of any length of at least 1.
 
         Args:
             cu_seqlens: document boundaries with the leading 0 and the total, read by kinds that depend on documents.
+            attention_slices: what queries see, for all rows of the batch; "balanced" and "auto" go by their areas.
 
         Raises:
             ValueError: the length is no whole number, or a document does not fit the kind.
@@ -64,6 +72,9 @@ class SequenceLayout:
             raise ValueError(f"sequence length {seq_len} must be a whole number of at least 1; pass the global length.")
         kind, degree, ring_size = config.layout_kind, config.hierarchy[0], config.ring_size
         auto = config.batch_layout == "auto"
+        if attention_slices is not None and (auto or kind == "balanced"):
+            (mask,) = attention_masks(config.causal, seq_len, attention_slices=attention_slices)
+            return _by_slices(kind, degree, ring_size, seq_len, mask, auto)
         if kind not in DOCUMENT_KINDS and not (auto and kind == "zigzag" and cu_seqlens is not None):
             return _even(kind, degree, ring_size, seq_len, auto)
         documents = (0, seq_len) if cu_seqlens is None else boundaries(cu_seqlens)
@@ -254,6 +265,18 @@ def _zigzag_or_balanced(
     if imbalance([zigzag.ring_runs(rank) for rank in range(ring_size)], documents) <= UNEVEN:
         return zigzag
     return _by_documents("balanced", degree, ring_size, documents, True, ranks_per_node)
+
+
+def _by_slices(
+    kind: LayoutKind, degree: int, ring_size: int, seq_len: int, mask: SliceMask, auto: bool
+) -> SequenceLayout:
+    """Balanced by the areas of slices; "auto" only where they load its own kind unevenly."""
+    if auto:
+        usual = _even(kind, degree, ring_size, seq_len, True)
+        if imbalance_of_slices(list(map(usual.ring_runs, range(ring_size))), mask) <= UNEVEN:
+            return usual
+    rings = balanced_by_slices(mask, seq_len, ring_size)
+    return SequenceLayout(tuple(piece for runs in rings for piece in ranges.cut(runs, degree)), degree, "balanced")
 
 
 def _balanced(

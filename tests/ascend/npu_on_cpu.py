@@ -28,7 +28,22 @@ KEPT = {
     empty_with_format unsafe_empty_with_format storage_resize_ alias _copy_from_and_resize
     """.split()
 }
-OPERATORS = {}  # name in the namespace npu -> function over CPU tensors
+
+
+def _swiglu(x, dim=-1):
+    first, second = x.chunk(2, dim)
+    return torch.nn.functional.silu(first) * second
+
+
+def _swiglu_backward(grad, x, dim=-1):
+    first, second = x.chunk(2, dim)
+    gate = torch.sigmoid(first)
+    slope = gate * (1 + first * (1 - gate))
+    return torch.cat((grad * second * slope, grad * first * gate), dim)
+
+
+# name in the namespace npu -> function over CPU tensors
+OPERATORS = {"npu_swiglu": _swiglu, "npu_swiglu_backward": _swiglu_backward}
 calls = []  # names of the operators that a device would have run, when ``record`` is True; a view launches nothing
 record = False
 host_waits = []  # what the host would have waited for: copies to it, values, and blocking copies from pageable memory

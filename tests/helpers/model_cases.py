@@ -1,5 +1,6 @@
 """The models of the tests of whole models, their parameters and their samples."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import accumulate
@@ -84,6 +85,7 @@ class Case:
         steps: how many; the second sees what the first has updated.
         model: keywords of GPTModel, beyond those of all.
         layer: keywords of the layer's spec.
+        block: config -> the spec of all layers, None where they are alike.
         targets: how many tokens of a micro batch have a loss, None for most of them.
         since: the first Megatron that has it.
     """
@@ -94,6 +96,7 @@ class Case:
     steps: int = 1
     model: dict = field(default_factory=dict)
     layer: dict = field(default_factory=dict)
+    block: Callable | None = None
     targets: int | None = None
     since: tuple = (0, 12)
 
@@ -188,7 +191,10 @@ def build(case, cp_size, ep_size, bf16):
     config = (MLATransformerConfig if latent else TransformerConfig)(
         **(MODEL | case.settings), **dtype, context_parallel_size=cp_size, expert_model_parallel_size=ep_size
     )
-    layer = get_gpt_layer_local_spec(config.num_moe_experts, False, multi_latent_attention=latent, **case.layer)
+    if case.block is None:
+        layer = get_gpt_layer_local_spec(config.num_moe_experts, False, multi_latent_attention=latent, **case.layer)
+    else:
+        layer = case.block(config)
     mtp = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False) if config.mtp_num_layers else None
     settings = {"position_embedding_type": "rope", "mtp_block_spec": mtp} | case.model
     model = GPTModel(config, layer, vocab_size=VOCABULARY, max_sequence_length=64, **settings)

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
 from mindspeed_cp.sequence.balance import balanced_rings, imbalance, received_rows
-from mindspeed_cp.sequence.blocks import IntervalMask, needed_rows
+from mindspeed_cp.sequence.blocks import needed_rows
 from mindspeed_cp.sequence.filling import Work, fill_ranks
 from mindspeed_cp.sequence.nodes import within_nodes
 from mindspeed_cp.sequence.runs import length, split_sizes
+from mindspeed_cp.sequence.slice_mask import document_mask
 
 
 def boundaries(lengths):
@@ -57,7 +58,7 @@ def test_parts_cover_every_token_once_with_the_areas_and_rows_of_brute_force(len
     assert imbalance(list(rings), documents, causal) == pytest.approx(max(areas) * num_ranks / sum(areas))
     assert sum(areas) == sum(work.area(number, 0, n) for number, n in enumerate(lengths))
     assert received_rows(rings, documents, causal).tolist() == list(map(len, rows))
-    mask = IntervalMask(None, 0 if causal else None, documents)
+    mask = document_mask(None, 0 if causal else None, documents)
     for reader, source in itertools.permutations(range(num_ranks), 2):
         needed = needed_rows(rings[reader], rings[source], mask)
         assert length(needed) == len(rows[reader] & {p for a, b in rings[source] for p in range(a, b)})

@@ -40,12 +40,16 @@ def test_a_models_configuration_takes_mindspeeds_names_as_its_own_does(outcomes)
 
 def test_settings_may_come_again_before_the_groups_and_what_they_leave_open_stays_afterwards(outcomes):
     for rank, ranks in enumerate(outcomes):
-        first, kept, algorithm, size, still, announced, models, ring = ranks["again"]
+        first, kept, algorithm, size, still, announced, models, ring, late = ranks["again"]
         assert first == kept == (GATHER, None) and ring == (RING, None)
         assert algorithm[:2] == still == (HYBRID, 2) and algorithm[2] < 1e-10, "the groups that exist follow"
         assert "configure before initialize_model_parallel" in size and "destroy_model_parallel first" in size
         assert announced == (1 if rank == 0 else 0), "the final one"
         assert "cp_comm_type all_gather" in models and "of an earlier one" in models
+        assert late[:2] == (RING, None) and late[2] < 1e-10, "a default that groups were made with is nobody's choice"
+        lines = [line for line in late[3].splitlines() if line.startswith("Context parallelism: ")]
+        assert len(lines) == (1 if rank == 0 else 0), "the final one"
+        assert all("Ring" in line and line.endswith("megatron_cp_algo is MindSpeed's default") for line in lines)
 
 
 @dataclass
