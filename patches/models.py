@@ -8,7 +8,7 @@ from mindspeed_cp.megatron.batches import block_record, entering, packed_params_
 from mindspeed_cp.megatron.later_stages import pipeline_of
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.sizes import check_model, sub_batch_record
-from mindspeed_cp.megatron.slices import check_positions
+from mindspeed_cp.megatron.slices import check_slices
 from mindspeed_cp.patches.building import census_of
 from mindspeed_cp.patches.rows import Row, absent, patch, present
 
@@ -104,7 +104,7 @@ def _entered(adaptor: Adaptor, model: Any, args: tuple[Any, ...], kwargs: dict[s
         return sub_batch_record(adaptor, values)
     record = entering(adaptor, model, args, kwargs)
     if record is not None:
-        check_positions(model, record)
+        check_slices(model, record)
     if record is not None and record.layout.cp_size > 1 and model not in adaptor.counted:
         adaptor.counted.add(model)
         census_of(adaptor).take(model)  # what was added to it after it was built, too

@@ -7,8 +7,10 @@ sequence; ``PackedTree.batch`` brings both.
 """
 
 from collections.abc import Mapping
+from operator import index
 from typing import Any
 
+import numpy as np
 import torch
 
 from mindspeed_cp.megatron.records import Documents, MicroBatch, Places, Slices
@@ -20,6 +22,7 @@ from mindspeed_cp.sequence.slice_mask import slices_mask
 KEYS = ("attention_slices", "prefix_lengths")
 ROTARY = "rotary_position_ids"
 STATE_SPACE_MODELS = ("MambaModel", "HybridModel")
+DELTA_NET = "gated_delta_net"
 
 
 def brings_slices(batch: Mapping[str, Any], image_token_id: int | None) -> bool:
@@ -74,14 +77,20 @@ def _one_if_shared(rows: Slices) -> Slices:
 
 
 def _prefixes(of_rows: Documents, lengths: Any) -> Slices:
-    given = lengths.tolist() if isinstance(lengths, torch.Tensor) else list(lengths)
+    rows = lengths.tolist() if isinstance(lengths, torch.Tensor) else lengths
+    try:
+        given = [list(map(index, [row] if np.ndim(row) == 0 else row)) for row in rows]
+    except TypeError:
+        raise ValueError(
+            f"prefix_lengths {lengths} of the batch must be a whole number for each row, or a list of them for each "
+            "row, one for each of its documents."
+        ) from None
     if len(given) != len(of_rows):
         raise ValueError(
             f"prefix_lengths of the batch are those of {len(given)} rows, and the batch has {len(of_rows)}; give each "
             "row a number, or one for each of its documents."
         )
-    each = [[number] if isinstance(number, int) else list(number) for number in given]
-    return tuple(map(prefix_slices, of_rows, each))
+    return tuple(map(prefix_slices, of_rows, given))
 
 
 def _spans(chosen: torch.Tensor) -> Runs:
@@ -97,6 +106,9 @@ def _places(position_ids: torch.Tensor | None, rows: int, seq_len: int) -> Place
     """
     if position_ids is None:
         return None
+    if not isinstance(position_ids, torch.Tensor) or position_ids.is_floating_point():
+        kind = getattr(position_ids, "dtype", type(position_ids).__name__)
+        raise ValueError(f"{ROTARY} are {kind}; pass a tensor ({rows}, {seq_len}) of whole numbers.")
     ids = position_ids.cpu()
     if tuple(ids.shape) != (rows, seq_len) or int(ids.min()) < 0 or int(ids.max()) >= seq_len:
         raise ValueError(
@@ -111,16 +123,27 @@ def _places(position_ids: torch.Tensor | None, rows: int, seq_len: int) -> Place
     return None if found == [((0, seq_len),)] else tuple(found)
 
 
-def check_positions(model: Any, record: MicroBatch) -> None:
-    """Raise ValueError where parts of ``model`` take neighbouring rows for neighbouring tokens, and they are not."""
-    if record.places is None:
+def check_slices(model: Any, record: MicroBatch) -> None:
+    """Raise ValueError where parts of ``model`` cannot follow the slices of a batch: sparse attention chooses its keys
+    itself, and some take neighbouring rows for neighbouring tokens, which those of a tree are not.
+    """
+    if record.slices is None:
         return
     config, reason = model.config, ""
+    variant = getattr(config, "experimental_attention_variant", None)
+    if variant not in (None, DELTA_NET):
+        raise ValueError(
+            f"the batch comes with slices (attention_slices, prefix_lengths, image_token_id), and {variant} "
+            f"(--experimental-attention-variant) in {type(model).__name__} is causal and knows none; leave one of them "
+            "out."
+        )
+    if record.places is None:
+        return
     if getattr(config, "window_size", None) is not None:
         reason = "window_size counts rows; use full attention"
     elif getattr(config, "mtp_num_layers", None):
         reason = "multi-token prediction takes the next row for the next token; leave out --mtp-num-layers"
-    elif type(model).__name__ in STATE_SPACE_MODELS:
+    elif variant == DELTA_NET or type(model).__name__ in STATE_SPACE_MODELS:
         reason = "state-space layers go from row to row; pass the sequences one by one"
     if reason:
         raise ValueError(
