@@ -1,5 +1,6 @@
 """Batches with slices through Megatron's own models: prefixes, images, slices of any kind, and trees of rollouts."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,12 +10,21 @@ from distributed import run_ranks
 from slice_runs import RINGS, compare
 from trainer_runs import IMPORTED
 
+from mindspeed_cp.megatron import batches
 from mindspeed_cp.megatron.records import BatchRecords, MicroBatch
 from mindspeed_cp.megatron.slices import check_slices, slices_of_batch
 from mindspeed_cp.sequence.layout import SequenceLayout
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
-BATCHES = ("prefix lengths", "prefix lengths, window", "attention slices", "images", "images in documents", "tree")
+BATCHES = (
+    "prefix lengths",
+    "prefix lengths, window",
+    "attention slices",
+    "attention slices, packed",
+    "images",
+    "images in documents",
+    "tree",
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +62,7 @@ def test_what_contradicts_slices_is_refused_with_a_way_out(ranks, setup):
         "state().running(record)",
         "use full attention",
         "leave out --mtp-num-layers",
+        "state().running(record)",
     )
     for rank in ranks:
         for way_out, message in zip(ways_out, rank[setup]["said"], strict=True):
@@ -120,3 +131,20 @@ def test_a_copy_of_the_tokens_of_two_batches_with_other_slices_leads_to_neither(
     with pytest.raises(ValueError, match="split differently"):
         records.copied_from(batches[0].clone())
     assert records.find([batches[0]]) == record(end=4) and records.find([batches[2]]) == record(end=5)
+
+
+def test_packed_parameters_in_a_pipeline_do_not_lose_slices(monkeypatch):
+    """Stages in the middle have no batch, and packed_seq_params say documents alone."""
+    adaptor, model = SimpleNamespace(sliced=True), SimpleNamespace(pre_process=True)
+    monkeypatch.setattr(batches, "pipeline_of", lambda model: [0, 1])
+    with pytest.raises(ValueError, match="pipeline stages.*leave packed_seq_params out"):
+        batches._check_packed_slices(adaptor, model, record(), False)
+    monkeypatch.setattr(batches, "pipeline_of", lambda model: [0])
+    batches._check_packed_slices(adaptor, model, record(), False)
+
+
+def test_slices_with_numbers_of_numpy_go_over_to_later_stages():
+    """As JSON, which knows no numbers of numpy."""
+    ends = np.arange(5)
+    slices, _ = slices_of_batch({"attention_slices": [((ends[0], ends[4]), (0, ends[4]), "causal")]}, None, 1, 8, None)
+    assert json.dumps(slices) == '[[[[0, 4], [0, 4], "causal"]]]'
