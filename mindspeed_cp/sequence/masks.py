@@ -92,7 +92,9 @@ def rows_of_slices(attention_slices: Any, batch: int) -> list[AttentionSlices]:
     """The slices of every row, or of all rows at once, as they can be looked up."""
     given = frozen(attention_slices)
     parts = given if isinstance(given, tuple) else (given,)
-    strange = [part for part in parts if not isinstance(part, tuple) or not _can_be_looked_up(part)]
+    strange = [part for part in parts if not isinstance(part, tuple)]
+    if not strange and not _can_be_looked_up(parts):
+        strange = [part for part in parts if not _can_be_looked_up(part)]
     if strange:
         raise ValueError(
             f"attention_slices is or holds {strange[0]!r}, and must be a list of ((first query, last + 1), (first key, "
