@@ -266,8 +266,10 @@ def _checked_weights(number: int, length: int, weights: Sequence[Weights] | None
 def _dtype_of(weights: Sequence[Weights] | None) -> torch.dtype:
     """At least float32: half precision counts sequences that share a label up to 256 or 2048 only."""
     first = weights[0] if weights is not None and len(weights) else None
-    given = isinstance(first, torch.Tensor) and first.is_floating_point()
-    return torch.promote_types(first.dtype if given else torch.get_default_dtype(), torch.float32)
+    dtype = torch.get_default_dtype()
+    if isinstance(first, torch.Tensor) and first.is_floating_point():
+        dtype = first.dtype
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _branches(arrays: list[Integers], repeats: bool) -> list[_Branch]:
