@@ -57,6 +57,7 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
         adaptor.handed.waiting = False  # the parameters say the same, and where documents are padded too
         told = ids if tokens is None else tokens
         local = None if told is None else told.size(-1)
+        _check_packed_slices(adaptor, model, record, found is None and adaptor.active is None)
         return packed_batch(adaptor, scope, params, local, ids, record)
     if getattr(model, "pre_process", True):
         if record is None:
@@ -69,6 +70,19 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
                 raise ValueError(f"batches come with slices{LOST}")
         return adaptor.hand_over.first(model, scope, record)
     return adaptor.hand_over.later(model, scope, record)
+
+
+def _check_packed_slices(adaptor: "Adaptor", model: Any, record: MicroBatch | None, is_lost: bool) -> None:
+    """Raise ValueError where slices beside packed_seq_params would be lost: those say documents alone."""
+    if adaptor.sliced and is_lost and getattr(model, "pre_process", True):
+        raise ValueError(f"batches come with slices{LOST}")
+    if record is not None and record.slices is not None and len(pipeline_of(model)) > 1:
+        raise ValueError(
+            "a batch with slices (attention_slices, prefix_lengths, image_token_id) and packed_seq_params runs in "
+            "pipeline stages, which take packed_seq_params for all that is said of it; leave packed_seq_params out "
+            "and give the documents when the batch is split (state().shard_batch(batch, cu_seqlens=...)), or use "
+            "--pipeline-model-parallel-size 1."
+        )
 
 
 LOST = (

@@ -48,7 +48,7 @@ def packed_batch(
     """
     boundaries = adaptor.boundaries
     check_local_size(params, scope.size)
-    if scope.alone:
+    if scope.alone and (record is None or record.slices is None):
         assert local_len is not None
         return MicroBatch(built(scope.config, local_len), (boundaries.documents(params, local_len),), scope)
     if record is not None:

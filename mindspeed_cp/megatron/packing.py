@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from mindspeed_cp.sequence.packing import Rows, pack_documents
+from mindspeed_cp.sequence.packing import Rows, pack_documents, whole
 
 SEQUENCES = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -32,7 +32,8 @@ class PackedSampler:
         data_parallel_rank, data_parallel_size: rows are dealt out one by one; 1 where one row lies over all ranks.
 
     Raises:
-        ValueError: documents are too long for a row, too few for the rows of a step, or rows are none for some rank.
+        ValueError: documents are too long for a row, too few for the rows of a step, or rows are none for some rank;
+            or a number is none of these.
     """
 
     def __init__(
@@ -47,7 +48,24 @@ class PackedSampler:
         data_parallel_rank: int = 0,
         data_parallel_size: int = 1,
     ) -> None:
-        self._order = [place for place in (range(len(lengths)) if order is None else order) if lengths[place]]
+        rows, first_step = whole("rows", rows, 1), whole("first_step", first_step, 0)
+        size = whole("data_parallel_size", data_parallel_size, 1)
+        if not 0 <= data_parallel_rank < size:
+            raise ValueError(
+                f"data_parallel_rank {data_parallel_rank} must lie in 0 to {size - 1} (data_parallel_size {size}); "
+                "leave both out where one row lies over all ranks."
+            )
+        places = (
+            range(len(lengths))
+            if order is None
+            else [whole(f"order[{number}]", place, 0) for number, place in enumerate(order)]
+        )
+        if max(places, default=-1) >= len(lengths):
+            raise ValueError(
+                f"order names document {max(places)}, and there are {len(lengths)}; pass places from 0 to "
+                f"{len(lengths) - 1}."
+            )
+        self._order = [place for place in places if lengths[place]]
         self._lengths = [int(lengths[place]) for place in self._order]
         pack_documents(self._lengths, ranks, tokens)  # each fits
         if len(self._order) < rows:
@@ -55,13 +73,13 @@ class PackedSampler:
                 f"{len(self._order)} documents cannot fill the {rows} rows of a step, which have one at least; use "
                 f"fewer rows (--global-batch-size {max(len(self._order), 1)}), or more documents."
             )
-        if rows % data_parallel_size:
+        if rows % size:
             raise ValueError(
-                f"{rows} rows of a step must be divisible by the {data_parallel_size} data-parallel ranks; use "
-                f"{-(-rows // data_parallel_size) * data_parallel_size}, or one row over all ranks."
+                f"{rows} rows of a step must be divisible by the {size} data-parallel ranks; use "
+                f"{-(-rows // size) * size}, or one row over all ranks."
             )
         self._ranks, self._tokens, self._rows, self._first = ranks, tokens, rows, first_step
-        self._mine = slice(data_parallel_rank, None, data_parallel_size)
+        self._mine = slice(data_parallel_rank, None, size)
 
     def __iter__(self) -> Iterator[list[int]]:
         start = step = 0
@@ -110,18 +128,21 @@ def pack_samples(samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, tor
         cu_seqlens int32 (documents + 1,), max_seqlen int32 ().
 
     Raises:
-        ValueError: a sample's tensors differ in length, or samples in what they hold.
+        ValueError: there is no sample, one has no tokens, a sample's tensors differ in length, or samples in what they
+            hold.
     """
-    names = [name for name in SEQUENCES if name in samples[0]]
-    lengths = [sample["tokens"].numel() for sample in samples]
+    names = [name for name in SEQUENCES if any(name in sample for sample in samples)]
+    if "tokens" not in names:
+        raise ValueError(f"pack_samples got {len(samples)} samples without tokens; pass one or more that hold them.")
+    lengths = [sample["tokens"].numel() if "tokens" in sample else 0 for sample in samples]
     for number, (sample, length) in enumerate(zip(samples, lengths)):
         if any(name not in sample or sample[name].shape != (length,) for name in names):
             raise ValueError(
-                f"sample {number} must hold {', '.join(names)} of {length} tokens each, as the first one does; give "
-                "every document the same fields, in one dimension."
+                f"sample {number} must hold {', '.join(names)} of {length} tokens each, as others do; give every "
+                "document the same fields, in one dimension."
             )
     row = {name: torch.cat([sample[name] for sample in samples])[None] for name in names}
     if "position_ids" not in row:
-        row["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+        row["position_ids"] = torch.cat([torch.arange(length, device=row["tokens"].device) for length in lengths])[None]
     ends = torch.tensor([0, *lengths]).cumsum(0)
     return row | {"cu_seqlens": ends.to(torch.int32), "max_seqlen": torch.tensor(max(lengths), dtype=torch.int32)}

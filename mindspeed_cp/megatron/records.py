@@ -127,26 +127,30 @@ class BatchRecords:
         if not tensors or not self._counts.get(scope):
             return None
         by_tensor = [found for tensor in tensors if (found := self._by_values(tensor, scope))]
-        alike = dict(kv for found in by_tensor for kv in found.items())
-        mine = set(alike).intersection(*by_tensor) or set(alike)
+        alike = {part.number: part.record for found in by_tensor for part in found}
+        mine = set(alike).intersection(*({part.number for part in found} for found in by_tensor)) or set(alike)
         return _only(alike[number] for number in _on_all_ranks(mine, scope))
 
     def copied_from(self, tokens: torch.Tensor | None) -> MicroBatch | None:
-        """The record of a batch of which ``tokens`` of several values are a copy, whatever it was split over."""
+        """The record of a batch of which ``tokens`` of several values are a copy, whatever it was split over.
+
+        Raises:
+            ValueError: they are the tokens of several batches, whose records differ.
+        """
         if tokens is None:
             return None
         alike = self._by_values(tokens, None)
-        return next(iter(alike.values())) if alike and bool(tokens.ne(tokens.flatten()[0]).any()) else None
+        return _only(part.record for part in alike) if bool(tokens.ne(tokens.flatten()[:1]).any()) else None
 
     def _by_memory(self, tensor: torch.Tensor) -> MicroBatch | None:
         part = self._parts.get(tensor.untyped_storage()._cdata)
         return None if part is None or part.memory.expired() else part.record
 
-    def _by_values(self, tensor: torch.Tensor, scope: Scope | None) -> dict[int, MicroBatch]:
-        """number -> record of the batches, over ``scope`` or any, of which a tensor of whole numbers has the values."""
+    def _by_values(self, tensor: torch.Tensor, scope: Scope | None) -> list[_Part]:
+        """Parts of batches, over ``scope`` or any, of which a tensor of whole numbers has the values."""
         if tensor.is_floating_point() or tensor.dim() < 2:
-            return {}
-        alike = {}
+            return []
+        alike = []
         for part in self._parts.values():
             elsewhere = scope is not None and part.record.scope is not scope
             known = None if part.tensor is None or elsewhere else part.tensor()
@@ -156,7 +160,7 @@ class BatchRecords:
                 and not known.is_floating_point()
                 and bool((known == tensor).all())
             ):
-                alike[part.number] = part.record
+                alike.append(part)
         return alike
 
     def clear(self) -> None:

@@ -7,8 +7,10 @@ sequence; ``PackedTree.batch`` brings both.
 """
 
 from collections.abc import Mapping
+from operator import index
 from typing import Any
 
+import numpy as np
 import torch
 
 from mindspeed_cp.megatron.records import Documents, MicroBatch, Places, Slices
@@ -76,14 +78,20 @@ def _one_if_shared(rows: Slices) -> Slices:
 
 
 def _prefixes(of_rows: Documents, lengths: Any) -> Slices:
-    given = lengths.tolist() if isinstance(lengths, torch.Tensor) else list(lengths)
+    rows = lengths.tolist() if isinstance(lengths, torch.Tensor) else lengths
+    try:
+        given = [list(map(index, [row] if np.ndim(row) == 0 else row)) for row in rows]
+    except TypeError:
+        raise ValueError(
+            f"prefix_lengths {lengths} of the batch must be a whole number for each row, or a list of them for each "
+            "row, one for each of its documents."
+        ) from None
     if len(given) != len(of_rows):
         raise ValueError(
             f"prefix_lengths of the batch are those of {len(given)} rows, and the batch has {len(of_rows)}; give each "
             "row a number, or one for each of its documents."
         )
-    each = [[number] if isinstance(number, int) else list(number) for number in given]
-    return tuple(map(prefix_slices, of_rows, each))
+    return tuple(map(prefix_slices, of_rows, given))
 
 
 def _spans(chosen: torch.Tensor) -> Runs:
@@ -99,6 +107,9 @@ def _places(position_ids: torch.Tensor | None, rows: int, seq_len: int) -> Place
     """
     if position_ids is None:
         return None
+    if not isinstance(position_ids, torch.Tensor) or position_ids.is_floating_point():
+        kind = getattr(position_ids, "dtype", type(position_ids).__name__)
+        raise ValueError(f"{ROTARY} are {kind}; pass a tensor ({rows}, {seq_len}) of whole numbers.")
     ids = position_ids.cpu()
     if tuple(ids.shape) != (rows, seq_len) or int(ids.min()) < 0 or int(ids.max()) >= seq_len:
         raise ValueError(

@@ -94,7 +94,7 @@ def split_in_place(
     sequences = _sequences(batch)
     if not sequences:
         return batch
-    record = _record(adaptor, scope, batch, length_of(sequences), documents)
+    record = _record(adaptor, scope, batch, sequences, documents)
     for name, value in sequences.items():
         batch[name] = _own_part(record.layout, value, scope.rank, sequence_dim(value))
     adaptor.records.remember((batch[name] for name in sequences), record, _telling(batch))
@@ -110,7 +110,7 @@ def sharded(
         ValueError: a tensor is as long as the sequence, and not a name that is known.
     """
     named = named_sequences(batch, sequences)
-    record = _record(adaptor, scope, batch, length_of(named), documents)
+    record = _record(adaptor, scope, batch, named, documents)
     flat = {name: value for name, value in batch.items() if name not in named or sequence_dim(value) == 1}
     local = shard_batch(flat, layout=record.layout, cp_rank=scope.rank, sequences=sequences)
     for name, value in named.items():
@@ -119,12 +119,21 @@ def sharded(
     return local
 
 
-def _record(adaptor: "Adaptor", scope: Scope, batch: Batch, seq_len: int, documents: Documents | None) -> MicroBatch:
+def _record(
+    adaptor: "Adaptor",
+    scope: Scope,
+    batch: Batch,
+    sequences: Mapping[str, torch.Tensor],
+    documents: Documents | None,
+) -> MicroBatch:
+    """The record of ``batch``, of which ``sequences`` are split."""
+    seq_len, rows = length_of(sequences), next(iter(sequences.values()))
+    num_rows = rows.size(sequence_dim(rows) - 1)
     if documents is None:
         documents, waits = documents_of_batch(adaptor, batch)
     else:
         waits = False
-    slices, places = slices_of_batch(batch, documents, _num_rows(batch), seq_len, adaptor.settings.image_token_id)
+    slices, places = slices_of_batch(batch, documents, num_rows, seq_len, adaptor.settings.image_token_id)
     if slices is not None and adaptor.sizes:
         raise ValueError(
             "a batch with slices (attention_slices, prefix_lengths, image_token_id) is not supported with "
@@ -141,11 +150,6 @@ def _record(adaptor: "Adaptor", scope: Scope, batch: Batch, seq_len: int, docume
         slices=slices,
         places=places,
     )
-
-
-def _num_rows(batch: Batch) -> int:
-    rows = next(iter(named_sequences(batch).values()))
-    return rows.size(sequence_dim(rows) - 1)
 
 
 def _telling(local: Batch) -> list[Any]:

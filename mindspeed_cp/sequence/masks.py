@@ -90,13 +90,17 @@ def _rows_of_boundaries(cu_seqlens: Any, batch: int) -> list[Boundaries | None]:
 
 def rows_of_slices(attention_slices: Any, batch: int) -> list[AttentionSlices]:
     """The slices of every row, or of all rows at once, as they can be looked up."""
-    if not isinstance(attention_slices, (tuple, list)):
-        raise ValueError(
-            f"attention_slices is {type(attention_slices).__name__} and must be a list of ((first query, last + 1), "
-            "(first key, last + 1), kind), or one such list for each row of the batch."
-        )
     given = frozen(attention_slices)
-    one = any(len(row) == 3 and isinstance(row[2], str) for row in given if isinstance(row, tuple))
+    parts = given if isinstance(given, tuple) else (given,)
+    strange = [part for part in parts if not isinstance(part, tuple)]
+    if not strange and not _can_be_looked_up(parts):
+        strange = [part for part in parts if not _can_be_looked_up(part)]
+    if strange:
+        raise ValueError(
+            f"attention_slices is or holds {strange[0]!r}, and must be a list of ((first query, last + 1), (first key, "
+            "last + 1), kind), or one such list for each row of the batch; no arrays."
+        )
+    one = any(len(row) == 3 and not isinstance(row[2], tuple) for row in given)
     if one or not given:
         return [given]
     if len(given) != batch:
@@ -105,6 +109,14 @@ def rows_of_slices(attention_slices: Any, batch: int) -> list[AttentionSlices]:
             "each row of the batch, or a single list of ((first query, last + 1), (first key, last + 1), kind) for all."
         )
     return list(given)
+
+
+def _can_be_looked_up(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _num_bytes(mask: SliceMask) -> int:

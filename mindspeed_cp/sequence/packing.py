@@ -29,10 +29,10 @@ def pack_documents(lengths: Iterable[int], ranks: int, tokens: int) -> Rows:
     Raises:
         ValueError: a length is no whole number, below 0, or above ranks x tokens; or ranks or tokens are below 1.
     """
-    ranks, tokens = _whole("ranks", ranks, 1), _whole("tokens", tokens, 1)
+    ranks, tokens = whole("ranks", ranks, 1), whole("tokens", tokens, 1)
     waiting: list[tuple[int, int]] = []  # (length, less the place), ascending: of equal lengths the first goes first
     for place, length in enumerate(lengths):
-        length = _whole(f"lengths[{place}]", length, 0)
+        length = whole(f"lengths[{place}]", length, 0)
         if length > ranks * tokens:
             raise ValueError(
                 f"document {place} has {length} tokens, and a row holds {ranks} ranks x {tokens} tokens = "
@@ -52,7 +52,8 @@ def pack_documents(lengths: Iterable[int], ranks: int, tokens: int) -> Rows:
     return tuple(rows)
 
 
-def _whole(name: str, value: int, least: int) -> int:
+def whole(name: str, value: int, least: int) -> int:
+    """``value`` as an int; ValueError where it is no whole number, or below ``least``."""
     try:
         number = index(value)
     except TypeError:

@@ -29,8 +29,8 @@ def prefix_slices(documents: Boundaries, lengths: Sequence[int]) -> AttentionSli
     for start, stop, length in zip(documents, documents[1:], lengths):
         if not 0 <= length <= stop - start:
             raise ValueError(
-                f"a prefix of {length} tokens is longer than its document of {stop - start}, from {start} to {stop}; "
-                "give each document the number of its own first tokens."
+                f"a prefix of {length} tokens is negative or longer than its document of {stop - start}, from {start} "
+                f"to {stop}; give each document the number of its own first tokens."
             )
         spans.append((start, start + length))
     return span_slices(documents, spans)

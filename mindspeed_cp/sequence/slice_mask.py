@@ -141,9 +141,11 @@ def _show_something(slices: SliceTable) -> npt.NDArray[np.bool_]:
 
 
 def frozen(value: Any) -> Any:
-    """``value`` with tuples for its lists, so that it can be looked up."""
+    """``value`` with tuples for its lists and ints for numpy's, so that it can be looked up and written as JSON."""
     if isinstance(value, (tuple, list)):
-        return tuple(map(frozen, value))
+        return tuple([part if type(part) in (int, str) else frozen(part) for part in value])
+    if isinstance(value, np.integer):
+        return int(value)
     return value
 
 

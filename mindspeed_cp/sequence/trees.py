@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.sequence.packing import whole
 from mindspeed_cp.sequence.runs import join
 from mindspeed_cp.sequence.slice_mask import AttentionSlice, AttentionSlices, Integers
 
@@ -52,7 +53,7 @@ class PackedTree:
         tokens, position_ids: (s,) LongTensor; positions count from the beginning of the sequences.
         attention_slices: what each token sees, for ``context_parallel_attention``.
         rows, labels: (m,) LongTensor: the row whose logits predict the label, ascending; and the label, a token.
-        weights: (m,) the sum of the weights that the label has in its sequences.
+        weights: (m,) the sum of the weights that the label has in its sequences, in float32 or float64.
         places: for each sequence, (n - 1,) LongTensor: where its labels are among the m.
     """
 
@@ -72,7 +73,15 @@ class PackedTree:
 
         Args:
             layout: of the packed tokens, padding behind them included.
+
+        Raises:
+            ValueError: the layout is of fewer tokens.
         """
+        if layout.seq_len < len(self):
+            raise ValueError(
+                f"the layout is of {layout.seq_len} tokens, and the tree has {len(self)}; build it for len(tree), and "
+                "for the padding behind it."
+            )
         ends = self.rows.numpy(force=True)
         places = [
             [(int(np.searchsorted(ends, start)), int(np.searchsorted(ends, stop))) for start, stop in runs]
@@ -104,8 +113,9 @@ class PackedTree:
             multiple_of: padding tokens, which see nothing and count nothing, make the length a multiple of it.
 
         Raises:
-            ValueError: a row has several labels.
+            ValueError: a row has several labels, or multiple_of is no whole number of at least 1.
         """
+        multiple_of = whole("multiple_of", multiple_of, 1)
         several = self.rows[1:][self.rows[1:] == self.rows[:-1]]
         if len(several):
             raise ValueError(
@@ -114,15 +124,15 @@ class PackedTree:
             )
         length = -(-len(self) // multiple_of) * multiple_of
 
-        def whole(values: torch.Tensor, rows: torch.Tensor, default: int = 0) -> torch.Tensor:
+        def padded(values: torch.Tensor, rows: torch.Tensor, default: int = 0) -> torch.Tensor:
             return values.new_full((length,), default).index_copy_(0, rows, values)[None]
 
         everyone = torch.arange(len(self), device=self.tokens.device)
-        position_ids = whole(self.position_ids, everyone)
+        position_ids = padded(self.position_ids, everyone)
         return {
-            "tokens": whole(self.tokens, everyone, padding),
-            "labels": whole(self.labels, self.rows, padding),
-            "loss_mask": whole(self.weights, self.rows),
+            "tokens": padded(self.tokens, everyone, padding),
+            "labels": padded(self.labels, self.rows, padding),
+            "loss_mask": padded(self.weights, self.rows),
             "position_ids": position_ids,
             "attention_slices": self.attention_slices,
             "rotary_position_ids": position_ids,
@@ -183,6 +193,7 @@ def pack_tree(
     Raises:
         ValueError: there is no sequence, one is empty, or weights do not fit.
     """
+    sequences, weights = list(sequences), None if weights is None else list(weights)
     arrays = [_checked(number, sequence) for number, sequence in enumerate(sequences)]
     if not arrays:
         raise ValueError("pack_tree got no sequences; pass at least one, a list or 1-D tensor of tokens.")
@@ -217,7 +228,7 @@ def pack_tree(
 
 
 def _checked(number: int, sequence: Tokens) -> Integers:
-    array = np.asarray(sequence.numpy(force=True) if isinstance(sequence, torch.Tensor) else sequence)
+    array = _array(sequence)
     if array.ndim != 1 or not len(array) or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(
             f"sequence {number} of pack_tree has shape {array.shape} and dtype {array.dtype}; pass a list or 1-D "
@@ -226,22 +237,39 @@ def _checked(number: int, sequence: Tokens) -> Integers:
     return array.astype(np.int64)
 
 
+def _array(values: Any) -> npt.NDArray[Any]:
+    """``values`` as an array of what they are; of objects where they are of no one form."""
+    try:
+        return np.asarray(values.numpy(force=True) if isinstance(values, torch.Tensor) else values)
+    except ValueError:
+        return np.asarray(None)
+
+
 def _checked_weights(number: int, length: int, weights: Sequence[Weights] | None) -> npt.NDArray[np.float64]:
     if weights is None:
         return np.ones(length)
     own = weights[number]
-    array = np.asarray(own.double().numpy(force=True) if isinstance(own, torch.Tensor) else own, dtype=np.float64)
-    if array.shape != (length,):
+    if isinstance(own, torch.Tensor) and own.requires_grad:
         raise ValueError(
-            f"weights of sequence {number} of pack_tree have shape {array.shape}, and it has {length} tokens; pass one "
-            "number for each token of each sequence, 0 for those that are no labels."
+            f"weights of sequence {number} of pack_tree require a gradient, which they would not get; weigh what "
+            "PackedTree.per_sequence returns of the log-probabilities, or pass weights.detach()."
         )
-    return array
+    array = _array(own.double() if isinstance(own, torch.Tensor) else own)
+    if array.shape != (length,) or array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"weights of sequence {number} of pack_tree have shape {array.shape} and dtype {array.dtype}, and it has "
+            f"{length} tokens; pass one number for each token of each sequence, 0 for those that are no labels."
+        )
+    return array.astype(np.float64)
 
 
 def _dtype_of(weights: Sequence[Weights] | None) -> torch.dtype:
+    """At least float32: half precision counts sequences that share a label up to 256 or 2048 only."""
     first = weights[0] if weights is not None and len(weights) else None
-    return first.dtype if isinstance(first, torch.Tensor) and first.is_floating_point() else torch.get_default_dtype()
+    dtype = torch.get_default_dtype()
+    if isinstance(first, torch.Tensor) and first.is_floating_point():
+        dtype = first.dtype
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _branches(arrays: list[Integers], repeats: bool) -> list[_Branch]:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from cases import Case, attend_many, check_cases, setup_of
@@ -118,6 +119,10 @@ def alone(slices, seq_len=8):
         ([((0, 4), (0, 4), "bicausal")], ("full, causal, inverse, band",)),
         ([((0, 4), (0, 4.0), "full")], ("whole numbers",)),
         ([((0, 4), (0, 4))], ("kind",)),
+        ([((0, 4), (0, 4), 1)], ("slices 0 is", "full, causal, inverse, band")),
+        ([(np.array([0, 4]), (0, 4), "full")], ("must be a list", "no arrays")),
+        ([None], ("holds None", "must be a list")),
+        (((0, 4), (0, 4), "full"), ("holds 'full'", "must be a list")),
         ([[((0, 4), (0, 4), "full")]] * 2, ("2 lists", "1 rows")),
         ("causal", ("must be a list",)),
     ],

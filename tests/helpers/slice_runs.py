@@ -65,11 +65,15 @@ def batches():
     plain, picture, packed = batch_of(DOCUMENTS), images(), images(DOCUMENTS)
     mixed = [prefix_slices(11), [((0, 30), (0, 30), "band"), ((30, 48), (7, 48), "causal")]]
     dense = ~torch.stack([sliced_pairs(row, SEQ) for row in mixed])[:, None]
+    ends, row = (0, 20, SEQ), {key: value[:1] for key, value in plain.items()}
+    row |= {"attention_slices": prefix_slices(11), "packed_seq_params": packed_of(ends)}
+    apart = ~(sliced_pairs(prefix_slices(11), SEQ) & allowed_pairs(SEQ, cu_seqlens=ends)[0])[None, None]
     windowed = prefix_mask() | ~allowed_pairs(SEQ, window=(9, None))
     return {
         "prefix lengths": ({**plain, "prefix_lengths": torch.tensor(PREFIXES)}, prefix_mask(), {}, {}),
         "prefix lengths, window": ({**plain, "prefix_lengths": PREFIXES}, windowed, {}, {"window_size": (9, 0)}),
         "attention slices": ({**plain, "attention_slices": mixed}, dense, {}, {}),
+        "attention slices, packed": (row, apart, {}, {}),
         "images": (*picture, {"image_token_id": IMAGE}, {}),
         "images in documents": (*packed, {"image_token_id": IMAGE, "end_of_document": END}, {}),
     }
@@ -118,7 +122,7 @@ def _difference(whole, batch, more, of_model, cp_size, settings=None, mask=None)
     configure(settings or {}, cp_size, **more)
     state, model, local = megatron_adaptor.state(), build(cp_size, **of_model), split(batch)
     record = state.records.find(value for value in local.values() if isinstance(value, torch.Tensor))
-    losses = losses_of(model, local, mask)
+    losses = losses_of(model, local, mask, packed_seq_params=local.get("packed_seq_params"))
     if mask is not None:
         ((_, facts),) = state.masks._entries.values()
         assert [len(row) for row in facts.slices] == [2, 1], "a dense mask of a prefix and a causal row"
@@ -155,6 +159,16 @@ def _with(model, **settings):
     return model
 
 
+def packed_of(ends):
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    bounds = torch.tensor(ends, dtype=torch.int32)
+    longest = int(bounds.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+
+
 def said():
     """What is said of a mask beside slices, of two ways to say it, and of a tree's positions in several rows."""
     from mindspeed_cp import megatron_adaptor, pack_tree
@@ -168,6 +182,7 @@ def said():
     state = megatron_adaptor.state()
     places = state.layout(SEQ).positions(state.cp_rank).expand(2, -1).clone()
     lost = {"tokens": local["tokens"].flip(1), "labels": local["labels"].flip(1), "position_ids": places}
+    packed = packed_of((0, 20, SEQ))
     for wrong in (
         lambda: losses_of(build(2), local, mask),
         lambda: split({**batch, "attention_slices": slices, "attention_mask": mask}),
@@ -181,6 +196,7 @@ def said():
         lambda: losses_of(
             _with(build(2), experimental_attention_variant="dsa"), split({**batch, "attention_slices": slices})
         ),
+        lambda: losses_of(build(2), {key: value[:1].clone() for key, value in lost.items()}, packed_seq_params=packed),
     ):
         try:
             wrong()

@@ -92,6 +92,17 @@ def test_what_is_not_known_by_name_is_split_by_its_length_and_named():
         split(as_in_0_16, batch_of(statistics=statistics))
 
 
+def test_batches_without_a_known_name_are_split_too():
+    """One of a pipeline stage, or of a loop of its own that names its sequences."""
+    from mindspeed_cp.megatron import splitting
+
+    with pytest.warns(ContextParallelWarning, match="hidden: not known by name"):
+        assert split(as_in_0_16, {"hidden": torch.arange(SEQ)[None]})["hidden"].tolist() == [[0, 1, 6, 7]]
+    adaptor, batch = adaptor_of(), {"hidden": torch.arange(SEQ)[None]}
+    local = splitting.sharded(adaptor, adaptor.main, batch, None, ("hidden",))
+    assert local["hidden"].tolist() == [[0, 1, 6, 7]]
+
+
 @pytest.mark.parametrize("more", [{"cu_seqlens": torch.tensor([[0, SEQ]])}, {}], ids=["packed", "one sequence"])
 def test_dynamic_context_parallelism_is_refused_by_name(more):
     with pytest.raises(ValueError, match="--hybrid-context-parallel gives every micro-batch.*leave out"):

@@ -54,6 +54,12 @@ def test_a_step_of_long_documents_still_has_all_its_rows():
     [
         ({"lengths": [41], "rows": 1}, "document 0 has 41 tokens"),
         ({"lengths": [3, 0, 3], "rows": 3}, "2 documents cannot fill the 3 rows of a step.*--global-batch-size 2"),
+        ({"rows": 0}, "rows 0 must be a whole number of at least 1"),
+        ({"first_step": -1}, "first_step -1 must be"),
+        ({"data_parallel_size": 0}, "data_parallel_size 0 must be"),
+        ({"data_parallel_rank": 2, "data_parallel_size": 2}, "data_parallel_rank 2 must lie in 0 to 1"),
+        ({"order": [0, -1]}, r"order\[1\] -1 must be"),
+        ({"order": [0, 60]}, "order names document 60, and there are 60"),
         ({"data_parallel_size": 3}, "4 rows of a step must be divisible by the 3 data-parallel ranks; use 6"),
     ],
 )
@@ -78,5 +84,11 @@ def test_a_loader_of_torch_takes_both():
 
 
 def test_samples_that_differ_in_what_they_hold_are_an_error():
-    with pytest.raises(ValueError, match="sample 1 must hold tokens, labels of 3 tokens each"):
-        pack_samples([{"tokens": torch.ones(2), "labels": torch.ones(2)}, {"tokens": torch.ones(3)}])
+    """A loss mask that only later documents bring would be lost without a word."""
+    plain, masked = {"tokens": torch.ones(3)}, {"tokens": torch.ones(2), "loss_mask": torch.zeros(2)}
+    for number, samples in enumerate(([plain, masked], [masked, plain])):
+        with pytest.raises(ValueError, match=f"sample {number} must hold tokens, loss_mask of 3 tokens each"):
+            pack_samples(samples)
+    for samples in ([], [{"input_ids": torch.ones(2)}]):
+        with pytest.raises(ValueError, match="without tokens"):
+            pack_samples(samples)

@@ -108,3 +108,38 @@ def test_a_tree_of_prompts_without_anything_in_common_is_packed_documents():
 def test_what_is_no_tree_is_refused(sequences, weights, says):
     with pytest.raises(ValueError, match=says):
         pack_tree(sequences, weights=weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_are_added_as_they_are(dtype):
+    """Of 257 rollouts that share a label bfloat16 counts 256, of 2049 float16 counts 2048."""
+    count = {torch.bfloat16: 257, torch.float16: 2049}[dtype]
+    tree = pack_tree([[1, 2]] * count, weights=[torch.ones(2, dtype=dtype)] * count)
+    assert tree.weights.tolist() == [count]
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: pack_tree([[[1], [1, 2]]]), "sequence 0 of pack_tree"),
+        (lambda: pack_tree([[1, 2]], weights=[["a", "b"]]), "weights of sequence 0"),
+        (lambda: pack_tree([[1, 2]], weights=[torch.ones(2).requires_grad_()]), "per_sequence.*weights.detach"),
+        (lambda: pack_tree([[1, 2]]).batch(multiple_of=0), "multiple_of 0 must be a whole number of at least 1"),
+        (lambda: pack_tree([[1, 2, 3]]).held(layout_of(2), 0), "layout is of 2 tokens, and the tree has 3"),
+    ],
+)
+def test_what_is_no_tree_is_an_error_with_a_way_out(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def layout_of(seq_len):
+    return SequenceLayout.build(ContextParallelConfig(context_parallel_size=1), seq_len)
+
+
+def test_sequences_without_labels_and_iterators_make_trees():
+    tree = pack_tree(iter([[1], [2], [1]]))
+    assert tree.tokens.tolist() == [1, 2] and not len(tree.labels)
+    assert [len(values) for values in tree.per_sequence(torch.zeros(0))] == [0, 0, 0]
+    assert not len(tree.held(layout_of(3), 0).labels)
+    assert not tree.batch(multiple_of=4)["loss_mask"].any()
