@@ -140,7 +140,12 @@ class Adaptor(OwnLoops):
         ranks = dist.get_process_group_ranks(group)
         agree_in_group(config, self.settings, ranks)
         groups = ContextParallelGroups.adopt(
-            config, group, pool=self._pool, timeout=self.timeout, virtual_pipeline=self.virtual_pipeline
+            config,
+            group,
+            pool=self._pool,
+            timeout=self.timeout,
+            virtual_pipeline=self.virtual_pipeline,
+            buffers=hccl_buffers(config, self.setup),
         )
         for call in self.on_change:
             call()

@@ -60,15 +60,20 @@ def groups_messages(rank):
     return bool(getattr(torch_npu.distributed.distributed_c10d, "_CANN_VERSION", False))
 
 
-def group_buffers(rank, folder, buffers):
-    """MB that HCCL was asked for, of each communicator of this rank in the order in which they were made."""
+def group_buffers(rank, folder, buffers, adopts=False):
+    """(ranks, MB that HCCL was asked for) of each communicator of this rank, in a group that is made or adopted."""
+    import torch
+
     from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
 
     log = Path(folder, f"communicators-{rank.rank}")
     os.environ["NPU_STUB_COMMUNICATORS"] = str(log)
     rank.join()
     config = ContextParallelConfig(context_parallel_size=4, algorithm="hybrid_cp_algo", ulysses_degree=2)
-    ContextParallelGroups.build(config, buffers=buffers)
+    if adopts:
+        ContextParallelGroups.adopt(config, torch.distributed.group.WORLD, pool={}, buffers=buffers)
+    else:
+        ContextParallelGroups.build(config, buffers=buffers)
     return sorted(tuple(map(int, line.split()[::2])) for line in log.read_text().splitlines())
 
 

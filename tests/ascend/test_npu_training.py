@@ -115,8 +115,9 @@ def _parsed(schema):
     return str(torch._C.parse_schema(schema))
 
 
-def test_each_process_group_gets_the_buffer_of_its_largest_message(server, tmp_path):
-    given = server.run("group_buffers", 4, folder=str(tmp_path), buffers={"ulysses": 385, "ring": 33})
+@pytest.mark.parametrize("adopts", [False, True], ids=["made", "adopted"])
+def test_each_process_group_gets_the_buffer_of_its_largest_message(server, tmp_path, adopts):
+    given = server.run("group_buffers", 4, folder=str(tmp_path), buffers={"ulysses": 385, "ring": 33}, adopts=adopts)
     for communicators in given:
         assert [pair for pair in communicators if pair[0] == 2] == [[2, 33], [2, 385]], communicators
         assert all(megabytes == 200 for size, megabytes in communicators if size == 4), communicators

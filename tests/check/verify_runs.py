@@ -139,7 +139,8 @@ def proof(args, run):
     command += ["--dtype", run.dtype, "--ranks", str(args.ranks), "--cp", str(args.ranks // run.tp)]
     command += ["--steps", str(num_steps(args)), "--limit", str(TIMEOUT), str(SCRIPTS / "pretrain_gpt.py")]
     done = subprocess.run([*command, *flags], capture_output=True, text=True)
-    found = json.loads(done.stdout) if done.stdout.startswith("{") else {"failure": done.stderr}
+    _, brace, rest = done.stdout.partition("{")  # torch_npu prints before it, such as that CANN was not sourced
+    found = json.loads(brace + rest) if brace else {"failure": done.stderr or f"status {done.returncode}"}
     if found["failure"]:
         print(f"{run.name}: failed, {found['failure']}", flush=True)
         return float("inf")

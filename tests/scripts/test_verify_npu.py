@@ -173,7 +173,7 @@ def test_a_run_that_fails_costs_its_own_row():
 def test_a_row_of_training_is_a_proof(monkeypatch, capsys, stdout, share, said):
     whole = {"equal": True, "failure": "", "first_module": None, "first_parameter": None, "largest_error": {}}
     whole |= {"limits": {"output": 5e-5, "gradient": 2e-4, "loss": 1e-5}}
-    printed = "" if stdout is None else json.dumps(whole | stdout)
+    printed = "" if stdout is None else "Warning: ASCEND_HOME_PATH is not set.\n" + json.dumps(whole | stdout)
     done = SimpleNamespace(stdout=printed, stderr="no such file")
     commands = []
     monkeypatch.setattr(verify_runs.subprocess, "run", lambda command, **options: commands.append(command) or done)
