@@ -70,7 +70,7 @@ def validate_args(adaptor: Adaptor, original: Callable[..., Any], args: Any, *de
         # At size 1 the world is Megatron's business (0.12's encoder ranks are counted in no rule here).
         config, setup = validate(args, world_size=0 if args.context_parallel_size == 1 else None)
         check_flags(args)
-    settings.program, settings.asked_for_flash = PROGRAM, bool(flash)
+    settings.program, settings.asked_for_flash = PROGRAM, setup.asked_for_flash
     if config.context_parallel_size == 1:
         if getattr(args, "hybrid_context_parallel", False):
             configure(adaptor, config, setup=setup, kernel=args.cp_kernel)

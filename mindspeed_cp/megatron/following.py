@@ -32,6 +32,7 @@ def configure(
     settings.config, settings.setup, settings.kernel, settings.undecided = config, setup, kernel, None
     settings.documents_from_position_ids = documents_from_position_ids
     settings.end_of_document, settings.declared = end_of_document, None
+    settings.asked_for_flash = setup is not None and setup.asked_for_flash
     _follow(adaptor)
 
 
@@ -48,6 +49,7 @@ def configure_from(adaptor: "Adaptor", given: FrameworkSettings) -> None:
     if size is None:
         adaptor.reset()
         adaptor.settings.undecided = OpenDecision(given)
+        adaptor.settings.asked_for_flash = bool(given.values.get("use_flash_attn"))
         return
     _check_size(adaptor, OpenDecision(given).resolved(size).config)
     adaptor.settings.undecided = OpenDecision(given)

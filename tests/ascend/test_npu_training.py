@@ -151,6 +151,12 @@ def test_the_embedded_trainer_makes_five_steps(server, tmp_path):
 
     alone = run(1)
     assert len(alone) == 5
+    flags = [*TRAINER, "--data-path", str(data), "--train-iters", "1"]
+    for asked, calls in (
+        (flags, 4),
+        ([flag for flag in flags if flag != "--use-flash-attn"], 0),
+    ):  # two layers and rows
+        assert server.run("attention_calls", path=str(scripts / "pretrain_gpt.py"), flags=asked) == [calls]
     for algorithm in (RING, ULYSSES):
         same(run(2, "--context-parallel-size", "2", "--context-parallel-algo", algorithm), alone)
     # Two pipeline ranks of two virtual stages, where HCCL forbids batches of messages. Four micro batches, so that a
