@@ -51,7 +51,7 @@ class Adaptor(OwnLoops):
             it, and must come to the same layout.
         timeout, virtual_pipeline: for groups that are made; as initialize_model_parallel was told.
         log: measures the steps of training with --cp-log, as long as there are groups; None without.
-        counted: models whose modules were looked up in the census.
+        counted: models whose modules were looked up in the census, and blocks of layers beside them.
         losses: what is known of the losses of the training.
         embedded: length -> layout with which Megatron's cache holds an embedding of that length.
         documents_by_hand: documents were given for a batch by hand, so that a forward pass of no known batch would lose
