@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from cost_jobs import group_buffers, groups_messages, host_waits, piece_launches, step_costs  # noqa: F401  jobs too
+from cost_jobs import fused_operators, group_buffers, groups_messages, host_waits, piece_launches, step_costs  # noqa: F401  jobs too
 
 
 class Rank(NamedTuple):

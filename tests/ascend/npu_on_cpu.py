@@ -230,13 +230,16 @@ def _overload(name):
 
 
 def install_with_attention(tnd_order="documents"):
-    """``install``, with the attention operators of tests/helpers/fake_torch_npu under torch_npu's real schemas.
+    """``install``, with the attention operators of tests/helpers/fake_torch_npu under torch_npu's real schemas,
+    and what MindSpeed's fusions call.
 
     Returns:
         The fake's Operators, whose ``calls`` record what was asked for.
     """
+    import fused_operators
     from fake_torch_npu import attention
 
+    OPERATORS.update(fused_operators.OPERATORS)
     names = ("npu_fusion_attention", "npu_fusion_attention_grad", "npu_ring_attention_update")
     schemas = {
         name: str(getattr(torch.ops.npu, name).default._schema).split("::")[1]

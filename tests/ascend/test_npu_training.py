@@ -99,6 +99,10 @@ def test_the_gradient_norm_of_one_reduction_is_megatrons(server):
     same(server.run("train")[0], server.run("train", without=[NORM])[0])
 
 
+def test_what_mindspeed_fuses_has_the_values_and_gradients_of_its_definition(server):
+    assert server.run("fused_operators") == [[]]
+
+
 def test_the_fakes_have_the_schemas_of_torch_npu_itself(server):
     import fake_torch_npu
 
