@@ -26,6 +26,7 @@ class AdaptorSettings:
     )
     documents_from_position_ids: bool = setting(False)
     end_of_document: int | Callable[[], int] | None = setting(None)
+    image_token_id: int | None = setting(None)
 
 
 def _kinds(value: Any) -> str | tuple[str, ...]:
@@ -70,7 +71,8 @@ class BorderSettings:
     cp_partition_mode: PartitionMode | None = megatrons(None)
     attention_cp_layout: PartitionMode | None = megatrons(None)
     linear_cp_layout: str | None = megatrons("zigzag", without_effect=_EVERY_LAYER)
-    dynamic_context_parallel: bool = megatrons(
-        False, without_effect="a packed batch says by itself over how many ranks it is split (PackedSeqParams)"
+    dynamic_context_parallel: bool = megatrons(False)
+    sequence_packing_scheduler: str | None = megatrons(None)
+    max_seqlen_per_dp_cp_rank: int | None = megatrons(
+        None, least=1, least_means="a rank holds one token of a row at least"
     )
-    sequence_packing_scheduler: str | None = megatrons(None, without_effect="batches are computed as they arrive")

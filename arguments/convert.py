@@ -8,6 +8,7 @@ from typing import Any
 from mindspeed_cp.arguments import declared
 from mindspeed_cp.arguments.algorithm import Choice, algorithm_is_given, chosen_algorithm, given_kinds
 from mindspeed_cp.arguments.mindspeed_flags import notices_of_accepted, refusal_of_positions
+from mindspeed_cp.arguments.packing import documents_on_any_ranks
 from mindspeed_cp.settings.agreement import SAID, refuse
 from mindspeed_cp.settings.algorithms import algorithm_named, names_with
 from mindspeed_cp.settings.config import ContextParallelConfig
@@ -18,13 +19,15 @@ from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
 def config_from_args(args: Any) -> ContextParallelConfig:
     """The ContextParallelConfig that the flags describe; raises ValueError for a combination that cannot work."""
-    return _config(args, chosen_algorithm(args))
+    return _config(args, chosen_algorithm(args))[0]
 
 
-def _config(args: Any, choice: Choice) -> ContextParallelConfig:
+def _config(args: Any, choice: Choice) -> tuple[ContextParallelConfig, str]:
+    """The configuration, and a notice of what Megatron's names for packing set in it."""
     values = {each.name: getattr(args, each.dest, each.unset) for each in declarations(declared.CONFIG)}
-    chosen = {"algorithm": choice.algorithm, "ulysses_degree": choice.ulysses_degree}
-    return declared.CONFIG(**(values | chosen))
+    values |= {"algorithm": choice.algorithm, "ulysses_degree": choice.ulysses_degree}
+    packing, notice = documents_on_any_ranks(args, values)
+    return declared.CONFIG(**(values | packing)), notice
 
 
 def setup_from_args(args: Any, world_size: int | None = None) -> TrainingSetup:
@@ -87,7 +90,7 @@ def validate(
     if refusal and args.context_parallel_size > 1:
         raise ValueError(refusal)
     choice = chosen_algorithm(args, node_ranks)
-    config = _config(args, choice)
+    config, packed = _config(args, choice)
     setup = resolve(config, setup_from_args(args, world_size))
     _check_device_num(args, config, setup)
     if setup.unaligned:
@@ -95,7 +98,7 @@ def validate(
     args.use_flash_attn, args.gather_size_calculator = setup.use_flash_attn, setup.gather_size_calculator
     ignored = (*notices_of_accepted(args, declared.declared()), *_ignored_flags(args, config))
     args.context_parallel_algo, args.ulysses_degree_in_cp = config.algorithm, config.ulysses_degree
-    for notice in filter(None, (*getattr(args, "cp_notices", ()), choice.notice, *setup.notices, *ignored)):
+    for notice in filter(None, (*getattr(args, "cp_notices", ()), choice.notice, packed, *setup.notices, *ignored)):
         warn_rank0(notice)
     return config, setup
 

@@ -10,13 +10,11 @@ from mindspeed_cp.arguments.flags import add_context_parallel_arguments
 
 NUMBERS = (
     "num-layers",
-    "num-attention-heads",
-    "seq-length",
     "tensor-model-parallel-size",
     "pipeline-model-parallel-size",
     "micro-batch-size",
 )
-OPTIONAL_NUMBERS = ("num-query-groups", "hidden-size", "kv-channels")
+OPTIONAL_NUMBERS = ("seq-length", "num-attention-heads", "num-query-groups", "hidden-size", "kv-channels")
 SWITCHES = (
     "group-query-attention",
     "sequence-parallel",

@@ -40,9 +40,11 @@ class FrameworkSettings:
 
     Args:
         values: dest -> value of everything known here that was given.
+        default_algorithm: what is meant where nobody names an algorithm; None is the flag's own default.
     """
 
     values: Mapping[str, Any]
+    default_algorithm: str | None = None
 
     @classmethod
     def read(cls, source: Any) -> "FrameworkSettings":
@@ -78,7 +80,8 @@ class FrameworkSettings:
         """These settings, with everything else as ``config`` has it."""
         theirs = {each.dest: getattr(config, each.name) for each in declarations(type(config)) if each.name != SIZE}
         return FrameworkSettings(
-            {name: value for name, value in theirs.items() if value is not None} | dict(self.values)
+            {name: value for name, value in theirs.items() if value is not None} | dict(self.values),
+            self.default_algorithm,
         )
 
     def resolve(self, **further: Any) -> Resolved:
@@ -92,7 +95,10 @@ class FrameworkSettings:
             ValueError: a rule is broken; the message names flag, value, rule and a way out.
         """
         values = {name: value for name, value in further.items() if value is not None} | dict(self.values)
-        known = SimpleNamespace(**({each.dest: each.unset for each in declared.declared()} | values))
+        unset = {each.dest: each.unset for each in declared.declared()}
+        if self.default_algorithm is not None:
+            unset["context_parallel_algo"] = self.default_algorithm
+        known = SimpleNamespace(**(unset | values))
         known.cp_given = list(values)
         if known.cp_config:
             known.cp_given += apply_config_file(known, known.cp_config, values)

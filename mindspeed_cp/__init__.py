@@ -16,6 +16,7 @@ if not (Path(__file__).parent / "patches").is_dir():
 
 if TYPE_CHECKING:
     from mindspeed_cp.attention.entry import context_parallel_attention
+    from mindspeed_cp.attention.expansion import LatentExpansion
     from mindspeed_cp.attention.kept import KeptAttention
     from mindspeed_cp.attention.ulysses_attention import (
         DefaultGatherSizeCalculator,
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     )
     from mindspeed_cp.comm.groups import ContextParallelGroups
     from mindspeed_cp.sequence.layout import SequenceLayout
+    from mindspeed_cp.sequence.packing import pack_documents
     from mindspeed_cp.sequence.sharding import gather_sequence, shard_batch
+    from mindspeed_cp.sequence.trees import PackedTree, pack_tree
     from mindspeed_cp.settings.config import ContextParallelConfig
     from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
@@ -36,15 +39,20 @@ __all__ = [
     "DynamicGatherSizeCalculator",
     "GatherSizeCalculator",
     "KeptAttention",
+    "LatentExpansion",
+    "PackedTree",
     "SequenceLayout",
     "TrainingSetup",
     "UlyssesContextAttention",
     "context_parallel_attention",
     "gather_sequence",
+    "pack_documents",
+    "pack_tree",
     "resolve",
     "shard_batch",
 ]
 _HOMES = (
+    "mindspeed_cp.attention.expansion",
     "mindspeed_cp.attention.kept",
     "mindspeed_cp.attention.ulysses_attention",
     "mindspeed_cp.attention.entry",
@@ -52,7 +60,9 @@ _HOMES = (
     "mindspeed_cp.settings.training_setup",
     "mindspeed_cp.comm.groups",
     "mindspeed_cp.sequence.layout",
+    "mindspeed_cp.sequence.packing",
     "mindspeed_cp.sequence.sharding",
+    "mindspeed_cp.sequence.trees",
 )
 
 

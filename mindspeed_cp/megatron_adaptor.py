@@ -1,7 +1,8 @@
 """Importing this module patches Megatron; ``python -m mindspeed_cp.megatron_adaptor`` lists every patch.
 
 Import it before Megatron. With context_parallel_size 1 and no flag Megatron behaves exactly as without the import. This
-is the only module of the package that reads the environment (MINDSPEED_CP_DEVICE) and keeps anything global.
+is the only module of the package that reads the environment (MINDSPEED_CP_DEVICE, MINDSPEED_CP) and keeps anything
+global. Where MindSpeed is importable it patches first, and keeps what is not context parallelism.
 """
 
 import importlib
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mindspeed_cp import compat
+from mindspeed_cp.megatron import neighbour
 from mindspeed_cp.patches.machine import choice as machine
 from mindspeed_cp.patches.machine.choice import DEVICE_VARIABLE
 from mindspeed_cp.patches.versions import DEFAULT, MEGATRONS
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from mindspeed_cp.megatron.adaptor import Adaptor
     from mindspeed_cp.megatron.records import MicroBatch
     from mindspeed_cp.patches.areas import Applied
+    from mindspeed_cp.patches.beside import Beside
     from mindspeed_cp.patches.manager import Patch, PatchManager, PatchRow
 
 TRIED_VERSIONS = tuple(row.version for row in MEGATRONS)
@@ -40,6 +43,7 @@ MODEL_CODE = (
 _modules_before = frozenset(sys.modules)
 _state: "Adaptor"
 _manager: "PatchManager"
+_beside: "Beside"  # MindSpeed, where it is importable
 _tables: "dict[str, list[Patch]]"  # name -> patches, in the order of application
 
 
@@ -72,7 +76,9 @@ def _announce(config: ContextParallelConfig) -> None:
     check()
     if is_rank0():
         alive, _ = _num_cp_patches()
-        print(f"Context parallelism: {config.describe()}, kernel {_kernel()}, {alive} patches", flush=True)
+        said = f"{config.describe()}, kernel {_kernel()}, {alive} patches{_beside.default_said(config)}"
+        print(f"Context parallelism: {said}", flush=True)
+        _beside.say()
 
 
 def _tell(record: "MicroBatch") -> str:
@@ -118,7 +124,7 @@ def _warn_of_version() -> None:
 
 def _warn_of_late_import() -> None:
     first = [name for name in MODEL_CODE if name in _modules_before]
-    if not first:
+    if not first or neighbour.is_here():  # MindSpeed imports Megatron when it patches
         return
     copies = [
         copy
@@ -143,7 +149,10 @@ def apply() -> None:
     """
     if _manager.num_applied:
         return
-    _manager.apply()
+    _beside.meet(os.environ.get(neighbour.VARIABLE, ""), machine.device_type(_device_choice()))
+    if _beside.kept:  # Megatron stays unimported: MindSpeed may not have patched yet what must be there before
+        return
+    _beside.come_back()
     compat.install()
     _warn_of_version()
 
@@ -153,6 +162,7 @@ def undo() -> None:
     _state.forget_batches()
     compat.uninstall()
     _manager.undo()
+    _beside.leave()
     _state.reset()
 
 
@@ -181,6 +191,7 @@ def configure(
     kernel: str | None = None,
     documents_from_position_ids: bool = False,
     end_of_document: int | Callable[[], int] | None = None,
+    image_token_id: int | None = None,
 ) -> TrainingSetup | None:
     """Set the configuration for scripts without Megatron's flags; call it before initialize_model_parallel.
 
@@ -191,6 +202,8 @@ def configure(
         documents_from_position_ids: position ids that start again at 0 begin a document when the batch has no mask.
         end_of_document: a token, or a function that returns it when a batch is split: a document ends behind each such
             token when the batch has no mask.
+        image_token_id: the token that stands for a part of an image: those that follow each other see each other, while
+            text stays causal. The batch must have no mask.
 
     Returns:
         The setup after all fallbacks, None without one.
@@ -210,12 +223,13 @@ def configure(
         kernel=kernel,
         documents_from_position_ids=documents_from_position_ids,
         end_of_document=end_of_document,
+        image_token_id=image_token_id,
     )
     return setup
 
 
 def configure_from(settings: Any) -> ContextParallelConfig | None:
-    """Set the configuration from a framework's own settings; MindSpeed calls this ``repatch``.
+    """Set the configuration from a framework's own settings.
 
     May be called again with other settings before the process groups exist; each call replaces the one before. No
     command line is read.
@@ -238,7 +252,13 @@ def configure_from(settings: Any) -> ContextParallelConfig | None:
     return _state.config
 
 
-repatch = configure_from
+def repatch(settings: Any) -> ContextParallelConfig | None:
+    """``configure_from`` under the name by which frameworks call MindSpeed's, with MindSpeed's default algorithm."""
+    from mindspeed_cp.megatron import following
+    from mindspeed_cp.patches.beside import by_mindspeed
+
+    following.configure_from(_state, by_mindspeed(settings))
+    return _state.config
 
 
 def compare_on_all_ranks(args: Any, *, program: str = "") -> None:
@@ -277,11 +297,13 @@ def _applied() -> "Applied":
 def _build() -> None:
     from mindspeed_cp.megatron.adaptor import Adaptor
     from mindspeed_cp.patches.areas import all_areas
+    from mindspeed_cp.patches.beside import Beside
     from mindspeed_cp.patches.manager import PatchManager
 
-    global _state, _tables, _manager
+    global _state, _tables, _manager, _beside
     _state = Adaptor(_announce, check, _tell)
-    _manager = PatchManager(subject=lambda: f"megatron-core {megatron_version()}")
+    _manager = PatchManager(subject=lambda: f"megatron-core {megatron_version()}", is_wrapped=neighbour.is_wrapped)
+    _beside = Beside(_state, _manager)
     _tables = all_areas(_state, _device_choice())
     for patches in _tables.values():
         _manager.add(patches)

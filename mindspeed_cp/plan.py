@@ -36,7 +36,11 @@ PREDICTION = "prediction, not measured on this hardware"
 
 
 def _documents(given: argparse.Namespace) -> Boundaries | tuple[Boundaries, ...] | None:
-    return None if given.documents is None else boundaries(given.documents, given.seq_length, given.micro_batch)
+    if given.documents is None:
+        if given.pack:
+            raise ValueError("--pack shares documents out over rows, and there are none; add --documents.")
+        return None
+    return boundaries(given.documents, given.seq_length, given.micro_batch, given.pack)
 
 
 def _record(candidate: Candidate, problem: Problem) -> dict[str, object]:
@@ -84,13 +88,18 @@ def _text(found: Found, cluster: Cluster, problem: Problem, given: argparse.Name
     lines += ["", *(f"Excluded: {name}: {rule}" for name, rule in found.excluded.items())]
     local = given.seq_length / given.cp
     for inter, where in ((False, "within a node"), (True, "between nodes")):
-        least = hiding_tokens(problem, cluster, inter, given.mask_type == "causal")
+        least = hiding_tokens(problem, cluster, inter, given.mask_type == "causal", _travels(found, problem))
         lines.append(
             f"A ring {where} hides from {least:,.0f} tokens per rank; here {local:,.0f}, {local / least:.2f} x that."
         )
     if found.candidates:
         lines += ["", "Flags of the first: " + flags(found.candidates[0].config)]
     return "\n".join(lines)
+
+
+def _travels(found: Found, problem: Problem) -> int | None:
+    """Elements of a token that travel with the first setting."""
+    return problem.row_elements(found.candidates[0].config) if found.candidates else None
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -206,7 +215,7 @@ def _plan_layer(given: argparse.Namespace, model: ModelShape, cluster: Cluster) 
             "candidates": [_record(candidate, problem) for candidate in found.candidates],
             "excluded": found.excluded,
             "ring_hides_from_tokens": {
-                where: hiding_tokens(problem, cluster, inter, given.mask_type == "causal")
+                where: hiding_tokens(problem, cluster, inter, given.mask_type == "causal", _travels(found, problem))
                 for where, inter in (("intra", False), ("inter", True))
             },
         }

@@ -18,8 +18,10 @@ from mindspeed_cp.patches import (
     attention,
     batches,
     building,
+    delta_net,
     dynamic,
     experts,
+    latent_attention,
     legacy,
     losses,
     models,
@@ -29,6 +31,7 @@ from mindspeed_cp.patches import (
     process_groups,
     recompute,
     rotary,
+    sparse_attention,
     state_space,
     step_log,
     training,
@@ -38,8 +41,8 @@ from mindspeed_cp.patches.machine import checkout, choice, cpu, libraries, npu, 
 from mindspeed_cp.patches.manager import Patch, PatchRow
 from mindspeed_cp.patches.rows import patches_of
 
-PROCESS = (attention, process_groups, batches, models, pipeline, dynamic, recompute)
-MODELS = (building, rotary, positions, experts, multi_token_prediction, state_space)
+PROCESS = (attention, latent_attention, process_groups, batches, models, pipeline, dynamic, recompute)
+MODELS = (building, rotary, positions, experts, multi_token_prediction, state_space, delta_net, sparse_attention)
 TRAINING = (losses, step_log, training, legacy)
 # What an area is for; the order of the areas on the screen.
 TITLES = {

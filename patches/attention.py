@@ -17,8 +17,11 @@ from mindspeed_cp.attention.exchanged import exchange_around
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.alone import Scores, alone, memory_of
 from mindspeed_cp.megatron.bridge import CoreAttention, attention, layer_window
+from mindspeed_cp.megatron.latents import marked
+from mindspeed_cp.megatron.neighbour import is_here, is_wrapped
 from mindspeed_cp.megatron.scopes import OWN, HeldGroup, checked_group, named_group, own_group
 from mindspeed_cp.patches.machine.compiler import outside_compiler
+from mindspeed_cp.patches.owners import at_path
 from mindspeed_cp.patches.rows import arguments_of, patch, signature_of, uninstalled
 from mindspeed_cp.settings.notices import warn_rank0
 
@@ -26,6 +29,16 @@ DOT_PRODUCT = "megatron.core.transformer.dot_product_attention.DotProductAttenti
 TE_DOT_PRODUCT = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
 CAUSAL_TYPES = ("causal", "padding_causal", "causal_bottom_right")  # of AttnMaskType; queries are as many as keys
 WITHOUT_TE = uninstalled("transformer_engine", "Transformer Engine is not installed")
+
+
+def without_te() -> str:
+    """Why there is no Transformer Engine's module: nobody has it, MindSpeed neither, or has one for both."""
+    found = at_path(TE_DOT_PRODUCT)
+    if found is at_path(DOT_PRODUCT):
+        return "MindSpeed has one class for this and the local module"
+    return "" if isinstance(found, type) and is_wrapped(found) else WITHOUT_TE()
+
+
 # Field of TransformerConfig -> how the user names it, and why nothing here can honour it.
 REFUSED = {
     "fp8_dot_product_attention": (
@@ -69,18 +82,29 @@ def local_init(
 @patch(
     f"{TE_DOT_PRODUCT}.__init__",
     reason="Transformer Engine's module does not keep the softmax scale that it was built with",
-    when=WITHOUT_TE,
+    when=without_te,
 )
 def te_init(adaptor: Adaptor, original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     given = arguments_of(original, (self, *args), kwargs)
     config, dropout = given["config"], given.get("attention_dropout")
     if config.context_parallel_size > 1 or adaptor.sizes:
         _refuse_unsupported(config)
+    if config.context_parallel_size > 1 and is_wrapped(type(self)):
+        args, kwargs = _alone(config, args, kwargs)  # MindSpeed's would make a context-parallel attention of its own
     original(self, *args, **kwargs)
+    self.config = config
     self.asked_softmax_scale = given.get("softmax_scale")
     self.asked_dropout = config.attention_dropout if dropout is None else dropout
     if config.context_parallel_size > 1:
         _join(adaptor, self, _group(config, given, type(self).__name__))
+
+
+def _alone(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments, with a configuration of context-parallel size 1."""
+    alone = copy.copy(config)
+    alone.context_parallel_size = 1
+    shown = tuple(alone if value is config else value for value in args)
+    return shown, {name: alone if value is config else value for name, value in kwargs.items()}
 
 
 def _group(config: Any, given: dict[str, Any], name: str) -> Any:
@@ -129,6 +153,7 @@ def local_forward(
     width = self.num_attention_heads_per_partition * value.shape[-1]
     asked = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, **kwargs}
     theirs = packed_seq_params is None and width == self.hidden_size_per_partition
+    theirs = theirs and not _has_slices(adaptor)
     if _is_alone(self) and not adaptor.sizes and theirs and not _takes_the_kernel(adaptor, query, key, attention_bias):
         return original(self, query, key, value, attention_mask, **asked, packed_seq_params=packed_seq_params)
     # Query-key layer scaling divides, then multiplies.
@@ -140,7 +165,7 @@ def local_forward(
 @patch(
     f"{TE_DOT_PRODUCT}.forward",
     reason="Transformer Engine would run its own context parallelism (not verified on hardware)",
-    when=WITHOUT_TE,
+    when=without_te,
 )
 def te_forward(
     adaptor: Adaptor,
@@ -156,12 +181,12 @@ def te_forward(
     **kwargs: Any,
 ) -> torch.Tensor:
     asked = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, **kwargs}
-    if _is_alone(self) and not adaptor.sizes:
+    if _is_alone(self) and not adaptor.sizes and not _has_slices(adaptor):
         return original(self, query, key, value, attention_mask, **asked, packed_seq_params=packed_seq_params)
     scale = query.shape[-1] ** -0.5 if self.asked_softmax_scale is None else self.asked_softmax_scale
     core = _described(self, attn_mask_type, scale, self.asked_dropout)
-    if attn_mask_type.name in CAUSAL_TYPES:
-        attention_mask = None  # Transformer Engine reads no mask with causal types
+    if attn_mask_type.name in CAUSAL_TYPES and not is_wrapped(type(self)):
+        attention_mask = None  # Transformer Engine reads no mask with causal types; MindSpeed's module does
     return _attended(adaptor, self, core, query, key, value, attention_mask, packed_seq_params, asked)
 
 
@@ -172,6 +197,8 @@ te_forward.function.exchanges_context_parallel = True  # type: ignore[attr-defin
 
 def _takes_the_kernel(adaptor: Adaptor, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether --use-flash-attn means this project's kernel here; what plain attention costs is said once."""
+    if is_here():  # it means MindSpeed's, which stands there
+        return False
     computable = len(query) == len(key) and bias is None
     choice = alone(
         Scores.of(query, key),
@@ -190,6 +217,11 @@ def _is_alone(module: Any) -> bool:
     return bool(module.config.context_parallel_size == 1)
 
 
+def _has_slices(adaptor: Adaptor) -> bool:
+    """Whether the batch that runs says by slices what its tokens see."""
+    return adaptor.active is not None and adaptor.active.slices is not None
+
+
 def _attended(
     adaptor: Adaptor,
     module: Any,
@@ -204,6 +236,11 @@ def _attended(
     if asked["attention_bias"] is not None:
         raise ValueError(
             "attention_bias is not supported with context parallelism; leave it out, or use --context-parallel-size 1."
+        )
+    if getattr(module, "attention_type", "self") == "cross" and _has_slices(adaptor):
+        raise ValueError(
+            f"cross attention of layer {module.layer_number} runs in a batch with slices, which say what tokens of one "
+            "sequence see of it; leave attention_slices, prefix_lengths and image_token_id out."
         )
     active = adaptor.active
     scope = active.scope if adaptor.sizes and active is not None and active.scope else adaptor.scope_of(module)
@@ -227,7 +264,7 @@ def _described(module: Any, attn_mask_type: Any, softmax_scale: float, dropout_p
     """The CoreAttention of one of Megatron's modules."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    config = module.config
+    config, latents = module.config, marked(module)
     skip_freq = getattr(config, "window_attn_skip_freq", None)  # absent before 0.15
     return CoreAttention(
         layer_number=module.layer_number,
@@ -236,6 +273,7 @@ def _described(module: Any, attn_mask_type: Any, softmax_scale: float, dropout_p
         dropout_p=dropout_p if module.training else 0.0,
         window=layer_window(config.window_size, skip_freq, module.layer_number),
         softmax_offset=getattr(module, "softmax_offset", None),  # absent before 0.15
+        expand=None if latents is None else latents.expansion,
         # With sequence parallelism Megatron is inside the fork already.
         rng=nullcontext if config.sequence_parallel else get_cuda_rng_tracker().fork,
     )

@@ -11,6 +11,7 @@ from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.records import Documents
 from mindspeed_cp.megatron.scopes import Scope, own_group
 from mindspeed_cp.megatron.sizes import refuse_dynamic, split_sub_batch
+from mindspeed_cp.megatron.slices import brings_slices
 from mindspeed_cp.megatron.splitting import length_of, named_sequences, split_in_place
 from mindspeed_cp.patches.rows import absent, patch, signature_of
 
@@ -41,7 +42,8 @@ def get_batch_on_this_cp_rank(
         split_batch: Batch = split_sub_batch(adaptor, batch, given, split)
         return split_batch
     scope = adaptor.scope_of_group(given.get("cp_group"))
-    return original(batch, *args, **kwargs) if scope.alone else split(scope, batch)
+    untouched = scope.alone and not adaptor.sliced and not brings_slices(batch, adaptor.settings.image_token_id)
+    return original(batch, *args, **kwargs) if untouched else split(scope, batch)
 
 
 def _documents_that_come_along(adaptor: Adaptor, batch: Batch, is_hybrid: Any) -> Documents | None:
@@ -83,7 +85,8 @@ def get_thd_batch_on_this_cp_rank(
     cp_rank: int | None = None,
 ) -> tuple[Batch, Any]:
     scope = adaptor.main
-    if scope.alone or cp_size not in (None, scope.size):
+    untouched = scope.alone and not adaptor.sliced and not brings_slices(batch, adaptor.settings.image_token_id)
+    if untouched or cp_size not in (None, scope.size):
         return original(batch, cu_seqlens, cu_seqlens_padded, max_seqlen, cp_size, cp_rank)
     # Given as one rank, Megatron makes the parameters and splits nothing.
     batch, params = original(batch, cu_seqlens, cu_seqlens_padded, max_seqlen, 1, 0)

@@ -185,24 +185,34 @@ def _weighted(loss: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
 
 @cache
 def _scales_with_cp() -> bool:
-    """Whether Megatron multiplies these losses by cp, as it does with the loss of the training script.
+    """Whether Megatron multiplies these losses by cp, as it does with the loss of the training script."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    Asked by letting its schedule set the factor for a made-up micro-batch, as it does after every forward pass.
+    before = MoEAuxLossAutoScaler.main_loss_backward_scale
+    try:
+        return schedule_two_ranks(num_moe_experts=1) and float(MoEAuxLossAutoScaler.main_loss_backward_scale) == 2
+    finally:
+        MoEAuxLossAutoScaler.main_loss_backward_scale = before
+
+
+def schedule_two_ranks(**settings: Any) -> bool:
+    """Let Megatron's schedule set the factors of its own losses, as it does after every forward pass, for a made-up
+    micro-batch of two context-parallel ranks; False where it sets them without knowing of the ranks.
+
+    Args:
+        settings: of the made-up configuration.
     """
     from megatron.core.pipeline_parallel import schedules
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     calculate = getattr(schedules, "forward_step_calc_loss", None)
     if calculate is None or "cp_group_size" not in inspect.signature(calculate).parameters:
-        return False  # the factor is set without knowing cp
-    config = SimpleNamespace(
-        calculate_per_token_loss=False, num_moe_experts=1, mtp_num_layers=None, grad_scale_func=None, timers=None
-    )
+        return False
+    config = {"calculate_per_token_loss": False, "num_moe_experts": None, "mtp_num_layers": None}
     given: dict[str, Any] = {
         "model": None,
         "output_tensor": torch.zeros(1),
         "loss_func": None,
-        "config": config,
+        "config": SimpleNamespace(**config | {"grad_scale_func": None, "timers": None} | settings),
         "vp_stage": None,
         "collect_non_loss_data": False,
         "num_microbatches": 1,
@@ -210,12 +220,8 @@ def _scales_with_cp() -> bool:
         "cp_group_size": 2,
         "is_last_stage": False,
     }
-    before = MoEAuxLossAutoScaler.main_loss_backward_scale
-    try:
-        calculate(**{name: given[name] for name in inspect.signature(calculate).parameters if name in given})
-        return float(MoEAuxLossAutoScaler.main_loss_backward_scale) == 2
-    finally:
-        MoEAuxLossAutoScaler.main_loss_backward_scale = before
+    calculate(**{name: given[name] for name in inspect.signature(calculate).parameters if name in given})
+    return True
 
 
 @cache

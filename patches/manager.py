@@ -142,6 +142,8 @@ class PatchManager:
         subject: () -> what is patched with its version, for error messages ("megatron-core 0.16.1").
         skip_copies_in: top-level packages whose copies of an original are left alone (torch keeps references of its
             own).
+        is_wrapped: whether a class of another package, found in the place of the one to patch, may inherit the method
+            that is patched.
     """
 
     def __init__(
@@ -150,9 +152,11 @@ class PatchManager:
         *,
         subject: Callable[[], str] = lambda: "the installed version",
         skip_copies_in: Collection[str] = ("torch",),
+        is_wrapped: Callable[[type], bool] = lambda owner: False,
     ) -> None:
         self._patches = list(patches)
         self._subject = subject
+        self._is_wrapped = is_wrapped
         self._skip_copies_in = frozenset(skip_copies_in)
         # Index of the patch -> its _Replacement objects, in the order of application.
         self._done: dict[int, list[_Replacement]] = {}
@@ -246,7 +250,7 @@ class PatchManager:
         if before is ABSENT and not patch.create:
             if original is ABSENT:
                 raise self._missing(patch, f"{_describe(owner)} has no attribute {name!r}")
-            if not patch.inherited:
+            if not patch.inherited and not (isinstance(owner, type) and self._is_wrapped(owner)):
                 raise self._missing(
                     patch,
                     f"{_describe(owner)} has no {name!r} of its own, it inherits it from {_heritage(owner, name)}",

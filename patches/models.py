@@ -9,6 +9,7 @@ from mindspeed_cp.megatron.later_stages import pipeline_of
 from mindspeed_cp.megatron.plain_attention import name_plain_attention
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.sizes import check_model, sub_batch_record
+from mindspeed_cp.megatron.slices import check_positions
 from mindspeed_cp.patches.building import census_of
 from mindspeed_cp.patches.rows import Row, absent, patch, present
 
@@ -103,7 +104,9 @@ def _entered(adaptor: Adaptor, model: Any, args: tuple[Any, ...], kwargs: dict[s
         refuse_inference(values)
         return sub_batch_record(adaptor, values)
     record = entering(adaptor, model, args, kwargs)
-    if record is not None and model not in adaptor.counted:
+    if record is not None:
+        check_positions(model, record)
+    if record is not None and record.layout.cp_size > 1 and model not in adaptor.counted:
         adaptor.counted.add(model)
         census_of(adaptor).take(model)  # what was added to it after it was built, too
         name_plain_attention(model, asked=adaptor.settings.asked_for_flash)
@@ -124,7 +127,8 @@ def transformer_block(
         if not adaptor.alone and self not in adaptor.counted:
             adaptor.counted.add(self)
             name_plain_attention(self, asked=adaptor.settings.asked_for_flash)
-        with adaptor.running(None), adaptor.computing_alone():  # a tower inside a model, or beside one
+        own = adaptor.running_in(scope)  # of a batch with slices; a tower inside a model, or beside one, has none
+        with adaptor.running(own), adaptor.computing_alone():
             return original(self, hidden_states, *args, **kwargs)
     values = (hidden_states, *args, *kwargs.values())
     refuse_inference(values)

@@ -56,13 +56,41 @@ def destroy_model_parallel(adaptor: Adaptor, original: Callable[..., None], *arg
     original(*args, **kwargs)
 
 
+# Megatron refuses them with context parallelism, or asks for heads and a cp_comm_type that its own way needs; here the
+# layer itself (the census, --cp-linear-exchange) says what it cannot do.
+VARIANTS = ("gated_delta_net", "dsa")
+
+
 @patch(
     "megatron.core.transformer.transformer_config.TransformerConfig.__post_init__",
-    reason="cp_comm_type of a model's configuration names the algorithm where no flag and no framework does",
+    reason="cp_comm_type of a model's configuration names the algorithm where no flag and no framework does; layers "
+    "with a state may have context parallelism",
 )
 def transformer_config(adaptor: Adaptor, original: Callable[..., None], self: Any) -> None:
-    original(self)
+    cp_size = self.context_parallel_size
+    if cp_size > 1 and getattr(self, "experimental_attention_variant", None) in VARIANTS:
+        _check_as_megatron(self)
+        self.context_parallel_size = 1
+    try:
+        original(self)
+    finally:
+        self.context_parallel_size = cp_size
     take_comm_type(adaptor, self.cp_comm_type, self.context_parallel_size)
+
+
+def _check_as_megatron(config: Any) -> None:
+    """What else Megatron's own check asks of a configuration with context parallelism."""
+    named = config.cp_comm_type
+    if isinstance(named, list) and len(named) != config.num_layers:
+        raise ValueError(
+            f"--cp-comm-type names {len(named)} ways and --num-layers is {config.num_layers}; name one for each layer, "
+            "or one for all."
+        )
+    if getattr(config, "batch_invariant_mode", False):
+        raise ValueError(
+            f"--batch-invariant-mode with --context-parallel-size {config.context_parallel_size}: Megatron has no "
+            "batch invariant attention for parts of a sequence; use --context-parallel-size 1."
+        )
 
 
 def _getter(name: str) -> Row:

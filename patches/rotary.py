@@ -1,6 +1,7 @@
 """Patches of rotary position embeddings: each rank's part by the layout, for any length and for packed documents."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
@@ -17,6 +18,7 @@ from mindspeed_cp.megatron.scopes import Scope, named_group
 from mindspeed_cp.megatron.splitting import built
 from mindspeed_cp.patches.rows import arguments_of, patch, signature_of
 from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.sequence.runs import positions
 
 ROPE_UTILS = "megatron.core.models.common.embeddings.rope_utils"
 EMBEDDINGS = "megatron.core.models.common.embeddings"
@@ -29,10 +31,9 @@ def forget_cached_embeddings() -> None:
     """Megatron keeps the last 32 embeddings per length; they are wrong after the layout has changed."""
     for path in (ROTARY, YARN):
         module, _, name = path.rpartition(".")
-        try:
-            forward = getattr(importlib.import_module(module), name).forward
-        except ImportError:  # Megatron is not there, and so has cached nothing
+        if module not in sys.modules:  # what nobody has imported has cached nothing
             continue
+        forward = getattr(sys.modules[module], name).forward
         if hasattr(forward, "cache_clear"):
             forward.cache_clear()
 
@@ -65,6 +66,9 @@ def get_pos_emb_on_this_cp_rank(
     scope = _scope(adaptor, group)
     if scope.alone and not adaptor.sizes:
         return original(pos_emb, seq_dim, *args, **kwargs)
+    record = adaptor.running_in(scope)
+    if record is not None and record.places is not None and record.seq_len == pos_emb.size(seq_dim):
+        pos_emb = pos_emb.index_select(seq_dim, positions(record.places[0], pos_emb.device))
     return _layout_for(adaptor, scope, pos_emb.size(seq_dim)).shard(pos_emb, scope.rank, dim=seq_dim)
 
 
@@ -83,15 +87,52 @@ def _layout_for(adaptor: Adaptor, scope: Scope, seq_len: int) -> SequenceLayout:
 def get_rotary_seq_len(adaptor: Adaptor, original: Callable[..., int], self: Any, *args: Any, **kwargs: Any) -> int:
     given = arguments_of(original, (self, *args), kwargs)
     scope = _scope(adaptor, named_group(vars(self)))
-    if (scope.alone and not adaptor.sizes) or given.get("packed_seq_params") is not None:
+    record, packed = adaptor.running_in(scope), given.get("packed_seq_params") is not None
+    if record is not None and record.places is not None:
+        _check_places(self, record, packed, scope.alone)
+    if (scope.alone and not adaptor.sliced and not adaptor.sizes) or packed:
         return original(self, *args, **kwargs)
-    layout = _entering(adaptor, scope, given).layout
-    known = adaptor.embedded.setdefault(layout.seq_len, layout)
-    if known != layout:  # Megatron's cache goes by the length alone
+    if record is None and scope.alone and not adaptor.sizes:
+        made: Any = None
+        length = original(self, *args, **kwargs)
+    else:
+        record = _entering(adaptor, scope, given)
+        made, length = (record.layout, record.places), record.seq_len
+    known = adaptor.embedded.setdefault(length, made)
+    if known != made:  # Megatron's cache goes by the length alone
         forget_cached_embeddings()
         adaptor.embedded.clear()
-        adaptor.embedded[layout.seq_len] = layout
-    return layout.seq_len
+        adaptor.embedded[length] = made
+    return length
+
+
+def _check_places(embedding: Any, record: MicroBatch, packed: bool, alone: bool) -> None:
+    """Raise ValueError where an embedding cannot follow the position ids of a batch with slices."""
+    assert record.places is not None
+    way_out = "use --micro-batch-size 1"
+    if packed:
+        way_out = "leave packed_seq_params out"
+    elif alone and type(embedding).__name__ == "YarnRotaryEmbedding":
+        way_out = "use --context-parallel-size 2 or more"
+    elif len(record.places) == 1:
+        return
+    raise ValueError(
+        f"rotary_position_ids of the batch do not count from 0 to the end, and {type(embedding).__name__} has one row "
+        f"for each token of a whole sequence, the same for all rows of the batch; {way_out}."
+    )
+
+
+@patch(
+    f"{ROTARY}.get_freqs_non_repeated",
+    reason="without context parallelism, rotary_position_ids of a batch with slices (a tree) say where its tokens are",
+)
+def get_freqs_non_repeated(
+    adaptor: Adaptor, original: Callable[..., torch.Tensor], self: Any, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    frequencies, record = original(self, *args, **kwargs), adaptor.active
+    if record is None or record.places is None or record.layout.cp_size > 1 or len(frequencies) != record.seq_len:
+        return frequencies
+    return frequencies[positions(record.places[0], frequencies.device)]
 
 
 def _entering(adaptor: Adaptor, scope: Scope, given: dict[str, Any]) -> MicroBatch:

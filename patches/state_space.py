@@ -1,50 +1,100 @@
 """Patches of state-space layers, which see the whole sequence and put it in order for that themselves.
 
 Megatron gathers the sequence from all ranks for a part of the heads, undoes the zigzag over the whole row that it takes
-every batch to have, runs the layer, and redoes it. Here it is the layout of the batch that is undone and redone.
-s: tokens of this rank, S: of the whole sequence.
+every batch to have, runs the layer, and redoes it. Here heads travel in one message, and the layout is the batch's.
+s: tokens of this rank, S: of the whole sequence, b: batch.
 """
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from mindspeed_cp.attention.head_groups import head_shares
+from mindspeed_cp.comm.sequence_exchange import Part
+from mindspeed_cp.linear.heads import HeadExchange
+from mindspeed_cp.megatron import mixer
 from mindspeed_cp.megatron.adaptor import Adaptor
-from mindspeed_cp.megatron.batches import record_of_length
-from mindspeed_cp.megatron.scopes import Scope
-from mindspeed_cp.patches.computing import computes_over, computing_over
+from mindspeed_cp.megatron.batches import packed_params_in, record_of_length, refuse_inference
+from mindspeed_cp.megatron.hidden_exchange import exchange_of, layout_of_rows
 from mindspeed_cp.patches.rows import absent, patch
 from mindspeed_cp.sequence.layout import SequenceLayout
 
 CONTEXT_PARALLEL = "megatron.core.ssm.mamba_context_parallel"
 MIXER = f"{CONTEXT_PARALLEL}.MambaContextParallel"
 WITHOUT = absent(MIXER, "this version's Mamba has no context parallelism")
+LAYER = "megatron.core.ssm.mamba_mixer.MambaMixer"
 ORDER = "the batch may have another layout than Megatron's zigzag over the whole row"
+FRAMEWORKS = f"layers of frameworks call it, and {ORDER}"
+
+
+def no_mixer() -> str:
+    """Why there is no mixer to patch: it wants mamba-ssm, and Triton in most versions, whatever else is used."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return "mamba-ssm is not installed"
+    try:
+        importlib.import_module(LAYER.rpartition(".")[0])
+    except Exception as error:  # of compiled libraries, anything
+        return f"Mamba's mixer cannot be imported here: {error}"
+    return ""
 
 
 @patch(
-    f"{MIXER}.pre_conv_ssm", reason="Megatron's all-to-all of state-space layers takes equal lengths only", when=WITHOUT
+    f"{LAYER}.forward",
+    reason="with --cp-linear-exchange state, states go from rank to rank instead",
+    when=(WITHOUT, no_mixer),
 )
+def forward(
+    adaptor: Adaptor, original: Callable[..., Any], self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    scope = adaptor.scope_of(self)
+    if scope.alone or scope.config.linear_exchange == "heads":
+        return original(self, hidden_states, *args, **kwargs)
+    values = (*args, *kwargs.values())
+    refuse_inference(values)
+    return mixer.computed(adaptor, scope, self, hidden_states, packed_params_in(values))
+
+
+@patch(f"{MIXER}.pre_conv_ssm", reason=ORDER, when=WITHOUT)
 def pre_conv_ssm(
     adaptor: Adaptor, original: Callable[..., torch.Tensor], self: Any, input_: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
+    """(s, b, z x B C dt of all heads) -> (S, b, those of this rank's heads), in the order of the sequence."""
     scope = adaptor.scopes.of(self.cp_group)
-    if not scope.alone:
-        _refuse_uneven(record_of_length(adaptor, scope, input_.size(0)).layout)
-    with computing_over(scope):
+    if scope.alone:
         return original(self, input_, *args, **kwargs)
+    layout, parts = record_of_length(adaptor, scope, input_.size(0)).layout, _parts(self)
+    pieces = input_.split([part.num_heads * part.dim for part in parts], dim=-1)
+    heads = (piece.unflatten(-1, (part.num_heads, part.dim)) for piece, part in zip(pieces, parts))
+    exchange = HeadExchange(exchange_of(scope, layout), parts)
+    return torch.cat([piece.flatten(2) for piece in exchange.to_sequence(*heads)], dim=-1)
 
 
-@patch(f"{MIXER}.post_conv_ssm", reason="the order of the batch is that of the layer's own group", when=WITHOUT)
+@patch(f"{MIXER}.post_conv_ssm", reason=ORDER, when=WITHOUT)
 def post_conv_ssm(
-    adaptor: Adaptor, original: Callable[..., torch.Tensor], self: Any, *args: Any, **kwargs: Any
+    adaptor: Adaptor, original: Callable[..., torch.Tensor], self: Any, input_: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    with computing_over(adaptor.scopes.of(self.cp_group)):
-        return original(self, *args, **kwargs)
+    """(S, b, x of this rank's heads) -> (s, b, x of all heads)."""
+    scope = adaptor.scopes.of(self.cp_group)
+    if scope.alone:
+        return original(self, input_, *args, **kwargs)
+    layout, part = layout_of_rows(adaptor, scope, input_.size(0), None), _parts(self)[0]
+    heads = input_.unflatten(-1, (part.count(scope.rank), part.dim))
+    return HeadExchange(exchange_of(scope, layout), [part]).to_heads(heads)[0].flatten(2)
 
 
-@patch(f"{CONTEXT_PARALLEL}._undo_attention_load_balancing", reason=ORDER, when=WITHOUT)
+def _parts(layer: Any) -> list[Part]:
+    """z, x, B, C and dt of a MambaContextParallel; a group of B and C goes to every rank that has heads of it."""
+    heads, groups = layer.nheads_local_tp, layer.ngroups_local_tp
+    shares, of_groups = head_shares(heads, groups, layer.cp_size)
+    inner = Part("heads", heads, layer.d_inner_local_tp // heads, shares)
+    group = Part("groups", groups, layer.d_state, of_groups)
+    return [inner, inner, group, group, Part("heads", heads, 1, shares)]
+
+
+@patch(f"{CONTEXT_PARALLEL}._undo_attention_load_balancing", reason=FRAMEWORKS, when=WITHOUT)
 def undo_attention_load_balancing(
     adaptor: Adaptor,
     original: Callable[..., torch.Tensor],
@@ -54,13 +104,13 @@ def undo_attention_load_balancing(
     **kwargs: Any,
 ) -> torch.Tensor:
     """(S, b, h), rank after rank -> the same in the order of the sequence."""
-    scope = computes_over()
-    if scope is None or scope.alone:
+    layout = _running_layout(adaptor, input_, cp_size)
+    if layout is None:
         return original(input_, cp_size, *args, **kwargs)
-    return _layout(adaptor, scope, input_).unshard(input_.chunk(cp_size))
+    return layout.unshard(input_.split([layout.length(rank) for rank in range(cp_size)]))
 
 
-@patch(f"{CONTEXT_PARALLEL}._redo_attention_load_balancing", reason=ORDER, when=WITHOUT)
+@patch(f"{CONTEXT_PARALLEL}._redo_attention_load_balancing", reason=FRAMEWORKS, when=WITHOUT)
 def redo_attention_load_balancing(
     adaptor: Adaptor,
     original: Callable[..., torch.Tensor],
@@ -70,21 +120,15 @@ def redo_attention_load_balancing(
     **kwargs: Any,
 ) -> torch.Tensor:
     """(S, b, h) in the order of the sequence -> the same, rank after rank."""
-    scope = computes_over()
-    if scope is None or scope.alone:
+    layout = _running_layout(adaptor, input_, cp_size)
+    if layout is None:
         return original(input_, cp_size, *args, **kwargs)
-    layout = _layout(adaptor, scope, input_)
     return torch.cat([layout.shard(input_, rank) for rank in range(cp_size)])
 
 
-def _layout(adaptor: Adaptor, scope: Scope, whole: torch.Tensor) -> SequenceLayout:
-    return record_of_length(adaptor, scope, whole.size(0) // scope.size).layout
-
-
-def _refuse_uneven(layout: SequenceLayout) -> None:
-    if not layout.is_even:
-        raise ValueError(
-            f"state-space layers need equally many tokens on every rank, and a sequence of {layout.seq_len} tokens in "
-            f"the layout {layout.kind} is shared unevenly by the --context-parallel-size {layout.cp_size} ranks; use a "
-            f"length that 2 x {layout.cp_size} divides."
-        )
+def _running_layout(adaptor: Adaptor, whole: torch.Tensor, cp_size: int) -> SequenceLayout | None:
+    """The layout of what runs, which named no group; None outside of models, where it is Megatron's own."""
+    scope = adaptor.current
+    if adaptor.active is None or scope.size != cp_size:
+        return None
+    return layout_of_rows(adaptor, scope, whole.size(0), None)

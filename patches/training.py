@@ -14,6 +14,7 @@ from mindspeed_cp.arguments import (
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.flag_checks import check_flags
 from mindspeed_cp.megatron.following import configure
+from mindspeed_cp.megatron.neighbour import is_here, notice_of_targets
 from mindspeed_cp.megatron.splitting import with_tokens_everywhere
 from mindspeed_cp.patches.checkout import without_checkout
 from mindspeed_cp.patches.rows import patch
@@ -40,6 +41,8 @@ _STAGES_WITHOUT_MASK = (
     when=without_checkout,
 )
 def add_megatron_arguments(adaptor: Adaptor, original: Callable[..., Any], parser: Any) -> Any:
+    if is_here():  # MindSpeed adds its flags afterwards, and patches/features_manager.py those that are left
+        return _refusing_together(original(parser))
     return _refusing_together(add_context_parallel_arguments(original(parser)))
 
 
@@ -71,6 +74,9 @@ def validate_args(adaptor: Adaptor, original: Callable[..., Any], args: Any, *de
         config, setup = validate(args, world_size=0 if args.context_parallel_size == 1 else None)
         check_flags(args)
     settings.program, settings.asked_for_flash = PROGRAM, setup.asked_for_flash
+    notice = notice_of_targets(args) if is_here() else ""
+    if notice:
+        warn_rank0(notice)
     if config.context_parallel_size == 1:
         if getattr(args, "hybrid_context_parallel", False):
             configure(adaptor, config, setup=setup, kernel=args.cp_kernel)

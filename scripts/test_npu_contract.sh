@@ -6,6 +6,8 @@
 #   TORCH_NPU=2.7.1.post8     another release than 2.13.0; where .venv has another torch, .venv-npu-2.7.1 is made for it
 #   MEGATRON_LM_FOLDER=DIR    a folder with Megatron-LM checkouts core_v0.12.1 and core_v0.16.1: their pretrain_gpt.py too,
 #                             which needs pip install six regex pydantic
+#   MINDSPEED_FOLDER=DIR      a folder in which the package of MindSpeed core_r0.16.0 lies: both in one process, in every order
+#   MINDSPEED_LLM_PATH=LIST   folders of MindSpeed-LLM, its Megatron-LM, its MindSpeed and its packages, with : between
 #   PYTHON=python             another environment than these
 #   VERIFY=--quick            run scripts/verify_npu.sh on the bed instead, whole or with these options
 #   TABLE=FILE.json           write this release's part of the table in docs/devices.md instead (tests/ascend/table.py)

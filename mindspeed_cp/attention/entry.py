@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from mindspeed_cp.attention.exchange_choice import exchange_for, steps_in_flight
+from mindspeed_cp.attention.exchange_choice import exchange_for, sends_latents, steps_in_flight
+from mindspeed_cp.attention.expansion import Expansion, expanded
 from mindspeed_cp.attention.function import AttentionCall, ContextParallelAttention
 from mindspeed_cp.attention.kept import KeptAttention
 from mindspeed_cp.attention.kv_cache import KVCache
@@ -17,7 +18,7 @@ from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions, MemoryOrder
 from mindspeed_cp.sequence.cache import kept_up_to
 from mindspeed_cp.sequence.layout import SequenceLayout
-from mindspeed_cp.sequence.masks import dense_mask, interval_masks
+from mindspeed_cp.sequence.masks import GivenSlices, attention_masks, dense_mask
 from mindspeed_cp.sequence.runs import positions
 from mindspeed_cp.settings.config import ContextParallelConfig
 
@@ -42,6 +43,8 @@ def context_parallel_attention(
     softmax_offset: torch.Tensor | None = None,
     fused_update: bool = False,
     kept: KeptAttention | None = None,
+    expand: Expansion | None = None,
+    attention_slices: GivenSlices = None,
 ) -> torch.Tensor:
     """Attention over a sequence that is split over the ranks of a context-parallel group; every rank of it calls this.
 
@@ -65,6 +68,22 @@ def context_parallel_attention(
         softmax_offset: (heads,) one more logit per head with value 0 (an attention sink); gets a gradient.
         fused_update: merge blocks by the kernel's own operator where it has one (--use-fused-ring-attention-update).
         kept: of the checkpoint around this call; its recomputation takes what the first pass computed.
+        expand: makes keys and values of ``key`` and ``value``, which then have one head each of its ``widths``, such as
+            the latent of multi-latent attention (LatentExpansion). They travel as they are, or as what is made of them
+            (``config.mla_exchange``); its parameters get the gradient of this rank's queries.
+        attention_slices: ((first query, last + 1), (first key, last + 1), kind) of global positions, which together say
+            what queries see, whatever the mask type: no other pair is seen, and a query that is in no slice gives 0. A
+            window, documents and a dense mask hide more. One list for all rows of the batch, or one for each. Kinds
+            (rows are queries, x is seen)::
+
+                full      causal    inverse   band
+                x x x x   x x . .   x x x x   x x . .
+                x x x x   x x x .   . x x x   . x x .
+                x x x x   x x x x   . . x x   . . x x
+
+            causal ends in the lower right corner (MagiAttention's CAUSAL): the last query sees every key, each one
+            before it a key less. inverse begins in the upper left one (INVCAUSAL): the first query sees every key, each
+            one after it begins a key later. band is both (BICAUSAL), and empty with more queries than keys.
 
     Returns:
         (seq_local, batch, heads, dv) in the query's dtype; float64, float32, float16 and bfloat16.
@@ -73,15 +92,24 @@ def context_parallel_attention(
         ValueError: an argument does not fit the others; the message says which, why and what would.
     """
     _check_tensors(query, key, value, groups, layout)
+    if expand is None:
+        _check_heads(query, key, value)
+    else:
+        _check_expansion(query, key, value, expand)
+        if not sends_latents(config, expand, groups.topology, query.element_size()):
+            (key, value), expand = expanded(key, value, expand), None
+    parameters = () if expand is None else expand.parameters
     _check_same_hierarchy(config, groups, layout)
     _check_options(config, query, key, softmax_offset, layer_number, dropout_p)
     if dropout_p == 1:
         kernel = "blockwise"  # fused kernels divide by the probability of keeping
     chosen = select_kernel(kernel, query.device.type) if kernel is None or isinstance(kernel, str) else kernel
     causal = config.causal and not (config.attention_mask_type == "general" and attention_mask is not None)
-    masks = interval_masks(causal, layout.seq_len, query.shape[1], cu_seqlens, sliding_window)
+    masks = attention_masks(causal, layout.seq_len, query.shape[1], cu_seqlens, sliding_window, attention_slices)
     policy = config.kv_cache_policy_for(layer_number)
-    differentiates = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    differentiates = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (query, key, value, *parameters)
+    )
     has_backward = differentiates or (kept is not None and kept.is_active)
     if not has_backward:
         policy = None  # nothing will run backward, so nothing is kept for it
@@ -107,16 +135,18 @@ def context_parallel_attention(
         order=order,
         in_flight=steps_in_flight(config, exchange, groups.topology),
     )
-    ulysses = _ulysses_problem(config, groups, layout, query, key, value, cache, order)
-    call = AttentionCall(ring, ulysses, layer_number, has_backward, kept)
+    dv = value.shape[3] if expand is None else expand.dv
+    ulysses = _ulysses_problem(config, groups, layout, query, key, value, dv, cache, order)
+    call = AttentionCall(ring, ulysses, layer_number, has_backward, kept, expand)
     # Kernels take any strides but the last dimension's; torch's CPU operator would read past it without a word.
     tensors = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
     places = None if layout.ulysses_degree > 1 else _ascending(layout, groups.cp_rank, query.device)
     if places is None:
-        out: torch.Tensor = ContextParallelAttention.apply(*tensors, softmax_offset, call)
+        out: torch.Tensor = ContextParallelAttention.apply(*tensors, softmax_offset, call, *parameters)
         return out
     ascending = places.argsort()
-    out = ContextParallelAttention.apply(*(tensor[ascending] for tensor in tensors), softmax_offset, call)
+    sorted_ = (tensor[ascending] for tensor in tensors)
+    out = ContextParallelAttention.apply(*sorted_, softmax_offset, call, *parameters)
     return out[places]
 
 
@@ -145,6 +175,7 @@ def _ulysses_problem(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    dv: int,
     cache: KVCache,
     order: MemoryOrder | None,
 ) -> UlyssesProblem | None:
@@ -156,6 +187,8 @@ def _ulysses_problem(
         query.shape[2],
         key.shape[2],
         query.shape[3],
+        dv,
+        key.shape[3],
         value.shape[3],
         refetch=cache.refetch,
         allgather_kv=config.allgather_kv,
@@ -239,6 +272,9 @@ def _check_tensors(
                 f"{name} has {tensor.shape[0]} tokens on rank {groups.cp_rank}, the layout of {layout.seq_len} "
                 f"tokens gives it {expected}; {_way_to_length(name, tensor, expected, layout.seq_len)}."
             )
+
+
+def _check_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     heads, kv_heads = query.shape[2], key.shape[2]
     if key.shape[2] != value.shape[2] or key.shape[1] != query.shape[1] or value.shape[1] != query.shape[1]:
         raise ValueError(
@@ -255,3 +291,26 @@ def _check_tensors(
             f"key has head dimension {key.shape[3]} and query {query.shape[3]}; they must be equal (only value "
             "may differ)."
         )
+
+
+def _check_expansion(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, expand: Expansion) -> None:
+    batch = query.shape[1]
+    wanted = [(batch, 1, width) for width in expand.widths]
+    if [tuple(tensor.shape[1:]) for tensor in (key, value)] != wanted:
+        raise ValueError(
+            f"key {tuple(key.shape)} and value {tuple(value.shape)} are what expand reads, and must be "
+            f"(seq_local, {batch}, 1, {expand.widths[0]}) and (seq_local, {batch}, 1, {expand.widths[1]}); pass what "
+            "should travel, or leave out expand."
+        )
+    if query.shape[3] != expand.dk or not expand.kv_heads or query.shape[2] % expand.kv_heads:
+        raise ValueError(
+            f"expand makes keys of {expand.kv_heads} heads with {expand.dk} elements, and query {tuple(query.shape)} "
+            f"needs keys of {query.shape[3]} elements, in a divisor of its {query.shape[2]} heads; "
+            "build expand with the sizes of the same module."
+        )
+    for parameter in expand.parameters:
+        if parameter.dtype != query.dtype or parameter.device != query.device:
+            raise ValueError(
+                f"a parameter of expand is {parameter.dtype} on {parameter.device}, and query is {query.dtype} on "
+                f"{query.device}; convert one of them."
+            )

@@ -1,15 +1,18 @@
-"""How keys and values travel around the ring of one call: what the configuration says, or what suits the links."""
+"""How keys and values travel in one call, and in which form: what the configuration says, or what suits the links."""
 
 from typing import Literal
 
+from mindspeed_cp.attention.expansion import Expansion
 from mindspeed_cp.attention.ring_plan import ring_plan
 from mindspeed_cp.comm.groups import ContextParallelGroups, Linkage
 from mindspeed_cp.sequence.layout import SequenceLayout
-from mindspeed_cp.sequence.staircases import IntervalMask
+from mindspeed_cp.sequence.slice_mask import SliceMask
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 Exchange = Literal["ring", "direct", "mesh", "allgather"]
 
+# FLOPs of matrix products that a device does while its links carry a byte, rounded down from the planner's presets.
+FLOPS_PER_BYTE: dict[Linkage, int] = {"switch": 1000, "mesh": 1000, "nodes": 10000}
 NODES_IN_FLIGHT = 2  # between servers one step more under way evens out what links of several users delay
 
 
@@ -17,7 +20,7 @@ def exchange_for(
     config: ContextParallelConfig,
     groups: ContextParallelGroups,
     layout: SequenceLayout,
-    masks: tuple[IntervalMask, ...],
+    masks: tuple[SliceMask, ...],
     dense: bool,
 ) -> Exchange:
     """The exchange of a call. "auto" is the mesh exchange where each pair of ranks has a link of its own, else direct
@@ -45,3 +48,26 @@ def steps_in_flight(config: ContextParallelConfig, exchange: Exchange, topology:
     if exchange == "direct" or (exchange == "ring" and windows > 1):
         return {"mesh": max(window - 1, 1), "switch": 1, "nodes": NODES_IN_FLIGHT}[topology]
     return 1
+
+
+def sends_latents(config: ContextParallelConfig, expansion: Expansion, topology: Linkage, itemsize: int) -> bool:
+    """Whether what ``expansion`` reads travels, and not the keys and values that it makes.
+
+    "auto" asks whether the bytes that this saves are worth the FLOPs that it repeats. Both grow with the rows that
+    travel, so that the answer is that of one row, forward and backward, and the same on all ranks.
+
+    Args:
+        expansion: of all heads of the call. itemsize: bytes of an element that travels.
+    """
+    if config.context_parallel_size == 1:
+        return False
+    if config.mla_exchange != "auto":
+        return config.mla_exchange == "latent"
+    ulysses, ring = config.hierarchy[0], config.ring_size
+    heads, rows = expansion.kv_heads * (expansion.dk + expansion.dv), sum(expansion.widths)
+    # Ulysses sends a rank its heads of a row, or the whole latent; a ring then carries rows of a Ulysses group.
+    saved = (ulysses - 1) * (heads / ulysses - rows) + (ring - 1) * (heads - ulysses * rows)
+    # Forward makes those of all rows instead of its own, backward makes all again and turns back their gradients.
+    repeated = (ring - 1) + ring + 2 * (ring - 1)
+    # Keys and values travel twice, and their gradients once.
+    return 3 * saved * itemsize * FLOPS_PER_BYTE[topology] >= repeated * expansion.flops

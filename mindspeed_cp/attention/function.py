@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from mindspeed_cp.attention.expansion import Expansion, Sums
 from mindspeed_cp.attention.kept import Computed, ComputedHeads, KeptAttention, Stamp
 from mindspeed_cp.attention.kv_cache import NAMES, Name
 from mindspeed_cp.attention.merging import add_softmax_offset, softmax_offset_gradient
@@ -21,6 +22,8 @@ from mindspeed_cp.attention.ring import RingProblem, RingSaved, own_rows, ring_b
 from mindspeed_cp.attention.ulysses import UlyssesProblem
 from mindspeed_cp.kernels.base import accumulation_dtype
 from mindspeed_cp.kernels.merge import add_in_place
+
+INPUTS = 5  # of the autograd function before the parameters of an expansion
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,7 @@ class AttentionCall:
         layer_number: global, 1-based.
         has_backward: whether a backward pass may come, for which forward saves what it needs.
         kept: of the checkpoint around the call, whose recomputation takes what its first pass computed.
+        expansion: makes keys and values of what travels as key and value; None where they travel themselves.
     """
 
     ring: RingProblem
@@ -38,6 +42,11 @@ class AttentionCall:
     layer_number: int = 1
     has_backward: bool = True
     kept: KeptAttention | None = None
+    expansion: Expansion | None = None
+
+    def _expansion(self, heads: slice = slice(None)) -> Expansion | None:
+        """That of the heads that are here."""
+        return None if self.expansion is None else self.expansion.of_heads(heads)
 
     @property
     def refetch(self) -> frozenset[Name]:
@@ -71,6 +80,7 @@ class AttentionCall:
             masks=ring.masks,
             dense_mask=None if dense is None else dense.shape,
             num_rounds=1 if self.ulysses is None else self.ulysses.num_groups,
+            expands=self.expansion is not None,
         )
 
     def compute(
@@ -85,7 +95,7 @@ class AttentionCall:
         dtype = query.dtype
         if self.ulysses is None:
             own = tuple(local[place] for place in range(3))
-            heads = self._attend(own, softmax_offset, dtype, local)
+            heads = self._attend(own, softmax_offset, dtype, local, self._expansion())
             return Computed(heads.out, self._for_backward([heads]))
         rounds, done, leaving = self.ulysses.rounds, list[ComputedHeads](), None
         result = self.ulysses.all_heads("out", query, dtype)
@@ -98,7 +108,7 @@ class AttentionCall:
             stay = here[1:] if following and following.keys_stay else ()
             here = own_rows(self.ring, *here)
             offset = None if softmax_offset is None else softmax_offset[this.head_slice()]
-            heads = self._attend(here, offset, dtype, local)
+            heads = self._attend(here, offset, dtype, local, self._expansion(this.head_slice()))
             if leaving is not None:
                 leaving.wait()
             leaving = this.gather({"out": result}, {"out": heads.out})
@@ -114,10 +124,11 @@ class AttentionCall:
         offset: torch.Tensor | None,
         dtype: torch.dtype,
         local: dict[int, torch.Tensor],
+        expansion: Expansion | None,
     ) -> ComputedHeads:
         """Attention of the heads that are here: ``own_rows`` of query, key and value, and their softmax offsets."""
         query, *keys_values = own
-        out, lse, saved = ring_forward(self.ring, query, tuple(keys_values))
+        out, lse, saved = ring_forward(self.ring, query, tuple(keys_values), expansion)
         if offset is not None:
             if out.dtype != lse.dtype:
                 out = out.to(lse.dtype)
@@ -139,19 +150,24 @@ class AttentionCall:
         rounds: tuple[ComputedHeads, ...],
         softmax_offset: torch.Tensor | None,
         local: dict[int, torch.Tensor],
+        sums: Sums = (),
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Gradients ([dq, dk, dv], that of the softmax offsets)."""
+        """Gradients ([dq, dk, dv], that of the softmax offsets); those of the expansion's parameters join ``sums``."""
         d_offset = None if softmax_offset is None else torch.zeros_like(softmax_offset)
         if self.ulysses is None:
             query, *kept = (local.get(place, tensor) for place, tensor in enumerate(rounds[0].saved))
             self._add_offset_gradient(d_offset, softmax_offset, grad_out, rounds[0], slice(None))
-            return list(self._gradients(grad_out, rounds[0], query, kept)), d_offset
+            return list(self._gradients(grad_out, rounds[0], query, kept, self._expansion(), sums)), d_offset
         again: dict[str, torch.Tensor] = {
             name: local[place] for place, name in zip((1, 2), NAMES) if name in self.refetch
         }
         problems, dtype, leaving = self.ulysses.rounds, grad_out.dtype, None
         into = {f"grad_{kind}": self.ulysses.all_heads(f"grad_{kind}", grad_out, dtype) for kind in ("query", *NAMES)}
-        arriving, here, sums = problems[0].scatter_for_backward(grad_out, again), dict[str, torch.Tensor](), KeptSums()
+        arriving, here, staying = (
+            problems[0].scatter_for_backward(grad_out, again),
+            dict[str, torch.Tensor](),
+            KeptSums(),
+        )
         for number, (this, heads) in enumerate(zip(problems, rounds, strict=True)):
             arrived = arriving.wait()
             here |= {name: tensor for name, tensor in arrived.items() if tensor.shape[2] or not this.keys_stay}
@@ -159,11 +175,12 @@ class AttentionCall:
                 arriving = problems[number + 1].scatter_for_backward(grad_out, again)
             query, *kept = heads.saved
             kept = [here[name] if name in again else tensor for name, tensor in zip(NAMES, kept)] + kept[len(NAMES) :]
-            grads = self._gradients(here["grad_out"], heads, query, kept)
+            expansion = self._expansion(this.head_slice())
+            grads = self._gradients(here["grad_out"], heads, query, kept, expansion, sums)
             self._add_offset_gradient(d_offset, softmax_offset, here["grad_out"], heads, this.head_slice())
             if leaving is not None:
                 leaving.wait()
-            leaving = this.gather(into, dict(zip(into, (grads[0], *sums.add(grads[1:], this.keys_are_done)))))
+            leaving = this.gather(into, dict(zip(into, (grads[0], *staying.add(grads[1:], this.keys_are_done)))))
         assert leaving is not None
         leaving.wait()
         return [gathered.result() for gathered in into.values()], d_offset
@@ -174,6 +191,8 @@ class AttentionCall:
         heads: ComputedHeads,
         query: torch.Tensor | None,
         kept: Sequence[torch.Tensor | None],
+        expansion: Expansion | None,
+        sums: Sums,
     ) -> tuple[torch.Tensor, ...]:
         assert query is not None
         return ring_backward(
@@ -183,6 +202,8 @@ class AttentionCall:
             heads.out,
             heads.lse,
             RingSaved(tuple(tensor for tensor in kept if tensor is not None), heads.blocks),
+            expansion,
+            sums,
         )
 
     @staticmethod
@@ -224,7 +245,9 @@ def _with_keys_that_stay(
     assert query is not None
     if this.keys_stay:
         return query, *stay
-    empty = (query.new_empty((*query.shape[:2], 0, dim)) for dim in (this.dk, this.dv))  # for a rank without a head
+    empty = (
+        query.new_empty((*query.shape[:2], 0, dim)) for dim in (this.key_dim, this.value_dim)
+    )  # for a rank without a head
     return query, *(none if tensor is None else tensor for tensor, none in zip(keys_values, empty))
 
 
@@ -234,8 +257,8 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class ContextParallelAttention(torch.autograd.Function):
-    """query, key, value (seq_local, batch, heads, dim), softmax_offset (heads,) or None -> (seq_local, batch, heads,
-    dv).
+    """query, key, value (seq_local, batch, heads, dim), softmax_offset (heads,) or None, the call, parameters of its
+    expansion -> (seq_local, batch, heads, dv).
     """
 
     @staticmethod
@@ -246,10 +269,11 @@ class ContextParallelAttention(torch.autograd.Function):
         value: torch.Tensor,
         softmax_offset: torch.Tensor | None,
         call: AttentionCall,
+        *parameters: torch.Tensor,
     ) -> torch.Tensor:
         # The dtypes are chosen here and in the kernels; autocast would round what is accumulated in float32.
         with _without_autocast(query.device):
-            return ContextParallelAttention._forward(ctx, query, key, value, softmax_offset, call)
+            return ContextParallelAttention._forward(ctx, query, key, value, softmax_offset, call, parameters)
 
     @staticmethod
     def _forward(
@@ -259,6 +283,7 @@ class ContextParallelAttention(torch.autograd.Function):
         value: torch.Tensor,
         softmax_offset: torch.Tensor | None,
         call: AttentionCall,
+        parameters: tuple[torch.Tensor, ...],
     ) -> torch.Tensor:
         local = call.without_communication(query, key, value)
         compute = partial(call.compute, query, key, value, softmax_offset, local)
@@ -269,7 +294,7 @@ class ContextParallelAttention(torch.autograd.Function):
         ctx.call, ctx.places = call, list(local)
         ctx.rounds = [(len(heads.tensors), heads.blocks) for heads in found.rounds]
         tensors = (tensor for heads in found.rounds for tensor in heads.tensors)
-        ctx.save_for_backward(softmax_offset, *local.values(), *tensors)
+        ctx.save_for_backward(softmax_offset, *parameters, *local.values(), *tensors)
         return found.result
 
     @staticmethod
@@ -282,11 +307,15 @@ class ContextParallelAttention(torch.autograd.Function):
     def _backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call: AttentionCall = ctx.call
         softmax_offset, *saved = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[INPUTS:]
+        del saved[: len(wanted)]  # the expansion's parameters, which it holds itself, unchanged as was checked here
         local = dict(zip(ctx.places, saved))
         of_rounds, rounds = iter(saved[len(local) :]), []
         for count, blocks in ctx.rounds:
             out, lse, *tensors = islice(of_rounds, count)
             rounds.append(ComputedHeads(out, lse, tuple(tensors), blocks))
-        (dq, dk, dv), d_offset = call.differentiate(grad_out, tuple(rounds), softmax_offset, local)
+        sums = () if call.expansion is None else call.expansion.zeros(wanted)
+        (dq, dk, dv), d_offset = call.differentiate(grad_out, tuple(rounds), softmax_offset, local, sums)
+        of_parameters = () if call.expansion is None else call.expansion.handed_over(sums)
         dtype = grad_out.dtype
-        return dq.to(dtype), dk.to(dtype), dv.to(dtype), d_offset, None
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype), d_offset, None, *of_parameters

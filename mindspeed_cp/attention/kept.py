@@ -16,7 +16,7 @@ import torch
 
 from mindspeed_cp.kernels.random_stream import default_generator
 from mindspeed_cp.sequence.layout import SequenceLayout
-from mindspeed_cp.sequence.staircases import IntervalMask
+from mindspeed_cp.sequence.slice_mask import SliceMask
 from mindspeed_cp.settings.notices import warn_rank0
 
 WAY_OUT = (
@@ -38,9 +38,10 @@ class Stamp(NamedTuple):
     keep: frozenset[str]
     refetch: frozenset[str]
     layout: SequenceLayout
-    masks: tuple[IntervalMask, ...]
+    masks: tuple[SliceMask, ...]
     dense_mask: torch.Size | None
     num_rounds: int
+    expands: bool
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ from typing import Any, Literal, cast
 
 import torch
 
+from mindspeed_cp.attention.arriving import Arrived, Expanding
+from mindspeed_cp.attention.expansion import Expansion, Sums
 from mindspeed_cp.attention.kv_cache import NAMES, Name
 from mindspeed_cp.attention.merging import KVPartial, Merge, PartialAttention, RowSum, accumulator, plain_merge
 from mindspeed_cp.attention.mesh_plan import MeshPlan, mesh_plan
 from mindspeed_cp.attention.ring_plan import RingPlan, Task, ring_plan
-from mindspeed_cp.comm.channel import RingChannel, Stream, paired
+from mindspeed_cp.comm.channel import RingChannel, Stream, Tensors, paired
 from mindspeed_cp.comm.gradient_return import GradientReturn
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.kv_exchange import EXCHANGES
@@ -29,8 +31,9 @@ from mindspeed_cp.comm.meter import note_area
 from mindspeed_cp.comm.schedule import RingPlace, Step
 from mindspeed_cp.kernels.base import AttentionKernel, AttentionRows, BlockTensors, KernelOptions, MemoryOrder
 from mindspeed_cp.sequence.layout import SequenceLayout
-from mindspeed_cp.sequence.runs import positions
-from mindspeed_cp.sequence.staircases import IntervalMask
+from mindspeed_cp.sequence.runs import Runs, length, positions
+from mindspeed_cp.sequence.slice_mask import SliceMask
+from mindspeed_cp.sequence.staircases import bounds_of_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +42,7 @@ class RingProblem:
 
     Args:
         layout: which global positions each ring rank holds.
-        masks: one IntervalMask for all rows of the batch, or one for each.
+        masks: what queries may see, one for all rows of the batch, or one for each.
         dense_mask: None or bool (1 or batch, S, S), True = masked out, on top of them.
         exchange: how keys and values travel.
         keep: which received keys and values forward keeps; backward communicates the others again.
@@ -50,7 +53,7 @@ class RingProblem:
 
     groups: ContextParallelGroups
     layout: SequenceLayout
-    masks: tuple[IntervalMask, ...]
+    masks: tuple[SliceMask, ...]
     kernel: AttentionKernel
     options: KernelOptions
     exchange: Literal["ring", "direct", "mesh", "allgather"] = "ring"
@@ -109,11 +112,20 @@ class RingProblem:
         """The dense mask of this rank's queries against a step's keys, intervals included; None without one."""
         if self.dense_mask is None:
             return None
-        device = self.dense_mask.device
+        device, query_runs = self.dense_mask.device, self.layout.ring_runs(self.rank)
         key_runs = self.channel.mesh[step.place - 1].keys if step.source is None else self.layout.ring_runs(step.source)
-        queries, keys = (positions(runs, device) for runs in (self.layout.ring_runs(self.rank), key_runs))
+        queries, keys = (positions(runs, device) for runs in (query_runs, key_runs))
         hidden = self.dense_mask[:, queries][:, :, keys]
-        return hidden | torch.stack([_interval_hidden(queries, keys, mask) for mask in self.masks])
+        return hidden | torch.stack([_hidden(query_runs, key_runs, mask, device) for mask in self.masks])
+
+    def arrived(
+        self, rows: Tensors, tasks: tuple[Task, ...], expansion: Expansion | None, sums: Sums = ()
+    ) -> Arrived | Expanding:
+        """What a step brought, as its blocks read it."""
+        first, second = rows
+        if expansion is None:
+            return Arrived((first, second), tasks)
+        return Expanding((first, second), tasks, expansion, self.order, sums)
 
     def gradient_return(
         self, own: tuple[torch.Tensor, ...], like: tuple[torch.Tensor, ...]
@@ -122,17 +134,13 @@ class RingProblem:
         return (GradientReturn if self.mesh is None else MeshReturn)(self.channel, own, like)
 
 
-def _interval_hidden(queries: torch.Tensor, keys: torch.Tensor, mask: IntervalMask) -> torch.Tensor:
-    """Bool (queries, keys): hidden by the interval mask. Only beside a dense mask, which is that large already."""
-    offset = keys - queries.unsqueeze(1)
-    hidden = torch.zeros_like(offset, dtype=torch.bool)
-    if mask.right is not None:
-        hidden |= offset > mask.right
-    if mask.left is not None:
-        hidden |= offset < -mask.left
-    if mask.cu_seqlens is not None:
-        ends = torch.tensor(mask.cu_seqlens[1:], device=queries.device)
-        hidden |= torch.bucketize(queries, ends, right=True).unsqueeze(1) != torch.bucketize(keys, ends, right=True)
+def _hidden(query_runs: Runs, key_runs: Runs, mask: SliceMask, device: torch.device) -> torch.Tensor:
+    """Bool (queries, keys): hidden by the mask. Only beside a dense mask, which is that large already."""
+    columns = torch.arange(length(key_runs), device=device)
+    hidden = torch.ones(length(query_runs), len(columns), dtype=torch.bool, device=device)
+    for bounds in bounds_of_rows(query_runs, key_runs, mask):
+        lo, hi = (torch.from_numpy(bound).to(device).unsqueeze(1) for bound in bounds)
+        hidden &= (columns < lo) | (columns >= hi)
     return hidden
 
 
@@ -162,26 +170,33 @@ def own_rows(
 
 
 def ring_forward(
-    problem: RingProblem, query: torch.Tensor, own: tuple[torch.Tensor, ...]
+    problem: RingProblem, query: torch.Tensor, own: tuple[torch.Tensor, ...], expansion: Expansion | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, RingSaved]:
     """Attention of this rank's queries over all keys, of which ``own_rows`` gives it ``own``.
+
+    Args:
+        expansion: of the heads that are here, where something else than keys and values travels.
 
     Returns:
         (out, lse, saved): out in the kernel's dtype when one block made it, else in the accumulation dtype, and then in
         reused memory unless that is the query's dtype. saved begins with ``own``.
     """
     note_area(lambda: problem.plan.area(problem.rank, query.shape[1]) * query.shape[2])
-    partial = PartialAttention(problem.groups.workspace, problem.merge, query, own[1].shape[-1])
+    dv = own[1].shape[-1] if expansion is None else expansion.dv
+    partial = PartialAttention(problem.groups.workspace, problem.merge, query, dv)
     kept, blocks = [*own], []
     stream = _forward_stream(problem, own, kept)
-    for step, (source_key, source_value) in zip(problem.steps, stream, strict=True):
-        mask = problem.mask_against(step)
-        for batch, block in problem.tasks(query, step):
+    for step, source in zip(problem.steps, stream, strict=True):
+        mask, tasks = problem.mask_against(step), problem.tasks(query, step)
+        arrived = problem.arrived(source, tasks, expansion)
+        for batch, block in tasks:
             rows, keys = block.query_rows, block.key_rows
-            tensors = BlockTensors(block, query[rows, batch], source_key[keys, batch], source_value[keys, batch], mask)
+            tensors = BlockTensors(block, query[rows, batch], *arrived.read(keys, batch), mask)
             result = problem.kernel.forward(tensors, problem.options)
             partial.add(rows, batch, result)
             blocks.append(result.saved)
+            del tensors
+            arrived.done(keys, batch)
     out, lse = partial.result()
     return out, lse, RingSaved(tuple(kept), tuple(blocks))
 
@@ -261,18 +276,24 @@ def ring_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     saved: RingSaved,
+    expansion: Expansion | None = None,
+    sums: Sums = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients (dq, dk, dv) in the accumulation dtype, or in the kernel's where one block makes them.
+    """Gradients (dq, dk, dv) in the accumulation dtype, or in the kernel's where one block makes them; with an
+    expansion (dq, and those of the two tensors that travel).
 
     Args:
         out, lse: of the whole attention; lse is +inf where a row sees no key.
         saved: RingSaved of the forward pass.
+        expansion: that of the forward pass. sums: of its parameters' gradients, which grow.
 
     The schedule runs again from the shard that the rank still holds, its own. Own partials are summed in place; those
     for other ranks leave in the input's dtype, straight to the rank that sums them.
     """
     first = problem.steps[0]
-    if problem.layout.ring_size == 1 and len(tasks := problem.tasks(query, first)) == 1 and tasks[0].is_whole:
+    alone = problem.layout.ring_size == 1 and expansion is None
+    tasks = problem.tasks(query, first) if alone else ()
+    if len(tasks) == 1 and tasks[0].covers(query.shape[0], saved.tensors[0].shape[0]):
         mask, (key, value) = problem.mask_against(first), saved.tensors
         tensors = BlockTensors(tasks[0].block, query, key, value, mask)
         return problem.kernel.backward(tensors, AttentionRows(grad_out, out, lse), problem.options, saved.blocks[0])
@@ -283,19 +304,20 @@ def ring_backward(
     returns, blocks = problem.gradient_return(own, like), iter(saved.blocks)
     dq, shared = RowSum(query, workspace), _SharedRows(AttentionRows(grad_out, out, lse))
     stream = _backward_stream(problem, saved.tensors)
-    for step, (key, value) in zip(problem.steps, stream, strict=True):
+    for step, source in zip(problem.steps, stream, strict=True):
         tasks, (target, accumulates) = problem.tasks(query, step), returns.target(step)
-        single = not tasks or (len(tasks) == 1 and tasks[0].is_whole)
-        partial = KVPartial(target, single, workspace, accumulates)
+        arrived = problem.arrived(source, tasks, expansion, sums)
+        partial = KVPartial(target, arrived.single, workspace, accumulates)
         mask = problem.mask_against(step)
         for batch, block in tasks:
             rows, keys = block.query_rows, block.key_rows
-            tensors = BlockTensors(block, query[rows, batch], key[keys, batch], value[keys, batch], mask)
+            tensors = BlockTensors(block, query[rows, batch], *arrived.read(keys, batch), mask)
             block_dq, *block_dkv = problem.kernel.backward(
                 tensors, shared.of(rows, batch), problem.options, next(blocks)
             )
+            del tensors
             dq.add(rows, batch, block_dq)
-            partial.add(keys, batch, block_dkv)
+            arrived.add(partial, keys, batch, block_dkv)
         returns.take(step, partial)
     dk, dv = returns.finish()
     return dq.result(), dk, dv

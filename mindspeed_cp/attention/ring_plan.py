@@ -10,8 +10,9 @@ import numpy as np
 from mindspeed_cp.sequence.blocks import Block, needed_rows, plan_blocks
 from mindspeed_cp.sequence.cache import INT_BYTES, RUN_BYTES, kept_up_to
 from mindspeed_cp.sequence.layout import SequenceLayout
-from mindspeed_cp.sequence.runs import Boundaries, Runs, length, union
-from mindspeed_cp.sequence.staircases import IntervalMask
+from mindspeed_cp.sequence.runs import Runs, length, union
+from mindspeed_cp.sequence.slice_mask import SliceMask
+from mindspeed_cp.sequence.staircases import stretches
 
 ALL = slice(None)
 # Counts, 32 MiB; layouts that cut every document have many runs, and then most ranks are related.
@@ -30,6 +31,11 @@ class Task(NamedTuple):
         """Whether it is for the whole batch."""
         return self.batch == ALL
 
+    def covers(self, num_queries: int, num_keys: int) -> bool:
+        """Whether it is for so many queries and keys, and for the whole batch."""
+        rows = self.block.query_rows, self.block.key_rows
+        return self.is_whole and rows == (slice(0, num_queries), slice(0, num_keys))
+
 
 @dataclass(frozen=True, eq=False)
 class RingPlan:
@@ -44,7 +50,7 @@ class RingPlan:
     """
 
     layout: SequenceLayout
-    masks: tuple[IntervalMask, ...]
+    masks: tuple[SliceMask, ...]
     native_bands: bool
     dense: bool = False
     exact: bool = False
@@ -59,7 +65,7 @@ class RingPlan:
         return tuple(self.layout.ring_length(rank) for rank in range(self.layout.ring_size))
 
     @cached_property
-    def batches(self) -> list[tuple[slice, IntervalMask]]:
+    def batches(self) -> list[tuple[slice, SliceMask]]:
         """Neighbouring rows of the batch with one mask, and that mask."""
         if len(set(self.masks)) == 1:
             return [(ALL, self.masks[0])]
@@ -88,17 +94,15 @@ class RingPlan:
 
     @cached_property
     def _related(self) -> np.ndarray:
-        """Bool (ranks, ranks): whether two hold positions of one document, so that any query of one may see a key of
-        the other. With thousands of documents most do not, and need no plan.
+        """Bool (ranks, ranks): whether queries of one rank are in a slice with keys of another. With thousands of
+        documents most are not, and need no plan.
         """
         runs = [self.layout.ring_runs(rank) for rank in range(self.layout.ring_size)]
         related = np.zeros((len(runs), len(runs)), dtype=bool)
         if sum(map(len, runs)) * len(runs) > LARGEST_TABLE:
             return ~related
         for mask in set(self.masks):
-            if mask.cu_seqlens is None:
-                return np.ones_like(related)
-            related |= sharing_documents(runs, mask.cu_seqlens)
+            related |= sharing_slices(runs, mask)
         return related
 
     def _plan(self, reader: int, source: int) -> tuple[Task, ...]:
@@ -141,9 +145,8 @@ class RingPlan:
             for tasks in self._tasks.values()
             for task in tasks
         )
-        ends = sum(len(mask.cu_seqlens or ()) for mask in self.masks)
         runs = sum(map(len, self._needed.values())) + 3 * sum(map(len, self.layout.all_runs))
-        return INT_BYTES * (offsets + ends) + RUN_BYTES * runs
+        return INT_BYTES * offsets + RUN_BYTES * runs + sum(mask.num_bytes for mask in self.masks)
 
     @cached_property
     def exchanges(self) -> bool:
@@ -169,7 +172,7 @@ def _num_bytes(plan: RingPlan) -> int:
 @kept_up_to(48 << 20, _num_bytes)
 def ring_plan(
     layout: SequenceLayout,
-    masks: tuple[IntervalMask, ...],
+    masks: tuple[SliceMask, ...],
     native_bands: bool,
     dense: bool = False,
     exact: bool = False,
@@ -178,21 +181,27 @@ def ring_plan(
     return RingPlan(layout, masks, native_bands, dense, exact)
 
 
-def sharing_documents(runs: list[Runs], cu_seqlens: Boundaries) -> np.ndarray:
-    """Bool (ranks, ranks): whether two ranks hold positions of one document.
+def sharing_slices(runs: list[Runs], mask: SliceMask) -> np.ndarray:
+    """Bool (ranks, ranks): whether a rank holds queries of a slice of which another, or itself, holds keys.
 
     Args:
         runs: those of every rank; together they are the whole sequence.
     """
     parts = sorted((start, stop, rank) for rank, own in enumerate(runs) for start, stop in own if start < stop)
     start, stop, owner = np.array(parts, dtype=np.int64).reshape(-1, 3).T
-    ends = np.unique(np.array(cu_seqlens, dtype=np.int64))
-    low = ends[np.searchsorted(ends, start, side="right") - 1]
-    high = ends[np.searchsorted(ends, stop, side="left")]
-    # How many parts each rank has before every part; a rank is met where that grows over the documents of a part.
-    before = np.zeros((len(parts) + 1, len(runs)), dtype=np.int64)
-    np.cumsum(owner[:, None] == np.arange(len(runs)), axis=0, out=before[1:])
-    first, last = np.searchsorted(start, low, side="right") - 1, np.searchsorted(start, high, side="left")
+    found = stretches(tuple((part[0], part[1]) for part in parts), mask)
+    reader = owner[np.searchsorted(start, found.start, side="right") - 1]
+    first = np.searchsorted(stop, np.maximum(found.low, found.start + found.lower), side="right")
+    last = np.searchsorted(start, np.minimum(found.high, found.stop + found.upper), side="left")
     met = np.zeros((len(runs), len(runs)), dtype=bool)
-    np.logical_or.at(met, owner, before[last] > before[first])
+    within = last == first + 1
+    met[reader[within], owner[first[within]]] = True
+    reader, first, last = reader[~within], first[~within], last[~within]
+    # How many parts each rank has before every part; a rank is met where that grows over the keys of a stretch.
+    before = np.zeros((len(parts) + 1, len(runs)), dtype=np.int32)
+    np.cumsum(owner[:, None] == np.arange(len(runs)), axis=0, out=before[1:])
+    step = max(LARGEST_TABLE // len(runs), 1)
+    for some in range(0, len(reader), step):
+        rows = slice(some, some + step)
+        np.logical_or.at(met, reader[rows], before[last[rows]] > before[first[rows]])
     return met

@@ -12,13 +12,13 @@ from mindspeed_cp.comm.sequence_exchange import AllHeads, Part, SequenceExchange
 # kind of tensor -> (what its bytes count as, field with its number of heads, field with its head size, which shares)
 _PARTS = {
     "query": ("q", "heads", "dk", "queries"),
-    "key": ("kv", "kv_heads", "dk", "arriving"),
-    "value": ("kv", "kv_heads", "dv", "arriving"),
+    "key": ("kv", "kv_heads", "key_dim", "arriving"),
+    "value": ("kv", "kv_heads", "value_dim", "arriving"),
     "out": ("out", "heads", "dv", "queries"),
     "grad_out": ("dout", "heads", "dv", "queries"),
     "grad_query": ("dq", "heads", "dk", "queries"),
-    "grad_key": ("dkv", "kv_heads", "dk", "leaving"),
-    "grad_value": ("dkv", "kv_heads", "dv", "leaving"),
+    "grad_key": ("dkv", "kv_heads", "key_dim", "leaving"),
+    "grad_value": ("dkv", "kv_heads", "value_dim", "leaving"),
 }
 
 
@@ -28,7 +28,8 @@ class UlyssesProblem:
 
     Args:
         exchange: SequenceExchange of the group.
-        heads, kv_heads, dk, dv: of the unsplit tensors.
+        heads, dk, dv: of the unsplit query and output.
+        kv_heads, key_dim, value_dim: of what travels as key and value; one head of either with an expansion.
         refetch: which of key and value are saved before communication and communicated again in backward.
         allgather_kv: gather the one KV head instead of sending copies of it.
         num_groups: rounds in which the heads are exchanged.
@@ -40,6 +41,8 @@ class UlyssesProblem:
     kv_heads: int
     dk: int
     dv: int
+    key_dim: int
+    value_dim: int
     refetch: frozenset[Name] = frozenset()
     allgather_kv: bool = False
     num_groups: int = 1

@@ -1,8 +1,8 @@
 """MindSpeed's import paths, answered by this package while no real MindSpeed is installed.
 
 ``install`` adds one finder at the end of ``sys.meta_path``, so a real package always wins; ``uninstall`` removes it and
-every module that came through it. An answered path exports what our module does; what MindSpeed has there and we do not
-is an ImportError that says so.
+every module that came through it. An answered path exports what this project's module exports; a name that only
+MindSpeed has is an ImportError that says so.
 """
 
 import importlib
@@ -39,7 +39,7 @@ ALIASES = {
     f"{_CP}.model_parallel_utils": "mindspeed_cp.compat.process_groups",
 }
 
-# Last name of what MindSpeed has below an answered path -> what serves the purpose here.
+# Name that MindSpeed has below an answered path -> what serves its purpose here.
 INSTEAD = {
     "get_batch_on_this_cp_rank": "megatron.core.utils.get_batch_on_this_cp_rank, which the adaptor patches",
     "rotary_pos_embedding_utils": "get_pos_emb_on_this_cp_rank of Megatron's rope_utils, which the adaptor patches",
@@ -120,7 +120,7 @@ def install() -> str:
 
 
 def uninstall() -> None:
-    """Take ``install`` back: the finder and every alias go, our own modules stay. A second call does nothing."""
+    """Undo ``install``: remove the finder and every alias, and keep our own modules. A second call does nothing."""
     finder = _installed()
     if finder is None:
         return

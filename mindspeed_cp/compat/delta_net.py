@@ -1,21 +1,27 @@
 """Names of MindSpeed's gated delta net that ms-swift imports for every model as soon as context parallelism is on."""
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
+
+import torch
 
 __all__ = ["tensor_a2a_cp2hp", "tensor_a2a_hp2cp"]
 
 
-def _refuse(name: str) -> Callable[..., NoReturn]:
-    def refused(*args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"{name}: gated delta nets with context parallelism are not supported, in no version of Megatron; use "
-            "--context-parallel-size 1 for models that have them."
-        )
+def tensor_a2a_cp2hp(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """This rank's part of a sequence -> the whole, for a share of the features.
 
-    refused.__name__ = name
-    return refused
+    Args:
+        args, kwargs: seq_dim, head_dim, cp_group, split_sections, undo_attention_load_balancing, as Megatron has them.
+    """
+    from mindspeed_cp import megatron_adaptor
+    from mindspeed_cp.megatron import hidden_exchange
+
+    return hidden_exchange.tensor_a2a_cp2hp(megatron_adaptor.state(), tensor, *args, **kwargs)
 
 
-tensor_a2a_cp2hp = _refuse("tensor_a2a_cp2hp")
-tensor_a2a_hp2cp = _refuse("tensor_a2a_hp2cp")
+def tensor_a2a_hp2cp(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The inverse of ``tensor_a2a_cp2hp``, with redo_attention_load_balancing."""
+    from mindspeed_cp import megatron_adaptor
+    from mindspeed_cp.megatron import hidden_exchange
+
+    return hidden_exchange.tensor_a2a_hp2cp(megatron_adaptor.state(), tensor, *args, **kwargs)

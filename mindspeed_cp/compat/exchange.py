@@ -56,7 +56,7 @@ def exchange(tensor: torch.Tensor, group: Group, scatter_dim: int, gather_dim: i
 def start_exchange(
     tensor: torch.Tensor, group: Group, scatter_dim: int, gather_dim: int, gather_size: int
 ) -> Pending[torch.Tensor]:
-    """Pending of the result of one all-to-all; a side whose dimension is the first is sent, or received, in place."""
+    """Start one all-to-all; returns a Pending of its result. A side whose dimension is the first is not copied."""
     link = link_of(group)
     sizes = split_sizes(tensor.size(scatter_dim), link.size)
     pieces = tensor.split(sizes, dim=scatter_dim)

@@ -1,7 +1,7 @@
-"""MindSpeed's way of handing over where documents end: a value set before the batch that it belongs to is split.
+"""Hands over where documents end as MindSpeed does: by a value that is set before its batch is split.
 
-MindSpeed keeps it until another is set. Here it belongs to the next batch: that batch's documents end there, and the
-batches after it go by what they bring themselves.
+MindSpeed keeps it until another is set. Here it belongs to the next batch alone: that batch's documents end there, and
+later batches go by what they bring themselves.
 """
 
 from typing import Any

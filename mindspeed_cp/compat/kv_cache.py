@@ -1,4 +1,4 @@
-"""MindSpeed's rule of which layer the KV cache policy applies to (``context_parallel_kv_cache``)."""
+"""MindSpeed's rule for the layers that the KV cache policy applies to (``context_parallel_kv_cache``)."""
 
 __all__ = ["get_cache_policy"]
 

@@ -125,7 +125,7 @@ def gather_forward_split_backward(
 
 
 def _lengths_of_all(input_: torch.Tensor, group: Group, dim: int) -> list[int]:
-    """How long every rank's part is; every rank asks."""
+    """The length of every rank's part; collective."""
     link, mine = link_of(group), torch.tensor([input_.size(dim)], device=input_.device)
     return [int(length) for length in link.gather(mine, [1] * link.size, "lengths").wait()]
 

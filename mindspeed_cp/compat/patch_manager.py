@@ -1,4 +1,4 @@
-"""MindSpeed's registry of patches, as frameworks look through it: the patches of this package are not in it.
+"""MindSpeed's registry of patches, for frameworks that look through it; it holds none of this package's patches.
 
 verl looks for a replaced torch.compile in ``patches_info``, ms-swift for a replaced delta rule; neither is replaced by
 entries that such code could remove, so the registry is empty, and the adaptor's ``report`` lists what is patched.

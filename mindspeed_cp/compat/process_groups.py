@@ -1,8 +1,8 @@
 """MindSpeed's getters of process groups and ranks (``model_parallel_utils``, ``parallel_state``), from our groups.
 
 Our transfers name their peer by global rank, so one group over the whole ring also serves its windows: the getters of
-the window groups return it. Without a ring, Ulysses group or windows of its own a getter behaves as in MindSpeed where
-the group was never made.
+the window groups return it. Where there is no ring, Ulysses group or window, a getter behaves as in MindSpeed without
+that group.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def _hybrid() -> ContextParallelGroups | None:
 
 
 def _neighbour(steps: int) -> int:
-    """Global rank of the context-parallel rank that many steps on."""
+    """Global rank of the context-parallel rank that is ``steps`` further on."""
     from mindspeed_cp import megatron_adaptor
 
     main = megatron_adaptor.state().main
@@ -167,7 +167,7 @@ def get_ring_ranks_for_inter_window_dkv() -> list[int]:
 
 
 def _initialized_for(purpose: str) -> Callable[..., None]:
-    """MindSpeed's maker of groups: here initialize_model_parallel has made them all."""
+    """A function that stands for MindSpeed's maker of groups: initialize_model_parallel has made them all here."""
 
     def initialize(
         tensor_model_parallel_size: int,

@@ -44,7 +44,7 @@ def ringattn_context_parallel(
     packed_seq_params: Any = None,
     shapes: Sequence[int] | Mapping[int, int] | None = None,
 ) -> torch.Tensor:
-    """Ring or Double Ring attention over the ranks that ``cp_para`` names; every one of them calls it.
+    """Ring or Double Ring attention over the ranks that ``cp_para`` names; collective over them.
 
     Args:
         q, k, v: (s, b, heads * dim), or (tokens, heads, dim) with packed documents.
@@ -300,7 +300,7 @@ def _global_mask(
 
 
 def _is_causal(mask: torch.Tensor, seq_len: int) -> bool:
-    """Whether a mask says no more than causal; MindSpeed's compressed triangle stands for any length beyond its own."""
+    """Whether a mask is just causal; MindSpeed's compressed triangle stands for any length beyond its own."""
     if tuple(mask.shape) == COMPRESSED and seq_len > COMPRESSED[0]:
         return True
     return mask.dim() == 2 and torch.equal(mask, torch.ones_like(mask).triu(1))

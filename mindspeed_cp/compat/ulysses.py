@@ -34,7 +34,7 @@ def ulyssesattn_context_parallel(
     attn_para: Mapping[str, Any],
     ulysses_comm_para: Mapping[str, Any],
 ) -> torch.Tensor:
-    """Aligned Ulysses attention with a KV cache policy; every rank of the group calls it.
+    """Aligned Ulysses attention with a KV cache policy; collective over the group.
 
     Args:
         attn_para: n_head (for three dimensions), attention_mask, scale, keep_prob, sparse_mode, pre_tokens,
@@ -81,7 +81,7 @@ def ulyssesattn_context_parallel(
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a query sees within its document: what lies before it, a window, or what a mask says."""
+    """The keys that a query sees within its document: those before it, a window, or those that a mask leaves."""
 
     causal: bool = False
     window: tuple[int, int] | None = None

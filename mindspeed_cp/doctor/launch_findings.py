@@ -4,18 +4,20 @@ import argparse
 import ast
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from mindspeed_cp.arguments import validate
-from mindspeed_cp.arguments.launch import misspelt
+from mindspeed_cp.arguments.algorithm import algorithm_is_given
+from mindspeed_cp.arguments.launch import bare_parser, known_flags, misspelt
 from mindspeed_cp.doctor import environment, hccl, launch
 from mindspeed_cp.doctor.finding import Finding, problem
 from mindspeed_cp.doctor.installed import ask
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionKernel
+from mindspeed_cp.megatron import neighbour
 from mindspeed_cp.planner import megatron_flags
 from mindspeed_cp.planner.memory import attention_bytes
 from mindspeed_cp.planner.trace import Problem, trace
@@ -43,16 +45,24 @@ def examined(command: str, device: str) -> tuple[list[Finding], dict[str, str]]:
 
 def findings(started: launch.Launch, device: str) -> Iterator[Finding]:
     """Whether the launch switches context parallelism on, what it resolves to, what it costs, its mistakes."""
+    by_mindspeed = bool(neighbour.front_named_in(str(launch.home_of(started.script))))
+    kept = mindspeeds_own(started.flags) if by_mindspeed else ""
+    if kept:
+        yield Finding("note", f"{kept}: context parallelism is left to MindSpeed, and mindspeed_cp is off")
+        yield from of_parser(started, started.flags, set())
+        return
     try:
         args, rest = megatron_flags.parsed(started.flags)
     except ValueError as error:
         yield problem(str(error))
         return
+    if by_mindspeed and not algorithm_is_given(args):
+        args.context_parallel_algo = neighbour.DEFAULT_ALGORITHM
     yield from switched_on(started)
     meant = misspelt(rest)
     for flag, likely in meant.items():
         yield Finding("warning", f"{flag} is not a flag of context parallelism", f"write {likely}")
-    yield from unknown(started, set(meant))
+    yield from of_parser(started, rest, set(meant))
     if started.port is not None:
         found = environment.port(started.address, started.port, "torchrun --master-port ")
         if found.level != "ok":
@@ -66,26 +76,47 @@ def findings(started: launch.Launch, device: str) -> Iterator[Finding]:
         yield Finding("problem", f"Megatron's flags were not checked: {error}", "report it with this line")
 
 
-def unknown(started: launch.Launch, named: set[str]) -> Iterator[Finding]:
-    """Flags that the script's own parser refuses, where it can be asked."""
-    script = launch.home_of(started.script)
+def mindspeeds_own(flags: Sequence[str]) -> str:
+    """Why a line of a script that imports MindSpeed can only mean MindSpeed's own context parallelism; "" otherwise."""
+    parser = bare_parser("launch")
+    parser.add_argument("--context-parallel-size", type=int, default=1)
+    parser.add_argument("--context-parallel-algo")
+    return neighbour.of_mindspeed_alone(known_flags(parser, flags)[0])
+
+
+def of_parser(started: launch.Launch, rest: Sequence[str], named: set[str]) -> Iterator[Finding]:
+    """What the script's own parser says of the line: who owns foreign flags, what it refuses and does not know.
+
+    Args:
+        rest: what of the line context parallelism does not know.
+        named: flags of which something was said.
+    """
+    script, flags = (
+        launch.home_of(started.script),
+        [token.partition("=")[0] for token in rest if token.startswith("--")],
+    )
+    flags = [flag for flag in dict.fromkeys(flags) if flag not in named]
     if not script.is_file() or not started.flags:
         return
+    why = f"{script.name} has a parser of its own"
     try:
-        found = ask(
-            "mindspeed_cp.megatron.unknown_flags",
-            str(script),
-            *started.flags,
-            environment={**os.environ, **started.environment},
-        )
+        module, environment = "mindspeed_cp.megatron.unknown_flags", {**os.environ, **started.environment}
+        said = ask(module, str(script), *started.flags, environment=environment)
     except RuntimeError as error:
-        yield Finding("note", f"whether {script.name} knows every flag was not asked: {error}")
+        said, why = None, str(error)
+    if said is None:
+        if flags:
+            text = f"not checked, because {why}: {', '.join(flags)}"
+            yield Finding("warning", text, f"see that {script.name} --help lists them")
         return
-    for flag in dict.fromkeys(found or ()):
+    for owner, owned in said["owners"].items():
+        yield Finding("ok", f"{owner}'s own flags, which {script.name} knows: {', '.join(owned)}")
+    if said["refused"]:
+        yield Finding("problem", f"{script.name} refuses the line: {said['refused']}", "correct it")
+    for flag in dict.fromkeys(said["unknown"]):
         if flag not in named:
-            yield Finding(
-                "problem", f"{script.name} does not know {flag}", f"leave it out; {script.name} --help lists all"
-            )
+            text = f"{script.name} does not know {flag}"
+            yield Finding("problem", text, f"leave it out; {script.name} --help lists all")
 
 
 def switched_on(started: launch.Launch) -> Iterator[Finding]:
@@ -121,8 +152,9 @@ def import_lines(script: Path) -> tuple[int | None, int | None]:
             names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
         else:
             continue
+        ours = ADAPTORS[:1] if neighbour.is_importable() else ADAPTORS  # a real MindSpeed keeps its path
         for name in names:
-            kind = "adaptor" if name.startswith(ADAPTORS) else "megatron" if name.startswith("megatron.") else ""
+            kind = "adaptor" if name.startswith(ours) else "megatron" if name.startswith("megatron.") else ""
             found.setdefault(kind, node.lineno)
     return found.get("adaptor"), found.get("megatron")
 
@@ -136,15 +168,15 @@ def resolved(args: argparse.Namespace, started: launch.Launch, device: str) -> I
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         config, setup = validate(args, started.world_size, started.node_ranks or None)
-        layout = SequenceLayout.build(config, args.seq_length)
+        layout = SequenceLayout.build(config, args.seq_length) if args.seq_length else None
     for notice in dict.fromkeys(str(warning.message) for warning in said):
         ignored = " is ignored" in notice
         yield Finding("warning" if ignored else "note", notice, f"leave out {notice.split()[0]}" if ignored else "")
     if config.context_parallel_size == 1:
         yield Finding("warning", "context parallelism is off: its size is 1", "add --context-parallel-size N, N > 1")
         return
-    lengths = sorted({layout.length(rank) for rank in range(config.context_parallel_size)})
-    tokens = " or ".join(f"{length:,}" for length in lengths)
+    lengths = sorted({layout.length(rank) for rank in range(config.context_parallel_size)}) if layout else []
+    tokens = " or ".join(f"{length:,}" for length in lengths) or "unknown"
     ulysses, window, windows = config.hierarchy
     hierarchy = f"ulysses {ulysses} x window {window} x windows {windows}"
     yield Finding("ok", f"{config.describe()}; {hierarchy}; {tokens} tokens on a rank")
@@ -155,13 +187,15 @@ def resolved(args: argparse.Namespace, started: launch.Launch, device: str) -> I
 
 def problem_of(args: argparse.Namespace, setup: TrainingSetup) -> Problem | str:
     """The attention of one layer, or the flag that is missing to know it."""
-    if not (args.kv_channels or args.hidden_size or args.multi_latent_attention) or args.num_attention_heads == 1:
-        return "bytes and memory need --num-attention-heads and --hidden-size (or --kv-channels)"
+    sized = args.kv_channels or args.hidden_size or args.multi_latent_attention
+    if not (sized and args.num_attention_heads and args.seq_length):
+        return "bytes and memory need --seq-length, --num-attention-heads and --hidden-size (or --kv-channels)"
     heads, kv_heads, dk, dv = megatron_flags.attention_sizes(args)
     tp = setup.tensor_parallel_size
     of_rank = heads_of_rank(heads, kv_heads, tp)
     dtype = torch.bfloat16 if args.bf16 or args.fp16 else torch.float32
-    return Problem(args.seq_length, *of_rank, dk, dv, args.micro_batch_size, dtype, stride=tp)
+    latent = (args.qk_pos_emb_head_dim, args.kv_lora_rank) if args.multi_latent_attention else None
+    return Problem(args.seq_length, *of_rank, dk, dv, args.micro_batch_size, dtype, stride=tp, latent=latent)
 
 
 def cost(

@@ -22,7 +22,7 @@ from mindspeed_cp.megatron.hccl import hccl_buffers
 from mindspeed_cp.megatron.later_stages import HandOver
 from mindspeed_cp.megatron.losses import Losses
 from mindspeed_cp.megatron.own_loops import OwnLoops
-from mindspeed_cp.megatron.records import BatchRecords, Documents, MicroBatch
+from mindspeed_cp.megatron.records import BatchRecords, Documents, MicroBatch, Places
 from mindspeed_cp.megatron.scopes import Scope, Scopes, checked_group, collective_device, named_group, own_group
 from mindspeed_cp.megatron.sizes import ranks_of_all
 from mindspeed_cp.megatron.start import agree_in_group
@@ -53,9 +53,10 @@ class Adaptor(OwnLoops):
         log: measures the steps of training with --cp-log, as long as there are groups; None without.
         counted: models whose modules were looked up in the census, and blocks of layers beside them.
         losses: what is known of the losses of the training.
-        embedded: length -> layout with which Megatron's cache holds an embedding of that length.
+        embedded: length -> layout and position ids with which Megatron's cache holds an embedding of that length.
         documents_by_hand: documents were given for a batch by hand, so that a forward pass of no known batch would lose
             them.
+        sliced: a batch with slices was split: what is alone, too, then follows the records of batches.
         computes_alone: what runs now is split over nobody, whatever group it names.
         told: what was said before the first batch, "" until then.
         on_change: called whenever a cached embedding may have become wrong.
@@ -81,8 +82,8 @@ class Adaptor(OwnLoops):
         self.log: ContextParallelLog | None = None
         self.is_pipeline, self.virtual_pipeline, self.epoch = False, False, 0
         self.timeout: timedelta | None = None
-        self.embedded: dict[int, SequenceLayout] = {}
-        self.computes_alone, self.documents_by_hand, self._passes = False, False, 0
+        self.embedded: dict[int, tuple[SequenceLayout, Places | None] | None] = {}
+        self.computes_alone, self.documents_by_hand, self.sliced, self._passes = False, False, False, 0
         self._pool: dict[PoolKey, dist.ProcessGroup] = {}
         self.on_change: list[Callable[[], None]] = []
         self._say, self._check, self._tell = say, check, tell
@@ -125,7 +126,7 @@ class Adaptor(OwnLoops):
         self.forget_batches()
 
     def forget_batches(self) -> None:
-        self.active, self.documents_by_hand = None, False
+        self.active, self.documents_by_hand, self.sliced = None, False, False
         self.embedded.clear()
         self.records.clear()
         self.foreign.clear()
@@ -229,8 +230,8 @@ class Adaptor(OwnLoops):
 
     @property
     def alone(self) -> bool:
-        """Whether no sequence is ever split, so that everything is left to Megatron."""
-        return not self.scopes and not self.sizes
+        """Whether no sequence is ever split, nor has slices, so that everything is left to Megatron."""
+        return not self.scopes and not self.sizes and not self.sliced
 
     def measure(self, config: ContextParallelConfig, group: dist.ProcessGroup) -> None:
         """With --cp-log, measure the steps and compare the ranks of each ``group``; collective over the world."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from mindspeed_cp.megatron.later_stages import pipeline_of
 from mindspeed_cp.megatron.packed import packed_batch
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.scopes import Scope, collective_device
@@ -41,8 +42,8 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
     if found is None and not scope.alone and adaptor.running_in(scope) is None:
         found = adaptor.records.find_copied([tokens, given.get("labels")], scope)
     if scope.alone:
-        _refuse_split_batch(model, found or adaptor.records.copied_from(tokens))
-        return None
+        found = found or adaptor.records.copied_from(tokens)
+        return _alone(adaptor, model, found, given.get("attention_mask") is not None)
     refuse_inference(values)
     if found is not None and found.scope is not None and found.scope is not scope:
         raise ValueError(
@@ -61,8 +62,11 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
         if record is None:
             record = adaptor.foreign.record(adaptor, scope, ids, tokens, declared(adaptor, scope, model))
         record = with_handed_documents(adaptor, record, tokens, ids)
-        if found is None and adaptor.active is None and record.documents is None and adaptor.documents_by_hand:
-            raise ValueError(f"documents were given by hand (set_actual_seq_len, cu_seqlens){LOST}")
+        if found is None and adaptor.active is None:
+            if record.documents is None and adaptor.documents_by_hand:
+                raise ValueError(f"documents were given by hand (set_actual_seq_len, cu_seqlens){LOST}")
+            if adaptor.sliced:
+                raise ValueError(f"batches come with slices{LOST}")
         return adaptor.hand_over.first(model, scope, record)
     return adaptor.hand_over.later(model, scope, record)
 
@@ -71,6 +75,22 @@ LOST = (
     ", and the tokens of this forward pass are those of no batch that was split; give the model the tensors that "
     "get_batch_on_this_cp_rank or shard_batch returned, or run it inside state().running(record)."
 )
+
+
+def _alone(adaptor: "Adaptor", model: Any, found: MicroBatch | None, masked: bool) -> MicroBatch | None:
+    """The record of a model that computes alone, where its batch has slices; everything else is Megatron's."""
+    _refuse_split_batch(model, found)
+    if found is None and adaptor.active is None and adaptor.sliced and not masked and not adaptor.scopes:
+        raise ValueError(f"batches come with slices{LOST}")
+    if found is None or found.slices is None:
+        return None
+    if len(pipeline_of(model)) > 1:
+        raise ValueError(
+            "a batch with slices (attention_slices, prefix_lengths, image_token_id) needs --context-parallel-size "
+            "above 1 where there are pipeline stages, which else learn nothing of it; use "
+            "--pipeline-model-parallel-size 1, or context parallelism."
+        )
+    return found
 
 
 def _refuse_split_batch(model: Any, found: MicroBatch | None) -> None:

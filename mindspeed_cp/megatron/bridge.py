@@ -15,6 +15,7 @@ import torch
 
 from mindspeed_cp.attention.entry import context_parallel_attention
 from mindspeed_cp.attention.exchanged import Exchanged
+from mindspeed_cp.attention.expansion import Expansion
 from mindspeed_cp.attention.gather_size import calculator_named
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.megatron.batches import record_of_length
@@ -41,6 +42,7 @@ class CoreAttention:
         dropout_p: 0 outside training.
         window: (left, right) of a sliding window, None without.
         softmax_offset: (n,) attention sinks, or None.
+        expand: makes keys and values of what the module was called with; None where that is keys and values.
         rng: () -> context manager inside which dropout draws its seed.
     """
 
@@ -50,6 +52,7 @@ class CoreAttention:
     dropout_p: float = 0.0
     window: tuple[int, int] | None = None
     softmax_offset: torch.Tensor | None = None
+    expand: Expansion | None = None
     rng: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
@@ -142,6 +145,11 @@ def _unpacked(call: Call, attention_mask: torch.Tensor | None, gather_size: int 
         record = _record(call, gather_size)
         causal = (core.causal or record.documents is not None) and not _asked_for_full(call.scope)
         return _attend(call, record, causal=causal)
+    if call.adaptor.active is not None and call.adaptor.active.slices is not None:
+        raise ValueError(
+            "attention got an attention_mask, and the batch came with slices, which say what its tokens see; pass None "
+            "as the model's attention_mask, or leave the slices out of the batch."
+        )
     mask = _checked_mask(adaptor, attention_mask, call.tensors[0])
     size = mask.shape[-1] if gather_size is None else gather_size
     record = _record(call, size, mask=attention_mask)
@@ -154,6 +162,8 @@ def _unpacked(call: Call, attention_mask: torch.Tensor | None, gather_size: int 
                 "leave out --reset-attention-mask, or window_size."
             )
         return _attend(call, layout, causal=False)
+    if facts.slices is not None:
+        return _attend(call, replace(layout, slices=facts.slices), causal=False)
     if facts.documents is None:
         return _attend(call, layout, causal=False, mask=_as_bool(mask))
     # The mask is the batch's, and wins over every flag: it is causal within these documents.
@@ -183,9 +193,9 @@ def _record(call: Call, seq_len: int | None, mask: torch.Tensor | None = None) -
         mask: the mask that says it.
     """
     adaptor, scope, rows = call.adaptor, call.scope, call.rows
-    if scope.alone:
-        return MicroBatch(built(scope.config, rows), None, scope)
     active = adaptor.running_in(scope)
+    if scope.alone and (active is None or active.slices is None):
+        return MicroBatch(built(scope.config, rows), None, scope)
     if seq_len is None or (active is not None and active.seq_len == seq_len):
         return record_of_length(adaptor, scope, rows)
     if mask is not None and (
@@ -203,9 +213,10 @@ def _attend(call: Call, record: MicroBatch, *, causal: bool, mask: torch.Tensor 
     if window is not None:
         left, right = (None if side is None or side < 0 else side for side in window)
         causal = right == 0 or (right is None and causal)
+        # The right limit of causal layers is the mask type's, and slices say themselves what is causal.
         window = (left, None if causal else right)
     query, key, value = call.tensors
-    documents = record.documents
+    documents, slices = record.documents, record.slices
     with core.rng() if core.dropout_p else nullcontext():
         return context_parallel_attention(
             query,
@@ -224,6 +235,8 @@ def _attend(call: Call, record: MicroBatch, *, causal: bool, mask: torch.Tensor 
             softmax_offset=core.softmax_offset,
             fused_update=adaptor.settings.fused_update,
             kept=adaptor.kept,
+            expand=core.expand,
+            attention_slices=slices[0] if slices is not None and len(slices) == 1 else slices,
         )
 
 

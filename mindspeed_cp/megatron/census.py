@@ -59,6 +59,14 @@ _LATENT = Entry(
     ((0, 14), None),
     "apply_rope_fusion",
 )
+_SPARSE_BEFORE = Entry(
+    "refused",
+    "takes a rank's part for the whole sequence before 0.19",
+    "a megatron-core of 0.19 or later, or latent attention without a sparse indexer (leave out "
+    "--experimental-attention-variant)",
+    (None, (0, 19)),
+)
+_SPARSE = Entry("by layout", "gathers keys and indexes itself, and finds them where the layout of the batch says")
 _ATTENTION = Entry("exact", "core attention inside it is computed over the whole sequence; it projects tokens alone")
 _ROTARY = Entry("exact", "positions are those of the batch's layout")
 _STATES = Entry("by layout", "sees the whole sequence in order for a part of the heads")
@@ -123,14 +131,8 @@ CENSUS: dict[str, tuple[Entry, ...]] = {
     **_all("extensions.transformer_engine", "TEDotProductAttention", _CORE),
     **_all("transformer.multi_latent_attention", "MultiLatentAttention", _LATENT, _ATTENTION),
     **_all("transformer.multi_latent_attention", "MLASelfAttention", _ATTENTION),
-    **_all(
-        "transformer",
-        "experimental_attention_variant",
-        _refused(
-            "takes every batch to be Megatron's zigzag over the whole row, and gathers keys and indexes for itself",
-            "latent attention without a sparse indexer (leave out --experimental-attention-variant)",
-        ),
-    ),
+    **_all("transformer", "experimental_attention_variant", _SPARSE_BEFORE, _SPARSE),
+    **_all("transformer.experimental_attention_variant", "absorbed_mla", _SPARSE_BEFORE, _LATENT, _ATTENTION),
     # Layers.
     **_all("transformer.module", "MegatronModule GraphableMegatronModule", _SETTINGS),
     **_all("transformer.transformer_config", "TransformerConfig", _SETTINGS),
@@ -161,10 +163,7 @@ CENSUS: dict[str, tuple[Entry, ...]] = {
     **_all(
         "ssm",
         "gated_delta_net",
-        _refused(
-            "takes a rank's part for the whole sequence until 0.17, and its own split from 0.18 on was not tried",
-            "attention or Mamba layers",
-        ),
+        Entry("exact", "computed by heads of the whole sequence or by states that go from rank to rank"),
     ),
 }
 

@@ -54,11 +54,13 @@ class Settings:
         documents_from_position_ids: position ids that start again at 0 begin a document when the batch has no mask.
         end_of_document: the token behind which a document ends when the batch has no mask and position ids say nothing,
             or () -> that token, asked when a batch is split.
+        image_token_id: the token of the parts of an image, which see each other inside causal text; None without.
         asked_for_flash: the user wrote --use-flash-attn, or a framework's settings say it.
         declared: how a framework says that it cuts whole rows itself; None where nobody said.
         undecided: what is still to be decided; None once ``configure`` has decided everything.
         compared: flag -> value of what must be equal on all ranks, beside the configuration.
         program: the program whose flags they are; it ends with one line where a script gets an exception.
+        by_mindspeed: they came through MindSpeed, with its default algorithm.
     """
 
     config: ContextParallelConfig | None = None
@@ -66,11 +68,13 @@ class Settings:
     kernel: str | None = None
     documents_from_position_ids: bool = False
     end_of_document: int | Callable[[], int] | None = None
+    image_token_id: int | None = None
     asked_for_flash: bool = False
     declared: Literal["zigzag", "contiguous"] | None = None
     undecided: OpenDecision | None = field(default_factory=OpenDecision)
     compared: Mapping[str, str] = field(default_factory=dict)
     program: str = ""
+    by_mindspeed: bool = False
 
     @property
     def is_decided(self) -> bool:
@@ -79,8 +83,9 @@ class Settings:
 
     @property
     def expects_documents(self) -> bool:
-        """Whether documents end where tokens or position ids say so."""
-        return self.documents_from_position_ids or self.end_of_document is not None
+        """Whether documents end where tokens or position ids say so, or images begin."""
+        asked = self.end_of_document, self.image_token_id
+        return self.documents_from_position_ids or any(token is not None for token in asked)
 
     @property
     def fused_update(self) -> bool:
@@ -106,7 +111,7 @@ class Settings:
         self.declared = (resolved.declared_layout or "zigzag") if decision.settings.values else None
         if decision.settings.values:
             self.asked_for_flash = resolved.setup is not None and resolved.setup.asked_for_flash
-        self.undecided = decision
+        self.undecided, self.by_mindspeed = decision, decision.settings.default_algorithm is not None
 
     def config_of_size(self, cp_size: int) -> ContextParallelConfig:
         """The configuration of a group of so many ranks: what was configured, fitted to the size where it differs."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mindspeed_cp.megatron.records import Documents, one_row_if_shared
+from mindspeed_cp.megatron.records import Documents, Slices, one_row_if_shared
+from mindspeed_cp.sequence.slice_kinds import slices_of_ranges
 
 ROWS_AT_ONCE = 1024  # of a dense mask, so that examining it takes little memory beside it
 
@@ -101,9 +102,12 @@ class MaskFacts:
     Args:
         documents: the boundaries with which causal attention within documents is this mask; None when the mask is
             something else. Plain causal is a single document.
+        slices: those that show just what the mask shows, where each query sees one range of keys and few slices say it;
+            None otherwise.
     """
 
     documents: Documents | None
+    slices: Slices | None = None
 
     @property
     def is_causal(self) -> bool:
@@ -111,27 +115,30 @@ class MaskFacts:
 
 
 def examine_mask(mask: torch.Tensor) -> MaskFacts:
-    """Recognise causal attention, within documents or plain, in a dense mask.
+    """Recognise causal attention, within documents or plain, and slices in a dense mask.
 
     Args:
         mask: bool (batch, 1, seq, seq), True = masked out.
     """
     seq = mask.shape[-1]
     columns = torch.arange(seq, device=mask.device)
-    firsts = []
+    ranges = []
     for start in range(0, seq, ROWS_AT_ONCE):
         visible = mask[:, 0, start : start + ROWS_AT_ONCE].logical_not()
-        rows = columns[start : start + ROWS_AT_ONCE]
         first = visible.to(torch.uint8).argmax(-1)
-        expected = (columns >= first.unsqueeze(-1)) & (columns <= rows.unsqueeze(-1))
+        last = first + visible.sum(-1)
+        expected = (columns >= first.unsqueeze(-1)) & (columns < last.unsqueeze(-1))
         if not torch.equal(visible, expected):
             return MaskFacts(None)
-        firsts.append(first)
-    first = torch.cat(firsts, dim=1)
+        ranges.append(torch.stack([first, last]))
+    first, last = torch.cat(ranges, dim=2)
     starts_here = first == columns
-    if not (starts_here[:, 1:] | (first[:, 1:] == first[:, :-1])).all():  # a window, not documents
-        return MaskFacts(None)
-    return MaskFacts(_documents_from(starts_here))
+    goes_on = starts_here[:, 1:] | (first[:, 1:] == first[:, :-1])
+    if bool((last == columns + 1).all() and goes_on.all()):
+        return MaskFacts(_documents_from(starts_here))
+    rows = [slices_of_ranges(*row) for row in torch.stack([first, last], 1).cpu().numpy()]
+    found = tuple(row for row in rows if row is not None)
+    return MaskFacts(None, (found[:1] if len(set(found)) == 1 else found) if len(found) == len(rows) else None)
 
 
 class MaskCache:

@@ -41,6 +41,9 @@ def _exchange(config: ContextParallelConfig) -> str:
 
 
 def _documents(record: MicroBatch) -> str:
+    if record.slices is not None:
+        numbers = {len(row) for row in record.slices}
+        return f"and masks as slices ({', '.join(map(str, sorted(numbers)))} here)"
     if record.documents is None:
         return "not known"
     numbers = {len(row) - 1 for row in record.documents}

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from mindspeed_cp.arguments import FrameworkSettings
 from mindspeed_cp.megatron.decision import OpenDecision, regrouped
+from mindspeed_cp.megatron.neighbour import is_here
 from mindspeed_cp.megatron.scopes import Scope
 from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.training_setup import TrainingSetup
@@ -21,6 +22,7 @@ def configure(
     kernel: str | None = None,
     documents_from_position_ids: bool = False,
     end_of_document: int | Callable[[], int] | None = None,
+    image_token_id: int | None = None,
 ) -> None:
     """Set the configuration; groups that exist follow it.
 
@@ -30,8 +32,9 @@ def configure(
     _check_size(adaptor, config)
     settings = adaptor.settings
     settings.config, settings.setup, settings.kernel, settings.undecided = config, setup, kernel, None
+    settings.by_mindspeed = is_here()
     settings.documents_from_position_ids = documents_from_position_ids
-    settings.end_of_document, settings.declared = end_of_document, None
+    settings.end_of_document, settings.image_token_id, settings.declared = end_of_document, image_token_id, None
     settings.asked_for_flash = setup is not None and setup.asked_for_flash
     _follow(adaptor)
 
@@ -39,12 +42,13 @@ def configure(
 def configure_from(adaptor: "Adaptor", given: FrameworkSettings) -> None:
     """Take over a framework's settings; without a size in them they wait for the groups.
 
-    Once there are groups, what the settings leave open stays as it is.
+    Once there are groups, what the settings leave open stays as it is; an algorithm that nobody named, and that groups
+    were made for by default, is left to the default of these settings.
     """
     main, size = adaptor.adopted_main, given.cp_size
     if main is not None:
         size = size or main.size
-        if not given.names_algorithm and size == main.size:
+        if not given.names_algorithm and size == main.size and adaptor.settings.is_decided:
             given = given.keeping(main.config)
     if size is None:
         adaptor.reset()
@@ -55,6 +59,15 @@ def configure_from(adaptor: "Adaptor", given: FrameworkSettings) -> None:
     adaptor.settings.undecided = OpenDecision(given)
     adaptor.settings.decide(size)
     _follow(adaptor)
+
+
+def expect(adaptor: "Adaptor", given: FrameworkSettings) -> None:
+    """Take over settings that nobody checks before the groups are made; groups that exist follow them at once."""
+    if adaptor.adopted_main is not None:
+        configure_from(adaptor, given)
+        return
+    adaptor.reset()
+    adaptor.settings.undecided = OpenDecision(given)
 
 
 def take_comm_type(adaptor: "Adaptor", comm_type: str | Sequence[str] | None, cp_size: int) -> None:

@@ -10,7 +10,7 @@ from mindspeed_cp.megatron.documents import BoundaryCache
 from mindspeed_cp.megatron.handed_ends import Handed
 from mindspeed_cp.megatron.losses import Losses
 from mindspeed_cp.megatron.records import BatchRecords, Documents, MicroBatch
-from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.megatron.scopes import Scope, Scopes
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.training_setup import TrainingSetup
@@ -46,9 +46,12 @@ class Known(Protocol):
     active: MicroBatch | None
     is_pipeline: bool
     documents_by_hand: bool
+    sliced: bool
     epoch: int
     losses: Losses
 
+    @property
+    def scopes(self) -> Scopes: ...
     @property
     def foreign(self) -> ForeignLayouts: ...
     @property

@@ -14,9 +14,10 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from mindspeed_cp.megatron.records import Documents, MicroBatch
+from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.scopes import COLLECTIONS, Scope
 from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.sequence.slice_mask import frozen
 
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.known import Known as Adaptor
@@ -58,7 +59,8 @@ class HandOver:
         passes, model_key = self._count(model, pipeline)
         usual = self._adaptor.layout(record.seq_len, scope=scope)
         _check_rows(model.config, record.layout, usual, scope.rank)
-        plain = record.documents is None and record.layout.all_runs == usual.all_runs
+        says_nothing = record.documents is None and record.slices is None
+        plain = says_nothing and record.layout.all_runs == usual.all_runs
         way = self._ways.get(model_key)
         if way is None:
             way = PLAIN if plain and not self._adaptor.settings.expects_documents else HANDED
@@ -66,9 +68,9 @@ class HandOver:
             self._set(pipeline, model_key, way)
         if way == PLAIN and not plain:
             raise ValueError(
-                "the first micro-batch of this model had neither documents nor a layout of its own, so that later "
-                "pipeline stages expect none, and this one has; give every micro-batch its documents from the first "
-                "on (a whole row is one document), or use --pipeline-model-parallel-size 1."
+                "the first micro-batch of this model had neither documents nor slices nor a layout of its own, so that "
+                "later pipeline stages expect none, and this one has; give every micro-batch its own from the first on "
+                "(a whole row is one document, or one causal slice), or use --pipeline-model-parallel-size 1."
             )
         if way == HANDED:
             self._set(pipeline, f"{model_key}/{passes}", json.dumps(_written(record)))
@@ -94,11 +96,11 @@ class HandOver:
             if record is not None:
                 _check_alike(record, MicroBatch(self._adaptor.layout(record.seq_len, scope=scope), None, scope))
             return record
-        seq_len, rows, runs = json.loads(_get_default_store().get(f"{model_key}/{passes}"))
+        seq_len, runs, *parts = json.loads(_get_default_store().get(f"{model_key}/{passes}"))
         layout = SequenceLayout.from_runs(scope.config, runs)
-        documents: Documents | None = None if rows is None else tuple(map(tuple, rows))
         assert layout.seq_len == seq_len
-        handed = MicroBatch(layout, documents, scope)
+        documents, slices, places = map(frozen, parts)
+        handed = MicroBatch(layout, documents, scope, slices=slices, places=places)
         if record is not None:
             _check_alike(record, handed)
         return handed
@@ -131,17 +133,22 @@ def _check_rows(config: Any, layout: SequenceLayout, usual: SequenceLayout, rank
 
 def _check_alike(record: MicroBatch, first: MicroBatch) -> None:
     """Raise ValueError where the batch of a later stage was not split like that of the first one."""
-    differ = record.documents is not None and record.documents != first.documents
+    differ = any(own is not None and own != others for own, others in zip(_said(record), _said(first)))
     if record.layout.all_runs != first.layout.all_runs or differ:
         raise ValueError(
             f"the labels of this pipeline stage were split as {record.layout.kind} with documents {record.documents}, "
             f"and the tokens of the first stage as {first.layout.kind} with documents {first.documents}; split both in "
-            "the same way, with the same cu_seqlens on every stage."
+            "the same way, with the same cu_seqlens on every stage, or the same slices."
         )
 
 
 def _written(record: MicroBatch) -> list[Any]:
-    return [record.seq_len, record.documents, record.layout.all_runs]
+    return [record.seq_len, record.layout.all_runs, *_said(record)]
+
+
+def _said(record: MicroBatch) -> tuple[Any, ...]:
+    """What a batch says itself, in tuples of numbers."""
+    return record.documents, record.slices, record.places
 
 
 def pipeline_of(model: Any) -> list[int]:

@@ -17,8 +17,12 @@ from torch.utils.weak import TensorWeakRef
 
 from mindspeed_cp.megatron.scopes import Scope, collective_device
 from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.sequence.runs import Runs
+from mindspeed_cp.sequence.slice_mask import AttentionSlices
 
 Documents = tuple[tuple[int, ...], ...]
+Slices = tuple[AttentionSlices, ...]
+Places = tuple[Runs, ...]
 COMPARED = 32  # batches of equal values of which ranks tell each other
 
 
@@ -34,6 +38,11 @@ class MicroBatch:
         waits_for_documents: nobody has said yet where documents end; until its forward pass they may be handed over
             beside the batch (MindSpeed's set_actual_seq_len).
         split_after: how often ends had been handed over when it was split.
+        slices: what tokens see, one row for all rows of the batch or one row for each; None when the mask type and
+            documents say it.
+        places: the rotary position ids of a batch with slices, different rows once; None when they count from 0 to the
+            end.
+        moved_from: the layout of the batch, while layers that want another run.
     """
 
     layout: SequenceLayout
@@ -41,6 +50,9 @@ class MicroBatch:
     scope: Scope | None = field(default=None, compare=False)
     waits_for_documents: bool = field(default=False, compare=False)
     split_after: int = field(default=0, compare=False)
+    slices: Slices | None = None
+    places: Places | None = None
+    moved_from: SequenceLayout | None = field(default=None, compare=False)
 
     @property
     def seq_len(self) -> int:

@@ -23,7 +23,10 @@ FLAG = "--hybrid-context-parallel"
 
 def refuse_dynamic(why: str) -> NoReturn:
     """Raise ValueError with the reason for which dynamic context parallelism cannot work here."""
-    raise ValueError(f"{FLAG} gives every micro-batch a context-parallel size of its own, and {why}; leave out {FLAG}.")
+    raise ValueError(
+        f"{FLAG} gives every micro-batch a context-parallel size of its own, and {why}; leave out {FLAG}. Documents of "
+        "any length share one row over all ranks with --cp-batch-layout balanced (mindspeed_cp.pack_documents)."
+    )
 
 
 def local_size(params: Any) -> int | None:
@@ -55,6 +58,7 @@ def check_model(model: Any) -> None:
         ("multi_latent_attention", "--multi-latent-attention"),
         ("num_moe_experts", "--num-experts"),
         ("mtp_num_layers", "--mtp-num-layers"),
+        ("experimental_attention_variant", "--experimental-attention-variant"),
     ):
         if getattr(config, name, None):
             refuse_dynamic(f"{flag} knows one size for all")

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mindspeed_cp.megatron.documents import documents_of_position_ids, documents_of_tokens
-from mindspeed_cp.megatron.records import Documents, MicroBatch
+from mindspeed_cp.megatron.records import Documents, MicroBatch, Slices
 from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.megatron.slices import slices_of_batch
 from mindspeed_cp.sequence.layout import DOCUMENT_KINDS, SequenceLayout
 from mindspeed_cp.sequence.sharding import SEQUENCES, WHOLE, shard_batch
 from mindspeed_cp.settings.config import ContextParallelConfig
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 Batch = Mapping[str, Any]
 
 
-def layout(adaptor: "Adaptor", scope: Scope, seq_len: int, documents: Documents | None = None) -> SequenceLayout:
+def layout(
+    adaptor: "Adaptor", scope: Scope, seq_len: int, documents: Documents | None = None, slices: Slices | None = None
+) -> SequenceLayout:
     """The layout of a scope's configuration for a sequence that this project splits.
 
     Raises:
@@ -39,6 +42,8 @@ def layout(adaptor: "Adaptor", scope: Scope, seq_len: int, documents: Documents 
         shared = _shared(adaptor, config, documents)
     elif documents is not None and len(documents) == 1 and not adaptor.is_pipeline:
         shared = documents[0]  # "auto" may go by them
+    if slices is not None and len(slices) == 1 and not adaptor.is_pipeline:
+        return with_tokens_everywhere(SequenceLayout.build(config, seq_len, shared, slices[0]))
     return with_tokens_everywhere(built(config, seq_len, shared))
 
 
@@ -119,8 +124,28 @@ def _record(adaptor: "Adaptor", scope: Scope, batch: Batch, seq_len: int, docume
         documents, waits = documents_of_batch(adaptor, batch)
     else:
         waits = False
-    of_this_length, times = layout(adaptor, scope, seq_len, documents), adaptor.handed.times
-    return MicroBatch(of_this_length, documents, scope, waits_for_documents=waits, split_after=times)
+    slices, places = slices_of_batch(batch, documents, _num_rows(batch), seq_len, adaptor.settings.image_token_id)
+    if slices is not None and adaptor.sizes:
+        raise ValueError(
+            "a batch with slices (attention_slices, prefix_lengths, image_token_id) is not supported with "
+            "--hybrid-context-parallel; leave that out: one row lies on all ranks in balance without it."
+        )
+    adaptor.sliced |= slices is not None
+    of_this_length = layout(adaptor, scope, seq_len, documents, slices)
+    return MicroBatch(
+        of_this_length,
+        documents,
+        scope,
+        waits_for_documents=waits,
+        split_after=adaptor.handed.times,
+        slices=slices,
+        places=places,
+    )
+
+
+def _num_rows(batch: Batch) -> int:
+    rows = next(iter(named_sequences(batch).values()))
+    return rows.size(sequence_dim(rows) - 1)
 
 
 def _telling(local: Batch) -> list[Any]:
@@ -185,7 +210,7 @@ def length_of(sequences: Mapping[str, torch.Tensor]) -> int:
 def documents_of_batch(adaptor: "Adaptor", batch: Batch) -> tuple[Documents | None, bool]:
     """Where the documents of a whole batch end, and whether that may still be handed over until its forward pass.
 
-    As handed over for it; else by what the settings say; None when a mask in the batch says it.
+    As handed over for it; else by what the settings say; None when a mask or slices in the batch say it.
     """
     settings, handed = adaptor.settings, adaptor.handed
     if handed.ends is not None:
@@ -195,6 +220,8 @@ def documents_of_batch(adaptor: "Adaptor", batch: Batch) -> tuple[Documents | No
         rows = next(iter(sequences.values()))
         adaptor.documents_by_hand = handed.of_a_split = True
         return handed.take(rows.size(sequence_dim(rows) - 1), length_of(sequences), divided_by(adaptor)), False
+    if batch.get("attention_slices") is not None:
+        return None, False
     if batch.get("attention_mask") is not None:
         return None, True
     position_ids, tokens = batch.get("position_ids"), batch.get("tokens", batch.get("input_ids"))

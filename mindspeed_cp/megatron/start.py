@@ -75,6 +75,7 @@ def _compared(config: ContextParallelConfig | None, settings: Settings) -> dict[
         kernel=settings.kernel,
         documents_from_position_ids=settings.documents_from_position_ids,
         end_of_document=settings.end_of_document,
+        image_token_id=settings.image_token_id,
     )
 
 

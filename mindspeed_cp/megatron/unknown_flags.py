@@ -1,50 +1,132 @@
-"""Flags that a script's parser does not know: python -m mindspeed_cp.megatron.unknown_flags SCRIPT FLAGS...
+"""What a script's own parser says of a command line: python -m mindspeed_cp.megatron.unknown_flags SCRIPT FLAGS...
 
-The script's own parser is asked in a process of its own, which parses and starts nothing: the embedded trainer's, or
-that of the Megatron-LM checkout that the script belongs to. Prints a JSON list; null where there is no such parser.
+The parser that will run is asked in a process of its own, which parses and starts nothing: the embedded trainer's, or
+Megatron-LM's, with MindSpeed's flags where the script imports MindSpeed. Prints a JSON object; null where there is
+no such parser.
 """
 
 import argparse
 import contextlib
 import importlib
+import importlib.abc
+import importlib.util
+import io
 import json
+import os
 import sys
+from collections.abc import Iterator, Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mindspeed_cp.megatron.neighbour import FEATURES, front_named_in
+
+ARGUMENTS = "megatron.training.arguments"
+TITLES = {"mindspeed": "MindSpeed", "mindspeed_llm": "MindSpeed-LLM"}
 
 
-def parser_of(script: Path) -> argparse.ArgumentParser | None:
-    """The parser that will run, or None where this project does not know how to ask for it."""
+def parser_of(script: Path) -> tuple[argparse.ArgumentParser, dict[str, str]] | None:
+    """(the parser that will run, flag -> the project that adds it); None where this project cannot ask for it.
+
+    Raises:
+        ImportError: the script imports MindSpeed, and it cannot be imported here.
+    """
     home = script.resolve().parent
     if (home / "trainer" / "arguments.py").is_file():
         sys.path[:0] = [str(home), str(home.parent)]
         own: argparse.ArgumentParser = importlib.import_module("trainer.arguments").build_parser()
-        return own
-    if script.name.startswith("pretrain_") and (home / "megatron" / "training" / "arguments.py").is_file():
-        sys.path.insert(0, str(home))
-        importlib.import_module("mindspeed_cp.megatron_adaptor")
-        arguments = importlib.import_module("megatron.training.arguments")
-        of_megatron: argparse.ArgumentParser = arguments.add_megatron_arguments(
-            argparse.ArgumentParser(allow_abbrev=False)
-        )
-        return of_megatron
-    return None
-
-
-def unknown(script: Path, flags: list[str]) -> list[str] | None:
-    """What of the flags nobody knows, values left out; None where the parser is not known or ends the program."""
-    parser = parser_of(script)
-    if parser is None:
+        return own, {}
+    sys.path.insert(0, str(home))
+    package = front_named_in(str(script))
+    if not (package or script.name.startswith("pretrain_")) or not _is_there(ARGUMENTS):
         return None
+    owners = _flags_of_features(package) if package else {}
+    importlib.import_module("mindspeed_cp.megatron_adaptor")
+    bare = argparse.ArgumentParser(prog=script.name, allow_abbrev=False)
+    of_megatron: argparse.ArgumentParser = importlib.import_module(ARGUMENTS).add_megatron_arguments(bare)
+    if package:
+        sys.modules[FEATURES].MindSpeedFeaturesManager.register_features_args(of_megatron)
+    return of_megatron, owners
+
+
+def _is_there(module: str) -> bool:
     try:
-        _, rest = parser.parse_known_args(flags)
-    except (SystemExit, ValueError):
-        return None  # the value of a flag is wrong: others say so
-    return [token.partition("=")[0] for token in rest if token.startswith("--")]
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _flags_of_features(package: str) -> dict[str, str]:
+    """Flag -> the project whose feature adds it; imports the features of ``package``, which patches nothing."""
+    os.environ["TRAINING_BACKEND"] = "flags"  # with none that it knows MindSpeed-LLM's import patches nothing
+    with _without_device():
+        importlib.import_module(f"{package}.features_manager")
+    owners: dict[str, str] = {}
+    known = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
+    for feature in sys.modules[FEATURES].MindSpeedFeaturesManager.FEATURES_LIST:
+        before = set(known._option_string_actions)
+        feature.register_args(known)
+        title = TITLES.get(type(feature).__module__.partition(".")[0], package)
+        owners |= dict.fromkeys(known._option_string_actions.keys() - before, title)
+    return owners
+
+
+class _NoDevice(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """torch_npu where it is not installed: MindSpeed's features import it, and their flags need nothing of it."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == "torch_npu" else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _without_device() -> Iterator[None]:
+    finder = _NoDevice()
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name, module in sys.modules.items() if getattr(module, "__loader__", None) is finder]:
+            del sys.modules[name]
+
+
+def asked(script: Path, flags: list[str]) -> dict[str, Any] | None:
+    """What the parser says; None where there is none to ask.
+
+    Returns:
+        unknown: flags that it does not know. refused: its message where it ends the program. owners: project -> those
+        of the flags that are its own.
+    """
+    found = parser_of(script)
+    if found is None:
+        return None
+    parser, owner = found
+    given = [token.partition("=")[0] for token in flags if token.startswith("--")]
+    owners: dict[str, list[str]] = {}
+    for flag in dict.fromkeys(given):
+        if flag in owner:
+            owners.setdefault(owner[flag], []).append(flag)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            _, rest = parser.parse_known_args(flags)
+    except (SystemExit, ValueError) as error:
+        line = (said.getvalue().strip() or str(error)).splitlines()[-1]
+        return {"unknown": [], "refused": line.rpartition("error: ")[2], "owners": owners}
+    unknown = [token.partition("=")[0] for token in rest if token.startswith("--")]
+    return {"unknown": unknown, "refused": "", "owners": owners}
 
 
 def main() -> int:
+    os.environ["MINDSPEED_CP_DEVICE"] = "cpu"  # no device is needed to parse
     with contextlib.redirect_stdout(sys.stderr):
-        found = unknown(Path(sys.argv[1]), sys.argv[2:])
+        found = asked(Path(sys.argv[1]), sys.argv[2:])
     print(json.dumps(found))
     return 0
 

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mindspeed_cp.planner.indexed_dataset import read_index
+from mindspeed_cp.sequence.packing import pack_documents
+from mindspeed_cp.sequence.runs import offsets
 
 Boundaries = tuple[int, ...]
 BATCHES = 15  # batches are filled; the one with the median area is planned
@@ -21,12 +23,16 @@ DISTRIBUTIONS: dict[str, Callable[[random.Random, float, float], float]] = {
 USAGE = "give the .idx of a Megatron dataset, or uniform:64,512, lognormal:6.5,1.3 or pareto:100,0.9"
 
 
-def boundaries(source: str, seq_length: int, rows: int = 1) -> Boundaries | tuple[Boundaries, ...]:
+def boundaries(
+    source: str, seq_length: int, rows: int = 1, by_length: bool = False
+) -> Boundaries | tuple[Boundaries, ...]:
     """cu_seqlens of a typical micro batch, of every row where it has more than one: documents in random order, the last
     one cut, as Megatron's GPT datasets fill rows.
 
     Args:
         source: a path that ends in .idx, or NAME:FIRST,SECOND of a distribution.
+        by_length: whole documents of about one length in a row, as ``pack_documents`` fills it; what is left of the row
+            is one more.
 
     Raises:
         ValueError: the file is no index of a dataset or empty, or the distribution is not known.
@@ -47,13 +53,31 @@ def boundaries(source: str, seq_length: int, rows: int = 1) -> Boundaries | tupl
             except OverflowError:
                 return seq_length
 
-    batches = [tuple(_filled(next_length, seq_length) for _ in range(rows)) for _ in range(BATCHES)]
+    fill = _packed if by_length else _in_order
+    filled = fill(next_length, seq_length, BATCHES * rows)
+    batches = [filled[first : first + rows] for first in range(0, BATCHES * rows, rows)]
     typical = sorted(batches, key=lambda batch: sum(map(_area, batch)))[BATCHES // 2]
     return typical if rows > 1 else typical[0]
 
 
 def _area(ends: Boundaries) -> int:
     return sum((stop - start) ** 2 for start, stop in zip(ends, ends[1:]))
+
+
+def _in_order(next_length: Callable[[], int], seq_length: int, rows: int) -> tuple[Boundaries, ...]:
+    return tuple(_filled(next_length, seq_length) for _ in range(rows))
+
+
+def _packed(next_length: Callable[[], int], seq_length: int, rows: int) -> tuple[Boundaries, ...]:
+    """Rows of whole documents by length, enough of them for so many rows."""
+    lengths = [min(seq_length, next_length())]
+    while sum(lengths) < (rows - 1) * seq_length + 1:
+        lengths.append(min(seq_length, next_length()))
+    found = []
+    for row in pack_documents(lengths, 1, seq_length)[:rows]:
+        ends = offsets(lengths[place] for place in row)
+        found.append(tuple(ends if ends[-1] == seq_length else [*ends, seq_length]))
+    return tuple(found)
 
 
 def _filled(next_length: Callable[[], int], seq_length: int) -> Boundaries:

@@ -87,6 +87,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq-length", type=_tokens, help="tokens, such as 4096 or 128k")
     parser.add_argument("--vocab-size", type=int, help="where Megatron's flags name a tokenizer instead")
     parser.add_argument("--documents", help="packed documents: a dataset's .idx, or lognormal:6.5,1.3 and the like")
+    parser.add_argument(
+        "--pack",
+        action="store_true",
+        help="with --documents: rows filled by length (pack_documents)",
+    )
     parser.add_argument("--micro-batch", type=int, help="sequences (default: 1)")
     parser.add_argument("--mask-type", choices=[name for name in MASK_TYPES if name != "general"])
     parser.add_argument(

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from mindspeed_cp.attention.kept import KeptAttention
 from mindspeed_cp.kernels.base import BlockResult, MemoryOrder
 from mindspeed_cp.kernels.merge import merge_attention
-from mindspeed_cp.planner.trace import DEVICES, Notes, NotingKernel, Problem, dry_call
+from mindspeed_cp.planner.events import Notes
+from mindspeed_cp.planner.trace import DEVICES, NotingKernel, Problem, dry_call
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 
@@ -164,5 +165,6 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
 
     def _note(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        self.sizes[storage._cdata] = storage.nbytes()
+        if not isinstance(tensor, torch.nn.Parameter):  # weights are counted with the layer's
+            self.sizes[storage._cdata] = storage.nbytes()
         return tensor

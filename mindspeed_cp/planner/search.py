@@ -12,8 +12,9 @@ import numpy as np
 from mindspeed_cp.arguments.declared import flags_of
 from mindspeed_cp.attention.ring_plan import ring_plan
 from mindspeed_cp.planner.cluster import Cluster
-from mindspeed_cp.planner.trace import Compute, Event, Post, Problem, trace
-from mindspeed_cp.sequence.masks import interval_masks
+from mindspeed_cp.planner.events import Compute, Event, Post, Product
+from mindspeed_cp.planner.trace import Problem, trace
+from mindspeed_cp.sequence.masks import attention_masks
 from mindspeed_cp.settings.algorithms import ALGORITHMS
 from mindspeed_cp.settings.config import (
     KV_CACHE_POLICIES,
@@ -88,6 +89,10 @@ def timeline(events: list[Event], cluster: Cluster, rank: int) -> Timing:
             seconds = cluster.attention_seconds(event.flops, event.tokens, event.head_dim)
             compute += seconds
             now += seconds
+        elif isinstance(event, Product):
+            seconds = cluster.product_seconds(event.flops, event.rows, event.columns)
+            compute += seconds
+            now += seconds
         elif isinstance(event, Post):
             ready[event.number] = now
             for way, ends in (("out", event.sent), ("in", event.received)):
@@ -136,12 +141,15 @@ def policies_beside(chunks: int) -> Policies:
     return KV_CACHE_POLICIES if chunks == 1 else (None,)
 
 
-def variants(cp: int, documents: bool = False, mesh: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+def variants(
+    cp: int, documents: bool = False, mesh: bool = False, latents: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(algorithm, arguments of the configuration), whether or not they work together: the configuration says that.
 
     Args:
         documents: the balanced layout too, with the exchange that sends only what documents need.
         mesh: the exchanges too that use several links at once.
+        latents: of multi-latent attention both that may travel.
     """
     ring_ways = WAYS + OF_DOCUMENTS * documents + OF_A_MESH * mesh
     divisors = [number for number in range(2, cp) if cp % number == 0]
@@ -153,9 +161,10 @@ def variants(cp: int, documents: bool = False, mesh: bool = False) -> Iterator[t
                 ways = product(
                     ring_ways if row.exchange == "ring" else WAYS[:1],
                     CHUNKS if row.splits_heads else CHUNKS[:1],
+                    ("latent", "heads") if latents and cp > 1 else ("auto",),
                     KV_CACHE_POLICIES,
                 )
-                for (layout, exchange, in_flight), chunks, policy in ways:
+                for (layout, exchange, in_flight), chunks, form, policy in ways:
                     is_more = (layout, exchange, in_flight) in OF_A_MESH
                     if policy not in policies_beside(chunks) or (is_more and chunks > 1):
                         continue
@@ -168,6 +177,7 @@ def variants(cp: int, documents: bool = False, mesh: bool = False) -> Iterator[t
                         kv_exchange=exchange,
                         in_flight=in_flight,
                         ulysses_chunks=chunks,
+                        mla_exchange=form,
                         kv_cache_policy=policy,
                         send_recv_overlap=row.exchange is not None,
                     )
@@ -187,7 +197,8 @@ def search(
     found: list[Candidate] = []
     first_rule: dict[str, str] = {}
     further: list[ContextParallelConfig] = []
-    for name, arguments in variants(cp, problem.layout_documents is not None, _is_mesh(problem, cluster)):
+    kinds = problem.layout_documents is not None, _is_mesh(problem, cluster), problem.latent is not None
+    for name, arguments in variants(cp, *kinds):
         if arguments["kv_cache_policy"] not in policies:
             continue
         try:
@@ -272,20 +283,22 @@ def _timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) ->
 
 
 def traced_ranks(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> list[int]:
-    """All ranks of a small group. Of a large group: the first, the last, the last of the first node; with documents,
-    which load ranks unevenly, also those that compute the most and those that send or receive the most.
+    """All ranks of a small group. Of a large group: the first, the last, the last of the first node; with documents
+    or slices, which load ranks unevenly, also those that compute the most and those that send or receive the most.
     """
     cp = config.context_parallel_size
     if cp <= 4:
         return list(range(cp))
     some = {0, min(max(cluster.devices_per_node // problem.stride, 1), cp) - 1, cp - 1}
-    return sorted(some | _busiest(config, problem, cluster) if problem.cu_seqlens is not None else some)
+    uneven = problem.cu_seqlens is not None or problem.attention_slices is not None
+    return sorted(some | _busiest(config, problem, cluster) if uneven else some)
 
 
 def _busiest(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> set[int]:
     """The rank with the largest attention area, and those whose rows travel furthest."""
     layout, degree, ranks = problem.layout(config), config.hierarchy[0], range(config.ring_size)
-    masks = interval_masks(config.causal, problem.seq_len, problem.batch, problem.cu_seqlens, problem.sliding_window)
+    given = problem.cu_seqlens, problem.sliding_window, problem.attention_slices
+    masks = attention_masks(config.causal, problem.seq_len, problem.batch, *given)
     direct = config.kv_exchange == "direct"
     plan = ring_plan(layout, masks, True, exact=direct)
     found = {max(ranks, key=lambda rank: plan.area(rank, problem.batch))}
@@ -302,10 +315,17 @@ def _busiest(config: ContextParallelConfig, problem: Problem, cluster: Cluster) 
     return {rank * degree for rank in found}
 
 
-def hiding_tokens(problem: Problem, cluster: Cluster, inter: bool, causal: bool = True) -> float:
-    """Local tokens from which a ring step's transfer hides behind its forward computation (docs/choosing.md)."""
-    share = 0.5 if causal else 1.0
-    ratio = problem.kv_heads * problem.dtype.itemsize / (2 * share * problem.heads)
+def hiding_tokens(
+    problem: Problem, cluster: Cluster, inter: bool, causal: bool = True, elements: int | None = None
+) -> float:
+    """Local tokens from which a ring step's transfer hides behind its forward computation (docs/choosing.md).
+
+    Args:
+        elements: of a token that travel, all of its keys and values by default.
+    """
+    share, width = 0.5 if causal else 1.0, problem.dk + problem.dv
+    elements = problem.kv_heads * width if elements is None else elements
+    ratio = elements * problem.dtype.itemsize / (2 * share * problem.heads * width)
     return cluster.attention_rate / cluster.bandwidth(inter) * ratio
 
 

@@ -3,7 +3,6 @@
 So the predicted bytes are those of the engine's own code: nothing of its planning is written a second time.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -12,10 +11,12 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_cp.attention.entry import context_parallel_attention
+from mindspeed_cp.attention.exchange_choice import sends_latents
+from mindspeed_cp.attention.expansion import Expansion, LatentExpansion, Pair, Sums
 from mindspeed_cp.attention.kept import KeptAttention
-from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.comm.groups import ContextParallelGroups, Linkage
 from mindspeed_cp.comm.link import Link
-from mindspeed_cp.comm.meter import Traffic, count_bytes
+from mindspeed_cp.comm.meter import count_bytes
 from mindspeed_cp.comm.parts import parts_of
 from mindspeed_cp.comm.posting import Posted, Work
 from mindspeed_cp.comm.workspace import Workspace
@@ -29,9 +30,10 @@ from mindspeed_cp.kernels.base import (
     MemoryOrder,
     accumulation_dtype,
 )
-from mindspeed_cp.planner.cluster import HEAD_DIM
+from mindspeed_cp.planner.events import Compute, Notes, Pass, Product
 from mindspeed_cp.sequence.blocks import Block
 from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.sequence.slice_mask import AttentionSlices
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 
@@ -42,7 +44,9 @@ class Problem:
     Args:
         heads, kv_heads: of a tensor-parallel rank.
         cu_seqlens: document boundaries with the leading 0 and the total, those of every row where they differ, or None.
+        attention_slices: what queries see, in one list for all rows, or None where mask type and documents say it.
         windowed: (tokens that a query sees, share of the layers that are so limited), of models that mix both kinds.
+        latent: (elements of the keys' rotated part, of the latent), of multi-latent attention.
         is_pipeline: of which the first stage alone knows where documents end.
         stride: global ranks between neighbours of the context-parallel group, the tensor-parallel size in Megatron.
     """
@@ -57,9 +61,11 @@ class Problem:
     cu_seqlens: tuple[int, ...] | tuple[tuple[int, ...], ...] | None = None
     sliding_window: tuple[int | None, int | None] | None = None
     windowed: tuple[int, float] | None = None
+    latent: tuple[int, int] | None = None
     stride: int = 1
     layer_number: int = 1
     is_pipeline: bool = False
+    attention_slices: AttentionSlices | None = None
 
     @property
     def layout_documents(self) -> tuple[int, ...] | None:
@@ -69,80 +75,37 @@ class Problem:
         return self.cu_seqlens
 
     def layout(self, config: ContextParallelConfig) -> SequenceLayout:
-        return SequenceLayout.build(config, self.seq_len, self.layout_documents)
+        slices = None if self.is_pipeline else self.attention_slices
+        return SequenceLayout.build(config, self.seq_len, self.layout_documents, slices)
+
+    def expansion(self, config: ContextParallelConfig, notes: "Notes", local_tokens: int = 0) -> "Expansion | None":
+        """What makes keys and values of what travels; None where they travel themselves.
+
+        Args:
+            local_tokens: of the rank that notes.
+        """
+        if self.latent is None:
+            return None
+        (rope, rank), nope = self.latent, self.dk - self.latent[0]
+        weight = torch.nn.Parameter(torch.empty((self.heads * (nope + self.dv), rank), dtype=self.dtype, device="meta"))
+        done = local_tokens * self.batch * self.heads
+        expansion = NotingExpansion(weight, self.heads, nope, rope, self.dv, notes=notes, left=[done, done])
+        topology = dry_topology(config)
+        return expansion if sends_latents(config, expansion, topology, self.dtype.itemsize) else None
+
+    def least_row_elements(self, cp: int) -> int:
+        """What travels of a token at least, as key and value."""
+        heads = self.kv_heads * (self.dk + self.dv)
+        return min(heads, sum(self.latent)) if self.latent is not None and cp > 1 else heads
+
+    def row_elements(self, config: ContextParallelConfig) -> int:
+        """What travels of a token around a ring."""
+        if self.latent is not None and self.expansion(config, Notes()) is not None:
+            return sum(self.latent)
+        return self.kv_heads * (self.dk + self.dv)
 
 
-LONG = 1 << 30  # tokens of a block that is long enough for any kernel
 DEVICES = "dry"
-
-
-@dataclass(frozen=True)
-class Compute:
-    """A block: its FLOPs, the shorter side of its pieces (their mean by what it costs a kernel), the size of a head."""
-
-    flops: int
-    tokens: float = LONG
-    head_dim: int = HEAD_DIM
-
-
-@dataclass(frozen=True)
-class Post:
-    """A transfer starts: bytes to and from every global rank."""
-
-    number: int
-    sent: dict[int, int]
-    received: dict[int, int]
-
-
-@dataclass(frozen=True)
-class Wait:
-    number: int
-
-
-Event = Compute | Post | Wait
-
-
-@dataclass
-class Pass:
-    """What one rank did in the forward or the backward pass, in order, and the bytes by purpose."""
-
-    events: list[Event] = field(default_factory=list)
-    traffic: Traffic = field(default_factory=Traffic)
-
-    @property
-    def sent(self) -> Counter[int]:
-        """Bytes to every global rank."""
-        total: Counter[int] = Counter()
-        for event in self.events:
-            if isinstance(event, Post):
-                total.update(event.sent)
-        return total
-
-
-@dataclass(frozen=True)
-class Notes:
-    """Where links and kernel note what happens."""
-
-    events: list[Event] = field(default_factory=list)
-
-    def post(self, sent: dict[int, int], received: dict[int, int]) -> "Transfer":
-        number = len(self.events)
-        self.events.append(Post(number, {r: n for r, n in sent.items() if n}, {r: n for r, n in received.items() if n}))
-        return Transfer(number, self.events)
-
-
-@dataclass
-class Transfer:
-    """One that was posted, whatever the number of its works; only the first that is awaited waits."""
-
-    number: int
-    events: list[Event]
-    is_over: bool = False
-
-    def wait(self) -> None:
-        if not self.is_over:
-            self.is_over = True
-            self.events.append(Wait(self.number))
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:
@@ -231,6 +194,39 @@ class NotingKernel(AttentionKernel):
         return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
+@dataclass(frozen=True, eq=False)
+class NotingExpansion(LatentExpansion):
+    """One that notes what it computes beyond the layer's own projection, which is counted with the layer's others.
+
+    Args:
+        left: (rows x heads) of that which are still to come, forward and backward.
+    """
+
+    notes: Notes = field(default_factory=Notes)
+    left: list[int] = field(default_factory=lambda: [0, 0])
+
+    def expand(self, rows: Pair, order: MemoryOrder | None = None) -> Pair:
+        self._note(rows, 0, 1)
+        return super().expand(rows, order)
+
+    def gradients(self, rows: Pair, grads: Pair, sums: Sums) -> Pair:
+        self._note(rows, 1, 2)
+        return super().gradients(rows, grads, sums)
+
+    def _note(self, rows: Pair, way: int, products: int) -> None:
+        count = rows[1].shape[0] * rows[1].shape[1]
+        counted = min(self.left[way], count * self.kv_heads)
+        self.left[way] -= counted
+        flops = products * self.flops * (count * self.kv_heads - counted) // max(self.kv_heads, 1)
+        if flops:
+            columns = min(self.weight.shape[1], self.kv_heads * (self.nope + self.dv))
+            self.notes.events.append(Product(flops, count, columns))
+
+
+def dry_topology(config: ContextParallelConfig) -> Linkage:
+    return "switch" if config.topology == "auto" else config.topology
+
+
 def dry_groups(
     config: ContextParallelConfig, rank: int, stride: int, notes: Notes, backend: str = DEVICES
 ) -> ContextParallelGroups:
@@ -250,9 +246,8 @@ def dry_groups(
     }
     if ulysses in (1, len(everyone)):
         links["ring" if ulysses == 1 else "ulysses"] = links["cp"]
-    topology = "switch" if config.topology == "auto" else config.topology
     return ContextParallelGroups(
-        config.hierarchy, rank, tuple(everyone), workspace=workspace, topology=topology, **links
+        config.hierarchy, rank, tuple(everyone), workspace=workspace, topology=dry_topology(config), **links
     )
 
 
@@ -278,6 +273,10 @@ def dry_call(
     """The call of cp_rank ``rank``; its links note where the kernel notes."""
     layout = problem.layout(config)
     sizes = ((problem.heads, problem.dk), (problem.kv_heads, problem.dk), (problem.kv_heads, problem.dv))
+    expansion = problem.expansion(config, kernel.notes, layout.length(rank))
+    if expansion is not None:
+        rope, latent = expansion.widths
+        sizes = ((problem.heads, problem.dk), (1, rope), (1, latent))
     leaves = tuple(
         torch.empty((layout.length(rank), problem.batch, *size), dtype=problem.dtype, device="meta", requires_grad=True)
         for size in sizes
@@ -292,6 +291,8 @@ def dry_call(
         layer_number=problem.layer_number,
         kernel=kernel,
         fused_update=True,
+        expand=expansion,
+        attention_slices=problem.attention_slices,
     )
     return DryCall(leaves, dry_groups(config, rank, problem.stride, kernel.notes, backend), keywords)
 

@@ -267,6 +267,7 @@ def problem_of(work: Work, split: Split) -> Problem:
         stride=split.tp,
         is_pipeline=split.pp > 1 and work.documents is not None,
         windowed=(model.window, model.windowed_share) if model.window else None,
+        latent=(model.latent.rope, model.latent.kv_rank) if model.latent else None,
     )
 
 
@@ -290,9 +291,9 @@ def _kept_bytes(config: ContextParallelConfig, problem: Problem) -> int:
 
 
 def _least(problem: Problem, cp: int) -> AttentionBytes:
-    """What every setting needs at least: query, key, value and out from forward to backward."""
-    tokens = problem.seq_len // cp * problem.batch * (problem.heads + problem.kv_heads)
-    return AttentionBytes(tokens * (problem.dk + problem.dv) * HALF, 0, 0)
+    """What every setting needs at least: query, out, and what travels of key and value, from forward to backward."""
+    elements = problem.heads * (problem.dk + problem.dv) + problem.least_row_elements(cp)
+    return AttentionBytes(problem.seq_len // cp * problem.batch * elements * HALF, 0, 0)
 
 
 def planned(work: Work, split: Split, candidate: Candidate, recompute: Recompute, cluster: Cluster) -> Plan:

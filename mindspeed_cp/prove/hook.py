@@ -96,7 +96,7 @@ def record_run(
     with (groups or model_parallel)(config):
         _seed(seed)
         chunks = [_wrapped(chunk) for chunk in _listed(model_provider())]
-        recorder = Recorder(watching.our_positions)
+        recorder = Recorder(watching.our_positions, in_place=watching.our_rows)
         end = watching.watch(recorder)
         try:
             for _ in range(steps):

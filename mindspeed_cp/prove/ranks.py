@@ -113,7 +113,8 @@ def live(order: Order, run: Run, rank: int, folder: Path, tell: int) -> int:
     os.environ["TMPDIR"] = str(folder)
     tempfile.tempdir = None  # asked for again where it is needed
     positions = watching.our_positions if order.ours else watching.their_positions
-    recorder = Recorder(positions, lambda step: _say(tell, run=run.name, rank=rank, step=step))
+    in_place = {"in_place": watching.our_rows} if order.ours else {}
+    recorder = Recorder(positions, lambda step: _say(tell, run=run.name, rank=rank, step=step), **in_place)
     status = 1
     try:
         watching.watch(recorder)

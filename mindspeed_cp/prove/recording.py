@@ -81,15 +81,18 @@ class Recorder:
         positions: (length of this rank's part, tensors of the batch) -> (positions of its tokens, whole length); called
             inside the forward pass, on every rank of a context-parallel group at the same module.
         tell: called with the number of steps made.
+        in_place: output of a module -> the same, its rows those of the tokens that this rank holds; called as
+            ``positions`` is.
     """
 
     def __init__(
         self,
         positions: Callable[[int, list[Any]], tuple[torch.Tensor, int]],
         tell: Callable[[int], None] = lambda step: None,
+        in_place: Callable[[torch.Tensor], torch.Tensor] = lambda output: output,
     ) -> None:
         self.record = Record()
-        self._positions, self._tell = positions, tell
+        self._positions, self._tell, self._in_place = positions, tell, in_place
         self._running: Chunk | None = None
 
     @contextmanager
@@ -149,7 +152,7 @@ class Recorder:
                 return
             while under_way and under_way.pop() != name:  # those above it never returned
                 pass
-            tensors = list(_tensors(output))
+            tensors = list(map(self._in_place, _tensors(output)))
             if kept.positions is None and tensors:
                 self._locate(kept, batch, tensors[0], chunk)
             calls[name] = calls.get(name, 0) + 1

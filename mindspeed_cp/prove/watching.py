@@ -124,6 +124,20 @@ def our_positions(local_length: int, batch: list[Any]) -> tuple[torch.Tensor, in
     return state.layout(total).positions(cp_rank), total
 
 
+def our_rows(output: torch.Tensor) -> torch.Tensor:
+    """An output of a layer for which rows have moved, with those of the batch's own layout; see Recorder."""
+    from mindspeed_cp import megatron_adaptor
+    from mindspeed_cp.linear.rows import conversion, exchange_rows
+
+    record = megatron_adaptor.state().active
+    if record is None or record.moved_from is None or record.scope is None or not output.dim():
+        return output
+    moved, link = record.layout, record.scope.groups.cp
+    if link is None or output.size(0) != moved.length(link.rank):
+        return output
+    return exchange_rows(output.detach(), conversion(moved, record.moved_from), link, "watched")
+
+
 def _leads(value: Any) -> bool:
     packed = getattr(value, "qkv_format", None) == "thd"
     return packed or (isinstance(value, torch.Tensor) and value.dim() == 2)

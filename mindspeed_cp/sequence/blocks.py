@@ -1,17 +1,18 @@
 """Which blocks of attention a rank must compute against a shard of keys.
 
-Every mask that is a question of intervals (causal, full, packed documents, sliding windows) lets the query at global
-position p see the keys lo(p) <= k < hi(p), where lo and hi never decrease. Counted in rows of the key shard, both are
-staircases whose steps have slope 0 (a document boundary, the edge of a shard) or slope 1 (a diagonal). Where neither
-slope changes, the visible keys are one block: a rectangle (0, 0), a causal square (hi has slope 1), a band (lo has
-too). Nothing of size S x S is ever made, and what is empty yields no block.
+Every mask is a set of slices (causal, full, packed documents, sliding windows, prefixes, trees). In each of them the
+query at global position p sees the keys lo(p) <= k < hi(p), where lo and hi never decrease. Counted in rows of the key
+shard, both are staircases whose steps have slope 0 (an end of the slice, the edge of a shard) or slope 1 (a diagonal).
+Where neither slope changes, the visible keys are one block: a rectangle (0, 0), a causal square (hi has slope 1), a
+band (lo has too, or alone). Nothing of size S x S is ever made, and what is empty yields no block.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mindspeed_cp.sequence.runs import Run, Runs, union
-from mindspeed_cp.sequence.staircases import IntervalMask, Pieces, visible_pieces
+from mindspeed_cp.sequence.slice_mask import SliceMask
+from mindspeed_cp.sequence.staircases import Pieces, visible_pieces
 
 # (query start, query stop, key start, key stop, lower, upper)
 Shape = tuple[int, int, int, int, int | None, int | None]
@@ -144,7 +145,23 @@ def _shapes(pieces: Pieces) -> Iterator[Shape]:
             yield row, stop, hi - 1, hi - 1 + count, None, 0
 
 
-def plan_blocks(query_runs: Runs, key_runs: Runs, mask: IntervalMask, native_bands: bool = False) -> tuple[Block, ...]:
+def _stacked(shapes: Iterator[Shape]) -> list[Shape]:
+    """Rectangles of the same keys that lie one below the other become one: a prefix that several slices see."""
+    found: list[Shape] = []
+    below: dict[tuple[int, int, int], int] = {}  # (row, first key, last + 1) -> the rectangle that ends above it
+    for shape in shapes:
+        row, stop, lo, hi, lower, upper = shape
+        place = below.pop((row, lo, hi), None) if lower is upper is None else None
+        if lower is upper is None:
+            below[stop, lo, hi] = len(found) if place is None else place
+        if place is None:
+            found.append(shape)
+        else:
+            found[place] = (found[place][0], stop, lo, hi, None, None)
+    return found
+
+
+def plan_blocks(query_runs: Runs, key_runs: Runs, mask: SliceMask, native_bands: bool = False) -> tuple[Block, ...]:
     """The blocks that the queries at ``query_runs`` must compute against the keys at ``key_runs``.
 
     Blocks of one shape that lie end to end become one, which a varlen kernel computes in one call.
@@ -154,37 +171,26 @@ def plan_blocks(query_runs: Runs, key_runs: Runs, mask: IntervalMask, native_ban
         native_bands: the kernel computes bands (two diagonal limits) itself.
 
     Returns:
-        tuple of Block, in ascending query rows; empty when no query sees a key.
+        tuple of Block, slice by slice; empty when no query sees a key.
     """
-    blocks: list[Block] = []
-    q_offsets: list[int] = []
-    k_offsets: list[int] = []
-    shape: tuple[int | None, int | None] = None, None
-
-    def close() -> None:
-        if q_offsets:
-            blocks.append(Block(tuple(q_offsets), tuple(k_offsets), *shape))
-            q_offsets.clear()
-            k_offsets.clear()
-
-    for row, stop, lo, hi, lower, upper in _shapes(visible_pieces(query_runs, key_runs, mask)):
-        if lower is not None:
-            close()
-            band = Block((row, stop), (lo, hi), lower, upper)
-            blocks += [band] if native_bands else _tiles(band)
-        elif q_offsets and shape == (lower, upper) and (q_offsets[-1], k_offsets[-1]) == (row, lo):
-            q_offsets.append(stop)
-            k_offsets.append(hi)
-        else:
-            close()
-            shape = lower, upper
-            q_offsets += row, stop
-            k_offsets += lo, hi
-    close()
-    return tuple(blocks)
+    chains: list[tuple[list[int], list[int], int | None, int | None]] = []
+    ends: dict[tuple[int, int, int | None], int] = {}  # where a chain ends, and its shape -> the chain
+    for row, stop, lo, hi, lower, upper in _stacked(_shapes(visible_pieces(query_runs, key_runs, mask))):
+        chain = ends.pop((row, lo, upper), None) if lower is None else None
+        if chain is None:
+            chain = len(chains)
+            chains.append(([row], [lo], lower, upper))
+        chains[chain][0].append(stop)
+        chains[chain][1].append(hi)
+        if lower is None:
+            ends[stop, hi, upper] = chain
+    blocks = (Block(tuple(q_offsets), tuple(k_offsets), *limits) for q_offsets, k_offsets, *limits in chains)
+    return tuple(
+        part for block in blocks for part in ([block] if native_bands or block.lower is None else _tiles(block))
+    )
 
 
-def needed_rows(query_runs: Runs, key_runs: Runs, mask: IntervalMask) -> Runs:
+def needed_rows(query_runs: Runs, key_runs: Runs, mask: SliceMask) -> Runs:
     """Rows of the key shard that some query at ``query_runs`` sees, as ascending disjoint (start, stop)."""
     shapes = _shapes(visible_pieces(query_runs, key_runs, mask))
     return union((start, stop) for _, _, start, stop, _, _ in shapes)

@@ -10,7 +10,7 @@ The picture, two ranks and eight tokens (uneven lengths give the extra tokens to
     contiguous       0 0 0 0 1 1 1 1      Ulysses; ring with a full mask
     zigzag           0 0 1 1 1 1 0 0      chunks r and 2n-1-r of 2n, so that every rank has equal causal work
     document_zigzag  0 1 1 0|0 1 1 0      every document on its own: packed batches of Megatron, verl, ms-swift
-    balanced         0 1 1 0 1 0 0 1|..   chunks shared out so that packed documents load every ring rank alike
+    balanced         1 1 1 1|0 0 0 0      documents shared out whole, long ones in parts: equal work, few rows travel
 
 Hybrid's own zigzag is over the ring ranks, and each ring rank's tokens are contiguous over its Ulysses ranks.
 Runs are half-open intervals (start, stop) of global positions; rows are places in the order in which something is held.
@@ -26,7 +26,10 @@ import torch
 from mindspeed_cp.sequence import runs as ranges
 from mindspeed_cp.sequence.balance import balanced_rings, imbalance
 from mindspeed_cp.sequence.cache import RUN_BYTES, kept_up_to
+from mindspeed_cp.sequence.masks import attention_masks
 from mindspeed_cp.sequence.runs import Boundaries, Run, Runs, boundaries
+from mindspeed_cp.sequence.slice_balance import balanced_by_slices, imbalance_of_slices
+from mindspeed_cp.sequence.slice_mask import AttentionSlice, SliceMask
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 LayoutKind = Literal["contiguous", "zigzag", "document_zigzag", "balanced", "runs"]
@@ -50,12 +53,17 @@ class SequenceLayout:
 
     @classmethod
     def build(
-        cls, config: ContextParallelConfig, seq_len: int, cu_seqlens: torch.Tensor | Sequence[int] | None = None
+        cls,
+        config: ContextParallelConfig,
+        seq_len: int,
+        cu_seqlens: torch.Tensor | Sequence[int] | None = None,
+        attention_slices: Sequence[AttentionSlice] | None = None,
     ) -> "SequenceLayout":
         """The layout of ``config`` (its ``batch_layout``) for a sequence of any length of at least 1.
 
         Args:
             cu_seqlens: document boundaries with the leading 0 and the total, read by kinds that depend on documents.
+            attention_slices: what queries see, for all rows of the batch; "balanced" and "auto" go by their areas.
 
         Raises:
             ValueError: the length is no whole number, or a document does not fit the kind.
@@ -64,6 +72,9 @@ class SequenceLayout:
             raise ValueError(f"sequence length {seq_len} must be a whole number of at least 1; pass the global length.")
         kind, degree, ring_size = config.layout_kind, config.hierarchy[0], config.ring_size
         auto = config.batch_layout == "auto"
+        if attention_slices is not None and (auto or kind == "balanced"):
+            (mask,) = attention_masks(config.causal, seq_len, attention_slices=attention_slices)
+            return _by_slices(kind, degree, ring_size, seq_len, mask, auto)
         if kind not in DOCUMENT_KINDS and not (auto and kind == "zigzag" and cu_seqlens is not None):
             return _even(kind, degree, ring_size, seq_len, auto)
         documents = (0, seq_len) if cu_seqlens is None else boundaries(cu_seqlens)
@@ -73,8 +84,8 @@ class SequenceLayout:
                 "cumulative lengths of all documents, padding included."
             )
         if kind not in DOCUMENT_KINDS:
-            return _zigzag_or_balanced(degree, ring_size, documents)
-        return _by_documents(kind, degree, ring_size, documents, config.causal)
+            return _zigzag_or_balanced(degree, ring_size, documents, config.ring_ranks_per_node)
+        return _by_documents(kind, degree, ring_size, documents, config.causal, config.ring_ranks_per_node)
 
     @classmethod
     def from_runs(cls, config: ContextParallelConfig, runs: Sequence[Sequence[tuple[int, int]]]) -> "SequenceLayout":
@@ -239,28 +250,48 @@ def _even(kind: LayoutKind, degree: int, ring_size: int, seq_len: int, nested: b
 
 
 @kept_up_to(8 << 20, _num_bytes)
-def _by_documents(kind: LayoutKind, degree: int, ring_size: int, documents: Boundaries, causal: bool) -> SequenceLayout:
-    return SequenceLayout(DOCUMENT_KINDS[kind](documents, degree, ring_size, causal), degree, kind)
+def _by_documents(
+    kind: LayoutKind, degree: int, ring_size: int, documents: Boundaries, causal: bool, ranks_per_node: int | None
+) -> SequenceLayout:
+    return SequenceLayout(DOCUMENT_KINDS[kind](documents, degree, ring_size, causal, ranks_per_node), degree, kind)
 
 
 @kept_up_to(8 << 20, _num_bytes)
-def _zigzag_or_balanced(degree: int, ring_size: int, documents: Boundaries) -> SequenceLayout:
+def _zigzag_or_balanced(
+    degree: int, ring_size: int, documents: Boundaries, ranks_per_node: int | None
+) -> SequenceLayout:
     """What "auto" takes for a causal ring: the zigzag, unless these documents load its ranks unevenly."""
     zigzag = _even("zigzag", degree, ring_size, documents[-1], True)
     if imbalance([zigzag.ring_runs(rank) for rank in range(ring_size)], documents) <= UNEVEN:
         return zigzag
-    return _by_documents("balanced", degree, ring_size, documents, True)
+    return _by_documents("balanced", degree, ring_size, documents, True, ranks_per_node)
 
 
-def _balanced(documents: Boundaries, degree: int, ring_size: int, causal: bool) -> tuple[Runs, ...]:
+def _by_slices(
+    kind: LayoutKind, degree: int, ring_size: int, seq_len: int, mask: SliceMask, auto: bool
+) -> SequenceLayout:
+    """Balanced by the areas of slices; "auto" only where they load its own kind unevenly."""
+    if auto:
+        usual = _even(kind, degree, ring_size, seq_len, True)
+        if imbalance_of_slices(list(map(usual.ring_runs, range(ring_size))), mask) <= UNEVEN:
+            return usual
+    rings = balanced_by_slices(mask, seq_len, ring_size)
+    return SequenceLayout(tuple(piece for runs in rings for piece in ranges.cut(runs, degree)), degree, "balanced")
+
+
+def _balanced(
+    documents: Boundaries, degree: int, ring_size: int, causal: bool, ranks_per_node: int | None
+) -> tuple[Runs, ...]:
     """Equal areas on every ring rank, whose tokens lie contiguous over its Ulysses ranks; one document is a zigzag."""
     if len(set(documents)) <= 2:
         return _even("zigzag", degree, ring_size, documents[-1], True).all_runs
-    rings = map(ranges.join, balanced_rings(documents, ring_size, causal))
+    rings = balanced_rings(documents, ring_size, causal, ranks_per_node)
     return tuple(piece for runs in rings for piece in ranges.cut(runs, degree))
 
 
-def _document_zigzag(documents: Boundaries, degree: int, ring_size: int, causal: bool) -> tuple[Runs, ...]:
+def _document_zigzag(
+    documents: Boundaries, degree: int, ring_size: int, causal: bool, ranks_per_node: int | None
+) -> tuple[Runs, ...]:
     """Every document zigzag over all ranks on its own; within a rank document by document."""
     ranks = degree * ring_size
     held: list[list[Run]] = [[] for _ in range(ranks)]
@@ -276,6 +307,7 @@ def _document_zigzag(documents: Boundaries, degree: int, ring_size: int, causal:
     return tuple(map(ranges.join, held))
 
 
-# Kinds that depend on where documents end: (boundaries, ulysses degree, ring size, causal) -> every rank's runs.
-DocumentKind = Callable[[Boundaries, int, int, bool], tuple[Runs, ...]]
+# Kinds that depend on where documents end:
+# (boundaries, ulysses degree, ring size, causal, ring ranks of a node or None) -> every rank's runs.
+DocumentKind = Callable[[Boundaries, int, int, bool, int | None], tuple[Runs, ...]]
 DOCUMENT_KINDS: dict[str, DocumentKind] = {"document_zigzag": _document_zigzag, "balanced": _balanced}

@@ -1,29 +1,44 @@
-"""What queries may see: masks described by intervals, from mask types, windows and documents, and dense masks."""
+"""What queries may see: the slices of a call, from mask types, windows, documents and slices, and dense masks."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from mindspeed_cp.sequence.cache import INT_BYTES, kept_up_to
 from mindspeed_cp.sequence.runs import Boundaries, boundaries
-from mindspeed_cp.sequence.staircases import IntervalMask
+from mindspeed_cp.sequence.slice_mask import (
+    AttentionSlice,
+    AttentionSlices,
+    SliceMask,
+    document_mask,
+    frozen,
+    slices_mask,
+)
 
 GivenBoundaries = torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | None
+GivenSlices = Sequence[AttentionSlice] | Sequence[Sequence[AttentionSlice]] | None
+T = TypeVar("T")
+SLICE_BYTES = 400  # three tuples of Python's numbers
 
 
-def interval_masks(
+def attention_masks(
     causal: bool,
     seq_len: int,
     batch: int = 1,
     cu_seqlens: GivenBoundaries = None,
     sliding_window: tuple[int | None, int | None] | None = None,
-) -> tuple[IntervalMask, ...]:
-    """What queries may see, from document boundaries and a (left, right) window: one mask for all rows, or one each.
+    attention_slices: GivenSlices = None,
+) -> tuple[SliceMask, ...]:
+    """What queries may see: one mask for all rows of the batch, or one each.
+
+    Args:
+        causal: of attention without slices; those say themselves what is causal.
+        cu_seqlens, sliding_window: documents, and (left, right); they hide what slices would show.
 
     Raises:
         ValueError: cu_seqlens does not start with 0, descends, does not end with ``seq_len``, or is given for another
-            number of rows; the window is malformed.
+            number of rows, as slices may be; the window is malformed; slices are, or overlap.
     """
     window = (None, None) if sliding_window is None else sliding_window
     if (
@@ -35,9 +50,20 @@ def interval_masks(
             f"sliding_window {sliding_window} must be two whole numbers of at least 0, or -1 or None for no limit."
         )
     left, right = (None if side in (None, -1) else side for side in window)
-    rows = _rows_of_boundaries(cu_seqlens, batch)
-    masks = tuple(_interval_mask(causal, seq_len, left, right, row) for row in rows)
+    documents = _rows_of_boundaries(cu_seqlens, batch)
+    if attention_slices is None:
+        right = 0 if causal else right
+        masks = tuple(_document_mask(seq_len, left, right, row) for row in documents)
+    else:
+        slices = rows_of_slices(attention_slices, batch)
+        count = max(len(documents), len(slices))
+        pairs = zip(_repeated(documents, count), _repeated(slices, count))
+        masks = tuple(_slices_mask(seq_len, left, right, *pair) for pair in pairs)
     return masks if len(set(masks)) > 1 else masks[:1]
+
+
+def _repeated(rows: list[T], count: int) -> list[T]:
+    return rows if len(rows) == count else rows * count
 
 
 def _rows_of_boundaries(cu_seqlens: Any, batch: int) -> list[Boundaries | None]:
@@ -62,28 +88,54 @@ def _rows_of_boundaries(cu_seqlens: Any, batch: int) -> list[Boundaries | None]:
     return [boundaries(row) for row in cu_seqlens]
 
 
-def _num_bytes(mask: IntervalMask) -> int:
-    return 2 * INT_BYTES * len(mask.cu_seqlens or ())
+def rows_of_slices(attention_slices: Any, batch: int) -> list[AttentionSlices]:
+    """The slices of every row, or of all rows at once, as they can be looked up."""
+    if not isinstance(attention_slices, (tuple, list)):
+        raise ValueError(
+            f"attention_slices is {type(attention_slices).__name__} and must be a list of ((first query, last + 1), "
+            "(first key, last + 1), kind), or one such list for each row of the batch."
+        )
+    given = frozen(attention_slices)
+    one = any(len(row) == 3 and isinstance(row[2], str) for row in given if isinstance(row, tuple))
+    if one or not given:
+        return [given]
+    if len(given) != batch:
+        raise ValueError(
+            f"attention_slices holds {len(given)} lists of slices and the batch has {batch} rows; pass one list for "
+            "each row of the batch, or a single list of ((first query, last + 1), (first key, last + 1), kind) for all."
+        )
+    return list(given)
+
+
+def _num_bytes(mask: SliceMask) -> int:
+    return mask.num_bytes + INT_BYTES * len(mask)
 
 
 @kept_up_to(8 << 20, _num_bytes)
-def _interval_mask(
-    causal: bool, seq_len: int, left: int | None, right: int | None, cu_seqlens: Boundaries | None
-) -> IntervalMask:
-    if cu_seqlens is not None:
-        if cu_seqlens[-1] != seq_len:
-            raise ValueError(
-                f"cu_seqlens ends with {cu_seqlens[-1]} and must end with the sequence length {seq_len}; "
-                "add a last document for the padding, or build the layout for the documents' total."
-            )
-        # Empty documents hold no token; a single one is no boundary at all.
-        cu_seqlens = tuple(dict.fromkeys(cu_seqlens))
-        cu_seqlens = None if len(cu_seqlens) == 2 else cu_seqlens
-    if left is not None and left >= seq_len - 1:
-        left = None
-    if right is not None and right >= seq_len - 1 > 0:
-        right = None
-    return IntervalMask(left, 0 if causal else right, cu_seqlens)
+def _document_mask(seq_len: int, left: int | None, right: int | None, cu_seqlens: Boundaries | None) -> SliceMask:
+    return document_mask(left, right, (0, seq_len) if cu_seqlens is None else _of_length(cu_seqlens, seq_len))
+
+
+def _bytes_with_slices(mask: SliceMask) -> int:
+    return mask.num_bytes + SLICE_BYTES * len(mask)
+
+
+@kept_up_to(8 << 20, _bytes_with_slices)
+def _slices_mask(
+    seq_len: int, left: int | None, right: int | None, cu_seqlens: Boundaries | None, slices: AttentionSlices
+) -> SliceMask:
+    mask = slices_mask(slices, seq_len)
+    mask = mask if cu_seqlens is None else mask.within(_of_length(cu_seqlens, seq_len))
+    return mask.in_window(left, right)
+
+
+def _of_length(cu_seqlens: Boundaries, seq_len: int) -> Boundaries:
+    if cu_seqlens[-1] != seq_len:
+        raise ValueError(
+            f"cu_seqlens ends with {cu_seqlens[-1]} and must end with the sequence length {seq_len}; "
+            "add a last document for the padding, or build the layout for the documents' total."
+        )
+    return cu_seqlens
 
 
 def dense_mask(attention_mask: torch.Tensor | None, batch: int, seq_len: int) -> torch.Tensor | None:

@@ -12,7 +12,17 @@ from mindspeed_cp.sequence.layout import SequenceLayout
 # What a batch calls the tensors that hold one entry per token, and what it calls those that describe it as a whole.
 SEQUENCES = frozenset({"tokens", "input_ids", "labels", "loss_mask", "position_ids", "padding_mask", "token_type_ids"})
 WHOLE = frozenset(
-    {"attention_mask", "cu_seqlens", "cu_seqlens_argmin", "cu_seqlens_padded", "max_seqlen", "max_seqlen_argmin"}
+    {
+        "attention_mask",
+        "attention_slices",
+        "rotary_position_ids",
+        "prefix_lengths",
+        "cu_seqlens",
+        "cu_seqlens_argmin",
+        "cu_seqlens_padded",
+        "max_seqlen",
+        "max_seqlen_argmin",
+    }
     | {"local_cp_size", "hybrid_cp_group", "cp_group"}
     | {
         f"{name}_{side}{end}"

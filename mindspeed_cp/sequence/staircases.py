@@ -1,55 +1,34 @@
-"""The two staircases of an interval mask, cut into pieces where both are straight.
+"""The two staircases of every slice of a mask, cut into pieces where both are straight.
 
-The query at global position p sees the keys lo(p) <= k < hi(p), and lo and hi never decrease. Counted in rows of a key
-shard, each has steps of slope 0 (a document boundary, the edge of a shard) or slope 1 (a diagonal). The work is
-proportional to the documents that this shard's queries belong to, and in Python to the pieces that see a key.
+Within a slice the query at global position p sees the keys lo(p) <= k < hi(p), and lo and hi never decrease. Counted in
+rows of a key shard, each has steps of slope 0 (an end of the slice, the edge of a shard) or slope 1 (a diagonal). The
+work is proportional to the slices that this shard's queries belong to, and in Python to the pieces that see a key.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from mindspeed_cp.sequence.cache import kept_up_to
-from mindspeed_cp.sequence.runs import Boundaries, Runs
+from mindspeed_cp.sequence.runs import Runs, length
+from mindspeed_cp.sequence.slice_mask import FAR, Integers, SliceMask, spread
 
-Integers = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 PieceOf = tuple[int, int, int, int, int, int]  # row, count, lo, hi, lo_slope, hi_slope
 
-FAR = 1 << 60  # beyond every position: no limit
 UNKNOWN = -1  # slope of a piece of one row
 
 
 @dataclass(frozen=True)
-class IntervalMask:
-    """A mask described by intervals; hashable, so that plans can be cached.
-
-    Args:
-        left, right: the query at position p sees keys p - left to p + right; None is unlimited. Causal is right = 0.
-        cu_seqlens: document boundaries with the leading 0 and the total, or None for one document.
-    """
-
-    left: int | None = None
-    right: int | None = None
-    cu_seqlens: Boundaries | None = None
-
-    def __hash__(self) -> int:
-        # Thousands of documents are hashed once, not at every lookup.
-        found: int | None = self.__dict__.get("_hash")
-        if found is None:
-            found = hash((self.left, self.right, self.cu_seqlens))
-            object.__setattr__(self, "_hash", found)
-        return found
-
-
-@dataclass(frozen=True)
 class Stretches:
-    """Query positions start to stop of one run and one document each, ascending; int64 arrays of one length.
+    """Query positions start to stop of one run and one slice each, slice by slice; int64 arrays of one length.
 
     Args:
         row: row of the query shard at which the stretch begins.
-        low, high: the document's boundaries, -FAR and FAR without documents.
+        low, high: the keys of the slice.
+        lower, upper: its limits on key - query, -FAR and FAR without.
     """
 
     row: Integers
@@ -57,9 +36,11 @@ class Stretches:
     stop: Integers
     low: Integers
     high: Integers
+    lower: Integers
+    upper: Integers
 
     def chosen(self, which: Bools) -> "Stretches":
-        return Stretches(self.row[which], self.start[which], self.stop[which], self.low[which], self.high[which])
+        return Stretches(*(column[which] for column in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -94,55 +75,50 @@ class _KeyRows:
         return rows
 
 
-def _spread(counts: Integers) -> tuple[Integers, Integers]:
-    """For counts (2, 0, 3): each member's owner (0, 0, 2, 2, 2), and its number there (0, 1, 0, 1, 2)."""
-    owner = np.repeat(np.arange(len(counts)), counts)
-    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
 def _num_bytes(made: Stretches) -> int:
-    return 5 * made.row.nbytes
+    return len(vars(made)) * made.row.nbytes
 
 
 @kept_up_to(8 << 20, _num_bytes)
-def stretches(query_runs: Runs, cu_seqlens: Boundaries | None) -> Stretches:
-    """The queries of a shard, cut where its runs and the documents end."""
+def stretches(query_runs: Runs, mask: SliceMask) -> Stretches:
+    """The queries of a shard in each slice, cut where its runs end."""
     start, stop = np.array(query_runs, dtype=np.int64).reshape(-1, 2).T
-    row = np.cumsum(stop - start) - (stop - start)
-    if cu_seqlens is None:
-        far = np.full(len(start), FAR)
-        return Stretches(row, start, stop, -far, far)
-    ends = np.unique(np.array(cu_seqlens, dtype=np.int64))
-    first = np.searchsorted(ends, start, side="right") - 1
-    run, number = _spread(np.searchsorted(ends, stop, side="left") - first)
-    document = first[run] + number
-    low, high = ends[document], ends[document + 1]
-    begin = np.maximum(low, start[run])
-    return Stretches(row[run] + begin - start[run], begin, np.minimum(high, stop[run]), low, high)
+    row, slices = np.cumsum(stop - start) - (stop - start), mask.slices
+    # A run and a slice meet where the slice begins in the run, or the run in the slice.
+    first = np.searchsorted(slices.q_start, start, side="left")
+    around, number = spread(np.searchsorted(slices.q_start, stop, side="left") - first)
+    begun = first[around] + number
+    first = np.searchsorted(start, slices.q_start, side="right")
+    cut, number = spread(np.maximum(np.searchsorted(start, slices.q_stop, side="left") - first, 0))
+    run, which = np.append(around, first[cut] + number), np.append(begun, cut)
+    order = np.lexsort((run, which))
+    run, found = run[order], slices.chosen(which[order])
+    begin, end = np.maximum(found.q_start, start[run]), np.minimum(found.q_stop, stop[run])
+    return Stretches(row[run] + begin - start[run], begin, end, *found[2:])
 
 
-def visible_pieces(query_runs: Runs, key_runs: Runs, mask: IntervalMask) -> Pieces:
-    """The pieces of the staircases that see a key, in row order, neighbours joined where both bounds go on straight.
+def visible_pieces(query_runs: Runs, key_runs: Runs, mask: SliceMask) -> Pieces:
+    """The pieces of the staircases that see a key, neighbours joined where both bounds go on straight; slice by slice,
+    in row order within each.
 
     Args:
         query_runs, key_runs: (start, stop) of global positions, ascending; rows count along them.
     """
     if not query_runs or not key_runs:
         return NOTHING
-    rows, queries = _KeyRows(key_runs), stretches(query_runs, mask.cu_seqlens)
+    rows, queries = _KeyRows(key_runs), stretches(query_runs, mask)
 
     def lo(owner: Integers, position: Integers) -> Integers:
-        return rows(queries.low[owner] if mask.left is None else np.maximum(queries.low[owner], position - mask.left))
+        return rows(np.maximum(queries.low[owner], position + queries.lower[owner]))
 
     def hi(owner: Integers, position: Integers) -> Integers:
-        reach = FAR if mask.right is None else position + mask.right + 1
-        return rows(np.minimum(queries.high[owner], reach))
+        return rows(np.minimum(queries.high[owner], position + queries.upper[owner] + 1))
 
     everyone = np.arange(len(queries.start))
     queries = queries.chosen(lo(everyone, queries.start) < hi(everyone, queries.stop - 1))
     if not len(queries.start):
         return NOTHING
-    owner, first, last = _cut_where_slopes_change(queries, rows, mask)
+    owner, first, last = _cut_where_slopes_change(queries, rows)
     count = last - first
     begin, end = lo(owner, first), hi(owner, first)
     single = count == 1
@@ -153,31 +129,50 @@ def visible_pieces(query_runs: Runs, key_runs: Runs, mask: IntervalMask) -> Piec
     return _joined(*(part[seen] for part in (row, count, begin, end, lo_slope, hi_slope)))
 
 
-def _cut_where_slopes_change(
-    queries: Stretches, rows: _KeyRows, mask: IntervalMask
-) -> tuple[Integers, Integers, Integers]:
+def bounds_of_rows(query_runs: Runs, key_runs: Runs, mask: SliceMask) -> Iterator[tuple[Integers, Integers]]:
+    """(lo, hi) of every query row, the key rows that one of its slices shows it, as often as a row has slices."""
+    pieces = visible_pieces(query_runs, key_runs, mask)
+    row, count, lo, hi, lo_slope, hi_slope = (np.array(part, dtype=np.int64) for part in vars(pieces).values())
+    piece, number = spread(count)
+    bounds = np.stack(
+        [
+            row[piece] + number,
+            lo[piece] + np.maximum(lo_slope[piece], 0) * number,
+            hi[piece] + np.maximum(hi_slope[piece], 0) * number,
+        ]
+    )
+    rows, low, high = bounds[:, np.argsort(bounds[0], kind="stable")]
+    turn = np.arange(len(rows)) - np.searchsorted(rows, rows, side="left")
+    for each in range(int(turn.max(initial=-1)) + 1):
+        found = np.zeros((2, length(query_runs)), dtype=np.int64)
+        found[:, rows[turn == each]] = low[turn == each], high[turn == each]
+        yield found[0], found[1]
+
+
+def _cut_where_slopes_change(queries: Stretches, rows: _KeyRows) -> tuple[Integers, Integers, Integers]:
     """(owning stretch, first, last + 1) of position ranges in which both bounds are straight."""
     everyone = np.arange(len(queries.start))
-    cuts, owners = [queries.start], [everyone]
     # Key runs that a stretch's queries can see, from the first query's lower to the last one's upper bound.
-    low = queries.low if mask.left is None else np.maximum(queries.low, queries.start - mask.left)
-    high = queries.high if mask.right is None else np.minimum(queries.high, queries.stop + mask.right)
+    low = np.maximum(queries.low, queries.start + queries.lower)
+    high = np.minimum(queries.high, queries.stop + queries.upper)
     first_run = np.searchsorted(rows.stop, low, side="right")
-    num_runs = np.searchsorted(rows.start, high, side="left") - first_run
-    owner, number = _spread(np.maximum(num_runs, 0))
-    run = first_run[owner] + number
-    edges = np.concatenate([rows.start[run], rows.stop[run]])
-    owner = np.concatenate([owner, owner])
-    for shift, limit in ((None if mask.right is None else -mask.right - 1, queries.high), (mask.left, queries.low)):
-        if shift is not None:
-            cuts += [edges + shift, limit + shift]
-            owners += [owner, everyone]
-    cut, owner = np.concatenate(cuts), np.concatenate(owners)
+    meets, number = spread(np.maximum(np.searchsorted(rows.start, high, side="left") - first_run, 0))
+    edges = np.concatenate([rows.start[first_run[meets] + number], rows.stop[first_run[meets] + number]])
+    owners, cuts = [everyone], [queries.start]
+    for limit, end, shift in ((queries.upper, queries.high, 1), (queries.lower, queries.low, 0)):
+        owner, bounds = np.concatenate([meets, meets, everyone]), np.append(edges, end)
+        limited = np.abs(limit[owner]) < FAR
+        owners.append(owner[limited])
+        cuts.append(bounds[limited] - limit[owner[limited]] - shift)
+    owner, cut = np.concatenate(owners), np.concatenate(cuts)
     inside = (cut >= queries.start[owner]) & (cut < queries.stop[owner])
-    # Stretches are disjoint and ascend, so positions alone put the cuts in order.
-    first, index = np.unique(cut[inside], return_index=True)
-    owner = owner[inside][index]
-    return owner, first, np.minimum(np.append(first[1:], FAR), queries.stop[owner])
+    # Stretches laid end to end: those of several slices may be of the same positions.
+    lengths = queries.stop - queries.start
+    before = np.cumsum(lengths) - lengths
+    places = np.unique((before - queries.start)[owner[inside]] + cut[inside])
+    owner = np.searchsorted(before, places, side="right") - 1
+    to_position = queries.start[owner] - before[owner]
+    return owner, places + to_position, np.append(places[1:], lengths.sum()) + to_position
 
 
 def _joined(

@@ -114,6 +114,15 @@ REFUSED = {
 }
 
 
+def titled(row: Algorithm, hierarchy: Hierarchy) -> str:
+    """The title of a row with what its hierarchy says more, such as "Hybrid (ulysses 2, ring 4)"."""
+    ulysses, window, windows = hierarchy
+    if windows > 1:
+        by = f"window {window}" if ulysses == 1 else f"ulysses {ulysses}, window {window}"
+        return f"{'Double ' if ulysses == 1 else ''}{row.title} ({by})"
+    return f"{row.title} (ulysses {ulysses}, ring {window})" if ulysses > 1 and window > 1 else row.title
+
+
 def known_algorithm(name: str) -> str:
     """``name``, where it is an algorithm.
 

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from mindspeed_cp.settings import rules
-from mindspeed_cp.settings.algorithms import ALGORITHMS, DEFAULT, Algorithm, Hierarchy, known_algorithm, summaries
+from mindspeed_cp.settings.algorithms import (
+    ALGORITHMS,
+    DEFAULT,
+    Algorithm,
+    Hierarchy,
+    known_algorithm,
+    summaries,
+    titled,
+)
 from mindspeed_cp.settings.notices import warn_rank0
 from mindspeed_cp.settings.setting import declarations, setting
 
@@ -17,6 +25,7 @@ KVCachePolicy = Literal["full", "half"]
 KVExchange = Literal["ring", "direct", "mesh", "auto"]
 Topology = Literal["auto", "mesh", "switch", "nodes"]
 P2P = Literal["auto", "batch", "isend"]
+LinearExchange = Literal["heads", "state"]
 BatchLayout = Literal["auto", "contiguous", "zigzag", "document_zigzag", "balanced"]
 
 MASK_TYPES: tuple[MaskType, ...] = get_args(MaskType)
@@ -95,6 +104,17 @@ class ContextParallelConfig:
         },
         see="[Batch layouts](batch-layouts.md)",
     )
+    ranks_per_node: int | None = setting(
+        None,
+        flag="--cp-ranks-per-node",
+        help="neighbouring context-parallel ranks that share a node; the balanced layout then keeps the parts of a "
+        "document within one node where it can",
+        rule="read by --cp-batch-layout balanced, and auto where it is that; where ranks are numbered node by node, "
+        "devices of a node / tensor-parallel size",
+        takes="N",
+        least=1,
+        least_means="leave it out where the nodes are not known",
+    )
     window_size: int = setting(
         1,
         flag="--cp-window-size",
@@ -144,6 +164,18 @@ class ContextParallelConfig:
             "nodes": "over several servers",
         },
     )
+    mla_exchange: Literal["latent", "heads", "auto"] = setting(
+        "auto",
+        flag="--cp-mla-exchange",
+        help="what multi-latent attention sends as keys and values",
+        rule="latent needs Megatron's own up-projection, without fp8; other attention has nothing of it",
+        meanings={
+            "latent": "the latent and the rotated part of the key; every rank makes keys and values of what arrives",
+            "heads": "keys and values of all heads",
+            "auto": "latent where the bytes that it saves are worth making keys and values on every rank",
+        },
+        see="[Latent exchange](choosing.md#latent-exchange)",
+    )
     ulysses_chunks: int = setting(
         1,
         flag="--cp-ulysses-chunks",
@@ -155,6 +187,17 @@ class ContextParallelConfig:
         taken_by=lambda row: row.splits_heads,
         ignored="{algorithm} exchanges no heads",
         see="[Chunks of heads](algorithms/ulysses.md#in-chunks-of-heads)",
+    )
+    linear_exchange: LinearExchange = setting(
+        "heads",
+        flag="--cp-linear-exchange",
+        help="what travels for layers with a state (gated delta nets, Mamba)",
+        rule="heads needs a head for each rank",
+        meanings={
+            "heads": "tokens, so that every rank computes some heads of the whole sequence",
+            "state": "one state for each rank, whatever the length, which computes its own part of the sequence",
+        },
+        see="[Linear attention](linear-attention.md)",
     )
     p2p: P2P = setting(
         "auto",
@@ -243,11 +286,7 @@ class ContextParallelConfig:
         rules.check_kv_cache(self.context_parallel_size, self.kv_cache_policy, self.kv_cache_interval)
         rules.check_exchange(self.algorithm, self.kv_exchange, 1 if self._is_one_window else self.window_size)
         rules.check_allgather(self.algorithm, self.allgather_kv)
-        rules.require(
-            not self.keep_attention or self.context_parallel_size > 1,
-            "--cp-keep-attention needs --context-parallel-size above 1; leave it out or use --context-parallel-size 2 "
-            "or more.",
-        )
+        rules.check_keep_attention(self.context_parallel_size, self.keep_attention)
         for notice in self.ignored_settings():
             warn_rank0(notice)
         if self._is_one_window:
@@ -272,21 +311,22 @@ class ContextParallelConfig:
         algorithm = f"--context-parallel-algo {self.algorithm}"
         found = [each.notice(getattr(self, each.name), self.algorithm) for each in declarations(type(self))]
         unread = "auto" not in (self.kv_exchange, self.in_flight) and self.topology != "auto"
+        alike = self.batch_layout == "balanced" and self.row.exchange is None and self.context_parallel_size > 1
+        all_at_once = self.p2p != "auto" and self.kv_exchange == "mesh"
+        unplaced = self.ranks_per_node is not None and not self._may_be_balanced
+        silent = self.log and self.context_parallel_size == 1
+        one_by_one = self.in_flight not in (1, "auto") and not self._takes_several_steps
         across = {
             f"--cp-window-size {self.window_size} is one window of all {self.window_size} ranks of the ring: the plain "
             "ring.": self._is_one_window,
-            f"--cp-batch-layout balanced is contiguous for {algorithm}, whose ranks have equal work by nature.": (
-                self.batch_layout == "balanced" and self.row.exchange is None and self.context_parallel_size > 1
-            ),
-            f"--cp-p2p {self.p2p} is ignored: the mesh exchange sends no messages between single ranks.": (
-                self.p2p != "auto" and self.kv_exchange == "mesh"
-            ),
-            f"--cp-in-flight {self.in_flight} is ignored: a plain ring forwards one step at a time.": self.in_flight
-            not in (1, "auto")
-            and not self._takes_several_steps,
+            f"--cp-batch-layout balanced is contiguous for {algorithm}, whose ranks have equal work by nature.": alike,
+            f"--cp-p2p {self.p2p} is ignored: the mesh exchange sends no messages between single ranks.": all_at_once,
+            f"--cp-in-flight {self.in_flight} is ignored: a plain ring forwards one step at a time.": one_by_one,
             f"--cp-topology {self.topology} is ignored: neither --cp-kv-exchange nor --cp-in-flight is auto.": unread,
-            "--cp-log says nothing at --context-parallel-size 1 without --hybrid-context-parallel.": self.log
-            and self.context_parallel_size == 1,
+            f"--cp-ranks-per-node {self.ranks_per_node} is ignored: only the balanced layout of a ring reads it.": (
+                unplaced
+            ),
+            "--cp-log says nothing at --context-parallel-size 1 without --hybrid-context-parallel.": silent,
         }
         return [*filter(None, found), *(message for message, applies in across.items() if applies)]
 
@@ -301,8 +341,18 @@ class ContextParallelConfig:
 
     @property
     def ring_size(self) -> int:
-        _, window, windows = self.hierarchy
-        return window * windows
+        return self.context_parallel_size // self.hierarchy[0]
+
+    @property
+    def ring_ranks_per_node(self) -> int | None:
+        """How many ranks of the ring share a node, None where that is not known."""
+        return None if self.ranks_per_node is None else max(1, self.ranks_per_node // self.hierarchy[0])
+
+    @property
+    def _may_be_balanced(self) -> bool:
+        return self.ring_size > 1 and (
+            self.batch_layout == "balanced" or self.batch_layout == "auto" and self.layout_kind == "zigzag"
+        )
 
     @property
     def causal(self) -> bool:
@@ -324,27 +374,16 @@ class ContextParallelConfig:
 
     def describe(self) -> str:
         """One phrase for the line that says what is on, such as "Ring, cp=4, zigzag, causal"."""
-        ulysses, window, windows = self.hierarchy
-        name = self.row.title
-        if windows > 1:
-            name = (
-                f"Double {name} (window {window})" if ulysses == 1 else f"{name} (ulysses {ulysses}, window {window})"
-            )
-        elif 1 < ulysses < self.context_parallel_size:
-            name = f"{name} (ulysses {ulysses}, ring {window})"
-        parts = [name, f"cp={self.context_parallel_size}", self.layout_kind, self.attention_mask_type]
-        if self.kv_exchange != "ring":
-            parts.append(f"{self.kv_exchange} exchange")
-        if self.in_flight != 1 and self._takes_several_steps:
-            parts.append(f"{self.in_flight} steps in flight")
-        if self.ulysses_chunks > 1 and self.row.splits_heads:
-            parts.append(f"{self.ulysses_chunks} groups of heads")
-        if self.p2p == "isend" and self.row.exchange == "ring":
-            parts.append("single messages")
-        if self.kv_cache_policy:
-            parts.append(f"kv cache {self.kv_cache_policy}")
-        if self.keep_attention:
-            parts.append("attention kept across recomputation")
-        if self.log:
-            parts.append("logged")
-        return ", ".join(parts)
+        said = {
+            f"{self.kv_exchange} exchange": self.kv_exchange != "ring",
+            f"{self.in_flight} steps in flight": self.in_flight != 1 and self._takes_several_steps,
+            f"MLA sends {'heads' if self.mla_exchange == 'heads' else 'latents'}": self.mla_exchange != "auto",
+            f"{self.ulysses_chunks} groups of heads": self.ulysses_chunks > 1 and self.row.splits_heads,
+            "single messages": self.p2p == "isend" and self.row.exchange == "ring",
+            f"kv cache {self.kv_cache_policy}": self.kv_cache_policy is not None,
+            "states of linear layers from rank to rank": self.linear_exchange == "state",
+            "attention kept across recomputation": self.keep_attention,
+            "logged": self.log,
+        }
+        always = [f"cp={self.context_parallel_size}", self.layout_kind, self.attention_mask_type]
+        return ", ".join([titled(self.row, self.hierarchy), *always, *(part for part, holds in said.items() if holds)])

@@ -95,6 +95,14 @@ def check_kv_cache(cp: int, policy: str | None, interval: int) -> None:
     )
 
 
+def check_keep_attention(cp: int, keep_attention: bool) -> None:
+    require(
+        not keep_attention or cp > 1,
+        "--cp-keep-attention needs --context-parallel-size above 1; leave it out or use --context-parallel-size 2 or "
+        "more.",
+    )
+
+
 def check_exchange(algorithm: str, exchange: str, window: int) -> None:
     if exchange not in ("direct", "mesh"):
         return

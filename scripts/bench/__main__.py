@@ -17,6 +17,7 @@ BENCHMARKS = {
     "documents": "packed documents: the zigzag of the whole row beside the balanced layout",
     "kernels": "a kernel in the blocks of a ring rank over the whole sequence in one call, on any device",
     "mesh": "the exchanges on an emulated full mesh: mesh N RATE",
+    "packing": "documents on any number of ranks: one row over all beside groups for each length",
     "parts": "planning the blocks of a new batch; half precision on a CPU",
     "recompute": "a model under full recomputation, with and without its attention kept",
 }

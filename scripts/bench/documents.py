@@ -25,7 +25,8 @@ from mindspeed_cp.comm import count_bytes
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionRows, BlockTensors, KernelOptions
 from mindspeed_cp.sequence.balance import imbalance
-from mindspeed_cp.sequence.blocks import IntervalMask, needed_rows
+from mindspeed_cp.sequence.blocks import needed_rows
+from mindspeed_cp.sequence.slice_mask import document_mask
 
 # name -> function of a random generator and the row's length that draws a document's length
 DISTRIBUTIONS = {
@@ -69,7 +70,7 @@ def plan(name, ranks, settings, options):
         layout = SequenceLayout.build(config_of(ranks, settings), options.seq_length, documents)
         runs = [layout.ring_runs(rank) for rank in range(ranks)]
         areas.append(imbalance(runs, documents))
-        mask = IntervalMask(None, 0, documents)
+        mask = document_mask(None, 0, documents)
         crossing = sum(
             stop - start
             for reader in range(ranks)
@@ -85,7 +86,7 @@ def busiest(name, ranks, settings, options):
     """(blocks of the rank with the largest area, tokens of a rank)."""
     documents = boundaries(name, options.seq_length, 0)
     layout = SequenceLayout.build(config_of(ranks, settings), options.seq_length, documents)
-    blocks = ring_plan(layout, (IntervalMask(None, 0, documents),), native_bands=False)
+    blocks = ring_plan(layout, (document_mask(None, 0, documents),), native_bands=False)
     of_rank = [[task.block for source in range(ranks) for task in blocks.tasks(rank, source)] for rank in range(ranks)]
     return max(of_rank, key=lambda blocks: sum(block.area for block in blocks)), layout.ring_length(0)
 

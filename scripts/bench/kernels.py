@@ -20,7 +20,8 @@ from bench.measuring import head, in_turns, parser_of, row, sample
 from mindspeed_cp.attention.merging import plain_merge
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionRows, BlockTensors, KernelOptions, accumulation_dtype
-from mindspeed_cp.sequence.blocks import Block, IntervalMask, plan_blocks
+from mindspeed_cp.sequence.blocks import Block, plan_blocks
+from mindspeed_cp.sequence.slice_mask import document_mask
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.config import ContextParallelConfig
 
@@ -71,7 +72,7 @@ class RingRank:
 
     def __init__(self, args, kernel, length):
         config = ContextParallelConfig(context_parallel_size=args.ranks, algorithm="megatron_cp_algo")
-        layout, mask = SequenceLayout.build(config, length), IntervalMask(right=0)
+        layout, mask = SequenceLayout.build(config, length), document_mask(right=0)
         self.plans = [
             plan_blocks(layout.ring_runs(0), layout.ring_runs(source), mask, kernel.native_bands)
             for source in range(args.ranks)

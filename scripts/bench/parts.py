@@ -17,7 +17,8 @@ from mindspeed_cp.attention.ring_plan import RingPlan
 from mindspeed_cp.comm.messages import packed
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionRows, BlockTensors, KernelOptions
-from mindspeed_cp.sequence.blocks import Block, IntervalMask
+from mindspeed_cp.sequence.blocks import Block
+from mindspeed_cp.sequence.slice_mask import document_mask
 
 
 def planning(options):
@@ -31,7 +32,7 @@ def planning(options):
             config = ContextParallelConfig(
                 context_parallel_size=ranks, algorithm="megatron_cp_algo", batch_layout=kind, kv_exchange="direct"
             )
-            layout, mask = SequenceLayout.build(config, tokens, documents), IntervalMask(None, 0, documents)
+            layout, mask = SequenceLayout.build(config, tokens, documents), document_mask(None, 0, documents)
             times = []
             for _ in range(options.repetitions):
                 start, plan = time.perf_counter(), RingPlan(layout, (mask,), False, exact=True)

@@ -8,7 +8,7 @@ import os
 import torch
 
 from mindspeed_cp.arguments import add_context_parallel_arguments, validate
-from trainer.checks import check_batch, check_model, check_parallel, check_training
+from trainer.checks import check_batch, check_model, check_parallel, check_training, read_packing
 from trainer.files import check_files
 from trainer.rules import HelpFormatter, OneLineParser, length, one_of, path, real, shares, whole, window
 from trainer.tokenizer import VOCAB_SIZE
@@ -27,6 +27,7 @@ def parse_args(argv: list[str] | None = None, world_size: int | None = None) -> 
         ValueError: flags do not go together; the message names flag, value, rule and a way out.
     """
     args = build_parser().parse_args(argv)
+    read_packing(args)
     args.world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
     args.cp_config_resolved, args.cp_setup = validate(args, args.world_size)
     check_model(args)
@@ -148,6 +149,17 @@ def _add_data(add):
         action="store_true",
         help="cut every micro batch to a length of its own, at most --seq-length and the same in every run",
     )
+    add(
+        "--cp-pack",
+        action="store_true",
+        help="rows of at most --seq-length tokens, filled with documents by length, each of which begins anew and is "
+        "whole where it is no longer than a row; --global-batch-size counts rows, which lie over all context-parallel "
+        "ranks",
+    )
+    add("--dynamic-context-parallel", action="store_true", help="newer Megatrons' name: the same as --cp-pack")
+    schedulers = one_of("dp_balanced", "default_dynamic_cp")
+    add("--sequence-packing-scheduler", schedulers, help="newer Megatrons' name: any is the same as --cp-pack")
+    add("--max-seqlen-per-dp-cp-rank", whole(1), help="tokens of a rank in a row, instead of --seq-length")
 
 
 def _add_files(add):

@@ -9,6 +9,30 @@ def require(condition: Any, message: str) -> None:
         raise ValueError(message)
 
 
+def read_packing(args: Any) -> None:
+    """Newer Megatrons' names of --cp-pack, and what it stands for: documents apart, in rows of their own lengths."""
+    args.cp_pack = args.cp_pack or args.dynamic_context_parallel or bool(args.sequence_packing_scheduler)
+    tokens = args.max_seqlen_per_dp_cp_rank
+    require(
+        tokens is None or args.cp_pack,
+        f"--max-seqlen-per-dp-cp-rank {tokens} is the room of packed rows; add --cp-pack, or leave it out.",
+    )
+    if not args.cp_pack:
+        return
+    require(
+        args.micro_batch_size == 1,
+        f"--cp-pack makes rows of documents, and a micro batch is one of them, not --micro-batch-size "
+        f"{args.micro_batch_size}; use --micro-batch-size 1.",
+    )
+    require(
+        not args.variable_seq_lengths,
+        "--cp-pack does not go with --variable-seq-lengths, which cuts whole documents; leave one of them out.",
+    )
+    args.dynamic_context_parallel = args.reset_attention_mask = args.reset_position_ids = True
+    if tokens is not None:
+        args.seq_length = tokens * args.context_parallel_size
+
+
 def check_model(args):
     heads, hidden = args.num_attention_heads, args.hidden_size
     require(
@@ -141,31 +165,31 @@ def _check_lengths(args, tp):
         f"--seq-length {args.seq_length} must be divisible by --tensor-model-parallel-size {tp} with "
         f"--sequence-parallel; use --seq-length {args.seq_length // tp * tp or tp}, or leave out --sequence-parallel.",
     )
+    varying = "--cp-pack" if args.cp_pack else "--variable-seq-lengths" if args.variable_seq_lengths else ""
     require(
-        not (args.variable_seq_lengths and args.sequence_parallel),
-        "--variable-seq-lengths does not go with --sequence-parallel, which needs every length divisible by "
+        not (varying and args.sequence_parallel),
+        f"{varying} does not go with --sequence-parallel, which needs every length divisible by "
         f"--tensor-model-parallel-size {tp}; leave one of them out.",
     )
     require(
-        not args.variable_seq_lengths
-        or cp == 1
-        or args.cp_setup.unaligned
-        or args.context_parallel_algo != "ulysses_cp_algo",
-        "--variable-seq-lengths with --context-parallel-algo ulysses_cp_algo needs unaligned Ulysses; use "
+        not varying or cp == 1 or args.cp_setup.unaligned or args.context_parallel_algo != "ulysses_cp_algo",
+        f"{varying} with --context-parallel-algo ulysses_cp_algo needs unaligned Ulysses; use "
         "--gather-size-calculator dynamic without --context-parallel-kv-cache-policy.",
     )
     require(
         not (args.num_virtual_stages_per_pipeline_rank and has_uneven_shapes(args)),
         f"--num-virtual-stages-per-pipeline-rank {args.num_virtual_stages_per_pipeline_rank} needs stages that pass on "
-        f"tensors of one even shape; use a --seq-length divisible by {2 * cp} without --variable-seq-lengths and "
-        "--reset-attention-mask, or leave it out.",
+        f"tensors of one even shape; use a --seq-length divisible by {2 * cp} without --variable-seq-lengths, "
+        "--cp-pack and --reset-attention-mask, or leave it out.",
     )
 
 
 def has_uneven_shapes(args) -> bool:
     """Whether pipeline stages must tell each other their shapes, because the sequence is not divided evenly."""
     packed = args.reset_attention_mask and args.context_parallel_size > 1
-    return args.variable_seq_lengths or args.seq_length % (2 * args.context_parallel_size) != 0 or packed
+    return (
+        args.variable_seq_lengths or args.cp_pack or args.seq_length % (2 * args.context_parallel_size) != 0 or packed
+    )
 
 
 def check_batch(args):

@@ -14,6 +14,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.packed_seq_params import PackedSeqParams
 
 import mindspeed_cp.megatron_adaptor as megatron_adaptor
+from mindspeed_cp.megatron.packing import PackedSampler, pack_samples
 
 from trainer.failures import Refused
 from trainer.files import drop_broken_caches
@@ -68,6 +69,8 @@ def batches(dataset, args, first_step, vary_length=False):
     Step s reads samples s*G to (s+1)*G of the dataset's shuffled order, G the global batch size, so that the same
     samples make up a step whatever the parallel sizes are.
     """
+    if args.cp_pack:
+        yield from packed_batches(dataset, args, first_step)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     index = first_step * args.num_microbatches * size + rank
     while True:
@@ -76,6 +79,76 @@ def batches(dataset, args, first_step, vary_length=False):
         whole = torch.utils.data.default_collate(samples)
         yield prepare_batch(whole, args, micro_batch_length(index, args.seq_length) if vary_length else args.seq_length)
         index += size
+
+
+class Documents(torch.utils.data.Dataset):
+    """The documents of a GPTDataset's split, each by itself; what is longer than ``most`` tokens is several of them.
+
+    ``lengths`` are the tokens that have a next one.
+    """
+
+    def __init__(self, dataset, most):
+        self._texts = dataset.dataset
+        self._pieces = []
+        for place in dataset.indices.tolist():
+            length = int(self._texts.sequence_lengths[place]) - 1
+            self._pieces += [(place, start, min(start + most, length)) for start in range(0, length, most)]
+        self.lengths = [stop - start for _, start, stop in self._pieces]
+
+    def __len__(self):
+        return len(self._pieces)
+
+    def __getitem__(self, number):
+        place, start, stop = self._pieces[number]
+        text = torch.from_numpy(self._texts.get(place, start, stop + 1 - start).astype("int64"))
+        return {"tokens": text[:-1], "labels": text[1:], "loss_mask": torch.ones(stop - start)}
+
+
+def packed_batches(dataset, args, first_step):
+    """Yield this data-parallel rank's rows of packed documents from step ``first_step`` on (--cp-pack).
+
+    Step s reads the documents after those of step s - 1, in an order of the seed, so that the same documents make up a
+    step whatever the parallel sizes are.
+    """
+    documents = Documents(dataset, args.seq_length)
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    try:
+        rows = PackedSampler(
+            documents.lengths,
+            ranks=1,  # a row's documents do not depend on how many ranks it lies over
+            tokens=args.seq_length,
+            rows=args.global_batch_size,
+            order=order,
+            first_step=first_step,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        )
+    except ValueError as error:
+        raise Refused(f"--cp-pack: {error}") from None
+    for places in rows:
+        row = pack_samples([documents[place] for place in places])
+        yield prepare_row(row, args)
+
+
+def prepare_row(row, args):
+    """This context-parallel rank's part of a packed row; without context parallelism, with a dense mask."""
+    device = torch.cuda.current_device()
+    fields = {name: row[name].to(device) for name in ("tokens", "labels", "loss_mask", "position_ids")}
+    ends, mask, packed, local = row["cu_seqlens"].to(device), None, None, fields
+    if args.context_parallel_size > 1:
+        packed = packed_params(ends)
+        local = megatron_adaptor.state().shard_batch(fields, cu_seqlens=ends)
+    else:
+        document = torch.repeat_interleave(torch.arange(len(ends) - 1, device=device), ends.diff())
+        apart = document[:, None] != document
+        mask = within_window((apart | torch.ones_like(apart).triu(1))[None, None], args.window_size)
+    return Batch(
+        attention_mask=mask,
+        packed_seq_params=packed,
+        num_tokens=fields["loss_mask"].sum(),
+        num_positions=fields["tokens"].numel(),
+        **local,
+    )
 
 
 def prepare_batch(whole, args, length):
@@ -130,7 +203,11 @@ def documents(tokens, eod):
     batch, length = tokens.shape
     ends = (tokens.reshape(-1) == eod).nonzero().reshape(-1) + 1
     rows = torch.arange(0, (batch + 1) * length, length, device=tokens.device)
-    bounds = torch.cat([rows, ends]).unique().to(torch.int32)
+    return packed_params(torch.cat([rows, ends]).unique().to(torch.int32))
+
+
+def packed_params(bounds):
+    """PackedSeqParams of the documents that end at ``bounds`` (int32, with the leading 0)."""
     longest = int((bounds[1:] - bounds[:-1]).max())
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest

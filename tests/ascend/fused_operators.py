@@ -26,7 +26,7 @@ def npu_rotary_mul(rows, cos, sin, *mode):
 
 def npu_rotary_mul_backward(grad, rows, cos, sin, *mode):
     own = grad * cos + _half_turned(grad * sin, -1)
-    return own, (grad * rows * rstd).sum_to_size(cos.shape), (grad * _half_turned(rows)).sum_to_size(sin.shape)
+    return own, (grad * rows).sum_to_size(cos.shape), (grad * _half_turned(rows)).sum_to_size(sin.shape)
 
 
 def npu_swiglu(rows, dim=-1):

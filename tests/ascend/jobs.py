@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import runpy
 import sys
 from importlib import import_module
@@ -9,7 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from cost_jobs import fused_operators, group_buffers, groups_messages, host_waits, piece_launches, step_costs  # noqa: F401  jobs too
+from beside_jobs import beside_mindspeed  # noqa: F401  a job too
+from cost_jobs import (  # noqa: F401  jobs too
+    fused_operators,
+    group_buffers,
+    groups_messages,
+    host_waits,
+    piece_launches,
+    step_costs,
+)
 
 
 class Rank(NamedTuple):
@@ -25,7 +34,13 @@ class Rank(NamedTuple):
 
 
 def prepare():
-    """Import what every job needs, in the order of a training script; nothing may start the NPU before the fork."""
+    """Import what every job needs, in the order of a training script; nothing may start the NPU before the fork.
+
+    With NPU_BED_IMPORTS=torch every job imports the rest in an order of its own.
+    """
+    if os.environ.get("NPU_BED_IMPORTS") == "torch":
+        import_module("unneeded").install()
+        return
     import_module("mindspeed_cp.megatron_adaptor")
     for name in ("distributed", "models.gpt.gpt_layer_specs", "optimizer"):
         import_module(f"megatron.core.{name}")
@@ -35,6 +50,8 @@ def prepare():
 
 def take_back(targets):
     """Undo the patches of these names, as if the table had no such rows."""
+    if not targets:  # a job may import the adaptor at a time of its own
+        return
     from mindspeed_cp import megatron_adaptor
 
     manager = megatron_adaptor._manager

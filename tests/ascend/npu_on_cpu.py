@@ -28,6 +28,7 @@ KEPT = {
     empty_with_format unsafe_empty_with_format storage_resize_ alias _copy_from_and_resize
     """.split()
 }
+
 OPERATORS = {}  # name in the namespace npu -> function over CPU tensors
 calls = []  # names of the operators that a device would have run, when ``record`` is True; a view launches nothing
 record = False

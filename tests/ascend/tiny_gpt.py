@@ -14,7 +14,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_batch_on_this_cp_rank
 
-import mindspeed_cp.megatron_adaptor as adaptor
 from mindspeed_cp import ContextParallelConfig, TrainingSetup
 
 LENGTH, HEADS, HIDDEN, VOCABULARY = 32, 4, 32, 64
@@ -32,8 +31,13 @@ class Options:
 
 
 def train(algorithm, cp, tp, steps, options):
-    """[(loss, gradient norm)] of every step; the batch and the initial weights do not depend on the sizes."""
-    if cp > 1:
+    """[(loss, gradient norm)] of every step; the batch and the initial weights do not depend on the sizes.
+
+    Without an ``algorithm`` the settings come from elsewhere.
+    """
+    if cp > 1 and algorithm:
+        import mindspeed_cp.megatron_adaptor as adaptor
+
         adaptor.configure(
             ContextParallelConfig(context_parallel_size=cp, algorithm=algorithm, **dict(options.cp_options)),
             setup=TrainingSetup(num_attention_heads=HEADS, tensor_parallel_size=tp, fused_update=options.fused_update),

@@ -13,6 +13,7 @@ import torch
 from cases import Case, attend, check_cases, expected, largest_errors, whole
 from distributed import run_ranks
 from setups import ALGORITHM_AND_SIZE, SOME_SIZES, degree_of, drawn, for_every_algorithm, has_ring, setups, shapes
+from slice_cases import drawn_slices
 
 MASK_TYPES = ("causal", "full")
 for_some_sizes = pytest.mark.parametrize("algorithm, cp", SOME_SIZES)
@@ -32,7 +33,7 @@ def documents(rng, seq_len):
 # What a point of the whole product has beside algorithm and size; sizes and heads depend on those.
 FEATURES = {
     "seq_len": range(9),
-    "mask": ("none", "packed", "dense", "window", "packed+window", "packed+dense"),
+    "mask": ("none", "packed", "dense", "window", "packed+window", "packed+dense", "slices", "slices+packed+window"),
     "heads": range(5),
     "window": ((3, 0), (0, 0), (5, 2), (None, 1), (4, -1)),
     "kv_cache_policy": (None, "full", "half"),
@@ -91,6 +92,7 @@ def case_of(point, number, algorithm, cp):
         dv=dv,
         cu_seqlens=documents(seed, seq_len) if "packed" in mask else None,
         window=point["window"] if "window" in mask else None,
+        slices=drawn_slices(seed, seq_len) if "slices" in mask else None,
         dense=point["dense"] if "dense" in mask else None,
         sinks=point["sinks"],
         softmax_scale=point["softmax_scale"],

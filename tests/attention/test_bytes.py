@@ -9,6 +9,7 @@ from distributed import run_ranks
 from measured import drop_zero, traffic
 from pairs import drawn
 from setups import degree_of, shapes
+from slice_cases import NAMED
 
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
 from mindspeed_cp.comm import count_bytes
@@ -127,6 +128,8 @@ DIRECT_CASES = {
     "window": {"seq_len": 40, "window": (5, 0)},
     "window-full": {"seq_len": 37, "window": (2, 3), "mask_type": "full"},
     "window-packed": {"seq_len": 40, "cu_seqlens": (0, 11, 30, 40), "window": (4, 0)},
+    **{name: {"seq_len": 40, "slices": slices} for name, slices in NAMED.items()},
+    "tree-window": {"seq_len": 40, "slices": NAMED["tree"], "window": (11, 0)},
 }
 
 

@@ -7,7 +7,7 @@ from distributed import run_ranks
 
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout
 from mindspeed_cp.attention.exchange_choice import exchange_for, steps_in_flight
-from mindspeed_cp.sequence.masks import interval_masks
+from mindspeed_cp.sequence.masks import attention_masks
 
 AUTO = dict(context_parallel_size=8, algorithm="megatron_cp_algo", kv_exchange="auto", in_flight="auto")
 
@@ -16,7 +16,7 @@ def chosen(topology, dense=False, causal=True, **settings):
     config = ContextParallelConfig(**{**AUTO, **settings, "attention_mask_type": "causal" if causal else "full"})
     groups = ContextParallelGroups(config.hierarchy, 0, tuple(range(8)), topology=topology)
     layout = SequenceLayout.build(config, 64)
-    exchange = exchange_for(config, groups, layout, interval_masks(causal, 64), dense)
+    exchange = exchange_for(config, groups, layout, attention_masks(causal, 64), dense)
     return exchange, steps_in_flight(config, exchange, topology)
 
 

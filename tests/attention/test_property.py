@@ -7,6 +7,7 @@ from distributed import run_ranks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from setups import degree_of, exchanges, has_ring, shapes
+from slice_cases import drawn_slices
 
 from mindspeed_cp.settings.algorithms import ALGORITHMS
 
@@ -54,6 +55,7 @@ def cases(draw):
         cu_seqlens=None if cuts is None else (0, *sorted(cuts), seq_len),
         window=draw(st.none() | st.tuples(limit, limit)),
         dense=draw(st.sampled_from([None, None, "shared", "batch"])),
+        slices=draw(st.none() | st.randoms(use_true_random=False).map(lambda rng: drawn_slices(rng, seq_len))),
         sinks=draw(st.booleans()),
         softmax_scale=draw(st.none() | st.floats(0.05, 1.0)),
         layer_number=draw(st.integers(1, 5)),

@@ -6,7 +6,8 @@ Two network namespaces are two hosts with two ranks each and a link of the rate 
 (needs root; else status 77). All ranks measure the kernel at once, because they share the cores, then the link within
 their host; the rate between hosts is the one that was set. Every setting runs forward and backward, all of them in
 turns; rank 0 prints the medians beside what the planner predicts. The exit status is 1 where the predicted fastest
-setting takes over 10 % longer than the measured fastest one.
+setting takes over 10 % longer than the measured fastest one. With --latent multi-latent attention is run, by latents
+and by heads, the up-projection of keys and values included in both columns.
 """
 
 import argparse
@@ -24,16 +25,17 @@ import torch.distributed as dist
 
 from bench.measuring import head, in_turns, row
 from bench.network import REFUSED, Network, bits_per_second, mesh, two_hosts
-from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, TrainingSetup
+from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, LatentExpansion, SequenceLayout, TrainingSetup
 from mindspeed_cp import context_parallel_attention
 from mindspeed_cp.comm.link import link_of
 from mindspeed_cp.doctor.self_test import rates
 from mindspeed_cp.planner.calibrate import kernel_rate
 from mindspeed_cp.planner.cluster import Cluster
-from mindspeed_cp.planner.search import search
+from mindspeed_cp.planner.search import Candidate, search
 from mindspeed_cp.planner.trace import Problem
 
 HEADS, KV_HEADS, DIM = 8, 4, 64
+NOPE, ROPE, RANK = 48, 16, 128  # of multi-latent attention, whose values are as wide as its keys
 CLOSE, PORT = 1.10, 29532
 
 
@@ -57,21 +59,37 @@ def measured_cluster(rate: str, is_mesh: bool) -> Cluster:
     return Cluster(host, flops, within, bits_per_second(rate) / 8, 2e-4, 1.0, 1.0, attention_efficiency=1.0)
 
 
-def call_of(config: ContextParallelConfig, seq_len: int):
+def call_of(config: ContextParallelConfig, seq_len: int, latent: bool):
     """Forward and backward of this rank's part; nobody starts the second before all have ended the first, as the
     planner adds them up.
     """
     groups, layout = ContextParallelGroups.build(config), SequenceLayout.build(config, seq_len)
     length = layout.length(groups.cp_rank)
-    leaves = [torch.randn(length, 1, heads, DIM, requires_grad=True) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    sizes = ((HEADS, DIM), (1, ROPE), (1, RANK)) if latent else ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, DIM))
+    leaves = [torch.randn(length, 1, *size, requires_grad=True) for size in sizes]
     grad_out = torch.randn(length, 1, HEADS, DIM)
+    weight = torch.randn(HEADS * (NOPE + DIM), RANK, requires_grad=True)
+    expand = LatentExpansion(weight, HEADS, NOPE, ROPE, DIM) if latent else None
 
     def call():
-        out = context_parallel_attention(*leaves, config=config, groups=groups, layout=layout)
+        out = context_parallel_attention(*leaves, config=config, groups=groups, layout=layout, expand=expand)
         dist.barrier()
         out.backward(grad_out)
 
     return call
+
+
+def candidates(args: argparse.Namespace, world: int, cluster: Cluster) -> tuple[tuple[Candidate, ...], float]:
+    """(the settings that are run, seconds of what the planner counts with the layer's other products)."""
+    kv_heads = HEADS if args.latent else KV_HEADS
+    latent = (ROPE, RANK) if args.latent else None
+    problem = Problem(args.seq_length, HEADS, kv_heads, DIM, DIM, dtype=torch.float32, latent=latent)
+    setup = TrainingSetup(num_attention_heads=HEADS, num_query_groups=kv_heads, seq_length=args.seq_length)
+    found = search(world, problem, setup, cluster, policies=(None,)).candidates
+    wanted, local = tuple(args.only or [""]), args.seq_length // world
+    products = 3 * 2 * RANK * HEADS * (NOPE + DIM) * local if args.latent else 0
+    own = cluster.product_seconds(products, local, RANK)
+    return tuple(each for each in found if each.config.describe().startswith(wanted)), own
 
 
 def be_rank(args: argparse.Namespace, rate: str, is_mesh: bool) -> int:
@@ -81,10 +99,8 @@ def be_rank(args: argparse.Namespace, rate: str, is_mesh: bool) -> int:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(minutes=3))
     world, cluster = dist.get_world_size(), measured_cluster(rate, is_mesh)
-    problem = Problem(args.seq_length, HEADS, KV_HEADS, DIM, DIM, dtype=torch.float32)
-    setup = TrainingSetup(num_attention_heads=HEADS, num_query_groups=KV_HEADS, seq_length=args.seq_length)
-    found = search(world, problem, setup, cluster, policies=(None,)).candidates
-    calls = [call_of(candidate.config, args.seq_length) for candidate in found]
+    found, own = candidates(args, world, cluster)
+    calls = [call_of(candidate.config, args.seq_length, args.latent) for candidate in found]
 
     def seconds(call: Callable[[], None]) -> float:
         dist.barrier()
@@ -101,7 +117,7 @@ def be_rank(args: argparse.Namespace, rate: str, is_mesh: bool) -> int:
         print(f"kernel {cluster.flops / 1e9:.1f} GFLOP/s for each rank, {within:.2f} GB/s within a host\n")
         head("setting", "predicted ms:", "measured ms:")
         for candidate, median in zip(found, medians):
-            row(candidate.config.describe(), f"{candidate.seconds * 1e3:.0f}", f"{median * 1e3:.0f}")
+            row(candidate.config.describe(), f"{(candidate.seconds + own) * 1e3:.0f}", f"{median * 1e3:.0f}")
         print(f"\nthe predicted fastest takes {ratio:.2f} x the measured fastest")
     dist.broadcast(ratio, 0)
     dist.destroy_process_group()
@@ -124,6 +140,8 @@ def main() -> int:
     parser.add_argument("--mesh-rates", nargs="*", default=["200mbit", "50mbit"], help="of the links of a full mesh")
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--latent", action="store_true", help="multi-latent attention, by latents and by heads")
+    parser.add_argument("--only", nargs="+", metavar="SETTING", help="beginnings of the settings that are run")
     parser.add_argument("--rank-of", metavar="RATE", help=argparse.SUPPRESS)
     parser.add_argument("--in-mesh", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -12,8 +12,9 @@ from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.attention.exchange_model import rows_sent
 from mindspeed_cp.attention.ring_plan import ring_plan
 from mindspeed_cp.comm.schedule import RingPlace
-from mindspeed_cp.planner.trace import Compute, Post, Problem, Wait, trace
-from mindspeed_cp.sequence.masks import interval_masks
+from mindspeed_cp.planner.events import Compute, Post, Wait
+from mindspeed_cp.planner.trace import Problem, trace
+from mindspeed_cp.sequence.masks import attention_masks
 
 PROBLEM = Problem(seq_len=256, heads=16, kv_heads=8, dk=4, dv=4)
 RING = dict(context_parallel_size=4, algorithm="megatron_cp_algo", attention_mask_type="full", send_recv_overlap=True)
@@ -151,7 +152,7 @@ def test_the_model_of_rows_is_what_the_engine_sends(settings):
     problem = replace(PROBLEM, seq_len=211, cu_seqlens=(0, 3, 90, 91, 211), batch=2)
     config = ContextParallelConfig(**{**RING, "context_parallel_size": 8, "attention_mask_type": "causal", **settings})
     layout, row = problem.layout(config), 2 * 8 * (4 + 4) * 2
-    masks = interval_masks(True, 211, 2, problem.cu_seqlens)
+    masks = attention_masks(True, 211, 2, problem.cu_seqlens)
     exchange = "allgather" if "algorithm" in settings else config.kv_exchange
     plan = ring_plan(layout, masks, True, exact=exchange in ("direct", "mesh"))
     for rank in range(8):

@@ -11,7 +11,8 @@ from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
 from mindspeed_cp.comm import parts
 from mindspeed_cp.comm.hccl import LARGEST, SMALLEST, AttentionShape, buffers_of, largest_messages, megabytes_for
 from mindspeed_cp.doctor import hccl
-from mindspeed_cp.planner.trace import Post, Problem, trace
+from mindspeed_cp.planner.events import Post
+from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.settings.training_setup import TrainingSetup
 
 SHAPE = AttentionShape(seq_len=131072, batch=1, heads=32, kv_heads=32, dk=128, dv=128, itemsize=2)

@@ -10,7 +10,7 @@ import torch
 from distributed import run_ranks
 
 from mindspeed_cp import compat
-from mindspeed_cp.compat import delta_net, process_groups
+from mindspeed_cp.compat import process_groups
 from mindspeed_cp.compat.arguments import process_args
 from mindspeed_cp.compat.patch_manager import MindSpeedPatchesManager
 from mindspeed_cp.compat.tensors import sbh_to_tnd, tnd_to_sbh
@@ -37,11 +37,6 @@ def test_process_args_adds_the_flags_and_no_patch_is_registered():
     MindSpeedPatchesManager.remove_patches()
     with pytest.raises(NotImplementedError, match="fla.ops.rule cannot be patched"):
         MindSpeedPatchesManager.register_patch("fla.ops.rule", print)
-
-
-def test_names_for_models_that_are_not_supported_import_and_raise_when_they_are_called():
-    with pytest.raises(NotImplementedError, match="tensor_a2a_cp2hp: gated delta nets .* --context-parallel-size 1"):
-        delta_net.tensor_a2a_cp2hp(torch.zeros(1))
 
 
 def test_makers_of_groups_say_that_initialize_model_parallel_makes_them():

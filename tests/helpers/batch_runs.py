@@ -270,9 +270,7 @@ def _all_cases(settings, first, second, packed, shorter):
     found["packed elsewhere"] = _packed_difference(packed)
     found["packed elsewhere, recomputed"] = _packed_difference(packed, positions=False, **RECOMPUTE)
     if find_spec("megatron.core.ssm.mamba_context_parallel"):
-        found["state-space layers"], found["state-space layers, uneven"] = mamba_runs.compare(
-            megatron_adaptor.state().config
-        )
+        found["state-space layers"] = mamba_runs.compare(megatron_adaptor.state().config)
     found["inference"] = _refused_inference()
     found["evaluation"] = float((_evaluated(batch_of(((0, 24),), seq=24)) - shorter).abs().max())
     return found

@@ -2,87 +2,25 @@
 rank.
 """
 
-import contextlib
-import io
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
-SEQ, HEADS, GROUPS, DIM = 24, 4, 2, 8
-DOCUMENTS = (0, 5, 6, 17, SEQ)
-ALGORITHMS = ("ulysses_cp_algo", "megatron_cp_algo")
-
-
-def tensors(batch=2, seq=SEQ):
-    import torch
-
-    generator = torch.Generator().manual_seed(11)
-    return [torch.randn(seq, batch, heads, DIM, generator=generator) for heads in (HEADS, GROUPS, GROUPS, HEADS)]
-
-
-def masks():
-    """Name -> dense masks, True = masked out; every row sees itself."""
-    import reference
-    import torch
-
-    pairs = {
-        "causal": reference.allowed_pairs(SEQ, causal=True),
-        "documents": reference.allowed_pairs(SEQ, causal=True, cu_seqlens=DOCUMENTS),
-    }
-    rows = [reference.allowed_pairs(SEQ, causal=True, cu_seqlens=ends) for ends in (DOCUMENTS, (0, 9, SEQ))]
-    pairs["documents by row"] = torch.cat(rows)
-    seen = torch.rand(2, SEQ, SEQ, generator=torch.Generator().manual_seed(2)) < 0.5
-    pairs["neither"] = seen | torch.eye(SEQ, dtype=torch.bool)
-    return {name: ~allowed[:, None] for name, allowed in pairs.items()}
-
-
-def module(cp_size, **settings):
-    """Megatron's DotProductAttention for the process groups of now."""
-    import torch
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-    from megatron.core.transformer.enums import AttnMaskType
-
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=HEADS * DIM,
-        num_attention_heads=HEADS,
-        num_query_groups=GROUPS,
-        context_parallel_size=cp_size,
-        masked_softmax_fusion=False,
-        **{name: value for name, value in ({"attention_dropout": 0.0} | settings).items() if name != "layer_number"},
-    )
-    attention = DotProductAttention(config, settings.get("layer_number", 1), AttnMaskType.causal, "self")
-    if getattr(attention, "softmax_offset", None) is not None:
-        with torch.no_grad():
-            attention.softmax_offset.copy_(torch.linspace(-1, 2, HEADS) * settings["softmax_type"].count("learnable"))
-    return attention
-
-
-def run(attention, inputs, mask, packed=None):
-    """[out, dq, dk, dv] and the gradient of a learnable offset."""
-    query, key, value, grad_out = inputs
-    leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-    out = attention(*leaves, mask, packed_seq_params=packed)
-    out.backward(grad_out.flatten(-2))
-    offset = [parameter.grad for parameter in attention.parameters()]
-    return [out.detach(), *(leaf.grad for leaf in leaves)], offset
-
-
-def cases(old):
-    """Name -> (settings of TransformerConfig, mask)."""
-    found = {name: ({}, mask) for name, mask in masks().items()}
-    found |= {
-        "no mask": ({}, None),
-        "query-key scaling": ({"apply_query_key_layer_scaling": True, "layer_number": 2}, None),
-    }
-    if not old:
-        for left, right in ((7, 0), (3, 2)):
-            found[f"window {left} {right}"] = ({"window_size": (left, right)}, None)
-        found["window left out"] = ({"window_size": (3, 0), "window_attn_skip_freq": 2, "layer_number": 2}, None)
-        found["off-by-one"] = ({"softmax_type": "off-by-one"}, None)
-        found["learnable"] = ({"softmax_type": "learnable"}, masks()["documents"])
-    return found
+from bridge_parts import (
+    ALGORITHMS,
+    DOCUMENTS,
+    HEADS,
+    SEQ,
+    cases,
+    initialize,
+    masks,
+    message_of,
+    module,
+    packed_params,
+    record_of,
+    run,
+    tensors,
+)
 
 
 def compare(rank):
@@ -101,14 +39,14 @@ def compare(rank):
         {"examined": {}, "differences": {}, "dense": {}},
     )
     results["examined"] = {name: examine_mask(mask).documents for name, mask in masks().items()}
-    results["announced alone"] = _initialize(1)
+    results["announced alone"] = initialize(1)
     expected = {name: run(module(1, **settings), tensors(), mask) for name, (settings, mask) in cases(old).items()}
     parallel_state.destroy_model_parallel()
     for algorithm in ALGORITHMS:
         config = ContextParallelConfig(context_parallel_size=2, algorithm=algorithm)
         layout = SequenceLayout.build(config, SEQ)
         megatron_adaptor.configure(config)
-        results[f"announced {algorithm}"] = _initialize(2)
+        results[f"announced {algorithm}"] = initialize(2)
         for name, (settings, mask) in cases(old).items():
             results["differences"][f"{algorithm} {name}"], results["dense"][f"{algorithm} {name}"] = _difference(
                 megatron_adaptor, layout, rank, settings, mask, expected[name]
@@ -122,7 +60,7 @@ def compare(rank):
     setup = TrainingSetup(num_attention_heads=HEADS, half_precision="float16")
     megatron_adaptor.configure(config, setup=setup)
     with mock.patch.object(cpu, "is_slow", lambda dtype: dtype == torch.float16):
-        results["said of float16"] = _initialize(2)
+        results["said of float16"] = initialize(2)
     parallel_state.destroy_model_parallel()
     results["wrong size"] = _wrong_size(megatron_adaptor, parallel_state)
     results["num_patches"] = sum(row.applied for row in megatron_adaptor.report())
@@ -133,32 +71,12 @@ def compare(rank):
     return results
 
 
-def _initialize(cp_size):
-    """Make Megatron's process groups; returns what was printed."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        parallel_state.initialize_model_parallel(context_parallel_size=cp_size)
-    model_parallel_cuda_manual_seed(5)
-    return said.getvalue()
-
-
 def _is_stand_in(adaptor, target):
     return any(
         patch.target == target
         for table in ("device", "libraries", "checkout device")
         for patch in adaptor._tables[table]
     )
-
-
-def record_of(adaptor, seq_len):
-    """The record of a batch of that length, split as a training step does."""
-    import torch
-    from megatron.core.utils import get_batch_on_this_cp_rank
-
-    batch = get_batch_on_this_cp_rank({"tokens": torch.zeros(2, seq_len, dtype=torch.long)})
-    return adaptor.state().records.find(batch.values())
 
 
 def _shards(layout, rank, inputs):
@@ -183,14 +101,6 @@ def _difference(adaptor, layout, rank, settings, mask, expected):
     ]
     difference = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
     return difference, any(call.kwargs["attention_mask"] is not None for call in spy.call_args_list)
-
-
-def packed_params(boundaries, qkv_format="thd"):
-    import torch
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    ends = torch.tensor(boundaries, dtype=torch.int32)
-    return PackedSeqParams(qkv_format=qkv_format, cu_seqlens_q=ends, cu_seqlens_kv=ends)
 
 
 def by_document(inputs):
@@ -336,31 +246,23 @@ def _refused(adaptor, layout, rank):
     square = local[..., : query.size(0)]  # as a script slices it that thinks of this rank alone
     with adaptor.state().running(record_of(adaptor, SEQ)):
         messages = {
-            name: _message(lambda kwargs=kwargs: attention(query, key, value, None, **kwargs))
+            name: message_of(lambda kwargs=kwargs: attention(query, key, value, None, **kwargs))
             for name, kwargs in calls.items()
         }
         messages |= {
-            "split mask": _message(lambda: attention(query, key, value, local)),
-            "short mask": _message(lambda: attention(query, key, value, square)),
-            "length": _message(lambda: attention(query[1:], key[1:], value[1:], None)),
+            "split mask": message_of(lambda: attention(query, key, value, local)),
+            "short mask": message_of(lambda: attention(query, key, value, square)),
+            "length": message_of(lambda: attention(query[1:], key[1:], value[1:], None)),
         }
-    return messages | {"short mask, no batch": _message(lambda: attention(query, key, value, square))}
+    return messages | {"short mask, no batch": message_of(lambda: attention(query, key, value, square))}
 
 
 def _wrong_size(adaptor, parallel_state):
     from mindspeed_cp import ContextParallelConfig
 
     adaptor.configure(ContextParallelConfig(context_parallel_size=2, algorithm="megatron_cp_algo"))
-    message = _message(lambda: parallel_state.initialize_model_parallel(context_parallel_size=1))
+    message = message_of(lambda: parallel_state.initialize_model_parallel(context_parallel_size=1))
     return message, parallel_state.model_parallel_is_initialized()
-
-
-def _message(call):
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 class RecordingCalculator:
@@ -382,7 +284,7 @@ def calculate_from_core_attention(rank):
     config = ContextParallelConfig(context_parallel_size=2, algorithm="ulysses_cp_algo")
     setup = TrainingSetup(num_attention_heads=HEADS, gather_size_calculator="bridge_runs:RecordingCalculator")
     megatron_adaptor.configure(config, setup=setup)
-    _initialize(2)
+    initialize(2)
     inputs = [SequenceLayout.build(config, SEQ - 1).shard(tensor, rank) for tensor in tensors(seq=SEQ - 1)[:3]]
     out = module(2)(*inputs, None, gather_size=SEQ - 1)
     ((args, kwargs),) = RecordingCalculator.calls

@@ -21,6 +21,7 @@ class Case:
         config: keyword arguments of ContextParallelConfig.
         dense: None, "shared" for an (S, S) mask, or "batch" for (batch, 1, S, S); the last query row is hidden from
         every key. window: (left, right) or None. cu_seqlens: tuple, one tuple for each row of the batch, or None.
+        slices: attention_slices, one list or one for each row of the batch, or None.
         runs: which positions each rank holds, where the configuration's own layout does not say it.
         share_from: messages of at least so many bytes cross through shared memory; None is never.
     """
@@ -45,6 +46,7 @@ class Case:
     share_from: int | None = 0
     seed: int = 0
     runs: tuple | None = None
+    slices: tuple | None = None
 
     @property
     def cp(self):
@@ -79,12 +81,19 @@ class Case:
     def allowed(self, attention_mask):
         mask_type = self.config.get("attention_mask_type", "causal")
         causal = mask_type == "causal" or (mask_type == "general" and attention_mask is None)
-        rows = self.cu_seqlens if self.differs_by_row else [self.cu_seqlens]
+        documents = self.cu_seqlens if self.differs_by_row else [self.cu_seqlens]
+        slices = self.slices if self.slices_differ_by_row else [self.slices]
+        count = max(len(documents), len(slices))
         allowed = [
             allowed_pairs(
-                self.seq_len, causal=causal, window=self.window, cu_seqlens=row, attention_mask=attention_mask
+                self.seq_len,
+                causal=causal and self.slices is None,
+                window=self.window,
+                cu_seqlens=documents[row % len(documents)],
+                attention_mask=attention_mask,
+                slices=slices[row % len(slices)],
             )
-            for row in rows
+            for row in range(count)
         ]
         if len(allowed) == 1:
             return allowed[0]
@@ -95,13 +104,20 @@ class Case:
         """Whether cu_seqlens holds boundaries for every row of the batch."""
         return self.cu_seqlens is not None and not isinstance(self.cu_seqlens[0], int)
 
+    @property
+    def slices_differ_by_row(self):
+        """Whether slices holds a list for every row of the batch."""
+        return bool(self.slices) and not isinstance(self.slices[0][-1], str)
+
     def layout(self):
         from mindspeed_cp import ContextParallelConfig, SequenceLayout
 
         config = ContextParallelConfig(**self.config)
         if self.runs is not None:
             return SequenceLayout.from_runs(config, self.runs)
-        return SequenceLayout.build(config, self.seq_len, None if self.differs_by_row else self.cu_seqlens)
+        cu_seqlens = None if self.differs_by_row else self.cu_seqlens
+        slices = None if self.slices_differ_by_row else self.slices
+        return SequenceLayout.build(config, self.seq_len, cu_seqlens, slices)
 
     def __str__(self):
         flags = [
@@ -111,6 +127,7 @@ class Case:
         parts += [f"d{self.dk}.{self.dv}"] if self.dk != self.dv else []
         parts += [f"packed{len(self.cu_seqlens) - 1}"] if self.cu_seqlens else []
         parts += [f"window{self.window[0]}.{self.window[1]}"] if self.window else []
+        parts += [f"slices{len(self.slices)}"] if self.slices is not None else []
         parts += [f"dense.{self.dense}"] if self.dense else []
         parts += ["sinks"] if self.sinks else []
         return "-".join(parts)
@@ -166,6 +183,7 @@ def arguments(case, config, groups, layout, sinks, mask):
         fused_update=case.fused_update,
         sliding_window=case.window,
         softmax_offset=sinks,
+        attention_slices=case.slices,
     )
 
 

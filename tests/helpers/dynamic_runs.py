@@ -202,12 +202,12 @@ def _refusals():
     """Name -> message of what dynamic context parallelism cannot do."""
     from types import SimpleNamespace
 
-    from bridge_runs import _message
+    from bridge_parts import message_of
     from megatron.core import parallel_state
 
     found = {}
     configure({"algorithm": "megatron_cp_algo"}, 2)
-    found["pipeline"] = _message(
+    found["pipeline"] = message_of(
         lambda: parallel_state.initialize_model_parallel(
             context_parallel_size=2, pipeline_model_parallel_size=2, hybrid_context_parallel=True
         )
@@ -215,8 +215,8 @@ def _refusals():
     with dynamic_groups({"algorithm": "megatron_cp_algo"}, 2) as found["said"]:
         part = next(parts(sample_of((16,), 1)))
         for name, settings in (("loss", {}), ("no size", {"calculate_per_token_loss": True})):
-            found[name] = _message(lambda settings=settings: losses_of(build(2, **settings), part))
+            found[name] = message_of(lambda settings=settings: losses_of(build(2, **settings), part))
         params = SimpleNamespace(local_cp_size=2)
         model = build(2, calculate_per_token_loss=True)
-        found["not split"] = _message(lambda: losses_of(model, part, packed_seq_params=params))
+        found["not split"] = message_of(lambda: losses_of(model, part, packed_seq_params=params))
     return found

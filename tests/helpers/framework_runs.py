@@ -142,6 +142,10 @@ def again():
         found.append(_refused(lambda: transformer_config(4, "all_gather")))
         found.append(decided())
     megatron_adaptor.state().reset()
+    with process_groups(context_parallel_size=4) as printed:  # made before anybody said a thing, as ms-swift's
+        megatron_adaptor.repatch({"context_parallel_size": 4, "learning_rate": 1e-4})
+        found.append((*decided(), attention_error(4, None), printed.getvalue()))
+    megatron_adaptor.state().reset()
     return found
 
 

@@ -1,5 +1,7 @@
 """What Megatron's state-space layers see of a sequence: the exchange around their kernels, which need a GPU."""
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
@@ -17,10 +19,10 @@ def exchange():
     )
 
 
-def whole_input():
+def whole_input(seq_len):
     """(S, 1, width): the parts z, x, B, C, dt of all heads, one part after the other."""
     width = HEADS * sum(SIZES.values())
-    return torch.arange(SEQ * width, dtype=torch.float32).view(SEQ, 1, width)
+    return torch.arange(seq_len * width, dtype=torch.float32).view(seq_len, 1, width)
 
 
 def of_head(whole, head):
@@ -34,7 +36,7 @@ def difference(layout):
     from mindspeed_cp import megatron_adaptor
     from mindspeed_cp.megatron.records import MicroBatch
 
-    state, rank, whole = megatron_adaptor.state(), dist.get_rank(), whole_input()
+    state, rank, whole = megatron_adaptor.state(), dist.get_rank(), whole_input(layout.seq_len)
     with state.running(MicroBatch(layout)):
         around = exchange()
         seen = around.pre_conv_ssm(layout.shard(whole, rank))
@@ -43,23 +45,52 @@ def difference(layout):
     return max(float((seen - of_head(whole, rank)).abs().max()), float((back - expected).abs().max()))
 
 
-def refused(layout):
-    """The message about a layout that shares tokens unevenly."""
+def features_difference(layout):
+    """The same of what frameworks call for layers of their own: shares of sections of features."""
+    from megatron.core import parallel_state
+    from megatron.core.ssm import mamba_context_parallel as megatron
+
     from mindspeed_cp import megatron_adaptor
+    from mindspeed_cp.compat.delta_net import tensor_a2a_cp2hp, tensor_a2a_hp2cp
     from mindspeed_cp.megatron.records import MicroBatch
 
-    try:
-        with megatron_adaptor.state().running(MicroBatch(layout)):
-            exchange().pre_conv_ssm(torch.zeros(layout.length(dist.get_rank()), 1, HEADS * sum(SIZES.values())))
-    except ValueError as error:
-        return str(error)
-    return ""
+    state, rank, whole = megatron_adaptor.state(), dist.get_rank(), whole_input(layout.seq_len)
+    local, group = layout.shard(whole, rank), parallel_state.get_context_parallel_group()
+    widths = [HEADS * size for size in SIZES.values()]
+    with state.running(MicroBatch(layout)):
+        seen = tensor_a2a_cp2hp(local, 0, -1, group, split_sections=widths)
+        as_held = tensor_a2a_cp2hp(local, 0, -1, group, widths, undo_attention_load_balancing=False)
+        ordered = megatron._undo_attention_load_balancing(as_held, HEADS)
+        held = megatron._redo_attention_load_balancing(ordered, HEADS)
+        back = tensor_a2a_hp2cp(seen, 0, -1, group, split_sections=list(SIZES.values()))
+    pairs = [(seen, of_head(whole, rank)), (ordered, seen), (held, as_held), (back, local)]
+    return max(float((found - expected).abs().max()) for found, expected in pairs)
+
+
+def of_documents(config):
+    """What comes of packed documents that are exchanged one by one, and the message where their layout is another."""
+    from megatron.core import parallel_state
+
+    from mindspeed_cp import SequenceLayout, megatron_adaptor
+    from mindspeed_cp.compat.delta_net import tensor_a2a_cp2hp
+    from mindspeed_cp.megatron.records import MicroBatch
+
+    state, rank, whole, documents = megatron_adaptor.state(), dist.get_rank(), whole_input(SEQ), (0, 8, 32, SEQ)
+    group, width = parallel_state.get_context_parallel_group(), whole.size(-1) // HEADS
+    mine, said = whole[..., rank * width : (rank + 1) * width], ""
+    for kind in ("document_zigzag", "contiguous"):
+        layout = SequenceLayout.build(replace(config, batch_layout=kind), SEQ, documents)
+        pieces = layout.shard(whole, rank).split([(high - low) // HEADS for low, high in zip(documents, documents[1:])])
+        with state.running(MicroBatch(layout)):
+            try:
+                seen = torch.cat([tensor_a2a_cp2hp(piece, 0, -1, group) for piece in pieces])
+            except ValueError as error:
+                said = str(error)
+    return float((seen - mine).abs().max()), said
 
 
 def cases(config):
-    """name -> layout of SEQ tokens, or of one less that is shared unevenly."""
-    from dataclasses import replace
-
+    """name -> layout of SEQ tokens."""
     from mindspeed_cp import SequenceLayout
 
     documents = (0, 8, 32, SEQ)
@@ -70,7 +101,8 @@ def cases(config):
 
 
 def compare(config):
-    """Largest difference over the layouts, and what is said of an uneven one."""
+    """Largest difference over the layouts, uneven ones included, of Mamba's exchange and of frameworks' own."""
     from mindspeed_cp import SequenceLayout
 
-    return max(map(difference, cases(config).values())), refused(SequenceLayout.build(config, SEQ - 1))
+    layouts = [*cases(config).values(), SequenceLayout.build(config, SEQ - 1)]
+    return max(map(difference, layouts)), max(map(features_difference, layouts)), *of_documents(config)

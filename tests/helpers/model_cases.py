@@ -1,12 +1,16 @@
 """The models of the tests of whole models, their parameters and their samples."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from megatron_version import MINOR as VERSION
 from model_shapes import SHAPES
+
+from mindspeed_cp import pack_documents
 
 
 def has(module):
@@ -81,6 +85,7 @@ class Case:
         steps: how many; the second sees what the first has updated.
         model: keywords of GPTModel, beyond those of all.
         layer: keywords of the layer's spec.
+        block: config -> the spec of all layers, None where they are alike.
         targets: how many tokens of a micro batch have a loss, None for most of them.
         since: the first Megatron that has it.
     """
@@ -91,6 +96,7 @@ class Case:
     steps: int = 1
     model: dict = field(default_factory=dict)
     layer: dict = field(default_factory=dict)
+    block: Callable | None = None
     targets: int | None = None
     since: tuple = (0, 12)
 
@@ -117,6 +123,11 @@ CASES = {
     "learnable softmax": Case({"softmax_type": "learnable", "num_query_groups": 2}, steps=2),
 }
 CASES |= {name: Case(**values) for name, values in SHAPES.items()}
+# The first row of these documents, packed by length over four ranks of eight tokens.
+LENGTHS = (3, 20, 5, 9, 4, 2, 11)
+ROW = [LENGTHS[place] for place in pack_documents(LENGTHS, ranks=4, tokens=8)[0]]
+BY_LENGTH = "all of them, packed by length"
+CASES[BY_LENGTH] = Case(DEEPSEEK | PER_TOKEN, documents=(0, *accumulate(ROW)))
 # What is said about them, or why they are refused, when experts are shared by ranks of uneven lengths.
 REMARKABLE = {
     "capacity": Case(MOE | {"moe_expert_capacity_factor": 1.0}),
@@ -180,7 +191,10 @@ def build(case, cp_size, ep_size, bf16):
     config = (MLATransformerConfig if latent else TransformerConfig)(
         **(MODEL | case.settings), **dtype, context_parallel_size=cp_size, expert_model_parallel_size=ep_size
     )
-    layer = get_gpt_layer_local_spec(config.num_moe_experts, False, multi_latent_attention=latent, **case.layer)
+    if case.block is None:
+        layer = get_gpt_layer_local_spec(config.num_moe_experts, False, multi_latent_attention=latent, **case.layer)
+    else:
+        layer = case.block(config)
     mtp = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False) if config.mtp_num_layers else None
     settings = {"position_embedding_type": "rope", "mtp_block_spec": mtp} | case.model
     model = GPTModel(config, layer, vocab_size=VOCABULARY, max_sequence_length=64, **settings)

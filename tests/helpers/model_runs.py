@@ -136,7 +136,12 @@ class Trainer:
                 parameter.sub_(RATE * parameter.main_grad)
 
     def _mtp_loss(self):
-        """What Megatron would log, the mean over the micro batches, summed over the ranks."""
+        """What Megatron would log of losses of its own, the mean over the micro batches, summed over the ranks."""
+        if getattr(self.config, "experimental_attention_variant", None) == "dsa":
+            from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossLoggingHelper
+
+            ranks = 1 if self.config.calculate_per_token_loss else self.cp_size  # sums are added, means averaged
+            return self._sum(DSAIndexerLossLoggingHelper.tracker.pop("values") / ranks)
         from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
         values = MTPLossLoggingHelper.tracker.pop("values", torch.zeros(1))
@@ -198,7 +203,7 @@ def norm(gradients):
     return sum(float(gradient.double().square().sum()) for gradient in gradients.values()) ** 0.5
 
 
-def compare(rank, seq_len, parallel):
+def compare(rank, seq_len, parallel, cases=CASES):
     """Name of the run -> name of the case -> what came out.
 
     That is ``difference`` to the run without context parallelism, the ``errors`` of both runs for training in bfloat16,
@@ -206,6 +211,7 @@ def compare(rank, seq_len, parallel):
 
     Args:
         parallel: name -> (settings of ContextParallelConfig, names of cases).
+        cases: name -> case.
     """
     import trainer.quiet  # noqa: F401
 
@@ -213,12 +219,12 @@ def compare(rank, seq_len, parallel):
 
     wanted = {case for _, chosen in parallel.values() for case in chosen}
     with groups({"context_parallel_size": 1}):
-        expected = {name: start(case, seq_len) for name, case in CASES.items() if name in wanted}
+        expected = {name: start(case, seq_len) for name, case in cases.items() if name in wanted}
         expected |= {name: start_in_bf16(case, seq_len) for name, case in IN_BF16.items() if name in wanted}
-    return {name: _run_all(seq_len, settings, chosen, expected) for name, (settings, chosen) in parallel.items()}
+    return {name: _run_all(seq_len, settings, chosen, expected, cases) for name, (settings, chosen) in parallel.items()}
 
 
-def _run_all(seq_len, settings, chosen, expected):
+def _run_all(seq_len, settings, chosen, expected, cases):
     size, found = settings["context_parallel_size"], {}
     with groups(settings):
         for name in chosen:
@@ -229,7 +235,7 @@ def _run_all(seq_len, settings, chosen, expected):
                 found[name] = errors(rerun(IN_BF16[name], size, seq_len, weights, bf16=True), exact), alone
             else:
                 weights, alone = expected[name]
-                found[name] = difference(rerun(CASES[name], size, seq_len, weights), alone)
+                found[name] = difference(rerun(cases[name], size, seq_len, weights), alone)
     return found
 
 

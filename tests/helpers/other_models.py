@@ -152,7 +152,7 @@ def refusals():
         "T5 of two lengths": message(t5, 2, "rope", SHORT),
     }
     variants = "megatron.core.transformer.experimental_attention_variant"
-    if find_spec(variants) is not None:
+    if find_spec(variants) is not None and VERSION < (0, 19):
         from megatron.core.transformer.experimental_attention_variant.dsa import DSAttention
 
         found["sparse attention"] = message(lambda: DSAttention(config(2), None, 1, None, "self"))

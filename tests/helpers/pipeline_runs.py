@@ -36,11 +36,11 @@ def stages(pp_size, vpp_size, cp_size, **settings):
     return found
 
 
-def batches(model, documents, seq, by_hand=False):
+def batches(model, documents, seq, first_is_told=None):
     """What a stage gets of each micro-batch, all of it split before the first one runs.
 
     Args:
-        by_hand: the first stage alone is told where documents end.
+        first_is_told: the first stage alone is told where documents end, by "cu_seqlens" or "slices".
     """
     from mindspeed_cp import megatron_adaptor
 
@@ -48,7 +48,9 @@ def batches(model, documents, seq, by_hand=False):
     given = FIRST * model.pre_process + LAST * model.post_process
     for seed, rows in documents:
         batch = {name: tensor if name in given else None for name, tensor in batch_of(rows, seed, seq).items()}
-        if by_hand and model.pre_process:
+        if first_is_told == "slices" and model.pre_process:
+            batch["attention_slices"] = [[((a, b), (a, b), "causal") for a, b in zip(row, row[1:])] for row in rows]
+        if first_is_told == "cu_seqlens" and model.pre_process:
             found.append((state.shard_batch(batch, cu_seqlens=rows), {}))
             continue
         if state.config.batch_layout != "balanced":
@@ -60,7 +62,7 @@ def batches(model, documents, seq, by_hand=False):
     return found
 
 
-def run(pp_size, vpp_size, documents, seq, whole, by_hand=False, **settings):
+def run(pp_size, vpp_size, documents, seq, whole, first_is_told=None, **settings):
     """Largest difference of losses and gradients on this rank; ``whole`` is (losses of each, summed gradients)."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -68,7 +70,7 @@ def run(pp_size, vpp_size, documents, seq, whole, by_hand=False, **settings):
 
     state, losses = megatron_adaptor.state(), []
     chunks = stages(pp_size, vpp_size, state.cp_size, **settings)
-    iterators = [iter(batches(chunk, documents, seq, by_hand)) for chunk in chunks]
+    iterators = [iter(batches(chunk, documents, seq, first_is_told)) for chunk in chunks]
 
     def forward_step(iterator, model):
         local, packed = next(iterator)
@@ -141,7 +143,7 @@ def compare(rank):
 
     from mindspeed_cp import megatron_adaptor  # noqa: F401
 
-    ends = [((0, 5 + 7 * index, SEQ), (0, 30 - index, SEQ)) for index in range(MICRO_BATCHES)]
+    ends = [((0, 7 + 7 * index, SEQ), (0, 30 - index, SEQ)) for index in range(MICRO_BATCHES)]
     documents, plain = list(enumerate(ends)), list(enumerate(((0, SEQ - 1),) * ROWS for _ in ends))
     with groups({}, cp_size=1):
         whole, odd = expected_of(documents, SEQ, True), expected_of(plain, SEQ - 1, False)
@@ -153,12 +155,14 @@ def compare(rank):
             for title, vpp_size in (("one after the other", None), ("interleaved", 2)):
                 virtual_stages(vpp_size)
                 configure(settings, 2)
-                found[f"{name}, by hand, {title}"] = run(2, vpp_size, documents, SEQ, whole, by_hand=True)
+                found[f"{name}, by hand, {title}"] = run(2, vpp_size, documents, SEQ, whole, "cu_seqlens")
                 configure(settings, 2, end_of_document=END)
                 found[f"{name}, {title}"], sent[f"{name}, {title}"] = kept(settings, 2, vpp_size, documents, whole)
                 if name == "ring":
                     run_name = f"packed and balanced, {title}"
                     found[run_name], sent[run_name] = kept(BALANCED, 2, vpp_size, packed, alone)
+                    configure(settings, 2)
+                    found[f"ring, slices, {title}"] = run(2, vpp_size, documents, SEQ, whole, "slices")
                     configure(settings, 2)
                     found[f"odd length, {title}"] = run(2, vpp_size, plain, SEQ - 1, odd)
     return found, sent

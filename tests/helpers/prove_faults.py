@@ -300,7 +300,7 @@ FAULTS = {
         "dense", attention(lambda f, q, k, v, given: f(q, k.detach(), v.detach(), **given)), "", QKV
     ),
     "gradient of values halved": Fault(
-        "latents", attention(lambda f, q, k, v, given: f(q, k, _Scaled.apply(v, 0.5), **given)), "", "linear_kv_up"
+        "latents", attention(lambda f, q, k, v, given: f(q, k, _Scaled.apply(v, 0.5), **given)), "", "linear_kv_down"
     ),
     "gradient of queries doubled on one rank": Fault(
         "dense", attention(lambda f, q, k, v, given: f(_Scaled.apply(q, 1.0 + rank()), k, v, **given)), "", QKV

@@ -2,10 +2,12 @@
 parts that faults change.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from linear_models import DELTA_NET, SPARSE, delta_net_block, sparse_block
 from megatron_version import MINOR as VERSION
 from model_cases import AUX, MLA, MODEL, MTP, PER_TOKEN, RECOMPUTE, VOCABULARY, packed_params, samples
 
@@ -23,6 +25,8 @@ class Model:
         documents: boundaries of packed documents, None for whole sequences.
         parallel: settings of ContextParallelConfig.
         seq_len: tokens of a sequence.
+        block: config -> the spec of all layers, None where they are alike.
+        since: the first Megatron that has it.
     """
 
     settings: dict = field(default_factory=dict)
@@ -30,6 +34,8 @@ class Model:
     documents: tuple | None = None
     parallel: dict = field(default_factory=lambda: {"algorithm": "megatron_cp_algo"})
     seq_len: int = SEQ
+    block: Callable | None = None
+    since: tuple = (0, 12)
 
 
 ULYSSES = {"algorithm": "ulysses_cp_algo"}
@@ -49,6 +55,14 @@ MODELS = {
         RECOMPUTE, parallel={"algorithm": "megatron_cp_algo", "keep_attention": True, "kv_exchange": "direct"}
     ),
     "all-gather": Model(parallel={"algorithm": "kvallgather_cp_algo"}),
+    "delta nets, heads": Model(DELTA_NET, block=delta_net_block, parallel=ULYSSES, since=(0, 16)),
+    "delta nets, state": Model(
+        DELTA_NET,
+        block=delta_net_block,
+        parallel={"algorithm": "megatron_cp_algo", "linear_exchange": "state"},
+        since=(0, 16),
+    ),
+    "sparse attention": Model(SPARSE, block=sparse_block, since=(0, 19)),
     "balanced": Model(documents=DOCUMENTS, parallel={"algorithm": "megatron_cp_algo", "batch_layout": "balanced"}),
 }
 
@@ -58,7 +72,7 @@ def possible():
     absent = {"packed", "balanced"} if VERSION < (0, 16) else set()
     absent |= {"sinks", "window"} if VERSION < (0, 15) else set()
     absent |= {"multi-token prediction"} if VERSION >= (0, 20) else set()
-    return {name: model for name, model in MODELS.items() if name not in absent}
+    return {name: model for name, model in MODELS.items() if name not in absent and VERSION >= model.since}
 
 
 def provider(model, cp_size):
@@ -72,7 +86,10 @@ def provider(model, cp_size):
         latent = model.settings.get("multi_latent_attention", False)
         kind = MLATransformerConfig if latent else TransformerConfig
         config = kind(**(MODEL | model.settings), context_parallel_size=cp_size)
-        layer = get_gpt_layer_local_spec(config.num_moe_experts, False, multi_latent_attention=latent)
+        if model.block is None:
+            layer = get_gpt_layer_local_spec(config.num_moe_experts, False, multi_latent_attention=latent)
+        else:
+            layer = model.block(config)
         mtp = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False) if config.mtp_num_layers else None
         built = GPTModel(
             config,

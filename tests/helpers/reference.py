@@ -18,7 +18,25 @@ def document_ids(cu_seqlens, seq_len):
     return ids
 
 
-def allowed_pairs(seq_len, *, causal=False, window=None, cu_seqlens=None, attention_mask=None):
+def sliced_pairs(slices, seq_len):
+    """Bool (seq_len, seq_len): how MagiAttention defines its slices, rows and columns counted within each."""
+    seen = torch.zeros(seq_len, seq_len, dtype=torch.bool)
+    for (q_start, q_stop), (k_start, k_stop), kind in slices:
+        part = seen[q_start:q_stop, k_start:k_stop]
+        rows, columns = part.shape
+        i, j = torch.arange(rows)[:, None], torch.arange(columns)[None]
+        ends_in_corner, begins_in_corner = j - i <= columns - rows, j >= i
+        shows = {
+            "full": torch.ones_like(part),
+            "causal": ends_in_corner,
+            "inverse": begins_in_corner,
+            "band": ends_in_corner & begins_in_corner,
+        }
+        part |= shows[kind]
+    return seen
+
+
+def allowed_pairs(seq_len, *, causal=False, window=None, cu_seqlens=None, attention_mask=None, slices=None):
     """Bool (batch or 1, seq_len, seq_len), True where the query (row) may see the key (column).
 
     Args:
@@ -26,6 +44,7 @@ def allowed_pairs(seq_len, *, causal=False, window=None, cu_seqlens=None, attent
         window: (left, right); a query at p sees keys p - left to p + right, None or -1 is unlimited.
         cu_seqlens: document boundaries with 0 and the total; nothing is seen across a boundary.
         attention_mask: bool, True = hidden, (seq, seq) or (batch, 1, seq, seq).
+        slices: what is seen at all; None is everything.
     """
     position = torch.arange(seq_len)
     offset = position[None, :] - position[:, None]
@@ -41,6 +60,8 @@ def allowed_pairs(seq_len, *, causal=False, window=None, cu_seqlens=None, attent
     if cu_seqlens is not None:
         ids = document_ids(cu_seqlens, seq_len)
         allowed &= ids[None, :] == ids[:, None]
+    if slices is not None:
+        allowed &= sliced_pairs(slices, seq_len)
     allowed = allowed[None]
     if attention_mask is not None:
         hidden = attention_mask[None] if attention_mask.dim() == 2 else attention_mask[:, 0]

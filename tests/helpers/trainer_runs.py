@@ -12,8 +12,15 @@ TINY = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64 --global-batch-size 4 --train-iters 20 "
     "--lr 5e-3 --use-flash-attn"
 )
-# What ranks that train find imported when they start; the adaptor stands before Megatron.
-IMPORTED = ("trainer.quiet", "mindspeed_cp.megatron_adaptor", "trainer.loop", "prepare_data")
+# What ranks that train find imported when they start: the stand-ins for kernels and the adaptor stand before Megatron.
+IMPORTED = (
+    "fake_fla",
+    "fake_mamba_ssm",
+    "trainer.quiet",
+    "mindspeed_cp.megatron_adaptor",
+    "trainer.loop",
+    "prepare_data",
+)
 
 
 def prepare_data(folder, documents="topics"):

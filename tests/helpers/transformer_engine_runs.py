@@ -225,6 +225,8 @@ def _layer(latent):
         layer = build_module(
             get_gpt_layer_with_transformer_engine_spec(multi_latent_attention=latent), config=config, layer_number=2
         )
+    if latent:
+        assert type(layer.self_attention.linear_kv_up_proj).forward.holds_latents_back
     core, scale = layer.self_attention.core_attention, layer.self_attention.softmax_scale if latent else None
     return type(core).__name__, core.asked_softmax_scale == scale, core.asked_dropout == config.attention_dropout
 

@@ -41,6 +41,7 @@ ELSEWHERE = {
     "report.md",
     "config.yaml",
     "FILE.yaml",
+    "posttrain_gpt.py",
     "pretrain_gpt.py",
     "set_env.sh",
 }

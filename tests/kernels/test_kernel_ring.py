@@ -22,7 +22,8 @@ from mindspeed_cp.comm.batch import Batch
 from mindspeed_cp.kernels import cuda, cudnn, npu, select_kernel
 from mindspeed_cp.kernels.base import AttentionKernel, KernelOptions, accumulation_dtype
 from mindspeed_cp.kernels.merge import merge_attention
-from mindspeed_cp.sequence.blocks import IntervalMask, plan_blocks
+from mindspeed_cp.sequence.blocks import plan_blocks
+from mindspeed_cp.sequence.slice_mask import document_mask
 
 HEADS, KV_HEADS, DIM, BATCH = 4, 2, 16, 2
 MASKS = {
@@ -74,7 +75,7 @@ def simulate(kernel, tensors, cp, kind, device):
     )
     layout, options = SequenceLayout.build(config, LENGTH), KernelOptions(DIM**-0.5)
     left, right = kind.get("window", (None, None))
-    mask = IntervalMask(left, 0 if kind.get("causal") else right, kind.get("cu_seqlens"))
+    mask = document_mask(left, 0 if kind.get("causal") else right, kind.get("cu_seqlens"))
     shards = [[layout.shard(tensor, rank).to(device) for rank in range(cp)] for tensor in tensors]
     sums = [[torch.zeros_like(shard, dtype=accumulation_dtype(shard.dtype)) for shard in parts] for parts in shards[:3]]
     outs, areas = [], []

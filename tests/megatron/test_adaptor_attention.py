@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from bridge_runs import ALGORITHMS, DOCUMENTS, SEQ, calculate_from_core_attention, cases, compare
+from bridge_parts import ALGORITHMS, DOCUMENTS, SEQ, cases
+from bridge_runs import calculate_from_core_attention, compare
 from distributed import run_ranks
 from megatron_version import VERSION
 from trainer_runs import IMPORTED

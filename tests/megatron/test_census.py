@@ -94,7 +94,7 @@ def refused(cls, version="0.16.1", config=CONFIG):
         (POOLER, "Pooler pools the first token.*or --bert-no-binary-head"),
         (class_of("Mine", "my_models", POOLER), "Mine with --context-parallel-size 2: Pooler pools.*--cp-trust Mine"),
         (LATENT, "MultiLatentAttention keeps, with fused.*--no-rope-fusion"),
-        (SPARSE, "DSAttention takes every batch to be Megatron's zigzag.*leave out"),
+        (SPARSE, "DSAttention takes a rank's part for the whole sequence before 0.19.*leave out"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -103,7 +103,7 @@ def test_a_class_that_cannot_be_computed_is_refused_by_name_with_the_way_out(cls
 
 
 def test_a_refusal_ends_with_its_version_and_its_setting():
-    assert "before 0.13" in refused(MIXER, "0.12.1") and refused(MIXER) == ""
+    assert "before 0.13" in refused(MIXER, "0.12.1") and refused(MIXER) == "" == refused(SPARSE, "0.19.0")
     unfused = SimpleNamespace(context_parallel_size=2, apply_rope_fusion=False)
     assert refused(LATENT, "0.12.1") == refused(LATENT, config=unfused) == ""
 

@@ -31,8 +31,9 @@ class MambaModel:
         (GPTModel(multi_latent_attention=True), "--multi-latent-attention knows one size for all"),
         (OfAFramework(num_moe_experts=4), "--num-experts knows one size for all"),
         (GPTModel(mtp_num_layers=1), "--mtp-num-layers knows one size for all"),
+        (GPTModel(experimental_attention_variant="dsa"), "--experimental-attention-variant knows one size for all"),
     ],
-    ids=["another model", "loss", "latent attention", "experts", "multi-token prediction"],
+    ids=["another model", "loss", "latent attention", "experts", "multi-token prediction", "layers with a state"],
 )
 def test_models_whose_layers_know_one_size_are_refused_by_name(model, says):
     with pytest.raises(

@@ -12,7 +12,7 @@ REFUSED = {
     "T5 of two lengths": [f"{24} and {16} tokens", "an encoder and a decoder of one length"],
     "LLaVA": ["LLaVAModel with --context-parallel-size 2", "state().shard_batch"],
 }
-if MINOR >= (0, 16):
+if (0, 16) <= MINOR < (0, 19):
     REFUSED["sparse attention"] = ["DSAttention with --context-parallel-size 2", "without a sparse indexer"]
 
 

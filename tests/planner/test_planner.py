@@ -7,14 +7,16 @@ import pytest
 from cases import DTYPES, Case
 from measured import drop_zero, traffic
 from setups import SOME_SIZES, drawn
+from slice_cases import TREE
 
 from mindspeed_cp import ContextParallelConfig, cli
 from mindspeed_cp.plan import main
 from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
+from mindspeed_cp.planner.events import Compute, Post, Wait
 from mindspeed_cp.planner.models import MODELS
 from mindspeed_cp.planner.search import hiding_tokens, timeline, variants
 from mindspeed_cp.planner.split import Split, Work
-from mindspeed_cp.planner.trace import Compute, Post, Problem, Wait, shorter_side, trace
+from mindspeed_cp.planner.trace import Problem, shorter_side, trace
 from mindspeed_cp.planner.training import attention
 from mindspeed_cp.sequence.blocks import Block
 
@@ -23,13 +25,14 @@ MASKS = {
     "full": {"mask_type": "full"},
     "packed": {"cu_seqlens": (0, 11, 13, 40, 48)},
     "window": {"window": (5, 0)},
+    "tree": {"slices": TREE},
 }
 
 
 def predicted(case, rank):
     problem = Problem(
         case.seq_len, case.heads, case.kv_heads, case.dk, case.dv, case.batch, DTYPES[case.dtype], case.cu_seqlens,
-        case.window,
+        case.window, attention_slices=case.slices,
     )  # fmt: skip
     passes = trace(ContextParallelConfig(**case.config), problem, rank)
     for each in passes:

@@ -10,10 +10,14 @@ from test_planner_training import TINY, UNIT, one
 
 from mindspeed_cp.plan import main
 from mindspeed_cp.planner import layers
+from mindspeed_cp.planner.events import Product
+from mindspeed_cp.planner.memory import most_bytes
 from mindspeed_cp.planner.models import MODELS, Experts, Latent
 from mindspeed_cp.planner.report import megatron_flags
 from mindspeed_cp.planner.split import Split, Work, sizes, splits
+from mindspeed_cp.planner.trace import trace
 from mindspeed_cp.planner.training import attention, planned, problem_of
+from mindspeed_cp.settings.config import ContextParallelConfig
 
 EXPERTS = Experts(8, 2, 64, 32, (False, True, True, True))
 MOE = dataclasses.replace(TINY, experts=EXPERTS, gated=True)
@@ -175,10 +179,35 @@ def test_deepseek_keeps_its_tokens_within_a_node_and_hides_the_ring_behind_laten
     assert (best["split"]["ep"], best["setting"][:8]) == (8, "Ulysses,")
     assert far["step_seconds"]["expert"] > 2 * best["step_seconds"]["expert"]
     assert far["memory_bytes"]["weights"] < best["memory_bytes"]["weights"]
-    # Latent attention has as many KV heads as heads, and half as wide keys again as values.
-    ring = 7 * 8192 * 16 * (192 + 128) * 2 * 3
-    direct = next(plan for plan in every if plan["setting"] == "Ring, cp=8, zigzag, causal, direct exchange")
+    ring = 7 * 8192 * (512 + 64) * 2 * 3
+    setting = "Ring, cp=8, zigzag, causal, direct exchange, MLA sends latents"
+    direct = next(plan for plan in every if plan["setting"] == setting)
     assert f"sends {ring * 5 / 6 / 1e6:,.0f} MB within" in direct["reason"]  # of the busiest rank
+
+
+def test_latent_attention_is_counted_by_what_travels_and_what_is_repeated():
+    problem = problem_of(Work(MODELS["deepseek-v3"], 64, 8), Split(8, 1, 4, 1, 1, 1))
+    products, local = 2 * 512 * 16 * (128 + 128), 16  # FLOPs of a token's up-projection
+    sizes = {"megatron_cp_algo": 3 * 576, "ulysses_cp_algo": 3 * 576, "kvallgather_cp_algo": 3 * 576}
+    # Beyond the layer's own projection: of others' rows forward; backward of all again, and twice of others'.
+    repeated = {"megatron_cp_algo": (3, 4 + 2 * 3), "ulysses_cp_algo": (0, 1), "kvallgather_cp_algo": (3, 4 + 2 * 3)}
+    for algorithm, elements in sizes.items():
+        how = dict(context_parallel_size=4, algorithm=algorithm, attention_mask_type="full")
+        config = ContextParallelConfig(**how, mla_exchange="latent")
+        for rank in range(4):
+            passes = trace(config, problem, rank)
+            assert passes[0].traffic["kv"] == local * elements * 2
+            assert passes[1].traffic["dkv"] == local * elements * 2
+            flops = [sum(e.flops for e in each.events if isinstance(e, Product)) for each in passes]
+            assert flops == [times * local * products for times in repeated[algorithm]], algorithm
+        heads = trace(ContextParallelConfig(**how, mla_exchange="heads"), problem, 0)
+        assert not [event for each in heads for event in each.events if isinstance(event, Product)]
+        ulysses = algorithm == "ulysses_cp_algo"
+        assert heads[0].traffic["kv"] == 3 * local * 16 * (192 + 128) * 2 // (4 if ulysses else 1)
+    kept = {
+        form: most_bytes(ContextParallelConfig(**how, mla_exchange=form), problem).saved for form in ("latent", "heads")
+    }
+    assert kept["heads"] - kept["latent"] == local * (16 * (192 + 128) - 576) * 2
 
 
 GATED = {"moe_shared_expert_intermediate_size": 24, "moe_layer_freq": [0, 1], "num_moe_experts": 8}

@@ -74,6 +74,19 @@ def test_every_row_of_a_micro_batch_has_documents_of_its_own():
     assert first[0] == second[0] == 0 and first[-1] == second[-1] == 512 and first != second
 
 
+def test_rows_packed_by_length_hold_documents_of_about_one_length():
+    row, mixed = boundaries("lognormal:4,1.3", 4096, by_length=True), boundaries("lognormal:4,1.3", 4096)
+    for ends in (row, mixed, *boundaries("pareto:100,0.9", 512, rows=2, by_length=True)):
+        assert ends[0] == 0 and ends[-1] in (512, 4096) and all(a < b for a, b in zip(ends, ends[1:]))
+    spread = [np.diff(ends[:-1]).std() / np.diff(ends[:-1]).mean() for ends in (row, mixed)]
+    assert spread[0] < 0.5 * spread[1]
+
+
+def test_packing_without_documents_is_an_error(capsys):
+    assert main("--model llama2-7b --cp 2 --seq-length 1k --pack".split()) != 0
+    assert "--pack shares documents out over rows, and there are none; add --documents" in capsys.readouterr().err
+
+
 def test_documents_favour_the_balanced_layout_which_sends_less():
     problem = Problem(8192, 16, 16, 128, 128, cu_seqlens=boundaries("pareto:100,0.9", 8192))
     setting = {"context_parallel_size": 4, "algorithm": "megatron_cp_algo", "kv_exchange": "direct"}

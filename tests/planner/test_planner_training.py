@@ -218,7 +218,10 @@ def test_documents_are_planned_with_the_layout_that_megatron_can_cut():
     tried, excluded = options(packed, 8, UNIT, fixed)
     assert "--cp-batch-layout balanced" not in excluded
     assert any(option.attention.config.batch_layout == "balanced" for option in tried)
-    best, whole = (plans(work, 8, 1e12, UNIT, fixed)[0][0] for work in (packed, WORK))
+    # Where links are fast, Ulysses is ahead: its ranks compute exactly alike, and those of the balanced layout up to
+    # 1.05 of the mean.
+    slow = dataclasses.replace(UNIT, inter_bandwidth=2e7)
+    best, whole = (plans(work, 8, 1e12, slow, fixed)[0][0] for work in (packed, WORK))
     assert best.step.seconds < whole.step.seconds and best.attention.config.kv_exchange == "direct"
     rows = boundaries("pareto:20,0.9", 1024, rows=2)
     for work, fixed in (

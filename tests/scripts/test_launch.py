@@ -114,6 +114,7 @@ def test_slurm_variables_choose_the_nodes():
             "7b",
             DRY_RUN="1",
             DEVICE="gpu",
+            PYTHON="true",
             SLURM_NNODES="4",
             SLURM_NODEID="2",
             SLURM_JOB_ID="7",
@@ -123,25 +124,22 @@ def test_slurm_variables_choose_the_nodes():
     assert (values["NNODES"], values["NODE_RANK"], values["MASTER_PORT"], values["DP"]) == ("4", "2", "20007", "4")
 
 
-def test_environment_and_later_flags_win(tmp_path):
+def test_environment_and_later_flags_win(dry_run, tmp_path):
     (tmp_path / "pretrain_gpt.py").touch()
-    values = resolved(
-        launch(
-            "qwen",
-            "14b",
-            "--seed",
-            "9",
-            DRY_RUN="1",
-            DEVICE="npu",
-            NNODES="8",
-            MASTER_ADDR="first",
-            CP="8",
-            TP="1",
-            PP="1",
-            CP_ALGO="megatron_cp_algo",
-            CP_WINDOW="2",
-            MEGATRON_LM_PATH=str(tmp_path),
-        )
+    values = dry_run(
+        "qwen",
+        "14b",
+        "--seed",
+        "9",
+        DEVICE="npu",
+        NNODES="8",
+        MASTER_ADDR="first",
+        CP="8",
+        TP="1",
+        PP="1",
+        CP_ALGO="megatron_cp_algo",
+        CP_WINDOW="2",
+        MEGATRON_LM_PATH=str(tmp_path),
     )
     assert "Double Ring (window 2)" in values["CONTEXT_PARALLEL"]
     assert values["command"].rstrip().endswith("--seed 9")
@@ -292,10 +290,10 @@ def test_a_launch_starts_the_command_that_its_dry_run_prints_with_its_environmen
 def test_the_planner_chooses_what_is_not_given():
     """CP=auto: the planner's first setting, which the configuration's own rules then check."""
     settings = dict(
-        DEVICE="npu", DRY_RUN="1", DATA_PATH="data", CP="auto", PP="1", NPROC_PER_NODE="4", SEQ_LENGTH="32k"
+        DEVICE="npu", DRY_RUN="1", DATA_PATH="data", CP="auto", PP="1", TP="1", NPROC_PER_NODE="4", SEQ_LENGTH="32k"
     )
     planned = resolved(launch("gpt3", "1.3b", **settings))
-    assert int(planned["TP"]) * int(planned["CP"]) * int(planned["DP"]) == 4 and planned["PP"] == "1"
+    assert int(planned["CP"]) * int(planned["DP"]) == 4 and planned["PP"] == planned["TP"] == "1"
     assert f"--context-parallel-size {planned['CP']} " in planned["command"]
     assert planned["CP"] == "1" or f"--context-parallel-algo {planned['CP_ALGO']} " in planned["command"]
     refused = launch("gpt3", "1.3b", **{**settings, "TINY": "1"})

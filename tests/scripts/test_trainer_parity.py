@@ -34,6 +34,7 @@ LONG = "" if pairs.whole() else SHORT  # 20 steps with --full
 BALANCED = "--cp-batch-layout balanced --cp-kv-exchange auto --recompute-granularity full --cp-keep-attention"
 PACKED = f"--reset-position-ids --reset-attention-mask --eod-mask-loss --seq-length 256 {SHORT} --data-path PARAGRAPHS"
 
+BY_LENGTH = "--cp-pack --seq-length 512 --train-iters 2 --data-path PARAGRAPHS"
 
 # name -> (flags of the model and the training, what is added to them in the runs that must agree with them alone)
 GROUPS = {
@@ -94,6 +95,18 @@ GROUPS = {
     ),
     "packed documents, sliding window": (f"{PACKED} --window-size 10,0", {name: SINGLE[name] for name in CP2}),
     "packed documents, rope, two rows": (f"{PACKED} {ROPE} --micro-batch-size 2 --global-batch-size 8", CP2),
+    "packed by length": (
+        f"{BY_LENGTH} {ROPE}",
+        {
+            "ring over all ranks": f"--context-parallel-size 4 {RING} --cp-batch-layout balanced --cp-kv-exchange auto",
+            "newer Megatrons' names": f"--context-parallel-size 4 {RING} --dynamic-context-parallel "
+            "--max-seqlen-per-dp-cp-rank 128 --seq-length 7 --cp-keep-attention --recompute-granularity full",
+        },
+    ),
+    "packed by length, pp=2": (
+        f"{BY_LENGTH} --pipeline-model-parallel-size 2 --calculate-per-token-loss",
+        {"ring over all ranks": f"--context-parallel-size 2 {RING}"},
+    ),
     "uneven length": (f"--seq-length 61 {ROPE} {SHORT}", UNALIGNED),
     "a length for each batch": (f"--variable-seq-lengths {ROPE} {LONG}", UNALIGNED),
     "a length for each batch, pp=2": (

@@ -10,7 +10,7 @@ from mindspeed_cp.attention import ring_plan as ring_plans
 from mindspeed_cp.attention.ring_plan import ring_plan
 from mindspeed_cp.sequence import balance, layout, masks, staircases
 from mindspeed_cp.sequence.cache import LEAST_KEPT, ByteCache
-from mindspeed_cp.sequence.masks import interval_masks
+from mindspeed_cp.sequence.masks import attention_masks
 
 
 def deep_bytes(value, seen):
@@ -59,7 +59,8 @@ def test_plans_of_documents_that_change_in_every_step_hold_a_bounded_memory(monk
         ring_plan,
         balance.balanced_rings,
         staircases.stretches,
-        masks._interval_mask,
+        masks._document_mask,
+        masks._slices_mask,
         layout._by_documents,
         layout._even,
         layout._zigzag_or_balanced,
@@ -67,14 +68,14 @@ def test_plans_of_documents_that_change_in_every_step_hold_a_bounded_memory(monk
     assert ring_plan._limit <= 48 << 20 and all(cache._limit <= 8 << 20 for cache in caches[1:])
     for cache in caches:
         cache.cache_clear()
-        monkeypatch.setattr(cache, "_limit", cache._limit // 64)
+        monkeypatch.setattr(cache, "_limit", cache._limit // 16)
     generator = torch.Generator().manual_seed(0)
     seq_len, peak = 1 << 15, 0
     for _ in range(60):
         ends = torch.randperm(seq_len - 1, generator=generator)[:400].sort().values + 1
         documents = (0, *ends.tolist(), seq_len)
         made = SequenceLayout.build(config, seq_len, documents)
-        plan = ring_plan(made, interval_masks(True, seq_len, 1, documents), False, exact=True)
+        plan = ring_plan(made, attention_masks(True, seq_len, 1, documents), False, exact=True)
         for source in range(4):
             plan.tasks(0, source)
             plan.rows_needed(0, source)

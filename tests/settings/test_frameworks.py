@@ -32,12 +32,16 @@ def test_what_was_said_decides_and_attention_is_exact(outcomes, name):
 
 def test_settings_may_come_again_before_the_groups_and_what_they_leave_open_stays_afterwards(outcomes):
     for rank, ranks in enumerate(outcomes):
-        first, kept, algorithm, size, still, announced, models, ring = ranks["again"]
+        first, kept, algorithm, size, still, announced, models, ring, late = ranks["again"]
         assert first == kept == (GATHER, None) and ring == (RING, None)
         assert algorithm[:2] == still == (HYBRID, 2) and algorithm[2] < 1e-10, "the groups that exist follow"
         assert "configure before initialize_model_parallel" in size and "destroy_model_parallel first" in size
         assert announced == (1 if rank == 0 else 0), "the final one"
         assert "cp_comm_type all_gather" in models and "of an earlier one" in models
+        assert late[:2] == (RING, None) and late[2] < 1e-10, "a default that groups were made with is nobody's choice"
+        lines = [line for line in late[3].splitlines() if line.startswith("Context parallelism: ")]
+        assert len(lines) == (1 if rank == 0 else 0), "the final one"
+        assert all("Ring" in line and line.endswith("megatron_cp_algo is MindSpeed's default") for line in lines)
 
 
 @dataclass
@@ -113,16 +117,41 @@ def test_a_layout_that_is_none_is_refused():
 
 
 def test_names_of_newer_megatrons_that_mean_nothing_here_are_said_once_each(recwarn):
-    newer = {"dynamic_context_parallel": True, "sequence_packing_scheduler": "dp_balanced", "use_flash_attn": True}
-    FrameworkSettings.read({"context_parallel_size": 2, "linear_cp_layout": "contiguous", **newer}).resolve()
+    newer = {"use_flash_attn": True, "linear_cp_layout": "contiguous"}
+    FrameworkSettings.read({"context_parallel_size": 2, **newer}).resolve()
     said = [str(warning.message) for warning in recwarn if "changes nothing here" in str(warning.message)]
-    assert [notice.split(" changes")[0] for notice in said] == [
-        "--linear-cp-layout contiguous",
-        "--dynamic-context-parallel",
-        "--sequence-packing-scheduler dp_balanced",
-    ]
+    assert [notice.split(" changes")[0] for notice in said] == ["--linear-cp-layout contiguous"]
     recwarn.clear()
     FrameworkSettings.read({"linear_cp_layout": "zigzag", "dynamic_context_parallel": False}).resolve()
+    assert not recwarn.list
+
+
+ON_A_RING = {"context_parallel_size": 4, "context_parallel_algo": "megatron_cp_algo", "use_flash_attn": True}
+PACKING = "dynamic_context_parallel"
+
+
+@pytest.mark.parametrize(
+    "given, layout, exchange, says",
+    [
+        ({PACKING: True, "max_seqlen_per_dp_cp_rank": 2048}, "balanced", "auto", "--dynamic-context-parallel: a doc"),
+        ({"sequence_packing_scheduler": "default_dynamic_cp"}, "balanced", "auto", "--sequence-packing-scheduler: a"),
+        ({PACKING: True, "cp_batch_layout": "zigzag"}, "zigzag", "auto", r"\(--cp-kv-exchange auto\)"),
+        ({PACKING: True, "cp_kv_exchange": "ring"}, "balanced", "ring", r"\(--cp-batch-layout balanced\)"),
+        ({PACKING: True, "cp_window_size": 2}, "balanced", "ring", "of the 4 context-parallel ranks"),
+        ({PACKING: True, "context_parallel_algo": "kvallgather_cp_algo"}, "balanced", "ring", "pack_documents"),
+        ({PACKING: True, "context_parallel_algo": "ulysses_cp_algo"}, "auto", "ring", "changes nothing with"),
+    ],
+)
+def test_megatrons_names_for_packing_mean_documents_on_any_ranks(given, layout, exchange, says):
+    with pytest.warns(match=says):
+        config = FrameworkSettings.read({**ON_A_RING, **given}).resolve().config
+    assert (config.batch_layout, config.kv_exchange) == (layout, exchange)
+
+
+def test_megatrons_names_for_packing_change_nothing_on_one_rank(recwarn):
+    for given in ({PACKING: True}, {"sequence_packing_scheduler": None}):
+        assert FrameworkSettings.read(given).resolve().config.batch_layout == "auto"
+    assert FrameworkSettings.read({**ON_A_RING, PACKING: False}).resolve().config.kv_exchange == "ring"
     assert not recwarn.list
 
 

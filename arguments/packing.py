@@ -1,0 +1,39 @@
+"""Megatron's names for documents on any number of ranks: what they mean here.
+
+Megatron's dynamic context parallelism gives each micro batch groups of ranks by the lengths of its documents. Here one
+row lies over all context-parallel ranks, and the balanced layout gives a document as many of them as it needs.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mindspeed_cp.settings.algorithms import ALGORITHMS, names_with
+
+NAMES = ("dynamic_context_parallel", "sequence_packing_scheduler")
+
+
+def documents_on_any_ranks(args: Any, values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """What the names of NAMES set where nobody said otherwise, and a notice that says it.
+
+    Args:
+        args: parsed flags. values: of the configuration, by field.
+    """
+    asked = next((name for name in NAMES if getattr(args, name, None)), None)
+    if asked is None or values["context_parallel_size"] == 1:
+        return {}, ""
+    flag, row = f"--{asked.replace('_', '-')}", ALGORITHMS[values["algorithm"]]
+    if row.exchange is None:
+        rings = names_with(takes_window=True)
+        return {}, f"{flag} changes nothing with --context-parallel-algo {values['algorithm']}; use {rings}."
+    changed: dict[str, Any] = {}
+    if values["batch_layout"] == "auto":
+        changed["batch_layout"] = "balanced"
+    given = "cp_kv_exchange" in getattr(args, "cp_given", ())
+    if row.exchange == "ring" and values["window_size"] == 1 and values["kv_exchange"] == "ring" and not given:
+        changed["kv_exchange"] = "auto"
+    said = ", ".join(f"--cp-{name.replace('_', '-')} {value}" for name, value in changed.items()) or "as configured"
+    return changed, (
+        f"{flag}: a document lies on as many of the {values['context_parallel_size']} context-parallel ranks as it "
+        f"needs ({said}); let --context-parallel-size be all ranks of a pipeline stage / tensor-parallel size, and "
+        "fill rows with mindspeed_cp.pack_documents."
+    )

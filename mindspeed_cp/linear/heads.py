@@ -1,0 +1,67 @@
+"""Heads of a layer with a state: each rank computes some of them over the whole sequence, in order.
+
+s: tokens of this rank in the layout of the batch, S: of the whole sequence. Several tensors travel in one message.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
+
+
+@dataclass(frozen=True, eq=False)
+class HeadExchange:
+    """The all-to-all around a layer whose heads are shared out.
+
+    Args:
+        exchange: over the whole context-parallel group, whose rows are the runs of the layout.
+        parts: what travels together, and which heads of it every rank gets.
+    """
+
+    exchange: SequenceExchange
+    parts: Sequence[Part]
+
+    def to_sequence(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(s, batch, heads, dim) -> (S, batch, heads of this rank, dim), in the order of the sequence."""
+        found: tuple[torch.Tensor, ...] = _ToSequence.apply(self, *tensors)
+        return found
+
+    def to_heads(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(S, batch, heads of this rank, dim) -> (s, batch, heads, dim), in the order in which this rank holds them."""
+        found: tuple[torch.Tensor, ...] = _ToHeads.apply(self, *tensors)
+        return found
+
+    def _to_sequence(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(self.exchange.scatter_heads_gather_sequence(self.parts, tensors).wait())
+
+    def _to_heads(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        dtype = tensors[0].dtype
+        return tuple(self.exchange.scatter_sequence_gather_heads(self.parts, tensors, dtype).wait())
+
+
+class _ToSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: HeadExchange, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.exchange = exchange
+        return exchange._to_sequence(tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        return None, *ctx.exchange._to_heads(grads)
+
+
+class _ToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: HeadExchange, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.exchange = exchange
+        return exchange._to_heads(tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        return None, *ctx.exchange._to_sequence(grads)

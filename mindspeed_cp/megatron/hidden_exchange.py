@@ -1,0 +1,120 @@
+"""What Megatron and MindSpeed call tensor_a2a_cp2hp and tensor_a2a_hp2cp, for the layout that a batch has.
+
+Layers of frameworks call them with a group and this rank's part of a sequence, or of one packed document.
+s: tokens of this rank, S: of the whole sequence or document, h: features, cp: ranks.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
+from mindspeed_cp.linear.heads import HeadExchange
+from mindspeed_cp.megatron.batches import record_of_length
+from mindspeed_cp.megatron.foreign import of_kind
+from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.sequence.layout import SequenceLayout
+
+if TYPE_CHECKING:
+    from mindspeed_cp.megatron.adaptor import Adaptor
+
+
+def tensor_a2a_cp2hp(
+    adaptor: "Adaptor",
+    tensor: torch.Tensor,
+    seq_dim: int,
+    head_dim: int,
+    cp_group: Any,
+    split_sections: Sequence[int] | None = None,
+    undo_attention_load_balancing: bool = True,
+) -> torch.Tensor:
+    """(s, b, h) -> (S, b, h / cp), this rank's share of the features of each section.
+
+    Args:
+        split_sections: widths of parts of the features that are shared out each on its own; None is all of them.
+        undo_attention_load_balancing: in the order of the sequence; else rank after rank, as the ranks hold it.
+    """
+    scope = adaptor.scopes.of(cp_group)
+    if scope.alone:
+        return tensor
+    _check(tensor, seq_dim, head_dim)
+    parts = _parts(tensor.size(-1), split_sections, scope.size)
+    pieces = tensor.split([part.num_heads * part.dim for part in parts], dim=-1)
+    heads = [piece.unflatten(-1, (part.num_heads, part.dim)) for piece, part in zip(pieces, parts)]
+    layout = layout_of_rows(adaptor, scope, tensor.size(0), scope.rank)
+    order = layout if undo_attention_load_balancing else _end_to_end(layout)
+    exchange = HeadExchange(exchange_of(scope, order), parts)
+    return torch.cat([piece.flatten(2) for piece in exchange.to_sequence(*heads)], dim=-1)
+
+
+def tensor_a2a_hp2cp(
+    adaptor: "Adaptor",
+    tensor: torch.Tensor,
+    seq_dim: int,
+    head_dim: int,
+    cp_group: Any,
+    split_sections: Sequence[int] | None = None,
+    redo_attention_load_balancing: bool = True,
+) -> torch.Tensor:
+    """(S, b, h / cp) -> (s, b, h), the inverse; ``split_sections`` are widths of this rank's shares."""
+    scope = adaptor.scopes.of(cp_group)
+    if scope.alone:
+        return tensor
+    _check(tensor, seq_dim, head_dim)
+    widths = None if split_sections is None else [width * scope.size for width in split_sections]
+    parts = _parts(tensor.size(-1) * scope.size, widths, scope.size)
+    pieces = [piece.unsqueeze(2) for piece in tensor.split([part.dim for part in parts], dim=-1)]
+    layout = layout_of_rows(adaptor, scope, tensor.size(0), None)
+    order = layout if redo_attention_load_balancing else _end_to_end(layout)
+    exchange = HeadExchange(exchange_of(scope, order), parts)
+    return torch.cat([piece.flatten(2) for piece in exchange.to_heads(*pieces)], dim=-1)
+
+
+def _check(tensor: torch.Tensor, seq_dim: int, head_dim: int) -> None:
+    if tensor.dim() != 3 or seq_dim != 0 or head_dim not in (-1, 2):
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} with seq_dim {seq_dim} and head_dim {head_dim} cannot be "
+            "exchanged; pass (sequence, batch, features) with seq_dim 0 and head_dim -1."
+        )
+
+
+def exchange_of(scope: Scope, layout: SequenceLayout) -> SequenceExchange:
+    """The exchange of heads over all ranks of a scope, which hold a sequence in ``layout``."""
+    assert scope.groups.cp is not None, "what is alone travels nowhere"
+    return SequenceExchange(scope.groups.cp, layout.all_runs, scope.config.alltoall)
+
+
+def _parts(width: int, sections: Sequence[int] | None, size: int) -> list[Part]:
+    """Every section as one head for each rank."""
+    widths = [width] if sections is None else list(sections)
+    if any(each % size for each in widths) or sum(widths) != width:
+        raise ValueError(
+            f"sections {widths} of {width} features must add up to them, and each must be divisible by the "
+            f"{size} context-parallel ranks; use --cp-linear-exchange state, or fewer ranks."
+        )
+    return [Part("heads", size, each // size, tuple(slice(r, r + 1) for r in range(size))) for each in widths]
+
+
+def layout_of_rows(adaptor: "Adaptor", scope: Scope, rows: int, rank: int | None) -> SequenceLayout:
+    """The layout of a sequence of which a rank holds ``rows`` tokens, or which has as many where ``rank`` is None."""
+    record = adaptor.running_in(scope)
+    if record is None:
+        return adaptor.layout(rows, scope=scope) if rank is None else record_of_length(adaptor, scope, rows).layout
+    layout = record.layout
+    if rows == (layout.seq_len if rank is None else layout.length(rank)):
+        return layout
+    total = rows if rank is None else rows * scope.size
+    if layout.kind != "document_zigzag" or total % (2 * scope.size):
+        raise ValueError(
+            f"{rows} tokens are exchanged, and the batch has {layout.seq_len} in the layout {layout.kind}; pass a "
+            "rank's part of the whole sequence, or one packed document of the layout document_zigzag."
+        )
+    return of_kind(scope.config, "zigzag", total)
+
+
+def _end_to_end(layout: SequenceLayout) -> SequenceLayout:
+    """The order in which the ranks hold the sequence, one after another."""
+    ends = [0, *accumulate(layout.length(rank) for rank in range(layout.cp_size))]
+    return SequenceLayout(tuple(((low, high),) for low, high in zip(ends, ends[1:])), layout.ulysses_degree)

@@ -1,0 +1,316 @@
+"""MindSpeed beside this project: it patches first and keeps what is not context parallelism, which is done here.
+
+MindSpeed applies its features by the settings that it is given. With a context-parallel size of 1 it registers nothing
+of its context parallelism, and everything else as before; so that is what it is shown. This project's patches are taken
+back before MindSpeed changes anything, and applied again on top of what it leaves. All of MindSpeed's ways to patch
+(its import, MindSpeed-LLM's, ``repatch``) go through the same four methods of its features manager.
+"""
+
+import importlib
+import importlib.abc
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from mindspeed_cp.settings.algorithms import ALGORITHMS
+from mindspeed_cp.settings.notices import warn_rank0
+
+VARIABLE = "MINDSPEED_CP"
+FEATURES = "mindspeed.features_manager.features_manager"
+DEFAULT_ALGORITHM = "megatron_cp_algo"  # of MindSpeed's --context-parallel-algo
+SIZE = "context_parallel_size"
+
+
+class Branch(NamedTuple):
+    """A branch of MindSpeed that was tried; each belongs to one Megatron.
+
+    Args:
+        megatron: (major, minor) of megatron-core.
+        name: of the branch.
+        tried: the newest commit that was tried, and its date.
+    """
+
+    megatron: tuple[int, int]
+    name: str
+    tried: str
+
+
+BRANCHES = (
+    Branch((0, 12), "26.1.0_core_r0.12.1", "57a3305 of 2026-07-20"),
+    Branch((0, 15), "core_r0.15.3", "d0d5809 of 2026-04-21"),
+    Branch((0, 16), "core_r0.16.0", "e477249 of 2026-07-10"),
+)
+
+
+def untried(megatron: str) -> str:
+    """What to say of MindSpeed beside a version of megatron-core with which no branch was tried, "" where one was.
+
+    Args:
+        megatron: a version such as "0.16.1".
+    """
+    if tuple(map(int, megatron.split(".")[:2])) in [branch.megatron for branch in BRANCHES]:
+        return ""
+    tried = ", ".join(f"{branch.name} (megatron-core {'.'.join(map(str, branch.megatron))})" for branch in BRANCHES)
+    return (
+        f"MindSpeed beside megatron-core {megatron} has not been tried with mindspeed_cp; tried: {tried}. Compare a "
+        "short run with --context-parallel-size 1 before a long one."
+    )
+
+
+# Packages whose import activates MindSpeed with features of their own -> (module to import, how it reads its settings).
+FRONTS = {
+    "mindspeed_llm": ("mindspeed_llm.tasks.megatron_adaptor_v2", "FeatureAdaptor.get_mindspeed_llm_args"),
+    "mindspeed": ("mindspeed.megatron_adaptor", "get_mindspeed_args"),
+}
+
+# Functions that MindSpeed's other features put around models and batches, and that act for its own context parallelism.
+# Where --reset-attention-mask packs documents, they read a rank's tokens in MindSpeed's own layout, and here documents
+# come with the batch's record; an attention's constructor exchanges heads around it. Module -> names, () for all.
+_RESET = "mindspeed.core.transformer.flash_attention.reset_attention_mask"
+LEFT_OUT = {
+    f"{_RESET}.adaptor": (),
+    f"{_RESET}.utils": ("get_batch_on_this_cp_rank_wrapper",),
+    "mindspeed_llm.training.utils": ("get_batch_on_this_cp_rank_wrapper",),
+    "mindspeed_llm.core.models.gpt.gpt_model": ("gpt_forward_wrapper",),
+    "mindspeed_llm.core.transformer.attention": ("attention_forward",),
+    "mindspeed_llm.core.models.common.embeddings.rotary_pos_embedding": ("apply_rotary_pos_emb_thd",),
+    "mindspeed.core.transformer.attention": ("attention_init",),
+}
+
+
+@dataclass
+class Neighbour:
+    """MindSpeed's features manager, seen from here; its patches (patches/neighbour.py) call these methods.
+
+    Args:
+        give_way: () takes this project's patches back.
+        come_back: () applies them again.
+        configure: MindSpeed's settings, name -> value, become the configuration.
+        add_flags: adds to a parser this project's flags that it lacks.
+        say: () says who does what.
+        hand: (ends) tells where the documents of the next batch end, as MindSpeed's dataset found them.
+        kept: why context parallelism is left to MindSpeed, "" where it is done here.
+    """
+
+    give_way: Callable[[], None]
+    come_back: Callable[[], None]
+    configure: Callable[[dict[str, Any]], None]
+    add_flags: Callable[[Any], Any]
+    say: Callable[[], None]
+    hand: Callable[[Any], None]
+    kept: str = ""
+    _hides: bool = False
+
+    @property
+    def is_here(self) -> bool:
+        """Whether MindSpeed has patched, or is about to."""
+        return is_here()
+
+    def removes(self, remove: Callable[[], None]) -> None:
+        """MindSpeed takes its patches back."""
+        self.give_way()
+        remove()
+
+    def prepares(self, prepare: Callable[[Any], None], settings: Any) -> None:
+        """MindSpeed patches what must be there before Megatron is imported."""
+        self.give_way()
+        with self._shown_alone(settings):
+            prepare(settings)
+
+    def patches(self, patch: Callable[[Any], None], settings: Any) -> None:
+        """MindSpeed patches Megatron; then this project does, around it."""
+        self.give_way()
+        with self._shown_alone(settings):
+            patch(settings)
+        if self.kept:
+            self.say()
+            return
+        if size_of(settings) > 1:
+            self.configure({name: value for name, value in vars(settings).items() if name != "cp_given"})
+        self.come_back()
+
+    def leaves_out(self, function: Any) -> bool:
+        """Whether MindSpeed is kept from patching with ``function``, because this project does the same by its own."""
+        names = LEFT_OUT.get(getattr(function, "__module__", ""))
+        return self._hides and names is not None and (not names or function.__name__ in names)
+
+    @contextmanager
+    def _shown_alone(self, settings: Any) -> Iterator[None]:
+        """Show MindSpeed a context-parallel size of 1, unless context parallelism stays its own."""
+        size = getattr(settings, SIZE, 1)
+        self.kept = of_mindspeed_alone(settings)
+        if self.kept or size_of(settings) == 1:
+            yield
+            return
+        _refuse_two_dimensions(settings)
+        setattr(settings, SIZE, 1)
+        self._hides = True
+        try:
+            yield
+        finally:
+            self._hides = False
+            setattr(settings, SIZE, size)
+
+    def line(self) -> str:
+        """Who does what, in one line; "" where MindSpeed is not here."""
+        if self.kept:
+            return f"{self.kept}: context parallelism is left to MindSpeed ({folder()}), and mindspeed_cp is off"
+        if not self.is_here:
+            return ""
+        return (
+            f"MindSpeed ({folder()}): everything but context parallelism, which is mindspeed_cp's "
+            f"({VARIABLE}=off leaves it to MindSpeed)"
+        )
+
+
+def size_of(settings: Any) -> int:
+    """The context-parallel size in MindSpeed's settings, where it may be text."""
+    return int(getattr(settings, SIZE, None) or 1)
+
+
+def of_mindspeed_alone(settings: Any) -> str:
+    """Why these settings can only mean MindSpeed's own context parallelism; "" where they mean nothing special."""
+    name = getattr(settings, "context_parallel_algo", None)
+    if size_of(settings) == 1 or name is None or name in ALGORITHMS:
+        return ""
+    return f"--context-parallel-algo {name} is MindSpeed's own"
+
+
+def notice_of_targets(settings: Any) -> str:
+    """What to say of MindSpeed-LLM's instruction datasets with context parallelism, "" where there are none."""
+    if size_of(settings) == 1 or not getattr(settings, "is_instruction_dataset", False):
+        return ""
+    return (
+        "--is-instruction-dataset: MindSpeed-LLM's model moves the labels by one token within a rank's part of the "
+        "sequence, with its own context parallelism as well; the target of a token at the end of a part, or of a half "
+        "of it in a ring, is lost or another token's. Losses differ from --context-parallel-size 1 by those tokens."
+    )
+
+
+def _refuse_two_dimensions(settings: Any) -> None:
+    """Raise ValueError for MindSpeed's tensor parallelism in two dimensions, which widens context-parallel groups."""
+    if getattr(settings, "tp_2d", False) and int(getattr(settings, "tp_y", 1)) > 1:
+        raise ValueError(
+            f"--tp-2d with --tp-y {settings.tp_y} splits the sequence over tensor-parallel ranks as well, which only "
+            f"MindSpeed's own context parallelism knows; set {VARIABLE}=off, or leave --tp-2d out."
+        )
+
+
+def is_here() -> bool:
+    """Whether a real MindSpeed is imported."""
+    return FEATURES in sys.modules
+
+
+def is_importable() -> bool:
+    """Whether a real MindSpeed can be imported; the import paths that this project answers are none."""
+    if is_here():
+        return True
+    if "mindspeed" in sys.modules and getattr(sys.modules["mindspeed"], "__file__", None) is None:
+        return False
+    try:
+        return importlib.util.find_spec(FEATURES.partition(".")[0]) is not None
+    except ValueError:  # a module without a spec
+        return False
+
+
+def folder() -> str:
+    """Where MindSpeed lies."""
+    try:
+        spec = importlib.util.find_spec("mindspeed")
+    except ValueError:
+        spec = None
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    return str(Path(places[0]).parent) if places else "which is not importable"
+
+
+def is_wrapped(owner: type) -> bool:
+    """Whether a class that MindSpeed put in the place of Megatron's is one around which this project's patches go.
+
+    It may inherit the method. Classes of MindSpeed's own context parallelism exchange sequences themselves.
+    """
+    module = owner.__module__
+    return module.partition(".")[0] in FRONTS and "context_parallel" not in module
+
+
+def front_named_in(script: str) -> str:
+    """The package of FRONTS that a script imports, "" where it imports none."""
+    path = Path(script)
+    text = path.read_text(errors="replace") if path.suffix == ".py" and path.is_file() else ""
+    named = re.findall(r"^\s*(?:from|import)\s+(\w+)", text, re.MULTILINE)
+    return next((package for package in FRONTS if package in named), "")
+
+
+def settings_in_use() -> Any:
+    """The settings by which MindSpeed has patched: Megatron's arguments where they are there, else the command line."""
+    for package, (module, reader) in FRONTS.items():
+        found: Any = sys.modules.get(module)
+        if found is None:
+            continue
+        if package == "mindspeed":
+            return found.get_full_args()
+        for name in reader.split("."):
+            found = getattr(found, name)
+        return found()
+    return None
+
+
+def activate(script: str) -> None:
+    """Import what makes MindSpeed patch: the front that the script itself imports, else MindSpeed's own."""
+    module = FRONTS[front_named_in(script) or "mindspeed"][0]
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        warn_rank0(f"MindSpeed lies in {folder()}, and importing {module} failed: {error}. It is left alone.")
+
+
+def take_over() -> None:
+    """Where MindSpeed has patched before this project came, let it do so again without its context parallelism."""
+    settings = settings_in_use()
+    if settings is None or size_of(settings) == 1:
+        return
+    manager = sys.modules[FEATURES].MindSpeedFeaturesManager
+    manager.remove_patches()
+    manager.apply_features_pre_patches(settings)
+    manager.apply_features_patches(settings)
+
+
+class AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Calls ``then`` once MindSpeed's features manager is imported, whoever imports it."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self._then = then
+        self._loader: Any = None
+
+    @classmethod
+    def install(cls, then: Callable[[], None]) -> None:
+        sys.meta_path.insert(0, cls(then))
+
+    @classmethod
+    def uninstall(cls) -> None:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, cls)]
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != FEATURES:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        made: ModuleType | None = self._loader.create_module(spec)
+        return made
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        self._then()

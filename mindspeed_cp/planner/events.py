@@ -1,0 +1,87 @@
+"""What one rank does in one pass, as events in their order: blocks and products computed, transfers posted, awaited."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from mindspeed_cp.comm.meter import Traffic
+from mindspeed_cp.planner.cluster import HEAD_DIM
+
+LONG = 1 << 30  # tokens of a block that is long enough for any kernel
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A block: its FLOPs, the shorter side of its pieces (their mean by what it costs a kernel), the size of a head."""
+
+    flops: int
+    tokens: float = LONG
+    head_dim: int = HEAD_DIM
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product: its FLOPs, its rows, and the smaller of its other sizes."""
+
+    flops: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Post:
+    """A transfer starts: bytes to and from every global rank."""
+
+    number: int
+    sent: dict[int, int]
+    received: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Wait:
+    number: int
+
+
+Event = Compute | Product | Post | Wait
+
+
+@dataclass
+class Pass:
+    """What one rank did in the forward or the backward pass, in order, and the bytes by purpose."""
+
+    events: list[Event] = field(default_factory=list)
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def sent(self) -> Counter[int]:
+        """Bytes to every global rank."""
+        total: Counter[int] = Counter()
+        for event in self.events:
+            if isinstance(event, Post):
+                total.update(event.sent)
+        return total
+
+
+@dataclass(frozen=True)
+class Notes:
+    """Where links and kernel note what happens."""
+
+    events: list[Event] = field(default_factory=list)
+
+    def post(self, sent: dict[int, int], received: dict[int, int]) -> "Transfer":
+        number = len(self.events)
+        self.events.append(Post(number, {r: n for r, n in sent.items() if n}, {r: n for r, n in received.items() if n}))
+        return Transfer(number, self.events)
+
+
+@dataclass
+class Transfer:
+    """One that was posted, whatever the number of its works; only the first that is awaited waits."""
+
+    number: int
+    events: list[Event]
+    is_over: bool = False
+
+    def wait(self) -> None:
+        if not self.is_over:
+            self.is_over = True
+            self.events.append(Wait(self.number))

@@ -1,0 +1,163 @@
+"""Patches of sparse attention (DSA), which gathers keys and indexer keys itself and computes its own rank's queries.
+
+Megatron takes the ranks' parts to be its zigzag over the whole row, or over every packed document. Here they lie where
+the layout of the batch says; scores, losses and kernels are Megatron's.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.megatron.batches import block_record
+from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.patches.experts import schedule_two_ranks
+from mindspeed_cp.patches.rows import absent, arguments_of, patch
+from mindspeed_cp.sequence.layout import SequenceLayout
+
+VARIANT = "megatron.core.transformer.experimental_attention_variant"
+LAYOUTS = f"{VARIANT}.dsa_layout"
+WITHOUT = absent(
+    f"{LAYOUTS}.build_zigzag_allgather_cp_key_reorder", "this version's sparse attention has no context parallelism"
+)
+WHERE = "the ranks hold what the layout of the batch says, not Megatron's zigzag"
+
+AUTO_SCALER = f"{VARIANT}.dsa.DSAIndexerLossAutoScaler"
+
+
+@dataclass(frozen=True)
+class Running:
+    """The sparse attention that runs.
+
+    Args:
+        weight: factor on the gradient of its indexer's loss.
+    """
+
+    layout: SequenceLayout
+    weight: float
+
+
+_NOW: ContextVar[Running | None] = ContextVar("the sparse attention that runs", default=None)
+
+
+@patch(f"{VARIANT}.dsa.DSAttention.forward", reason=WHERE, when=WITHOUT)
+def forward(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    scope = adaptor.scope_of(self)
+    if scope.alone:
+        return original(self, *args, **kwargs)
+    given = arguments_of(original, (self, *args), kwargs)
+    params = given.get("packed_seq_params")
+    packed = params if getattr(params, "qkv_format", None) == "thd" else None
+    layout = block_record(adaptor, scope, self.config, given["x"].size(0), packed).layout
+    _check(self, scope, layout, packed)
+    self.cp_comm_type = "allgather"  # the one that it has, whatever the algorithm of other layers
+    per_token = self.config.calculate_per_token_loss
+    token = _NOW.set(Running(layout, 1 if per_token or not _scales_with_cp() else 1 / scope.size))
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        _NOW.reset(token)
+
+
+def _check(module: Any, scope: Scope, layout: SequenceLayout, packed: Any) -> None:
+    """Refuse what this attention would compute wrongly."""
+    from megatron.core.transformer.experimental_attention_variant import dsa_kernels
+
+    if not layout.is_even:
+        raise ValueError(
+            f"sparse attention (DSAttention) gathers equally many keys from every rank, and a sequence of "
+            f"{layout.seq_len} tokens in the layout {layout.kind} is shared unevenly by the --context-parallel-size "
+            f"{scope.size} ranks; use a length that 2 x {scope.size} divides."
+        )
+    if packed is None:
+        return
+    if layout.kind != "document_zigzag" and dsa_kernels.use_fused_dsa_kernels(module.config):
+        raise ValueError(
+            f"--dsa-kernel-backend {module.config.dsa_kernel_backend} takes packed documents to be zigzag each, and "
+            f"the batch has the layout {layout.kind}; use --cp-batch-layout document_zigzag, or --dsa-kernel-backend "
+            "none."
+        )
+    if getattr(packed, "real_token_mask_q", None) is not None and not module.config.calculate_per_token_loss:
+        raise ValueError(
+            "the indexer loss of sparse attention averages over the real tokens of each rank, of which the "
+            "context-parallel ranks have different numbers (real_token_mask_q); use --calculate-per-token-loss."
+        )
+
+
+@patch(f"{LAYOUTS}.build_zigzag_allgather_cp_key_reorder", reason=WHERE, when=WITHOUT)
+def key_reorder(adaptor: Adaptor, original: Callable[..., Any], sq: int, cp_size: int, device: Any) -> torch.Tensor:
+    now = _NOW.get()
+    return original(sq, cp_size, device) if now is None else _in_order(now.layout, device)
+
+
+@patch(f"{LAYOUTS}.get_cp_positions_from_layout", reason=WHERE, when=WITHOUT)
+def positions(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    given, now = arguments_of(original, args, kwargs), _NOW.get()
+    if now is None:
+        return original(*args, **kwargs)
+    return now.layout.positions(given["cp_rank"], given["device"]), torch.arange(given["skv"], device=given["device"])
+
+
+@patch(
+    f"{LAYOUTS}.extract_query_positions_from_position_ids",
+    reason="position ids may count from the beginning of a document; without context parallelism they are not read",
+    when=WITHOUT,
+)
+def positions_of_ids(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return original(*args, **kwargs) if _NOW.get() is None else None
+
+
+@patch(f"{LAYOUTS}.build_packed_allgather_cp_local_positions", reason=WHERE, when=WITHOUT)
+def packed_positions(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    now = _NOW.get()
+    if now is None:
+        return original(*args, **kwargs)
+    given = arguments_of(original, args, kwargs)
+    return now.layout.positions(given["cp_rank"], given["device"])
+
+
+@patch(f"{LAYOUTS}.build_packed_allgather_cp_query_positions_and_key_reorder", reason=WHERE, when=WITHOUT)
+def packed_positions_and_reorder(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    now = _NOW.get()
+    if now is None:
+        return original(*args, **kwargs)
+    given = arguments_of(original, args, kwargs)
+    return now.layout.positions(given["cp_rank"], given["device"]), _in_order(now.layout, given["device"])
+
+
+@patch(f"{AUTO_SCALER}.forward", reason="the factor of the gradient below is that of the layer", when=WITHOUT)
+def attach_loss(
+    adaptor: Adaptor, original: Callable[..., Any], ctx: Any, output: torch.Tensor, loss: torch.Tensor
+) -> torch.Tensor:
+    now = _NOW.get()
+    ctx.weight = 1 if now is None else now.weight
+    attached: torch.Tensor = original(ctx, output, loss)
+    return attached
+
+
+@patch(
+    f"{AUTO_SCALER}.backward",
+    reason="a mean over each rank's queries counts cp times what it counts without context parallelism, where the "
+    "schedule multiplies it by cp",
+    when=WITHOUT,
+)
+def loss_gradient(adaptor: Adaptor, original: Callable[..., Any], ctx: Any, grad: torch.Tensor) -> Any:
+    grad, of_loss = original(ctx, grad)
+    return grad, of_loss * ctx.weight
+
+
+@cache
+def _scales_with_cp() -> bool:
+    """Whether Megatron multiplies the loss of the indexer by cp."""
+    factors: list[torch.Tensor] = []
+    return schedule_two_ranks(experimental_attention_variant_loss_scale_func=factors.append) and float(factors[-1]) == 2
+
+
+def _in_order(layout: SequenceLayout, device: Any) -> torch.Tensor:
+    """(S,) where each position lies among what the ranks hold, one after another."""
+    held = torch.cat([layout.positions(rank, device) for rank in range(layout.cp_size)])
+    return held.argsort()

@@ -1,0 +1,91 @@
+"""A job of the test bed with a real MindSpeed beside this project: who patches when, and what trains then."""
+
+import contextlib
+import io
+import os
+import sys
+import warnings
+
+
+def beside_mindspeed(rank, order, flags=(), algorithm="", train=True):
+    """What a tiny GPT trains to when both are imported in an order.
+
+    Args:
+        order: "ours" and "mindspeed" are imports, "repatch" is MindSpeed's call with context-parallel size 2, "plain"
+            with size 1 and attention without a kernel, "off" sets MINDSPEED_CP.
+        flags: the command line, as MindSpeed reads it at its import.
+        algorithm: what "repatch" names, nothing without.
+        train: else it ends with the imports.
+
+    Returns:
+        losses: [(loss, gradient norm)] of every step.
+        calls: how often this project's kernel computed a block.
+        said: what was printed of who does what.
+        lost: targets of this project that somebody else has taken.
+        applied: how many of them hold.
+    """
+    sys.argv = ["train.py", *flags]
+    warnings.simplefilter("ignore", DeprecationWarning)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        for step in order:
+            STEPS[step](algorithm)
+        if "repatch" not in order and "plain" not in order:
+            _as_megatrons_parser()
+        calls, losses = _train(rank) if train else ([], [])
+    report = sys.modules["mindspeed_cp.megatron_adaptor"].report() if "ours" in order else []
+    return {
+        "losses": losses,
+        "calls": len(calls),
+        "said": [line for line in said.getvalue().splitlines() if "ontext parallelism" in line and "+--" not in line],
+        "lost": [row.target for row in report if row.is_lost],
+        "applied": sum(row.applied for row in report),
+    }
+
+
+def _as_megatrons_parser():
+    """Without megatron.training MindSpeed reads Megatron's flags as text, and its own rules want numbers."""
+    from mindspeed.args_utils import get_full_args
+
+    values = vars(get_full_args())
+    values.update({name: int(value) for name, value in values.items() if isinstance(value, str) and value.isdigit()})
+
+
+def _train(rank):
+    """(one entry for every block that this project's kernel computed, [(loss, gradient norm)])."""
+    import tiny_gpt
+
+    from mindspeed_cp.kernels.npu import NpuKernel
+
+    calls, forward = [], NpuKernel.forward
+    NpuKernel.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    rank.join()
+    return calls, tiny_gpt.train("", rank.world, 1, 3, tiny_gpt.Options())
+
+
+def _ours(algorithm):
+    import mindspeed_cp.megatron_adaptor  # noqa: F401
+
+
+def _mindspeed(algorithm):
+    import mindspeed.megatron_adaptor  # noqa: F401
+
+
+def _repatch(algorithm):
+    from mindspeed.megatron_adaptor import repatch
+
+    named = {"context_parallel_algo": algorithm} if algorithm else {}
+    repatch({"context_parallel_size": 2, "seq_length": 32, "num_attention_heads": 4, **named})
+
+
+def _plain(algorithm):
+    from mindspeed.megatron_adaptor import repatch
+
+    repatch({"micro_batch_size": 2, "seq_length": 32})
+
+
+def _off(algorithm):
+    os.environ["MINDSPEED_CP"] = "off"
+
+
+STEPS = {"off": _off, "ours": _ours, "mindspeed": _mindspeed, "plain": _plain, "repatch": _repatch}

@@ -1,0 +1,5 @@
+"""What MindSpeed puts in the place of Megatron's attention without context parallelism."""
+
+
+def dot_product_attention_forward(self, *args, **kwargs):
+    return "fused"
