@@ -62,6 +62,7 @@ def test_scores_are_those_of_the_tensors():
     assert Scores.of(query, key).num_bytes == 2 * 8 * 5 * 7 * 2
 
 
+@pytest.mark.filterwarnings("ignore::mindspeed_cp.settings.notices.ContextParallelWarning")
 @pytest.mark.parametrize("asked", [True, False])
 def test_whoever_configures_says_whether_the_flag_was_asked_for(asked):
     def found(take, *given, **more):
