@@ -56,8 +56,7 @@ class FrameworkSettings:
         given = {name: value for name, value in _as_mapping(source).items() if value is not None}
         values = {}
         for each in declared.declared():
-            names = (each.dest, *(flag.removeprefix("--").replace("-", "_") for flag in each.also), *each.names)
-            found = next((name for name in names if name in given), None)
+            found = next((name for name in _names(each) if name in given), None)
             if found is not None:
                 values[each.dest] = _converted(each, given[found])
         noted = given.get("cp_given")  # a parser of ours noted it: the rest are defaults
@@ -114,6 +113,15 @@ class FrameworkSettings:
             known.cp_partition_mode or known.attention_cp_layout
         )  # the first is the batch's, the second the layers'
         return Resolved(config, setup, known.cp_kernel, bool(documents), layout)
+
+
+def declared_names() -> set[str]:
+    """Every name under which a setting is read."""
+    return {name for each in declared.declared() for name in _names(each)}
+
+
+def _names(each: Setting) -> tuple[str, ...]:
+    return (each.dest, *(flag.removeprefix("--").replace("-", "_") for flag in each.also), *each.names)
 
 
 def _as_mapping(source: Any) -> dict[str, Any]:

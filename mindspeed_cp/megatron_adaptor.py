@@ -180,8 +180,11 @@ def check() -> None:
             do about it.
     """
     from mindspeed_cp.patches.areas import essential_targets
+    from mindspeed_cp.patches.owners import WRAPPED_ANEW
 
-    _manager.check(essential_targets(_tables))
+    targets = essential_targets(_tables)
+    _manager.wrap_anew(targets, WRAPPED_ANEW)
+    _manager.check(targets)
 
 
 def configure(

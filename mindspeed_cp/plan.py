@@ -29,7 +29,7 @@ from mindspeed_cp.planner.search import Candidate, Found, flags, hiding_tokens
 from mindspeed_cp.planner.split import Split, Work
 from mindspeed_cp.planner.trace import Problem
 from mindspeed_cp.planner.training import attention, is_tight, plans, problem_of
-from mindspeed_cp.settings.config import KV_CACHE_POLICIES
+from mindspeed_cp.settings.derived import KV_CACHE_POLICIES
 
 EVERYTHING = 200  # plans in JSON
 PREDICTION = "prediction, not measured on this hardware"

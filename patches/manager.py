@@ -218,6 +218,21 @@ class PatchManager:
         if lost:
             self._refuse(lost)
 
+    def wrap_anew(self, targets: Collection[str], packages: Collection[str]) -> None:
+        """Wrap what ``packages`` put in the place of this project's functions, as if they had been there first.
+
+        Args:
+            targets: of the patches to look at.
+            packages: top-level packages; what others replaced is left for ``check`` to refuse.
+        """
+        copies = _Copies(self._skip_copies_in)
+        indices = [index for index, patch in enumerate(self._patches) if patch.target in targets]
+        for index, owner in list(self._owners(indices)):
+            if owner.kind == "replaced" and owner.package in packages:
+                renewed: list[_Replacement] = []
+                self._apply_one(self._patches[index], renewed, copies)
+                self._done[index] = renewed + self._done[index][1:]  # copies elsewhere still hold the older one
+
     def _refuse(self, lost: Sequence[tuple[Patch, Ownership]]) -> NoReturn:
         named = "; ".join(f"{patch.target} was {owner}" for patch, owner in lost[:4])
         more = f"; and {len(lost) - 4} more" if len(lost) > 4 else ""

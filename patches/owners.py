@@ -16,6 +16,9 @@ from typing import Any, Literal
 ABSENT = object()
 DEPTH, WIDTH = 8, 1000  # how far, and at how many objects, is looked for ours
 PLAIN = (str, bytes, int, float, complex, list, tuple, dict, set, frozenset, type(None))
+# Packages that change Megatron when a framework imports them, whose functions do the same below this project's as in
+# their place: whichever comes first, this project's calls theirs.
+WRAPPED_ANEW = ("mcore_bridge",)  # of ms-swift
 MINDSPEED = (
     "MindSpeed takes these names when it gets flags of its own context parallelism; start it without them, import "
     "mindspeed.megatron_adaptor before mindspeed_cp.megatron_adaptor, and leave context parallelism to mindspeed_cp."

@@ -1,16 +1,20 @@
 """Patches of how Megatron makes and destroys its process groups."""
 
+import dataclasses
+import inspect
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from mindspeed_cp import compat
+from mindspeed_cp.arguments.settings import declared_names
 from mindspeed_cp.compat import process_groups
 from mindspeed_cp.megatron.adaptor import Adaptor
-from mindspeed_cp.megatron.following import take_comm_type
+from mindspeed_cp.megatron.following import take_comm_type, take_settings
 from mindspeed_cp.megatron.scopes import own_group
 from mindspeed_cp.megatron.sizes import adopt_sizes, check_launch
 from mindspeed_cp.megatron.start import agreed_config
-from mindspeed_cp.patches.rows import Row, arguments_of, patch
+from mindspeed_cp.patches.rows import Row, arguments_of, patch, signature_of
 
 PARALLEL_STATE = "megatron.core.parallel_state"
 
@@ -63,8 +67,8 @@ VARIANTS = ("gated_delta_net", "dsa")
 
 @patch(
     "megatron.core.transformer.transformer_config.TransformerConfig.__post_init__",
-    reason="cp_comm_type of a model's configuration names the algorithm where no flag and no framework does; layers "
-    "with a state may have context parallelism",
+    reason="a model's configuration names the algorithm, by cp_comm_type or by MindSpeed's names, where no flag does; "
+    "layers with a state may have context parallelism",
 )
 def transformer_config(adaptor: Adaptor, original: Callable[..., None], self: Any) -> None:
     cp_size = self.context_parallel_size
@@ -75,6 +79,9 @@ def transformer_config(adaptor: Adaptor, original: Callable[..., None], self: An
         original(self)
     finally:
         self.context_parallel_size = cp_size
+    if compat.is_installed():  # a real MindSpeed gives every configuration all of its arguments, defaults included
+        names = (declared_names() & vars(self).keys()) - {field.name for field in dataclasses.fields(self)}
+        take_settings(adaptor, {name: getattr(self, name) for name in names})
     take_comm_type(adaptor, self.cp_comm_type, self.context_parallel_size)
 
 
@@ -91,6 +98,20 @@ def _check_as_megatron(config: Any) -> None:
             f"--batch-invariant-mode with --context-parallel-size {config.context_parallel_size}: Megatron has no "
             "batch invariant attention for parts of a sequence; use --context-parallel-size 1."
         )
+
+
+@patch(
+    "megatron.core.transformer.transformer_config.TransformerConfig.__init__",
+    "megatron.core.transformer.transformer_config.MLATransformerConfig.__init__",
+    reason="frameworks give a model's configuration what they give MindSpeed's repatch, whose own accepts it",
+    essential=False,
+)
+def accept_settings(adaptor: Adaptor, original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    if not original.__code__.co_flags & inspect.CO_VARKEYWORDS:  # MindSpeed's own takes all of them
+        fields = signature_of(original).parameters
+        for name in declared_names() & kwargs.keys() - fields.keys():
+            setattr(self, name, kwargs.pop(name))  # where __post_init__ finds it
+    original(self, *args, **kwargs)
 
 
 def _getter(name: str) -> Row:

@@ -198,7 +198,7 @@ def apply_packed(
     known = signature_of(utils._apply_rotary_pos_emb_bshd).parameters
     kwargs = {name: value for name, value in kwargs.items() if name in known}
     rows = freqs
-    if adaptor.tables.find([freqs]) is None:
+    if adaptor.tables.find([freqs]) is None and not _are_of_tokens(adaptor, scope, freqs, t.size(0)):
         boundaries = adaptor.boundaries.boundaries(cu_seqlens)
         layout = _layout_of_packed(adaptor, scope, boundaries, t.size(0))
         # From 0.15 on, embeddings of the total length hold one row per packed token instead of one per place in a
@@ -208,6 +208,24 @@ def apply_packed(
         rows = freqs[_places(layout, scope.rank, documents, freqs.size(0), boundaries[-1], freqs.device)]
     rotated: torch.Tensor = utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), rows, *args, **kwargs)
     return rotated.squeeze(1)
+
+
+def _are_of_tokens(adaptor: Adaptor, scope: Scope, freqs: torch.Tensor, local_len: int) -> bool:
+    """Whether row i of an embedding is that of this rank's token i: frameworks cut such rows out by position ids.
+
+    Rows of places count up from 0. Where rows of tokens do so, they are the rows of these places, or too few.
+    """
+    if freqs.size(0) != local_len or local_len < 2:
+        return False
+    angles = freqs.reshape(local_len, -1)[:, 0].float()
+    counted = torch.arange(local_len, device=freqs.device)
+    counts_up = (angles / angles[1] - counted).abs() <= 0.25 + 0.01 * counted  # angles are rounded; 0 / 0 is not near
+    if bool(counts_up.all()):
+        return False
+    record = adaptor.running_in(scope)
+    if record is not None:  # the layers of a micro-batch share it
+        adaptor.tables.remember([freqs], record)
+    return True
 
 
 def _layout_of_packed(adaptor: Adaptor, scope: Scope, boundaries: tuple[int, ...], local_len: int) -> SequenceLayout:

@@ -53,4 +53,12 @@ for version in "${!started[@]}"; do
   echo "== Tests that touch Megatron, megatron-core $version"
   cat "$logs/$version"
 done
+if [[ "$*" == "" || "$*" == --full ]]; then
+  if [ -d .venv-frameworks ]; then
+    echo "== ms-swift and verl"
+    bash scripts/test_frameworks.sh || failed=1
+  else
+    echo "== ms-swift and verl were not run: bash scripts/test_frameworks.sh makes their environment and runs them"
+  fi
+fi
 exit "$failed"

@@ -27,7 +27,7 @@ from mindspeed_cp.comm.kv_exchange import EXCHANGES
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.mesh_exchange import MeshReturn
 from mindspeed_cp.comm.messages import packed
-from mindspeed_cp.comm.meter import note_area
+from mindspeed_cp.comm.meter import named, note_area
 from mindspeed_cp.comm.schedule import RingPlace, Step
 from mindspeed_cp.kernels.base import AttentionKernel, AttentionRows, BlockTensors, KernelOptions, MemoryOrder
 from mindspeed_cp.sequence.layout import SequenceLayout
@@ -192,7 +192,8 @@ def ring_forward(
         for batch, block in tasks:
             rows, keys = block.query_rows, block.key_rows
             tensors = BlockTensors(block, query[rows, batch], *arrived.read(keys, batch), mask)
-            result = problem.kernel.forward(tensors, problem.options)
+            with named("block forward"):
+                result = problem.kernel.forward(tensors, problem.options)
             partial.add(rows, batch, result)
             blocks.append(result.saved)
             del tensors
@@ -296,7 +297,9 @@ def ring_backward(
     if len(tasks) == 1 and tasks[0].covers(query.shape[0], saved.tensors[0].shape[0]):
         mask, (key, value) = problem.mask_against(first), saved.tensors
         tensors = BlockTensors(tasks[0].block, query, key, value, mask)
-        return problem.kernel.backward(tensors, AttentionRows(grad_out, out, lse), problem.options, saved.blocks[0])
+        whole = AttentionRows(grad_out, out, lse)
+        with named("block backward"):
+            return problem.kernel.backward(tensors, whole, problem.options, saved.blocks[0])
     if problem.order == "sequence":
         grad_out = grad_out.contiguous()
     workspace, like = problem.groups.workspace, saved.tensors[: len(NAMES)]
@@ -312,9 +315,10 @@ def ring_backward(
         for batch, block in tasks:
             rows, keys = block.query_rows, block.key_rows
             tensors = BlockTensors(block, query[rows, batch], *arrived.read(keys, batch), mask)
-            block_dq, *block_dkv = problem.kernel.backward(
-                tensors, shared.of(rows, batch), problem.options, next(blocks)
-            )
+            with named("block backward"):
+                block_dq, *block_dkv = problem.kernel.backward(
+                    tensors, shared.of(rows, batch), problem.options, next(blocks)
+                )
             del tensors
             dq.add(rows, batch, block_dq)
             arrived.add(partial, keys, batch, block_dkv)

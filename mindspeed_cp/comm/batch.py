@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from mindspeed_cp.comm.host_memory import Parcel
 from mindspeed_cp.comm.messages import Message
-from mindspeed_cp.comm.meter import wait_for
+from mindspeed_cp.comm.meter import named, wait_for
 from mindspeed_cp.comm.posting import Loans, Member, Posted, Work
 
 Stamp = tuple[int, int]
@@ -91,7 +91,8 @@ class Batch:
 
     def post(self) -> None:
         if self._ops:
-            self._works = self._link.post(self._ops, self.purpose)
+            with named(f"post {self.purpose}"):
+                self._works = self._link.post(self._ops, self.purpose)
             self._ops = []
 
     @classmethod
@@ -101,7 +102,8 @@ class Batch:
         ops = first + [(batch, op) for batch in batches for op in batch._ops[len(batch._arrivals) :]]
         if not ops:
             return
-        works = batches[0]._link.post([op for _, op in ops], batches[0].purpose)
+        with named(f"post {batches[0].purpose}"):
+            works = batches[0]._link.post([op for _, op in ops], batches[0].purpose)
         for (batch, _), work in zip(ops, works, strict=True):
             batch._works.append(work)
         for batch in batches:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from mindspeed_cp.comm.batch import Batch, Stamp
 from mindspeed_cp.comm.host_memory import HostMemory
 from mindspeed_cp.comm.messages import Message, Pending, copy_message
-from mindspeed_cp.comm.meter import record, wait_for
+from mindspeed_cp.comm.meter import named, record, wait_for
 from mindspeed_cp.comm.posting import Loans, Member
 from mindspeed_cp.comm.workspace import Workspace
 
@@ -241,7 +241,7 @@ class Link(Member):
 
     def _start(self, purpose: str, device: torch.device, collective: Callable[[], Any]) -> Callable[[], None]:
         """Start a collective; returns what waits for it."""
-        with self.naming(purpose, self.peers):
+        with self.naming(purpose, self.peers), named(f"post {purpose}"):
             work = collective()
 
         def finish() -> None:

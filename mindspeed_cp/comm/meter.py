@@ -1,16 +1,19 @@
 """What this rank sends, waits for and computes, measured where somebody asks and nowhere else.
 
 Bytes are exact, so that tests can assert them. Waits take clocks or events, and are measured for a ``Watch`` alone.
+Ranges are named for a profiler while one records.
 """
 
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import profiler
 
+_NO_RANGE = nullcontext()
 # Those that measure now; autograd may run the backward pass in another thread, so this is not a context variable.
 _open: list["Traffic"] = []
 
@@ -106,6 +109,14 @@ def record(sizes: Mapping[str, int], messages: int = 1) -> None:
             meter.messages[purpose] += 0 if index else messages
 
 
+def named(what: str) -> AbstractContextManager[Any]:
+    """A range of a profile: torch.profiler's, and an NVTX range under torch.autograd.profiler.emit_nvtx.
+
+    While no profiler records it is nothing, and takes no time.
+    """
+    return profiler.record_function(f"context parallelism: {what}") if profiler._is_profiler_enabled else _NO_RANGE
+
+
 def _watches() -> list[Watch]:
     return [meter for meter in _open if isinstance(meter, Watch)]
 
@@ -116,7 +127,11 @@ def wait_for(work: Any, device: torch.device) -> None:
     A CPU's wait takes the host's time. An accelerator's makes its stream wait while the host goes on: there the time
     is that between an event before and one after it on the stream.
     """
-    watches = _watches()
+    with named("wait"):
+        _wait_for(work, device, _watches())
+
+
+def _wait_for(work: Any, device: torch.device, watches: list[Watch]) -> None:
     if not watches:
         work.wait()
     elif device.type == "cpu":

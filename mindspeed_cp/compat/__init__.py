@@ -105,6 +105,11 @@ def _installed() -> MindSpeedFinder | None:
     return next((finder for finder in sys.meta_path if isinstance(finder, MindSpeedFinder)), None)
 
 
+def is_installed() -> bool:
+    """Whether MindSpeed's paths are answered here, because there is no real one."""
+    return _installed() is not None
+
+
 def install() -> str:
     """Answer MindSpeed's import paths; does nothing where a real MindSpeed is importable or it is done already.
 

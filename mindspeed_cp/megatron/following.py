@@ -1,7 +1,7 @@
 """Settings that come after others: who may decide still, and how groups that exist follow."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from mindspeed_cp.arguments import FrameworkSettings
 from mindspeed_cp.megatron.decision import OpenDecision, regrouped
@@ -97,6 +97,30 @@ def take_comm_type(adaptor: "Adaptor", comm_type: str | Sequence[str] | None, cp
     if differs:
         settings.decide(cp_size)
         _follow(adaptor)
+
+
+def take_settings(adaptor: "Adaptor", given: Mapping[str, Any]) -> None:
+    """Settings that a TransformerConfig got, by MindSpeed's names: what the framework said already, or more.
+
+    Raises:
+        ValueError: they differ from what the flags or ``configure`` have decided, or cannot work.
+    """
+    settings, read = adaptor.settings, FrameworkSettings.read(given)
+    if not read.values:
+        return
+    if settings.undecided is not None:
+        known = settings.undecided.settings.values
+        if any(known.get(name) != value for name, value in read.values.items()):
+            configure_from(adaptor, FrameworkSettings({**known, **read.values}))
+        return
+    assert settings.config is not None
+    known = FrameworkSettings({}).keeping(settings.config).values
+    for name, value in read.values.items():
+        if name in known and known[name] != value:
+            raise ValueError(
+                f"{name} {value} of a TransformerConfig differs from {known[name]}, which was configured; name it in "
+                "one place, or with the same value in both."
+            )
 
 
 def _check_size(adaptor: "Adaptor", config: ContextParallelConfig) -> None:

@@ -12,7 +12,7 @@ from mindspeed_cp.planner import calibrate, megatron_flags
 from mindspeed_cp.planner.cluster import CLUSTERS, DEFAULT, THIS_MACHINE, Cluster
 from mindspeed_cp.planner.hugging_face import hf_model
 from mindspeed_cp.planner.models import MODELS, ModelShape, named_model
-from mindspeed_cp.settings.config import MASK_TYPES
+from mindspeed_cp.settings.derived import MASK_TYPES
 from mindspeed_cp.settings.lengths import tokens
 
 SCALES = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}

@@ -16,12 +16,8 @@ from mindspeed_cp.planner.events import Compute, Event, Post, Product
 from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.sequence.masks import attention_masks
 from mindspeed_cp.settings.algorithms import ALGORITHMS
-from mindspeed_cp.settings.config import (
-    KV_CACHE_POLICIES,
-    ContextParallelConfig,
-    KVCachePolicy,
-    MaskType,
-)
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.derived import KV_CACHE_POLICIES, KVCachePolicy, MaskType
 from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
 Policies = tuple[KVCachePolicy | None, ...]

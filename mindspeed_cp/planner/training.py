@@ -18,7 +18,8 @@ from mindspeed_cp.planner.search import Candidate, Found, Policies, Timing, poli
 from mindspeed_cp.planner.split import Split, Work, sizes, splits
 from mindspeed_cp.planner.stages import RECOMPUTES, Memory, Recompute, Step, kinds_of_stages, stage_memory, stage_step
 from mindspeed_cp.planner.trace import Problem
-from mindspeed_cp.settings.config import ContextParallelConfig, MaskType
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.derived import MaskType
 from mindspeed_cp.settings.rules import heads_of_rank
 from mindspeed_cp.settings.training_setup import TrainingSetup
 

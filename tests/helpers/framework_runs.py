@@ -115,7 +115,10 @@ CASES = {
 
 def decide(rank):
     """Rank's outcomes of CASES, and what happens when settings come again."""
-    return {name: outcome(**said) for name, (said, _) in CASES.items()} | {"again": again()}
+    return {name: outcome(**said) for name, (said, _) in CASES.items()} | {
+        "again": again(),
+        "model": named_by_the_model(),
+    }
 
 
 def again():
@@ -145,6 +148,33 @@ def again():
     with process_groups(context_parallel_size=4) as printed:  # made before anybody said a thing, as ms-swift's
         megatron_adaptor.repatch({"context_parallel_size": 4, "learning_rate": 1e-4})
         found.append((*decided(), attention_error(4, None), printed.getvalue()))
+    megatron_adaptor.state().reset()
+    return found
+
+
+def named_by_the_model():
+    """A TransformerConfig with MindSpeed's names: after repatch with the same, alone, set later, after configure."""
+    from megatron.core.transformer import TransformerConfig
+
+    from mindspeed_cp import ContextParallelConfig, megatron_adaptor
+
+    said = {"context_parallel_algo": HYBRID, "ulysses_degree_in_cp": 2}
+    plain = dict(num_layers=2, hidden_size=32, num_attention_heads=4, context_parallel_size=4)
+    found = []
+    for first in (lambda: megatron_adaptor.repatch({"context_parallel_size": 4, **said}), lambda: None):
+        first()
+        with process_groups(context_parallel_size=4):
+            config = TransformerConfig(**plain, **said)
+            found.append((*decided(), config.ulysses_degree_in_cp, attention_error(4, None)))
+        megatron_adaptor.state().reset()
+    with process_groups(context_parallel_size=4):
+        config = TransformerConfig(**plain)
+        vars(config).update(said)
+        config.__post_init__()  # as Megatron-Bridge does once all is set
+        found.append((*decided(), config.ulysses_degree_in_cp, attention_error(4, None)))
+    megatron_adaptor.state().reset()
+    megatron_adaptor.configure(ContextParallelConfig(context_parallel_size=4, algorithm=RING))
+    found.append(_refused(lambda: TransformerConfig(**plain, **said)))
     megatron_adaptor.state().reset()
     return found
 

@@ -17,7 +17,7 @@ from mindspeed_cp.arguments.launch import read_flags
 from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.patches import versions
 from mindspeed_cp.settings.algorithms import ALGORITHMS, REFUSED
-from mindspeed_cp.settings.config import KV_CACHE_POLICIES
+from mindspeed_cp.settings.derived import KV_CACHE_POLICIES
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ["README.md", "README.zh-CN.md"]
@@ -228,6 +228,14 @@ def test_the_page_of_versions_has_the_table_that_everything_goes_by():
     assert PINNED["torch"] == versions.TORCH and PINNED["megatron-core"] == versions.DEFAULT
 
 
+def test_the_chinese_page_of_versions_has_the_same_versions():
+    page = text_of("docs/zh-CN/versions.md")
+    rows = [f"| {row.version} | {' 到 '.join(row.pythons)} |" for row in versions.MEGATRONS]
+    rows += [f"| Python | {'、'.join(versions.PYTHONS)} |", f"| torch | {versions.LOWEST_TORCH} 到 {versions.TORCH} |"]
+    assert [row for row in rows if row not in page] == []
+    assert len(re.findall(r"^\| \d", page, re.M)) == len(versions.MEGATRONS)
+
+
 def version_key(text):
     return [int(number) for number in re.findall(r"\d+", text)]
 
@@ -250,8 +258,17 @@ def test_both_languages_have_the_same_structure_and_the_same_code(english, chine
     assert formulas[0] == formulas[1]
 
 
-def test_the_page_on_launching_has_the_presets_and_every_key_of_the_yaml_file():
-    page = text_of("docs/launching.md")
+@pytest.mark.parametrize("english, chinese", TRANSLATIONS.items())
+def test_each_language_of_a_page_begins_with_a_link_to_the_other(english, chinese):
+    for page, other in ((english, chinese), (chinese, english)):
+        top = "\n".join(text_of(page).splitlines()[:4])
+        links = [((ROOT / page).parent / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)\)", top)]
+        assert (ROOT / other).resolve() in links
+
+
+@pytest.mark.parametrize("page", ["docs/launching.md", "docs/zh-CN/launching.md"])
+def test_the_page_on_launching_has_the_presets_and_every_key_of_the_yaml_file(page):
+    page = text_of(page)
     presets = re.findall(
         r"(\w+)\) SEQ_LENGTH=\d+ preset=\((\d+) (\w+) (\S+) (\d+)\)", text_of("scripts/launch/common.sh")
     )

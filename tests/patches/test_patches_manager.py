@@ -322,3 +322,19 @@ def test_report_says_what_applied_and_why_not(library):
     assert manager.num_applied == 1
     manager.undo()
     assert not any(row.applied for row in manager.report())
+
+
+def test_what_a_named_package_put_in_our_place_is_wrapped_as_if_it_had_been_there_first(library, monkeypatch):
+    manager = PatchManager([Patch("toy_library.double", plus_one, "doubling was wrong")])
+    manager.apply()
+    theirs = module_from("toy_framework", "def double(x):\n    return 20 * x\n", monkeypatch).double
+    other = module_from("toy_other", "def double(x):\n    return 200 * x\n", monkeypatch).double
+    library.double = other
+    manager.wrap_anew(["toy_library.double"], ["toy_framework"])
+    assert library.double is other, "of packages that are not named nothing is touched"
+    library.double = theirs
+    manager.wrap_anew(["toy_library.double"], ["toy_framework"])
+    manager.check(["toy_library.double"])
+    assert library.double(3) == 61
+    manager.undo()
+    assert library.double is theirs

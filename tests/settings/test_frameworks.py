@@ -30,6 +30,14 @@ def test_what_was_said_decides_and_attention_is_exact(outcomes, name):
             assert ranks[name][:2] == expected and ranks[name][2] < 1e-10
 
 
+def test_a_models_configuration_takes_mindspeeds_names_as_its_own_does(outcomes):
+    for ranks in outcomes:
+        after_repatch, alone, set_later, differs = ranks["model"]
+        for algorithm, degree, attribute, error in (after_repatch, alone, set_later):
+            assert (algorithm, degree, attribute) == (HYBRID, 2, 2) and error < 1e-10
+        assert f"context_parallel_algo {HYBRID} of a TransformerConfig differs from {RING}" in differs
+
+
 def test_settings_may_come_again_before_the_groups_and_what_they_leave_open_stays_afterwards(outcomes):
     for rank, ranks in enumerate(outcomes):
         first, kept, algorithm, size, still, announced, models, ring, late = ranks["again"]
