@@ -273,7 +273,7 @@ def megatron(monkeypatch):
 @pytest.mark.parametrize("original", training_logs().values(), ids=training_logs())
 def test_megatrons_training_logs_each_interval(original, megatron, capsys):
     names = [name for name, one in inspect.signature(original).parameters.items() if one.default is one.empty]
-    state = SimpleNamespace(log=_Log())
+    state = SimpleNamespace(log=_Log(), told="what is on")
     for iteration in range(1, 11):
         found = train_step(state, lambda loss, **more: (loss, more), iteration, config=1)
         assert found == (iteration, {"config": 1})
@@ -281,7 +281,8 @@ def test_megatrons_training_logs_each_interval(original, megatron, capsys):
         assert training_log(state, original, *given) == iteration + 0.5
     assert (state.log.steps, state.log.intervals) == (10, 2)
     printed = capsys.readouterr().out.splitlines()
-    assert [line.partition(" | ")[0] for line in printed] == [" iteration 5", " iteration 10"]
+    # What is on stands once more under the first line.
+    assert [line.partition(" | ")[0] for line in printed] == [" iteration 5", "what is on", " iteration 10"]
     assert "of 10 steps: rank 0 sent kv 300, dkv 150 bytes | waited 100.0 ms a step, 25.0% of it" in printed[0]
     assert [scalar for scalar in megatron if scalar[2] == 10] == [
         ("context-parallel/kv bytes", 30.0, 10),
