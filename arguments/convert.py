@@ -48,6 +48,7 @@ def setup_from_args(args: Any, world_size: int | None = None) -> TrainingSetup:
         half_precision=half,
         head_dim=_head_dim(args),
         micro_batch_size=getattr(args, "micro_batch_size", None) or 1,
+        asked_for_flash=values["use_flash_attn"],
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import block_record, entering, packed_params_in, refuse_inference, tensors_in
 from mindspeed_cp.megatron.later_stages import pipeline_of
+from mindspeed_cp.megatron.plain_attention import name_plain_attention
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.sizes import check_model, sub_batch_record
 from mindspeed_cp.megatron.slices import check_layers
@@ -108,6 +109,7 @@ def _entered(adaptor: Adaptor, model: Any, args: tuple[Any, ...], kwargs: dict[s
     if record is not None and record.layout.cp_size > 1 and model not in adaptor.counted:
         adaptor.counted.add(model)
         census_of(adaptor).take(model)  # what was added to it after it was built, too
+        name_plain_attention(model, asked=adaptor.settings.asked_for_flash)
     return record
 
 
@@ -122,6 +124,9 @@ def transformer_block(
         return original(self, hidden_states, *args, **kwargs)
     scope = adaptor.scope_of(self)
     if scope.alone:
+        if not adaptor.alone and self not in adaptor.counted:
+            adaptor.counted.add(self)
+            name_plain_attention(self, asked=adaptor.settings.asked_for_flash)
         own = adaptor.running_in(scope)  # of a batch with slices; a tower inside a model, or beside one, has none
         with adaptor.running(own), adaptor.computing_alone():
             return original(self, hidden_states, *args, **kwargs)

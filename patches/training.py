@@ -73,7 +73,7 @@ def validate_args(adaptor: Adaptor, original: Callable[..., Any], args: Any, *de
         # At size 1 the world is Megatron's business (0.12's encoder ranks are counted in no rule here).
         config, setup = validate(args, world_size=0 if args.context_parallel_size == 1 else None)
         check_flags(args)
-    settings.program, settings.asked_for_flash = PROGRAM, bool(flash)
+    settings.program, settings.asked_for_flash = PROGRAM, setup.asked_for_flash
     notice = notice_of_targets(args) if is_here() else ""
     if notice:
         warn_rank0(notice)

@@ -141,13 +141,14 @@ class ContextParallelGroups:
         timeout: timedelta | None = None,
         share_from: int | None = SMALLEST_MESSAGE,
         virtual_pipeline: bool = False,
+        buffers: Mapping[str, int] | None = None,
     ) -> "ContextParallelGroups":
         """The groups around a context-parallel group that somebody else made; collective over its ranks alone.
 
         Args:
             group: has context_parallel_size ranks; it is used and never destroyed.
             pool: (name, global ranks, how many were ended before) -> a group that is made here once and kept.
-            timeout, share_from, virtual_pipeline: as ``build`` has them.
+            timeout, share_from, virtual_pipeline, buffers: as ``build`` has them.
 
         Raises:
             ValueError: the group has another size, or --cp-p2p batch asks for what HCCL forbids.
@@ -162,7 +163,7 @@ class ContextParallelGroups:
         found = {}
         for name, members in parts_of([ranks], config.hierarchy[0], config.hierarchy[2]):
             if name != "cp" and dist.get_rank() in members:
-                found[name] = part_of_pool(pool, name, tuple(members), timeout)
+                found[name] = part_of_pool(pool, name, tuple(members), timeout, buffers or {})
         return cls._of(config, group, found, (), share_from, one_by_one)
 
     @classmethod

@@ -15,7 +15,11 @@ Ranks = list[list[int]]  # global ranks of every context-parallel group
 
 
 def part_of_pool(
-    pool: dict[PoolKey, dist.ProcessGroup], name: str, ranks: tuple[int, ...], timeout: timedelta | None
+    pool: dict[PoolKey, dist.ProcessGroup],
+    name: str,
+    ranks: tuple[int, ...],
+    timeout: timedelta | None,
+    buffers: Mapping[str, int],
 ) -> dist.ProcessGroup:
     """The living group of this name and these ranks; where the pool has none, its members make it."""
     number = 0
@@ -23,11 +27,11 @@ def part_of_pool(
         number += 1
     key = name, ranks, number
     if key not in pool:
-        pool[key] = _made_by_members(key, timeout)
+        pool[key] = _made_by_members(key, timeout, group_options(buffers, name))
     return pool[key]
 
 
-def _made_by_members(key: PoolKey, timeout: timedelta | None) -> dist.ProcessGroup:
+def _made_by_members(key: PoolKey, timeout: timedelta | None, options: Any) -> dist.ProcessGroup:
     """A group that its members alone make.
 
     torch names such a group by its ranks and by how many groups this process has, so that ranks of which one belongs to
@@ -38,7 +42,9 @@ def _made_by_members(key: PoolKey, timeout: timedelta | None) -> dist.ProcessGro
     named: Any = lambda *args, **kwargs: f"mindspeed_cp {name} {ranks} {number}"  # noqa: E731
     distributed_c10d._process_group_name = named
     try:
-        group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+        group: dist.ProcessGroup = dist.new_group(
+            list(ranks), timeout=timeout, pg_options=options, use_local_synchronization=True
+        )
         return group
     finally:
         distributed_c10d._process_group_name = known

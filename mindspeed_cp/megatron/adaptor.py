@@ -51,7 +51,7 @@ class Adaptor(OwnLoops):
             it, and must come to the same layout.
         timeout, virtual_pipeline: for groups that are made; as initialize_model_parallel was told.
         log: measures the steps of training with --cp-log, as long as there are groups; None without.
-        counted: models whose modules were looked up in the census.
+        counted: models whose modules were looked up in the census, and blocks of layers beside them.
         losses: what is known of the losses of the training.
         embedded: length -> layout and position ids with which Megatron's cache holds an embedding of that length.
         documents_by_hand: documents were given for a batch by hand, so that a forward pass of no known batch would lose
@@ -141,7 +141,12 @@ class Adaptor(OwnLoops):
         ranks = dist.get_process_group_ranks(group)
         agree_in_group(config, self.settings, ranks)
         groups = ContextParallelGroups.adopt(
-            config, group, pool=self._pool, timeout=self.timeout, virtual_pipeline=self.virtual_pipeline
+            config,
+            group,
+            pool=self._pool,
+            timeout=self.timeout,
+            virtual_pipeline=self.virtual_pipeline,
+            buffers=hccl_buffers(config, self.setup),
         )
         for call in self.on_change:
             call()

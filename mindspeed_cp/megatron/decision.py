@@ -55,7 +55,7 @@ class Settings:
         end_of_document: the token behind which a document ends when the batch has no mask and position ids say nothing,
             or () -> that token, asked when a batch is split.
         image_token_id: the token of the parts of an image, which see each other inside causal text; None without.
-        asked_for_flash: the user wrote --use-flash-attn.
+        asked_for_flash: the user wrote --use-flash-attn, or a framework's settings say it.
         declared: how a framework says that it cuts whole rows itself; None where nobody said.
         undecided: what is still to be decided; None once ``configure`` has decided everything.
         compared: flag -> value of what must be equal on all ranks, beside the configuration.
@@ -109,6 +109,8 @@ class Settings:
         self.documents_from_position_ids, self.end_of_document = resolved.documents_from_position_ids, None
         # Frameworks that name no layout cut whole rows as Megatron does.
         self.declared = (resolved.declared_layout or "zigzag") if decision.settings.values else None
+        if decision.settings.values:
+            self.asked_for_flash = resolved.setup is not None and resolved.setup.asked_for_flash
         self.undecided, self.by_mindspeed = decision, decision.settings.default_algorithm is not None
 
     def config_of_size(self, cp_size: int) -> ContextParallelConfig:

@@ -35,6 +35,7 @@ def configure(
     settings.by_mindspeed = is_here()
     settings.documents_from_position_ids = documents_from_position_ids
     settings.end_of_document, settings.image_token_id, settings.declared = end_of_document, image_token_id, None
+    settings.asked_for_flash = setup is not None and setup.asked_for_flash
     _follow(adaptor)
 
 
@@ -52,6 +53,7 @@ def configure_from(adaptor: "Adaptor", given: FrameworkSettings) -> None:
     if size is None:
         adaptor.reset()
         adaptor.settings.undecided = OpenDecision(given)
+        adaptor.settings.asked_for_flash = bool(given.values.get("use_flash_attn"))
         return
     _check_size(adaptor, OpenDecision(given).resolved(size).config)
     adaptor.settings.undecided = OpenDecision(given)

@@ -37,7 +37,8 @@ class TrainingSetup:
     """What the launch script says about the model and the machine, as far as context parallelism must know it.
 
     ``recomputes_attention`` is None where it does not say whether layers, or core attention, are recomputed;
-    ``half_precision`` is None where it trains in float32 or does not say; ``head_dim`` is None where it does not say.
+    ``half_precision`` is None where it trains in float32 or does not say; ``head_dim`` is None where it does not say;
+    ``asked_for_flash`` tells --use-flash-attn that somebody wrote from the one that context parallelism switches on.
     """
 
     num_attention_heads: int | None = megatrons(None)
@@ -103,6 +104,7 @@ class TrainingSetup:
     half_precision: Literal["bfloat16", "float16"] | None = field(default=None, compare=False)
     head_dim: int | None = field(default=None, compare=False)
     micro_batch_size: int = field(default=1, compare=False)
+    asked_for_flash: bool = field(default=False, compare=False)
     notices: tuple[str, ...] = field(default=(), compare=False)
 
     @property

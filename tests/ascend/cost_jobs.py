@@ -1,9 +1,11 @@
 """Jobs of the test bed that count: waits of the host, operator launches, communicators and their buffers."""
 
+import importlib.util
 import os
+import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 
 def host_waits(rank, algorithm, packed=False, window=None):
@@ -60,23 +62,31 @@ def groups_messages(rank):
     return bool(getattr(torch_npu.distributed.distributed_c10d, "_CANN_VERSION", False))
 
 
-def group_buffers(rank, folder, buffers):
-    """MB that HCCL was asked for, of each communicator of this rank in the order in which they were made."""
+def group_buffers(rank, folder, buffers, adopts=False):
+    """(ranks, MB that HCCL was asked for) of each communicator of this rank, in a group that is made or adopted."""
+    import torch
+
     from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
 
     log = Path(folder, f"communicators-{rank.rank}")
     os.environ["NPU_STUB_COMMUNICATORS"] = str(log)
     rank.join()
     config = ContextParallelConfig(context_parallel_size=4, algorithm="hybrid_cp_algo", ulysses_degree=2)
-    ContextParallelGroups.build(config, buffers=buffers)
+    if adopts:
+        ContextParallelGroups.adopt(config, torch.distributed.group.WORLD, pool={}, buffers=buffers)
+    else:
+        ContextParallelGroups.build(config, buffers=buffers)
     return sorted(tuple(map(int, line.split()[::2])) for line in log.read_text().splitlines())
 
 
-def piece_launches(rank):
+def piece_launches(rank, mindspeed=""):
     """Operators that are launched for the pieces of one layer that MindSpeed or Ascend's apex fuse.
 
     Forward and backward of a norm, of rotary embedding on queries and keys, and of a gated activation, as Megatron
     computes them; one step of Adam on the eight parameters of a layer, and the norm and clipping of their gradients.
+
+    Args:
+        mindspeed: the folder "mindspeed" of its repository, whose own fusions then compute what they have.
     """
     import npu_on_cpu
     import torch
@@ -102,11 +112,15 @@ def piece_launches(rank):
         run()
         return len(npu_on_cpu.calls)
 
-    norm, rows, heads, gate = torch.nn.RMSNorm(32, device="cuda"), leaf(16, 2, 32), leaf(16, 2, 4, 8), leaf(16, 2, 64)
+    norm, adamw = torch.nn.RMSNorm(32, device="cuda"), torch.optim.AdamW
+    swiglu, rotate = bias_swiglu_impl, apply_rotary_pos_emb
+    if mindspeed:
+        norm, swiglu, rotate, adamw = _fusions_of(Path(mindspeed))
+    rows, heads, gate = leaf(16, 2, 32), leaf(16, 2, 4, 8), leaf(16, 2, 64)
     parameters = [leaf(32, 32) for _ in range(8)]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    adam = torch.optim.AdamW(parameters, lr=1e-3)
+    adam = adamw(parameters, lr=1e-3)
 
     def clip():
         norm = get_grad_norm_fp32([parameter.grad for parameter in parameters])
@@ -114,9 +128,68 @@ def piece_launches(rank):
 
     return {
         "norm": launches(lambda: norm(rows).backward(seed[..., :32])),
-        "rotary": 2
-        * launches(lambda: apply_rotary_pos_emb(heads, frequencies, config).backward(seed[..., :32].view(16, 2, 4, 8))),
-        "swiglu": launches(lambda: bias_swiglu_impl(gate, None).backward(seed[..., :32])),
+        "rotary": 2 * launches(lambda: rotate(heads, frequencies, config).backward(seed[..., :32].view(16, 2, 4, 8))),
+        "swiglu": launches(lambda: swiglu(gate, None).backward(seed[..., :32])),
         "adam": launches(adam.step),
         "clip": launches(clip),
     }
+
+
+def _fusions_of(mindspeed):
+    """(norm, swiglu, rotation, optimizer) as the files of a MindSpeed have them, each loaded alone.
+
+    Its rotation calls an operator in C++ that is built beside CANN: torch_npu's own of the same arguments stands in.
+    """
+    import torch_npu
+
+    flags = SimpleNamespace(use_fused_rotary_pos_emb=True, use_fused_rmsnorm=True)
+    for name, members in {
+        "mindspeed.args_utils": {"get_full_args": lambda: flags},
+        "mindspeed.ops.npu_rotary_position_embedding": {
+            "npu_rotary_position_embedding": lambda rows, cos, sin, mode: torch_npu.npu_rotary_mul(rows, cos, sin)
+        },
+        "mindspeed.core.transformer.multi_head_latent_attention.mla_utils": {"yarn_get_mscale": None},
+    }.items():
+        sys.modules[name] = stand_in = ModuleType(name)
+        vars(stand_in).update(members)
+
+    def loaded(path):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        return module
+
+    fusions = mindspeed / "core" / "fusions"
+    rotation = loaded(fusions / "fused_rope.py").apply_rotary_pos_emb_bshd
+    return (
+        loaded(fusions / "fused_rms_norm.py").RMSNorm(32, config=flags).cuda(),
+        loaded(fusions / "fused_bias_swiglu.py").SwiGLUFunction.apply,
+        lambda rows, frequencies, config: rotation(rows, frequencies),
+        loaded(mindspeed / "core" / "optimizer" / "adamw.py").AdamW,
+    )
+
+
+def fused_operators(rank):
+    """Which of the operators in fused_operators.py have other values or gradients than their definitions."""
+    import torch
+    import torch_npu
+    from fused_operators import _half_turned
+
+    rank.join()
+    definitions = {
+        "npu_rms_norm": lambda rows, gamma: torch.nn.functional.rms_norm(rows, (8,), gamma, 1e-6),
+        "npu_rotary_mul": lambda rows, cos, sin: rows * cos + _half_turned(rows) * sin,
+        "npu_swiglu": lambda rows: torch.nn.functional.silu(rows[..., :4]) * rows[..., 4:],
+    }
+    shapes = {"npu_rms_norm": [(5, 3, 8), (8,)], "npu_rotary_mul": [(5, 3, 2, 8), *[(5, 1, 1, 8)] * 2]}
+    wrong = []
+    for name, definition in definitions.items():
+        inputs = [torch.randn(shape) for shape in shapes.get(name, [(5, 3, 8)])]
+        found = []
+        for function, device in ((definition, "cpu"), (getattr(torch_npu, name), "cuda")):
+            leaves = [tensor.to(device).detach().requires_grad_() for tensor in inputs]
+            out = function(*leaves)
+            out = out[0] if isinstance(out, tuple) else out
+            out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape).to(device))
+            found.append([each.detach().cpu() for each in (out, *(leaf.grad for leaf in leaves))])
+        wrong += [name] * any(not torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+    return wrong

@@ -11,7 +11,14 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from beside_jobs import beside_mindspeed  # noqa: F401  a job too
-from cost_jobs import group_buffers, groups_messages, host_waits, piece_launches, step_costs  # noqa: F401  jobs too
+from cost_jobs import (  # noqa: F401  jobs too
+    fused_operators,
+    group_buffers,
+    groups_messages,
+    host_waits,
+    piece_launches,
+    step_costs,
+)
 
 
 class Rank(NamedTuple):
@@ -71,10 +78,9 @@ def undo(rank):
     from mindspeed_cp import megatron_adaptor as adaptor
 
     manager = adaptor._manager
-    before = {
-        manager._patches[index].target: (done[0].owner, done[0].name, done[0].before)
-        for index, done in manager._done.items()
-    }
+    before = {}
+    for index, done in manager._done.items():  # of several patches of one name the first found what was there
+        before.setdefault(manager._patches[index].target, (done[0].owner, done[0].name, done[0].before))
     wrong = []
     for _ in range(2):
         adaptor.undo()
@@ -279,8 +285,21 @@ def script(rank, path, flags, records=""):
     """Run a script of this repository as ``python path flags``; returns the lines of its log file ``records``."""
     sys.path.insert(0, str(Path(path).parent))
     sys.argv = [path, *flags]
-    runpy.run_path(path, run_name="__main__")
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
     return [json.loads(line) for line in Path(records).read_text().splitlines()] if records else None
+
+
+def attention_calls(rank, path, flags):
+    """How often a script that runs as in ``script`` calls the NPU's fused attention."""
+    import npu_on_cpu
+
+    npu_on_cpu.record = True
+    script(rank, path, flags)
+    return npu_on_cpu.calls.count("npu::npu_fusion_attention")
 
 
 def megatron_lm(rank, checkout, flags):

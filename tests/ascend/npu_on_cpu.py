@@ -29,21 +29,7 @@ KEPT = {
     """.split()
 }
 
-
-def _swiglu(x, dim=-1):
-    first, second = x.chunk(2, dim)
-    return torch.nn.functional.silu(first) * second
-
-
-def _swiglu_backward(grad, x, dim=-1):
-    first, second = x.chunk(2, dim)
-    gate = torch.sigmoid(first)
-    slope = gate * (1 + first * (1 - gate))
-    return torch.cat((grad * second * slope, grad * first * gate), dim)
-
-
-# name in the namespace npu -> function over CPU tensors
-OPERATORS = {"npu_swiglu": _swiglu, "npu_swiglu_backward": _swiglu_backward}
+OPERATORS = {}  # name in the namespace npu -> function over CPU tensors
 calls = []  # names of the operators that a device would have run, when ``record`` is True; a view launches nothing
 record = False
 host_waits = []  # what the host would have waited for: copies to it, values, and blocking copies from pageable memory
@@ -245,13 +231,16 @@ def _overload(name):
 
 
 def install_with_attention(tnd_order="documents"):
-    """``install``, with the attention operators of tests/helpers/fake_torch_npu under torch_npu's real schemas.
+    """``install``, with the attention operators of tests/helpers/fake_torch_npu under torch_npu's real schemas,
+    and what MindSpeed's fusions call.
 
     Returns:
         The fake's Operators, whose ``calls`` record what was asked for.
     """
+    import fused_operators
     from fake_torch_npu import attention
 
+    OPERATORS.update(fused_operators.OPERATORS)
     names = ("npu_fusion_attention", "npu_fusion_attention_grad", "npu_ring_attention_update")
     schemas = {
         name: str(getattr(torch.ops.npu, name).default._schema).split("::")[1]

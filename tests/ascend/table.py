@@ -2,6 +2,7 @@
 
     TORCH_NPU=2.13.0 TABLE=2.13.0.json bash scripts/test_npu_contract.sh     one release, on each task queue
     python tests/ascend/table.py print *.json                                the table of several
+    python tests/ascend/table.py launches [DIR/mindspeed]     operators that the pieces of a layer launch (docs/npu.md)
 
 A release needs an environment of its own, which the script makes; the rows are small jobs of the bed, each against what
 one process without context parallelism gives.
@@ -138,4 +139,8 @@ def cell(queues: dict[str, dict[str, str]], name: str) -> str:
 if __name__ == "__main__":
     if sys.argv[1] == "run":
         sys.exit(run(Path(sys.argv[2])))
+    if sys.argv[1] == "launches":
+        server = bed.Server()
+        print(json.dumps(server.run("piece_launches", mindspeed="".join(sys.argv[2:]))[0]))
+        sys.exit(server.close())
     print(*table([Path(name) for name in sys.argv[2:]]), sep="\n")

@@ -99,6 +99,10 @@ def test_the_gradient_norm_of_one_reduction_is_megatrons(server):
     same(server.run("train")[0], server.run("train", without=[NORM])[0])
 
 
+def test_what_mindspeed_fuses_has_the_values_and_gradients_of_its_definition(server):
+    assert server.run("fused_operators") == [[]]
+
+
 def test_the_fakes_have_the_schemas_of_torch_npu_itself(server):
     import fake_torch_npu
 
@@ -115,8 +119,9 @@ def _parsed(schema):
     return str(torch._C.parse_schema(schema))
 
 
-def test_each_process_group_gets_the_buffer_of_its_largest_message(server, tmp_path):
-    given = server.run("group_buffers", 4, folder=str(tmp_path), buffers={"ulysses": 385, "ring": 33})
+@pytest.mark.parametrize("adopts", [False, True], ids=["made", "adopted"])
+def test_each_process_group_gets_the_buffer_of_its_largest_message(server, tmp_path, adopts):
+    given = server.run("group_buffers", 4, folder=str(tmp_path), buffers={"ulysses": 385, "ring": 33}, adopts=adopts)
     for communicators in given:
         assert [pair for pair in communicators if pair[0] == 2] == [[2, 33], [2, 385]], communicators
         assert all(megabytes == 200 for size, megabytes in communicators if size == 4), communicators
@@ -150,6 +155,12 @@ def test_the_embedded_trainer_makes_five_steps(server, tmp_path):
 
     alone = run(1)
     assert len(alone) == 5
+    flags = [*TRAINER, "--data-path", str(data), "--train-iters", "1"]
+    for asked, calls in (
+        (flags, 4),
+        ([flag for flag in flags if flag != "--use-flash-attn"], 0),
+    ):  # two layers and rows
+        assert server.run("attention_calls", path=str(scripts / "pretrain_gpt.py"), flags=asked) == [calls]
     for algorithm in (RING, ULYSSES):
         same(run(2, "--context-parallel-size", "2", "--context-parallel-algo", algorithm), alone)
     # Two pipeline ranks of two virtual stages, where HCCL forbids batches of messages. Four micro batches, so that a

@@ -79,7 +79,9 @@ def _tables(outcomes: Sequence[Outcome]) -> Iterator[str]:
             sizes = next((line for line in outcome.lines if "tokens, for" in line), "")
             yield from (f"## {outcome.name}", "", sizes, "", *rows, "")
         elif outcome.name.startswith("training"):
-            found = [line for line in outcome.lines if re.match(r"[\w ,=-]+: (skipped|failed|\d)", line)]
+            found = [
+                line for line in outcome.lines if re.match(r"[\w ,=-]+: (skipped|failed|equal|DIFFERENT|\d)", line)
+            ]
             yield from (f"## {outcome.name}", "", *(f"* {line}" for line in found), "")
 
 

@@ -1,11 +1,14 @@
 """The sizes of HCCL's buffers: the largest messages of the plan, and what a launch takes."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from mindspeed_cp import ContextParallelConfig
+from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
+from mindspeed_cp.comm import parts
 from mindspeed_cp.comm.hccl import LARGEST, SMALLEST, AttentionShape, buffers_of, largest_messages, megabytes_for
 from mindspeed_cp.doctor import hccl
 from mindspeed_cp.planner.events import Post
@@ -72,6 +75,27 @@ def test_the_adaptor_asks_for_them_on_hccl_unless_the_user_has(monkeypatch):
     assert machine.hccl_buffers(hybrid, None) == {}
     monkeypatch.setenv("HCCL_BUFFSIZE", "400")
     assert machine.hccl_buffers(hybrid, setup) == {}
+
+
+def test_the_adaptor_asks_for_them_around_a_group_that_somebody_else_made(monkeypatch):
+    from mindspeed_cp.megatron import adaptor as machine
+
+    monkeypatch.delenv("HCCL_BUFFSIZE", raising=False)
+    given = {"get_backend": "hccl", "get_rank": 0, "get_process_group_ranks": list(range(4))}
+    for name, value in given.items():
+        monkeypatch.setattr(dist, name, lambda *args, value=value: value)
+    monkeypatch.setattr(machine, "agree_in_group", lambda *args: None)
+    monkeypatch.setattr(parts, "group_options", lambda buffers, name: buffers[name])
+    made = {}
+    monkeypatch.setattr(dist, "new_group", lambda ranks, pg_options, **more: made.update({tuple(ranks): pg_options}))
+    monkeypatch.setattr(ContextParallelGroups, "_of", classmethod(lambda cls, *args: None))
+    asking = machine.Adaptor()
+    asking.settings.config = config("hybrid_cp_algo", 4, ulysses_degree=2)
+    asking.settings.setup = TrainingSetup(
+        num_attention_heads=32, seq_length=65536, head_dim=128, half_precision="bfloat16"
+    )
+    asking._adopt(SimpleNamespace(size=lambda: 4))
+    assert made == {(0, 1): 385, (0, 2): 257}
 
 
 @pytest.mark.parametrize(

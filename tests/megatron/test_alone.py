@@ -3,7 +3,12 @@
 import pytest
 import torch
 
+from mindspeed_cp import ContextParallelConfig
+from mindspeed_cp.arguments import FrameworkSettings
+from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.alone import Scores, alone, memory_of
+from mindspeed_cp.megatron.following import configure, configure_from
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
 CARD = 64 << 30
 LONG = Scores(batch=1, heads=32, queries=32768, keys=32768, itemsize=2)
@@ -55,6 +60,20 @@ def test_scores_are_those_of_the_tensors():
     assert Scores.of(query, key) == (2, 8, 5, 7, 2)
     assert Scores.of(query[:, 0], key[:, 0]) == (1, 8, 5, 7, 2)
     assert Scores.of(query, key).num_bytes == 2 * 8 * 5 * 7 * 2
+
+
+@pytest.mark.filterwarnings("ignore::mindspeed_cp.settings.notices.ContextParallelWarning")
+@pytest.mark.parametrize("asked", [True, False])
+def test_whoever_configures_says_whether_the_flag_was_asked_for(asked):
+    def found(take, *given, **more):
+        take(adaptor := Adaptor(), *given, **more)
+        return adaptor.settings.asked_for_flash
+
+    one = ContextParallelConfig(context_parallel_size=1)
+    assert found(configure, one, setup=TrainingSetup(asked_for_flash=asked)) is asked
+    for size in ({}, {"context_parallel_size": 1}, {"context_parallel_size": 2, "num_attention_heads": 4}):
+        assert found(configure_from, FrameworkSettings.read({"use_flash_attn": asked, **size})) is asked
+    assert not found(configure, one) and not found(configure, one, setup=TrainingSetup())
 
 
 def test_the_memory_of_the_host_is_found():

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mindspeed_cp.megatron import census
+from mindspeed_cp.megatron import census, plain_attention
+from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.sources import read_by, reading
-from mindspeed_cp.patches import building
+from mindspeed_cp.patches import building, models
 from mindspeed_cp.settings.notices import ContextParallelWarning
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
@@ -154,6 +155,54 @@ def test_modules_that_are_added_later_are_met_and_those_of_users_are_named():
     model.append(late)
     with pytest.raises(ValueError, match="Pooler"):
         of("0.16.1", "Gate").take(model)
+
+
+def layers(split, *kinds):
+    """Layers of core attention and their config; ``kinds`` are "self", "cross" or a class."""
+    found = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
+    for kind in kinds:
+        layer = torch.nn.Module()
+        layer.core_attention = PLAIN() if isinstance(kind, str) else kind()
+        layer.core_attention.config = SimpleNamespace(context_parallel_size=split)
+        layer.core_attention.attention_type = kind
+        found.append(layer)
+    return found
+
+
+PLAIN = class_of("DotProductAttention", "megatron.core.transformer.dot_product_attention")
+
+
+@pytest.mark.parametrize(
+    "asked, split, kinds, says",
+    [
+        (False, 1, ("self", "self"), r"in ModuleList .*: \*.core_attention \(2\). --use-flash-attn computes"),
+        (True, 1, ("self", "cross"), r": \*.core_attention \(1\).$"),
+        (True, 1, (SPARSE,), r": \*.core_attention \(1\).$"),
+        (True, 1, ("self",), ""),
+        (False, 2, ("self", "cross"), ""),
+    ],
+)
+def test_attention_beside_ours_that_builds_scores_on_an_npu_is_named(asked, split, kinds, says, monkeypatch):
+    model = layers(split, *kinds)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        plain_attention.name_plain_attention(model, asked=asked)
+        assert not said, "this is a CPU"
+        monkeypatch.setattr(plain_attention, "_is_on_npu", lambda model: True)
+        plain_attention.name_plain_attention(model, asked=asked)
+    assert [bool(re.search(says, str(each.message))) for each in said] == [True] * bool(says)
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_a_block_that_is_not_split_is_asked_once_where_others_are(splits, monkeypatch):
+    asked = []
+    monkeypatch.setattr(models, "name_plain_attention", lambda model, **more: asked.append(model))
+    adaptor, tower = Adaptor(), torch.nn.Module()
+    tower.config = SimpleNamespace(context_parallel_size=1)
+    monkeypatch.setattr(Adaptor, "alone", not splits)
+    for _ in range(2):
+        assert models.transformer_block.function(adaptor, lambda self, rows: rows, tower, 3) == 3
+    assert asked == [tower] * splits
 
 
 def test_the_base_of_all_modules_asks_the_census_first(monkeypatch):

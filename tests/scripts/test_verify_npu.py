@@ -80,9 +80,10 @@ def test_a_check_that_fails_or_does_not_end_is_a_failure_with_its_output(tmp_pat
 
 def test_the_report_holds_machine_table_measurements_and_whole_failures():
     lines = [f"line {number}" for number in range(200)]
+    told = ["ring: failed, it ended", "ulysses: equal, output 1e-7", "kv all-gather: DIFFERENT, output 1", "a|b"]
     outcomes = [
         Outcome("device and kernel", "look", True, 1, "versions: torch 2\nHCCL_BUFFSIZE=200\nkernel npu\n"),
-        Outcome("training, every algorithm", "train", False, 61, "\n".join([*lines, "ring: failed, it ended", "a|b"])),
+        Outcome("training, every algorithm", "train", False, 61, "\n".join([*lines, *told])),
         Outcome(
             "performance",
             "speed",
@@ -96,7 +97,7 @@ def test_the_report_holds_machine_table_measurements_and_whole_failures():
     assert "HCCL_BUFFSIZE=200" in text and "| device and kernel | pass | 1 s | kernel npu |" in text
     assert "| training, every algorithm | **FAIL** | 61 s | a/b |" in text
     assert "\n4 layers of 64, 256 tokens, for 1 GiB\n" in text
-    assert "* ring: failed, it ended" in text and "| algorithm |\n|---|\n| ring |" in text
+    assert "\n".join(f"* {line}" for line in told[:3]) in text and "| algorithm |\n|---|\n| ring |" in text
     failure = text[text.index("## Failed: training, every algorithm") :]
     assert "$ train" in failure and "line 199" in failure and "line 60" in failure and "line 10\n" not in failure
     assert report("npu", 8, True, outcomes[:1]).startswith("# mindspeed_cp on npu: pass\n")
@@ -173,7 +174,7 @@ def test_a_run_that_fails_costs_its_own_row():
 def test_a_row_of_training_is_a_proof(monkeypatch, capsys, stdout, share, said):
     whole = {"equal": True, "failure": "", "first_module": None, "first_parameter": None, "largest_error": {}}
     whole |= {"limits": {"output": 5e-5, "gradient": 2e-4, "loss": 1e-5}}
-    printed = "" if stdout is None else json.dumps(whole | stdout)
+    printed = "" if stdout is None else "Warning: ASCEND_HOME_PATH is not set.\n" + json.dumps(whole | stdout)
     done = SimpleNamespace(stdout=printed, stderr="no such file")
     commands = []
     monkeypatch.setattr(verify_runs.subprocess, "run", lambda command, **options: commands.append(command) or done)

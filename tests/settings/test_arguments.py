@@ -187,8 +187,9 @@ def test_setup_reads_model_and_machine():
 def test_flash_attention_is_switched_on_and_says_so():
     args = parse("--context-parallel-size", "2")
     with pytest.warns(ContextParallelWarning, match="--use-flash-attn is switched on"):
-        validate(args, world_size=2)
-    assert args.use_flash_attn is True
+        _, setup = validate(args, world_size=2)
+    assert args.use_flash_attn is setup.use_flash_attn is True and not setup.asked_for_flash
+    assert setup_from_args(parse("--use-flash-attn")).asked_for_flash
 
 
 def test_unaligned_with_kv_cache_falls_back_and_names_both_flags():

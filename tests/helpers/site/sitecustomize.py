@@ -1,12 +1,15 @@
 """What every Python that the tests start imports first (conftest.py puts this folder into its path).
 
 Importing torch and Megatron makes millions of objects that stay; looking through them for garbage again and again takes
-a third of the time.
+a third of the time. A sitecustomize.py that this one hides, such as that of the test bed for NPUs, is run behind it.
 """
 
 import gc
 import os
+import sys
 import time
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 
 import half_instructions
 
@@ -17,3 +20,7 @@ half_instructions.deny_if_asked()
 # A rank that imports torch for longer than the others wait for a silent peer: RANK of it, and seconds.
 if "TEST_LATE_RANK" in os.environ and os.environ["TEST_LATE_RANK"] == os.environ.get("RANK"):
     time.sleep(float(os.environ["TEST_LATE_SECONDS"]))
+
+_here = os.path.realpath(os.path.dirname(__file__))
+if _hidden := PathFinder.find_spec("sitecustomize", [path for path in sys.path if os.path.realpath(path) != _here]):
+    _hidden.loader.exec_module(module_from_spec(_hidden))
