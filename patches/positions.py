@@ -15,18 +15,18 @@ T5 = "megatron.core.models.T5.t5_model"
 REASON = "learned positions count from the first token that a rank holds, and not from that of the sequence"
 
 
+@patch(f"{T5}.T5Model.forward", reason="t5_position_ids makes positions, and is told of no model")
+def t5_model(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    with computing_over(adaptor.scope_of(self)):
+        return original(self, *args, **kwargs)
+
+
 @patch("megatron.core.models.bert.bert_model.BertModel.bert_position_ids", reason=REASON)
 def bert_position_ids(
     adaptor: Adaptor, original: Callable[..., Any], self: Any, token_ids: torch.Tensor
 ) -> torch.Tensor:
     scope = adaptor.scope_of(self)
     return original(self, token_ids) if scope.alone else _positions(adaptor, scope, token_ids)
-
-
-@patch(f"{T5}.T5Model.forward", reason="the function below makes positions, and is told of no model")
-def t5_model(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    with computing_over(adaptor.scope_of(self)):
-        return original(self, *args, **kwargs)
 
 
 @patch(f"{T5}.t5_position_ids", reason=REASON)

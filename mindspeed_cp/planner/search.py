@@ -126,8 +126,7 @@ WAYS = (("auto", "ring", 1), ("auto", "direct", 1))
 OF_DOCUMENTS = (("balanced", "direct", 1),)
 OF_A_MESH = (("auto", "direct", 2), ("auto", "mesh", 1), ("auto", "mesh", 2))
 CHUNKS = (1, 2, 4)
-# What hides more is looked at for so many hierarchies, the fastest, which wait for more than this part of their time.
-FASTEST, WAITING = 2, 0.01
+WAITING = 0.01  # part of its time that a setting waits, from which on what hides more of it is looked at
 
 
 def policies_beside(chunks: int) -> Policies:
@@ -226,12 +225,13 @@ def _is_plain(config: ContextParallelConfig) -> bool:
 
 
 def _worth_more(found: list[Candidate]) -> set[tuple[int, int, int]]:
-    """Hierarchies whose plain settings are among the fastest and wait: for these what hides more is looked at."""
-    least: dict[tuple[int, int, int], Candidate] = {}
+    """Hierarchies of the fastest plain setting of each algorithm, where it waits: for these what hides more is looked
+    at.
+    """
+    least: dict[str, Candidate] = {}
     for candidate in sorted(found, key=_rank):
-        least.setdefault(candidate.config.hierarchy, candidate)
-    fastest = list(least.items())[:FASTEST]
-    return {hierarchy for hierarchy, each in fastest if each.exposed > WAITING * each.seconds}
+        least.setdefault(candidate.config.algorithm, candidate)
+    return {each.config.hierarchy for each in least.values() if each.exposed > WAITING * each.seconds}
 
 
 def _is_mesh(problem: Problem, cluster: Cluster) -> bool:
@@ -291,23 +291,23 @@ def traced_ranks(config: ContextParallelConfig, problem: Problem, cluster: Clust
 
 
 def _busiest(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> set[int]:
-    """The rank with the largest attention area, and those whose rows travel furthest."""
+    """The rank with the largest attention area, and those of whose rows most travel: as keys and values in the direct
+    exchange, and as gradients that return in any.
+    """
     layout, degree, ranks = problem.layout(config), config.hierarchy[0], range(config.ring_size)
     given = problem.cu_seqlens, problem.sliding_window, problem.attention_slices
     masks = attention_masks(config.causal, problem.seq_len, problem.batch, *given)
-    direct = config.kv_exchange == "direct"
-    plan = ring_plan(layout, masks, True, exact=direct)
+    plan = ring_plan(layout, masks, True, exact=True)
     found = {max(ranks, key=lambda rank: plan.area(rank, problem.batch))}
-    if direct:
-        nodes = np.array([cluster.node(rank * degree * problem.stride) for rank in ranks])
-        rows = np.array(
-            [
-                [sum(stop - start for start, stop in plan.rows_needed(to, of)) if to != of else 0 for of in ranks]
-                for to in ranks
-            ]
-        )
-        for moved in (rows, rows * (nodes[:, None] != nodes)):
-            found |= {int(moved.sum(0).argmax()), int(moved.sum(1).argmax())}
+    nodes = np.array([cluster.node(rank * degree * problem.stride) for rank in ranks])
+    rows = np.array(
+        [
+            [sum(stop - start for start, stop in plan.rows_needed(to, of)) if to != of else 0 for of in ranks]
+            for to in ranks
+        ]
+    )
+    for moved in (rows, rows * (nodes[:, None] != nodes)):
+        found |= {int(moved.sum(0).argmax()), int(moved.sum(1).argmax())}
     return {rank * degree for rank in found}
 
 

@@ -20,7 +20,7 @@ BELOW_A_FILE = "a_file/folder"  # no folder can be made here, not even by root
 
 # Flag -> values that mean nothing. A new flag belongs here, or test_every_flag_has_nonsense is red.
 NONSENSE = {
-    "--cp-topology": CHOICE,
+    **dict.fromkeys(("--cp-topology", "--cp-mla-exchange", "--cp-linear-exchange"), CHOICE),
     **dict.fromkeys(("--cp-in-flight", "--cp-ulysses-chunks"), FROM_ONE),
     "--cp-trust": ["", " ", ","],
     **dict.fromkeys(
