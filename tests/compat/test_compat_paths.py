@@ -245,7 +245,7 @@ custom = UlyssesContextAttention(core_attention, ps.get_context_parallel_group()
                                  gather_size_calculator=CustomGatherSizeCalculator())
 assert torch.equal(custom(query, query, query, mask, gather_size=seq), query.flatten(2))
 assert torch.equal(ulysses_attention(query, query, query, None), query.flatten(2))
-print("done", rank)
+print(f"done {rank}\\n", end="", flush=True)  # one write: two ranks share the pipe
 """
 YOUR_LIBRARY = """
 import torch
