@@ -101,13 +101,11 @@ class Search:
                 heappush(waiting, (step.seconds, number, Option(split, candidate, recompute, step)))
                 continue
             alike = split, recompute, option.attention.config.hierarchy
-            if (*alike, False) in seen:
-                continue
-            plan = _plan(self.work, option)
-            key = (*alike, is_tight(plan, self.memory))
-            if plan.memory.total <= self.memory and key not in seen:
-                seen.add(key)
-                yield plan
+            if (*alike, False) not in seen and (plan := _plan(self.work, option)).memory.total <= self.memory:
+                key = (*alike, is_tight(plan, self.memory))
+                if key not in seen:
+                    seen.add(key)
+                    yield plan
 
     def bounds(self, some: Iterable[Split]) -> Iterator[Option]:
         """Every split with every recomputation that may fit, with the least time that attention can take."""

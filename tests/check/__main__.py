@@ -26,6 +26,7 @@ CHECKS = {
     "verify_runs": "the training runs of verify_npu",
     "hosts": "one attention layer over two hosts: bytes on the network, and a link that is cut",
     "plan": "the planner's ranking beside measured times, on emulated networks",
+    "fla": "flash-linear-attention's kernels as layers with a state call them, on a GPU or in Triton's interpreter",
     "published_plans": "the planner beside trainings that were published",
 }
 

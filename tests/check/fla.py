@@ -1,20 +1,17 @@
 """The kernels of flash-linear-attention as layers with a state call them, against the rule token by token.
 
-    python scripts/check_fla.py                       on a GPU, in bfloat16
-    TRITON_INTERPRET=1 python scripts/check_fla.py    on a CPU, in float32: Triton's interpreter, slow and small
+    python tests/check fla                       on a GPU, in bfloat16
+    TRITON_INTERPRET=1 python tests/check fla    on a CPU, in float32: Triton's interpreter, slow and small
 
 It needs fla-core, triton and einops. The last column is the largest difference over outputs and gradients, each
 relative to the largest value; exit status 1 where one is above the limit.
 """
 
 import os
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LIMIT = 1e-5 if INTERPRETED else 2e-2
 DOCUMENTS = (0, 5, 37, 96)
@@ -125,6 +122,8 @@ def checks():
 
 
 def main() -> int:
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("tests/check fla: no GPU is here; set TRITON_INTERPRET=1 for Triton's interpreter on the CPU.")
     if INTERPRETED:
         prepare_interpreter()
     where = "in Triton's interpreter" if INTERPRETED else torch.cuda.get_device_name()
@@ -133,7 +132,3 @@ def main() -> int:
         print(f"{name:<16} {where}, {str(DTYPE).removeprefix('torch.')}: {found:.1e}, limit {LIMIT:.0e}")
         worst = max(worst, found)
     return int(not worst < LIMIT)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
