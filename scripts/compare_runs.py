@@ -2,27 +2,35 @@
 
     python scripts/compare_runs.py --tolerance 1e-4 --plot loss.png "cp=1=runs/cp1.jsonl" "Ring cp=4=runs/ring.jsonl"
 
-Each argument is NAME=FILE, FILE written by pretrain_gpt.py --log-file; the first run is the one to agree with. Exit
-status 1 when a loss differs from it by more than the tolerance, relatively.
+Each argument is NAME=FILE, FILE written by scripts/pretrain_gpt.py --log-file, or what Megatron-LM's own script
+printed; the first run is the one to agree with. Exit status 1 when a loss differs from it by more than the tolerance,
+relatively.
 """
 
 import argparse
 import json
+import re
 import sys
 
 from rich.console import Console
 from rich.table import Table
 
 
+STEP = re.compile(r"iteration +(\d+)/ *\d+ \|.*?lm loss: (\S+)")  # of Megatron-LM
+
+
 def read_run(path):
-    """The step records of a --log-file; validations are left out."""
+    """The steps of a --log-file or of Megatron-LM's output; validations are left out."""
     with open(path, encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
-    return [record for record in records if "loss" in record]
+        lines = file.readlines()
+    if lines and lines[0].startswith("{"):
+        return [record for record in map(json.loads, lines) if "loss" in record]
+    steps = filter(None, map(STEP.search, lines))
+    return [{"iteration": int(step[1]), "loss": float(step[2])} for step in steps]
 
 
 def losses(path):
-    """step -> loss of a --log-file."""
+    """step -> loss of a run."""
     return {record["iteration"]: record["loss"] for record in read_run(path)}
 
 
@@ -44,10 +52,10 @@ def table(runs):
         result.add_row(str(rows[0]["iteration"]), *(f"{row['loss']:.6f}" for row in rows))
     result.add_section()
     result.add_row("difference", "", *(f"{largest_difference(run, columns[0]):.1e}" for run in columns[1:]))
-    result.add_row("bytes per rank and step", *(f"{run[-1]['cp_bytes_per_rank']:,.0f}" for run in columns))
-    result.add_row(
-        "tokens/s", *(f"{sorted(record['tokens_per_second'] for record in run)[len(run) // 2]:,.0f}" for run in columns)
-    )
+    if all(run and "tokens_per_second" in run[-1] for run in columns):
+        rates = [sorted(record["tokens_per_second"] for record in run)[len(run) // 2] for run in columns]
+        result.add_row("bytes per rank and step", *(f"{run[-1]['cp_bytes_per_rank']:,.0f}" for run in columns))
+        result.add_row("tokens/s", *(f"{rate:,.0f}" for rate in rates))
     return result
 
 
@@ -76,7 +84,7 @@ def plot(runs):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="NAME=FILE", help="a name and a --log-file of pretrain_gpt.py")
+    parser.add_argument("runs", nargs="+", metavar="NAME=FILE", help="a name and a --log-file, or Megatron's output")
     parser.add_argument(
         "--tolerance", type=float, default=1e-4, help="largest relative difference allowed (default: 1e-4)"
     )

@@ -2,11 +2,11 @@
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
 from inspect import Parameter, signature
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,21 +142,39 @@ def test_every_page_says_the_same_number_of_patches_beside_a_checkout():
         assert re.findall(r"zigzag, causal, kernel npu, (\d+) patches", text_of(page)) == [alive]
 
 
-MEGATRON_CPU = r"^```bash megatron-cpu\n(.*?)^```"
-
-
 @pytest.mark.skipif(
     "MEGATRON_LM_PATH" not in os.environ or not find_spec("six"), reason="needs MEGATRON_LM_PATH, six, regex, pydantic"
 )
-def test_the_four_commands_train_a_checkout_on_a_cpu(tmp_path):
-    commands = re.search(MEGATRON_CPU, text_of("docs/megatron.md"), re.M | re.S)[1]
-    _, _, *rest = commands.splitlines(keepends=True)  # the checkout and its packages are here
-    (tmp_path / "Megatron-LM").symlink_to(os.environ["MEGATRON_LM_PATH"])
-    for name in ("mindspeed_cp", "patches", "arguments"):
+def test_the_readmes_four_commands_train_a_checkout_on_a_users_text(tmp_path):
+    lines = [f'{{"text": "Line {n} of a text of {n * n} words."}}\n' for n in range(200)]
+    (tmp_path / "my.jsonl").write_text("".join(lines))
+    for name in ("mindspeed_cp", "patches", "arguments", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
-    script = "".join(rest).replace(".venv/bin/python", shlex.quote(sys.executable))
-    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "Context parallelism: Ring, cp=2, zigzag, causal, kernel cpu" in done.stdout and "lm loss" in done.stdout
+    (tmp_path / "Megatron-LM").symlink_to(os.environ["MEGATRON_LM_PATH"])
+    dataset, commands = (
+        re.search(rf"^```bash {name}\n(.*?)^```", text_of("README.md"), re.M | re.S)[1]
+        for name in ("own-text", "megatron-cpu")
+    )
+    _, _, *rest = commands.splitlines(keepends=True)  # the checkout and its packages are here
+    script = dataset.splitlines(keepends=True)[0] + "".join(rest)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    # The packages that the second command installs, wherever they are here.
+    script = script.replace("PYTHONPATH=", "PYTHONPATH=$PYTHONPATH:")
+    done = subprocess.run(
+        ["bash", "-ec", script], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    assert "Context parallelism: Ring, cp=4, zigzag, causal, kernel cpu" in done.stdout
+    assert (tmp_path / "data" / "megatron.png").stat().st_size > 5_000 and "within the tolerance" in done.stdout
     (block,) = re.findall(r"^\+-- context parallelism -.*?^\+-+$", text_of("docs/megatron.md"), re.M | re.S)
     assert done.stdout.count(block) == 1
+
+
+@pytest.mark.parametrize("name", ["own-text", "megatron-cpu"])
+def test_both_readmes_have_the_same_commands_for_a_new_user(name):
+    (english,), (chinese,) = (
+        re.findall(rf"^```bash {name}\n(.*?)^```", text_of(page), re.M | re.S) for page in READMES
+    )
+    assert english == chinese
+    commands = re.findall(r"^\S", re.sub(r"\\\n *|\n(?=  |done)", " ", english), re.M)
+    assert len(commands) == {"own-text": 3, "megatron-cpu": 4}[name]
