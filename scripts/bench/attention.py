@@ -9,16 +9,14 @@
 """
 
 import statistics
-import time
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.measuring import StubKernel, head, in_turns, on_ranks, parser_of, row, sample, step
-from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention
-from mindspeed_cp.comm import count_bytes
+from bench.measuring import StubKernel, attention_of, head, in_turns, on_ranks, parser_of, row, sample, step, timed
+from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import BlockTensors
 
@@ -116,20 +114,15 @@ def reference_ring_step(query, key, value, grad_out, kernel, group, rank):
 def cases_of(options, kernel, whole):
     """variant -> function of nothing that runs it on this rank."""
     rank, ranks, cases = dist.get_rank(), dist.get_world_size(), {}
-
-    def attention(config):
-        groups, layout = ContextParallelGroups.build(config), SequenceLayout.build(config, options.seq_length)
-        call = partial(context_parallel_attention, config=config, groups=groups, layout=layout, kernel=kernel)
-        return call, groups, layout
-
     for name, settings in variants(ranks).items():
-        attend, groups, layout = attention(ContextParallelConfig(context_parallel_size=ranks, **settings))
+        config = ContextParallelConfig(context_parallel_size=ranks, **settings)
+        attend, layout = attention_of(config, options.seq_length, kernel=kernel)
         *tensors, grad_out = [layout.shard(tensor, rank).clone() for tensor in whole]
         cases[name] = partial(step, attend, tensors, grad_out)
     if options.stub:
-        cases[REFERENCE] = partial(reference_ring_step, *tensors, grad_out, kernel, groups.cp_group, rank)
+        cases[REFERENCE] = partial(reference_ring_step, *tensors, grad_out, kernel, dist.group.WORLD, rank)
         return cases
-    single, *_ = attention(ContextParallelConfig())
+    single, _ = attention_of(ContextParallelConfig(), options.seq_length, kernel=kernel)
     for name, attend in ((ALONE, single), (TORCH, torch_attention)):
         cases[name] = partial(step, attend, whole[:3], whole[3]) if rank == 0 else (lambda: None)
     if options.kv_heads % ranks == 0:
@@ -145,19 +138,13 @@ def measure(options):
     whole = sample(options.seq_length, options.heads, options.kv_heads, options.head_dim, dtype)
     cases = cases_of(options, StubKernel() if options.stub else select_kernel("cpu"), whole)
 
-    def timed(run):
-        dist.barrier()
-        wall, cpu = time.perf_counter(), time.process_time()
-        with count_bytes() as sent:
-            run()
-        cpu = time.process_time() - cpu
-        dist.barrier()
-        seconds = cpu if options.stub else time.perf_counter() - wall
-        traffic = torch.tensor(float(sent.total_bytes))
+    def seconds_and_bytes(run):
+        times = timed(run)
+        traffic = torch.tensor(float(times.sent))
         dist.all_reduce(traffic)
-        return seconds, float(traffic)
+        return times.cpu if options.stub else times.wall, float(traffic)
 
-    found = in_turns({name: partial(timed, run) for name, run in cases.items()}, options.repetitions)
+    found = in_turns({name: partial(seconds_and_bytes, run) for name, run in cases.items()}, options.repetitions)
     if dist.get_rank() == 0:
         medians = {name: statistics.median(seconds for seconds, _ in values) for name, values in found.items()}
         report(medians, {name: values[-1][1] for name, values in found.items()}, dist.get_world_size(), options)

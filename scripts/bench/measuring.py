@@ -1,17 +1,20 @@
-"""What the benchmarks share: ranks, variants in turns, inputs, a kernel that computes nothing, tables."""
+"""What the benchmarks share: ranks, variants in turns, attention and inputs, a kernel that computes nothing, tables."""
 
 import argparse
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bench.network import free_port
+from bench import free_port
+from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention
+from mindspeed_cp.comm import count_bytes
 from mindspeed_cp.kernels.base import AttentionKernel, BlockResult
 
 Name, Value = TypeVar("Name"), TypeVar("Value")
@@ -48,6 +51,39 @@ def in_turns(runs: Mapping[Name, Callable[[], Value]], repetitions: int) -> dict
             if repetition:
                 found[name].append(value)
     return found
+
+
+class Times(NamedTuple):
+    """Seconds between two barriers, seconds of this rank's processor, bytes that it sent."""
+
+    wall: float
+    cpu: float
+    sent: int
+
+
+def timed(run: Callable[[], object]) -> Times:
+    """Call ``run`` on all ranks together."""
+    dist.barrier()
+    wall, cpu = time.perf_counter(), time.process_time()
+    with count_bytes() as traffic:
+        run()
+    cpu = time.process_time() - cpu
+    dist.barrier()
+    return Times(time.perf_counter() - wall, cpu, traffic.total_bytes)
+
+
+def attention_of(
+    config: ContextParallelConfig, length: int, documents: Sequence[int] | None = None, **options: Any
+) -> tuple[Callable[..., torch.Tensor], SequenceLayout]:
+    """(attention over a row of this length, how the row lies over the ranks); collective.
+
+    Args:
+        options: further keywords of ``context_parallel_attention``; ``groups`` are built where they are not given.
+    """
+    layout = SequenceLayout.build(config, length, documents)
+    groups = options.pop("groups", None) or ContextParallelGroups.build(config)
+    call = partial(context_parallel_attention, config=config, groups=groups, layout=layout, cu_seqlens=documents)
+    return partial(call, **options), layout
 
 
 def sample(

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench.network import free_port
+from bench import free_port
 from compare_runs import losses
 from fault_injection import PHASES, Fault, run
 
