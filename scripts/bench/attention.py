@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.measuring import StubKernel, attention_of, head, in_turns, on_ranks, parser_of, row, sample, step, timed
+from bench.measuring import attention_of, head, in_turns, on_ranks, parser_of, row, sample, step, timed
 from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.kernels import select_kernel
-from mindspeed_cp.kernels.base import BlockTensors
 
 FLOOR = "floor: no communication"
 TORCH = "torch's operator"
@@ -47,70 +46,6 @@ def torch_attention(query, key, value):
     return out.permute(2, 0, 1, 3)
 
 
-def reference_ring_step(query, key, value, grad_out, kernel, group, rank):
-    """A straightforward ring with a stubbed kernel: K and V sent separately, fresh buffers, merging out of place.
-
-    Forward passes K and V on; backward passes them on again together with their summed gradients, cp times.
-    """
-    ranks = group.size()
-
-    def rotate(tensors):
-        received = [torch.empty_like(tensor) for tensor in tensors]
-        ops = [
-            op
-            for tensor, into in zip(tensors, received)
-            for op in (
-                dist.P2POp(dist.isend, tensor, (rank + 1) % ranks, group),
-                dist.P2POp(dist.irecv, into, (rank - 1) % ranks, group),
-            )
-        ]
-        return dist.batch_isend_irecv(ops), received
-
-    half, out, lse = query.shape[0] // 2, None, None
-    local = (key.contiguous(), value.contiguous())
-    everything, first, second = slice(None), slice(half), slice(half, None)
-    blocks = [
-        (everything, everything) if t == 0 else (everything, first) if t <= rank else (second, everything)
-        for t in range(ranks)
-    ]
-    kv = local
-    for t, (rows, _) in enumerate(blocks):
-        works, following = rotate(kv) if t + 1 < ranks else ((), None)
-        block_out, block_lse, *_ = kernel.forward(BlockTensors(None, query[rows], None, value), None)
-        block_out, block_lse = block_out.float(), block_lse.unsqueeze(-1)
-        if out is None:
-            out, lse = block_out, block_lse
-        else:
-            merged = out[rows] - torch.sigmoid(block_lse - lse[rows]) * (out[rows] - block_out)
-            merged_lse = lse[rows] - torch.nn.functional.logsigmoid(lse[rows] - block_lse)
-            out, lse = out.clone(), lse.clone()
-            out[rows], lse[rows] = merged, merged_lse
-        for work in works:
-            work.wait()
-        kv = following
-    out = out.to(query.dtype)
-    kv, dq, pending, arriving = local, None, (), None
-    for t, (rows, keys) in enumerate(blocks):
-        works, following = rotate(kv) if t + 1 < ranks else ((), None)
-        part = kernel.backward(BlockTensors(None, query[rows], key[keys], value[keys]), None, None, None)
-        if dq is None:
-            dq, dkv = part[0].float(), [part[1].float(), part[2].float()]
-        else:
-            dq[rows] += part[0]
-            for work in pending:
-                work.wait()
-            dkv = [grad.clone() for grad in arriving]
-            for grad, piece in zip(dkv, part[1:]):
-                grad[keys] += piece
-        for work in works:
-            work.wait()
-        kv = following
-        pending, arriving = rotate(dkv)
-    for work in pending:
-        work.wait()
-    return out, dq.to(query.dtype), arriving[0].to(key.dtype), arriving[1].to(key.dtype)
-
-
 def cases_of(options, kernel, whole):
     """variant -> function of nothing that runs it on this rank."""
     rank, ranks, cases = dist.get_rank(), dist.get_world_size(), {}
@@ -120,6 +55,8 @@ def cases_of(options, kernel, whole):
         *tensors, grad_out = [layout.shard(tensor, rank).clone() for tensor in whole]
         cases[name] = partial(step, attend, tensors, grad_out)
     if options.stub:
+        from figures.stubbed import reference_ring_step
+
         cases[REFERENCE] = partial(reference_ring_step, *tensors, grad_out, kernel, dist.group.WORLD, rank)
         return cases
     single, _ = attention_of(ContextParallelConfig(), options.seq_length, kernel=kernel)
@@ -133,10 +70,18 @@ def cases_of(options, kernel, whole):
     return cases
 
 
+def kernel_of(options):
+    if not options.stub:
+        return select_kernel("cpu")
+    from figures.stubbed import StubKernel
+
+    return StubKernel()
+
+
 def measure(options):
     dtype = getattr(torch, options.dtype)
     whole = sample(options.seq_length, options.heads, options.kv_heads, options.head_dim, dtype)
-    cases = cases_of(options, StubKernel() if options.stub else select_kernel("cpu"), whole)
+    cases = cases_of(options, kernel_of(options), whole)
 
     def seconds_and_bytes(run):
         times = timed(run)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: ranks, variants in turns, attention and inputs, a kernel that computes nothing, tables."""
+"""What the benchmarks share: ranks, variants in turns, attention and its inputs, tables."""
 
 import argparse
 import os
@@ -15,7 +15,6 @@ import torch.multiprocessing as mp
 from bench import free_port
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention
 from mindspeed_cp.comm import count_bytes
-from mindspeed_cp.kernels.base import AttentionKernel, BlockResult
 
 Name, Value = TypeVar("Name"), TypeVar("Value")
 
@@ -101,39 +100,6 @@ def step(attend: Callable[..., torch.Tensor], tensors: list[torch.Tensor], grad_
     """Forward and backward pass of ``attend``; the caller times it."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     attend(*leaves).backward(grad_out)
-
-
-class StubKernel(AttentionKernel):
-    """Returns outputs of the right shapes that were made once: what is left is communication, merging and copying.
-
-    Args:
-        seconds: that a pass takes for each query head.
-    """
-
-    name, native_bands = "stub", True
-
-    def __init__(self, order="heads", seconds=0.0):
-        self._outputs, self._order, self._seconds = {}, order, seconds
-
-    def memory_order(self, dtype):
-        return self._order
-
-    def _output(self, name, shape, dtype):
-        key = (name, tuple(shape), dtype)
-        if key not in self._outputs:
-            self._outputs[key] = torch.zeros(shape, dtype=dtype)
-        return self._outputs[key]
-
-    def forward(self, tensors, options):
-        query, value = tensors.query, tensors.value
-        time.sleep(self._seconds * query.shape[2])
-        lse = self._output("lse", query.shape[:3], torch.float32)
-        return BlockResult(self._output("out", (*query.shape[:3], value.shape[-1]), query.dtype), lse.clone())
-
-    def backward(self, tensors, rows, options, saved):
-        time.sleep(self._seconds * tensors.query.shape[2])
-        likes = (("dq", tensors.query), ("dk", tensors.key), ("dv", tensors.value))
-        return tuple(self._output(name, like.shape, like.dtype) for name, like in likes)
 
 
 def head(*columns: str) -> None:

@@ -91,15 +91,10 @@ def _check_recompute(args):
         args.recompute_method = args.recompute_method or "uniform"
         args.recompute_num_layers = args.recompute_num_layers or 1
         return
-    for flag, value in (
-        ("--recompute-method", args.recompute_method),
-        ("--recompute-num-layers", args.recompute_num_layers),
-    ):
-        require(
-            value is None,
-            f"{flag} {value} says which layers are recomputed as a whole; add --recompute-granularity full, or leave "
-            f"{flag} out.",
-        )
+    for name, value in of_same_name(args, "recompute_method recompute_num_layers").items():
+        flag = "--" + name.replace("_", "-")
+        what = f"{flag} {value} says which layers are recomputed as a whole"
+        require(value is None, f"{what}; add --recompute-granularity full, or leave {flag} out.")
 
 
 def check_parallel(args):
@@ -207,10 +202,7 @@ def check_batch(args):
 
 def check_training(args):
     decay = args.lr_decay_iters or args.train_iters
-    require(
-        args.min_lr <= args.lr,
-        f"--min-lr {args.min_lr:g} must be at most --lr {args.lr:g}; use --min-lr 0.",
-    )
+    require(args.min_lr <= args.lr, f"--min-lr {args.min_lr:g} must be at most --lr {args.lr:g}; use --min-lr 0.")
     require(
         args.lr_warmup_iters < decay,
         f"--lr-warmup-iters {args.lr_warmup_iters} must be below the steps of decay {decay} (--lr-decay-iters, else "

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from bench import free_port
 from figures.network import Network, two_hosts
-from compare_runs import losses
+from faults import losses
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 FLAGS = (

@@ -8,8 +8,9 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from bench.measuring import StubKernel, attention_of, head, in_turns, row
+from bench.measuring import attention_of, head, in_turns, row
 
+from figures.stubbed import StubKernel
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
 from mindspeed_cp.comm import count_bytes
 
