@@ -61,6 +61,17 @@ def test_an_unknown_flag_is_refused():
     assert result.returncode == 2 and "--devise" in result.stderr
 
 
+def test_only_runs_the_checks_that_it_names_beside_the_machines():
+    args = verify_npu.parse(["--only", "KV cache", "--only", "resume"])
+    assert [check.name for check in args.checks] == [
+        "device and kernel",
+        "training, KV cache policies",
+        "checkpoint and resume",
+    ]
+    with pytest.raises(SystemExit):
+        verify_npu.parse(["--quick", "--only", "resume"])
+
+
 def test_megatrons_own_script_is_a_check_where_its_checkout_is_named(monkeypatch):
     args = verify_npu.parse([])
     monkeypatch.setenv("MEGATRON_LM_PATH", "/checkout")
@@ -75,7 +86,8 @@ def test_a_check_that_fails_or_does_not_end_is_a_failure_with_its_output(tmp_pat
     assert passed.passed and passed.said == "said\n"
     assert not verify_npu.run(check, "echo no; exit 3", tmp_path / "2.log").passed
     hung = verify_npu.run(check._replace(minutes=0.01), "echo before; sleep 60", tmp_path / "3.log")
-    assert not hung.passed and "before" in hung.said and "ended after" in hung.said
+    assert not hung.passed and "before" in hung.said and "ended after 0.01 minutes" in hung.said
+    assert not verify_npu.run(check, "sleep 60", tmp_path / "4.log", minutes=0.01).passed
 
 
 def test_the_report_holds_machine_table_measurements_and_whole_failures():
@@ -92,7 +104,7 @@ def test_the_report_holds_machine_table_measurements_and_whole_failures():
             "a warning\n4 layers of 64, 256 tokens, for 1 GiB\n\n| algorithm |\n|---|\n| ring |\nmeasured\n",
         ),
     ]
-    text = report("npu", 8, False, outcomes)
+    text = report("npu", 8, "whole", outcomes)
     assert text.startswith("# mindspeed_cp on npu: 1 failed\n")
     assert "HCCL_BUFFSIZE=200" in text and "| device and kernel | pass | 1 s | kernel npu |" in text
     assert "| training, every algorithm | **FAIL** | 61 s | a/b |" in text
@@ -100,7 +112,7 @@ def test_the_report_holds_machine_table_measurements_and_whole_failures():
     assert "\n".join(f"* {line}" for line in told[:3]) in text and "| algorithm |\n|---|\n| ring |" in text
     failure = text[text.index("## Failed: training, every algorithm") :]
     assert "$ train" in failure and "line 199" in failure and "line 60" in failure and "line 10\n" not in failure
-    assert report("npu", 8, True, outcomes[:1]).startswith("# mindspeed_cp on npu: pass\n")
+    assert report("npu", 8, "--quick", outcomes[:1]).startswith("# mindspeed_cp on npu: pass\n")
 
 
 FAILING = """
