@@ -50,6 +50,7 @@ class Adaptor(OwnLoops):
         is_pipeline: there is more than one pipeline stage: stages then split the same batch knowing different parts of
             it, and must come to the same layout.
         timeout, virtual_pipeline: for groups that are made; as initialize_model_parallel was told.
+        buffers: MB of HCCL's buffer by the name of a process group of Megatron's, for those that it makes now.
         log: measures the steps of training with --cp-log, as long as there are groups; None without.
         counted: models whose modules were looked up in the census, and blocks of layers beside them.
         losses: what is known of the losses of the training.
@@ -82,6 +83,7 @@ class Adaptor(OwnLoops):
         self.log: ContextParallelLog | None = None
         self.is_pipeline, self.virtual_pipeline, self.epoch = False, False, 0
         self.timeout: timedelta | None = None
+        self.buffers: dict[str, int] = {}
         self.embedded: dict[int, tuple[SequenceLayout, Places | None] | None] = {}
         self.computes_alone, self.documents_by_hand, self.sliced, self._passes = False, False, False, 0
         self._pool: dict[PoolKey, dist.ProcessGroup] = {}

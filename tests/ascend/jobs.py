@@ -16,6 +16,7 @@ from cost_jobs import (  # noqa: F401  jobs too
     group_buffers,
     groups_messages,
     host_waits,
+    megatron_buffers,
     piece_launches,
     step_costs,
 )

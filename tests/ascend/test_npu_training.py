@@ -127,6 +127,12 @@ def test_each_process_group_gets_the_buffer_of_its_largest_message(server, tmp_p
         assert all(megabytes == 200 for size, megabytes in communicators if size == 4), communicators
 
 
+@pytest.mark.parametrize("seq_length, megabytes", [(32768, 385), (4096, 200)])
+def test_megatrons_group_gets_the_buffer_of_its_largest_message(server, tmp_path, seq_length, megabytes):
+    for given in server.run("megatron_buffers", 4, folder=str(tmp_path), seq_length=seq_length):
+        assert max(given) == megabytes and set(given) <= {megabytes, 200}, given
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_collectives_of_hccl_give_what_they_must(server, world):
     assert server.run("collectives", world) == [[]] * world
