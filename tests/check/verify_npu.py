@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import processes
 from verify_report import Outcome, last_line, report
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -89,7 +90,7 @@ def command_of(check: Check, args: argparse.Namespace, logs: Path) -> str:
 
 
 def run(check: Check, command: str, log: Path, minutes: float | None = None) -> Outcome:
-    """Run one check in a session of its own, which is ended whole when its time is over.
+    """Run one check, which is ended with all that it has started when its time is over.
 
     Args:
         minutes: instead of the check's own.
@@ -97,14 +98,12 @@ def run(check: Check, command: str, log: Path, minutes: float | None = None) -> 
     minutes = minutes or check.minutes
     start = time.monotonic()
     with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            ["bash", "-c", command], cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
         try:
-            status = process.wait(timeout=60 * minutes)
+            status = processes.run(
+                ["bash", "-c", command], 60 * minutes, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT
+            )
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait()
+            status = -signal.SIGKILL
             file.write(f"\nended after {minutes:g} minutes\n")
     said = log.read_text(encoding="utf-8", errors="replace")
     return Outcome(check.name, command, status == 0, time.monotonic() - start, said)

@@ -8,6 +8,7 @@ from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 
+import processes
 import pytest
 import verify_npu
 import verify_runs
@@ -87,7 +88,13 @@ def test_a_check_that_fails_or_does_not_end_is_a_failure_with_its_output(tmp_pat
     assert not verify_npu.run(check, "echo no; exit 3", tmp_path / "2.log").passed
     hung = verify_npu.run(check._replace(minutes=0.01), "echo before; sleep 60", tmp_path / "3.log")
     assert not hung.passed and "before" in hung.said and "ended after 0.01 minutes" in hung.said
-    assert not verify_npu.run(check, "sleep 60", tmp_path / "4.log", minutes=0.01).passed
+
+
+def test_what_a_check_has_started_ends_with_it(tmp_path):
+    """Ranks that torchrun and the proof start are sessions of their own, and would keep their devices."""
+    command = f"setsid sh -c 'echo $$ > {tmp_path}/pid; sleep 60' & wait"
+    hung = verify_npu.run(verify_npu.Check("a", ""), command, tmp_path / "log", minutes=0.02)
+    assert not hung.passed and not processes.runs(int((tmp_path / "pid").read_text()))
 
 
 def test_the_report_holds_machine_table_measurements_and_whole_failures():
