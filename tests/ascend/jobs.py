@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from beside_jobs import beside_mindspeed  # noqa: F401  a job too
+from beside_jobs import beside_mindspeed, beside_mindspeeds_ring  # noqa: F401  jobs too
 from cost_jobs import (  # noqa: F401  jobs too
     fused_operators,
     group_buffers,

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,8 @@ CHECKS = (
     Check("parity over all features", f"{PYTEST} tests/attention/test_attention_exact.py"),
     Check(
         "launch scripts, dry run",
-        "for s in scripts/launch/[!cd]*.sh; do DRY_RUN=1 PYTHON={python} bash $s || exit 1; done",
+        "n=0; for s in scripts/launch/[!cd]*.sh; do DRY_RUN=1 PYTHON={python} bash $s || exit 1; n=$((n + 1)); done; "
+        'echo "$n scripts"',
     ),
     Check("training, cp=1 with and without --use-flash-attn", "{runs} alone {logs}/whole"),
     Check("training, every algorithm", "{runs} algorithms {logs}/whole"),
@@ -59,6 +61,7 @@ CHECKS = (
     Check("performance", "{runs} performance {logs}/whole", minutes=120),
 )
 MEGATRON = Check("Megatron-LM's own pretrain_gpt.py", "{runs} megatron {logs}/megatron --checkout {checkout}")
+MINDSPEED = Check("attention beside MindSpeed's ring", "{runs} mindspeed {logs}/mindspeed")
 
 
 def checks(args: argparse.Namespace) -> list[Check]:
@@ -68,6 +71,7 @@ def checks(args: argparse.Namespace) -> list[Check]:
         ValueError: --only names a part of no check's name.
     """
     found = [*CHECKS, *([MEGATRON] if os.environ.get("MEGATRON_LM_PATH") else [])]
+    found += [MINDSPEED] if args.device == "npu" and find_spec("mindspeed") else []
     found = [check for check in found if check.quick or not args.quick]
     for part in args.only:
         if not any(part in check.name for check in found):
