@@ -98,6 +98,25 @@ def megatron_buffers(rank, folder, seq_length):
     return [megabytes for size, megabytes in (tuple(map(int, line.split()[::2])) for line in lines) if size == 2]
 
 
+def plain_attention(rank, asked):
+    """What is said of Megatron's own attention beside context parallelism, in a model that is not split."""
+    import warnings
+
+    import tiny_gpt
+    from megatron.core import parallel_state, tensor_parallel
+
+    from mindspeed_cp.megatron.plain_attention import name_plain_attention
+
+    rank.join()
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    model = tiny_gpt.model_of(1, 1, tiny_gpt.Options())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        name_plain_attention(model, asked=asked)
+    return [str(each.message) for each in said if "every query with every key" in str(each.message)]
+
+
 def piece_launches(rank, mindspeed=""):
     """Operators that are launched for the pieces of one layer that MindSpeed or Ascend's apex fuse.
 

@@ -18,6 +18,7 @@ from cost_jobs import (  # noqa: F401  jobs too
     host_waits,
     megatron_buffers,
     piece_launches,
+    plain_attention,
     step_costs,
 )
 
