@@ -8,9 +8,11 @@ from typing import Any
 
 from mindspeed_cp import compat
 from mindspeed_cp.arguments.settings import declared_names
+from mindspeed_cp.comm.hccl import group_options
 from mindspeed_cp.compat import process_groups
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.following import take_comm_type, take_settings
+from mindspeed_cp.megatron.hccl import megatron_buffers
 from mindspeed_cp.megatron.scopes import own_group
 from mindspeed_cp.megatron.sizes import adopt_sizes, check_launch
 from mindspeed_cp.megatron.start import agreed_config
@@ -30,6 +32,7 @@ def initialize_model_parallel(adaptor: Adaptor, original: Callable[..., None], *
     config, dynamic = agreed_config(adaptor.settings, given), given.get("hybrid_context_parallel")
     if dynamic:
         check_launch(given)
+    adaptor.buffers = {} if dynamic else megatron_buffers(config, adaptor.setup)
     original(*args, **kwargs)
     minutes = given.get("distributed_timeout_minutes")
     adaptor.timeout = timedelta(minutes=minutes) if minutes else None
@@ -49,6 +52,16 @@ def initialize_model_parallel(adaptor: Adaptor, original: Callable[..., None], *
         if adaptor.settings.is_decided:
             adaptor.announce(config)
         adaptor.measure(config, group)
+
+
+@patch(
+    f"{PARALLEL_STATE}.get_nccl_options",
+    reason="on HCCL Megatron's context-parallel group gets the buffer of its largest message",
+    essential=False,
+)
+def get_nccl_options(adaptor: Adaptor, original: Callable[..., Any], pg_name: str, *args: Any, **kwargs: Any) -> Any:
+    options = original(pg_name, *args, **kwargs)
+    return group_options(adaptor.buffers, pg_name) if options is None else options
 
 
 @patch(

@@ -64,8 +64,8 @@ def communicators(
     everywhere = int(given) if given.isdigit() and int(given) else 0
     groups = dict.fromkeys(("cp", *others), everywhere or DEFAULT_MEGABYTES)
     for name, num_bytes in largest_messages(config, shape).items():
-        if name != "cp":  # Megatron creates that group and does not set its buffer size
-            groups[name] = everywhere or megabytes_for(num_bytes)
+        least = DEFAULT_MEGABYTES if name == "cp" else 0  # Megatron's own messages use that group too
+        groups[name] = everywhere or max(megabytes_for(num_bytes), least)
     own = environment.get("P2P_HCCL_BUFFSIZE", "")
     megabytes = int(own) if own.isdigit() and int(own) else P2P_MEGABYTES
     return Communicators(groups, _peers(config) if single_messages else 0, megabytes)

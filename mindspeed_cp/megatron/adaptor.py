@@ -49,6 +49,7 @@ class Adaptor(OwnLoops):
         kept: with --cp-keep-attention, the KeptAttention of the checkpoint whose function is running.
         is_pipeline: there are several pipeline stages, which see different parts of a batch but must split it alike.
         timeout, virtual_pipeline: arguments of initialize_model_parallel, used for new groups.
+        buffers: HCCL buffer size in MB by the name of a Megatron process group, used when Megatron creates it.
         log: measures training steps with --cp-log while there are groups, else None.
         counted: models, and separate blocks of layers, whose modules were checked by the census.
         losses: what is known about the losses of the training.
@@ -81,6 +82,7 @@ class Adaptor(OwnLoops):
         self.log: ContextParallelLog | None = None
         self.is_pipeline, self.virtual_pipeline, self.epoch = False, False, 0
         self.timeout: timedelta | None = None
+        self.buffers: dict[str, int] = {}
         self.embedded: dict[int, tuple[SequenceLayout, Places | None] | None] = {}
         self.computes_alone, self.documents_by_hand, self.sliced, self._passes = False, False, False, 0
         self._pool: dict[PoolKey, dist.ProcessGroup] = {}

@@ -20,13 +20,18 @@ WHO = "everything but context parallelism, which is mindspeed_cp's"
 
 
 @pytest.fixture(scope="module")
-def run():
+def server():
     folder = os.environ.get("MINDSPEED_FOLDER", "")
     if not Path(folder, "mindspeed", "features_manager").is_dir():
         pytest.skip("no MindSpeed: MINDSPEED_FOLDER=DIR names a folder in which its package lies")
     server = bed.Server(folder, NPU_BED_IMPORTS="torch")
-    yield lambda world, *order, **more: server.run("beside_mindspeed", world, order=list(order), **more)
+    yield server
     server.close()
+
+
+@pytest.fixture(scope="module")
+def run(server):
+    return lambda world, *order, **more: server.run("beside_mindspeed", world, order=list(order), **more)
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +124,11 @@ def test_mindspeed_llms_own_script_trains_to_the_losses_of_mindspeed_alone(docum
         for pair, other in zip(found, wanted, strict=True):
             assert pair == pytest.approx(other, rel=2e-6, abs=1.1e-3), (found, wanted)  # three digits of the norm
             assert pair[0] == pytest.approx(other[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_one_layer_by_mindspeeds_own_ring_gives_what_this_projects_gives(server, world):
+    """The row of scripts/verify_npu.sh; it raises where they differ."""
+    for lines in server.run("beside_mindspeeds_ring", world):
+        assert [line.split(" |")[0] for line in lines[2:4]] == ["| ring", "| MindSpeed's ring"], lines
+        assert re.search("out .*dq .*dk .*dv .* between both", lines[4])
