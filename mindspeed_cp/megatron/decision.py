@@ -61,6 +61,8 @@ class Settings:
         compared: flag -> value of what must be equal on all ranks, beside the configuration.
         program: the program whose flags they are; it ends with one line where a script gets an exception.
         by_mindspeed: they came through MindSpeed, with its default algorithm.
+        moving_targets: Megatron's arguments, where MindSpeed-LLM's model reads in them that it moves the targets by one
+            token, which is done before the split here (targets.py); None without.
     """
 
     config: ContextParallelConfig | None = None
@@ -75,6 +77,7 @@ class Settings:
     compared: Mapping[str, str] = field(default_factory=dict)
     program: str = ""
     by_mindspeed: bool = False
+    moving_targets: Any = None
 
     @property
     def is_decided(self) -> bool:

@@ -10,6 +10,7 @@ from mindspeed_cp.megatron.documents import documents_of_position_ids, documents
 from mindspeed_cp.megatron.records import Documents, MicroBatch, Slices
 from mindspeed_cp.megatron.scopes import Scope
 from mindspeed_cp.megatron.slices import slices_of_batch
+from mindspeed_cp.megatron.targets import moved, with_an_entry_in_front
 from mindspeed_cp.sequence.layout import DOCUMENT_KINDS, SequenceLayout
 from mindspeed_cp.sequence.sharding import SEQUENCES, WHOLE, shard_batch
 from mindspeed_cp.settings.config import ContextParallelConfig
@@ -88,16 +89,19 @@ def split_in_place(
     Args:
         batch: dict of (b, S) tensors, None, and an optional attention_mask (b, 1, S, S), which stays whole: attention
             takes its rows and columns through the layout. Other tensors as long as the sequence are split too, said
-            aloud, as Megatron does.
+            aloud, as Megatron does. Targets that the model would move are moved before (targets.py).
         documents: boundaries that the caller knows; None looks for them where the settings say.
     """
     sequences = _sequences(batch)
     if not sequences:
         return batch
     record = _record(adaptor, scope, batch, sequences, documents)
-    for name, value in sequences.items():
+    moves = adaptor.settings.moving_targets is not None and not scope.alone
+    for name, value in (sequences | (moved(batch) if moves else {})).items():
         batch[name] = _own_part(record.layout, value, scope.rank, sequence_dim(value))
     adaptor.records.remember((batch[name] for name in sequences), record, _telling(batch))
+    if moves and "loss_mask" in sequences:
+        batch["loss_mask"] = with_an_entry_in_front(batch["loss_mask"])
     return batch
 
 
