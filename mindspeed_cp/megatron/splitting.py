@@ -10,7 +10,7 @@ from mindspeed_cp.megatron.documents import documents_of_position_ids, documents
 from mindspeed_cp.megatron.records import Documents, MicroBatch, Slices
 from mindspeed_cp.megatron.scopes import Scope
 from mindspeed_cp.megatron.slices import slices_of_batch
-from mindspeed_cp.megatron.targets import moved, with_an_entry_in_front
+from mindspeed_cp.megatron.targets import moved
 from mindspeed_cp.sequence.layout import DOCUMENT_KINDS, SequenceLayout
 from mindspeed_cp.sequence.sharding import SEQUENCES, WHOLE, shard_batch
 from mindspeed_cp.settings.config import ContextParallelConfig
@@ -96,12 +96,10 @@ def split_in_place(
     if not sequences:
         return batch
     record = _record(adaptor, scope, batch, sequences, documents)
-    moves = adaptor.settings.moving_targets is not None and not scope.alone
-    for name, value in (sequences | (moved(batch) if moves else {})).items():
+    targets = {} if adaptor.settings.moving_targets is None or scope.alone else moved(batch)
+    for name, value in (sequences | targets).items():
         batch[name] = _own_part(record.layout, value, scope.rank, sequence_dim(value))
     adaptor.records.remember((batch[name] for name in sequences), record, _telling(batch))
-    if moves and "loss_mask" in sequences:
-        batch["loss_mask"] = with_an_entry_in_front(batch["loss_mask"])
     return batch
 
 

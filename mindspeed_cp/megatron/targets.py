@@ -3,24 +3,22 @@
 The labels of these datasets are the tokens themselves. MindSpeed-LLM's model leaves out the first label and the logits
 of the last token, and its trainer the first entry of the loss mask. Done within a rank's part, that loses the target of
 the part's last token, and takes another token's where the part has several runs. Here labels and mask are moved in the
-whole row, before it is split; the model is told that they are the targets already; and the mask of a part gets an
-entry in front, for the trainer to leave out.
+whole row, before it is split; the model is told that they are the targets already; and the mask that the trainer gets
+has an entry in front, to be left out.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
 IGNORED = {"labels": -100, "loss_mask": 0}  # what the last token of a row has: it has no target
-_LOSES = (
-    "moves the targets by one token within a rank's part of the sequence, and loses those at the ends of the parts"
-)
+_LOSES = "moves the targets by one token within a rank's part of the sequence, and loses those at the ends of the parts"
 # MindSpeed-LLM's other ways through a model, which move targets somewhere else: setting -> flag.
 _OTHER_WAYS = {
-    "mtp_num_layers": "--mtp-num-layers",
     "schedules_method": "--schedules-method",
     "layerwise_disaggregated_training": "--layerwise-disaggregated-training",
 }
@@ -60,9 +58,13 @@ def moved(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
-def with_an_entry_in_front(mask: torch.Tensor) -> torch.Tensor:
-    """A rank's part (b, n) of the loss mask as the trainer takes it, (b, n + 1)."""
-    return pad(mask, (1, 0))
+def with_an_entry_in_front(loss_func: Any) -> Any:
+    """The trainer's loss function, a partial with the mask (b, n) of a rank's part, with one (b, n + 1).
+
+    A stage in the middle of a pipeline has no mask, and computes no loss.
+    """
+    mask, *others = loss_func.args
+    return loss_func if mask is None else partial(loss_func.func, pad(mask, (1, 0)), *others, **loss_func.keywords)
 
 
 @contextmanager
