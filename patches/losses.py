@@ -10,6 +10,7 @@ import torch.distributed as dist
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.losses import counts_are_added
 from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.megatron.targets import with_an_entry_in_front
 from mindspeed_cp.patches.rows import patch
 
 
@@ -48,6 +49,8 @@ def _with_losses_of_the_sequence(
         output, loss_func = forward_step_func(data_iterator, model, *args, **kwargs)
         if loss_func is None:
             return output, None
+        if adaptor.settings.moving_targets is not None:
+            loss_func = with_an_entry_in_front(loss_func)
         per_token = unwrapped(model).config.calculate_per_token_loss
         return output, _of_the_sequence(adaptor, scope, loss_func, per_token)
 

@@ -10,6 +10,7 @@ from mindspeed_cp.megatron.plain_attention import name_plain_attention
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.sizes import check_model, sub_batch_record
 from mindspeed_cp.megatron.slices import check_layers
+from mindspeed_cp.megatron.targets import left_where_they_are
 from mindspeed_cp.patches.building import census_of
 from mindspeed_cp.patches.rows import Row, absent, patch, present
 
@@ -38,7 +39,9 @@ def language_module_call(adaptor: Adaptor, original: Callable[..., Any], self: A
     if adaptor.entered is self or _is_untouched(adaptor, self):
         return original(self, *args, **kwargs)
     record = _entered(adaptor, self, args, kwargs)
-    with adaptor.inside(self, record):
+    is_split = record is not None and record.layout.cp_size > 1
+    moving = adaptor.settings.moving_targets if is_split else None
+    with adaptor.inside(self, record), left_where_they_are(moving):
         output = original(self, *args, **kwargs)
     if record is not None:
         adaptor.records.remember(tensors_in(output), record)  # logits: state().gather_sequence finds them

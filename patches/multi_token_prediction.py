@@ -82,9 +82,10 @@ def roll_tensor(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kw
     if isinstance(given["tensor"], Counted):
         given["tensor"] = given["tensor"].mask
     tensor, params = given["tensor"], given.get("packed_seq_params")
-    # Before 0.14 there is no group to pass; later none means that the tensor is whole.
+    # Before 0.14 there is no group to pass; later none means that the tensor is whole, and before that, that a batch is
+    # shifted before it is split, outside of the model, as MindSpeed-LLM does.
     has_group = "cp_group" in signature_of(original).parameters
-    scope = adaptor.scopes.of(given.get("cp_group")) if has_group else computes_over() or adaptor.current
+    scope = adaptor.scopes.of(given.get("cp_group")) if has_group else computes_over() or adaptor.scopes.alone
     if scope.alone or tensor is None:
         return original(**given)
     if given.get("shifts", -1) != -1:

@@ -14,8 +14,9 @@ from mindspeed_cp.arguments import (
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.flag_checks import check_flags
 from mindspeed_cp.megatron.following import configure
-from mindspeed_cp.megatron.neighbour import is_here, notice_of_targets
+from mindspeed_cp.megatron.neighbour import is_here
 from mindspeed_cp.megatron.splitting import with_tokens_everywhere
+from mindspeed_cp.megatron.targets import moved_by_the_model
 from mindspeed_cp.patches.checkout import without_checkout
 from mindspeed_cp.patches.rows import patch
 from mindspeed_cp.sequence.layout import SequenceLayout
@@ -73,10 +74,8 @@ def validate_args(adaptor: Adaptor, original: Callable[..., Any], args: Any, *de
         # With size 1 the world size is left to Megatron (no rule here counts 0.12's encoder ranks).
         config, setup = validate(args, world_size=0 if args.context_parallel_size == 1 else None)
         check_flags(args)
+        settings.moving_targets = args if is_here() and moved_by_the_model(args) else None
     settings.program, settings.asked_for_flash = PROGRAM, setup.asked_for_flash
-    notice = notice_of_targets(args) if is_here() else ""
-    if notice:
-        warn_rank0(notice)
     if config.context_parallel_size == 1:
         if getattr(args, "hybrid_context_parallel", False):
             configure(adaptor, config, setup=setup, kernel=args.cp_kernel)

@@ -69,7 +69,7 @@ def findings(started: launch.Launch, device: str) -> Iterator[Finding]:
             yield found
     try:
         yield from resolved(args, started, device)
-        yield from of_megatron(started)
+        yield from of_megatron(started, by_mindspeed)
     except ValueError as error:
         yield problem(str(error))
     except RuntimeError as error:
@@ -111,9 +111,13 @@ def of_parser(started: launch.Launch, rest: Sequence[str], named: set[str]) -> I
         return
     for owner, owned in said["owners"].items():
         yield Finding("ok", f"{owner}'s own flags, which {script.name} knows: {', '.join(owned)}")
+    added = ", ".join(f"{flag} ({file})" for flag, file in said["added"].items() if flag not in named)
+    if added:
+        text = f"not checked, because {script.name} adds flags of its own: {added}"
+        yield Finding("warning", text, f"see that {script.name} --help lists them")
     if said["refused"]:
         yield Finding("problem", f"{script.name} refuses the line: {said['refused']}", "correct it")
-    for flag in dict.fromkeys(said["unknown"]):
+    for flag in said["unknown"]:
         if flag not in named:
             text = f"{script.name} does not know {flag}"
             yield Finding("problem", text, f"leave it out; {script.name} --help lists all")
@@ -227,10 +231,20 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e3:,.1f} kB"
 
 
+<<<<<<< HEAD
 def of_megatron(started: launch.Launch) -> Iterator[Finding]:
     """For a script of Megatron-LM: Megatron's own flags that the patches reject."""
+=======
+def of_megatron(started: launch.Launch, by_mindspeed: bool) -> Iterator[Finding]:
+    """Megatron's own flags that the patches refuse, for a script of Megatron-LM.
+
+    Args:
+        by_mindspeed: the script imports MindSpeed, whose names are there where Transformer Engine's are asked for.
+    """
+>>>>>>> frameworks
     if started.runner and Path(started.script).name.startswith("pretrain_"):
         environment = {**os.environ, **started.environment}
-        wrong = ask("mindspeed_cp.megatron.flag_checks", *started.flags, environment=environment)
+        flags = [*started.flags, *(["--transformer-impl", "local"] if by_mindspeed else [])]
+        wrong = ask("mindspeed_cp.megatron.flag_checks", *flags, environment=environment)
         if wrong:
             yield problem(wrong)

@@ -183,6 +183,7 @@ def of_mindspeed_alone(settings: Any) -> str:
     return f"--context-parallel-algo {name} is MindSpeed's own"
 
 
+<<<<<<< HEAD
 def notice_of_targets(settings: Any) -> str:
     """A notice about MindSpeed-LLM's instruction datasets with context parallelism, "" if they are not used."""
     if size_of(settings) == 1 or not getattr(settings, "is_instruction_dataset", False):
@@ -194,6 +195,8 @@ def notice_of_targets(settings: Any) -> str:
     )
 
 
+=======
+>>>>>>> frameworks
 def _refuse_two_dimensions(settings: Any) -> None:
     """Raise ValueError for MindSpeed's tensor parallelism in two dimensions, which widens context-parallel groups."""
     if getattr(settings, "tp_2d", False) and int(getattr(settings, "tp_y", 1)) > 1:

@@ -10,6 +10,7 @@ from mindspeed_cp.megatron.documents import documents_of_position_ids, documents
 from mindspeed_cp.megatron.records import Documents, MicroBatch, Slices
 from mindspeed_cp.megatron.scopes import Scope
 from mindspeed_cp.megatron.slices import slices_of_batch
+from mindspeed_cp.megatron.targets import moved
 from mindspeed_cp.sequence.layout import DOCUMENT_KINDS, SequenceLayout
 from mindspeed_cp.sequence.sharding import SEQUENCES, WHOLE, shard_batch
 from mindspeed_cp.settings.config import ContextParallelConfig
@@ -85,17 +86,25 @@ def split_in_place(
 ) -> dict[str, Any]:
     """Replace every sequence of ``batch`` by the part of this rank, and record how the batch was split.
 
-    Args:
-        batch: dict of (b, S) tensors, None, and an optional attention_mask (b, 1, S, S), which stays whole, because
-            attention selects rows and columns by the layout. Other tensors as long as the sequence are split too, as
-            in Megatron, with a notice.
-        documents: boundaries that the caller knows; None finds them as the settings say.
+        Args:
+    <<<<<<< HEAD
+            batch: dict of (b, S) tensors, None, and an optional attention_mask (b, 1, S, S), which stays whole, because
+                attention selects rows and columns by the layout. Other tensors as long as the sequence are split too, as
+                in Megatron, with a notice.
+            documents: boundaries that the caller knows; None finds them as the settings say.
+    =======
+            batch: dict of (b, S) tensors, None, and an optional attention_mask (b, 1, S, S), which stays whole: attention
+                takes its rows and columns through the layout. Other tensors as long as the sequence are split too, said
+                aloud, as Megatron does. Targets that the model would move are moved before (targets.py).
+            documents: boundaries that the caller knows; None looks for them where the settings say.
+    >>>>>>> frameworks
     """
     sequences = _sequences(batch)
     if not sequences:
         return batch
     record = _record(adaptor, scope, batch, sequences, documents)
-    for name, value in sequences.items():
+    targets = {} if adaptor.settings.moving_targets is None or scope.alone else moved(batch)
+    for name, value in (sequences | targets).items():
         batch[name] = _own_part(record.layout, value, scope.rank, sequence_dim(value))
     adaptor.records.remember((batch[name] for name in sequences), record, _telling(batch))
     return batch

@@ -12,14 +12,15 @@ import importlib.util
 import io
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mindspeed_cp.megatron.neighbour import FEATURES, front_named_in
+from mindspeed_cp.megatron.neighbour import FEATURES, FRONTS, front_named_in
 
 ARGUMENTS = "megatron.training.arguments"
 TITLES = {"mindspeed": "MindSpeed", "mindspeed_llm": "MindSpeed-LLM"}
@@ -98,9 +99,14 @@ def _without_device() -> Iterator[None]:
 def asked(script: Path, flags: list[str]) -> dict[str, Any] | None:
     """The parser's findings; None if there is no known parser.
 
-    Returns:
-        unknown: flags that it does not know. refused: its message if it ends the program. owners: project -> those of
-        the flags that it adds.
+        Returns:
+    <<<<<<< HEAD
+            unknown: flags that it does not know. refused: its message if it ends the program. owners: project -> those of
+            the flags that it adds.
+    =======
+            unknown: flags that nobody knows. refused: its message where it ends the program. owners: project -> those of
+            the flags that are its own. added: those that the script adds to the parser -> the file that does.
+    >>>>>>> frameworks
     """
     found = parser_of(script)
     if found is None:
@@ -117,9 +123,27 @@ def asked(script: Path, flags: list[str]) -> dict[str, Any] | None:
             _, rest = parser.parse_known_args(flags)
     except (SystemExit, ValueError) as error:
         line = (said.getvalue().strip() or str(error)).splitlines()[-1]
-        return {"unknown": [], "refused": line.rpartition("error: ")[2], "owners": owners}
-    unknown = [token.partition("=")[0] for token in rest if token.startswith("--")]
-    return {"unknown": unknown, "refused": "", "owners": owners}
+        return {"unknown": [], "refused": line.rpartition("error: ")[2], "owners": owners, "added": {}}
+    unknown = dict.fromkeys(token.partition("=")[0] for token in rest if token.startswith("--"))
+    added = added_by(script, unknown) if unknown else {}
+    return {"unknown": [flag for flag in unknown if flag not in added], "refused": "", "owners": owners, "added": added}
+
+
+def added_by(script: Path, flags: Iterable[str]) -> dict[str, str]:
+    """Flag -> the first file that writes it in quotes, of the script and the packages beside it that it imports.
+
+    Such a script hands Megatron a function that adds them (extra_args_provider), which nobody can call without running
+    the script. MindSpeed's features were asked for all of theirs.
+    """
+    home, text = script.resolve().parent, script.read_text(errors="replace")
+    packages = sorted({*re.findall(r"^\s*(?:from|import)\s+(\w+)", text, re.MULTILINE)} - FRONTS.keys())
+    sources = [script.resolve(), *(path for name in packages for path in sorted((home / name).rglob("*.py")))]
+    found: dict[str, str] = {}
+    for path in sources:
+        written = set(re.findall(r"""["'](--[\w-]+)["']""", path.read_text(errors="replace")))
+        for flag in written.intersection(flags) - found.keys():
+            found[flag] = str(path.relative_to(home))
+    return found
 
 
 def main() -> int:

@@ -25,6 +25,7 @@ CHECKS = {
     "hosts": "one attention layer over two hosts: bytes on the network, and a link that is cut",
     "plan": "the planner's ranking beside measured times, on emulated networks",
     "fla": "flash-linear-attention's kernels as layers with a state call them, on a GPU or in Triton's interpreter",
+    "launch_lines": "the command lines of MindSpeed-LLM's scripts, as the doctor reads them beside MindSpeed",
     "published_plans": "the planner beside trainings that were published",
 }
 
