@@ -231,17 +231,12 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e3:,.1f} kB"
 
 
-<<<<<<< HEAD
-def of_megatron(started: launch.Launch) -> Iterator[Finding]:
-    """For a script of Megatron-LM: Megatron's own flags that the patches reject."""
-=======
 def of_megatron(started: launch.Launch, by_mindspeed: bool) -> Iterator[Finding]:
-    """Megatron's own flags that the patches refuse, for a script of Megatron-LM.
+    """For a script of Megatron-LM: Megatron's own flags that the patches reject.
 
     Args:
         by_mindspeed: the script imports MindSpeed, whose names are there where Transformer Engine's are asked for.
     """
->>>>>>> frameworks
     if started.runner and Path(started.script).name.startswith("pretrain_"):
         environment = {**os.environ, **started.environment}
         flags = [*started.flags, *(["--transformer-impl", "local"] if by_mindspeed else [])]

@@ -47,28 +47,22 @@ class OpenDecision:
 class Settings:
     """The settings, from whichever API.
 
-        Args:
-            config: the configuration; None until it is decided (Ulysses if nothing decides it).
-            setup: TrainingSetup, None for scripts that use only megatron-core.
-            kernel: name of an attention kernel, None to choose by device.
-            documents_from_position_ids: if the batch has no mask, a document begins where position ids restart at 0.
-            end_of_document: the last token of each document if the batch has no mask and position ids are not used, or
-                a function () -> token, which is called when a batch is split.
-            image_token_id: the token of image patches, which see each other inside causal text; or None.
-            asked_for_flash: --use-flash-attn was given, as a flag or in a framework's settings.
-            declared: how a framework says that it splits whole rows itself; None if it does not say.
-            undecided: what is still to be decided; None once ``configure`` has decided everything.
-    <<<<<<< HEAD
-            compared: flag -> value of further settings that must be equal on all ranks.
-            program: the program whose flags they are; errors then end the program with one line instead of an exception.
-            by_mindspeed: the settings came through MindSpeed, with its default algorithm.
-    =======
-            compared: flag -> value of what must be equal on all ranks, beside the configuration.
-            program: the program whose flags they are; it ends with one line where a script gets an exception.
-            by_mindspeed: they came through MindSpeed, with its default algorithm.
-            moving_targets: Megatron's arguments, where MindSpeed-LLM's model reads in them that it moves the targets by one
-                token, which is done before the split here (targets.py); None without.
-    >>>>>>> frameworks
+    Args:
+        config: the configuration; None until it is decided (Ulysses if nothing decides it).
+        setup: TrainingSetup, None for scripts that use only megatron-core.
+        kernel: name of an attention kernel, None to choose by device.
+        documents_from_position_ids: if the batch has no mask, a document begins where position ids restart at 0.
+        end_of_document: the last token of each document if the batch has no mask and position ids are not used, or
+            a function () -> token, which is called when a batch is split.
+        image_token_id: the token of image patches, which see each other inside causal text; or None.
+        asked_for_flash: --use-flash-attn was given, as a flag or in a framework's settings.
+        declared: how a framework says that it splits whole rows itself; None if it does not say.
+        undecided: what is still to be decided; None once ``configure`` has decided everything.
+        compared: flag -> value of further settings that must be equal on all ranks.
+        program: the program whose flags they are; errors then end the program with one line instead of an exception.
+        by_mindspeed: the settings came through MindSpeed, with its default algorithm.
+        moving_targets: Megatron's arguments, if MindSpeed-LLM's model shifts the targets by one token because of them;
+            they are then shifted here, before the split (targets.py). Else None.
     """
 
     config: ContextParallelConfig | None = None

@@ -183,20 +183,6 @@ def of_mindspeed_alone(settings: Any) -> str:
     return f"--context-parallel-algo {name} is MindSpeed's own"
 
 
-<<<<<<< HEAD
-def notice_of_targets(settings: Any) -> str:
-    """A notice about MindSpeed-LLM's instruction datasets with context parallelism, "" if they are not used."""
-    if size_of(settings) == 1 or not getattr(settings, "is_instruction_dataset", False):
-        return ""
-    return (
-        "--is-instruction-dataset: MindSpeed-LLM's model moves the labels by one token within a rank's part of the "
-        "sequence, with its own context parallelism as well; the target of a token at the end of a part, or of a half "
-        "of it in a ring, is lost or another token's. Losses differ from --context-parallel-size 1 by those tokens."
-    )
-
-
-=======
->>>>>>> frameworks
 def _refuse_two_dimensions(settings: Any) -> None:
     """Raise ValueError for MindSpeed's tensor parallelism in two dimensions, which widens context-parallel groups."""
     if getattr(settings, "tp_2d", False) and int(getattr(settings, "tp_y", 1)) > 1:

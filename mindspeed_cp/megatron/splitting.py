@@ -86,18 +86,11 @@ def split_in_place(
 ) -> dict[str, Any]:
     """Replace every sequence of ``batch`` by the part of this rank, and record how the batch was split.
 
-        Args:
-    <<<<<<< HEAD
-            batch: dict of (b, S) tensors, None, and an optional attention_mask (b, 1, S, S), which stays whole, because
-                attention selects rows and columns by the layout. Other tensors as long as the sequence are split too, as
-                in Megatron, with a notice.
-            documents: boundaries that the caller knows; None finds them as the settings say.
-    =======
-            batch: dict of (b, S) tensors, None, and an optional attention_mask (b, 1, S, S), which stays whole: attention
-                takes its rows and columns through the layout. Other tensors as long as the sequence are split too, said
-                aloud, as Megatron does. Targets that the model would move are moved before (targets.py).
-            documents: boundaries that the caller knows; None looks for them where the settings say.
-    >>>>>>> frameworks
+    Args:
+        batch: dict of (b, S) tensors, None, and an optional attention_mask (b, 1, S, S), which stays whole, because
+            attention selects rows and columns by the layout. Other tensors as long as the sequence are split too, as
+            in Megatron, with a notice. Targets that the model would shift are shifted before (targets.py).
+        documents: boundaries that the caller knows; None finds them as the settings say.
     """
     sequences = _sequences(batch)
     if not sequences:

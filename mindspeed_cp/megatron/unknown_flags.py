@@ -99,14 +99,9 @@ def _without_device() -> Iterator[None]:
 def asked(script: Path, flags: list[str]) -> dict[str, Any] | None:
     """The parser's findings; None if there is no known parser.
 
-        Returns:
-    <<<<<<< HEAD
-            unknown: flags that it does not know. refused: its message if it ends the program. owners: project -> those of
-            the flags that it adds.
-    =======
-            unknown: flags that nobody knows. refused: its message where it ends the program. owners: project -> those of
-            the flags that are its own. added: those that the script adds to the parser -> the file that does.
-    >>>>>>> frameworks
+    Returns:
+        unknown: flags that it does not know. refused: its message if it ends the program. owners: project -> those of
+        the flags that it adds. added: flags that the script itself adds to the parser -> the file that does.
     """
     found = parser_of(script)
     if found is None:

@@ -5,6 +5,7 @@ MINDSPEED_FOLDER=DIR names a folder in which its package lies, of the branch for
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 import bed
