@@ -8,8 +8,6 @@ boundaries alone, so that every rank finds it without asking.
 Related: the dispatch solver of MagiAttention (arXiv 2505.13211), WLB-LLM (arXiv 2503.17924). n: ring ranks.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -54,29 +52,6 @@ def imbalance(rings: list[Runs], documents: Boundaries, causal: bool = True) -> 
     owner = np.repeat(np.arange(len(rings)), list(map(len, rings)))
     loads = np.bincount(owner, weights=area(runs[:, 1]) - area(runs[:, 0]), minlength=len(rings))
     return float(loads.max() * len(rings) / max(loads.sum(), 1.0))
-
-
-def received_rows(rings: Sequence[Runs], documents: Boundaries, causal: bool = True) -> Integers:
-    """int64 (ring ranks,): rows of keys that each rank gets from others where just those travel that it needs.
-
-    Of every document of which it holds a token these are the ones before its last token (full attention: all), without
-    its own.
-    """
-    ends = np.unique(np.array(documents, dtype=np.int64))
-    rows = np.zeros(len(rings), dtype=np.int64)
-    for rank, runs in enumerate(rings):
-        start, stop = np.array(runs, dtype=np.int64).reshape(-1, 2).T
-        first, last = np.searchsorted(ends, start, side="right") - 1, np.searchsorted(ends, stop, side="left") - 1
-        read = np.zeros(len(ends), dtype=np.int64)
-        # A run holds the end of every document in it but the last one, of which it holds the tokens up to its own end.
-        np.maximum.at(read, last, (stop if causal else ends[last + 1]) - ends[last])
-        whole = np.zeros(len(ends) + 1, dtype=np.int64)
-        np.add.at(whole, first, 1)
-        np.add.at(whole, last, -1)
-        ended = np.flatnonzero(np.cumsum(whole)[:-1] > 0)
-        read[ended] = ends[ended + 1] - ends[ended]
-        rows[rank] = read.sum() - (stop - start).sum()
-    return rows
 
 
 def _num_bytes(rings: tuple[Runs, ...]) -> int:
