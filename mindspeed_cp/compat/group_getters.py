@@ -1,8 +1,8 @@
 """What MindSpeed's getters of process groups and ranks answer, from the groups that an adaptor has.
 
-Our transfers name their peer by global rank, so one group over the whole ring also serves its windows: the getters of
-the window groups return it. Where there is no ring, Ulysses group or window, a getter behaves as in MindSpeed without
-that group.
+Our transfers name their peer by global rank, so one group over the whole ring also serves its windows, and the getters
+of the window groups return it. If there is no ring, Ulysses group or window, a getter behaves as MindSpeed's does
+without that group.
 """
 
 from collections.abc import Callable
@@ -31,17 +31,17 @@ class GroupGetters:
         self._adaptor = adaptor
 
     def _ring(self) -> ContextParallelGroups | None:
-        """The groups where there is a ring, else None."""
+        """The groups if there is a ring, else None."""
         groups = self._adaptor().groups
         return groups if groups is not None and groups.ring_size > 1 else None
 
     def _hybrid(self) -> ContextParallelGroups | None:
-        """The groups of Hybrid, else None."""
+        """The groups if the algorithm is Hybrid, else None."""
         groups = self._ring()
         return groups if groups is not None and groups.ulysses_degree > 1 else None
 
     def _neighbour(self, steps: int) -> int:
-        """Global rank of the context-parallel rank that is ``steps`` further on."""
+        """Global rank of the context-parallel rank ``steps`` after this one, cyclically."""
         main = self._adaptor().main
         if main.alone:
             return dist.get_rank()
@@ -57,7 +57,7 @@ class GroupGetters:
     def get_context_parallel_group_for_send_recv_overlap(
         self, check_initialized: bool = True
     ) -> dist.ProcessGroup | None:
-        """A group for transfers that overlap others; the ring's own where there are no windows."""
+        """A group for transfers that overlap others; the ring's own group if there are no windows."""
         ring = _required(self._ring(), "the context-parallel group for send-recv overlap", check_initialized)
         return None if ring is None else ring.outer_group or ring.ring_group
 
@@ -92,7 +92,7 @@ class GroupGetters:
         return self.get_context_parallel_group_for_send_recv_overlap(check_initialized=False)
 
     def _window_place(self) -> tuple[list[int], int, int, int]:
-        """(global ranks of the ring, window, this rank's window, its place in it)."""
+        """(global ranks of the ring, window size, index of this rank's window, this rank's index in it)."""
         ring = _required(self._ring(), "the ring")
         window = _inner_size(ring)
         return list(ring.ring_global_ranks), window, *divmod(ring.ring_rank, window)
@@ -103,15 +103,15 @@ class GroupGetters:
         return ranks[place_w * window : (place_w + 1) * window]
 
     def get_ring_ranks_for_inter_window_kv(self) -> list[int]:
-        """Global ranks with this rank's place in every window: where keys and values cross windows."""
+        """Global ranks with this rank's index in each window, between which keys and values cross windows."""
         ranks, window, _, place_i = self._window_place()
         return ranks[place_i::window]
 
     def get_ring_ranks_for_inter_window_dkv(self) -> list[int]:
-        """MindSpeed's ring of gradients between windows: one window and one place further at each step."""
+        """MindSpeed's ring for gradients between windows, which advances by one window and one index per step."""
         ranks, window, place_w, place_i = self._window_place()
         windows = len(ranks) // window
-        # MindSpeed lists every such ring from its first rank in the first window.
+        # MindSpeed lists each such ring starting with its first rank in the first window.
         first = (place_i - place_w) % gcd(window, windows)
         place, found = (0, first), []
         while ranks[place[0] * window + place[1]] not in found:
@@ -126,9 +126,9 @@ class GroupGetters:
 
 
 def _inner_size(ring: ContextParallelGroups) -> int:
-    """MindSpeed's inner size: a ring without windows is one window per rank there."""
+    """MindSpeed's inner size; in MindSpeed a ring without windows has windows of one rank."""
     return ring.hierarchy[1] if ring.hierarchy[2] > 1 else 1
 
 
-# What MindSpeed sets on megatron.core.parallel_state as well.
+# Functions that MindSpeed also sets on megatron.core.parallel_state.
 GETTERS = tuple(name for name in vars(GroupGetters) if name.startswith("get_"))

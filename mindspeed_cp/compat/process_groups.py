@@ -17,7 +17,7 @@ _OURS = GroupGetters(_adaptor)
 
 
 def _maker(purpose: str) -> Callable[..., None]:
-    """MindSpeed's maker of groups, which initialize_model_parallel has made here."""
+    """A replacement for one of MindSpeed's functions that make groups; initialize_model_parallel has made them all."""
 
     def initialize(
         tensor_model_parallel_size: int,

@@ -21,9 +21,11 @@ CHECKS = {
     "verify_npu": "everything that can be checked on a device (scripts/verify_npu.sh)",
     "verify_machine": "what this machine is, for the report of verify_npu",
     "verify_runs": "the training runs of verify_npu",
+    "verify_ring": "one layer of verify_npu by this project's ring and by MindSpeed's, on ranks of torchrun",
     "hosts": "one attention layer over two hosts: bytes on the network, and a link that is cut",
     "plan": "the planner's ranking beside measured times, on emulated networks",
     "fla": "flash-linear-attention's kernels as layers with a state call them, on a GPU or in Triton's interpreter",
+    "launch_lines": "the command lines of MindSpeed-LLM's scripts, as the doctor reads them beside MindSpeed",
     "published_plans": "the planner beside trainings that were published",
 }
 

@@ -162,10 +162,10 @@ def least_rows(lengths: Sequence[int], ranks: int) -> int:
 
 
 def received_rows(rings: Sequence[Runs], documents: Sequence[int], causal: bool = True) -> np.ndarray:
-    """int64 (ring ranks,): rows of keys that each rank gets from others where just those travel that it needs.
+    """int64 (ring ranks,): how many rows of keys each rank receives if only the rows that it needs travel.
 
-    Of every document of which it holds a token these are the ones before its last token (full attention: all), without
-    its own.
+    For each document of which a rank holds a token, it needs the rows up to its last token (full attention: all rows)
+    that it does not hold itself.
     """
     ends = np.unique(np.array(documents, dtype=np.int64))
     rows = np.zeros(len(rings), dtype=np.int64)
@@ -173,7 +173,7 @@ def received_rows(rings: Sequence[Runs], documents: Sequence[int], causal: bool 
         start, stop = np.array(runs, dtype=np.int64).reshape(-1, 2).T
         first, last = np.searchsorted(ends, start, side="right") - 1, np.searchsorted(ends, stop, side="left") - 1
         read = np.zeros(len(ends), dtype=np.int64)
-        # A run holds the end of every document in it but the last one, of which it holds the tokens up to its own end.
+        # A run contains the end of every document in it except the last, which it holds up to the run's own end.
         np.maximum.at(read, last, (stop if causal else ends[last + 1]) - ends[last])
         whole = np.zeros(len(ends) + 1, dtype=np.int64)
         np.add.at(whole, first, 1)

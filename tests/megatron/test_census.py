@@ -35,7 +35,7 @@ def version_of(core):
 
 
 def read_by(core):
-    """(path behind "megatron.core.", what it reads) of a folder megatron/core."""
+    """(path after "megatron.core.", what it reads) for a folder megatron/core."""
     for package in PACKAGES:
         for file in sorted((core / package).rglob("*.py")):
             module = ".".join(file.relative_to(core).with_suffix("").parts)
