@@ -1,7 +1,7 @@
 """Make a release: CHANGELOG.md's Unreleased part and the files of changes/ become a version.
 
-python scripts/release.py 0.2.0            writes CHANGELOG.md and mindspeed_cp/version.py, removes the files
-python scripts/release.py --notes 0.2.0    prints what a version brings: the message of its tag
+python changes/release.py 0.2.0            writes CHANGELOG.md and mindspeed_cp/version.py, removes the files
+python changes/release.py --notes 0.2.0    prints what a version brings: the message of its tag
 """
 
 import argparse
@@ -22,7 +22,7 @@ def fragments(root: Path) -> list[Path]:
     Raises:
         ValueError: a file's name says no kind of change, or its text is no list.
     """
-    found = sorted(path for path in (root / "changes").iterdir() if path.name != "README.md")
+    found = sorted(path for path in (root / "changes").glob("*.*") if path.name not in ("README.md", "release.py"))
     for path in found:
         if not FRAGMENT.fullmatch(path.name) or not path.read_text(encoding="utf-8").startswith("* "):
             raise ValueError(
