@@ -1,4 +1,4 @@
-"""The buffers of the process groups on HCCL that carry attention: those that this project makes, and Megatron's own."""
+"""HCCL buffer sizes of the process groups that carry attention: those that this project makes, and Megatron's own."""
 
 import os
 
@@ -10,8 +10,8 @@ from mindspeed_cp.settings.training_setup import TrainingSetup
 
 
 def hccl_buffers(config: ContextParallelConfig, setup: TrainingSetup | None) -> dict[str, int]:
-    """MB by group from the largest message of each; empty on other backends, and where the user has set HCCL_BUFFSIZE,
-    which then holds for every group."""
+    """MB by group, from the largest message of each; empty on other backends, or if the user has set HCCL_BUFFSIZE,
+    which then applies to every group."""
     if setup is None or "hccl" not in dist.get_backend() or os.environ.get("HCCL_BUFFSIZE"):
         return {}
     return buffers_of(config, setup)

@@ -20,8 +20,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.network import Network, free_port, two_hosts
-from compare_runs import losses
+from bench import free_port
+from figures.network import Network, two_hosts
+from faults import losses
 from processes import children
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
