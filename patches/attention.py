@@ -153,7 +153,7 @@ def local_forward(
     width = self.num_attention_heads_per_partition * value.shape[-1]
     asked = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, **kwargs}
     theirs = packed_seq_params is None and width == self.hidden_size_per_partition
-    theirs = theirs and not _has_slices(adaptor)
+    theirs = theirs and not _is_limited(adaptor)
     if _is_alone(self) and not adaptor.sizes and theirs and not _takes_the_kernel(adaptor, query, key, attention_bias):
         return original(self, query, key, value, attention_mask, **asked, packed_seq_params=packed_seq_params)
     # Query-key layer scaling divides, then multiplies.
@@ -181,7 +181,7 @@ def te_forward(
     **kwargs: Any,
 ) -> torch.Tensor:
     asked = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, **kwargs}
-    if _is_alone(self) and not adaptor.sizes and not _has_slices(adaptor):
+    if _is_alone(self) and not adaptor.sizes and not _is_limited(adaptor):
         return original(self, query, key, value, attention_mask, **asked, packed_seq_params=packed_seq_params)
     scale = query.shape[-1] ** -0.5 if self.asked_softmax_scale is None else self.asked_softmax_scale
     core = _described(self, attn_mask_type, scale, self.asked_dropout)
@@ -215,6 +215,11 @@ def _takes_the_kernel(adaptor: Adaptor, query: torch.Tensor, key: torch.Tensor, 
 
 def _is_alone(module: Any) -> bool:
     return bool(module.config.context_parallel_size == 1)
+
+
+def _is_limited(adaptor: Adaptor) -> bool:
+    """Whether the record of the batch that runs says what its tokens see."""
+    return adaptor.active is not None and adaptor.active.limits_attention
 
 
 def _has_slices(adaptor: Adaptor) -> bool:

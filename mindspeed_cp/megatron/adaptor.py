@@ -56,7 +56,8 @@ class Adaptor(OwnLoops):
         embedded: length -> layout and position ids with which Megatron's cache holds an embedding of that length.
         documents_by_hand: documents were given for a batch by hand, so that a forward pass of no known batch would lose
             them.
-        sliced: a batch with slices was split: what is alone, too, then follows the records of batches.
+        sliced: a batch with slices was split, or one of several documents over one rank: what is alone, too, then
+            follows the records of batches.
         computes_alone: what runs now is split over nobody, whatever group it names.
         told: what was said before the first batch, "" until then.
         on_change: called whenever a cached embedding may have become wrong.

@@ -139,10 +139,8 @@ def _record(
             "a batch with slices (attention_slices, prefix_lengths, image_token_id) is not supported with "
             "--hybrid-context-parallel; leave that out: one row lies on all ranks in balance without it."
         )
-    adaptor.sliced |= slices is not None
-    of_this_length = layout(adaptor, scope, seq_len, documents, slices)
-    return MicroBatch(
-        of_this_length,
+    record = MicroBatch(
+        layout(adaptor, scope, seq_len, documents, slices),
         documents,
         scope,
         waits_for_documents=waits,
@@ -150,6 +148,8 @@ def _record(
         slices=slices,
         places=places,
     )
+    adaptor.sliced |= record.limits_attention if scope.alone else slices is not None
+    return record
 
 
 def _telling(local: Batch) -> list[Any]:
