@@ -54,15 +54,14 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
         )
     record = found or adaptor.running_in(scope)
     params = packed_params_in(values)
+    length = _length_of(model, given, tokens, ids)
     if params is not None:
         adaptor.handed.waiting = False  # the parameters say the same, and where documents are padded too
-        told = ids if tokens is None else tokens
-        local = None if told is None else told.size(-1)
         _check_packed_slices(adaptor, model, record, found is None and adaptor.active is None)
-        return packed_batch(adaptor, scope, params, local, ids, record)
+        return packed_batch(adaptor, scope, params, length, ids, record)
     if getattr(model, "pre_process", True):
         if record is None:
-            record = adaptor.foreign.record(adaptor, scope, ids, tokens, declared(adaptor, scope, model))
+            record = adaptor.foreign.record(adaptor, scope, ids, tokens, declared(adaptor, scope, model), length)
         record = with_handed_documents(adaptor, record, tokens, ids)
         if found is None and adaptor.active is None:
             if record.documents is None and adaptor.documents_by_hand:
@@ -71,6 +70,19 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
                 raise ValueError(f"{SLICED}{LOST}")
         return adaptor.hand_over.first(model, scope, record)
     return adaptor.hand_over.later(model, scope, record)
+
+
+def _length_of(
+    model: Any, given: Mapping[str, Any], tokens: torch.Tensor | None, ids: torch.Tensor | None
+) -> int | None:
+    """How many tokens this rank holds: rows of decoder_input, beside which tokens may be the whole sequence; else what
+    the model got of tokens or position ids; None for nothing.
+    """
+    rows = given.get("decoder_input")
+    if isinstance(rows, torch.Tensor):
+        return rows.size(0) * (model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1)
+    told = ids if tokens is None else tokens
+    return None if told is None else told.size(-1)
 
 
 def _check_packed_slices(adaptor: "Adaptor", model: Any, record: MicroBatch | None, is_lost: bool) -> None:

@@ -67,8 +67,7 @@ class SequenceLayout:
             attention_slices: what queries see, for all rows of the batch; "balanced" and "auto" go by their areas.
 
         Raises:
-            ValueError: the length is no whole number, the boundaries are none of this length, or a document does not fit
-                the kind.
+            ValueError: the length is no whole number, or the boundaries do not fit the length or the kind.
         """
         if not isinstance(seq_len, int) or seq_len < 1:
             raise ValueError(f"sequence length {seq_len} must be a whole number of at least 1; pass the global length.")
