@@ -1,6 +1,7 @@
 """The vision-language model of docs/vision-language.md on several ranks, with context parallelism and without."""
 
 import re
+from functools import cache
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "vision-language.md"
 DOCUMENTS = (0, 19, 20)  # and the end
 
 
+@cache
 def example(as_script=False):
     """The names of the example, which runs as a script in ranks that have their process group already."""
     (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
@@ -46,9 +48,9 @@ def by_a_framework(names, whole_ids=False):
         state, features = megatron_adaptor.state(), model.features(batch["images"])
         held = state.layout(batch["tokens"].size(1)).positions(state.cp_rank)
         rows = model.embedded(batch["tokens"], batch["image_index"], features)[held]
-        local = {name: batch[name][..., held] for name in ("position_ids", "labels", "image_index")}
+        local = {name: batch[name][..., held] for name in ("position_ids", "labels", "loss_mask", "image_index")}
         ids = batch["position_ids"] if whole_ids else local["position_ids"]
-        return model(batch["tokens"], ids, local["labels"], local["image_index"], features, rows), local
+        return model(batch["tokens"], ids, local["labels"], local["image_index"], None, (features, rows)), local
 
     return losses_of
 
@@ -60,7 +62,7 @@ def outcome(names, losses_of, case, cp_size, length):
     model = names.built(cp_size, 2 * length, **(RECOMPUTE if case == "recomputed" else {}))
     losses, local = losses_of(model, *batch_of(names, case, length))
     state = megatron_adaptor.state()
-    (losses * (local["labels"] % 3 > 0)).sum().backward()
+    (losses * local["loss_mask"]).sum().backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     for value in found.values() if cp_size > 1 else ():
         dist.all_reduce(value)
