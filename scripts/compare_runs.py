@@ -8,6 +8,7 @@ status 1 when a loss differs from it by more than the tolerance, relatively.
 
 import argparse
 import json
+import statistics
 import sys
 
 from rich.console import Console
@@ -19,11 +20,6 @@ def read_run(path):
     with open(path, encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
     return [record for record in records if "loss" in record]
-
-
-def losses(path):
-    """step -> loss of a --log-file."""
-    return {record["iteration"]: record["loss"] for record in read_run(path)}
 
 
 def largest_difference(run, reference):
@@ -45,9 +41,8 @@ def table(runs):
     result.add_section()
     result.add_row("difference", "", *(f"{largest_difference(run, columns[0]):.1e}" for run in columns[1:]))
     result.add_row("bytes per rank and step", *(f"{run[-1]['cp_bytes_per_rank']:,.0f}" for run in columns))
-    result.add_row(
-        "tokens/s", *(f"{sorted(record['tokens_per_second'] for record in run)[len(run) // 2]:,.0f}" for run in columns)
-    )
+    speeds = [statistics.median(record["tokens_per_second"] for record in run) for run in columns]
+    result.add_row("tokens/s", *(f"{speed:,.0f}" for speed in speeds))
     return result
 
 
@@ -77,9 +72,7 @@ def plot(runs):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="NAME=FILE", help="a name and a --log-file of pretrain_gpt.py")
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-4, help="largest relative difference allowed (default: 1e-4)"
-    )
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative difference (default: 1e-4)")
     parser.add_argument("--plot", metavar="PNG", help="where to save the picture of the losses")
     args = parser.parse_args(argv)
     runs = {name: read_run(path) for name, _, path in (run.rpartition("=") for run in args.runs)}

@@ -111,13 +111,9 @@ def warn_of_size(requirement):
     pip("install", pinned("pip"))  # older ones download a package to learn what it needs
     if not any(need.startswith(("nvidia-", "cuda-", "triton")) for need in needs_of(requirement)):
         return
-    table = _table()
-    say(
-        f"{requirement} comes as a build for CUDA: about 3 GB to download, about 6 GB in .venv. To avoid it, set one of"
-    )
-    print(
-        f"   {INDEX_VARIABLE}=ADDRESS   an index of CPU wheels, such as the one that PyTorch's installation page names"
-    )
+    table, large = _table(), "a build for CUDA: about 3 GB to download, about 6 GB in .venv"
+    say(f"{requirement} comes as {large}. To avoid it, set one of")
+    print(f"   {INDEX_VARIABLE}=ADDRESS   an index of CPU wheels, such as PyTorch's installation page names")
     print(f"   PYTHON=/path/to/python    one that has torch {table.LOWEST_TORCH} to {table.TORCH}, taken as it is")
     if sys.stdout.isatty():
         say(f"Going on in {PAUSE} seconds")
@@ -168,9 +164,7 @@ def main(argv=None):
         python = str(folder / "bin" / "python")
         if not Path(python).exists():
             make(folder)
-        os.execv(
-            python, [python, str(Path(__file__).resolve()), options.extra]
-        )  # whose version the constraints are for
+        os.execv(python, [python, str(Path(__file__).resolve()), options.extra])  # the constraints are for its version
     if version not in table.PYTHONS:
         say(f"Python {version} has not been tried; {', '.join(table.PYTHONS)} were")
     install(options.extra)

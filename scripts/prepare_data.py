@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
 
-from trainer.texts import ENDINGS, Encoder, bytes_encoder, documents, encoder_of, files_of
+from trainer.texts import ENDINGS, Encoder, bytes_encoder, documents, encoder_of, files_of, texts_of
 
 
 def write_documents(texts: Iterable[str], prefix: str, encoder: Encoder | None = None) -> tuple[int, int]:
@@ -73,13 +73,9 @@ def prepare(args: argparse.Namespace) -> None:
             f"{Path(args.output).with_suffix('')}, and --input for your text."
         )
     encoder = encoder_of(args.tokenizer) if args.tokenizer else bytes_encoder()
-    if args.input:
-        texts = documents(files_of(args.input), args.json_key, args.documents == "paragraphs")
-    else:
-        texts = iter(python_topics())
-        if args.documents == "paragraphs":
-            texts = (part for text in texts for part in text.split("\n\n") if part.strip())
-    num_documents, num_tokens = write_documents(texts, args.output, encoder)
+    texts = texts_of(files_of(args.input), args.json_key) if args.input else python_topics()
+    found = documents(texts, args.documents == "paragraphs")
+    num_documents, num_tokens = write_documents(found, args.output, encoder)
     of = "" if args.input else ", the help topics of Python (--input takes your own text)"
     print(f"{args.output}.bin, {args.output}.idx: {num_documents:,} documents, {num_tokens:,} tokens{of}")
     vocab = f" --vocab-size {encoder.vocab_size}" if args.tokenizer else ""

@@ -1,8 +1,8 @@
 """MindSpeed's getters of process groups and ranks (``model_parallel_utils``, ``parallel_state``), from our groups.
 
-Our transfers name their peer by global rank, so one group over the whole ring also serves its windows: the getters of
-the window groups return it. Where there is no ring, Ulysses group or window, a getter behaves as in MindSpeed without
-that group.
+Our transfers name their peer by global rank, so one group over the whole ring also serves its windows, and the getters
+of the window groups return it. If there is no ring, Ulysses group or window, a getter behaves as MindSpeed's does
+without that group.
 """
 
 from collections.abc import Callable
@@ -33,12 +33,12 @@ __all__ = [
     "initialize_context_parallel_group_for_hybrid_cp",
     "initialize_context_parallel_group_for_send_recv_overlap",
 ]
-# What MindSpeed sets on megatron.core.parallel_state as well.
+# Functions that MindSpeed also sets on megatron.core.parallel_state.
 GETTERS = tuple(name for name in __all__ if name.startswith("get_"))
 
 
 def _adaptor_groups() -> ContextParallelGroups | None:
-    """The groups that the adaptor built with Megatron's, None before initialize_model_parallel."""
+    """The groups that the adaptor built together with Megatron's; None before initialize_model_parallel."""
     from mindspeed_cp import megatron_adaptor
 
     return megatron_adaptor.state().groups
@@ -54,19 +54,19 @@ def _required(found: Any, name: str, check: bool = True) -> Any:
 
 
 def _ring() -> ContextParallelGroups | None:
-    """The groups where there is a ring, else None."""
+    """The groups if there is a ring, else None."""
     groups = _adaptor_groups()
     return groups if groups is not None and groups.ring_size > 1 else None
 
 
 def _hybrid() -> ContextParallelGroups | None:
-    """The groups of Hybrid, else None."""
+    """The groups if the algorithm is Hybrid, else None."""
     groups = _ring()
     return groups if groups is not None and groups.ulysses_degree > 1 else None
 
 
 def _neighbour(steps: int) -> int:
-    """Global rank of the context-parallel rank that is ``steps`` further on."""
+    """Global rank of the context-parallel rank ``steps`` after this one, cyclically."""
     from mindspeed_cp import megatron_adaptor
 
     main = megatron_adaptor.state().main
@@ -85,7 +85,7 @@ def get_context_parallel_prev_rank() -> int:
 
 
 def get_context_parallel_group_for_send_recv_overlap(check_initialized: bool = True) -> dist.ProcessGroup | None:
-    """A group for transfers that overlap others; the ring's own where there are no windows."""
+    """A group for transfers that overlap others; the ring's own group if there are no windows."""
     ring = _required(_ring(), "the context-parallel group for send-recv overlap", check_initialized)
     return None if ring is None else ring.outer_group or ring.ring_group
 
@@ -130,14 +130,14 @@ def get_ring_group_for_intra_window_send_recv_overlap() -> dist.ProcessGroup | N
 
 
 def _window_place() -> tuple[list[int], int, int, int]:
-    """(global ranks of the ring, window, this rank's window, its place in it)."""
+    """(global ranks of the ring, window size, index of this rank's window, this rank's index in it)."""
     ring = _required(_ring(), "the ring")
     window = _inner_size(ring)
     return list(ring.ring_global_ranks), window, *divmod(ring.ring_rank, window)
 
 
 def _inner_size(ring: ContextParallelGroups) -> int:
-    """MindSpeed's inner size: a ring without windows is one window per rank there."""
+    """MindSpeed's inner size; in MindSpeed a ring without windows has windows of one rank."""
     return ring.hierarchy[1] if ring.hierarchy[2] > 1 else 1
 
 
@@ -148,16 +148,16 @@ def get_ring_ranks_for_intra_window() -> list[int]:
 
 
 def get_ring_ranks_for_inter_window_kv() -> list[int]:
-    """Global ranks with this rank's place in every window: where keys and values cross windows."""
+    """Global ranks with this rank's index in each window, between which keys and values cross windows."""
     ranks, window, _, place_i = _window_place()
     return ranks[place_i::window]
 
 
 def get_ring_ranks_for_inter_window_dkv() -> list[int]:
-    """MindSpeed's ring of gradients between windows: one window and one place further at each step."""
+    """MindSpeed's ring for gradients between windows, which advances by one window and one index per step."""
     ranks, window, place_w, place_i = _window_place()
     windows = len(ranks) // window
-    # MindSpeed lists every such ring from its first rank in the first window.
+    # MindSpeed lists each such ring starting with its first rank in the first window.
     first = (place_i - place_w) % gcd(window, windows)
     place, found = (0, first), []
     while ranks[place[0] * window + place[1]] not in found:
@@ -167,7 +167,7 @@ def get_ring_ranks_for_inter_window_dkv() -> list[int]:
 
 
 def _initialized_for(purpose: str) -> Callable[..., None]:
-    """A function that stands for MindSpeed's maker of groups: initialize_model_parallel has made them all here."""
+    """A replacement for MindSpeed's functions that make groups; here initialize_model_parallel has made them all."""
 
     def initialize(
         tensor_model_parallel_size: int,

@@ -1,6 +1,6 @@
-"""Heads of a layer with a state: each rank computes some of them over the whole sequence, in order.
+"""Split a recurrent layer by heads: each rank computes some heads over the whole sequence, in order.
 
-s: tokens of this rank in the layout of the batch, S: of the whole sequence. Several tensors travel in one message.
+s: tokens of this rank in the batch's layout, S: tokens of the whole sequence. Several tensors travel in one message.
 """
 
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
 
 @dataclass(frozen=True, eq=False)
 class HeadExchange:
-    """The all-to-all around a layer whose heads are shared out.
+    """The all-to-all around a layer whose heads are split over the ranks.
 
     Args:
-        exchange: over the whole context-parallel group, whose rows are the runs of the layout.
-        parts: what travels together, and which heads of it every rank gets.
+        exchange: over the whole context-parallel group, with the runs of the layout as rows.
+        parts: the tensors that travel together, and which of their heads each rank gets.
     """
 
     exchange: SequenceExchange
     parts: Sequence[Part]
 
     def to_sequence(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(s, batch, heads, dim) -> (S, batch, heads of this rank, dim), in the order of the sequence."""
+        """(s, batch, heads, dim) -> (S, batch, heads of this rank, dim), in sequence order."""
         found: tuple[torch.Tensor, ...] = _ToSequence.apply(self, *tensors)
         return found
 

@@ -1,8 +1,8 @@
-"""The record of what runs: of a forward pass that enters a model, of a block of layers, of a module on its own.
+"""Find the record of a forward pass that enters a model, of a block of layers, or of a single module.
 
-A record is found by the tensors of its batch where this project split it, described by the batch itself where somebody
-else did (position ids, packed boundaries, a declaration), taken over from the first stage of a pipeline, or handed over
-with ``Adaptor.running``. Nothing is guessed.
+If this project split the batch, the record is found by the batch's tensors; if somebody else did, it is made from the
+batch itself (position ids, packed boundaries, a declaration). It may also come from the first pipeline stage or from
+``Adaptor.running``. Nothing is guessed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,15 +24,15 @@ from mindspeed_cp.settings.notices import warn_rank0
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.known import Known as Adaptor
 
-# What forward passes call them; the last ones are those of legacy models.
+# Argument names in forward methods; the last ones are those of legacy models.
 IDS, TOKENS = ("position_ids", "enc_position_ids"), ("input_ids", "tokens", "decoder_input_ids", "enc_input_ids")
 
 
 def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MicroBatch | None:
-    """The record with which ``model`` runs this forward pass; None where it computes alone.
+    """The record with which ``model`` runs this forward pass; None if the model is not split.
 
     Raises:
-        ValueError: nothing says how its batch was split, or what says so contradicts the model or itself.
+        ValueError: nothing says how its batch was split, or this information contradicts the model or itself.
     """
     values = (*args, *kwargs.values())
     scope = adaptor.scope_of(model)
@@ -56,7 +56,7 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
     params = packed_params_in(values)
     length = _length_of(model, given, tokens, ids)
     if params is not None:
-        adaptor.handed.waiting = False  # the parameters say the same, and where documents are padded too
+        adaptor.handed.waiting = False  # the parameters contain the same, and also the padding of documents
         _check_packed_slices(adaptor, model, record, found is None and adaptor.active is None)
         return packed_batch(adaptor, scope, params, length, ids, record)
     if getattr(model, "pre_process", True):
@@ -86,7 +86,7 @@ def _length_of(
 
 
 def _check_packed_slices(adaptor: "Adaptor", model: Any, record: MicroBatch | None, is_lost: bool) -> None:
-    """Raise ValueError where slices beside packed_seq_params would be lost: those say documents alone."""
+    """Raise ValueError if slices would be lost, because packed_seq_params describe only documents."""
     if adaptor.sliced and is_lost and getattr(model, "pre_process", True):
         raise ValueError(f"{SLICED}{LOST}")
     if record is not None and record.slices is not None and len(pipeline_of(model)) > 1:
@@ -106,10 +106,10 @@ LOST = (
 
 
 def _alone(adaptor: "Adaptor", model: Any, found: MicroBatch | None, masked: bool, packed: bool) -> MicroBatch | None:
-    """The record of a model that computes alone, where it says what tokens see; everything else is Megatron's.
+    """The record of a model without context parallelism if it limits what tokens see; else None (Megatron's code runs).
 
     Args:
-        masked, packed: the model got an attention_mask, packed_seq_params: those say where documents end.
+        masked, packed: the model got an attention_mask, packed_seq_params, which contain the documents.
     """
     _refuse_split_batch(model, found)
     if found is None and adaptor.active is None and adaptor.sliced and not masked and not adaptor.scopes and not packed:
@@ -139,7 +139,7 @@ def _refuse_split_batch(model: Any, found: MicroBatch | None) -> None:
 def with_handed_documents(
     adaptor: "Adaptor", record: MicroBatch, tokens: torch.Tensor | None, ids: torch.Tensor | None
 ) -> MicroBatch:
-    """``record`` with the documents that were handed over beside a batch that brings none itself."""
+    """``record`` with the documents that were passed separately, if its batch contains none."""
     handed = adaptor.handed
     if handed.ends is None or not record.waits_for_documents:
         return record
@@ -156,7 +156,7 @@ def with_handed_documents(
 
 
 def declared(adaptor: "Adaptor", scope: Scope, model: Any) -> str:
-    """How somebody else is declared to cut whole rows, "" where nobody declared it."""
+    """How others split whole rows according to the settings, "" if nothing was declared."""
     if scope.config.batch_layout in ("zigzag", "contiguous"):
         return scope.config.batch_layout
     mode = getattr(model.config, "cp_partition_mode", None)
@@ -168,7 +168,7 @@ def named_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     known = _forward_of(type(model).forward)
     try:
         return known.bind_partial(model, *args, **kwargs).arguments
-    except TypeError:  # the call itself says what is wrong with them
+    except TypeError:  # the call itself will raise the error
         return kwargs
 
 
@@ -186,7 +186,7 @@ def block_record(adaptor: "Adaptor", scope: Scope, config: Any, num_rows: int, p
 
     Args:
         config: TransformerConfig.
-        num_rows: first dimension of the block's input, which sequence parallelism has split again.
+        num_rows: first dimension of the block's input, which sequence parallelism has split further.
         params: PackedSeqParams in thd, None for whole sequences.
     """
     local_len = num_rows * config.tensor_model_parallel_size if config.sequence_parallel else num_rows
@@ -196,11 +196,11 @@ def block_record(adaptor: "Adaptor", scope: Scope, config: Any, num_rows: int, p
 
 
 def record_of_length(adaptor: "Adaptor", scope: Scope, local_len: int) -> MicroBatch:
-    """The record of what runs over ``scope``, of which this rank holds ``local_len`` tokens.
+    """The record of the code running over ``scope``, for which this rank holds ``local_len`` tokens.
 
-    A later pipeline stage whose first one hands nothing over, and modules that are no part of a language model, know no
-    record. The layout is then that of the configuration, over what the ranks hold together; whether a rank asks the
-    others depends on the code that runs alone, so all ranks of the group ask together.
+    Later pipeline stages whose first stage passes nothing on, and modules outside a language model, have no record.
+    They use the configuration's layout for the ranks' total length. Whether ranks exchange their lengths depends only
+    on the running code, so all ranks of the group do it together.
 
     Raises:
         ValueError: the record, or the layout, gives this rank another number of tokens.
@@ -227,12 +227,12 @@ def record_of_length(adaptor: "Adaptor", scope: Scope, local_len: int) -> MicroB
 
 
 def placed(record: MicroBatch, adaptor: "Adaptor") -> MicroBatch:
-    """``record`` with a scope: one that was made without is of Megatron's own group."""
+    """``record`` with a scope; without one it belongs to Megatron's own group."""
     return record if record.scope is not None else replace(record, scope=adaptor.main)
 
 
 def record_of_part(adaptor: "Adaptor", tensor: torch.Tensor, of: Any, dim: int) -> MicroBatch:
-    """The record of the batch to which a part of a sequence belongs; as ``Adaptor.gather_sequence`` says."""
+    """The record of the batch to which a part of a sequence belongs; see ``Adaptor.gather_sequence``."""
     values = of.values() if isinstance(of, Mapping) else (tensor if of is None else of,)
     if getattr(of, "qkv_format", None) == "thd":
         return placed(packed_batch(adaptor, adaptor.current, of, tensor.size(dim)), adaptor)
@@ -246,7 +246,7 @@ def record_of_part(adaptor: "Adaptor", tensor: torch.Tensor, of: Any, dim: int) 
 
 
 def scope_of_part(adaptor: "Adaptor", of: Any) -> Scope:
-    """Over which ranks the batch was split to which ``of`` belongs, as ``Adaptor.gather_sequence`` has it."""
+    """The ranks over which the batch of ``of`` was split; see ``Adaptor.gather_sequence``."""
     if getattr(of, "qkv_format", None) == "thd":
         return adaptor.current
     found = adaptor.records.find(of.values() if isinstance(of, Mapping) else (of,))
@@ -254,12 +254,12 @@ def scope_of_part(adaptor: "Adaptor", of: Any) -> Scope:
 
 
 def packed_params_in(values: Iterable[Any]) -> Any:
-    """The PackedSeqParams in thd among the arguments of a model or a block, None without."""
+    """The PackedSeqParams in thd among the arguments of a model or a block, or None."""
     return next((value for value in values if getattr(value, "qkv_format", None) == "thd"), None)
 
 
 def refuse_inference(values: Iterable[Any]) -> None:
-    """Raise when Megatron's inference contexts are among the arguments of a model or a block."""
+    """Raise ValueError if Megatron's inference contexts are among the arguments of a model or a block."""
     for value in values:
         if type(value).__module__.startswith("megatron.core.inference") or type(value).__name__ == "InferenceParams":
             raise ValueError(
@@ -269,7 +269,7 @@ def refuse_inference(values: Iterable[Any]) -> None:
 
 
 def tensors_in(output: Any) -> Iterator[torch.Tensor]:
-    """Every tensor of what a model returned."""
+    """Every tensor in a model's output."""
     if isinstance(output, torch.Tensor):
         yield output
     elif isinstance(output, (tuple, list)):

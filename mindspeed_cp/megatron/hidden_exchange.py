@@ -1,7 +1,7 @@
-"""What Megatron and MindSpeed call tensor_a2a_cp2hp and tensor_a2a_hp2cp, for the layout that a batch has.
+"""tensor_a2a_cp2hp and tensor_a2a_hp2cp of Megatron and MindSpeed, for any layout of the batch.
 
 Layers of frameworks call them with a group and this rank's part of a sequence, or of one packed document.
-s: tokens of this rank, S: of the whole sequence or document, h: features, cp: ranks.
+s: tokens of this rank, S: tokens of the whole sequence or document, h: features, cp: ranks.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ def tensor_a2a_cp2hp(
     """(s, b, h) -> (S, b, h / cp), this rank's share of the features of each section.
 
     Args:
-        split_sections: widths of parts of the features that are shared out each on its own; None is all of them.
-        undo_attention_load_balancing: in the order of the sequence; else rank after rank, as the ranks hold it.
+        split_sections: widths of sections of the features that are split separately; None for one section.
+        undo_attention_load_balancing: whether the result is in sequence order; else it is in rank order.
     """
     scope = adaptor.scopes.of(cp_group)
     if scope.alone:
@@ -81,13 +81,13 @@ def _check(tensor: torch.Tensor, seq_dim: int, head_dim: int) -> None:
 
 
 def exchange_of(scope: Scope, layout: SequenceLayout) -> SequenceExchange:
-    """The exchange of heads over all ranks of a scope, which hold a sequence in ``layout``."""
+    """The exchange of heads over all ranks of a scope that hold a sequence in ``layout``."""
     assert scope.groups.cp is not None, "what is alone travels nowhere"
     return SequenceExchange(scope.groups.cp, layout.all_runs, scope.config.alltoall)
 
 
 def _parts(width: int, sections: Sequence[int] | None, size: int) -> list[Part]:
-    """Every section as one head for each rank."""
+    """Each section as one head per rank."""
     widths = [width] if sections is None else list(sections)
     if any(each % size for each in widths) or sum(widths) != width:
         raise ValueError(
@@ -98,7 +98,7 @@ def _parts(width: int, sections: Sequence[int] | None, size: int) -> list[Part]:
 
 
 def layout_of_rows(adaptor: "Adaptor", scope: Scope, rows: int, rank: int | None) -> SequenceLayout:
-    """The layout of a sequence of which a rank holds ``rows`` tokens, or which has as many where ``rank`` is None."""
+    """The layout of a sequence of which ``rank`` holds ``rows`` tokens, or of ``rows`` tokens if ``rank`` is None."""
     record = adaptor.running_in(scope)
     if record is None:
         return adaptor.layout(rows, scope=scope) if rank is None else record_of_length(adaptor, scope, rows).layout
@@ -115,6 +115,6 @@ def layout_of_rows(adaptor: "Adaptor", scope: Scope, rows: int, rank: int | None
 
 
 def _end_to_end(layout: SequenceLayout) -> SequenceLayout:
-    """The order in which the ranks hold the sequence, one after another."""
+    """A contiguous layout with the same lengths, for a sequence that is in rank order instead of sequence order."""
     ends = [0, *accumulate(layout.length(rank) for rank in range(layout.cp_size))]
     return SequenceLayout(tuple(((low, high),) for low, high in zip(ends, ends[1:])), layout.ulysses_degree)

@@ -9,6 +9,7 @@ left out.
 The ranks are simulated one after the other in this process; rank 0 is timed, and zigzag gives all ranks the same area.
 """
 
+import os
 import platform
 import statistics
 import time
@@ -20,6 +21,7 @@ from bench.measuring import head, in_turns, parser_of, row, sample
 from mindspeed_cp.attention.merging import plain_merge
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionRows, BlockTensors, KernelOptions, accumulation_dtype
+from mindspeed_cp.patches.machine.choice import DEVICE_VARIABLE, device_type
 from mindspeed_cp.sequence.blocks import Block, plan_blocks
 from mindspeed_cp.sequence.slice_mask import document_mask
 from mindspeed_cp.sequence.layout import SequenceLayout
@@ -35,22 +37,13 @@ def parse_args(argv=None):
     parser.add_argument("--lengths", type=int, nargs="+", help="default: 8192 32768 131072, on a CPU 512 1024 2048")
     parser.add_argument("--fused-merge", action="store_true", help="merge by the kernel's own operator")
     args = parser.parse_args(argv)
-    args.device = args.device or accelerator()
+    args.device = args.device or device_type(os.environ.get(DEVICE_VARIABLE, ""))
     small = args.device == "cpu"
     args.lengths = args.lengths or ([512, 1024, 2048] if small else [8192, 32768, 131072])
     for name, value in zip(("heads", "kv_heads", "head_dim"), SIZES[small], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
-
-
-def accelerator():
-    """The device type of this machine."""
-    try:
-        import torch_npu  # noqa: F401
-    except (ImportError, OSError):
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return "npu"
 
 
 class Clock:

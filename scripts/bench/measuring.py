@@ -1,18 +1,20 @@
-"""What the benchmarks share: ranks, variants in turns, inputs, a kernel that computes nothing, tables."""
+"""What the benchmarks share: ranks, variants in turns, attention and its inputs, tables."""
 
 import argparse
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bench.network import free_port
-from mindspeed_cp.kernels.base import AttentionKernel, BlockResult
+from bench import free_port
+from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention
+from mindspeed_cp.comm import count_bytes
 
 Name, Value = TypeVar("Name"), TypeVar("Value")
 
@@ -50,6 +52,39 @@ def in_turns(runs: Mapping[Name, Callable[[], Value]], repetitions: int) -> dict
     return found
 
 
+class Times(NamedTuple):
+    """Seconds between two barriers, seconds of this rank's processor, bytes that it sent."""
+
+    wall: float
+    cpu: float
+    sent: int
+
+
+def timed(run: Callable[[], object]) -> Times:
+    """Call ``run`` on all ranks together."""
+    dist.barrier()
+    wall, cpu = time.perf_counter(), time.process_time()
+    with count_bytes() as traffic:
+        run()
+    cpu = time.process_time() - cpu
+    dist.barrier()
+    return Times(time.perf_counter() - wall, cpu, traffic.total_bytes)
+
+
+def attention_of(
+    config: ContextParallelConfig, length: int, documents: Sequence[int] | None = None, **options: Any
+) -> tuple[Callable[..., torch.Tensor], SequenceLayout]:
+    """(attention over a row of this length, how the row lies over the ranks); collective.
+
+    Args:
+        options: further keywords of ``context_parallel_attention``; ``groups`` are built where they are not given.
+    """
+    layout = SequenceLayout.build(config, length, documents)
+    groups = options.pop("groups", None) or ContextParallelGroups.build(config)
+    call = partial(context_parallel_attention, config=config, groups=groups, layout=layout, cu_seqlens=documents)
+    return partial(call, **options), layout
+
+
 def sample(
     length: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str = "cpu"
 ) -> list[torch.Tensor]:
@@ -65,39 +100,6 @@ def step(attend: Callable[..., torch.Tensor], tensors: list[torch.Tensor], grad_
     """Forward and backward pass of ``attend``; the caller times it."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     attend(*leaves).backward(grad_out)
-
-
-class StubKernel(AttentionKernel):
-    """Returns outputs of the right shapes that were made once: what is left is communication, merging and copying.
-
-    Args:
-        seconds: that a pass takes for each query head.
-    """
-
-    name, native_bands = "stub", True
-
-    def __init__(self, order="heads", seconds=0.0):
-        self._outputs, self._order, self._seconds = {}, order, seconds
-
-    def memory_order(self, dtype):
-        return self._order
-
-    def _output(self, name, shape, dtype):
-        key = (name, tuple(shape), dtype)
-        if key not in self._outputs:
-            self._outputs[key] = torch.zeros(shape, dtype=dtype)
-        return self._outputs[key]
-
-    def forward(self, tensors, options):
-        query, value = tensors.query, tensors.value
-        time.sleep(self._seconds * query.shape[2])
-        lse = self._output("lse", query.shape[:3], torch.float32)
-        return BlockResult(self._output("out", (*query.shape[:3], value.shape[-1]), query.dtype), lse.clone())
-
-    def backward(self, tensors, rows, options, saved):
-        time.sleep(self._seconds * tensors.query.shape[2])
-        likes = (("dq", tensors.query), ("dk", tensors.key), ("dv", tensors.value))
-        return tuple(self._output(name, like.shape, like.dtype) for name, like in likes)
 
 
 def head(*columns: str) -> None:

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 import mindspeed_cp.megatron_adaptor as megatron_adaptor
+from trainer.checks import of_same_name
 from trainer.rendezvous import attempt_store
 
 
@@ -29,10 +30,8 @@ def initialize(args):
     megatron_adaptor.compare_on_all_ranks(args, program="pretrain_gpt.py")
     megatron_adaptor.configure(args.cp_config_resolved, setup=args.cp_setup, kernel=args.cp_kernel)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        **of_same_name(args, "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size"),
         virtual_pipeline_model_parallel_size=args.num_virtual_stages_per_pipeline_rank,
-        context_parallel_size=args.context_parallel_size,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
     seed_everything(args)

@@ -43,24 +43,16 @@ def _train(args, parts, datasets, first, report):
         with nullcontext() if log is None else log.step():
             result = train_step(chunks, optimizer, scheduler, iterators, args)
         seconds = time.perf_counter() - start
-        records.append(
-            {
-                "iteration": iteration,
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "learning_rate": rate,
-                "tokens": result.num_positions,
-                "seconds": seconds,
-                "tokens_per_second": result.num_positions / seconds,
-                "cp_bytes_per_rank": result.cp_bytes,
-                "cp_bytes_of_rank_0": result.traffic,
-                "peak_memory_bytes": torch.cuda.max_memory_allocated(),
-            }
-        )
+        record = {"iteration": iteration, "learning_rate": rate, "seconds": seconds} | result
+        record |= {
+            "tokens_per_second": result["tokens"] / seconds,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+        }
         figures = log.interval() if log is not None and iteration % args.log_interval == 0 else None
         if figures is not None:
-            records[-1]["context_parallelism"] = dataclasses.asdict(figures)
-        report.step(records[-1], figures)
+            record["context_parallelism"] = dataclasses.asdict(figures)
+        records.append(record)
+        report.step(record, figures)
         last = iteration == args.train_iters or bool(args.exit_interval and iteration % args.exit_interval == 0)
         if args.eval_iters and (iteration % args.eval_interval == 0 or last):
             report.validation(iteration, evaluate(chunks, [batches(datasets[1], args, 0) for _ in chunks], args))

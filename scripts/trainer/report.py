@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 
 
 class Report:
@@ -18,13 +18,7 @@ class Report:
             return
         self.console = Console(highlight=False, soft_wrap=True)
         if self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
+            self.bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=self.console)
             self.task = self.bar.add_task("training", total=args.train_iters, completed=first_step)
         if args.log_file:
             keep_steps(Path(args.log_file), first_step)

@@ -49,30 +49,27 @@ class Rule:
         return convert
 
 
-def _require(condition):
+def _only(condition: Any, value: Any) -> Any:
     if not condition:
         raise ValueError
+    return value
 
 
 def whole(minimum: int, maximum: int = LARGEST) -> Rule:
     """A whole number from ``minimum`` to ``maximum``, both included."""
-
-    def convert(text):
-        _require(re.fullmatch(r"[+-]?[0-9]+", text) and minimum <= int(text) <= maximum)
-        return int(text)
-
     upper = "" if maximum == LARGEST else f" and at most {maximum}"
-    return Rule(f"a whole number of at least {minimum}{upper}", str(max(minimum, 1)), convert, "N")
+    return Rule(
+        f"a whole number of at least {minimum}{upper}",
+        str(max(minimum, 1)),
+        lambda text: _only(re.fullmatch(r"[+-]?[0-9]+", text) and minimum <= int(text) <= maximum, int(text)),
+        "N",
+    )
 
 
 def length() -> Rule:
     """Tokens of a sequence: a whole number of at least 1, or such as 128k and 1m."""
-
-    def convert(text):
-        _require(text == text.strip() and tokens(text) <= LARGEST)
-        return tokens(text)
-
-    return Rule("a whole number of at least 1, or such as 4k", "1024", convert, "N")
+    says = "a whole number of at least 1, or such as 4k"
+    return Rule(says, "1024", lambda text: _only(text == text.strip() and tokens(text) <= LARGEST, tokens(text)), "N")
 
 
 def real(low: float, high: float = math.inf, *, example: str, open_low: bool = False, open_high: bool = False) -> Rule:
@@ -80,9 +77,8 @@ def real(low: float, high: float = math.inf, *, example: str, open_low: bool = F
 
     def convert(text):
         value = float(text)
-        _require(math.isfinite(value) and low <= value <= high)
-        _require(not (open_low and value == low or open_high and value == high))
-        return value
+        is_end = open_low and value == low or open_high and value == high
+        return _only(math.isfinite(value) and low <= value <= high and not is_end, value)
 
     lower = f"above {low:g}" if open_low else f"of at least {low:g}"
     upper = "" if high == math.inf else f" and {'below' if open_high else 'at most'} {high:g}"
@@ -90,19 +86,12 @@ def real(low: float, high: float = math.inf, *, example: str, open_low: bool = F
 
 
 def one_of(*names: str) -> Rule:
-    def convert(text):
-        _require(text in names)
-        return text
-
-    return Rule(f"one of {', '.join(names)}", names[0], convert, "{" + ",".join(names) + "}", names)
+    listed = "{" + ",".join(names) + "}"
+    return Rule(f"one of {', '.join(names)}", names[0], lambda text: _only(text in names, text), listed, names)
 
 
 def path(example: str, metavar: str = "FOLDER") -> Rule:
-    def convert(text):
-        _require(text.strip() and "\0" not in text)
-        return text
-
-    return Rule("a path", example, convert, metavar)
+    return Rule("a path", example, lambda text: _only(text.strip() and "\0" not in text, text), metavar)
 
 
 def window() -> Rule:
@@ -122,9 +111,8 @@ def shares() -> Rule:
     def convert(text):
         # Plain decimals: Megatron finds the numbers in the text by looking for digits and dots.
         parts = text.split(",")
-        _require(len(parts) <= 3 and all(re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", part) for part in parts))
-        _require(0 < float(parts[0]) < 1e9 and all(float(part) < 1e9 for part in parts))
-        return text
+        plain = len(parts) <= 3 and all(re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", part) for part in parts)
+        return _only(plain and 0 < float(parts[0]) and all(float(part) < 1e9 for part in parts), text)
 
     says = "up to three shares TRAINING,VALIDATION,TEST, plain numbers of at least 0, the first above 0"
     return Rule(says, "90,10,0", convert, "A,B,C")

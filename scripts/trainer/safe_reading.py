@@ -45,15 +45,12 @@ def check_metadata(path: Path) -> None:
     try:
         with open(file, "rb") as stream:
             _MetadataUnpickler(stream).load()
+        return
     except _ForeignName as error:
-        raise Refused(
-            f"{file} would run {error}, which no checkpoint of this trainer does; load only checkpoints you trust, and "
-            "restore this one from a copy."
-        ) from None
+        wrong = f"would run {error}, which no checkpoint of this trainer does; load only checkpoints you trust, and"
     except Exception as error:
-        raise Refused(
-            f"{file} is damaged ({type(error).__name__}); restore it from a copy, or use another checkpoint."
-        ) from None
+        wrong = f"is damaged ({type(error).__name__}); use another checkpoint, or"
+    raise Refused(f"{file} {wrong} restore this one from a copy.")
 
 
 @contextmanager

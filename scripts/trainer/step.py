@@ -1,6 +1,5 @@
 """One training step and one validation, on Megatron's pipeline schedules."""
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,19 +13,6 @@ from mindspeed_cp.comm import count_bytes
 # With --calculate-per-token-loss megatron-core 0.12 adds up token counts over the data-parallel ranks alone, so each
 # must be the whole sequence's; later versions add over the context-parallel ranks too.
 _COUNT_IS_OF_WHOLE_SEQUENCE = core_version.startswith("0.12.")
-
-
-@dataclass
-class StepResult:
-    """What one step did, over all ranks; ``traffic`` maps purpose -> bytes, ``cp_bytes`` is their mean over the
-    ranks.
-    """
-
-    loss: float
-    grad_norm: float
-    num_positions: int
-    cp_bytes: float
-    traffic: dict
 
 
 def forward_step(iterator, model, *, args, counts):
@@ -86,7 +72,11 @@ def _loss_of_all(counts):
 
 
 def train_step(chunks, optimizer, scheduler, iterators, args):
-    """Forward, backward, optimizer and schedule of one step; returns a StepResult that is the same on every rank."""
+    """Forward, backward, optimizer and schedule of one step.
+
+    Returns:
+        What the step's record says of all ranks: the same on each, but for the bytes by purpose, which are its own.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -96,10 +86,13 @@ def train_step(chunks, optimizer, scheduler, iterators, args):
     loss = _loss_of_all(counts)
     # Every rank and virtual stage has counted the tokens of its data-parallel rank's batches.
     repeats = dist.get_world_size() // parallel_state.get_data_parallel_world_size() * len(chunks)
-    positions = round(float(counts[2]) / repeats)  # an NPU adds in float32
-    return StepResult(
-        loss, float(grad_norm or 0.0), positions, float(counts[3]) / dist.get_world_size(), dict(traffic.bytes)
-    )
+    return {
+        "loss": loss,
+        "grad_norm": float(grad_norm or 0.0),
+        "tokens": round(float(counts[2]) / repeats),  # an NPU adds in float32
+        "cp_bytes_per_rank": float(counts[3]) / dist.get_world_size(),
+        "cp_bytes_of_rank_0": dict(traffic.bytes),
+    }
 
 
 def evaluate(chunks, iterators, args):

@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,17 +53,21 @@ def files_of(inputs: list[str]) -> list[Path]:
     return found
 
 
-def documents(files: list[Path], json_key: str, by_paragraphs: bool) -> Iterator[str]:
-    """Every document: a whole .txt file, or its paragraphs, and every line of a .jsonl; empty ones are left out.
+def texts_of(files: list[Path], json_key: str) -> Iterator[str]:
+    """Every .txt file, and every line of a .jsonl.
 
     Raises:
         ValueError: a file is not UTF-8, or a line is no JSON object with text under the key.
     """
     for path in files:
-        read = _lines(path, json_key) if path.suffix == ".jsonl" else iter((_text(path),))
-        for text in read:
-            parts = text.split("\n\n") if by_paragraphs else [text]
-            yield from (part for part in parts if part.strip())
+        yield from _lines(path, json_key) if path.suffix == ".jsonl" else iter((_text(path),))
+
+
+def documents(texts: Iterable[str], by_paragraphs: bool) -> Iterator[str]:
+    """Every text, or every paragraph of it; empty ones are left out."""
+    for text in texts:
+        parts = text.split("\n\n") if by_paragraphs else [text]
+        yield from (part for part in parts if part.strip())
 
 
 def _text(path: Path) -> str:

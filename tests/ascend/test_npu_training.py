@@ -127,6 +127,18 @@ def test_each_process_group_gets_the_buffer_of_its_largest_message(server, tmp_p
         assert all(megabytes == 200 for size, megabytes in communicators if size == 4), communicators
 
 
+def test_attention_that_builds_scores_on_an_npu_is_named_by_module(server):
+    ((line,),) = server.run("plain_attention", asked=False)
+    assert "decoder.layers.*.self_attention.core_attention (2). --use-flash-attn computes" in line
+    assert server.run("plain_attention", asked=True) == [[]]
+
+
+@pytest.mark.parametrize("seq_length, megabytes", [(32768, 385), (4096, 200)])
+def test_megatrons_group_gets_the_buffer_of_its_largest_message(server, tmp_path, seq_length, megabytes):
+    for given in server.run("megatron_buffers", 4, folder=str(tmp_path), seq_length=seq_length):
+        assert max(given) == megabytes and set(given) <= {megabytes, 200}, given
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_collectives_of_hccl_give_what_they_must(server, world):
     assert server.run("collectives", world) == [[]] * world

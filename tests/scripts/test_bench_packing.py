@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from bench.packing_models import dynamic, least_rows, static
+from figures.packing_models import dynamic, least_rows, static
 
 from mindspeed_cp.sequence.balance import balanced_rings, received_rows
 

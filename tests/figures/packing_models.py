@@ -22,16 +22,22 @@ class Count:
     least: float = 0.0
 
 
-def static(lengths: Sequence[int], ranks: int, tokens: int, cp_size: int = 4) -> Count | None:
-    """Rows of cp_size x tokens in the order of the documents, one for each group of ranks; None: one does not fit."""
-    room, groups = cp_size * tokens, ranks // cp_size
-    if max(lengths) > room:
-        return None
+def in_order(lengths: Sequence[int], ranks: int, tokens: int) -> list[list[int]]:
+    """Rows of documents as they come."""
     rows: list[list[int]] = [[]]
     for length in lengths:
-        if sum(rows[-1]) + length > room:
+        if sum(rows[-1]) + length > ranks * tokens:
             rows.append([])
         rows[-1].append(length)
+    return rows
+
+
+def static(lengths: Sequence[int], ranks: int, tokens: int, cp_size: int = 4) -> Count | None:
+    """Rows of cp_size x tokens in the order of the documents, one for each group of ranks; None: one does not fit."""
+    groups = ranks // cp_size
+    if max(lengths) > cp_size * tokens:
+        return None
+    rows = in_order(lengths, cp_size, tokens)
     works = [sum(n * n for n in row) / cp_size for row in rows]
     span = sum(max(works[first : first + groups]) for first in range(0, len(works), groups))
     return Count(span * ranks / sum(n * n for n in lengths), cp_size - 1)
