@@ -122,7 +122,7 @@ def _sparse(settings=None, **further):
     return Case(SPARSE | (settings or {}), block=sparse_block, since=(0, 19), **further)
 
 
-PACKED = (0, 8, 12, 24)  # each of multiples of 2 x 2 tokens
+PACKED = (0, 5, 6, 23)
 LINEAR_CASES = {
     "delta nets": _delta(steps=2),
     "delta nets, per-token loss": _delta(PER_TOKEN),
