@@ -132,34 +132,44 @@ def _refuse_unsupported(config: Any) -> None:
             )
 
 
-@patch(
-    f"{DOT_PRODUCT}.forward",
-    reason="attention over the whole sequence, of which each rank holds a part",
-)
+class _Call:
+    """What a core attention of Megatron's is called with; ``asked`` is what no computation here is told by name."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+        **others: Any,
+    ) -> None:
+        self.tensors, self.attention_mask, self.packed_seq_params = (
+            (query, key, value),
+            attention_mask,
+            packed_seq_params,
+        )
+        self.attn_mask_type, self.attention_bias = attn_mask_type, attention_bias
+        self.asked = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, **others}
+
+
+@patch(f"{DOT_PRODUCT}.forward", reason="attention over the whole sequence, of which each rank holds a part")
 def local_forward(
-    adaptor: Adaptor,
-    original: Callable[..., torch.Tensor],
-    self: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    attn_mask_type: Any = None,
-    attention_bias: torch.Tensor | None = None,
-    packed_seq_params: Any = None,
-    **kwargs: Any,
+    adaptor: Adaptor, original: Callable[..., torch.Tensor], self: Any, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
+    call = _Call(*args, **kwargs)
+    query, key, value = call.tensors
     # Megatron's local attention supports neither packed sequences nor the value heads of multi-latent attention.
     width = self.num_attention_heads_per_partition * value.shape[-1]
-    asked = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, **kwargs}
-    theirs = packed_seq_params is None and width == self.hidden_size_per_partition
-    theirs = theirs and not _is_limited(adaptor)
-    if _is_alone(self) and not adaptor.sizes and theirs and not _takes_the_kernel(adaptor, query, key, attention_bias):
-        return original(self, query, key, value, attention_mask, **asked, packed_seq_params=packed_seq_params)
+    theirs = call.packed_seq_params is None and width == self.hidden_size_per_partition and not _is_limited(adaptor)
+    if _is_alone(self) and not adaptor.sizes and theirs:
+        if not _takes_the_kernel(adaptor, query, key, call.attention_bias):
+            return original(self, *args, **kwargs)
     # Query-key layer scaling first divides and then multiplies by the same factor.
     scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1)
-    core = _described(self, self.attn_mask_type, scale, self.attention_dropout.p)
-    return _attended(adaptor, self, core, query, key, value, attention_mask, packed_seq_params, asked)
+    return _attended(adaptor, self, _described(self, self.attn_mask_type, scale, self.attention_dropout.p), call)
 
 
 @patch(
@@ -168,26 +178,17 @@ def local_forward(
     when=without_te,
 )
 def te_forward(
-    adaptor: Adaptor,
-    original: Callable[..., torch.Tensor],
-    self: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    attn_mask_type: Any = None,
-    attention_bias: torch.Tensor | None = None,
-    packed_seq_params: Any = None,
-    **kwargs: Any,
+    adaptor: Adaptor, original: Callable[..., torch.Tensor], self: Any, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    asked = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, **kwargs}
     if _is_alone(self) and not adaptor.sizes and not _is_limited(adaptor):
-        return original(self, query, key, value, attention_mask, **asked, packed_seq_params=packed_seq_params)
-    scale = query.shape[-1] ** -0.5 if self.asked_softmax_scale is None else self.asked_softmax_scale
-    core = _described(self, attn_mask_type, scale, self.asked_dropout)
-    if attn_mask_type.name in CAUSAL_TYPES and not is_wrapped(type(self)):
-        attention_mask = None  # with causal types Transformer Engine ignores the mask, but MindSpeed's module reads it
-    return _attended(adaptor, self, core, query, key, value, attention_mask, packed_seq_params, asked)
+        return original(self, *args, **kwargs)
+    call = _Call(*args, **kwargs)
+    head_dim = call.tensors[0].shape[-1]
+    scale = head_dim**-0.5 if self.asked_softmax_scale is None else self.asked_softmax_scale
+    core = _described(self, call.attn_mask_type, scale, self.asked_dropout)
+    if call.attn_mask_type.name in CAUSAL_TYPES and not is_wrapped(type(self)):
+        call.attention_mask = None  # with causal types Transformer Engine ignores it, but MindSpeed's module reads it
+    return _attended(adaptor, self, core, call)
 
 
 # Marks them, so that UlyssesContextAttention around one of them does not exchange again.
@@ -227,18 +228,9 @@ def _has_slices(adaptor: Adaptor) -> bool:
     return adaptor.active is not None and adaptor.active.slices is not None
 
 
-def _attended(
-    adaptor: Adaptor,
-    module: Any,
-    core: CoreAttention,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    packed_seq_params: Any,
-    asked: dict[str, Any],
-) -> torch.Tensor:
-    if asked["attention_bias"] is not None:
+def _attended(adaptor: Adaptor, module: Any, core: CoreAttention, call: _Call) -> torch.Tensor:
+    query, key, _ = call.tensors
+    if call.attention_bias is not None:
         raise ValueError(
             "attention_bias is not supported with context parallelism; leave it out, or use --context-parallel-size 1."
         )
@@ -256,7 +248,8 @@ def _attended(
             "--context-parallel-size 1."
         )
     around = None if scope.alone else exchange_around(module)
-    return attend()(adaptor, scope, core, query, key, value, attention_mask, packed_seq_params, asked, around)
+    how = call.attention_mask, call.packed_seq_params, call.asked, around
+    return attend()(adaptor, scope, core, *call.tensors, *how)
 
 
 @cache

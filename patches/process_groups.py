@@ -9,7 +9,7 @@ from typing import Any
 from mindspeed_cp import compat
 from mindspeed_cp.arguments.settings import declared_names
 from mindspeed_cp.comm.hccl import group_options
-from mindspeed_cp.compat import process_groups
+from mindspeed_cp.compat.group_getters import GETTERS, GroupGetters
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.following import take_comm_type, take_settings
 from mindspeed_cp.megatron.hccl import megatron_buffers
@@ -130,7 +130,7 @@ def accept_settings(adaptor: Adaptor, original: Callable[..., None], self: Any, 
 def _getter(name: str) -> Row:
     return Row(
         (f"{PARALLEL_STATE}.{name}",),
-        lambda adaptor, original: original or getattr(process_groups, name),
+        lambda adaptor, original: original or getattr(GroupGetters(lambda: adaptor), name),
         "code written for MindSpeed asks Megatron's parallel state for its groups",
         create=True,
         is_value=True,
@@ -138,4 +138,4 @@ def _getter(name: str) -> Row:
     )
 
 
-GETTERS = [_getter(name) for name in process_groups.GETTERS]
+GETTER_ROWS = [_getter(name) for name in GETTERS]

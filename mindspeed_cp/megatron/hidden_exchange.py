@@ -36,17 +36,8 @@ def tensor_a2a_cp2hp(
         split_sections: widths of sections of the features that are split separately; None for one section.
         undo_attention_load_balancing: whether the result is in sequence order; else it is in rank order.
     """
-    scope = adaptor.scopes.of(cp_group)
-    if scope.alone:
-        return tensor
-    _check(tensor, seq_dim, head_dim)
-    parts = _parts(tensor.size(-1), split_sections, scope.size)
-    pieces = tensor.split([part.num_heads * part.dim for part in parts], dim=-1)
-    heads = [piece.unflatten(-1, (part.num_heads, part.dim)) for piece, part in zip(pieces, parts)]
-    layout = layout_of_rows(adaptor, scope, tensor.size(0), scope.rank)
-    order = layout if undo_attention_load_balancing else _end_to_end(layout)
-    exchange = HeadExchange(exchange_of(scope, order), parts)
-    return torch.cat([piece.flatten(2) for piece in exchange.to_sequence(*heads)], dim=-1)
+    dims = seq_dim, head_dim
+    return _exchanged(adaptor, tensor, dims, cp_group, split_sections, undo_attention_load_balancing, to_sequence=True)
 
 
 def tensor_a2a_hp2cp(
@@ -59,25 +50,39 @@ def tensor_a2a_hp2cp(
     redo_attention_load_balancing: bool = True,
 ) -> torch.Tensor:
     """(S, b, h / cp) -> (s, b, h), the inverse; ``split_sections`` are widths of this rank's shares."""
+    dims = seq_dim, head_dim
+    return _exchanged(adaptor, tensor, dims, cp_group, split_sections, redo_attention_load_balancing, to_sequence=False)
+
+
+def _exchanged(
+    adaptor: "Adaptor",
+    tensor: torch.Tensor,
+    dims: tuple[int, int],
+    cp_group: Any,
+    sections: Sequence[int] | None,
+    in_order: bool,
+    *,
+    to_sequence: bool,
+) -> torch.Tensor:
+    """``in_order``: the whole sequence is in its own order; else as the ranks hold it, one after another."""
     scope = adaptor.scopes.of(cp_group)
     if scope.alone:
         return tensor
-    _check(tensor, seq_dim, head_dim)
-    widths = None if split_sections is None else [width * scope.size for width in split_sections]
-    parts = _parts(tensor.size(-1) * scope.size, widths, scope.size)
-    pieces = [piece.unsqueeze(2) for piece in tensor.split([part.dim for part in parts], dim=-1)]
-    layout = layout_of_rows(adaptor, scope, tensor.size(0), None)
-    order = layout if redo_attention_load_balancing else _end_to_end(layout)
-    exchange = HeadExchange(exchange_of(scope, order), parts)
-    return torch.cat([piece.flatten(2) for piece in exchange.to_heads(*pieces)], dim=-1)
-
-
-def _check(tensor: torch.Tensor, seq_dim: int, head_dim: int) -> None:
-    if tensor.dim() != 3 or seq_dim != 0 or head_dim not in (-1, 2):
+    if tensor.dim() != 3 or dims not in ((0, -1), (0, 2)):
         raise ValueError(
-            f"a tensor of shape {tuple(tensor.shape)} with seq_dim {seq_dim} and head_dim {head_dim} cannot be "
+            f"a tensor of shape {tuple(tensor.shape)} with seq_dim {dims[0]} and head_dim {dims[1]} cannot be "
             "exchanged; pass (sequence, batch, features) with seq_dim 0 and head_dim -1."
         )
+    here = 1 if to_sequence else scope.size  # how often the features here make up h
+    widths = None if sections is None else [width * here for width in sections]
+    parts = _parts(tensor.size(-1) * here, widths, scope.size)
+    heads = [part.num_heads // here for part in parts]
+    pieces = tensor.split([count * part.dim for count, part in zip(heads, parts)], dim=-1)
+    layout = layout_of_rows(adaptor, scope, tensor.size(0), scope.rank if to_sequence else None)
+    exchange = HeadExchange(exchange_of(scope, layout if in_order else _end_to_end(layout)), parts)
+    travel = exchange.to_sequence if to_sequence else exchange.to_heads
+    found = travel(*(piece.unflatten(-1, (count, part.dim)) for piece, count, part in zip(pieces, heads, parts)))
+    return torch.cat([piece.flatten(2) for piece in found], dim=-1)
 
 
 def exchange_of(scope: Scope, layout: SequenceLayout) -> SequenceExchange:

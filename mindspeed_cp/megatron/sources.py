@@ -1,14 +1,10 @@
 """Find code in Megatron's sources that reads the sequence axis: classes and functions that must be in the census."""
 
 import ast
-from collections.abc import Iterator
-from pathlib import Path
 
 GROUPS = ("cp_group", "cp_size", "cp_rank", "context_parallel")
 # Names for groups over which checkpoints are written and gradients are summed; they do not count.
 SAVING = ("dp_cp_group", "with_context_parallel")
-# Packages of models; everything else of megatron.core makes groups, batches, optimizers, checkpoints or schedules.
-PACKAGES = ("models", "transformer", "ssm", "extensions", "fusions")
 
 
 def reading(source: str) -> dict[str, str]:
@@ -23,15 +19,6 @@ def reading(source: str) -> dict[str, str]:
             if sign:
                 found[node.name] = sign
     return found
-
-
-def read_by(core: Path) -> Iterator[tuple[str, str]]:
-    """(path after "megatron.core.", what it reads) for a folder megatron/core."""
-    for package in PACKAGES:
-        for file in sorted((core / package).rglob("*.py")):
-            module = ".".join(file.relative_to(core).with_suffix("").parts)
-            for name, sign in reading(file.read_text("utf-8")).items():
-                yield f"{module.removesuffix('.__init__')}.{name}", sign
 
 
 def _sign(node: ast.AST) -> str:

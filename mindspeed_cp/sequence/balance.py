@@ -8,8 +8,6 @@ boundaries, so every rank computes the same layout without communication.
 Related: the dispatch solver of MagiAttention (arXiv 2505.13211), WLB-LLM (arXiv 2503.17924). n: ring ranks.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -54,29 +52,6 @@ def imbalance(rings: list[Runs], documents: Boundaries, causal: bool = True) -> 
     owner = np.repeat(np.arange(len(rings)), list(map(len, rings)))
     loads = np.bincount(owner, weights=area(runs[:, 1]) - area(runs[:, 0]), minlength=len(rings))
     return float(loads.max() * len(rings) / max(loads.sum(), 1.0))
-
-
-def received_rows(rings: Sequence[Runs], documents: Boundaries, causal: bool = True) -> Integers:
-    """int64 (ring ranks,): how many rows of keys each rank receives if only the rows that it needs travel.
-
-    For each document of which a rank holds a token, it needs the rows up to its last token (full attention: all rows)
-    that it does not hold itself.
-    """
-    ends = np.unique(np.array(documents, dtype=np.int64))
-    rows = np.zeros(len(rings), dtype=np.int64)
-    for rank, runs in enumerate(rings):
-        start, stop = np.array(runs, dtype=np.int64).reshape(-1, 2).T
-        first, last = np.searchsorted(ends, start, side="right") - 1, np.searchsorted(ends, stop, side="left") - 1
-        read = np.zeros(len(ends), dtype=np.int64)
-        # A run contains the end of every document in it except the last, which it holds up to the run's own end.
-        np.maximum.at(read, last, (stop if causal else ends[last + 1]) - ends[last])
-        whole = np.zeros(len(ends) + 1, dtype=np.int64)
-        np.add.at(whole, first, 1)
-        np.add.at(whole, last, -1)
-        ended = np.flatnonzero(np.cumsum(whole)[:-1] > 0)
-        read[ended] = ends[ended + 1] - ends[ended]
-        rows[rank] = read.sum() - (stop - start).sum()
-    return rows
 
 
 def _num_bytes(rings: tuple[Runs, ...]) -> int:

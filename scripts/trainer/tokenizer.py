@@ -18,6 +18,3 @@ class ByteTokenizer:
 
     def tokenize(self, text):
         return list(text.encode("utf-8"))
-
-    def detokenize(self, ids):
-        return bytes(token for token in ids if token < 256).decode("utf-8", errors="replace")

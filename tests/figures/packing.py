@@ -21,10 +21,10 @@ import numpy as np
 from bench.measuring import head, row
 
 from figures.documents import DISTRIBUTIONS
-from figures.packing_models import Count, dynamic, in_order, least_rows, static
+from figures.packing_models import Count, dynamic, in_order, least_rows, received_rows, static
 from figures.packing_time import RANKS, measure
 from mindspeed_cp import pack_documents
-from mindspeed_cp.sequence.balance import balanced_rings, imbalance, received_rows
+from mindspeed_cp.sequence.balance import balanced_rings, imbalance
 
 EXAMPLE = "Megatron's example"  # log-normal, mean 1,024 and sigma 1.5, cut off at 128 and 8,192; 2,048 tokens a rank
 ROWS = 8  # of a step, where documents fill them without a gap
