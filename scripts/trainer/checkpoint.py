@@ -174,6 +174,8 @@ def _check_bytes(args, checkpoint):
         raise Refused(
             f"--load {args.load} shows some ranks {seen[0]} and others {seen[1]}; give a folder that all share."
         )
+    if not checkpoint.files and rank == 0:
+        print(f"note: {checkpoint.path} was written without checksums; its bytes are not checked.", flush=True)
     parts = gather(checkpoint.damaged(sorted(checkpoint.files)[rank::world], digests=True))
     if wrong := [line for part in parts for line in part]:
         raise Refused(gather(checkpoint.describe_damage(wrong) if rank == 0 else None)[0])

@@ -15,7 +15,7 @@ import shutil
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +47,16 @@ class Checkpoint:
         folder: the folder of --load or --save, which contains ``name``.
         saved_at: local time at which it was completed.
         model, parallel: flags of the run that wrote it.
-        files: name -> [size in bytes, SHA-256].
+        files: name -> [size in bytes, SHA-256]; empty for one of version 0.1.0, which kept no record.
     """
 
     folder: str
     name: str
     iteration: int
-    saved_at: str
-    model: dict[str, Any]
-    parallel: dict[str, Any]
-    files: dict[str, list[Any]]
+    saved_at: str = "an unknown time"
+    model: dict[str, Any] = field(default_factory=dict)
+    parallel: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -69,6 +69,8 @@ class Checkpoint:
         try:
             return cls(folder, name, **json.loads(record.read_text(encoding="utf-8")))
         except FileNotFoundError:
+            if all(Path(folder, name, part).is_file() for part in (".metadata", "common.pt")):
+                return cls(folder, name, int(name[5:]))
             raise ValueError(f"{record.parent} is incomplete: its run ended while it was written") from None
         except (OSError, ValueError, TypeError):
             raise ValueError(f"{record} is damaged ({last_changed(record)})") from None
