@@ -51,7 +51,7 @@ class BorderSettings:
         None,
         flag="--cp-config",
         help="MindFormers YAML file with parallel_config, parallel and model.model_config",
-        rule="a flag on the command line wins over the file, and says so",
+        rule="a flag on the command line wins over the file, with a notice",
         takes="FILE.yaml",
         agree=False,
         shares=False,

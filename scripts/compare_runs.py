@@ -1,9 +1,9 @@
-"""Put the losses of several runs side by side: a table, the largest difference, communicated bytes, a picture.
+"""Compare the losses of several runs: a table, the largest difference, communicated bytes, a plot.
 
     python scripts/compare_runs.py --tolerance 1e-4 --plot loss.png "cp=1=runs/cp1.jsonl" "Ring cp=4=runs/ring.jsonl"
 
-Each argument is NAME=FILE, FILE written by pretrain_gpt.py --log-file; the first run is the one to agree with. Exit
-status 1 when a loss differs from it by more than the tolerance, relatively.
+Each argument is NAME=FILE, with FILE written by pretrain_gpt.py --log-file; the first run is the reference. Exit status
+1 if the relative difference of a loss from the reference exceeds the tolerance.
 """
 
 import argparse
@@ -16,14 +16,14 @@ from rich.table import Table
 
 
 def read_run(path):
-    """The step records of a --log-file; validations are left out."""
+    """The step records of a --log-file, without validations."""
     with open(path, encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
     return [record for record in records if "loss" in record]
 
 
 def largest_difference(run, reference):
-    """Largest relative difference of two runs' losses; infinite when their steps differ or a loss is no number."""
+    """Largest relative difference of two runs' losses; infinite if their steps differ or a loss is NaN."""
     if [record["iteration"] for record in run] != [record["iteration"] for record in reference] or not run:
         return float("inf")
     differences = [abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(run, reference, strict=True)]
@@ -47,7 +47,7 @@ def table(runs):
 
 
 def plot(runs):
-    """Loss curves as a figure; the lines lie on each other, so each is thinner than the one before."""
+    """Loss curves as a figure; since the lines coincide, each is thinner than the previous one."""
     import matplotlib
 
     matplotlib.use("Agg")

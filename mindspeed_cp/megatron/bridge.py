@@ -194,7 +194,7 @@ def _record(call: Call, seq_len: int | None, mask: torch.Tensor | None = None) -
     """
     adaptor, scope, rows = call.adaptor, call.scope, call.rows
     active = adaptor.running_in(scope)
-    if scope.alone and (active is None or active.slices is None):
+    if scope.alone and (active is None or not active.limits_attention):
         return MicroBatch(built(scope.config, rows), None, scope)
     if seq_len is None or (active is not None and active.seq_len == seq_len):
         return record_of_length(adaptor, scope, rows)

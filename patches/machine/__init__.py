@@ -1,1 +1,1 @@
-"""Substitutes for what a machine lacks: torch.cuda on a CPU, what Megatron needs on an NPU, Triton, libraries."""
+"""Stand-ins for what a machine lacks: torch.cuda on a CPU, what Megatron needs on an NPU, Triton, libraries."""

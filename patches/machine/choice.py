@@ -14,7 +14,7 @@ TRANSFER = "torch_npu.contrib.transfer_to_npu"
 
 
 def why_no_stand_in(choice: str) -> str:
-    """Why no CPU substitute for CUDA is needed; "" if one is needed.
+    """Why no CPU stand-in for CUDA is needed; "" if one is needed.
 
     Args:
         choice: the value of MINDSPEED_CP_DEVICE, "" if it is not set.

@@ -9,7 +9,7 @@ import torch
 def outside_compiler(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` with a graph break for torch.compile.
 
-    If the CPU substitute has made torch.compile a no-op, ``function`` is returned as it is, because importing the
+    If the CPU stand-in has made torch.compile a no-op, ``function`` is returned as it is, because importing the
     compiler would take seconds.
     """
     return function if getattr(torch.compile, "compiles_nothing", False) else torch.compiler.disable(function)

@@ -1,4 +1,4 @@
-"""A substitute for ``torch.cuda`` on machines without an accelerator.
+"""A CPU stand-in for ``torch.cuda`` on machines without an accelerator.
 
 Megatron uses CUDA in its device arguments, streams, random states and process groups. Each row maps such a name to the
 CPU: CUDA tensors are CPU tensors, streams are no-ops because operations run in order, the CUDA random state is the CPU

@@ -1,9 +1,9 @@
-"""The benchmarks: one program, whose first argument names what is measured.
+"""The benchmarks: one program, whose first argument names the benchmark.
 
-    python scripts/bench attention --ranks 2        every benchmark says with --help what it takes
+    python scripts/bench attention --ranks 2        --help lists the flags of each benchmark
 
-Machines are shared and noisy: variants are measured in turns within one run, and medians are printed. OMP_NUM_THREADS=1
-is the default, so that ranks do not compete for cores. tests/figures has those that print figures of the documentation.
+Machines are shared and noisy: variants are interleaved within one run, and medians are printed. OMP_NUM_THREADS=1 is
+the default, so that ranks do not compete for cores. tests/figures contains those for figures of the documentation.
 """
 
 import sys

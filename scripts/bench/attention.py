@@ -1,11 +1,11 @@
 """Time context-parallel attention on this machine (CPU and gloo).
 
-``python scripts/bench attention``         forward + backward over the ideal T(1 rank) / ranks, per algorithm, beside
-                                           the floor: all ranks compute their share of the heads, without communication;
-                                           T(1 rank) is this project's kernel and, in a column of its own, torch's
-                                           operator as it is
-``python scripts/bench attention --stub``  communication, merging and copying alone: the kernel returns empty outputs,
-                                           CPU time per rank, beside a straightforward reference ring
+``python scripts/bench attention``         forward + backward relative to the ideal T(1 rank) / ranks, per algorithm,
+                                           and the floor: all ranks compute their share of heads, no communication.
+                                           T(1 rank) is measured with this project's kernel and, in a separate column,
+                                           with torch's operator
+``python scripts/bench attention --stub``  only communication, merging and copying: the kernel returns empty outputs;
+                                           CPU time per rank, compared with a simple reference ring
 """
 
 import statistics
@@ -40,14 +40,14 @@ def variants(ranks):
 
 
 def torch_attention(query, key, value):
-    """torch's own attention of the whole sequence, on one rank."""
+    """torch's own attention over the whole sequence, on one rank."""
     query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
     out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
     return out.permute(2, 0, 1, 3)
 
 
 def cases_of(options, kernel, whole):
-    """variant -> function of nothing that runs it on this rank."""
+    """variant -> function without arguments that runs it on this rank."""
     rank, ranks, cases = dist.get_rank(), dist.get_world_size(), {}
     for name, settings in variants(ranks).items():
         config = ContextParallelConfig(context_parallel_size=ranks, **settings)

@@ -3,10 +3,10 @@
 ``python scripts/bench kernels``                 S = 8k, 32k, 128k on an accelerator, small sizes on a CPU
 ``python scripts/bench kernels --kernel cudnn``  another kernel of the same device
 
-Per length: forward + backward of all blocks that one of ``--ranks`` ring ranks computes, merging included, over the
-same share of the whole causal attention; 1.00 would mean that cutting the sequence costs nothing. Communication is
-left out.
-The ranks are simulated one after the other in this process; rank 0 is timed, and zigzag gives all ranks the same area.
+Per length: time of forward + backward of all blocks that one of ``--ranks`` ring ranks computes, merging included,
+divided by the same share of the whole causal attention; 1.00 would mean that splitting the sequence costs nothing.
+Communication is not included.
+Rank 0 is simulated in this process and timed; with zigzag all ranks have the same area.
 """
 
 import os
@@ -47,7 +47,7 @@ def parse_args(argv=None):
 
 
 class Clock:
-    """Seconds on a device; waits for it before reading the time."""
+    """Measures seconds on a device; waits for the device before reading the time."""
 
     def __init__(self, device):
         self._wait = (lambda: None) if device == "cpu" else getattr(torch, device).synchronize
@@ -61,7 +61,7 @@ class Clock:
 
 
 class RingRank:
-    """Rank 0 of the simulated ring: its queries, and one shard of keys that stands for every rank's."""
+    """Rank 0 of the simulated ring: its queries, and one shard of keys that is used for every rank's."""
 
     def __init__(self, args, kernel, length):
         config = ContextParallelConfig(context_parallel_size=args.ranks, algorithm="megatron_cp_algo")

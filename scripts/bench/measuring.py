@@ -1,4 +1,4 @@
-"""What the benchmarks share: ranks, variants in turns, attention and its inputs, tables."""
+"""Common code of the benchmarks: ranks, interleaved variants, attention and its inputs, tables."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ Name, Value = TypeVar("Name"), TypeVar("Value")
 
 
 def parser_of(description: str | None, **sizes: int | None) -> argparse.ArgumentParser:
-    """A parser with a flag for each size."""
+    """A parser with one flag per size."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in sizes.items():
         shown = None if default is None else f"default {default}"
@@ -29,7 +29,7 @@ def parser_of(description: str | None, **sizes: int | None) -> argparse.Argument
 
 
 def on_ranks(ranks: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Call ``function(*arguments)`` in so many processes, each a rank of gloo with one thread."""
+    """Call ``function(*arguments)`` in ``ranks`` processes, each a gloo rank with one thread."""
     mp.spawn(_rank, (ranks, free_port(), function, arguments), nprocs=ranks)
 
 
@@ -42,7 +42,7 @@ def _rank(rank: int, ranks: int, port: int, function: Callable[..., None], argum
 
 
 def in_turns(runs: Mapping[Name, Callable[[], Value]], repetitions: int) -> dict[Name, list[Value]]:
-    """What each of ``runs`` returned: a repetition calls each once, and the first, a warm-up, is left out."""
+    """Results of ``runs``, called in turn in each repetition, without the first repetition (warm-up)."""
     found: dict[Name, list[Value]] = {name: [] for name in runs}
     for repetition in range(repetitions + 1):
         for name, run in runs.items():
@@ -53,7 +53,7 @@ def in_turns(runs: Mapping[Name, Callable[[], Value]], repetitions: int) -> dict
 
 
 class Times(NamedTuple):
-    """Seconds between two barriers, seconds of this rank's processor, bytes that it sent."""
+    """Seconds between two barriers, CPU seconds of this rank, bytes that it sent."""
 
     wall: float
     cpu: float
@@ -74,10 +74,10 @@ def timed(run: Callable[[], object]) -> Times:
 def attention_of(
     config: ContextParallelConfig, length: int, documents: Sequence[int] | None = None, **options: Any
 ) -> tuple[Callable[..., torch.Tensor], SequenceLayout]:
-    """(attention over a row of this length, how the row lies over the ranks); collective.
+    """(attention over a row of this length, the row's layout); collective.
 
     Args:
-        options: further keywords of ``context_parallel_attention``; ``groups`` are built where they are not given.
+        options: further keyword arguments of ``context_parallel_attention``; ``groups`` are built if not given.
     """
     layout = SequenceLayout.build(config, length, documents)
     groups = options.pop("groups", None) or ContextParallelGroups.build(config)
@@ -88,7 +88,7 @@ def attention_of(
 def sample(
     length: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str = "cpu"
 ) -> list[torch.Tensor]:
-    """query, key, value and the output's gradient, (length, 1, heads, dim)."""
+    """Query, key, value and the output's gradient, (length, 1, heads, dim)."""
     generator = torch.Generator().manual_seed(0)
     return [
         torch.randn(length, 1, count, dim, generator=generator).to(device, dtype)
@@ -97,13 +97,13 @@ def sample(
 
 
 def step(attend: Callable[..., torch.Tensor], tensors: list[torch.Tensor], grad_out: torch.Tensor) -> None:
-    """Forward and backward pass of ``attend``; the caller times it."""
+    """Forward and backward pass of ``attend``, for the caller to time."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     attend(*leaves).backward(grad_out)
 
 
 def head(*columns: str) -> None:
-    """Print the head of a table; a column whose name ends in a colon has numbers."""
+    """Print the header of a table; a column whose name ends in a colon contains numbers."""
     print("|", " | ".join(column.removesuffix(":") for column in columns), "|")
     print("|", " | ".join("---:" if column.endswith(":") else "---" for column in columns), "|")
 

@@ -1,9 +1,9 @@
-"""Ray Train: the training script on Ray's workers, one for each device.
+"""Run the training script on Ray Train's workers, one per device.
 
     python scripts/launch/ray_train.py --workers 8 scripts/pretrain_gpt.py --data-path data/my ...
     python scripts/launch/ray_train.py --workers 8 --dry-run scripts/pretrain_gpt.py ...    checks the flags
 
-Ray makes the workers and torch's default process group, which the script takes as it is. With --dry-run Ray need not be
+Ray creates the workers and torch's default process group, which the script uses. With --dry-run Ray need not be
 installed.
 """
 
@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """What every worker runs; Ray has set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for torch."""
+    """Run by every worker; Ray has set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for torch."""
     from ray import train
 
     context = train.get_context()

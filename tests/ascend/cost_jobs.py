@@ -62,6 +62,13 @@ def groups_messages(rank):
     return bool(getattr(torch_npu.distributed.distributed_c10d, "_CANN_VERSION", False))
 
 
+def has_fused_update(rank):
+    """Whether this release of torch_npu has npu_ring_attention_update."""
+    import torch_npu
+
+    return hasattr(torch_npu, "npu_ring_attention_update")
+
+
 def group_buffers(rank, folder, buffers, adopts=False):
     """(ranks, MB that HCCL was asked for) of each communicator of this rank, in a group that is made or adopted."""
     import torch

@@ -15,6 +15,7 @@ from cost_jobs import (  # noqa: F401  jobs too
     fused_operators,
     group_buffers,
     groups_messages,
+    has_fused_update,
     host_waits,
     megatron_buffers,
     piece_launches,
