@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from bench.measuring import head, in_turns, row
-from bench.network import REFUSED, Network, bits_per_second, mesh, two_hosts
+from figures.network import REFUSED, Network, bits_per_second, mesh, two_hosts
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, LatentExpansion, SequenceLayout, TrainingSetup
 from mindspeed_cp import context_parallel_attention
 from mindspeed_cp.comm.link import link_of
