@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_docs import DOCS, PAGES, READMES, ROOT, actions, text_of
+from test_docs import BADGE, DOCS, PAGES, READMES, ROOT, actions, text_of
 
 import mindspeed_cp
 from mindspeed_cp import (
@@ -67,9 +67,9 @@ def test_a_mask_of_the_batch_and_the_causal_type_are_said_to_hide_together():
         plain = context_parallel_attention(query, query, query, **keywords)
         assert (kind == "causal") == torch.equal(outs[kind], plain) or kind == "general"
     assert torch.equal(outs["general"], outs["full"]) and not torch.equal(outs["general"], outs["causal"])
-    assert "applies on top of the causal mask where the configuration's mask type is causal" in text_of(
-        "docs/python-api.md"
-    )
+    page = text_of("docs/python-api.md")
+    assert "applies on top of the causal mask where the configuration's mask type is causal" in page
+    assert page.count("prefix's") == 1 and text_of("docs/zh-CN/python-api.md").count("前缀掩码") == 1
 
 
 @pytest.mark.parametrize("page", ["docs/migration-from-mindspeed.md", "docs/zh-CN/migration-from-mindspeed.md"])
@@ -107,7 +107,7 @@ def test_both_readmes_give_the_same_dates():
 @pytest.mark.parametrize("page", READMES)
 def test_a_picture_and_a_number_stand_at_the_top_of_the_readme(page):
     top = "\n".join(text_of(page).splitlines()[:20])
-    (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", top)
+    (picture,) = re.findall(r"!\[[^\]]+\]\((docs/[^)]+)\)", top)
     drawn = text_of(picture)
     for algorithm, cells in re.findall(r'<g data-layout="(\w+)">(.*?)</g>', drawn):
         degree = 2 if algorithm == "hybrid_cp_algo" else None
@@ -134,6 +134,15 @@ def test_the_site_has_every_page_in_its_menu():
     )
     citation = yaml.safe_load(text_of("CITATION.cff"))
     assert citation["version"] == mindspeed_cp.__version__
+
+
+def test_ci_builds_the_site_and_the_badges_are_of_workflows_that_are_there():
+    workflows = ROOT / ".github" / "workflows"
+    jobs = yaml.safe_load((workflows / "tests.yml").read_text(encoding="utf-8"))["jobs"]
+    assert "mkdocs build --strict" in [step.get("run") for step in jobs["documentation"]["steps"]]
+    for page in READMES:
+        named = set(re.findall(rf"{re.escape(BADGE)}([\w.]+)", text_of(page)))
+        assert named == {"tests.yml", "nightly.yml"} and all((workflows / name).is_file() for name in named)
 
 
 def test_every_page_says_the_same_number_of_patches_beside_a_checkout():
