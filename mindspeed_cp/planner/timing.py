@@ -130,7 +130,10 @@ def timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> 
     if problem.windowed is None:
         return _timed(config, problem, cluster)
     (window, share), whole = problem.windowed, replace(problem, windowed=None)
-    wide, narrow = (_timed(config, each, cluster) for each in (whole, replace(whole, sliding_window=(window - 1, 0))))
+    narrow = _timed(config, replace(whole, sliding_window=(window - 1, 0)), cluster)
+    if share == 1:
+        return narrow
+    wide = _timed(config, whole, cluster)
     forward, backward = (
         Timing(*((1 - share) * one + share * other for one, other in zip(astuple(first), astuple(second))))
         for first, second in ((wide.forward, narrow.forward), (wide.backward, narrow.backward))
