@@ -92,22 +92,19 @@ class Search:
         """Those that fit: of each kind the fastest, and the fastest that leaves a tenth of the memory. Of equals the
         one without a policy comes first, then the one with the fewest extras, then the one that sends less.
         """
-        waiting: list[tuple[object, ...]] = []
+        waiting: list[tuple[float, tuple[float, ...], int, Option]] = []
         numbers, decided = count(), 0
         done: dict[Hashable, bool] = {}  # kind -> whether its way leaves a tenth of the memory
 
         def push(option: Option) -> None:
-            _, *second = (
-                (0, False, 0, 0) if option.attention is None or option.is_bound else preference(option.attention)
-            )
-            heappush(waiting, (float(f"{option.step.seconds:.9g}"), *second, next(numbers), option))
+            second = preference(option.attention)[1:] if option.attention and not option.is_bound else ()
+            heappush(waiting, (float(f"{option.step.seconds:.9g}"), second, next(numbers), option))
 
         for option in self.bounds(some):
             push(option)
         total = len(waiting)
         while waiting:
             option = heappop(waiting)[-1]
-            assert isinstance(option, Option)
             decided += option.attention is None
             self.note(decided, total)
             kind = self.kind(option.split, option.recompute, option.config)
@@ -148,8 +145,8 @@ class Search:
             # The most groups of heads wait the least.
             waits = min(heads_seconds(config, problem, self.cluster) for config in family)
             least = _least(self.work, split, self.cluster, family[0])
-            passes = (replace(each, exposed=waits, heads=waits) for each in (least.forward, least.backward))
-            setting = self._option(option, Candidate(family[0], *passes, 0, 0), family, inf)
+            forward, backward = (replace(each, exposed=waits, heads=waits) for each in (least.forward, least.backward))
+            setting = self._option(option, Candidate(family[0], forward, backward, 0, 0), family, inf)
             if self._may_fit(setting):
                 yield setting
 
