@@ -68,22 +68,24 @@ def direct_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool
     """At step t every rank sends to rank r + t exactly the rows that its blocks need, from its own memory.
 
     Nothing is forwarded. Rows that nobody asked for are left undefined in the receive buffer. Transfers run as many
-    steps ahead of the computation as may be in flight.
+    steps ahead of the computation as may be in flight. Where shards come in pieces, each is a transfer of its own.
     """
     rank, ring_size = channel.place.rank, len(channel.lengths)
+    own_pieces = [tuple(rows[start:stop] for rows in own) for start, stop in channel.pieces[rank]]
 
-    def fetch(steps: range, _: Tensors) -> list[UnderWay]:
+    def fetch(numbers: range, _: Tensors) -> list[UnderWay]:
         exchanges, received = [], []
-        for t in steps:
+        for number in numbers:
+            t, piece = channel.order_of_pieces[number - 1]
             reader, source = (rank + t) % ring_size, (rank - t) % ring_size
-            name = f"{purpose}.direct{channel.turn(t)}"
-            received.append(channel.buffer(name, own, channel.lengths[source], keep, channel.order))
-            leaving = parts(own, channel.rows_needed(reader, rank), channel.order)
-            arriving = parts(received[-1], channel.rows_needed(rank, source), channel.order)
+            name = f"{purpose}.direct{channel.turn(t)}.{piece}"
+            received.append(channel.buffer(name, own, channel.rows_in(source, piece), keep, channel.order))
+            leaving = parts(own_pieces[piece], channel.needed(reader, rank, piece), channel.order)
+            arriving = parts(received[-1], channel.needed(rank, source, piece), channel.order)
             exchanges.append(([(reader, leaving)], [(source, arriving)]))
         return list(zip(channel.link.exchange_several(exchanges, purpose), received))
 
-    return run_ahead(channel, ring_size, own, fetch)
+    return run_ahead(channel, len(channel.order_of_pieces) + 1, own, fetch, channel.num_pieces)
 
 
 def allgather_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool = False) -> Stream:

@@ -15,11 +15,13 @@ class Step(NamedTuple):
     Args:
         window, place: number of the window, and of the step in it; place 0 of window 0 is the rank's own shard.
         source: the ring rank whose shard is here; None for slices of all others' shards (the mesh exchange).
+        piece: which piece of the shard, where it comes in several.
     """
 
     window: int
     place: int
     source: int | None
+    piece: int = 0
 
 
 @dataclass(frozen=True)
