@@ -18,6 +18,7 @@ from mindspeed_cp.comm.channel import RingChannel, Stream, Tensors, UnderWay, pa
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.mesh_exchange import mesh_exchange
 from mindspeed_cp.comm.messages import Pending, as_stored, end_to_end, flat_memory
+from mindspeed_cp.comm.reading_in_place import can_read_in_place, of_direct, of_gather, of_ring, read_in_place
 
 
 def ring_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool = False) -> Stream:
@@ -27,6 +28,12 @@ def ring_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool =
     The transfer to the next window starts with the inner ring, so that the whole inner ring hides it. One step at a
     time is forwarded from neighbour to neighbour; several at once leave the first holder of the window.
     """
+    if not keep and can_read_in_place(channel, own):
+        return read_in_place(channel, own, purpose, list(of_ring(channel)), channel.link.peers)
+    return _forwarded(channel, own, purpose, keep)
+
+
+def _forwarded(channel: RingChannel, own: Tensors, purpose: str, keep: bool) -> Stream:
     place = channel.place
 
     def pass_on(link: Link, steps: Sequence[tuple[Tensors, int, str, int, int]]) -> list[UnderWay]:
@@ -71,6 +78,9 @@ def direct_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool
     steps ahead of the computation as may be in flight. Where shards come in pieces, each is a transfer of its own.
     """
     rank, ring_size = channel.place.rank, len(channel.lengths)
+    if not keep and can_read_in_place(channel, own):
+        readers = [reader for reader in channel.link.peers if channel.rows_needed(reader, rank)]
+        return read_in_place(channel, own, purpose, list(of_direct(channel)), readers)
     own_pieces = [tuple(rows[start:stop] for rows in own) for start, stop in channel.pieces[rank]]
 
     def fetch(numbers: range, _: Tensors) -> list[UnderWay]:
@@ -90,6 +100,12 @@ def direct_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool
 
 def allgather_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool = False) -> Stream:
     """Gather every shard with one collective."""
+    if not keep and can_read_in_place(channel, own):
+        return read_in_place(channel, own, purpose, list(of_gather(channel)), channel.link.peers)
+    return _gathered(channel, own, purpose, keep)
+
+
+def _gathered(channel: RingChannel, own: Tensors, purpose: str, keep: bool) -> Stream:
     rank, ring_size = channel.place.rank, len(channel.lengths)
     widths = [tensor.shape[1:] for tensor in own]
     sizes = [rows * sum(width.numel() for width in widths) for rows in channel.lengths]
