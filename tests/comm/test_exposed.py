@@ -138,18 +138,43 @@ def test_a_step_of_the_mesh_fills_all_links_alike_and_a_step_of_the_others_one()
     assert sent() == [{4: 70 * row}] * 7
 
 
+def work_of_steps(events):
+    """FLOPs of the blocks before each wait, and after the last."""
+    work = [0]
+    for event in events:
+        if isinstance(event, Wait):
+            work.append(0)
+        elif isinstance(event, Compute):
+            work[-1] += event.flops
+    return work
+
+
 @pytest.mark.parametrize("rank", [0, 2, 7])
 def test_causal_slices_are_of_equal_rows_and_of_equal_work(rank):
     """Of every shard a reader gets as many rows in each step, and so computes as much: links and kernels are even."""
     arguments = {**RING, "context_parallel_size": 8, "kv_exchange": "mesh", "attention_mask_type": "causal"}
     forward, _ = trace(ContextParallelConfig(**arguments), replace(PROBLEM, seq_len=8 * 2 * 70), rank)
     assert len({tuple(step.items()) for step in by_link(forward.events)}) == 1
-    work, number = [0] * 8, 0
-    for event in forward.events:
-        number += isinstance(event, Wait)
-        if isinstance(event, Compute):
-            work[number] += event.flops
+    work = work_of_steps(forward.events)
     assert len(set(work[1:])) == 1 and work[1] > 0
+
+
+@pytest.mark.parametrize(
+    "masked, most",
+    [({"cu_seqlens": (0, 100, 130, 500, 520, 900, 1120)}, 1.1), ({"sliding_window": (200, 0)}, 1.2)],
+    ids=["packed", "window"],
+)
+def test_slices_are_of_equal_rows_and_nearly_of_equal_work_under_other_masks(masked, most):
+    """Equal rows keep links even, which is what a step is for; the work of a step is at most this much of the mean."""
+    arguments = {**RING, "context_parallel_size": 8, "kv_exchange": "mesh", "attention_mask_type": "causal"}
+    for rank in (0, 3, 7):
+        forward, _ = trace(ContextParallelConfig(**arguments), replace(PROBLEM, seq_len=8 * 2 * 70, **masked), rank)
+        row = 2 * 8 * (4 + 4)
+        for peer in set(range(8)) - {rank}:
+            sizes = [step.get(peer, 0) for step in by_link(forward.events)]
+            assert max(sizes) - min(sizes) <= row
+        work = work_of_steps(forward.events)[1:]
+        assert max(work) <= most * sum(work) / len(work)
 
 
 @pytest.mark.parametrize("mask_type, most", [("full", 1), ("causal", 2)])
