@@ -50,4 +50,7 @@ if [ -n "${VERIFY+set}" ]; then
   exec bash scripts/verify_npu.sh --device npu $VERIFY "$@"
 fi
 [ -z "${TABLE:-}" ] || exec "$PYTHON" tests/ascend/table.py run "$TABLE" "$@"
+if [ -n "${LOSSES:-}" ]; then
+  PYTHONPATH=$PWD:$PWD/tests/helpers${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" tests/ascend/beside_runs.py
+fi
 exec "$PYTHON" -m pytest -q -p no:cacheprovider --full tests/ascend "$@"

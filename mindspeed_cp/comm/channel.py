@@ -1,4 +1,4 @@
-"""What every exchange of keys and values needs to know of the ring, and how far it may run ahead of the computation."""
+"""What every exchange of keys and values needs to know about the ring, and the loop that overlaps computation."""
 
 import math
 from collections import deque
@@ -16,18 +16,18 @@ from mindspeed_cp.kernels.base import MemoryOrder
 Rows = tuple[tuple[int, int], ...]
 Tensors = tuple[torch.Tensor, ...]
 Stream = Iterator[Tensors]
-UnderWay = tuple[Pending[None], Tensors]  # a step's transfer, and what it brings
+UnderWay = tuple[Pending[None], Tensors]  # a step's transfer, and the tensors into which it receives
 
 
 @dataclass(frozen=True)
 class MeshStep:
-    """One step of the mesh exchange, seen from one rank: a slice of every shard, as far as its reader needs it.
+    """One step of the mesh exchange, seen from one rank: a slice of every shard, limited to the rows that are needed.
 
     Args:
-        leaving: per ring rank, the rows of this rank's shard that go there.
-        arriving: per ring rank, where the rows that come from it lie among those of the step, in their order.
-        keys: global positions of what arrives, ascending; the rows of the step count along them.
-        num_rows: that arrive.
+        leaving: per ring rank, the rows of this rank's shard that are sent to it.
+        arriving: per ring rank, the rows of the step that come from it, in the order in which they arrive.
+        keys: ascending global positions of the arriving rows; rows of the step are indices into them.
+        num_rows: number of arriving rows.
     """
 
     leaving: tuple[Rows, ...]
@@ -38,20 +38,20 @@ class MeshStep:
 
 @dataclass(frozen=True)
 class RingChannel:
-    """The ring as an exchange sees it.
+    """The ring, as seen by an exchange.
 
     Args:
         place: this rank's place in it.
-        link: over the ring; unused where it has one rank.
-        outer: a link for transfers between windows; unused without.
+        link: over the ring; unused if it has one rank.
+        outer: a link for transfers between windows; unused without windows.
         lengths: rows of every ring rank's shard.
-        rows_needed: (query rank, source rank) -> ((start, stop), ...), the rows of the source's shard that are wanted.
-        overlap: post transfers before the block that hides them.
-        order: of the memory of keys and values on their way; their gradients return contiguous.
-        in_flight: steps that may be under way at once, where nothing is forwarded.
+        rows_needed: (query rank, source rank) -> ((start, stop), ...), the rows of the source's shard that are needed.
+        overlap: whether transfers are posted before the block that hides them.
+        order: memory order of keys and values during transfers; their gradients are contiguous.
+        in_flight: steps that may be in flight at once, if nothing is forwarded.
         mesh: the steps of the mesh exchange after the first, which is the rank's own shard.
-        pieces: of each ring rank's shard, as many for all: its (start, stop), which are sent and computed with one
-            after the other, so that links carry gradients of the first while they bring the second.
+        pieces: (start, stop) of the pieces of each ring rank's shard, the same number for all. Pieces are sent and
+            computed one after the other, so that a link carries gradients of the first with the second.
     """
 
     place: RingPlace
@@ -71,15 +71,15 @@ class RingChannel:
 
     @cached_property
     def order_of_pieces(self) -> tuple[tuple[int, int], ...]:
-        """(step of a window, piece), without the window's first step: of as many steps as may be in flight, whose links
-        carry side by side, all first pieces come before the second ones.
+        """(step of a window, piece) without the window's first step. Steps in flight together use different links, so
+        their first pieces all come before their second ones.
         """
         steps = range(1, self.place.window)
         groups = [steps[start : start + self.in_flight] for start in range(0, len(steps), self.in_flight)]
         return tuple((step, piece) for group in groups for piece in range(self.num_pieces) for step in group)
 
     def needed(self, reader: int, source: int, piece: int) -> Rows:
-        """The rows of a piece of the source's shard that ``reader`` wants, counted from the piece's first."""
+        """The rows of a piece of the source's shard that ``reader`` needs, relative to the piece."""
         rows = self.rows_needed(reader, source)
         if self.num_pieces == 1:
             return rows
@@ -94,14 +94,14 @@ class RingChannel:
     def buffer(
         self, name: str, like: Tensors, num_rows: int, keep: bool = False, order: MemoryOrder | None = None
     ) -> Tensors:
-        """A buffer of so many rows: fresh when it is kept for the backward pass, else from the workspace."""
+        """A buffer of ``num_rows`` rows: new memory if it is kept for the backward pass, else from the workspace."""
         shapes = [(num_rows, *tensor.shape[1:]) for tensor in like]
         count, first = sum(map(math.prod, shapes)), like[0]
         flat = first.new_empty(count) if keep else self.link.workspace.get(name, (count,), first.dtype, first.device)
         return end_to_end(flat, shapes, order)
 
     def turn(self, step: int) -> int:
-        """Which of a stream's buffers serves a step: one is computed with while ``in_flight`` others are received."""
+        """Index of a step's buffer: one buffer is used for computation while ``in_flight`` others are received into."""
         return step % (self.in_flight + 1)
 
 
@@ -112,14 +112,14 @@ def run_ahead(
     fetch: Callable[[range, Tensors], list[UnderWay]],
     pieces: int = 1,
 ) -> Stream:
-    """Yield ``own``, then what each further step brings.
+    """Yield ``own``, then the rows of each further step.
 
-    With ``overlap`` as many steps as may be are posted before the block that hides them; else after it. A step is
-    awaited when the block before it has been computed.
+    With ``overlap``, up to ``in_flight`` steps are posted before the block that hides them, else after it. A step is
+    awaited after the previous block has been computed.
 
     Args:
-        fetch: (steps, rows that are computed with now) -> the steps' transfers, posted.
-        pieces: which make one of the steps that may be in flight.
+        fetch: (steps, rows used for computation now) -> the posted transfers of the steps.
+        pieces: that make one of the steps that may be in flight.
     """
     under_way: deque[UnderWay] = deque()
     ahead = channel.in_flight * pieces
@@ -141,11 +141,11 @@ def run_ahead(
 
 
 def parts(rows: Iterable[torch.Tensor], ranges: Rows, order: MemoryOrder | None = None) -> list[torch.Tensor]:
-    """Views of these (start, stop) of the rows; they travel in one message, each in this order of memory."""
+    """Views of these (start, stop) ranges of the rows, each in this memory order, for one message."""
     return [as_stored(tensor[start:stop], order) for tensor in rows for start, stop in ranges]
 
 
 def paired(*streams: Iterable[Tensors]) -> Stream:
-    """Streams that run in step as one, each step with the tensors of all."""
+    """Combine streams that run in step to one, each of whose steps has the tensors of all."""
     for steps in zip(*streams, strict=True):
         yield tuple(tensor for rows in steps for tensor in rows)

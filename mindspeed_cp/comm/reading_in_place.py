@@ -1,8 +1,8 @@
-"""Keys and values that all ranks of a ring share memory for: each is read where it lies, by whoever needs it.
+"""Keys and values that every rank of a ring reads where they are, if all of them share memory.
 
-A rank writes its shard into memory that its peers see, once for all of them in each pass. Nothing is forwarded then,
-and nothing copied on arrival: blocks are computed with what the sender wrote, whose place is free again when its last
-reader is done. Steps, their order, and what counts as sent are those of the exchange.
+In each pass, a rank writes its shard once into memory that its peers see. Nothing is forwarded, and the readers make no
+copies: blocks are computed with the shard in the sender's memory, and the sender reuses the place after its last reader
+has finished. Steps, their order, and the counted bytes are those of the exchange.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from mindspeed_cp.comm.messages import Message, Pending, as_stored, end_to_end, 
 from mindspeed_cp.comm.meter import record, wait_for
 from mindspeed_cp.comm.notices import Notice
 
-LENT = (1 << 30) + 1  # the tag of what is lent: independent of what is sent
+LENT = (1 << 30) + 1  # tag of notices of lent messages, which are independent of all others
 
 
 class Reading(NamedTuple):
@@ -27,7 +27,7 @@ class Reading(NamedTuple):
 
     Args:
         is_read: whether a block needs them.
-        num_sent: rows that this rank sends meanwhile, as the exchange counts them.
+        num_sent: rows that this rank sends in this step by the exchange's own count.
     """
 
     source: int
@@ -38,7 +38,7 @@ class Reading(NamedTuple):
 
 
 def can_read_in_place(channel: RingChannel, own: Tensors) -> bool:
-    """Whether all ranks of the ring share memory, and shards are of a size that goes through it; the same on all."""
+    """Whether all ranks of the ring share memory and shards are large enough for it; the same on all ranks."""
     largest = max(channel.lengths) * sum(tensor.shape[1:].numel() for tensor in own) * own[0].element_size()
     return channel.link.shares_memory(own[0].device, largest)
 
@@ -46,7 +46,7 @@ def can_read_in_place(channel: RingChannel, own: Tensors) -> bool:
 def read_in_place(
     channel: RingChannel, own: Tensors, purpose: str, steps: Sequence[Reading], readers: Sequence[int]
 ) -> Stream:
-    """Yield ``own``, then the rows of each step, which are the caller's until it asks for the next.
+    """Yield ``own``, then the rows of each step, which are valid until the caller asks for the next step.
 
     Args:
         readers: of this rank's shard.
@@ -81,7 +81,7 @@ def read_in_place(
 
 
 def _lend(link: Link, flat: torch.Tensor, readers: Sequence[int], purpose: str) -> Pending[None]:
-    """Let these ranks read a message; ``wait`` is over where it is theirs, whatever becomes of ``flat``."""
+    """Let these ranks read a message; ``flat`` may change after ``wait``."""
     assert link.carrier is not None, "the readers share memory"
     batch, message = Batch(link, purpose, tag=LENT), Message(((flat,),), flat.dtype)
     if readers and message.numel:
@@ -94,7 +94,7 @@ def _lend(link: Link, flat: torch.Tensor, readers: Sequence[int], purpose: str) 
 
 @dataclass(eq=False)
 class Borrowed:
-    """A peer's message, which is read where it lies; where its memory had no room, gloo brings it."""
+    """A peer's message that is read in the peer's memory; if there was no room in it, gloo carries the message."""
 
     link: Link
     rank: int
@@ -135,7 +135,7 @@ class Borrowed:
 
 
 def of_ring(channel: RingChannel) -> Iterator[Reading]:
-    """The steps of a (double) ring, which forwards what it computed with, or the window's first shard."""
+    """The steps of a (double) ring, which forwards the previous step's shard or the window's first."""
     steps, window = list(channel.place.steps()), channel.place.window
     for before, after in zip(steps, steps[1:]):
         head = steps[before.window * window]
@@ -146,7 +146,7 @@ def of_ring(channel: RingChannel) -> Iterator[Reading]:
 
 
 def of_direct(channel: RingChannel) -> Iterator[Reading]:
-    """The steps of the direct exchange, of which each peer reads the rows that it needs."""
+    """The steps of the direct exchange; each peer reads the rows that it needs."""
     rank, size = channel.place.rank, len(channel.lengths)
     for t, piece in channel.order_of_pieces:
         reader, source = (rank + t) % size, (rank - t) % size
@@ -155,7 +155,7 @@ def of_direct(channel: RingChannel) -> Iterator[Reading]:
 
 
 def of_gather(channel: RingChannel) -> Iterator[Reading]:
-    """The steps after everything was gathered, all of which is sent at once."""
+    """The steps of the all-gather, which sends everything at once."""
     rank, size = channel.place.rank, len(channel.lengths)
     for t in range(1, size):
         source = (rank - t) % size

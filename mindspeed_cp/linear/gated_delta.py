@@ -1,9 +1,9 @@
-"""Gated delta nets over a context-parallel group, by heads or by states.
+"""Gated delta nets, and Kimi's delta attention, over a context-parallel group, by heads or by states.
 
-    heads    every rank gets some heads of the whole sequence, in order, and returns what it computed
-    state    every rank computes one part of the sequence for all heads, and hands on its last state
+    heads    every rank computes some heads over the whole sequence, in order
+    state    every rank computes all heads over one part of the sequence, and passes its last state on
 
-s: tokens of this rank, b: batch. What one token alone computes (projections, norms, gates) stays with the layer.
+s: tokens of this rank, b: batch. Computations on single tokens (projections, norms, gates) stay in the layer.
 """
 
 from collections.abc import Callable
@@ -13,30 +13,37 @@ import torch
 import torch.nn.functional as F
 
 from mindspeed_cp.attention.head_groups import Share, head_shares
+from mindspeed_cp.comm.head_exchange import HeadExchange
 from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
 from mindspeed_cp.kernels.base import accumulation_dtype
-from mindspeed_cp.linear.heads import HeadExchange
 from mindspeed_cp.linear.parts import OwnPart, local_documents
 from mindspeed_cp.linear.recurrence import Convolution, Documents, Recurrence
 
 
 @dataclass(frozen=True)
 class DeltaHeads:
-    """Heads of a layer: value head n goes with key head n // (value heads / key heads).
+    """Heads of a layer: value head n uses key head n // (value heads / key heads).
 
     Args:
-        keys, values: how many of each. key_dim, value_dim: their sizes.
+        keys, values: number of key heads and value heads. key_dim, value_dim: their dimensions.
+        decays: number of decays of a value head: 1, or key_dim if every channel of its keys has its own (Kimi).
     """
 
     keys: int
     values: int
     key_dim: int
     value_dim: int
+    decays: int = 1
 
     @property
     def channels(self) -> tuple[int, int, int]:
-        """Of the convolution, over query, key and value."""
+        """The convolution's channels for query, key and value."""
         return self.keys * self.key_dim, self.keys * self.key_dim, self.values * self.value_dim
+
+    @property
+    def gates(self) -> tuple[int, int]:
+        """The widths of beta and alpha."""
+        return self.values, self.values * self.decays
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ class DeltaWeights:
     """Weights of the layer's core.
 
     Args:
-        convolution: (channels, width). bias: (channels,) or None. decay, step: A_log and dt_bias, (value heads,).
+        convolution: (channels, width). bias: (channels,) or None. decay, step: A_log and dt_bias, (value heads,) and
+            (value heads * decays,).
     """
 
     convolution: torch.Tensor
@@ -53,7 +61,7 @@ class DeltaWeights:
     step: torch.Tensor
 
     def of(self, heads: DeltaHeads, keys: Share, values: slice) -> "DeltaWeights":
-        """Those of some heads."""
+        """The weights of some heads."""
 
         def channels(weight: torch.Tensor) -> torch.Tensor:
             parts = weight.split(heads.channels)
@@ -63,9 +71,8 @@ class DeltaWeights:
             return torch.cat([part.flatten(0, 1) for part in found])
 
         bias = None if self.bias is None else channels(self.bias)
-        return replace(
-            self, convolution=channels(self.convolution), bias=bias, decay=self.decay[values], step=self.step[values]
-        )
+        step = self.step.unflatten(0, (heads.values, heads.decays))[values].flatten()
+        return replace(self, convolution=channels(self.convolution), bias=bias, decay=self.decay[values], step=step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +80,7 @@ class DeltaLayer:
     """The core of a gated delta net: convolution, gates and recurrence.
 
     Args:
-        normalize: (..., key_dim) -> the same, of queries and keys; None leaves them.
+        normalize: (..., key_dim) -> the same shape, applied to queries and keys; None for no normalization.
     """
 
     heads: DeltaHeads
@@ -85,12 +92,12 @@ class DeltaLayer:
     def by_heads(
         self, inputs: torch.Tensor, gates: torch.Tensor, exchange: SequenceExchange, documents: Documents
     ) -> torch.Tensor:
-        """Some heads of the whole sequence on every rank.
+        """Every rank computes some heads over the whole sequence.
 
         Args:
-            inputs: (s, b, channels), query, key and value of this rank's tokens. gates: (s, b, 2 value heads), beta and
-                alpha.
-            exchange: over all ranks, whose rows are the runs of the batch's layout.
+            inputs: (s, b, channels), query, key and value of this rank's tokens. gates: (s, b, value heads * (1 +
+                decays)), beta and alpha.
+            exchange: over all ranks, with the runs of the batch's layout as rows.
             documents: boundaries in the whole sequence.
 
         Returns:
@@ -103,9 +110,10 @@ class DeltaLayer:
             Part("q", heads.keys, heads.key_dim, keys),
             Part("kv", heads.keys, heads.key_dim, keys),
             Part("kv", heads.values, heads.value_dim, values),
-            *[Part("gates", heads.values, 1, values)] * 2,
+            Part("gates", heads.values, 1, values),
+            Part("gates", heads.values, heads.decays, values),
         ]
-        tensors = (*inputs.split(heads.channels, dim=-1), *gates.chunk(2, dim=-1))
+        tensors = (*inputs.split(heads.channels, dim=-1), *gates.split(heads.gates, dim=-1))
         arrived = HeadExchange(exchange, parts).to_sequence(
             *(tensor.unflatten(-1, (part.num_heads, part.dim)) for tensor, part in zip(tensors, parts))
         )
@@ -123,27 +131,28 @@ class DeltaLayer:
         return back.to_heads(out.transpose(0, 1))[0]
 
     def by_state(self, inputs: torch.Tensor, gates: torch.Tensor, part: OwnPart) -> torch.Tensor:
-        """All heads of this rank's part of the sequence.
+        """Compute all heads over this rank's part of the sequence.
 
         Args:
-            inputs, gates: as ``by_heads`` has them, of the tokens of the part.
+            inputs, gates: as for ``by_heads``, for the tokens of the part.
 
         Returns:
             (s, b, value heads, value_dim).
         """
         mixed = part.convolved(self.convolve, inputs, self.weights.convolution, self.weights.bias)
-        rows = self.prepared(mixed, *gates.chunk(2, dim=-1))
+        rows = self.prepared(mixed, *gates.split(self.heads.gates, dim=-1))
         return self.recurrence.along(part.chain, rows, part.documents).transpose(0, 1)
 
     def prepared(self, mixed: torch.Tensor, beta: torch.Tensor, alpha: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the recurrence takes.
+        """The inputs of the recurrence.
 
         Args:
-            mixed: (b, s, channels), behind the convolution. beta, alpha: (s, b, value heads).
+            mixed: (b, s, channels), output of the convolution. beta: (s, b, value heads). alpha: (s, b, value heads *
+                decays).
 
         Returns:
-            query and key (b, s, value heads, key_dim), value (b, s, value heads, value_dim), decay and beta (b, s,
-            value heads).
+            query and key (b, s, value heads, key_dim), value (b, s, value heads, value_dim), decay (b, s, value heads),
+            or with key_dim decays (b, s, value heads, key_dim), and beta (b, s, value heads).
         """
         heads, beta, alpha = self.heads, beta.transpose(0, 1), alpha.transpose(0, 1)
         query, key, value = mixed.split(heads.channels, dim=-1)
@@ -154,5 +163,8 @@ class DeltaLayer:
         if repeats > 1:
             query, key = query.repeat_interleave(repeats, dim=2), key.repeat_interleave(repeats, dim=2)
         steps = F.softplus(alpha.to(accumulation_dtype(alpha.dtype)) + self.weights.step)
+        decay = -self.weights.decay.exp()
+        if heads.decays > 1:
+            steps, decay = steps.unflatten(-1, (heads.values, heads.decays)), decay.unsqueeze(-1)
         value = value.unflatten(-1, (heads.values, heads.value_dim))
-        return query, key, value, -self.weights.decay.exp() * steps, beta.sigmoid()
+        return query, key, value, decay * steps, beta.sigmoid()

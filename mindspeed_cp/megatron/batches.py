@@ -1,8 +1,8 @@
-"""The record of what runs: of a forward pass that enters a model, of a block of layers, of a module on its own.
+"""Find the record of a forward pass that enters a model, of a block of layers, or of a single module.
 
-A record is found by the tensors of its batch where this project split it, described by the batch itself where somebody
-else did (position ids, packed boundaries, a declaration), taken over from the first stage of a pipeline, or handed over
-with ``Adaptor.running``. Nothing is guessed.
+If this project split the batch, the record is found by the batch's tensors; if somebody else did, it is made from the
+batch itself (position ids, packed boundaries, a declaration). It may also come from the first pipeline stage or from
+``Adaptor.running``. Nothing is guessed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,15 +24,15 @@ from mindspeed_cp.settings.notices import warn_rank0
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.known import Known as Adaptor
 
-# What forward passes call them; the last ones are those of legacy models.
+# Argument names in forward methods; the last ones are those of legacy models.
 IDS, TOKENS = ("position_ids", "enc_position_ids"), ("input_ids", "tokens", "decoder_input_ids", "enc_input_ids")
 
 
 def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MicroBatch | None:
-    """The record with which ``model`` runs this forward pass; None where it computes alone.
+    """The record with which ``model`` runs this forward pass; None if the model is not split.
 
     Raises:
-        ValueError: nothing says how its batch was split, or what says so contradicts the model or itself.
+        ValueError: nothing says how its batch was split, or this information contradicts the model or itself.
     """
     values = (*args, *kwargs.values())
     scope = adaptor.scope_of(model)
@@ -43,7 +43,8 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
         found = adaptor.records.find_copied([tokens, given.get("labels")], scope)
     if scope.alone:
         found = found or adaptor.records.copied_from(tokens)
-        return _alone(adaptor, model, found, given.get("attention_mask") is not None)
+        masked, packed = given.get("attention_mask") is not None, packed_params_in(values) is not None
+        return _alone(adaptor, model, found, masked, packed)
     refuse_inference(values)
     if found is not None and found.scope is not None and found.scope is not scope:
         raise ValueError(
@@ -53,29 +54,41 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
         )
     record = found or adaptor.running_in(scope)
     params = packed_params_in(values)
+    length = _length_of(model, given, tokens, ids)
     if params is not None:
-        adaptor.handed.waiting = False  # the parameters say the same, and where documents are padded too
-        told = ids if tokens is None else tokens
-        local = None if told is None else told.size(-1)
+        adaptor.handed.waiting = False  # the parameters contain the same, and also the padding of documents
         _check_packed_slices(adaptor, model, record, found is None and adaptor.active is None)
-        return packed_batch(adaptor, scope, params, local, ids, record)
+        return packed_batch(adaptor, scope, params, length, ids, record)
     if getattr(model, "pre_process", True):
         if record is None:
-            record = adaptor.foreign.record(adaptor, scope, ids, tokens, declared(adaptor, scope, model))
+            record = adaptor.foreign.record(adaptor, scope, ids, tokens, declared(adaptor, scope, model), length)
         record = with_handed_documents(adaptor, record, tokens, ids)
         if found is None and adaptor.active is None:
             if record.documents is None and adaptor.documents_by_hand:
-                raise ValueError(f"documents were given by hand (set_actual_seq_len, cu_seqlens){LOST}")
+                raise ValueError(f"{BY_HAND}{LOST}")
             if adaptor.sliced:
-                raise ValueError(f"batches come with slices{LOST}")
+                raise ValueError(f"{SLICED}{LOST}")
         return adaptor.hand_over.first(model, scope, record)
     return adaptor.hand_over.later(model, scope, record)
 
 
+def _length_of(
+    model: Any, given: Mapping[str, Any], tokens: torch.Tensor | None, ids: torch.Tensor | None
+) -> int | None:
+    """How many tokens this rank holds: rows of decoder_input, beside which tokens may be the whole sequence; else what
+    the model got of tokens or position ids; None for nothing.
+    """
+    rows = given.get("decoder_input")
+    if isinstance(rows, torch.Tensor):
+        return rows.size(0) * (model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1)
+    told = ids if tokens is None else tokens
+    return None if told is None else told.size(-1)
+
+
 def _check_packed_slices(adaptor: "Adaptor", model: Any, record: MicroBatch | None, is_lost: bool) -> None:
-    """Raise ValueError where slices beside packed_seq_params would be lost: those say documents alone."""
+    """Raise ValueError if slices would be lost, because packed_seq_params describe only documents."""
     if adaptor.sliced and is_lost and getattr(model, "pre_process", True):
-        raise ValueError(f"batches come with slices{LOST}")
+        raise ValueError(f"{SLICED}{LOST}")
     if record is not None and record.slices is not None and len(pipeline_of(model)) > 1:
         raise ValueError(
             "a batch with slices (attention_slices, prefix_lengths, image_token_id) and packed_seq_params runs in "
@@ -85,24 +98,31 @@ def _check_packed_slices(adaptor: "Adaptor", model: Any, record: MicroBatch | No
         )
 
 
+SLICED, BY_HAND = "batches come with slices", "documents were given by hand (set_actual_seq_len, cu_seqlens)"
 LOST = (
     ", and the tokens of this forward pass are those of no batch that was split; give the model the tensors that "
     "get_batch_on_this_cp_rank or shard_batch returned, or run it inside state().running(record)."
 )
 
 
-def _alone(adaptor: "Adaptor", model: Any, found: MicroBatch | None, masked: bool) -> MicroBatch | None:
-    """The record of a model that computes alone, where its batch has slices; everything else is Megatron's."""
+def _alone(adaptor: "Adaptor", model: Any, found: MicroBatch | None, masked: bool, packed: bool) -> MicroBatch | None:
+    """The record of a model without context parallelism if it limits what tokens see; else None (Megatron's code runs).
+
+    Args:
+        masked, packed: the model got an attention_mask, packed_seq_params, which contain the documents.
+    """
     _refuse_split_batch(model, found)
-    if found is None and adaptor.active is None and adaptor.sliced and not masked and not adaptor.scopes:
-        raise ValueError(f"batches come with slices{LOST}")
-    if found is None or found.slices is None:
+    if found is None and adaptor.active is None and adaptor.sliced and not masked and not adaptor.scopes and not packed:
+        raise ValueError(f"{BY_HAND if adaptor.documents_by_hand else SLICED}{LOST}")
+    if found is None or not found.limits_attention or (found.slices is None and (masked or packed)):
         return None
     if len(pipeline_of(model)) > 1:
+        said = "documents of its own (cu_seqlens)"
+        if found.slices is not None:
+            said = "slices (attention_slices, prefix_lengths, image_token_id)"
         raise ValueError(
-            "a batch with slices (attention_slices, prefix_lengths, image_token_id) needs --context-parallel-size "
-            "above 1 where there are pipeline stages, which else learn nothing of it; use "
-            "--pipeline-model-parallel-size 1, or context parallelism."
+            f"a batch with {said} needs --context-parallel-size above 1 where there are pipeline stages, which else "
+            "learn nothing of it; use --pipeline-model-parallel-size 1, or context parallelism."
         )
     return found
 
@@ -119,7 +139,7 @@ def _refuse_split_batch(model: Any, found: MicroBatch | None) -> None:
 def with_handed_documents(
     adaptor: "Adaptor", record: MicroBatch, tokens: torch.Tensor | None, ids: torch.Tensor | None
 ) -> MicroBatch:
-    """``record`` with the documents that were handed over beside a batch that brings none itself."""
+    """``record`` with the documents that were passed separately, if its batch contains none."""
     handed = adaptor.handed
     if handed.ends is None or not record.waits_for_documents:
         return record
@@ -136,7 +156,7 @@ def with_handed_documents(
 
 
 def declared(adaptor: "Adaptor", scope: Scope, model: Any) -> str:
-    """How somebody else is declared to cut whole rows, "" where nobody declared it."""
+    """How others split whole rows according to the settings, "" if nothing was declared."""
     if scope.config.batch_layout in ("zigzag", "contiguous"):
         return scope.config.batch_layout
     mode = getattr(model.config, "cp_partition_mode", None)
@@ -148,7 +168,7 @@ def named_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     known = _forward_of(type(model).forward)
     try:
         return known.bind_partial(model, *args, **kwargs).arguments
-    except TypeError:  # the call itself says what is wrong with them
+    except TypeError:  # the call itself will raise the error
         return kwargs
 
 
@@ -166,7 +186,7 @@ def block_record(adaptor: "Adaptor", scope: Scope, config: Any, num_rows: int, p
 
     Args:
         config: TransformerConfig.
-        num_rows: first dimension of the block's input, which sequence parallelism has split again.
+        num_rows: first dimension of the block's input, which sequence parallelism has split further.
         params: PackedSeqParams in thd, None for whole sequences.
     """
     local_len = num_rows * config.tensor_model_parallel_size if config.sequence_parallel else num_rows
@@ -176,11 +196,11 @@ def block_record(adaptor: "Adaptor", scope: Scope, config: Any, num_rows: int, p
 
 
 def record_of_length(adaptor: "Adaptor", scope: Scope, local_len: int) -> MicroBatch:
-    """The record of what runs over ``scope``, of which this rank holds ``local_len`` tokens.
+    """The record of the code running over ``scope``, for which this rank holds ``local_len`` tokens.
 
-    A later pipeline stage whose first one hands nothing over, and modules that are no part of a language model, know no
-    record. The layout is then that of the configuration, over what the ranks hold together; whether a rank asks the
-    others depends on the code that runs alone, so all ranks of the group ask together.
+    Later pipeline stages whose first stage passes nothing on, and modules outside a language model, have no record.
+    They use the configuration's layout for the ranks' total length. Whether ranks exchange their lengths depends only
+    on the running code, so all ranks of the group do it together.
 
     Raises:
         ValueError: the record, or the layout, gives this rank another number of tokens.
@@ -207,12 +227,12 @@ def record_of_length(adaptor: "Adaptor", scope: Scope, local_len: int) -> MicroB
 
 
 def placed(record: MicroBatch, adaptor: "Adaptor") -> MicroBatch:
-    """``record`` with a scope: one that was made without is of Megatron's own group."""
+    """``record`` with a scope; without one it belongs to Megatron's own group."""
     return record if record.scope is not None else replace(record, scope=adaptor.main)
 
 
 def record_of_part(adaptor: "Adaptor", tensor: torch.Tensor, of: Any, dim: int) -> MicroBatch:
-    """The record of the batch to which a part of a sequence belongs; as ``Adaptor.gather_sequence`` says."""
+    """The record of the batch to which a part of a sequence belongs; see ``Adaptor.gather_sequence``."""
     values = of.values() if isinstance(of, Mapping) else (tensor if of is None else of,)
     if getattr(of, "qkv_format", None) == "thd":
         return placed(packed_batch(adaptor, adaptor.current, of, tensor.size(dim)), adaptor)
@@ -226,7 +246,7 @@ def record_of_part(adaptor: "Adaptor", tensor: torch.Tensor, of: Any, dim: int) 
 
 
 def scope_of_part(adaptor: "Adaptor", of: Any) -> Scope:
-    """Over which ranks the batch was split to which ``of`` belongs, as ``Adaptor.gather_sequence`` has it."""
+    """The ranks over which the batch of ``of`` was split; see ``Adaptor.gather_sequence``."""
     if getattr(of, "qkv_format", None) == "thd":
         return adaptor.current
     found = adaptor.records.find(of.values() if isinstance(of, Mapping) else (of,))
@@ -234,12 +254,12 @@ def scope_of_part(adaptor: "Adaptor", of: Any) -> Scope:
 
 
 def packed_params_in(values: Iterable[Any]) -> Any:
-    """The PackedSeqParams in thd among the arguments of a model or a block, None without."""
+    """The PackedSeqParams in thd among the arguments of a model or a block, or None."""
     return next((value for value in values if getattr(value, "qkv_format", None) == "thd"), None)
 
 
 def refuse_inference(values: Iterable[Any]) -> None:
-    """Raise when Megatron's inference contexts are among the arguments of a model or a block."""
+    """Raise ValueError if Megatron's inference contexts are among the arguments of a model or a block."""
     for value in values:
         if type(value).__module__.startswith("megatron.core.inference") or type(value).__name__ == "InferenceParams":
             raise ValueError(
@@ -249,7 +269,7 @@ def refuse_inference(values: Iterable[Any]) -> None:
 
 
 def tensors_in(output: Any) -> Iterator[torch.Tensor]:
-    """Every tensor of what a model returned."""
+    """Every tensor in a model's output."""
     if isinstance(output, torch.Tensor):
         yield output
     elif isinstance(output, (tuple, list)):

@@ -1,4 +1,4 @@
-"""How a whole batch is split: its sequences, where documents end, its layout, and the record that travels with it."""
+"""Split a whole batch: find its sequences and documents, choose its layout, and make its record."""
 
 from collections.abc import Collection, Mapping
 from functools import lru_cache
@@ -10,8 +10,9 @@ from mindspeed_cp.megatron.documents import documents_of_position_ids, documents
 from mindspeed_cp.megatron.records import Documents, MicroBatch, Slices
 from mindspeed_cp.megatron.scopes import Scope
 from mindspeed_cp.megatron.slices import slices_of_batch
+from mindspeed_cp.megatron.targets import moved
 from mindspeed_cp.sequence.layout import DOCUMENT_KINDS, SequenceLayout
-from mindspeed_cp.sequence.sharding import SEQUENCES, WHOLE, shard_batch
+from mindspeed_cp.sequence.sharding import SEQUENCES, WHOLE, sequence_dim, shard_batch
 from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.notices import warn_rank0
 
@@ -27,8 +28,8 @@ def layout(
     """The layout of a scope's configuration for a sequence that this project splits.
 
     Raises:
-        ValueError: aligned Ulysses cannot split this length, a rank would get no token, or the layout goes by documents
-            and the rows of the batch differ in theirs.
+        ValueError: aligned Ulysses cannot split this length, a rank would get no token, or the layout depends on
+            documents, which differ between the rows of the batch.
     """
     config, setup, shared = scope.config, adaptor.setup, None
     unaligned = setup is not None and setup.unaligned
@@ -41,7 +42,7 @@ def layout(
     if config.layout_kind in DOCUMENT_KINDS:
         shared = _shared(adaptor, config, documents)
     elif documents is not None and len(documents) == 1 and not adaptor.is_pipeline:
-        shared = documents[0]  # "auto" may go by them
+        shared = documents[0]  # "auto" may use them
     if slices is not None and len(slices) == 1 and not adaptor.is_pipeline:
         return with_tokens_everywhere(SequenceLayout.build(config, seq_len, shared, slices[0]))
     return with_tokens_everywhere(built(config, seq_len, shared))
@@ -53,7 +54,7 @@ def built(config: ContextParallelConfig, seq_len: int, documents: tuple[int, ...
 
 
 def _shared(adaptor: "Adaptor", config: ContextParallelConfig, documents: Documents | None) -> tuple[int, ...] | None:
-    """The documents by which a named layout goes."""
+    """The documents on which a layout that was named depends, else None."""
     named = f"--cp-batch-layout {config.batch_layout} goes by documents"
     if documents is None and adaptor.settings.expects_documents and adaptor.is_pipeline:
         raise ValueError(
@@ -69,7 +70,7 @@ def _shared(adaptor: "Adaptor", config: ContextParallelConfig, documents: Docume
 
 
 def with_tokens_everywhere(layout: SequenceLayout) -> SequenceLayout:
-    """``layout``; ValueError when it leaves a rank without tokens, which Megatron's layers cannot reshape."""
+    """``layout``; ValueError if a rank has no tokens, because Megatron's layers cannot reshape empty tensors."""
     empty = [rank for rank in range(layout.cp_size) if not layout.length(rank)]
     if empty:
         raise ValueError(
@@ -86,17 +87,18 @@ def split_in_place(
     """Replace every sequence of ``batch`` by the part of this rank, and record how the batch was split.
 
     Args:
-        batch: dict of (b, S) tensors, None, and an optional attention_mask (b, 1, S, S), which stays whole: attention
-            takes its rows and columns through the layout. Other tensors as long as the sequence are split too, said
-            aloud, as Megatron does.
-        documents: boundaries that the caller knows; None looks for them where the settings say.
+        batch: dict of (b, S) tensors, None, and an optional attention_mask (b, 1, S, S), which stays whole, because
+            attention selects rows and columns by the layout. Other tensors as long as the sequence are split too, as
+            in Megatron, with a notice. Targets that the model would shift are shifted before (targets.py).
+        documents: boundaries that the caller knows; None finds them as the settings say.
     """
     sequences = _sequences(batch)
     if not sequences:
         return batch
     record = _record(adaptor, scope, batch, sequences, documents)
-    for name, value in sequences.items():
-        batch[name] = _own_part(record.layout, value, scope.rank, sequence_dim(value))
+    targets = {} if adaptor.settings.moving_targets is None or scope.alone else moved(batch)
+    for name, value in (sequences | targets).items():
+        batch[name] = _own_part(record.layout, value, scope.rank, sequence_dim(name, value))
     adaptor.records.remember((batch[name] for name in sequences), record, _telling(batch))
     return batch
 
@@ -104,17 +106,16 @@ def split_in_place(
 def sharded(
     adaptor: "Adaptor", scope: Scope, batch: Batch, documents: Documents | None, sequences: Collection[str]
 ) -> dict[str, Any]:
-    """A new batch of this rank's parts, by whose tensors the model finds the record again.
+    """A new batch of this rank's parts, from whose tensors the model finds the record.
 
     Raises:
-        ValueError: a tensor is as long as the sequence, and not a name that is known.
+        ValueError: a tensor with an unknown name is as long as the sequence.
     """
     named = named_sequences(batch, sequences)
     record = _record(adaptor, scope, batch, named, documents)
-    flat = {name: value for name, value in batch.items() if name not in named or sequence_dim(value) == 1}
-    local = shard_batch(flat, layout=record.layout, cp_rank=scope.rank, sequences=sequences)
+    local = shard_batch(batch, layout=record.layout, cp_rank=scope.rank, sequences=sequences)
     for name, value in named.items():
-        local[name] = _own_part(record.layout, value, scope.rank, sequence_dim(value))
+        local[name] = _own_part(record.layout, value, scope.rank, sequence_dim(name, value))
     adaptor.records.remember((local[name] for name in named), record, _telling(local))
     return local
 
@@ -126,9 +127,8 @@ def _record(
     sequences: Mapping[str, torch.Tensor],
     documents: Documents | None,
 ) -> MicroBatch:
-    """The record of ``batch``, of which ``sequences`` are split."""
-    seq_len, rows = length_of(sequences), next(iter(sequences.values()))
-    num_rows = rows.size(sequence_dim(rows) - 1)
+    """The record of ``batch``, whose ``sequences`` are split."""
+    seq_len, num_rows = length_of(sequences), _rows_of(sequences)
     if documents is None:
         documents, waits = documents_of_batch(adaptor, batch)
     else:
@@ -139,10 +139,8 @@ def _record(
             "a batch with slices (attention_slices, prefix_lengths, image_token_id) is not supported with "
             "--hybrid-context-parallel; leave that out: one row lies on all ranks in balance without it."
         )
-    adaptor.sliced |= slices is not None
-    of_this_length = layout(adaptor, scope, seq_len, documents, slices)
-    return MicroBatch(
-        of_this_length,
+    record = MicroBatch(
+        layout(adaptor, scope, seq_len, documents, slices),
         documents,
         scope,
         waits_for_documents=waits,
@@ -150,22 +148,24 @@ def _record(
         slices=slices,
         places=places,
     )
+    adaptor.sliced |= record.limits_attention if scope.alone else slices is not None
+    return record
 
 
 def _telling(local: Batch) -> list[Any]:
-    """The tensors of a batch by whose values a copy is known: positions and masks are those of many batches."""
+    """The tensors whose copies identify a batch by value; not positions and masks, which many batches share."""
     return [local[name] for name in ("tokens", "input_ids", "labels") if local.get(name) is not None]
 
 
 def _own_part(layout: SequenceLayout, whole: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
-    """This rank's part in memory of its own, by which its record is found."""
+    """This rank's part as a copy, because its memory identifies the record."""
     part = layout.shard(whole, rank, dim).contiguous()
     shares = part.untyped_storage()._cdata == whole.untyped_storage()._cdata
     return part.clone() if shares else part
 
 
 def _sequences(batch: Batch) -> dict[str, torch.Tensor]:
-    """The (b, S, ...) tensors of Megatron's own batch: those known by name, and others that are as long, said aloud."""
+    """The (b, S, ...) tensors of Megatron's own batch: those known by name and, with a notice, others as long."""
     named = named_sequences(batch)
     others = {
         name: value
@@ -187,23 +187,18 @@ def _may_be_sequence(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() >= 2
 
 
-def sequence_dim(value: torch.Tensor) -> int:
-    """Where the sequence lies: 2 in the (3, b, S) position ids of multimodal embeddings, else 1."""
-    return 2 if value.dim() == 3 and value.size(0) == 3 and not value.is_floating_point() else 1
-
-
 def named_sequences(batch: Batch, sequences: Collection[str] = ()) -> dict[str, torch.Tensor]:
-    """The (b, S, ...) tensors that a batch of some framework calls by the names of sequences."""
+    """The (b, S, ...) tensors of a framework's batch that have the names of sequences."""
     named = SEQUENCES.union(sequences)
     return {name: value for name, value in batch.items() if name in named and _may_be_sequence(value)}
 
 
 def length_of(sequences: Mapping[str, torch.Tensor]) -> int:
-    """The one length of these tensors; name -> tensor."""
-    lengths = {name: value.size(sequence_dim(value)) for name, value in sequences.items()}
+    """The common length of ``sequences``, name -> tensor; ValueError if they differ or there is none."""
+    lengths = {name: value.size(sequence_dim(name, value)) for name, value in sequences.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(
-            "the batch holds sequences of different lengths on dimension 1: "
+            "the batch holds sequences of different lengths: "
             f"{', '.join(f'{name} {length}' for name, length in lengths.items())}; pad them to one length."
         )
     if not lengths:
@@ -211,27 +206,31 @@ def length_of(sequences: Mapping[str, torch.Tensor]) -> int:
     return next(iter(lengths.values()))
 
 
-def documents_of_batch(adaptor: "Adaptor", batch: Batch) -> tuple[Documents | None, bool]:
-    """Where the documents of a whole batch end, and whether that may still be handed over until its forward pass.
+def _rows_of(sequences: Mapping[str, torch.Tensor]) -> int:
+    """How many rows the batch of these tensors has; name -> tensor."""
+    name, value = next(iter(sequences.items()))
+    return value.size(sequence_dim(name, value) - 1)
 
-    As handed over for it; else by what the settings say; None when a mask or slices in the batch say it.
+
+def documents_of_batch(adaptor: "Adaptor", batch: Batch) -> tuple[Documents | None, bool]:
+    """Document boundaries of a whole batch, and whether they may still be set until its forward pass.
+
+    They are those set for the batch, else found as the settings say; None if the batch has a mask or slices.
     """
     settings, handed = adaptor.settings, adaptor.handed
     if handed.ends is not None:
         sequences = named_sequences(batch)
         if not handed.waiting or not sequences:
             return None, True
-        rows = next(iter(sequences.values()))
         adaptor.documents_by_hand = handed.of_a_split = True
-        return handed.take(rows.size(sequence_dim(rows) - 1), length_of(sequences), divided_by(adaptor)), False
+        return handed.take(_rows_of(sequences), length_of(sequences), divided_by(adaptor)), False
     if batch.get("attention_slices") is not None:
         return None, False
     if batch.get("attention_mask") is not None:
         return None, True
     position_ids, tokens = batch.get("position_ids"), batch.get("tokens", batch.get("input_ids"))
     if settings.documents_from_position_ids and position_ids is not None:
-        if position_ids.dim() == 2:
-            return documents_of_position_ids(position_ids), True
+        return documents_of_position_ids(position_ids), True
     if settings.end_of_document is not None and tokens is not None:
         ends = settings.end_of_document
         return documents_of_tokens(tokens, ends() if callable(ends) else ends), True
@@ -239,6 +238,6 @@ def documents_of_batch(adaptor: "Adaptor", batch: Batch) -> tuple[Documents | No
 
 
 def divided_by(adaptor: "Adaptor") -> int:
-    """By what MindSpeed divides the ends that it hands over: the ranks of a causal ring."""
+    """The number by which MindSpeed divides the ends that it sets: the ranks of a causal ring."""
     config = adaptor.current.config
     return config.ring_size if config.causal else 1

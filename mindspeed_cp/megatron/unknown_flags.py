@@ -1,8 +1,7 @@
-"""What a script's own parser says of a command line: python -m mindspeed_cp.megatron.unknown_flags SCRIPT FLAGS...
+"""What a script's own parser says about a command line: python -m mindspeed_cp.megatron.unknown_flags SCRIPT FLAGS...
 
-The parser that will run is asked in a process of its own, which parses and starts nothing: the embedded trainer's, or
-Megatron-LM's, with MindSpeed's flags where the script imports MindSpeed. Prints a JSON object; null where there is
-no such parser.
+This separate process only parses: with the embedded trainer's parser, or Megatron-LM's, including MindSpeed's flags if
+the script imports MindSpeed. Prints a JSON object, or null if there is no such parser.
 """
 
 import argparse
@@ -13,24 +12,25 @@ import importlib.util
 import io
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mindspeed_cp.megatron.neighbour import FEATURES, front_named_in
+from mindspeed_cp.megatron.neighbour import FEATURES, FRONTS, front_named_in
 
 ARGUMENTS = "megatron.training.arguments"
 TITLES = {"mindspeed": "MindSpeed", "mindspeed_llm": "MindSpeed-LLM"}
 
 
 def parser_of(script: Path) -> tuple[argparse.ArgumentParser, dict[str, str]] | None:
-    """(the parser that will run, flag -> the project that adds it); None where this project cannot ask for it.
+    """(the parser that the script uses, flag -> the project that adds it); None if the parser is not known.
 
     Raises:
-        ImportError: the script imports MindSpeed, and it cannot be imported here.
+        ImportError: the script imports MindSpeed, which cannot be imported here.
     """
     home = script.resolve().parent
     if (home / "trainer" / "arguments.py").is_file():
@@ -58,8 +58,8 @@ def _is_there(module: str) -> bool:
 
 
 def _flags_of_features(package: str) -> dict[str, str]:
-    """Flag -> the project whose feature adds it; imports the features of ``package``, which patches nothing."""
-    os.environ["TRAINING_BACKEND"] = "flags"  # with none that it knows MindSpeed-LLM's import patches nothing
+    """Flag -> the project whose feature adds it; imports the features of ``package`` without patching anything."""
+    os.environ["TRAINING_BACKEND"] = "flags"  # with an unknown backend MindSpeed-LLM's import patches nothing
     with _without_device():
         importlib.import_module(f"{package}.features_manager")
     owners: dict[str, str] = {}
@@ -73,7 +73,7 @@ def _flags_of_features(package: str) -> dict[str, str]:
 
 
 class _NoDevice(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """torch_npu where it is not installed: MindSpeed's features import it, and their flags need nothing of it."""
+    """A dummy torch_npu if it is not installed, since MindSpeed's features import it but their flags do not need it."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -97,11 +97,11 @@ def _without_device() -> Iterator[None]:
 
 
 def asked(script: Path, flags: list[str]) -> dict[str, Any] | None:
-    """What the parser says; None where there is none to ask.
+    """The parser's findings; None if there is no known parser.
 
     Returns:
-        unknown: flags that it does not know. refused: its message where it ends the program. owners: project -> those
-        of the flags that are its own.
+        unknown: flags that it does not know. refused: its message if it ends the program. owners: project -> those of
+        the flags that it adds. added: flags that the script itself adds to the parser -> the file that does.
     """
     found = parser_of(script)
     if found is None:
@@ -118,13 +118,31 @@ def asked(script: Path, flags: list[str]) -> dict[str, Any] | None:
             _, rest = parser.parse_known_args(flags)
     except (SystemExit, ValueError) as error:
         line = (said.getvalue().strip() or str(error)).splitlines()[-1]
-        return {"unknown": [], "refused": line.rpartition("error: ")[2], "owners": owners}
-    unknown = [token.partition("=")[0] for token in rest if token.startswith("--")]
-    return {"unknown": unknown, "refused": "", "owners": owners}
+        return {"unknown": [], "refused": line.rpartition("error: ")[2], "owners": owners, "added": {}}
+    unknown = dict.fromkeys(token.partition("=")[0] for token in rest if token.startswith("--"))
+    added = added_by(script, unknown) if unknown else {}
+    return {"unknown": [flag for flag in unknown if flag not in added], "refused": "", "owners": owners, "added": added}
+
+
+def added_by(script: Path, flags: Iterable[str]) -> dict[str, str]:
+    """Flag -> the first file that writes it in quotes, of the script and the packages beside it that it imports.
+
+    Such a script hands Megatron a function that adds them (extra_args_provider), which nobody can call without running
+    the script. MindSpeed's features were asked for all of theirs.
+    """
+    home, text = script.resolve().parent, script.read_text(errors="replace")
+    packages = sorted({*re.findall(r"^\s*(?:from|import)\s+(\w+)", text, re.MULTILINE)} - FRONTS.keys())
+    sources = [script.resolve(), *(path for name in packages for path in sorted((home / name).rglob("*.py")))]
+    found: dict[str, str] = {}
+    for path in sources:
+        written = set(re.findall(r"""["'](--[\w-]+)["']""", path.read_text(errors="replace")))
+        for flag in written.intersection(flags) - found.keys():
+            found[flag] = str(path.relative_to(home))
+    return found
 
 
 def main() -> int:
-    os.environ["MINDSPEED_CP_DEVICE"] = "cpu"  # no device is needed to parse
+    os.environ["MINDSPEED_CP_DEVICE"] = "cpu"  # parsing needs no device
     with contextlib.redirect_stdout(sys.stderr):
         found = asked(Path(sys.argv[1]), sys.argv[2:])
     print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""A rank's part of a batch, and whole sequences from the ranks' parts: for training loops that are not Megatron's."""
+"""Shard batches and gather sequences in training loops that are not Megatron's."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.sequence.layout import SequenceLayout
 
-# What a batch calls the tensors that hold one entry per token, and what it calls those that describe it as a whole.
+# Names of a batch's tensors that hold one entry per token, and names of those that describe the batch as a whole.
 SEQUENCES = frozenset({"tokens", "input_ids", "labels", "loss_mask", "position_ids", "padding_mask", "token_type_ids"})
 WHOLE = frozenset(
     {
@@ -33,39 +33,45 @@ WHOLE = frozenset(
 )
 
 
+def sequence_dim(name: str, value: torch.Tensor, dim: int = 1) -> int:
+    """Where the sequence lies in a tensor of a batch: behind the planes of multimodal position ids, (3, batch, seq)."""
+    return dim + (name == "position_ids" and value.dim() == 3)
+
+
 def shard_batch(
     batch: Mapping[str, Any], *, layout: SequenceLayout, cp_rank: int, dim: int = 1, sequences: Collection[str] = ()
 ) -> dict[str, Any]:
     """The part of a batch that one rank holds.
 
-    Tensors are split because they are sequences of the batch, by name, never because of their size.
+    Tensors are selected by name, never by size.
 
     Args:
-        batch: name -> tensor or anything else. Those named in SEQUENCES are split, everything else stays as it is.
+        batch: name -> tensor or anything else. Tensors named in SEQUENCES are split; everything else is kept as it is.
         layout: which tokens each rank holds.
-        dim: 1 for (batch, seq).
+        dim: 1 for (batch, seq), and for (3, batch, seq) position ids of multimodal embeddings.
         sequences: further names to split.
 
     Returns:
-        a new dict; masks and document boundaries stay whole, attention takes what it needs of them.
+        a new dict; masks and document boundaries stay whole, since attention expects them so.
 
     Raises:
-        ValueError: a name is not known and its tensor is as long as the sequence, so that it may be one; or a sequence
-            has another length.
+        ValueError: a tensor with an unknown name is as long as the sequence, or a sequence has another length than the
+            layout's.
     """
     named = SEQUENCES.union(sequences)
     local = dict(batch)
     for name, value in batch.items():
         if not isinstance(value, torch.Tensor) or name in WHOLE - named:
             continue
-        length = value.size(dim) if value.dim() > dim else None
+        along = sequence_dim(name, value, dim)
+        length = value.size(along) if value.dim() > along else None
         if name in named:
             if length != layout.seq_len:
                 raise ValueError(
                     f"{name} of the batch has shape {tuple(value.shape)}, and the sequence has {layout.seq_len} tokens "
-                    f"on dimension {dim}; pad all sequences of a batch to one length."
+                    f"on dimension {along}; pad all sequences of a batch to one length."
                 )
-            local[name] = layout.shard(value, cp_rank, dim).contiguous()
+            local[name] = layout.shard(value, cp_rank, along).contiguous()
         elif length == layout.seq_len:
             raise ValueError(
                 f"{name} of the batch has shape {tuple(value.shape)}: as long as the sequence, and not a name that is "
@@ -79,20 +85,20 @@ def gather_sequence(
 ) -> torch.Tensor:
     """The whole sequence, in order, from every rank's part of it; every rank of the group calls this.
 
-    Differentiable: each rank gets the gradient of its own part, that of the whole loss where all ranks compute the loss
-    alike from the whole sequence, such as one of logits or log-probabilities. Add gradients over the ranks; where they
-    are averaged instead, multiply the loss by the number of ranks. Megatron's schedule does that with a loss of two
-    values, ``(loss / count, report)``; with one of three it adds the counts, so return
+    Differentiable: each rank gets the gradient of its own part. It is the gradient of the whole loss if all ranks
+    compute the same loss from the whole sequence, for example from log-probabilities. Sum gradients over the ranks; if
+    they are averaged instead, multiply the loss by the number of ranks. Megatron's schedule does that for a loss
+    function that returns two values, ``(loss / count, report)``; with three values it sums the counts, so return
     ``(loss, state().share_of(count), report)``.
 
     Args:
         tensor: ``dim`` holds this rank's tokens in the order of layout.positions(cp_rank).
 
     Returns:
-        the same shape but for ``dim``, which has layout.seq_len entries.
+        the same shape except for ``dim``, which has layout.seq_len entries.
 
     Raises:
-        ValueError: this rank's part is not as long as the layout says.
+        ValueError: this rank's part does not have the length that the layout gives it.
     """
     expected = layout.length(groups.cp_rank)
     if tensor.size(dim) != expected:

@@ -7,14 +7,14 @@ import sys
 import warnings
 
 
-def beside_mindspeed(rank, order, flags=(), algorithm="", train=True):
+def beside_mindspeed(rank, order, flags=(), settings=None, train=True):
     """What a tiny GPT trains to when both are imported in an order.
 
     Args:
         order: "ours" and "mindspeed" are imports, "repatch" is MindSpeed's call with context-parallel size 2, "plain"
             with size 1 and attention without a kernel, "off" sets MINDSPEED_CP.
         flags: the command line, as MindSpeed reads it at its import.
-        algorithm: what "repatch" names, nothing without.
+        settings: what "repatch" is given besides the sizes.
         train: else it ends with the imports.
 
     Returns:
@@ -29,7 +29,7 @@ def beside_mindspeed(rank, order, flags=(), algorithm="", train=True):
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         for step in order:
-            STEPS[step](algorithm)
+            STEPS[step](settings or {})
         if "repatch" not in order and "plain" not in order:
             _as_megatrons_parser()
         calls, losses = _train(rank) if train else ([], [])
@@ -41,6 +41,19 @@ def beside_mindspeed(rank, order, flags=(), algorithm="", train=True):
         "lost": [row.target for row in report if row.is_lost],
         "applied": sum(row.applied for row in report),
     }
+
+
+def beside_mindspeeds_ring(rank):
+    """The lines of scripts/verify_npu.sh about one layer of attention, by this project's ring and by MindSpeed's."""
+    import torch
+    import verify_ring
+    from fake_torch_npu import attention
+
+    # It passes on seed, offset and numels, which nothing reads without dropout; this project must not.
+    attention.check_gradient = lambda asked, uninitialised: None
+    sys.argv = ["verify_ring"]
+    rank.join()
+    return list(verify_ring.lines("npu", 64, 4, 16, torch.float32))
 
 
 def _as_megatrons_parser():
@@ -63,28 +76,27 @@ def _train(rank):
     return calls, tiny_gpt.train("", rank.world, 1, 3, tiny_gpt.Options())
 
 
-def _ours(algorithm):
+def _ours(settings):
     import mindspeed_cp.megatron_adaptor  # noqa: F401
 
 
-def _mindspeed(algorithm):
+def _mindspeed(settings):
     import mindspeed.megatron_adaptor  # noqa: F401
 
 
-def _repatch(algorithm):
+def _repatch(settings):
     from mindspeed.megatron_adaptor import repatch
 
-    named = {"context_parallel_algo": algorithm} if algorithm else {}
-    repatch({"context_parallel_size": 2, "seq_length": 32, "num_attention_heads": 4, **named})
+    repatch({"context_parallel_size": 2, "seq_length": 32, "num_attention_heads": 4, **settings})
 
 
-def _plain(algorithm):
+def _plain(settings):
     from mindspeed.megatron_adaptor import repatch
 
     repatch({"micro_batch_size": 2, "seq_length": 32})
 
 
-def _off(algorithm):
+def _off(settings):
     os.environ["MINDSPEED_CP"] = "off"
 
 

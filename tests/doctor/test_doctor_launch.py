@@ -136,66 +136,6 @@ def test_flags_that_the_script_does_not_know_are_named(monkeypatch):
     assert wrong.text == "pretrain_gpt.py does not know --use-mcore-models"
 
 
-SAYS = {
-    "unknown": ["--no-such-flag"],
-    "refused": "",
-    "owners": {"MindSpeed-LLM": ["--stage", "--neat-pack"], "MindSpeed": ["--use-fused-rmsnorm"]},
-}
-
-
-@pytest.fixture
-def of_mindspeed(tmp_path):
-    path = tmp_path / "posttrain_gpt.py"
-    path.write_text("from mindspeed_llm import megatron_adaptor\n")
-    return path
-
-
-def test_a_script_whose_parser_is_not_known_is_never_told_that_its_flags_are_right(script):
-    (found,) = [each for each in said(script, "--no-such-flag 3 --cp-window-size 1") if "not checked" in each.text]
-    assert found.level == "warning" and found.text == (
-        "not checked, because train.py has a parser of its own: --no-such-flag"
-    )
-
-
-def test_the_owner_of_every_foreign_flag_is_named_and_what_nobody_knows_is_a_problem(of_mindspeed, monkeypatch):
-    monkeypatch.setattr(launch_findings, "ask", lambda module, *flags, environment=None: SAYS)
-    found = said(of_mindspeed, "--context-parallel-size 4 --stage sft --neat-pack --use-fused-rmsnorm --no-such-flag 3")
-    assert "MindSpeed-LLM's own flags, which posttrain_gpt.py knows: --stage, --neat-pack" in texts(found, "ok")
-    assert "MindSpeed's own flags, which posttrain_gpt.py knows: --use-fused-rmsnorm" in texts(found, "ok")
-    assert "posttrain_gpt.py does not know --no-such-flag" in texts(found, "problem")
-
-
-def test_a_value_that_the_scripts_parser_refuses_is_a_problem(of_mindspeed, monkeypatch):
-    refused = {**SAYS, "unknown": [], "refused": "argument --stage: invalid choice: 'sftt'"}
-    monkeypatch.setattr(launch_findings, "ask", lambda module, *flags, environment=None: refused)
-    found = said(of_mindspeed, "--context-parallel-size 4 --stage sftt")
-    assert "posttrain_gpt.py refuses the line: argument --stage: invalid choice: 'sftt'" in texts(found, "problem")
-
-
-@pytest.mark.parametrize(("named", "title"), [("", "Ring"), ("--context-parallel-algo ulysses_cp_algo", "Ulysses")])
-def test_a_script_of_mindspeed_has_mindspeeds_default_algorithm(of_mindspeed, named, title):
-    assert any(text.startswith(f"{title}, cp=4") for text in texts(said(of_mindspeed, f"{CP} {named}"), "ok"))
-
-
-CP = "--context-parallel-size 4"
-
-
-def test_an_algorithm_that_only_mindspeed_has_is_left_to_it(of_mindspeed, script):
-    line = f"{CP} --context-parallel-algo mamba_cp_algo"
-    assert texts(said(of_mindspeed, line), "note")[0].startswith(
-        "--context-parallel-algo mamba_cp_algo is MindSpeed's own: context parallelism is left to MindSpeed"
-    )
-    assert any("mamba_cp_algo" in text for text in texts(said(script, line), "problem"))
-
-
-def test_heads_and_length_that_a_line_does_not_give_are_unknown_and_not_one(of_mindspeed):
-    line = f"torchrun --standalone --nproc-per-node 8 {of_mindspeed} {CP} --context-parallel-algo ulysses_cp_algo"
-    found, _ = launch_findings.examined(line, "cpu")
-    assert any("Ulysses, cp=4" in text and "unknown tokens on a rank" in text for text in texts(found, "ok"))
-    assert "bytes and memory need --seq-length, --num-attention-heads" in " ".join(texts(found, "note"))
-    assert not [text for text in texts(found, "problem") if "divisible" in text]
-
-
 @pytest.mark.parametrize("where", ["MASTER_PORT=99999 MASTER_ADDR=node0", "MASTER_PORT=70000"])
 def test_a_port_beyond_all_ports_is_a_problem(where):
     own = dict(part.split("=") for part in where.split())

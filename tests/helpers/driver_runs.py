@@ -1,9 +1,9 @@
 """Training loops in the manner of two frameworks, on megatron-core's GPTModel; ``train`` runs on each rank.
 
-Both split packed documents themselves: each is padded to a multiple of 2 * cp tokens and is zigzag on its own.
+Both split packed documents themselves: each is padded to a multiple of 2 * cp tokens and is a separate zigzag.
 
-    log-probability driver  as verl: settings in two dicts, logits -> log-probabilities -> the whole rows again -> loss
-    token-loss driver       as ms-swift: everything it knows in one dict, the model's own loss of each token
+    log-probability driver  like verl: settings in two dicts, logits -> log-probabilities -> whole rows -> loss
+    token-loss driver       like ms-swift: all settings in one dict, the model's own loss per token
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from kept_groups import megatron_groups
 from model_cases import MODEL, RATE, VOCABULARY
 
-LENGTHS = (13, 1, 24, 7)  # of the documents, before padding
+LENGTHS = (13, 1, 24, 7)  # lengths of the documents before padding
 STEPS = 3
 
 
@@ -26,10 +26,10 @@ def documents(step):
 
 
 def packed(rows, cp_rank, cp_size):
-    """This rank's parts (1, local) of the padded documents one after another, and their padded boundaries.
+    """This rank's parts (1, local) of the concatenated padded documents, and their padded boundaries.
 
     Args:
-        rows: one (length,) tensor for each document.
+        rows: one (length,) tensor per document.
     """
     chunks, parts, boundaries = 2 * cp_size if cp_size > 1 else 1, [], [0]
     for row in rows:
@@ -57,7 +57,7 @@ def packed_params(boundaries):
 
 
 def local_batch(step, cp_rank, cp_size):
-    """What a framework gives the model: tokens, position ids, labels, which labels count, packed parameters."""
+    """What a framework passes to the model: tokens, position ids, labels, the loss mask, packed parameters."""
     found = documents(step)
     tokens, boundaries = packed([tokens for tokens, _ in found], cp_rank, cp_size)
     labels, _ = packed([labels for _, labels in found], cp_rank, cp_size)
@@ -67,7 +67,7 @@ def local_batch(step, cp_rank, cp_size):
 
 
 def log_probability_loss(model, step, cp_rank, cp_size, state):
-    """As verl: log-probabilities of the rank's tokens, gathered into whole documents, then the loss of those."""
+    """Like verl: log-probabilities of the rank's tokens, gathered into whole documents, then their loss."""
     tokens, positions, labels, _, params = local_batch(step, cp_rank, cp_size)
     logits = model(tokens, positions, None, packed_seq_params=params)
     local = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
@@ -78,7 +78,7 @@ def log_probability_loss(model, step, cp_rank, cp_size, state):
 
 
 def token_loss(model, step, cp_rank, cp_size, state):
-    """As ms-swift: the model's loss of each token; every rank adds up its own, and the sums are added."""
+    """Like ms-swift: the model's loss per token; every rank sums its own, and the sums are added."""
     tokens, positions, labels, counted, params = local_batch(step, cp_rank, cp_size)
     losses = model(tokens, positions, None, labels=labels, packed_seq_params=params)
     return (losses * counted).sum() / sum(LENGTHS), None
@@ -93,10 +93,10 @@ ALGORITHMS = {
 
 
 def activate(driver, cp_size, algorithm):
-    """How the framework tells MindSpeed what it wants."""
+    """Pass the framework's settings to MindSpeed, as the framework does."""
     from mindspeed.megatron_adaptor import repatch
 
-    if driver == "log-probabilities":  # the override of the transformer's configuration, then the engine's own
+    if driver == "log-probabilities":  # the override of the transformer's configuration, then the engine's settings
         repatch({"multi_head_latent_attention": False, "attention_dropout": 0.0})
         repatch({"use_flash_attn": True, "context_parallel_size": cp_size, **algorithm})
         return
@@ -127,7 +127,7 @@ def losses_of(driver, cp_size, algorithm):
 
 
 def _add_up(model, loss, state):
-    """Every rank has the gradients of its own tokens, and its own part of the loss unless all computed it alike."""
+    """Sum gradients over the ranks, and the loss too, unless all ranks computed the same one."""
     for parameter in model.parameters():
         dist.all_reduce(parameter.grad, group=state.groups.cp_group)
     if loss is not None:

@@ -1,12 +1,13 @@
-"""Megatron's state-space layers without a GPU: their kernels as plain recurrences.
+"""The kernels of Megatron's state-space layers as plain recurrences, for tests without a GPU.
 
-Import it before Megatron's state-space models. What only inference calls is a name without contents.
+Import it before Megatron's state-space models. Functions that only inference calls are placeholders.
 
     zxbcdt  (batch, seq, 2 heads x dim + 2 groups x state + heads): gate, input, B, C, time step
     state   h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t],  y[t] = C[t] h[t] + D x[t]
 """
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from unittest import mock
 
@@ -24,7 +25,7 @@ INFERENCE = (
 
 
 class RMSNorm(torch.nn.Module):
-    """Of groups of a row, as mamba_ssm's, without a gate."""
+    """RMSNorm over groups of a row, like mamba_ssm's, without a gate."""
 
     def __init__(self, size, eps=1e-5, group_size=None, norm_before_gate=True, device=None, dtype=None):
         super().__init__()
@@ -63,7 +64,7 @@ def mamba_split_conv1d_scan_combined(
 
 
 def _install():
-    """Put the kernels where Megatron imports them from."""
+    """Install the kernels under the names that Megatron imports."""
     made = {
         "mamba_ssm.ops.triton.layernorm_gated": {"RMSNorm": RMSNorm},
         "mamba_ssm.ops.triton.ssd_combined": {
@@ -75,6 +76,7 @@ def _install():
     for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", *made):
         sys.modules[name] = ModuleType(name)
         vars(sys.modules[name]).update(made.get(name, {}), __path__=[], __version__="2.2.4")
+        sys.modules[name].__spec__ = ModuleSpec(name, None)  # for who looks whether it is there
     for name in INFERENCE:
         sys.modules[name] = mock.MagicMock()
 

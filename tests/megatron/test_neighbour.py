@@ -117,13 +117,6 @@ def test_tensor_parallelism_in_two_dimensions_is_refused_with_a_way_out():
         here.patches(lambda shown: None, settings)
 
 
-def test_targets_that_mindspeed_llm_loses_at_the_ends_of_parts_are_said():
-    _, settings, _ = made(is_instruction_dataset=True)
-    assert "the target of a token at the end of a part" in neighbour.notice_of_targets(settings)
-    assert neighbour.notice_of_targets(made(is_instruction_dataset=True, context_parallel_size=1)[1]) == ""
-    assert neighbour.notice_of_targets(made()[1]) == ""
-
-
 @pytest.mark.parametrize(
     ("lines", "front"),
     [

@@ -17,6 +17,7 @@ from adaptors import RING, adaptor_of
 from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.patches import batches, experts, rotary
 from mindspeed_cp.patches import multi_token_prediction as mtp
+from mindspeed_cp.patches.computing import computing_over
 from mindspeed_cp.patches.machine import libraries
 from mindspeed_cp.patches.machine import triton as without_triton
 from mindspeed_cp.settings.notices import ContextParallelWarning
@@ -112,12 +113,22 @@ def test_dynamic_context_parallelism_is_refused_by_name(more):
 def mtp_loss_of_0_19(labels, loss_mask, config, input_ids=None, cp_group=None):
     """What is left of Megatron's: the factor on each token's loss, after one shift."""
     before = loss_mask.sum()
-    mask, num_tokens = mtp.roll_tensor(ADAPTORS[cp_group], roll_until_0_13, loss_mask)
+    with computing_over(ADAPTORS[cp_group].main):
+        mask, num_tokens = mtp.roll_tensor(ADAPTORS[cp_group], roll_until_0_13, loss_mask)
     return mask * (before if config.calculate_per_token_loss else 1) / num_tokens.clamp(min=1)
 
 
 def roll_until_0_13(tensor, shifts=-1, dims=-1):
     raise AssertionError("not Megatron's own")
+
+
+def test_a_whole_batch_is_shifted_as_megatron_does_before_it_is_split():
+    """As MindSpeed-LLM does for its own layers of multi-token prediction, by more than one place too."""
+
+    def roll(tensor, shifts=-1, dims=-1):
+        return torch.roll(tensor, shifts, dims), "whole"
+
+    assert mtp.roll_tensor(adaptor_of(), roll, torch.arange(3), shifts=-2)[0].tolist() == [2, 0, 1]
 
 
 ADAPTORS = [adaptor_of(cp_rank=rank) for rank in range(2)]
@@ -267,7 +278,7 @@ def test_a_patch_is_applied_for_what_is_read_and_not_for_a_word_in_a_comment(nee
     reads = "te_general_gemm is None" if needs else "True  # without te_general_gemm"
     module = module_of(tmp_path, f"def gemm():\n    return {reads}\n")
     monkeypatch.setitem(sys.modules, libraries.EXPERTS, module)
-    assert libraries.gemm_is_named() == ("" if needs else "this version asks nothing of Transformer Engine here")
+    assert libraries.gemm_is_named() == ("" if needs else "this version does not need Transformer Engine here")
 
 
 def test_what_only_the_packed_embedding_takes_stays_with_it(monkeypatch):

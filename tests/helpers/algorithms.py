@@ -14,3 +14,9 @@ def sizes():
     """(name, context-parallel size) of a run without and of one with each algorithm."""
     yield ALONE, 1
     yield from ((name, size) for name, (size, _) in ALGORITHMS.items())
+
+
+def flags_of(size, settings):
+    """The same on a command line."""
+    named = [(f"--{name.replace('_', '-')}", str(value)) for name, value in settings.items()]
+    return ["--context-parallel-size", str(size), *(word for pair in named for word in pair)]
