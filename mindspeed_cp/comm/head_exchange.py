@@ -1,6 +1,6 @@
-"""Split a layer by heads: each rank computes some heads over the whole sequence, as Ulysses and recurrent layers do.
+"""Split a layer by heads: each rank computes some heads over the whole sequence, as in Ulysses and recurrent layers.
 
-s: tokens of this rank, S: tokens of the whole sequence. Several tensors travel in one message.
+s: tokens of this rank, S: tokens of the whole sequence. Several tensors are sent in one message.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ class HeadExchange:
     """The all-to-all around a layer whose heads are split over the ranks.
 
     Args:
-        exchange: over the whole group; its rows are what each rank holds of the sequence.
-        parts: the tensors that travel together, and which of their heads each rank gets.
-        gradients: put before a part's purpose where its gradient is counted.
+        exchange: exchange over the whole group; its rows are each rank's part of the sequence.
+        parts: the tensors that are sent together, and which of their heads each rank gets.
+        gradients: prefix of a part's purpose when its gradient is counted.
     """
 
     exchange: SequenceExchange
@@ -47,7 +47,7 @@ class HeadExchange:
 
 
 class _Exchanged(torch.autograd.Function):
-    """One direction, whose gradient takes the other."""
+    """Exchange in one direction; its gradient is exchanged in the other."""
 
     @staticmethod
     def forward(
