@@ -70,6 +70,9 @@ FRONTS = {
     "mindspeed": ("mindspeed.megatron_adaptor", "get_mindspeed_args"),
 }
 
+# Packages on top of MindSpeed whose models split and exchange sequences in code of their own -> title.
+SPLIT_THEMSELVES = {"mindspeed_mm": "MindSpeed-MM"}
+
 # Functions that MindSpeed's other features put around models and batches, and that act for its own context parallelism.
 # Where --reset-attention-mask packs documents, they read a rank's tokens in MindSpeed's own layout, and here documents
 # come with the batch's record; an attention's constructor exchanges heads around it. Module -> names, () for all.
@@ -145,7 +148,7 @@ class Neighbour:
     def _shown_alone(self, settings: Any) -> Iterator[None]:
         """Show MindSpeed a context-parallel size of 1, unless context parallelism stays its own."""
         size = getattr(settings, SIZE, 1)
-        self.kept = of_mindspeed_alone(settings)
+        self.kept = of_mindspeed_alone(settings, sys.argv[0])
         if self.kept or size_of(settings) == 1:
             yield
             return
@@ -175,8 +178,15 @@ def size_of(settings: Any) -> int:
     return int(getattr(settings, SIZE, None) or 1)
 
 
-def of_mindspeed_alone(settings: Any) -> str:
-    """Why these settings can only mean MindSpeed's own context parallelism; "" where they mean nothing special."""
+def of_mindspeed_alone(settings: Any, script: str) -> str:
+    """Why these settings can only mean MindSpeed's own context parallelism; "" where they mean nothing special.
+
+    Args:
+        script: that runs, of which a package with models of its own is known before it is imported.
+    """
+    imported = next((title for package, title in SPLIT_THEMSELVES.items() if package in packages_named_in(script)), "")
+    if imported:  # at size 1 as well: a file of the model may name another
+        return f"{imported}'s models split sequences themselves"
     name = getattr(settings, "context_parallel_algo", None)
     if size_of(settings) == 1 or name is None or name in ALGORITHMS:
         return ""
@@ -228,11 +238,16 @@ def is_wrapped(owner: type) -> bool:
     return module.partition(".")[0] in FRONTS and "context_parallel" not in module
 
 
-def front_named_in(script: str) -> str:
-    """The package of FRONTS that a script imports, "" where it imports none."""
+def packages_named_in(script: str) -> list[str]:
+    """The packages that a script imports, in order."""
     path = Path(script)
     text = path.read_text(errors="replace") if path.suffix == ".py" and path.is_file() else ""
-    named = re.findall(r"^\s*(?:from|import)\s+(\w+)", text, re.MULTILINE)
+    return re.findall(r"^\s*(?:from|import)\s+(\w+)", text, re.MULTILINE)
+
+
+def front_named_in(script: str) -> str:
+    """The package of FRONTS that a script imports, "" where it imports none."""
+    named = packages_named_in(script)
     return next((package for package in FRONTS if package in named), "")
 
 
