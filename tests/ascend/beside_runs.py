@@ -53,8 +53,9 @@ def difference(found, wanted):
 LLM = """--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --max-position-embeddings 128
 --micro-batch-size 1 --global-batch-size 2 --train-iters 3 --lr 1e-3 --min-lr 1e-4 --log-interval 1 --eval-iters 0
 --eval-interval 100 --attention-dropout 0 --hidden-dropout 0 --distributed-timeout-minutes 2 --split 90,10,0
---no-gradient-accumulation-fusion --no-masked-softmax-fusion --seq-length 64 --transformer-impl local --use-mcore-models
+--no-gradient-accumulation-fusion --no-masked-softmax-fusion --transformer-impl local --use-mcore-models
 --use-flash-attn --position-embedding-type rope --normalization RMSNorm --swiglu""".split()
+LENGTH = "64"
 MOCK = "--mock-data --tokenizer-type NullTokenizer --vocab-size 4200".split()
 INSTRUCTIONS = """--stage sft --is-instruction-dataset --prompt-type qwen --finetune --no-shuffle
 --padded-vocab-size 256 --tokenizer-type PretrainedFromHF""".split()
@@ -64,6 +65,7 @@ BATCHES = {  # title -> script, flags, algorithms that are tried
     "documents": (PRETRAIN, [*MOCK, "--reset-attention-mask", "--reset-position-ids"], ("Ulysses", "Ring")),
     "multi-token prediction": (PRETRAIN, [*MOCK, "--mtp-num-layers", "1"], ("Ulysses", "Ring")),
     "instructions": (POSTTRAIN, INSTRUCTIONS, tuple(ALGORITHMS)),
+    "packed instructions": (POSTTRAIN, [*INSTRUCTIONS, "--reset-attention-mask", "--neat-pack"], ("Ulysses", "Ring")),
 }
 
 
@@ -82,13 +84,13 @@ class MindSpeedLLM:
         """([(loss, gradient norm) of every step], all that was printed); "" is MindSpeed alone on one device."""
         script, flags, _ = BATCHES[batch]
         size, settings = ALGORITHMS[algorithm] if algorithm else (1, {})
-        further = _of_documents(algorithm) if algorithm and batch == "documents" else []
-        if batch == "instructions":
-            flags = [*flags, *self._instructions()]
+        further = _of_documents(algorithm) if algorithm and "--reset-attention-mask" in flags else []
+        if script == POSTTRAIN:
+            flags = [*flags, *self._instructions("--neat-pack" in flags)]
         if not algorithm:
             environment = {"MINDSPEED_CP": "off", **environment}
         ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        flags = [*LLM, *flags, *(flags_of(size, settings) if algorithm else []), *further]
+        flags = [*LLM, "--seq-length", LENGTH, *flags, *(flags_of(size, settings) if algorithm else []), *further]
         said = self._program(*ranks, bed.HERE / "llm_script.py", self._script(script), *flags, **environment)
         found = re.findall(r"lm loss: (\S+) .*? grad norm: (\S+) ", said)
         assert len(found) == 3, said[-3000:]
@@ -108,11 +110,12 @@ class MindSpeedLLM:
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    def _instructions(self):
+    def _instructions(self, packed):
         """Flags of a tiny tokenizer and of a dataset that MindSpeed-LLM's own preprocessing makes, once."""
-        prefix = self.scratch / "instructions"
+        prefix = self.scratch / ("packed" if packed else "instructions")
         if not prefix.with_suffix(".json").exists():
-            self._program(bed.HERE / "llm_instructions.py", self._script("preprocess_data.py"), prefix)
+            further = ["--pack", "--neat-pack", "--seq-length", LENGTH] if packed else []
+            self._program(bed.HERE / "llm_instructions.py", self._script("preprocess_data.py"), prefix, *further)
         return ["--tokenizer-name-or-path", f"{prefix}-tokenizer", "--data-path", str(prefix)]
 
 
