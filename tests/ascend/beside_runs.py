@@ -84,7 +84,7 @@ class MindSpeedLLM:
         """([(loss, gradient norm) of every step], all that was printed); "" is MindSpeed alone on one device."""
         script, flags, _ = BATCHES[batch]
         size, settings = ALGORITHMS[algorithm] if algorithm else (1, {})
-        further = _of_documents(algorithm) if algorithm and "--reset-attention-mask" in flags else []
+        further = _of_documents(algorithm, script) if algorithm and "--reset-attention-mask" in flags else []
         if script == POSTTRAIN:
             flags = [*flags, *self._instructions("--neat-pack" in flags)]
         if not algorithm:
@@ -119,9 +119,13 @@ class MindSpeedLLM:
         return ["--tokenizer-name-or-path", f"{prefix}-tokenizer", "--data-path", str(prefix)]
 
 
-def _of_documents(algorithm):
-    """What MindSpeed-LLM asks for with documents: lengths of any kind in a ring, else the kind of its mask."""
-    return ["--variable-seq-lengths"] if algorithm == "Ring" else ["--attention-mask-type", "general"]
+def _of_documents(algorithm, script):
+    """What MindSpeed-LLM asks for with documents: lengths of any kind in a causal ring, else the kind of its mask.
+
+    Its trainer of instructions pads documents for a causal ring by ends of which some are -1, and fails.
+    """
+    causal = algorithm == "Ring" and script == PRETRAIN
+    return ["--variable-seq-lengths"] if causal else ["--attention-mask-type", "general"]
 
 
 def _row(*cells):
