@@ -1,7 +1,7 @@
-"""Finds the algorithm, by --context-parallel-algo or Megatron's ``cp_comm_type``, and how many ranks split heads.
+"""Choose the algorithm, from --context-parallel-algo or Megatron's ``cp_comm_type``, and how many ranks split heads.
 
-MindSpeed's core_r0.18.0 knows ``cp_comm_type`` alone. The flags, the same fields of a TransformerConfig and the same
-keys of a framework's dict all come through here.
+MindSpeed's core_r0.18.0 has only ``cp_comm_type``. Flags, fields of a TransformerConfig and keys of a framework's dict
+are all handled here.
 """
 
 import os
@@ -16,7 +16,7 @@ _SIZES = "--hierarchical-context-parallel-sizes"
 
 @dataclass(frozen=True)
 class Choice:
-    """An algorithm, for Hybrid the ranks that split the heads, and a notice of how they were chosen."""
+    """An algorithm, Hybrid's number of ranks that split the heads, and a notice of how this number was chosen."""
 
     algorithm: str
     ulysses_degree: int | None = None
@@ -24,14 +24,14 @@ class Choice:
 
 
 def chosen_algorithm(args: Any, node_ranks: int | None = None) -> Choice:
-    """The algorithm that was named: by --context-parallel-algo, else by --cp-comm-type, else the default.
+    """The algorithm named by --context-parallel-algo, else by --cp-comm-type, else the default.
 
-    A parser notes in ``args.cp_given`` what was given; in a namespace without the note every name was, and every
-    communication type but p2p, Megatron's default. Where Hybrid gets no degree, one is chosen that fits ``node_ranks``,
-    by default what the launcher says.
+    A parser records in ``args.cp_given`` which names were given. In a namespace without this list all names count as
+    given, except the communication type p2p, Megatron's default. If Hybrid gets no degree, one is chosen that fits
+    ``node_ranks``, by default the launcher's number.
 
     Raises:
-        ValueError: only MindSpeed has the algorithm, or the communication types are unknown or several.
+        ValueError: the algorithm exists only in MindSpeed, or the communication types are unknown or different.
     """
     name = known_algorithm(args.context_parallel_algo)
     cp, degree = args.context_parallel_size, args.ulysses_degree_in_cp
@@ -49,22 +49,22 @@ def algorithm_is_given(args: Any) -> bool:
 
 
 def given_kinds(args: Any) -> tuple[str, ...]:
-    """The communication types that were given, () for Megatron's default."""
+    """The communication types that were given; () for Megatron's default."""
     kinds = comm_kinds(getattr(args, "cp_comm_type", None))
     return kinds if "cp_comm_type" in getattr(args, "cp_given", ()) or kinds != ("p2p",) else ()
 
 
 def ranks_of_node() -> int:
-    """How many ranks the launcher started on this node, 8 where it does not say."""
+    """How many ranks the launcher started on this node, 8 if unknown."""
     text = os.environ.get("LOCAL_WORLD_SIZE", "")
     return int(text) if text.isdecimal() and int(text) > 0 else 8
 
 
 def _with_a_degree(name: str, args: Any, node: int) -> Choice:
-    """The largest proper divisor of the context-parallel size that fits the heads of a tensor-parallel rank, and whose
-    ranks, which lie tensor parallel size apart, fit a node; none where nothing fits.
+    """Choose as degree the largest proper divisor of the context-parallel size that divides the heads of a
+    tensor-parallel rank and whose ranks, at a stride of tensor parallel size, fit into a node; none if nothing fits.
     """
-    cp, tp = args.context_parallel_size, max(getattr(args, "tensor_model_parallel_size", 1), 1)  # 0 is refused later
+    cp, tp = args.context_parallel_size, max(getattr(args, "tensor_model_parallel_size", 1), 1)  # 0 is rejected later
     heads = getattr(args, "num_attention_heads", None)
     fitting = [
         degree
@@ -83,7 +83,7 @@ def _with_a_degree(name: str, args: Any, node: int) -> Choice:
 
 
 def comm_kinds(cp_comm_type: str | Sequence[str] | None) -> tuple[str, ...]:
-    """``cp_comm_type`` as a tuple, one value or one for each layer; () when there is none."""
+    """``cp_comm_type`` as a tuple of one value or one per layer; () if there is none."""
     if cp_comm_type is None:
         return ()
     return (cp_comm_type,) if isinstance(cp_comm_type, str) else tuple(map(str, cp_comm_type))
@@ -92,16 +92,16 @@ def comm_kinds(cp_comm_type: str | Sequence[str] | None) -> tuple[str, ...]:
 def choice_of_comm_type(
     cp_comm_type: str | Sequence[str], cp_size: int, sizes: Sequence[int] | None = None, degree: int | None = None
 ) -> Choice:
-    """The algorithm that a ``cp_comm_type`` names.
+    """The algorithm that a ``cp_comm_type`` means.
 
     Args:
-        cp_comm_type: "p2p", "a2a", "all_gather" or "a2a+p2p", or a list of one for each layer.
+        cp_comm_type: "p2p", "a2a", "all_gather" or "a2a+p2p", or a list with one per layer.
         cp_size: context-parallel size.
         sizes: Megatron's hierarchical_context_parallel_sizes, the ranks of the all-to-all first.
-        degree: --ulysses-degree-in-cp, which may stand in for ``sizes``.
+        degree: --ulysses-degree-in-cp, which may replace ``sizes``.
 
     Raises:
-        ValueError: a value is not known, the list mixes kinds, or the sizes do not fit.
+        ValueError: a value is not known, the list contains different kinds, or the sizes do not fit.
     """
     kinds = comm_kinds(cp_comm_type)
     named = {kind: algorithm_named("comm_types", kind) for kind in kinds}
@@ -130,7 +130,7 @@ def choice_of_comm_type(
 
 
 def degree_from_sizes(cp_size: int, sizes: Sequence[int] | None, degree: int | None) -> int | None:
-    """Ranks that split the heads, from Megatron's hierarchical sizes or from our own flag; None when neither is given.
+    """Ranks that split the heads, from Megatron's hierarchical sizes or our own flag; None if neither is given.
 
     Raises:
         ValueError: the sizes are not two whose product is the context-parallel size, or the two sources disagree.
@@ -152,7 +152,7 @@ def degree_from_sizes(cp_size: int, sizes: Sequence[int] | None, degree: int | N
 
 
 def two_levels(algorithm: str, cp_size: int, degree: int) -> Choice:
-    """``algorithm`` with this degree; with one rank on either side it is plain Ring or plain Ulysses."""
+    """``algorithm`` with this degree; with degree 1 or ``cp_size`` it becomes plain Ring or plain Ulysses."""
     alone = {1: "p2p", cp_size: "a2a"}.get(degree)
     return Choice(algorithm, degree) if alone is None else Choice(algorithm_named("comm_types", alone) or algorithm)
 

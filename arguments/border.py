@@ -1,4 +1,4 @@
-"""Settings that no configuration holds: those of the adaptor, and those that only decide others."""
+"""Settings outside ContextParallelConfig: those of the adaptor, and those that only determine others."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ _EVERY_LAYER = "a batch's own layout serves every layer"
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptorSettings:
-    """What ``megatron_adaptor.configure`` takes beside the configuration and the setup."""
+    """Further arguments of ``megatron_adaptor.configure``, besides configuration and setup."""
 
     kernel: str | None = setting(
         None,
@@ -45,13 +45,13 @@ def _sizes(value: Sequence[Any]) -> tuple[int, ...] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class BorderSettings:
-    """Settings of a command line, a file or a framework that are read only while a configuration is made."""
+    """Settings from a command line, a file or a framework that are read only while a configuration is created."""
 
     config_file: str | None = setting(
         None,
         flag="--cp-config",
         help="MindFormers YAML file with parallel_config, parallel and model.model_config",
-        rule="a flag on the command line wins over the file, and says so",
+        rule="a flag on the command line wins over the file, with a notice",
         takes="FILE.yaml",
         agree=False,
         shares=False,

@@ -1,4 +1,4 @@
-"""The settings that must be equal on all ranks: those that shape the model, the training and the communication.
+"""The settings that must be equal on all ranks: those that determine model, training and communication.
 
 Ranks may differ in everything else: rank and local rank, paths, logging, profiling, seeds that Megatron derives itself.
 """
@@ -44,15 +44,15 @@ ckpt_format use_dist_ckpt num_distributed_optimizer_instances tp_comm_overlap
 
 
 def compared_names() -> tuple[str, ...]:
-    """The compared names, as a namespace has them."""
+    """The compared names, as attributes of a namespace."""
     ours = (each.dest for each in declared() if each.agree)
     return tuple(dict.fromkeys((*PARALLEL, *ours, *MODEL, *TRAINING)))
 
 
 def compared_arguments(args: Any) -> dict[str, str]:
-    """flag -> value of everything that must be equal and that the namespace or mapping ``args`` has."""
+    """flag -> value of all settings in the namespace or mapping ``args`` that must be equal on all ranks."""
     values = args if isinstance(args, Mapping) else vars(args)
-    # With --cp-log the ranks meet at the end of every interval.
+    # With --cp-log the ranks communicate at the end of every interval.
     names = (*compared_names(), "log_interval") if values.get("cp_log") else compared_names()
     return {f"--{name.replace('_', '-')}": _text(values[name]) for name in names if name in values}
 
@@ -60,8 +60,8 @@ def compared_arguments(args: Any) -> dict[str, str]:
 def compared_config(
     config: ContextParallelConfig, setup: TrainingSetup | None = None, **keywords: Any
 ) -> dict[str, str]:
-    """flag -> value of a configuration, of what it was checked against, and of the further ``keywords`` of
-    ``megatron_adaptor.configure``; a setting without a flag goes by its name.
+    """flag -> value of a configuration, its setup and the further ``keywords`` of ``megatron_adaptor.configure``; a
+    setting without a flag is listed by its name.
     """
     sources = (config, setup, AdaptorSettings(**keywords) if keywords else None)
     return {

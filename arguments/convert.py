@@ -1,4 +1,4 @@
-"""Parsed flags -> ContextParallelConfig and TrainingSetup, checked against each other."""
+"""Convert parsed flags to ContextParallelConfig and TrainingSetup, and check them against each other."""
 
 import sys
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def config_from_args(args: Any) -> ContextParallelConfig:
 
 
 def _config(args: Any, choice: Choice) -> tuple[ContextParallelConfig, str]:
-    """The configuration, and a notice of what Megatron's names for packing set in it."""
+    """The configuration, and a notice of what Megatron's packing flags set in it."""
     values = {each.name: getattr(args, each.dest, each.unset) for each in declarations(declared.CONFIG)}
     values |= {"algorithm": choice.algorithm, "ulysses_degree": choice.ulysses_degree}
     packing, notice = documents_on_any_ranks(args, values)
@@ -31,7 +31,7 @@ def _config(args: Any, choice: Choice) -> tuple[ContextParallelConfig, str]:
 
 
 def setup_from_args(args: Any, world_size: int | None = None) -> TrainingSetup:
-    """What the flags say about the model and the machine; ``world_size`` None is ``args.world_size``, 0 is unknown."""
+    """Model and machine according to the flags; ``world_size`` None means ``args.world_size``, 0 means unknown."""
     values: dict[str, Any] = {}
     for each in declarations(TrainingSetup):
         value = getattr(args, each.dest, each.unset)
@@ -53,7 +53,7 @@ def setup_from_args(args: Any, world_size: int | None = None) -> TrainingSetup:
 
 
 def _head_dim(args: Any) -> int | None:
-    """Elements of a head, None where the flags leave it open; multi-latent attention has several."""
+    """The head dimension, None if the flags do not determine it; multi-latent attention has several."""
     if getattr(args, "multi_latent_attention", False):
         return None
     if getattr(args, "kv_channels", None):
@@ -63,7 +63,7 @@ def _head_dim(args: Any) -> int | None:
 
 
 def _recomputes_attention(args: Any) -> bool | None:
-    """Whether Megatron's checkpoints run attention twice; None where ``args`` are not Megatron's."""
+    """Whether Megatron's activation recomputation runs attention twice; None if ``args`` are not Megatron's."""
     if not hasattr(args, "recompute_granularity"):
         return None
     modules = getattr(args, "recompute_modules", None) or ["core_attn"]  # Megatron's default
@@ -74,11 +74,11 @@ def _recomputes_attention(args: Any) -> bool | None:
 def validate(
     args: Any, world_size: int | None = None, node_ranks: int | None = None
 ) -> tuple[ContextParallelConfig, TrainingSetup]:
-    """Check every rule, write the fallbacks back to ``args``, say each notice once on rank 0.
+    """Check every rule, write the fallbacks back to ``args``, and print each notice once on rank 0.
 
     Args:
-        world_size: None is ``args.world_size``, 0 is unknown.
-        node_ranks: ranks of a node, None is what the launcher says.
+        world_size: None means ``args.world_size``, 0 means unknown.
+        node_ranks: ranks per node; None means the launcher's number.
 
     Returns:
         (config, setup): the ContextParallelConfig, and the TrainingSetup after all fallbacks.
@@ -104,18 +104,18 @@ def validate(
 
 
 class Refused(SystemExit):
-    """The end of a rank whose settings cannot work, after the other ranks were told."""
+    """Exit of a rank whose settings are invalid, after the other ranks have been told."""
 
 
 @contextmanager
 def readable_errors(prog: str, backend: str = "nccl") -> Iterator[None]:
-    """Turn a ValueError inside the block into one line and exit status 2, on all ranks together.
+    """Turn a ValueError inside the block into one line and exit status 2, on all ranks.
 
-    The other ranks are told, so that none waits for one that has left; rank 0 prints the line. A parser that ended the
-    program has printed its own.
+    The other ranks are told, so that none waits for one that has exited; rank 0 prints the line. A parser that ended
+    the program has already printed its message.
 
     Args:
-        backend: of the process group that the ranks are about to make.
+        backend: backend of the process group that the ranks are about to make.
     """
 
     def say(message: str) -> None:
@@ -135,7 +135,7 @@ def readable_errors(prog: str, backend: str = "nccl") -> Iterator[None]:
 
 
 def _check_device_num(args: Any, config: ContextParallelConfig, setup: TrainingSetup) -> None:
-    """The file's device_num = data_parallel x model_parallel x context_parallel x pipeline_stage."""
+    """Check device_num = data_parallel x model_parallel x context_parallel x pipeline_stage of the file."""
     data_parallel = getattr(args, "cp_data_parallel_size", None)
     if data_parallel is None or setup.world_size is None:
         return
@@ -151,14 +151,14 @@ def _check_device_num(args: Any, config: ContextParallelConfig, setup: TrainingS
 
 
 def _find_calculator(name: str) -> None:
-    """An own calculator must be importable now, not in the middle of the first step."""
+    """Import a custom calculator now, so that a wrong name fails before the first step."""
     from mindspeed_cp.attention.gather_size import calculator_named  # with torch, which only this needs
 
     calculator_named(name)
 
 
 def _ignored_flags(args: Any, config: ContextParallelConfig) -> Iterator[str]:
-    """Megatron's own context-parallel flags, where the algorithm was named otherwise."""
+    """Notices of Megatron's own context-parallel flags that are ignored because another flag names the algorithm."""
     if config.context_parallel_size == 1:
         return
     kinds, is_given = given_kinds(args), algorithm_is_given(args)

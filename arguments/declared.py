@@ -1,4 +1,4 @@
-"""Every setting that a command line, a file or a framework may give, as its field declares it."""
+"""Every setting that a command line, a file or a framework may contain, from the declarations in dataclass fields."""
 
 from mindspeed_cp.arguments.border import AdaptorSettings, BorderSettings
 from mindspeed_cp.arguments.mindspeed_flags import WithoutEffect
@@ -6,7 +6,7 @@ from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.setting import Setting, declarations
 from mindspeed_cp.settings.training_setup import TrainingSetup
 
-CONFIG: type[ContextParallelConfig] = ContextParallelConfig  # the class that arguments become
+CONFIG: type[ContextParallelConfig] = ContextParallelConfig  # the class into which arguments are converted
 
 
 def declared() -> list[Setting]:
@@ -16,12 +16,12 @@ def declared() -> list[Setting]:
 
 
 def our_flags() -> list[Setting]:
-    """The settings whose flags this project's parser adds, and that have an effect."""
+    """The settings whose flags this project's parser adds and that have an effect."""
     return [each for each in declared() if each.ours and each.flag and not each.without_effect]
 
 
 def flags_of(config: ContextParallelConfig) -> str:
-    """The flags that set ``config``, to paste: size, algorithm and mask type, and whatever is not the default."""
+    """A command line that gives ``config``: size, algorithm, mask type, and all flags that differ from the default."""
     always = ("context_parallel_size", "algorithm", "attention_mask_type")
     values = [(each, getattr(config, each.name)) for each in declarations(type(config))]
     said = [each.said(value) for each, value in values if each.name in always or value != each.default]
@@ -29,7 +29,7 @@ def flags_of(config: ContextParallelConfig) -> str:
 
 
 def variables_of(config: ContextParallelConfig) -> dict[str, str]:
-    """The variables of the launch scripts that set ``config``; "" leaves out the flag."""
+    """Variables of the launch scripts that give ``config``; "" omits the flag."""
     return {
         each.variable: "" if value is None or (value == each.default and each.literals) else str(value)
         for each in declarations(type(config))

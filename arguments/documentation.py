@@ -1,6 +1,6 @@
-"""The table of docs/flags.md, as the settings declare it.
+"""The table of docs/flags.md, generated from the settings' declarations.
 
-``python -m mindspeed_cp.arguments.documentation docs/flags.md`` writes it there.
+``python -m mindspeed_cp.arguments.documentation docs/flags.md`` updates the file.
 """
 
 import re
@@ -15,12 +15,12 @@ _TABLE = re.compile(re.escape(HEAD) + r"(?:\|[^\n]*\n)*")
 
 
 def flag_table() -> str:
-    """The table in Markdown, a row for each flag."""
+    """The table in Markdown, one row per flag."""
     return HEAD + "".join(map(_row, our_flags()))
 
 
 def with_table(page: str) -> str:
-    """``page`` with today's table."""
+    """``page`` with its table replaced by the current one."""
     return _TABLE.sub(lambda _: flag_table(), page, count=1)
 
 

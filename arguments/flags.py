@@ -1,4 +1,4 @@
-"""Every flag of a declared setting, in one argparse group, with its default, its choices and its rule."""
+"""Adds the flags of all declared settings to a parser, in one argparse group."""
 
 import argparse
 from collections.abc import Callable
@@ -14,10 +14,10 @@ GROUP_TITLE = "context parallelism (mindspeed_cp)"
 
 
 def add_context_parallel_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add every context-parallel flag that ``parser`` does not have yet, in one group; returns the parser.
+    """Add every context-parallel flag that ``parser`` lacks, in one group; returns the parser.
 
-    A wrong value ends the program with exit status 2 and one line: argparse would print the usage of all of Megatron's
-    flags before it. Calling this twice changes nothing.
+    A wrong value ends the program with exit status 2 and one line, without the usage of all of Megatron's flags that
+    argparse would print before it. Calling this twice changes nothing.
     """
     if given.is_installed(parser):
         return parser
@@ -29,7 +29,7 @@ def add_context_parallel_arguments(parser: argparse.ArgumentParser) -> argparse.
 
 
 def help_of(each: Setting) -> str:
-    """One line for --help."""
+    """The flag's line in --help."""
     if each.without_effect:
         return f"accepted, and said once: {each.without_effect}."
     choices = "; ".join(f"{name}: {does}" if does else name for name, does in each.meanings_by_choice.items())

@@ -1,4 +1,4 @@
-"""Which flags the command line gives: a second parse tells a flag given with its default from an absent one."""
+"""Record which flags were given; a second parse distinguishes a flag given with its default from an absent one."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -12,9 +12,7 @@ _MARK = "reads_cp_config"
 
 
 def watched() -> set[str]:
-    """The names whose flags are watched: where a flag and the file, or two flags, say the same thing, the one that was
-    given wins.
-    """
+    """The names whose flags are recorded: a given flag wins over a file or another flag that sets the same thing."""
     return {each.dest for each in known_keys().values()} | {"cp_comm_type", "context_parallel_algo"}
 
 
@@ -23,11 +21,11 @@ def is_installed(parser: argparse.ArgumentParser) -> bool:
 
 
 def install(parser: argparse.ArgumentParser, fail: Callable[[argparse.ArgumentParser, str], NoReturn]) -> None:
-    """Make ``parser`` note in ``cp_given`` which names were given, and apply --cp-config FILE, at every parse.
+    """Make ``parser`` record in ``cp_given`` which names were given, and apply --cp-config FILE, at every parse.
 
-    The hook sits on ``parse_known_args``, through which every way of parsing goes. ``fail(parser, message)`` ends the
-    program. The note is a list of names: Megatron writes its arguments into checkpoints, and reads them back as plain
-    values alone.
+    The hook replaces ``parse_known_args``, which all ways of parsing call. ``fail(parser, message)`` ends the program.
+    ``cp_given`` is a list of names, because Megatron writes its arguments to checkpoints and reads only plain values
+    back.
     """
     parse: Callable[..., Any] = parser.parse_known_args
 

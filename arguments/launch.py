@@ -1,4 +1,4 @@
-"""Reads the flags that context parallelism needs from a training script's line, without the script's own parser."""
+"""Parse the flags that context parallelism needs from a training command, without the script's own parser."""
 
 import argparse
 import difflib
@@ -24,11 +24,11 @@ SWITCHES = (
     "fp16",
     "recompute-activations",
 )
-CLOSE = 0.88  # similarity from which an unknown flag counts as misspelt
+CLOSE = 0.88  # an unknown flag at least this similar to a known one counts as misspelt
 
 
 class _Refused(Exception):
-    """A flag's value is wrong; argparse would catch a ValueError of a converter itself."""
+    """A flag's value is wrong; not a ValueError, because argparse catches those of converters."""
 
 
 class _RaisingParser(argparse.ArgumentParser):
@@ -47,7 +47,7 @@ def bare_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def flag_parser(prog: str) -> argparse.ArgumentParser:
-    """A parser of the flags that the rules of context parallelism read, Megatron's and MindSpeed's."""
+    """A parser of all flags, including Megatron's and MindSpeed's, that the rules of context parallelism read."""
     parser = bare_parser(prog)
     for flag in NUMBERS:
         parser.add_argument(f"--{flag}", type=int, default=1)
@@ -85,7 +85,7 @@ def known_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[a
 
 
 def misspelt(rest: Sequence[str]) -> dict[str, str]:
-    """Unknown flag -> the flag of context parallelism that was likely meant."""
+    """Unknown flag -> the flag of context parallelism that was probably meant."""
     ours = [flag for each in our_flags() for flag in each.flags]
     given = [token.partition("=")[0] for token in rest if token.startswith("--")]
     nearest = {flag: difflib.get_close_matches(flag, ours, 1, CLOSE) for flag in given}

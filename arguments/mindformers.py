@@ -1,7 +1,7 @@
-"""Keys of MindFormers' YAML files that nothing here reads; they are no misspelt keys.
+"""Keys of MindFormers' YAML files that are not read here and that are not misspelt keys.
 
-Gathered from the files of its releases 0.3 to 1.8: the whole first level, the sections of parallelism, and of a model's
-configuration the keys that resemble those read here.
+Collected from the files of its releases 0.3 to 1.8: all keys of the first level and of the sections about parallelism;
+of a model's configuration, only the keys that resemble those read here.
 """
 
 _TOP = """

@@ -1,4 +1,4 @@
-"""Flags of launch scripts for MindSpeed: some change nothing here, and one value is refused."""
+"""Flags from launch scripts for MindSpeed: some have no effect here, and one value is rejected."""
 
 import argparse
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ _BELONGS = "it belongs to adaptive_cp_algo"
 
 @dataclass(frozen=True, kw_only=True)
 class WithoutEffect:
-    """Flags that change nothing here, and why."""
+    """Flags that have no effect here, and why."""
 
     fix_sub_seq_length: int = without_effect(
         -1,
@@ -40,7 +40,7 @@ class WithoutEffect:
 
 
 def refusal_of_positions(value: Any) -> str | None:
-    """Why --position-embedding-type alibi is refused, None for every other value."""
+    """Why --position-embedding-type alibi is rejected; None for every other value."""
     if value != "alibi":
         return None
     return (
@@ -50,7 +50,7 @@ def refusal_of_positions(value: Any) -> str | None:
 
 
 def notices_of_accepted(args: Any, settings: Iterable[Setting]) -> list[str]:
-    """One notice for each of ``settings`` that changes nothing here and that the namespace ``args`` carries."""
+    """One notice for each of ``settings`` that has no effect here and that is set in the namespace ``args``."""
     notices = []
     for each in settings:
         value = getattr(args, each.dest, None)
@@ -61,7 +61,7 @@ def notices_of_accepted(args: Any, settings: Iterable[Setting]) -> list[str]:
 
 
 def refuse_alibi(parser: argparse.ArgumentParser, fail: Callable[[argparse.ArgumentParser, str], NoReturn]) -> None:
-    """Where ``parser`` does not know alibi, as Megatron's, refuse it in one line instead of the usage of all flags."""
+    """If ``parser`` does not know alibi (as Megatron's), reject it with one line instead of the usage of all flags."""
     action = parser._option_string_actions.get("--position-embedding-type")
     if action is None or not action.choices or "alibi" in action.choices:
         return

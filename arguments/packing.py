@@ -1,7 +1,7 @@
-"""Megatron's names for documents on any number of ranks: what they mean here.
+"""The meaning of Megatron's flags for dynamic context parallelism, documents on any number of ranks.
 
-Megatron's dynamic context parallelism gives each micro batch groups of ranks by the lengths of its documents. Here one
-row lies over all context-parallel ranks, and the balanced layout gives a document as many of them as it needs.
+Megatron assigns groups of ranks to each micro batch by the lengths of its documents. Here one row is split over all
+context-parallel ranks, and the balanced layout gives each document as many of them as it needs.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ NAMES = ("dynamic_context_parallel", "sequence_packing_scheduler")
 
 
 def documents_on_any_ranks(args: Any, values: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """What the names of NAMES set where nobody said otherwise, and a notice that says it.
+    """The settings that follow from the flags in NAMES unless they were given, and a notice about them.
 
     Args:
-        args: parsed flags. values: of the configuration, by field.
+        args: parsed flags. values: the configuration's values by field.
     """
     asked = next((name for name in NAMES if getattr(args, name, None)), None)
     if asked is None or values["context_parallel_size"] == 1:

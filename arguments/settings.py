@@ -1,7 +1,7 @@
-"""A framework's settings (a namespace or a dict, without a command line) -> configuration.
+"""Convert a framework's settings (a namespace or a dict, without a command line) to a configuration.
 
-The names are those of the flags (Megatron's and MindSpeed's argparse ``dest``). What is missing gets the flag's
-default, unknown names are ignored, and values may be text, as in files of settings.
+The names are those of the flags (Megatron's and MindSpeed's argparse ``dest``). Missing settings get the flag's
+default, unknown names are ignored, and values may be text, as in configuration files.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _ALGORITHM = ("context_parallel_algo", "cp_comm_type")
 
 @dataclass(frozen=True)
 class Resolved:
-    """What ``configure`` of the adaptor takes; ``declared_layout`` is how the framework says that it splits batches."""
+    """Arguments of the adaptor's ``configure``; ``declared_layout``: how the framework says that it splits batches."""
 
     config: ContextParallelConfig
     setup: TrainingSetup | None
@@ -39,8 +39,8 @@ class FrameworkSettings:
     """The settings of one call, converted and checked one by one; ``resolve`` checks them together.
 
     Args:
-        values: dest -> value of everything known here that was given.
-        default_algorithm: what is meant where nobody names an algorithm; None is the flag's own default.
+        values: dest -> value of all known settings that were given.
+        default_algorithm: the algorithm if none is named; None for the flag's default.
     """
 
     values: Mapping[str, Any]
@@ -51,7 +51,7 @@ class FrameworkSettings:
         """Read a mapping, a namespace or a dataclass; None counts as not given.
 
         Raises:
-            ValueError: a value is of the wrong kind; the message names the flag.
+            ValueError: a value has the wrong type; the message names the flag.
         """
         given = {name: value for name, value in _as_mapping(source).items() if value is not None}
         values = {}
@@ -59,16 +59,16 @@ class FrameworkSettings:
             found = next((name for name in _names(each) if name in given), None)
             if found is not None:
                 values[each.dest] = _converted(each, given[found])
-        noted = given.get("cp_given")  # a parser of ours noted it: the rest are defaults
+        noted = given.get("cp_given")  # recorded by our parser: the other values are defaults
         if noted is not None:
             values = {name: value for name, value in values.items() if name not in _ALGORITHM or name in noted}
         elif not isinstance(source, Mapping) and values.get("cp_comm_type") in ("p2p", ("p2p",)):
-            del values["cp_comm_type"]  # Megatron's default of a flag that was not given
+            del values["cp_comm_type"]  # Megatron's default for a flag that was not given
         return cls(values)
 
     @property
     def cp_size(self) -> int | None:
-        """The context-parallel size, None when the settings do not name it."""
+        """The context-parallel size, None if it is not among the settings."""
         return self.values.get(SIZE)
 
     @property
@@ -76,7 +76,7 @@ class FrameworkSettings:
         return any(name in self.values for name in _ALGORITHM)
 
     def keeping(self, config: ContextParallelConfig) -> "FrameworkSettings":
-        """These settings, with everything else as ``config`` has it."""
+        """These settings, with all others taken from ``config``."""
         theirs = {each.dest: getattr(config, each.name) for each in declarations(type(config)) if each.name != SIZE}
         return FrameworkSettings(
             {name: value for name, value in theirs.items() if value is not None} | dict(self.values),
@@ -84,14 +84,14 @@ class FrameworkSettings:
         )
 
     def resolve(self, **further: Any) -> Resolved:
-        """Check everything together, say each notice once.
+        """Check all settings together and print each notice once.
 
         Args:
-            further: settings from elsewhere that stand in for missing ones, such as the size that
+            further: settings from elsewhere that replace missing ones, such as the size that
                 initialize_model_parallel got; None counts as missing.
 
         Raises:
-            ValueError: a rule is broken; the message names flag, value, rule and a way out.
+            ValueError: a rule is violated; the message names flag, value, rule and a way out.
         """
         values = {name: value for name, value in further.items() if value is not None} | dict(self.values)
         unset = {each.dest: each.unset for each in declared.declared()}
@@ -111,7 +111,7 @@ class FrameworkSettings:
             )
         layout = (
             known.cp_partition_mode or known.attention_cp_layout
-        )  # the first is the batch's, the second the layers'
+        )  # the first is for the batch, the second for the layers
         return Resolved(config, setup, known.cp_kernel, bool(documents), layout)
 
 
@@ -138,7 +138,7 @@ def _as_mapping(source: Any) -> dict[str, Any]:
 
 
 def _converted(each: Setting, value: Any) -> Any:
-    """``value`` as the flag's own converter makes it."""
+    """``value`` converted by the flag's own converter."""
     if each.read is not None:
         return each.read(value)
     if each.switch:

@@ -1,7 +1,7 @@
-"""Reads MindFormers' YAML file (--cp-config), another way to give the same flags.
+"""Read MindFormers' YAML file (--cp-config), another way to give the same flags.
 
-A setting declares its keys; docs/launching.md lists them. Everything else in the file is named in one warning; a key
-that looks like a misspelt one of the same section, and is none of MindFormers' own, is an error.
+Each setting declares its keys; docs/launching.md lists them. All other keys are listed in one warning. A key that looks
+like a misspelt one of the same section and is not one of MindFormers' own keys is an error.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from mindspeed_cp.settings.rules import listed
 from mindspeed_cp.settings.setting import Setting
 
 DEFAULT_NAME = "colossalai_cp"  # MindFormers' own algorithm, which differs from the flag's
-_CLOSE = 0.85  # similarity from which an unknown key counts as misspelt
+_CLOSE = 0.85  # an unknown key at least this similar to a known one counts as misspelt
 Tree = dict[Any, Any]
 
 
@@ -28,13 +28,13 @@ def known_keys() -> dict[str, Setting]:
 
 
 def read_cp_yaml(path: str) -> tuple[dict[str, Any], list[str]]:
-    """Read the context-parallel keys of a MindFormers YAML file; a key without a value counts as not there.
+    """Read the context-parallel keys of a MindFormers YAML file; a key without a value counts as absent.
 
     Returns:
-        (values, notices): values maps dotted key -> value as written; notices lists keys that nothing here reads.
+        (values, notices): values maps dotted key -> value as written; notices list keys that are not read here.
 
     Raises:
-        ValueError: the file is missing or no YAML, a key looks like a misspelt one, or a value is of the wrong kind.
+        ValueError: the file is missing or not YAML, a key looks misspelt, or a value has the wrong type.
     """
     values: dict[str, Any] = {}
     notices: list[str] = []
@@ -63,7 +63,7 @@ def _cp_size(values: dict[str, Any]) -> int:
 def _load(path: str) -> Tree:
     try:
         with open(path, encoding="utf-8") as file:
-            # The guides abbreviate with lines of three dots, which are no YAML inside a mapping.
+            # MindFormers' guides abbreviate with lines of three dots, which are not valid YAML inside a mapping.
             text = "".join("\n" if line.strip() == "..." else line for line in file)
     except OSError as error:
         raise ValueError(
@@ -113,7 +113,7 @@ def _same_section(key: str, keys: Iterable[str]) -> list[str]:
 
 
 def _nearest(key: str) -> str | None:
-    """The known key to name beside one that is not read: the nearest, for keys of parallelism and unknown ones."""
+    """The known key most similar to one that is not read; only for unknown keys and keys about parallelism."""
     keys, section = known_keys(), key.rpartition(".")[0]
     if section.startswith("parallel"):
         return _nearest_of(key, _same_section(key, keys), 0.0)
@@ -121,7 +121,7 @@ def _nearest(key: str) -> str | None:
 
 
 def _nearest_of(key: str, known: Iterable[str], cutoff: float) -> str | None:
-    """The one of ``known`` whose last part is most like that of ``key``."""
+    """The key of ``known`` whose last part is most similar to that of ``key``."""
     last_parts = {name.rpartition(".")[2]: name for name in known}
     found = difflib.get_close_matches(key.rpartition(".")[2], last_parts, 1, cutoff)
     return last_parts[found[0]] if found else None
@@ -143,15 +143,15 @@ def _checked(key: str, each: Setting, value: Any, path: str) -> Any:
 
 
 def apply_config_file(args: Any, path: str, given: Collection[str]) -> set[str]:
-    """Set on ``args`` what the file says, except for the names in ``given``, whose flags stand on the command line.
+    """Set the file's values on ``args``, except for the names in ``given``, whose flags are on the command line.
 
-    What was overruled and what is not read goes to ``args.cp_notices``; ``validate`` says it on rank 0.
+    Notices of overruled and unread keys go to ``args.cp_notices``; ``validate`` prints them on rank 0.
 
     Returns:
         The attributes that were set, which count as given.
 
     Raises:
-        ValueError: what ``read_cp_yaml`` raises, or keys of the file do not go together.
+        ValueError: as ``read_cp_yaml``, or keys of the file conflict.
     """
     values, notices = read_cp_yaml(path)
     keys, (algorithm_key,) = known_keys(), next(each.keys for each in declared.declared() if each.name == "algorithm")
@@ -191,7 +191,7 @@ def _check_file_rules(args: Any, path: str, values: dict[str, Any], algorithm_ke
 
 
 def _flatten(args: Any, path: str, cp: int) -> None:
-    """Where the file leaves Hybrid one rank on either side, as MindFormers' default degree does, it has one level."""
+    """If the file gives Hybrid one rank on either level, as MindFormers' default degree does, use a single level."""
     algorithm, degree = args.context_parallel_algo, args.ulysses_degree_in_cp
     if not ALGORITHMS[algorithm].takes_degree or degree not in (1, cp):
         return

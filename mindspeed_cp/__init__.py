@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from mindspeed_cp.version import __version__ as __version__
 
-# patches/ and arguments/ lie at the top of the repository, and links inside this package lead there. A checkout on
-# Windows or an unpacked archive may have plain files where the links should be.
+# patches/ and arguments/ are top-level folders of the repository, with links to them inside this package. A checkout on
+# Windows or an unpacked archive may have plain files instead of the links.
 if not (Path(__file__).parent / "patches").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
@@ -67,13 +67,13 @@ _HOMES = (
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is public when it is first asked for: the doctor must start where torch itself does not load."""
+    """Import public names at their first use, because the doctor must start even if torch does not load."""
     if not name.startswith("_"):
         for home in _HOMES:
             module = import_module(home)
             if name in __all__ and name in vars(module):
                 globals()[name] = vars(module)[name]
-        if name in globals():  # or a module that came with those, such as mindspeed_cp.comm
+        if name in globals():  # or a module imported with them, such as mindspeed_cp.comm
             return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,4 +1,4 @@
-"""The console script ``mindspeed-cp``: a subcommand is a row of the table, whose module has ``main(arguments)``."""
+"""The console script ``mindspeed-cp``: each subcommand is a row of the table, whose module has ``main(arguments)``."""
 
 import sys
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Importing this module patches Megatron; ``python -m mindspeed_cp.megatron_adaptor`` lists every patch.
 
-Import it before Megatron. With context_parallel_size 1 and no flag Megatron behaves exactly as without the import. This
-is the only module of the package that reads the environment (MINDSPEED_CP_DEVICE, MINDSPEED_CP) and keeps anything
-global. Where MindSpeed is importable it patches first, and keeps what is not context parallelism.
+Import it before Megatron. With context_parallel_size 1 and without flags, Megatron behaves exactly as without the
+import. This is the only module of the package that reads the environment (MINDSPEED_CP_DEVICE, MINDSPEED_CP) or has
+global state. If MindSpeed is importable, it patches first and does everything except context parallelism.
 """
 
 import importlib
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mindspeed_cp.patches.manager import Patch, PatchManager, PatchRow
 
 TRIED_VERSIONS = tuple(row.version for row in MEGATRONS)
-# A script imports these for a model; "import megatron.core" alone, as asking for the version does, brings none of them.
+# Modules that a script imports for a model; "import megatron.core" alone, to read the version, imports none of them.
 MODEL_CODE = (
     "megatron.training",
     "megatron.legacy",
@@ -43,7 +43,7 @@ MODEL_CODE = (
 _modules_before = frozenset(sys.modules)
 _state: "Adaptor"
 _manager: "PatchManager"
-_beside: "Beside"  # MindSpeed, where it is importable
+_beside: "Beside"  # MindSpeed, if it is importable
 _tables: "dict[str, list[Patch]]"  # name -> patches, in the order of application
 
 
@@ -60,7 +60,7 @@ def _require_megatron() -> None:
 
 
 def megatron_version() -> str:
-    """Version of the megatron.core that is imported, "unknown" when it does not say."""
+    """Version of the imported megatron.core, "unknown" if it does not say."""
     from megatron.core import package_info
 
     version: str = getattr(package_info, "__version__", "unknown")
@@ -72,7 +72,7 @@ def _device_choice() -> str:
 
 
 def _announce(config: ContextParallelConfig) -> None:
-    """Rank 0 says what is on, so that nobody has to wonder; every rank looks first whether it is."""
+    """Print on rank 0 what is on; before that, every rank checks its essential patches."""
     check()
     if is_rank0():
         alive, _ = _num_cp_patches()
@@ -82,7 +82,7 @@ def _announce(config: ContextParallelConfig) -> None:
 
 
 def _tell(record: "MicroBatch") -> str:
-    """Rank 0 says in one block of at most eight lines what is on, right before the first batch is computed."""
+    """The block of at most eight lines that rank 0 prints right before the first batch is computed."""
     from mindspeed_cp.megatron.first_batch import start_of
     from mindspeed_cp.settings.start_block import start_block
 
@@ -105,7 +105,7 @@ def _kernel() -> str:
 
 
 def _num_cp_patches() -> tuple[int, int]:
-    """How many of this project's own patches are alive, stand-ins not counted, and how many others have taken."""
+    """(number of context-parallel patches that are alive, number that others have replaced); without stand-ins."""
     from mindspeed_cp.patches.areas import STAND_INS
 
     stand_in = {patch.target for table in STAND_INS for patch in _tables[table]}
@@ -131,7 +131,7 @@ def _warn_of_late_import() -> None:
         for target, copy in _manager.copies()
         if target.startswith("megatron.") and copy.rpartition(".")[0] in _modules_before
     ]
-    copies.sort(key=lambda copy: copy.startswith("megatron."))  # the script's own are those to look at
+    copies.sort(key=lambda copy: copy.startswith("megatron."))  # the script's own copies come first
     named = f" ({', '.join(copies[:3])}{', ...' if len(copies) > 3 else ''})" if copies else ""
     warn_rank0(
         f"Megatron was imported before mindspeed_cp.megatron_adaptor ({', '.join(first)}): {len(copies)} copies of "
@@ -141,16 +141,16 @@ def _warn_of_late_import() -> None:
 
 
 def apply() -> None:
-    """Apply every patch, all or none; a second call changes nothing.
+    """Apply all patches or none; a second call does nothing.
 
     Raises:
         ImportError: Megatron is missing.
-        PatchError: a name that should be patched is gone; nothing was changed.
+        PatchError: a name to be patched is missing; nothing was changed.
     """
     if _manager.num_applied:
         return
     _beside.meet(os.environ.get(neighbour.VARIABLE, ""), machine.device_type(_device_choice()))
-    if _beside.kept:  # Megatron stays unimported: MindSpeed may not have patched yet what must be there before
+    if _beside.kept:  # do not import Megatron, since MindSpeed may have to patch before
         return
     _beside.come_back()
     compat.install()
@@ -158,7 +158,7 @@ def apply() -> None:
 
 
 def undo() -> None:
-    """Restore every attribute of Megatron and torch to the object it was, and forget the configuration."""
+    """Restore every attribute of Megatron and torch to its original object, and forget the configuration."""
     _state.forget_batches()
     compat.uninstall()
     _manager.undo()
@@ -173,11 +173,11 @@ def report() -> "list[PatchRow]":
 
 
 def check() -> None:
-    """Ask every patch that counts whether its name is still this project's; cheap.
+    """Check that the names of all essential patches still lead to this project's functions; cheap.
 
     Raises:
-        PatchError: somebody else has taken a name and does not call this project's function; it says who, and what to
-            do about it.
+        PatchError: somebody else replaced a name and does not call this project's function; the message says who, and
+            what to do about it.
     """
     from mindspeed_cp.patches.areas import essential_targets
     from mindspeed_cp.patches.owners import WRAPPED_ANEW
@@ -201,15 +201,15 @@ def configure(
     Args:
         config: ContextParallelConfig.
         setup: TrainingSetup; checked against ``config``, with every fallback applied.
-        kernel: name of an attention kernel, None chooses by device.
-        documents_from_position_ids: position ids that start again at 0 begin a document when the batch has no mask.
-        end_of_document: a token, or a function that returns it when a batch is split: a document ends behind each such
-            token when the batch has no mask.
-        image_token_id: the token that stands for a part of an image: those that follow each other see each other, while
-            text stays causal. The batch must have no mask.
+        kernel: name of an attention kernel, None to choose by device.
+        documents_from_position_ids: if the batch has no mask, a document begins where position ids restart at 0.
+        end_of_document: the last token of each document, or a function that returns it when a batch is split; used if
+            the batch has no mask.
+        image_token_id: the token of image patches: consecutive ones see each other, while text stays causal. The batch
+            must not have a mask.
 
     Returns:
-        The setup after all fallbacks, None without one.
+        The setup after all fallbacks, None if none was given.
     """
     from mindspeed_cp.megatron import following
     from mindspeed_cp.settings.training_setup import resolve
@@ -234,19 +234,19 @@ def configure(
 def configure_from(settings: Any) -> ContextParallelConfig | None:
     """Set the configuration from a framework's own settings.
 
-    May be called again with other settings before the process groups exist; each call replaces the one before. No
-    command line is read.
+    May be called again with other settings before the process groups exist; each call replaces the previous one. The
+    command line is not read.
 
     Args:
-        settings: a dict, a namespace or a dataclass, with the names of Megatron's and MindSpeed's arguments. Missing
-            ones get the flags' defaults, unknown ones are ignored; the context-parallel size may be left to
+        settings: a dict, a namespace or a dataclass with the names of Megatron's and MindSpeed's arguments. Missing
+            settings get the flags' defaults, unknown names are ignored. The context-parallel size may be left to
             initialize_model_parallel, the algorithm to cp_comm_type of the TransformerConfig.
 
     Returns:
         The ContextParallelConfig, None while the size is not known.
 
     Raises:
-        ValueError: a value or a combination cannot work, or the process groups are there and do not fit.
+        ValueError: a value or a combination is invalid, or existing process groups do not fit.
     """
     from mindspeed_cp.arguments import FrameworkSettings
     from mindspeed_cp.megatron import following
@@ -256,7 +256,7 @@ def configure_from(settings: Any) -> ContextParallelConfig | None:
 
 
 def repatch(settings: Any) -> ContextParallelConfig | None:
-    """``configure_from`` under the name by which frameworks call MindSpeed's, with MindSpeed's default algorithm."""
+    """``configure_from`` under the name of MindSpeed's function, with MindSpeed's default algorithm."""
     from mindspeed_cp.megatron import following
     from mindspeed_cp.patches.beside import by_mindspeed
 
@@ -265,14 +265,14 @@ def repatch(settings: Any) -> ContextParallelConfig | None:
 
 
 def compare_on_all_ranks(args: Any, *, program: str = "") -> None:
-    """Let initialize_model_parallel stop all ranks unless their ``args`` agree in what shapes model and training.
+    """Let initialize_model_parallel stop all ranks if their ``args`` differ in settings of model and training.
 
-    The configuration and the versions are compared in any case. Call it before initialize_model_parallel.
+    The configuration and the versions are always compared. Call this before initialize_model_parallel.
 
     Args:
         args: namespace or dict with Megatron's names; ``mindspeed_cp.arguments.compared`` lists what is compared.
-        program: name of the program whose flags these are; it ends with status 2 and one line on rank 0, where a
-            script gets a ValueError on every rank.
+        program: name of the program whose flags these are; on a difference it ends with status 2 and one line on rank
+            0. Without a name, every rank raises a ValueError instead.
     """
     from mindspeed_cp.arguments import compared_arguments
 
@@ -280,7 +280,7 @@ def compare_on_all_ranks(args: Any, *, program: str = "") -> None:
 
 
 def state() -> "Adaptor":
-    """The Adaptor in use: config, setup, groups, layout(seq_len), shard_batch, gather_sequence."""
+    """The current Adaptor, with config, setup, groups, layout(seq_len), shard_batch, gather_sequence."""
     return _state
 
 
@@ -316,7 +316,7 @@ _require_megatron()
 if __name__ == "__main__":
     from mindspeed_cp.patches import areas
 
-    # As a module of its own name, of which there is one, and not as __main__.
+    # Import the module under its own name, because __main__ would be a second copy.
     areas.main(lambda: importlib.import_module("mindspeed_cp.megatron_adaptor")._applied())
     sys.exit()
 _build()

@@ -5,9 +5,9 @@
 
     python -m mindspeed_cp.plan --cluster a100 --launch "bash scripts/launch/llama2.sh 7b"
 
-With --cp one attention layer, forward and backward; with --devices a whole training, every split of the devices. Bytes
-are those of the engine itself; times are a prediction from peak rates. The model and sizes can come from Megatron's own
-flags behind --, or from a launch command.
+With --cp it plans one attention layer, forward and backward; with --devices a whole training, over all splits of the
+devices. Bytes are those that the engine itself sends; times are predicted from peak rates. Model and sizes can also
+come from Megatron's own flags after --, or from a launch command.
 """
 
 import argparse
@@ -20,18 +20,20 @@ from mindspeed_cp.planner import calibrate, report
 from mindspeed_cp.planner import given as given_flags
 from mindspeed_cp.planner.cluster import THIS_MACHINE, Cluster
 from mindspeed_cp.planner.documents import Boundaries, boundaries
+from mindspeed_cp.planner.fitting import plans
 from mindspeed_cp.planner.memory import most_bytes
 from mindspeed_cp.planner.models import ModelShape
 from mindspeed_cp.planner.picture import layer_milliseconds, plot, training_seconds
 from mindspeed_cp.planner.progress import Progress
 from mindspeed_cp.planner.report import reason
-from mindspeed_cp.planner.search import Candidate, Found, flags, hiding_tokens
+from mindspeed_cp.planner.search import Found, flags, hiding_tokens
 from mindspeed_cp.planner.split import Split, Work
+from mindspeed_cp.planner.timing import Candidate
 from mindspeed_cp.planner.trace import Problem
-from mindspeed_cp.planner.training import attention, is_tight, plans, problem_of
+from mindspeed_cp.planner.training import attention, is_tight, problem_of
 from mindspeed_cp.settings.derived import KV_CACHE_POLICIES
 
-EVERYTHING = 200  # plans in JSON
+EVERYTHING = 200  # maximum number of plans in JSON
 PREDICTION = "prediction, not measured on this hardware"
 
 
@@ -98,7 +100,7 @@ def _text(found: Found, cluster: Cluster, problem: Problem, given: argparse.Name
 
 
 def _travels(found: Found, problem: Problem) -> int | None:
-    """Elements of a token that travel with the first setting."""
+    """Number of elements per token that travel with the best setting."""
     return problem.row_elements(found.candidates[0].config) if found.candidates else None
 
 
@@ -199,7 +201,7 @@ def _plot(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> Non
 
 
 def _at_lengths(given: argparse.Namespace) -> list[argparse.Namespace]:
-    """The same question for lengths from a sixteenth of the given one to four times it."""
+    """The same options for lengths from a sixteenth of the given one to four times it."""
     lengths = {given.seq_length * 2**power // 16 for power in range(0, 7)} - {0}
     return [argparse.Namespace(**{**vars(given), "seq_length": length}) for length in sorted(lengths)]
 
@@ -226,7 +228,7 @@ def _plan_layer(given: argparse.Namespace, model: ModelShape, cluster: Cluster) 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the plan; returns 0, 1 where no setting works, or 2 for a wrong flag."""
+    """Print the plan; returns 0, 1 if no setting works, or 2 for a wrong flag."""
     try:
         return _run(given_flags.read(sys.argv[1:] if arguments is None else arguments))
     except ValueError as error:

@@ -2,15 +2,15 @@
 
     torchrun --nproc-per-node 4 -m mindspeed_cp.run pretrain_gpt.py --context-parallel-size 4 ...
 
-The script runs as ``__main__`` with its own command line, and its folder stands first in the import path, as under
-plain ``python pretrain_gpt.py``; so a checkout's own megatron.core is the one that is patched and used.
+The script runs as ``__main__`` with its own command line and with its folder first on the import path, as with plain
+``python pretrain_gpt.py``; so a checkout's own megatron.core is patched and used.
 """
 
 import os
 import sys
 from pathlib import Path
 
-# Where a spawned process finds the script; the import machinery overwrites its sys.argv[0].
+# Tells a spawned process the script, because the import machinery overwrites sys.argv[0] there.
 SCRIPT_VARIABLE = "MINDSPEED_CP_SCRIPT"
 USAGE = """\
 usage: torchrun ... -m mindspeed_cp.run SCRIPT.py [arguments of the script ...]
@@ -25,10 +25,10 @@ python -m mindspeed_cp.megatron_adaptor lists what is patched.
 
 
 def main() -> None:
-    """Import the adaptor and run the script that the command line names.
+    """Import the adaptor and run the script on the command line.
 
     Raises:
-        SystemExit: with status 2 when no script is named or it does not exist; otherwise the script's own.
+        SystemExit: with status 2 if no script is given or it does not exist; otherwise the script's own.
     """
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
@@ -51,10 +51,10 @@ def main() -> None:
 def execute(name: str) -> None:
     """Run the script in the namespace of the module ``name``.
 
-    That module keeps this one's spec, so a process that multiprocessing spawns (Megatron's checkpoint writers) comes
-    here as well: it gets the adaptor before the script's imports, which would fail without it on some machines.
+    That module keeps this module's spec, so that a process spawned by multiprocessing (Megatron's checkpoint writers)
+    also runs this module: it imports the adaptor before the script's imports, which could fail without it.
     """
-    import mindspeed_cp.megatron_adaptor  # noqa: F401  after the path is right, before the script imports Megatron
+    import mindspeed_cp.megatron_adaptor  # noqa: F401  after the path is set, before the script imports Megatron
 
     script, namespace = os.environ[SCRIPT_VARIABLE], vars(sys.modules[name])
     namespace["__file__"] = script
@@ -63,5 +63,5 @@ def execute(name: str) -> None:
 
 if __name__ == "__main__":
     main()
-elif __name__ == "__mp_main__":  # spawned: the parent's command line and path are in place already
+elif __name__ == "__mp_main__":  # spawned: the parent's command line and path are already set
     execute(__name__)

@@ -1,9 +1,9 @@
-"""torchrun, with the words of the training script alone where it refuses its flags.
+"""torchrun that prints only the training script's own message if the script rejects its flags.
 
     python -m mindspeed_cp.torchrun --nproc-per-node 8 scripts/pretrain_gpt.py ...
 
-torchrun answers a script that ends with status 2, having said in one line what is wrong with its command line, with
-forty lines of its own and status 1. Here the line stays alone, and the status is 2. Everything else is torchrun's.
+If a script prints one line about a wrong command line and ends with status 2, torchrun adds forty lines of its own and
+ends with status 1. Here only the line is printed, and the status is 2. Everything else is torchrun's.
 """
 
 import logging
@@ -11,12 +11,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-REFUSED = 2  # the status of a script whose flags are wrong
+REFUSED = 2  # exit status of a script whose flags are wrong
 LOGGER = "torch.distributed.elastic.multiprocessing.api"
 
 
 class _Held(logging.Filter):
-    """Keeps what torchrun logs of ranks that end until it is known why the first of them did."""
+    """Holds back torchrun's log about failed ranks until it is known why the first of them failed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,11 +30,11 @@ class _Held(logging.Filter):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run torchrun; returns 2 where the first rank that failed refused its flags, else what torchrun does."""
+    """Run torchrun; returns 2 if the first failed rank rejected its flags, else torchrun's status."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # which torchrun does too, with five lines
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, but without its five lines of notice
     held, logger = _Held(), logging.getLogger(LOGGER)
     logger.addFilter(held)
     try:

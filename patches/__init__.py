@@ -1,7 +1,7 @@
-"""Everything that knows Megatron: what is changed in it, each with its reason, and the manager that changes it back.
+"""The patches of Megatron, each with its reason, and the manager that applies and undoes them.
 
-``areas`` lists the rows, one file for each area of Megatron; ``rows`` says how a row is written, ``machine`` holds the
-stand-ins for machines and libraries. Only ``mindspeed_cp.megatron_adaptor`` applies them.
+``areas`` lists the rows, one file per area of Megatron; ``rows`` says how a row is written; ``machine`` holds the
+stand-ins for missing devices and libraries. Only ``mindspeed_cp.megatron_adaptor`` applies patches.
 """
 
 from mindspeed_cp.patches.manager import Patch, PatchError, PatchManager, PatchRow

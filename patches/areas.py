@@ -1,6 +1,6 @@
-"""The areas of patches, in the order in which the adaptor applies them, and how they are shown.
+"""The areas of patches, in the order in which the adaptor applies them, and how they are printed.
 
-An area is a list of modules, each of which holds its rows as ``patches/rows.py`` has them.
+An area is a list of modules with rows as described in ``patches/rows.py``.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from mindspeed_cp.patches.rows import patches_of
 PROCESS = (attention, latent_attention, process_groups, batches, models, pipeline, dynamic, recompute)
 MODELS = (building, rotary, positions, experts, multi_token_prediction, state_space, delta_net, sparse_attention)
 TRAINING = (losses, step_log, training, legacy)
-# What an area is for; the order of the areas on the screen.
+# Purpose of each area, in the order in which areas are printed.
 TITLES = {
     "core": "context parallelism in megatron-core",
     "training": "flags and training code of a Megatron-LM checkout",
@@ -54,16 +54,16 @@ TITLES = {
     "triton": "Megatron's modules that import Triton whether it is there or not",
     "libraries": "stand-ins for optional libraries that are not installed",
 }
-# What machines and libraries ask for; the others are context parallelism.
+# Areas for machines and libraries; the others are context parallelism.
 STAND_INS = ("triton", "device", "npu", "libraries", "checkout device")
 MORE = "python -m mindspeed_cp.megatron_adaptor --all lists every patch with its reason."
 
 
 def all_areas(adaptor: Adaptor, device_choice: str) -> dict[str, list[Patch]]:
-    """name -> patches; Megatron is imported on top of the device stand-in, on a device that is prepared here.
+    """name -> patches. Prepares the device, and imports Megatron after the device's patches are applied.
 
     Args:
-        device_choice: the value of MINDSPEED_CP_DEVICE, "" without.
+        device_choice: the value of MINDSPEED_CP_DEVICE, "" if it is not set.
     """
     why = choice.why_no_stand_in(device_choice)
     why_no_npu = "" if choice.device_type(device_choice) == "npu" else "no NPU is in use"
@@ -84,7 +84,7 @@ def all_areas(adaptor: Adaptor, device_choice: str) -> dict[str, list[Patch]]:
 
 
 def essential_targets(areas: Mapping[str, Iterable[Patch]]) -> frozenset[str]:
-    """The names for ``PatchManager.check``: without this project's function there results would be wrong."""
+    """The names for ``PatchManager.check``: results would be wrong without this project's functions there."""
     return frozenset(
         made.target for name, patches in areas.items() if name not in STAND_INS for made in patches if made.essential
     )
@@ -92,12 +92,12 @@ def essential_targets(areas: Mapping[str, Iterable[Patch]]) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Applied:
-    """What the adaptor says of itself.
+    """The adaptor's report.
 
     Args:
         megatron: version of megatron-core.
-        device, device_reason: which one is used, and why.
-        imported_before: Megatron's modules that were there before the adaptor.
+        device, device_reason: which device is used, and why.
+        imported_before: Megatron's modules that were imported before the adaptor.
         patches: area -> its rows, in the order of application.
     """
 
@@ -113,10 +113,10 @@ def patch_table(head: str, areas: Mapping[str, Sequence[PatchRow]], *, everythin
 
     Args:
         head: versions, for the first line.
-        areas: name -> its rows; TITLES says what known areas are for.
-        everything: list all rows with target, status and reason; else a line for each class and module that "core"
-            touches, and one line for every other area.
-        width: columns that a line of the short form may have.
+        areas: name -> its rows.
+        everything: list all rows with target, status and reason; else one line per class and module that "core"
+            changes, and one line for every other area.
+        width: maximum number of columns in the short form.
     """
     rows = [row for area in areas.values() for row in area]
     lines = [f"{head}, {_count(rows)} patches applied"]
@@ -146,7 +146,7 @@ def _why_none(rows: Sequence[PatchRow]) -> str:
 
 
 def _short(rows: Sequence[PatchRow]) -> Iterator[str]:
-    """Lines: what others have taken or wrapped; each class or module with its first patch; what is not needed here."""
+    """Lines: names that others replaced or wrapped; each class or module with its first patch; unneeded patches."""
     needed = [row for row in rows if row.applied or row.is_lost]
     told = [row for row in needed if row.status != "applied"]
     for row in told:
@@ -160,7 +160,7 @@ def _short(rows: Sequence[PatchRow]) -> Iterator[str]:
 
 
 def _alike(rows: Iterable[PatchRow]) -> list[list[PatchRow]]:
-    """Rows that follow each other and are of one class or module, or have one reason."""
+    """Group consecutive rows of the same class or module, or with the same reason."""
     groups: list[list[PatchRow]] = []
     for row in rows:
         last = groups[-1][-1] if groups else None
@@ -181,7 +181,7 @@ def _clip(line: str, width: int) -> str:
 
 
 def main(apply: Callable[[], Applied]) -> None:
-    """Print ``apply()``, without the notices of Megatron about libraries that it does not find."""
+    """Print ``apply()``, without Megatron's notices about missing libraries."""
     parser = argparse.ArgumentParser(
         prog="python -m mindspeed_cp.megatron_adaptor", description="Show what importing this module patches."
     )

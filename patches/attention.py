@@ -1,8 +1,8 @@
 """Patches of Megatron's core attention modules: attention over the whole sequence, of which each rank holds a part.
 
-A module computes over the context-parallel group that it was built with. With context_parallel_size 1 in its own
-configuration it is alone and Megatron's, whatever the process has, but for what Megatron's local module refuses with an
-error: packed sequences, and the value heads of multi-latent attention.
+A module computes over the context-parallel group that it was built with. If context_parallel_size is 1 in its own
+configuration, Megatron's original runs, whatever groups the process has. The exceptions are inputs that Megatron's
+local module rejects: packed sequences, and the value heads of multi-latent attention.
 """
 
 import copy
@@ -27,19 +27,19 @@ from mindspeed_cp.settings.notices import warn_rank0
 
 DOT_PRODUCT = "megatron.core.transformer.dot_product_attention.DotProductAttention"
 TE_DOT_PRODUCT = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
-CAUSAL_TYPES = ("causal", "padding_causal", "causal_bottom_right")  # of AttnMaskType; queries are as many as keys
+CAUSAL_TYPES = ("causal", "padding_causal", "causal_bottom_right")  # of AttnMaskType; as many queries as keys
 WITHOUT_TE = uninstalled("transformer_engine", "Transformer Engine is not installed")
 
 
 def without_te() -> str:
-    """Why there is no Transformer Engine's module: nobody has it, MindSpeed neither, or has one for both."""
+    """Why Transformer Engine's module is not patched: it does not exist, or is MindSpeed's local module as well."""
     found = at_path(TE_DOT_PRODUCT)
     if found is at_path(DOT_PRODUCT):
         return "MindSpeed has one class for this and the local module"
     return "" if isinstance(found, type) and is_wrapped(found) else WITHOUT_TE()
 
 
-# Field of TransformerConfig -> how the user names it, and why nothing here can honour it.
+# Field of TransformerConfig -> (the user's name of it, why it cannot be supported here).
 REFUSED = {
     "fp8_dot_product_attention": (
         "fp8_dot_product_attention of the model's configuration",
@@ -62,7 +62,7 @@ REFUSED = {
 def local_init(
     adaptor: Adaptor, original: Callable[..., None], self: Any, config: Any, *args: Any, **kwargs: Any
 ) -> None:
-    # Multi-latent attention names its head sizes; only Transformer Engine's module takes them.
+    # Multi-latent attention passes its head dimensions, which only Transformer Engine's module accepts.
     known = signature_of(original).parameters
     kwargs = {
         name: value for name, value in kwargs.items() if name in known or name not in ("k_channels", "v_channels")
@@ -71,7 +71,7 @@ def local_init(
         original(self, config, *args, **kwargs)
         return
     group = _group(config, arguments_of(original, (self, config, *args), kwargs), type(self).__name__)
-    # The checks read a copy; everything later reads the real configuration.
+    # The constructor's checks read a copy; later code reads the real configuration.
     checked = copy.copy(config)
     checked.context_parallel_size, checked.window_size = 1, None
     original(self, checked, *args, **kwargs)
@@ -90,7 +90,7 @@ def te_init(adaptor: Adaptor, original: Callable[..., None], self: Any, *args: A
     if config.context_parallel_size > 1 or adaptor.sizes:
         _refuse_unsupported(config)
     if config.context_parallel_size > 1 and is_wrapped(type(self)):
-        args, kwargs = _alone(config, args, kwargs)  # MindSpeed's would make a context-parallel attention of its own
+        args, kwargs = _alone(config, args, kwargs)  # else MindSpeed's module uses its own context parallelism
     original(self, *args, **kwargs)
     self.config = config
     self.asked_softmax_scale = given.get("softmax_scale")
@@ -100,7 +100,7 @@ def te_init(adaptor: Adaptor, original: Callable[..., None], self: Any, *args: A
 
 
 def _alone(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments, with a configuration of context-parallel size 1."""
+    """The same arguments with context-parallel size 1 in the configuration."""
     alone = copy.copy(config)
     alone.context_parallel_size = 1
     shown = tuple(alone if value is config else value for value in args)
@@ -108,10 +108,10 @@ def _alone(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
 
 
 def _group(config: Any, given: dict[str, Any], name: str) -> Any:
-    """The group that a module's arguments name, Megatron's own where they name none.
+    """The context-parallel group in a module's arguments, else Megatron's own.
 
     Raises:
-        ValueError: there is no group, or one of another size.
+        ValueError: there is no group, or its size differs from the configuration's.
     """
     group = named_group(given)
     return checked_group(config.context_parallel_size, own_group() if group is None else group, name)
@@ -119,7 +119,7 @@ def _group(config: Any, given: dict[str, Any], name: str) -> Any:
 
 def _join(adaptor: Adaptor, module: Any, group: Any) -> None:
     """Let ``module`` compute over ``group``."""
-    object.__setattr__(module, OWN, HeldGroup(group))  # no parameter and no state
+    object.__setattr__(module, OWN, HeldGroup(group))  # bypasses nn.Module, since it is neither parameter nor state
     adaptor.announce(adaptor.scopes.of(group).config)
 
 
@@ -132,34 +132,44 @@ def _refuse_unsupported(config: Any) -> None:
             )
 
 
-@patch(
-    f"{DOT_PRODUCT}.forward",
-    reason="attention over the whole sequence, of which each rank holds a part",
-)
+class _Call:
+    """What a core attention of Megatron's is called with; ``asked`` is what no computation here is told by name."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+        **others: Any,
+    ) -> None:
+        self.tensors, self.attention_mask, self.packed_seq_params = (
+            (query, key, value),
+            attention_mask,
+            packed_seq_params,
+        )
+        self.attn_mask_type, self.attention_bias = attn_mask_type, attention_bias
+        self.asked = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, **others}
+
+
+@patch(f"{DOT_PRODUCT}.forward", reason="attention over the whole sequence, of which each rank holds a part")
 def local_forward(
-    adaptor: Adaptor,
-    original: Callable[..., torch.Tensor],
-    self: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    attn_mask_type: Any = None,
-    attention_bias: torch.Tensor | None = None,
-    packed_seq_params: Any = None,
-    **kwargs: Any,
+    adaptor: Adaptor, original: Callable[..., torch.Tensor], self: Any, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    # Megatron's local attention knows neither packed sequences nor the value heads of multi-latent attention.
+    call = _Call(*args, **kwargs)
+    query, key, value = call.tensors
+    # Megatron's local attention supports neither packed sequences nor the value heads of multi-latent attention.
     width = self.num_attention_heads_per_partition * value.shape[-1]
-    asked = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, **kwargs}
-    theirs = packed_seq_params is None and width == self.hidden_size_per_partition
-    theirs = theirs and not _has_slices(adaptor)
-    if _is_alone(self) and not adaptor.sizes and theirs and not _takes_the_kernel(adaptor, query, key, attention_bias):
-        return original(self, query, key, value, attention_mask, **asked, packed_seq_params=packed_seq_params)
-    # Query-key layer scaling divides, then multiplies.
+    theirs = call.packed_seq_params is None and width == self.hidden_size_per_partition and not _has_slices(adaptor)
+    if _is_alone(self) and not adaptor.sizes and theirs:
+        if not _takes_the_kernel(adaptor, query, key, call.attention_bias):
+            return original(self, *args, **kwargs)
+    # Query-key layer scaling first divides and then multiplies by the same factor.
     scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1)
-    core = _described(self, self.attn_mask_type, scale, self.attention_dropout.p)
-    return _attended(adaptor, self, core, query, key, value, attention_mask, packed_seq_params, asked)
+    return _attended(adaptor, self, _described(self, self.attn_mask_type, scale, self.attention_dropout.p), call)
 
 
 @patch(
@@ -168,36 +178,27 @@ def local_forward(
     when=without_te,
 )
 def te_forward(
-    adaptor: Adaptor,
-    original: Callable[..., torch.Tensor],
-    self: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    attn_mask_type: Any = None,
-    attention_bias: torch.Tensor | None = None,
-    packed_seq_params: Any = None,
-    **kwargs: Any,
+    adaptor: Adaptor, original: Callable[..., torch.Tensor], self: Any, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    asked = {"attn_mask_type": attn_mask_type, "attention_bias": attention_bias, **kwargs}
     if _is_alone(self) and not adaptor.sizes and not _has_slices(adaptor):
-        return original(self, query, key, value, attention_mask, **asked, packed_seq_params=packed_seq_params)
-    scale = query.shape[-1] ** -0.5 if self.asked_softmax_scale is None else self.asked_softmax_scale
-    core = _described(self, attn_mask_type, scale, self.asked_dropout)
-    if attn_mask_type.name in CAUSAL_TYPES and not is_wrapped(type(self)):
-        attention_mask = None  # Transformer Engine reads no mask with causal types; MindSpeed's module does
-    return _attended(adaptor, self, core, query, key, value, attention_mask, packed_seq_params, asked)
+        return original(self, *args, **kwargs)
+    call = _Call(*args, **kwargs)
+    head_dim = call.tensors[0].shape[-1]
+    scale = head_dim**-0.5 if self.asked_softmax_scale is None else self.asked_softmax_scale
+    core = _described(self, call.attn_mask_type, scale, self.asked_dropout)
+    if call.attn_mask_type.name in CAUSAL_TYPES and not is_wrapped(type(self)):
+        call.attention_mask = None  # with causal types Transformer Engine ignores it, but MindSpeed's module reads it
+    return _attended(adaptor, self, core, call)
 
 
-# UlyssesContextAttention around one of them must not exchange again.
+# Marks them, so that UlyssesContextAttention around one of them does not exchange again.
 local_forward.function.exchanges_context_parallel = True  # type: ignore[attr-defined]
 te_forward.function.exchanges_context_parallel = True  # type: ignore[attr-defined]
 
 
 def _takes_the_kernel(adaptor: Adaptor, query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether --use-flash-attn means this project's kernel here; what plain attention costs is said once."""
-    if is_here():  # it means MindSpeed's, which stands there
+    """Whether --use-flash-attn selects this project's kernel here; else one notice tells what plain attention costs."""
+    if is_here():  # then it selects MindSpeed's attention, which is in place
         return False
     computable = len(query) == len(key) and bias is None
     choice = alone(
@@ -218,22 +219,13 @@ def _is_alone(module: Any) -> bool:
 
 
 def _has_slices(adaptor: Adaptor) -> bool:
-    """Whether the batch that runs says by slices what its tokens see."""
+    """Whether the current batch has attention slices."""
     return adaptor.active is not None and adaptor.active.slices is not None
 
 
-def _attended(
-    adaptor: Adaptor,
-    module: Any,
-    core: CoreAttention,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    packed_seq_params: Any,
-    asked: dict[str, Any],
-) -> torch.Tensor:
-    if asked["attention_bias"] is not None:
+def _attended(adaptor: Adaptor, module: Any, core: CoreAttention, call: _Call) -> torch.Tensor:
+    query, key, _ = call.tensors
+    if call.attention_bias is not None:
         raise ValueError(
             "attention_bias is not supported with context parallelism; leave it out, or use --context-parallel-size 1."
         )
@@ -251,17 +243,18 @@ def _attended(
             "--context-parallel-size 1."
         )
     around = None if scope.alone else exchange_around(module)
-    return attend()(adaptor, scope, core, query, key, value, attention_mask, packed_seq_params, asked, around)
+    how = call.attention_mask, call.packed_seq_params, call.asked, around
+    return attend()(adaptor, scope, core, *call.tensors, *how)
 
 
 @cache
 def attend() -> Callable[..., torch.Tensor]:
-    """``attention``, at which torch.compile breaks its graph."""
+    """``attention`` with a graph break for torch.compile."""
     return outside_compiler(attention)
 
 
 def _described(module: Any, attn_mask_type: Any, softmax_scale: float, dropout_p: float) -> CoreAttention:
-    """The CoreAttention of one of Megatron's modules."""
+    """A CoreAttention that describes one of Megatron's modules."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     config, latents = module.config, marked(module)
@@ -274,6 +267,6 @@ def _described(module: Any, attn_mask_type: Any, softmax_scale: float, dropout_p
         window=layer_window(config.window_size, skip_freq, module.layer_number),
         softmax_offset=getattr(module, "softmax_offset", None),  # absent before 0.15
         expand=None if latents is None else latents.expansion,
-        # With sequence parallelism Megatron is inside the fork already.
+        # With sequence parallelism Megatron has already entered the fork.
         rng=nullcontext if config.sequence_parallel else get_cuda_rng_tracker().fork,
     )

@@ -29,7 +29,7 @@ def get_batch_on_this_cp_rank(
     known = signature_of(original)
     given = known.bind_partial(batch, *args, **kwargs).arguments
     if "is_hybrid_cp" in known.parameters and "is_hybrid_cp" not in given:
-        # Code written for a Megatron before 0.18 does not say it, and leaves the group to Megatron.
+        # Code written for Megatron before 0.18 does not pass it and uses Megatron's default group.
         kwargs["is_hybrid_cp"] = False
         if given.get("cp_group") is None and dist.is_initialized():
             kwargs["cp_group"] = own_group()
@@ -47,10 +47,10 @@ def get_batch_on_this_cp_rank(
 
 
 def _documents_that_come_along(adaptor: Adaptor, batch: Batch, is_hybrid: Any) -> Documents | None:
-    """The documents of a batch that brings cu_seqlens (1, n), as those of 0.18 and later do; None without.
+    """The documents of a batch that contains cu_seqlens (1, n), as in 0.18 and later; else None.
 
     Raises:
-        ValueError: dynamic context parallelism of which initialize_model_parallel knows nothing; or several rows.
+        ValueError: dynamic context parallelism without initialize_model_parallel's argument, or several rows.
     """
     if is_hybrid and not adaptor.sizes:
         refuse_dynamic("initialize_model_parallel was not told so (hybrid_context_parallel=True)")
@@ -59,7 +59,7 @@ def _documents_that_come_along(adaptor: Adaptor, batch: Batch, is_hybrid: Any) -
         return None
     sequences = named_sequences(batch)
     if not sequences:
-        return None  # a stage in the middle of a pipeline
+        return None  # an inner pipeline stage
     if ends.dim() > 1 and ends.size(0) > 1:
         raise ValueError(
             f"cu_seqlens of the batch has shape {tuple(ends.shape)}, and a packed batch is one row; use "
@@ -88,7 +88,7 @@ def get_thd_batch_on_this_cp_rank(
     untouched = scope.alone and not adaptor.sliced and not brings_slices(batch, adaptor.settings.image_token_id)
     if untouched or cp_size not in (None, scope.size):
         return original(batch, cu_seqlens, cu_seqlens_padded, max_seqlen, cp_size, cp_rank)
-    # Given as one rank, Megatron makes the parameters and splits nothing.
+    # As one of one ranks, Megatron creates the parameters but splits nothing.
     batch, params = original(batch, cu_seqlens, cu_seqlens_padded, max_seqlen, 1, 0)
     documents = (adaptor.boundaries.documents(params, length_of(named_sequences(batch))),)
     return split_in_place(adaptor, scope, batch, documents), params

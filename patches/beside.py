@@ -1,4 +1,4 @@
-"""This project's patches beside MindSpeed's: who gives way to whom, and what each learns of the other."""
+"""This project's patches together with MindSpeed's: in which order they are applied, and what they exchange."""
 
 import importlib
 import sys
@@ -17,11 +17,11 @@ from mindspeed_cp.settings.notices import is_rank0, warn_rank0
 
 
 class Beside:
-    """MindSpeed as the adaptor sees it.
+    """The adaptor's view of MindSpeed.
 
     Args:
-        adaptor: what it knows between two calls of Megatron.
-        manager: of this project's patches of Megatron.
+        adaptor: the adaptor's state.
+        manager: this project's patches of Megatron.
     """
 
     def __init__(self, adaptor: Adaptor, manager: PatchManager) -> None:
@@ -38,15 +38,15 @@ class Beside:
 
     @property
     def kept(self) -> str:
-        """Why context parallelism is left to MindSpeed, "" where it is done here."""
+        """Why context parallelism is left to MindSpeed; "" if it is done here."""
         return self._neighbour.kept
 
     def meet(self, choice: str, device: str) -> None:
-        """Let MindSpeed patch first, without its context parallelism; where it comes later, learn of it then.
+        """Let MindSpeed patch first, without its context parallelism; if it is imported later, adapt to it then.
 
         Args:
-            choice: the value of MINDSPEED_CP, "" without.
-            device: that this process uses; MindSpeed is for NPUs.
+            choice: the value of MINDSPEED_CP, "" if it is not set.
+            device: the device that this process uses; MindSpeed is for NPUs.
 
         Raises:
             ValueError: the value is not known.
@@ -68,7 +68,7 @@ class Beside:
                 neighbour.activate(sys.argv[0])
 
     def come_back(self) -> None:
-        """Apply this project's patches, around what is there."""
+        """Apply this project's patches again, on top of MindSpeed's."""
         if neighbour.is_here():
             self._around.apply()
         self._manager.apply()
@@ -79,7 +79,7 @@ class Beside:
             self._manager.undo()
 
     def leave(self) -> None:
-        """Forget MindSpeed, which has its methods again."""
+        """Undo the patches of MindSpeed itself and forget it."""
         neighbour.AfterImport.uninstall()
         self._around.undo()
 
@@ -87,7 +87,7 @@ class Beside:
         following.expect(self._adaptor, by_mindspeed(settings))
 
     def say(self) -> None:
-        """Rank 0 says who does what, where there are two."""
+        """If MindSpeed is present, rank 0 prints which package does what."""
         line = self._neighbour.line()
         if line and is_rank0():
             print(line, flush=True)
@@ -97,11 +97,11 @@ class Beside:
                 warn_rank0(said)
 
     def default_said(self, config: ContextParallelConfig) -> str:
-        """That the algorithm is MindSpeed's default, where settings came through it."""
+        """A text that the algorithm is MindSpeed's default, if the settings came from MindSpeed."""
         default = self._adaptor.settings.by_mindspeed and config.algorithm == DEFAULT_ALGORITHM
         return f", {DEFAULT_ALGORITHM} is MindSpeed's default" if default else ""
 
 
 def by_mindspeed(settings: Any) -> FrameworkSettings:
-    """Settings as MindSpeed means them: with its default algorithm."""
+    """Settings with MindSpeed's default algorithm."""
     return replace(FrameworkSettings.read(settings), default_algorithm=DEFAULT_ALGORITHM)

@@ -1,4 +1,4 @@
-"""Patch of the base of all Megatron's modules: a module that context parallelism cannot compute is not built."""
+"""Patch of the base class of Megatron's modules: modules that context parallelism cannot compute are rejected."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ def __init__(adaptor: Adaptor, original: Callable[..., Any], self: Any, config: 
 
 
 def census_of(adaptor: Adaptor) -> Census:
-    """The census of the Megatron that is installed, with the classes that the settings trust."""
+    """The census of the installed Megatron, including the classes that the settings trust."""
     from megatron.core import __version__
 
     trusted = None if adaptor.setup is None else adaptor.setup.trusted_classes

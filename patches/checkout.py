@@ -1,4 +1,4 @@
-"""Whether there is a Megatron-LM checkout, with which megatron.training and megatron.legacy come."""
+"""Whether there is a Megatron-LM checkout, which contains megatron.training and megatron.legacy."""
 
 import importlib
 import importlib.util
@@ -7,12 +7,12 @@ LEGACY = "megatron.legacy.model.transformer"
 
 
 def without_checkout() -> str:
-    """Why no checkout is patched: "" when megatron.training can be imported."""
+    """Why no checkout is patched; "" if megatron.training can be imported."""
     return _why_missing("megatron.training", "no Megatron-LM checkout (megatron.training) on the import path")
 
 
 def without_legacy() -> str:
-    """Why no legacy models are patched: "" when they can be imported."""
+    """Why no legacy models are patched; "" if they can be imported."""
     return without_checkout() or _why_missing(LEGACY, "this Megatron-LM has no legacy models")
 
 
@@ -22,6 +22,6 @@ def _why_missing(module: str, missing: str) -> str:
             return missing
         importlib.import_module(module)
     except ImportError as error:
-        # The training script imports the same and shows the whole traceback.
+        # The training script imports the same module and shows the whole traceback.
         return f"{module} cannot be imported: {error}"
     return ""

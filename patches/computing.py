@@ -1,4 +1,4 @@
-"""Over which ranks the module that runs computes, for functions of Megatron that are given no group."""
+"""The scope of the running module, for functions of Megatron that have no group argument."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ _SCOPE: ContextVar[Scope | None] = ContextVar("scope of the module that runs", d
 
 @contextmanager
 def computing_over(scope: Scope) -> Iterator[None]:
-    """Let functions inside the block know that they belong to a module that computes over ``scope``."""
+    """Context manager that tells functions called inside it that the running module computes over ``scope``."""
     token = _SCOPE.set(scope)
     try:
         yield
@@ -20,5 +20,5 @@ def computing_over(scope: Scope) -> Iterator[None]:
 
 
 def computes_over() -> Scope | None:
-    """The scope of the module that runs; None outside of the modules that say it."""
+    """The scope of the running module; None outside ``computing_over``."""
     return _SCOPE.get()

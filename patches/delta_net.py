@@ -1,8 +1,8 @@
-"""Patches of gated delta nets, which see what is before a token through a state.
+"""Patches of gated delta nets, which see earlier tokens through a recurrent state.
 
-Megatron has them from 0.16 on; until 0.17 a rank's part is taken for the whole sequence, and from 0.18 on heads are
-shared out for a zigzag over the whole row or over every document. Here they are computed for any layout and any
-documents, by heads or by states (--cp-linear-exchange).
+Megatron has them from 0.16 on; until 0.17 it treats a rank's part as the whole sequence, and from 0.18 on it splits
+heads over the ranks, for a zigzag over the whole row or over every document. Here they are computed for any layout and
+any documents, by heads or by states (--cp-linear-exchange).
 """
 
 import importlib
@@ -25,7 +25,7 @@ WITHOUT = "this version's gated delta nets have no context parallelism"
 
 
 def takes_comm_type() -> str:
-    """Why the constructor needs no patch: from 0.19 on it takes and ignores what it is not given here."""
+    """Why the constructor needs no patch: from 0.19 on it accepts and ignores cp_comm_type; else ""."""
     layer = importlib.import_module(MODULE).GatedDeltaNet
     return "it takes cp_comm_type" if "cp_comm_type" in inspect.signature(layer.__init__).parameters else ""
 

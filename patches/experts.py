@@ -1,7 +1,7 @@
-"""Patches of the losses that balance a mixture of experts: the same weight whatever the context-parallel size.
+"""Patches of the balancing losses of a mixture of experts: the same weight for any context-parallel size.
 
-Every context-parallel rank routes its own tokens and adds the losses' gradients behind Megatron's back, outside the
-loss that the training script computes. s: tokens of this rank, S: of the whole sequence, cp: ranks.
+Every context-parallel rank routes its own tokens, and the gradients of these losses are added outside the loss that the
+training script computes. s: tokens of this rank, S: tokens of the whole sequence, cp: ranks.
 """
 
 import importlib
@@ -30,12 +30,12 @@ UTILS = f"{MOE}.moe_utils"
 
 @dataclass(frozen=True)
 class Share:
-    """The share of a micro-batch's tokens that the router that runs has here.
+    """The running router's share of a micro-batch's tokens on this rank.
 
     Args:
         share: s / (S / cp); 1 for even lengths.
-        counted: Megatron has counted the tokens itself (padding masks).
-        weight: factor on the gradients of the losses.
+        counted: whether Megatron has counted the tokens itself (padding masks).
+        weight: factor for the gradients of the losses.
     """
 
     share: float | torch.Tensor
@@ -76,14 +76,14 @@ def _share(scope: Scope, config: Any, share: float | torch.Tensor, padding_mask:
         valid = padding_mask.logical_not().sum().float()
         total = valid.clone()
         dist.all_reduce(total, group=scope.group)
-        # A rank of padding alone has losses of 0, and so has a micro-batch of padding alone.
+        # Ranks and micro-batches that contain only padding have losses of 0.
         share = (valid * scope.size / total.clamp(min=1)).clamp(min=1e-9)
     if config.calculate_per_token_loss:
-        # Megatron multiplies by s, from 0.19 on by s * cp, adds over the ranks and divides by all tokens; S is what
-        # cp = 1 has.
+        # Megatron multiplies by s (from 0.19 on by s * cp), sums over the ranks and divides by all tokens; with cp = 1
+        # the factor is S.
         weight = (1 if _multiplies_by_ranks() else scope.size) / share
     else:
-        # Gradients are averaged over the ranks, and these are to be added.
+        # Gradients are averaged over the ranks, but these must be summed.
         weight = 1 if _scales_with_cp() else scope.size
     return Share(share, padding_mask is not None, weight)
 
@@ -99,7 +99,7 @@ def switch_load_balancing_loss_func(
     loss, now = original(*args, **kwargs), _NOW.get()
     if now is None:
         return loss
-    # Megatron divides by (s * cp)^2, the count that it believes S to be.
+    # Megatron divides by (s * cp)^2, assuming S = s * cp.
     return _weighted(loss if now.counted else loss * now.share**2, now.weight)
 
 
@@ -116,7 +116,7 @@ def get_tokens_per_expert_and_token_count(
     if now is not None and now.counted:
         given = arguments_of(original, args, kwargs)
         local = given["routing_map"].sum() / given["topk"]
-        total = total.clamp(min=1)  # of padding alone: the losses are 0 / 0 otherwise
+        total = total.clamp(min=1)  # if there is only padding, the losses would be 0 / 0
     return per_expert, local, total
 
 
@@ -155,12 +155,12 @@ def _sequence_loss(
     sequence_partition_group: dist.ProcessGroup,
     share: float | torch.Tensor,
 ) -> torch.Tensor:
-    """This rank's term of the loss that balances the experts within each sequence; the ranks' terms add up to the loss.
+    """This rank's term of the loss that balances the experts within each sequence; the loss is the sum over the ranks.
 
     Args:
-        probs, routing_map: (seq_length * batch_size, experts), the tokens of this rank.
+        probs, routing_map: (seq_length * batch_size, experts), for the tokens of this rank.
         sequence_partition_group: the ranks that hold parts of the sequence.
-        share: tokens of this rank over their mean.
+        share: tokens of this rank divided by the mean over the ranks.
     """
     probs, chosen = (tensor.view(seq_length, batch_size, -1).sum(0) for tensor in (probs, routing_map.float()))
     dist.all_reduce(chosen, group=sequence_partition_group)
@@ -179,13 +179,13 @@ def _check_dispatcher(config: Any, layout: SequenceLayout) -> None:
 
 
 def _weighted(loss: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
-    """The same value, for the log; its gradient times ``weight``."""
+    """The loss with an unchanged value, for the log, and its gradient multiplied by ``weight``."""
     return loss.detach() + weight * (loss - loss.detach())
 
 
 @cache
 def _scales_with_cp() -> bool:
-    """Whether Megatron multiplies these losses by cp, as it does with the loss of the training script."""
+    """Whether Megatron multiplies these losses by cp, as it does with the training script's loss."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     before = MoEAuxLossAutoScaler.main_loss_backward_scale
@@ -196,11 +196,11 @@ def _scales_with_cp() -> bool:
 
 
 def schedule_two_ranks(**settings: Any) -> bool:
-    """Let Megatron's schedule set the factors of its own losses, as it does after every forward pass, for a made-up
-    micro-batch of two context-parallel ranks; False where it sets them without knowing of the ranks.
+    """Let Megatron's schedule set the factors of its own losses, as after every forward pass, for a dummy micro-batch
+    on two context-parallel ranks; False if it sets them without a context-parallel size.
 
     Args:
-        settings: of the made-up configuration.
+        settings: settings of the dummy configuration.
     """
     from megatron.core.pipeline_parallel import schedules
 
@@ -226,9 +226,9 @@ def schedule_two_ranks(**settings: Any) -> bool:
 
 @cache
 def _multiplies_by_ranks() -> bool:
-    """Whether Megatron multiplies these losses by the ranks too where it multiplies them by a rank's tokens.
+    """Whether Megatron multiplies these losses by a rank's tokens times the number of ranks, not by the tokens alone.
 
-    Asked by letting a router attach a made-up loss of 1 for 3 tokens on 2 ranks.
+    Determined by letting a router attach a dummy loss of 1 for 3 tokens on 2 ranks.
     """
     router = importlib.import_module(f"{MOE}.router")
     attach = getattr(router.TopKRouter, "attach_and_log_load_balancing_loss", None)

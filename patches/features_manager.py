@@ -1,4 +1,4 @@
-"""Patches of MindSpeed, where it is beside this project; they stay in place while the other patches give way to it."""
+"""Patches of MindSpeed itself, if it is installed; they stay while the patches of Megatron are undone for it."""
 
 import sys
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def register_patch(
 
 
 def megatron_is_to_come() -> str:
-    """Why the row below waits: its modules import Megatron, and MindSpeed has not patched what must be there before."""
+    """Why the patch below must wait: its modules import Megatron, which MindSpeed has to patch first; else ""."""
     patches = any(module in sys.modules for module, _ in FRONTS.values())
     return "" if patches and "megatron.core.parallel_state" in sys.modules else "MindSpeed has not patched yet"
 

@@ -1,6 +1,6 @@
 """Whether Python, torch and Megatron fit together, by the table of versions; ``python -m mindspeed_cp.patches.fit``.
 
-Prints a JSON list of (level, text, todo), as the doctor's findings are; imports neither torch nor Megatron.
+Prints a JSON list of (level, text, todo), like the doctor's findings; imports neither torch nor Megatron.
 """
 
 import importlib.machinery
@@ -19,7 +19,7 @@ HELPERS = "helpers_cpp"  # megatron.core.datasets compiles it
 
 
 def findings() -> list[Finding]:
-    """Everything that can be said without importing what is looked at."""
+    """All findings that need no import of the checked packages."""
     python, torch, core = platform.python_version(), _release("torch"), core_folder()
     found = [*python_findings(python), *torch_findings(torch)]
     if core is None:
@@ -31,7 +31,7 @@ def findings() -> list[Finding]:
 
 
 def core_folder() -> Path | None:
-    """The folder of the megatron.core that an import would find."""
+    """The folder of the megatron.core that would be imported."""
     try:
         spec = importlib.util.find_spec("megatron.core")
     except ModuleNotFoundError:
@@ -76,7 +76,7 @@ def missing(python: str) -> Finding:
 
 
 def newest_for(python: str) -> str:
-    """The default version, or for a Python that it has no wheels for the newest one that has."""
+    """The default version, or the newest one with wheels for this Python if the default has none."""
     fitting = [
         row.version for row in MEGATRONS if minor(row.pythons[0]) <= minor(python)[:2] <= minor(row.pythons[1])
     ] or [DEFAULT]
@@ -104,7 +104,7 @@ def megatron_finding(version: str, python: str, where: str) -> Finding:
 
 
 def helper_findings(folder: Path) -> list[Finding]:
-    """Megatron's compiled helpers: made for another Python, older than their source, or not loadable."""
+    """Findings about Megatron's compiled helpers: for another Python, older than their source, or not loadable."""
     libraries = sorted(folder.glob(f"{HELPERS}*.so"))
     usable = [path for path in libraries if path.name.removeprefix(HELPERS) in importlib.machinery.EXTENSION_SUFFIXES]
     found = [
@@ -126,13 +126,13 @@ def _of_another_python(library: Path) -> Finding:
 
 
 def _is_older(library: Path, source: Path) -> bool:
-    # An installed wheel has the times of its unpacking, which say nothing.
+    # Files of an installed wheel have the times of its unpacking, which are meaningless here.
     installed = "site-packages" in library.parts
     return not installed and source.exists() and library.stat().st_mtime < source.stat().st_mtime
 
 
 def _why_not(library: Path) -> str:
-    """Why a library does not load, "" when it does."""
+    """Why a library does not load, "" if it does."""
     spec = importlib.util.spec_from_file_location(HELPERS, library)
     assert spec is not None
     try:

@@ -1,4 +1,4 @@
-"""Patches of multi-latent attention: what travels may be the latent, of which every rank makes keys and values."""
+"""Patches of multi-latent attention: ranks may exchange the latent and compute keys and values from it themselves."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ def query_key_value(adaptor: Adaptor, original: Callable[..., Any], self: Any, *
     if self.config.context_parallel_size > 1:
         given = arguments_of(original, (self, *args), kwargs)
         infers = given.get("inference_context") is not None or given.get("inference_params") is not None
-        # It stays: recomputation projects up again, and core attention may be recomputed too.
+        # The mark is not removed: recomputation projects up again, and core attention may be recomputed too.
         mark(self, None if infers else latents_of(adaptor, self))
     return original(self, *args, **kwargs)
 

@@ -18,7 +18,7 @@ LEGACY_LANGUAGE = "megatron.legacy.model.language_model"
 
 @patch(
     f"{LEGACY}.ParallelAttention.__init__",
-    reason="legacy models would ask for the flash-attn package; the core attention below is flash attention",
+    reason="legacy models would require the flash-attn package; the core attention below is flash attention",
     when=without_legacy,
 )
 def parallel_attention_init(
@@ -65,7 +65,7 @@ def core_attention(
 
 
 def _dropout_rng(module: Any) -> Any:
-    """The random state of dropout, as the original chooses it."""
+    """The random state of dropout, chosen as in the original."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     return nullcontext if module.sequence_parallel else lambda: get_cuda_rng_tracker().fork()

@@ -1,4 +1,4 @@
-"""Patch of Megatron's schedule: how the losses of a micro-batch become one where ranks share its tokens unevenly."""
+"""Patch of Megatron's schedule: combine the ranks' losses of a micro-batch if their token counts differ."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -35,7 +35,7 @@ def forward_step(
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside its data-parallel and precision wrappers."""
+    """The model inside its wrappers for data parallelism and precision."""
     while hasattr(model, "module"):
         model = model.module
     return model
@@ -60,7 +60,7 @@ def _with_losses_of_the_sequence(
 def _of_the_sequence(
     adaptor: Adaptor, scope: Scope, loss_func: Callable[..., Any], per_token: bool
 ) -> Callable[..., Any]:
-    """``loss_func``, whose result gives the mean over all tokens of the sequence after what Megatron makes of it."""
+    """Wrap ``loss_func`` so that, after Megatron's scaling, its result is the mean over all tokens of the sequence."""
 
     @wraps(loss_func)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -70,17 +70,17 @@ def _of_the_sequence(
         if not torch.is_grad_enabled():
             return (*result[:-1], _of_all_ranks(scope, result[-1]))
         adaptor.losses.watch(scope, result, counts_are_added())
-        # With a loss per token gradients are divided by the global count at the end of the step, where all are added.
+        # With a per-token loss, gradients are summed and divided by the global count at the end of the step.
         return result if len(result) == 2 or per_token else _weighted(scope, *result)
 
     return call
 
 
 def _weighted(scope: Scope, loss: torch.Tensor, num_tokens: torch.Tensor, report: Any) -> tuple[Any, ...]:
-    """The loss that, divided by the rank's own count, is the loss divided by the mean count of the ranks.
+    """Scale the loss so that Megatron's division by the rank's own count divides it by the mean count of the ranks.
 
-    Gradients are averaged over the context-parallel ranks, so that is the mean over all tokens. Where every rank
-    returns the count of the whole sequence, as Megatron 0.12 does, the factor is 1.
+    Since gradients are averaged over the context-parallel ranks, this gives the mean over all tokens. If every rank
+    returns the count of the whole sequence, as in Megatron 0.12, the factor is 1.
     """
     total = num_tokens.clone()
     dist.all_reduce(total, group=scope.group)
@@ -89,9 +89,9 @@ def _weighted(scope: Scope, loss: torch.Tensor, num_tokens: torch.Tensor, report
 
 
 def _of_all_ranks(scope: Scope, report: Any) -> Any:
-    """A report whose pairs (sum of losses, number of tokens) are the means of the ranks' pairs.
+    """A report whose pairs (sum of losses, number of tokens) are the means over the ranks.
 
-    Megatron adds them up over the ranks, or, with --sft, divides each and averages the quotients: the loss either way.
+    Megatron sums them over the ranks or, with --sft, averages the ranks' quotients; both give the loss.
     """
     if not isinstance(report, dict):
         return report

@@ -1,4 +1,4 @@
-"""Declarative patches with exact undo; this module knows nothing of Megatron.
+"""Declarative patches with exact undo; independent of Megatron.
 
 A ``Patch`` names one attribute by its dotted path, says how to build the replacement from the original, and why. The
 manager applies all patches or none, rebinds the copies that other modules hold (``from x import y``), and restores
@@ -16,7 +16,7 @@ from mindspeed_cp.patches.owners import ABSENT, Ownership, is_foreign, ownership
 
 
 class PatchError(RuntimeError):
-    """A patch cannot be applied, and nothing of the failed ``apply`` remains; or a name is no longer this project's."""
+    """A patch cannot be applied, and the failed ``apply`` was undone; or somebody else replaced a patched name."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Patch:
 
     Args:
         target: dotted path of a module attribute or of a class attribute, such as "package.module.Class.method".
-        build: original -> replacement. Gets the plain function of a staticmethod or classmethod, and None for an
+        build: original -> replacement. It gets the plain function of a staticmethod or classmethod, and None for an
             attribute that does not exist yet (``create``).
-        reason: why, in one sentence; it is shown to the user.
+        reason: why, in one sentence; shown to the user.
         when: () -> why the patch is not needed here, or "" to apply it.
-        create: the attribute may be absent; undo then removes it again.
-        inherited: a class may have the attribute from a base alone; undo then removes the class's own. Without it such
-            an attribute counts as gone: what the base has is another function than the one to replace.
-        essential: results are wrong where somebody else takes the name; False where it only says or shows something.
+        create: the attribute may be absent; undo then removes it.
+        inherited: a class may inherit the attribute; undo then removes the class's own. Otherwise an inherited
+            attribute counts as missing, because the base class's function is not the one to replace.
+        essential: results would be wrong if somebody else replaced the name; False if it only prints something.
     """
 
     target: str
@@ -49,10 +49,10 @@ class PatchRow:
     """One line of ``PatchManager.report``.
 
     Args:
-        target, reason: the Patch's.
+        target, reason: those of the Patch.
         status: "applied", "wrapped by" or "replaced by" somebody, or why it is not applied.
-        applied: whether a call of the target comes to the replacement now.
-        is_lost: it was applied, and somebody else has taken the name since.
+        applied: whether calls of the target reach the replacement now.
+        is_lost: whether it was applied and somebody else has replaced the name since.
     """
 
     target: str
@@ -64,7 +64,7 @@ class PatchRow:
 
 @dataclass
 class _Replacement:
-    """One attribute that was set; ``before`` is what its owner's own ``__dict__`` held, or ABSENT."""
+    """One attribute that was set; ``before`` is the previous value in its owner's own ``__dict__``, or ABSENT."""
 
     owner: Any
     name: str
@@ -83,13 +83,13 @@ class _Replacement:
 
 
 class _Copies:
-    """Which module attributes hold an object; every module is read once, when it is there.
+    """An index from objects to the module attributes that hold them; each module is read once.
 
-    Chains in flat lists of numbers and names: of a hundred thousand tuples garbage collection would take more time than
-    all of this.
+    The entries for an object form a chain in flat lists of numbers and names, because garbage collection of a hundred
+    thousand tuples would take longer than everything else.
 
     Args:
-        skipped: top-level packages that are not looked at.
+        skipped: top-level packages that are not searched.
     """
 
     def __init__(self, skipped: Collection[str]) -> None:
@@ -100,7 +100,7 @@ class _Copies:
         self._names: list[str] = []
 
     def rebind(self, old: Any, new: Any, home: str | None = None) -> list[_Replacement]:
-        """Set every module attribute that is ``old`` to ``new``, but for the module ``home``; returns what was set."""
+        """Set every module attribute that is ``old`` to ``new``, except in ``home``; returns the replacements."""
         if not (callable(old) or inspect.ismodule(old)):  # a plain value such as True is not a copy of the target
             return []
         self._read_modules()
@@ -117,7 +117,7 @@ class _Copies:
         return rebound[::-1]
 
     def note(self, copy: _Replacement) -> None:
-        """A module attribute holds again what it held before."""
+        """Record that a module attribute holds its previous value again."""
         self._add(copy.before, copy.owner.__name__, copy.name)
 
     def _read_modules(self) -> None:
@@ -135,15 +135,13 @@ class _Copies:
 
 
 class PatchManager:
-    """Applies patches all or none, and takes them back exactly.
+    """Applies all patches or none, and undoes them exactly.
 
     Args:
-        patches: Patch objects; ``add`` takes more.
-        subject: () -> what is patched with its version, for error messages ("megatron-core 0.16.1").
-        skip_copies_in: top-level packages whose copies of an original are left alone (torch keeps references of its
-            own).
-        is_wrapped: whether a class of another package, found in the place of the one to patch, may inherit the method
-            that is patched.
+        patches: Patch objects; ``add`` appends more.
+        subject: () -> what is patched, with its version, for error messages ("megatron-core 0.16.1").
+        skip_copies_in: top-level packages whose copies of an original are not rebound (torch keeps its own references).
+        is_wrapped: whether another package's class that replaced the class to patch may inherit the patched method.
     """
 
     def __init__(
@@ -171,7 +169,7 @@ class PatchManager:
         return len(self._done)
 
     def apply(self) -> None:
-        """Apply every patch that is not applied yet; a failure takes this call's patches back and raises PatchError."""
+        """Apply every patch that is not applied yet; on failure, undo this call's patches and raise PatchError."""
         fresh, copies = [], _Copies(self._skip_copies_in)
         try:
             for index, patch in enumerate(self._patches):
@@ -188,17 +186,17 @@ class PatchManager:
             raise
 
     def undo(self, indices: Iterable[int] | None = None) -> None:
-        """Restore every attribute to the object it was, newest patch first; a second call does nothing.
+        """Restore every attribute to its original object, newest patch first; a second call does nothing.
 
         Args:
-            indices: of the patches to take back; default all.
+            indices: indices of the patches to undo; default all.
         """
         copies = _Copies(self._skip_copies_in)
         for index in sorted(self._done if indices is None else indices, reverse=True):
             self._undo_one(index, copies)
 
     def report(self) -> list[PatchRow]:
-        """One PatchRow per patch, in the order of application, as things stand now."""
+        """One PatchRow with the current status per patch, in the order of application."""
         owners = dict(self._owners(range(len(self._patches))))
         return [
             PatchRow(patch.target, patch.reason, str(owners[index]), not owners[index].is_lost, owners[index].is_lost)
@@ -208,10 +206,10 @@ class PatchManager:
         ]
 
     def check(self, targets: Collection[str]) -> None:
-        """Ask every applied patch of ``targets`` whether its name is still this project's; cheap where it is.
+        """Check that the names of all applied patches in ``targets`` still lead to this project's functions.
 
         Raises:
-            PatchError: somebody else owns a name and does not call this project's function.
+            PatchError: somebody else replaced a name and does not call this project's function.
         """
         indices = [index for index, patch in enumerate(self._patches) if patch.target in targets]
         lost = [(self._patches[index], owner) for index, owner in self._owners(indices) if owner.is_lost]
@@ -219,11 +217,11 @@ class PatchManager:
             self._refuse(lost)
 
     def wrap_anew(self, targets: Collection[str], packages: Collection[str]) -> None:
-        """Wrap what ``packages`` put in the place of this project's functions, as if they had been there first.
+        """Wrap the functions by which ``packages`` replaced this project's, as if they had been there first.
 
         Args:
-            targets: of the patches to look at.
-            packages: top-level packages; what others replaced is left for ``check`` to refuse.
+            targets: targets of the patches to inspect.
+            packages: top-level packages; replacements by others are left for ``check`` to reject.
         """
         copies = _Copies(self._skip_copies_in)
         indices = [index for index, patch in enumerate(self._patches) if patch.target in targets]
@@ -243,7 +241,7 @@ class PatchManager:
         )
 
     def _owners(self, indices: Iterable[int]) -> Iterator[tuple[int, Ownership]]:
-        """(index, who owns its target now) of applied patches; of several on one name the newest answers for all."""
+        """(index, who owns its target now) of applied patches; the newest of several on one name decides for all."""
         newest = {(id(first.owner), first.name): first for first in (done[0] for done in self._done.values())}
         for index in indices:
             if index in self._done:
@@ -286,13 +284,13 @@ class PatchManager:
             replacement.undo()
         for copy in replacements[1:]:
             copies.note(copy)
-        # Modules imported after apply() hold copies of the replacement; they get the original too.
-        # The module that defines the replacement holds no copy: the next apply() builds from it.
+        # Modules imported after apply() hold copies of the replacement, which are restored too. The module that defines
+        # the replacement is excluded, because the next apply() uses it.
         if first is not None and inspect.ismodule(first.owner) and first.before is not ABSENT:
             copies.rebind(first.after, first.before, home=getattr(first.after, "__module__", None))
 
     def _resolve(self, patch: Patch) -> tuple[Any, str]:
-        """(owner, attribute name) of a dotted path: the longest importable module, then attributes."""
+        """(owner, attribute name) of a dotted path: the longest importable module path, then attributes."""
         parts = patch.target.split(".")
         owner: Any = None
         used = 0
@@ -301,7 +299,7 @@ class PatchManager:
             try:
                 owner, used = importlib.import_module(module_name), count
             except ModuleNotFoundError as error:
-                # A dependency of the module that is missing is another matter than a path that ends in a class.
+                # Distinguish a missing dependency of the module from a path that ends in a class.
                 if error.name is None or not module_name.startswith(error.name):
                     raise self._missing(patch, f"importing {module_name} failed: {error}") from error
                 break
@@ -314,7 +312,7 @@ class PatchManager:
         return owner, parts[-1]
 
     def _missing(self, patch: Patch, detail: str, owner: Any = None) -> PatchError:
-        """The error for a name that cannot be patched; ``owner`` is the class that lacks it, where there is one."""
+        """The error for a name that cannot be patched; ``owner`` is the class that lacks it, if any."""
         says = f"cannot patch {patch.target} in {self._subject()}: {detail}. No patch was applied. "
         if isinstance(owner, type) and is_foreign(owner, patch.target):
             return PatchError(f"{says}Somebody put {said_of(owner)} there. {way_out_of_class(owner)}")
@@ -329,13 +327,13 @@ def _describe(owner: Any) -> str:
 
 
 def _heritage(owner: Any, name: str) -> str:
-    """Name of the class from which ``owner`` has ``name``."""
+    """Name of the class from which ``owner`` inherits ``name``."""
     bases = (*getattr(owner, "__mro__", ()), *type(owner).__mro__)
     return str(next(base.__name__ for base in bases if name in vars(base)))
 
 
 def _rebuild(original: Any, build: Callable[[Any], Any]) -> Any:
-    """The replacement in the wrapping (staticmethod, classmethod) of the original."""
+    """The replacement, wrapped as staticmethod or classmethod if the original is."""
     if original is ABSENT:
         return build(None)
     if isinstance(original, (staticmethod, classmethod)):

@@ -1,4 +1,4 @@
-"""Patches of the doors of a model: whatever its entry, its layers see the record of the batch that they compute."""
+"""Patches of a model's entry points: through each of them, the layers see the record of the batch that they compute."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ SCHEDULE_NODE = "megatron.core.pipeline_parallel.utils.ScheduleNode"
 def language_module_init(adaptor: Adaptor, original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
     adaptor.hand_over.number(self)
-    adaptor.is_pipeline |= len(pipeline_of(self)) > 1  # of groups, too, that initialize_model_parallel did not make
+    adaptor.is_pipeline |= len(pipeline_of(self)) > 1  # also for groups that initialize_model_parallel did not make
 
 
 @patch(
@@ -50,9 +50,9 @@ def language_module_call(adaptor: Adaptor, original: Callable[..., Any], self: A
 
 def _forward_of(model: str, *when: Callable[[], str]) -> Row:
     target = f"{MODELS}.{model}.forward"
-    reason = "a script may call forward itself, past the door of every model"
+    reason = "a script may call forward directly, without the __call__ of every model"
     unneeded = (absent(target, "this version has no such model"), *when)
-    # Not essential: frameworks put functions of their own there, and __call__ leads to those.
+    # Not essential: frameworks set their own functions there, which __call__ calls.
     return Row((target,), language_module_call.function, reason, unneeded, essential=False)
 
 
@@ -68,7 +68,7 @@ FORWARDS = [
 
 @patch(
     f"{GPT_MODEL}.build_schedule_plan",
-    reason="the plan of a forward pass that overlaps with a backward pass is another entry of the model",
+    reason="the plan of a forward pass that overlaps with a backward pass is another entry point of the model",
     when=absent(f"{GPT_MODEL}.build_schedule_plan", "this version makes no such plan"),
 )
 def build_schedule_plan(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +95,7 @@ def schedule_node_init(
 
 
 def _is_untouched(adaptor: Adaptor, model: Any) -> bool:
-    """Whether nothing of this process is split, nor asked to be."""
+    """Whether nothing in this process is split over context-parallel ranks or requested to be."""
     return adaptor.alone and model.config.context_parallel_size == 1
 
 
@@ -111,7 +111,7 @@ def _entered(adaptor: Adaptor, model: Any, args: tuple[Any, ...], kwargs: dict[s
         check_layers(model, record)
     if record is not None and record.layout.cp_size > 1 and model not in adaptor.counted:
         adaptor.counted.add(model)
-        census_of(adaptor).take(model)  # what was added to it after it was built, too
+        census_of(adaptor).take(model)  # includes modules that were added after it was built
         name_plain_attention(model, asked=adaptor.settings.asked_for_flash)
     return record
 
@@ -130,7 +130,7 @@ def transformer_block(
         if not adaptor.alone and self not in adaptor.counted:
             adaptor.counted.add(self)
             name_plain_attention(self, asked=adaptor.settings.asked_for_flash)
-        own = adaptor.running_in(scope)  # of a batch with slices; a tower inside a model, or beside one, has none
+        own = adaptor.running_in(scope)  # of a batch with slices; an encoder inside a model or next to it has none
         with adaptor.running(own), adaptor.computing_alone():
             return original(self, hidden_states, *args, **kwargs)
     values = (hidden_states, *args, *kwargs.values())

@@ -24,8 +24,8 @@ class Counted:
     """A rank's part of a loss mask whose sum is the mean of the ranks' true counts.
 
     Args:
-        mask: each of its ones as large as there are ranks: the mean of the ranks' sums, by which Megatron divides after
-            it has raised it to 1, is then the count of the whole sequence, and at least 1 wherever there is a target.
+        mask: the loss mask times the number of ranks. Megatron divides by the mean of the ranks' sums, at least 1; this
+            mean is then the count of the whole sequence, and at least 1 if there is any target.
     """
 
     def __init__(self, mask: torch.Tensor, scope: Scope) -> None:
@@ -39,8 +39,8 @@ class Counted:
 
 @patch(
     f"{MTP}.process_mtp_loss",
-    reason="from 0.17 on the loss per token counts each rank's own tokens, of which ranks may hold unequal numbers, "
-    "and no loss divides by less than one token for each rank",
+    reason="from 0.17 on the per-token loss counts each rank's own tokens, whose numbers may differ, and every loss "
+    "divides by at least one token per rank",
     when=absent(f"{MTP}.process_mtp_loss", "this version counts nothing"),
 )
 def process_mtp_loss(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -51,19 +51,19 @@ def process_mtp_loss(adaptor: Adaptor, original: Callable[..., Any], *args: Any,
     if scope.alone or tokens is None:
         return original(*args, **kwargs)
     mask = torch.ones_like(tokens) if given.get("loss_mask") is None else given["loss_mask"]
-    if labels is None:  # as in reinforcement learning: the next token is the label, and the last one has none
+    if labels is None:  # as in reinforcement learning: the next token is the label, and the last token has none
         shift = importlib.import_module(MTP).roll_tensor
         how = {name: given.get(name) for name in ("cp_group", "packed_seq_params")} | {"shifts": -1, "dims": -1}
         labels, mask = shift(tokens, **how)[0], shift(mask, **how)[0]
     counted = Counted(mask, scope)
-    # Every version from 0.17 on counts, and reads the count with a loss per token alone.
+    # Every version from 0.17 on counts tokens, but uses the count only with a per-token loss.
     per_token = given["config"].calculate_per_token_loss
     return original(**given | {"labels": labels, "loss_mask": counted if per_token else counted.mask})
 
 
 @patch(
     f"{MTP}.MultiTokenPredictionBlock.forward",
-    reason="before 0.14 the function below is told of no group",
+    reason="before 0.14 the function below has no argument for the group",
 )
 def multi_token_prediction_block(
     adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
@@ -96,20 +96,20 @@ def roll_tensor(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kw
     layout = _layout(adaptor, scope, tensor.size(dim), params)
     documents = (0, layout.seq_len) if params is None else adaptor.boundaries.documents(params, layout.seq_len)
     whole = _shifted(gather_sequence(tensor, groups=scope.groups, layout=layout, dim=dim), dim, documents)
-    # The sum divides each rank's loss, and gradients are averaged over the ranks: with the mean of the ranks'
-    # sums that is the mean over all tokens, however unevenly they are shared.
+    # Each rank's loss is divided by this sum, and gradients are averaged over the ranks; the mean of the ranks' sums
+    # therefore gives the mean over all tokens, also for uneven lengths.
     return layout.shard(whole, scope.rank, dim=dim).contiguous(), whole.sum() / scope.size
 
 
 def _layout(adaptor: Adaptor, scope: Scope, local_len: int, params: Any) -> SequenceLayout:
-    """The layout of the micro-batch that runs; outside of one, that of Megatron's own packed batches or of ours."""
+    """The layout of the running micro-batch; outside of one, that of Megatron's packed batches or of the settings."""
     if params is not None and adaptor.running_in(scope) is None:
         return packed_batch(adaptor, scope, params, local_len).layout
     return record_of_length(adaptor, scope, local_len).layout
 
 
 def _shifted(whole: torch.Tensor, dim: int, documents: tuple[int, ...]) -> torch.Tensor:
-    """The whole sequence shifted by one to the left; 0 ends each document."""
+    """The whole sequence shifted left by one, with 0 at the end of each document."""
     rows = whole.movedim(dim, 0)
     rows = torch.cat([rows[1:], torch.zeros_like(rows[:1])])
     rows[[end - 1 for end in documents[1:] if end]] = 0

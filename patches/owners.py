@@ -1,8 +1,8 @@
 """Who owns a patched name now: this project, somebody whose function calls ours, or somebody else.
 
-What counts is whether the live object can come to ours: through closures, partials, callable objects, decorators of
-functools, or the globals that its code names. ``functools.wraps`` alone says nothing: a wrapper that never calls what
-it wraps has ``__wrapped__`` too.
+The criterion is whether the current object can reach ours: through closures, partials, callable objects, decorators of
+functools, or the globals that its code names. ``functools.wraps`` alone proves nothing, because a wrapper that never
+calls the wrapped function has ``__wrapped__`` too.
 """
 
 import inspect
@@ -14,10 +14,10 @@ from types import CodeType, FunctionType, MethodType
 from typing import Any, Literal
 
 ABSENT = object()
-DEPTH, WIDTH = 8, 1000  # how far, and at how many objects, is looked for ours
+DEPTH, WIDTH = 8, 1000  # the search visits objects up to this distance, and at most so many
 PLAIN = (str, bytes, int, float, complex, list, tuple, dict, set, frozenset, type(None))
-# Packages that change Megatron when a framework imports them, whose functions do the same below this project's as in
-# their place: whichever comes first, this project's calls theirs.
+# Packages that patch Megatron when a framework imports them, and whose functions this project's may wrap: whichever is
+# imported first, this project's functions call theirs.
 WRAPPED_ANEW = ("mcore_bridge",)  # of ms-swift
 MINDSPEED = (
     "MindSpeed takes these names when it gets flags of its own context parallelism; start it without them, import "
@@ -31,7 +31,7 @@ class Ownership:
 
     Args:
         kind: "ours", "wrapped" by somebody who calls ours, "replaced" by somebody who does not, or "removed".
-        module, name, file: of the live object; "" where it is ours.
+        module, name, file: those of the current object; "" if it is ours.
     """
 
     kind: Literal["ours", "wrapped", "replaced", "removed"]
@@ -49,12 +49,12 @@ class Ownership:
 
     @property
     def is_lost(self) -> bool:
-        """Whether calls of the name no longer come to this project's function."""
+        """Whether calls of the name no longer reach this project's function."""
         return self.kind in ("replaced", "removed")
 
     @property
     def package(self) -> str:
-        """The top-level package of the live object."""
+        """The top-level package of the current object."""
         return self.module.partition(".")[0]
 
 
@@ -67,7 +67,7 @@ def ownership(target: str, owner: Any, ours: Any) -> Ownership:
     Args:
         target: dotted path of a module attribute or of a class attribute.
         owner: the module or class on which ``ours`` was set.
-        ours: the replacement, as the owner's ``__dict__`` held it.
+        ours: the replacement as it was set in the owner's ``__dict__``.
     """
     path, _, name = target.rpartition(".")
     now = at_path(path)
@@ -78,18 +78,18 @@ def ownership(target: str, owner: Any, ours: Any) -> Ownership:
         return Ownership("removed", *_whereabouts(owner, path))
     if live is ABSENT:
         live = inspect.getattr_static(now, name, ABSENT)
-        if live is ours:  # a subclass took the place of the class and left this method alone
+        if live is ours:  # a subclass replaced the class without overriding this method
             return OURS
     if live is ABSENT:
         return Ownership("removed", *_whereabouts(now, name))
     if _calls(live, ours) or _calls_super(now, live, owner):
         return Ownership("wrapped", *_whereabouts(live, name))
-    # Another class in the place of the one that was patched says more than its method, which it may have inherited.
+    # If another class replaced the patched one, name that class, since it may have inherited the method.
     return Ownership("replaced", *_whereabouts(live if now is owner else now, name))
 
 
 def at_path(path: str) -> Any:
-    """The module or class of a dotted path as it is now, without importing anything; ABSENT where there is none."""
+    """The current module or class at a dotted path, without importing anything; ABSENT if there is none."""
     parts = path.split(".")
     for count in range(len(parts), 0, -1):
         found: Any = sys.modules.get(".".join(parts[:count]), ABSENT)
@@ -101,7 +101,7 @@ def at_path(path: str) -> Any:
 
 
 def is_foreign(owner: Any, target: str) -> bool:
-    """Whether the module or class ``owner``, found on the path ``target``, was written by another package."""
+    """Whether the module or class ``owner``, found at the path ``target``, comes from another package."""
     return _module_of(owner).partition(".")[0] != target.partition(".")[0]
 
 
@@ -112,7 +112,7 @@ def said_of(owner: Any) -> str:
 
 
 def way_out(package: str, target: str) -> str:
-    """What a user does about a package that took the name ``target``."""
+    """What the user can do about a package that replaced the name ``target``."""
     if package == "mindspeed":
         return MINDSPEED
     if package == target.partition(".")[0]:
@@ -127,7 +127,7 @@ def way_out(package: str, target: str) -> str:
 
 
 def way_out_of_class(owner: type) -> str:
-    """What a user does about a class that lay in the place of the one to patch, before this project came."""
+    """What the user can do about a class that had replaced the class to patch before this project was imported."""
     package = _module_of(owner).partition(".")[0]
     if package == "mindspeed":
         return MINDSPEED
@@ -135,7 +135,7 @@ def way_out_of_class(owner: type) -> str:
 
 
 def _calls(live: Any, ours: Any) -> bool:
-    """Whether ``live`` can come to ``ours``, nearest objects first."""
+    """Whether ``live`` can reach ``ours``, by breadth-first search."""
     goal, seen, level = _plain(ours), set[int](), [_plain(live)]
     if isinstance(goal, type) and isinstance(level[0], type):
         return issubclass(level[0], goal)
@@ -152,13 +152,13 @@ def _calls(live: Any, ours: Any) -> bool:
 
 
 def _calls_super(now: Any, live: Any, owner: Any) -> bool:
-    """Whether a method of a subclass of the patched class asks the class below it."""
+    """Whether a method of a subclass of the patched class uses super()."""
     code = getattr(_plain(live), "__code__", None)
     return isinstance(now, type) and owner in now.__mro__[1:] and code is not None and "super" in _names(code)
 
 
 def _held(value: Any) -> Iterator[Any]:
-    """What a callable can call."""
+    """The objects that a callable refers to and may call."""
     if isinstance(value, FunctionType):
         for cell in value.__closure__ or ():
             try:
@@ -182,7 +182,7 @@ def _held(value: Any) -> Iterator[Any]:
 
 
 def _names(code: CodeType) -> set[str]:
-    """Globals and attributes that a function names, those of its inner functions included."""
+    """Names of the globals and attributes that a function uses, inner functions included."""
     names = set(code.co_names)
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
@@ -195,7 +195,7 @@ def _plain(value: Any) -> Any:
 
 
 def _module_of(value: Any) -> str:
-    """The module that wrote ``value``; ``functools.wraps`` gives a wrapper the ``__module__`` of what it wraps."""
+    """The module that defines ``value``; not ``__module__``, which ``functools.wraps`` copies to wrappers."""
     value = _plain(value)
     if inspect.ismodule(value):
         return value.__name__
@@ -204,7 +204,7 @@ def _module_of(value: Any) -> str:
 
 
 def _whereabouts(value: Any, name: str) -> tuple[str, str, str]:
-    """(module, name, file) of a live object; ``name`` is what it is called where it has no name of its own."""
+    """(module, name, file) of an object; ``name`` is used if the object has no name."""
     value = value.func if isinstance(value, partial) else _plain(value)
     module, code = _module_of(value), getattr(value, "__code__", None)
     if code is not None:

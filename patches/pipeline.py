@@ -11,7 +11,7 @@ SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 
 
 def _split(adaptor: Adaptor, config: Any, given: dict[str, Any]) -> Scope | None:
-    """Over which ranks stages exchange; None where nothing is split, or stages tell each other their shapes."""
+    """The scope of a stage; None if nothing is split or if stages communicate their shapes."""
     scope = adaptor.scope_of_group(named_group(given))
     untouched = scope.alone or config.context_parallel_size == 1 or config.variable_seq_lengths
     return None if untouched else scope
@@ -35,7 +35,7 @@ def get_tensor_shapes(adaptor: Adaptor, original: Callable[..., Any], *args: Any
 
 @patch(
     f"{SCHEDULES}.forward_backward_pipelining_with_interleaving",
-    reason="pipeline stages exchange seq_length / cp rows, where they are interleaved too",
+    reason="pipeline stages exchange seq_length / cp rows, also if they are interleaved",
 )
 def interleaved(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     from megatron.core.utils import get_model_config
@@ -44,7 +44,7 @@ def interleaved(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kw
     scope = _split(adaptor, get_model_config(given.arguments["model"][0]), given.arguments)
     if scope is None:
         return original(*args, **kwargs)
-    # The schedule divides the length by cp and makes nothing else of it.
+    # The schedule only divides the length by cp.
     rows = adaptor.layout(given.arguments["seq_length"], scope=scope).length(scope.rank)
     given.arguments["seq_length"] = rows * scope.size
     return original(*given.args, **given.kwargs)

@@ -1,4 +1,4 @@
-"""Patches of models that make the positions of their tokens themselves, from a rank's own tokens."""
+"""Patches of models that compute the positions of their tokens from a rank's own tokens."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ T5 = "megatron.core.models.T5.t5_model"
 REASON = "learned positions count from the first token that a rank holds, and not from that of the sequence"
 
 
-@patch(f"{T5}.T5Model.forward", reason="t5_position_ids makes positions, and is told of no model")
+@patch(f"{T5}.T5Model.forward", reason="t5_position_ids makes positions without knowing the model")
 def t5_model(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     with computing_over(adaptor.scope_of(self)):
         return original(self, *args, **kwargs)
@@ -36,6 +36,6 @@ def t5_position_ids(adaptor: Adaptor, original: Callable[..., Any], token_ids: t
 
 
 def _positions(adaptor: Adaptor, scope: Scope, token_ids: torch.Tensor) -> torch.Tensor:
-    """(b, s) the places in the whole sequence of this rank's tokens."""
+    """(b, s), the positions of this rank's tokens in the whole sequence."""
     layout = record_of_length(adaptor, scope, token_ids.size(1)).layout
     return layout.positions(scope.rank, token_ids.device).expand_as(token_ids)

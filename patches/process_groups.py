@@ -1,4 +1,4 @@
-"""Patches of how Megatron makes and destroys its process groups."""
+"""Patches of how Megatron creates and destroys its process groups."""
 
 import dataclasses
 import inspect
@@ -8,9 +8,11 @@ from typing import Any
 
 from mindspeed_cp import compat
 from mindspeed_cp.arguments.settings import declared_names
-from mindspeed_cp.compat import process_groups
+from mindspeed_cp.comm.hccl import group_options
+from mindspeed_cp.compat.group_getters import GETTERS, GroupGetters
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.following import take_comm_type, take_settings
+from mindspeed_cp.megatron.hccl import megatron_buffers
 from mindspeed_cp.megatron.scopes import own_group
 from mindspeed_cp.megatron.sizes import adopt_sizes, check_launch
 from mindspeed_cp.megatron.start import agreed_config
@@ -30,6 +32,7 @@ def initialize_model_parallel(adaptor: Adaptor, original: Callable[..., None], *
     config, dynamic = agreed_config(adaptor.settings, given), given.get("hybrid_context_parallel")
     if dynamic:
         check_launch(given)
+    adaptor.buffers = {} if dynamic else megatron_buffers(config, adaptor.setup)
     original(*args, **kwargs)
     minutes = given.get("distributed_timeout_minutes")
     adaptor.timeout = timedelta(minutes=minutes) if minutes else None
@@ -38,7 +41,7 @@ def initialize_model_parallel(adaptor: Adaptor, original: Callable[..., None], *
     if dynamic:
         adaptor.sizes = adopt_sizes(adaptor)
         adaptor.announce(adaptor.sizes[max(adaptor.sizes)].config)
-        # All of these ranks share the sub-batches out among them, whatever the sizes.
+        # All of these ranks distribute the sub-batches among them, in groups of any size.
         adaptor.measure(config, parallel_state.get_data_parallel_group(with_context_parallel=True))
     if config.context_parallel_size == 1:
         return
@@ -52,6 +55,16 @@ def initialize_model_parallel(adaptor: Adaptor, original: Callable[..., None], *
 
 
 @patch(
+    f"{PARALLEL_STATE}.get_nccl_options",
+    reason="on HCCL Megatron's context-parallel group gets the buffer of its largest message",
+    essential=False,
+)
+def get_nccl_options(adaptor: Adaptor, original: Callable[..., Any], pg_name: str, *args: Any, **kwargs: Any) -> Any:
+    options = original(pg_name, *args, **kwargs)
+    return group_options(adaptor.buffers, pg_name) if options is None else options
+
+
+@patch(
     f"{PARALLEL_STATE}.destroy_model_parallel",
     reason="the groups of context parallelism go with Megatron's",
 )
@@ -60,8 +73,8 @@ def destroy_model_parallel(adaptor: Adaptor, original: Callable[..., None], *arg
     original(*args, **kwargs)
 
 
-# Megatron refuses them with context parallelism, or asks for heads and a cp_comm_type that its own way needs; here the
-# layer itself (the census, --cp-linear-exchange) says what it cannot do.
+# Megatron rejects them with context parallelism, or requires heads and a cp_comm_type for its own implementation; here
+# the layer itself (the census, --cp-linear-exchange) says what it cannot do.
 VARIANTS = ("gated_delta_net", "dsa")
 
 
@@ -86,7 +99,7 @@ def transformer_config(adaptor: Adaptor, original: Callable[..., None], self: An
 
 
 def _check_as_megatron(config: Any) -> None:
-    """What else Megatron's own check asks of a configuration with context parallelism."""
+    """The other rules of Megatron's own check for a configuration with context parallelism."""
     named = config.cp_comm_type
     if isinstance(named, list) and len(named) != config.num_layers:
         raise ValueError(
@@ -110,14 +123,14 @@ def accept_settings(adaptor: Adaptor, original: Callable[..., None], self: Any, 
     if not original.__code__.co_flags & inspect.CO_VARKEYWORDS:  # MindSpeed's own takes all of them
         fields = signature_of(original).parameters
         for name in declared_names() & kwargs.keys() - fields.keys():
-            setattr(self, name, kwargs.pop(name))  # where __post_init__ finds it
+            setattr(self, name, kwargs.pop(name))  # so that __post_init__ finds it
     original(self, *args, **kwargs)
 
 
 def _getter(name: str) -> Row:
     return Row(
         (f"{PARALLEL_STATE}.{name}",),
-        lambda adaptor, original: original or getattr(process_groups, name),
+        lambda adaptor, original: original or getattr(GroupGetters(lambda: adaptor), name),
         "code written for MindSpeed asks Megatron's parallel state for its groups",
         create=True,
         is_value=True,
@@ -125,4 +138,4 @@ def _getter(name: str) -> Row:
     )
 
 
-GETTERS = [_getter(name) for name in process_groups.GETTERS]
+GETTER_ROWS = [_getter(name) for name in GETTERS]

@@ -1,4 +1,4 @@
-"""Patches of recomputation: it must see the micro-batch of its forward pass, and may take its attention from there."""
+"""Patches of recomputation: it must see the micro-batch of its forward pass, and may reuse that pass's attention."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,9 +29,10 @@ def checkpoint(adaptor: Adaptor, original: Function, function: Function, *args: 
 
 
 def _with_attention_kept(adaptor: Adaptor, function: Function, inputs: Iterable[Any]) -> Function:
-    """``function`` for one checkpoint that calls it once in the forward pass and again in the backward pass.
+    """Wrap ``function`` for a checkpoint that calls it once in the forward pass and again in the backward pass.
 
-    That comes when a graph is made and an input leads to it; otherwise, as in an evaluation, nothing is kept.
+    There is a backward pass only if gradients are enabled and an input requires one; otherwise, as in an evaluation,
+    nothing is kept.
     """
     config = adaptor.config
     comes_back = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
@@ -83,5 +84,5 @@ def te_checkpoint(adaptor: Adaptor, original: Function, forward_func: Function, 
 def checkpoint_without_output(
     adaptor: Adaptor, original: Function, self: Any, run_function: Function, *args: Any, **kwargs: Any
 ) -> Any:
-    # It gives back the memory of what it returns, so that nothing of it can be kept.
+    # It frees the memory of its output, so nothing of it can be kept.
     return original(self, run_function if adaptor.alone else adaptor.bound(run_function), *args, **kwargs)

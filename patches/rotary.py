@@ -28,10 +28,10 @@ YARN = f"{EMBEDDINGS}.yarn_rotary_pos_embedding.YarnRotaryEmbedding"
 
 
 def forget_cached_embeddings() -> None:
-    """Megatron keeps the last 32 embeddings per length; they are wrong after the layout has changed."""
+    """Clear Megatron's caches of the last 32 embeddings, which are wrong after the layout has changed."""
     for path in (ROTARY, YARN):
         module, _, name = path.rpartition(".")
-        if module not in sys.modules:  # what nobody has imported has cached nothing
+        if module not in sys.modules:  # not imported, so nothing is cached
             continue
         forward = getattr(sys.modules[module], name).forward
         if hasattr(forward, "cache_clear"):
@@ -39,7 +39,7 @@ def forget_cached_embeddings() -> None:
 
 
 def _scope(adaptor: Adaptor, group: Any = None) -> Scope:
-    """Over which ranks an embedding is split: those of the forward pass that runs, else of the group that is named."""
+    """The ranks over which an embedding is split: those of the running forward pass, else those of ``group``."""
     if adaptor.computes_alone:
         return adaptor.scopes.alone
     active = adaptor.active
@@ -73,7 +73,7 @@ def get_pos_emb_on_this_cp_rank(
 
 
 def _layout_for(adaptor: Adaptor, scope: Scope, seq_len: int) -> SequenceLayout:
-    """The layout of the forward pass that runs, or of the configuration for a sequence of another length."""
+    """The layout of the running forward pass, or the configuration's layout for a sequence of another length."""
     record = adaptor.running_in(scope)
     if record is not None and record.seq_len == seq_len:
         return record.layout
@@ -99,7 +99,7 @@ def get_rotary_seq_len(adaptor: Adaptor, original: Callable[..., int], self: Any
         record = _entering(adaptor, scope, given)
         made, length = (record.layout, record.places), record.seq_len
     known = adaptor.embedded.setdefault(length, made)
-    if known != made:  # Megatron's cache goes by the length alone
+    if known != made:  # the only key of Megatron's cache is the length
         forget_cached_embeddings()
         adaptor.embedded.clear()
         adaptor.embedded[length] = made
@@ -107,7 +107,7 @@ def get_rotary_seq_len(adaptor: Adaptor, original: Callable[..., int], self: Any
 
 
 def _check_places(embedding: Any, record: MicroBatch, packed: bool, alone: bool) -> None:
-    """Raise ValueError where an embedding cannot follow the position ids of a batch with slices."""
+    """Raise ValueError if an embedding cannot use the position ids of a batch with slices."""
     assert record.places is not None
     way_out = "use --micro-batch-size 1"
     if packed:
@@ -136,7 +136,7 @@ def get_freqs_non_repeated(
 
 
 def _entering(adaptor: Adaptor, scope: Scope, given: dict[str, Any]) -> MicroBatch:
-    """The record of the micro-batch for which a model asks the length; ``given`` are the arguments of the question."""
+    """The record of the micro-batch whose length a model requests; ``given`` are the arguments of the request."""
     record = adaptor.running_in(scope)
     if record is not None:
         return record
@@ -194,14 +194,14 @@ def apply_packed(
     if scope.alone and not adaptor.computes_alone and not adaptor.sizes:
         return original(t, cu_seqlens, freqs, *args, **kwargs)
     utils = importlib.import_module(ROPE_UTILS)
-    # What only the packed embedding takes speaks of its own split: cp_group, from 0.20 on max_seqlen.
+    # Arguments that only the packed embedding takes are about its own split: cp_group, from 0.20 on max_seqlen.
     known = signature_of(utils._apply_rotary_pos_emb_bshd).parameters
     kwargs = {name: value for name, value in kwargs.items() if name in known}
     rows = freqs
     if adaptor.tables.find([freqs]) is None and not _are_of_tokens(adaptor, scope, freqs, t.size(0)):
         boundaries = adaptor.boundaries.boundaries(cu_seqlens)
         layout = _layout_of_packed(adaptor, scope, boundaries, t.size(0))
-        # From 0.15 on, embeddings of the total length hold one row per packed token instead of one per place in a
+        # From 0.15 on, embeddings of the total length hold one row per packed token instead of one per position in a
         # document.
         by_token = "offset" in signature_of(utils._get_thd_freqs_on_this_cp_rank).parameters
         documents = None if by_token and freqs.size(0) == boundaries[-1] else boundaries
@@ -211,9 +211,10 @@ def apply_packed(
 
 
 def _are_of_tokens(adaptor: Adaptor, scope: Scope, freqs: torch.Tensor, local_len: int) -> bool:
-    """Whether row i of an embedding is that of this rank's token i: frameworks cut such rows out by position ids.
+    """Whether row i of an embedding is for this rank's token i, as in frameworks that select rows by position ids.
 
-    Rows of places count up from 0. Where rows of tokens do so, they are the rows of these places, or too few.
+    Otherwise row i is for position i, so that angles count up from 0. If rows of tokens count up from 0 too, both
+    meanings agree, or there are too few rows.
     """
     if freqs.size(0) != local_len or local_len < 2:
         return False
@@ -223,13 +224,13 @@ def _are_of_tokens(adaptor: Adaptor, scope: Scope, freqs: torch.Tensor, local_le
     if bool(counts_up.all()):
         return False
     record = adaptor.running_in(scope)
-    if record is not None:  # the layers of a micro-batch share it
+    if record is not None:  # cached for all layers of the micro-batch
         adaptor.tables.remember([freqs], record)
     return True
 
 
 def _layout_of_packed(adaptor: Adaptor, scope: Scope, boundaries: tuple[int, ...], local_len: int) -> SequenceLayout:
-    """The layout of the packed batch that runs, of which only its padded boundaries may be known here."""
+    """The layout of the running packed batch; only its padded boundaries may be known here."""
     if scope.alone:
         return built(scope.config, local_len)
     record = adaptor.running_in(scope)
@@ -247,15 +248,15 @@ def _places(
     end: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """(s,) the row of the embedding for each token of this rank; the layers of a micro-batch share it.
+    """(s,), the row of the embedding for each token of this rank; cached for all layers of a micro-batch.
 
     Args:
-        boundaries: of the documents, None when the embedding has one row for each token of the sequence.
-        num_rows: of the embedding.
-        end: of the last document; padding behind it may lie beyond the rows, and takes the last one.
+        boundaries: document boundaries, None if the embedding has one row for each token of the sequence.
+        num_rows: number of rows of the embedding.
+        end: end of the last document; padding after it uses the last row if its own does not exist.
 
     Raises:
-        ValueError: a token of a document lies beyond the rows.
+        ValueError: the embedding has no row for a token of a document.
     """
     positions = layout.positions(cp_rank)
     places = positions if boundaries is None else places_in_documents(positions, boundaries)
@@ -293,8 +294,8 @@ def unfused_when_packed(
     known = signature_of(utils._apply_rotary_pos_emb_thd).parameters
     given = arguments_of(original, (t, freqs, config, cu_seqlens, mscale, *args), kwargs)
     given = {name: value for name, value in given.items() if name in known}
-    if "mla_rotary_interleaved" not in signature_of(original).parameters:  # from 0.19 on the caller says it
+    if "mla_rotary_interleaved" not in signature_of(original).parameters:  # from 0.19 on it is an argument
         given["multi_latent_attention"] = config.multi_latent_attention
-    with adaptor.computing_alone() if alone else nullcontext():  # a tower, whose group may be that of the process
+    with adaptor.computing_alone() if alone else nullcontext():  # an encoder's group may be the default
         rotated: torch.Tensor = utils._apply_rotary_pos_emb_thd(**given, rotary_interleaved=config.rotary_interleaved)
     return rotated

@@ -1,9 +1,9 @@
-"""How a patch is written: a decorated function, with its target and its reason beside it.
+"""Patches as decorated functions, with target and reason in the decorator.
 
     @patch("megatron.core.some.module.Class.method", reason="why it is replaced")
     def method(adaptor, original, self, *args, **kwargs): ...
 
-``adaptor`` is the Adaptor of the process, ``original`` what stood there before.
+``adaptor`` is the Adaptor of the process, ``original`` the replaced function.
 """
 
 import importlib
@@ -21,15 +21,14 @@ Conditions = Callable[[], str] | tuple[Callable[[], str], ...]
 
 @dataclass(frozen=True)
 class Row:
-    """A function that stands for one or several of Megatron's names; ``patch`` and ``replacement`` make it.
+    """A function that replaces one or several of Megatron's names; created by ``patch`` and ``replacement``.
 
     Args:
-        targets: dotted paths, as ``Patch`` has them.
-        function: what the decorator was put on.
-        reason, create, inherited: as ``Patch`` has them.
+        targets: dotted paths, as in ``Patch``.
+        function: the decorated function.
+        reason, create, inherited, essential: as in ``Patch``.
         when: conditions, each () -> why the patch is not needed here, or "".
         is_value: ``function`` makes the replacement once, instead of running at every call.
-        essential: as ``Patch`` has it.
     """
 
     targets: tuple[str, ...]
@@ -42,7 +41,7 @@ class Row:
     essential: bool = True
 
     def patches(self, adaptor: Any, *when: Callable[[], str]) -> list[Patch]:
-        """One Patch for each target, whose function gets ``adaptor``; ``when`` are further conditions, asked first."""
+        """One Patch per target, whose function gets ``adaptor``; ``when`` are further conditions, checked first."""
         conditions = (*when, *self.when)
 
         def unneeded() -> str:
@@ -54,7 +53,7 @@ class Row:
         ]
 
     def builder(self, adaptor: Any) -> Callable[[Any], Any]:
-        """original -> replacement, as ``Patch.build`` is: the function of this row for a target of another table."""
+        """original -> replacement, like ``Patch.build``; to use this row's function for a target of another table."""
         function = self.function
         if self.is_value:
             return lambda original: function(adaptor, original)
@@ -82,9 +81,9 @@ def patch(
     is_value: bool = False,
     essential: bool = True,
 ) -> Callable[[Callable[..., Any]], Row]:
-    """Decorates ``(adaptor, original, *args, **kwargs) -> result``, which runs instead of each of ``targets``.
+    """Decorate ``(adaptor, original, *args, **kwargs) -> result``, which runs instead of each of ``targets``.
 
-    ``replacement`` decorates ``(adaptor, original) -> object``, which becomes the value of each of ``targets``.
+    ``replacement`` decorates ``(adaptor, original) -> object``, whose result becomes the value of each target.
     """
     conditions = when if isinstance(when, tuple) else (when,)
     return lambda function: Row(targets, function, reason, conditions, create, inherited, is_value, essential)
@@ -94,7 +93,7 @@ replacement = partial(patch, is_value=True)
 
 
 def rows_of(module: Any) -> list[Row]:
-    """Every Row of a module, and of its lists of rows, in the order in which they are written."""
+    """Every Row of a module, including those in its lists, in the order of definition."""
     found: list[Row] = []
     for value in vars(module).values():
         values = value if isinstance(value, list) else [value]
@@ -103,23 +102,23 @@ def rows_of(module: Any) -> list[Row]:
 
 
 def patches_of(modules: Iterable[Any], adaptor: Any = None, *when: Callable[[], str]) -> list[Patch]:
-    """The patches of all rows of ``modules``; ``when`` are conditions of them all."""
+    """The patches of all rows of ``modules``; ``when`` are conditions for all of them."""
     return [made for module in modules for row in rows_of(module) for made in row.patches(adaptor, *when)]
 
 
 @cache
 def signature_of(function: Callable[..., Any]) -> inspect.Signature:
-    """The signature of an original; asked at every call, read once."""
+    """The cached signature of an original function."""
     return inspect.signature(function)
 
 
 def arguments_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """name -> value of the arguments with which ``function`` is called; what is not given is absent."""
+    """name -> value of the arguments with which ``function`` is called, without defaults."""
     return signature_of(function).bind(*args, **kwargs).arguments
 
 
 def absent(target: str, why: str) -> Callable[[], str]:
-    """A condition: ``why`` where the module or class of ``target`` has no such name, or is not there itself."""
+    """A condition: ``why`` if the name, or its module or class, does not exist."""
 
     def unneeded() -> str:
         owner, _, name = target.rpartition(".")
@@ -129,7 +128,7 @@ def absent(target: str, why: str) -> Callable[[], str]:
 
 
 def uninstalled(package: str, why: str) -> Callable[[], str]:
-    """A condition: ``why`` where ``package`` cannot be found."""
+    """A condition: ``why`` if ``package`` cannot be found."""
 
     def unneeded() -> str:
         try:
@@ -142,17 +141,17 @@ def uninstalled(package: str, why: str) -> Callable[[], str]:
 
 
 def present(target: str, why: str) -> Callable[[], str]:
-    """A condition: ``why`` where there is such a name."""
+    """A condition: ``why`` if the name exists."""
     return lambda: why if _found(target) is not None else ""
 
 
 def installed(package: str, why: str) -> Callable[[], str]:
-    """A condition: ``why`` where ``package`` can be found."""
+    """A condition: ``why`` if ``package`` can be found."""
     return lambda: "" if uninstalled(package, why)() else why
 
 
 def _found(path: str) -> Any:
-    """The module, or the attribute of a module or class, of a dotted path; None where there is none."""
+    """The module or attribute at a dotted path, None if there is none."""
     try:
         return importlib.import_module(path)
     except ImportError:

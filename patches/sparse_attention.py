@@ -1,7 +1,7 @@
-"""Patches of sparse attention (DSA), which gathers keys and indexer keys itself and computes its own rank's queries.
+"""Patches of sparse attention (DSA), which gathers keys and indexer keys itself and computes the rank's own queries.
 
-Megatron takes the ranks' parts to be its zigzag over the whole row, or over every packed document. Here they lie where
-the layout of the batch says; scores, losses and kernels are Megatron's.
+Megatron assumes that the ranks' parts are its zigzag over the whole row, or over every packed document. Here they
+follow the layout of the batch; scores, losses and kernels are Megatron's.
 """
 
 from collections.abc import Callable
@@ -31,10 +31,10 @@ AUTO_SCALER = f"{VARIANT}.dsa.DSAIndexerLossAutoScaler"
 
 @dataclass(frozen=True)
 class Running:
-    """The sparse attention that runs.
+    """The running sparse attention.
 
     Args:
-        weight: factor on the gradient of its indexer's loss.
+        weight: factor for the gradient of its indexer's loss.
     """
 
     layout: SequenceLayout
@@ -54,7 +54,7 @@ def forward(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: An
     packed = params if getattr(params, "qkv_format", None) == "thd" else None
     layout = block_record(adaptor, scope, self.config, given["x"].size(0), packed).layout
     _check(self, scope, layout, packed)
-    self.cp_comm_type = "allgather"  # the one that it has, whatever the algorithm of other layers
+    self.cp_comm_type = "allgather"  # the only type that it supports, whatever other layers use
     per_token = self.config.calculate_per_token_loss
     token = _NOW.set(Running(layout, 1 if per_token or not _scales_with_cp() else 1 / scope.size))
     try:
@@ -64,7 +64,7 @@ def forward(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: An
 
 
 def _check(module: Any, scope: Scope, layout: SequenceLayout, packed: Any) -> None:
-    """Refuse what this attention would compute wrongly."""
+    """Raise ValueError for inputs that this attention would compute wrongly."""
     from megatron.core.transformer.experimental_attention_variant import dsa_kernels
 
     if not layout.is_even:
@@ -158,6 +158,6 @@ def _scales_with_cp() -> bool:
 
 
 def _in_order(layout: SequenceLayout, device: Any) -> torch.Tensor:
-    """(S,) where each position lies among what the ranks hold, one after another."""
+    """(S,), the index of each position in the concatenated tokens of the ranks."""
     held = torch.cat([layout.positions(rank, device) for rank in range(layout.cp_size)])
     return held.argsort()

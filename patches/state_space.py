@@ -1,8 +1,8 @@
-"""Patches of state-space layers, which see the whole sequence and put it in order for that themselves.
+"""Patches of state-space layers, which gather the whole sequence and order it themselves.
 
-Megatron gathers the sequence from all ranks for a part of the heads, undoes the zigzag over the whole row that it takes
-every batch to have, runs the layer, and redoes it. Here heads travel in one message, and the layout is the batch's.
-s: tokens of this rank, S: of the whole sequence, b: batch.
+Megatron gathers the sequence from all ranks for a part of the heads, undoes the zigzag over the whole row that it
+assumes for every batch, runs the layer, and redoes the zigzag. Here heads travel in one message, and the layout is the
+batch's. s: tokens of this rank, S: tokens of the whole sequence, b: batch.
 """
 
 import importlib
@@ -31,12 +31,12 @@ FRAMEWORKS = f"layers of frameworks call it, and {ORDER}"
 
 
 def no_mixer() -> str:
-    """Why there is no mixer to patch: it wants mamba-ssm, and Triton in most versions, whatever else is used."""
+    """Why there is no mixer to patch: it requires mamba-ssm and, in most versions, Triton; else ""."""
     if importlib.util.find_spec("mamba_ssm") is None:
         return "mamba-ssm is not installed"
     try:
         importlib.import_module(LAYER.rpartition(".")[0])
-    except Exception as error:  # of compiled libraries, anything
+    except Exception as error:  # compiled libraries may raise anything
         return f"Mamba's mixer cannot be imported here: {error}"
     return ""
 
@@ -61,7 +61,7 @@ def forward(
 def pre_conv_ssm(
     adaptor: Adaptor, original: Callable[..., torch.Tensor], self: Any, input_: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """(s, b, z x B C dt of all heads) -> (S, b, those of this rank's heads), in the order of the sequence."""
+    """(s, b, z x B C dt of all heads) -> (S, b, those of this rank's heads), in sequence order."""
     scope = adaptor.scopes.of(self.cp_group)
     if scope.alone:
         return original(self, input_, *args, **kwargs)
@@ -86,7 +86,7 @@ def post_conv_ssm(
 
 
 def _parts(layer: Any) -> list[Part]:
-    """z, x, B, C and dt of a MambaContextParallel; a group of B and C goes to every rank that has heads of it."""
+    """z, x, B, C and dt of a MambaContextParallel; a group of B and C goes to every rank that has heads in it."""
     heads, groups = layer.nheads_local_tp, layer.ngroups_local_tp
     shares, of_groups = head_shares(heads, groups, layer.cp_size)
     inner = Part("heads", heads, layer.d_inner_local_tp // heads, shares)
@@ -103,7 +103,7 @@ def undo_attention_load_balancing(
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """(S, b, h), rank after rank -> the same in the order of the sequence."""
+    """(S, b, h) in rank order -> the same in sequence order."""
     layout = _running_layout(adaptor, input_, cp_size)
     if layout is None:
         return original(input_, cp_size, *args, **kwargs)
@@ -119,7 +119,7 @@ def redo_attention_load_balancing(
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """(S, b, h) in the order of the sequence -> the same, rank after rank."""
+    """(S, b, h) in sequence order -> the same in rank order."""
     layout = _running_layout(adaptor, input_, cp_size)
     if layout is None:
         return original(input_, cp_size, *args, **kwargs)
@@ -127,7 +127,7 @@ def redo_attention_load_balancing(
 
 
 def _running_layout(adaptor: Adaptor, whole: torch.Tensor, cp_size: int) -> SequenceLayout | None:
-    """The layout of what runs, which named no group; None outside of models, where it is Megatron's own."""
+    """The layout of the running model, if the caller passed no group; None outside of models (Megatron's layout)."""
     scope = adaptor.current
     if adaptor.active is None or scope.size != cp_size:
         return None

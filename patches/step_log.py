@@ -1,4 +1,4 @@
-"""Patches that let Megatron's training say what context parallelism costs (--cp-log)."""
+"""Patches of Megatron's training loop that report the cost of context parallelism (--cp-log)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -40,9 +40,9 @@ def training_log(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **k
 
 
 def _report(adaptor: Adaptor, iteration: int) -> None:
-    """At the end of an interval, on all ranks: rank 0 prints, and the rank with Megatron's writer, the last, writes.
+    """Report at the end of an interval, on all ranks: rank 0 prints; the last rank, with Megatron's writer, writes.
 
-    Under the first line stands again what is on: what was said before step 1 is far above, between Megatron's lines.
+    The first report repeats the startup line, because the original is far above, between Megatron's lines.
     """
     from megatron.training import get_args, get_tensorboard_writer
 

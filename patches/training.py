@@ -1,4 +1,4 @@
-"""Patches of the flags of a Megatron-LM checkout: its parser knows those of context parallelism, and they decide."""
+"""Patches of a Megatron-LM checkout's flags: its parser knows those of context parallelism, and they take effect."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,13 +42,13 @@ _STAGES_WITHOUT_MASK = (
     when=without_checkout,
 )
 def add_megatron_arguments(adaptor: Adaptor, original: Callable[..., Any], parser: Any) -> Any:
-    if is_here():  # MindSpeed adds its flags afterwards, and patches/features_manager.py those that are left
+    if is_here():  # MindSpeed adds its flags later, and patches/features_manager.py the rest
         return _refusing_together(original(parser))
     return _refusing_together(add_context_parallel_arguments(original(parser)))
 
 
 def _refusing_together(parser: Any) -> Any:
-    """``parser``, whose errors end all ranks and not this one alone."""
+    """Make errors of ``parser`` end all ranks, not only this one."""
     for name in ("parse_args", "parse_known_args"):
         setattr(parser, name, _told(getattr(parser, name)))
     return parser
@@ -71,7 +71,7 @@ def _told(parse: Callable[..., Any]) -> Callable[..., Any]:
 def validate_args(adaptor: Adaptor, original: Callable[..., Any], args: Any, *defaults: Any, **kwargs: Any) -> Any:
     flash, settings = args.use_flash_attn, adaptor.settings
     with readable_errors(PROGRAM, args.distributed_backend):
-        # At size 1 the world is Megatron's business (0.12's encoder ranks are counted in no rule here).
+        # With size 1 the world size is left to Megatron (no rule here counts 0.12's encoder ranks).
         config, setup = validate(args, world_size=0 if args.context_parallel_size == 1 else None)
         check_flags(args)
         settings.moving_targets = args if is_here() and moved_by_the_model(args) else None
@@ -82,7 +82,7 @@ def validate_args(adaptor: Adaptor, original: Callable[..., Any], args: Any, *de
         result = original(args, *defaults, **kwargs)
         settings.compared = compared_arguments(args)
         return result
-    switched_on, args.use_flash_attn = args.use_flash_attn, flash  # Megatron's checks are about its own kernels
+    switched_on, args.use_flash_attn = args.use_flash_attn, flash  # Megatron's checks concern its own kernels
     with _passing_assertions(args):
         result = original(args, *defaults, **kwargs)
     args.use_flash_attn = switched_on
@@ -95,7 +95,7 @@ def validate_args(adaptor: Adaptor, original: Callable[..., Any], args: Any, *de
 
 
 def _documents(args: Any) -> dict[str, Any]:
-    """Where documents end when the batch has no mask: keywords of Adaptor.configure."""
+    """Keywords of Adaptor.configure that say where documents end if the batch has no mask."""
     if not args.reset_attention_mask:
         return {}
     if not getattr(args, "create_attention_mask_in_dataloader", True):
@@ -108,7 +108,7 @@ def _documents(args: Any) -> dict[str, Any]:
 
 
 def _token_of_tokenizer() -> int:
-    """The end-of-document token; Megatron makes the tokenizer after it has validated the flags."""
+    """The end-of-document token; called later, since Megatron creates the tokenizer after validating the flags."""
     from megatron.training import get_tokenizer
 
     return int(get_tokenizer().eod)
@@ -116,11 +116,11 @@ def _token_of_tokenizer() -> int:
 
 @contextmanager
 def _passing_assertions(args: Any) -> Iterator[None]:
-    """Show Megatron's validation a length that 2 x cp divides, and no legacy models; both are supported here.
+    """During Megatron's validation, show a length that 2 x cp divides, and no legacy models; both are supported here.
 
     Every version asserts seq_length % (2 * cp) == 0 and that legacy models and cp > 1 exclude each other. The length is
-    rounded up for the check, and every attribute that took it over gets the true one back. The communication type is
-    the algorithm's name here; Megatron would ask for the sizes of its own hierarchical groups.
+    rounded up for the check, and every attribute that copied it is then restored to the true length. The communication
+    type is hidden too, because Megatron would require the sizes of its own hierarchical groups.
     """
     length, legacy, limit = args.seq_length, getattr(args, "use_legacy_models", False), args.max_position_embeddings
     step = 2 * args.context_parallel_size

@@ -1,13 +1,13 @@
-"""The versions that were tried together: the one table that everything else goes by.
+"""The only table of the versions that were tried together.
 
 The adaptor's warning, scripts/, constraints.txt, CI's jobs, the table in docs/versions.md and the tests read it or are
-checked against it. It imports nothing that has to be installed, because scripts/environment.py reads it before that.
+checked against it. It imports only the standard library, because scripts/environment.py reads it before installation.
 """
 
 from typing import NamedTuple
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-# The lowest that was tried and the one of constraints.txt; scripts/ take an installed torch between them as it is.
+# The lowest version that was tried and that of constraints.txt; scripts/ accept any installed torch between them.
 LOWEST_TORCH, TORCH = "2.6.0", "2.13.0"
 
 
@@ -15,8 +15,8 @@ class Megatron(NamedTuple):
     """A version of Megatron that was tried.
 
     Args:
-        version: of megatron-core, and of the checkout core_v<version>.
-        pythons: lowest and highest Python that it has wheels for.
+        version: version of megatron-core and of the checkout core_v<version>.
+        pythons: lowest and highest Python with wheels.
         notes: how it was tried, and what it needs.
         in_ci: whether the tests that touch Megatron run on its wheel.
     """

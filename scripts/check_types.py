@@ -1,4 +1,4 @@
-"""Runs mypy on the package. Arguments go to mypy."""
+"""Run mypy on the package. Arguments are passed to mypy."""
 
 import subprocess
 import sys

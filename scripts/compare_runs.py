@@ -1,13 +1,14 @@
-"""Put the losses of several runs side by side: a table, the largest difference, communicated bytes, a picture.
+"""Compare the losses of several runs: a table, the largest difference, communicated bytes, a plot.
 
     python scripts/compare_runs.py --tolerance 1e-4 --plot loss.png "cp=1=runs/cp1.jsonl" "Ring cp=4=runs/ring.jsonl"
 
-Each argument is NAME=FILE, FILE written by pretrain_gpt.py --log-file; the first run is the one to agree with. Exit
-status 1 when a loss differs from it by more than the tolerance, relatively.
+Each argument is NAME=FILE, with FILE written by pretrain_gpt.py --log-file; the first run is the reference. Exit status
+1 if the relative difference of a loss from the reference exceeds the tolerance.
 """
 
 import argparse
 import json
+import statistics
 import sys
 
 from rich.console import Console
@@ -15,19 +16,14 @@ from rich.table import Table
 
 
 def read_run(path):
-    """The step records of a --log-file; validations are left out."""
+    """The step records of a --log-file, without validations."""
     with open(path, encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
     return [record for record in records if "loss" in record]
 
 
-def losses(path):
-    """step -> loss of a --log-file."""
-    return {record["iteration"]: record["loss"] for record in read_run(path)}
-
-
 def largest_difference(run, reference):
-    """Largest relative difference of two runs' losses; infinite when their steps differ or a loss is no number."""
+    """Largest relative difference of two runs' losses; infinite if their steps differ or a loss is NaN."""
     if [record["iteration"] for record in run] != [record["iteration"] for record in reference] or not run:
         return float("inf")
     differences = [abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(run, reference, strict=True)]
@@ -45,14 +41,13 @@ def table(runs):
     result.add_section()
     result.add_row("difference", "", *(f"{largest_difference(run, columns[0]):.1e}" for run in columns[1:]))
     result.add_row("bytes per rank and step", *(f"{run[-1]['cp_bytes_per_rank']:,.0f}" for run in columns))
-    result.add_row(
-        "tokens/s", *(f"{sorted(record['tokens_per_second'] for record in run)[len(run) // 2]:,.0f}" for run in columns)
-    )
+    speeds = [statistics.median(record["tokens_per_second"] for record in run) for run in columns]
+    result.add_row("tokens/s", *(f"{speed:,.0f}" for speed in speeds))
     return result
 
 
 def plot(runs):
-    """Loss curves as a figure; the lines lie on each other, so each is thinner than the one before."""
+    """Loss curves as a figure; since the lines coincide, each is thinner than the previous one."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -77,9 +72,7 @@ def plot(runs):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="NAME=FILE", help="a name and a --log-file of pretrain_gpt.py")
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-4, help="largest relative difference allowed (default: 1e-4)"
-    )
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative difference (default: 1e-4)")
     parser.add_argument("--plot", metavar="PNG", help="where to save the picture of the losses")
     args = parser.parse_args(argv)
     runs = {name: read_run(path) for name, _, path in (run.rpartition("=") for run in args.runs)}

@@ -1,10 +1,10 @@
-"""Makes or completes .venv for scripts/quickstart.sh and scripts/test.sh. Any Python from 3.10 on runs it as it is.
+"""Create or complete .venv for scripts/quickstart.sh and scripts/test.sh. It runs with any Python from 3.10 on.
 
     python3 scripts/environment.py EXTRA     installs this checkout with the extra (train, dev) of setup.py
     python3 scripts/environment.py --oldest  prints the oldest megatron-core that runs on this Python
 
-torch decides how large the download is. A torch that this Python imports already is taken as it is where its version
-was tried; otherwise it comes from the index that TORCH_INDEX_URL names, or else from pip's own, after a word about the
+torch determines the size of the download. If this Python already has a torch of a version that was tried, it is used.
+Otherwise torch comes from the index in TORCH_INDEX_URL, or else from pip's default index, after a notice about its
 size.
 """
 
@@ -24,11 +24,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 INDEX_VARIABLE = "TORCH_INDEX_URL"
-PAUSE = 10  # seconds before a large download, where somebody watches
+PAUSE = 10  # seconds before a large download, if run in a terminal
 
 
 def _table():
-    """patches/versions.py, which can be read before anything is installed."""
+    """The module patches/versions.py, which can be loaded before anything is installed."""
     spec = importlib.util.spec_from_file_location("versions", ROOT / "patches" / "versions.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -40,7 +40,7 @@ def say(text):
 
 
 def torch_of(python):
-    """The version, as pip knows it, of the torch that this interpreter imports; None where it imports none."""
+    """The version, as known to pip, of the torch that this interpreter imports; None if there is none."""
     code = "import importlib.metadata, torch; print(importlib.metadata.version('torch'))"
     result = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tempfile.gettempdir())
     return result.stdout.split()[-1] if result.returncode == 0 and result.stdout else None
@@ -52,7 +52,7 @@ def is_tried(version):
 
 
 def make(folder, with_pip=True):
-    """Make the environment, around the torch of this Python where that can be taken."""
+    """Create the environment, using this Python's torch if possible."""
     table, found = _table(), torch_of(sys.executable)
     taken = found is not None and is_tried(found)
     if taken:
@@ -63,7 +63,7 @@ def make(folder, with_pip=True):
         say(f"torch {found} of {sys.executable} is left alone: {table.LOWEST_TORCH} to {table.TORCH} were tried")
     in_environment = sys.prefix != sys.base_prefix
     venv.create(folder, with_pip=with_pip, symlinks=True, system_site_packages=taken and not in_environment)
-    if taken and in_environment:  # the system's packages are not those of the environment that this Python belongs to
+    if taken and in_environment:  # "system packages" are not those of a virtual environment that this Python belongs to
         names = [sysconfig.get_path(kind) for kind in ("purelib", "platlib")]
         version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
         target = folder / "lib" / version / "site-packages" / "torch_of_another_environment.pth"
@@ -71,7 +71,7 @@ def make(folder, with_pip=True):
 
 
 def pip(command, *arguments):
-    """Run pip of this environment."""
+    """Run this environment's pip."""
     line = [sys.executable, "-m", "pip", command, "-qq", "--disable-pip-version-check", *arguments]
     if subprocess.run(line, cwd=ROOT).returncode != 0:
         raise SystemExit(f"pip failed: {' '.join(arguments)}")
@@ -88,7 +88,7 @@ def pinned(name):
 
 
 def _holds(marker):
-    """Whether a marker of constraints.txt, which compares python_version, holds for this Python."""
+    """Whether a marker in constraints.txt, a comparison of python_version, holds for this Python."""
     if not marker.strip():
         return True
     name, operator, version = marker.split()
@@ -98,7 +98,7 @@ def _holds(marker):
 
 
 def needs_of(requirement):
-    """What pip would install along with ``requirement``; nothing is downloaded."""
+    """What pip would install for ``requirement``; nothing is downloaded."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         pip("install", "--dry-run", "--ignore-installed", "--no-deps", "--report", str(report), requirement)
@@ -107,17 +107,13 @@ def needs_of(requirement):
 
 
 def warn_of_size(requirement):
-    """Say how large torch is and how to avoid that, where pip's own index has only a build for CUDA."""
-    pip("install", pinned("pip"))  # older ones download a package to learn what it needs
+    """If pip's default index has only a CUDA build of torch, print its size and how to avoid it."""
+    pip("install", pinned("pip"))  # older versions download a package to find its requirements
     if not any(need.startswith(("nvidia-", "cuda-", "triton")) for need in needs_of(requirement)):
         return
-    table = _table()
-    say(
-        f"{requirement} comes as a build for CUDA: about 3 GB to download, about 6 GB in .venv. To avoid it, set one of"
-    )
-    print(
-        f"   {INDEX_VARIABLE}=ADDRESS   an index of CPU wheels, such as the one that PyTorch's installation page names"
-    )
+    table, large = _table(), "a build for CUDA: about 3 GB to download, about 6 GB in .venv"
+    say(f"{requirement} comes as {large}. To avoid it, set one of")
+    print(f"   {INDEX_VARIABLE}=ADDRESS   an index of CPU wheels, such as PyTorch's installation page names")
     print(f"   PYTHON=/path/to/python    one that has torch {table.LOWEST_TORCH} to {table.TORCH}, taken as it is")
     if sys.stdout.isatty():
         say(f"Going on in {PAUSE} seconds")
@@ -125,7 +121,7 @@ def warn_of_size(requirement):
 
 
 def install(extra):
-    """Everything that the extra needs, into the environment of this Python; torch as described above."""
+    """Install everything that the extra needs into this Python's environment; torch as described above."""
     found, index = torch_of(sys.executable), os.environ.get(INDEX_VARIABLE)
     if found is not None and not is_tried(found):
         say(f"torch {found} has not been tried; {_table().LOWEST_TORCH} to {_table().TORCH} were")
@@ -143,7 +139,7 @@ def install(extra):
 
 
 def constraints_with(torch):
-    """constraints.txt with this version of torch, None for the one it names."""
+    """constraints.txt with this version of torch; None keeps its own."""
     lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
     if torch is not None:
         lines = [f"torch=={torch}" if line.startswith("torch==") else line for line in lines]
@@ -168,9 +164,7 @@ def main(argv=None):
         python = str(folder / "bin" / "python")
         if not Path(python).exists():
             make(folder)
-        os.execv(
-            python, [python, str(Path(__file__).resolve()), options.extra]
-        )  # whose version the constraints are for
+        os.execv(python, [python, str(Path(__file__).resolve()), options.extra])  # the constraints are for its version
     if version not in table.PYTHONS:
         say(f"Python {version} has not been tried; {', '.join(table.PYTHONS)} were")
     install(options.extra)

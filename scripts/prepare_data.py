@@ -1,12 +1,12 @@
-"""Write text as a Megatron indexed dataset, PREFIX.bin and PREFIX.idx: your own, or the help topics of Python.
+"""Write text as a Megatron indexed dataset, PREFIX.bin and PREFIX.idx: your own text, or Python's help topics.
 
-    python scripts/prepare_data.py --input my.jsonl --output data/my              one document a line, under "text"
-    python scripts/prepare_data.py --input a.txt b.txt folder --output data/my    one document a file
+    python scripts/prepare_data.py --input my.jsonl --output data/my              one document per line, under "text"
+    python scripts/prepare_data.py --input a.txt b.txt folder --output data/my    one document per file
     python scripts/prepare_data.py --input my.jsonl --output data/my --tokenizer MODEL_FOLDER
     python scripts/prepare_data.py --output data/topics                           for a first try
 
-Tokens are bytes, or those of a Hugging Face tokenizer that lies on disk; every document ends with an end-of-document
-token. Nothing is downloaded.
+Tokens are bytes, or come from a Hugging Face tokenizer on disk; every document ends with an end-of-document token.
+Nothing is downloaded.
 """
 
 import trainer.quiet  # noqa: F401  before Megatron warns
@@ -23,19 +23,19 @@ from pathlib import Path
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
 
-from trainer.texts import ENDINGS, Encoder, bytes_encoder, documents, encoder_of, files_of
+from trainer.texts import ENDINGS, Encoder, bytes_encoder, documents, encoder_of, files_of, texts_of
 
 
 def write_documents(texts: Iterable[str], prefix: str, encoder: Encoder | None = None) -> tuple[int, int]:
-    """Write one document per text to ``prefix``.bin and ``prefix``.idx, and to ``prefix``.json which token ends one.
+    """Write one document per text to ``prefix``.bin and ``prefix``.idx, and its last token to ``prefix``.json.
 
     Returns:
         (documents, tokens).
 
-    A dataset of that name stays as it is until the new one is whole.
+    An existing dataset of that name is not changed until the new one is complete.
 
     Raises:
-        ValueError: there is no document, or what yields them raises it.
+        ValueError: there is no document, or ``texts`` raises it.
     """
     encoder = encoder or bytes_encoder()
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
@@ -61,25 +61,21 @@ def write_documents(texts: Iterable[str], prefix: str, encoder: Encoder | None =
 
 
 def python_topics() -> list[str]:
-    """The demonstration's text; sorted, so that every machine with this Python writes the same bytes."""
+    """The demonstration's text, sorted so that every machine with this Python writes the same bytes."""
     return [text for _, text in sorted(pydoc_data.topics.topics.items())]
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Raises ValueError where a file, a flag or the text is wrong."""
+    """Write the dataset that the flags describe; raises ValueError if a file, a flag or the text is invalid."""
     if Path(args.output).suffix in (*ENDINGS, ".bin", ".idx"):
         raise ValueError(
             f"--output {args.output} is a prefix of two files, without an ending; use --output "
             f"{Path(args.output).with_suffix('')}, and --input for your text."
         )
     encoder = encoder_of(args.tokenizer) if args.tokenizer else bytes_encoder()
-    if args.input:
-        texts = documents(files_of(args.input), args.json_key, args.documents == "paragraphs")
-    else:
-        texts = iter(python_topics())
-        if args.documents == "paragraphs":
-            texts = (part for text in texts for part in text.split("\n\n") if part.strip())
-    num_documents, num_tokens = write_documents(texts, args.output, encoder)
+    texts = texts_of(files_of(args.input), args.json_key) if args.input else python_topics()
+    found = documents(texts, args.documents == "paragraphs")
+    num_documents, num_tokens = write_documents(found, args.output, encoder)
     of = "" if args.input else ", the help topics of Python (--input takes your own text)"
     print(f"{args.output}.bin, {args.output}.idx: {num_documents:,} documents, {num_tokens:,} tokens{of}")
     vocab = f" --vocab-size {encoder.vocab_size}" if args.tokenizer else ""

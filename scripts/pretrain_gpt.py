@@ -1,5 +1,5 @@
-"""Train a GPT on megatron-core alone: no Megatron-LM checkout needed. ``--help`` lists the flags, named as Megatron's
-are.
+"""Train a GPT with megatron-core only: no Megatron-LM checkout is needed. ``--help`` lists the flags, which have
+Megatron's names.
 
 torchrun --nproc-per-node 4 scripts/pretrain_gpt.py --data-path data/topics --context-parallel-size 4 ...
 """
@@ -23,7 +23,7 @@ from mindspeed_cp.settings.notices import ContextParallelWarning
 def main(argv=None):
     show = warnings.showwarning
     with readable_flags(), warnings.catch_warnings():
-        # What the configuration has to say is for the user, not about a line of source.
+        # Warnings of the configuration are for the user, so print them without a source line.
         warnings.showwarning = lambda message, category, *rest: (
             print(f"note: {message}", flush=True)
             if issubclass(category, ContextParallelWarning)

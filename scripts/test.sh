@@ -16,10 +16,9 @@ python=$PWD/.venv/bin/python
 default=$(sed -n 's/^megatron-core==//p' constraints.txt)
 read -ra versions <<<"${MEGATRON:-$default $("$python" scripts/environment.py --oldest)}"
 
-echo "== ruff, mypy"
+echo "== ruff"
 "$python" -m ruff format --check .
 "$python" -m ruff check .
-"$python" scripts/check_types.py
 
 # Each worker takes whole modules and has ranks of its own.
 run_pytest() { "$python" -m pytest -q --dist loadscope --no-loadscope-reorder "$@"; }
@@ -38,6 +37,8 @@ run_beside() { # version, arguments for pytest
 logs=$(mktemp -d) failed=0
 declare -A started=()
 trap 'kill "${started[@]}" 2>/dev/null || true; rm -rf "$logs"' EXIT
+"$python" scripts/check_types.py >"$logs/mypy" 2>&1 &
+started[mypy]=$!
 for version in "${versions[@]}"; do
   [ "$version" = "$default" ] && continue
   run_beside "$version" "$@" >"$logs/$version" 2>&1 &
@@ -47,11 +48,11 @@ if [[ " ${versions[*]} " == *" $default "* ]]; then
   echo "== All tests, megatron-core $default"
   run_pytest -n "${WORKERS:-2}" "$@" || failed=1
 fi
-for version in "${!started[@]}"; do
-  wait "${started[$version]}" || failed=1
-  unset "started[$version]"
-  echo "== Tests that touch Megatron, megatron-core $version"
-  cat "$logs/$version"
+for name in "${!started[@]}"; do
+  wait "${started[$name]}" || failed=1
+  unset "started[$name]"
+  [ "$name" = mypy ] && echo "== mypy" || echo "== Tests that touch Megatron, megatron-core $name"
+  cat "$logs/$name"
 done
 if [[ "$*" == "" || "$*" == --full ]]; then
   if [ -d .venv-frameworks ]; then

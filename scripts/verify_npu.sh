@@ -2,6 +2,7 @@
 # Verify mindspeed_cp on the NPUs of this machine: a pass/fail table, and one file to send with all that belongs to it.
 #   bash scripts/verify_npu.sh --quick                 the kernel, parity, Ulysses and Ring, their speed; ten minutes
 #   bash scripts/verify_npu.sh [--report FILE]         everything, one or two hours
+#   bash scripts/verify_npu.sh --only "KV cache" --minutes 20      the checks with this in their name, at most so long each
 #   bash scripts/verify_npu.sh [--device npu|cuda|cpu] [--list]
 # Uses the python of the environment (PYTHON=...), with torch, torch_npu and megatron-core installed; sources CANN's
 # set_env.sh from ASCEND_HOME_PATH's usual places when no one has. Every check runs, whatever the others gave.

@@ -2,14 +2,14 @@
 
 HCCL's batch of sends and receives forbids two for the same rank, and is itself forbidden beside virtual pipeline
 stages: there a link posts its messages one by one, in the order of ``turn``. Where shared memory carries a message, or
-the ranks tell each other something with it, a notice goes ahead ::
+the ranks tell each other something with it, a notice goes ahead, through a pipe (``comm.notices``) or gloo ::
 
     place in the sender's memory, or BY_GLOO | bytes | number, the tag of what follows by gloo | stamp
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,11 @@ import torch.distributed as dist
 from mindspeed_cp.comm.host_memory import Parcel
 from mindspeed_cp.comm.messages import Message
 from mindspeed_cp.comm.meter import named, wait_for
+from mindspeed_cp.comm.notices import NUMBERS, Notice, Notices, Numbers
 from mindspeed_cp.comm.posting import Loans, Member, Posted, Work
 
 Stamp = tuple[int, int]
+CPU = torch.device("cpu")
 BY_GLOO = -1  # the place of a message that follows its notice through gloo
 
 
@@ -28,18 +30,21 @@ class Arrival:
     """A message from a rank, which lands in flat memory, or is announced by a notice.
 
     Args:
+        notice: through a pipe, or what gloo receives it into.
         landing: the memory; None with a notice.
     """
 
     rank: int
     message: Message
-    notice: torch.Tensor | None
+    notice: Notice | torch.Tensor | None
     landing: torch.Tensor | None
 
     @property
-    def told(self) -> list[int] | None:
+    def told(self) -> Numbers | None:
         """The notice's numbers, when it has arrived."""
-        return None if self.notice is None else self.notice.tolist()
+        if self.notice is None:
+            return None
+        return self.notice.numbers if isinstance(self.notice, Notice) else tuple(self.notice.tolist())
 
 
 class Batch:
@@ -56,7 +61,11 @@ class Batch:
         self._tag = tag
         self._link, self.purpose, self._stamp, self._check = link, purpose.partition(".")[0], stamp, check
         self._arrivals: list[Arrival] = []
-        self._ops: list[Posted] = []  # receives first, because a notice may ask for one more before sends end
+        # Receives first, because a notice may ask for one more before sends end.
+        self._receives: list[Posted] = []
+        self._sends: list[Posted] = []
+        self._told: list[tuple[int, Numbers]] = []  # (rank, its notice)
+        self._awaited: list[Work] = []  # receives, and notices that are heard
         self._works: list[Work] = []
         self._loans = Loans(link.workspace)
 
@@ -64,54 +73,72 @@ class Batch:
         """Have the message from ``rank`` unpacked into its tensors."""
         if message.numel == 0 and self._stamp is None:
             return
-        if announced or self._announces(rank, message):
-            lands_in = torch.empty(5, dtype=torch.int64, device="cpu")
-            self._arrivals.append(Arrival(rank, message, lands_in, None))
+        pipes, peer = self._pipes_to(rank), self._link.global_ranks[rank]
+        notice: Notice | torch.Tensor | None = None
+        landing: torch.Tensor | None = None
+        if not announced and not self._announces(rank, message):
+            landing = self._loans.flat(message)
+        elif pipes is None:
+            notice = torch.empty(NUMBERS, dtype=torch.int64, device="cpu")
         else:
-            lands_in = self._loans.flat(message)
-            self._arrivals.append(Arrival(rank, message, None, lands_in))
-        self._add(dist.irecv, rank, lands_in, self._tag)
+            notice = pipes.expect(peer, self._link.stream(self._tag))
+            self._awaited.append(Work(notice, (rank,), ()))
+        lands_in = notice if isinstance(notice, torch.Tensor) else landing
+        if lands_in is not None:
+            self._receives.append(Posted(dist.irecv, lands_in, rank, self._tag))
+        self._arrivals.append(Arrival(rank, message, notice, landing))
 
     def send(self, rank: int, message: Message, announced: bool = False, parcel: Parcel | None = None) -> None:
         """Send a message, or the notice of the parcel that holds it."""
         if message.numel == 0 and self._stamp is None:
             return
         if not announced and not self._announces(rank, message):
-            self._add(dist.isend, rank, self._loans.written(message), self._tag)
+            self._sends.append(Posted(dist.isend, self._loans.written(message), rank, self._tag))
             return
-        carrier, number = self._link.carrier, next(self._link.numbers)
-        peer = self._link.global_ranks[rank]
-        if parcel is None and carrier is not None and peer in carrier.peers:
-            parcel = carrier.write([peer], message)
+        pipes, carrier = self._pipes_to(rank), self._link.carrier
+        if parcel is None and pipes is not None and carrier is not None:
+            parcel = carrier.write([self._link.global_ranks[rank]], message)
+        number = next(self._link.numbers) if parcel is None else 0
         place = BY_GLOO if parcel is None else parcel.start
-        notice = [place, message.num_bytes, number, *(self._stamp or (0, 0))]
-        self._add(dist.isend, rank, torch.tensor(notice, device="cpu"), self._tag)
+        notice = (place, message.num_bytes, number, *(self._stamp or (0, 0)))
+        if pipes is None:
+            self._sends.append(Posted(dist.isend, torch.tensor(notice, device="cpu"), rank, self._tag))
+        else:
+            self._told.append((rank, notice))
         if parcel is None and message.numel:
-            self._add(dist.isend, rank, self._loans.written(message), tag=number)
+            self._sends.append(Posted(dist.isend, self._loans.written(message), rank, number))
 
-    def post(self) -> None:
-        if self._ops:
-            with named(f"post {self.purpose}"):
-                self._works = self._link.post(self._ops, self.purpose)
-            self._ops = []
-
-    @classmethod
-    def post_receives_first(cls, batches: "Sequence[Batch]") -> None:
+    @staticmethod
+    def post(*batches: "Batch") -> None:
         """Post batches over one link together: what is received, then what is sent."""
-        first = [(batch, op) for batch in batches for op in batch._ops[: len(batch._arrivals)]]
-        ops = first + [(batch, op) for batch in batches for op in batch._ops[len(batch._arrivals) :]]
-        if not ops:
+        ops = [op for batch in batches for op in batch._receives] + [op for batch in batches for op in batch._sends]
+        first = batches[0]
+        with named(f"post {first.purpose}"):
+            works = first._link.post(ops, first.purpose) if ops else []
+            for batch in batches:
+                batch._tell()
+        if len(batches) == 1:
+            first._works = works  # one for each, or for the whole batch
             return
-        with named(f"post {batches[0].purpose}"):
-            works = batches[0]._link.post([op for _, op in ops], batches[0].purpose)
-        for (batch, _), work in zip(ops, works, strict=True):
-            batch._works.append(work)
-        for batch in batches:
-            batch._ops = []
+        each, num_receives = iter(works), sum(len(batch._receives) for batch in batches)
+        assert len(works) == len(ops), "gloo has one for each"
+        received, sent = islice(each, num_receives), each
+        of_receives = [[*islice(received, len(batch._receives))] for batch in batches]
+        for batch, own in zip(batches, of_receives):
+            batch._works = own + [*islice(sent, len(batch._sends))]
+
+    def _tell(self) -> None:
+        for rank, notice in self._told:
+            pipes = self._pipes_to(rank)
+            assert pipes is not None
+            with self._link.naming(self.purpose, [rank]):
+                pipes.tell(self._link.global_ranks[rank], self._link.stream(self._tag), notice)
 
     def finish(self) -> None:
         """Wait for all that was posted, and unpack it."""
-        self._await(self._works[: len(self._arrivals)])
+        received = len(self._receives)
+        self._await(self._works[:received])
+        self._await(self._awaited)
         notices = [arrival.told for arrival in self._arrivals]
         try:
             self._check_stamps(notices)
@@ -120,16 +147,16 @@ class Batch:
                     self._unpack(arrival, notice)
         finally:
             self._release(notices)
-        self._await(self._works[len(self._arrivals) :])
+        self._await(self._works[received:])
         self._loans.give_back()
 
-    def _release(self, notices: list[list[int] | None]) -> None:
+    def _release(self, notices: list[Numbers | None]) -> None:
         """Tell peers that what they have in shared memory for this rank has been read."""
         for arrival, notice in zip(self._arrivals, notices):
             if notice is not None and notice[0] != BY_GLOO and self._link.carrier is not None:
                 self._link.carrier.release(self._link.global_ranks[arrival.rank], notice[0])
 
-    def _check_stamps(self, notices: list[list[int] | None]) -> None:
+    def _check_stamps(self, notices: list[Numbers | None]) -> None:
         if self._check is None:
             return
         own = self._stamp
@@ -138,7 +165,7 @@ class Batch:
         stamps = {rank: (notice[3], notice[4]) for rank, notice in told}
         self._check([stamps.get(rank, own) for rank in range(self._link.size)])
 
-    def _unpack(self, arrival: Arrival, notice: list[int] | None) -> None:
+    def _unpack(self, arrival: Arrival, notice: Numbers | None) -> None:
         message, landing, carrier = arrival.message, arrival.landing, self._link.carrier
         if notice is not None:
             place, num_bytes, number, *_ = notice
@@ -159,7 +186,7 @@ class Batch:
     def _await(self, works: Iterable[Work]) -> None:
         for work, ranks, tensors in works:
             with self._link.naming(self.purpose, ranks):
-                wait_for(work, tensors[0].device)
+                wait_for(work, tensors[0].device if tensors else CPU)
 
     def _announces(self, rank: int, message: Message) -> bool:
         carrier = self._link.carrier
@@ -167,5 +194,7 @@ class Batch:
             carrier is not None and carrier.carries(self._link.global_ranks[rank], message.device, message.num_bytes)
         )
 
-    def _add(self, op: Callable[..., Any], rank: int, tensor: torch.Tensor, tag: int) -> None:
-        self._ops.append(Posted(op, tensor, rank, tag))
+    def _pipes_to(self, rank: int) -> Notices | None:
+        """What carries notices to and from a rank; None where gloo does."""
+        carrier = self._link.carrier
+        return carrier.notices if carrier is not None and self._link.global_ranks[rank] in carrier.peers else None

@@ -1,8 +1,8 @@
-"""CPU tensors from rank to rank of one host through shared memory, with gloo for the notices.
+"""CPU tensors from rank to rank of one host through shared memory, with a notice for each message (``comm.notices``).
 
-gloo sends a large message through the host's network stack, which copies it twice and wakes threads for every part.
-Here the sender writes it into memory that its peers see and sends a notice of 40 bytes; the receiver reads it where it
-is and marks it as read. A dead peer is noticed as ever, because every notice is a message.
+gloo sends a message through the host's network stack, which copies it twice and wakes threads for every part. Here the
+sender writes it into memory that its peers see and tells them where; the receiver reads it where it is and marks it as
+read. A dead peer is noticed by its pipe.
 
     a rank's memory = messages, each at the lowest free place: one mark for every member | data
 
@@ -20,12 +20,14 @@ later, which holds on Arm too.
 import mmap
 import os
 import secrets
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from mindspeed_cp.comm.messages import Message
+from mindspeed_cp.comm.notices import Notices, seconds_of
 from mindspeed_cp.settings.notices import warn_rank0, warn_this_rank
 
 SPAN = 1 << 36  # bytes of address space for what one rank sends; 64 GiB, and a thousand ranks fit into one process
@@ -67,15 +69,18 @@ class HostMemory:
         peers: global ranks that are reached.
         smallest: messages of fewer bytes go through gloo.
         num_bytes: shared memory that this rank holds.
+        notices: what ranks tell each other of their messages.
     """
 
-    def __init__(self, members: list[int], file: int, memories: dict[int, _Memory], smallest: int):
+    def __init__(
+        self, members: list[int], file: int, memories: dict[int, _Memory], smallest: int, notices: Notices
+    ) -> None:
         self._slot = {rank: index for index, rank in enumerate(members)}
         self._marks = -(-8 * len(members) // LINE) * LINE  # bytes before the data
         self._file, self._memories, self._own = file, memories, memories[dist.get_rank()]
         self.peers, self.smallest = frozenset(memories) - {dist.get_rank()}, smallest
         self._unread: list[Parcel] = []  # ascending in memory
-        self.num_bytes = 0
+        self.num_bytes, self.notices = 0, notices
 
     @classmethod
     def connect(cls, group: dist.ProcessGroup, smallest: int = SMALLEST_MESSAGE) -> "HostMemory | None":
@@ -91,15 +96,15 @@ class HostMemory:
         file = _create_file(_name(token))
         table = _gather([os.getpid(), file, token], group).tolist()
         memories, failed = _map_all(members, table)
-        *columns, failures = _gather([*(int(member in memories) for member in members), failed], group).t()
-        reached = torch.stack(columns)
-        # Only ranks that reach the very same members: then all of them agree on who shares memory with whom.
-        both = reached & reached.t()
-        alike = [bool(both[rank, index]) and torch.equal(both[rank], both[index]) for index in range(len(members))]
-        _announce([member for member, has_failed in zip(members, failures.tolist()) if has_failed])
-        shared = {member: memories[member] for member, is_alike in zip(members, alike) if is_alike}
-        if len(shared) > 1:
-            return cls(members, file, shared, smallest)
+        reached, failures = _agree(members, memories.keys(), failed, group)
+        notices = Notices(seconds_of(group))
+        opened, failed = _open_pipes(notices, members, reached, [process for process, *_ in table], group)
+        alike, without_pipes = _agree(members, opened, failed, group)
+        _announce(sorted({*failures, *without_pipes}))
+        peers = alike - {members[rank]}
+        notices.keep(peers)
+        if peers:
+            return cls(members, file, {member: memories[member] for member in sorted(alike)}, smallest, notices)
         if file >= 0:
             os.close(file)
         return None
@@ -164,6 +169,7 @@ class HostMemory:
         """Give the memory back; what peers have mapped stays theirs until they close."""
         if self._memories:
             os.close(self._file)
+            self.notices.close()
             del self._own
         self.peers, self._unread, self._memories = frozenset(), [], {}
 
@@ -218,6 +224,52 @@ def _map_peer(process: int, file: int, token: int) -> _Memory | None:
         return _Memory(opened)
     finally:
         os.close(opened)
+
+
+def _agree(
+    members: list[int], reached: Collection[int], failed: bool, group: dist.ProcessGroup
+) -> tuple[frozenset[int], list[int]]:
+    """(members that share with this rank, itself included; members that failed), as all of them see it.
+
+    Only ranks that reach the very same members share: then all of them agree on who does with whom.
+    """
+    rank = dist.get_rank(group)
+    *columns, failures = _gather([*(int(member in reached) for member in members), failed], group).t()
+    seen = torch.stack(columns)
+    both = seen & seen.t()
+    alike = [bool(both[rank, index]) and torch.equal(both[rank], both[index]) for index in range(len(members))]
+    return frozenset(_those(members, alike)), _those(members, failures.tolist())
+
+
+def _those(members: list[int], chosen: Sequence[int | bool]) -> list[int]:
+    return [member for member, is_chosen in zip(members, chosen, strict=True) if is_chosen]
+
+
+def _open_pipes(
+    notices: Notices, members: list[int], reached: frozenset[int], processes: list[int], group: dist.ProcessGroup
+) -> tuple[list[int], bool]:
+    """Make the pipes between this rank and those that it reaches; collective over the group.
+
+    Returns:
+        (members whose pipe is open here, this rank included; whether one could not be made or opened).
+    """
+    own, failed, files = dist.get_rank(), False, [-1] * len(members)
+    try:
+        for index, member in enumerate(members):
+            if member in reached and member != own:
+                files[index] = notices.listen(member)
+    except OSError:  # too many open files
+        failed = True
+    opened = [own] if own in reached else []
+    for member, process, file in zip(members, processes, _gather(files, group)[:, members.index(own)].tolist()):
+        if file < 0:
+            continue
+        try:
+            notices.open(member, process, file)
+            opened.append(member)
+        except OSError:
+            failed = True
+    return opened, failed
 
 
 def _gather(values: list[int], group: dist.ProcessGroup) -> torch.Tensor:

@@ -7,8 +7,8 @@
 Each is posted without waiting and returns a ``Pending``; what is computed before its ``wait`` hides it. Empty messages
 are skipped on both sides, which know each other's sizes. A failure names the ranks that were waited for.
 
-Between ranks of one host, large messages of CPU tensors cross through shared memory, the link's carrier, and gloo
-carries the notices. That changes no result, no order and no count of bytes.
+Between ranks of one host, large messages of CPU tensors cross through shared memory, the link's carrier. That changes
+no result, no order and no count of bytes.
 """
 
 import weakref
@@ -79,10 +79,10 @@ class Link(Member):
         """Several exchanges posted at once, each to be awaited on its own, in their order."""
         batches = [self._batch(sends, receives, purpose, add_in, tag) for sends, receives in exchanges]
         if len(batches) > 1 and self.backend in ANNOUNCE_FIRST and not self.one_by_one:
-            Batch.post_receives_first(batches)
+            Batch.post(*batches)
         else:
             for batch in batches:
-                batch.post()
+                Batch.post(batch)
         return [Pending(batch.finish) for batch in batches]
 
     def _batch(self, sends: Ends, receives: Ends, purpose: str, add_in: torch.dtype | None, tag: int) -> Batch:
@@ -164,7 +164,7 @@ class Link(Member):
             batch.receive(rank, arriving[rank])
         for rank in self.peers:
             batch.send(rank, leaving[rank])
-        batch.post()
+        Batch.post(batch)
         own = leaving[self.rank], arriving[self.rank]  # and nothing else of what leaves lives on
         if check is None:
             copy_message(*own)  # what leaves may change from now on
@@ -194,7 +194,7 @@ class Link(Member):
             parcel = self.carrier.write([self.global_ranks[rank] for rank in self.peers], message)
             for rank in self.peers:
                 batch.send(rank, message, announced=True, parcel=parcel)
-        batch.post()
+        Batch.post(batch)
         shards[self.rank].copy_(tensor)
 
         def finish() -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from mindspeed_cp.comm.host_memory import HostMemory
 from mindspeed_cp.comm.messages import Message
+from mindspeed_cp.comm.notices import stream_of
 from mindspeed_cp.comm.workspace import Workspace
 
 # Of every process group, as long as it lives: the number of its last message that follows a notice.
@@ -69,6 +70,7 @@ class Member:
     workspace: Workspace = field(default_factory=Workspace, repr=False)
     carrier: HostMemory | None = field(default=None, repr=False)
     one_by_one: bool = False
+    _streams: dict[int, int] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -83,6 +85,12 @@ class Member:
     def numbers(self) -> Iterator[int]:
         """Tells messages apart that follow their notice; all members over one group count on."""
         return _numbers.setdefault(self.group, itertools.count(1))
+
+    def stream(self, tag: int) -> int:
+        """Tells notices of messages of this group and tag from others."""
+        if tag not in self._streams:
+            self._streams[tag] = stream_of(self.group, tag)
+        return self._streams[tag]
 
     @property
     def peers(self) -> list[int]:

@@ -1,8 +1,8 @@
-"""MindSpeed's import paths, answered by this package while no real MindSpeed is installed.
+"""MindSpeed's import paths, provided by this package while no real MindSpeed is installed.
 
 ``install`` adds one finder at the end of ``sys.meta_path``, so a real package always wins; ``uninstall`` removes it and
-every module that came through it. An answered path exports what this project's module exports; a name that only
-MindSpeed has is an ImportError that says so.
+every module that it made. A provided path exports what this project's module exports; names that only MindSpeed has
+raise an ImportError that says so.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from types import ModuleType
 _CP = "mindspeed.core.context_parallel"
 _ADAPTOR = "mindspeed.megatron_adaptor"
 
-# MindSpeed's module -> ours; the packages above them come of themselves.
+# MindSpeed's module -> ours; parent packages are created automatically.
 ALIASES = {
     _ADAPTOR: "mindspeed_cp.megatron_adaptor",
     "mindspeed.core.parallel_state": "mindspeed_cp.compat.process_groups",
@@ -39,7 +39,7 @@ ALIASES = {
     f"{_CP}.model_parallel_utils": "mindspeed_cp.compat.process_groups",
 }
 
-# Name that MindSpeed has below an answered path -> what serves its purpose here.
+# Name that MindSpeed has under a provided path -> what to use here instead.
 INSTEAD = {
     "get_batch_on_this_cp_rank": "megatron.core.utils.get_batch_on_this_cp_rank, which the adaptor patches",
     "rotary_pos_embedding_utils": "get_pos_emb_on_this_cp_rank of Megatron's rope_utils, which the adaptor patches",
@@ -52,13 +52,13 @@ INSTEAD = {
 
 
 def _packages() -> set[str]:
-    """Every name that has an alias below it."""
+    """The names of all parent packages of the aliases."""
     names = [name.split(".") for name in ALIASES]
     return {".".join(parts[:count]) for parts in names for count in range(1, len(parts))}
 
 
 class MindSpeedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds and makes the alias modules, and remembers them."""
+    """Finds, creates and remembers the alias modules."""
 
     def __init__(self) -> None:
         self._packages = _packages()
@@ -68,11 +68,11 @@ class MindSpeedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name in ALIASES or name in self._packages:
-            # Every path is a package, for then ``from path import name`` comes here with a name that it does not have.
+            # Every path is a package, so that ``from path import name`` calls this finder for names that it lacks.
             return ModuleSpec(name, self, is_package=True)
         parent, _, missing = name.rpartition(".")
         if parent in ALIASES or parent == _CP:
-            raise ModuleNotFoundError(self._explain(parent, missing))  # with a name it would be swallowed
+            raise ModuleNotFoundError(self._explain(parent, missing))  # with name= it would be swallowed
         return None
 
     def _explain(self, parent: str, missing: str) -> str:
@@ -92,7 +92,7 @@ class MindSpeedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__doc__ = "A MindSpeed import path that mindspeed_cp answers; see mindspeed_cp.compat."
         real = importlib.import_module(ALIASES[name]) if name in ALIASES else None
         if name == _ADAPTOR:
-            # It has state, so it must be the one module; the import system takes what it finds here.
+            # The module has state, so the alias must be the same object; the import system uses what is in sys.modules.
             assert real is not None
             sys.modules[name] = real
         elif real is not None:
@@ -106,15 +106,15 @@ def _installed() -> MindSpeedFinder | None:
 
 
 def is_installed() -> bool:
-    """Whether MindSpeed's paths are answered here, because there is no real one."""
+    """Whether this package provides MindSpeed's paths, because no real MindSpeed is installed."""
     return _installed() is not None
 
 
 def install() -> str:
-    """Answer MindSpeed's import paths; does nothing where a real MindSpeed is importable or it is done already.
+    """Provide MindSpeed's import paths; does nothing if a real MindSpeed is importable or they are provided already.
 
     Returns:
-        Why nothing was done, "" when the paths are answered now.
+        Why nothing was done, "" if the paths were installed.
     """
     if _installed() is not None:
         return "the paths are answered already"
@@ -125,7 +125,7 @@ def install() -> str:
 
 
 def uninstall() -> None:
-    """Undo ``install``: remove the finder and every alias, and keep our own modules. A second call does nothing."""
+    """Undo ``install``: remove the finder and every alias, but keep our own modules. A second call does nothing."""
     finder = _installed()
     if finder is None:
         return

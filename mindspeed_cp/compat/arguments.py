@@ -1,4 +1,4 @@
-"""MindSpeed's ``process_args``: the flags of context parallelism, added to any parser."""
+"""MindSpeed's ``process_args``, which adds the flags of context parallelism to any parser."""
 
 import argparse
 
@@ -8,6 +8,6 @@ __all__ = ["process_args"]
 
 
 def process_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags that ``parser`` does not have yet, those of MindSpeed's context parallelism alone; returns it."""
+    """Add the flags that ``parser`` lacks, only those of MindSpeed's context parallelism; returns ``parser``."""
     added: argparse.ArgumentParser = add_context_parallel_arguments(parser)
     return added

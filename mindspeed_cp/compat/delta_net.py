@@ -8,10 +8,10 @@ __all__ = ["tensor_a2a_cp2hp", "tensor_a2a_hp2cp"]
 
 
 def tensor_a2a_cp2hp(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """This rank's part of a sequence -> the whole, for a share of the features.
+    """This rank's part of the sequence with all features -> the whole sequence with this rank's part of the features.
 
     Args:
-        args, kwargs: seq_dim, head_dim, cp_group, split_sections, undo_attention_load_balancing, as Megatron has them.
+        args, kwargs: seq_dim, head_dim, cp_group, split_sections, undo_attention_load_balancing, as in Megatron.
     """
     from mindspeed_cp import megatron_adaptor
     from mindspeed_cp.megatron import hidden_exchange

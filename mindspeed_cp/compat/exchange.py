@@ -15,7 +15,11 @@ Route = tuple[Group, int, int, int]  # process group, scatter_dim, gather_dim, g
 def checked_dimensions(
     input_: torch.Tensor, process_group: Group, scatter_dim: int, gather_dim: int, gather_size: int | None
 ) -> Route:
-    """(process_group, scatter_dim, gather_dim, gather_size) with no negative dimension and no None."""
+    """(process_group, scatter_dim, gather_dim, gather_size) with non-negative dimensions and no None.
+
+    Raises:
+        ValueError: the dimensions do not fit the tensor, or this rank's part is not its share of ``gather_size``.
+    """
     if input_.dim() not in (3, 4):
         raise ValueError(
             f"all_to_all takes tensors of 3 or 4 dimensions, not {tuple(input_.shape)}; view it as one of those."
@@ -36,7 +40,7 @@ def checked_dimensions(
         raise ValueError(
             f"gather_size {gather_size} gives rank {dist.get_rank(process_group)} of {world_size} a "
             f"length of {share} on dimension {gather_dim}, and its tensor has {input_.size(gather_dim)}; "
-            f"split with calsplit_sizes({gather_size}, {world_size}), or pass the sum of all lengths."
+            f"split with cal_split_sizes({gather_size}, {world_size}), or pass the sum of all lengths."
         )
     return process_group, scatter_dim, gather_dim, gather_size
 
@@ -56,7 +60,7 @@ def exchange(tensor: torch.Tensor, group: Group, scatter_dim: int, gather_dim: i
 def start_exchange(
     tensor: torch.Tensor, group: Group, scatter_dim: int, gather_dim: int, gather_size: int
 ) -> Pending[torch.Tensor]:
-    """Start one all-to-all; returns a Pending of its result. A side whose dimension is the first is not copied."""
+    """Start one all-to-all; returns a Pending of its result. A tensor whose dimension is the first is not copied."""
     link = link_of(group)
     sizes = split_sizes(tensor.size(scatter_dim), link.size)
     pieces = tensor.split(sizes, dim=scatter_dim)

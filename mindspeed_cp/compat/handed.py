@@ -1,7 +1,7 @@
-"""Hands over where documents end as MindSpeed does: by a value that is set before its batch is split.
+"""MindSpeed's setters of document boundaries, called before the batch is split.
 
-MindSpeed keeps it until another is set. Here it belongs to the next batch alone: that batch's documents end there, and
-later batches go by what they bring themselves.
+MindSpeed uses a value until another is set. Here it applies only to the next batch; later batches use the boundaries
+that they contain themselves.
 """
 
 from typing import Any
@@ -16,25 +16,25 @@ def _handed() -> Any:
 
 
 def set_actual_seq_len(actual_seq_len: Any) -> None:
-    """Say where the documents of the next batch end.
+    """Set the ends of the next batch's documents.
 
     Args:
-        actual_seq_len: tensor or list of ascending ends, over the rows of the micro-batch one after another, without
-            the leading 0; None takes it back.
+        actual_seq_len: tensor or list of ascending ends without the leading 0, counted over the concatenated rows of
+            the micro-batch; None removes a value that was set.
     """
     _handed().set_ends(actual_seq_len)
 
 
 def get_actual_seq_len() -> Any:
-    """What was set last, None before that."""
+    """The value that was set last, None before that."""
     return _handed().ends
 
 
 def set_position_ids(position_ids: Any) -> None:
-    """Keep ``position_ids`` for ``get_position_ids``; the model gets its own as an argument."""
+    """Store ``position_ids`` for ``get_position_ids``; the model gets its own as an argument."""
     _handed().position_ids = position_ids
 
 
 def get_position_ids() -> Any:
-    """What was set last, None before that."""
+    """The value that was set last, None before that."""
     return _handed().position_ids

@@ -1,7 +1,7 @@
 """Differentiable collectives for any tensor: all-to-all, split and gather along any dimension, even or uneven.
 
-Sizes follow one rule everywhere: a dimension is cut into sizes that differ by at most one, the first ranks get the
-remainder. The backward pass of each function is the inverse mapping.
+A dimension is always cut into sizes that differ by at most one; the first ranks get the remainder. The backward pass of
+each function is the inverse mapping.
 """
 
 from collections.abc import Sequence
@@ -43,13 +43,13 @@ def all_to_all(
     gather_dim: int = 1,
     gather_size: int | None = None,
 ) -> torch.Tensor:
-    """Cut ``scatter_dim`` over the ranks and join ``gather_dim``: (.., S, .., g, ..) -> (.., s, .., G, ..).
+    """Scatter ``scatter_dim`` over the ranks and gather ``gather_dim``: (.., S, .., g, ..) -> (.., s, .., G, ..).
 
     Args:
-        input_: 3-D or 4-D tensor; the whole ``scatter_dim``, and this rank's part of ``gather_dim``.
-        process_group: every rank of it calls this; None is the default group.
-        scatter_dim, gather_dim: two different dimensions, negative ones count from the end.
-        gather_size: length of ``gather_dim`` over all ranks; None when every rank holds equally much.
+        input_: 3-D or 4-D tensor with the whole ``scatter_dim`` and this rank's part of ``gather_dim``.
+        process_group: the group, all of whose ranks call this; None for the default group.
+        scatter_dim, gather_dim: two different dimensions; negative ones count from the end.
+        gather_size: length of ``gather_dim`` over all ranks; None if it is equal on all ranks.
 
     Returns:
         a contiguous tensor; ``input_`` itself in a group of one rank.
@@ -75,7 +75,7 @@ def split_forward_gather_backward(
 
     Args:
         input_: the same tensor on every rank.
-        split_sizes: length of every rank's part, None for the usual rule.
+        split_sizes: length of every rank's part, None for parts that differ by at most one.
         grad_scale: "up" or "down" multiplies or divides the gradient by the number of ranks, None leaves it.
     """
     dim, world_size = dimension(dim, input_.dim(), "dim"), dist.get_world_size(process_group)
@@ -103,8 +103,8 @@ def gather_forward_split_backward(
 
     Args:
         input_: this rank's part.
-        gather_sizes: length of every rank's part; None makes the ranks ask each other, for which a device is waited
-            for.
+        gather_sizes: length of every rank's part; None lets the ranks exchange their lengths, which waits for the
+            device.
         grad_scale: "up" or "down" multiplies or divides the gradient by the number of ranks, None leaves it.
     """
     dim, world_size = dimension(dim, input_.dim(), "dim"), dist.get_world_size(process_group)
@@ -192,7 +192,7 @@ def _own_part(tensor: torch.Tensor, group: Group, dim: int, sizes: Sequence[int]
 
 
 def _gathered(tensor: torch.Tensor, group: Group, dim: int, sizes: Sequence[int]) -> torch.Tensor:
-    """All parts joined along ``dim``."""
+    """All ranks' parts, concatenated along ``dim``."""
     shards = link_of(group).gather(tensor.movedim(dim, 0).contiguous(), list(sizes), "gather").wait()
     return torch.cat(shards).movedim(0, dim).contiguous()
 

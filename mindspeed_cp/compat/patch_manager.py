@@ -1,7 +1,7 @@
-"""MindSpeed's registry of patches, for frameworks that look through it; it holds none of this package's patches.
+"""MindSpeed's registry of patches, for frameworks that search it; it holds none of this package's patches.
 
-verl looks for a replaced torch.compile in ``patches_info``, ms-swift for a replaced delta rule; neither is replaced by
-entries that such code could remove, so the registry is empty, and the adaptor's ``report`` lists what is patched.
+verl searches ``patches_info`` for a replaced torch.compile, ms-swift for a replaced delta rule, to remove them. This
+package has no patch that they could remove, so the registry is empty; the adaptor's ``report`` lists what is patched.
 """
 
 from typing import Any, ClassVar
@@ -10,7 +10,7 @@ __all__ = ["MindSpeedPatchesManager"]
 
 
 class MindSpeedPatchesManager:
-    """An empty registry that refuses entries."""
+    """An empty registry that rejects entries."""
 
     patches_info: ClassVar[dict[str, Any]] = {}
 
@@ -25,8 +25,8 @@ class MindSpeedPatchesManager:
 
     @staticmethod
     def apply_patches() -> None:
-        """Nothing is registered, so nothing is applied; the adaptor applies its own."""
+        """Does nothing, because nothing is registered; the adaptor applies its own patches."""
 
     @staticmethod
     def remove_patches() -> None:
-        """Nothing is registered, so nothing is removed; ``undo`` of the adaptor takes back its own."""
+        """Does nothing, because nothing is registered; the adaptor's ``undo`` removes its own patches."""

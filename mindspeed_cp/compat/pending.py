@@ -1,4 +1,4 @@
-"""An all-to-all that is under way while something else is computed, forward and backward."""
+"""An all-to-all that overlaps other computation, forward and backward."""
 
 from typing import Any
 
@@ -17,22 +17,22 @@ def start_all_to_all(
     gather_dim: int = 1,
     gather_size: int | None = None,
 ) -> "PendingTensor":
-    """``all_to_all`` that returns at once: a ``PendingTensor``, whose ``wait`` gives the result.
+    """``all_to_all`` that returns immediately: a ``PendingTensor``, whose ``wait`` returns the result.
 
-    What is computed in between overlaps the exchange. Backward does the same the other way round: the gradient departs
-    where ``wait`` was, and is awaited only where ``input_``'s own gradient is needed. So with separate projections ::
+    Whatever is computed in between overlaps the exchange. Backward does the same in reverse: the gradient is sent where
+    ``wait`` was called, and awaited only when ``input_``'s gradient is needed. So with separate projections ::
 
         query, key, value = (start_all_to_all(project(hidden), group) for project in (to_query, to_key, to_value))
         out = attention(query.wait(), key.wait(), value.wait())
 
-    each exchange overlaps the next projection, forward, and the projections' own backward passes. All ranks start in
-    one order and wait in one order; ``input_`` must not be changed in place before ``wait``.
+    each exchange overlaps the next projection in forward, and the projections' backward passes. All ranks must start
+    and wait in the same order; ``input_`` must not be changed in place before ``wait``.
     """
     return PendingTensor(input_, *checked_dimensions(input_, process_group, scatter_dim, gather_dim, gather_size))
 
 
 class PendingTensor:
-    """A tensor under way, made by ``start_all_to_all``."""
+    """The future result of ``start_all_to_all``."""
 
     def __init__(self, input_: torch.Tensor, group: Group, scatter_dim: int, gather_dim: int, gather_size: int) -> None:
         self._result: torch.Tensor | None = None
@@ -44,7 +44,7 @@ class PendingTensor:
             self._token = _Depart.apply(input_, self._flight)
 
     def wait(self) -> torch.Tensor:
-        """The tensor; the same one each time."""
+        """Wait for the tensor; every call returns the same one."""
         if self._result is None:
             self._result = _Arrive.apply(self._token, self._flight)
         assert self._result is not None
@@ -52,7 +52,7 @@ class PendingTensor:
 
 
 class _Flight:
-    """What the two ends of a pending all-to-all share: the exchange that is under way."""
+    """The exchange that is under way, shared by the two ends of a pending all-to-all."""
 
     def __init__(self, group: Group, scatter_dim: int, gather_dim: int, gather_size: int, scatter_size: int) -> None:
         self.forward = group, scatter_dim, gather_dim, gather_size
@@ -63,14 +63,14 @@ class _Flight:
         self._pending = start_exchange(tensor, *route)
 
     def arrive(self) -> torch.Tensor:
-        """Wait for the result; the buffers of the exchange are given up with it."""
+        """Wait for the result and release the buffers of the exchange."""
         pending, self._pending = self._pending, None
         assert pending is not None
         return pending.wait()
 
 
 class _Depart(torch.autograd.Function):
-    """Starts an exchange; an empty token ties it to ``_Arrive``, so that autograd calls them in turn."""
+    """Starts an exchange; an empty token connects it to ``_Arrive``, so that autograd calls them in order."""
 
     @staticmethod
     def forward(ctx: Any, input_: torch.Tensor, flight: _Flight) -> torch.Tensor:

@@ -1,173 +1,23 @@
-"""MindSpeed's getters of process groups and ranks (``model_parallel_utils``, ``parallel_state``), from our groups.
-
-Our transfers name their peer by global rank, so one group over the whole ring also serves its windows: the getters of
-the window groups return it. Where there is no ring, Ulysses group or window, a getter behaves as in MindSpeed without
-that group.
-"""
+"""MindSpeed's ``model_parallel_utils`` and ``parallel_state``: getters of this process's groups and ranks."""
 
 from collections.abc import Callable
-from math import gcd
 from typing import Any
 
-import torch.distributed as dist
-
-from mindspeed_cp.comm.groups import ContextParallelGroups
-
-__all__ = [
-    "get_context_parallel_next_rank",
-    "get_context_parallel_prev_rank",
-    "get_context_parallel_group_for_send_recv_overlap",
-    "get_context_parallel_group_for_hybrid_ulysses",
-    "get_context_parallel_for_hybrid_ulysses_world_size",
-    "get_context_parallel_for_hybrid_ulysses_rank",
-    "get_context_parallel_group_for_hybrid_ring",
-    "get_context_parallel_for_hybrid_ring_world_size",
-    "get_context_parallel_for_hybrid_ring_rank",
-    "get_context_parallel_for_hybrid_ring_global_ranks",
-    "get_ring_group_for_intra_window",
-    "get_ring_group_for_intra_window_send_recv_overlap",
-    "get_ring_ranks_for_intra_window",
-    "get_ring_ranks_for_inter_window_kv",
-    "get_ring_ranks_for_inter_window_dkv",
-    "initialize_context_parallel_group_for_double_ring",
-    "initialize_context_parallel_group_for_hybrid_cp",
-    "initialize_context_parallel_group_for_send_recv_overlap",
-]
-# What MindSpeed sets on megatron.core.parallel_state as well.
-GETTERS = tuple(name for name in __all__ if name.startswith("get_"))
+from mindspeed_cp.compat.group_getters import GETTERS, GroupGetters
+from mindspeed_cp.megatron.adaptor import Adaptor
 
 
-def _adaptor_groups() -> ContextParallelGroups | None:
-    """The groups that the adaptor built with Megatron's, None before initialize_model_parallel."""
-    from mindspeed_cp import megatron_adaptor
+def _adaptor() -> Adaptor:
+    from mindspeed_cp import megatron_adaptor  # which applies the patches: when a getter is called, not before
 
-    return megatron_adaptor.state().groups
-
-
-def _required(found: Any, name: str, check: bool = True) -> Any:
-    if found is None and check:
-        raise ValueError(
-            f"{name} is not there; import mindspeed_cp.megatron_adaptor, choose an algorithm that has it, "
-            "and call initialize_model_parallel first."
-        )
-    return found
+    return megatron_adaptor.state()
 
 
-def _ring() -> ContextParallelGroups | None:
-    """The groups where there is a ring, else None."""
-    groups = _adaptor_groups()
-    return groups if groups is not None and groups.ring_size > 1 else None
+_OURS = GroupGetters(_adaptor)
 
 
-def _hybrid() -> ContextParallelGroups | None:
-    """The groups of Hybrid, else None."""
-    groups = _ring()
-    return groups if groups is not None and groups.ulysses_degree > 1 else None
-
-
-def _neighbour(steps: int) -> int:
-    """Global rank of the context-parallel rank that is ``steps`` further on."""
-    from mindspeed_cp import megatron_adaptor
-
-    main = megatron_adaptor.state().main
-    if main.alone:
-        return dist.get_rank()
-    ranks = main.groups.global_ranks
-    return ranks[(main.rank + steps) % len(ranks)]
-
-
-def get_context_parallel_next_rank() -> int:
-    return _neighbour(1)
-
-
-def get_context_parallel_prev_rank() -> int:
-    return _neighbour(-1)
-
-
-def get_context_parallel_group_for_send_recv_overlap(check_initialized: bool = True) -> dist.ProcessGroup | None:
-    """A group for transfers that overlap others; the ring's own where there are no windows."""
-    ring = _required(_ring(), "the context-parallel group for send-recv overlap", check_initialized)
-    return None if ring is None else ring.outer_group or ring.ring_group
-
-
-def get_context_parallel_group_for_hybrid_ulysses(check_initialized: bool = True) -> dist.ProcessGroup | None:
-    groups = _required(_hybrid(), "the Ulysses group of hybrid_cp_algo", check_initialized)
-    return None if groups is None else groups.ulysses_group
-
-
-def get_context_parallel_for_hybrid_ulysses_world_size() -> int:
-    return dist.get_world_size(get_context_parallel_group_for_hybrid_ulysses())
-
-
-def get_context_parallel_for_hybrid_ulysses_rank() -> int:
-    return dist.get_rank(get_context_parallel_group_for_hybrid_ulysses())
-
-
-def get_context_parallel_group_for_hybrid_ring(check_initialized: bool = True) -> dist.ProcessGroup | None:
-    groups = _required(_hybrid(), "the ring group of hybrid_cp_algo", check_initialized)
-    return None if groups is None else groups.ring_group
-
-
-def get_context_parallel_for_hybrid_ring_world_size() -> int:
-    return dist.get_world_size(get_context_parallel_group_for_hybrid_ring())
-
-
-def get_context_parallel_for_hybrid_ring_rank() -> int:
-    return dist.get_rank(get_context_parallel_group_for_hybrid_ring())
-
-
-def get_context_parallel_for_hybrid_ring_global_ranks() -> list[int]:
-    return list(_required(_hybrid(), "the ring of hybrid_cp_algo").ring_global_ranks)
-
-
-def get_ring_group_for_intra_window() -> dist.ProcessGroup | None:
-    ring = _ring()
-    return None if ring is None else ring.ring_group
-
-
-def get_ring_group_for_intra_window_send_recv_overlap() -> dist.ProcessGroup | None:
-    return get_context_parallel_group_for_send_recv_overlap(check_initialized=False)
-
-
-def _window_place() -> tuple[list[int], int, int, int]:
-    """(global ranks of the ring, window, this rank's window, its place in it)."""
-    ring = _required(_ring(), "the ring")
-    window = _inner_size(ring)
-    return list(ring.ring_global_ranks), window, *divmod(ring.ring_rank, window)
-
-
-def _inner_size(ring: ContextParallelGroups) -> int:
-    """MindSpeed's inner size: a ring without windows is one window per rank there."""
-    return ring.hierarchy[1] if ring.hierarchy[2] > 1 else 1
-
-
-def get_ring_ranks_for_intra_window() -> list[int]:
-    """Global ranks of this rank's window."""
-    ranks, window, place_w, _ = _window_place()
-    return ranks[place_w * window : (place_w + 1) * window]
-
-
-def get_ring_ranks_for_inter_window_kv() -> list[int]:
-    """Global ranks with this rank's place in every window: where keys and values cross windows."""
-    ranks, window, _, place_i = _window_place()
-    return ranks[place_i::window]
-
-
-def get_ring_ranks_for_inter_window_dkv() -> list[int]:
-    """MindSpeed's ring of gradients between windows: one window and one place further at each step."""
-    ranks, window, place_w, place_i = _window_place()
-    windows = len(ranks) // window
-    # MindSpeed lists every such ring from its first rank in the first window.
-    first = (place_i - place_w) % gcd(window, windows)
-    place, found = (0, first), []
-    while ranks[place[0] * window + place[1]] not in found:
-        found.append(ranks[place[0] * window + place[1]])
-        place = (place[0] + 1) % windows, (place[1] + 1) % window
-    return found
-
-
-def _initialized_for(purpose: str) -> Callable[..., None]:
-    """A function that stands for MindSpeed's maker of groups: initialize_model_parallel has made them all here."""
+def _maker(purpose: str) -> Callable[..., None]:
+    """A replacement for one of MindSpeed's functions that make groups; initialize_model_parallel has made them all."""
 
     def initialize(
         tensor_model_parallel_size: int,
@@ -175,12 +25,15 @@ def _initialized_for(purpose: str) -> Callable[..., None]:
         context_parallel_size: int,
         nccl_comm_cfgs: Any = None,
     ) -> None:
-        if context_parallel_size > 1:
-            _required(_adaptor_groups(), f"the groups for {purpose}")
+        _OURS.check_initialized_for(purpose, context_parallel_size)
 
     return initialize
 
 
-initialize_context_parallel_group_for_send_recv_overlap = _initialized_for("send-recv overlap")
-initialize_context_parallel_group_for_hybrid_cp = _initialized_for("hybrid_cp_algo")
-initialize_context_parallel_group_for_double_ring = _initialized_for("double ring")
+_MAKERS = {
+    "initialize_context_parallel_group_for_send_recv_overlap": _maker("send-recv overlap"),
+    "initialize_context_parallel_group_for_hybrid_cp": _maker("hybrid_cp_algo"),
+    "initialize_context_parallel_group_for_double_ring": _maker("double ring"),
+}
+globals().update(_MAKERS, **{name: getattr(_OURS, name) for name in GETTERS})
+__all__ = [*GETTERS, *_MAKERS]

@@ -4,9 +4,9 @@ Shapes, s: tokens of this rank, b: batch, n: query heads, g: KV heads
     q (s, b, n * dk)   k (s, b, g * dk)   v (s, b, g * dv)   ->   (s, b, n * dv)
 
 Which tokens a rank holds follows MindSpeed:
-    causal        chunks r and 2cp-1-r of 2cp: two halves of what the rank holds, the first gets an odd token
+    causal        chunks r and 2cp-1-r of 2cp, the two halves of the rank's tokens; the first gets an odd token
     not causal    contiguous
-    causal, packed, with boundaries that count this rank's tokens, or padded ones: both halves of every document
+    causal, packed, if boundaries count this rank's tokens or are padded ones: both halves of every document
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ from mindspeed_cp.settings.notices import warn_rank0
 
 __all__ = ["ringattn_context_parallel"]
 
-COMPRESSED = (2048, 2048)  # the causal mask that the NPU operators take, whatever the length
+COMPRESSED = (2048, 2048)  # shape of the causal mask that the NPU operators take for any length
 REQUIRED = ("causal", "cp_group", "cp_size", "rank", "cp_global_ranks")
 
 
@@ -48,20 +48,20 @@ def ringattn_context_parallel(
 
     Args:
         q, k, v: (s, b, heads * dim), or (tokens, heads, dim) with packed documents.
-        n: query heads; the KV heads follow from the width of k.
+        n: number of query heads; the number of KV heads follows from the width of k.
         cp_para: dict with causal, cp_group, cp_size, rank, cp_global_ranks; optional cp_inner_ranks (the window),
             cp_group_for_send_recv_overlap (its presence switches overlap on), cache_policy.
-        attn_mask: None; with causal also a causal mask, compressed or whole; else the mask of the whole sequence, bool,
-            True = masked out, or a list with this rank's queries against each rank's keys.
-        packed_seq_params: object with cu_seqlens_q; boundaries may leave out the leading 0 and run over the batch.
-        shapes: tokens of every rank where they differ, zero included: a list in ring order, or a dict by place in the
-            ring, else by global rank.
+        attn_mask: None; if causal, also a causal mask, compressed or whole; else the mask of the whole sequence, bool,
+            True = masked out, or a list of blocks, this rank's queries against each rank's keys.
+        packed_seq_params: object with cu_seqlens_q, which may omit the leading 0 and may count over the whole batch.
+        shapes: tokens of every rank if they differ (0 is allowed): a list in ring order, or a dict by index in the ring
+            or by global rank.
 
     Returns:
         (s, b, n * dv), or (tokens, n, dv).
 
     Raises:
-        ValueError: something cannot be computed as asked; the message says what to change.
+        ValueError: the arguments are inconsistent or not supported; the message says what to change.
     """
     place = _Place.of(cp_para)
     documents = None if packed_seq_params is None else _Documents.of(packed_seq_params)
@@ -94,7 +94,7 @@ def ringattn_context_parallel(
 
 @dataclass(frozen=True)
 class _Place:
-    """This rank's place in the ring, from cp_para; ``causal_config`` is for packed documents."""
+    """This rank's index in the ring, from cp_para; ``causal_config`` is for packed documents."""
 
     config: ContextParallelConfig
     causal_config: ContextParallelConfig
@@ -138,7 +138,7 @@ class _Place:
 
 
 def _window(para: Mapping[str, Any], ranks: tuple[int, ...], rank: int) -> int:
-    """Size of the inner window; the inner ranks must be neighbours in the ring."""
+    """Size of the inner window; the inner ranks must be consecutive in the ring."""
     inner = list(para.get("cp_inner_ranks") or [])
     window = len(inner)
     if window in (0, 1, len(ranks)):
@@ -159,10 +159,10 @@ def _groups(
     cp_group: dist.ProcessGroup,
     overlap_group: dist.ProcessGroup | None,
 ) -> ContextParallelGroups:
-    """ContextParallelGroups from groups that exist already; layers share the buffers, which live as long as cp_group.
+    """ContextParallelGroups from existing groups; layers share the buffers, which live as long as cp_group.
 
-    The whole ring's group serves the windows too. The second group keeps transfers between windows out of the queue of
-    those within one.
+    The whole ring's group also serves the windows. The second group is for transfers between windows, so that they do
+    not queue behind transfers within a window.
     """
     if len(global_ranks) == 1:
         return ContextParallelGroups(hierarchy, 0, global_ranks)
@@ -215,11 +215,11 @@ def _lengths(shapes: Sequence[int] | Mapping[int, int] | None, local: int, place
 
 @dataclass(frozen=True)
 class _Documents:
-    """Where documents end.
+    """Document boundaries.
 
     Args:
-        values: with a 0 before them.
-        padded: they come from cu_seqlens_q_padded, and so count the tokens of all ranks.
+        values: the boundaries, with a leading 0.
+        padded: whether they come from cu_seqlens_q_padded and thus count the tokens of all ranks.
         leading_zero: whether the 0 was given; MindSpeed's own boundaries have none.
     """
 
@@ -244,7 +244,7 @@ def _layout(
         return row_layout(lengths, zigzag, 1), None, False
     values, total = documents.values, documents.values[-1]
     if not place.causal:
-        # As in MindSpeed, where "general" with documents masks what lies after the query as well.
+        # As in MindSpeed, where "general" with documents also masks the keys after the query.
         warn_rank0(
             "cp_para['causal'] is False with packed_seq_params: ranks hold contiguous tokens, and attention is "
             "causal within each document, as in MindSpeed; call context_parallel_attention for full attention "
@@ -276,7 +276,7 @@ def _global_mask(
     place: _Place,
     documents: _Documents | None,
 ) -> torch.Tensor | None:
-    """The mask of the whole sequence, (S, S) or (b, 1, S, S), or None where causal attention says it all."""
+    """The mask of the whole sequence, (S, S) or (b, 1, S, S), or None if it is just causal."""
     if attn_mask is None:
         return None
     seq_len = layout.seq_len
@@ -300,14 +300,14 @@ def _global_mask(
 
 
 def _is_causal(mask: torch.Tensor, seq_len: int) -> bool:
-    """Whether a mask is just causal; MindSpeed's compressed triangle stands for any length beyond its own."""
+    """Whether a mask is just causal; MindSpeed's compressed triangle represents any longer sequence."""
     if tuple(mask.shape) == COMPRESSED and seq_len > COMPRESSED[0]:
         return True
     return mask.dim() == 2 and torch.equal(mask, torch.ones_like(mask).triu(1))
 
 
 def _mask_of_blocks(blocks: list[torch.Tensor], layout: SequenceLayout, rank: int) -> torch.Tensor:
-    """One block per rank: this rank's queries against that rank's keys, in its order. Nobody reads the other rows."""
+    """Make a mask from one block per rank: this rank's queries against that rank's keys. Other rows are never read."""
     size, seq_len = layout.ring_size, layout.seq_len
     expected = [(layout.length(rank), layout.length(source)) for source in range(size)]
     if [tuple(block.shape[-2:]) for block in blocks] != expected:

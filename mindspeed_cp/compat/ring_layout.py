@@ -1,4 +1,4 @@
-"""Layouts in MindSpeed's orders: any lengths, several rows one after another, every document in zigzag order."""
+"""Layouts in MindSpeed's orders: any lengths, several concatenated rows, every document in zigzag order."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from mindspeed_cp.sequence.runs import Boundaries, Run
 
 
 def flat_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(seq, batch, heads, dim) -> (batch * seq, 1, heads, dim), the rows of the batch one after another."""
+    """(seq, batch, heads, dim) -> (batch * seq, 1, heads, dim), the concatenated rows of the batch."""
     return tensor.transpose(0, 1).flatten(0, 1).unsqueeze(1)
 
 
@@ -31,7 +31,7 @@ def row_layout(lengths: tuple[int, ...], zigzag: bool, rows: int) -> SequenceLay
 
     Args:
         lengths: tokens of every rank.
-        rows: how many such sequences follow one another.
+        rows: number of such sequences that are concatenated.
     """
     size = len(lengths)
     mine: list[tuple[int, ...]]
@@ -50,7 +50,7 @@ def row_layout(lengths: tuple[int, ...], zigzag: bool, rows: int) -> SequenceLay
 
 @kept_up_to(8 << 20, _num_bytes)
 def document_layout(local_boundaries: Boundaries, size: int) -> SequenceLayout:
-    """Both halves of every document, whose boundaries are counted in one rank's tokens."""
+    """The two halves of every document; ``local_boundaries`` count the tokens of one rank."""
     documents = [row_layout((after - before,) * size, True, 1) for before, after in pairwise(local_boundaries)]
     return SequenceLayout(
         tuple(

@@ -1,4 +1,4 @@
-"""MindSpeed's changes of shape between (s, b, heads * dim) and packed tokens (``context_parallel.utils``)."""
+"""MindSpeed's conversions between (s, b, heads * dim) and packed tokens (``context_parallel.utils``)."""
 
 import torch
 
@@ -6,7 +6,7 @@ __all__ = ["sbh_to_tnd", "tnd_to_sbh"]
 
 
 def sbh_to_tnd(x: torch.Tensor, n: int) -> torch.Tensor:
-    """(s, b, n * d) -> (b * s, n, d): the rows of the batch one after another."""
+    """(s, b, n * d) -> (b * s, n, d), the concatenated rows of the batch."""
     s, b, h = x.shape
     return x.transpose(0, 1).reshape(b * s, n, h // n)
 

@@ -1,4 +1,4 @@
-"""MindSpeed's Ulysses: the module and its calculators, and ``ulyssesattn_context_parallel`` on top of our attention.
+"""MindSpeed's Ulysses: the module and its calculators, and ``ulyssesattn_context_parallel`` based on our attention.
 
 Shapes, s: tokens of this rank, b: batch, n: query heads, g: KV heads
     query (s, b, n, d) or (s, b, n * d)   key, value (s, b, g, d) or (s, b, g * d)   ->   (s, b, n * d)
@@ -23,7 +23,7 @@ from mindspeed_cp.settings.config import ContextParallelConfig
 
 __all__ = [*ulysses_attention.__all__, "ulyssesattn_context_parallel"]
 
-# Sparse modes of the NPU operator: the mask says all; the compressed causal mask; a band within the compressed mask.
+# Sparse modes of the NPU operator: an explicit mask; the compressed causal mask; a band within the compressed mask.
 MASKED, CAUSAL, BAND = (None, 0, 1), (2, 3), 4
 
 
@@ -38,13 +38,13 @@ def ulyssesattn_context_parallel(
 
     Args:
         attn_para: n_head (for three dimensions), attention_mask, scale, keep_prob, sparse_mode, pre_tokens,
-            next_tokens, packed_seq_params. A sparse mode of 2 or 3 is causal; 4 is a band, the query at p sees keys p -
-            pre_tokens to p + next_tokens; else the mask says all, and without one every token sees every token. Packed
-            documents end where cu_seqlens_q says, over the rows of the batch one after another.
+            next_tokens, packed_seq_params. Sparse modes 2 and 3 are causal; 4 is a band: the query at p sees keys p -
+            pre_tokens to p + next_tokens; other modes use the mask, or full attention without one. cu_seqlens_q holds
+            the ends of packed documents in the concatenated rows of the batch.
         ulysses_comm_para: spg, the group; cache_policy; use_ulysses_allgather_kv. Heads are dimension 2, tokens 0.
 
     Raises:
-        ValueError: something cannot be computed as asked; the message says what to change.
+        ValueError: the arguments are inconsistent or not supported; the message says what to change.
     """
     if (ulysses_comm_para.get("scatter_idx", 2), ulysses_comm_para.get("gather_idx", 0)) != (2, 0):
         raise ValueError(
@@ -81,7 +81,7 @@ def ulyssesattn_context_parallel(
 
 @dataclass(frozen=True)
 class _Seen:
-    """The keys that a query sees within its document: those before it, a window, or those that a mask leaves."""
+    """The keys that a query sees within its document: causal, a window, or given by a mask."""
 
     causal: bool = False
     window: tuple[int, int] | None = None
@@ -125,7 +125,7 @@ def _layout(
     """(layout, whether the rows of the batch become one sequence).
 
     Raises:
-        ValueError: the documents do not end with the sequence, or with the batch's rows one after another.
+        ValueError: the documents end neither with the sequence nor with the batch's concatenated rows.
     """
     size, seq_len = config.context_parallel_size, config.context_parallel_size * local
     if ends is None or batch == 1 and ends[-1] == seq_len:
@@ -139,7 +139,7 @@ def _layout(
 
 
 def _groups(group: dist.ProcessGroup | None) -> ContextParallelGroups:
-    """ContextParallelGroups of a group that exists already; layers share its buffers."""
+    """ContextParallelGroups from an existing group; layers share its buffers."""
     link = link_of(group)
     if link.size == 1:
         return ContextParallelGroups((1, 1, 1), 0, link.global_ranks)

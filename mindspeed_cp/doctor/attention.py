@@ -1,4 +1,4 @@
-"""The self test's result as findings; the test itself runs in processes of its own."""
+"""The self test's result as findings; the test itself runs in separate processes."""
 
 import time
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The command: every check in its section, on one screen or as JSON."""
+"""The doctor's command line: runs every check and prints the findings by section, as text or JSON."""
 
 import argparse
 import contextlib
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def examine(given: argparse.Namespace) -> tuple[Sections, dict[str, Any]]:
-    """(findings of every check, every patch); checks that need torch are left out where it does not load."""
+    """(findings of every check, every patch); checks that need torch are skipped if it does not load."""
     broken = installed.loads_torch()
     npu_works = broken is None and device.npu_works()
     found = [*installed.fitting(), *installed.ascend(os.environ, npu_works), *installed.optional()]
@@ -77,7 +77,7 @@ def _all(sections: Sections) -> list[Finding]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what was found; returns 0, or 1 where a problem was found."""
+    """Print the findings; returns 1 if there is a problem, else 0."""
     given = parser().parse_args(arguments)
     with contextlib.redirect_stdout(sys.stderr):  # torch_npu prints while it is imported
         sections, every_patch = examine(given)

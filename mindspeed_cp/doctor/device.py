@@ -7,14 +7,14 @@ from typing import Any
 from mindspeed_cp.doctor.finding import Finding, split
 from mindspeed_cp.doctor.installed import ask
 
-# Without these areas of patches context parallelism is off; the others depend on the device and on libraries.
+# Without the patches of this area context parallelism is off; the others depend on the device and on libraries.
 NEEDED = "core"
-# Without the training code's patches a checkout's scripts do not know the flags.
+# Without the patches of the training code, a checkout's scripts do not know the flags.
 BROKEN = "megatron.training cannot be imported"
 
 
 def adaptor() -> tuple[dict[str, Any] | None, list[Finding]]:
-    """What the adaptor reports in a process of its own, and what is wrong there."""
+    """The adaptor's report from a separate process, and what is wrong there."""
     try:
         record: dict[str, Any] = ask("mindspeed_cp.megatron_adaptor", "--json")
     except RuntimeError as error:
@@ -53,11 +53,11 @@ def _patches(record: dict[str, Any]) -> Iterator[Finding]:
 
 
 def kernels(device: str, why: str) -> Iterator[Finding]:
-    """The device, its kernel, and why not the others; needs torch.
+    """The device, its kernel, and why the other kernels are not used; needs torch.
 
     Args:
-        device: as the adaptor chose it.
-        why: its reason.
+        device: the device that the adaptor chose.
+        why: the reason for the choice.
     """
     from mindspeed_cp.kernels import KERNELS
 
@@ -78,7 +78,7 @@ def kernels(device: str, why: str) -> Iterator[Finding]:
 
 
 def npu_works() -> bool:
-    """Whether the NPU's kernel can be used; needs torch."""
+    """Whether the NPU kernel can be used; needs torch."""
     from mindspeed_cp.kernels import KERNELS
 
     reason: str = KERNELS["npu"].load().unavailable()
@@ -86,7 +86,7 @@ def npu_works() -> bool:
 
 
 def device_without_megatron() -> tuple[str, str]:
-    """(device, why), decided by the kernels alone, because no adaptor can be asked."""
+    """(device, why), decided by the kernels alone, because the adaptor cannot be imported."""
     from mindspeed_cp.kernels import KERNELS
 
     for name in ("cuda", "npu"):

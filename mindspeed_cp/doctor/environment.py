@@ -1,4 +1,4 @@
-"""Environment variables that matter, each with the line to add; interfaces and the port that ranks meet at."""
+"""Environment variables that matter, each with the line to add; network interfaces and the rendezvous port."""
 
 import fcntl
 import socket
@@ -40,11 +40,11 @@ LEFT_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 def findings(shell: Mapping[str, str], own: Mapping[str, str], device: str) -> Iterator[Finding]:
-    """Everything about the environment that ranks would get; what the command itself sets has to be changed there.
+    """Findings about the environment of the ranks. Variables that the command itself sets must be changed there.
 
     Args:
         shell: the variables of this shell.
-        own: variables that a launch command sets itself; they win.
+        own: variables that a launch command sets itself; they take precedence.
         device: the device that this machine uses.
     """
     yield from variables(shell, own, device)
@@ -84,10 +84,10 @@ def variables(shell: Mapping[str, str], own: Mapping[str, str], device: str) -> 
 
 
 def interfaces(shell: Mapping[str, str], own: Mapping[str, str], device: str) -> Iterator[Finding]:
-    """Whether ranks have an interface to meet on."""
+    """Whether there is a network interface for the ranks' rendezvous."""
     environment = {**shell, **own}
     known = [name for _, name in socket.if_nameindex()]
-    # gloo also carries the ranks' agreement beside NCCL and HCCL.
+    # gloo is always needed: ranks use it to agree on settings, also if NCCL or HCCL transfers the data.
     for variable in dict.fromkeys(("GLOO_SOCKET_IFNAME", INTERFACES[device])):
         value = environment.get(variable)
         if value and not _matches(value, known, exact=variable.startswith("GLOO")):
@@ -110,14 +110,14 @@ def _matches(value: str, known: list[str], exact: bool) -> bool:
         return all(name in known for name in value.split(","))
     if value.startswith("^"):
         return any(not name.startswith(tuple(value[1:].split(","))) for name in known)
-    # NCCL and HCCL take beginnings of names, and whole names behind "=".
+    # NCCL and HCCL take prefixes of names, and whole names after "=".
     names = value.removeprefix("=").split(",")
     return any(name == wanted or (not value.startswith("=") and name.startswith(wanted))
                for name in known for wanted in names)  # fmt: skip
 
 
 def _usable(known: list[str]) -> str:
-    """An interface with an address; one that other machines can reach is preferred to the loopback."""
+    """An interface with an address, preferably not the loopback, so that other machines can reach it."""
     return next((name for name in sorted(known, key="lo".__eq__) if _has_address(name)), "lo")
 
 
@@ -132,10 +132,10 @@ def _has_address(name: str) -> bool:
 
 
 def port(address: str, number: int, put: str = "export MASTER_PORT=") -> Finding:
-    """Whether rank 0 could open the port: a problem where another program listens on it, a note for another host.
+    """Whether rank 0 could open the port: a problem if another program listens on it, a note for another host.
 
     Args:
-        put: text that, with another port behind it, selects that port.
+        put: text that selects a port when the port's number is appended.
     """
     if not 0 < number < 1 << 16:
         return Finding("problem", f"port {number} is none of 1 to 65535", f"{put}{_free_port()}")
@@ -164,8 +164,8 @@ def _free_port() -> int:
 
 
 def meeting(shell: Mapping[str, str], own: Mapping[str, str]) -> Iterator[Finding]:
-    """The port that the environment names, or torchrun's own."""
+    """The port that the environment names, or torchrun's default."""
     environment = {**shell, **own}
     given = environment.get("MASTER_PORT", str(DEFAULT_PORT))
-    if given.isdigit() and int(given):  # a value that is no number was reported before
+    if given.isdigit() and int(given):  # a value that is not a number was reported before
         yield port(environment.get("MASTER_ADDR", "127.0.0.1"), int(given), _put("MASTER_PORT", "", own))

@@ -1,4 +1,4 @@
-"""What a check says: one line, and where something is wrong, one line that says what to do."""
+"""The result of a check: one line, and if something is wrong, one more line that says what to do."""
 
 import dataclasses
 import textwrap
@@ -12,12 +12,12 @@ MARKS: dict[Level, str] = {"ok": "ok", "note": "-", "warning": "!", "problem": "
 
 @dataclass(frozen=True)
 class Finding:
-    """One line on the screen.
+    """One result of a check.
 
     Args:
-        level: "ok"; "note", worth knowing; "warning", works but likely not as wanted; "problem", does not work.
+        level: "ok"; "note", worth knowing; "warning", works but probably not as intended; "problem", does not work.
         text: what was found.
-        todo: what to do; every warning and problem has it.
+        todo: what to do; required for warnings and problems.
     """
 
     level: Level
@@ -36,7 +36,7 @@ class Finding:
 
 
 def split(message: str) -> tuple[str, str]:
-    """Split an error of this project, which ends with a semicolon and a way out: (what is wrong, the way out)."""
+    """Split an error message of this project at its last semicolon: (what is wrong, what to do)."""
     wrong, separator, way_out = message.rpartition("; ")
     if separator:
         return wrong, way_out

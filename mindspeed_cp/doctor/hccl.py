@@ -1,6 +1,6 @@
-"""What a launch asks of HCCL: its largest message, the buffers and communicators, and settings that do not go together.
+"""What a launch needs from HCCL: largest message, buffers, communicators; and conflicting settings.
 
-Pure functions of the launch: nothing here needs an NPU.
+Pure functions of the launch; no NPU is needed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,9 +28,9 @@ class Communicators:
     """The communicators of one rank.
 
     Args:
-        groups: name of a process group -> MB of its buffer; a communicator takes two buffers.
-        pairs: how many ranks this one sends single messages to (isend, irecv), with a communicator and a stream each.
-        pair_megabytes: MB of the buffer of each pair.
+        groups: name of a process group -> MB of its buffer; a communicator has two buffers.
+        pairs: how many ranks this rank sends single messages to (isend, irecv); each has a communicator and a stream.
+        pair_megabytes: MB of each pair's buffer.
     """
 
     groups: dict[str, int] = field(default_factory=dict)
@@ -54,18 +54,18 @@ def communicators(
     others: tuple[str, ...] = (),
     single_messages: bool = False,
 ) -> Communicators:
-    """The communicators that attention uses on a rank, and ``others`` of Megatron.
+    """The communicators of attention on one rank, and those of Megatron's groups ``others``.
 
     Args:
-        others: names of Megatron's process groups with more than one rank, beside the context-parallel one.
+        others: names of Megatron's process groups with more than one rank, except the context-parallel one.
         single_messages: whether messages between two ranks are posted one by one (--cp-p2p isend, virtual stages).
     """
     given = environment.get("HCCL_BUFFSIZE", "")
     everywhere = int(given) if given.isdigit() and int(given) else 0
     groups = dict.fromkeys(("cp", *others), everywhere or DEFAULT_MEGABYTES)
     for name, num_bytes in largest_messages(config, shape).items():
-        if name != "cp":  # Megatron makes that one, and gives it no size
-            groups[name] = everywhere or megabytes_for(num_bytes)
+        least = DEFAULT_MEGABYTES if name == "cp" else 0  # Megatron's own messages use that group too
+        groups[name] = everywhere or max(megabytes_for(num_bytes), least)
     own = environment.get("P2P_HCCL_BUFFSIZE", "")
     megabytes = int(own) if own.isdigit() and int(own) else P2P_MEGABYTES
     return Communicators(groups, _peers(config) if single_messages else 0, megabytes)
@@ -91,7 +91,7 @@ def findings(
     others: tuple[str, ...] = (),
     single_messages: bool = False,
 ) -> Iterator[Finding]:
-    """Message, buffers and communicators of a launch, and where they do not fit; arguments as ``communicators``."""
+    """Findings about messages, buffers and communicators of a launch; arguments as for ``communicators``."""
     messages = largest_messages(config, shape)
     if not messages:
         return
@@ -127,10 +127,10 @@ def findings(
 def of_launch(
     config: ContextParallelConfig, setup: TrainingSetup, flags: Sequence[str], environment: Mapping[str, str]
 ) -> Iterator[Finding]:
-    """``findings`` of a command line; a note where it does not say how large a head is.
+    """``findings`` of a command line, or a note if it does not determine the head dimension.
 
     Args:
-        flags: of the training script.
+        flags: the training script's flags.
         environment: variables that the ranks get.
     """
     shape = shape_of(setup)

@@ -1,4 +1,4 @@
-"""What is installed, and whether it loads: torch, torch_npu with CANN and driver, optional libraries."""
+"""What is installed and whether it loads: torch, torch_npu with CANN and the driver, optional libraries."""
 
 import importlib
 import importlib.metadata
@@ -25,7 +25,7 @@ OPTIONAL = {
 
 
 def release(package: str) -> str | None:
-    """The installed version, None where it is not installed."""
+    """The installed version of a package, None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -33,10 +33,10 @@ def release(package: str) -> str | None:
 
 
 def ask(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Any:
-    """What ``python -m module arguments`` prints as JSON: Megatron is looked at in a process of its own.
+    """Run ``python -m module arguments`` and parse the JSON that it prints; Megatron is imported in that process only.
 
     Raises:
-        RuntimeError: it failed, the message is the last line that it printed; or it took too long.
+        RuntimeError: it failed (the message is the last line that it printed), or it took too long.
     """
     try:
         done = subprocess.run(
@@ -55,7 +55,7 @@ def ask(module: str, *arguments: str, environment: Mapping[str, str] | None = No
 
 
 def fitting() -> Iterator[Finding]:
-    """Python, torch, Megatron and its compiled helpers, by the table of versions."""
+    """Whether Python, torch, Megatron and its compiled helpers are supported, by the table of versions."""
     try:
         yield from (Finding(*row) for row in ask("mindspeed_cp.patches.fit"))
     except RuntimeError as error:
@@ -65,7 +65,7 @@ def fitting() -> Iterator[Finding]:
 
 
 def ascend(environment: Mapping[str, str], npu_works: bool) -> Iterator[Finding]:
-    """Findings about torch_npu, CANN and the driver; none where none of them is installed."""
+    """Findings about torch_npu, CANN and the driver; no findings if none of them is installed."""
     torch_npu, torch, cann = release("torch_npu"), release("torch"), cann_version(environment)
     driver = _field(ASCEND / "driver" / "version.info", "Version")
     if driver:
@@ -95,7 +95,7 @@ def ascend(environment: Mapping[str, str], npu_works: bool) -> Iterator[Finding]
 
 
 def cann_version(environment: Mapping[str, str]) -> str | None:
-    """CANN's version by its own file; "unknown" where set_env.sh was sourced and no file has the version."""
+    """CANN's version from its version file; "unknown" if set_env.sh was sourced but no file has the version."""
     for variable in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH"):
         home = environment.get(variable)
         if home:
@@ -124,7 +124,7 @@ def optional() -> Iterator[Finding]:
 
 
 def loads_torch() -> Finding | None:
-    """Import torch here; the problem where that fails, as it does with torch_npu but without CANN."""
+    """Import torch here; returns a problem if that fails, as it does with torch_npu but without CANN."""
     # Read first, because torch_npu sets the variable while it loads.
     npu = release("torch_npu") and os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0"
     try:

@@ -1,7 +1,7 @@
-"""Reads a launch command: how many processes, where they meet, which script, which flags. It starts none of them.
+"""Parse a launch command without starting it: number of processes, rendezvous address, script and flags.
 
-A script of the shell is run with DRY_RUN=1 where it declares by MARKER that this starts nothing, and the command that
-it prints is read.
+A shell script is run with DRY_RUN=1 if it declares by the line MARKER that this starts nothing; the command that it
+prints is then parsed.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ class Launch:
 
     Args:
         script: path of the training script.
-        flags: its command line.
+        flags: the script's arguments.
         runner: whether the script runs under mindspeed_cp.run.
-        world_size, node_ranks: processes of all nodes and of one, 0 where the command does not say.
-        address, port: where they meet, None where the launcher chooses.
+        world_size, node_ranks: processes on all nodes and on one node, 0 if the command does not say.
+        address, port: rendezvous address, None if the launcher chooses it.
         environment: variables that the command itself sets.
     """
 
@@ -51,10 +51,10 @@ class Launch:
 
 
 def read(command: str, environment: Mapping[str, str]) -> Launch:
-    """The launch that a command, or a shell script, describes.
+    """Parse a launch command or the path of a shell script.
 
     Raises:
-        ValueError: it cannot be read, or a dry run refuses it; the message says what to do.
+        ValueError: it cannot be parsed, or a dry run failed; the message says what to do.
     """
     try:
         tokens = words(command)
@@ -72,7 +72,7 @@ def read(command: str, environment: Mapping[str, str]) -> Launch:
 
 
 def _assignments(tokens: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Variables that stand before a command, with or without env, and the command."""
+    """(variable assignments before a command, with or without env; the command itself)."""
     found = {}
     rest = list(tokens)
     while rest and (rest[0] == "env" or _ASSIGNMENT.match(rest[0])):
@@ -103,7 +103,7 @@ def _dry_run(tokens: list[str], environment: dict[str, str]) -> str:
 
 
 def _run(tokens: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
-    """(status, stdout, stderr) of a script; at the time limit it is ended with everything that it started."""
+    """(status, stdout, stderr) of a script; at the time limit it is killed with all processes that it started."""
     running = subprocess.Popen(
         ["bash", *tokens],
         env=environment,
@@ -126,7 +126,7 @@ def _run(tokens: list[str], environment: dict[str, str]) -> tuple[int, str, str]
 
 
 def _knows_dry_run(script: Path) -> bool:
-    """Whether the script, or one of its folder that it sources, declares the contract by a line MARKER."""
+    """Whether the script, or a script of the same folder that it sources, contains the line MARKER."""
     text = script.read_text(encoding="utf-8", errors="replace")
     sourced = re.findall(r"^\s*(?:source|\.)\s.*?([\w.-]+\.sh)\b", text, re.M)
     others = [script.parent / name for name in sourced if (script.parent / name).is_file()]
@@ -151,7 +151,7 @@ def _launch(tokens: list[str], environment: Mapping[str, str], own: dict[str, st
 
 
 def _without_options(rest: list[str]) -> list[str]:
-    """What follows Python's own switches, such as -u."""
+    """The rest of a command after Python's own switches, such as -u."""
     while rest and re.fullmatch(r"-[a-ln-zA-LN-Z]+", rest[0]):
         rest = rest[1:]
     return rest

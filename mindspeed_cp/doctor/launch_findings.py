@@ -1,4 +1,4 @@
-"""Findings about a launch: what would be on, by the rules of arguments/ and config.py themselves."""
+"""Findings about a launch: what would be switched on, decided by the same rules as in training."""
 
 import argparse
 import ast
@@ -30,11 +30,11 @@ ADAPTORS = ("mindspeed_cp.megatron_adaptor", "mindspeed.megatron_adaptor")
 
 
 def examined(command: str, device: str) -> tuple[list[Finding], dict[str, str]]:
-    """(everything that can be said of a launch before it is started, the variables that it sets).
+    """(all findings about a launch that has not been started, the variables that it sets).
 
     Args:
         command: as for launch.read.
-        device: that this machine uses.
+        device: the device that this machine uses.
     """
     try:
         started = launch.read(command, os.environ)
@@ -44,7 +44,7 @@ def examined(command: str, device: str) -> tuple[list[Finding], dict[str, str]]:
 
 
 def findings(started: launch.Launch, device: str) -> Iterator[Finding]:
-    """Whether the launch switches context parallelism on, what it resolves to, what it costs, its mistakes."""
+    """Whether the launch switches context parallelism on, the resulting configuration, its cost, and its mistakes."""
     script = str(launch.home_of(started.script))
     by_mindspeed = bool(neighbour.front_named_in(script))
     kept = mindspeeds_own(started.flags, script) if by_mindspeed else ""
@@ -78,7 +78,7 @@ def findings(started: launch.Launch, device: str) -> Iterator[Finding]:
 
 
 def mindspeeds_own(flags: Sequence[str], script: str) -> str:
-    """Why a line of a script that imports MindSpeed can only mean MindSpeed's own context parallelism; "" otherwise."""
+    """Why the flags of a script that imports MindSpeed can only mean MindSpeed's context parallelism; "" otherwise."""
     parser = bare_parser("launch")
     parser.add_argument("--context-parallel-size", type=int, default=1)
     parser.add_argument("--context-parallel-algo")
@@ -86,11 +86,11 @@ def mindspeeds_own(flags: Sequence[str], script: str) -> str:
 
 
 def of_parser(started: launch.Launch, rest: Sequence[str], named: set[str]) -> Iterator[Finding]:
-    """What the script's own parser says of the line: who owns foreign flags, what it refuses and does not know.
+    """What the script's own parser says about its flags: whose flags they are, what it rejects and does not know.
 
     Args:
-        rest: what of the line context parallelism does not know.
-        named: flags of which something was said.
+        rest: the part of the command line that this project's parser does not know.
+        named: flags that were already mentioned in a finding.
     """
     script, flags = (
         launch.home_of(started.script),
@@ -148,7 +148,7 @@ def switched_on(started: launch.Launch) -> Iterator[Finding]:
 
 
 def import_lines(script: Path) -> tuple[int | None, int | None]:
-    """(first line that imports the adaptor, first that imports Megatron) at the top of a script; None for none."""
+    """(first line that imports the adaptor, first line that imports Megatron) at the top level of a script, or None."""
     found: dict[str, int] = {}
     for node in ast.parse(script.read_bytes()).body:
         if isinstance(node, ast.Import):
@@ -165,10 +165,10 @@ def import_lines(script: Path) -> tuple[int | None, int | None]:
 
 
 def resolved(args: argparse.Namespace, started: launch.Launch, device: str) -> Iterator[Finding]:
-    """The configuration, what is replaced or ignored, and what a layer sends and keeps.
+    """The resulting configuration, settings that are replaced or ignored, and what a layer sends and keeps.
 
     Raises:
-        ValueError: a rule is broken.
+        ValueError: the settings violate a rule.
     """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -191,7 +191,7 @@ def resolved(args: argparse.Namespace, started: launch.Launch, device: str) -> I
 
 
 def problem_of(args: argparse.Namespace, setup: TrainingSetup) -> Problem | str:
-    """The attention of one layer, or the flag that is missing to know it."""
+    """The attention problem of one layer, or a text that names the missing flags."""
     sized = args.kv_channels or args.hidden_size or args.multi_latent_attention
     if not (sized and args.num_attention_heads and args.seq_length):
         return "bytes and memory need --seq-length, --num-attention-heads and --hidden-size (or --kv-channels)"
@@ -206,7 +206,7 @@ def problem_of(args: argparse.Namespace, setup: TrainingSetup) -> Problem | str:
 def cost(
     args: argparse.Namespace, config: ContextParallelConfig, setup: TrainingSetup, kernel: AttentionKernel
 ) -> Iterator[Finding]:
-    """Bytes and memory of one layer, by the planner; the larger of the first and the last rank."""
+    """Bytes and memory of one layer, from the planner; the larger value of the first and the last rank."""
     layer = problem_of(args, setup)
     if isinstance(layer, str):
         yield Finding("note", layer)
@@ -233,7 +233,7 @@ def _size(num_bytes: int) -> str:
 
 
 def of_megatron(started: launch.Launch, by_mindspeed: bool) -> Iterator[Finding]:
-    """Megatron's own flags that the patches refuse, for a script of Megatron-LM.
+    """For a script of Megatron-LM: Megatron's own flags that the patches reject.
 
     Args:
         by_mindspeed: the script imports MindSpeed, whose names are there where Transformer Engine's are asked for.

@@ -1,4 +1,4 @@
-"""How the ranks of one host meet over a file, without a port: those of the self test, and of this project's tests."""
+"""Rendezvous of ranks on one host through a file, without a port; for the self test and this project's tests."""
 
 from datetime import timedelta
 
@@ -9,12 +9,12 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
 def join(rank: int, world: int, device: str, folder: str, seconds: float) -> None:
-    """Make the default process group of this rank, on one thread and on its own device.
+    """Initialise this rank's default process group, with one CPU thread and the rank's own device.
 
     Args:
         device: "cpu", "cuda" or "npu".
-        folder: where the ranks meet, empty before.
-        seconds: time limit of a collective.
+        folder: an empty folder for the rendezvous file.
+        seconds: timeout of a collective.
     """
     torch.set_num_threads(1)
     if device != "cpu":

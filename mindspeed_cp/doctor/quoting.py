@@ -10,7 +10,7 @@ _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{1,2})|u([0-9a-fA-F]{1,4})|U([0-9a-fA-F
 
 
 def words(command: str) -> list[str]:
-    """The words of a command; variables and operators stay as they are written.
+    """The words of a command; variables and operators are not interpreted.
 
     Raises:
         ValueError: a quote is not closed.
@@ -31,7 +31,7 @@ def words(command: str) -> list[str]:
 
 
 def _piece(command: str, place: int) -> tuple[str, int]:
-    """(what one quoted piece, or one letter, stands for, the place behind it)."""
+    """(the text of one quoted piece or one character, the index after it)."""
     letter = command[place]
     if command.startswith("$'", place):
         return _ansi(command, place + 2)
@@ -50,7 +50,7 @@ def _piece(command: str, place: int) -> tuple[str, int]:
 
 
 def _double(command: str, place: int) -> tuple[str, int]:
-    """Within double quotes a backslash quotes $, `, ", itself and the end of a line alone."""
+    """Within double quotes, a backslash escapes only $, `, ", itself and the end of a line."""
     text = ""
     while place < len(command) and command[place] != '"':
         if command[place] == "\\" and command[place + 1 : place + 2] in ("$", "`", '"', "\\", "\n"):

@@ -1,4 +1,4 @@
-"""What a reader of a bug report asks first, as one block to paste: no paths, no values of variables."""
+"""The information that every bug report needs, as one block to paste: no paths, no values of variables."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ def text(sections: dict[str, list[Finding]]) -> str:
     """Markdown: versions, devices, which variables are set, and what the doctor found wrong.
 
     Args:
-        sections: the doctor's findings by title.
+        sections: title -> the doctor's findings.
     """
     versions = {name: release(name) for name in PACKAGES}
     lines = [
@@ -33,7 +33,7 @@ def text(sections: dict[str, list[Finding]]) -> str:
 
 
 def _told(findings: Iterable[Finding]) -> list[str]:
-    """The findings that are not well, or how many are."""
+    """The warnings and problems, or the number of checks if all passed."""
     found = list(findings)
     bad = [f"{finding.level}: {finding.text}" for finding in found if finding.level in ("problem", "warning")]
     return bad or [f"{len(found)} checks are well"]

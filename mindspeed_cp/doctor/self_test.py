@@ -1,5 +1,5 @@
-"""The self test: a few ranks compute every algorithm, forward and backward, against dense attention, and time their
-links. ``python -m mindspeed_cp.doctor.self_test DEVICE`` prints its result as JSON.
+"""The self test: a few ranks compare every algorithm, forward and backward, with dense attention, and measure their
+links. ``python -m mindspeed_cp.doctor.self_test DEVICE`` prints the result as JSON.
 
     tensors (seq, batch, heads, dim); float64 on the CPU, bfloat16 on a device
 """
@@ -31,14 +31,14 @@ from mindspeed_cp.settings.config import ContextParallelConfig
 MOST_RANKS = 4  # two levels of two, so that Hybrid and Double Ring can be built
 SIZES = {"cpu": (96, 4, 2, 16), "cuda": (1024, 8, 4, 128), "npu": (1024, 8, 4, 128)}  # seq, heads, KV heads, dim
 DTYPES = {"cpu": torch.float64, "cuda": torch.bfloat16, "npu": torch.bfloat16}
-LIMITS = {"cpu": 1e-10, "cuda": 3e-2, "npu": 3e-2}  # of an error, as a share of the largest value
+LIMITS = {"cpu": 1e-10, "cuda": 3e-2, "npu": 3e-2}  # largest permitted error, relative to the largest value
 MESSAGE = {"cpu": 8 << 20, "cuda": 64 << 20, "npu": 64 << 20}  # bytes to one peer
 REPEATS = 3
-PATIENCE = 120  # seconds that a rank may take
+PATIENCE = 120  # time limit of a rank in seconds
 
 
 def settings(world: int) -> dict[str, ContextParallelConfig]:
-    """title -> the first setting of that title that config.py allows on so many ranks; forwarding, no cache."""
+    """title -> the first valid configuration with that title for ``world`` ranks; KV forwarding, no KV cache."""
     found: dict[str, ContextParallelConfig] = {}
     if world == 1:
         return {"one rank": ContextParallelConfig()}
@@ -65,7 +65,7 @@ def dense(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in leaves)
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    # Written out: the kernel that is tested may be torch's own.
+    # Written out, because the kernel under test may be torch's own attention.
     hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
     scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(hidden, float("-inf"))
     out = (scores.softmax(-1) @ v).permute(2, 0, 1, 3)
@@ -74,7 +74,7 @@ def dense(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def whole_tensors(device: str) -> list[torch.Tensor]:
-    """Query, key, value and the gradient of out for the whole sequence, equal on every rank."""
+    """Query, key, value and the gradient of out for the whole sequence; the same on every rank."""
     seq, heads, kv_heads, dim = SIZES[device]
     generator = torch.Generator().manual_seed(7)
     return [
@@ -90,7 +90,7 @@ def largest_error(
     whole: list[torch.Tensor],
     reference: list[torch.Tensor],
 ) -> float:
-    """Largest error of out and the three gradients on this rank, as a share of the reference's largest value."""
+    """Largest error of out and the three gradients on this rank, relative to the reference's largest value."""
     layout = SequenceLayout.build(config, whole[0].shape[0])
     shards = [layout.shard(tensor, groups.cp_rank).to(device) for tensor in whole]
     leaves = [shard.clone().requires_grad_() for shard in shards[:3]]
@@ -106,7 +106,7 @@ def largest_error(
 
 
 def rates(link: Link, device: str) -> dict[str, float]:
-    """Bytes/s that a rank sends: all ranks to all, and every rank to the next one."""
+    """Bytes/s that a rank sends: when all ranks send to all, and when every rank sends to the next one."""
 
     def fresh() -> torch.Tensor:
         return torch.ones(MESSAGE[device] // 4, dtype=torch.float32, device=device)
@@ -133,7 +133,7 @@ def _rate(transfer: Callable[[], None], size: int, link: Link, device: str) -> f
             getattr(torch, device).synchronize()
 
     best = float("inf")
-    for _ in range(1 + REPEATS):  # the first one connects
+    for _ in range(1 + REPEATS):  # the first transfer only establishes connections
         dist.barrier(link.group)
         synchronize()
         start = time.perf_counter()
@@ -144,7 +144,7 @@ def _rate(transfer: Callable[[], None], size: int, link: Link, device: str) -> f
 
 
 def run_rank(rank: int, world: int, device: str, folder: str) -> None:
-    """Runs one rank, which writes its result, or its error, into the folder."""
+    """Run one rank, which writes its result or its error to the folder."""
     result: dict[str, Any] = {}
     try:
         result = _results(rank, world, device, folder)
@@ -176,8 +176,8 @@ def _results(rank: int, world: int, device: str, folder: str) -> dict[str, Any]:
 
 
 def run(device: str, world: int) -> dict[str, Any]:
-    """Start the ranks and gather: the largest error for each setting, the lowest rates, or the first error."""
-    # A fork has torch already; a device must not be touched before one.
+    """Start the ranks and collect the largest error of each setting and the lowest rates, or the first error."""
+    # A forked process has torch imported already, but a process that has used a device must not be forked.
     context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [context.Process(target=run_rank, args=(rank, world, device, folder)) for rank in range(world)]
@@ -210,7 +210,7 @@ def _wait(ranks: list[Any], folder: Path, deadline: float) -> Iterator[dict[str,
 
 
 def plan(device: str) -> list[tuple[str, int]]:
-    """(device, ranks) of every run: a single one with two devices or more, else the only device alone, and gloo."""
+    """(device, ranks) of every run: one run if there are two or more devices, else the only device alone, and gloo."""
     if device == "cpu":
         return [("cpu", MOST_RANKS)]
     count = min(getattr(torch, device).device_count(), MOST_RANKS)
@@ -218,7 +218,7 @@ def plan(device: str) -> list[tuple[str, int]]:
 
 
 if __name__ == "__main__":
-    os.environ.pop("MASTER_ADDR", None)  # a file is where these ranks meet
+    os.environ.pop("MASTER_ADDR", None)  # these ranks use a file for their rendezvous
     if sys.argv[1] == "npu":
         import torch_npu  # noqa: F401  torch.npu
     print(json.dumps([run(*each) for each in plan(sys.argv[1])]))

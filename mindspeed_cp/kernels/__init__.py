@@ -1,18 +1,18 @@
-"""The table of attention kernels. A new accelerator is a file beside this one and a row here.
+"""The table of attention kernels. To support a new accelerator, add a file to this folder and a row to the table.
 
 Adding a kernel, in ten steps:
 
 1. Write ``kernels/mine.py`` with a subclass of ``kernels.base.AttentionKernel``: ``name``, ``native_bands``,
    ``forward`` and ``backward``. ``blockwise.py`` is the shortest complete one.
 2. Tensors are (seq, batch, heads, dim); folding batch into heads makes any block one varlen call.
-3. Speak (out, lse): natural logarithm, -inf and 0 for a row without keys. Backward gets those of the whole attention,
-   and what forward itself saved.
+3. Return (out, lse): lse is a natural logarithm; a row without keys has out 0 and lse -inf. Backward gets out and lse
+   of the whole attention, and what forward saved.
 4. With ``native_bands = False`` no block has two limits; rectangles, causal squares and small masked tiles remain.
 5. In the same file: ``build()`` returns the kernel, ``unavailable()`` says what is missing on this machine, or "".
 6. Optional: ``merge`` with ``has_fused_merge = True``, a fused ``kernels.merge.merge_attention``, and
    ``memory_order(dtype)``, how tensors should lie in memory ("sequence" or "heads").
-7. Refuse what the kernel cannot do with a ValueError, or announce a slower path with
-   ``notices.warn_rank0``: never in silence.
+7. For inputs that the kernel cannot compute, raise a ValueError, or announce a slower path with ``notices.warn_rank0``;
+   never fall back silently.
 8. Add a ``KernelRow`` below. The choices of --cp-kernel and the automatic choice by device follow from it.
 9. Run ``tests/helpers/kernel_cases.py``'s ``check_block`` over ``CASES``, then
 10. ``pytest tests --device NAME``: the parity suite is the same for every kernel.
@@ -28,12 +28,12 @@ from mindspeed_cp.kernels.base import AttentionKernel
 
 @dataclass(frozen=True)
 class KernelRow:
-    """How to find one kernel.
+    """How to load one kernel.
 
     Args:
-        device_type: torch device type it serves, None for every device.
-        module: module that holds ``build() -> AttentionKernel`` and ``unavailable() -> str`` ("" when it can be used).
-        automatic: whether it is chosen by device type without --cp-kernel.
+        device_type: torch device type that it serves, None for every device.
+        module: module with ``build() -> AttentionKernel`` and ``unavailable() -> str`` ("" if it can be used).
+        automatic: whether it is the default for its device type, without --cp-kernel.
     """
 
     device_type: str | None
@@ -55,7 +55,7 @@ KERNELS = {
 
 @cache
 def select_kernel(name: str | None = None, device_type: str = "cpu") -> AttentionKernel:
-    """The kernel called ``name``, or the automatic one of ``device_type``; never a silent substitute.
+    """The kernel called ``name``, or the default kernel of ``device_type``; never a silent substitute.
 
     Raises:
         ValueError: the name is unknown, serves another device, or cannot be used here; the message gives the reason.

@@ -1,4 +1,4 @@
-"""What an attention kernel is: it computes one block of attention, forward and backward.
+"""The interface of attention kernels, which compute one block of attention, forward and backward.
 
 Shapes (sequence first, any strides with a contiguous last dimension)::
 
@@ -25,8 +25,8 @@ class KernelOptions(NamedTuple):
     """Options that are the same for all blocks of one call.
 
     Args:
-        rng_stream: differs between ranks that share torch's seed; kernels with a seed of their own mix it in.
-        fused_merge: results are merged by the kernel's own ``merge``, which may want their statistics.
+        rng_stream: differs between ranks that share torch's seed; kernels that seed their dropout mix it into the seed.
+        fused_merge: results are merged by the kernel's own ``merge``, which may need their statistics.
     """
 
     softmax_scale: float
@@ -37,13 +37,13 @@ class KernelOptions(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class BlockTensors:
-    """A block and its tensors, already cut to the block's rows.
+    """A block and its tensors, already sliced to the block's rows.
 
-    Its query i sees its key j when lower <= j - i <= upper, counted within a piece of the block.
+    Query i sees key j if lower <= j - i <= upper; both indices are relative to a piece of the block.
 
     Args:
         query, key, value: (nq, batch, heads, dk), (nk, batch, kv_heads, dk), (nk, batch, kv_heads, dv).
-        attention_mask: bool, True = masked out, (1 or batch, nq, nk); further masks a single full rectangle.
+        attention_mask: bool, True = masked out, (1 or batch, nq, nk); only with a single full rectangle.
     """
 
     block: Block
@@ -53,7 +53,7 @@ class BlockTensors:
     attention_mask: torch.Tensor | None = None
 
     def cut(self, q: slice, k: slice, block: Block | None = None) -> "BlockTensors":
-        """The query rows ``q`` and key rows ``k`` of this block, as ``block`` or under the same limits."""
+        """The query rows ``q`` and key rows ``k`` of this block, as ``block`` or with the same limits."""
         return BlockTensors(block or self.block, self.query[q], self.key[k], self.value[k])
 
     def with_tensors(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> "BlockTensors":
@@ -66,8 +66,8 @@ class BlockResult(NamedTuple):
     Args:
         out: in the input's or the accumulation dtype, 0 where a row sees no key.
         lse: in the accumulation dtype, -inf where a row sees no key.
-        saved: whatever backward needs of it besides, such as the state that draws the same dropout mask again.
-        statistics: ``lse`` in the kernel's own form, for its ``merge``; nobody else reads it.
+        saved: whatever else backward needs, such as the random state that reproduces the dropout mask.
+        statistics: ``lse`` in the kernel's own form, read only by its ``merge``.
     """
 
     out: torch.Tensor
@@ -78,11 +78,11 @@ class BlockResult(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AttentionRows:
-    """What backward starts from: the whole attention (all blocks merged) in some query rows, and its gradient.
+    """Input of backward: out and lse of the whole attention (all blocks merged) for some query rows, and the gradient.
 
     Args:
         grad_out, out: (nq, batch, heads, dv).
-        lse: (nq, batch, heads); +inf for a row that sees no key anywhere, so that its probabilities are 0.
+        lse: (nq, batch, heads); +inf for a row that sees no key in any block, so that its probabilities are 0.
     """
 
     grad_out: torch.Tensor
@@ -91,7 +91,7 @@ class AttentionRows:
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def once(self, name: Hashable, make: Callable[[], T]) -> T:
-        """The value of ``make()``, made once for all blocks that share these rows."""
+        """The value of ``make()``, computed once for all blocks that share these rows."""
         if name not in self._made:
             self._made[name] = make()
         made: T = self._made[name]
@@ -109,12 +109,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class AttentionKernel(ABC):
     """Computes one ``blocks.Block``: a rectangle, a causal square, or (``native_bands``) a band.
 
-    A block is one piece, or many that lie end to end; every row sees a key.
+    A block is one piece or several contiguous pieces; every row sees a key.
 
     Attributes:
-        name: the choice of --cp-kernel.
-        native_bands: it computes bands, blocks with two limits.
-        has_fused_merge: ``merge`` is an operator of its own.
+        name: the value of --cp-kernel that selects it.
+        native_bands: whether it computes bands, blocks with two limits.
+        has_fused_merge: whether ``merge`` is a fused operator.
     """
 
     name: str
@@ -130,16 +130,16 @@ class AttentionKernel(ABC):
         """(dq, dk, dv), each with the shape of its input, of the block alone.
 
         Args:
-            rows: of the whole attention, cut to the block's query rows.
-            saved: that of forward's result.
+            rows: out, lse and gradient of the whole attention, sliced to the block's query rows.
+            saved: ``saved`` of forward's result.
         """
 
     def memory_order(self, dtype: torch.dtype) -> MemoryOrder | None:
-        """How tensors of this dtype should lie in memory; None takes any strides.
+        """The preferred memory layout of tensors of this dtype; None accepts any strides.
 
         "sequence" makes each (seq, batch, heads, dim) contiguous, "heads" makes (seq, dim) of each head of key and
-        value contiguous. What an exchange brings lies so on every rank, the rank's own rows included, because they are
-        copied once anyway; with "sequence" so do the query and its gradient, which blocks share.
+        value contiguous. Exchanges copy keys and values once anyway, the rank's own rows included, and write them in
+        this layout; with "sequence" the query and its gradient, which blocks share, are made contiguous too.
         """
         return None
 
@@ -147,8 +147,8 @@ class AttentionKernel(ABC):
         """Merge a block's result into (out, lse) in place, as ``merge_attention`` does.
 
         Args:
-            statistics: what the merge before this one returned for just these rows, or forward beside the first block;
-                None where nobody knows it.
+            statistics: what the previous merge returned for exactly these rows, or ``statistics`` of the first block;
+                None if unknown.
 
         Returns:
             The statistics of the merged rows, or None.

@@ -1,7 +1,7 @@
-"""Attention of one block in plain torch operations, for every device and dtype: exact, slower than a fused kernel.
+"""Attention of one block in plain torch operations, for every device and dtype: exact, but slower than a fused kernel.
 
-Serves dropout, value dimensions that differ from the key's, float32 and float64 on devices whose kernel lacks them.
-Computes in the accumulation dtype, a tile of query rows at a time, so that no more than TILE_ELEMENTS scores exist at
+It computes what a device's own kernel does not support: dropout, value dimensions that differ from the key's, float32,
+float64. It works in the accumulation dtype, one tile of query rows at a time, so at most TILE_ELEMENTS scores exist at
 once.
 """
 
@@ -59,7 +59,7 @@ class BlockwiseKernel(AttentionKernel):
         for tile in _tiles(tensors):
             scores = tile.scores(query, key, options.softmax_scale)
             tile_lse = torch.logsumexp(scores, dim=-1)
-            # A row without keys has lse -inf; exp(score - 0) is then 0, not NaN.
+            # A row without keys has only scores of -inf and lse -inf; with 0 for lse, exp(score - lse) is 0, not NaN.
             probs = scores.sub_(tile_lse.masked_fill(tile_lse == -torch.inf, 0).unsqueeze(-1)).exp_()
             probs = _dropped(probs, options.dropout_p, generator)
             out[tile.q] = tile.to_rows(probs @ tile.heads_first(value[tile.k]))
@@ -92,7 +92,7 @@ class BlockwiseKernel(AttentionKernel):
 
 
 class _Tile:
-    """Some query rows of one piece and the keys of that piece.
+    """A tile: some query rows of one piece, and all keys of that piece.
 
     The grouped form of a tensor is (batch, kv_heads, group, rows, dim).
     """

@@ -1,10 +1,10 @@
 """The CPU kernel: torch's own flash attention operator, float64 included.
 
-The operator wants (batch, heads, seq, dim) with any strides, so the sequence-first tensors go in as views. A KV head
-that serves several query heads is expanded with stride 0, never copied. It has no dropout and wants dk == dv: those
-cases take the blockwise path, which is exact and slower. Where the processor has no instructions for half precision its
-backward pass takes 8 to 20 times as long as in float32 (and forward in float16 1.5 times), so a block's tensors are
-converted first. With such instructions half precision is faster, most of all where each head of K and V is contiguous.
+The operator takes (batch, heads, seq, dim) with any strides, so sequence-first tensors are passed as views. A KV head
+that serves several query heads is expanded with stride 0, never copied. The operator has no dropout and requires
+dk == dv; otherwise the exact but slower blockwise kernel is used. On processors without half-precision instructions,
+the operator's backward takes 8 to 20 times as long as in float32 (and forward in float16 1.5 times), so tensors are
+converted first. With these instructions half precision is faster, especially if each head of K and V is contiguous.
 """
 
 import platform
@@ -29,7 +29,7 @@ from mindspeed_cp.settings.notices import warn_rank0
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Queries of torch.cpu: instructions on x86 with which the operator multiplies half precision as it is.
+# Names of torch.cpu's queries for the x86 instructions with which the operator multiplies half precision natively.
 HALF_INSTRUCTIONS = {
     torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
     torch.float16: ("_is_amx_fp16_supported",),
@@ -42,7 +42,7 @@ def build() -> AttentionKernel:
 
 @cache
 def is_slow(dtype: torch.dtype) -> bool:
-    """Whether float32 is faster for a block than this dtype: half precision on x86 without instructions for it."""
+    """Whether float32 is faster than this dtype: half precision on an x86 processor without instructions for it."""
     if dtype not in HALF_INSTRUCTIONS or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     queries: list[Callable[[], bool]] = [getattr(torch.cpu, name, lambda: False) for name in HALF_INSTRUCTIONS[dtype]]
@@ -60,7 +60,7 @@ class CpuKernel(AttentionKernel):
         self._blockwise = BlockwiseKernel()
 
     def memory_order(self, dtype: torch.dtype) -> MemoryOrder | None:
-        # A row stride of a power of two maps a head's rows to few sets of the cache: up to 9 % slower.
+        # A row stride that is a power of two maps a head's rows to few cache sets: up to 9 % slower.
         return None if is_slow(dtype) else "heads"
 
     def forward(self, tensors: BlockTensors, options: KernelOptions) -> BlockResult:
@@ -90,7 +90,7 @@ def _in_fast_dtype(tensors: BlockTensors) -> BlockTensors:
 
 
 def _pieces(tensors: BlockTensors) -> list[tuple[slice, slice]]:
-    """The rows of each piece of a block with several pieces, which no single call of the operator computes."""
+    """The rows of each piece if the block has several pieces, which take one call of the operator each; else empty."""
     return list(tensors.block.pieces()) if tensors.block.num_pieces > 1 else []
 
 
@@ -116,7 +116,7 @@ def _announce_blockwise(options: KernelOptions) -> None:
 
 
 def _group_queries(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """(seq, batch, heads, ...) -> (batch * kv_heads, group, seq, ...); a view where batch and heads can be merged."""
+    """(seq, batch, heads, ...) -> (batch * kv_heads, group, seq, ...); a view if batch and heads can be merged."""
     seq, batch, heads = tensor.shape[:3]
     return tensor.reshape(seq, batch * kv_heads, heads // kv_heads, *tensor.shape[3:]).movedim(0, 2)
 
@@ -128,7 +128,7 @@ def _expand_keys(tensor: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def _views(tensors: BlockTensors) -> list[torch.Tensor]:
-    """The operator's views; without grouped heads batch and heads stay apart, which any stride allows."""
+    """The operator's inputs; without grouped heads, batch and heads are not merged, so that any strides give views."""
     query, key, value = tensors.query, tensors.key, tensors.value
     kv_heads, group = key.shape[2], query.shape[2] // key.shape[2]
     if group == 1:
@@ -137,7 +137,7 @@ def _views(tensors: BlockTensors) -> list[torch.Tensor]:
 
 
 def _hidden(tensors: BlockTensors) -> torch.Tensor | None:
-    """Bool (1 or batch, nq, nk) of a tile or a dense mask; None for shapes that the operator knows."""
+    """Bool (1 or batch, nq, nk), True = hidden, of a tile or dense mask; None for shapes that the operator supports."""
     block, mask = tensors.block, tensors.attention_mask
     if block.is_full or (block.is_causal and mask is None):
         return mask
@@ -147,8 +147,8 @@ def _hidden(tensors: BlockTensors) -> torch.Tensor | None:
 
 
 def _batch_rows(tensors: BlockTensors) -> list[BlockTensors]:
-    """The rows of the batch apart where they must be: the operator takes a mask for each row and grouped heads only as
-    copies of the mask for every KV head; a mask of one row serves them with stride 0. Empty where that does not arise.
+    """Split the batch into its rows if each has a dense mask and heads are grouped, else return an empty list. With
+    several rows the operator would need a copy of the mask for every KV head; with one row the mask has stride 0 there.
     """
     query, key, value, mask = tensors.query, tensors.key, tensors.value, tensors.attention_mask
     if mask is None or mask.shape[0] == 1 or query.shape[2] == key.shape[2]:
@@ -164,7 +164,7 @@ def _single_rows(batch: int) -> list[slice]:
 
 
 def _additive_mask(hidden: torch.Tensor | None, tensors: BlockTensors) -> torch.Tensor | None:
-    """0 and -inf, with stride 0 over the heads; None without a mask."""
+    """The mask as 0 and -inf, with stride 0 over the heads; None without a mask."""
     if hidden is None:
         return None
     num_queries, batch, heads, _ = tensors.query.shape
@@ -187,7 +187,7 @@ def _forward_piece(tensors: BlockTensors, options: KernelOptions) -> tuple[torch
     out = out.movedim(2, 0).reshape(seq, batch, heads, -1)
     lse = lse.movedim(2, 0).reshape(seq, batch, heads)
     if hidden is not None:
-        # The operator gives rows without a key a finite lse, so they are found from the mask itself.
+        # The operator returns a finite lse for rows without a key, so these rows are found from the mask.
         empty = hidden.all(-1).t().unsqueeze(-1)
         out, lse = out.masked_fill(empty.unsqueeze(-1), 0), lse.masked_fill(empty, -torch.inf)
     return out, lse

@@ -1,12 +1,12 @@
-"""The NVIDIA kernel: torch's own flash attention operators, nothing to install.
+"""The NVIDIA kernel: torch's own flash attention operators, with nothing to install.
 
 A single block is a dense call, (batch, seq, heads, dim) as a view of the sequence-first tensors. Packed pieces are one
 varlen call, (rows, batch * heads, dim): batch is folded into the heads, so that all batch entries share one cu_seqlens.
-A band is a window. GQA and dropout are the operator's own. dk != dv, and head dimensions that 8 does not divide, are
-padded with zeros, which add nothing to a score and nothing to an output.
+A band is passed as a window. The operator supports GQA and dropout itself. If dk != dv, or 8 does not divide a head
+dimension, tensors are padded with zeros, which change neither scores nor outputs.
 
-float32 and float64, dense masks and head dimensions above 256 take the blockwise path, announced once.
-Where torch.nn.attention has activated FlashAttention-3, the same operators run it.
+float32, float64, dense masks and head dimensions above 256 use the blockwise kernel, which is announced once.
+If torch.nn.attention has activated FlashAttention-3, the same operators run it.
 
 Tested against the operators' schemas on the CPU; not yet run on a GPU.
 """
@@ -143,7 +143,7 @@ class CudaKernel(AttentionKernel):
 
     def _dense_backward(self, part: BlockTensors, rows: AttentionRows, options: KernelOptions, state: Any) -> Gradients:
         read = (rows.grad_out.contiguous(), part.query, part.key, part.value, rows.out.contiguous())
-        # The operator reads lse as contiguous memory, whatever its strides say.
+        # The operator ignores the strides of lse and reads it as contiguous memory.
         dq, dk, dv = _backward(
             *(tensor.transpose(0, 1) for tensor in read),
             rows.lse.permute(1, 2, 0).contiguous(),
@@ -206,7 +206,7 @@ def _cu_seqlens(offsets: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 def _parts(tensors: BlockTensors) -> list[tuple[slice, BlockTensors]]:
-    """(query rows, tensors) of each operator call: the block itself, or every piece of a band by itself."""
+    """(query rows, tensors) of each operator call: one for the block, or one for each piece of a band."""
     block = tensors.block
     if block.num_pieces == 1 or block.is_full or block.is_causal:
         return [(slice(None), tensors)]
@@ -217,7 +217,7 @@ def _parts(tensors: BlockTensors) -> list[tuple[slice, BlockTensors]]:
 
 
 def _window(block: Block, rows: int, cols: int) -> dict[str, int]:
-    """Window arguments of a band; the operator counts from the diagonal that ends in the lower right corner."""
+    """Window arguments of a band; the operator counts from the diagonal through the lower right corner."""
     if block.is_full or block.is_causal:
         return {}
     shift = cols - rows
@@ -229,7 +229,7 @@ def _window(block: Block, rows: int, cols: int) -> dict[str, int]:
 
 
 def _padded(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors with zeros up to one head dimension that the operator takes."""
+    """The tensors, zero-padded to a common head dimension that the operator accepts."""
     widest = max(tensor.shape[-1] for tensor in tensors)
     width = -(-widest // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
     return [tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]

@@ -1,6 +1,6 @@
-"""cuDNN attention for full and causal blocks, often the faster one on Hopper; everything else as in the CUDA kernel.
+"""cuDNN attention for full and causal blocks, often faster on Hopper; everything else as in the CUDA kernel.
 
-Chosen by --cp-kernel cudnn only: ``scripts/bench kernels`` tells which is faster on a machine.
+Selected only by --cp-kernel cudnn; ``scripts/bench kernels`` shows which kernel is faster on a machine.
 Tested against the operators' schemas on the CPU; not yet run on a GPU.
 """
 

@@ -1,4 +1,4 @@
-"""Merging attention over disjoint sets of keys, and sums in a wider dtype, in pieces that suit a CPU's cache."""
+"""Merge attention over disjoint sets of keys, and sum in a wider dtype, in chunks that fit a CPU's cache."""
 
 import torch
 
@@ -6,9 +6,9 @@ CHUNK_ELEMENTS = 1 << 17  # a converted chunk of 512 KiB stays in a core's secon
 
 
 def row_chunks(tensor: torch.Tensor) -> list[slice]:
-    """Slices of the first dimension that cover the tensor in pieces of about CHUNK_ELEMENTS; one piece off the CPU.
+    """Slices of the first dimension, each of about CHUNK_ELEMENTS; on accelerators, one slice for the whole tensor.
 
-    Off the CPU a conversion is part of the arithmetic kernel and small launches would cost more.
+    There the conversion is fused with the arithmetic, and many small launches would cost more.
     """
     rows = tensor.shape[0]
     if tensor.device.type != "cpu" or tensor.numel() <= CHUNK_ELEMENTS:
@@ -22,7 +22,7 @@ def add_in_place(total: torch.Tensor, part: torch.Tensor) -> None:
     if part.dtype == total.dtype:
         total.add_(part)
         return
-    # On the CPU a mixed addition converts its whole operand into fresh memory first; page faults dominate it.
+    # On the CPU, an addition of mixed dtypes first converts the whole operand into new memory; page faults dominate.
     for rows in row_chunks(total):
         total[rows].add_(part[rows].to(total.dtype))
 
@@ -37,7 +37,7 @@ def merge_attention(out: torch.Tensor, lse: torch.Tensor, block_out: torch.Tenso
 
     Source: the log-sum-exp identity of FlashAttention-2, appendix B; sigmoid form, which cannot overflow.
     """
-    # -inf - -inf is NaN where neither side saw a key; any weight is right there, because both outputs are 0.
+    # -inf - -inf is NaN if neither side saw a key; any weight is correct then, because both outputs are 0.
     weight = torch.sigmoid(torch.nan_to_num_(block_lse - lse, nan=0.0, posinf=torch.inf, neginf=-torch.inf))
     weight = weight.unsqueeze(-1)
     for rows in row_chunks(out):

@@ -13,10 +13,10 @@ packed pieces             TND     0 or 2       as above; batch is folded into th
                                                batch entries share one list of cumulative lengths
 ========================  ======  ===========  ================================================================
 
-GQA, dropout and dk > dv are the operator's own. dv > dk pads query and key with zeros, which adds nothing to a score.
-No call waits for the device, but for the first packed one, which asks it for the order of the statistics.
-Written against the published schemas, documentation and sources; run on torch_npu without a device (tests/ascend), not
-yet on one.
+The operator supports GQA, dropout and dk > dv itself. If dv > dk, query and key are padded with zeros, which do not
+change the scores. Only the first packed call waits for the device, to find the memory order of the statistics.
+Written from the published schemas, documentation and sources; run on torch_npu without a device (tests/ascend), not yet
+on a device.
 """
 
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ class OperatorVariant(NamedTuple):
     """How one generation of the operators is called.
 
     Args:
-        marker: the argument of npu_fusion_attention by which the generation is known; None is the oldest.
+        marker: the argument of npu_fusion_attention that identifies the generation; None for the oldest.
         packed_arguments: further arguments of both operators in TND.
     """
 
@@ -75,8 +75,8 @@ class OperatorVariant(NamedTuple):
     packed_arguments: dict[str, Any]
 
 
-# Post-releases of an old torch branch carry newer operators (2.1.0.post17 has what 2.5.1 lacks), so the schema decides
-# and not the version number. Newest first.
+# Post-releases of an old torch branch contain newer operators (2.1.0.post17 has what 2.5.1 lacks), so the generation is
+# identified by the schema, not by the version number. Newest first.
 VARIANTS = (
     OperatorVariant("softmax_layout", {"softmax_layout": "TND"}),  # 2.1.0.post17, 2.7.1, 2.9.1, 2.13.0
     OperatorVariant(None, {}),  # 2.5.1
@@ -84,7 +84,7 @@ VARIANTS = (
 
 
 def operator_variant(torch_npu: ModuleType) -> OperatorVariant:
-    """The first row of VARIANTS whose marker the installed operator's schema holds."""
+    """The first row of VARIANTS whose marker is in the installed operator's schema."""
     operator = getattr(torch_npu.npu_fusion_attention, "default", None) or torch.ops.npu.npu_fusion_attention.default
     names = {argument.name for argument in operator._schema.arguments}
     return next(variant for variant in VARIANTS if variant.marker is None or variant.marker in names)
@@ -106,7 +106,7 @@ class NpuKernel(AttentionKernel):
     def __init__(self, torch_npu: ModuleType) -> None:
         self._npu: Any = torch_npu
         self._variant = operator_variant(torch_npu)
-        # (further arguments of TND calls, order of their statistics), once asked for
+        # (further arguments of TND calls, memory order of their statistics); None before the first packed call
         self._packed: tuple[dict[str, Any], StatisticsOrder] | None = None
         self.has_fused_merge = hasattr(torch_npu, "npu_ring_attention_update")
 
@@ -147,7 +147,7 @@ class NpuKernel(AttentionKernel):
         (query, key), value = _padded(tensors), tensors.value
         out, grad_out = rows.out.to(query.dtype), rows.grad_out.to(query.dtype)
         calls, parts = list(operator_calls(query, key, tensors.block, tensors.attention_mask)), []
-        # Without dropout forward leaves the three numbers uninitialised.
+        # Without dropout, forward leaves the three numbers uninitialised.
         for call, (seed, offset, numels) in zip(calls, saved or [(0, 0, 0)] * len(calls), strict=True):
             softmax_max, softmax_sum = self._statistics(rows, call)
             parts.append(
@@ -182,9 +182,9 @@ class NpuKernel(AttentionKernel):
         return dq[..., :head_dim], dk[..., :head_dim], dv
 
     def merge(self, out: torch.Tensor, lse: torch.Tensor, statistics: Any, block: BlockResult) -> Any:
-        """``merge_attention`` by npu_ring_attention_update: the same numbers, one operator.
+        """``merge_attention`` by npu_ring_attention_update: the same result, one operator.
 
-        It takes both sides' (max, sum): those that the operators returned, else ones that stand for the lse.
+        It takes (max, sum) of both sides: those that the operators returned, or else equivalents computed from the lse.
         """
         if not self.has_fused_merge:
             return super().merge(out, lse, statistics, block)
@@ -211,10 +211,10 @@ class NpuKernel(AttentionKernel):
         }
 
     def _packed_calls(self, device: torch.device) -> tuple[dict[str, Any], StatisticsOrder]:
-        """(further arguments of TND calls, memory order of their statistics); the first call asks the device.
+        """(further arguments of TND calls, memory order of their statistics); the first call probes the device.
 
-        The schema comes with torch_npu and what it can do with CANN: softmax_layout needs CANN 8.3.RC1, before which
-        the operator raises a RuntimeError.
+        torch_npu defines the schema, but CANN the implementation: softmax_layout needs CANN 8.3.RC1, and with older
+        releases the operator raises a RuntimeError.
         """
         if self._packed is None:
             further = self._variant.packed_arguments
@@ -229,14 +229,14 @@ class NpuKernel(AttentionKernel):
         return self._packed
 
     def _rows_first(self, lse: torch.Tensor, call: Call, shape: Sequence[int]) -> torch.Tensor:
-        """lse as the operator laid it out -> (rows, batch, heads)."""
+        """lse in the operator's memory order -> (rows, batch, heads)."""
         if call.q_lengths is None:
             return lse.permute(2, 0, 1)
         permutation = self._permutation(call, shape, lse.device)
         return (lse if permutation is None else lse.reshape(-1)[permutation]).view(*shape)
 
     def _statistics(self, rows: AttentionRows, call: Call) -> Statistics:
-        """The operator's (max, sum) of the whole attention's lse, made once for blocks that share their query rows."""
+        """The operator's (max, sum) for the whole attention's lse, computed once for blocks that share query rows."""
         place = call.q.start, call.q.stop, call.batch.start, call.batch.stop, call.q_lengths
         return rows.once(("npu statistics", *place), lambda: self._new_statistics(rows.lse[call.q, call.batch], call))
 
@@ -270,12 +270,12 @@ class NpuKernel(AttentionKernel):
 
 
 def _finite(lse: torch.Tensor) -> Statistics:
-    """The operator's (max, sum) of lse (rows, batch, heads); of -inf, a row without keys, it would make NaN."""
+    """The operator's (max, sum) for lse (rows, batch, heads), without -inf, which the operator would turn into NaN."""
     return from_lse(lse.permute(1, 2, 0).clamp(min=-LARGE))
 
 
 def _check(tensors: BlockTensors, options: KernelOptions) -> None:
-    """Refuse what the operators do not take; the message says the way out."""
+    """Raise ValueError for inputs that the operators do not support."""
     query, key, value = tensors.query, tensors.key, tensors.value
     if query.dtype not in DTYPES:
         raise ValueError(
@@ -307,13 +307,13 @@ def _check(tensors: BlockTensors, options: KernelOptions) -> None:
 
 
 def _padded(tensors: BlockTensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query and key with zeros up to value's dimension, because the operator wants dk >= dv."""
+    """Query and key, zero-padded to value's dimension, because the operator requires dk >= dv."""
     query, key, missing = tensors.query, tensors.key, tensors.value.shape[-1] - tensors.key.shape[-1]
     return (query, key) if missing <= 0 else (F.pad(query, (0, missing)), F.pad(key, (0, missing)))
 
 
 def _clear_empty_rows(out: torch.Tensor, lse: torch.Tensor, attention_mask: torch.Tensor) -> None:
-    """Out 0 and lse -inf where a dense mask hides every key; the operator computes something else there."""
+    """Set out to 0 and lse to -inf where a dense mask hides every key; the operator returns other values there."""
     empty = attention_mask.all(-1).t().unsqueeze(-1)
     out.masked_fill_(empty.unsqueeze(-1), 0)
     lse.masked_fill_(empty, -torch.inf)

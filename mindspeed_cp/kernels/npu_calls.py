@@ -1,4 +1,4 @@
-"""Which operator calls compute a block on an NPU: their rows, layout, lengths and masks; see ``npu``'s table."""
+"""The operator calls that compute a block on an NPU: rows, layout, lengths and masks of each; see ``npu``'s table."""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -9,19 +9,19 @@ import torch
 
 from mindspeed_cp.sequence.blocks import Block
 
-MASK_SIZE = 2048  # the operator's compressed triangle, whatever the sequence length
+MASK_SIZE = 2048  # side of the operator's compressed triangle, for any sequence length
 MAX_HEADS = 256  # query heads of one call
 MAX_PIECES = 1024  # documents of one TND call
 
 
 @cache
 def compressed_mask(device: torch.device) -> torch.Tensor:
-    """Bool (2048, 2048), True above the diagonal: the mask of sparse_mode 2 and 4, one for all calls of a device."""
+    """Bool (2048, 2048), True above the diagonal: the mask of sparse_mode 2 and 4, shared by all calls on a device."""
     return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool, device=device).triu_(1)
 
 
 class Call(NamedTuple):
-    """One operator call: rows of the block that it reads, its layout, and the arguments that describe its mask.
+    """One operator call: the rows of the block that it reads, its layout, and the arguments that describe its mask.
 
     Args:
         q, k, batch: slices of the block's query rows, key rows and batch entries.
@@ -46,20 +46,20 @@ class Call(NamedTuple):
 
 
 def num_heads(query: torch.Tensor, call: Call) -> int:
-    """Query heads as the operator counts them: batch is folded into the heads in TND."""
+    """Number of query heads for the operator: in TND, batch is folded into the heads."""
     heads = query.shape[2]
     return heads if call.q_lengths is None else heads * len(range(*call.batch.indices(query.shape[1])))
 
 
 def cumulative(lengths: tuple[int, ...]) -> list[int]:
-    """Running totals without a leading 0, the operator's way of writing document lengths."""
+    """Cumulative sums without a leading 0, the operator's format of document lengths."""
     return list(accumulate(lengths))
 
 
 def operator_calls(
     query: torch.Tensor, key: torch.Tensor, block: Block, attention_mask: torch.Tensor | None
 ) -> Iterator[Call]:
-    """The operator calls of one block; their rows and batch entries tile it exactly."""
+    """The operator calls of one block; together their rows and batch entries cover it exactly once."""
     batch = slice(0, query.shape[1])
     if block.num_pieces == 1 or not (block.is_full or block.is_causal):
         for q, k in block.pieces():
@@ -90,18 +90,17 @@ def operator_calls(
 def _mask_arguments(
     block: Block, rows: int, cols: int, attention_mask: torch.Tensor | None, device: torch.device
 ) -> dict[str, Any]:
-    """Which mask the operator applies to a piece of rows x cols."""
+    """The operator's arguments for the mask of a piece of rows x cols."""
     if attention_mask is not None:
-        # (1, rows, cols) is the SS form for all batch entries, (batch, 1, rows, cols) one mask for each.
+        # (rows, cols), the SS form, is one mask for all batch entries; (batch, 1, rows, cols) is one mask for each.
         shared = attention_mask.shape[0] == 1
         return {"sparse_mode": 1, "atten_mask": attention_mask[0] if shared else attention_mask.unsqueeze(1)}
     if block.is_full:
         return {"sparse_mode": 0}
     if block.is_causal:
         return {"sparse_mode": 2, "atten_mask": compressed_mask(device)}
-    # The operator counts both limits from the diagonal that ends in the lower right corner, a block from the upper
-    # left.
-    shift, unlimited = cols - rows, cols + rows  # the largest int32 would overflow where the operator adds both
+    # The operator counts both limits from the diagonal through the lower right corner, a block from the upper left.
+    shift, unlimited = cols - rows, cols + rows  # not the largest int32, which would overflow in the operator's sums
     assert block.lower is None or shift >= block.lower, "every row of a band sees a key (blocks.plan_blocks)"
     return {
         "sparse_mode": 4,
@@ -114,7 +113,7 @@ def _mask_arguments(
 def assembled(
     parts: Sequence[torch.Tensor], rows: Sequence[slice], calls: Sequence[Call], shape: Sequence[int]
 ) -> torch.Tensor:
-    """One tensor of ``shape`` from what the calls made of their rows and batch entries; a single part as it is."""
+    """Assemble the calls' results for their rows and batch entries into one tensor of ``shape``; one part is kept."""
     if len(parts) == 1:
         return parts[0]
     whole = parts[0].new_empty(tuple(shape))

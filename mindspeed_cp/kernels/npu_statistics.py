@@ -1,13 +1,13 @@
-"""Softmax statistics of the NPU operators, translated to and from lse.
+"""Conversion between the softmax statistics of the NPU operators and lse.
 
-The operators return max and sum as float32 with eight equal lanes. Beside SBH they are (batch, heads, rows, 8). In TND
-they are a (rows, heads, 8) tensor whose memory order depends on the release:
+The operators return max and sum as float32 with eight equal lanes. In SBH they are (batch, heads, rows, 8). In TND they
+are a (rows, heads, 8) tensor whose memory order depends on the release:
 
-* "rows": rows then heads, what ``softmax_layout="TND"`` asks for where the operator has that argument;
-* "heads": heads then all rows, as the operator's page says (NTD);
-* "documents": document by document, heads then the document's rows, as MindSpeed reads it.
+* "rows": rows, then heads; requested by ``softmax_layout="TND"`` if the operator has that argument;
+* "heads": heads, then all rows, as the operator's documentation says (NTD);
+* "documents": document by document, heads, then the document's rows, as MindSpeed reads them.
 
-The two sources disagree where the argument is missing, so ``probe_order`` asks the device once and believes neither.
+The last two sources disagree about operators without the argument, so ``probe_order`` asks the device once.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ Statistics = tuple[torch.Tensor, torch.Tensor]  # (max, sum)
 StatisticsOrder = Literal["rows", "heads", "documents"]
 
 LANES = 8
-# exp(score - LARGE) is 0 for every score, and unlike infinity it cannot meet another infinity and become NaN.
+# exp(score - LARGE) is 0 for every score; infinity would give NaN if a score is infinite too.
 LARGE = 1e30
 
 
@@ -30,11 +30,11 @@ def row_permutation(
 ) -> torch.Tensor | None:
     """LongTensor p: entry (row, head) of a TND call lies at position p[row * heads + head] of the statistics' memory.
 
-    None for the order "rows", where nothing moves.
+    None for the order "rows", where p is the identity.
 
     Args:
         order: "rows", "heads" or "documents".
-        lengths: tuple, query rows of each document.
+        lengths: query rows of each document.
     """
     return None if order == "rows" else _permutation(order, lengths, heads, device)
 
@@ -59,20 +59,20 @@ def to_lse(softmax_max: torch.Tensor, softmax_sum: torch.Tensor) -> torch.Tensor
 
 
 def from_lse(lse: torch.Tensor) -> Statistics:
-    """(max, sum) with eight lanes that stand for ``lse``: the sum is 1. A row without any key (+inf) has weight 0."""
+    """(max, sum) with eight lanes that represent ``lse``: the sum is 1. A row without any key (+inf) gets weight 0."""
     softmax_max = lse.float().clamp(max=LARGE).unsqueeze(-1).expand(*lse.shape, LANES).contiguous()
     return softmax_max, _ones(softmax_max.shape, softmax_max.device)
 
 
 @kept_up_to(64 << 20, _num_bytes)
 def _ones(shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """float32; the operators only read it."""
+    """Cached float32 ones, which the operators only read."""
     with torch.inference_mode(False):
         return torch.ones(shape, device=device)
 
 
 def probe_order(attention: Callable[..., Statistics], device: torch.device) -> StatisticsOrder:
-    """Find the memory order of TND statistics by a three-token call whose lse is different in every place.
+    """Find the memory order of TND statistics with a call of three tokens whose lse values are all different.
 
     Args:
         attention: function (query, key, value, lengths) -> (max, sum) of one TND call with scale 1 and no mask.

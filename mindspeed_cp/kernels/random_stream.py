@@ -1,8 +1,8 @@
-"""Different dropout masks on ranks whose generators are in the same state.
+"""Different dropout masks on ranks whose random generators are in the same state.
 
 The flash attention operators of GPUs and NPUs draw their seed from the device's default generator, which Megatron seeds
-alike on all context-parallel ranks. Their backward passes take the seed that the forward pass returned, so that only
-the forward pass needs to be inside ``random_stream``.
+equally on all context-parallel ranks. Their backward passes take the seed that the forward pass returned, so only the
+forward pass must run inside ``random_stream``.
 """
 
 from collections.abc import Iterator
@@ -24,16 +24,16 @@ def default_generator(device: torch.device) -> torch.Generator:
 
 @contextmanager
 def random_stream(device: torch.device, number: int) -> Iterator[None]:
-    """Within it the default generator of ``device`` draws from its stream ``number``; 0 is its own.
+    """Context manager in which the default generator of ``device`` uses stream ``number``; 0 leaves it unchanged.
 
-    Afterwards it goes on with its own seed, as far ahead as what was drawn inside. Nothing waits for the device: the
-    state of these generators, a seed and an offset, lies in the host's memory.
+    Afterwards the generator continues with its own seed, advanced by as much as was drawn inside. Nothing waits for the
+    device, because the state of these generators, a seed and an offset, is in host memory.
     """
     if not number:
         yield
         return
     generator = default_generator(device)
-    if device.type == "cpu":  # where tests run the operators' stand-ins; this generator has no offset to go ahead by
+    if device.type == "cpu":  # tests run fake operators on the CPU, whose generator has no offset to advance
         seed = int(torch.randint(1 << 62, (), generator=generator))
         after = generator.get_state()
         generator.manual_seed(_mixed(seed, number))

@@ -1,1 +1,1 @@
-"""Layers whose tokens see what is before them through a state: the exchanges that give each rank what it computes."""
+"""Context parallelism for layers with a recurrent state (linear attention, state-space models)."""

@@ -1,9 +1,9 @@
 """Gated delta nets over a context-parallel group, by heads or by states.
 
-    heads    every rank gets some heads of the whole sequence, in order, and returns what it computed
-    state    every rank computes one part of the sequence for all heads, and hands on its last state
+    heads    every rank computes some heads over the whole sequence, in order
+    state    every rank computes all heads over one part of the sequence, and passes its last state on
 
-s: tokens of this rank, b: batch. What one token alone computes (projections, norms, gates) stays with the layer.
+s: tokens of this rank, b: batch. Computations on single tokens (projections, norms, gates) stay in the layer.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from mindspeed_cp.linear.recurrence import Convolution, Documents, Recurrence
 
 @dataclass(frozen=True)
 class DeltaHeads:
-    """Heads of a layer: value head n goes with key head n // (value heads / key heads).
+    """Heads of a layer: value head n uses key head n // (value heads / key heads).
 
     Args:
-        keys, values: how many of each. key_dim, value_dim: their sizes.
+        keys, values: number of key heads and value heads. key_dim, value_dim: their dimensions.
     """
 
     keys: int
@@ -35,7 +35,7 @@ class DeltaHeads:
 
     @property
     def channels(self) -> tuple[int, int, int]:
-        """Of the convolution, over query, key and value."""
+        """The convolution's channels for query, key and value."""
         return self.keys * self.key_dim, self.keys * self.key_dim, self.values * self.value_dim
 
 
@@ -53,7 +53,7 @@ class DeltaWeights:
     step: torch.Tensor
 
     def of(self, heads: DeltaHeads, keys: Share, values: slice) -> "DeltaWeights":
-        """Those of some heads."""
+        """The weights of some heads."""
 
         def channels(weight: torch.Tensor) -> torch.Tensor:
             parts = weight.split(heads.channels)
@@ -73,7 +73,7 @@ class DeltaLayer:
     """The core of a gated delta net: convolution, gates and recurrence.
 
     Args:
-        normalize: (..., key_dim) -> the same, of queries and keys; None leaves them.
+        normalize: (..., key_dim) -> the same shape, applied to queries and keys; None for no normalization.
     """
 
     heads: DeltaHeads
@@ -85,12 +85,12 @@ class DeltaLayer:
     def by_heads(
         self, inputs: torch.Tensor, gates: torch.Tensor, exchange: SequenceExchange, documents: Documents
     ) -> torch.Tensor:
-        """Some heads of the whole sequence on every rank.
+        """Every rank computes some heads over the whole sequence.
 
         Args:
             inputs: (s, b, channels), query, key and value of this rank's tokens. gates: (s, b, 2 value heads), beta and
                 alpha.
-            exchange: over all ranks, whose rows are the runs of the batch's layout.
+            exchange: over all ranks, with the runs of the batch's layout as rows.
             documents: boundaries in the whole sequence.
 
         Returns:
@@ -123,10 +123,10 @@ class DeltaLayer:
         return back.to_heads(out.transpose(0, 1))[0]
 
     def by_state(self, inputs: torch.Tensor, gates: torch.Tensor, part: OwnPart) -> torch.Tensor:
-        """All heads of this rank's part of the sequence.
+        """Compute all heads over this rank's part of the sequence.
 
         Args:
-            inputs, gates: as ``by_heads`` has them, of the tokens of the part.
+            inputs, gates: as for ``by_heads``, for the tokens of the part.
 
         Returns:
             (s, b, value heads, value_dim).
@@ -136,10 +136,10 @@ class DeltaLayer:
         return self.recurrence.along(part.chain, rows, part.documents).transpose(0, 1)
 
     def prepared(self, mixed: torch.Tensor, beta: torch.Tensor, alpha: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the recurrence takes.
+        """The inputs of the recurrence.
 
         Args:
-            mixed: (b, s, channels), behind the convolution. beta, alpha: (s, b, value heads).
+            mixed: (b, s, channels), output of the convolution. beta, alpha: (s, b, value heads).
 
         Returns:
             query and key (b, s, value heads, key_dim), value (b, s, value heads, value_dim), decay and beta (b, s,

@@ -1,6 +1,6 @@
-"""Heads of a layer with a state: each rank computes some of them over the whole sequence, in order.
+"""Split a recurrent layer by heads: each rank computes some heads over the whole sequence, in order.
 
-s: tokens of this rank in the layout of the batch, S: of the whole sequence. Several tensors travel in one message.
+s: tokens of this rank in the batch's layout, S: tokens of the whole sequence. Several tensors travel in one message.
 """
 
 from collections.abc import Sequence
@@ -15,53 +15,43 @@ from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
 
 @dataclass(frozen=True, eq=False)
 class HeadExchange:
-    """The all-to-all around a layer whose heads are shared out.
+    """The all-to-all around a layer whose heads are split over the ranks.
 
     Args:
-        exchange: over the whole context-parallel group, whose rows are the runs of the layout.
-        parts: what travels together, and which heads of it every rank gets.
+        exchange: over the whole context-parallel group, with the runs of the layout as rows.
+        parts: the tensors that travel together, and which of their heads each rank gets.
     """
 
     exchange: SequenceExchange
     parts: Sequence[Part]
 
     def to_sequence(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(s, batch, heads, dim) -> (S, batch, heads of this rank, dim), in the order of the sequence."""
-        found: tuple[torch.Tensor, ...] = _ToSequence.apply(self, *tensors)
+        """(s, batch, heads, dim) -> (S, batch, heads of this rank, dim), in sequence order."""
+        found: tuple[torch.Tensor, ...] = _Exchanged.apply(self, True, *tensors)
         return found
 
     def to_heads(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(S, batch, heads of this rank, dim) -> (s, batch, heads, dim), in the order in which this rank holds them."""
-        found: tuple[torch.Tensor, ...] = _ToHeads.apply(self, *tensors)
+        found: tuple[torch.Tensor, ...] = _Exchanged.apply(self, False, *tensors)
         return found
 
-    def _to_sequence(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return tuple(self.exchange.scatter_heads_gather_sequence(self.parts, tensors).wait())
-
-    def _to_heads(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        dtype = tensors[0].dtype
-        return tuple(self.exchange.scatter_sequence_gather_heads(self.parts, tensors, dtype).wait())
+    def _exchanged(self, to_sequence: bool, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        if to_sequence:
+            return tuple(self.exchange.scatter_heads_gather_sequence(self.parts, tensors).wait())
+        return tuple(self.exchange.scatter_sequence_gather_heads(self.parts, tensors, tensors[0].dtype).wait())
 
 
-class _ToSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, exchange: HeadExchange, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.exchange = exchange
-        return exchange._to_sequence(tensors)
+class _Exchanged(torch.autograd.Function):
+    """One direction, whose gradient takes the other."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        return None, *ctx.exchange._to_heads(grads)
-
-
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, exchange: HeadExchange, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.exchange = exchange
-        return exchange._to_heads(tensors)
+    def forward(
+        ctx: Any, exchange: HeadExchange, to_sequence: bool, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.exchange, ctx.to_sequence = exchange, to_sequence
+        return exchange._exchanged(to_sequence, tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        return None, *ctx.exchange._to_sequence(grads)
+        return None, None, *ctx.exchange._exchanged(not ctx.to_sequence, grads)

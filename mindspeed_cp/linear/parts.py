@@ -1,4 +1,4 @@
-"""One part of a sequence on each rank, in rank order: what a rank needs of the rank before it.
+"""Contiguous parts of a sequence, in rank order: what a rank needs from the rank before it.
 
 s: tokens of this rank, b: batch, c: channels.
 """
@@ -36,26 +36,26 @@ class OwnPart:
 
     @property
     def chain(self) -> Chain:
-        """A part that begins inside a document goes on with the state of the part before it."""
+        """The chain in which a part that begins inside a document continues with the state of the part before it."""
         return Chain(self.link, tuple(runs[0][0] not in self.whole for runs in self.parts.all_runs))
 
     def convolved(
         self, convolve: Convolution, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """(s, b, c) -> (b, s, c), with the inputs in front of the part that the convolution reads.
+        """(s, b, c) -> (b, s, c), a convolution that also reads the inputs before the part, from other ranks.
 
         Args:
             weight: (c, width). bias: (c,) or None.
         """
         plan = rows_before(self.parts, weight.size(1) - 1, self.whole)
         before = exchange_rows(inputs, plan, self.link, "inputs")
-        seen = before.size(0)  # joined where there are none too, for what this rank gave others has gradients
+        seen = before.size(0)  # also joined if empty, because the rows that this rank sent have gradients
         rows = torch.cat([before, inputs]).transpose(0, 1).contiguous()
         ends = (0, *(end + seen for end in self.documents[1:]))
         return convolve(rows, weight, bias, ends)[:, seen:]
 
 
 def local_documents(documents: Documents, start: int, stop: int) -> Documents:
-    """Where documents end within the tokens start to stop, counted from there, without empty ones."""
+    """Boundaries of non-empty documents within the tokens start to stop, relative to ``start``."""
     inside = sorted({end - start for end in documents if start < end < stop})
     return (0, *inside, stop - start)

@@ -1,7 +1,7 @@
-"""What a layer with a state computes: the recurrence and the convolution in front of it, document by document.
+"""The computation of a recurrent layer, document by document: the recurrence and the convolution before it.
 
-b: batch, s: tokens, h: heads, k, v: head sizes of keys and values, c: channels of the convolution, w: its width.
-A state is (b, h, k, v). Documents are boundaries within the s tokens, 0 and s where there is one.
+b: batch, s: tokens, h: heads, k, v: head dimensions of keys and values, c: channels of the convolution, w: its width.
+A state is (b, h, k, v). Documents are boundaries within the s tokens, (0, s) for a single document.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from mindspeed_cp.linear.state import Chain
 Documents = tuple[int, ...]
 
 
-# What kernels of flash-linear-attention and Megatron's torch code are called with: query, key (b, s, h, k), value
+# The interface of flash-linear-attention's kernels and of Megatron's torch code: query, key (b, s, h, k), value
 # (b, s, h, v), g=, beta= (b, s, h), initial_state= a state or None, output_final_state=True; they return (b, s, h, v)
 # and the last state.
 Rule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -25,36 +25,32 @@ Rows = Sequence[torch.Tensor]  # (b, s, ...) of every input of a recurrence
 
 
 class Recurrence(ABC):
-    """What becomes of rows of tokens and a state, document by document.
+    """Maps rows of tokens and a state to an output and a new state, document by document.
 
     Attributes:
-        state_dtype: of the states that it takes and returns.
+        state_dtype: dtype of the states that it takes and returns.
     """
 
     state_dtype: torch.dtype
 
     @abstractmethod
     def over_documents(self, rows: Rows, documents: Documents) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output of all documents, each from nothing, and the state behind the last one."""
+        """The output of all documents, each starting from an empty state, and the state after the last one."""
 
     @abstractmethod
     def linear_in_state(self, rows: Rows) -> tuple["FromState", torch.Tensor]:
-        """Tokens of one document, whose first state is not known yet.
+        """Compute the tokens of one document whose first state is not known yet.
 
         Returns:
-            first state -> (output, last state), and a tensor that this depends on.
+            a function first state -> (output, last state), and a tensor on which it depends.
         """
 
     @abstractmethod
     def state_shape(self, rows: Rows) -> tuple[int, ...]:
-        """Of the state of such rows."""
+        """Shape of the state for such rows."""
 
     def along(self, chain: Chain, rows: Rows, documents: Documents) -> torch.Tensor:
-        """This rank's part of a sequence whose states go from rank to rank.
-
-        Returns:
-            its output.
-        """
+        """The output for this rank's part of a sequence, with states passed from rank to rank."""
         if not chain.receives:
             return chain.hand_on(*self.over_documents(rows, documents))
         first = documents[1]
@@ -79,8 +75,8 @@ class DeltaRule(Recurrence):
     """The gated delta rule; its rows are query, key (b, s, h, k), value (b, s, h, v), g and beta (b, s, h).
 
     Args:
-        rule: linear in its first state, each column of which stands alone, as are those of the values.
-        takes_documents: it takes ``cu_seqlens`` with a batch of one row; else it is called for each document.
+        rule: linear in its first state; the columns of state and values are independent of each other.
+        takes_documents: whether it takes ``cu_seqlens`` with a batch of one row; else it is called once per document.
     """
 
     rule: Rule
@@ -105,8 +101,8 @@ class DeltaRule(Recurrence):
         return out, last
 
     def linear_in_state(self, rows: Rows) -> tuple["FromState", torch.Tensor]:
-        """It runs on more columns: those of the values from nothing, and those of the identity without values, which
-        say what becomes of any first state.
+        """Run the rule on more columns: the values starting from an empty state, and zero values starting from the
+        identity, which give the effect of any first state.
         """
         query, key, value, g, beta = rows
         size, width = key.size(-1), value.size(-1)
@@ -134,7 +130,7 @@ Convolution = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, Documen
 def causal_convolution(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, documents: Documents
 ) -> torch.Tensor:
-    """Each channel over its own last w inputs, which are 0 before a document begins; without activation.
+    """A depthwise convolution of each channel over its last w inputs, which are 0 before a document; no activation.
 
     Args:
         rows: (b, s, c). weight: (c, w). bias: (c,) or None.
@@ -149,6 +145,6 @@ def causal_convolution(
 
 @lru_cache(maxsize=16)
 def boundaries_on(documents: Documents, device: torch.device) -> torch.Tensor:
-    """Document boundaries as kernels want them, copied to the device once for all layers."""
+    """Document boundaries as an int64 tensor for kernels, copied to the device once for all layers."""
     with torch.inference_mode(False):
         return torch.tensor(documents, device=device)

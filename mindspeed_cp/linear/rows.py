@@ -1,6 +1,6 @@
-"""Rows of a sequence that change ranks: from any layout to any other, and the rows before a rank's own.
+"""Exchange rows of a sequence: from any layout to any other, and the rows before a rank's own.
 
-s: rows that a rank holds, w: rows that it wants; positions are global.
+s: rows that a rank holds, w: rows that it needs; positions are global.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from mindspeed_cp.sequence.runs import Runs, cut, length, offsets
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Who gets which rows of whom.
+    """Which rows each rank receives from which rank.
 
     Args:
-        pieces: per rank, (source, first row, row behind the last) in the order in which it wants them; rows are places
-            among those that the source holds.
-        held: per rank, how many rows it holds.
+        pieces: per rank, (source, first row, last row + 1) in the order in which it needs them; rows are indices into
+            the source's rows.
+        held: per rank, number of rows that it holds.
     """
 
     pieces: tuple[tuple[tuple[int, int, int], ...], ...]
@@ -30,7 +30,7 @@ class RowPlan:
 
     @property
     def moves(self) -> bool:
-        """Whether any rank gets anything but the rows that it holds, in the order in which it holds them."""
+        """Whether any rank needs other rows than its own, or in another order."""
         return any(
             mine != (((rank, 0, held),) if held else ())
             for rank, (mine, held) in enumerate(zip(self.pieces, self.held))
@@ -40,21 +40,21 @@ class RowPlan:
         return sum(stop - start for _, start, stop in self.pieces[rank])
 
     def sent(self, source: int, target: int) -> tuple[tuple[int, int], ...]:
-        """Rows of ``source`` that ``target`` wants, in its order."""
+        """Rows of ``source`` that ``target`` needs, in the target's order."""
         return tuple((start, stop) for rank, start, stop in self.pieces[target] if rank == source)
 
     def places(self, source: int, target: int) -> tuple[tuple[int, int], ...]:
-        """Where those lie among what ``target`` wants."""
+        """Where these rows are among all rows that ``target`` needs."""
         ends = offsets(stop - start for _, start, stop in self.pieces[target])
         return tuple((ends[i], ends[i + 1]) for i, (rank, _, _) in enumerate(self.pieces[target]) if rank == source)
 
 
 def plan_rows(held: tuple[Runs, ...], wanted: tuple[Runs, ...]) -> RowPlan:
-    """The plan by which every rank gets what it wants.
+    """The plan by which every rank gets the rows that it needs.
 
     Args:
-        held: per rank, runs of global positions; together every position once.
-        wanted: per rank, runs of positions; several ranks may want one.
+        held: per rank, runs of global positions; together they hold every position once.
+        wanted: per rank, runs of needed positions; several ranks may need the same position.
     """
     segments = []
     for rank, runs in enumerate(held):
@@ -80,27 +80,27 @@ def plan_rows(held: tuple[Runs, ...], wanted: tuple[Runs, ...]) -> RowPlan:
 
 @lru_cache(maxsize=64)
 def contiguous_parts(layout: SequenceLayout) -> SequenceLayout:
-    """The same sequence with one part for each rank, in rank order; ``layout`` itself where it is that already."""
+    """The same sequence with one contiguous part per rank, in rank order; ``layout`` itself if it is like that."""
     parts = tuple(cut(((0, layout.seq_len),), layout.cp_size))
     one_each = all(len(runs) == 1 for runs in layout.all_runs)
     if one_each and sorted(layout.all_runs) == list(layout.all_runs):
-        return layout  # uneven parts are parts too
+        return layout  # parts may be uneven
     return SequenceLayout(parts, layout.ulysses_degree, "contiguous")
 
 
 @lru_cache(maxsize=64)
 def conversion(before: SequenceLayout, after: SequenceLayout) -> RowPlan:
-    """Rows in one layout -> rows in another."""
+    """The plan that converts one layout to another."""
     return plan_rows(before.all_runs, after.all_runs)
 
 
 @lru_cache(maxsize=64)
 def rows_before(parts: SequenceLayout, count: int, documents: tuple[int, ...]) -> RowPlan:
-    """The rows in front of each rank's part, ``count`` of them or as many as their document has.
+    """The plan for the rows before each rank's part: ``count`` rows, or fewer if their document begins there.
 
     Args:
-        parts: one run for each rank, in rank order.
-        documents: boundaries, 0 and the length where there is one.
+        parts: one run per rank, in rank order.
+        documents: boundaries, (0, length) for a single document.
     """
     wanted = []
     for ((start, _),) in parts.all_runs:
@@ -110,9 +110,9 @@ def rows_before(parts: SequenceLayout, count: int, documents: tuple[int, ...]) -
 
 
 def exchange_rows(tensor: torch.Tensor, plan: RowPlan, link: Link, purpose: str) -> torch.Tensor:
-    """(s, ...) -> (w, ...), the rows that this rank wants; differentiable, and every rank calls it.
+    """(s, ...) -> (w, ...), the rows that this rank needs; differentiable and collective.
 
-    A row that several ranks got has the sum of their gradients.
+    The gradient of a row that several ranks received is the sum of their gradients.
     """
     if not plan.moves:
         return tensor

@@ -1,8 +1,8 @@
-"""The state that a rank hands on to the one behind it, and its gradient, which comes back.
+"""Pass a recurrent state from each rank to the next, and its gradient back.
 
-Every rank holds one part of the sequence, in rank order. What travels is one state, whatever the length. Ranks do not
-wait for each other with their layer: a recurrence that is linear in its first state is run on what it would do with any
-(``linear_in_state``), and only then does the state go from rank to rank, each of which applies that to it.
+Every rank holds one part of the sequence, in rank order. A single state travels, whatever the length. Ranks compute in
+parallel: a recurrence that is linear in its first state is first computed for any first state (``linear_in_state``);
+only then does the actual state go from rank to rank, and each rank applies that function to it.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from mindspeed_cp.comm.link import Link
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """The ranks of a sequence, of which each hands its last state to the next.
+    """The ranks of a sequence, each of which passes its last state to the next.
 
     Args:
         link: over the ranks, in the order of their parts.
-        goes_on: per rank, whether its first token belongs to the document of the token before it.
+        goes_on: per rank, whether its first token belongs to the same document as the token before it.
     """
 
     link: Link
@@ -28,25 +28,25 @@ class Chain:
 
     @property
     def receives(self) -> bool:
-        """Whether this rank begins with the state of the rank before it."""
+        """Whether this rank starts from the state of the rank before it."""
         return self.goes_on[self.link.rank]
 
     @property
     def hands_on(self) -> bool:
-        """Whether the rank behind this one begins with this rank's last state."""
+        """Whether the next rank starts from this rank's last state."""
         return self.link.rank + 1 < self.link.size and self.goes_on[self.link.rank + 1]
 
     def first_state(self, shape: tuple[int, ...], dtype: torch.dtype, after: torch.Tensor) -> torch.Tensor:
-        """The state of the rank before this one, where this rank ``receives`` one.
+        """Receive the state of the previous rank; only if ``receives``.
 
         Args:
-            after: what was computed before; the backward pass of that waits until the state's gradient was sent.
+            after: a tensor computed before; its backward pass runs after the state's gradient has been sent.
         """
         state: torch.Tensor = _Receive.apply(after, self, shape, dtype)
         return state
 
     def hand_on(self, out: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """``out``, when the last state is on its way; in backward its gradient is received first."""
+        """Send the last state to the next rank and return ``out``; backward first receives the state's gradient."""
         if not self.hands_on:
             return out
         handed: torch.Tensor = _HandOn.apply(out, state, self)

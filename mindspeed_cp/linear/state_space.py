@@ -1,7 +1,7 @@
-"""State-space layers (Mamba 2) by states: every rank computes its part of the sequence and hands on its last state.
+"""State-space layers (Mamba 2) by states: every rank computes its part of the sequence and passes its last state on.
 
-b: batch, s: tokens of this rank, h: heads of p channels, g: groups of n, which h / g heads share. A state is
-(b, h, p, n).
+b: batch, s: tokens of this rank, h: heads of p channels, g: groups of state size n, each shared by h / g heads. A state
+is (b, h, p, n).
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from mindspeed_cp.linear.recurrence import Convolution, Documents, FromState, Re
 
 @dataclass(frozen=True, eq=False)
 class StateSpace(Recurrence):
-    """A selective scan; its rows are x (b, s, h, p), steps before their softplus (b, s, h), and B, C (b, s, g, n).
+    """A selective scan; its rows are x (b, s, h, p), steps before softplus (b, s, h), and B, C (b, s, g, n).
 
     Args:
-        scan: mamba_chunk_scan_combined, or what is called like it.
-        decay: A, (h,), negative. skip: D, (h,) or (h, p). bias: of the steps, (h,).
-        chunk_size: tokens that the scan takes at once.
+        scan: mamba_chunk_scan_combined or a function with the same signature.
+        decay: A, (h,), negative. skip: D, (h,) or (h, p). bias: bias of the steps, (h,).
+        chunk_size: the scan's chunk size in tokens.
     """
 
     scan: Callable[..., Any]
@@ -55,7 +55,7 @@ class StateSpace(Recurrence):
         return out, last
 
     def linear_in_state(self, rows: Rows) -> tuple[FromState, torch.Tensor]:
-        """A state decays by a factor for each head, and is read by C."""
+        """The effect of the first state: it decays by a factor per head and is read by C."""
         values, steps, _, reads = rows
         out, last = self.over_documents(rows, (0, values.size(1)))
 
@@ -79,7 +79,7 @@ class StateSpaceLayer:
 
     Args:
         groups: g. state: n.
-        weight, bias: of the convolution over x, B and C, (channels, width) and (channels,).
+        weight, bias: the convolution over x, B and C, (channels, width) and (channels,).
     """
 
     scan: StateSpace
@@ -90,10 +90,10 @@ class StateSpaceLayer:
     convolve: Convolution
 
     def by_state(self, inputs: torch.Tensor, steps: torch.Tensor, part: OwnPart) -> torch.Tensor:
-        """This rank's part of the sequence.
+        """Compute this rank's part of the sequence.
 
         Args:
-            inputs: (s, b, channels), x, B and C of the tokens of the part. steps: (s, b, h).
+            inputs: (s, b, channels), x, B and C of the part's tokens. steps: (s, b, h).
 
         Returns:
             (s, b, h * p).

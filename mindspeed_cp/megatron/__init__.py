@@ -1,1 +1,1 @@
-"""What knows Megatron at run time and patches nothing: groups, batches, documents, the bridge to attention."""
+"""Code that uses Megatron at run time but patches nothing: groups, batches, documents, the bridge to attention."""

@@ -1,4 +1,4 @@
-"""What the adaptor knows between two calls of Megatron: settings, groups, the batches under way."""
+"""The adaptor's state between calls from Megatron: settings, groups, current batches."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,33 +32,33 @@ from mindspeed_cp.settings.training_setup import TrainingSetup
 
 
 class Adaptor(OwnLoops):
-    """The one mutable object of the adaptor; ``megatron_adaptor.state()`` returns it.
+    """The only mutable object of the adaptor; ``megatron_adaptor.state()`` returns it.
 
     Attributes:
         settings: what was configured.
-        scopes: process group -> what is computed over it.
-        sizes: size -> scope, where Megatron's dynamic context parallelism gives every micro-batch one of its own.
-        records: where the record of a batch is found again.
-        masks, boundaries: what was read of the masks and of the packed boundaries under way.
-        tables: which embeddings hold this rank's own rows already.
+        scopes: process group -> Scope.
+        sizes: size -> Scope, if Megatron's dynamic context parallelism gives every micro-batch its own size.
+        records: finds the record of a batch.
+        masks, boundaries: caches of what was read from the current masks and packed boundaries.
+        tables: the embeddings that already hold this rank's own rows.
         foreign: the layouts of batches that others split.
-        handed: document ends that a framework hands over beside the batch.
-        hand_over: what later pipeline stages learn of a batch.
-        active: record of the forward pass that runs now; None outside.
-        entered: the model whose forward pass runs now; None outside.
-        kept: KeptAttention of the checkpoint whose function runs now, where --cp-keep-attention asks for it.
-        is_pipeline: there is more than one pipeline stage: stages then split the same batch knowing different parts of
-            it, and must come to the same layout.
-        timeout, virtual_pipeline: for groups that are made; as initialize_model_parallel was told.
-        log: measures the steps of training with --cp-log, as long as there are groups; None without.
-        counted: models whose modules were looked up in the census, and blocks of layers beside them.
-        losses: what is known of the losses of the training.
-        embedded: length -> layout and position ids with which Megatron's cache holds an embedding of that length.
-        documents_by_hand: documents were given for a batch by hand, so that a forward pass of no known batch would lose
-            them.
-        sliced: a batch with slices was split: what is alone, too, then follows the records of batches.
-        computes_alone: what runs now is split over nobody, whatever group it names.
-        told: what was said before the first batch, "" until then.
+        handed: document ends that a framework passes separately from the batch.
+        hand_over: passes the record of a batch to later pipeline stages.
+        active: record of the running forward pass, else None.
+        entered: the model whose forward pass is running, else None.
+        kept: with --cp-keep-attention, the KeptAttention of the checkpoint whose function is running.
+        is_pipeline: there are several pipeline stages, which see different parts of a batch but must split it alike.
+        timeout, virtual_pipeline: arguments of initialize_model_parallel, used for new groups.
+        buffers: HCCL buffer size in MB by the name of a Megatron process group, used when Megatron creates it.
+        log: measures training steps with --cp-log while there are groups, else None.
+        counted: models, and separate blocks of layers, whose modules were checked by the census.
+        losses: what is known about the losses of the training.
+        embedded: length -> layout and position ids of the embedding of that length in Megatron's cache.
+        documents_by_hand: documents were passed for a batch explicitly, so that a forward pass of an unknown batch
+            would lose them.
+        sliced: a batch with slices was split, so that modules without context parallelism must use its record too.
+        computes_alone: the running code is not split, whatever group it names.
+        told: the text that was printed before the first batch, "" until then.
         on_change: called whenever a cached embedding may have become wrong.
         epoch: how often groups were forgotten.
     """
@@ -82,6 +82,7 @@ class Adaptor(OwnLoops):
         self.log: ContextParallelLog | None = None
         self.is_pipeline, self.virtual_pipeline, self.epoch = False, False, 0
         self.timeout: timedelta | None = None
+        self.buffers: dict[str, int] = {}
         self.embedded: dict[int, tuple[SequenceLayout, Places | None] | None] = {}
         self.computes_alone, self.documents_by_hand, self.sliced, self._passes = False, False, False, 0
         self._pool: dict[PoolKey, dist.ProcessGroup] = {}
@@ -94,7 +95,7 @@ class Adaptor(OwnLoops):
 
     @property
     def config(self) -> ContextParallelConfig | None:
-        """The configuration of the micro-batch that runs, else what was configured."""
+        """The configuration of the running micro-batch, else the configured one."""
         scope = self.active.scope if self.active is not None and self.sizes else None
         return self.settings.config if scope is None else scope.config
 
@@ -108,7 +109,7 @@ class Adaptor(OwnLoops):
 
     @property
     def end_of_document(self) -> int | Callable[[], int] | None:
-        """The token behind which a document ends; may be set until a batch is split."""
+        """The last token of each document; may be set until a batch is split."""
         return self.settings.end_of_document
 
     @end_of_document.setter
@@ -116,7 +117,7 @@ class Adaptor(OwnLoops):
         self.settings.end_of_document = token
 
     def reset(self) -> None:
-        """Forget everything, as after the import; groups that Megatron or others made are adopted again when used."""
+        """Reset to the state after import; groups that Megatron or others made are adopted again when used."""
         self.settings = Settings()
         self.scopes.forget()
         self.sizes, self.log, self.handed = {}, None, Handed()  # pipelines stay
@@ -153,13 +154,13 @@ class Adaptor(OwnLoops):
         return Scope(config, groups)
 
     def announce(self, config: ContextParallelConfig) -> None:
-        """Say once what is on: when it was decided and its groups are there, else when a model first computes by it."""
+        """Print the configuration once: when it is decided and its groups exist, or when a model first uses it."""
         if config != self._announced and config.context_parallel_size > 1:
             self._announced = config
             self._say(config)
 
     def make_groups(self, group: dist.ProcessGroup, config: ContextParallelConfig) -> Scope:
-        """The scope of a group that every rank of the world has one like; collective over the world."""
+        """Make the scope of a group; collective over the world, every rank of which passes such a group of its own."""
         groups = ContextParallelGroups.build(
             config,
             ranks_of_all(group),
@@ -174,12 +175,12 @@ class Adaptor(OwnLoops):
 
     @property
     def adopted_main(self) -> Scope | None:
-        """The scope of Megatron's own group where it was adopted."""
+        """The scope of Megatron's own group, if it was adopted."""
         return self.scopes.known(own_group())
 
     @property
     def main(self) -> Scope:
-        """The scope of Megatron's own group, or of the only group there is; of one rank without any."""
+        """The scope of Megatron's own group, or of the only group; the scope of one rank if there is none."""
         group = own_group()
         if group is not None:
             return self.scopes.of(group)
@@ -188,19 +189,19 @@ class Adaptor(OwnLoops):
 
     @property
     def current(self) -> Scope:
-        """The scope of the forward pass that runs, else the main one."""
+        """The scope of the running forward pass, else the main one."""
         scope = self.active.scope if self.active is not None else None
         return self.main if scope is None else scope
 
     def scope_of_group(self, group: dist.ProcessGroup | None) -> Scope:
-        """The scope of a group that was named, of Megatron's own where None is given."""
+        """The scope of ``group``, or of Megatron's own group if None."""
         return self.main if group is None else self.scopes.of(group)
 
     def scope_of(self, module: Any) -> Scope:
-        """The scope over which ``module`` computes, by its configuration and the group that it was built with.
+        """The scope over which ``module`` computes, from its configuration and the group that it was built with.
 
         Raises:
-            ValueError: its configuration asks for a group, and there is none or one of another size.
+            ValueError: its configuration needs a group, but there is none, or it has another size.
         """
         size = module.config.context_parallel_size
         if size == 1:
@@ -211,12 +212,12 @@ class Adaptor(OwnLoops):
         return self.scopes.of(checked_group(size, group, type(module).__name__))
 
     def running_in(self, scope: Scope) -> MicroBatch | None:
-        """The record of the forward pass that runs, where that was split over ``scope``."""
+        """The record of the running forward pass, if its batch was split over ``scope``."""
         return self.active if self.active is not None and self.active.scope is scope else None
 
     @property
     def groups(self) -> ContextParallelGroups | None:
-        """Of Megatron's own context-parallel group, or of the micro-batch that runs; None where there is none."""
+        """The groups of Megatron's own context-parallel group, or of the running micro-batch; None if not split."""
         scope = self.current
         return None if scope.alone and not self.sizes else scope.groups
 
@@ -230,16 +231,16 @@ class Adaptor(OwnLoops):
 
     @property
     def alone(self) -> bool:
-        """Whether no sequence is ever split, nor has slices, so that everything is left to Megatron."""
+        """Whether no sequence is ever split or has slices, so that everything is left to Megatron."""
         return not self.scopes and not self.sizes and not self.sliced
 
     def measure(self, config: ContextParallelConfig, group: dist.ProcessGroup) -> None:
-        """With --cp-log, measure the steps and compare the ranks of each ``group``; collective over the world."""
+        """With --cp-log, start measuring steps and comparing the ranks of ``group``; collective over the world."""
         if config.log:
             self.log = ContextParallelLog(ranks_of_all(group), collective_device(group))
 
     def destroy_groups(self) -> None:
-        """Release what was made beside Megatron's groups; every rank calls it."""
+        """Destroy the groups that were made in addition to Megatron's; every rank calls it."""
         self.scopes.destroy()
         self.log, self.sizes, self.is_pipeline = None, {}, False
         self._announced, self._is_checked, self.told = None, False, ""
@@ -249,20 +250,20 @@ class Adaptor(OwnLoops):
             self.settings.undecided = OpenDecision(self.settings.undecided.settings)
         self.forget_batches()
 
-    # The batches under way.
+    # Current batches.
 
     def layout(self, seq_len: int, documents: Documents | None = None, scope: Scope | None = None) -> SequenceLayout:
         """The SequenceLayout of the configuration for a sequence that this project splits.
 
         Raises:
-            ValueError: aligned Ulysses cannot split this length, a rank would get no token, or the layout goes by
-                documents and the rows of the batch differ in theirs.
+            ValueError: aligned Ulysses cannot split this length, a rank would get no token, or the layout depends on
+                documents, which differ between the rows of the batch.
         """
         return splitting.layout(self, self.current if scope is None else scope, seq_len, documents)
 
     @contextmanager
     def running(self, record: MicroBatch | None) -> Iterator[None]:
-        """Make ``record`` the one that layers see inside the block: the explicit way to hand it over."""
+        """Context manager that makes ``record`` the one that layers use; the explicit way to pass a record."""
         before, self.active = self.active, record if record is None else batches.placed(record, self)
         try:
             yield
@@ -270,7 +271,7 @@ class Adaptor(OwnLoops):
             self.active = before
 
     def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, seeing the record of now whenever it runs: recomputation runs after later batches."""
+        """Bind the current record to ``function``, since recomputation runs after later batches."""
         record, alone = self.active, self.computes_alone
 
         @wraps(function)
@@ -282,7 +283,7 @@ class Adaptor(OwnLoops):
 
     @contextmanager
     def inside(self, model: Any, record: MicroBatch | None) -> Iterator[None]:
-        """The forward pass of ``model`` runs inside the block, with this record; None computes alone."""
+        """Context manager for the forward pass of ``model`` with this record; with None it is not split."""
         self.batch_begins(record)
         before, self.entered = self.entered, model
         try:
@@ -293,7 +294,7 @@ class Adaptor(OwnLoops):
 
     @contextmanager
     def computing_alone(self, alone: bool = True) -> Iterator[None]:
-        """Split embeddings over nobody inside the block; what is not ``alone`` over whom its record names."""
+        """Context manager in which embeddings are not split; if not ``alone``, they are split as the record says."""
         before, self.computes_alone = self.computes_alone, alone
         try:
             yield
@@ -301,20 +302,18 @@ class Adaptor(OwnLoops):
             self.computes_alone = before
 
     def forward_pass_begins(self) -> None:
-        """What was read of masks in earlier passes is not believed any more; before the first pass every patch that
-        counts is asked whether its name is still ours.
-        """
+        """Invalidate what was read from masks in earlier passes; before the first pass, check all essential patches."""
         self._passes += 1
         if not self._is_checked:
             self._check()
             self._is_checked = True
 
     def batch_begins(self, record: MicroBatch | None) -> None:
-        """Tell, before the first batch that is split over several ranks, what is on."""
+        """Before the first batch that is split over several ranks, print what is on."""
         if not self.told and record is not None and record.layout.cp_size > 1:
             self.told = self._tell(record)
 
     @property
     def forward_pass(self) -> int | None:
-        """Number of the forward pass of a model that runs; None outside of any."""
+        """Number of the running forward pass of a model; None outside of one."""
         return None if self.active is None else self._passes

@@ -1,8 +1,8 @@
 """Attention without context parallelism: when the fused kernel computes it, and what plain attention costs.
 
-Megatron's local attention builds the scores of every query with every key, whatever --use-flash-attn says. At
-context-parallel size 1 the flag therefore means this project's kernel, alone, where it matters; without the flag
-Megatron's own code runs, bit by bit, and a line says what that costs.
+Megatron's local attention builds the scores of every query with every key, regardless of --use-flash-attn. With
+context-parallel size 1 the flag therefore selects this project's kernel where it matters. Without the flag Megatron's
+own code runs, with identical results, and a line says what that costs.
 """
 
 import os
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-SHARE = 10  # scores above this part of the memory are worth a line, and with the flag the kernel
+SHARE = 10  # scores above 1 / SHARE of the memory cause a notice or, with the flag, use of the kernel
 
 
 class Scores(NamedTuple):
@@ -25,7 +25,7 @@ class Scores(NamedTuple):
 
     @classmethod
     def of(cls, query: torch.Tensor, key: torch.Tensor) -> "Scores":
-        """Args: query (queries, batch, heads, dim), key (keys, batch, kv heads, dim); without batch in packed rows."""
+        """From query (queries, batch, heads, dim) and key (keys, batch, kv heads, dim); packed rows have no batch."""
         batch = query.shape[1] if query.dim() == 4 else 1
         return cls(batch, query.shape[-2], query.shape[0], key.shape[0], query.element_size())
 
@@ -38,8 +38,8 @@ class Alone(NamedTuple):
     """How attention without context parallelism is computed.
 
     Args:
-        fused: by this project's kernel; else by the module's own code, with the arguments that it got.
-        line: to be said once on rank 0, "" where there is nothing to say.
+        fused: whether this project's kernel computes it; else the module's own code, with its original arguments.
+        line: a notice to print once on rank 0, or "".
     """
 
     fused: bool
@@ -47,17 +47,17 @@ class Alone(NamedTuple):
 
 
 def alone(scores: Scores, *, asked: bool, device: str, packed: bool, memory: int, refusal: str = "") -> Alone:
-    """Who computes attention at context-parallel size 1.
+    """Decide which code computes attention with context-parallel size 1.
 
     Args:
         asked: whether the user wrote --use-flash-attn.
         device: "cpu", "cuda" or "npu".
         packed: whether the batch is one of packed documents (thd).
         memory: bytes of the device; see ``memory_of``.
-        refusal: why the kernel cannot compute this call, "" when it can.
+        refusal: why the kernel cannot compute this call, "" if it can.
 
     Raises:
-        ValueError: the scores exceed the device's memory, and nothing but Megatron's own code may compute them.
+        ValueError: the scores exceed the device's memory, but only Megatron's own code may compute them.
     """
     large = scores.num_bytes * SHARE > memory
     wanted = asked and (device == "npu" or packed or large)
@@ -82,7 +82,7 @@ def _cost(scores: Scores, memory: int) -> str:
 
 @cache
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory that a device has; those of the host for the CPU."""
+    """Bytes of memory of a device; for the CPU, of the host."""
     if device.type == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(getattr(torch, device.type).get_device_properties(device).total_memory)

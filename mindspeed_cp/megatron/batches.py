@@ -1,8 +1,8 @@
-"""The record of what runs: of a forward pass that enters a model, of a block of layers, of a module on its own.
+"""Find the record of a forward pass that enters a model, of a block of layers, or of a single module.
 
-A record is found by the tensors of its batch where this project split it, described by the batch itself where somebody
-else did (position ids, packed boundaries, a declaration), taken over from the first stage of a pipeline, or handed over
-with ``Adaptor.running``. Nothing is guessed.
+If this project split the batch, the record is found by the batch's tensors; if somebody else did, it is made from the
+batch itself (position ids, packed boundaries, a declaration). It may also come from the first pipeline stage or from
+``Adaptor.running``. Nothing is guessed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,15 +24,15 @@ from mindspeed_cp.settings.notices import warn_rank0
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.known import Known as Adaptor
 
-# What forward passes call them; the last ones are those of legacy models.
+# Argument names in forward methods; the last ones are those of legacy models.
 IDS, TOKENS = ("position_ids", "enc_position_ids"), ("input_ids", "tokens", "decoder_input_ids", "enc_input_ids")
 
 
 def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MicroBatch | None:
-    """The record with which ``model`` runs this forward pass; None where it computes alone.
+    """The record with which ``model`` runs this forward pass; None if the model is not split.
 
     Raises:
-        ValueError: nothing says how its batch was split, or what says so contradicts the model or itself.
+        ValueError: nothing says how its batch was split, or this information contradicts the model or itself.
     """
     values = (*args, *kwargs.values())
     scope = adaptor.scope_of(model)
@@ -54,7 +54,7 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
     record = found or adaptor.running_in(scope)
     params = packed_params_in(values)
     if params is not None:
-        adaptor.handed.waiting = False  # the parameters say the same, and where documents are padded too
+        adaptor.handed.waiting = False  # the parameters contain the same, and also the padding of documents
         told = ids if tokens is None else tokens
         local = None if told is None else told.size(-1)
         _check_packed_slices(adaptor, model, record, found is None and adaptor.active is None)
@@ -73,7 +73,7 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
 
 
 def _check_packed_slices(adaptor: "Adaptor", model: Any, record: MicroBatch | None, is_lost: bool) -> None:
-    """Raise ValueError where slices beside packed_seq_params would be lost: those say documents alone."""
+    """Raise ValueError if slices would be lost, because packed_seq_params describe only documents."""
     if adaptor.sliced and is_lost and getattr(model, "pre_process", True):
         raise ValueError(f"batches come with slices{LOST}")
     if record is not None and record.slices is not None and len(pipeline_of(model)) > 1:
@@ -92,7 +92,7 @@ LOST = (
 
 
 def _alone(adaptor: "Adaptor", model: Any, found: MicroBatch | None, masked: bool) -> MicroBatch | None:
-    """The record of a model that computes alone, where its batch has slices; everything else is Megatron's."""
+    """The record of a model without context parallelism if its batch has slices; else None (Megatron's code runs)."""
     _refuse_split_batch(model, found)
     if found is None and adaptor.active is None and adaptor.sliced and not masked and not adaptor.scopes:
         raise ValueError(f"batches come with slices{LOST}")
@@ -119,7 +119,7 @@ def _refuse_split_batch(model: Any, found: MicroBatch | None) -> None:
 def with_handed_documents(
     adaptor: "Adaptor", record: MicroBatch, tokens: torch.Tensor | None, ids: torch.Tensor | None
 ) -> MicroBatch:
-    """``record`` with the documents that were handed over beside a batch that brings none itself."""
+    """``record`` with the documents that were passed separately, if its batch contains none."""
     handed = adaptor.handed
     if handed.ends is None or not record.waits_for_documents:
         return record
@@ -136,7 +136,7 @@ def with_handed_documents(
 
 
 def declared(adaptor: "Adaptor", scope: Scope, model: Any) -> str:
-    """How somebody else is declared to cut whole rows, "" where nobody declared it."""
+    """How others split whole rows according to the settings, "" if nothing was declared."""
     if scope.config.batch_layout in ("zigzag", "contiguous"):
         return scope.config.batch_layout
     mode = getattr(model.config, "cp_partition_mode", None)
@@ -148,7 +148,7 @@ def named_arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     known = _forward_of(type(model).forward)
     try:
         return known.bind_partial(model, *args, **kwargs).arguments
-    except TypeError:  # the call itself says what is wrong with them
+    except TypeError:  # the call itself will raise the error
         return kwargs
 
 
@@ -166,7 +166,7 @@ def block_record(adaptor: "Adaptor", scope: Scope, config: Any, num_rows: int, p
 
     Args:
         config: TransformerConfig.
-        num_rows: first dimension of the block's input, which sequence parallelism has split again.
+        num_rows: first dimension of the block's input, which sequence parallelism has split further.
         params: PackedSeqParams in thd, None for whole sequences.
     """
     local_len = num_rows * config.tensor_model_parallel_size if config.sequence_parallel else num_rows
@@ -176,11 +176,11 @@ def block_record(adaptor: "Adaptor", scope: Scope, config: Any, num_rows: int, p
 
 
 def record_of_length(adaptor: "Adaptor", scope: Scope, local_len: int) -> MicroBatch:
-    """The record of what runs over ``scope``, of which this rank holds ``local_len`` tokens.
+    """The record of the code running over ``scope``, for which this rank holds ``local_len`` tokens.
 
-    A later pipeline stage whose first one hands nothing over, and modules that are no part of a language model, know no
-    record. The layout is then that of the configuration, over what the ranks hold together; whether a rank asks the
-    others depends on the code that runs alone, so all ranks of the group ask together.
+    Later pipeline stages whose first stage passes nothing on, and modules outside a language model, have no record.
+    They use the configuration's layout for the ranks' total length. Whether ranks exchange their lengths depends only
+    on the running code, so all ranks of the group do it together.
 
     Raises:
         ValueError: the record, or the layout, gives this rank another number of tokens.
@@ -207,12 +207,12 @@ def record_of_length(adaptor: "Adaptor", scope: Scope, local_len: int) -> MicroB
 
 
 def placed(record: MicroBatch, adaptor: "Adaptor") -> MicroBatch:
-    """``record`` with a scope: one that was made without is of Megatron's own group."""
+    """``record`` with a scope; without one it belongs to Megatron's own group."""
     return record if record.scope is not None else replace(record, scope=adaptor.main)
 
 
 def record_of_part(adaptor: "Adaptor", tensor: torch.Tensor, of: Any, dim: int) -> MicroBatch:
-    """The record of the batch to which a part of a sequence belongs; as ``Adaptor.gather_sequence`` says."""
+    """The record of the batch to which a part of a sequence belongs; see ``Adaptor.gather_sequence``."""
     values = of.values() if isinstance(of, Mapping) else (tensor if of is None else of,)
     if getattr(of, "qkv_format", None) == "thd":
         return placed(packed_batch(adaptor, adaptor.current, of, tensor.size(dim)), adaptor)
@@ -226,7 +226,7 @@ def record_of_part(adaptor: "Adaptor", tensor: torch.Tensor, of: Any, dim: int) 
 
 
 def scope_of_part(adaptor: "Adaptor", of: Any) -> Scope:
-    """Over which ranks the batch was split to which ``of`` belongs, as ``Adaptor.gather_sequence`` has it."""
+    """The ranks over which the batch of ``of`` was split; see ``Adaptor.gather_sequence``."""
     if getattr(of, "qkv_format", None) == "thd":
         return adaptor.current
     found = adaptor.records.find(of.values() if isinstance(of, Mapping) else (of,))
@@ -234,12 +234,12 @@ def scope_of_part(adaptor: "Adaptor", of: Any) -> Scope:
 
 
 def packed_params_in(values: Iterable[Any]) -> Any:
-    """The PackedSeqParams in thd among the arguments of a model or a block, None without."""
+    """The PackedSeqParams in thd among the arguments of a model or a block, or None."""
     return next((value for value in values if getattr(value, "qkv_format", None) == "thd"), None)
 
 
 def refuse_inference(values: Iterable[Any]) -> None:
-    """Raise when Megatron's inference contexts are among the arguments of a model or a block."""
+    """Raise ValueError if Megatron's inference contexts are among the arguments of a model or a block."""
     for value in values:
         if type(value).__module__.startswith("megatron.core.inference") or type(value).__name__ == "InferenceParams":
             raise ValueError(
@@ -249,7 +249,7 @@ def refuse_inference(values: Iterable[Any]) -> None:
 
 
 def tensors_in(output: Any) -> Iterator[torch.Tensor]:
-    """Every tensor of what a model returned."""
+    """Every tensor in a model's output."""
     if isinstance(output, torch.Tensor):
         yield output
     elif isinstance(output, (tuple, list)):

@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CoreAttention:
-    """What a core attention module says about itself, whatever its class.
+    """Description of a core attention module, independent of its class.
 
     Args:
-        layer_number: global, 1-based.
-        causal: whether attention is causal when no mask is given.
-        softmax_scale: factor on the scores.
+        layer_number: global, from 1.
+        causal: whether attention is causal if no mask is given.
+        softmax_scale: factor for the scores.
         dropout_p: 0 outside training.
-        window: (left, right) of a sliding window, None without.
+        window: (left, right) of a sliding window, or None.
         softmax_offset: (n,) attention sinks, or None.
-        expand: makes keys and values of what the module was called with; None where that is keys and values.
+        expand: computes keys and values from the module's arguments; None if these are keys and values.
         rng: () -> context manager inside which dropout draws its seed.
     """
 
@@ -71,10 +71,10 @@ def attention(
     """Attention of the whole sequence for this rank's queries.
 
     Args:
-        scope: over which ranks the module computes.
+        scope: the ranks over which the module computes.
         packed_seq_params: Megatron's PackedSeqParams, or None.
-        others: whatever else core attention was called with; a gather-size calculator gets it as it is.
-        around: the exchange of a UlyssesContextAttention around this module, None without.
+        others: all other arguments of core attention; a gather-size calculator gets them unchanged.
+        around: the exchange of a UlyssesContextAttention around this module, or None.
 
     Returns:
         (s, b, n * dv), or (s, n * dv) for tensors without batch.
@@ -117,13 +117,13 @@ class Call:
 
     @property
     def rows(self) -> int:
-        """How many tokens this rank holds of the sequence."""
+        """How many tokens of the sequence this rank holds."""
         seen = self.tensors[0].shape[0]
         return seen if self.around is None else self.around.local_length(seen)
 
 
 def _packed_record(call: Call, params: Any) -> MicroBatch:
-    """The record of packed documents: each query sees its own, all of it or what lies before."""
+    """The record of packed documents, in which each query sees its own document, causally or fully."""
     adaptor, scope, rows = call.adaptor, call.scope, call.rows
     record = adaptor.running_in(scope)
     if record is None or record.documents is None:
@@ -133,8 +133,8 @@ def _packed_record(call: Call, params: Any) -> MicroBatch:
 
 
 def _asked_for_full(scope: Scope) -> bool:
-    """--cp-attention-mask-type full: without a mask every query sees its whole document, whatever the layer's own mask
-    type is.
+    """Whether --cp-attention-mask-type full applies: without a mask every query sees its whole document, whatever the
+    layer's mask type.
     """
     return not scope.alone and scope.config.attention_mask_type == "full"
 
@@ -166,7 +166,7 @@ def _unpacked(call: Call, attention_mask: torch.Tensor | None, gather_size: int 
         return _attend(call, replace(layout, slices=facts.slices), causal=False)
     if facts.documents is None:
         return _attend(call, layout, causal=False, mask=_as_bool(mask))
-    # The mask is the batch's, and wins over every flag: it is causal within these documents.
+    # The batch's mask overrides every flag: it is causal within these documents.
     return _attend(call, replace(record, documents=facts.documents), causal=True)
 
 
@@ -189,8 +189,8 @@ def _record(call: Call, seq_len: int | None, mask: torch.Tensor | None = None) -
     """The record of the batch.
 
     Args:
-        seq_len: length of the whole sequence where a mask or a calculator says it, else None.
-        mask: the mask that says it.
+        seq_len: length of the whole sequence from a mask or a calculator, else None.
+        mask: that mask.
     """
     adaptor, scope, rows = call.adaptor, call.scope, call.rows
     active = adaptor.running_in(scope)
@@ -213,7 +213,7 @@ def _attend(call: Call, record: MicroBatch, *, causal: bool, mask: torch.Tensor 
     if window is not None:
         left, right = (None if side is None or side < 0 else side for side in window)
         causal = right == 0 or (right is None and causal)
-        # The right limit of causal layers is the mask type's, and slices say themselves what is causal.
+        # Causal layers have their right limit from the mask type, and slices from their kinds.
         window = (left, None if causal else right)
     query, key, value = call.tensors
     documents, slices = record.documents, record.slices
@@ -241,7 +241,7 @@ def _attend(call: Call, record: MicroBatch, *, causal: bool, mask: torch.Tensor 
 
 
 def effective_config(config: ContextParallelConfig, attention_mask_type: str) -> ContextParallelConfig:
-    """``config`` with another mask type; what each rank holds is the layout's matter."""
+    """``config`` with another mask type; the layout is not changed."""
     return config if config.attention_mask_type == attention_mask_type else _with_mask(config, attention_mask_type)
 
 
@@ -251,7 +251,7 @@ def _with_mask(config: ContextParallelConfig, attention_mask_type: Any) -> Conte
 
 
 def _four_dimensional(mask: torch.Tensor, batch: int) -> torch.Tensor:
-    """The mask as (batch or 1, 1, S, S); a mask of keys alone is broadcast over the queries."""
+    """The mask as (batch or 1, 1, S, S); a mask over keys only is broadcast over the queries."""
     if mask.dim() == 2:
         mask = mask[None, None]
     if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1:
@@ -271,9 +271,9 @@ def layer_window(window_size: Any, skip_freq: Any, layer_number: int) -> tuple[i
 
     Args:
         window_size: (left, right) of TransformerConfig, or None.
-        skip_freq: TransformerConfig.window_attn_skip_freq: None windows every layer, N leaves out every N-th, a list
-            says it per layer.
-        layer_number: global, 1-based.
+        skip_freq: TransformerConfig.window_attn_skip_freq: with None every layer has the window, with N every N-th
+            layer has none, a list says it per layer.
+        layer_number: global, from 1.
     """
     if window_size is None:
         return None

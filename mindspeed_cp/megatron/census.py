@@ -1,7 +1,7 @@
-"""The census: what of Megatron reads the sequence axis or splits it on its own, and how each is handled here.
+"""The census: all code of Megatron that reads or splits the sequence axis, and how it is handled here.
 
-A class that is not in the table is met by tests/megatron/test_census.py, which reads the sources of Megatron, before it
-is met by a user; in a version that was not tried, by ``check_class``, when a module of it is built.
+tests/megatron/test_census.py reads Megatron's sources and finds classes that are missing in the table. In a version
+that was not tried, ``Census.check`` finds them when a module of such a class is built.
 """
 
 import inspect
@@ -23,16 +23,16 @@ LIBRARIES = ("torch", "megatron", "transformer_engine", "apex", "mindspeed", "mi
 
 @dataclass(frozen=True)
 class Entry:
-    """How a class or function of Megatron, or all of a module, is handled with context parallelism.
+    """How a class or function of Megatron, or everything in a module, is handled with context parallelism.
 
     Args:
-        how: exact: a replacement computes it over the group of its module. by layout: it is Megatron's own, between
+        how: exact: a replacement computes it over its module's group. by layout: Megatron's own code runs between
             exchanges that follow the layout of the batch. alone: it computes nothing along the sequence. refused: no
             module of it is built.
         why: one sentence.
-        instead: the way out of what is refused.
-        versions: (first, first of those behind) in which this holds, None for no limit.
-        setting: of TransformerConfig; what is refused is refused where it is on, "" refuses always.
+        instead: what to use instead, if it is refused.
+        versions: half-open range (first, last + 1) of versions for which this holds, None for no limit.
+        setting: field of TransformerConfig; a module is refused only if it is on, "" refuses always.
     """
 
     how: Handled
@@ -82,8 +82,8 @@ def _all(prefix: str, names: str, *entries: Entry) -> dict[str, tuple[Entry, ...
     return {f"{prefix}.{name}": entries for name in names.split()}
 
 
-# Paths behind "megatron.core.", of a class, a function, or a module or package and all that is in it; of several
-# entries the first that holds in a version.
+# Paths after "megatron.core." of a class, a function, or a module or package with all its contents; of several entries
+# the first one that holds for the version is used.
 CENSUS: dict[str, tuple[Entry, ...]] = {
     # Models.
     **_all("models.common.language_module.language_module", "LanguageModule", _MODEL),
@@ -169,7 +169,7 @@ CENSUS: dict[str, tuple[Entry, ...]] = {
 
 
 def entry_of(path: str, version: Version) -> Entry | None:
-    """The entry of a class or function, by its path behind "megatron.core.", or of the module or package it is in."""
+    """The entry of a class or function by its path after "megatron.core.", or of the module or package that has it."""
     while path:
         for entry in CENSUS.get(path, ()):
             if entry.holds(version):
@@ -180,12 +180,12 @@ def entry_of(path: str, version: Version) -> Entry | None:
 
 @dataclass(frozen=True)
 class Census:
-    """The table, asked about the classes of one Megatron.
+    """The table for one version of Megatron.
 
     Args:
-        megatron: version of megatron-core, as it calls itself.
-        tried: versions that were tried, in which no class reads the sequence axis that is not in the table.
-        trusted: names of classes, with or without their module, that are built all the same (--cp-trust).
+        megatron: version of megatron-core, as it reports it.
+        tried: versions that were tried, in which all classes that read the sequence axis are in the table.
+        trusted: names of classes, with or without their module, that are built anyway (--cp-trust).
     """
 
     megatron: str
@@ -198,13 +198,13 @@ class Census:
         return int(major), int(minor)
 
     def check(self, cls: type, config: Any) -> None:
-        """Refuse to build a module that would take a rank's part of the sequence for all of it.
+        """Refuse to build a module that would treat a rank's part of the sequence as all of it.
 
         Args:
-            config: of the module, a TransformerConfig with a context_parallel_size above 1.
+            config: the module's TransformerConfig, with context_parallel_size above 1.
 
         Raises:
-            ValueError: by name, with the way out.
+            ValueError: the class is refused; the message names it and a way out.
         """
         if self._is_trusted(cls):
             return
@@ -217,10 +217,10 @@ class Census:
                 )
 
     def take(self, model: torch.nn.Module) -> None:
-        """Look up every module of a model, also what was added to it after it was built, and name the user's own.
+        """Check every module of a model, also those that were added later, and list the user's own classes.
 
         Raises:
-            ValueError: by name, with the way out.
+            ValueError: a class is refused; the message names it and a way out.
         """
         own: dict[str, None] = {}
         for module in model.modules():
@@ -240,7 +240,7 @@ class Census:
         return not self.trusted.isdisjoint((cls.__name__, f"{cls.__module__}.{cls.__name__}"))
 
     def _against(self, cls: type, config: Any) -> str:
-        """Why a class of Megatron is refused, and what to do instead; "" where it is not."""
+        """Why a class of Megatron is refused, and what to do instead; "" if it is not refused."""
         entry = entry_of(f"{cls.__module__.removeprefix(CORE)}.{cls.__name__}", self.version)
         if entry is None and self.version not in self.tried and (sign := _read_in(cls)):
             return (
@@ -254,7 +254,7 @@ class Census:
 
 @cache
 def _read_in(cls: type) -> str:
-    """What a class reads of the sequence axis, "" for nothing."""
+    """What in a class's source reads the sequence axis, "" for nothing."""
     try:
         source = textwrap.dedent(inspect.getsource(cls))
     except (OSError, TypeError):

@@ -1,7 +1,7 @@
-"""Who decides on the configuration: the flags or ``configure`` at once, a framework's settings, or a TransformerConfig.
+"""What determines the configuration: flags or ``configure`` at once, a framework's settings, or a TransformerConfig.
 
 Settings may leave the context-parallel size to initialize_model_parallel, or to the group that a module was built with,
-and the algorithm to ``cp_comm_type`` of the model's configuration, which comes when the process groups are there.
+and the algorithm to ``cp_comm_type`` of the model's configuration, which is created after the process groups.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +18,10 @@ from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
 @dataclass(frozen=True)
 class OpenDecision:
-    """What is known while nobody has named everything.
+    """What is known while the configuration is not complete.
 
     Args:
-        settings: what a framework said, nothing at first.
+        settings: a framework's settings, empty at first.
         comm_type: cp_comm_type of the TransformerConfig.
         sizes: hierarchical_context_parallel_sizes of initialize_model_parallel.
     """
@@ -45,24 +45,24 @@ class OpenDecision:
 
 @dataclass
 class Settings:
-    """What was set, by whichever API.
+    """The settings, from whichever API.
 
     Args:
-        config: the configuration; None until somebody decides (Ulysses is taken where nobody does).
-        setup: TrainingSetup, None for scripts that use megatron-core alone.
-        kernel: name of an attention kernel, None chooses by device.
-        documents_from_position_ids: position ids that start again at 0 begin a document when the batch has no mask.
-        end_of_document: the token behind which a document ends when the batch has no mask and position ids say nothing,
-            or () -> that token, asked when a batch is split.
-        image_token_id: the token of the parts of an image, which see each other inside causal text; None without.
-        asked_for_flash: the user wrote --use-flash-attn, or a framework's settings say it.
-        declared: how a framework says that it cuts whole rows itself; None where nobody said.
+        config: the configuration; None until it is decided (Ulysses if nothing decides it).
+        setup: TrainingSetup, None for scripts that use only megatron-core.
+        kernel: name of an attention kernel, None to choose by device.
+        documents_from_position_ids: if the batch has no mask, a document begins where position ids restart at 0.
+        end_of_document: the last token of each document if the batch has no mask and position ids are not used, or
+            a function () -> token, which is called when a batch is split.
+        image_token_id: the token of image patches, which see each other inside causal text; or None.
+        asked_for_flash: --use-flash-attn was given, as a flag or in a framework's settings.
+        declared: how a framework says that it splits whole rows itself; None if it does not say.
         undecided: what is still to be decided; None once ``configure`` has decided everything.
-        compared: flag -> value of what must be equal on all ranks, beside the configuration.
-        program: the program whose flags they are; it ends with one line where a script gets an exception.
-        by_mindspeed: they came through MindSpeed, with its default algorithm.
-        moving_targets: Megatron's arguments, where MindSpeed-LLM's model reads in them that it moves the targets by one
-            token, which is done before the split here (targets.py); None without.
+        compared: flag -> value of further settings that must be equal on all ranks.
+        program: the program whose flags they are; errors then end the program with one line instead of an exception.
+        by_mindspeed: the settings came through MindSpeed, with its default algorithm.
+        moving_targets: Megatron's arguments, if MindSpeed-LLM's model shifts the targets by one token because of them;
+            they are then shifted here, before the split (targets.py). Else None.
     """
 
     config: ContextParallelConfig | None = None
@@ -81,12 +81,12 @@ class Settings:
 
     @property
     def is_decided(self) -> bool:
-        """Whether somebody named the algorithm, so that no TransformerConfig changes it any more."""
+        """Whether the algorithm was named, so that a TransformerConfig can no longer change it."""
         return self.undecided is None or self.undecided.names_algorithm
 
     @property
     def expects_documents(self) -> bool:
-        """Whether documents end where tokens or position ids say so, or images begin."""
+        """Whether documents or images are found from tokens or position ids."""
         asked = self.end_of_document, self.image_token_id
         return self.documents_from_position_ids or any(token is not None for token in asked)
 
@@ -95,7 +95,7 @@ class Settings:
         return self.setup is not None and self.setup.fused_update
 
     def decide(self, cp_size: int, sizes: Sequence[int] | None = None) -> None:
-        """Resolve what is undecided for this size.
+        """Resolve undecided settings for this size.
 
         Args:
             sizes: hierarchical_context_parallel_sizes.
@@ -110,14 +110,14 @@ class Settings:
         resolved = decision.resolved(cp_size)
         self.config, self.setup, self.kernel = resolved.config, resolved.setup, resolved.kernel
         self.documents_from_position_ids, self.end_of_document = resolved.documents_from_position_ids, None
-        # Frameworks that name no layout cut whole rows as Megatron does.
+        # Frameworks that name no layout split whole rows like Megatron.
         self.declared = (resolved.declared_layout or "zigzag") if decision.settings.values else None
         if decision.settings.values:
             self.asked_for_flash = resolved.setup is not None and resolved.setup.asked_for_flash
         self.undecided, self.by_mindspeed = decision, decision.settings.default_algorithm is not None
 
     def config_of_size(self, cp_size: int) -> ContextParallelConfig:
-        """The configuration of a group of so many ranks: what was configured, fitted to the size where it differs."""
+        """The configuration for a group of ``cp_size`` ranks, adapted from the configured one if the size differs."""
         if cp_size == 1:
             return SINGLE
         if self.config is None or self.config.context_parallel_size == 1:
@@ -129,10 +129,10 @@ class Settings:
 
 
 def of_size(config: ContextParallelConfig, size: int, setup: TrainingSetup | None) -> ContextParallelConfig:
-    """``config`` for another size: its Ulysses degree and window as far as they fit into it.
+    """``config`` for another size, keeping its Ulysses degree and window as far as they fit.
 
     Raises:
-        ValueError: the heads of ``setup`` do not go with this size.
+        ValueError: the heads of ``setup`` do not fit this size.
     """
     if size == 1:
         return ContextParallelConfig(context_parallel_size=1, attention_mask_type=config.attention_mask_type)
@@ -155,7 +155,7 @@ def of_size(config: ContextParallelConfig, size: int, setup: TrainingSetup | Non
         algorithm=algorithm,
         ulysses_degree=degree,
         window_size=window,
-        **(of_ring if algorithm != config.algorithm else {}),  # a Hybrid without its ring, and what speaks of one
+        **(of_ring if algorithm != config.algorithm else {}),  # Hybrid without its ring: drop the ring's settings
     )
     if setup is not None:
         resolve(found, replace(setup, world_size=None, seq_length=None))
@@ -163,7 +163,7 @@ def of_size(config: ContextParallelConfig, size: int, setup: TrainingSetup | Non
 
 
 def regrouped(groups: ContextParallelGroups, config: ContextParallelConfig) -> ContextParallelGroups | None:
-    """``groups`` for an algorithm of one level, or for the same levels; None where other groups must be made."""
+    """``groups`` reused for an algorithm of one level, or with the same levels; None if new groups must be made."""
     ulysses, _, windows = config.hierarchy
     if config.hierarchy == groups.hierarchy:
         return groups

@@ -1,6 +1,6 @@
-"""Megatron's gated delta nets: their projections, kernels and weights, between the exchanges of mindspeed_cp.linear.
+"""Megatron's gated delta nets: their projections, kernels and weights, with the exchanges of mindspeed_cp.linear.
 
-The kernels are those that the layer's Megatron has chosen: flash-linear-attention's, or torch's in deterministic mode.
+The kernels are those that Megatron has chosen: flash-linear-attention's, or torch's in deterministic mode.
 s: tokens of this rank, b: batch.
 """
 
@@ -25,14 +25,14 @@ MODULE = "megatron.core.ssm.gated_delta_net"
 
 
 def computed(adaptor: "Adaptor", scope: Scope, module: Any, hidden: torch.Tensor, params: Any) -> tuple[Any, Any]:
-    """What the layer gives for this rank's tokens, and the bias of its last projection.
+    """The layer's output for this rank's tokens, and the bias of its last projection.
 
     Args:
         module: a GatedDeltaNet. hidden: (s, b, hidden), s divided by sequence parallelism.
         params: PackedSeqParams in thd, None for whole sequences.
 
     Raises:
-        ValueError: fewer heads than ranks where heads are shared out.
+        ValueError: heads are to be split, but there are fewer heads than ranks.
     """
     record = block_record(adaptor, scope, module.config, hidden.size(0), params)
     layer, documents = layer_of(module), documents_of(adaptor, params, record.seq_len)
@@ -78,12 +78,12 @@ def _split(module: Any, projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _gated(module: Any, core: torch.Tensor, gate: torch.Tensor) -> Inner:
-    """(s, b, value heads, value_dim) and (s, b, v) -> (s, b, v), normed and gated."""
+    """(s, b, value heads, value_dim) and (s, b, v) -> (s, b, v), normalized and gated."""
     if not getattr(module, "recompute_norm_out", False):
         return Inner(_norm(module, core, gate))
     from megatron.core.tensor_parallel import CheckpointWithoutOutput
 
-    kept = CheckpointWithoutOutput(fp8=module.config.fp8)  # by default it asks Transformer Engine
+    kept = CheckpointWithoutOutput(fp8=module.config.fp8)  # its default value needs Transformer Engine
     return Inner(kept.checkpoint(partial(_norm, module), core, gate), kept.discard_output_and_register_recompute)
 
 
@@ -103,7 +103,7 @@ def _check_heads(heads: DeltaHeads, ranks: int) -> None:
 
 
 def _convolution(module: Any, names: Any) -> Convolution:
-    """The convolution that the layer's Megatron would run."""
+    """The convolution that Megatron would run for this layer."""
     fla, dao = getattr(names, "causal_conv1d", None), getattr(names, "causal_conv1d_fn", None)
     if module.config.deterministic_mode or (fla is None and dao is None):
         return torch_convolution(module.act_fn)

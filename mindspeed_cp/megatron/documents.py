@@ -1,4 +1,4 @@
-"""Document boundaries, from whatever says where documents end: tokens, position ids, PackedSeqParams, a dense mask."""
+"""Document boundaries from tokens, position ids, PackedSeqParams or a dense mask."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mindspeed_cp.megatron.records import Documents, Slices, one_row_if_shared
 from mindspeed_cp.sequence.slice_kinds import slices_of_ranges
 
-ROWS_AT_ONCE = 1024  # of a dense mask, so that examining it takes little memory beside it
+ROWS_AT_ONCE = 1024  # rows of a dense mask that are examined at once, to need little extra memory
 
 
 def documents_of_tokens(tokens: torch.Tensor, end_of_document: int) -> Documents:
-    """Boundaries behind every end-of-document token, as Megatron's own masks have them.
+    """Boundaries after every end-of-document token, as in Megatron's own masks.
 
     Args:
         tokens: (batch, seq), the whole sequence.
@@ -26,7 +26,7 @@ def documents_of_tokens(tokens: torch.Tensor, end_of_document: int) -> Documents
 
 
 def documents_of_position_ids(position_ids: torch.Tensor) -> Documents:
-    """Boundaries where position ids begin again at 0.
+    """Boundaries where position ids restart at 0.
 
     Args:
         position_ids: (batch, seq), the whole sequence.
@@ -43,13 +43,13 @@ def _documents_from(starts: torch.Tensor) -> Documents:
 
 
 def places_in_documents(positions: torch.Tensor, boundaries: Sequence[int]) -> torch.Tensor:
-    """How far each global position lies from the start of its document; tokens behind the last one count on there."""
+    """Distance of each global position from its document's start; tokens after the last document count on from it."""
     starts = torch.tensor(sorted(set(boundaries[:-1])), device=positions.device)
     return positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
 
 
 def documents_of_rows(cu_seqlens: Any) -> Documents:
-    """Boundaries that a caller passes: a tensor or ints, for all rows or one row for each."""
+    """Boundaries as a caller passes them, a tensor or ints, for all rows or per row."""
     rows = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else [*cu_seqlens]
     if all(isinstance(row, int) for row in rows):
         rows = [rows]
@@ -57,7 +57,7 @@ def documents_of_rows(cu_seqlens: Any) -> Documents:
 
 
 class BoundaryCache:
-    """Reads boundaries back from the device once for each tensor: every layer and RoPE ask for the same ones."""
+    """Reads boundaries from the device once per tensor, since every layer and RoPE need the same ones."""
 
     def __init__(self) -> None:
         self._read = WeakIdKeyDictionary()
@@ -72,15 +72,15 @@ class BoundaryCache:
         return boundaries
 
     def padded(self, params: Any) -> tuple[int, ...]:
-        """Where the documents of PackedSeqParams begin and, padding included, end."""
+        """Boundaries of PackedSeqParams in which each document includes its padding."""
         padded = params.cu_seqlens_q_padded
         return self.boundaries(params.cu_seqlens_q if padded is None else padded)
 
     def documents(self, params: Any, seq_len: int | None = None) -> tuple[int, ...]:
-        """Boundaries of PackedSeqParams, padding included.
+        """Boundaries of PackedSeqParams in which padding is a separate document.
 
-        With padded boundaries the tokens of a document are followed by its padding; the padding becomes a document of
-        its own, so that no token sees it. The same holds for tokens after the last document.
+        With padded boundaries the tokens of a document are followed by its padding, which becomes a separate document,
+        so that no token sees it. The same holds for tokens after the last document.
 
         Args:
             params: PackedSeqParams in thd.
@@ -97,13 +97,12 @@ class BoundaryCache:
 
 @dataclass(frozen=True)
 class MaskFacts:
-    """What a dense mask is.
+    """A simpler description of a dense mask.
 
     Args:
-        documents: the boundaries with which causal attention within documents is this mask; None when the mask is
-            something else. Plain causal is a single document.
-        slices: those that show just what the mask shows, where each query sees one range of keys and few slices say it;
-            None otherwise.
+        documents: boundaries, if the mask is causal attention within these documents (one document if plain causal);
+            else None.
+        slices: equivalent slices, if each query sees one range of keys and few slices suffice; else None.
     """
 
     documents: Documents | None
@@ -115,7 +114,7 @@ class MaskFacts:
 
 
 def examine_mask(mask: torch.Tensor) -> MaskFacts:
-    """Recognise causal attention, within documents or plain, and slices in a dense mask.
+    """Recognise causal attention (plain or within documents) and slices in a dense mask.
 
     Args:
         mask: bool (batch, 1, seq, seq), True = masked out.
@@ -142,26 +141,26 @@ def examine_mask(mask: torch.Tensor) -> MaskFacts:
 
 
 class MaskCache:
-    """Remembers what the masks of the forward pass that runs are, and keeps none of them alive.
+    """Caches MaskFacts of the masks of the running forward pass, without keeping masks alive.
 
-    A model's layers share one mask, and recomputation passes an alias of it; a mask that is gone is forgotten, so that
-    its memory can become another's. Memory that is filled anew without a new version (in inference mode, through .data
-    or numpy) is that of another pass: what was read in one pass is not believed in the next.
+    A model's layers share one mask, and recomputation passes an alias of it. When a mask is freed its entry is removed,
+    because its memory may be reused. Memory may also be overwritten without a new version (in inference mode, through
+    .data or numpy), so that entries are valid only within one pass.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[Any, Any] = {}  # memory of the mask -> (weak reference to the tensor that owns it, facts)
+        self._entries: dict[Any, Any] = {}  # memory of the mask -> (weak reference to its owner, facts)
 
     def facts(self, mask: torch.Tensor, as_bool: Callable[[], torch.Tensor], forward_pass: int | None) -> MaskFacts:
-        """What ``mask`` is.
+        """The MaskFacts of ``mask``.
 
         Args:
             as_bool: () -> the same mask as bool (batch, 1, seq, seq).
-            forward_pass: number of the pass that runs; None outside of any, where nothing is remembered.
+            forward_pass: number of the running pass; None outside of one, where nothing is cached.
         """
         if forward_pass is None:
             return examine_mask(as_bool())
-        version = 0 if mask.is_inference() else mask._version  # inference tensors count no versions
+        version = 0 if mask.is_inference() else mask._version  # inference tensors have no version
         key = (mask.data_ptr(), tuple(mask.shape), mask.stride(), mask.dtype, version, forward_pass)
         self._entries = {known: entry for known, entry in self._entries.items() if entry[0]() is not None}
         if key not in self._entries:

@@ -1,4 +1,4 @@
-"""What rank 0 says of the first batch that a model computes: the block of settings/start_block.py, filled in."""
+"""What rank 0 prints about the first batch that a model computes: the contents of settings/start_block.py."""
 
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.settings.config import ContextParallelConfig
@@ -14,11 +14,11 @@ EXCHANGES = {
 
 
 def start_of(record: MicroBatch, config: ContextParallelConfig, kernel: str, patches: tuple[int, int]) -> Start:
-    """What is on for ``record``, the first batch.
+    """The Start block for ``record``, the first batch.
 
     Args:
-        config: of the group that the batch was split over.
-        kernel, patches: as ``Start`` has them.
+        config: configuration of the group over which the batch was split.
+        kernel, patches: as in ``Start``.
     """
     lengths = [record.layout.length(rank) for rank in range(record.layout.cp_size)]
     return Start(
@@ -51,7 +51,7 @@ def _documents(record: MicroBatch) -> str:
 
 
 def _sizes(config: ContextParallelConfig) -> dict[str, int]:
-    """Of every kind of parallelism, as far as Megatron made the groups; the sizes of others' groups are theirs."""
+    """The size of every kind of parallelism, as far as Megatron made the groups; other groups are not known here."""
     from megatron.core import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():

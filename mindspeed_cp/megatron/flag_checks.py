@@ -1,7 +1,7 @@
-"""Flags of Megatron-LM that do not work with context parallelism, or not on this machine.
+"""Flags of Megatron-LM that do not work with context parallelism or on this machine.
 
-``python -m mindspeed_cp.megatron.flag_checks FLAGS...`` checks a command line without Megatron, and prints as a JSON
-string what is wrong, or "".
+``python -m mindspeed_cp.megatron.flag_checks FLAGS...`` checks a command line without Megatron and prints what is wrong
+as a JSON string, or "".
 """
 
 import argparse
@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-# Megatron's own assertions about legacy models, which patches/training.py keeps from running.
+# Megatron's own assertions about legacy models, which patches/training.py disables.
 NOT_WITH_LEGACY = ("rotary_interleaved", "mtp_num_layers", "decoupled_lr", "decoupled_min_lr", "overlap_param_gather")
 
 
 def check_flags(args: Any) -> None:
-    """Raise ValueError for Megatron's flags that do not work with context parallelism here; size 1 is left to it."""
+    """Raise ValueError for Megatron's flags that do not work with context parallelism; size 1 is left to Megatron."""
     if args.context_parallel_size == 1:
         return
     if getattr(args, "use_legacy_models", False):
@@ -46,12 +46,12 @@ def _check_transformer_engine(args: Any) -> None:
 
 
 def _is_there(library: str) -> bool:
-    # A framework may have put a module of its own there, which importlib.util.find_spec does not like.
+    # A framework may have put its own module without a spec there, for which importlib.util.find_spec raises.
     return sys.modules.get(library) is not None or importlib.util.find_spec(library) is not None
 
 
 def wrong_flags(argv: Sequence[str]) -> str:
-    """What ``check_flags`` says of a command line of pretrain_gpt.py; "" when it is right. Defaults are Megatron's."""
+    """The error of ``check_flags`` for a command line of pretrain_gpt.py with Megatron's defaults; "" if none."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--context-parallel-size", type=int, default=1)
     parser.add_argument("--transformer-impl", default="transformer_engine")

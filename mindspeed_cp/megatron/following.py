@@ -1,4 +1,4 @@
-"""Settings that come after others: who may decide still, and how groups that exist follow."""
+"""Later settings: which of them may still change the configuration, and how existing groups are adapted."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ def configure(
     end_of_document: int | Callable[[], int] | None = None,
     image_token_id: int | None = None,
 ) -> None:
-    """Set the configuration; groups that exist follow it.
+    """Set the configuration and adapt existing groups.
 
     Raises:
         ValueError: Megatron's groups have another size.
@@ -40,10 +40,10 @@ def configure(
 
 
 def configure_from(adaptor: "Adaptor", given: FrameworkSettings) -> None:
-    """Take over a framework's settings; without a size in them they wait for the groups.
+    """Apply a framework's settings; without a size among them they are kept until the groups exist.
 
-    Once there are groups, what the settings leave open stays as it is; an algorithm that nobody named, and that groups
-    were made for by default, is left to the default of these settings.
+    Once there are groups, settings that are not given stay unchanged, except an algorithm that was chosen by default:
+    it is replaced by the default of these settings.
     """
     main, size = adaptor.adopted_main, given.cp_size
     if main is not None:
@@ -62,7 +62,7 @@ def configure_from(adaptor: "Adaptor", given: FrameworkSettings) -> None:
 
 
 def expect(adaptor: "Adaptor", given: FrameworkSettings) -> None:
-    """Take over settings that nobody checks before the groups are made; groups that exist follow them at once."""
+    """Store settings that are checked when the groups are made; existing groups are adapted at once."""
     if adaptor.adopted_main is not None:
         configure_from(adaptor, given)
         return
@@ -71,10 +71,10 @@ def expect(adaptor: "Adaptor", given: FrameworkSettings) -> None:
 
 
 def take_comm_type(adaptor: "Adaptor", comm_type: str | Sequence[str] | None, cp_size: int) -> None:
-    """A TransformerConfig names the algorithm where nobody else has.
+    """Take the algorithm from a TransformerConfig if it was not named before.
 
     Raises:
-        ValueError: the name is none, or another model of this process has another.
+        ValueError: the name is unknown, or another model of this process has a different one.
     """
     settings, decision, main = adaptor.settings, adaptor.settings.undecided, adaptor.adopted_main
     if decision is None or decision.settings.names_algorithm or comm_type is None or cp_size == 1:
@@ -100,10 +100,10 @@ def take_comm_type(adaptor: "Adaptor", comm_type: str | Sequence[str] | None, cp
 
 
 def take_settings(adaptor: "Adaptor", given: Mapping[str, Any]) -> None:
-    """Settings that a TransformerConfig got, by MindSpeed's names: what the framework said already, or more.
+    """Apply settings that a TransformerConfig got under MindSpeed's names.
 
     Raises:
-        ValueError: they differ from what the flags or ``configure`` have decided, or cannot work.
+        ValueError: they differ from what the flags or ``configure`` have decided, or are invalid.
     """
     settings, read = adaptor.settings, FrameworkSettings.read(given)
     if not read.values:
@@ -133,7 +133,7 @@ def _check_size(adaptor: "Adaptor", config: ContextParallelConfig) -> None:
 
 
 def _follow(adaptor: "Adaptor") -> None:
-    """Groups that exist follow the settings: at once where nothing must be made, else when they are used next."""
+    """Adapt existing groups to the settings: at once if no new groups are needed, else at their next use."""
     adaptor.forget_batches()
     for group, scope in adaptor.scopes.items():
         config = adaptor.settings.config_of_size(scope.size)

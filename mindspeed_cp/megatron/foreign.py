@@ -1,9 +1,9 @@
-"""The layout of a batch that somebody else split: described by its position ids, or declared; never guessed.
+"""The layout of a batch that somebody else split: from its position ids or a declaration, never guessed.
 
-Each rank's position ids say which tokens it holds. The ranks exchange them once for every new pattern (a fingerprint is
-exchanged for every micro-batch, and read back from the device once), and check that together they are a partition.
+Each rank's position ids say which tokens it holds. The ranks exchange them once for every new pattern and check that
+together they are a partition; for every micro-batch they exchange a fingerprint, which is read from the device once.
 
-r: rows of the batch, s: tokens of this rank, S: of the whole sequence.
+r: rows of the batch, s: tokens of this rank, S: tokens of the whole sequence.
 """
 
 from collections import OrderedDict
@@ -28,9 +28,9 @@ from mindspeed_cp.settings.derived import BatchLayout
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.known import Known as Adaptor
 
-KINDS = ("zigzag", "contiguous")  # how whole rows are cut by others
+KINDS = ("zigzag", "contiguous")  # how others split whole rows
 PACKED_KINDS = ("document_zigzag", "contiguous", "zigzag")
-KEPT = 64  # patterns
+KEPT = 64  # number of cached patterns
 WAY_OUT = (
     "split whole batches with Megatron's get_batch_on_this_cp_rank or with megatron_adaptor.state().shard_batch, or "
     "declare how they arrive with --cp-batch-layout zigzag or contiguous (cp_partition_mode in a framework's settings)"
@@ -40,10 +40,10 @@ Patterns = OrderedDict[Any, Found]
 
 
 class Foreign:
-    """The layouts of batches that others split; one for each process."""
+    """The layouts of batches that others split; one object per process."""
 
     def __init__(self) -> None:
-        self._patterns: WeakKeyDictionary[Scope, Patterns] = WeakKeyDictionary()  # the ranks of one know the same
+        self._patterns: WeakKeyDictionary[Scope, Patterns] = WeakKeyDictionary()  # equal on all ranks of a scope
 
     def clear(self) -> None:
         self._patterns.clear()
@@ -54,12 +54,12 @@ class Foreign:
         """The record of whole rows that somebody else split.
 
         Args:
-            ids: (r, s), (s,) or (3, r, s) position ids of this rank; None without.
-            tokens: (r, s) or None where the model got none.
-            declared: the kind that was declared, "" where nobody did.
+            ids: (r, s), (s,) or (3, r, s) position ids of this rank, or None.
+            tokens: (r, s), or None if the model got none.
+            declared: the kind that was declared, or "".
 
         Raises:
-            ValueError: nothing says which tokens this rank holds, or what says so is no partition.
+            ValueError: nothing says which tokens this rank holds, or the ranks' tokens are not a partition.
         """
         rows = None if ids is None else _plain(ids)
         if rows is None:
@@ -91,12 +91,12 @@ class Foreign:
 
         Args:
             ids: (1, s) or (s,), counted from the start of each document or of the whole sequence.
-            padded: boundaries with the padding of each document.
-            documents: boundaries, padding as documents of its own.
-            preferred: the kind that is taken where several fit.
+            padded: boundaries in which each document includes its padding.
+            documents: boundaries with padding as separate documents.
+            preferred: the kind that is used if several fit.
 
         Raises:
-            ValueError: they fit none of the ways in which packed documents are cut.
+            ValueError: the ids fit no known way of splitting packed documents.
         """
 
         def found(everyone: list[torch.Tensor]) -> Found:
@@ -105,9 +105,9 @@ class Foreign:
         return self._once((scope.config, padded, documents, preferred), scope, ids.reshape(1, -1), found)[0]
 
     def _once(self, key: Any, scope: Scope, rows: torch.Tensor, found: Callable[[list[torch.Tensor]], Found]) -> Found:
-        """``found`` of all ranks' position ids, once for each pattern of theirs."""
+        """``found`` applied to all ranks' position ids, cached by their pattern."""
         group, device = scope.group, collective_device(scope.group)
-        asked = torch.tensor([crc32(repr(key).encode())])  # ranks that ask for different things all meet anew
+        asked = torch.tensor([crc32(repr(key).encode())])  # if ranks ask for different things, none uses the cache
         mine = torch.cat([_fingerprint(rows).to(device), asked.to(device)])
         prints = [torch.empty_like(mine) for _ in range(scope.size)]
         dist.all_gather(prints, mine, group=group)
@@ -126,14 +126,14 @@ class Foreign:
 
 
 def _plain(ids: torch.Tensor) -> torch.Tensor | None:
-    """Position ids as (r, s); None for those of multimodal embeddings, of which images share a place."""
+    """Position ids as (r, s); None for those of multimodal embeddings, in which image tokens share positions."""
     if ids.dim() == 3:
         return None
     return ids.reshape(-1, ids.size(-1))
 
 
 def _fingerprint(rows: torch.Tensor) -> torch.Tensor:
-    """(4,) whole numbers on the same device: number of rows and of tokens, and two sums that depend on every place."""
+    """(4,) integers on the same device: number of rows, number of tokens, and two sums that depend on every entry."""
     flat = rows.flatten().to(torch.long)
     place = torch.arange(1, len(flat) + 1, device=flat.device)
     sums = [(flat * place).sum(), ((flat + 7) * (flat + 3) * (place * place + 5)).sum()]
@@ -142,7 +142,7 @@ def _fingerprint(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _declared(scope: Scope, kind: str, length: int | None) -> SequenceLayout:
-    """The layout of the declared kind over what the ranks hold together."""
+    """The layout of the declared kind for the ranks' total length."""
     if not kind:
         raise ValueError(
             "this batch was not split by mindspeed_cp, it brings no position ids that say which tokens this rank "
@@ -168,7 +168,7 @@ def _declared(scope: Scope, kind: str, length: int | None) -> SequenceLayout:
 def of_kind(
     config: ContextParallelConfig, kind: str, seq_len: int, documents: tuple[int, ...] | None = None
 ) -> SequenceLayout:
-    """What a rank holds where rows of this length are cut in this way, whatever the algorithm."""
+    """The layout of the given kind for rows of this length, independent of the algorithm."""
     return SequenceLayout.build(replace(config, batch_layout=cast(BatchLayout, kind)), seq_len, documents)
 
 
@@ -199,7 +199,7 @@ def _layout_of_rows(config: ContextParallelConfig, everyone: list[torch.Tensor],
 
 
 def _of_fitting_kind(config: ContextParallelConfig, by_row: list[list[list[int]]], declared: str) -> SequenceLayout:
-    """The one way of cutting whole rows in which documents or padding explain position ids that start again."""
+    """The only kind of whole rows for which documents or padding explain position ids that restart."""
     seq_len = sum(map(len, by_row[0]))
     lengths = [len(part) for part in by_row[0]]
     fitting = []
@@ -222,7 +222,7 @@ def _of_fitting_kind(config: ContextParallelConfig, by_row: list[list[list[int]]
 
 
 def _partition(parts: list[list[int]]) -> tuple[tuple[tuple[int, int], ...], ...] | None:
-    """Runs of positions of every rank, where together they are 0 to S - 1, each once."""
+    """Runs of positions of every rank if together they are 0 to S - 1, each once; else None."""
     flat = [position for part in parts for position in part]
     if sorted(flat) != list(range(len(flat))):
         return None
@@ -238,9 +238,9 @@ def _runs(part: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _is_plausible(layout: SequenceLayout, parts: list[list[int]]) -> bool:
-    """Whether a whole row, put together by ``layout``, counts up, but for new starts and for padding.
+    """Whether a whole row, assembled by ``layout``, counts up, except for restarts and padding.
 
-    Padding holds 0, 1 or -1 all along, or the place of the token before it, up to the end of the row or to a new start.
+    Padding has the same id (0, 1, -1, or that of the token before it) up to the end of the row or to a restart.
     """
     row = layout.unshard([torch.tensor(part, dtype=torch.long) for part in parts])
     before, here, end = row[:-1], row[1:], torch.tensor([True])
@@ -279,7 +279,7 @@ def _layout_of_packed(
         try:
             layout = of_kind(scope.config, kind, padded[-1], padded)
         except ValueError:
-            continue  # a document that this kind cannot cut
+            continue  # this kind cannot split one of the documents
         ranks = range(layout.cp_size)
         if [layout.length(rank) for rank in ranks] == [len(ids) for ids in everyone] and all(
             _wrong_place(layout.positions(rank), everyone[rank], padded, documents) is None for rank in ranks
@@ -300,7 +300,7 @@ def _layout_of_packed(
 def _contradiction(
     scope: Scope, everyone: list[torch.Tensor], padded: tuple[int, ...], documents: tuple[int, ...], preferred: str
 ) -> str:
-    """What is wrong with the position ids of this rank, or of the first one whose are."""
+    """What is wrong with the position ids of this rank, or else of the first rank with wrong ones."""
     layout = of_kind(scope.config, preferred, padded[-1], padded)
     for rank in (scope.rank, *range(layout.cp_size)):
         positions, given = layout.positions(rank), everyone[rank]
@@ -322,10 +322,10 @@ def _contradiction(
 def _wrong_place(
     positions: torch.Tensor, given: torch.Tensor, padded: tuple[int, ...], documents: tuple[int, ...]
 ) -> int | None:
-    """The first token whose position id is neither its place in its document nor in the whole, None without.
+    """The first token whose position id is neither its place in its document nor in the whole sequence, or None.
 
-    Padding may hold anything. Where the boundaries do not tell padding from tokens, as with verl and ms-swift, padding
-    holds 0: 0 says nothing.
+    Padding may have any id. If the boundaries do not distinguish padding from tokens, as with verl and ms-swift,
+    padding has the id 0; ids of 0 are therefore ignored.
     """
     places = places_in_documents(positions, padded)
     starts = torch.tensor(sorted(set(padded[:-1])))

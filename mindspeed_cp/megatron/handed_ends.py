@@ -1,7 +1,7 @@
-"""Document ends that a framework hands over beside the batch (MindSpeed's ``set_actual_seq_len``).
+"""Document ends that a framework passes separately from the batch (MindSpeed's ``set_actual_seq_len``).
 
-MindSpeed keeps them until others are set, and its attention reads them when it runs. So they belong to the batch that
-is split next after they were set, and to every later forward pass whose own batch brings no documents.
+MindSpeed keeps them until others are set, and its attention reads them when it runs. So they apply to the next batch
+that is split, and to every later forward pass whose own batch contains no documents.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from mindspeed_cp.megatron.records import Documents
 
 @dataclass
 class Handed:
-    """What was set last.
+    """The values that were set last.
 
     Args:
-        ends: document ends over the rows of a micro-batch one after another, with or without a leading 0.
-        waiting: no batch has taken them yet.
+        ends: document ends over the concatenated rows of a micro-batch, with or without a leading 0.
+        waiting: whether no batch has used them yet.
         times: how often they were set.
-        of_a_split: a batch took them when it was split.
-        position_ids: kept for those who ask, read by nobody here.
+        of_a_split: whether a batch used them when it was split.
+        position_ids: stored for the getter, not used here.
     """
 
     ends: torch.Tensor | Sequence[int] | None = None
@@ -36,15 +36,15 @@ class Handed:
         self.times += 1
 
     def take(self, rows: int, seq_len: int, divided_by: int = 1) -> Documents | None:
-        """Boundaries of every row of a batch (one row where all share them); None without.
+        """Boundaries of every row of a batch (one row if all rows have the same), or None.
 
         Args:
-            rows, seq_len: of the whole batch.
-            divided_by: by what MindSpeed divides ends in its causal ring, its size; both forms are recognised by the
-                last end, which is that of the batch.
+            rows, seq_len: those of the whole batch.
+            divided_by: the ring size, by which MindSpeed divides ends in its causal ring; the last end shows whether it
+                did.
 
         Raises:
-            ValueError: the ends do not ascend, or do not end where the batch does.
+            ValueError: the ends do not ascend, or the last one is not the end of the batch.
         """
         if self.ends is None:
             return None

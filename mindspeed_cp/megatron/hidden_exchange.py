@@ -1,7 +1,7 @@
-"""What Megatron and MindSpeed call tensor_a2a_cp2hp and tensor_a2a_hp2cp, for the layout that a batch has.
+"""tensor_a2a_cp2hp and tensor_a2a_hp2cp of Megatron and MindSpeed, for any layout of the batch.
 
 Layers of frameworks call them with a group and this rank's part of a sequence, or of one packed document.
-s: tokens of this rank, S: of the whole sequence or document, h: features, cp: ranks.
+s: tokens of this rank, S: tokens of the whole sequence or document, h: features, cp: ranks.
 """
 
 from collections.abc import Sequence
@@ -33,20 +33,11 @@ def tensor_a2a_cp2hp(
     """(s, b, h) -> (S, b, h / cp), this rank's share of the features of each section.
 
     Args:
-        split_sections: widths of parts of the features that are shared out each on its own; None is all of them.
-        undo_attention_load_balancing: in the order of the sequence; else rank after rank, as the ranks hold it.
+        split_sections: widths of sections of the features that are split separately; None for one section.
+        undo_attention_load_balancing: whether the result is in sequence order; else it is in rank order.
     """
-    scope = adaptor.scopes.of(cp_group)
-    if scope.alone:
-        return tensor
-    _check(tensor, seq_dim, head_dim)
-    parts = _parts(tensor.size(-1), split_sections, scope.size)
-    pieces = tensor.split([part.num_heads * part.dim for part in parts], dim=-1)
-    heads = [piece.unflatten(-1, (part.num_heads, part.dim)) for piece, part in zip(pieces, parts)]
-    layout = layout_of_rows(adaptor, scope, tensor.size(0), scope.rank)
-    order = layout if undo_attention_load_balancing else _end_to_end(layout)
-    exchange = HeadExchange(exchange_of(scope, order), parts)
-    return torch.cat([piece.flatten(2) for piece in exchange.to_sequence(*heads)], dim=-1)
+    dims = seq_dim, head_dim
+    return _exchanged(adaptor, tensor, dims, cp_group, split_sections, undo_attention_load_balancing, to_sequence=True)
 
 
 def tensor_a2a_hp2cp(
@@ -59,35 +50,49 @@ def tensor_a2a_hp2cp(
     redo_attention_load_balancing: bool = True,
 ) -> torch.Tensor:
     """(S, b, h / cp) -> (s, b, h), the inverse; ``split_sections`` are widths of this rank's shares."""
+    dims = seq_dim, head_dim
+    return _exchanged(adaptor, tensor, dims, cp_group, split_sections, redo_attention_load_balancing, to_sequence=False)
+
+
+def _exchanged(
+    adaptor: "Adaptor",
+    tensor: torch.Tensor,
+    dims: tuple[int, int],
+    cp_group: Any,
+    sections: Sequence[int] | None,
+    in_order: bool,
+    *,
+    to_sequence: bool,
+) -> torch.Tensor:
+    """``in_order``: the whole sequence is in its own order; else as the ranks hold it, one after another."""
     scope = adaptor.scopes.of(cp_group)
     if scope.alone:
         return tensor
-    _check(tensor, seq_dim, head_dim)
-    widths = None if split_sections is None else [width * scope.size for width in split_sections]
-    parts = _parts(tensor.size(-1) * scope.size, widths, scope.size)
-    pieces = [piece.unsqueeze(2) for piece in tensor.split([part.dim for part in parts], dim=-1)]
-    layout = layout_of_rows(adaptor, scope, tensor.size(0), None)
-    order = layout if redo_attention_load_balancing else _end_to_end(layout)
-    exchange = HeadExchange(exchange_of(scope, order), parts)
-    return torch.cat([piece.flatten(2) for piece in exchange.to_heads(*pieces)], dim=-1)
-
-
-def _check(tensor: torch.Tensor, seq_dim: int, head_dim: int) -> None:
-    if tensor.dim() != 3 or seq_dim != 0 or head_dim not in (-1, 2):
+    if tensor.dim() != 3 or dims not in ((0, -1), (0, 2)):
         raise ValueError(
-            f"a tensor of shape {tuple(tensor.shape)} with seq_dim {seq_dim} and head_dim {head_dim} cannot be "
+            f"a tensor of shape {tuple(tensor.shape)} with seq_dim {dims[0]} and head_dim {dims[1]} cannot be "
             "exchanged; pass (sequence, batch, features) with seq_dim 0 and head_dim -1."
         )
+    here = 1 if to_sequence else scope.size  # how often the features here make up h
+    widths = None if sections is None else [width * here for width in sections]
+    parts = _parts(tensor.size(-1) * here, widths, scope.size)
+    heads = [part.num_heads // here for part in parts]
+    pieces = tensor.split([count * part.dim for count, part in zip(heads, parts)], dim=-1)
+    layout = layout_of_rows(adaptor, scope, tensor.size(0), scope.rank if to_sequence else None)
+    exchange = HeadExchange(exchange_of(scope, layout if in_order else _end_to_end(layout)), parts)
+    travel = exchange.to_sequence if to_sequence else exchange.to_heads
+    found = travel(*(piece.unflatten(-1, (count, part.dim)) for piece, count, part in zip(pieces, heads, parts)))
+    return torch.cat([piece.flatten(2) for piece in found], dim=-1)
 
 
 def exchange_of(scope: Scope, layout: SequenceLayout) -> SequenceExchange:
-    """The exchange of heads over all ranks of a scope, which hold a sequence in ``layout``."""
+    """The exchange of heads over all ranks of a scope that hold a sequence in ``layout``."""
     assert scope.groups.cp is not None, "what is alone travels nowhere"
     return SequenceExchange(scope.groups.cp, layout.all_runs, scope.config.alltoall)
 
 
 def _parts(width: int, sections: Sequence[int] | None, size: int) -> list[Part]:
-    """Every section as one head for each rank."""
+    """Each section as one head per rank."""
     widths = [width] if sections is None else list(sections)
     if any(each % size for each in widths) or sum(widths) != width:
         raise ValueError(
@@ -98,7 +103,7 @@ def _parts(width: int, sections: Sequence[int] | None, size: int) -> list[Part]:
 
 
 def layout_of_rows(adaptor: "Adaptor", scope: Scope, rows: int, rank: int | None) -> SequenceLayout:
-    """The layout of a sequence of which a rank holds ``rows`` tokens, or which has as many where ``rank`` is None."""
+    """The layout of a sequence of which ``rank`` holds ``rows`` tokens, or of ``rows`` tokens if ``rank`` is None."""
     record = adaptor.running_in(scope)
     if record is None:
         return adaptor.layout(rows, scope=scope) if rank is None else record_of_length(adaptor, scope, rows).layout
@@ -115,6 +120,6 @@ def layout_of_rows(adaptor: "Adaptor", scope: Scope, rows: int, rank: int | None
 
 
 def _end_to_end(layout: SequenceLayout) -> SequenceLayout:
-    """The order in which the ranks hold the sequence, one after another."""
+    """A contiguous layout with the same lengths, for a sequence that is in rank order instead of sequence order."""
     ends = [0, *accumulate(layout.length(rank) for rank in range(layout.cp_size))]
     return SequenceLayout(tuple(((low, high),) for low, high in zip(ends, ends[1:])), layout.ulysses_degree)

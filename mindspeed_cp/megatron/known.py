@@ -1,4 +1,4 @@
-"""What functions of this room read of the Adaptor, which imports them: the interface between the two."""
+"""The interface of the Adaptor for functions of this package that the Adaptor itself imports."""
 
 from typing import Any, Protocol
 
@@ -29,14 +29,14 @@ class ForeignLayouts(Protocol):
 
 
 class LaterStages(Protocol):
-    """What later pipeline stages learn of a batch (``later_stages.HandOver``)."""
+    """Passes the record of a batch to later pipeline stages (``later_stages.HandOver``)."""
 
     def first(self, model: Any, scope: Scope, record: MicroBatch) -> MicroBatch: ...
     def later(self, model: Any, scope: Scope, record: MicroBatch | None) -> MicroBatch | None: ...
 
 
 class Known(Protocol):
-    """Attributes and methods of ``adaptor.Adaptor``, where their meaning stands."""
+    """Attributes and methods of ``adaptor.Adaptor``, which documents them."""
 
     settings: Settings
     sizes: dict[int, Scope]

@@ -1,12 +1,11 @@
-"""Multi-latent attention of Megatron, of which the latent travels instead of the keys and values of all heads.
+"""Megatron's multi-latent attention with exchange of the latent instead of the keys and values of all heads.
 
-Megatron projects the latent up and puts keys together from that and the rotated part, in one function. Here its
-up-projection gives back an ``UpProjected``, which computes nothing and remembers what it would have been made of. The
-function so returns the two tensors that travel, and core attention makes keys and values of them.
+Megatron's function projects the latent up and assembles keys from that and the rotated part. Here the up-projection
+returns an ``UpProjected``, which computes nothing and records its inputs. The function therefore returns the two
+tensors that travel, and core attention computes keys and values from them.
 
-Shapes, s: tokens of this rank, b: batch, which tensors of packed sequences do not have, n: heads of this
-tensor-parallel rank: latent (s, b, rank), rotated part of the key (s, b, 1, rope), key (s, b, n, nope + rope), value
-(s, b, n, dv).
+Shapes, s: tokens of this rank, b: batch (missing in packed sequences), n: heads of this tensor-parallel rank: latent
+(s, b, rank), rotated part of the key (s, b, 1, rope), key (s, b, n, nope + rope), value (s, b, n, dv).
 """
 
 from collections.abc import Callable
@@ -23,15 +22,15 @@ from mindspeed_cp.settings.notices import warn_rank0
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.adaptor import Adaptor
 
-MARK = "context_parallel_latents"  # on an up-projection and a core attention that belong together
-HOLDS_BACK = "holds_latents_back"  # on the forward methods of up-projections that look for the mark
-ENDS = "ends_as_latents"  # on the method that puts queries, keys and values together, of which those are its own
+MARK = "context_parallel_latents"  # attribute of an up-projection and a core attention that belong together
+HOLDS_BACK = "holds_latents_back"  # attribute of forward methods of up-projections that check for MARK
+ENDS = "ends_as_latents"  # attribute of the method that assembles queries, keys and values, if it is this project's
 HEADS = "use --cp-mla-exchange heads"
 
 
 @dataclass(frozen=True, eq=False)
 class FusedExpansion(LatentExpansion):
-    """One whose gradient joins ``main_grad``, as Megatron's linear layers with gradient accumulation fusion do it."""
+    """A LatentExpansion that adds its gradient to ``main_grad``, like Megatron's gradient accumulation fusion."""
 
     def handed_over(self, sums: Sums) -> tuple[torch.Tensor | None, ...]:
         (total,), weight = sums, self.weight
@@ -42,18 +41,18 @@ class FusedExpansion(LatentExpansion):
         if not hasattr(weight, "grad_added_to_main_grad"):
             return (None,)
         weight.grad_added_to_main_grad = True
-        # The hooks of data parallelism run where there is a gradient, and read this one where they are told to.
+        # The hooks of data parallelism need some gradient to run; they read its values only if zero_out_wgrad is set.
         return (torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight),)
 
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """What the up-projection and the core attention of one module share.
+    """Data shared by the up-projection and the core attention of one module.
 
     Args:
-        linear: the up-projection. heads: of this tensor-parallel rank.
-        nope, rope, dv: of a head.
-        apart: what travels needs memory of its own, because Megatron frees it.
+        linear: the up-projection. heads: heads of this tensor-parallel rank.
+        nope, rope, dv: dimensions of a head.
+        apart: whether the tensors that travel must be copies, because Megatron frees the originals.
     """
 
     linear: Any
@@ -65,7 +64,7 @@ class Latents:
 
     @classmethod
     def of(cls, module: Any) -> "Latents":
-        """Those of Megatron's MLASelfAttention."""
+        """The Latents of a module of Megatron's class MLASelfAttention."""
         config = module.config
         return cls(
             module.linear_kv_up_proj,
@@ -85,13 +84,13 @@ class Latents:
         return kind(self.linear.weight, self.heads, self.nope, self.rope, self.dv)
 
     def held_back(self, latent: torch.Tensor) -> "UpProjected":
-        """What the up-projection returns for its input, of which a rank of sequence parallelism has a part."""
+        """The up-projection's return value for its input, of which a rank has a part with sequence parallelism."""
         latent = _whole(self.linear, _normed(self.linear, latent))
         return UpProjected(self, latent.clone() if self.apart else latent)
 
 
 def _normed(linear: Any, latent: torch.Tensor) -> torch.Tensor:
-    """The norm inside of Transformer Engine's linear layer, where it has one; in float32, as there."""
+    """Apply the norm inside Transformer Engine's linear layer, if it has one; in float32, as there."""
     weight = getattr(linear, "layer_norm_weight", None)
     if weight is None:
         return latent
@@ -103,11 +102,11 @@ def _normed(linear: Any, latent: torch.Tensor) -> torch.Tensor:
 
 
 def _whole(linear: Any, latent: torch.Tensor) -> torch.Tensor:
-    """The latent of all tokens, whose gradient is summed over tensor parallelism, as the linear layer has it."""
+    """The latent of all tokens, with its gradient summed over tensor-parallel ranks, as in the linear layer."""
     from megatron.core.tensor_parallel import mappings
 
     group = getattr(linear, "tp_group", None) or getattr(linear, "_tp_group", None)
-    named = {} if group is None else {"group": group}  # 0.12 knows but one
+    named = {} if group is None else {"group": group}  # 0.12 has only one
     function: Callable[..., torch.Tensor] = mappings.copy_to_tensor_model_parallel_region
     if linear.sequence_parallel:
         function = mappings.gather_from_sequence_parallel_region
@@ -115,15 +114,15 @@ def _whole(linear: Any, latent: torch.Tensor) -> torch.Tensor:
 
 
 class UpProjected:
-    """What an up-projection would have made of the latent: it has the shape, and no memory.
+    """A placeholder for the up-projection of a latent, with its shape but without memory.
 
-    ``contiguous``, with which Megatron ends what it makes of it, gives what travels: for the key its rotated part, for
-    the value the latent.
+    Megatron finally calls ``contiguous``, which returns the tensor that travels: the rotated part for the key, the
+    latent for the value.
 
     Args:
         latent: (s, b, rank), or without batch.
-        part: of which tensor it is; at first of both.
-        rotated: (s, b, n, rope), the part of a key that has been joined to it.
+        part: the tensor for which it stands, at first both.
+        rotated: (s, b, n, rope), the rotated part that was concatenated to the key.
     """
 
     def __init__(
@@ -174,7 +173,7 @@ class UpProjected:
     def _refuse(self, other: Any) -> Any:
         raise _unknown("arithmetic")
 
-    # Python looks for these on the class, as the hook of an adapter does that adds its own product.
+    # Python looks up operators on the class; the hook of an adapter (LoRA) uses them to add its own product.
     __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __truediv__ = _refuse
 
 
@@ -186,10 +185,10 @@ def _unknown(what: str) -> ValueError:
 
 
 def latents_of(adaptor: "Adaptor", module: Any) -> Latents | None:
-    """What travels for one of Megatron's modules of multi-latent attention: its latents, None for heads.
+    """The Latents of one of Megatron's modules of multi-latent attention; None if keys and values of heads travel.
 
     Raises:
-        ValueError: latents are asked for, and this module cannot send them.
+        ValueError: latents are requested, but this module cannot send them.
     """
     core = module.core_attention
     scope = adaptor.scope_of(core if hasattr(core, "config") else module)
@@ -209,7 +208,7 @@ def latents_of(adaptor: "Adaptor", module: Any) -> Latents | None:
 
 
 def _refusal(adaptor: "Adaptor", module: Any) -> str:
-    """Why a module cannot send latents, "" where it can."""
+    """Why a module cannot send latents, "" if it can."""
     config, linear = module.config, module.linear_kv_up_proj
     bias, weight = getattr(linear, "bias", None), getattr(linear, "weight", None)
     ours = _calls(module.core_attention, "forward", "exchanges_context_parallel")
@@ -240,18 +239,18 @@ def _refusal(adaptor: "Adaptor", module: Any) -> str:
 
 
 def _calls(module: Any, method: str, attribute: str) -> bool:
-    """Whether a method of ``module`` is one with this attribute, of its class and not put in front of that."""
+    """Whether a method of ``module`` has this attribute and is its class's own, not set on the instance."""
     found = getattr(type(module), method, None)
     return method not in vars(module) and bool(getattr(found, attribute, False))
 
 
 def mark(module: Any, latents: Latents | None) -> None:
-    """Let the up-projection and the core attention of ``module`` know what travels; no parameter and no state."""
+    """Set MARK on the up-projection and the core attention of ``module``, outside of parameters and state."""
     for part in (module.linear_kv_up_proj, module.core_attention):
         vars(part)[MARK] = latents
 
 
 def marked(module: Any) -> Latents | None:
-    """What ``mark`` left on an up-projection or a core attention."""
+    """The Latents that ``mark`` set on an up-projection or a core attention."""
     found: Latents | None = vars(module).get(MARK)
     return found

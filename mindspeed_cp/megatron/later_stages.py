@@ -1,10 +1,10 @@
-"""What later pipeline stages must know of a batch: the first stage hands its record over.
+"""The first pipeline stage passes the record of a batch to later stages.
 
-Megatron gives the stages in the middle no batch at all, and the last one labels alone. The first stage of each pipeline
-says with its first forward pass, in torch's own store, whether every record is what the configuration makes of a length
-(then nothing more is said), or puts the record of its n-th forward pass there, and the n-th forward pass of the same
-model on every other stage, and virtual stage, takes it out. A stage starts after it has received what the first one
-computed, so nobody waits for what is not there. Models are known by the order in which a rank makes them.
+Megatron gives inner stages no batch at all, and the last stage only labels. At its first forward pass, the first stage
+of each pipeline writes to torch's store whether the configuration's layout for the length is sufficient (then nothing
+more is written). Otherwise it stores the record of its n-th forward pass, which the n-th forward pass of the same model
+on every other stage, and virtual stage, reads. A stage starts only after it has received the first stage's output, so
+it never waits for the record. Models are identified by the order in which a rank creates them.
 """
 
 import json
@@ -22,12 +22,12 @@ from mindspeed_cp.sequence.slice_mask import frozen
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.known import Known as Adaptor
 
-KEPT = 1024  # records in the store for each pipeline; a stage is never that many micro-batches behind the first
+KEPT = 1024  # records per pipeline in the store; no stage is ever that many micro-batches behind the first
 PLAIN, HANDED = "plain", "handed"
 
 
 class HandOver:
-    """Finishes the record of a forward pass on every stage of a pipeline; one for each process."""
+    """Completes the record of a forward pass on every stage of a pipeline; one object per process."""
 
     def __init__(self, adaptor: "Adaptor") -> None:
         self._adaptor, self._epoch = adaptor, 0
@@ -37,7 +37,7 @@ class HandOver:
         self._models, self._stages_to_come = 0, 0
 
     def number(self, model: Any) -> int:
-        """The number of the model of which this is a stage; virtual stages of one follow each other."""
+        """The number of the model to which this stage belongs; virtual stages of a model are created consecutively."""
         known = self._numbers.get(model)
         if known is None:
             if not self._stages_to_come:
@@ -48,10 +48,10 @@ class HandOver:
         return known
 
     def first(self, model: Any, scope: Scope, record: MicroBatch) -> MicroBatch:
-        """Hand ``record`` over to the later stages of ``model``; returns it.
+        """Pass ``record`` to the later stages of ``model``; returns it.
 
         Raises:
-            ValueError: the first record was the configuration's own, so that nothing is handed over, and this is not.
+            ValueError: the first record was the configuration's, so that nothing is passed on, but this one is not.
         """
         pipeline = pipeline_of(model)
         if len(pipeline) == 1:
@@ -79,12 +79,12 @@ class HandOver:
         return record
 
     def later(self, model: Any, scope: Scope, record: MicroBatch | None) -> MicroBatch | None:
-        """The record of a forward pass of a later stage; ``record`` is what its own batch says, None without.
+        """The record of a forward pass of a later stage; ``record`` is that of its own batch, or None.
 
-        None is what the configuration makes of the length that the stage receives.
+        A result of None means the configuration's layout for the length that the stage receives.
 
         Raises:
-            ValueError: its own batch was split in another way than that of the first stage.
+            ValueError: its own batch was split differently from that of the first stage.
         """
         pipeline = pipeline_of(model)
         if len(pipeline) == 1:
@@ -121,7 +121,7 @@ class HandOver:
 
 
 def _check_rows(config: Any, layout: SequenceLayout, usual: SequenceLayout, rank: int) -> None:
-    """Raise ValueError where stages that know a length alone expect another number of rows than this one sends."""
+    """Raise ValueError if stages that know only the length expect another number of rows than this one sends."""
     own, expected = layout.length(rank), usual.length(rank)
     if own != expected and not getattr(config, "variable_seq_lengths", False):
         raise ValueError(
@@ -132,7 +132,7 @@ def _check_rows(config: Any, layout: SequenceLayout, usual: SequenceLayout, rank
 
 
 def _check_alike(record: MicroBatch, first: MicroBatch) -> None:
-    """Raise ValueError where the batch of a later stage was not split like that of the first one."""
+    """Raise ValueError if the batch of a later stage was not split like that of the first one."""
     differ = any(own is not None and own != others for own, others in zip(_said(record), _said(first)))
     if record.layout.all_runs != first.layout.all_runs or differ:
         raise ValueError(
@@ -147,7 +147,7 @@ def _written(record: MicroBatch) -> list[Any]:
 
 
 def _said(record: MicroBatch) -> tuple[Any, ...]:
-    """What a batch says itself, in tuples of numbers."""
+    """The contents of a record for comparison, as tuples of numbers."""
     return record.documents, record.slices, record.places
 
 

@@ -1,4 +1,4 @@
-"""Losses of a micro-batch that ranks share: a rank's share of a count, and whether what trains is what is reported."""
+"""Losses of a micro-batch on several ranks: a rank's share of a token count, and a check of the loss that trains."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from mindspeed_cp.megatron.scopes import Scope
 from mindspeed_cp.settings.notices import warn_this_rank
 
-EXACT = 1e-4  # relative; losses are float32
+EXACT = 1e-4  # relative tolerance; losses are float32
 SECTION = 'the section "Loss normalisation" of docs/megatron.md'
 
 
@@ -21,10 +21,10 @@ class Told:
     """What the loss function of one rank returned for a micro-batch.
 
     Args:
-        loss: its loss.
-        count: its number of tokens; None where it returned two values, of which the loss is a mean already.
-        value: the loss that it reports, None where it reports none.
-        tokens: by which ``value``, a sum, is to be divided; None where it is a mean.
+        loss: the loss.
+        count: the number of tokens; None if it returned two values, in which case the loss is already a mean.
+        value: the reported loss, or None.
+        tokens: the number by which ``value``, a sum, must be divided; None if ``value`` is a mean.
     """
 
     loss: float
@@ -34,24 +34,24 @@ class Told:
 
 
 class Losses:
-    """What is known of the losses of a process; the Adaptor's.
+    """What the Adaptor knows about the losses of a process.
 
     Attributes:
-        asked: a loss function has asked for its share of a count.
-        watched: the first loss of the training was looked at.
+        asked: whether a loss function has called ``share_of``.
+        watched: whether the first loss of the training was checked.
     """
 
     def __init__(self) -> None:
         self.asked = self.watched = False
 
     def watch(self, scope: Scope, result: tuple[Any, ...], counts_are_added: bool) -> None:
-        """Warn, at the first loss, when it is exactly cp times or 1 / cp of the loss that is meant.
+        """Warn if the first loss is exactly cp times or 1 / cp of the intended loss.
 
         Every rank of ``scope`` calls it.
 
         Args:
-            result: of the loss function, (loss, report) or (loss, num_tokens, report).
-            counts_are_added: Megatron adds num_tokens over these ranks (from 0.13 on).
+            result: result of the loss function, (loss, report) or (loss, num_tokens, report).
+            counts_are_added: whether Megatron sums num_tokens over these ranks (from 0.13 on).
         """
         if self.watched:
             return
@@ -61,7 +61,7 @@ class Losses:
             warn_this_rank(message)
 
     def said(self, ranks: Sequence[Told], counts_are_added: bool) -> str:
-        """What to say about the losses that the ranks returned, "" where nothing is wrong."""
+        """The warning about the losses that the ranks returned, "" if nothing is wrong."""
         size, factor = len(ranks), factor_of(ranks, counts_are_added)
         if factor == size:
             return (
@@ -83,7 +83,7 @@ class Losses:
 
 
 def factor_of(ranks: Sequence[Told], counts_are_added: bool) -> float | None:
-    """The loss that trains over the one that is reported, where that is exactly 1, cp or 1 / cp; None otherwise."""
+    """The ratio of the loss that trains to the reported one, if it is exactly 1, cp or 1 / cp; else None."""
     reported = _reported(ranks)
     if not reported or not isfinite(reported):
         return None
@@ -93,9 +93,9 @@ def factor_of(ranks: Sequence[Told], counts_are_added: bool) -> float | None:
 
 
 def _trained(ranks: Sequence[Told], counts_are_added: bool) -> float:
-    """The loss of which the gradients, added over the ranks, are the gradient.
+    """The loss whose gradient is the sum of the ranks' gradients.
 
-    A loss that all ranks share comes from gathered tensors, whose gradient is each rank's own part.
+    A loss that is equal on all ranks was computed from gathered tensors, whose gradient is each rank's own part.
     """
     if ranks[0].count is not None and not counts_are_added:
         ranks = [Told(row.loss / max(row.count or 0.0, 1.0), None, row.value, row.tokens) for row in ranks]
@@ -118,7 +118,7 @@ def _alike(ranks: Sequence[Told]) -> bool:
 
 
 def _gathered(scope: Scope, result: tuple[Any, ...]) -> list[Told]:
-    """What every rank of ``scope`` was told, in their order."""
+    """What the loss function returned on every rank of ``scope``, in rank order."""
     loss, report = result[0], result[-1]
     given = [loss, result[1] if len(result) == 3 else None, *_first_of(report)]
     row = torch.stack([_number(value, loss.device) for value in given])
@@ -139,14 +139,14 @@ def _first_of(report: Any) -> tuple[Any, Any]:
 
 
 def _number(value: Any, device: torch.device) -> torch.Tensor:
-    """A float32 scalar, nan for None."""
+    """``value`` as a float32 scalar, NaN for None."""
     if isinstance(value, torch.Tensor):
         return value.detach().sum().to(device, torch.float32)
     return torch.tensor(float("nan") if value is None else float(value), device=device)
 
 
 def share_of(count: Any, scope: Scope) -> Any:
-    """``count`` in whole numbers for each rank of ``scope``, as Megatron adds them up; a tensor stays one."""
+    """This rank's integer share of ``count``; the shares of ``scope``'s ranks sum to it. A tensor stays a tensor."""
     if scope.alone or not counts_are_added():
         return count
     return count // scope.size + (scope.rank < count % scope.size)
@@ -154,9 +154,9 @@ def share_of(count: Any, scope: Scope) -> Any:
 
 @cache
 def counts_are_added() -> bool:
-    """Whether Megatron adds the token counts of a loss function over the context-parallel ranks.
+    """Whether Megatron sums the token counts of a loss function over the context-parallel ranks.
 
-    From 0.13 on; before, each rank returns the count of the whole sequence, and nothing but the number tells the two.
+    It does from 0.13 on; before, each rank returns the count of the whole sequence. Only the version tells.
     """
     from megatron.core import __version__
 

@@ -22,7 +22,7 @@ MODULE = "megatron.core.ssm.mamba_mixer"
 
 
 def computed(adaptor: "Adaptor", scope: Scope, mixer: Any, hidden: torch.Tensor, params: Any) -> tuple[Any, Any]:
-    """What the layer gives for this rank's tokens, and the bias of its last projection.
+    """The layer's output for this rank's tokens, and the bias of its last projection.
 
     Args:
         mixer: a MambaMixer. hidden: (s, b, hidden), s divided by sequence parallelism.
@@ -61,7 +61,7 @@ def layer_of(mixer: Any) -> StateSpaceLayer:
 
 
 def _convolution_of(exchange: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias, which the exchange of 0.18 and before has as a module."""
+    """Weight and bias of the convolution; up to 0.18 the exchange has them in a module."""
     module = getattr(exchange, "conv1d_cp1", None)
     if module is None:
         return exchange.conv1d_weight_cp1, exchange.conv1d_bias_cp1

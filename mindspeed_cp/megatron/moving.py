@@ -1,4 +1,4 @@
-"""Layers of Megatron that want one part of the sequence on each rank, whatever the layout of the batch.
+"""Layers of Megatron that need one contiguous part of the sequence on each rank, whatever the layout of the batch.
 
 s: tokens of this rank, b: batch.
 """
@@ -22,11 +22,11 @@ Rows = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Inner(NamedTuple):
-    """What a layer computes between its projections.
+    """The result of a layer's computation between its projections.
 
     Args:
-        rows: (s, b, width), for the last projection.
-        done: called with the output of that.
+        rows: (s, b, width), input of the last projection.
+        done: called with the output of the last projection.
     """
 
     rows: torch.Tensor
@@ -34,7 +34,7 @@ class Inner(NamedTuple):
 
 
 class Move(NamedTuple):
-    """How rows come to the layout that a layer wants, and back."""
+    """The exchanges of rows to the layout that a layer needs, and back."""
 
     there: Rows
     back: Rows
@@ -50,7 +50,7 @@ def through(
     around: Move = STAY,
     inside: Move = STAY,
 ) -> tuple[Any, Any]:
-    """A layer with ``in_proj`` and ``out_proj``, its rows moved around its projections or inside them.
+    """Run a layer with ``in_proj`` and ``out_proj``, moving its rows outside of its projections or between them.
 
     Returns:
         its output and the bias of its last projection.
@@ -69,7 +69,7 @@ def by_parts(
     hidden: torch.Tensor,
     compute: Callable[[torch.Tensor, OwnPart], Inner],
 ) -> tuple[Any, Any]:
-    """``through`` a layer that computes one part of the sequence on each rank, as ``compute`` is told."""
+    """Run ``through`` for a layer that computes one part of the sequence on each rank; ``compute`` gets that part."""
     assert record.scope is not None and record.scope.groups.cp is not None, "what is alone is Megatron's own"
     layout, link = record.layout, record.scope.groups.cp
     parts = contiguous_parts(layout)
@@ -87,7 +87,7 @@ def by_parts(
 
 
 def documents_of(adaptor: "Adaptor", params: Any, seq_len: int) -> Documents:
-    """Where a state begins anew: with every packed document, padding included, as in Megatron.
+    """Boundaries at which a state restarts: those of packed documents, padding included, as in Megatron.
 
     Args:
         params: PackedSeqParams in thd, None for whole sequences.
@@ -95,16 +95,16 @@ def documents_of(adaptor: "Adaptor", params: Any, seq_len: int) -> Documents:
     if params is None:
         return 0, seq_len
     ends: Documents = adaptor.boundaries.padded(params)
-    return ends if ends[-1] == seq_len else (*ends, seq_len)  # what is behind them is a document of its own
+    return ends if ends[-1] == seq_len else (*ends, seq_len)  # the rest is a separate document
 
 
 def torch_convolution(activation: Rows) -> Convolution:
-    """Torch's, and the activation behind it."""
+    """Torch's convolution, followed by the activation."""
     return lambda *arguments: activation(causal_convolution(*arguments))
 
 
 def dao_convolution(function: Any, activation: str) -> Convolution:
-    """That of the package causal-conv1d, document by document."""
+    """The convolution of the package causal-conv1d, document by document."""
 
     def convolve(
         rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, documents: Documents

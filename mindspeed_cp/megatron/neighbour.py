@@ -1,9 +1,9 @@
-"""MindSpeed beside this project: it patches first and keeps what is not context parallelism, which is done here.
+"""MindSpeed together with this project: MindSpeed patches first, and only context parallelism is done here.
 
-MindSpeed applies its features by the settings that it is given. With a context-parallel size of 1 it registers nothing
-of its context parallelism, and everything else as before; so that is what it is shown. This project's patches are taken
-back before MindSpeed changes anything, and applied again on top of what it leaves. All of MindSpeed's ways to patch
-(its import, MindSpeed-LLM's, ``repatch``) go through the same four methods of its features manager.
+MindSpeed applies its features according to its settings. With a context-parallel size of 1 it registers everything
+except its context parallelism, so it is shown that size. This project's patches are undone before MindSpeed changes
+anything, and applied again on top of its patches. All ways in which MindSpeed patches (its import, MindSpeed-LLM's
+import, ``repatch``) use the same four methods of its features manager.
 """
 
 import importlib
@@ -33,7 +33,7 @@ class Branch(NamedTuple):
 
     Args:
         megatron: (major, minor) of megatron-core.
-        name: of the branch.
+        name: name of the branch.
         tried: the newest commit that was tried, and its date.
     """
 
@@ -50,7 +50,7 @@ BRANCHES = (
 
 
 def untried(megatron: str) -> str:
-    """What to say of MindSpeed beside a version of megatron-core with which no branch was tried, "" where one was.
+    """The warning about MindSpeed with a version of megatron-core with which no branch was tried; "" if one was.
 
     Args:
         megatron: a version such as "0.16.1".
@@ -64,18 +64,18 @@ def untried(megatron: str) -> str:
     )
 
 
-# Packages whose import activates MindSpeed with features of their own -> (module to import, how it reads its settings).
+# Packages whose import activates MindSpeed with their own features -> (module to import, how it reads its settings).
 FRONTS = {
     "mindspeed_llm": ("mindspeed_llm.tasks.megatron_adaptor_v2", "FeatureAdaptor.get_mindspeed_llm_args"),
     "mindspeed": ("mindspeed.megatron_adaptor", "get_mindspeed_args"),
 }
 
-# Packages on top of MindSpeed whose models split and exchange sequences in code of their own -> title.
+# Packages built on MindSpeed whose models split and exchange sequences in their own code -> title.
 SPLIT_THEMSELVES = {"mindspeed_mm": "MindSpeed-MM"}
 
-# Functions that MindSpeed's other features put around models and batches, and that act for its own context parallelism.
-# Where --reset-attention-mask packs documents, they read a rank's tokens in MindSpeed's own layout, and here documents
-# come with the batch's record; an attention's constructor exchanges heads around it. Module -> names, () for all.
+# Functions by which MindSpeed's other features wrap models and batches, and that are part of its context parallelism.
+# With --reset-attention-mask they assume MindSpeed's own layout, while here the batch's record contains documents; a
+# constructor of attention exchanges heads around it. Module -> names, () for all.
 _RESET = "mindspeed.core.transformer.flash_attention.reset_attention_mask"
 LEFT_OUT = {
     f"{_RESET}.adaptor": (),
@@ -90,16 +90,16 @@ LEFT_OUT = {
 
 @dataclass
 class Neighbour:
-    """MindSpeed's features manager, seen from here; its patches (patches/neighbour.py) call these methods.
+    """This project's view of MindSpeed's features manager, whose patches (patches/features_manager.py) call it.
 
     Args:
-        give_way: () takes this project's patches back.
+        give_way: () undoes this project's patches.
         come_back: () applies them again.
-        configure: MindSpeed's settings, name -> value, become the configuration.
-        add_flags: adds to a parser this project's flags that it lacks.
-        say: () says who does what.
-        hand: (ends) tells where the documents of the next batch end, as MindSpeed's dataset found them.
-        kept: why context parallelism is left to MindSpeed, "" where it is done here.
+        configure: converts MindSpeed's settings, name -> value, to the configuration.
+        add_flags: adds this project's flags that a parser lacks.
+        say: () prints which package does what.
+        hand: (ends) sets the document ends of the next batch, as MindSpeed's dataset found them.
+        kept: why context parallelism is left to MindSpeed, "" if it is done here.
     """
 
     give_way: Callable[[], None]
@@ -117,18 +117,18 @@ class Neighbour:
         return is_here()
 
     def removes(self, remove: Callable[[], None]) -> None:
-        """MindSpeed takes its patches back."""
+        """Called when MindSpeed removes its patches."""
         self.give_way()
         remove()
 
     def prepares(self, prepare: Callable[[Any], None], settings: Any) -> None:
-        """MindSpeed patches what must be there before Megatron is imported."""
+        """Called when MindSpeed applies the patches that are needed before Megatron is imported."""
         self.give_way()
         with self._shown_alone(settings):
             prepare(settings)
 
     def patches(self, patch: Callable[[Any], None], settings: Any) -> None:
-        """MindSpeed patches Megatron; then this project does, around it."""
+        """Called when MindSpeed patches Megatron; afterwards this project's patches are applied on top."""
         self.give_way()
         with self._shown_alone(settings):
             patch(settings)
@@ -140,13 +140,13 @@ class Neighbour:
         self.come_back()
 
     def leaves_out(self, function: Any) -> bool:
-        """Whether MindSpeed is kept from patching with ``function``, because this project does the same by its own."""
+        """Whether MindSpeed must not patch with ``function``, because this project replaces it."""
         names = LEFT_OUT.get(getattr(function, "__module__", ""))
         return self._hides and names is not None and (not names or function.__name__ in names)
 
     @contextmanager
     def _shown_alone(self, settings: Any) -> Iterator[None]:
-        """Show MindSpeed a context-parallel size of 1, unless context parallelism stays its own."""
+        """Context manager that shows MindSpeed a context-parallel size of 1, unless it does context parallelism."""
         size = getattr(settings, SIZE, 1)
         self.kept = of_mindspeed_alone(settings, sys.argv[0])
         if self.kept or size_of(settings) == 1:
@@ -162,7 +162,7 @@ class Neighbour:
             setattr(settings, SIZE, size)
 
     def line(self) -> str:
-        """Who does what, in one line; "" where MindSpeed is not here."""
+        """One line that says which package does what; "" without MindSpeed."""
         if self.kept:
             return f"{self.kept}: context parallelism is left to MindSpeed ({folder()}), and mindspeed_cp is off"
         if not self.is_here:
@@ -174,18 +174,18 @@ class Neighbour:
 
 
 def size_of(settings: Any) -> int:
-    """The context-parallel size in MindSpeed's settings, where it may be text."""
+    """The context-parallel size in MindSpeed's settings, which may be text."""
     return int(getattr(settings, SIZE, None) or 1)
 
 
 def of_mindspeed_alone(settings: Any, script: str) -> str:
-    """Why these settings can only mean MindSpeed's own context parallelism; "" where they mean nothing special.
+    """Why these settings can only mean MindSpeed's own context parallelism; "" if they do not.
 
     Args:
-        script: that runs, of which a package with models of its own is known before it is imported.
+        script: the running script. A package in SPLIT_THEMSELVES that it imports is known before the import.
     """
     imported = next((title for package, title in SPLIT_THEMSELVES.items() if package in packages_named_in(script)), "")
-    if imported:  # at size 1 as well: a file of the model may name another
+    if imported:  # with size 1 too: the model's own configuration file may contain another size
         return f"{imported}'s models split sequences themselves"
     name = getattr(settings, "context_parallel_algo", None)
     if size_of(settings) == 1 or name is None or name in ALGORITHMS:
@@ -208,7 +208,7 @@ def is_here() -> bool:
 
 
 def is_importable() -> bool:
-    """Whether a real MindSpeed can be imported; the import paths that this project answers are none."""
+    """Whether a real MindSpeed can be imported; this project's own import paths for it do not count."""
     if is_here():
         return True
     if "mindspeed" in sys.modules and getattr(sys.modules["mindspeed"], "__file__", None) is None:
@@ -220,7 +220,7 @@ def is_importable() -> bool:
 
 
 def folder() -> str:
-    """Where MindSpeed lies."""
+    """The folder that contains MindSpeed."""
     try:
         spec = importlib.util.find_spec("mindspeed")
     except ValueError:
@@ -230,9 +230,10 @@ def folder() -> str:
 
 
 def is_wrapped(owner: type) -> bool:
-    """Whether a class that MindSpeed put in the place of Megatron's is one around which this project's patches go.
+    """Whether this project patches a class by which MindSpeed replaced Megatron's.
 
-    It may inherit the method. Classes of MindSpeed's own context parallelism exchange sequences themselves.
+    The class may inherit the patched method. Classes of MindSpeed's own context parallelism are excluded, because they
+    exchange sequences themselves.
     """
     module = owner.__module__
     return module.partition(".")[0] in FRONTS and "context_parallel" not in module
@@ -246,13 +247,13 @@ def packages_named_in(script: str) -> list[str]:
 
 
 def front_named_in(script: str) -> str:
-    """The package of FRONTS that a script imports, "" where it imports none."""
+    """The package of FRONTS that a script imports, or ""."""
     named = packages_named_in(script)
     return next((package for package in FRONTS if package in named), "")
 
 
 def settings_in_use() -> Any:
-    """The settings by which MindSpeed has patched: Megatron's arguments where they are there, else the command line."""
+    """The settings with which MindSpeed has patched: Megatron's arguments if they exist, else the command line."""
     for package, (module, reader) in FRONTS.items():
         found: Any = sys.modules.get(module)
         if found is None:
@@ -266,7 +267,7 @@ def settings_in_use() -> Any:
 
 
 def activate(script: str) -> None:
-    """Import what makes MindSpeed patch: the front that the script itself imports, else MindSpeed's own."""
+    """Import the module that makes MindSpeed patch: the package of FRONTS that the script imports, else MindSpeed's."""
     module = FRONTS[front_named_in(script) or "mindspeed"][0]
     try:
         importlib.import_module(module)
@@ -275,7 +276,7 @@ def activate(script: str) -> None:
 
 
 def take_over() -> None:
-    """Where MindSpeed has patched before this project came, let it do so again without its context parallelism."""
+    """If MindSpeed has patched before this project was imported, let it patch again without context parallelism."""
     settings = settings_in_use()
     if settings is None or size_of(settings) == 1:
         return

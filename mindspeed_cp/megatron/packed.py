@@ -1,8 +1,9 @@
-"""Packed batches (thd): the record of one that this project split, or that a framework split before it came here.
+"""Records of packed batches (thd) that this project, or a framework, has split.
 
-Megatron, Transformer Engine, verl and ms-swift split packed documents alike: each is padded to a multiple of 2 * cp
-tokens and is zigzag on its own, and a rank holds its parts document by document (layout ``document_zigzag``). That is
-the contract of a thd batch that brings no record; its position ids, where it has them, are compared with it.
+Megatron, Transformer Engine, verl and ms-swift split packed documents in the same way: each is padded to a multiple of
+2 * cp tokens and split as a separate zigzag, and a rank holds its parts document by document (layout
+``document_zigzag``). A thd batch without a record is assumed to be split like that; its position ids, if any, are
+compared with it.
 """
 
 from dataclasses import replace
@@ -39,12 +40,12 @@ def packed_batch(
 
     Args:
         params: PackedSeqParams in thd.
-        local_len: tokens that this rank holds, None where it holds none yet (a later pipeline stage).
-        position_ids: (1, local_len) of this rank, checked where they are given.
-        record: of the split, where this project made it.
+        local_len: tokens that this rank holds, None if not yet known (a later pipeline stage).
+        position_ids: (1, local_len) of this rank, checked if given.
+        record: the record of the split, if this project split the batch.
 
     Raises:
-        ValueError: the batch contradicts itself, or no layout that is known; the message names a way out.
+        ValueError: the batch is inconsistent or fits no known layout; the message names a way out.
     """
     boundaries = adaptor.boundaries
     check_local_size(params, scope.size)
@@ -69,7 +70,7 @@ def packed_batch(
 
 
 def contract(adaptor: "Adaptor", scope: Scope) -> str:
-    """How packed documents that somebody else split are cut: as was declared, else each document zigzag."""
+    """How packed documents of others are split: as declared, else each document as a zigzag."""
     if scope.config.batch_layout != "auto":
         return scope.config.batch_layout
     if adaptor.settings.declared == "contiguous":
@@ -82,10 +83,10 @@ def contract(adaptor: "Adaptor", scope: Scope) -> str:
 
 
 def layout_of_contract(scope: Scope, kind: str, padded: tuple[int, ...], local_len: int | None) -> SequenceLayout:
-    """The layout of packed documents that are cut in this way.
+    """The layout of packed documents of the given kind.
 
     Raises:
-        ValueError: a document cannot be cut so, or this rank holds another number of tokens.
+        ValueError: a document cannot be split like that, or this rank holds another number of tokens.
     """
     chunks = 2 * scope.size
     for index, (start, stop) in enumerate(zip(padded, padded[1:])):

@@ -1,11 +1,11 @@
-"""Packed rows for a training loop: which documents make up each micro batch, and their tokens end to end.
+"""Packed rows for a training loop: the documents of each micro batch, and their concatenated tokens.
 
 For torch's DataLoader, and with it for Megatron's ``--dataloader-type external``::
 
     sampler = PackedSampler(lengths, ranks=cp_size, tokens=8192, rows=num_microbatches)
     loader = DataLoader(documents, batch_sampler=sampler, collate_fn=pack_samples)
 
-A batch is one row, one micro batch of size 1; all ranks of a row read the same. Nothing here needs Megatron.
+A batch is one row, a micro batch of size 1; all ranks of a row read the same row. Megatron is not needed here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,22 +18,22 @@ SEQUENCES = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 class PackedSampler:
-    """The documents of each row, row after row, ``rows`` of them in each step.
+    """Yields the documents of each row, row by row, with ``rows`` rows in each step.
 
-    A step takes the next documents of the order, as many as its rows can hold; within the step they are packed by
-    length. The order begins anew after its last document. Every rank walks the same way, and needs nobody to ask.
+    A step takes the next documents in order, as many as its rows can hold, and packs them by length. After the last
+    document the order starts again. Every rank computes the same rows without communication.
 
     Args:
         lengths: tokens of each document of the dataset.
-        ranks, tokens: a row holds ranks x tokens tokens at most.
-        rows: micro batches of a step, of all data-parallel ranks together.
-        order: places of documents, the order in which they are read; by default as they lie.
-        first_step: steps that are over, when a run goes on.
-        data_parallel_rank, data_parallel_size: rows are dealt out one by one; 1 where one row lies over all ranks.
+        ranks, tokens: a row holds at most ranks x tokens tokens.
+        rows: micro batches per step, of all data-parallel ranks together.
+        order: indices of documents in the order in which they are read; by default ascending.
+        first_step: number of completed steps, when a run is resumed.
+        data_parallel_rank, data_parallel_size: rows are dealt in turn; size 1 if each row is spread over all ranks.
 
     Raises:
-        ValueError: documents are too long for a row, too few for the rows of a step, or rows are none for some rank;
-            or a number is none of these.
+        ValueError: a document is too long for a row, there are too few documents for the rows of a step, the ranks
+            would get different numbers of rows, or an argument is out of range.
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class PackedSampler:
             start, step = (start + number) % len(self._order), step + 1
 
     def _step(self, start: int) -> tuple[int, Rows]:
-        """(how many documents from ``start`` on the step takes, its rows: places counted from there)."""
+        """(number of documents from ``start`` on that the step takes, its rows as indices relative to ``start``)."""
         count, room, known = 0, self._rows * self._ranks * self._tokens, len(self._order)
         lengths: list[int] = []
         while (length := self._lengths[(start + count) % known]) <= room:
             lengths.append(length)
             room, count = room - length, count + 1
         rows = pack_documents(lengths, self._ranks, self._tokens)
-        while len(rows) > self._rows:  # not every row can be filled up
+        while len(rows) > self._rows:  # since not every row can be filled completely
             lengths = lengths[: -max(1, len(rows) - self._rows)]
             rows = pack_documents(lengths, self._ranks, self._tokens)
         while len(rows) < self._rows:
@@ -111,25 +111,25 @@ class PackedSampler:
 
 
 def _one_more(rows: Rows) -> Rows:
-    """The row of most documents in two."""
+    """Split the row with the most documents in two."""
     number = max(range(len(rows)), key=lambda number: len(rows[number]))
     row = rows[number]
     return (*rows[:number], row[: len(row) // 2], row[len(row) // 2 :], *rows[number + 1 :])
 
 
 def pack_samples(samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """One row of documents end to end, as ``DataLoader``'s collate_fn.
+    """Concatenate documents to one row; a collate_fn for ``DataLoader``.
 
     Args:
-        samples: of each document tokens (length,), and what else is in SEQUENCES.
+        samples: for each document tokens (length,), and optionally other fields of SEQUENCES.
 
     Returns:
-        tokens and the others (1, total), position_ids that count from each document's start where they had none,
+        tokens and the other fields (1, total), position_ids (if missing, counted from each document's start),
         cu_seqlens int32 (documents + 1,), max_seqlen int32 ().
 
     Raises:
-        ValueError: there is no sample, one has no tokens, a sample's tensors differ in length, or samples in what they
-            hold.
+        ValueError: there is no sample, one has no tokens, a sample's tensors differ in length, or samples have
+            different fields.
     """
     names = [name for name in SEQUENCES if any(name in sample for sample in samples)]
     if "tokens" not in names:

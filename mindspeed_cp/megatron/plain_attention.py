@@ -1,5 +1,5 @@
-"""Attention of Megatron's beside this project's that builds the scores of every query with every key on an NPU: of
-towers, of layers that are not split, of cross attention."""
+"""Megatron's own attention that builds the scores of every query with every key on an NPU: in encoders, in layers that
+are not split, in cross attention."""
 
 import re
 from collections import Counter
@@ -10,7 +10,7 @@ import torch
 from mindspeed_cp.settings.notices import warn_rank0
 
 LOCAL = "megatron.core.transformer.dot_product_attention.DotProductAttention"
-# Classes that build scores; --use-flash-attn reaches the first alone.
+# Classes that build scores; --use-flash-attn affects only the first.
 PLAIN = (
     LOCAL,
     "megatron.core.models.audio.nemo_transformer_encoder.MultiHeadAttention",
@@ -19,10 +19,10 @@ PLAIN = (
 
 
 def name_plain_attention(model: torch.nn.Module, *, asked: bool) -> None:
-    """Say once, on rank 0, which modules of ``model`` build scores on an NPU.
+    """Print once on rank 0 which modules of ``model`` build scores on an NPU.
 
     Args:
-        asked: whether --use-flash-attn was written: self attention of Megatron's local class is then the kernel's.
+        asked: whether --use-flash-attn was given, so that this project's kernel computes local self attention.
     """
     if not _is_on_npu(model):
         return
@@ -42,7 +42,7 @@ def name_plain_attention(model: torch.nn.Module, *, asked: bool) -> None:
 
 
 def _plain_modules(model: torch.nn.Module) -> Iterator[tuple[str, bool]]:
-    """(path with * for the number of a layer, whether --use-flash-attn computes it otherwise) of each."""
+    """(path with * for the layer's number, whether --use-flash-attn would select the kernel) of each such module."""
     for path, module in model.named_modules():
         names = {f"{cls.__module__}.{cls.__name__}" for cls in type(module).__mro__}
         size = getattr(getattr(module, "config", None), "context_parallel_size", 1)

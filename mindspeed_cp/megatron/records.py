@@ -1,8 +1,8 @@
-"""The record of a micro-batch: which tokens each rank holds and where documents end; and how it is found again.
+"""The record of a micro-batch (which tokens each rank holds, and where documents end), and how it is found.
 
-Batches overlap: a dataloader splits the next one before this one's forward pass ran, a pipeline keeps several under
-way, recomputation comes back to one long after. So a record is never "the batch split last": it is found through the
-tensors of its batch (tokens, labels, ...), which travel to the model, or handed over with ``Adaptor.running``.
+Batches overlap: a dataloader splits the next one before the forward pass of this one, a pipeline has several in flight,
+recomputation uses one much later. So a record is never that of "the batch split last": it is found through the tensors
+of its batch (tokens, labels, ...), which are passed to the model, or set with ``Adaptor.running``.
 """
 
 from collections.abc import Iterable
@@ -23,26 +23,25 @@ from mindspeed_cp.sequence.slice_mask import AttentionSlices
 Documents = tuple[tuple[int, ...], ...]
 Slices = tuple[AttentionSlices, ...]
 Places = tuple[Runs, ...]
-COMPARED = 32  # batches of equal values of which ranks tell each other
+COMPARED = 32  # number of batches with equal values that ranks compare
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What every layer must know of a micro-batch.
+    """What every layer must know about a micro-batch.
 
     Args:
         layout: which tokens of the whole sequence each context-parallel rank holds.
-        documents: document boundaries with the leading 0 and the total, one row for all rows of the batch or one row
-            for each; None when attention does not stop at documents, or a mask in the batch says where it does.
-        scope: over which ranks it was split; None is Megatron's own group.
-        waits_for_documents: nobody has said yet where documents end; until its forward pass they may be handed over
-            beside the batch (MindSpeed's set_actual_seq_len).
-        split_after: how often ends had been handed over when it was split.
-        slices: what tokens see, one row for all rows of the batch or one row for each; None when the mask type and
-            documents say it.
-        places: the rotary position ids of a batch with slices, different rows once; None when they count from 0 to the
+        documents: document boundaries with the leading 0 and the total, for all rows of the batch or per row; None if
+            attention is not limited to documents, or a mask in the batch contains them.
+        scope: the ranks over which it was split; None means Megatron's own group.
+        waits_for_documents: document ends are not known yet; until the forward pass they may be set separately
+            (MindSpeed's set_actual_seq_len).
+        split_after: how often ends had been set before it was split.
+        slices: what tokens see, for all rows of the batch or per row; None if mask type and documents determine it.
+        places: the rotary position ids of a batch with slices, without repeated rows; None if they count from 0 to the
             end.
-        moved_from: the layout of the batch, while layers that want another run.
+        moved_from: the batch's own layout while layers with another layout run, else None.
     """
 
     layout: SequenceLayout
@@ -61,17 +60,17 @@ class MicroBatch:
 
 
 def one_row_if_shared(documents: Iterable[Iterable[int]]) -> Documents:
-    """Boundaries of every row, as a single row where all rows share them."""
+    """Boundaries of every row, as a single row if all rows are equal."""
     rows = tuple(tuple(row) for row in documents)
     return rows[:1] if len(set(rows)) == 1 else rows
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What is kept of a tensor of a batch: nothing that keeps its memory alive.
+    """Data about a tensor of a batch, without a reference that keeps its memory alive.
 
     Args:
-        number: of the batch among those that were split over its scope, the same on all ranks of that.
+        number: the batch's number among those split over its scope, the same on all ranks of the scope.
     """
 
     memory: StorageWeakRef
@@ -83,20 +82,20 @@ class _Part:
 class BatchRecords:
     """Finds the MicroBatch of a tensor; a record lives as long as the memory of a tensor of its batch.
 
-    A tensor leads to the record of its batch by its memory, so that views, views of views and ``detach`` do; what holds
-    other memory, such as ``clone`` or ``.to(dtype)`` of tokens, by its values, on which all ranks have to agree: parts
-    of several batches may be equal on one of them, as those of a common beginning or of padding are.
+    A tensor is identified by its memory, so that views, views of views and ``detach`` work. Copies, such as ``clone``
+    or ``.to(dtype)`` of tokens, are identified by their values, on which all ranks must agree: on a single rank the
+    parts of several batches may be equal, for example common prefixes or padding.
     """
 
     def __init__(self) -> None:
-        self._parts: dict[int, _Part] = {}  # identity of the memory -> the tensor that was remembered there
-        self._counts: WeakKeyDictionary[Scope, int] = WeakKeyDictionary()  # batches that were split over a scope
+        self._parts: dict[int, _Part] = {}  # identity of the memory -> data about its tensor
+        self._counts: WeakKeyDictionary[Scope, int] = WeakKeyDictionary()  # number of batches split over a scope
 
     def remember(self, tensors: Iterable[Any], record: MicroBatch, telling: Iterable[Any] = ()) -> None:
-        """Let every tensor among ``tensors`` lead to ``record``; none of them shares memory with another batch.
+        """Associate every tensor in ``tensors`` with ``record``; none may share memory with another batch.
 
         Args:
-            telling: those among them of which a copy leads to it too.
+            telling: those among them whose copies are identified by value.
         """
         values = {id(tensor) for tensor in telling}
         number = 0
@@ -118,10 +117,10 @@ class BatchRecords:
         return _only(self._by_memory(tensor) for tensor in _tensors(values))
 
     def find_copied(self, values: Iterable[Any], scope: Scope) -> MicroBatch | None:
-        """The record of the batch over ``scope`` whose tokens and labels all ranks hold; collective over its ranks.
+        """The record of the batch over ``scope`` that all ranks identify by values; collective over its ranks.
 
         Raises:
-            ValueError: the values are those of several batches that were split in different ways.
+            ValueError: the values match several batches that were split in different ways.
         """
         tensors = _tensors(values)
         if not tensors or not self._counts.get(scope):
@@ -132,10 +131,10 @@ class BatchRecords:
         return _only(alike[number] for number in _on_all_ranks(mine, scope))
 
     def copied_from(self, tokens: torch.Tensor | None) -> MicroBatch | None:
-        """The record of a batch of which ``tokens`` of several values are a copy, whatever it was split over.
+        """The record of a batch of which ``tokens`` are a copy, over any scope; only if they are not all equal.
 
         Raises:
-            ValueError: they are the tokens of several batches, whose records differ.
+            ValueError: they match several batches with different records.
         """
         if tokens is None:
             return None
@@ -147,7 +146,7 @@ class BatchRecords:
         return None if part is None or part.memory.expired() else part.record
 
     def _by_values(self, tensor: torch.Tensor, scope: Scope | None) -> list[_Part]:
-        """Parts of batches, over ``scope`` or any, of which a tensor of whole numbers has the values."""
+        """Parts of batches over ``scope`` (None for any) that have the values of an integer tensor."""
         if tensor.is_floating_point() or tensor.dim() < 2:
             return []
         alike = []
@@ -169,7 +168,7 @@ class BatchRecords:
 
 
 def _on_all_ranks(numbers: Iterable[int], scope: Scope) -> list[int]:
-    """Which of these numbers, the newest ``COMPARED``, every rank of ``scope`` gives; collective over its ranks."""
+    """The numbers that every rank of ``scope`` passes, among its newest ``COMPARED``; collective over its ranks."""
     newest = sorted(numbers, reverse=True)[:COMPARED]
     mine = torch.tensor(newest + [0] * (COMPARED - len(newest)), device=collective_device(scope.group))
     everyone = [torch.empty_like(mine) for _ in range(scope.size)]

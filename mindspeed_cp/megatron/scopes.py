@@ -1,7 +1,7 @@
-"""Over which ranks a module computes: the context-parallel group that it was built with, and what belongs to it.
+"""The ranks over which a module computes: the context-parallel group that it was built with, and what belongs to it.
 
-A process has no current group. A group that Megatron, a framework or a script has made is adopted when it is first
-used: its members, and nobody else, compare their settings and make the further groups that the algorithm needs.
+A process has no current group. A group that Megatron, a framework or a script has made is adopted at its first use: its
+members alone compare their settings and make the further groups that the algorithm needs.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,12 +16,12 @@ from mindspeed_cp.comm.parts import is_there
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 SINGLE = ContextParallelConfig(context_parallel_size=1)
-COLLECTIONS = ("pg_collection", "model_comm_pgs")  # where modules keep their groups; the second until 0.14
-OWN = "context_parallel_group"  # set here on modules of ours, whose own arguments Megatron does not keep
+COLLECTIONS = ("pg_collection", "model_comm_pgs")  # attributes with a module's groups; the second until 0.14
+OWN = "context_parallel_group"  # set on patched modules, because Megatron does not store their argument
 
 
 class HeldGroup:
-    """A process group on a module: copies of the module share it, and one that was pickled takes Megatron's own."""
+    """A process group on a module: copies of the module share it, and an unpickled module uses Megatron's own."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
@@ -35,11 +35,11 @@ class HeldGroup:
 
 @dataclass(frozen=True, eq=False)
 class Scope:
-    """One context-parallel group seen from this rank.
+    """One context-parallel group, seen from this rank.
 
     Args:
-        config: what is computed over it, and how.
-        groups: its links; those of one rank where nothing is split.
+        config: the configuration for this group.
+        groups: its links; those of one rank if nothing is split.
     """
 
     config: ContextParallelConfig
@@ -60,7 +60,7 @@ class Scope:
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The process group; there is one wherever something is split."""
+        """The process group, which exists whenever something is split."""
         group = self.groups.cp_group
         assert group is not None
         return group
@@ -74,7 +74,7 @@ class Scopes:
     """The map of groups: process group -> Scope.
 
     Args:
-        adopt: group -> Scope, called once for each group of more than one rank; collective over its ranks.
+        adopt: group -> Scope, called once per group with more than one rank; collective over its ranks.
     """
 
     def __init__(self, adopt: Callable[[dist.ProcessGroup], Scope]) -> None:
@@ -97,56 +97,56 @@ class Scopes:
         return iter({id(scope): scope for scope in self._known.values()}.values())
 
     def of(self, group: dist.ProcessGroup | None) -> Scope:
-        """The scope of ``group``; of one rank where that has one, or None is given."""
+        """The scope of ``group``; the scope of one rank if ``group`` has one rank or is None."""
         if group is None or group.size() == 1:
             return self.alone
         scope = self._known.get(group)
         if scope is None:
             self._forget_ended()
             ranks = tuple(dist.get_process_group_ranks(group))
-            # Another communicator over ranks that are known: a second scope of theirs would know none of their batches.
+            # Another communicator over the same ranks shares their scope, which knows the records of their batches.
             scope = next((known for known in self if known.groups.global_ranks == ranks), None) or self._adopt(group)
             self._known[group] = scope
         return scope
 
     def _forget_ended(self) -> None:
-        """Forget groups that whoever made them has ended, and what was adopted with them."""
+        """Forget groups that were destroyed by their owners, and their scopes."""
         self._known = {
             group: scope for group, scope in self._known.items() if is_there(group) and is_there(scope.group)
         }
 
     def known(self, group: dist.ProcessGroup | None) -> Scope | None:
-        """The scope of ``group`` where it was adopted already."""
+        """The scope of ``group`` if it was adopted already, else None."""
         return None if group is None else self._known.get(group)
 
     def items(self) -> list[tuple[dist.ProcessGroup, Scope]]:
-        """Every group that was adopted, with its scope."""
+        """Every adopted group with its scope."""
         return list(self._known.items())
 
     def drop(self, group: dist.ProcessGroup) -> None:
-        """Adopt ``group`` anew when it is used next."""
+        """Adopt ``group`` again at its next use."""
         self._known.pop(group, None)
 
     def put(self, group: dist.ProcessGroup, scope: Scope) -> None:
-        """Let ``group`` have this scope from now on, and every other group that had the same one."""
+        """Set the scope of ``group`` and of every other group that had the same one."""
         old = self._known.get(group)
         for other in [other for other, known in self._known.items() if known is old]:
             self._known[other] = scope
         self._known[group] = scope
 
     def destroy(self) -> None:
-        """Release what was made for the groups; every rank calls it."""
+        """Destroy what was made for the groups; every rank calls it."""
         for scope in self:
             scope.groups.destroy()
         self._known.clear()
 
     def forget(self) -> None:
-        """Forget every group, and leave what was made for it: nothing says that other ranks do the same now."""
+        """Forget every group without destroying what was made for it, because other ranks may not do the same."""
         self._known.clear()
 
 
 def own_group() -> dist.ProcessGroup | None:
-    """The context-parallel group that Megatron's initialize_model_parallel made, None before or without that."""
+    """The context-parallel group that Megatron's initialize_model_parallel made, or None."""
     from megatron.core import parallel_state
 
     group: dist.ProcessGroup | None = parallel_state.get_context_parallel_group(check_initialized=False)
@@ -154,7 +154,7 @@ def own_group() -> dist.ProcessGroup | None:
 
 
 def named_group(owner: Any) -> dist.ProcessGroup | None:
-    """The context-parallel group that a module, or arguments of one, names; None where it names none.
+    """The context-parallel group of a module, or in arguments for one; None if there is none.
 
     Args:
         owner: a module with ``cp_group`` or a collection of groups, or a mapping of arguments by name.
@@ -171,15 +171,15 @@ def named_group(owner: Any) -> dist.ProcessGroup | None:
 
 
 def checked_group(size: int, group: dist.ProcessGroup | None, what: str) -> dist.ProcessGroup | None:
-    """The group over which a module of this size computes; None for size 1, which is alone whatever the process has.
+    """The group over which a module of this size computes; None for size 1, whatever groups the process has.
 
     Args:
-        size: context_parallel_size of its configuration.
-        group: what it was built with, or Megatron's own.
-        what: its name in messages.
+        size: context_parallel_size of the module's configuration.
+        group: the group that it was built with, or Megatron's own.
+        what: the module's name in messages.
 
     Raises:
-        ValueError: there is no group, or one of another size.
+        ValueError: there is no group, or it has another size.
     """
     if size == 1:
         return None
@@ -198,5 +198,5 @@ def checked_group(size: int, group: dist.ProcessGroup | None, what: str) -> dist
 
 
 def collective_device(group: dist.ProcessGroup) -> Any:
-    """The device on which a collective of ``group`` wants its tensors."""
+    """The device that tensors for a collective of ``group`` must be on."""
     return "cpu" if dist.get_backend(group) == "gloo" else torch.cuda.current_device()

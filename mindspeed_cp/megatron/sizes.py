@@ -1,8 +1,8 @@
-"""Dynamic context parallelism of Megatron 0.16 and later: every sub-batch brings a group of its own.
+"""Dynamic context parallelism of Megatron 0.16 and later: every sub-batch has its own group.
 
-``--hybrid-context-parallel`` gives a sub-batch as many of the data and context-parallel ranks as its length asks for.
-A size is a scope, adopted for every size at the start; the record of a sub-batch names the scope that it was split
-over, so that everything behind it sees an ordinary context-parallel group of that size.
+``--hybrid-context-parallel`` gives a sub-batch as many of the data- and context-parallel ranks as its length needs.
+There is one scope per size, adopted at the start. The record of a sub-batch contains its scope, so that all later code
+sees an ordinary context-parallel group of that size.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +22,7 @@ FLAG = "--hybrid-context-parallel"
 
 
 def refuse_dynamic(why: str) -> NoReturn:
-    """Raise ValueError with the reason for which dynamic context parallelism cannot work here."""
+    """Raise ValueError with the reason why dynamic context parallelism cannot work here."""
     raise ValueError(
         f"{FLAG} gives every micro-batch a context-parallel size of its own, and {why}; leave out {FLAG}. Documents of "
         "any length share one row over all ranks with --cp-batch-layout balanced (mindspeed_cp.pack_documents)."
@@ -30,25 +30,25 @@ def refuse_dynamic(why: str) -> NoReturn:
 
 
 def local_size(params: Any) -> int | None:
-    """The context-parallel size that PackedSeqParams bring, None without; absent before 0.16."""
+    """The context-parallel size in PackedSeqParams, or None; the field does not exist before 0.16."""
     return getattr(params, "local_cp_size", None)
 
 
 def check_local_size(params: Any, cp_size: int) -> None:
-    """Raise ValueError when PackedSeqParams bring a context-parallel size that is not ``cp_size``."""
+    """Raise ValueError if PackedSeqParams contain a context-parallel size other than ``cp_size``."""
     size = local_size(params)
     if size not in (None, cp_size):
         refuse_dynamic(f"this one has local_cp_size {size}, for which initialize_model_parallel made no groups")
 
 
 def check_launch(given: Mapping[str, Any]) -> None:
-    """Raise ValueError when the arguments of initialize_model_parallel do not go with dynamic context parallelism."""
+    """Raise ValueError if arguments of initialize_model_parallel do not work with dynamic context parallelism."""
     if (given.get("pipeline_model_parallel_size") or 1) > 1:
         refuse_dynamic("pipeline stages know one size for all (--pipeline-model-parallel-size)")
 
 
 def check_model(model: Any) -> None:
-    """Raise ValueError for models whose layers know one context-parallel size alone."""
+    """Raise ValueError for models with layers that support only one context-parallel size."""
     config = model.config
     if not any(kind.__name__ == "GPTModel" for kind in type(model).__mro__):
         refuse_dynamic(f"{type(model).__name__} has layers that know one size for all; only GPTModel is supported")
@@ -74,7 +74,7 @@ def adopt_sizes(adaptor: "Adaptor") -> dict[int, Scope]:
     one = of_size(settings.config, 1, settings.setup)
     sizes = {1: Scope(one, ContextParallelGroups.build(one))}
     for size, group in sorted((parallel_state._HYBRID_DP_CP_GROUPS | {whole.size(): whole}).items()):
-        if size > 1 and whole.size() % size == 0:  # else Megatron's last group of this size is smaller than the others
+        if size > 1 and whole.size() % size == 0:  # else Megatron's last group would be smaller
             config = of_size(settings.config, size, settings.setup)
             sizes[size] = adaptor.make_groups(group, config)
     return sizes
@@ -92,7 +92,7 @@ def scope_of_size(adaptor: "Adaptor", size: int) -> Scope:
 
 
 def ranks_of_all(group: dist.ProcessGroup) -> list[list[int]]:
-    """Global ranks of every group of the world that is like this rank's ``group``, as Megatron ordered them."""
+    """Global ranks of all groups of the same kind as this rank's ``group``, in Megatron's order."""
     mine = tuple(dist.get_process_group_ranks(group))
     everyone: list[tuple[int, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
@@ -105,7 +105,7 @@ def split_sub_batch(
     """Split a sub-batch over the ranks of its own size, in place.
 
     Args:
-        given: arguments of get_batch_on_this_cp_rank; from 0.18 on it chooses the group, before it gets it.
+        given: arguments of get_batch_on_this_cp_rank: up to 0.17 the group, from 0.18 on a function that returns it.
         split: (scope, batch) -> batch.
     """
     group = given.get("cp_group")
@@ -120,7 +120,7 @@ def split_sub_batch(
 
 
 def sub_batch_record(adaptor: "Adaptor", values: Iterable[Any]) -> MicroBatch:
-    """The record of the sub-batch among the arguments of a model. Up to 0.17 one of size 1 was not split."""
+    """The record of the sub-batch in the arguments of a model. Up to 0.17, sub-batches of size 1 are not split."""
     values = tuple(values)
     params = next((value for value in values if local_size(value) is not None), None)
     if params is None:

@@ -1,9 +1,9 @@
-"""What the tokens of a batch see where that is neither causal nor a document: slices that come with the batch.
+"""Masks that are neither causal nor documents: slices that are part of the batch.
 
-A batch says it in one of three ways: with ``attention_slices``, with ``prefix_lengths``, or with tokens that stand for
-parts of an image (``image_token_id``), which see each other inside causal text. ``rotary_position_ids`` (rows, seq)
-beside slices say by which positions rotary embeddings turn, where a token's place in the row is not its place in its
-sequence; ``PackedTree.batch`` brings both.
+A batch contains them in one of three forms: ``attention_slices``, ``prefix_lengths``, or tokens for image patches
+(``image_token_id``), which see each other inside causal text. With slices, ``rotary_position_ids`` (rows, seq) give the
+positions for rotary embeddings, if a token's place in the row is not its position in its sequence; ``PackedTree.batch``
+returns both.
 """
 
 from collections.abc import Mapping
@@ -21,27 +21,28 @@ from mindspeed_cp.sequence.slice_mask import slices_mask
 
 KEYS = ("attention_slices", "prefix_lengths")
 ROTARY = "rotary_position_ids"
-# Models, layers and Megatron's names for those of a GPTModel (experimental_attention_variant).
+# Classes of models and layers with a recurrent state, and Megatron's names of such layers in a GPTModel
+# (experimental_attention_variant).
 WITH_STATES = {"MambaModel", "HybridModel", "MambaMixer", "GatedDeltaNet", "gated_delta_net"}
 SPARSE = {"DSAttention", "dsa"}
 
 
 def brings_slices(batch: Mapping[str, Any], image_token_id: int | None) -> bool:
-    """Whether a batch says what its tokens see by slices."""
+    """Whether a batch contains slices in any form."""
     return image_token_id is not None or any(batch.get(key) is not None for key in KEYS)
 
 
 def slices_of_batch(
     batch: Mapping[str, Any], documents: Documents | None, rows: int, seq_len: int, image_token_id: int | None
 ) -> tuple[Slices | None, Places | None]:
-    """(slices, places) of a batch's record, None where it has none.
+    """(slices, places) for a batch's record, each of them None if the batch has none.
 
     Args:
-        rows, seq_len: of the whole batch.
-        image_token_id: as ``configure`` was told.
+        rows, seq_len: those of the whole batch.
+        image_token_id: as passed to ``configure``.
 
     Raises:
-        ValueError: the batch says it in several ways, beside a mask, or in a way that does not fit it.
+        ValueError: the batch contains several forms or also a mask, or slices do not fit the batch.
     """
     if batch.get(ROTARY) is not None and batch.get("attention_slices") is None:
         raise ValueError(f"the batch brings {ROTARY} without attention_slices; leave them out, or bring both.")
@@ -68,7 +69,7 @@ def slices_of_batch(
         return _one_if_shared(_prefixes(of_rows, batch["prefix_lengths"])), None
     tokens = batch.get("tokens", batch.get("input_ids"))
     if tokens is None:
-        return None, None  # a later pipeline stage, to which the first one hands its record
+        return None, None  # a later pipeline stage, which gets the record from the first one
     spans = map(_spans, (tokens == image_token_id).cpu())
     return _one_if_shared(tuple(map(span_slices, of_rows, spans))), None
 
@@ -100,10 +101,10 @@ def _spans(chosen: torch.Tensor) -> Runs:
 
 
 def _places(position_ids: torch.Tensor | None, rows: int, seq_len: int) -> Places | None:
-    """Where position ids (rows, seq) place the tokens, as runs; None where they count from 0 to the end.
+    """Position ids (rows, seq) as runs; None if they count from 0 to the end.
 
     Raises:
-        ValueError: they are not those of the rows, or beyond the length, to which rotary embeddings are made.
+        ValueError: they have another shape, or exceed the length for which rotary embeddings are made.
     """
     if position_ids is None:
         return None
@@ -125,8 +126,8 @@ def _places(position_ids: torch.Tensor | None, rows: int, seq_len: int) -> Place
 
 
 def check_layers(model: Any, record: MicroBatch) -> None:
-    """Raise ValueError where layers of ``model`` do not see what the slices of its batch say, or take neighbouring rows
-    for neighbouring tokens, and they are not.
+    """Raise ValueError if layers of ``model`` ignore the slices of its batch, or assume that neighbouring rows are
+    neighbouring tokens although they are not.
     """
     if record.slices is None:
         return
@@ -145,7 +146,7 @@ def check_layers(model: Any, record: MicroBatch) -> None:
 
 
 def _order_of_rows(config: Any, layers: set[str]) -> str:
-    """What takes neighbouring rows for neighbouring tokens, and the way out; "" where nothing does."""
+    """What assumes that neighbouring rows are neighbouring tokens, and a way out; "" if nothing does."""
     if getattr(config, "window_size", None) is not None:
         return "window_size counts rows; use full attention"
     if getattr(config, "mtp_num_layers", None):
@@ -156,6 +157,6 @@ def _order_of_rows(config: Any, layers: set[str]) -> str:
 
 
 def _layers(model: Any) -> set[str]:
-    """Class names of a model and its modules, and the variant of attention that all of its stages name."""
+    """Class names of a model and its modules, and the attention variant in its configuration."""
     variant = getattr(model.config, "experimental_attention_variant", None)
     return {type(module).__name__ for module in model.modules()} | ({variant} if variant else set())

@@ -1,20 +1,16 @@
-"""What in the source of Megatron reads the sequence axis: classes and functions that must be in the census."""
+"""Find code in Megatron's sources that reads the sequence axis: classes and functions that must be in the census."""
 
 import ast
-from collections.abc import Iterator
-from pathlib import Path
 
 GROUPS = ("cp_group", "cp_size", "cp_rank", "context_parallel")
-# Of groups that checkpoints are written and gradients are added over.
+# Names for groups over which checkpoints are written and gradients are summed; they do not count.
 SAVING = ("dp_cp_group", "with_context_parallel")
-# Packages of models; everything else of megatron.core makes groups, batches, optimizers, checkpoints or schedules.
-PACKAGES = ("models", "transformer", "ssm", "extensions", "fusions")
 
 
 def reading(source: str) -> dict[str, str]:
-    """name -> what it reads first, for each class and function at the top of a module that reads the sequence axis.
+    """name -> the first sign, for each top-level class and function of a module that reads the sequence axis.
 
-    That is: a context-parallel group, size or rank, by whatever name, or places counted from the length of a tensor.
+    Signs are a context-parallel group, size or rank under any name, or positions made from the length of a tensor.
     """
     found = {}
     for node in ast.parse(source).body:
@@ -25,17 +21,8 @@ def reading(source: str) -> dict[str, str]:
     return found
 
 
-def read_by(core: Path) -> Iterator[tuple[str, str]]:
-    """(path behind "megatron.core.", what it reads) of a folder megatron/core."""
-    for package in PACKAGES:
-        for file in sorted((core / package).rglob("*.py")):
-            module = ".".join(file.relative_to(core).with_suffix("").parts)
-            for name, sign in reading(file.read_text("utf-8")).items():
-                yield f"{module.removesuffix('.__init__')}.{name}", sign
-
-
 def _sign(node: ast.AST) -> str:
-    """How a node shows that it reads the sequence axis, "" where it does not."""
+    """The sign that a node reads the sequence axis, "" if there is none."""
     if isinstance(node, ast.Call) and _counts_places(node):
         return ast.unparse(node)
     named = {ast.Name: "id", ast.Attribute: "attr", ast.arg: "arg", ast.keyword: "arg"}.get(type(node))
@@ -46,7 +33,7 @@ def _sign(node: ast.AST) -> str:
 
 
 def _counts_places(call: ast.Call) -> bool:
-    """``arange`` over a length that a tensor of this rank has."""
+    """Whether a call is ``arange`` over the length of a tensor."""
     if not (isinstance(call.func, ast.Attribute) and call.func.attr == "arange" and call.args):
         return False
     length = ast.unparse(call.args[0] if len(call.args) == 1 else call.args[1])

@@ -1,4 +1,4 @@
-"""How a whole batch is split: its sequences, where documents end, its layout, and the record that travels with it."""
+"""Split a whole batch: find its sequences and documents, choose its layout, and make its record."""
 
 from collections.abc import Collection, Mapping
 from functools import lru_cache
@@ -28,8 +28,8 @@ def layout(
     """The layout of a scope's configuration for a sequence that this project splits.
 
     Raises:
-        ValueError: aligned Ulysses cannot split this length, a rank would get no token, or the layout goes by documents
-            and the rows of the batch differ in theirs.
+        ValueError: aligned Ulysses cannot split this length, a rank would get no token, or the layout depends on
+            documents, which differ between the rows of the batch.
     """
     config, setup, shared = scope.config, adaptor.setup, None
     unaligned = setup is not None and setup.unaligned
@@ -42,7 +42,7 @@ def layout(
     if config.layout_kind in DOCUMENT_KINDS:
         shared = _shared(adaptor, config, documents)
     elif documents is not None and len(documents) == 1 and not adaptor.is_pipeline:
-        shared = documents[0]  # "auto" may go by them
+        shared = documents[0]  # "auto" may use them
     if slices is not None and len(slices) == 1 and not adaptor.is_pipeline:
         return with_tokens_everywhere(SequenceLayout.build(config, seq_len, shared, slices[0]))
     return with_tokens_everywhere(built(config, seq_len, shared))
@@ -54,7 +54,7 @@ def built(config: ContextParallelConfig, seq_len: int, documents: tuple[int, ...
 
 
 def _shared(adaptor: "Adaptor", config: ContextParallelConfig, documents: Documents | None) -> tuple[int, ...] | None:
-    """The documents by which a named layout goes."""
+    """The documents on which a layout that was named depends, else None."""
     named = f"--cp-batch-layout {config.batch_layout} goes by documents"
     if documents is None and adaptor.settings.expects_documents and adaptor.is_pipeline:
         raise ValueError(
@@ -70,7 +70,7 @@ def _shared(adaptor: "Adaptor", config: ContextParallelConfig, documents: Docume
 
 
 def with_tokens_everywhere(layout: SequenceLayout) -> SequenceLayout:
-    """``layout``; ValueError when it leaves a rank without tokens, which Megatron's layers cannot reshape."""
+    """``layout``; ValueError if a rank has no tokens, because Megatron's layers cannot reshape empty tensors."""
     empty = [rank for rank in range(layout.cp_size) if not layout.length(rank)]
     if empty:
         raise ValueError(
@@ -87,10 +87,10 @@ def split_in_place(
     """Replace every sequence of ``batch`` by the part of this rank, and record how the batch was split.
 
     Args:
-        batch: dict of (b, S) tensors, None, and an optional attention_mask (b, 1, S, S), which stays whole: attention
-            takes its rows and columns through the layout. Other tensors as long as the sequence are split too, said
-            aloud, as Megatron does. Targets that the model would move are moved before (targets.py).
-        documents: boundaries that the caller knows; None looks for them where the settings say.
+        batch: dict of (b, S) tensors, None, and an optional attention_mask (b, 1, S, S), which stays whole, because
+            attention selects rows and columns by the layout. Other tensors as long as the sequence are split too, as
+            in Megatron, with a notice. Targets that the model would shift are shifted before (targets.py).
+        documents: boundaries that the caller knows; None finds them as the settings say.
     """
     sequences = _sequences(batch)
     if not sequences:
@@ -106,10 +106,10 @@ def split_in_place(
 def sharded(
     adaptor: "Adaptor", scope: Scope, batch: Batch, documents: Documents | None, sequences: Collection[str]
 ) -> dict[str, Any]:
-    """A new batch of this rank's parts, by whose tensors the model finds the record again.
+    """A new batch of this rank's parts, from whose tensors the model finds the record.
 
     Raises:
-        ValueError: a tensor is as long as the sequence, and not a name that is known.
+        ValueError: a tensor with an unknown name is as long as the sequence.
     """
     named = named_sequences(batch, sequences)
     record = _record(adaptor, scope, batch, named, documents)
@@ -128,7 +128,7 @@ def _record(
     sequences: Mapping[str, torch.Tensor],
     documents: Documents | None,
 ) -> MicroBatch:
-    """The record of ``batch``, of which ``sequences`` are split."""
+    """The record of ``batch``, whose ``sequences`` are split."""
     seq_len, rows = length_of(sequences), next(iter(sequences.values()))
     num_rows = rows.size(sequence_dim(rows) - 1)
     if documents is None:
@@ -155,19 +155,19 @@ def _record(
 
 
 def _telling(local: Batch) -> list[Any]:
-    """The tensors of a batch by whose values a copy is known: positions and masks are those of many batches."""
+    """The tensors whose copies identify a batch by value; not positions and masks, which many batches share."""
     return [local[name] for name in ("tokens", "input_ids", "labels") if local.get(name) is not None]
 
 
 def _own_part(layout: SequenceLayout, whole: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
-    """This rank's part in memory of its own, by which its record is found."""
+    """This rank's part as a copy, because its memory identifies the record."""
     part = layout.shard(whole, rank, dim).contiguous()
     shares = part.untyped_storage()._cdata == whole.untyped_storage()._cdata
     return part.clone() if shares else part
 
 
 def _sequences(batch: Batch) -> dict[str, torch.Tensor]:
-    """The (b, S, ...) tensors of Megatron's own batch: those known by name, and others that are as long, said aloud."""
+    """The (b, S, ...) tensors of Megatron's own batch: those known by name and, with a notice, others as long."""
     named = named_sequences(batch)
     others = {
         name: value
@@ -190,18 +190,18 @@ def _may_be_sequence(value: Any) -> bool:
 
 
 def sequence_dim(value: torch.Tensor) -> int:
-    """Where the sequence lies: 2 in the (3, b, S) position ids of multimodal embeddings, else 1."""
+    """The dimension of the sequence: 2 in the (3, b, S) position ids of multimodal embeddings, else 1."""
     return 2 if value.dim() == 3 and value.size(0) == 3 and not value.is_floating_point() else 1
 
 
 def named_sequences(batch: Batch, sequences: Collection[str] = ()) -> dict[str, torch.Tensor]:
-    """The (b, S, ...) tensors that a batch of some framework calls by the names of sequences."""
+    """The (b, S, ...) tensors of a framework's batch that have the names of sequences."""
     named = SEQUENCES.union(sequences)
     return {name: value for name, value in batch.items() if name in named and _may_be_sequence(value)}
 
 
 def length_of(sequences: Mapping[str, torch.Tensor]) -> int:
-    """The one length of these tensors; name -> tensor."""
+    """The common length of ``sequences``, name -> tensor; ValueError if they differ or there is none."""
     lengths = {name: value.size(sequence_dim(value)) for name, value in sequences.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(
@@ -214,9 +214,9 @@ def length_of(sequences: Mapping[str, torch.Tensor]) -> int:
 
 
 def documents_of_batch(adaptor: "Adaptor", batch: Batch) -> tuple[Documents | None, bool]:
-    """Where the documents of a whole batch end, and whether that may still be handed over until its forward pass.
+    """Document boundaries of a whole batch, and whether they may still be set until its forward pass.
 
-    As handed over for it; else by what the settings say; None when a mask or slices in the batch say it.
+    They are those set for the batch, else found as the settings say; None if the batch has a mask or slices.
     """
     settings, handed = adaptor.settings, adaptor.handed
     if handed.ends is not None:
@@ -241,6 +241,6 @@ def documents_of_batch(adaptor: "Adaptor", batch: Batch) -> tuple[Documents | No
 
 
 def divided_by(adaptor: "Adaptor") -> int:
-    """By what MindSpeed divides the ends that it hands over: the ranks of a causal ring."""
+    """The number by which MindSpeed divides the ends that it sets: the ranks of a causal ring."""
     config = adaptor.current.config
     return config.ring_size if config.causal else 1

@@ -1,4 +1,4 @@
-"""The start of a job: ranks compare their settings before they work together."""
+"""The start of a job: ranks compare their settings before they communicate otherwise."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,14 +12,14 @@ from mindspeed_cp.settings.config import ContextParallelConfig
 
 
 def agreed_config(settings: Settings, given: Mapping[str, Any]) -> ContextParallelConfig:
-    """The configuration with which all ranks start; collective over the world.
+    """The configuration on which all ranks agree; collective over the world.
 
     Args:
         given: name -> argument of initialize_model_parallel.
 
     Raises:
-        RanksDiffer: this rank's settings do not fit, or another rank has others; after a program's own flags it ends
-            the program instead, with one line on rank 0.
+        RanksDiffer: this rank's settings are invalid, or ranks have different settings. If the settings are a program's
+            flags, the program ends instead, with one line on rank 0.
     """
     config, refusal = None, None
     size, sizes = given.get("context_parallel_size", 1), given.get("hierarchical_context_parallel_sizes")
@@ -35,7 +35,7 @@ def agreed_config(settings: Settings, given: Mapping[str, Any]) -> ContextParall
 
 
 def agree_in_group(config: ContextParallelConfig, settings: Settings, ranks: Sequence[int]) -> None:
-    """Compare what this group works by; collective over its ranks.
+    """Compare the settings of a group's ranks; collective over them.
 
     Raises:
         RanksDiffer: a rank of the group has other settings.
@@ -44,7 +44,7 @@ def agree_in_group(config: ContextParallelConfig, settings: Settings, ranks: Seq
 
 
 def _config_for(settings: Settings, cp_size: int, sizes: Sequence[int] | None) -> ContextParallelConfig:
-    """The configuration for what initialize_model_parallel got.
+    """The configuration for the arguments of initialize_model_parallel.
 
     Raises:
         ValueError: another size was configured, or the settings do not fit this one.
@@ -81,7 +81,7 @@ def _compared(config: ContextParallelConfig | None, settings: Settings) -> dict[
 
 @contextmanager
 def _ending(program: str) -> Iterator[Callable[[str], None]]:
-    """Yields what rank 0 says; a program ends with status 2, a script gets the exception."""
+    """Yields the function that prints on rank 0; for a program an error becomes exit status 2, else an exception."""
 
     def say(message: str) -> None:
         if program and message != SAID:

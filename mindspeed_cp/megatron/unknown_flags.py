@@ -1,8 +1,7 @@
-"""What a script's own parser says of a command line: python -m mindspeed_cp.megatron.unknown_flags SCRIPT FLAGS...
+"""What a script's own parser says about a command line: python -m mindspeed_cp.megatron.unknown_flags SCRIPT FLAGS...
 
-The parser that will run is asked in a process of its own, which parses and starts nothing: the embedded trainer's, or
-Megatron-LM's, with MindSpeed's flags where the script imports MindSpeed. Prints a JSON object; null where there is
-no such parser.
+This separate process only parses: with the embedded trainer's parser, or Megatron-LM's, including MindSpeed's flags if
+the script imports MindSpeed. Prints a JSON object, or null if there is no such parser.
 """
 
 import argparse
@@ -28,10 +27,10 @@ TITLES = {"mindspeed": "MindSpeed", "mindspeed_llm": "MindSpeed-LLM"}
 
 
 def parser_of(script: Path) -> tuple[argparse.ArgumentParser, dict[str, str]] | None:
-    """(the parser that will run, flag -> the project that adds it); None where this project cannot ask for it.
+    """(the parser that the script uses, flag -> the project that adds it); None if the parser is not known.
 
     Raises:
-        ImportError: the script imports MindSpeed, and it cannot be imported here.
+        ImportError: the script imports MindSpeed, which cannot be imported here.
     """
     home = script.resolve().parent
     if (home / "trainer" / "arguments.py").is_file():
@@ -59,8 +58,8 @@ def _is_there(module: str) -> bool:
 
 
 def _flags_of_features(package: str) -> dict[str, str]:
-    """Flag -> the project whose feature adds it; imports the features of ``package``, which patches nothing."""
-    os.environ["TRAINING_BACKEND"] = "flags"  # with none that it knows MindSpeed-LLM's import patches nothing
+    """Flag -> the project whose feature adds it; imports the features of ``package`` without patching anything."""
+    os.environ["TRAINING_BACKEND"] = "flags"  # with an unknown backend MindSpeed-LLM's import patches nothing
     with _without_device():
         importlib.import_module(f"{package}.features_manager")
     owners: dict[str, str] = {}
@@ -74,7 +73,7 @@ def _flags_of_features(package: str) -> dict[str, str]:
 
 
 class _NoDevice(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """torch_npu where it is not installed: MindSpeed's features import it, and their flags need nothing of it."""
+    """A dummy torch_npu if it is not installed, since MindSpeed's features import it but their flags do not need it."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -98,11 +97,11 @@ def _without_device() -> Iterator[None]:
 
 
 def asked(script: Path, flags: list[str]) -> dict[str, Any] | None:
-    """What the parser says; None where there is none to ask.
+    """The parser's findings; None if there is no known parser.
 
     Returns:
-        unknown: flags that nobody knows. refused: its message where it ends the program. owners: project -> those of
-        the flags that are its own. added: those that the script adds to the parser -> the file that does.
+        unknown: flags that it does not know. refused: its message if it ends the program. owners: project -> those of
+        the flags that it adds. added: flags that the script itself adds to the parser -> the file that does.
     """
     found = parser_of(script)
     if found is None:
@@ -142,7 +141,7 @@ def added_by(script: Path, flags: Iterable[str]) -> dict[str, str]:
 
 
 def main() -> int:
-    os.environ["MINDSPEED_CP_DEVICE"] = "cpu"  # no device is needed to parse
+    os.environ["MINDSPEED_CP_DEVICE"] = "cpu"  # parsing needs no device
     with contextlib.redirect_stdout(sys.stderr):
         found = asked(Path(sys.argv[1]), sys.argv[2:])
     print(json.dumps(found))

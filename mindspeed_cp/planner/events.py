@@ -29,11 +29,16 @@ class Product:
 
 @dataclass(frozen=True)
 class Post:
-    """A transfer starts: bytes to and from every global rank."""
+    """A transfer starts: bytes to and from every global rank.
+
+    Args:
+        of_heads: it is part of Ulysses' exchange, not of the keys and values that a ring brings.
+    """
 
     number: int
     sent: dict[int, int]
     received: dict[int, int]
+    of_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,10 @@ class Notes:
 
     events: list[Event] = field(default_factory=list)
 
-    def post(self, sent: dict[int, int], received: dict[int, int]) -> "Transfer":
+    def post(self, sent: dict[int, int], received: dict[int, int], of_heads: bool = False) -> "Transfer":
         number = len(self.events)
-        self.events.append(Post(number, {r: n for r, n in sent.items() if n}, {r: n for r, n in received.items() if n}))
+        leaving, arriving = ({r: n for r, n in ends.items() if n} for ends in (sent, received))
+        self.events.append(Post(number, leaving, arriving, of_heads))
         return Transfer(number, self.events)
 
 

@@ -1,4 +1,4 @@
-"""A model's sizes from a Hugging Face config.json: LLaMA, Qwen, Mixtral, DeepSeek and those with their names."""
+"""A model's sizes from a Hugging Face config.json: LLaMA, Qwen, Mixtral, DeepSeek and models with the same keys."""
 
 import json
 import re
@@ -11,23 +11,23 @@ NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermedia
 OPTIONAL = ("num_key_value_heads", "head_dim", "kv_channels")
 LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-# Keys that only another architecture has, less those that the planner reads and those that change no size.
+# Patterns of keys that indicate another architecture; keys that the planner reads or that change no size are excluded.
 SUSPECT = re.compile(
     r"expert|moe|lora|mamba|ssm|^linear_|conv_|state_size|vision|audio|text_config|cross_attention|index_|^layer_types$"
 )
 KNOWN = {
     *LATENT[:2], *EXPERTS, "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size",
     "n_shared_experts", "moe_layer_freq",
-    # How experts are chosen and trained: no size depends on it.
+    # How experts are chosen and trained, which affects no size.
     "output_router_logits", "moe_renormalize", "num_experts_per_group", "moe_aux_loss_coef", "moe_router_dtype",
 }  # fmt: skip
 
 
 def hf_model(path: str) -> ModelShape:
-    """The shape that a config.json describes; layers for the prediction of further tokens are not counted.
+    """The shape that a config.json describes, without layers for multi-token prediction.
 
     Raises:
-        ValueError: the file is not there, is no JSON object, lacks a size, or has what the planner does not know.
+        ValueError: the file is missing or not a JSON object, lacks a size, or has keys that the planner does not know.
     """
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ def hf_model(path: str) -> ModelShape:
 
 def _gated(config: dict[str, Any]) -> bool:
     """Whether the MLP has a gate: with SiLU, and in Gemma. Models with other activations (GPT-NeoX, StarCoder2) have
-    none, and Qwen's first generation does not name its SiLU.
+    none; Qwen's first generation has SiLU without naming it.
     """
     activation = config.get("hidden_act") or config.get("hidden_activation") or "silu"
     return activation in ("silu", "swish") or str(config.get("model_type")).startswith("gemma")
@@ -81,7 +81,7 @@ def _refuse_unknown(path: str, config: dict[str, Any]) -> None:
 
 
 def _experts(config: dict[str, Any], layers: int, ffn: int) -> Experts | None:
-    """Experts under the names of Mixtral, of Qwen and of DeepSeek."""
+    """Experts from the keys of Mixtral, Qwen or DeepSeek."""
     num = next((config[key] for key in EXPERTS if config.get(key)), 0)
     if not num:
         return None

@@ -1,14 +1,13 @@
 """What one attention layer holds in memory, counted on tensors without memory that the engine itself makes."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mindspeed_cp.attention.kept import KeptAttention
 from mindspeed_cp.kernels.base import BlockResult, MemoryOrder
@@ -16,6 +15,15 @@ from mindspeed_cp.kernels.merge import merge_attention
 from mindspeed_cp.planner.events import Notes
 from mindspeed_cp.planner.trace import DEVICES, NotingKernel, Problem, dry_call
 from mindspeed_cp.settings.config import ContextParallelConfig
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Those among an operator's arguments or results, which nest lists, tuples and keywords."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, (list, tuple, dict)):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _tensors(value)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -36,8 +44,8 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _note(self, values: Any, made: bool) -> None:
-        for tensor in tree_leaves(values):
-            if not isinstance(tensor, torch.Tensor) or (made and not tensor.is_floating_point()):
+        for tensor in _tensors(values):
+            if made and not tensor.is_floating_point():
                 continue
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -129,7 +137,9 @@ def attention_bytes(
     """
     kernel = WeighingKernel(Notes(), order)
     call, buffers = dry_call(config, problem, rank, kernel, backend), -1
-    while buffers != call.groups.workspace.num_bytes:  # the first runs make the reused buffers
+    end = layer(call, *call.leaves)  # the first runs make the reused buffers, this one without counting
+    end.backward(end)
+    while buffers != call.groups.workspace.num_bytes:
         buffers, kernel.live = call.groups.workspace.num_bytes, LiveBytes()
         saved = _Saved()
         with kernel.live, saved:

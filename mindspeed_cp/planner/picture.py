@@ -4,9 +4,9 @@ from collections import defaultdict
 from typing import Any
 
 from mindspeed_cp.planner.cluster import Cluster
+from mindspeed_cp.planner.fitting import Search
 from mindspeed_cp.planner.search import Found
 from mindspeed_cp.planner.split import Work, splits
-from mindspeed_cp.planner.training import Search
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 NONE = "no context parallelism"
@@ -35,9 +35,8 @@ def training_seconds(
     """
     best: dict[str, float] = {}
     some = list(splits(work, devices, cluster, fixed, {}))
-    for plan in Search(work, memory, cluster).fitting(
-        some, wanted=lambda candidate: _name(candidate.config) not in best
-    ):
+    by_algorithm = lambda split, recompute, config: _name(config) if config else None  # noqa: E731
+    for plan in Search(work, memory, cluster, by_algorithm).fitting(some):
         if plan.step.seconds > LIMIT * min(best.values(), default=plan.step.seconds):
             break
         best.setdefault(_name(plan.attention.config), plan.step.seconds)

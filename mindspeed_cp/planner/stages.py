@@ -10,8 +10,8 @@ from typing import Literal
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.layers import FLOAT, HALF, forward, held, local_tokens
 from mindspeed_cp.planner.memory import AttentionBytes
-from mindspeed_cp.planner.search import Candidate
 from mindspeed_cp.planner.split import Split, Work
+from mindspeed_cp.planner.timing import Candidate
 
 OPTIMIZER = 12  # bytes for a parameter: float32 copy and Adam's two moments
 Recompute = Literal["none", "full", "full, attention kept"]

@@ -1,8 +1,8 @@
-"""The proof: a training command computes the same with context parallelism as without, shown on the user's own script.
-``python -m mindspeed_cp.prove SCRIPT ARGS``; ``prove`` and ``report`` for frameworks that are no scripts.
+"""Check on the user's own script that a training command computes the same with and without context parallelism.
+``python -m mindspeed_cp.prove SCRIPT ARGS``; ``prove`` and ``report`` for frameworks without a training script.
 
-``shrinking`` makes the command small, ``ranks`` runs it twice, ``watching`` and ``recording`` keep what every rank
-computes, ``comparing`` finds the first difference, ``signature`` says what it looks like, ``report`` says it all.
+``shrinking`` makes the command small, ``ranks`` runs it twice, ``watching`` and ``recording`` record what every rank
+computes, ``comparing`` finds the first difference, ``signature`` classifies it, ``report`` prints the result.
 """
 
 from mindspeed_cp.prove import report

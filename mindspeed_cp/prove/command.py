@@ -1,4 +1,4 @@
-"""The command: read it, plan two small runs, start them, compare, and say what was found."""
+"""The command line of prove: parse the command, plan two small runs, start them, compare, and report."""
 
 import argparse
 import json
@@ -52,10 +52,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def script_of(command: Sequence[str]) -> tuple[str, list[str], dict[str, str]]:
-    """(script, its flags, variables that the command sets) of a Python script, or of what launches one.
+    """(script, its flags, variables that the command sets), from a Python script or a launch command.
 
     Raises:
-        ValueError: it is neither, or does not exist.
+        ValueError: it is neither, or the script does not exist.
     """
     if not command:
         raise ValueError("no script is given; write: mindspeed-cp prove pretrain_gpt.py ARGS...")
@@ -94,7 +94,7 @@ def wish_of(given: argparse.Namespace) -> Wish:
 
 @contextmanager
 def progress(plan: Plan, steps: int, quiet: bool) -> Iterator[Callable[[str, int], None]]:
-    """A bar for each run where rich is installed and a screen is there, lines elsewhere; on standard error."""
+    """A progress bar per run if rich is installed and stderr is a terminal, else one line per step; on stderr."""
     names = (ALONE, f"cp={plan.ranks.cp}")
     if quiet:
         yield lambda name, step: None
@@ -120,7 +120,7 @@ def proved(
     tell: Callable[[str, int], None],
     server: launching.Server | None = None,
 ) -> Verdict:
-    """Run both and compare; see ``launching.run``."""
+    """Run both runs of the plan and compare them; arguments as for ``launching.run``."""
     start, size = time.monotonic(), plan.ranks.tp * plan.ranks.pp
     many = f"cp={plan.ranks.cp}"
     runs = Run(ALONE, size, plan.alone), Run(many, size * plan.ranks.cp, plan.shared)
@@ -144,7 +144,7 @@ def proved(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0 where both runs are equal, 1 where not, 2 for wrong use."""
+    """Run the command; returns 0 if both runs are equal, 1 if they differ or failed, 2 for wrong use."""
     own = parser()
     given = own.parse_args(arguments)
     try:

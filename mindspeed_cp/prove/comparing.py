@@ -1,8 +1,8 @@
-"""Two runs, compared: the ranks' records of one without context parallelism, and of one with it.
+"""Compare the ranks' records of two runs, one without context parallelism and one with it.
 
-rows       entries of the sequence axis; a whole tensor is put together from the ranks' parts by their positions
-error      of an output: the row that is off the most, as a share of a row's usual size (2-norms);
-           of a gradient: the largest entry's, as a share of the largest entry
+rows       entries of the sequence axis; a whole tensor is assembled from the ranks' parts by their positions
+error      of an output: the largest error of a row, relative to a row's typical size (2-norms);
+           of a gradient: the largest error of an entry, relative to the largest entry
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,13 +20,13 @@ INFINITE = float("inf")
 
 @dataclass
 class Rows:
-    """An output on the sequence axis, whole, of both runs.
+    """An output along the whole sequence axis, from both runs.
 
     Args:
-        expected, found: (rows, features) float32, in the order of the sequence.
+        expected, found: (rows, features) float32, in sequence order.
         owner: context-parallel rank that holds each row.
-        local: place of each row within its rank's part.
-        documents: where documents begin.
+        local: index of each row within its rank's part.
+        documents: first positions of the documents.
     """
 
     expected: torch.Tensor
@@ -36,7 +36,7 @@ class Rows:
     documents: tuple[int, ...] = ()
 
     def errors(self) -> torch.Tensor:
-        """(rows,) error of each."""
+        """(rows,) error of each row."""
         scale = self.expected.norm(dim=1).square().mean().sqrt()
         off = (self.found - self.expected).norm(dim=1)
         return torch.nan_to_num(off / scale.clamp(min=1e-30), nan=INFINITE)
@@ -44,12 +44,12 @@ class Rows:
 
 @dataclass
 class Difference:
-    """Something that is not equal.
+    """One quantity that differs between the runs.
 
     Args:
         what: "output", "gradient", "weight", "loss", "gradient norm", "tokens", "positions".
-        name: of the module or parameter, or the step.
-        error: relative, 1 where there is no number.
+        name: name of the module or parameter, or the step.
+        error: relative error, 1 if it cannot be expressed as a number.
         rows: for outputs on the sequence axis.
         tensors: (expected, found by each context-parallel rank) for gradients.
     """
@@ -65,13 +65,14 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """What was compared, and what is not equal, in the order of computation.
+    """What was compared and what differs, in the order of computation.
 
     Args:
-        worst: "output", "gradient", "loss", "gradient norm" -> largest error that was seen.
-        counted: how much was compared: modules, parameters, steps.
-        apart: modules whose outputs have no common axis in the two runs, and were not compared.
-        documents: in the first batch, at most; losses, grad_norms: (without, with) of each step.
+        worst: "output", "gradient", "loss", "gradient norm" -> largest error found.
+        counted: how many modules, parameters and steps were compared.
+        apart: modules that were not compared, because their outputs have no common axis in the two runs.
+        documents: the largest number of documents in a first batch.
+        losses, grad_norms: (without, with context parallelism) of each step.
     """
 
     cp: int
@@ -88,7 +89,7 @@ class Comparison:
         return not self.differences
 
     def first(self, what: str) -> Difference | None:
-        """The first difference of a kind: outputs in the order of computation, gradients in that of backward."""
+        """The first difference of a kind: outputs in the order of forward, gradients in the order of backward."""
         found = [difference for difference in self.differences if difference.what == what]
         return found[0] if found else None
 
@@ -103,8 +104,8 @@ def compare(expected: Sequence[Record], found: Sequence[Record], limits: Limits,
     """Compare the records of all ranks of two runs.
 
     Args:
-        expected: of the run without context parallelism; one rank for each place of tensor and pipeline parallelism.
-        found: of the run with it.
+        expected: records of the run without context parallelism, one per tensor- and pipeline-parallel rank.
+        found: records of the run with it.
     """
     result = Comparison(cp)
     pairs = list(_paired(expected, found))
@@ -120,7 +121,7 @@ def compare(expected: Sequence[Record], found: Sequence[Record], limits: Limits,
 
 
 def _paired(expected: Sequence[Record], found: Sequence[Record]) -> Iterable[tuple[Record, list[Record]]]:
-    """(reference, the context-parallel ranks of the same place in tensor and pipeline parallelism)"""
+    """(reference, the context-parallel ranks with the same tensor- and pipeline-parallel rank)."""
     for reference in expected:
         if reference.place.get("dp", 0):
             continue
@@ -154,7 +155,7 @@ def _compare_chunks(
 
 
 def _siblings(records: Sequence[Record], index: int, pp: int, cp: int = 0) -> list[Chunk]:
-    """The same chunk on all tensor-parallel ranks, in their order."""
+    """The same chunk from all tensor-parallel ranks, in rank order."""
     found = [
         record for record in records if record.place["pp"] == pp and record.place["cp"] == cp and not record.place["dp"]
     ]
@@ -170,7 +171,7 @@ def _compare_weights(result: Comparison, chunk: Chunk, parts: Sequence[Chunk], w
 
 
 def _is_partition(result: Comparison, chunk: Chunk, parts: Sequence[Chunk], where: Mapping[str, int]) -> bool:
-    """Whether the ranks hold every position of the sequence once."""
+    """Whether the ranks together hold every position of the sequence exactly once."""
     if chunk.positions is None:
         return False
     held = [part.positions for part in parts if part.positions is not None]
@@ -183,10 +184,11 @@ def _is_partition(result: Comparison, chunk: Chunk, parts: Sequence[Chunk], wher
 
 
 class _Slices:
-    """Where the rows of an output lie: on which axis, and which rows a rank holds.
+    """Where the rows of an output are: on which axis, and which rows a rank holds.
 
     Args:
-        chunk: of the reference; parts: of the context-parallel ranks.
+        chunk: the reference's chunk.
+        parts: the context-parallel ranks' chunks.
     """
 
     def __init__(self, chunk: Chunk, parts: Sequence[Chunk], tp: int, tp_size: int) -> None:
@@ -195,14 +197,14 @@ class _Slices:
         self.positions = [part.positions for part in parts if part.positions is not None]
 
     def axis(self, expected: torch.Tensor, parts: Sequence[torch.Tensor]) -> tuple[int, int, int] | None:
-        """(dimension, tensor-parallel ranks that share its rows, entries for each row); None where there is none."""
+        """(dimension, tensor-parallel ranks that share its rows, entries per row), or None if there is no such axis."""
         if any(part.dim() != expected.dim() for part in parts):
             return None
         lengths = [len(positions) for positions in self.positions]
         for share in dict.fromkeys((1, self.tp_size)):
             for dim, size in enumerate(expected.shape):
                 each = size * share // self.seq_len
-                # Of two dimensions, the first runs over the sequence and the batch: (seq x batch, features).
+                # The first of two dimensions covers both sequence and batch: (seq x batch, features).
                 wanted = self.chunk.rows or 1 if expected.dim() == 2 and not dim else 1
                 if each != wanted or each * self.seq_len != size * share:
                     continue
@@ -233,7 +235,7 @@ def _compare_outputs(
         if _is_of_experts(output.name) or any(
             each is None or len(each.tensors) != len(output.tensors) for group in named for each in group
         ):
-            result.apart.append(output.name)  # such as the parts of an attention that another one replaces
+            result.apart.append(output.name)  # for example the submodules of a replaced attention
         else:
             for number in range(len(output.tensors)):
                 tensors = [[each.tensors[number] for each in group if each] for group in named]
@@ -241,7 +243,7 @@ def _compare_outputs(
 
 
 def _is_of_experts(name: str) -> bool:
-    """Whether a module sees the tokens in the order of experts; what they add up to is compared where they meet."""
+    """Whether a module sees tokens in the order of experts; their combined output is compared later."""
     return "experts" in name.split(".") or "local_experts" in name.split(".")
 
 
@@ -253,11 +255,11 @@ def _compare_output(
     order: tuple[int, ...],
     limits: Limits,
 ) -> None:
-    """``tensors``: of the reference's tensor-parallel ranks, then those of each context-parallel rank."""
+    """``tensors``: those of the reference's tensor-parallel ranks, then those of each context-parallel rank."""
     own = [group[slices.tp] for group in tensors]
     found = slices.axis(own[0], own[1:])
     if found is None:
-        if all(part.shape == own[0].shape for part in own[1:]):  # not split: the same on every rank
+        if all(part.shape == own[0].shape for part in own[1:]):  # not split, so the same on every rank
             error = max(_largest(part, own[0]) for part in own[1:])
             result.note("output", error, limits.output, **_named(output), order=order)
         else:
@@ -290,7 +292,7 @@ def _as_rows(tensor: torch.Tensor, dim: int, each: int) -> torch.Tensor:
 
 
 def _largest(found: torch.Tensor, expected: torch.Tensor, floor: float = 1e-30) -> float:
-    """Largest difference as a share of the largest entry; infinite where something is no number."""
+    """Largest difference relative to the largest entry; infinite if there is a NaN."""
     off = torch.nan_to_num((found - expected).abs(), nan=INFINITE).max()
     return float(off / expected.abs().max().clamp(min=floor))
 
@@ -308,7 +310,7 @@ def _compare_gradients(
 
 
 def _place_of(parameter: str, places: Mapping[str, int]) -> int:
-    """When the module of a parameter finishes in the forward pass."""
+    """The place of a parameter's module in the order in which modules finish in the forward pass."""
     module = parameter
     while "." in module:
         module = module.rpartition(".")[0]
@@ -325,7 +327,7 @@ def _compare_steps(result: Comparison, expected: Sequence[Record], found: Sequen
             result.losses.append((wanted, loss))
             result.note("loss", off(loss, wanted), limits.loss, **details)
         if wanted_tokens is not None and tokens is not None:
-            # Some loss functions return the count of the whole sequence, some that of the rank.
+            # Some loss functions return the token count of the whole sequence, others that of the rank.
             equal = wanted_tokens in (tokens, tokens / result.cp)
             result.note("tokens", float(not equal), 0.0, **details)
         norms = one[0].grad_norm, many[0].grad_norm

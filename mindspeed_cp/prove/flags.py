@@ -1,8 +1,8 @@
-"""The flags of Megatron that a proof changes, as tables: what is left out, and why; what is set, whatever it was."""
+"""Tables of the Megatron flags that prove changes: which are removed and why, and which are always set."""
 
 from mindspeed_cp.arguments.declared import our_flags
 
-# What would touch the user's files, or report to somebody.
+# Flags that would touch the user's files or report to a service.
 FILES = (
     *"--save --load --save-interval --save-retain-interval --pretrained-checkpoint --ckpt-convert-save".split(),
     *"--ckpt-convert-format --ckpt-step --non-persistent-save-interval --non-persistent-ckpt-type".split(),
@@ -17,7 +17,7 @@ FILES = (
     *"--error-injection-rate --inprocess-restart --enable-ft-package --ckpt-assume-constant-structure".split(),
     *"--ckpt-fully-parallel-load --auto-detect-ckpt-format --use-persistent-ckpt-worker".split(),
 )
-# When a run ends, and how its learning rate moves.
+# When a run ends, and how its learning rate changes.
 SCHEDULE = (
     *"--train-samples --lr-warmup-iters --lr-warmup-samples --lr-warmup-fraction --lr-warmup-init".split(),
     *"--lr-decay-iters --lr-decay-samples --lr-wsd-decay-iters --lr-wsd-decay-samples --lr-wsd-decay-style".split(),
@@ -25,7 +25,7 @@ SCHEDULE = (
     *"--full-validation --start-weight-decay --end-weight-decay --weight-decay-incr-style".split(),
     *"--decoupled-lr --decoupled-min-lr --iterations-to-skip".split(),
 )
-# flag -> what the proof then does not show.
+# flag -> what is not tested without it.
 OPTIMIZER = {
     "--use-distributed-optimizer": "the distributed optimizer (its shards hold no whole gradients)",
     "--overlap-grad-reduce": "the overlap of gradient reduction",
@@ -49,7 +49,7 @@ PRECISION = (
     *"--exp-avg-dtype --exp-avg-sq-dtype --loss-scale --initial-loss-scale --min-loss-scale".split(),
     *"--loss-scale-window --hysteresis --accumulate-allreduce-grads-in-fp32".split(),
 )
-# flag -> what the proof then does not show: what only runs on a device.
+# Flags for devices only: flag -> what is not tested without it.
 DEVICE = {
     "--moe-grouped-gemm": "grouped matrix products of experts (the CPU computes one expert after the other)",
     "--moe-permute-fusion": "the fused permutation of experts' tokens",
@@ -78,12 +78,12 @@ DEVICE = {
     "--nccl-communicator-config-path": "settings of NCCL",
     "--high-priority-stream-groups": "streams",
 }
-# What pretrain_gpt.py needs without an accelerator.
+# Flags that pretrain_gpt.py needs without an accelerator.
 PLAIN_CPU = (
     *"--no-gradient-accumulation-fusion --no-persist-layer-norm --no-rope-fusion".split(),
     "--no-masked-softmax-fusion",
 )
-# flag -> value, in any case.
+# flag -> value that is always set.
 DROPOUT = {"--attention-dropout": 0, "--hidden-dropout": 0}
 STEADY = {
     "--lr": "1e-3",
@@ -92,7 +92,7 @@ STEADY = {
     "--eval-iters": 0,
     "--eval-interval": 1000,
 }
-# Where layers of a pipeline are counted one by one; with fewer layers they no longer fit.
+# Flags that count the layers of single pipeline stages, which is wrong with fewer layers.
 STAGES = (
     *"--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --num-layers-at-start".split(),
     *"--pipeline-model-parallel-layout --account-for-embedding-in-pipeline-split".split(),
@@ -104,6 +104,6 @@ MEGATRONS_OWN = ("--cp-comm-type", "--hierarchical-context-parallel-sizes", "--m
 
 
 def of_context_parallelism() -> set[str]:
-    """The flags that say how a sequence is shared, and nothing of the model."""
+    """The flags that say how a sequence is split and that do not change the model."""
     ours = {flag for each in our_flags() for flag in each.flags}
     return (ours | set(MEGATRONS_OWN)) - set(MEANT_WITHOUT)

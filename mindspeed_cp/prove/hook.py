@@ -1,5 +1,5 @@
-"""The proof for frameworks that are no scripts: every rank of a world calls ``prove``, which trains a few steps without
-context parallelism and again with it, on the same batches and from the same seed.
+"""prove for frameworks without a training script: every rank of a world calls ``prove``, which trains a few steps
+without context parallelism and again with it, on the same batches and from the same seed.
 
     torchrun --nproc-per-node 2 my_proof.py       # my_proof.py calls mindspeed_cp.prove.prove(...)
 """
@@ -19,7 +19,7 @@ from mindspeed_cp.prove.recording import Record, Recorder
 from mindspeed_cp.prove.report import Verdict
 from mindspeed_cp.settings.config import ContextParallelConfig
 
-RATE = 0.1  # of the plain gradient descent between two steps
+RATE = 0.1  # learning rate of plain gradient descent between two steps
 
 
 def prove(
@@ -33,16 +33,16 @@ def prove(
     seed: int = 1234,
     title: str = "prove",
 ) -> Verdict:
-    """Compare training with context parallelism with training without; every rank of the world calls this.
+    """Compare training with and without context parallelism; every rank of the world calls this.
 
     Args:
-        model_provider: () -> a model of megatron-core, or the list of its chunks; called once for each run, when the
-            groups are there. Models that are not wrapped for data parallelism are wrapped.
-        batches: the whole micro-batches of a step, as the framework's iterator gives them.
+        model_provider: () -> a megatron-core model or the list of its chunks; called once per run, after the process
+            groups exist. Models that are not wrapped for data parallelism are wrapped.
+        batches: the whole micro-batches of a step, as the framework's iterator yields them.
         forward_step: Megatron's (iterator, model) -> (output, loss function); it splits the batch, as in training.
-        config: with context parallelism over the whole world; None: Ulysses.
-        steps: how many, on the same batches; plain gradient descent lies between them.
-        dtype: "float32" or "bfloat16", by which limits are chosen.
+        config: context parallelism over the whole world; None for Ulysses.
+        steps: number of steps, on the same batches, with plain gradient descent between them.
+        dtype: "float32" or "bfloat16", which determines the limits.
 
     Returns:
         the same verdict on every rank; ``print(report.text(verdict))`` shows it.
@@ -88,10 +88,10 @@ def record_run(
     seed: int = 1234,
     groups: Callable[[ContextParallelConfig], contextlib.AbstractContextManager[Any]] | None = None,
 ) -> Record:
-    """Train with one configuration, and keep what this rank computes.
+    """Train with one configuration and record what this rank computes.
 
     Args:
-        groups: makes Megatron's process groups for the time of a run; None makes and ends them here.
+        groups: makes Megatron's process groups for the duration of a run; None for ``model_parallel``.
     """
     with (groups or model_parallel)(config):
         _seed(seed)
@@ -109,7 +109,7 @@ def record_run(
 
 @contextlib.contextmanager
 def model_parallel(config: ContextParallelConfig) -> Iterator[None]:
-    """Megatron's process groups for ``config``, and nothing else split."""
+    """Context manager: Megatron's process groups for ``config``, with all other parallel sizes 1."""
     from megatron.core import parallel_state
 
     from mindspeed_cp import megatron_adaptor
@@ -135,7 +135,7 @@ def _listed(model: Any) -> list[Any]:
 
 
 def _wrapped(chunk: torch.nn.Module) -> torch.nn.Module:
-    """``chunk`` in Megatron's wrapper for data parallelism, which reduces gradients; as it is where it has one."""
+    """``chunk`` in Megatron's wrapper for data parallelism, which reduces gradients; unchanged if it is wrapped."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.utils import get_model_config
 
@@ -161,14 +161,14 @@ def _step(chunks: list[Any], batches: Sequence[Any], forward_step: Callable[...,
         data_iterator=iter(batches),
         model=chunks,
         num_microbatches=len(batches),
-        seq_length=1,  # read by pipelines alone
+        seq_length=1,  # read only by pipeline schedules
         micro_batch_size=1,
         forward_only=False,
     )
 
 
 def _descend(chunks: list[Any]) -> float:
-    """Plain gradient descent; returns the norm of the gradient."""
+    """One step of plain gradient descent; returns the gradient norm."""
     total = 0.0
     with torch.no_grad():
         for chunk in chunks:

@@ -1,4 +1,4 @@
-"""Start both runs, follow them, and read what their ranks kept. Nothing of it outlives the proof."""
+"""Start both runs, follow them, and read the records of their ranks. No process or file outlives the command."""
 
 import json
 import os
@@ -18,16 +18,16 @@ import torch
 from mindspeed_cp.prove.ranks import Order, Run
 from mindspeed_cp.prove.recording import Record
 
-HOME = Path(__file__).resolve().parents[2]  # where mindspeed_cp can be imported from
-TAIL = 25  # lines of a log
+HOME = Path(__file__).resolve().parents[2]  # the folder from which mindspeed_cp can be imported
+TAIL = 25  # lines of a log that are shown
 
 
 class Failure(Exception):
     """A run failed.
 
     Args:
-        run: its name.
-        said: what the rank that failed first said.
+        run: name of the run.
+        said: output of the rank that failed first.
     """
 
     def __init__(self, run: str, said: str) -> None:
@@ -36,10 +36,10 @@ class Failure(Exception):
 
 
 class Server:
-    """A process that has imported Megatron once and forks the ranks of one order after the other, of one script.
+    """A process that imports Megatron once and then forks the ranks of one order after another, all of one script.
 
     Args:
-        folder: a temporary one, for what the imports leave.
+        folder: a temporary folder for files that the imports create.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,13 +60,13 @@ class Server:
         self._file.close()
 
     def run(self, order: Order, folder: Path, tell: Callable[[str, int], None]) -> None:
-        """Let it run an order, which lies in ``folder``.
+        """Run the order that is stored in ``folder``.
 
         Raises:
-            Failure: a rank failed, or did not end in time.
+            Failure: a rank failed or did not end in time.
         """
         done = {}
-        with suppress(BrokenPipeError):  # it says below why it has ended
+        with suppress(BrokenPipeError):  # why the server has ended is reported below
             print(folder, file=_input_of(self._process), flush=True)
         for said in _lines(self._process):
             if "ended" in said:
@@ -89,15 +89,15 @@ def _input_of(process: "subprocess.Popen[str]") -> Any:
 def run(
     order: Order, folder: Path, device: str, tell: Callable[[str, int], None], server: Server | None = None
 ) -> dict[str, list[Record]]:
-    """name -> the records of its ranks.
+    """Run an order: name of a run -> the records of its ranks.
 
     Args:
-        folder: a temporary one.
-        tell: called with a run's name and the number of steps that its rank 0 has made.
-        server: that has run orders of this script before; None starts one. A device's ranks need none.
+        folder: a temporary folder.
+        tell: called with a run's name and the number of steps that its rank 0 has completed.
+        server: a server for this script; None starts one. On a device no server is used.
 
     Raises:
-        Failure: a rank failed, or did not end in time.
+        Failure: a rank failed or did not end in time.
     """
     order = replace(order, port=_free_ports())
     order.write(folder)
@@ -116,7 +116,7 @@ def run(
 
 
 def _check(run: Run, statuses: list[int | None], folder: Path) -> None:
-    """Raise Failure with what the ranks said that failed, those that ended for want of a peer after the others."""
+    """Raise Failure with the output of a failed rank; one that ended by itself takes precedence over a timeout."""
     failed = [rank for rank, status in enumerate(statuses) if status != 0]
     if failed:
         ended = [rank for rank in failed if statuses[rank] is not None] or failed
@@ -127,7 +127,7 @@ def _check(run: Run, statuses: list[int | None], folder: Path) -> None:
 
 
 def _started(order: Order, run: Run, folder: Path, device: str, tell: Callable[[str, int], None]) -> None:
-    """Every rank a process of its own, as a device wants it."""
+    """Start every rank as a separate process, because a process that uses a device cannot be forked."""
     logs = [open(folder / f"{run.name}-{rank}.log", "w", encoding="utf-8") for rank in range(run.world)]
     with _closing(logs):
         processes = [
@@ -166,7 +166,7 @@ def _command(*words: str) -> list[str]:
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    """End what still runs of a process and of what it started; it ends its own ranks when told to leave."""
+    """Terminate a process that still runs, with its children; on SIGTERM it ends its own ranks."""
     with suppress(ProcessLookupError, subprocess.TimeoutExpired):
         if process.poll() is None:
             process.terminate()
@@ -181,15 +181,15 @@ def _end(process: "subprocess.Popen[str]") -> None:
 def _lines(process: "subprocess.Popen[str]") -> Iterator[dict[str, Any]]:
     assert process.stdout is not None
     for line in process.stdout:
-        with suppress(json.JSONDecodeError):  # what a library prints
+        with suppress(json.JSONDecodeError):  # output of a library
             said = json.loads(line)
             if isinstance(said, dict) and "run" in said:
                 yield said
 
 
 def environment(folder: Path, device: str) -> dict[str, str]:
-    """The user's own, without a launcher's variables, and with temporary files where they are taken away again."""
-    own = {"MINDSPEED_CP_DEVICE": device} if device == "cpu" else {}  # without it the machine's accelerator is used
+    """The user's environment, without a launcher's variables, and with temporary files in ``folder``."""
+    own = {"MINDSPEED_CP_DEVICE": device} if device == "cpu" else {}  # otherwise the machine's accelerator is used
     launcher = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT MINDSPEED_CP_DEVICE"
     left_out = {*launcher.split(), *(name for name in os.environ if "TORCHELASTIC" in name)}
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
@@ -206,7 +206,7 @@ def environment(folder: Path, device: str) -> dict[str, str]:
 
 
 def tail(path: Path) -> str:
-    """The end of a log: the last traceback, or the last lines."""
+    """The end of a log: the last traceback or the last lines."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     lines = [line for line in lines if line.strip()]
     errors = [line for line in lines if ": error: " in line]
@@ -214,7 +214,7 @@ def tail(path: Path) -> str:
 
 
 def _free_ports() -> int:
-    """A port that is free together with the next one, below those that the system gives to connections."""
+    """A port such that it and the next one are free, below the range of ephemeral ports."""
     for port in random.sample(range(20_000, 30_000), 100):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             with socket.create_server(("127.0.0.1", port + 1)):

@@ -1,9 +1,9 @@
-"""The ranks of both runs. ``python -m mindspeed_cp.prove.ranks`` imports Megatron once and forks every rank of every
-order, run after run, of which standard input names the FOLDER, one a line; ``... FOLDER RUN RANK`` is one rank alone,
-for devices, which no fork may have touched.
+"""The ranks of both runs. ``python -m mindspeed_cp.prove.ranks`` imports Megatron once, reads names of FOLDERs from
+standard input, one per line, and forks all ranks of each order, run after run. ``... FOLDER RUN RANK`` is one rank, for
+devices, which cannot be used after a fork.
 
-FOLDER/order.json says what is run (``Order``); a rank leaves FOLDER/RUN-RANK.pt and .log, and one line on standard
-output for every step. A last line says that an order has ended.
+FOLDER/order.json says what to run (``Order``); each rank writes FOLDER/RUN-RANK.pt and .log, and prints one line per
+step. A last line says that the order has ended.
 """
 
 import gc
@@ -23,17 +23,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-GRACE = 10.0  # seconds that the other ranks of a run get once one has failed
-# What a script of Megatron-LM imports, and torch with the first optimizer; a fork finds it there.
+GRACE = 10.0  # seconds that the other ranks of a run get after one has failed
+# Modules that a script of Megatron-LM imports, and torch with its first optimizer; imported once, before the forks.
 IMPORTS = ("megatron.training", "megatron.core.models.gpt", "megatron.core.optimizer", "torch._dynamo")
-# The same of the files beside the script, where its text names them.
+# Modules in the script's folder that are imported too, if the script's text mentions them.
 BESIDE = ("trainer.loop", "model_provider", "gpt_builders", "mamba_builders", "hybrid_builders")
-TESTS = "MINDSPEED_CP_PROVE_IMPORTS"  # modules that the tests of this command put into every rank, before all others
+TESTS = "MINDSPEED_CP_PROVE_IMPORTS"  # modules that this command's tests import in every rank, before all others
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its name, its ranks, the script's flags."""
+    """One run: name, number of ranks, the script's flags."""
 
     name: str
     world: int
@@ -42,12 +42,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Order:
-    """What is run.
+    """A script and its two runs.
 
     Args:
         ours: whether this project's context parallelism is used, or the script's own.
-        limit: seconds that a run may take.
-        port: of the first run; the second takes the next one.
+        limit: time limit of a run in seconds.
+        port: the first run's port; the second run uses the next one.
     """
 
     script: str
@@ -67,7 +67,7 @@ class Order:
 
 
 def prepare(order: Order) -> None:
-    """Import the adaptor, and what the script will import of Megatron, in that order."""
+    """Import the adaptor, then the Megatron modules that the script will import."""
     sys.path[0] = str(Path(order.script).resolve().parent)
     for name in filter(None, os.environ.get(TESTS, "").split(",")):
         importlib.import_module(name)
@@ -81,7 +81,7 @@ def prepare(order: Order) -> None:
 
 
 def _stand_in() -> None:
-    """Make CUDA's names mean the CPU and change nothing else: Megatron as it is, as far as a CPU can show it."""
+    """Redirect CUDA's functions to the CPU and change nothing else, to run unpatched Megatron on a CPU."""
     from mindspeed_cp.patches.checkout import without_checkout
     from mindspeed_cp.patches.machine import checkout, cpu, libraries, triton
     from mindspeed_cp.patches.manager import PatchManager
@@ -91,7 +91,7 @@ def _stand_in() -> None:
 
 
 def _import(names: Iterable[str]) -> None:
-    """Those that are there: a script on megatron-core alone has no megatron.training."""
+    """Import the modules that exist: with megatron-core alone there is no megatron.training."""
     for name in names:
         with suppress(ModuleNotFoundError):
             if importlib.util.find_spec(name):
@@ -99,10 +99,10 @@ def _import(names: Iterable[str]) -> None:
 
 
 def live(order: Order, run: Run, rank: int, folder: Path, tell: int) -> int:
-    """Run the script as one rank of a run, keep its record, and return its exit status.
+    """Run the script as one rank of a run, save its record, and return its exit status.
 
     Args:
-        tell: file descriptor that gets a line after every step.
+        tell: file descriptor to which a line is written after every step.
     """
     import torch
 
@@ -111,7 +111,7 @@ def live(order: Order, run: Run, rank: int, folder: Path, tell: int) -> int:
 
     _meet(run, rank, order.port + [each.name for each in order.runs].index(run.name))
     os.environ["TMPDIR"] = str(folder)
-    tempfile.tempdir = None  # asked for again where it is needed
+    tempfile.tempdir = None  # determined again on next use
     positions = watching.our_positions if order.ours else watching.their_positions
     in_place = {"in_place": watching.our_rows} if order.ours else {}
     recorder = Recorder(positions, lambda step: _say(tell, run=run.name, rank=rank, step=step), **in_place)
@@ -139,7 +139,7 @@ def _meet(run: Run, rank: int, port: int) -> None:
 
 
 def _run_script(order: Order, run: Run) -> None:
-    if order.ours:  # as python -m mindspeed_cp.run does
+    if order.ours:  # like python -m mindspeed_cp.run
         sys.argv[:] = ["-", order.script, *run.flags]
         runpy.run_module("mindspeed_cp.run", run_name="__main__", alter_sys=True)
     else:
@@ -156,7 +156,7 @@ def _fork(order: Order, run: Run, rank: int, folder: Path, tell: int) -> int:
     sys.stdout.flush()
     pid = os.fork()
     if pid:
-        with suppress(OSError):  # it has done so itself
+        with suppress(OSError):  # the child has done so itself
             os.setpgid(pid, pid)
         return pid
     try:
@@ -174,10 +174,10 @@ def _fork(order: Order, run: Run, rank: int, folder: Path, tell: int) -> int:
 
 
 def _wait(children: Mapping[int, int], limit: float) -> dict[int, int | None]:
-    """rank -> exit status, None for one that did not end in time; whoever is left then is ended.
+    """rank -> exit status, None for a rank that did not end in time; ranks that still run are killed.
 
     Args:
-        children: process id, which is its process group too -> rank.
+        children: process id, which is also the process group id -> rank.
     """
     ended: dict[int, int | None] = {}
     deadline = time.monotonic() + limit
@@ -191,7 +191,7 @@ def _wait(children: Mapping[int, int], limit: float) -> dict[int, int | None]:
             time.sleep(0.02)
     finally:
         for pid, rank in children.items():
-            with suppress(ProcessLookupError, PermissionError):  # the rank, or what it started and left behind
+            with suppress(ProcessLookupError, PermissionError):  # the rank, or processes that it left behind
                 os.killpg(pid, signal.SIGKILL)
             if rank not in ended:
                 os.waitpid(pid, 0)
@@ -204,7 +204,7 @@ def _leave(number: int, frame: Any) -> None:
 
 
 def _carry_out(order: Order, folder: Path, tell: int) -> None:
-    """Both runs of an order, up to the first that fails."""
+    """Run both runs of an order, stopping at the first that fails."""
     for run in order.runs:
         children = {_fork(order, run, rank, folder, tell): rank for rank in range(run.world)}
         statuses = _wait(children, order.limit)
@@ -230,7 +230,7 @@ def main(words: list[str]) -> int:
         order = Order.read(folder)
         if not prepared:
             prepare(order)
-            gc.freeze()  # or every rank copies the memory of all that was imported when it collects
+            gc.freeze()  # otherwise garbage collection in a rank would copy the pages of all imported modules
             prepared = True
         _carry_out(order, folder, tell)
     return 0

@@ -1,8 +1,8 @@
-"""What one rank keeps of a run: at the first step the output of every module and the gradient of every parameter, at
-each step loss, gradient norm and tokens. A record is plain data, and ranks exchange nothing for it.
+"""One rank's record of a run: at the first step the output of every module and the gradient of every parameter; at
+each step loss, gradient norm and tokens. A record is plain data, made without communication.
 
-    outputs    in the order in which modules finish, those of the first micro-batch of the first step alone
-    gradients  as the optimizer would get them
+    outputs    in the order in which modules finish; only of the first micro-batch of the first step
+    gradients  as the optimizer receives them
 """
 
 import hashlib
@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-WIDEST = 1024  # entries of the last dimension that are kept; of wider ones (logits) every n-th
-PER_MODULE = 4  # tensors that are kept of one output
+WIDEST = 1024  # recorded entries of the last dimension; of wider ones (logits), every n-th is recorded
+PER_MODULE = 4  # recorded tensors of one output
 
 
 @dataclass
 class Output:
-    """What a module returned: (shape as computed, with WIDEST at most on the last dimension) float tensors on the CPU.
+    """What a module returned: float tensors on the CPU, with at most WIDEST entries on the last dimension.
 
     Args:
-        name: of the module, from the model's own name on, with layers counted over all stages; "#2" at the second call.
-        kind: its class.
-        caller: the module that called it, where that is not one that holds it.
+        name: full name of the module, with layers counted over all stages; "#2" marks the second call.
+        kind: class of the module.
+        caller: the module that called it, if that is not a parent module.
     """
 
     name: str
@@ -36,12 +36,13 @@ class Output:
 
 @dataclass
 class Chunk:
-    """What a rank keeps of one model chunk.
+    """A rank's record of one model chunk.
 
     Args:
-        positions: of the tokens that this rank holds, in its order; None while no module has run.
-        seq_len: of the whole sequence; rows: sequences of the micro-batch, 0 where no tensor of the batch says it.
-        documents: where documents begin in the first row of the batch, as far as the batch says it.
+        positions: positions of the tokens that this rank holds, in its order; None before the first module has run.
+        seq_len: length of the whole sequence.
+        rows: sequences in the micro-batch, 0 if no tensor of the batch tells.
+        documents: first positions of the documents in the first row, if the batch contains them.
         gradients, weights: name of a parameter -> gradient, fingerprint at the start.
     """
 
@@ -56,9 +57,9 @@ class Chunk:
 
 @dataclass
 class Step:
-    """One training step: (loss, tokens) of every micro-batch by name, the gradient norm.
+    """One training step: (loss, tokens) of every micro-batch by the loss's name, and the gradient norm.
 
-    Tokens are None where a loss comes without; its sum over the context-parallel ranks is then the loss.
+    Tokens are None if the loss function returns no count; the sum over the context-parallel ranks is then the loss.
     """
 
     losses: list[dict[str, tuple[float, float | None]]] = field(default_factory=list)
@@ -67,7 +68,7 @@ class Step:
 
 @dataclass
 class Record:
-    """What one rank keeps of one run; ``place`` is its coordinates: tp, pp, cp and their sizes."""
+    """One rank's record of one run; ``place`` holds its coordinates: tp, pp, cp and their sizes."""
 
     place: dict[str, int] = field(default_factory=dict)
     chunks: list[Chunk] = field(default_factory=list)
@@ -75,14 +76,14 @@ class Record:
 
 
 class Recorder:
-    """Fills a Record while a run goes on.
+    """Fills a Record during a run.
 
     Args:
         positions: (length of this rank's part, tensors of the batch) -> (positions of its tokens, whole length); called
             inside the forward pass, on every rank of a context-parallel group at the same module.
-        tell: called with the number of steps made.
-        in_place: output of a module -> the same, its rows those of the tokens that this rank holds; called as
-            ``positions`` is.
+        tell: called with the number of completed steps.
+        in_place: output of a module -> the same with rows in the order of this rank's tokens; called like
+            ``positions``.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Recorder:
 
     @contextmanager
     def step(self, chunks: Sequence[torch.nn.Module], place: Mapping[str, int]) -> Iterator[None]:
-        """Around forward and backward of one step; what is kept of the first step begins and ends here."""
+        """Context manager around forward and backward of a step; at the first step it records outputs and gradients."""
         first = not self.record.steps
         self.record.steps.append(Step())
         if not first:
@@ -114,7 +115,7 @@ class Recorder:
             kept.gradients = {name: _gradient(parameter) for name, parameter in named_parameters(chunk)}
 
     def losses(self, loss_function: Callable[..., Any]) -> Callable[..., Any]:
-        """Megatron's loss function, whose results are kept."""
+        """Wrap Megatron's loss function so that its results are recorded."""
 
         @wraps(loss_function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -126,13 +127,13 @@ class Recorder:
         return call
 
     def grad_norm(self, value: Any) -> None:
-        """The end of a step: the optimizer knows its gradient norm."""
+        """Record the gradient norm that the optimizer returned; this ends a step."""
         if self.record.steps:
             self.record.steps[-1].grad_norm = None if value is None else float(value)
             self._tell(len(self.record.steps))
 
     def _watch(self, chunk: torch.nn.Module) -> Iterator[Any]:
-        """Hooks on every module of a chunk; yields their handles."""
+        """Register hooks on every module of a chunk; yields their handles."""
         kept = Chunk(weights={name: _fingerprint(value) for name, value in named_parameters(chunk)})
         self.record.chunks.append(kept)
         batch: list[Any] = []
@@ -150,7 +151,7 @@ class Recorder:
         def keep(name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
             if self._running is not kept:
                 return
-            while under_way and under_way.pop() != name:  # those above it never returned
+            while under_way and under_way.pop() != name:  # modules above it on the stack never returned
                 pass
             tensors = list(map(self._in_place, _tensors(output)))
             if kept.positions is None and tensors:
@@ -167,7 +168,7 @@ class Recorder:
         yield chunk.register_forward_hook(end)
 
     def _locate(self, kept: Chunk, batch: list[Any], output: torch.Tensor, chunk: torch.nn.Module) -> None:
-        """Find out which tokens this rank holds: from the batch's tensors, else from the first output's length."""
+        """Find which tokens this rank holds, from the batch's tensors, or else from the first output's length."""
         rows = [value for value in batch if isinstance(value, torch.Tensor) and value.dim() == 2]
         length = rows[0].size(1) if rows else output.size(0) * _parts(chunk, self.record.place)
         kept.positions, kept.seq_len = self._positions(length, batch)
@@ -180,12 +181,12 @@ def _note(under_way: list[str], name: str, module: torch.nn.Module, args: Any) -
 
 
 def _parts(chunk: torch.nn.Module, place: Mapping[str, int]) -> int:
-    """In how many parts tensor-parallel ranks hold the sequence of a hidden state."""
+    """Into how many parts the sequence of a hidden state is split over tensor-parallel ranks."""
     return place["tp_size"] if getattr(getattr(chunk, "config", None), "sequence_parallel", False) else 1
 
 
 def _losses(result: tuple[Any, ...]) -> dict[str, tuple[float, float | None]]:
-    """name -> (loss, tokens) of what a loss function returned: (loss, report) or (loss, tokens, report)."""
+    """name -> (loss, tokens), from a loss function's result: (loss, report) or (loss, tokens, report)."""
     found: dict[str, tuple[float, float | None]] = {}
     for name, value in dict(result[-1] or {}).items():
         parts = [float(part) for part in _flat(value)]
@@ -207,7 +208,7 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def named_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name as the user wrote it, parameter), those that are trained."""
+    """(name in the user's model, parameter) of all trainable parameters."""
     layers = _layer_numbers(chunk)
     for name, parameter in chunk.named_parameters():
         if parameter.requires_grad:
@@ -215,7 +216,7 @@ def named_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
 
 
 def named_modules(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """(name, module) of all modules below the wrappers for data parallelism and half precision."""
+    """(name, module) of all modules inside the wrappers for data parallelism and half precision."""
     layers = _layer_numbers(chunk)
     for name, module in chunk.named_modules():
         shown = _shown(name, layers)
@@ -226,7 +227,7 @@ def named_modules(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module
 
 
 def _layer_numbers(chunk: torch.nn.Module) -> dict[str, int]:
-    """Name of a layer in its stage -> its number, from 0, in the whole model."""
+    """Name of a layer in its stage -> its index in the whole model."""
     numbers = {}
     for name, module in chunk.named_modules():
         number = getattr(module, "layer_number", None)
@@ -258,7 +259,7 @@ def _fingerprint(parameter: torch.Tensor) -> str:
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    """The float tensors of what a module returned, at most PER_MODULE."""
+    """The float tensors in a module's output, at most PER_MODULE."""
     found = 0
     for value in _leaves(output):
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() and found < PER_MODULE:
@@ -280,7 +281,7 @@ def _kept(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _documents(batch: list[Any]) -> list[int]:
-    """Where documents begin in the first row: by packed parameters, a dense mask, or position ids; [] if nowhere."""
+    """First positions of the documents in the first row, by packed parameters, dense mask or position ids; else []."""
     for value in batch:
         ends = getattr(value, "cu_seqlens_q", None)
         if ends is not None:
@@ -295,5 +296,5 @@ def _documents(batch: list[Any]) -> list[int]:
 
 
 def _counts(row: torch.Tensor) -> bool:
-    """Whether a row of numbers counts up, from 0, and again from 0 where a document begins."""
+    """Whether a row of integers counts up from 0, restarting at 0 where a document begins."""
     return bool(row[0] == 0) and bool(((row[1:] == row[:-1] + 1) | (row[1:] == 0)).all())

@@ -1,4 +1,4 @@
-"""What the command says: on a screen, as Markdown for an issue, as JSON."""
+"""The result of prove as text, as Markdown for an issue, and as JSON."""
 
 import shlex
 import textwrap
@@ -10,7 +10,7 @@ from mindspeed_cp.prove import signature
 from mindspeed_cp.prove.comparing import Comparison, Difference
 from mindspeed_cp.prove.limits import Limits
 
-SHOWN = 6  # module names of a list
+SHOWN = 6  # module names of a list that are shown
 WIDTH = 110
 QUANTITIES = ("weight", "output", "gradient", "loss", "gradient norm", "tokens")
 TITLES = {
@@ -29,10 +29,10 @@ class Verdict:
     """The result of a proof.
 
     Args:
-        comparison: None where a run failed; ``failure`` then says how.
-        changed: what was shrunk or left out, one line each.
-        uncovered: what this proof cannot show, one line each.
-        title: the script, or what else was run.
+        comparison: None if a run failed; ``failure`` then says how.
+        changed: what was shrunk or removed, one line each.
+        uncovered: what was not tested, one line each.
+        title: the script, or another name of what was run.
         runs: name of a run -> (ranks, command line).
     """
 
@@ -59,7 +59,7 @@ class Verdict:
         return self.comparison.first("gradient") if self.comparison else None
 
     def signature(self, difference: Difference | None) -> signature.Signature | None:
-        """The kind of fault that a difference looks like."""
+        """The kind of fault that the difference suggests."""
         if difference is None:
             return None
         limit = self.limits.output if difference.what == "output" else self.limits.gradient
@@ -96,7 +96,7 @@ def _headline(verdict: Verdict) -> str:
 
 
 def allowed(limits: Limits) -> dict[str, float]:
-    """Quantity -> up to which error it counts as equal."""
+    """Quantity -> largest error with which it counts as equal."""
     sizes = (limits.output, limits.gradient, limits.loss, limits.grad_norm)
     return dict(zip(("output", "gradient", "loss", "gradient norm"), sizes))
 
@@ -203,7 +203,7 @@ def _number(value: float) -> float | None:
 
 
 def limits_of(comparison: Comparison) -> list[str]:
-    """What this comparison itself did not show."""
+    """What this comparison did not cover."""
     lines = []
     if comparison.apart:
         names = list(dict.fromkeys(comparison.apart))

@@ -1,4 +1,4 @@
-"""A training command, made small enough for a laptop: the same script, model class, data and dataloader."""
+"""Shrink a training command so that it runs on a laptop: with the same script, model class, data and dataloader."""
 
 import re
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ DEGREE, WINDOW = "--ulysses-degree-in-cp", "--cp-window-size"
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asks of the proof.
+    """The user's options for prove.
 
     Args:
-        cp: None: 2, or 4 where the algorithm has two levels.
-        ranks: processes of the run with context parallelism; pipeline and tensor parallelism fit into them.
+        cp: context-parallel size; None: 2, or 4 if the algorithm has two levels.
+        ranks: processes of the run with context parallelism, including pipeline and tensor parallelism.
         device: "cpu", "cuda" or "npu".
-        real_sizes: the model stays as large as it is.
-        ours: context parallelism of this project, not the script's own.
+        real_sizes: whether the model keeps its size.
+        ours: whether to use this project's context parallelism, not the script's own.
     """
 
     cp: int | None = None
@@ -49,8 +49,8 @@ class Plan:
 
     Args:
         alone, shared: flags without and with context parallelism.
-        changed: what differs from the user's command, a line each.
-        uncovered: what the runs therefore do not show.
+        changed: what differs from the user's command, one line each.
+        uncovered: what the runs therefore do not test.
     """
 
     script: str
@@ -62,13 +62,13 @@ class Plan:
 
 
 def plan(script: str, command: Sequence[str], wish: Wish, folder: Path) -> Plan:
-    """The two runs by which a training command is proved.
+    """Plan the two runs for a training command.
 
     Args:
-        folder: a temporary one, for caches.
+        folder: a temporary folder for caches.
 
     Raises:
-        ValueError: a flag cannot be read, or nothing fits into the ranks.
+        ValueError: a flag cannot be parsed, or the parallel sizes do not fit into the ranks.
     """
     given = with_files(Words(command))
     words = given.copy()
@@ -85,14 +85,14 @@ def plan(script: str, command: Sequence[str], wish: Wish, folder: Path) -> Plan:
         words.drop(flags.STAGES)
         sizes.shrink(words, ranks, own)
     uncovered += _plainer(words, kind, wish)
-    if kind == "other":  # a script with a parser of its own may not know what it was not given
+    if kind == "other":  # a script with its own parser may not know flags that the user did not pass
         words.drop([flag for flag in words.flags() if flag not in given])
     alone, shared = words.copy(), words.copy()
     alone.drop(flags.of_context_parallelism())
     if "--reset-attention-mask" in words:
-        alone.drop(["--no-create-attention-mask-in-dataloader"])  # without it nothing else tells attention of documents
+        alone.drop(["--no-create-attention-mask-in-dataloader"])  # otherwise attention would not know the documents
         if kind == "trainer":
-            shared.set("--micro-batch-size", 1)  # it lays the rows of a batch end to end
+            shared.set("--micro-batch-size", 1)  # it concatenates the rows of a batch
             alone.set("--micro-batch-size", 1)
     _share(shared, ranks, wish)
     uncovered += _uncovered(given, wish)
@@ -101,8 +101,8 @@ def plan(script: str, command: Sequence[str], wish: Wish, folder: Path) -> Plan:
 
 
 def kind_of(script: str) -> str:
-    """ "megatron-lm" (it uses megatron.training, or stands in a checkout and runs another script of it), "trainer" (the
-    one of this project), or "other".
+    """ "megatron-lm" (the script uses megatron.training, or is in a checkout and runs another script of it), "trainer"
+    (this project's trainer), or "other".
     """
     text = Path(script).read_text(encoding="utf-8", errors="replace")
     if re.search(r"\bmegatron\.training\b", text) or Path(script).with_name("megatron").joinpath("training").is_dir():
@@ -123,9 +123,7 @@ def _own(words: Words) -> Ranks:
 
 
 def _ranks(words: Words, own: Ranks, wish: Wish) -> Ranks:
-    """What fits: context parallelism, then the pipeline, then tensor parallelism, each at two ranks or as many as
-    remain.
-    """
+    """The sizes that fit: context parallelism first, then pipeline and tensor parallelism, each at most 2."""
     cp = wish.cp if wish.cp is not None else (4 if _levels(words) else 2)
     if cp < 2:
         raise ValueError(f"--cp {cp} compares a run with itself; give at least 2.")
@@ -145,7 +143,7 @@ def _ranks(words: Words, own: Ranks, wish: Wish) -> Ranks:
 
 
 def _levels(words: Words) -> bool:
-    """Whether the algorithm has two levels, and so needs four ranks: Hybrid and Double Ring."""
+    """Whether the algorithm has two levels and thus needs four ranks: Hybrid and Double Ring."""
     return (
         words.text(ALGORITHM).startswith("hybrid")
         or words.number(WINDOW, 1) > 1
@@ -154,7 +152,7 @@ def _levels(words: Words) -> bool:
 
 
 def _without_side_effects(words: Words, kind: str, wish: Wish, folder: Path) -> None:
-    """Nothing of the user's is written, and every run ends after a few steps that it can repeat."""
+    """Change flags so that none of the user's files is written and every run ends after a few deterministic steps."""
     words.drop((*flags.FILES, *flags.SCHEDULE))
     steady = flags.DROPOUT | flags.STEADY | {"--train-iters": wish.steps, "--seed": wish.seed}
     for flag, value in steady.items():
@@ -164,7 +162,7 @@ def _without_side_effects(words: Words, kind: str, wish: Wish, folder: Path) -> 
 
 
 def _fold(words: Words, ranks: Ranks, uncovered: list[str]) -> None:
-    """Parallel sizes that fit into the ranks."""
+    """Set the parallel sizes to those that fit into the ranks."""
     for flag, size in (
         ("--tensor-model-parallel-size", ranks.tp),
         ("--pipeline-model-parallel-size", ranks.pp),
@@ -183,7 +181,7 @@ def _fold(words: Words, ranks: Ranks, uncovered: list[str]) -> None:
 
 
 def _plainer(words: Words, kind: str, wish: Wish) -> list[str]:
-    """Leave out what hides gradients, other precisions, and what a CPU has not; returns what is not shown then."""
+    """Remove flags that hide gradients, change the precision or need a device; returns what is then not tested."""
     lost = [flags.OPTIMIZER[flag] for flag in words.drop(flags.OPTIMIZER)]
     precise = [flag for flag in words.drop(flags.PRECISION) if flag in ("--bf16", "--fp16", "--fp8-format")]
     if wish.dtype == "bfloat16":
@@ -205,7 +203,7 @@ def _plainer(words: Words, kind: str, wish: Wish) -> list[str]:
 
 
 def _share(words: Words, ranks: Ranks, wish: Wish) -> None:
-    """The flags of context parallelism, for so many ranks."""
+    """Adapt the flags of context parallelism to the number of ranks."""
     words.set(SIZE, ranks.cp)
     if DEGREE in words:
         words.set(DEGREE, _divisor(words.number(DEGREE, 2), ranks.cp, below=True))
@@ -223,7 +221,7 @@ def _share(words: Words, ranks: Ranks, wish: Wish) -> None:
 
 
 def _divisor(value: int, size: int, below: bool) -> int:
-    """The largest divisor of ``size`` up to ``value``, and smaller than ``size`` where there is one."""
+    """The largest divisor of ``size`` up to ``value``; with ``below``, smaller than ``size`` if possible."""
     fits = [number for number in range(1, size + 1) if size % number == 0 and number <= value]
     inner = [number for number in fits if 1 < number < size]
     return max(inner) if below and inner else max(fits)
@@ -240,7 +238,7 @@ def _uncovered(given: Words, wish: Wish) -> list[str]:
 
 
 def _changes(given: Words, words: Words) -> list[str]:
-    """flag old -> new, several to a line; flags that only make runs short and harmless are not worth a word."""
+    """flag old -> new, several per line; flags that only make runs short and harmless are omitted."""
     silent = {*flags.FILES, *flags.SCHEDULE, *flags.STEADY, *flags.PLAIN_CPU, "--data-cache-path", "--seed"}
     silent |= {"--train-iters"}
     changed = []

@@ -1,6 +1,6 @@
-"""What kind of fault a difference looks like: by a factor, by which rows are off, by whose they are.
+"""Classify a difference by a common factor, by which rows are wrong, and by which rank holds them.
 
-rows    (rows, features) of an output, whole and in order; see comparing.Rows
+rows    (rows, features) of a whole output in sequence order; see comparing.Rows
 """
 
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ import torch
 
 from mindspeed_cp.prove.comparing import Difference, Rows
 
-CLOSE = 1e-3  # of what is left when a factor is taken out
-MOST = 4096  # rows that are looked for among one another
-FEW = 0.4  # share of a piece up to which its beginning is a beginning
+CLOSE = 1e-3  # largest relative residual after a common factor is divided out
+MOST = 4096  # up to this many rows, each wrong row is searched among all rows
+FEW = 0.4  # wrong rows at an edge may be at most this fraction of a piece
 
 
 @dataclass(frozen=True)
 class Signature:
-    """A kind of fault: its name, what was seen, where one would look first."""
+    """A kind of fault: its name, what was observed, and where to look first."""
 
     kind: str
     seen: str
@@ -24,7 +24,7 @@ class Signature:
 
 
 def of(difference: Difference, limit: float, cp: int) -> Signature | None:
-    """The signature of a difference in an output or a gradient; None where it is of no known kind."""
+    """The signature of a difference in an output or a gradient; None if it is of no known kind."""
     if difference.rows is not None:
         return of_rows(difference.rows, limit, cp)
     if difference.tensors is not None:
@@ -45,7 +45,7 @@ def of_rows(rows: Rows, limit: float, cp: int) -> Signature | None:
 
 
 def common_factor(expected: torch.Tensor, found: torch.Tensor) -> float | None:
-    """k where ``found`` is k times ``expected``, and k is not 1."""
+    """k if ``found`` is k times ``expected`` and k is not 1, else None."""
     length = float(expected.double().square().sum())
     if not length:
         return None
@@ -63,7 +63,7 @@ def _scaled(factor: float, cp: int, what: str) -> Signature:
 
 
 def _permuted(rows: Rows, off: torch.Tensor, limit: float) -> Signature | None:
-    """Whether every row that is off is another row of the expected output."""
+    """A signature if every wrong row equals another row of the expected output."""
     places = off.nonzero().flatten()[:MOST]
     if len(places) < 2 or len(rows.expected) > MOST:
         return None
@@ -79,7 +79,7 @@ def _permuted(rows: Rows, off: torch.Tensor, limit: float) -> Signature | None:
 
 
 def _behind_documents(rows: Rows, off: torch.Tensor) -> Signature | None:
-    """Whether rows are off behind the first document alone."""
+    """A signature if rows are wrong only after the first document."""
     starts = [start for start in rows.documents if 0 < start < len(off)]
     if not starts or off[: starts[0]].any():
         return None
@@ -91,7 +91,7 @@ def _behind_documents(rows: Rows, off: torch.Tensor) -> Signature | None:
 
 
 def _of_one_rank(rows: Rows, off: torch.Tensor, cp: int, found: Signature | None) -> Signature | None:
-    """Whether a single rank's rows are off; ``found``: what else is known of them."""
+    """A signature if only a single rank's rows are wrong; ``found``: what else is known about them."""
     owners = rows.owner[off].unique().tolist()
     if len(owners) != 1 or cp < 2 or (found is not None and found.kind == "across documents"):
         return None
@@ -104,7 +104,7 @@ def _of_one_rank(rows: Rows, off: torch.Tensor, cp: int, found: Signature | None
 
 
 def _runs(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """(distance of each row from the beginning of the run that its rank holds, from its end)"""
+    """(distance of each row from the beginning of its run, distance from its end); runs as held by the rows' ranks."""
     owner = rows.owner.tolist()
     before, begin = [0] * len(owner), 0
     for place in range(len(owner)):
@@ -118,7 +118,7 @@ def _runs(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _at_edges(rows: Rows, off: torch.Tensor) -> Signature | None:
-    """Whether only the first, or only the last rows are off of what a rank holds in one piece."""
+    """A signature if only the first or only the last rows of the ranks' contiguous pieces are wrong."""
     for distance, kind, side, look in zip(
         _runs(rows),
         ("beginnings", "ends"),

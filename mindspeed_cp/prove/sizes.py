@@ -1,4 +1,4 @@
-"""Smaller models of the same kind: every kind of layer stays, and what the sizes say of one another."""
+"""Smaller models of the same kind: all kinds of layers and the relations between sizes are kept."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ MOCK_TOKENIZERS = ("NullTokenizer", "NullMultimodalTokenizer")
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many ranks share what, in both runs, and in the run with context parallelism."""
+    """Parallel sizes of both runs, and of the run with context parallelism."""
 
     tp: int
     pp: int
@@ -28,10 +28,10 @@ def shrink(words: Words, ranks: Ranks, own: Ranks) -> None:
 
     Args:
         words: changed in place.
-        own: the sizes that the command itself asks for.
+        own: the parallel sizes of the original command.
 
     Raises:
-        ValueError: a flag holds no number, or a list of layers cannot be read.
+        ValueError: a flag's value is not a number, or a list of layers cannot be parsed.
     """
     _layers(words, ranks)
     scale = _width(words, ranks, own)
@@ -42,13 +42,13 @@ def shrink(words: Words, ranks: Ranks, own: Ranks) -> None:
     _batch(words, ranks)
     _vocabulary(words)
     if scale > 1:
-        # Smaller layers with the same deviation would compute almost nothing: outputs keep their size.
+        # Smaller layers with the same deviation would have tiny outputs, so the deviation grows to keep their size.
         deviation = float(words.text("--init-method-std", "0.02"))
         words.set("--init-method-std", f"{min(deviation * scale, 0.2):.4g}")
 
 
 def _layers(words: Words, ranks: Ranks) -> None:
-    """One layer of each kind, and at least one for each stage."""
+    """One layer of each kind, and at least one per stage."""
     count = words.number("--num-layers", 2)
     stages = ranks.pp * ranks.virtual
     flag = next((flag for flag in HYBRID if flag in words), None)
@@ -80,7 +80,7 @@ def _layers(words: Words, ranks: Ranks) -> None:
 
 
 def short_pattern(pattern: str, stages: int) -> str:
-    """One layer of each kind of a hybrid model, and as many for each stage; "|" ends a stage, "/" the model itself."""
+    """One layer of each kind of a hybrid model, the same number per stage; "|" ends a stage, "/" the main model."""
     model, *predictions = pattern.split("/")
     kinds = "".join(dict.fromkeys(re.sub(r"[|\s]", "", model)))
     each = -(-len(kinds) // stages)
@@ -91,7 +91,7 @@ def short_pattern(pattern: str, stages: int) -> str:
 
 
 def _state_space(words: Words, ranks: Ranks) -> None:
-    """Heads and groups that share out over the ranks; Megatron's own sizes are meant for large layers."""
+    """Heads and groups that can be split over the ranks; Megatron's defaults are for large layers."""
     if not any(flag in words for flag in HYBRID):
         return
     groups = min(words.number("--mamba-num-groups", 8), 2 * ranks.tp)
@@ -103,7 +103,7 @@ def _state_space(words: Words, ranks: Ranks) -> None:
 
 
 def _width(words: Words, ranks: Ranks, own: Ranks) -> float:
-    """Hidden size, heads and feed-forward; returns by which factor outputs of a layer would shrink."""
+    """Hidden size, heads and feed-forward size; returns the factor by which outputs of a layer would shrink."""
     hidden, heads = words.number("--hidden-size", 64), words.number("--num-attention-heads", 4)
     groups = words.number("--num-query-groups", 1) if "--group-query-attention" in words else heads
     shared = ranks.tp * ranks.cp
@@ -131,7 +131,7 @@ def _width(words: Words, ranks: Ranks, own: Ranks) -> float:
 
 
 def _few_groups(groups: int, own: Ranks, ranks: Ranks) -> int:
-    """KV heads: as few for the ranks that share them as before, so that they are replicated where they were."""
+    """KV heads: in the same relation to the ranks as before, so that they are replicated if they were."""
     shared = ranks.tp * ranks.cp
     if groups < own.tp * own.cp:
         return min(groups, ranks.tp)
@@ -164,7 +164,7 @@ def _experts(words: Words) -> None:
 
 
 def _sequence(words: Words, ranks: Ranks, own: Ranks) -> None:
-    """Shorter, even where it was even, and with a window that still ends within it."""
+    """A shorter sequence, divisible as before, with windows that still end within it."""
     length = words.number("--seq-length", SHORT)
     has_documents = any(
         flag in words for flag in ("--reset-attention-mask", "--reset-position-ids", "--sft", "--eod-mask-loss")
@@ -173,7 +173,7 @@ def _sequence(words: Words, ranks: Ranks, own: Ranks) -> None:
     short = min(length, LONG if has_documents else SHORT)
     if length % (2 * own.cp) == 0:
         short = max(multiple, short // multiple * multiple)
-    elif own.cp > 1 and length % own.cp == 0:  # as aligned Ulysses wants it, and no more
+    elif own.cp > 1 and length % own.cp == 0:  # as aligned Ulysses requires
         short = max(multiple, short // multiple * multiple) - multiple // 2
     else:
         short = max(short // multiple * multiple - (ranks.tp if "--sequence-parallel" in words else 3), ranks.cp + 1)
@@ -185,7 +185,7 @@ def _sequence(words: Words, ranks: Ranks, own: Ranks) -> None:
 
 
 def _window(words: Words, length: int, short: int) -> list[str]:
-    """The same share of the sequence, at least a few tokens; as it was written, with or without a comma."""
+    """A window with the same share of the sequence, at least a few tokens; in the same notation as before."""
     values = words.values("--window-size") or []
     numbers = [int(number) for number in re.findall(r"-?\d+", " ".join(values))]
     fewer = [number if number <= 0 else max(5, min(number * short // length, short // 3)) for number in numbers]
@@ -201,7 +201,7 @@ def _batch(words: Words, ranks: Ranks) -> None:
 
 
 def _vocabulary(words: Words) -> None:
-    """Smaller where tokens are made up; the tokens of real text need the vocabulary that they have."""
+    """A smaller vocabulary for synthetic tokens; real text needs its own vocabulary."""
     mocked = "--mock-data" in words or "--data-path" not in words
     if mocked and words.text("--tokenizer-type") in MOCK_TOKENIZERS and "--vocab-size" in words:
         words.set("--vocab-size", min(words.number("--vocab-size", VOCABULARY), VOCABULARY))

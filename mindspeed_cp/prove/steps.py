@@ -1,4 +1,4 @@
-"""The loss of a step, from what the loss functions of its ranks and micro-batches returned."""
+"""The loss of a step, from the loss functions' results on its ranks and micro-batches."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from mindspeed_cp.prove.recording import Record, Step
 
 
 def by_step(records: Sequence[Record]) -> list[list[Step]]:
-    """The steps of the ranks that know the loss: one for each context-parallel rank, on the last pipeline stage."""
+    """The steps of the ranks that compute the loss: one per context-parallel rank, on the last pipeline stage."""
     last = [
         record
         for record in records
@@ -16,7 +16,7 @@ def by_step(records: Sequence[Record]) -> list[list[Step]]:
 
 
 def loss_of(steps: Sequence[Step]) -> tuple[float, float | None]:
-    """(loss, tokens) of one step over its ranks and micro-batches, by the first loss that is reported."""
+    """(loss, tokens) of one step over its ranks and micro-batches, of the first reported loss."""
     found = [batch for step in steps for batch in step.losses]
     if not found:
         return float("nan"), None
@@ -33,6 +33,6 @@ def loss_of(steps: Sequence[Step]) -> tuple[float, float | None]:
 
 
 def off(found: float, expected: float) -> float:
-    """Relative error; infinite where one of the two is no number."""
+    """Relative error; infinite if one of the two is NaN or infinite."""
     error = abs(found - expected) / max(abs(expected), 1e-30)
     return error if error == error else float("inf")

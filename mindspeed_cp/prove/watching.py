@@ -1,4 +1,4 @@
-"""Where Megatron is watched: its pipeline schedules, loss functions and optimizers, whatever script calls them."""
+"""Hooks into Megatron's pipeline schedules, loss functions and optimizers, whatever script calls them."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -18,11 +18,11 @@ SCHEDULE_NAMES = (
 )
 OPTIMIZERS = "megatron.core.optimizer.optimizer"
 OPTIMIZER_NAMES = ("ChainedOptimizer", "FP32Optimizer", "MixedPrecisionOptimizer")
-MANY = 1 << 40  # more tokens than a rank holds
+MANY = 1 << 40  # more than the number of tokens on a rank
 
 
 def watch(recorder: Recorder) -> Callable[[], None]:
-    """Let ``recorder`` see every training step of this process from now on; returns what ends that."""
+    """Let ``recorder`` record every training step of this process from now on; returns a function that ends this."""
     undo: list[tuple[Any, str, Any]] = []
 
     def replace(owner: Any, name: str, build: Callable[..., Any]) -> None:
@@ -34,7 +34,7 @@ def watch(recorder: Recorder) -> Callable[[], None]:
     for name in SCHEDULE_NAMES:
         replace(schedules, name, _schedule)
     optimizers = importlib.import_module(OPTIMIZERS)
-    depth: list[Any] = []  # optimizers whose step runs now
+    depth: list[Any] = []  # optimizers whose step is running
     for name in OPTIMIZER_NAMES:
         owner = getattr(optimizers, name, None)
         if owner is not None and "step" in vars(owner):
@@ -51,7 +51,7 @@ def _schedule(original: Callable[..., Any], recorder: Recorder) -> Callable[...,
     @wraps(original)
     def run(*args: Any, **kwargs: Any) -> Any:
         if args or kwargs.get("forward_only") or "model" not in kwargs:
-            return original(*args, **kwargs)  # Megatron's schedules take keywords alone
+            return original(*args, **kwargs)  # Megatron's schedules take only keyword arguments
         model = kwargs["model"]
         chunks = list(model) if isinstance(model, (list, tuple)) else [model]
         kwargs["forward_step_func"] = _forward_step(kwargs["forward_step_func"], recorder)
@@ -71,7 +71,7 @@ def _forward_step(forward_step: Callable[..., Any], recorder: Recorder) -> Calla
 
 
 def _optimizer_step(depth: list[Any], original: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
-    """The outermost of chained optimizers reports."""
+    """Only the outermost of chained optimizers reports its gradient norm."""
 
     @wraps(original)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -103,29 +103,29 @@ def place() -> dict[str, int]:
 
 
 def our_positions(local_length: int, batch: list[Any]) -> tuple[torch.Tensor, int]:
-    """(positions of this rank's tokens, whole length) by the record of the batch that runs; see Recorder."""
+    """(positions of this rank's tokens, whole length) from the record of the current batch; see Recorder."""
     from mindspeed_cp import megatron_adaptor
 
     state = megatron_adaptor.state()
     if state.cp_size == 1:
         return torch.arange(local_length), local_length
     cp_rank = place()["cp"]
-    # Numbers that say whose they are, gathered as the batch's own layout puts them in order.
+    # Numbers that identify rank and row; gathering them with the batch's layout gives the order of all rows.
     marks = torch.arange(local_length, dtype=torch.float64, device=_device(batch)) + cp_rank * MANY
     for of in [value for value in batch if _leads(value)] + [None]:
         try:
             whole = state.gather_sequence(marks, of=of, dim=0)
-        except ValueError:  # on all ranks alike: it is about the batch, of which each has its part
+        except ValueError:  # raised on all ranks alike, because all hold parts of the same batch
             continue
         places = [(int(mark) % MANY, at) for at, mark in enumerate(whole.tolist()) if mark // MANY == cp_rank]
         return torch.tensor([at for _, at in sorted(places)]), len(whole)
-    # A pipeline stage that was given no batch: the layout of the configuration, as for attention.
+    # A pipeline stage without a batch uses the configuration's layout, as attention does.
     total = _total(local_length)
     return state.layout(total).positions(cp_rank), total
 
 
 def our_rows(output: torch.Tensor) -> torch.Tensor:
-    """An output of a layer for which rows have moved, with those of the batch's own layout; see Recorder."""
+    """Restore the batch's own layout in the output of a layer for which rows were moved; see Recorder."""
     from mindspeed_cp import megatron_adaptor
     from mindspeed_cp.linear.rows import conversion, exchange_rows
 
@@ -144,8 +144,8 @@ def _leads(value: Any) -> bool:
 
 
 def their_positions(local_length: int, batch: list[Any]) -> tuple[torch.Tensor, int]:
-    """The same for context parallelism that is not ours: by the batch's position ids where they count the whole
-    sequence, else by Megatron's own contract, zigzag over the row, or over each document of a packed batch.
+    """The same for context parallelism of others: by the batch's position ids if they count the whole sequence, else
+    by Megatron's convention: zigzag over the row, or over each document of a packed batch.
     """
     here = place()
     size, rank = here["cp_size"], here["cp"]
@@ -162,11 +162,11 @@ def their_positions(local_length: int, batch: list[Any]) -> tuple[torch.Tensor, 
 
 
 def _counted(local_length: int, batch: list[Any]) -> torch.Tensor | None:
-    """The row of whole numbers that is, over all context-parallel ranks, the positions of a sequence once each."""
+    """The batch's row of integers that holds, over all context-parallel ranks, each position of the sequence once."""
     from megatron.core import parallel_state
 
     group, size = parallel_state.get_context_parallel_group(), place()["cp_size"]
-    for value in reversed(batch):  # position ids come behind tokens, which may count as well
+    for value in reversed(batch):  # position ids come after tokens, which may count up as well
         if isinstance(value, torch.Tensor) and value.dtype == torch.int64 and value.dim() == 2:
             rows = [torch.empty_like(value[0]) for _ in range(size)]
             dist.all_gather(rows, value[0].contiguous(), group=group)
@@ -177,7 +177,7 @@ def _counted(local_length: int, batch: list[Any]) -> torch.Tensor | None:
 
 
 def zigzag(ends: Sequence[int], size: int, rank: int) -> torch.Tensor:
-    """Positions of a rank where every piece between two ``ends`` is zigzag on its own."""
+    """Positions of a rank if every piece between two ``ends`` is a separate zigzag."""
     pieces = []
     for start, stop in zip(ends[:-1], ends[1:]):
         part = (stop - start) // (2 * size)

@@ -1,17 +1,17 @@
-"""A command line as flags with their values: read without the script's parser, changed, and written back."""
+"""A command line as flags with their values, which can be read and changed without the script's parser."""
 
 from collections.abc import Iterable, Sequence
 
 
 class Words:
-    """Flags in the order in which they were given, each with its values; the last of two with the same name counts.
+    """Flags in their original order, each with its values; the last of several with the same name counts.
 
     Args:
-        words: the command line behind the script; "--flag=value" is taken apart.
+        words: the command line after the script; "--flag=value" is split.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
-        self._items: list[tuple[str, list[str]]] = [("", [])]  # the first holds what stands before any flag
+        self._items: list[tuple[str, list[str]]] = [("", [])]  # the first item holds the words before any flag
         for word in words:
             if word.startswith("--"):
                 flag, equals, value = word.partition("=")
@@ -26,7 +26,7 @@ class Words:
         return [name for name, _ in self._items if name]
 
     def values(self, flag: str) -> list[str] | None:
-        """The values of a flag, an empty list for a switch; None where it is not given."""
+        """The values of a flag, an empty list for a switch, None if it is not given."""
         found = [values for name, values in self._items if name == flag]
         return found[-1] if found else None
 
@@ -35,7 +35,7 @@ class Words:
         return " ".join(values) if values else default
 
     def number(self, flag: str, default: int) -> int:
-        """Raises ValueError where the value is no whole number."""
+        """The value of a flag as an int; raises ValueError if it is not a whole number."""
         value = self.text(flag)
         if not value:
             return default
@@ -45,7 +45,7 @@ class Words:
             raise ValueError(f"{flag} {value} is no whole number; correct the command.") from None
 
     def set(self, flag: str, *values: object) -> None:
-        """Give a flag these values, in its place or at the end."""
+        """Set a flag to these values, in its place or at the end."""
         texts = [str(value) for value in values]
         places = [place for place, (name, _) in enumerate(self._items) if name == flag]
         if not places:
@@ -57,7 +57,7 @@ class Words:
         self._items[place] = (flag, texts)
 
     def drop(self, flags: Iterable[str]) -> list[str]:
-        """Leave out these flags; returns those that were there."""
+        """Remove these flags; returns those that were given."""
         unwanted = set(flags)
         found = [name for name in dict.fromkeys(self.flags()) if name in unwanted]
         self._items = [(name, values) for name, values in self._items if name not in unwanted]

@@ -1,4 +1,4 @@
-"""Settings in files, read as flags: Megatron's --yaml-cfg, and --cp-config with MindFormers' keys.
+"""Read settings from files as flags: Megatron's --yaml-cfg, and --cp-config with MindFormers' keys.
 
 A flag on the command line wins over the file.
 """
@@ -16,7 +16,7 @@ from mindspeed_cp.arguments.yaml_file import apply_config_file
 from mindspeed_cp.prove.words import Words
 
 MEGATRON, MINDFORMERS = "--yaml-cfg", "--cp-config"
-# Names of Megatron's configurations that are not those of its flags.
+# Names in Megatron's configurations that differ from the flags' names.
 RENAMED = {
     "num_moe_experts": "--num-experts",
     "layernorm_epsilon": "--norm-epsilon",
@@ -24,7 +24,7 @@ RENAMED = {
     "fp8": "--fp8-format",
     "rotary_seq_len_interpolation_factor": "--rotary-seq-len-interpolation-factor",
 }
-# On unless a flag says no.
+# Settings that are on unless a flag switches them off.
 ON_UNLESS = {
     "add_bias_linear": "--disable-bias-linear",
     "add_position_embedding": "",  # deprecated; position_embedding_type says it
@@ -40,7 +40,7 @@ ON_UNLESS = {
     "masked_softmax_fusion": "--no-masked-softmax-fusion",
     "persist_layer_norm": "--no-persist-layer-norm",
 }
-# What follows from other settings, is a function, or concerns the device alone.
+# Settings without a flag: they follow from others, are functions, or concern only the device.
 WITHOUT_FLAG = (
     *"init_method output_layer_init_method perform_initialization params_dtype timers gated_linear_unit".split(),
     *"bias_activation_fusion memory_efficient_layer_norm clone_scatter_output_in_embedding moe_token_dropping".split(),
@@ -55,10 +55,10 @@ STARTS = ("tp_comm_split", "tp_comm_atomic", "tp_comm_bulk", "cpu_offloading", "
 
 
 def with_files(words: Words) -> Words:
-    """The flags, and those of the files that they name in the files' place.
+    """The flags, with each file replaced by the flags that it contains.
 
     Raises:
-        ValueError: a file cannot be read, or its keys do not go together.
+        ValueError: a file cannot be read, or its keys conflict.
     """
     found = words.copy()
     if MEGATRON in words:
@@ -73,7 +73,7 @@ def with_files(words: Words) -> Words:
 
 
 def _megatron(path: str) -> Iterator[tuple[str, list[Any]]]:
-    """(flag, values) of every setting of a file, which has sections one level deep; None and False say nothing."""
+    """(flag, values) of every setting of a file with sections one level deep; None and False are skipped."""
     try:
         tree = yaml.safe_load(os.path.expandvars(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -100,7 +100,7 @@ def _flag(name: str, value: Any) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _mindformers(words: Words, path: str) -> None:
-    """Set the flags of context parallelism that a file of MindFormers names."""
+    """Set the flags of context parallelism from a MindFormers file."""
     known = {each.dest: each for each in declared.declared() if each.flag}
     given = [dest for dest, each in known.items() if each.flag in words]
     args = SimpleNamespace(**dict.fromkeys(known) | {"context_parallel_size": 1, "sequence_parallel": False})

@@ -1,1 +1,1 @@
-"""Positions of a sequence as integers: which rank holds them, what queries may see of them, which blocks follow."""
+"""Integer arithmetic on positions: which rank holds them, which keys a query may see, which blocks must be computed."""

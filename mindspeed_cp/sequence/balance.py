@@ -1,14 +1,12 @@
-"""The balanced layout: equal tokens and about equal areas on every ring rank, and few rows that travel.
+"""The balanced layout: equal token counts and nearly equal areas on every ring rank, and few rows that travel.
 
-With documents the zigzag of the whole row is uneven: a token's work is its place in its document. Here every rank is
-filled with documents of its own (mindspeed_cp/sequence/filling.py), and with parts of those that are too long for one
-rank. So short documents send nothing, and long ones lie on as few ranks as balance allows. The result depends on the
-boundaries alone, so that every rank finds it without asking.
+With documents, a zigzag over the whole row is uneven, because a token's work is its position within its document. Here
+every rank gets whole documents (mindspeed_cp/sequence/filling.py), and parts of those that are too long for one rank.
+Short documents then send nothing, and long ones lie on as few ranks as balance allows. The result depends only on the
+boundaries, so every rank computes the same layout without communication.
 
 Related: the dispatch solver of MagiAttention (arXiv 2505.13211), WLB-LLM (arXiv 2503.17924). n: ring ranks.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +19,13 @@ from mindspeed_cp.sequence.runs import Boundaries, Runs, join, split_sizes
 Integers = npt.NDArray[np.int64]
 Areas = npt.NDArray[np.float64]  # integers would overflow from 2**32 tokens on
 
-GOOD = 1.05  # largest area over the mean that ends the search
-GOALS = (1.04, 1.02, 1.0, 0.97)  # areas that ranks are filled up to; the higher, the fewer cuts of long documents
-SLACK = 0.0095  # more than the goal, where a whole piece fits then; with the first goal still below GOOD
+GOOD = 1.05  # the search ends when the largest area is at most this multiple of the mean
+GOALS = (1.04, 1.02, 1.0, 0.97)  # ranks are filled up to these multiples of the mean; higher goals cut fewer documents
+SLACK = 0.0095  # a rank may exceed its goal by this, if a whole piece then fits; first goal + SLACK is below GOOD
 
 
 class _Area:
-    """How many (query, key) pairs the queries before a position see, with causal or full attention within documents."""
+    """Number of (query, key) pairs of all queries before a position, with causal or full attention within documents."""
 
     def __init__(self, documents: Boundaries, causal: bool) -> None:
         self._ends, self._causal = np.unique(np.array(documents, dtype=np.int64)), causal
@@ -48,35 +46,12 @@ class _Area:
 
 
 def imbalance(rings: list[Runs], documents: Boundaries, causal: bool = True) -> float:
-    """Largest area of a ring rank over the mean; ``rings`` are the runs of each."""
+    """Largest area of a ring rank divided by the mean; ``rings`` holds the runs of each rank."""
     area = _Area(documents, causal)
     runs = np.array([run for runs in rings for run in runs], dtype=np.int64).reshape(-1, 2)
     owner = np.repeat(np.arange(len(rings)), list(map(len, rings)))
     loads = np.bincount(owner, weights=area(runs[:, 1]) - area(runs[:, 0]), minlength=len(rings))
     return float(loads.max() * len(rings) / max(loads.sum(), 1.0))
-
-
-def received_rows(rings: Sequence[Runs], documents: Boundaries, causal: bool = True) -> Integers:
-    """int64 (ring ranks,): rows of keys that each rank gets from others where just those travel that it needs.
-
-    Of every document of which it holds a token these are the ones before its last token (full attention: all), without
-    its own.
-    """
-    ends = np.unique(np.array(documents, dtype=np.int64))
-    rows = np.zeros(len(rings), dtype=np.int64)
-    for rank, runs in enumerate(rings):
-        start, stop = np.array(runs, dtype=np.int64).reshape(-1, 2).T
-        first, last = np.searchsorted(ends, start, side="right") - 1, np.searchsorted(ends, stop, side="left") - 1
-        read = np.zeros(len(ends), dtype=np.int64)
-        # A run holds the end of every document in it but the last one, of which it holds the tokens up to its own end.
-        np.maximum.at(read, last, (stop if causal else ends[last + 1]) - ends[last])
-        whole = np.zeros(len(ends) + 1, dtype=np.int64)
-        np.add.at(whole, first, 1)
-        np.add.at(whole, last, -1)
-        ended = np.flatnonzero(np.cumsum(whole)[:-1] > 0)
-        read[ended] = ends[ended + 1] - ends[ended]
-        rows[rank] = read.sum() - (stop - start).sum()
-    return rows
 
 
 def _num_bytes(rings: tuple[Runs, ...]) -> int:
@@ -92,8 +67,8 @@ def balanced_rings(
     Args:
         documents: boundaries with the leading 0 and the total.
         causal: causal attention within documents, else full.
-        ranks_per_node: ring ranks that share a node, where that is known; parts of one document then lie in one node
-            where they can.
+        ranks_per_node: ring ranks per node, None if unknown; parts of one document are then kept within one node
+            where possible.
     """
     lengths = np.diff(np.array(documents, dtype=np.int64)).tolist()
     work, sizes = Work(lengths, causal), split_sizes(documents[-1], num_ranks)

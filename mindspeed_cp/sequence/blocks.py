@@ -3,8 +3,8 @@
 Every mask is a set of slices (causal, full, packed documents, sliding windows, prefixes, trees). In each of them the
 query at global position p sees the keys lo(p) <= k < hi(p), where lo and hi never decrease. Counted in rows of the key
 shard, both are staircases whose steps have slope 0 (an end of the slice, the edge of a shard) or slope 1 (a diagonal).
-Where neither slope changes, the visible keys are one block: a rectangle (0, 0), a causal square (hi has slope 1), a
-band (lo has too, or alone). Nothing of size S x S is ever made, and what is empty yields no block.
+Where neither slope changes, the visible keys form one block: a rectangle (slopes 0 and 0), a causal square (hi has
+slope 1) or a band (lo has slope 1). Nothing of size S x S is ever allocated, and empty ranges yield no block.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ from mindspeed_cp.sequence.staircases import Pieces, visible_pieces
 # (query start, query stop, key start, key stop, lower, upper)
 Shape = tuple[int, int, int, int, int | None, int | None]
 
-BAND_TILE = 256  # rows of a tile with an explicit mask, where a kernel has no bands of its own
+BAND_TILE = 256  # rows of a tile with an explicit mask, for kernels that cannot compute bands themselves
 
 
 @dataclass(frozen=True)
 class Block:
-    """Pieces of attention of one shape that lie end to end in the rows of a query shard and of a key shard.
+    """One or more pieces of attention of the same shape, contiguous in the rows of a query shard and of a key shard.
 
     Piece n has query rows q_offsets[n] to q_offsets[n + 1] and key rows k_offsets[n] to k_offsets[n + 1]; its query i
     sees its key j when lower <= j - i <= upper (None is unlimited). A single rectangle is one piece; packed documents
@@ -96,9 +96,9 @@ def _cut(block: Block, q: Run, k: Run, lower: int | None, upper: int | None) -> 
 
 
 def _tiles(block: Block) -> list[Block]:
-    """A band in shapes that every kernel has, BAND_TILE rows at a time.
+    """Split a band into shapes that every kernel can compute, BAND_TILE rows at a time.
 
-    A triangle at each boundary and a rectangle between them, or one small masked tile where they overlap.
+    A triangle at each boundary and a rectangle between them, or one small masked tile where the triangles overlap.
     """
     rows, cols = block.q_offsets[1] - block.q_offsets[0], block.k_offsets[1] - block.k_offsets[0]
     assert block.lower is not None
@@ -131,7 +131,7 @@ def _shapes(pieces: Pieces) -> Iterator[Shape]:
             # The first row sees nothing yet: the diagonal enters the shard in the second.
             row, count, hi = row + 1, count - 1, hi + 1
         if lo_slope == 1 and hi_slope != 1:
-            # The window leaves the shard: the last rows see nothing any more, and a band must not contain such a row.
+            # The window leaves the shard: the last rows see no key, and a band must not contain such rows.
             count = min(count, hi - lo)
         stop = row + count
         if count == 1 or (lo_slope != 1 and hi_slope != 1):
@@ -146,7 +146,7 @@ def _shapes(pieces: Pieces) -> Iterator[Shape]:
 
 
 def _stacked(shapes: Iterator[Shape]) -> list[Shape]:
-    """Rectangles of the same keys that lie one below the other become one: a prefix that several slices see."""
+    """Merge rectangles over the same keys whose query rows are adjacent, such as a prefix that several slices see."""
     found: list[Shape] = []
     below: dict[tuple[int, int, int], int] = {}  # (row, first key, last + 1) -> the rectangle that ends above it
     for shape in shapes:
@@ -164,11 +164,11 @@ def _stacked(shapes: Iterator[Shape]) -> list[Shape]:
 def plan_blocks(query_runs: Runs, key_runs: Runs, mask: SliceMask, native_bands: bool = False) -> tuple[Block, ...]:
     """The blocks that the queries at ``query_runs`` must compute against the keys at ``key_runs``.
 
-    Blocks of one shape that lie end to end become one, which a varlen kernel computes in one call.
+    Adjacent blocks of the same shape are merged into one, which a varlen kernel computes in one call.
 
     Args:
         query_runs, key_runs: tuples of (start, stop) of global positions, ascending; rows count along them.
-        native_bands: the kernel computes bands (two diagonal limits) itself.
+        native_bands: whether the kernel computes bands (two diagonal limits) itself.
 
     Returns:
         tuple of Block, slice by slice; empty when no query sees a key.

@@ -1,6 +1,6 @@
-"""Results of pure functions, kept while there is room: bounded by the bytes that they hold, not by their number.
+"""Caches of pure functions' results, bounded by the bytes that they hold, not by their number.
 
-A plan of thousands of documents is megabytes, and in training every batch has documents of its own.
+A plan for thousands of documents takes megabytes, and in training every batch has different documents.
 """
 
 from collections import OrderedDict
@@ -11,19 +11,17 @@ from typing import Generic, ParamSpec, TypeVar
 P = ParamSpec("P")
 V = TypeVar("V")
 
-INT_BYTES = 40  # a Python int, and the place in a tuple that refers to it
-RUN_BYTES = 56 + 2 * INT_BYTES  # a (start, stop)
-LEAST_KEPT = 2  # of the results used last, whatever they hold: two kinds of layers alternate
+INT_BYTES = 40  # a Python int and the reference to it in a tuple
+RUN_BYTES = 56 + 2 * INT_BYTES  # one (start, stop) tuple
+LEAST_KEPT = 2  # the most recent results are kept whatever their size: two kinds of layers may alternate
 
 
 class ByteCache(Generic[P, V]):
-    """A function whose results are kept, those used last first, up to ``limit`` bytes.
-
-    A result is never None.
+    """A function with an LRU cache of its results, up to ``limit`` bytes. The function never returns None.
 
     Args:
-        size: bytes that a result holds, its arguments included. It may grow while it is used: it is asked again when
-            another result is asked for.
+        size: returns the bytes that a result holds, its arguments included. A result may grow while it is in use, so
+            its size is computed again when another result is requested.
     """
 
     def __init__(self, function: Callable[P, V], limit: int, size: Callable[[V], int]) -> None:
@@ -44,7 +42,7 @@ class ByteCache(Generic[P, V]):
 
     @property
     def num_bytes(self) -> int:
-        """What the kept results hold."""
+        """Bytes that the cached results hold."""
         return sum(map(self._size, self._kept.values()))
 
     def cache_clear(self) -> None:
@@ -68,5 +66,5 @@ class ByteCache(Generic[P, V]):
 
 
 def kept_up_to(limit: int, size: Callable[[V], int]) -> Callable[[Callable[P, V]], ByteCache[P, V]]:
-    """Decorator: keep the function's results up to ``limit`` bytes; see ``ByteCache``."""
+    """Decorator: cache the function's results up to ``limit`` bytes; see ``ByteCache``."""
     return lambda function: ByteCache(function, limit, size)

@@ -1,16 +1,16 @@
-"""Rank after rank is filled with documents, so that few rows of keys have to travel.
+"""Fill one rank after another with documents, so that few rows of keys have to travel.
 
-A rank receives, of every document of which it holds a token, the rows up to the last one that it holds, without its
-own. So a document that lies whole on a rank costs nothing, and a cut at position p costs p rows: the rank that holds
-what is behind the cut receives what is before it. Filling keeps the sum of the cuts small:
+For each document of which a rank holds a token, the rank receives the rows before its last token that it does not hold.
+So a document that lies whole on one rank costs nothing, and a cut at position p costs p rows: the rank that holds the
+tokens after the cut receives those before it. Filling keeps the sum of the cuts small:
 
 * A rank takes the heaviest pieces first (a token's work is its place in its document) and fills up with the lightest
   ones, which leaves it a long stretch of a heavy piece. Whole pieces are preferred.
-* A piece that is too long is cut. Either the rank takes its two ends, as the zigzag does, or its end alone and lighter
-  documents; whichever cut costs less.
-* What a cut leaves over goes back among the pieces, as if it were a document of its own.
+* A piece that is too long is cut. The rank takes either its two ends, as the zigzag does, or only its end together with
+  lighter documents, whichever cut costs less.
+* The rest of a cut piece goes back into the pool, as if it were a document of its own.
 
-Areas are whole numbers of Python, so that every rank of a job finds the same, whatever its processor.
+Areas are Python integers, so that every rank of a job computes the same result on any processor.
 """
 
 from bisect import bisect_right, insort
@@ -22,16 +22,16 @@ from math import inf
 Part = tuple[int, int, int]  # document, first token, last + 1: positions within the document
 
 # Tokens of one document that no rank holds yet: (weight, width, document, first token). The weight is twice the mean
-# work of a token, so that pieces are in the order of their work. A plain tuple, of which there are many thousands.
+# work of a token, so pieces sort by their work. It is a plain tuple because there are many thousands.
 Piece = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Work:
-    """How much work tokens are, in pairs of query and key, and what it costs to part them from those before.
+    """The work of tokens, in (query, key) pairs, and the cost of cutting them off from the tokens before them.
 
     Args:
-        lengths: of the documents.
+        lengths: tokens of each document.
         causal: the query at position p of its document sees p + 1 keys; else every key of the document.
     """
 
@@ -48,7 +48,7 @@ class Work:
         return weight, stop - start, document, start
 
     def pieces(self) -> list[Piece]:
-        """Every document whole, the lightest first."""
+        """Every document as one piece, the lightest first."""
         order = sorted((n for n, length in enumerate(self.lengths) if length), key=self.lengths.__getitem__)
         lengths = [self.lengths[document] for document in order]
         weights = [n + 1 for n in lengths] if self.causal else [2 * n for n in lengths]
@@ -60,12 +60,12 @@ class Work:
 
 
 def fill_ranks(work: Work, sizes: Sequence[int], goal: int, slack: int) -> tuple[list[list[Part]], int]:
-    """(the parts of every rank, the largest area of one).
+    """Assign all tokens to ranks: (the parts of every rank, the largest area of a rank).
 
     Args:
-        sizes: tokens of every rank, together as many as the documents'.
-        goal: area that a rank is filled up to where the pieces allow.
-        slack: how much more it may be where a whole piece fits then.
+        sizes: tokens of every rank; their sum is the documents' total.
+        goal: area up to which a rank is filled where the pieces allow.
+        slack: by how much a rank may exceed its goal if a whole piece then fits.
     """
     pool = work.pieces()
     ranks = [_Rank(pool, work, size, goal, slack) for size in sizes]
@@ -76,7 +76,7 @@ def fill_ranks(work: Work, sizes: Sequence[int], goal: int, slack: int) -> tuple
 
 
 class _Sums:
-    """Running sums over the pieces of a pool from one of its ends, as many as ``tokens`` need."""
+    """Cumulative sums over the pieces at one end of a pool, at least as many pieces as ``tokens`` tokens need."""
 
     def __init__(self, pool: Sequence[Piece], tokens: int, from_heaviest: bool = False) -> None:
         number = 16
@@ -90,7 +90,7 @@ class _Sums:
 
 
 class _Lightest(_Sums):
-    """The lightest pieces of a pool. Pieces that leave the pool at its other end are no longer counted."""
+    """The lightest pieces of a pool. Pieces that were taken from its heavy end are no longer counted."""
 
     def __init__(self, pool: list[Piece], work: Work, tokens: int) -> None:
         super().__init__(pool, tokens)
@@ -101,11 +101,11 @@ class _Lightest(_Sums):
         return self.tokens[min(len(self.tokens) - 1, len(self._pool))]
 
     def whole(self, tokens: int, without: int = 0) -> int:
-        """How many pieces lie whole in the lightest ``tokens``; the heaviest ``without`` of the pool do not count."""
+        """How many whole pieces the lightest ``tokens`` contain; the heaviest ``without`` pieces do not count."""
         return bisect_right(self.tokens, tokens, 0, min(len(self.tokens), len(self._pool) - without + 1)) - 1
 
     def area(self, tokens: int, without: int = 0) -> float:
-        """Area of the lightest ``tokens``; the last piece is cut, and its first tokens count. Inf: not so many."""
+        """Area of the lightest ``tokens``, with only the first tokens of the last piece; inf if the pool has fewer."""
         number = self.whole(tokens, without)
         rest = tokens - self.tokens[number]
         if not rest:
@@ -116,7 +116,7 @@ class _Lightest(_Sums):
         return self.areas[number] + self._work.area(document, start, start + rest)
 
     def cost(self, tokens: int) -> int:
-        """What the cut of the last piece costs."""
+        """Cost of cutting the last piece."""
         number = self.whole(tokens)
         rest = tokens - self.tokens[number]
         if not rest or number >= len(self._pool):
@@ -128,7 +128,7 @@ class _Lightest(_Sums):
 class _Rank:
     """A rank that is filled from the pool of pieces, which ascend in weight.
 
-    ``tokens`` and ``room`` are what is left: tokens that it must still take, area that it may.
+    ``tokens`` is how many tokens it must still take, ``room`` how much area it may still take.
     """
 
     def __init__(self, pool: list[Piece], work: Work, tokens: int, goal: int, slack: int) -> None:
@@ -165,7 +165,7 @@ class _Rank:
             insort(self.pool, self.work.piece(document, start, stop))
 
     def _take_heaviest(self) -> None:
-        """As many of the heaviest as fit whole, with the lightest tokens after them."""
+        """Take as many of the heaviest pieces as fit whole if the lightest tokens follow them."""
         heaviest = _Sums(self.pool, self.tokens, from_heaviest=True)
         low, high = 0, bisect_right(heaviest.tokens, self.tokens) - 1
         while low < high:
@@ -179,7 +179,7 @@ class _Rank:
             self._take_whole(taken)
 
     def _fits(self, piece: Piece) -> bool:
-        """Whether the whole piece and then the lightest tokens are not too much."""
+        """Whether the rank has room for the whole piece and the lightest tokens after it."""
         weight, width, _, _ = piece
         left = self.room + self.slack - width * weight // 2
         return width <= self.tokens and left >= 0 and self.lightest.area(self.tokens - width) <= left
@@ -187,14 +187,14 @@ class _Rank:
     def _take_one_that_fits(self) -> bool:
         """Take the heaviest of the other pieces that fits, where it brings the rank nearer to its goal."""
         low, high = 0, len(self.pool)
-        while low < high:  # documents that nobody has cut are long where they are heavy
+        while low < high:  # bisection: among uncut documents, the heavier one is also the longer one
             middle = (low + high) // 2
             low, high = (middle + 1, high) if self._fits(self.pool[middle]) else (low, middle)
         for number in range(min(low + 2, len(self.pool)) - 1, max(low - 4, 0) - 1, -1):
             piece = self.pool[number]
             if number >= self.lightest.whole(self.tokens) and self._fits(piece):
                 if piece[0] * self.tokens < 2 * self.room:
-                    return False  # too light: the rank would be full of tokens before it has its area
+                    return False  # too light: the rank would have all its tokens before it reaches its area
                 del self.pool[number]
                 self._take_whole((piece,))
                 return True
@@ -204,7 +204,7 @@ class _Rank:
         return 20 * self.tokens < self.size or self.room - self.lightest.area(self.tokens) <= 6 * self.slack
 
     def _cut(self, piece: Piece) -> None:
-        """Take the last tokens of the piece and leave the rest: with its first tokens, or with lighter pieces."""
+        """Take the last tokens of the piece, together with its first tokens or with lighter pieces; return the rest."""
         _, width, document, start = piece
         stop, most = start + width, self.room + self.slack
         last, area = self._last_tokens(piece, self._area_of_lightest(piece))
@@ -222,7 +222,7 @@ class _Rank:
         self._give_back(document, start + first, stop - last)
 
     def _area_of_lightest(self, piece: Piece) -> Callable[[int], float]:
-        """Area of the lightest tokens, and where they are too few, of the first tokens of ``piece``."""
+        """Area of the lightest tokens, and of the first tokens of ``piece`` where the lightest are too few."""
         _, _, document, start = piece
         total = self.lightest.total
 
@@ -234,7 +234,7 @@ class _Rank:
         return area
 
     def _last_tokens(self, piece: Piece, area_of: Callable[[int], float]) -> tuple[int, float]:
-        """(how many last tokens of the piece fill the room, with the others as light as ``area_of`` says, area)."""
+        """(how many last tokens of the piece fill the room, area); ``area_of`` gives the area of the other tokens."""
         _, width, document, start = piece
         stop = start + width
 

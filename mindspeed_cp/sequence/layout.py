@@ -1,7 +1,7 @@
-"""Which tokens of the sequence a rank holds: the only definition of it.
+"""The only definition of which tokens of the sequence a rank holds.
 
 Batches, labels, position ids, RoPE, packed documents and masks are all sliced through ``SequenceLayout``, a value that
-says for every rank which runs of global positions it holds, whoever cut the sequence. Every algorithm computes every
+says for every rank which runs of global positions it holds, whoever split the sequence. Every algorithm computes every
 layout exactly; the kinds differ in balance and in who uses them.
 
 The picture, two ranks and eight tokens (uneven lengths give the extra tokens to the first pieces)::
@@ -10,10 +10,10 @@ The picture, two ranks and eight tokens (uneven lengths give the extra tokens to
     contiguous       0 0 0 0 1 1 1 1      Ulysses; ring with a full mask
     zigzag           0 0 1 1 1 1 0 0      chunks r and 2n-1-r of 2n, so that every rank has equal causal work
     document_zigzag  0 1 1 0|0 1 1 0      every document on its own: packed batches of Megatron, verl, ms-swift
-    balanced         1 1 1 1|0 0 0 0      documents shared out whole, long ones in parts: equal work, few rows travel
+    balanced         1 1 1 1|0 0 0 0      documents stay whole, long ones are cut: equal work, few rows travel
 
 Hybrid's own zigzag is over the ring ranks, and each ring rank's tokens are contiguous over its Ulysses ranks.
-Runs are half-open intervals (start, stop) of global positions; rows are places in the order in which something is held.
+Runs are half-open intervals (start, stop) of global positions; rows are indices into what a rank holds.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,17 +34,17 @@ from mindspeed_cp.settings.config import ContextParallelConfig
 
 LayoutKind = Literal["contiguous", "zigzag", "document_zigzag", "balanced", "runs"]
 
-UNEVEN = 1.1  # largest area over the mean from which "auto" leaves the zigzag
+UNEVEN = 1.1  # "auto" gives up the zigzag when the largest area exceeds this multiple of the mean
 
 
 @dataclass(frozen=True, eq=False)
 class SequenceLayout:
-    """The tokens of every context-parallel rank; build it with ``build`` or ``from_runs``. Equal by its runs.
+    """The tokens of every context-parallel rank; made by ``build`` or ``from_runs``. Layouts with equal runs are equal.
 
     Attributes:
         all_runs: per cp_rank, the runs of global positions that it holds, in the order in which it holds them.
-        ulysses_degree: how many neighbouring ranks trade heads for sequence; they make one ring rank.
-        kind: how the runs came about, for messages; nothing is computed from it.
+        ulysses_degree: how many consecutive ranks exchange heads for sequence; together they are one ring rank.
+        kind: how the runs were made, for messages only.
     """
 
     all_runs: tuple[Runs, ...]
@@ -62,11 +62,11 @@ class SequenceLayout:
         """The layout of ``config`` (its ``batch_layout``) for a sequence of any length of at least 1.
 
         Args:
-            cu_seqlens: document boundaries with the leading 0 and the total, read by kinds that depend on documents.
-            attention_slices: what queries see, for all rows of the batch; "balanced" and "auto" go by their areas.
+            cu_seqlens: document boundaries with the leading 0 and the total, used by kinds that depend on documents.
+            attention_slices: what queries see, for all rows of the batch; "balanced" and "auto" use their areas.
 
         Raises:
-            ValueError: the length is no whole number, or a document does not fit the kind.
+            ValueError: the length is not a whole number of at least 1, or a document does not fit the kind.
         """
         if not isinstance(seq_len, int) or seq_len < 1:
             raise ValueError(f"sequence length {seq_len} must be a whole number of at least 1; pass the global length.")
@@ -89,7 +89,7 @@ class SequenceLayout:
 
     @classmethod
     def from_runs(cls, config: ContextParallelConfig, runs: Sequence[Sequence[tuple[int, int]]]) -> "SequenceLayout":
-        """A layout that somebody else made, any partition of the positions.
+        """A layout from given runs, which may be any partition of the positions.
 
         Args:
             runs: per cp_rank, (start, stop) of global positions in the order in which the rank holds them. A rank may
@@ -169,11 +169,11 @@ class SequenceLayout:
         )
 
     def ulysses_rows(self, ring_rank: int) -> tuple[Runs, ...]:
-        """Per Ulysses rank, where its tokens lie in ``ring_runs``: (start, stop) of rows, in the order of its own."""
+        """Per Ulysses rank, where its tokens lie in ``ring_runs``: (start, stop) of rows, in the rank's own order."""
         return self._rows[ring_rank]
 
     def joined(self) -> "SequenceLayout":
-        """One rank that holds everything, the tokens of all ranks one after another."""
+        """The layout of one rank that holds the tokens of all ranks, one rank after another."""
         return SequenceLayout((ranges.join(run for runs in self.all_runs for run in runs),))
 
     def runs(self, cp_rank: int) -> Runs:
@@ -190,7 +190,7 @@ class SequenceLayout:
 
     @property
     def is_even(self) -> bool:
-        """Whether all ranks hold equally many tokens."""
+        """Whether all ranks hold the same number of tokens."""
         return len(set(map(ranges.length, self.all_runs))) == 1
 
     def positions(self, cp_rank: int, device: torch.device | str | None = None) -> torch.Tensor:
@@ -198,7 +198,7 @@ class SequenceLayout:
         return ranges.positions(self.runs(cp_rank), device)
 
     def shard(self, tensor: torch.Tensor, cp_rank: int, dim: int = 0) -> torch.Tensor:
-        """The part of ``tensor``, whose ``dim`` is the whole sequence, that ``cp_rank`` holds; one run is a view."""
+        """The part of ``tensor`` that ``cp_rank`` holds, a view if it is one run; ``dim`` is the whole sequence."""
         if tensor.size(dim) != self.seq_len:
             raise ValueError(
                 f"dimension {dim} of the tensor has {tensor.size(dim)} entries, the layout {self.seq_len} tokens; "
@@ -210,7 +210,7 @@ class SequenceLayout:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
 
     def unshard(self, shards: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
-        """Put the shards of all ranks, in rank order, back into one tensor in sequence order."""
+        """Reassemble the shards of all ranks, given in rank order, into one tensor in sequence order."""
         if len(shards) != self.cp_size:
             raise ValueError(f"unshard takes the shards of all {self.cp_size} ranks in rank order, got {len(shards)}.")
         pieces: list[tuple[int, torch.Tensor]] = []
@@ -233,16 +233,16 @@ def _zigzag(start: int, stop: int, ranks: int) -> list[list[Run]]:
 
 
 def _num_bytes(layout: SequenceLayout) -> int:
-    return 3 * RUN_BYTES * sum(map(len, layout.all_runs))  # its own runs, the rings' and the rows
+    return 3 * RUN_BYTES * sum(map(len, layout.all_runs))  # its own runs, the ring ranks' runs and the rows
 
 
 @kept_up_to(8 << 20, _num_bytes)
 def _even(kind: LayoutKind, degree: int, ring_size: int, seq_len: int, nested: bool) -> SequenceLayout:
-    """contiguous and zigzag; ``nested`` is Hybrid's own zigzag, over the ring ranks only, where the load is."""
+    """contiguous and zigzag; ``nested`` is Hybrid's zigzag over the ring ranks only, which must be balanced."""
     rings: list[Runs]
     if kind == "contiguous":
         rings = ranges.cut(((0, seq_len),), ring_size)
-    elif not nested:  # over all ranks, as Megatron cuts
+    elif not nested:  # over all ranks, as Megatron splits
         return SequenceLayout(tuple(map(ranges.join, _zigzag(0, seq_len, degree * ring_size))), degree, kind)
     else:
         rings = list(map(ranges.join, _zigzag(0, seq_len, ring_size)))
@@ -260,7 +260,7 @@ def _by_documents(
 def _zigzag_or_balanced(
     degree: int, ring_size: int, documents: Boundaries, ranks_per_node: int | None
 ) -> SequenceLayout:
-    """What "auto" takes for a causal ring: the zigzag, unless these documents load its ranks unevenly."""
+    """What "auto" chooses for a causal ring: zigzag, unless these documents would load its ranks unevenly."""
     zigzag = _even("zigzag", degree, ring_size, documents[-1], True)
     if imbalance([zigzag.ring_runs(rank) for rank in range(ring_size)], documents) <= UNEVEN:
         return zigzag
@@ -270,7 +270,7 @@ def _zigzag_or_balanced(
 def _by_slices(
     kind: LayoutKind, degree: int, ring_size: int, seq_len: int, mask: SliceMask, auto: bool
 ) -> SequenceLayout:
-    """Balanced by the areas of slices; "auto" only where they load its own kind unevenly."""
+    """Balanced by the areas of slices; "auto" does so only where its own kind would be uneven."""
     if auto:
         usual = _even(kind, degree, ring_size, seq_len, True)
         if imbalance_of_slices(list(map(usual.ring_runs, range(ring_size))), mask) <= UNEVEN:
@@ -282,7 +282,7 @@ def _by_slices(
 def _balanced(
     documents: Boundaries, degree: int, ring_size: int, causal: bool, ranks_per_node: int | None
 ) -> tuple[Runs, ...]:
-    """Equal areas on every ring rank, whose tokens lie contiguous over its Ulysses ranks; one document is a zigzag."""
+    """Equal areas on every ring rank, split contiguously over its Ulysses ranks; a single document gives a zigzag."""
     if len(set(documents)) <= 2:
         return _even("zigzag", degree, ring_size, documents[-1], True).all_runs
     rings = balanced_rings(documents, ring_size, causal, ranks_per_node)
@@ -292,7 +292,7 @@ def _balanced(
 def _document_zigzag(
     documents: Boundaries, degree: int, ring_size: int, causal: bool, ranks_per_node: int | None
 ) -> tuple[Runs, ...]:
-    """Every document zigzag over all ranks on its own; within a rank document by document."""
+    """Each document separately as a zigzag over all ranks; a rank holds its parts document by document."""
     ranks = degree * ring_size
     held: list[list[Run]] = [[] for _ in range(ranks)]
     for index, (start, stop) in enumerate(zip(documents, documents[1:])):

@@ -1,4 +1,4 @@
-"""What queries may see: the slices of a call, from mask types, windows, documents and slices, and dense masks."""
+"""Masks of an attention call: slices from mask type, window, documents and given slices; and dense masks."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from mindspeed_cp.sequence.slice_mask import (
 GivenBoundaries = torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | None
 GivenSlices = Sequence[AttentionSlice] | Sequence[Sequence[AttentionSlice]] | None
 T = TypeVar("T")
-SLICE_BYTES = 400  # three tuples of Python's numbers
+SLICE_BYTES = 400  # three tuples of Python ints
 
 
 def attention_masks(
@@ -30,15 +30,15 @@ def attention_masks(
     sliding_window: tuple[int | None, int | None] | None = None,
     attention_slices: GivenSlices = None,
 ) -> tuple[SliceMask, ...]:
-    """What queries may see: one mask for all rows of the batch, or one each.
+    """What queries may see: one mask for all rows of the batch, or one mask per row.
 
     Args:
-        causal: of attention without slices; those say themselves what is causal.
-        cu_seqlens, sliding_window: documents, and (left, right); they hide what slices would show.
+        causal: whether attention without slices is causal; each slice has its own kind.
+        cu_seqlens, sliding_window: document boundaries, and (left, right); both apply on top of the slices.
 
     Raises:
-        ValueError: cu_seqlens does not start with 0, descends, does not end with ``seq_len``, or is given for another
-            number of rows, as slices may be; the window is malformed; slices are, or overlap.
+        ValueError: cu_seqlens does not start with 0, descends or does not end with ``seq_len``; cu_seqlens or slices
+            are given for another number of rows; the window or a slice is malformed; slices overlap.
     """
     window = (None, None) if sliding_window is None else sliding_window
     if (
@@ -67,7 +67,7 @@ def _repeated(rows: list[T], count: int) -> list[T]:
 
 
 def _rows_of_boundaries(cu_seqlens: Any, batch: int) -> list[Boundaries | None]:
-    """The boundaries of every row, or of all rows at once."""
+    """The boundaries of every row, or one list for all rows."""
     if cu_seqlens is None:
         return [None]
     several = isinstance(cu_seqlens, (tuple, list)) and any(
@@ -89,7 +89,7 @@ def _rows_of_boundaries(cu_seqlens: Any, batch: int) -> list[Boundaries | None]:
 
 
 def rows_of_slices(attention_slices: Any, batch: int) -> list[AttentionSlices]:
-    """The slices of every row, or of all rows at once, as they can be looked up."""
+    """The slices of every row, or one list for all rows, in a hashable form."""
     given = frozen(attention_slices)
     parts = given if isinstance(given, tuple) else (given,)
     strange = [part for part in parts if not isinstance(part, tuple)]

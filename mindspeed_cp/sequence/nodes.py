@@ -1,7 +1,7 @@
-"""Which rank takes which of the filled shares, so that the parts of one document lie within one node.
+"""Assign the filled shares to ranks so that the parts of one document lie within one node.
 
-All shares have equally many tokens and about equal areas, so that any order of them is as good. What a cut document
-sends goes over the links within a node where its shares lie there.
+All shares have the same number of tokens and nearly equal areas, so they may be assigned in any order. If all shares
+of a cut document lie within one node, its rows travel over the links within that node only.
 """
 
 from collections import defaultdict
@@ -13,18 +13,18 @@ import numpy.typing as npt
 
 from mindspeed_cp.sequence.filling import Part
 
-NEAR = 8  # shares of one document that are compared with each; those far away would not get into one node anyway
+NEAR = 8  # each share is compared with this many others of its document; distant ones would not fit one node anyway
 
 Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """A document that lies on several shares: its parts, and up to where each share reads it.
+    """A document that is spread over several shares: its parts, and how much of it each share reads.
 
     Args:
-        owner, start, stop: the share of every part, and its tokens.
-        reader, last: the shares, ascending in the tokens that they read, and how many these are.
+        owner, start, stop: the share that holds each part, and the part's tokens.
+        reader, last: the shares in ascending order of how many tokens they read, and these numbers.
     """
 
     owner: Integers
@@ -34,16 +34,16 @@ class _Cut:
     last: Integers
 
     def rows(self, sent: npt.NDArray[np.bool_]) -> int:
-        """Rows that readers get of the parts that ``sent`` (readers, parts) names."""
+        """How many rows readers receive from the parts selected by ``sent``, bool (readers, parts)."""
         read = np.clip(np.minimum(self.stop, self.last[:, None]) - self.start, 0, None)
         return int((read * sent).sum())
 
 
 def within_nodes(shares: list[list[Part]], ranks_per_node: int, causal: bool) -> list[list[Part]]:
-    """The shares in the order of ranks, node by node: as they come, or in groups, whichever sends less between nodes.
+    """The shares in rank order, node by node: as given or grouped, whichever sends fewer rows between nodes.
 
     Args:
-        ranks_per_node: ranks that share a node; the last node may have fewer.
+        ranks_per_node: ranks per node; the last node may have fewer.
     """
     if not 1 < ranks_per_node < len(shares):
         return shares
@@ -75,14 +75,14 @@ def _cuts(shares: list[list[Part]], causal: bool) -> list[_Cut]:
 
 
 def _rows_between(cuts: list[_Cut], order: Sequence[int], ranks_per_node: int) -> int:
-    """Rows that ranks get from other nodes."""
+    """How many rows ranks receive from other nodes."""
     node = np.empty(len(order), dtype=np.int64)
     node[np.array(order)] = np.arange(len(order)) // ranks_per_node
     return sum(cut.rows(node[cut.reader][:, None] != node[cut.owner]) for cut in cuts)
 
 
 def _exchanges(cuts: list[_Cut]) -> list[tuple[int, int, int]]:
-    """(less the rows that the second gets of the first, share, share), of shares that read about equally far."""
+    """(minus the rows that share b receives from share a, a, b), for shares that read a document about equally far."""
     found = []
     for cut in cuts:
         tokens = {int(share): int((cut.stop - cut.start)[cut.owner == share].sum()) for share in cut.reader}
@@ -93,13 +93,13 @@ def _exchanges(cuts: list[_Cut]) -> list[tuple[int, int, int]]:
 
 
 class _Groups:
-    """Disjoint groups of at most so many shares."""
+    """Disjoint groups of at most ``most`` shares."""
 
     def __init__(self, count: int, most: int) -> None:
         self._of, self._members, self._most = list(range(count)), [[number] for number in range(count)], most
 
     def join(self, one: int, other: int) -> None:
-        """Make one group of the two shares' groups where it does not get too large."""
+        """Merge the groups of the two shares unless the result is too large."""
         kept, gone = sorted((self._of[one], self._of[other]))
         if kept == gone or len(self._members[kept]) + len(self._members[gone]) > self._most:
             return
@@ -113,9 +113,7 @@ class _Groups:
 
 
 def _packed(groups: list[list[int]], sizes: list[int]) -> list[list[int]]:
-    """The groups in nodes of these sizes: large ones first, each where it leaves the least room, and in pieces where
-    it fits nowhere.
-    """
+    """Pack the groups into nodes of these sizes, largest first, by best fit; a group that fits nowhere is cut."""
     nodes: list[list[int]] = [[] for _ in sizes]
 
     def room(node: int) -> int:

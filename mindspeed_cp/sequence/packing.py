@@ -1,7 +1,7 @@
-"""Rows of a training step, filled with documents by length.
+"""Fill the rows of a training step with documents sorted by length.
 
-A row over many ranks holds documents of about one length. Then a row of short ones sends nothing, and in a row of long
-ones every rank computes about the same, without lighter documents that would have to make up for heavy ones.
+A row over many ranks holds documents of similar length. A row of short documents then sends nothing, and in a row of
+long ones every rank has about the same work, without lighter documents that would have to make up for heavy ones.
 """
 
 from bisect import bisect_right
@@ -12,10 +12,10 @@ Rows = tuple[tuple[int, ...], ...]
 
 
 def pack_documents(lengths: Iterable[int], ranks: int, tokens: int) -> Rows:
-    """Share documents out over rows, the longest first, so that each row is filled before the next begins.
+    """Distribute documents over rows, the longest first, so that each row is filled before the next begins.
 
-    A row lies over ``ranks`` ranks, each of which holds ``tokens`` tokens of it at most; a document may be longer than
-    that. The same lengths give the same rows, everywhere.
+    A row is spread over ``ranks`` ranks, each of which holds at most ``tokens`` tokens of it; a document may be longer
+    than that. The same lengths give the same rows on every rank.
 
     Args:
         lengths: tokens of each document.
@@ -23,14 +23,13 @@ def pack_documents(lengths: Iterable[int], ranks: int, tokens: int) -> Rows:
         tokens: the most that a rank holds, of the whole row.
 
     Returns:
-        For each row, the places of its documents in ``lengths``, ascending. A document of no tokens is in no row; no
-        documents make no rows.
+        For each row, the ascending indices of its documents in ``lengths``. Documents without tokens are in no row.
 
     Raises:
-        ValueError: a length is no whole number, below 0, or above ranks x tokens; or ranks or tokens are below 1.
+        ValueError: a length is not a whole number from 0 to ranks x tokens, or ranks or tokens is below 1.
     """
     ranks, tokens = whole("ranks", ranks, 1), whole("tokens", tokens, 1)
-    waiting: list[tuple[int, int]] = []  # (length, less the place), ascending: of equal lengths the first goes first
+    waiting: list[tuple[int, int]] = []  # (length, -index), ascending: of equal lengths, the first document goes first
     for place, length in enumerate(lengths):
         length = whole(f"lengths[{place}]", length, 0)
         if length > ranks * tokens:
@@ -53,7 +52,7 @@ def pack_documents(lengths: Iterable[int], ranks: int, tokens: int) -> Rows:
 
 
 def whole(name: str, value: int, least: int) -> int:
-    """``value`` as an int; ValueError where it is no whole number, or below ``least``."""
+    """``value`` as an int; ValueError if it is not a whole number of at least ``least``."""
     try:
         number = index(value)
     except TypeError:

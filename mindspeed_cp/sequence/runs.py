@@ -1,8 +1,8 @@
-"""Ranges of positions and the operations on them: whatever says which tokens, rows or documents is one of these.
+"""Ranges of positions and the operations on them; all sets of tokens, rows or documents are given in these types.
 
-Run         a half-open range (start, stop) of global positions, or of rows: places in an order of holding
-Runs        several of them, in the order in which something is held; a mask's and a ring rank's ascend
-Boundaries  where documents end: 0, then ascending ends, the last one the total (``cu_seqlens`` as ints)
+Run         a half-open range (start, stop) of global positions, or of rows: indices into what a rank holds
+Runs        several of them, in the order in which they are held; those of a mask and of a ring rank ascend
+Boundaries  where documents end: 0, then ascending ends up to the total (``cu_seqlens`` as ints)
 """
 
 from bisect import bisect_right
@@ -18,18 +18,18 @@ Boundaries = tuple[int, ...]
 
 
 def split_sizes(length: int, parts: int) -> list[int]:
-    """Cut ``length`` into ``parts`` whole sizes that differ by at most one; the first parts get the remainder."""
+    """Split ``length`` into ``parts`` sizes that differ by at most one; the first parts get the remainder."""
     base, extra = divmod(length, parts)
     return [base + (part < extra) for part in range(parts)]
 
 
 def offsets(sizes: Iterable[int]) -> list[int]:
-    """Where pieces of these sizes begin when they lie end to end, and where the last one ends."""
+    """Where contiguous pieces of these sizes begin, and where the last one ends."""
     return [0, *accumulate(sizes)]
 
 
 def end_to_end(sizes: Iterable[int]) -> Runs:
-    """The ranges of pieces of these sizes that lie end to end."""
+    """The ranges of contiguous pieces of these sizes."""
     ends = offsets(sizes)
     return tuple(zip(ends, ends[1:]))
 
@@ -39,7 +39,7 @@ def length(runs: Iterable[Run]) -> int:
 
 
 def join(runs: Iterable[Run]) -> Runs:
-    """Merge runs of which one begins where the one before it ends, drop empty ones; the order stays."""
+    """Merge each run with the previous one if it begins where that one ends; drop empty runs, keep the order."""
     joined: list[Run] = []
     for start, stop in runs:
         if start == stop:
@@ -52,7 +52,7 @@ def join(runs: Iterable[Run]) -> Runs:
 
 
 def union(*several: Iterable[Run]) -> Runs:
-    """Ascending disjoint runs that cover all of these, which may overlap."""
+    """Ascending disjoint runs that cover all given runs, which may overlap."""
     united: list[Run] = []
     for start, stop in sorted(run for runs in several for run in runs):
         if united and start <= united[-1][1]:
@@ -63,7 +63,7 @@ def union(*several: Iterable[Run]) -> Runs:
 
 
 def take(runs: Runs, start: int, stop: int) -> Runs:
-    """The part of ``runs`` that holds their tokens number start to stop, counted along the runs."""
+    """The part of ``runs`` with their tokens start to stop, counted along the runs."""
     taken: list[Run] = []
     seen = 0
     for low, high in runs:
@@ -75,7 +75,7 @@ def take(runs: Runs, start: int, stop: int) -> Runs:
 
 
 def cut(runs: Runs, parts: int) -> list[Runs]:
-    """The tokens of ``runs`` in ``parts`` pieces, one after another."""
+    """Split the tokens of ``runs`` into ``parts`` consecutive pieces, whose sizes differ by at most one."""
     return [take(runs, start, stop) for start, stop in end_to_end(split_sizes(length(runs), parts))]
 
 
@@ -102,10 +102,10 @@ def boundaries(cu_seqlens: torch.Tensor | Sequence[int], leading_zero: bool = Fa
     """One row of boundaries as ints, from a tensor of any shape or a list.
 
     Args:
-        leading_zero: put a 0 in front where there is none, as in the ends that MindSpeed hands over.
+        leading_zero: prepend a 0 if there is none, as in the ends that MindSpeed passes.
 
     Raises:
-        ValueError: it holds no whole numbers, descends, or does not begin with 0.
+        ValueError: an entry is not a whole number, the entries descend, or the first is not 0.
     """
     given = cu_seqlens.flatten().tolist() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens
     try:
@@ -131,5 +131,5 @@ def boundaries(cu_seqlens: torch.Tensor | Sequence[int], leading_zero: bool = Fa
 
 
 def short(numbers: Sequence[int]) -> str:
-    """The numbers for a message: a long list by its ends."""
+    """The numbers for a message; a long list is abbreviated to its first and last entries."""
     return str(list(numbers)) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:4]))}, ..., {numbers[-1]}]"

@@ -1,4 +1,4 @@
-"""A rank's part of a batch, and whole sequences from the ranks' parts: for training loops that are not Megatron's."""
+"""Shard batches and gather sequences in training loops that are not Megatron's."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.sequence.layout import SequenceLayout
 
-# What a batch calls the tensors that hold one entry per token, and what it calls those that describe it as a whole.
+# Names of a batch's tensors that hold one entry per token, and names of those that describe the batch as a whole.
 SEQUENCES = frozenset({"tokens", "input_ids", "labels", "loss_mask", "position_ids", "padding_mask", "token_type_ids"})
 WHOLE = frozenset(
     {
@@ -38,20 +38,20 @@ def shard_batch(
 ) -> dict[str, Any]:
     """The part of a batch that one rank holds.
 
-    Tensors are split because they are sequences of the batch, by name, never because of their size.
+    Tensors are selected by name, never by size.
 
     Args:
-        batch: name -> tensor or anything else. Those named in SEQUENCES are split, everything else stays as it is.
+        batch: name -> tensor or anything else. Tensors named in SEQUENCES are split; everything else is kept as it is.
         layout: which tokens each rank holds.
         dim: 1 for (batch, seq).
         sequences: further names to split.
 
     Returns:
-        a new dict; masks and document boundaries stay whole, attention takes what it needs of them.
+        a new dict; masks and document boundaries stay whole, since attention expects them so.
 
     Raises:
-        ValueError: a name is not known and its tensor is as long as the sequence, so that it may be one; or a sequence
-            has another length.
+        ValueError: a tensor with an unknown name is as long as the sequence, or a sequence has another length than the
+            layout's.
     """
     named = SEQUENCES.union(sequences)
     local = dict(batch)
@@ -79,20 +79,20 @@ def gather_sequence(
 ) -> torch.Tensor:
     """The whole sequence, in order, from every rank's part of it; every rank of the group calls this.
 
-    Differentiable: each rank gets the gradient of its own part, that of the whole loss where all ranks compute the loss
-    alike from the whole sequence, such as one of logits or log-probabilities. Add gradients over the ranks; where they
-    are averaged instead, multiply the loss by the number of ranks. Megatron's schedule does that with a loss of two
-    values, ``(loss / count, report)``; with one of three it adds the counts, so return
+    Differentiable: each rank gets the gradient of its own part. It is the gradient of the whole loss if all ranks
+    compute the same loss from the whole sequence, for example from log-probabilities. Sum gradients over the ranks; if
+    they are averaged instead, multiply the loss by the number of ranks. Megatron's schedule does that for a loss
+    function that returns two values, ``(loss / count, report)``; with three values it sums the counts, so return
     ``(loss, state().share_of(count), report)``.
 
     Args:
         tensor: ``dim`` holds this rank's tokens in the order of layout.positions(cp_rank).
 
     Returns:
-        the same shape but for ``dim``, which has layout.seq_len entries.
+        the same shape except for ``dim``, which has layout.seq_len entries.
 
     Raises:
-        ValueError: this rank's part is not as long as the layout says.
+        ValueError: this rank's part does not have the length that the layout gives it.
     """
     expected = layout.length(groups.cp_rank)
     if tensor.size(dim) != expected:

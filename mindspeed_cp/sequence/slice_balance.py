@@ -1,8 +1,8 @@
-"""The balanced layout of masks that are slices: equal tokens, and about equal areas on every ring rank.
+"""The balanced layout for masks made of slices: equal token counts and nearly equal areas on every ring rank.
 
-The row is cut into equal chunks, which are dealt out by their area as a zigzag deals those of a causal row: the largest
-to the first rank, the next to the second, and back again from the last. Few large chunks send less than many small
-ones, so the first number of chunks that balances is taken.
+The row is cut into equal chunks, which are dealt by area in serpentine order, as a zigzag deals those of a causal row:
+the largest to the first rank, the next to the second, and back again from the last rank. Few large chunks send less
+than many small ones, so the smallest number of chunks that balances is used.
 """
 
 import numpy as np
@@ -12,11 +12,11 @@ from mindspeed_cp.sequence.runs import Runs, join, offsets, split_sizes
 from mindspeed_cp.sequence.slice_mask import Integers, SliceMask, SliceTable, spread
 
 CHUNKS_PER_RANK = (2, 4, 8, 16, 32)
-GOOD = 1.05  # largest area over the mean that ends the search
+GOOD = 1.05  # the search ends when the largest area is at most this multiple of the mean
 
 
 def area_before(mask: SliceMask, positions: Integers) -> Integers:
-    """int64: how many (query, key) pairs the queries before each of some ascending positions see."""
+    """int64, for each of the ascending ``positions``: number of (query, key) pairs of all queries before it."""
     slices = mask.slices
     first = np.searchsorted(positions, slices.q_start, side="right")
     last = np.searchsorted(positions, slices.q_stop, side="left")
@@ -30,7 +30,7 @@ def area_before(mask: SliceMask, positions: Integers) -> Integers:
 
 
 def _pairs_before(slices: SliceTable, stop: Integers) -> Integers:
-    """Pairs of each slice's queries before ``stop``, which lies in its range or at its end."""
+    """Number of pairs of each slice's queries before ``stop``, which lies in the slice's query range or at its end."""
     start = slices.q_start
     # The query at p sees keys from max(k_start, p + lower) to min(k_stop, p + upper + 1).
     bend = np.clip(slices.k_stop - slices.upper - 1, start, stop)
@@ -42,13 +42,13 @@ def _pairs_before(slices: SliceTable, stop: Integers) -> Integers:
 
 
 def _sum(start: Integers, stop: Integers) -> Integers:
-    """Of the numbers from start to stop - 1."""
+    """Sum of the integers from start to stop - 1."""
     total: Integers = (stop * (stop - 1) - start * (start - 1)) // 2
     return total
 
 
 def imbalance_of_slices(rings: list[Runs], mask: SliceMask) -> float:
-    """Largest area of a ring rank over the mean; ``rings`` are the runs of each, together the whole sequence."""
+    """Largest area of a ring rank divided by the mean; ``rings``: each rank's runs, together the whole sequence."""
     runs = sorted((start, stop, rank) for rank, own in enumerate(rings) for start, stop in own)
     _, stop, owner = np.array(runs, dtype=np.int64).reshape(-1, 3).T
     return _ratio(np.diff(area_before(mask, stop), prepend=0), owner, len(rings))
@@ -78,8 +78,8 @@ def balanced_by_slices(mask: SliceMask, seq_len: int, num_ranks: int) -> tuple[R
 
 
 def _dealt(areas: Integers, num_larger: int, num_ranks: int) -> Integers:
-    """The rank of every chunk. The first ``num_larger`` have a token more: they are dealt first, so that ranks hold
-    equally many tokens, or one more.
+    """The rank of every chunk. The first ``num_larger`` chunks have one more token: they are dealt first, so that the
+    ranks' token counts differ by at most one.
     """
     order = np.lexsort((-areas, np.arange(len(areas)) >= num_larger))
     turn = np.arange(len(areas)) % (2 * num_ranks)

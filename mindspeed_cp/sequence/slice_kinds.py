@@ -1,4 +1,4 @@
-"""Slices of the masks that are asked for most: prefixes that see each other, and spans inside causal text."""
+"""Slices of the most common masks: bidirectional prefixes, and bidirectional spans inside causal text."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,18 +7,18 @@ import numpy as np
 from mindspeed_cp.sequence.runs import Boundaries, Run
 from mindspeed_cp.sequence.slice_mask import KINDS, AttentionSlice, AttentionSlices, Integers
 
-QUERIES_PER_SLICE = 16  # fewer on average, and a dense mask is as good
+QUERIES_PER_SLICE = 16  # with fewer queries per slice on average, a dense mask is as good
 
 
 def prefix_slices(documents: Boundaries, lengths: Sequence[int]) -> AttentionSlices:
-    """Causal attention within documents, whose first tokens see each other (prefix LM).
+    """Causal attention within documents, where the tokens of a prefix also see each other (prefix LM).
 
     Args:
         documents: boundaries with the leading 0 and the total.
-        lengths: of the prefix of each document; 0 or 1 is plain causal.
+        lengths: prefix length of each document; 0 or 1 is plain causal.
 
     Raises:
-        ValueError: there are not as many lengths as documents, or a prefix is longer than its document.
+        ValueError: the numbers of lengths and documents differ, or a prefix is longer than its document.
     """
     if len(lengths) != len(documents) - 1:
         raise ValueError(
@@ -37,7 +37,7 @@ def prefix_slices(documents: Boundaries, lengths: Sequence[int]) -> AttentionSli
 
 
 def span_slices(documents: Boundaries, spans: Iterable[Run]) -> AttentionSlices:
-    """Causal attention within documents, in which the tokens of each span see each other as well (images in text).
+    """Causal attention within documents, where the tokens of a span also see each other (images in text).
 
     Args:
         documents: boundaries with the leading 0 and the total.
@@ -60,14 +60,14 @@ def span_slices(documents: Boundaries, spans: Iterable[Run]) -> AttentionSlices:
 
 
 def slices_of_ranges(first: Integers, last: Integers) -> AttentionSlices | None:
-    """The slices of queries that see one range of keys each; None where it takes more than a sixteenth of the queries.
+    """The slices of a mask in which each query sees one range of keys; None if these are more than 1 per 16 queries.
 
     Args:
-        first, last: int64 (seq,), the first key of each query, and the last + 1; no key where they are equal.
+        first, last: int64 (seq,), first key and last + 1 of each query; equal if the query sees no key.
     """
     steps, seen = (np.diff(first), np.diff(last)), last > first
     straight = (((steps[0] | steps[1]) & ~1) == 0) & seen[1:] & seen[:-1]
-    kinds = np.where(straight, 2 * steps[0] + steps[1], -1)  # of the step to the next query, as KINDS counts
+    kinds = np.where(straight, 2 * steps[0] + steps[1], -1)  # of the step to the next query, as an index into KINDS
     ends = np.flatnonzero(np.append(kinds[1:] != kinds[:-1], True)) + 1 if len(kinds) else kinds
     if len(ends) > max(len(first) // (QUERIES_PER_SLICE // 2), 1):
         return None
@@ -77,7 +77,7 @@ def slices_of_ranges(first: Integers, last: Integers) -> AttentionSlices | None:
         if kind < 0:
             found += [(each, each + 1, 0) for each in range(query, stop)]
             query = max(query, stop)
-        elif query < stop:  # the step into these queries belongs to no slice
+        elif query < stop:  # at least two queries of these steps are in no slice yet
             found.append((max(query, start), stop + 1, kind))
             query = stop + 1
     found += [(each, each + 1, 0) for each in range(query, len(first))]

@@ -1,11 +1,11 @@
-"""What queries may see, as a set of slices: causal, full, packed, windowed and sliced masks are all of this one form.
+"""Masks as sets of slices: causal, full, packed, windowed and sliced masks all have this form.
 
-A slice is the pairs of a range of queries and a range of keys whose distance key - query lies between two limits::
+A slice is the set of pairs from a range of queries and a range of keys whose distance key - query is within limits::
 
     query q0 <= p < q1      key k0 <= k < k1      lower <= k - p <= upper
 
-Plain causal attention is one slice with upper = 0, a packed row one for each document, a sliding window the limits of
-each. No two slices of a mask share a pair. Only numbers are kept, of the order of the slices.
+Plain causal attention is one slice with upper = 0; a packed row has one slice per document; a sliding window sets the
+limits of each. No two slices of a mask share a pair. Memory is proportional to the number of slices.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ AttentionSlice = tuple[Run, Run, SliceKind]  # queries, keys, kind
 AttentionSlices = tuple[AttentionSlice, ...]
 
 FAR = 1 << 60  # beyond every position: no limit
-PAIRS_AT_ONCE = 1 << 20  # of slices that are compared for a common pair
-# kind -> whether its diagonals limit it: that of the first query and first key below, that of the last ones above.
+PAIRS_AT_ONCE = 1 << 20  # how many pairs of slices are checked for overlap at once
+# kind -> (limited below by the diagonal of first query and first key, limited above by that of last query and last key)
 KINDS: dict[SliceKind, tuple[bool, bool]] = {
     "full": (False, False),
     "causal": (False, True),
@@ -35,7 +35,7 @@ KINDS: dict[SliceKind, tuple[bool, bool]] = {
 
 
 class SliceTable(NamedTuple):
-    """Slices as arrays of one length; -FAR and FAR are no limit."""
+    """Slices as arrays of equal length; -FAR and FAR mean no limit."""
 
     q_start: Integers
     q_stop: Integers
@@ -50,22 +50,22 @@ class SliceTable(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SliceMask:
-    """A set of slices; equal by them and hashable, so that plans can be cached. Make it with ``of``.
+    """A set of slices; hashable, and equal if the slices are equal, so that plans can be cached. Made by ``of``.
 
     Args:
-        slices: by first query, then first key. Every query of a slice sees a key in it, every key is seen.
+        slices: sorted by first query, then first key. Each query of a slice sees a key in it, and each key is seen.
     """
 
     slices: SliceTable
 
     @classmethod
     def of(cls, slices: SliceTable) -> "SliceMask":
-        """The mask of these disjoint slices, without the queries that see nothing and the keys that nobody sees."""
+        """The mask of these disjoint slices, trimmed of queries that see no key and of keys that no query sees."""
         slices = slices.chosen(_show_something(slices))
         q_start, q_stop, k_start, k_stop, lower, upper = slices
         q_start, q_stop = np.maximum(q_start, k_start - upper), np.minimum(q_stop, k_stop - lower)
         k_start, k_stop = np.maximum(k_start, q_start + lower), np.minimum(k_stop, q_stop + upper)
-        # A limit that hides nothing is none: a mask has one form, and a slice of one query is a rectangle.
+        # Drop limits that hide nothing, so that equal masks have equal slices and a slice of one query is a rectangle.
         lower = np.where(lower <= k_start - q_stop + 1, -FAR, lower)
         upper = np.where(upper >= k_stop - 1 - q_start, FAR, upper)
         table = SliceTable(q_start, q_stop, k_start, k_stop, lower, upper)
@@ -99,7 +99,7 @@ class SliceMask:
         )
 
     def within(self, cu_seqlens: Boundaries) -> "SliceMask":
-        """The part of the mask whose queries and keys are of one document."""
+        """The part of the mask whose query and key belong to the same document."""
         ends, slices = np.unique(np.array(cu_seqlens, dtype=np.int64)), self.slices
         first = np.searchsorted(ends, slices.q_start, side="right") - 1
         owner, number = spread(np.searchsorted(ends, slices.q_stop, side="left") - first)
@@ -121,7 +121,7 @@ def _unlimited(count: int) -> tuple[Integers, Integers]:
 
 
 def _shared(one: SliceTable, other: SliceTable) -> SliceTable:
-    """What both of two slices show, which is a slice again; it may be empty."""
+    """The intersections of corresponding slices, which are slices again and may be empty."""
     return SliceTable(
         np.maximum(one.q_start, other.q_start),
         np.minimum(one.q_stop, other.q_stop),
@@ -133,7 +133,7 @@ def _shared(one: SliceTable, other: SliceTable) -> SliceTable:
 
 
 def _show_something(slices: SliceTable) -> npt.NDArray[np.bool_]:
-    """Whether each has a pair."""
+    """Whether each slice contains a pair."""
     q_start, q_stop, k_start, k_stop, lower, upper = slices
     some_query = np.maximum(q_start, k_start - upper) < np.minimum(q_stop, k_stop - lower)
     some: npt.NDArray[np.bool_] = some_query & (k_start < k_stop) & (lower <= upper)
@@ -141,7 +141,7 @@ def _show_something(slices: SliceTable) -> npt.NDArray[np.bool_]:
 
 
 def frozen(value: Any) -> Any:
-    """``value`` with tuples for its lists and ints for numpy's, so that it can be looked up and written as JSON."""
+    """``value`` with lists as tuples and numpy integers as ints, so that it is hashable and can be written as JSON."""
     if isinstance(value, (tuple, list)):
         return tuple([part if type(part) in (int, str) else frozen(part) for part in value])
     if isinstance(value, np.integer):
@@ -168,10 +168,10 @@ def document_mask(left: int | None = None, right: int | None = None, cu_seqlens:
 
 
 def slices_mask(slices: Sequence[AttentionSlice], seq_len: int) -> SliceMask:
-    """The mask of slices as a caller writes them; ``context_parallel_attention`` says what they mean.
+    """The mask of slices in the form that ``context_parallel_attention`` takes.
 
     Raises:
-        ValueError: one is malformed or leaves the sequence, or two share a pair.
+        ValueError: a slice is malformed or exceeds the sequence, or two slices share a pair.
     """
     rows = [_numbers(number, given, seq_len) for number, given in enumerate(slices)]
     table = SliceTable(*np.array(rows, dtype=np.int64).reshape(-1, 6).T)
@@ -180,7 +180,7 @@ def slices_mask(slices: Sequence[AttentionSlice], seq_len: int) -> SliceMask:
 
 
 def _numbers(number: int, given: AttentionSlice, seq_len: int) -> tuple[int, int, int, int, int, int]:
-    """A slice as the row of a table."""
+    """A slice as a row of a SliceTable."""
     try:
         (q_start, q_stop), (k_start, k_stop), kind = given
     except (TypeError, ValueError):
@@ -203,7 +203,7 @@ def _numbers(number: int, given: AttentionSlice, seq_len: int) -> tuple[int, int
 
 
 def _refuse_overlaps(table: SliceTable, slices: Sequence[AttentionSlice]) -> None:
-    """Raise ValueError where two slices share a pair: its softmax would count it twice."""
+    """Raise ValueError if two slices share a pair, which the softmax would count twice."""
     by_query, by_key = (_meeting(*ends) for ends in (table[:2], table[2:4]))
     order, counts = min(by_query, by_key, key=lambda found: int(found[1].sum()))
     ends = np.searchsorted(np.cumsum(counts), np.arange(0, counts.sum(), PAIRS_AT_ONCE), side="left")
@@ -222,7 +222,7 @@ def _refuse_overlaps(table: SliceTable, slices: Sequence[AttentionSlice]) -> Non
 
 
 def _meeting(start: Integers, stop: Integers) -> tuple[Integers, Integers]:
-    """Ranges by their start: (order, how many of those that follow each begin before it ends)."""
+    """(order of the ranges by start, for each range how many later ones begin before it ends)."""
     order = np.lexsort((stop, start))
     ahead = np.searchsorted(start[order], stop[order], side="left") - np.arange(len(order)) - 1
     return order, np.maximum(ahead, 0)

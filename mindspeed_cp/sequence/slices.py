@@ -1,4 +1,4 @@
-"""Rows of a shard in slices of equal size, and where they lie among the rows of others in the order of positions."""
+"""Split the rows of a shard into slices of equal size, and merge slices of several shards in order of position."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ class Piece(NamedTuple):
 
 
 def slices(rows: Runs, held: Runs, parts: int) -> list[list[Piece]]:
-    """These rows of a shard in ``parts`` slices, whose sizes differ by at most one.
+    """Split rows of a shard into ``parts`` slices whose sizes differ by at most one.
 
     Args:
-        rows: ascending, disjoint.
-        held: runs of global positions of the whole shard, ascending; rows count along them.
+        rows: ascending and disjoint.
+        held: ascending runs of global positions of the whole shard; rows are indices into them.
     """
     sizes = split_sizes(length(rows), parts)
     found: list[list[Piece]] = [[] for _ in sizes]
@@ -37,7 +37,7 @@ def slices(rows: Runs, held: Runs, parts: int) -> list[list[Piece]]:
 
 
 def _pieces(rows: Runs, held: Runs) -> list[Piece]:
-    """The rows, cut where their positions jump."""
+    """The rows, split where their positions are not consecutive."""
     before = offsets(stop - start for start, stop in held)
     pieces = []
     for start, stop in rows:
@@ -51,10 +51,10 @@ def _pieces(rows: Runs, held: Runs) -> list[Piece]:
 
 
 def in_order(arriving: Sequence[Sequence[Piece]]) -> tuple[Runs, list[Runs]]:
-    """Lay the pieces of several shards down in the order of their positions.
+    """Merge the pieces of several shards in the order of their positions.
 
     Returns:
-        (runs of global positions of all of them, for each shard the rows that its pieces take among them).
+        (runs of global positions of all pieces; for each shard, the rows of its pieces within them).
     """
     pieces = sorted(
         (piece.position, piece.stop - piece.start, source, index)

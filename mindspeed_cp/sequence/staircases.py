@@ -1,8 +1,8 @@
-"""The two staircases of every slice of a mask, cut into pieces where both are straight.
+"""The two staircases of every slice of a mask, cut into pieces in which both slopes are constant.
 
 Within a slice the query at global position p sees the keys lo(p) <= k < hi(p), and lo and hi never decrease. Counted in
 rows of a key shard, each has steps of slope 0 (an end of the slice, the edge of a shard) or slope 1 (a diagonal). The
-work is proportional to the slices that this shard's queries belong to, and in Python to the pieces that see a key.
+cost is proportional to the slices of this shard's queries; only the pieces that see a key are handled in Python loops.
 """
 
 from collections.abc import Iterator
@@ -18,17 +18,17 @@ from mindspeed_cp.sequence.slice_mask import FAR, Integers, SliceMask, spread
 Bools = npt.NDArray[np.bool_]
 PieceOf = tuple[int, int, int, int, int, int]  # row, count, lo, hi, lo_slope, hi_slope
 
-UNKNOWN = -1  # slope of a piece of one row
+UNKNOWN = -1  # slope of a piece with a single row
 
 
 @dataclass(frozen=True)
 class Stretches:
-    """Query positions start to stop of one run and one slice each, slice by slice; int64 arrays of one length.
+    """Ranges of query positions, each within one run and one slice, slice by slice; int64 arrays of equal length.
 
     Args:
         row: row of the query shard at which the stretch begins.
-        low, high: the keys of the slice.
-        lower, upper: its limits on key - query, -FAR and FAR without.
+        low, high: the slice's keys.
+        lower, upper: the slice's limits on key - query; -FAR and FAR mean no limit.
     """
 
     row: Integers
@@ -45,9 +45,9 @@ class Stretches:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Query rows row to row + count, whose first sees key rows lo to hi; both bounds grow by their slope with each row.
+    """Query rows row to row + count; the first sees key rows lo to hi, and each bound grows by its slope per row.
 
-    A slope is 0 or 1, or UNKNOWN for a single row. Lists of one length.
+    A slope is 0 or 1, or UNKNOWN for a single row. Lists of equal length.
     """
 
     row: list[int]
@@ -62,7 +62,7 @@ NOTHING = Pieces([], [], [], [], [], [])
 
 
 class _KeyRows:
-    """Counts rows of a key shard: how many of its keys lie before each of some global positions."""
+    """Convert global positions to rows of a key shard: the number of its keys before each position."""
 
     def __init__(self, runs: Runs) -> None:
         self.start, self.stop = np.array(runs, dtype=np.int64).reshape(-1, 2).T
@@ -84,7 +84,7 @@ def stretches(query_runs: Runs, mask: SliceMask) -> Stretches:
     """The queries of a shard in each slice, cut where its runs end."""
     start, stop = np.array(query_runs, dtype=np.int64).reshape(-1, 2).T
     row, slices = np.cumsum(stop - start) - (stop - start), mask.slices
-    # A run and a slice meet where the slice begins in the run, or the run in the slice.
+    # A run and a slice intersect if the slice begins within the run, or the run within the slice.
     first = np.searchsorted(slices.q_start, start, side="left")
     around, number = spread(np.searchsorted(slices.q_start, stop, side="left") - first)
     begun = first[around] + number
@@ -98,11 +98,11 @@ def stretches(query_runs: Runs, mask: SliceMask) -> Stretches:
 
 
 def visible_pieces(query_runs: Runs, key_runs: Runs, mask: SliceMask) -> Pieces:
-    """The pieces of the staircases that see a key, neighbours joined where both bounds go on straight; slice by slice,
-    in row order within each.
+    """The pieces of the staircases that see a key, slice by slice and in row order within each. Adjacent pieces are
+    merged if both bounds continue with the same slope.
 
     Args:
-        query_runs, key_runs: (start, stop) of global positions, ascending; rows count along them.
+        query_runs, key_runs: (start, stop) of global positions, ascending; rows are indices into them.
     """
     if not query_runs or not key_runs:
         return NOTHING
@@ -130,7 +130,7 @@ def visible_pieces(query_runs: Runs, key_runs: Runs, mask: SliceMask) -> Pieces:
 
 
 def bounds_of_rows(query_runs: Runs, key_runs: Runs, mask: SliceMask) -> Iterator[tuple[Integers, Integers]]:
-    """(lo, hi) of every query row, the key rows that one of its slices shows it, as often as a row has slices."""
+    """(lo, hi) of every query row, the key rows that it sees in one slice; once for each of the row's slices."""
     pieces = visible_pieces(query_runs, key_runs, mask)
     row, count, lo, hi, lo_slope, hi_slope = (np.array(part, dtype=np.int64) for part in vars(pieces).values())
     piece, number = spread(count)
@@ -150,9 +150,9 @@ def bounds_of_rows(query_runs: Runs, key_runs: Runs, mask: SliceMask) -> Iterato
 
 
 def _cut_where_slopes_change(queries: Stretches, rows: _KeyRows) -> tuple[Integers, Integers, Integers]:
-    """(owning stretch, first, last + 1) of position ranges in which both bounds are straight."""
+    """(owning stretch, first, last + 1) of position ranges in which both slopes are constant."""
     everyone = np.arange(len(queries.start))
-    # Key runs that a stretch's queries can see, from the first query's lower to the last one's upper bound.
+    # Key runs that a stretch's queries can see, from the first query's lower bound to the last query's upper bound.
     low = np.maximum(queries.low, queries.start + queries.lower)
     high = np.minimum(queries.high, queries.stop + queries.upper)
     first_run = np.searchsorted(rows.stop, low, side="right")
@@ -166,7 +166,7 @@ def _cut_where_slopes_change(queries: Stretches, rows: _KeyRows) -> tuple[Intege
         cuts.append(bounds[limited] - limit[owner[limited]] - shift)
     owner, cut = np.concatenate(owners), np.concatenate(cuts)
     inside = (cut >= queries.start[owner]) & (cut < queries.stop[owner])
-    # Stretches laid end to end: those of several slices may be of the same positions.
+    # Stretches are concatenated, since those of different slices may have the same positions.
     lengths = queries.stop - queries.start
     before = np.cumsum(lengths) - lengths
     places = np.unique((before - queries.start)[owner[inside]] + cut[inside])
@@ -178,7 +178,7 @@ def _cut_where_slopes_change(queries: Stretches, rows: _KeyRows) -> tuple[Intege
 def _joined(
     row: Integers, count: Integers, lo: Integers, hi: Integers, lo_slope: Integers, hi_slope: Integers
 ) -> Pieces:
-    """Neighbouring pieces whose bounds go on with one slope become one, where they see a key together."""
+    """Merge adjacent pieces whose bounds continue with the same slope, if both see a common key."""
     parts = [part.tolist() for part in (row, count, lo, hi, lo_slope, hi_slope)]
     if len(row) < 2:
         return Pieces(*parts)
@@ -201,7 +201,7 @@ def _joined(
 
 
 def _one_piece(left: PieceOf, right: PieceOf) -> PieceOf | None:
-    """Two neighbours as one piece, or None."""
+    """Two adjacent pieces merged into one, or None if they cannot be."""
     row, count, lo, hi, *slopes = left
     if row + count != right[0]:
         return None
@@ -212,7 +212,7 @@ def _one_piece(left: PieceOf, right: PieceOf) -> PieceOf | None:
             return None
         found.append(step)
     if found == [1, 1] and hi - lo == 1:
-        # Neither row sees a key of the other. They may be of two documents, and what a kernel hides must not be: NaN
-        # times a weight of 0 is NaN.
+        # Neither row sees a key of the other, so they may be from two documents. Merged, the kernel would read keys of
+        # another document with weight 0, and 0 times NaN is NaN.
         return None
     return row, count + right[1], lo, hi, found[0], found[1]

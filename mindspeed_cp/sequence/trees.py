@@ -1,15 +1,15 @@
-"""Sequences with common beginnings, packed as a tree: every shared prefix is one row of tokens, computed once.
+"""Sequences with common prefixes, packed as a tree: every shared prefix is stored and computed once.
 
-Rollouts of one prompt, turns of one conversation, candidates of one beam: as sequences of their own each would compute
-the prefix again. The picture, three sequences and what is packed, depth first::
+Rollouts of one prompt, turns of a conversation or candidates of a beam would each compute their prefix again as
+separate sequences. The picture: three sequences, and how they are packed, depth first::
 
     A B C D E            A B C D E F G X Y     tokens
     A B C D F G          0 1 2 3 4 4 5 2 3     position_ids
     A B X Y              A B sees itself and is seen by all, C D by E, F G, nobody else
 
-A token is computed as in its own sequence, because it sees just the tokens before it there. Whoever follows a token is
-its label, and where branches part there are several: D predicts E and F, and B predicts C and X. So labels have a list
-of their own, one entry for each token that follows another, with the weight of all the sequences that share it.
+Each token has the same result as in its own sequence, because it sees exactly the tokens before it there. The label of
+a token is the token that follows, and where branches part there are several: D predicts E and F, B predicts C and X.
+So labels are a separate list, one entry per (token, next token), with the summed weight of the sequences that share it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,10 +33,10 @@ class HeldLabels(NamedTuple):
     """The labels that a rank's rows predict.
 
     Args:
-        rows: (l,) LongTensor, the row of this rank whose logits predict each.
+        rows: (l,) LongTensor, the row of this rank whose logits predict each label.
         labels: (l,) LongTensor of tokens.
-        weights: (l,) how much each counts.
-        layout: of the list of labels, for ``gather_sequence(values, groups=groups, layout=...)``.
+        weights: (l,) weight of each label.
+        layout: the layout of the list of labels, for ``gather_sequence(values, groups=groups, layout=...)``.
     """
 
     rows: torch.Tensor
@@ -52,9 +52,9 @@ class PackedTree:
     Attributes:
         tokens, position_ids: (s,) LongTensor; positions count from the beginning of the sequences.
         attention_slices: what each token sees, for ``context_parallel_attention``.
-        rows, labels: (m,) LongTensor: the row whose logits predict the label, ascending; and the label, a token.
-        weights: (m,) the sum of the weights that the label has in its sequences, in float32 or float64.
-        places: for each sequence, (n - 1,) LongTensor: where its labels are among the m.
+        rows, labels: (m,) LongTensor: the row whose logits predict each label, ascending; and the label, a token.
+        weights: (m,) float32 or float64, the sum of each label's weights over its sequences.
+        places: for each sequence of n tokens, (n - 1,) LongTensor: the indices of its labels among the m.
     """
 
     tokens: torch.Tensor
@@ -69,13 +69,13 @@ class PackedTree:
         return len(self.tokens)
 
     def held(self, layout: SequenceLayout, cp_rank: int) -> HeldLabels:
-        """The labels that ``cp_rank``'s tokens predict; the sum over ranks of what they lose is the whole loss.
+        """The labels that ``cp_rank``'s tokens predict; the sum of their losses over all ranks is the whole loss.
 
         Args:
-            layout: of the packed tokens, padding behind them included.
+            layout: the layout of the packed tokens, padding at their end included.
 
         Raises:
-            ValueError: the layout is of fewer tokens.
+            ValueError: the layout has fewer tokens than the tree.
         """
         if layout.seq_len < len(self):
             raise ValueError(
@@ -95,25 +95,25 @@ class PackedTree:
         return HeldLabels(local[rows], labels, weights, of_labels)
 
     def per_sequence(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """What each sequence has of values of the labels, such as log-probabilities; differentiable.
+        """Split values of the labels, such as log-probabilities, by sequence; differentiable.
 
         Args:
-            values: (m, ...) of all labels, from all ranks where there are several.
+            values: (m, ...) of all labels; gathered from all ranks if there are several.
 
         Returns:
-            for each sequence (n - 1, ...), that of its second token first.
+            for each sequence of n tokens (n - 1, ...), beginning with the value of its second token.
         """
         return [values[places.to(values.device)] for places in self.places]
 
     def batch(self, multiple_of: int = 1, padding: int = 0) -> dict[str, Any]:
         """A batch of one row for Megatron: tokens, labels, loss_mask, position_ids (1, s), attention_slices, and
-        rotary_position_ids, by which rotary embeddings turn.
+        rotary_position_ids, the positions for rotary embeddings.
 
         Args:
-            multiple_of: padding tokens, which see nothing and count nothing, make the length a multiple of it.
+            multiple_of: pad to a multiple of this length; padding tokens see no key and do not count in the loss.
 
         Raises:
-            ValueError: a row has several labels, or multiple_of is no whole number of at least 1.
+            ValueError: a row has several labels, or multiple_of is not a whole number of at least 1.
         """
         multiple_of = whole("multiple_of", multiple_of, 1)
         several = self.rows[1:][self.rows[1:] == self.rows[:-1]]
@@ -141,16 +141,16 @@ class PackedTree:
 
 @dataclass
 class _Branch:
-    """Tokens that some sequences share, and no other has after the same beginning.
+    """Consecutive tokens that exactly the same sequences share.
 
     Args:
-        members: numbers of the sequences.
-        depth, end: the positions of the shared tokens.
-        first, last: the positions that become rows; one earlier than ``depth`` where a branch repeats a token.
-        parent: number of the branch before it, -1 without.
-        row: row of the first.
-        subtree: row behind the last one of all that follow.
-        label: number of its first label.
+        members: indices of the sequences.
+        depth, end: positions of the shared tokens, half open.
+        first, last: positions that become rows; ``first`` is ``depth`` - 1 if the branch repeats its parent's token.
+        parent: index of the parent branch, -1 if there is none.
+        row: the branch's first row.
+        subtree: last row + 1 of the branch and all its descendants.
+        label: index of its first label.
     """
 
     members: list[int]
@@ -175,23 +175,22 @@ class _Branch:
 def pack_tree(
     sequences: Sequence[Tokens], *, weights: Sequence[Weights] | None = None, one_label_per_row: bool = False
 ) -> PackedTree:
-    """Find the common beginnings of sequences and pack each once.
+    """Find the common prefixes of sequences and pack each once.
 
     Args:
-        sequences: of tokens, lists or 1-D tensors of one device, each with at least one; equal ones are allowed.
-        weights: how much each token of each sequence counts as a label, as long as the sequences; that of the first
-            token, which nobody predicts, is not read. None is 1 everywhere. A label that sequences share counts for
-            each.
-        one_label_per_row: each branch repeats the token before it, so that every row has one label at most, as
-            ``PackedTree.batch`` needs it: one more token for each branch.
+        sequences: lists or 1-D tensors of one device, each with at least one token; duplicates are allowed.
+        weights: weight of each token of each sequence as a label, None for 1 everywhere. The first token is never
+            predicted, so its weight is ignored. A shared label gets the sum of its sequences' weights.
+        one_label_per_row: each branch repeats the token before it, so that every row has at most one label, as
+            ``PackedTree.batch`` requires; this adds one token per branch.
 
     Returns:
-        PackedTree. Loss and gradients from its labels and weights are the sum of those of the sequences. A sliding
-        window counts packed rows, not positions of a sequence, and so does the roll of multi-token prediction: train
-        trees without either.
+        PackedTree. Loss and gradients from its labels and weights are the sums of those of the sequences. Sliding
+        windows and the roll of multi-token prediction count packed rows, not positions of a sequence: train trees
+        without either.
 
     Raises:
-        ValueError: there is no sequence, one is empty, or weights do not fit.
+        ValueError: there is no sequence, a sequence is empty, or the weights do not match the sequences.
     """
     sequences, weights = list(sequences), None if weights is None else list(weights)
     arrays = [_checked(number, sequence) for number, sequence in enumerate(sequences)]
@@ -238,7 +237,7 @@ def _checked(number: int, sequence: Tokens) -> Integers:
 
 
 def _array(values: Any) -> npt.NDArray[Any]:
-    """``values`` as an array of what they are; of objects where they are of no one form."""
+    """``values`` as an array of their own dtype; an array of dtype object if they are ragged."""
     try:
         return np.asarray(values.numpy(force=True) if isinstance(values, torch.Tensor) else values)
     except ValueError:
@@ -264,7 +263,9 @@ def _checked_weights(number: int, length: int, weights: Sequence[Weights] | None
 
 
 def _dtype_of(weights: Sequence[Weights] | None) -> torch.dtype:
-    """At least float32: half precision counts sequences that share a label up to 256 or 2048 only."""
+    """At least float32: a sum of ones, one per sequence that shares a label, is exact only up to 256 or 2048 in bf16 or
+    fp16.
+    """
     first = weights[0] if weights is not None and len(weights) else None
     dtype = torch.get_default_dtype()
     if isinstance(first, torch.Tensor) and first.is_floating_point():
@@ -281,7 +282,7 @@ def _branches(arrays: list[Integers], repeats: bool) -> list[_Branch]:
         members, depth, parent = waiting.pop()
         end = _common(arrays, members, depth)
         following = _groups(members, arrays, end)
-        moves = repeats and len(following) > 1  # the last token goes into every branch
+        moves = repeats and len(following) > 1  # the last token is repeated in every branch instead
         repeated = parent >= 0 and found[parent].last < depth
         branch = _Branch(members, depth, end, depth - repeated, end - moves, parent, row)
         found.append(branch)
@@ -295,7 +296,7 @@ def _branches(arrays: list[Integers], repeats: bool) -> list[_Branch]:
 
 
 def _groups(members: Sequence[int] | range, arrays: list[Integers], depth: int) -> list[list[int]]:
-    """Those of the sequences that go on at ``depth``, by the token there, in the order of appearance."""
+    """Group the sequences that are longer than ``depth`` by their token there, in order of appearance."""
     groups: dict[int, list[int]] = {}
     for member in members:
         if len(arrays[member]) > depth:
@@ -304,7 +305,7 @@ def _groups(members: Sequence[int] | range, arrays: list[Integers], depth: int) 
 
 
 def _common(arrays: list[Integers], members: list[int], depth: int) -> int:
-    """Up to where all of these sequences are equal, from ``depth`` on."""
+    """The position up to which all of these sequences are equal, searched from ``depth`` on."""
     first = arrays[members[0]]
     end = len(first)
     for member in members[1:]:
@@ -322,7 +323,7 @@ def _labels(branches: list[_Branch], arrays: list[Integers]) -> tuple[Integers, 
         count += branch.num_labels
         begin = max(branch.depth, 1)
         own = branch.row + np.arange(begin, branch.end) - 1 - branch.first
-        if branch.first == branch.depth > 0:  # its first token follows the last one of its parent
+        if branch.first == branch.depth > 0:  # its first token follows the last token of its parent
             own[0] = branches[branch.parent].stop - 1
         rows.append(own)
         labels.append(arrays[branch.members[0]][begin : branch.end])
@@ -330,7 +331,7 @@ def _labels(branches: list[_Branch], arrays: list[Integers]) -> tuple[Integers, 
 
 
 def _paths(branches: list[_Branch], count: int) -> list[list[_Branch]]:
-    """The branches of every sequence, from its beginning on."""
+    """The branches of every sequence, from its first token on."""
     paths: list[list[_Branch]] = [[] for _ in range(count)]
     for branch in branches:
         for member in branch.members:
@@ -339,7 +340,7 @@ def _paths(branches: list[_Branch], count: int) -> list[list[_Branch]]:
 
 
 def _slices(branches: list[_Branch]) -> Iterator[AttentionSlice]:
-    """Each branch is causal, and whole for all that follow it."""
+    """Each branch sees itself causally, and all its descendants see it fully."""
     for branch in branches:
         own = (branch.row, branch.stop)
         if branch.row < branch.stop:

@@ -1,1 +1,1 @@
-"""What can be set, every rule and every fallback once; what ranks must agree on; everything that is said aloud."""
+"""All settings with their rules and fallbacks, the agreement of ranks on them, and all warnings."""

@@ -1,7 +1,8 @@
-"""Before they work together, all ranks compare what must be equal, through the store by which they met.
+"""At the start, all ranks compare the settings that must be equal, through torch's rendezvous store.
 
-A rank publishes its settings; rank 0 reads those of all and publishes a verdict, which every rank reads. No tensor is
-sent, so it works before any group exists and whatever differs; a rank that refuses its own settings says why instead.
+Each rank publishes its settings; rank 0 reads them all and publishes a verdict, which every rank reads. No tensor is
+sent, so this works before any group exists and whatever differs. A rank with invalid settings publishes the reason
+instead.
 """
 
 import dataclasses
@@ -16,16 +17,16 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 Value = TypeVar("Value")
 KEY = "mindspeed_cp/agreement"
-PATIENCE = timedelta(minutes=10)  # for ranks that come later
-FAREWELL = timedelta(seconds=10)  # rank 0 may own the store: it stays until the others have read the verdict
-SHOWN = 3  # differences in one message
+PATIENCE = timedelta(minutes=10)  # time to wait for late ranks
+FAREWELL = timedelta(seconds=10)  # rank 0 may own the store, so it waits this long for others to read the verdict
+SHOWN = 3  # differences shown in a message
 
 
 class RanksDiffer(ValueError):
-    """The ranks were started with different settings, or one of them refuses its own."""
+    """The ranks were started with different settings, or a rank's settings are invalid."""
 
 
-SAID = "the command line is refused."  # its rank has printed more than that
+SAID = "the command line is refused."  # the rank has printed the details itself
 
 
 def agree(
@@ -39,13 +40,13 @@ def agree(
     """Compare ``settings`` (flag -> value as text) with all other ranks; collective over the world, or over ``ranks``.
 
     Args:
-        ranks: global ranks of a group; None is the world.
-        refusal: why this rank cannot work with its own settings; ``SAID`` when it has said so itself.
-        say: called on the first rank with the verdict, before any other rank learns it and may leave.
+        ranks: global ranks of a group; None for the world.
+        refusal: why this rank's own settings are invalid; ``SAID`` if it has already printed the reason.
+        say: called with the verdict on the first rank, before any other rank gets it and may exit.
         patience: how long to wait for late ranks.
 
     Raises:
-        RanksDiffer: a setting differs, or a rank refuses; the message names the flag, the values and the ranks.
+        RanksDiffer: a setting differs, or a rank's settings are invalid; the message names flag, values and ranks.
         RuntimeError: a rank did not take part in time.
     """
     if not _is_comparable():
@@ -74,14 +75,14 @@ def agree(
 def refuse(
     refusal: str, *, say: Callable[[str], None], backend: str = "nccl", patience: timedelta = timedelta(minutes=1)
 ) -> None:
-    """Tell the other ranks, which are starting, that this one cannot start; the caller then ends it.
+    """Tell the other ranks, which are starting, that this rank cannot start; the caller then ends it.
 
-    Without a process group it joins the one that the others are about to make, where a launcher has said how; otherwise
-    they would wait for it until their own timeout.
+    Without a process group, this rank joins the one that the others are about to make, if a launcher has set the
+    variables for that; otherwise they would wait for it until their timeout.
 
     Args:
-        say: called with what to print: on rank 0, or here when there is nobody to tell or nobody answers.
-        backend: that of the others, as they name it.
+        say: called with the message on rank 0, or on this rank if there are no others or none answers.
+        backend: the other ranks' backend, as they name it.
     """
     try:
         if not dist.is_initialized():
@@ -89,19 +90,19 @@ def refuse(
         agree({}, refusal=refusal, say=say, patience=patience)
     except RanksDiffer:
         return
-    except (ValueError, RuntimeError):  # no launcher, or the others have not come
+    except (ValueError, RuntimeError):  # no launcher, or the others did not join
         say(refusal)
 
 
 def versions(**others: str) -> dict[str, str]:
-    """What computes, and its version; ``others`` are added."""
+    """The versions of torch and of this project, and ``others``, to be compared like settings."""
     from mindspeed_cp.version import __version__
 
     return {"the version of torch": torch.__version__, "the version of mindspeed_cp": __version__, **others}
 
 
 def settings_of(config: Any) -> dict[str, str]:
-    """name -> value of every field of a dataclass, and the versions of what computes."""
+    """name -> value of every field of a dataclass, and the versions."""
     fields = dataclasses.fields(config)
     return {field.name: str(getattr(config, field.name)) for field in fields} | versions()
 
@@ -129,7 +130,7 @@ def _leave_last(store: dist.Store, place: str, rank: int, everyone: Sequence[int
         try:
             store.wait([f"{place}/all-left"], FAREWELL)
         except RuntimeError:
-            pass  # a rank has left already; nobody else needs the store
+            pass  # a rank has already exited; nobody else needs the store
 
 
 def _verdict(said: list[tuple[str | None, dict[str, str]]], everyone: Sequence[int]) -> str:
@@ -164,7 +165,7 @@ def _refused(refusals: dict[str, list[int]], accepting: list[int]) -> str:
 
 
 def _ranks_by(values: Iterable[Value], everyone: Sequence[int]) -> dict[Value, list[int]]:
-    """value -> the ranks that have it, in the order of the ranks."""
+    """value -> the ranks that have it, ascending."""
     found: dict[Value, list[int]] = {}
     for rank, value in zip(everyone, values):
         found.setdefault(value, []).append(rank)

@@ -1,7 +1,7 @@
 """The table of algorithms: each is a point of the triple (ulysses, window, windows) and an exchange of keys and values.
 
-Flag choices, rules, layouts and test parameters derive from this table; nothing else compares an algorithm's name. A
-new algorithm is a row here, and a file beside this one if it needs an exchange that does not exist yet.
+Flag choices, rules, layouts and test parameters derive from this table; no other code compares algorithm names. A new
+algorithm is a row here, and a new exchange in comm/kv_exchange.py if it needs one.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Hierarchy = tuple[int, int, int]
 
 
 class Sizes(Protocol):
-    """What a hierarchy is made of; ``ContextParallelConfig`` has it."""
+    """The sizes from which a hierarchy is computed; implemented by ``ContextParallelConfig``."""
 
     @property
     def context_parallel_size(self) -> int: ...
@@ -24,19 +24,19 @@ class Sizes(Protocol):
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One row: how the context-parallel size is factored, how keys and values travel, and what that asks of the user.
+    """One row: how the context-parallel size is factored, how keys and values travel, and which settings apply.
 
     Args:
         title: the name in messages.
         hierarchy: config -> (ulysses, window, windows); the product is the context-parallel size.
-        exchange: "ring", "allgather", or None when the ring has one rank and nothing travels around it.
-        splits_heads: every rank computes a share of the heads, so that heads must suffice.
-        takes_degree: --ulysses-degree-in-cp has a meaning, and is needed.
-        takes_window: --cp-window-size has a meaning.
-        any_length: takes any sequence length without --gather-size-calculator.
+        exchange: "ring", "allgather", or None if the ring has one rank, so that no keys and values travel.
+        splits_heads: whether every rank computes a share of the heads, so that there must be enough heads.
+        takes_degree: whether --ulysses-degree-in-cp applies and is required.
+        takes_window: whether --cp-window-size applies.
+        any_length: whether it takes any sequence length without --gather-size-calculator.
         summary: one line for --help and the documentation.
-        comm_types: Megatron's names of it, in --cp-comm-type.
-        file_names: MindFormers' names of it, in its YAML files.
+        comm_types: Megatron's names for it, in --cp-comm-type.
+        file_names: MindFormers' names for it, in its YAML files.
     """
 
     title: str
@@ -52,7 +52,7 @@ class Algorithm:
 
 
 def _ring_hierarchy(ulysses: int, ring: int, window: int) -> Hierarchy:
-    """A window of 1 is the plain ring: one window that holds every ring rank."""
+    """A window size of 1 means the plain ring, which is one window of all ring ranks."""
     return (ulysses, ring, 1) if window == 1 else (ulysses, window, ring // window)
 
 
@@ -97,7 +97,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         lambda c: (1, c.context_parallel_size, 1),
         "allgather",
         "one all-gather of keys and values per layer",
-        comm_types=("all_gather", "allgather"),  # the second as Megatron's help spells it
+        comm_types=("all_gather", "allgather"),  # the second is the spelling in Megatron's help
     ),
 }
 DEFAULT = "ulysses_cp_algo"
@@ -105,7 +105,7 @@ _ADAPTIVE = (
     "it reorders tokens to suit one dense mask; here blocks that a mask empties are skipped for every algorithm: "
     "take {way_out} with --cp-kv-exchange direct"
 )
-# Algorithms that only MindSpeed has -> why, and the nearest one here.
+# Algorithms that only MindSpeed has -> why they are not supported, and the nearest one here.
 REFUSED = {
     "adaptive_cp_algo": _ADAPTIVE.format(way_out="megatron_cp_algo"),
     "hybrid_adaptive_cp_algo": _ADAPTIVE.format(way_out="hybrid_cp_algo with --ulysses-degree-in-cp"),
@@ -115,7 +115,7 @@ REFUSED = {
 
 
 def titled(row: Algorithm, hierarchy: Hierarchy) -> str:
-    """The title of a row with what its hierarchy says more, such as "Hybrid (ulysses 2, ring 4)"."""
+    """The title of a row with the sizes of its hierarchy, such as "Hybrid (ulysses 2, ring 4)"."""
     ulysses, window, windows = hierarchy
     if windows > 1:
         by = f"window {window}" if ulysses == 1 else f"ulysses {ulysses}, window {window}"
@@ -124,10 +124,10 @@ def titled(row: Algorithm, hierarchy: Hierarchy) -> str:
 
 
 def known_algorithm(name: str) -> str:
-    """``name``, where it is an algorithm.
+    """``name``, if it is an algorithm.
 
     Raises:
-        ValueError: the name is unknown, or that of an algorithm that only MindSpeed has.
+        ValueError: the name is unknown, or the algorithm exists only in MindSpeed.
     """
     if name in REFUSED:
         raise ValueError(f"--context-parallel-algo {name} is not supported: {REFUSED[name]}.")
@@ -137,17 +137,17 @@ def known_algorithm(name: str) -> str:
 
 
 def summaries() -> dict[str, str]:
-    """Algorithm -> its line of help."""
+    """Algorithm -> its line in --help."""
     return {name: row.summary for name, row in ALGORITHMS.items()}
 
 
 def algorithm_named(attribute: Literal["comm_types", "file_names"], name: str) -> str | None:
-    """The first algorithm that others call ``name``."""
+    """The first algorithm with this name in Megatron or MindFormers, None if there is none."""
     return next((ours for ours, row in ALGORITHMS.items() if name in getattr(row, attribute)), None)
 
 
 def names_with(**properties: object) -> str:
-    """The algorithms whose row has these properties, as text for an error message."""
+    """The algorithms whose rows have these properties, as text for an error message."""
     found = [
         name
         for name, row in ALGORITHMS.items()

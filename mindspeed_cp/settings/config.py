@@ -1,7 +1,7 @@
-"""``ContextParallelConfig``: what a context-parallel group computes and how, each setting declared once.
+"""``ContextParallelConfig``: what a context-parallel group computes and how, with each setting declared once.
 
-It holds what the algorithms need and nothing of the model; ``TrainingSetup`` (training_setup.py) holds what a launch
-script says about the model and the machine. Errors name the flag, the value, the rule and a value that works.
+It contains what the algorithms need, but nothing about the model; ``TrainingSetup`` (training_setup.py) contains what a
+launch script says about model and machine. Errors name the flag, the value, the rule and a value that works.
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ from mindspeed_cp.settings.setting import declarations, setting
 
 @dataclass(frozen=True, kw_only=True)
 class ContextParallelConfig(Derived):
-    """What one context-parallel group computes and how; raises ValueError for every combination that cannot work.
+    """What one context-parallel group computes and how; raises ValueError for invalid combinations.
 
-    Every field is declared with its flag, its help and its rule, and --help and docs/flags.md say the same. A window of
-    the ring's size is one window, the plain ring: ``window_size`` becomes 1, with a notice.
+    Every field is declared with its flag, help and rule, from which --help and docs/flags.md are generated. A window of
+    the ring's size is the plain ring: ``window_size`` becomes 1, with a notice.
     """
 
     context_parallel_size: int = setting(
@@ -47,8 +47,8 @@ class ContextParallelConfig(Derived):
         flag="--context-parallel-algo",
         keys=("parallel_config.context_parallel_algo",),
         help="how the ranks share the attention",
-        rule="Ulysses needs num-attention-heads divisible by tensor x context parallel size, the ring does not; where "
-        "it is not given, --cp-comm-type names it",
+        rule="Ulysses needs num-attention-heads divisible by tensor x context parallel size, the ring does not; if it "
+        "is not given, --cp-comm-type determines it",
         meanings=summaries,
         parse=known_algorithm,
         variable="CP_ALGO",
@@ -57,12 +57,12 @@ class ContextParallelConfig(Derived):
         "causal",
         flag="--cp-attention-mask-type",
         also=("--attention-mask-type",),
-        help="what a layer sees whose batch brings no mask",
-        rule="a mask in the batch always wins over this flag; GPT models want causal or general",
+        help="what a layer sees if its batch contains no mask",
+        rule="a mask in the batch always wins over this flag; GPT models need causal or general",
         meanings={
-            "causal": "a token sees itself and what is before it",
+            "causal": "a token sees itself and earlier tokens",
             "full": "every token sees every token",
-            "general": "the mask or the documents that come with the batch, else causal",
+            "general": "the mask or the documents of the batch, else causal",
         },
         shares=False,
     )
@@ -71,11 +71,11 @@ class ContextParallelConfig(Derived):
         flag="--ulysses-degree-in-cp",
         keys=("parallel_config.ulysses_degree_in_cp",),
         help="ranks that split the heads in Hybrid",
-        rule="1 < U < context parallel size, and U divides it; where hybrid_cp_algo gets none, the command line takes "
-        "the largest that fits the heads of a rank and the ranks of a node, and says so",
+        rule="1 < U < context parallel size, and U divides it; if hybrid_cp_algo gets none, the command line takes "
+        "the largest that fits the heads of a rank and the ranks of a node, with a notice",
         takes="U",
         least=1,
-        least_means="leave it out where no ranks split the heads",
+        least_means="leave it out if no ranks split the heads",
         taken_by=lambda row: row.takes_degree,
         ignored="only {takers} reads it, not {algorithm}",
         variable="ULYSSES_DEGREE",
@@ -87,10 +87,10 @@ class ContextParallelConfig(Derived):
         rule="every algorithm computes every layout; document_zigzag needs documents that 2 x context parallel size "
         "divides",
         meanings={
-            "auto": "what the algorithm likes, and document_zigzag for a packed batch that arrives split",
+            "auto": "the algorithm's default, and document_zigzag for a packed batch that arrives split",
             "contiguous": "one piece for each rank",
-            "zigzag": "two chunks of the row for each rank, as Megatron cuts it",
-            "document_zigzag": "two chunks of every document, as Megatron, verl and ms-swift cut packed batches",
+            "zigzag": "two chunks of the row for each rank, as Megatron splits it",
+            "document_zigzag": "two chunks of every document, as Megatron, verl and ms-swift split packed batches",
             "balanced": "equal tokens, and equal work for the documents of the batch",
         },
         see="[Batch layouts](batch-layouts.md)",
@@ -98,13 +98,13 @@ class ContextParallelConfig(Derived):
     ranks_per_node: int | None = setting(
         None,
         flag="--cp-ranks-per-node",
-        help="neighbouring context-parallel ranks that share a node; the balanced layout then keeps the parts of a "
-        "document within one node where it can",
-        rule="read by --cp-batch-layout balanced, and auto where it is that; where ranks are numbered node by node, "
+        help="consecutive context-parallel ranks that share a node; the balanced layout then keeps the parts of a "
+        "document within one node if possible",
+        rule="used by --cp-batch-layout balanced, and by auto if it is balanced; if ranks are numbered node by node, "
         "devices of a node / tensor-parallel size",
         takes="N",
         least=1,
-        least_means="leave it out where the nodes are not known",
+        least_means="leave it out if the nodes are not known",
     )
     window_size: int = setting(
         1,
@@ -126,9 +126,9 @@ class ContextParallelConfig(Derived):
         rule="direct and mesh need a ring algorithm and window size 1",
         meanings={
             "ring": "whole shards are forwarded",
-            "direct": "each peer gets just the rows its mask needs",
-            "mesh": "each step trades a slice of every shard over all links",
-            "auto": "mesh where the ranks form one, else whichever sends less for the batch",
+            "direct": "each peer gets only the rows that its mask needs",
+            "mesh": "each step exchanges a slice of every shard over all links",
+            "auto": "mesh if the ranks form one, else whichever sends less for the batch",
         },
         see="[Mesh exchange](algorithms/mesh-exchange.md)",
         variable="KV_EXCHANGE",
@@ -136,8 +136,8 @@ class ContextParallelConfig(Derived):
     in_flight: int | Literal["auto"] = setting(
         1,
         flag="--cp-in-flight",
-        help="steps of direct, of mesh, or of a window of Double Ring that may be under way at once",
-        rule="what holds one step exists N + 1 times",
+        help="steps of direct, of mesh, or of a window of Double Ring that may be in flight at once",
+        rule="the buffers of a step exist N + 1 times",
         meanings={"auto": "by topology"},
         takes="N",
         least=1,
@@ -149,8 +149,8 @@ class ContextParallelConfig(Derived):
         help="how ring ranks are linked",
         rule="--cp-kv-exchange auto and --cp-in-flight auto read it",
         meanings={
-            "auto": "nodes where the ranks are on several hosts, else mesh on NPUs and switch elsewhere",
-            "mesh": "each pair by a link of its own",
+            "auto": "nodes if the ranks are on several hosts, else mesh on NPUs and switch elsewhere",
+            "mesh": "a separate link for each pair",
             "switch": "any one peer at full rate",
             "nodes": "over several servers",
         },
@@ -159,18 +159,18 @@ class ContextParallelConfig(Derived):
         "auto",
         flag="--cp-mla-exchange",
         help="what multi-latent attention sends as keys and values",
-        rule="latent needs Megatron's own up-projection, without fp8; other attention has nothing of it",
+        rule="latent needs Megatron's own up-projection, without fp8; it has no effect on other attention",
         meanings={
-            "latent": "the latent and the rotated part of the key; every rank makes keys and values of what arrives",
+            "latent": "the latent and the rotated part of the key; every rank computes keys and values from them",
             "heads": "keys and values of all heads",
-            "auto": "latent where the bytes that it saves are worth making keys and values on every rank",
+            "auto": "latent if the bytes that it saves are worth computing keys and values on every rank",
         },
         see="[Latent exchange](choosing.md#latent-exchange)",
     )
     ulysses_chunks: int = setting(
         1,
         flag="--cp-ulysses-chunks",
-        help="groups of heads that Ulysses exchanges one after the other, each while the one before it is computed",
+        help="groups of heads that Ulysses exchanges one after another, each while the previous one is computed",
         rule="at most the heads of a rank",
         takes="C",
         least=1,
@@ -182,11 +182,11 @@ class ContextParallelConfig(Derived):
     linear_exchange: LinearExchange = setting(
         "heads",
         flag="--cp-linear-exchange",
-        help="what travels for layers with a state (gated delta nets, Mamba)",
+        help="what travels for layers with a recurrent state (gated delta nets, Mamba)",
         rule="heads needs a head for each rank",
         meanings={
             "heads": "tokens, so that every rank computes some heads of the whole sequence",
-            "state": "one state for each rank, whatever the length, which computes its own part of the sequence",
+            "state": "one state per rank, whatever the length; every rank computes its own part of the sequence",
         },
         see="[Linear attention](linear-attention.md)",
     )
@@ -194,12 +194,12 @@ class ContextParallelConfig(Derived):
         "auto",
         flag="--cp-p2p",
         help="how messages between single ranks are posted",
-        rule="ring algorithms only; HCCL allows no batches beside virtual pipeline stages, and three at a time on more "
-        "than 500 ranks",
+        rule="ring algorithms only; HCCL allows no batches with virtual pipeline stages, and only three at a time on "
+        "more than 500 ranks",
         meanings={
             "auto": "as a batch, and isend on NPUs with virtual pipeline stages",
             "batch": "those of one step together",
-            "isend": "one after the other, in an order in which no ranks wait for each other in a circle",
+            "isend": "one after another, in an order without deadlock",
         },
         taken_by=lambda row: row.exchange == "ring",
         ignored="{algorithm} sends no messages between single ranks",
@@ -245,7 +245,7 @@ class ContextParallelConfig(Derived):
         True,
         keys=("parallel.enable_alltoall",),
         names=("cp_enable_alltoall",),
-        help="False replaces all-to-all by all-gather and slicing, with the same numbers",
+        help="False replaces all-to-all by all-gather and slicing, with the same results",
         taken_by=lambda row: row.splits_heads,
         ignored="{algorithm} uses no all-to-all",
     )
@@ -253,8 +253,8 @@ class ContextParallelConfig(Derived):
         False,
         flag="--cp-keep-attention",
         keys=("parallel_config.keep_attention",),
-        help="recomputation takes attention from the forward pass instead of communicating and computing it again; "
-        "Megatron's checkpoints read it, with torch's pass kept to context_parallel_attention",
+        help="recomputation reuses attention of the forward pass instead of communicating and computing it again; for "
+        "Megatron's checkpoints; with torch's own, pass kept to context_parallel_attention",
         rule="needs --context-parallel-size above 1; ignored without --recompute-granularity full, or selective with "
         "core_attn",
         see="[Recomputation](choosing.md#attention-kept-across-recomputation)",
@@ -284,7 +284,7 @@ class ContextParallelConfig(Derived):
             object.__setattr__(self, "window_size", 1)
 
     def describe(self) -> str:
-        """One phrase for the line that says what is on, such as "Ring, cp=4, zigzag, causal"."""
+        """A phrase for the startup line, such as "Ring, cp=4, zigzag, causal"."""
         said = {
             f"{self.kv_exchange} exchange": self.kv_exchange != "ring",
             f"{self.in_flight} steps in flight": self.in_flight != 1 and self._takes_several_steps,

@@ -1,4 +1,4 @@
-"""What follows from the settings of a context-parallel group, and which of them the chosen algorithm does not read."""
+"""Values derived from the settings of a context-parallel group, and settings that the chosen algorithm ignores."""
 
 from typing import Literal, get_args
 
@@ -18,7 +18,7 @@ KV_CACHE_POLICIES: tuple[KVCachePolicy | None, ...] = (None, *get_args(KVCachePo
 
 
 class Derived:
-    """What ``ContextParallelConfig``, which declares the settings, says of them."""
+    """Derived values of ``ContextParallelConfig``, which declares the settings."""
 
     context_parallel_size: int
     algorithm: str
@@ -42,7 +42,7 @@ class Derived:
 
     @property
     def _ring_of_window(self) -> int:
-        """Size of the ring that a window divides; read before the hierarchy, which needs a valid window."""
+        """Size of the ring that a window must divide; used before the hierarchy, which needs a valid window."""
         return self.context_parallel_size // (self.ulysses_degree or 1 if self.row.takes_degree else 1)
 
     @property
@@ -50,7 +50,7 @@ class Derived:
         return self.row.takes_window and self.window_size == self._ring_of_window > 1
 
     def ignored_settings(self) -> list[str]:
-        """Messages about settings that the chosen algorithm does not read; they are warnings, never silence."""
+        """Warnings about settings that the chosen algorithm ignores."""
         algorithm = f"--context-parallel-algo {self.algorithm}"
         found = [each.notice(getattr(self, each.name), self.algorithm) for each in declarations(type(self))]
         unread = "auto" not in (self.kv_exchange, self.in_flight) and self.topology != "auto"
@@ -62,7 +62,7 @@ class Derived:
         across = {
             f"--cp-window-size {self.window_size} is one window of all {self.window_size} ranks of the ring: the plain "
             "ring.": self._is_one_window,
-            f"--cp-batch-layout balanced is contiguous for {algorithm}, whose ranks have equal work by nature.": alike,
+            f"--cp-batch-layout balanced is contiguous for {algorithm}, whose ranks have equal work anyway.": alike,
             f"--cp-p2p {self.p2p} is ignored: the mesh exchange sends no messages between single ranks.": all_at_once,
             f"--cp-in-flight {self.in_flight} is ignored: a plain ring forwards one step at a time.": one_by_one,
             f"--cp-topology {self.topology} is ignored: neither --cp-kv-exchange nor --cp-in-flight is auto.": unread,
@@ -79,7 +79,7 @@ class Derived:
 
     @property
     def hierarchy(self) -> Hierarchy:
-        """(ulysses, window, windows), whose product is context_parallel_size (the one idea of the design)."""
+        """(ulysses, window, windows), whose product is context_parallel_size; it determines the algorithm."""
         return self.row.hierarchy(self)
 
     @property
@@ -88,7 +88,7 @@ class Derived:
 
     @property
     def ring_ranks_per_node(self) -> int | None:
-        """How many ranks of the ring share a node, None where that is not known."""
+        """Number of ring ranks per node, None if unknown."""
         return None if self.ranks_per_node is None else max(1, self.ranks_per_node // self.hierarchy[0])
 
     @property
@@ -99,12 +99,12 @@ class Derived:
 
     @property
     def causal(self) -> bool:
-        """Whether a layer is causal when the batch brings no mask."""
+        """Whether a layer is causal if the batch contains no mask."""
         return self.attention_mask_type != "full"
 
     @property
     def layout_kind(self) -> Literal["contiguous", "zigzag", "document_zigzag", "balanced"]:
-        """The kind that ``batch_layout`` stands for; "auto" is zigzag for a causal ring, and contiguous otherwise."""
+        """The layout kind for ``batch_layout``; "auto" is zigzag for a causal ring, else contiguous."""
         if self.batch_layout == "balanced" and self.ring_size == 1:
             return "contiguous"
         if self.batch_layout != "auto":
@@ -112,5 +112,5 @@ class Derived:
         return "zigzag" if self.ring_size > 1 and self.causal else "contiguous"
 
     def kv_cache_policy_for(self, layer_number: int) -> KVCachePolicy | None:
-        """The policy of one layer; ``layer_number`` is global and 1-based, interval n means layer % (n + 1) == 1."""
+        """The policy of a layer (global number, from 1); interval n applies it to layers with layer % (n + 1) == 1."""
         return self.kv_cache_policy if (layer_number - 1) % (self.kv_cache_interval + 1) == 0 else None

@@ -1,4 +1,4 @@
-"""Lengths of sequences as people write them: 131072, 128k, 1m."""
+"""Sequence lengths in the notations 131072, 128k, 1m."""
 
 import re
 
@@ -6,10 +6,10 @@ UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
 
 def tokens(text: str) -> int:
-    """Read a number of tokens; k is 1,024 and m 1,048,576.
+    """Parse a number of tokens; k is 1,024 and m 1,048,576.
 
     Raises:
-        ValueError: ``text`` is no such number. The message names value and rule; argparse shows it beside the flag.
+        ValueError: ``text`` is not such a number. The message names value and rule; argparse adds the flag.
     """
     match = re.fullmatch(r"0*([1-9][0-9]*)([km]?)", text.strip().lower())
     if not match:

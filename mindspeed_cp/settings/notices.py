@@ -1,4 +1,4 @@
-"""All warnings go through here: each is said once, on rank 0 or on the rank that it concerns.
+"""All warnings go through here: each is printed once, on rank 0 or on the rank that it concerns.
 
 Before the process group exists, torchrun's RANK says which rank this is.
 """
@@ -21,11 +21,11 @@ def is_rank0() -> bool:
 
 
 def warn_rank0(message: str) -> None:
-    """Issue ``message`` as a ContextParallelWarning on rank 0 only; Python's warning filter says it once per text."""
+    """Issue a ContextParallelWarning on rank 0 only; Python's warning filter prints each text once."""
     if is_rank0():
         warnings.warn(message, ContextParallelWarning, stacklevel=3)
 
 
 def warn_this_rank(message: str) -> None:
-    """As ``warn_rank0``, on this rank: for what may concern any rank alone."""
+    """Like ``warn_rank0``, but on this rank: for problems that may concern single ranks."""
     warnings.warn(message, ContextParallelWarning, stacklevel=3)

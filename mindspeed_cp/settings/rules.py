@@ -1,10 +1,10 @@
-"""Rules across settings, the helpers to write them, and the rule of tensor parallelism for heads."""
+"""Rules across settings, helpers to write them, and the rule of tensor parallelism for heads."""
 
 from collections.abc import Iterable
 
 from mindspeed_cp.settings.algorithms import ALGORITHMS, Algorithm, names_with
 
-MOST_RANKS = 1 << 16  # the largest that a message names; a flag may hold any number
+MOST_RANKS = 1 << 16  # messages list no divisors above this; a flag may have any value
 
 
 def listed(values: Iterable[object]) -> str:
@@ -13,7 +13,7 @@ def listed(values: Iterable[object]) -> str:
 
 
 def divisors(number: int, low: int, high: int) -> str:
-    """Divisors d of ``number`` with low <= d <= high, as text for an error message; none above any number of ranks."""
+    """Divisors d of ``number`` with low <= d <= high (at most MOST_RANKS), as text for an error message."""
     return listed([d for d in range(max(low, 1), min(high, MOST_RANKS) + 1) if number % d == 0])
 
 
@@ -23,7 +23,7 @@ def require(condition: object, message: str) -> None:
 
 
 def require_even_tokens(length: int, cp: int, tp: int) -> None:
-    """Raise unless the tokens of a context-parallel rank split evenly over ``tp`` ranks of sequence parallelism."""
+    """Raise ValueError unless a context-parallel rank's tokens split evenly over ``tp`` sequence-parallel ranks."""
     require(
         length % (cp * tp) == 0,
         f"--seq-length {length} must be divisible by --context-parallel-size {cp} x --tensor-model-parallel-size {tp} "
@@ -33,10 +33,10 @@ def require_even_tokens(length: int, cp: int, tp: int) -> None:
 
 
 def heads_of_rank(heads: int, groups: int, tp: int) -> tuple[int, int]:
-    """(query heads, KV heads) of a tensor-parallel rank; with more ranks than KV heads several hold the same one.
+    """(query heads, KV heads) of a tensor-parallel rank; with more ranks than KV heads, several ranks hold the same.
 
     Raises:
-        ValueError: Megatron cannot split the heads so; before 0.16 it needs at least one KV head for each rank.
+        ValueError: Megatron cannot split the heads like this; before 0.16 it needs at least one KV head per rank.
     """
     require(
         heads % tp == 0,

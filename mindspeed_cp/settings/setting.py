@@ -1,7 +1,7 @@
-"""A setting is one field of a dataclass; the field declares what it is, all its names, and who reads it.
+"""A setting is one field of a dataclass; the field declares its meaning, all its names, and which algorithms use it.
 
-Parser, conversion, MindFormers' file, frameworks' settings, the comparison of ranks, the planner's lines and the table
-of docs/flags.md read the declaration, so that a new setting is one field, and one rule where it needs other settings.
+Parser, conversion, MindFormers' file, frameworks' settings, the comparison of ranks, the planner's flags and the table
+of docs/flags.md use the declaration, so a new setting is one field, and a rule if it depends on other settings.
 """
 
 import dataclasses
@@ -17,34 +17,34 @@ from mindspeed_cp.settings.rules import listed, require
 
 Value = TypeVar("Value")
 _KEY = "setting"
-BY_NAME = "--"  # the flag of the field's name
+BY_NAME = "--"  # the flag has the field's name
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a field declares; ``name``, ``default``, ``literals``, ``whole`` and ``switch`` come from the field itself.
+    """A field's declaration; ``name``, ``default``, ``literals``, ``whole`` and ``switch`` come from the field itself.
 
     Args:
-        flag: the flag that sets it, also its name in messages; "" for none, BY_NAME for the one named as the field.
-        help: what it is. rule: what it asks for. Both are sentences without their last period.
-        meanings: choice -> what it does, or a function that returns this (a table that grows).
-        also: further flags that set the same.
-        keys: MindFormers' keys that set the same, "section.key".
-        names: further names in namespaces and dicts; the first is that of a setting without a flag.
-        least: smallest whole number, and in ``least_means`` what to know about it.
-        takes: the value in help and documentation, where it is no choice.
-        default_text: the default in help and documentation, where its value does not say it.
-        taken_by: whether an algorithm reads it; where it does not, ``ignored`` says why: {algorithm} is the flag with
-            its value, {takers} those that do.
-        parse: text -> value, which raises ValueError; by default choices, whole numbers or any text.
-        agree: all ranks must have the same value.
-        ours: this project's parser adds the flag; else Megatron's does.
-        shares: it says how the sequence is shared, and nothing of what is computed.
+        flag: the flag that sets it, also its name in messages; "" for none, BY_NAME for the field's name.
+        help: what it is. rule: what it requires. Both are sentences without a final period.
+        meanings: choice -> what it does, or a function that returns this (for a table that may grow).
+        also: further flags that set it.
+        keys: MindFormers' keys that set it, "section.key".
+        names: further names in namespaces and dicts; if there is no flag, the first is its name.
+        least: smallest whole number; ``least_means`` says what it means.
+        takes: the value in help and documentation, if there are no choices.
+        default_text: the default in help and documentation, if the value itself does not say it.
+        taken_by: whether an algorithm uses it; if not, ``ignored`` says why, with {algorithm} for the flag and its
+            value, and {takers} for the algorithms that use it.
+        parse: text -> value, raises ValueError; by default choices, whole numbers or any text.
+        agree: whether all ranks must have the same value.
+        ours: whether this project's parser adds the flag; else Megatron's does.
+        shares: whether it only determines how the sequence is split, not what is computed.
         variable: the variable of the launch scripts that sets it.
         see: a link for the documentation.
-        without_effect: why it changes nothing here.
-        read: a framework's value -> value, where it is neither text, number nor switch.
-        unset: the value where nobody says one, when that is not the field's default.
+        without_effect: why it has no effect here.
+        read: a framework's value -> value, if it is neither text, number nor switch.
+        unset: the value if none is given, if this is not the field's default.
     """
 
     flag: str = ""
@@ -77,7 +77,7 @@ class Setting:
 
     @property
     def dest(self) -> str:
-        """The flag as argparse stores it, which is the name in namespaces and dicts."""
+        """argparse's name of the flag, which is also the name in namespaces and dicts."""
         return self.flag.removeprefix("--").replace("-", "_") or (self.names[0] if self.names else self.name)
 
     @property
@@ -86,7 +86,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """The name in messages: the flag's, else the file's."""
+        """The name in messages: the flag, else the key in files."""
         return self.flag or (self.keys[0].rpartition(".")[2] if self.keys else self.name)
 
     @property
@@ -124,10 +124,10 @@ class Setting:
         return int(text)
 
     def check(self, value: Any) -> None:
-        """Check the value of a field by itself.
+        """Check the value of a field, independent of other fields.
 
         Raises:
-            ValueError: the value is none of the choices, or no number in the allowed range.
+            ValueError: the value is not one of the choices, or not a number in the allowed range.
         """
         if self.switch or (value is None and self.default is None) or value in self.choices:
             return
@@ -143,37 +143,37 @@ class Setting:
             raise ValueError(f"{self.label} {value} is not known; {way_out}.")
 
     def notice(self, value: Any, algorithm: str) -> str:
-        """Why ``algorithm`` ignores ``value``; "" where it reads it, or where it is the default."""
+        """Why ``algorithm`` ignores ``value``; "" if it uses it, or if the value is the default."""
         if self.taken_by is None or value == self.default or self.taken_by(ALGORITHMS[algorithm]):
             return ""
         why = self.ignored.format(algorithm=f"--context-parallel-algo {algorithm}", takers=self.algorithms(True))
         return f"{self.label}{'' if value is True else f' {value}'} is ignored: {why}."
 
     def algorithms(self, taking: bool, between: str = " or ") -> str:
-        """The algorithms that read this setting, or those that do not, as text."""
+        """The algorithms that use this setting, or those that do not, as text."""
         asked = self.taken_by or (lambda row: True)
         return between.join(name for name, row in ALGORITHMS.items() if bool(asked(row)) == taking)
 
     def said(self, value: Any) -> str:
-        """The flag with ``value``, to paste; "" where the flag is left out for it."""
+        """The flag with ``value``, to paste; "" if the flag is omitted for this value."""
         if not self.flag or value is None or value is False:
             return ""
         return self.flag if self.switch else f"{self.flag} {value}"
 
 
 def setting(default: Value, *, flag: str = "", **declared: Any) -> Value:
-    """A dataclass field with its declaration; the arguments are those of ``Setting``."""
+    """A dataclass field with a declaration; the arguments are those of ``Setting``."""
     declaration = Setting(flag=flag, default=default, **{"unset": default, **declared})
     return field(default=default, metadata={_KEY: declaration})
 
 
 def megatrons(default: Value, *, flag: str = BY_NAME, **declared: Any) -> Value:
-    """The field of a flag that Megatron's parser has, by default that of the field's name."""
+    """A field for a flag of Megatron's parser, by default with the field's name."""
     return setting(default, flag=flag, ours=False, **declared)
 
 
 def declarations(owner: type) -> tuple[Setting, ...]:
-    """The declarations of a dataclass's fields, in their order."""
+    """The declarations of a dataclass's fields, in order."""
     return _declarations(owner)
 
 
@@ -191,7 +191,7 @@ def _declarations(owner: Hashable) -> tuple[Setting, ...]:
 
 
 def _kind(hint: Any) -> dict[str, Any]:
-    """Choices, numbers and switches that a field's type allows."""
+    """Choices, numbers and switches that a field's type permits."""
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     literals = tuple(choice for each in members if get_origin(each) is Literal for choice in get_args(each))
     return {"literals": literals, "whole": int in members, "switch": bool in members}

@@ -1,8 +1,8 @@
-"""The framed block that says what is on, right before the first step: a pure function of plain values."""
+"""The framed block that is printed right before the first step and says what is on, as a pure function."""
 
 from dataclasses import dataclass
 
-LINES, WIDTH = 8, 110  # at most, the frame included
+LINES, WIDTH = 8, 110  # maximum, including the frame
 
 
 @dataclass(frozen=True)
@@ -10,12 +10,12 @@ class Start:
     """The contents of the block.
 
     Args:
-        setting: the configuration's own phrase, such as "Ring, cp=4, zigzag, causal".
-        sizes: of every kind of parallelism, such as {"tp": 2, "pp": 1, "cp": 4, "dp": 1}.
-        seq_length, lengths: tokens of a sequence, and of the ranks (shortest, longest).
-        kernel: of attention. exchange: how keys and values, or heads, travel.
+        setting: the configuration's description, such as "Ring, cp=4, zigzag, causal".
+        sizes: size of every kind of parallelism, such as {"tp": 2, "pp": 1, "cp": 4, "dp": 1}.
+        seq_length, lengths: tokens per sequence, and per rank (fewest, most).
+        kernel: attention kernel. exchange: how keys and values, or heads, travel.
         documents: what attention does with the documents of a batch, such as "kept apart".
-        patches: (how many are alive, how many were applied).
+        patches: (number of patches that are alive, number that were applied).
     """
 
     setting: str
@@ -29,10 +29,10 @@ class Start:
 
 
 def start_block(start: Start, has_log: bool = False) -> str:
-    """The block, without a line's end behind it.
+    """The block as text, without a final newline.
 
     Args:
-        has_log: --cp-log is given, whose lines say in every interval what this block says once.
+        has_log: whether --cp-log is on, whose lines in every interval then replace the hint to it.
     """
     shortest, longest = start.lengths
     tokens = f"{longest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"

@@ -1,5 +1,5 @@
-"""``TrainingSetup``: what a launch script says about the model and the machine; ``resolve`` checks a configuration
-against it and applies the fallbacks.
+"""``TrainingSetup``: what a launch script says about model and machine; ``resolve`` checks a configuration against it
+and applies the fallbacks.
 """
 
 import dataclasses
@@ -34,16 +34,16 @@ def _class_names(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
-    """What the launch script says about the model and the machine, as far as context parallelism must know it.
+    """What the launch script says about model and machine, as far as context parallelism needs it.
 
-    ``recomputes_attention`` is None where it does not say whether layers, or core attention, are recomputed;
-    ``half_precision`` is None where it trains in float32 or does not say; ``head_dim`` is None where it does not say;
-    ``asked_for_flash`` tells --use-flash-attn that somebody wrote from the one that context parallelism switches on.
+    ``recomputes_attention`` is None if it is unknown whether layers, or core attention, are recomputed;
+    ``half_precision`` is None for float32 or if unknown; ``head_dim`` is None if unknown; ``asked_for_flash`` says
+    whether the user gave --use-flash-attn, which context parallelism also switches on itself.
     """
 
     num_attention_heads: int | None = megatrons(None)
     num_query_groups: int | None = megatrons(None)
-    num_layers: int = megatrons(1, unset=None)  # not known: no rule is broken
+    num_layers: int = megatrons(1, unset=None)  # unknown: no rule applies
     seq_length: int | None = megatrons(None)
     world_size: int | None = megatrons(None)
     tensor_parallel_size: int = megatrons(
@@ -81,13 +81,13 @@ class TrainingSetup:
         False,
         flag="--use-fused-ring-attention-update",
         help="merge blocks by the NPU's fused operator",
-        rule="kernels without one ignore it, and say so",
+        rule="kernels without one ignore it, with a notice",
     )
     trusted_classes: str | None = setting(
         None,
         flag="--cp-trust",
         help="module classes to build although context parallelism is not known to compute them, separated by commas",
-        rule="prove them first; Megatron's training alone reads it",
+        rule="prove them first; only Megatron's training uses it",
         takes="Class,package.module.Class",
         parse=_class_names,
     )
@@ -96,7 +96,7 @@ class TrainingSetup:
         flag="--use-flash-attn",
         keys=("model.model_config.use_flash_attention",),
         help="use the device's flash attention",
-        rule="context parallelism needs it and switches it on, and says so",
+        rule="context parallelism needs it and switches it on, with a notice",
         unset=False,
         shares=False,
     )
@@ -116,11 +116,11 @@ def resolve(config: ContextParallelConfig, setup: TrainingSetup) -> TrainingSetu
     """Check ``config`` against ``setup`` and apply the fallbacks.
 
     Returns:
-        The setup with every fallback applied; ``notices`` lists, in words, what was changed or is ignored. The caller
-        says them once on rank 0.
+        The setup with every fallback applied; its ``notices`` say what was changed or is ignored. The caller prints
+        them once on rank 0.
 
     Raises:
-        ValueError: a rule of the configuration is broken.
+        ValueError: a rule is violated.
     """
     for each in declarations(TrainingSetup):
         if each.whole and each.least is not None:
@@ -204,7 +204,7 @@ def _check_chunks(config: ContextParallelConfig, setup: TrainingSetup) -> None:
 
 
 def _check_heads(config: ContextParallelConfig, setup: TrainingSetup, asked: TrainingSetup) -> None:
-    """Check the heads; ``asked`` is the setup before the fallbacks: no message offers what was given in vain."""
+    """Check the heads; ``asked`` is the setup before the fallbacks, so that messages do not suggest what was given."""
     heads, groups, tp = setup.num_attention_heads, setup.num_query_groups, setup.tensor_parallel_size
     degree = config.hierarchy[0]
     if heads is None:
@@ -236,7 +236,7 @@ def _check_heads(config: ContextParallelConfig, setup: TrainingSetup, asked: Tra
 
 
 def _degrees_for(config: ContextParallelConfig, heads: int) -> tuple[str, str]:
-    """(flag of the Ulysses degree, as text the degrees that split so many heads and that other rules allow)."""
+    """(flag of the Ulysses degree, the degrees that split this number of heads and satisfy other rules, as text)."""
     cp = config.context_parallel_size
     if config.row.takes_degree:
         return "--ulysses-degree-in-cp", listed([d for d in range(2, cp) if cp % d == 0 and heads % d == 0])

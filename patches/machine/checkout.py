@@ -1,4 +1,4 @@
-"""What a Megatron-LM checkout asks of a machine without an accelerator, beyond what megatron-core asks (``cpu``)."""
+"""What a Megatron-LM checkout needs on a machine without an accelerator, in addition to megatron-core (``cpu``)."""
 
 import importlib
 import importlib.util
@@ -21,11 +21,11 @@ FUSED_KERNELS = "megatron.legacy.fused_kernels"
 
 @patch(
     "megatron.training.initialize.initialize_megatron",
-    reason="Megatron refuses to start without CUDA, and without the number of its connections, which a CPU has not",
+    reason="Megatron refuses to start without CUDA and without CUDA_DEVICE_MAX_CONNECTIONS",
 )
 def initialize_megatron(adaptor: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # The fourth positional argument in every version; no caller passes it so.
+    # allow_no_cuda is the fourth positional argument in every version, but no caller passes it by position.
     return original(*args, **{**kwargs, "allow_no_cuda": True})
 
 
@@ -66,13 +66,13 @@ def compile_helpers(adaptor: Any, original: Any) -> None:
 
 
 def without_fused_kernels() -> str:
-    """Why nothing is to be done about fused kernels: 0.17 and later have none."""
+    """Why fused kernels need no patch (0.17 and later have none), else ""."""
     why = without_checkout()
     if why:
         return why
     try:
         found = importlib.util.find_spec(FUSED_KERNELS)
-    except ModuleNotFoundError:  # megatron.legacy went too
+    except ModuleNotFoundError:  # megatron.legacy was removed too
         found = None
     return "" if found else "this Megatron-LM has no fused kernels"
 
@@ -87,7 +87,7 @@ def load_fused_kernels(adaptor: Any, original: Any, args: Any) -> None:
 
 
 def _compile(folder: Path) -> None:
-    """Compile helpers.cpp of Megatron's datasets for the Python that runs, with the pybind11 that comes with torch."""
+    """Compile helpers.cpp of Megatron's datasets for the running Python, with the pybind11 that comes with torch."""
     name = "helpers_cpp" + sysconfig.get_config_var("EXT_SUFFIX")
     includes = [sysconfig.get_paths()["include"], str(Path(torch.__file__).parent / "include")]
     with tempfile.TemporaryDirectory(dir=folder) as built:
@@ -101,5 +101,5 @@ def _compile(folder: Path) -> None:
                 f"the dataset helpers of Megatron-LM in {folder} could not be compiled ({reason}); install a C++ "
                 "compiler and Python's headers, or run make there."
             ) from error
-        Path(built, name).replace(folder / name)  # at once, so that a second run never sees half a file
+        Path(built, name).replace(folder / name)  # atomic, so that another run never sees half a file
     importlib.invalidate_caches()

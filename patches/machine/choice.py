@@ -1,4 +1,4 @@
-"""Which device this process uses: the accelerator that the machine has, unless MINDSPEED_CP_DEVICE says cpu."""
+"""Which device this process uses: the machine's accelerator, unless MINDSPEED_CP_DEVICE is cpu."""
 
 import importlib.util
 import sys
@@ -14,10 +14,10 @@ TRANSFER = "torch_npu.contrib.transfer_to_npu"
 
 
 def why_no_stand_in(choice: str) -> str:
-    """Why no CPU stand-in for CUDA is needed; "" when it is.
+    """Why no CPU stand-in for CUDA is needed; "" if one is needed.
 
     Args:
-        choice: the value of MINDSPEED_CP_DEVICE, "" without.
+        choice: the value of MINDSPEED_CP_DEVICE, "" if it is not set.
 
     Raises:
         ValueError: the value is not known.
@@ -40,14 +40,12 @@ def device_type(choice: str) -> Literal["cpu", "cuda", "npu"]:
 
 
 def why_device(choice: str) -> str:
-    """Why ``device_type`` is what it is, in words."""
+    """The reason for ``device_type``, in words."""
     return why_no_stand_in(choice) or (f"{DEVICE_VARIABLE}={choice}" if choice else "no accelerator can be used")
 
 
 def prepare_device(choice: str) -> None:
-    """Before Megatron is imported: switch the process to NPUs where torch_npu works; where it is installed and does
-    not work, say why.
-    """
+    """Before Megatron is imported, switch the process to NPUs if torch_npu works; warn if it is installed but fails."""
     if choice == "cpu" or _accelerator() == "CUDA":
         return
     if _npu_is_available():
@@ -59,7 +57,7 @@ def prepare_device(choice: str) -> None:
 
 
 def _accelerator() -> Literal["CUDA", "NPU", ""]:
-    """ "CUDA", "NPU" or "", whatever torch was built for: transfer_to_npu makes torch.cuda answer for the NPU."""
+    """ "CUDA", "NPU" or "", independent of torch's build: transfer_to_npu makes torch.cuda refer to the NPU."""
     if TRANSFER not in sys.modules and torch.cuda.is_available():
         return "CUDA"
     return "NPU" if _npu_is_available() else ""
@@ -70,7 +68,7 @@ def _npu_is_available() -> bool:
 
 
 def num_devices(name: Literal["cpu", "cuda", "npu"]) -> int | None:
-    """How many devices of a kind this process could use; None: any number of CPUs' ranks fit."""
+    """How many devices of a type this process could use; None for CPUs, which take any number of ranks."""
     if name == "cpu":
         return None
     if name == "npu" and not _npu_is_available():

@@ -1,4 +1,4 @@
-"""torch.compile stays outside of this package: it would trace into exchanges, and compile again for every batch."""
+"""Keep torch.compile out of this package: it would trace into exchanges and recompile for every batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +7,9 @@ import torch
 
 
 def outside_compiler(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, at which torch.compile breaks its graph.
+    """``function`` with a graph break for torch.compile.
 
-    Where the stand-in for CUDA has made torch.compile do nothing there is nothing to keep out, and importing the
-    compiler for that would take seconds.
+    If the CPU stand-in has made torch.compile a no-op, ``function`` is returned as it is, because importing the
+    compiler would take seconds.
     """
     return function if getattr(torch.compile, "compiles_nothing", False) else torch.compiler.disable(function)

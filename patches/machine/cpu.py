@@ -1,8 +1,8 @@
-"""A stand-in for ``torch.cuda`` on machines without an accelerator.
+"""A CPU stand-in for ``torch.cuda`` on machines without an accelerator.
 
-Megatron names CUDA in its device arguments, streams, random states and process groups. Each row gives such names their
-meaning on a CPU: tensors of a CUDA device lie on the CPU, streams are in order by nature, the CUDA random state is the
-CPU generator's, nccl is gloo.
+Megatron uses CUDA in its device arguments, streams, random states and process groups. Each row maps such a name to the
+CPU: CUDA tensors are CPU tensors, streams are no-ops because operations run in order, the CUDA random state is the CPU
+generator's, nccl is gloo.
 """
 
 import copy
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_cp.patches.machine import streams  # undo rebinds copies of its classes
+from mindspeed_cp.patches.machine import streams  # a module import, because undo rebinds copies of its classes
 from mindspeed_cp.patches.rows import arguments_of, patch, replacement
 
 CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ def only_stream(adaptor: Any, original: Any) -> Callable[..., streams.Stream]:
 
 
 class _Generators:
-    """Every CUDA device's generator is the CPU's."""
+    """A sequence in which every CUDA device's generator is the CPU's."""
 
     def __getitem__(self, device: Any) -> torch.Generator:
         return torch.default_generator
@@ -150,11 +150,11 @@ def set_rng_state(adaptor: Any, original: Any, new_state: torch.Tensor, device: 
     reason="a build without CUDA queues the seed and never uses it",
 )
 def seed_cpu(adaptor: Any, original: Any, seed: int) -> None:
-    # Not torch.manual_seed: that calls this function.
+    # Not torch.manual_seed, which calls this function.
     torch.default_generator.manual_seed(seed)
 
 
-# Tensors. torch.Tensor has most of its methods from a base class in C++.
+# Tensors. torch.Tensor inherits most of its methods from a base class in C++.
 
 
 @patch(*(f"torch.{name}" for name in FACTORIES), reason=ON_THE_CPU)
@@ -221,7 +221,7 @@ def _names_cuda(device: Any) -> bool:
 
 
 def _on_the_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of a factory, without pinned memory and with the CPU for a CUDA device."""
+    """A factory's keyword arguments, without pinned memory and with the CPU instead of a CUDA device."""
     if kwargs:
         kwargs.pop("pin_memory", None)
         if _names_cuda(kwargs.get("device")):
@@ -243,7 +243,7 @@ def new_group(adaptor: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _make_group(original: Any, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A process group with gloo for nccl; ``place`` is the backend's among positional arguments."""
+    """A process group with gloo instead of nccl; ``place`` is the backend's index among positional arguments."""
     if len(args) > place and "nccl" in str(args[place]):
         args = (*args[:place], "gloo", *args[place + 1 :])
     if "nccl" in str(kwargs.get("backend")):
@@ -257,7 +257,7 @@ def barrier(adaptor: Any, original: Any, *args: Any, device_ids: Any = None, **k
     return original(*args, **kwargs)
 
 
-# Megatron's own checks, which expect Transformer Engine or apex; neither of them runs on a CPU.
+# Megatron's own checks, which expect Transformer Engine or apex; neither runs on a CPU.
 
 
 @patch(
@@ -279,7 +279,7 @@ def norm(adaptor: Any, original: Any, cls: type, config: Any, *args: Any, **kwar
     plain.sequence_parallel = False
     made = original(cls, plain, *args, **kwargs)
     for parameter in made.parameters():
-        parameter.sequence_parallel = True  # Megatron's own mark, as its fused norms set it
+        parameter.sequence_parallel = True  # the attribute that Megatron's fused norms set
     return made
 
 

@@ -1,4 +1,4 @@
-"""Names that newer libraries dropped, or that are missing where an optional library is; on any device."""
+"""Names that newer libraries removed, or that are missing without an optional library; on any device."""
 
 import importlib
 import importlib.util
@@ -17,7 +17,7 @@ EXPERTS = "megatron.core.transformer.moe.moe_utils"
 CHECKPOINT_WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 FP8_FIX = "megatron.training.checkpointing.fix_fp8_params_lose_precision_when_loading_dist_ckpt"
 TRANSFORMER_ENGINE = "Transformer Engine is installed"
-NOT_ASKED = "this version asks nothing of Transformer Engine here"
+NOT_ASKED = "this version does not need Transformer Engine here"
 
 
 def without_kernels() -> str:
@@ -60,7 +60,7 @@ def linear_is_a_class() -> str:
 
 @replacement(
     f"{MLA}.TELinear",
-    reason="without Transformer Engine 0.16 asks isinstance of a placeholder that is no class",
+    reason="without Transformer Engine, 0.16 calls isinstance with a placeholder that is not a class",
     when=linear_is_a_class,
 )
 def linear(adaptor: Any, original: Any) -> type:
@@ -76,7 +76,7 @@ def gemm_is_named() -> str:
 
 
 def _names_in(member: Any) -> set[str]:
-    """Global names and attributes that a function or the methods of a class read."""
+    """Global names and attributes that a function, or the methods of a class, reads."""
     functions = vars(member).values() if isinstance(member, type) else (member,)
     codes = [getattr(getattr(function, "__func__", function), "__code__", None) for function in functions]
     return {name for code in codes if code is not None for name in code.co_names}
@@ -84,7 +84,7 @@ def _names_in(member: Any) -> set[str]:
 
 @replacement(
     f"{EXPERTS}.te_general_gemm",
-    reason="without Transformer Engine 0.16 asks whether this name is None, and has not set it",
+    reason="without Transformer Engine, 0.16 tests whether this name is None but does not define it",
     when=gemm_is_named,
     create=True,
 )
@@ -123,7 +123,7 @@ def write_item(adaptor: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
 
 @patch(
     FP8_FIX,
-    reason="0.12 asks for the version of Transformer Engine when it loads, installed or not; without it nothing is FP8",
+    reason="0.12 reads Transformer Engine's version when it loads, even if that is not installed and nothing is FP8",
     when=(
         installed("transformer_engine", TRANSFORMER_ENGINE),
         without_checkout,

@@ -1,8 +1,8 @@
-"""How the process is switched to Ascend NPUs, and what Megatron needs there beyond torch_npu's ``transfer_to_npu``.
+"""Switch the process to Ascend NPUs, and patch what Megatron needs there beyond torch_npu's ``transfer_to_npu``.
 
-Each row says which torch_npu releases need it; "every release" means all whose sources were read, 2.5 to 2.13. All rows
-were seen to fail without the patch on torch_npu 2.13.0 (tests/ascend), except those that say otherwise. A name that a
-real MindSpeed has patched already is left to it.
+Each row says which torch_npu releases need it; "every release" means all whose sources were read, 2.5 to 2.13. Without
+the patch each case failed on torch_npu 2.13.0 (tests/ascend), unless the row says otherwise. A name that a real
+MindSpeed has patched already is left to it.
 """
 
 import inspect
@@ -21,13 +21,13 @@ from mindspeed_cp.patches.machine import checkout, cpu
 from mindspeed_cp.patches.manager import Patch
 from mindspeed_cp.patches.rows import Row, patch, replacement, rows_of
 
-CAPABILITY = (8, 0)  # of the NVIDIA GPUs that have what an NPU has: bfloat16
+CAPABILITY = (8, 0)  # of the first NVIDIA GPUs with bfloat16, which NPUs have too
 
 
 def prepare_npu() -> None:
-    """Make code that says cuda and nccl run on NPUs and HCCL, through torch_npu's own contrib.transfer_to_npu.
+    """Make code for cuda and nccl run on NPUs and HCCL, through torch_npu's own contrib.transfer_to_npu.
 
-    Call it before Megatron is imported. Needs no apex; Ascend's apex, where installed, is left as it is.
+    Must be called before Megatron is imported. Apex is not needed; Ascend's apex, if installed, is not changed.
 
     Raises:
         ValueError: CANN, torch_npu or the device is missing; the message says what to install and source.
@@ -42,12 +42,12 @@ EVERY = "every release"
 
 
 def npu_patches(when: Callable[[], str]) -> list[Patch]:
-    """The table; ``when`` is () -> "" on an NPU that is in use, else why nothing here is needed."""
+    """The table; ``when`` is () -> "" if an NPU is in use, else why nothing here is needed."""
     return _left_to_mindspeed(rows_of(sys.modules[__name__]), when)
 
 
 def npu_checkout_patches(when: Callable[[], str]) -> list[Patch]:
-    """What a Megatron-LM checkout needs besides; it can be imported once the rows of ``libraries`` are on."""
+    """Further patches for a Megatron-LM checkout, which can be imported after the patches of ``libraries``."""
     return _left_to_mindspeed(CHECKOUT, when)
 
 
@@ -59,7 +59,7 @@ def _left_to_mindspeed(rows: Iterable[Row], when: Callable[[], str]) -> list[Pat
 
 
 def by_mindspeed(target: str) -> str:
-    """Why a name is left alone: what it holds, or the class that holds it, comes from a real MindSpeed."""
+    """Why a name is left alone: its value, or the class that has it, comes from a real MindSpeed; else ""."""
     parts = target.split(".")
     owner: Any = None
     for part in parts:
@@ -74,7 +74,7 @@ def _npu() -> Any:
     return import_module("torch_npu").npu
 
 
-# What torch has under another name there, or not at all.
+# Names of torch that are different or missing on an NPU.
 
 compile_ = replacement(
     "torch.compile",
@@ -86,7 +86,7 @@ compile_ = replacement(
     "torch.Tensor.type",
     reason=f"{EVERY}: Megatron's gradient clipping and optimizers compare it with torch.cuda.FloatTensor, and it says "
     "torch.npu",
-    inherited=True,  # torch.Tensor has it from a base class in C++
+    inherited=True,  # torch.Tensor inherits it from a base class in C++
 )
 def type_(adaptor: Any, original: Any, self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
     if dtype is None:
@@ -97,7 +97,7 @@ def type_(adaptor: Any, original: Any, self: torch.Tensor, dtype: Any = None, *a
 
 
 class _Generators:
-    """torch_npu's default generators of this moment: the tuple there is replaced when the NPU is first used."""
+    """torch_npu's current default generators; torch_npu replaces the tuple when the NPU is first used."""
 
     def _now(self) -> Any:
         npu = _npu()
@@ -112,7 +112,7 @@ class _Generators:
 
 
 def generators_follow() -> str:
-    """Why the generators are left alone: transfer_to_npu has filled them, or will at the NPU's first use."""
+    """Why the generators are left alone: transfer_to_npu has filled them, or will at the NPU's first use; else ""."""
     queued = getattr(_npu(), "_queued_calls", [])
     waiting = any("default_generators" in getattr(call, "__name__", "") for call, *_ in queued)
     return "this release fills them" if waiting or len(torch.cuda.default_generators) else ""
@@ -153,7 +153,7 @@ def all_reduce(adaptor: Any, original: Any, tensor: torch.Tensor, *args: Any, **
 
 
 class _CopyBack:
-    """The handle of an asynchronous reduction that is done in another tensor; ``wait`` brings the result back."""
+    """The handle of an asynchronous reduction in another tensor; ``wait`` copies the result back."""
 
     def __init__(self, work: Any, narrow: torch.Tensor, tensor: torch.Tensor) -> None:
         self._work = work
@@ -174,12 +174,12 @@ class _CopyBack:
 @patch("torch.cuda.get_device_capability", reason=f"{EVERY}: it is None, and Megatron reads its first entry")
 def get_device_capability(adaptor: Any, original: Any, device: Any = None) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it asks for an environment variable with this very answer
+        warnings.simplefilter("ignore")  # it recommends an environment variable that has the same effect
         return original(device) or CAPABILITY
 
 
 class _Properties:
-    """The properties of an NPU, with an NVIDIA GPU's version numbers where they have none."""
+    """The properties of an NPU, with an NVIDIA GPU's version numbers if there are none."""
 
     def __init__(self, properties: Any) -> None:
         self._properties = properties
@@ -227,8 +227,8 @@ norm = patch(
 
 @patch(
     "megatron.core.utils.local_multi_tensor_l2_norm",
-    reason=f"{EVERY}: a repair of Megatron: without apex its gradient norm asks the device for a number for each "
-    "parameter, and the host waits for each; one reduction for each dtype, and none is asked for",
+    reason=f"{EVERY}: fixes Megatron: without apex its gradient norm makes the host wait once per parameter; here one "
+    "reduction per dtype",
 )
 def local_multi_tensor_l2_norm(
     adaptor: Any, original: Any, chunk_size: Any, noop_flag: Any, tensor_lists: Any, per_tensor: Any, *args: Any
@@ -240,7 +240,7 @@ def local_multi_tensor_l2_norm(
     return torch.linalg.vector_norm(torch.cat(norms)).reshape(1), None
 
 
-# A tuple, so that rows_of() leaves them to npu_checkout_patches().
+# In a tuple, so that rows_of() skips them; npu_checkout_patches() uses them.
 CHECKOUT = (
     patch(
         *checkout.compile_helpers.targets,

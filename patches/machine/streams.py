@@ -1,4 +1,4 @@
-"""Streams and events for a machine where operations run in order: what ``torch.cuda``'s classes mean there."""
+"""``torch.cuda``'s streams and events for a machine where operations run in order."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Stream:
-    """A queue that is always empty."""
+    """A stream that is always empty."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.device = torch.device("cpu")
@@ -35,7 +35,7 @@ class Stream:
 
 
 class Event:
-    """A moment that has passed."""
+    """An event that has always completed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass

@@ -1,8 +1,8 @@
-"""Megatron's modules that import Triton whether it is there or not.
+"""Megatron's modules that import Triton even if it is not installed.
 
-From 0.18 on ``import megatron.core`` ends in an error without Triton, because of kernels for mixtures of experts that
-only CUDA graphs use. That module, and no other, gets a stand-in for it: a triton that everybody could import would make
-torch believe in it.
+From 0.18 on ``import megatron.core`` fails without Triton, because of kernels for mixtures of experts that only CUDA
+graphs use. Only that module gets a fake Triton: if every module could import it, torch would believe that Triton is
+installed.
 """
 
 import builtins
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from mindspeed_cp.patches.rows import installed, replacement
 
-# The first of them that a version has: 0.18, and 0.19 where kernels have a module of their own.
+# The first of these modules that exists is used: 0.18, and 0.19, where kernels have a separate module.
 KERNELS = (
     "megatron.core.transformer.moe.ops.paged_stash",
     "megatron.core.transformer.moe.paged_stash",
@@ -23,9 +23,9 @@ KERNELS = (
 
 
 def _kernels() -> str:
-    """The module with the kernels, found by its file: finding it by name would import megatron.core."""
+    """The name of the module with the kernels, found by its file, since find_spec would import megatron.core."""
     spec = importlib.util.find_spec("megatron")
-    # Several versions may lie on the path; the first one that has the package is imported.
+    # Several versions may be on the path; the first one that has the package is imported.
     folders = [
         Path(folder) for folder in (spec and spec.submodule_search_locations) or () if Path(folder, "core").is_dir()
     ]
@@ -37,7 +37,7 @@ def _kernels() -> str:
 
 def nothing_is_asked() -> str:
     name = _kernels()
-    return "" if name and name not in sys.modules else "this version asks nothing of Triton when it is imported"
+    return "" if name and name not in sys.modules else "this version does not import Triton by itself"
 
 
 @replacement(
@@ -51,7 +51,7 @@ def without_triton(adaptor: Any, original: Any) -> list[Any]:
 
 
 class WithoutTriton(MetaPathFinder):
-    """Finds one module, and gives it a stand-in where it imports Triton."""
+    """Finds one module and gives it a fake Triton."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -73,7 +73,7 @@ class _Loader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: Any) -> None:
-        # What this module itself imports, and not what is imported meanwhile.
+        # Only for imports of this module itself, not for those of modules that it imports.
         module.__builtins__ = {**vars(builtins), "__import__": _import}
         self._loader.exec_module(module)
 
@@ -86,7 +86,7 @@ def _import(name: str, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Triton:
-    """Has every attribute, such as language and constexpr; what ``jit`` decorates says what is missing when used."""
+    """Has every attribute, such as language and constexpr; calling a function decorated by ``jit`` raises an error."""
 
     def __getattr__(self, name: str) -> "_Triton":
         return self

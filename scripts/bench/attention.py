@@ -1,26 +1,23 @@
 """Time context-parallel attention on this machine (CPU and gloo).
 
-``python scripts/bench attention``         forward + backward over the ideal T(1 rank) / ranks, per algorithm, beside
-                                           the floor: all ranks compute their share of the heads, without communication;
-                                           T(1 rank) is this project's kernel and, in a column of its own, torch's
-                                           operator as it is
-``python scripts/bench attention --stub``  communication, merging and copying alone: the kernel returns empty outputs,
-                                           CPU time per rank, beside a straightforward reference ring
+``python scripts/bench attention``         forward + backward relative to the ideal T(1 rank) / ranks, per algorithm,
+                                           and the floor: all ranks compute their share of heads, no communication.
+                                           T(1 rank) is measured with this project's kernel and, in a separate column,
+                                           with torch's operator
+``python scripts/bench attention --stub``  only communication, merging and copying: the kernel returns empty outputs;
+                                           CPU time per rank, compared with a simple reference ring
 """
 
 import statistics
-import time
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.measuring import StubKernel, head, in_turns, on_ranks, parser_of, row, sample, step
-from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention
-from mindspeed_cp.comm import count_bytes
+from bench.measuring import attention_of, head, in_turns, on_ranks, parser_of, row, sample, step, timed
+from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.kernels import select_kernel
-from mindspeed_cp.kernels.base import BlockTensors
 
 FLOOR = "floor: no communication"
 TORCH = "torch's operator"
@@ -43,93 +40,26 @@ def variants(ranks):
 
 
 def torch_attention(query, key, value):
-    """torch's own attention of the whole sequence, on one rank."""
+    """torch's own attention over the whole sequence, on one rank."""
     query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
     out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
     return out.permute(2, 0, 1, 3)
 
 
-def reference_ring_step(query, key, value, grad_out, kernel, group, rank):
-    """A straightforward ring with a stubbed kernel: K and V sent separately, fresh buffers, merging out of place.
-
-    Forward passes K and V on; backward passes them on again together with their summed gradients, cp times.
-    """
-    ranks = group.size()
-
-    def rotate(tensors):
-        received = [torch.empty_like(tensor) for tensor in tensors]
-        ops = [
-            op
-            for tensor, into in zip(tensors, received)
-            for op in (
-                dist.P2POp(dist.isend, tensor, (rank + 1) % ranks, group),
-                dist.P2POp(dist.irecv, into, (rank - 1) % ranks, group),
-            )
-        ]
-        return dist.batch_isend_irecv(ops), received
-
-    half, out, lse = query.shape[0] // 2, None, None
-    local = (key.contiguous(), value.contiguous())
-    everything, first, second = slice(None), slice(half), slice(half, None)
-    blocks = [
-        (everything, everything) if t == 0 else (everything, first) if t <= rank else (second, everything)
-        for t in range(ranks)
-    ]
-    kv = local
-    for t, (rows, _) in enumerate(blocks):
-        works, following = rotate(kv) if t + 1 < ranks else ((), None)
-        block_out, block_lse, *_ = kernel.forward(BlockTensors(None, query[rows], None, value), None)
-        block_out, block_lse = block_out.float(), block_lse.unsqueeze(-1)
-        if out is None:
-            out, lse = block_out, block_lse
-        else:
-            merged = out[rows] - torch.sigmoid(block_lse - lse[rows]) * (out[rows] - block_out)
-            merged_lse = lse[rows] - torch.nn.functional.logsigmoid(lse[rows] - block_lse)
-            out, lse = out.clone(), lse.clone()
-            out[rows], lse[rows] = merged, merged_lse
-        for work in works:
-            work.wait()
-        kv = following
-    out = out.to(query.dtype)
-    kv, dq, pending, arriving = local, None, (), None
-    for t, (rows, keys) in enumerate(blocks):
-        works, following = rotate(kv) if t + 1 < ranks else ((), None)
-        part = kernel.backward(BlockTensors(None, query[rows], key[keys], value[keys]), None, None, None)
-        if dq is None:
-            dq, dkv = part[0].float(), [part[1].float(), part[2].float()]
-        else:
-            dq[rows] += part[0]
-            for work in pending:
-                work.wait()
-            dkv = [grad.clone() for grad in arriving]
-            for grad, piece in zip(dkv, part[1:]):
-                grad[keys] += piece
-        for work in works:
-            work.wait()
-        kv = following
-        pending, arriving = rotate(dkv)
-    for work in pending:
-        work.wait()
-    return out, dq.to(query.dtype), arriving[0].to(key.dtype), arriving[1].to(key.dtype)
-
-
 def cases_of(options, kernel, whole):
-    """variant -> function of nothing that runs it on this rank."""
+    """variant -> function without arguments that runs it on this rank."""
     rank, ranks, cases = dist.get_rank(), dist.get_world_size(), {}
-
-    def attention(config):
-        groups, layout = ContextParallelGroups.build(config), SequenceLayout.build(config, options.seq_length)
-        call = partial(context_parallel_attention, config=config, groups=groups, layout=layout, kernel=kernel)
-        return call, groups, layout
-
     for name, settings in variants(ranks).items():
-        attend, groups, layout = attention(ContextParallelConfig(context_parallel_size=ranks, **settings))
+        config = ContextParallelConfig(context_parallel_size=ranks, **settings)
+        attend, layout = attention_of(config, options.seq_length, kernel=kernel)
         *tensors, grad_out = [layout.shard(tensor, rank).clone() for tensor in whole]
         cases[name] = partial(step, attend, tensors, grad_out)
     if options.stub:
-        cases[REFERENCE] = partial(reference_ring_step, *tensors, grad_out, kernel, groups.cp_group, rank)
+        from figures.stubbed import reference_ring_step
+
+        cases[REFERENCE] = partial(reference_ring_step, *tensors, grad_out, kernel, dist.group.WORLD, rank)
         return cases
-    single, *_ = attention(ContextParallelConfig())
+    single, _ = attention_of(ContextParallelConfig(), options.seq_length, kernel=kernel)
     for name, attend in ((ALONE, single), (TORCH, torch_attention)):
         cases[name] = partial(step, attend, whole[:3], whole[3]) if rank == 0 else (lambda: None)
     if options.kv_heads % ranks == 0:
@@ -140,24 +70,26 @@ def cases_of(options, kernel, whole):
     return cases
 
 
+def kernel_of(options):
+    if not options.stub:
+        return select_kernel("cpu")
+    from figures.stubbed import StubKernel
+
+    return StubKernel()
+
+
 def measure(options):
     dtype = getattr(torch, options.dtype)
     whole = sample(options.seq_length, options.heads, options.kv_heads, options.head_dim, dtype)
-    cases = cases_of(options, StubKernel() if options.stub else select_kernel("cpu"), whole)
+    cases = cases_of(options, kernel_of(options), whole)
 
-    def timed(run):
-        dist.barrier()
-        wall, cpu = time.perf_counter(), time.process_time()
-        with count_bytes() as sent:
-            run()
-        cpu = time.process_time() - cpu
-        dist.barrier()
-        seconds = cpu if options.stub else time.perf_counter() - wall
-        traffic = torch.tensor(float(sent.total_bytes))
+    def seconds_and_bytes(run):
+        times = timed(run)
+        traffic = torch.tensor(float(times.sent))
         dist.all_reduce(traffic)
-        return seconds, float(traffic)
+        return times.cpu if options.stub else times.wall, float(traffic)
 
-    found = in_turns({name: partial(timed, run) for name, run in cases.items()}, options.repetitions)
+    found = in_turns({name: partial(seconds_and_bytes, run) for name, run in cases.items()}, options.repetitions)
     if dist.get_rank() == 0:
         medians = {name: statistics.median(seconds for seconds, _ in values) for name, values in found.items()}
         report(medians, {name: values[-1][1] for name, values in found.items()}, dist.get_world_size(), options)

@@ -3,12 +3,13 @@
 ``python scripts/bench kernels``                 S = 8k, 32k, 128k on an accelerator, small sizes on a CPU
 ``python scripts/bench kernels --kernel cudnn``  another kernel of the same device
 
-Per length: forward + backward of all blocks that one of ``--ranks`` ring ranks computes, merging included, over the
-same share of the whole causal attention; 1.00 would mean that cutting the sequence costs nothing. Communication is
-left out.
-The ranks are simulated one after the other in this process; rank 0 is timed, and zigzag gives all ranks the same area.
+Per length: time of forward + backward of all blocks that one of ``--ranks`` ring ranks computes, merging included,
+divided by the same share of the whole causal attention; 1.00 would mean that splitting the sequence costs nothing.
+Communication is not included.
+Rank 0 is simulated in this process and timed; with zigzag all ranks have the same area.
 """
 
+import os
 import platform
 import statistics
 import time
@@ -20,6 +21,7 @@ from bench.measuring import head, in_turns, parser_of, row, sample
 from mindspeed_cp.attention.merging import plain_merge
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionRows, BlockTensors, KernelOptions, accumulation_dtype
+from mindspeed_cp.patches.machine.choice import DEVICE_VARIABLE, device_type
 from mindspeed_cp.sequence.blocks import Block, plan_blocks
 from mindspeed_cp.sequence.slice_mask import document_mask
 from mindspeed_cp.sequence.layout import SequenceLayout
@@ -35,7 +37,7 @@ def parse_args(argv=None):
     parser.add_argument("--lengths", type=int, nargs="+", help="default: 8192 32768 131072, on a CPU 512 1024 2048")
     parser.add_argument("--fused-merge", action="store_true", help="merge by the kernel's own operator")
     args = parser.parse_args(argv)
-    args.device = args.device or accelerator()
+    args.device = args.device or device_type(os.environ.get(DEVICE_VARIABLE, ""))
     small = args.device == "cpu"
     args.lengths = args.lengths or ([512, 1024, 2048] if small else [8192, 32768, 131072])
     for name, value in zip(("heads", "kv_heads", "head_dim"), SIZES[small], strict=True):
@@ -44,17 +46,8 @@ def parse_args(argv=None):
     return args
 
 
-def accelerator():
-    """The device type of this machine."""
-    try:
-        import torch_npu  # noqa: F401
-    except (ImportError, OSError):
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return "npu"
-
-
 class Clock:
-    """Seconds on a device; waits for it before reading the time."""
+    """Measures seconds on a device; waits for the device before reading the time."""
 
     def __init__(self, device):
         self._wait = (lambda: None) if device == "cpu" else getattr(torch, device).synchronize
@@ -68,7 +61,7 @@ class Clock:
 
 
 class RingRank:
-    """Rank 0 of the simulated ring: its queries, and one shard of keys that stands for every rank's."""
+    """Rank 0 of the simulated ring: its queries, and one shard of keys that is used for every rank's."""
 
     def __init__(self, args, kernel, length):
         config = ContextParallelConfig(context_parallel_size=args.ranks, algorithm="megatron_cp_algo")

@@ -1,24 +1,26 @@
-"""What the benchmarks share: ranks, variants in turns, inputs, a kernel that computes nothing, tables."""
+"""Common code of the benchmarks: ranks, interleaved variants, attention and its inputs, tables."""
 
 import argparse
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bench.network import free_port
-from mindspeed_cp.kernels.base import AttentionKernel, BlockResult
+from bench import free_port
+from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention
+from mindspeed_cp.comm import count_bytes
 
 Name, Value = TypeVar("Name"), TypeVar("Value")
 
 
 def parser_of(description: str | None, **sizes: int | None) -> argparse.ArgumentParser:
-    """A parser with a flag for each size."""
+    """A parser with one flag per size."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in sizes.items():
         shown = None if default is None else f"default {default}"
@@ -27,7 +29,7 @@ def parser_of(description: str | None, **sizes: int | None) -> argparse.Argument
 
 
 def on_ranks(ranks: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Call ``function(*arguments)`` in so many processes, each a rank of gloo with one thread."""
+    """Call ``function(*arguments)`` in ``ranks`` processes, each a gloo rank with one thread."""
     mp.spawn(_rank, (ranks, free_port(), function, arguments), nprocs=ranks)
 
 
@@ -40,7 +42,7 @@ def _rank(rank: int, ranks: int, port: int, function: Callable[..., None], argum
 
 
 def in_turns(runs: Mapping[Name, Callable[[], Value]], repetitions: int) -> dict[Name, list[Value]]:
-    """What each of ``runs`` returned: a repetition calls each once, and the first, a warm-up, is left out."""
+    """Results of ``runs``, called in turn in each repetition, without the first repetition (warm-up)."""
     found: dict[Name, list[Value]] = {name: [] for name in runs}
     for repetition in range(repetitions + 1):
         for name, run in runs.items():
@@ -50,10 +52,43 @@ def in_turns(runs: Mapping[Name, Callable[[], Value]], repetitions: int) -> dict
     return found
 
 
+class Times(NamedTuple):
+    """Seconds between two barriers, CPU seconds of this rank, bytes that it sent."""
+
+    wall: float
+    cpu: float
+    sent: int
+
+
+def timed(run: Callable[[], object]) -> Times:
+    """Call ``run`` on all ranks together."""
+    dist.barrier()
+    wall, cpu = time.perf_counter(), time.process_time()
+    with count_bytes() as traffic:
+        run()
+    cpu = time.process_time() - cpu
+    dist.barrier()
+    return Times(time.perf_counter() - wall, cpu, traffic.total_bytes)
+
+
+def attention_of(
+    config: ContextParallelConfig, length: int, documents: Sequence[int] | None = None, **options: Any
+) -> tuple[Callable[..., torch.Tensor], SequenceLayout]:
+    """(attention over a row of this length, the row's layout); collective.
+
+    Args:
+        options: further keyword arguments of ``context_parallel_attention``; ``groups`` are built if not given.
+    """
+    layout = SequenceLayout.build(config, length, documents)
+    groups = options.pop("groups", None) or ContextParallelGroups.build(config)
+    call = partial(context_parallel_attention, config=config, groups=groups, layout=layout, cu_seqlens=documents)
+    return partial(call, **options), layout
+
+
 def sample(
     length: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str = "cpu"
 ) -> list[torch.Tensor]:
-    """query, key, value and the output's gradient, (length, 1, heads, dim)."""
+    """Query, key, value and the output's gradient, (length, 1, heads, dim)."""
     generator = torch.Generator().manual_seed(0)
     return [
         torch.randn(length, 1, count, dim, generator=generator).to(device, dtype)
@@ -62,46 +97,13 @@ def sample(
 
 
 def step(attend: Callable[..., torch.Tensor], tensors: list[torch.Tensor], grad_out: torch.Tensor) -> None:
-    """Forward and backward pass of ``attend``; the caller times it."""
+    """Forward and backward pass of ``attend``, for the caller to time."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     attend(*leaves).backward(grad_out)
 
 
-class StubKernel(AttentionKernel):
-    """Returns outputs of the right shapes that were made once: what is left is communication, merging and copying.
-
-    Args:
-        seconds: that a pass takes for each query head.
-    """
-
-    name, native_bands = "stub", True
-
-    def __init__(self, order="heads", seconds=0.0):
-        self._outputs, self._order, self._seconds = {}, order, seconds
-
-    def memory_order(self, dtype):
-        return self._order
-
-    def _output(self, name, shape, dtype):
-        key = (name, tuple(shape), dtype)
-        if key not in self._outputs:
-            self._outputs[key] = torch.zeros(shape, dtype=dtype)
-        return self._outputs[key]
-
-    def forward(self, tensors, options):
-        query, value = tensors.query, tensors.value
-        time.sleep(self._seconds * query.shape[2])
-        lse = self._output("lse", query.shape[:3], torch.float32)
-        return BlockResult(self._output("out", (*query.shape[:3], value.shape[-1]), query.dtype), lse.clone())
-
-    def backward(self, tensors, rows, options, saved):
-        time.sleep(self._seconds * tensors.query.shape[2])
-        likes = (("dq", tensors.query), ("dk", tensors.key), ("dv", tensors.value))
-        return tuple(self._output(name, like.shape, like.dtype) for name, like in likes)
-
-
 def head(*columns: str) -> None:
-    """Print the head of a table; a column whose name ends in a colon has numbers."""
+    """Print the header of a table; a column whose name ends in a colon contains numbers."""
     print("|", " | ".join(column.removesuffix(":") for column in columns), "|")
     print("|", " | ".join("---:" if column.endswith(":") else "---" for column in columns), "|")
 

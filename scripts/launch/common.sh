@@ -30,29 +30,28 @@ fail() {
   exit 2
 }
 
+# must RULE PATTERN NAMES: each of these variables is empty or follows the pattern.
+must() {
+  local name rule=$1 pattern=$2
+  for name in "${@:3}"; do
+    [[ -z ${!name:-} || ${!name} =~ ^($pattern)$ ]] || fail "$name ${!name} must be $rule, or left out."
+  done
+}
+
 # check_numbers: every number that comes from the environment, before any of them is computed with: bash would evaluate
 # what stands in them.
 check_numbers() {
-  local name rule
-  for name in TP PP VPP CP NPROC_PER_NODE NNODES MICRO_BATCH GLOBAL_BATCH TRAIN_ITERS CP_WINDOW ULYSSES_DEGREE VOCAB_SIZE \
-    SAVE_INTERVAL LOG_INTERVAL EVAL_INTERVAL TIMEOUT_MINUTES SLURM_NNODES SLURM_JOB_NUM_NODES; do
-    if [[ $name == CP && ${CP:-} == auto ]]; then continue; fi
-    rule="must be a whole number of at least 1, such as 2"
-    [[ -z ${!name:-} || ${!name} =~ ^[1-9][0-9]{0,11}$ ]] || fail "$name ${!name} $rule, or left out."
-  done
-  for name in NODE_RANK EVAL_ITERS LR_WARMUP_ITERS SEED SLURM_NODEID SLURM_JOB_ID; do
-    rule="must be a whole number of at least 0, such as 0"
-    [[ -z ${!name:-} || ${!name} =~ ^(0|[1-9][0-9]{0,11})$ ]] || fail "$name ${!name} $rule, or left out."
-  done
-  for name in LR MIN_LR WEIGHT_DECAY CLIP_GRAD; do
-    rule="must be a number of at least 0, such as 1.5e-4"
-    [[ -z ${!name:-} || ${!name} =~ ^([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?$ ]] || fail "$name ${!name} $rule, or left out."
-  done
-  for name in TINY DRY_RUN SEQUENCE_PARALLEL DISTRIBUTED_OPTIMIZER OVERLAP KEEP_ATTENTION; do
-    [[ ${!name:-0} == [01] ]] || fail "$name ${!name} must be 1 or 0, or left out."
-  done
-  [[ -z ${MASTER_PORT:-} || ${MASTER_PORT} =~ ^[1-9][0-9]{0,4}$ && ${MASTER_PORT} -lt 65536 ]] ||
-    fail "MASTER_PORT $MASTER_PORT must be a port from 1 to 65535, such as 29500, or left out."
+  must "a whole number of at least 1, such as 2" "[1-9][0-9]{0,11}" TP PP VPP NPROC_PER_NODE NNODES MICRO_BATCH GLOBAL_BATCH \
+    TRAIN_ITERS CP_WINDOW ULYSSES_DEGREE VOCAB_SIZE SAVE_INTERVAL LOG_INTERVAL EVAL_INTERVAL TIMEOUT_MINUTES SLURM_NNODES \
+    SLURM_JOB_NUM_NODES
+  must "a whole number of at least 1, such as 2, or auto" "[1-9][0-9]{0,11}|auto" CP
+  must "a whole number of at least 0, such as 0" "0|[1-9][0-9]{0,11}" NODE_RANK EVAL_ITERS LR_WARMUP_ITERS SEED SLURM_NODEID SLURM_JOB_ID
+  must "a number of at least 0, such as 1.5e-4" "([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?" LR MIN_LR WEIGHT_DECAY CLIP_GRAD
+  must "1 or 0" "[01]" TINY DRY_RUN SEQUENCE_PARALLEL DISTRIBUTED_OPTIMIZER OVERLAP KEEP_ATTENTION
+  must "a port from 1 to 65535, such as 29500" "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6([0-4][0-9]{3}|5([0-4][0-9]{2}|5([0-2][0-9]|3[0-5])))" \
+    MASTER_PORT
+  must "full, selective or none" "full|selective|none" RECOMPUTE
+  must "bf16 or fp32" "bf16|fp32" PRECISION
 }
 
 # read_model ARGUMENTS: the size is the first of them, or $SIZE, or the family's first; the rest are flags for
@@ -227,14 +226,8 @@ training_flags() {
   case $recompute in
     full) FLAGS+=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1) ;;
     selective) FLAGS+=(--recompute-granularity selective) ;;
-    none) ;;
-    *) fail "RECOMPUTE $recompute is not known; choose full, selective or none." ;;
   esac
-  case $PRECISION in
-    bf16) FLAGS+=(--bf16) ;;
-    fp32) ;;
-    *) fail "PRECISION $PRECISION is not known; choose bf16 or fp32." ;;
-  esac
+  if [[ $PRECISION == bf16 ]]; then FLAGS+=(--bf16); fi
 }
 
 file_flags() {

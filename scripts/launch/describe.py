@@ -1,4 +1,4 @@
-"""Print what the context-parallel flags of a launch script come to, and check them: the last part of DRY_RUN=1.
+"""Check the context-parallel flags of a launch script and print their effect: the last part of DRY_RUN=1.
 
 WORLD_SIZE=8 python scripts/launch/describe.py FLAGS...
 """

@@ -1,9 +1,9 @@
-"""Ray Train: the training script on Ray's workers, one for each device.
+"""Run the training script on Ray Train's workers, one per device.
 
     python scripts/launch/ray_train.py --workers 8 scripts/pretrain_gpt.py --data-path data/my ...
     python scripts/launch/ray_train.py --workers 8 --dry-run scripts/pretrain_gpt.py ...    checks the flags
 
-Ray makes the workers and torch's default process group, which the script takes as it is. With --dry-run Ray need not be
+Ray creates the workers and torch's default process group, which the script uses. With --dry-run Ray need not be
 installed.
 """
 
@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """What every worker runs; Ray has set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for torch."""
+    """Run by every worker; Ray has set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for torch."""
     from ray import train
 
     context = train.get_context()
@@ -34,21 +34,6 @@ def train_loop(config: dict[str, Any]) -> None:
     runpy.run_path(config["script"], run_name="__main__")
 
 
-def described(workers: int, flags: list[str]) -> str:
-    """The configuration that the flags come to.
-
-    Raises:
-        ValueError: a rule is broken.
-    """
-    sys.path.insert(0, str(REPOSITORY))
-    from mindspeed_cp.arguments import validate
-    from mindspeed_cp.arguments.launch import read_flags
-
-    args, _ = read_flags(flags)
-    config, _ = validate(args, workers)
-    return config.describe()
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, required=True, help="ranks of the training, one for each device")
@@ -57,14 +42,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("script", help="the training script")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="its flags")
     args = parser.parse_args(argv)
+    sys.path.insert(0, str(REPOSITORY))
+    from mindspeed_cp.arguments import validate
+    from mindspeed_cp.arguments.launch import read_flags
+
     try:
         if args.workers < 1:
             raise ValueError(f"--workers {args.workers} must be at least 1, such as 8.")
-        setting = described(args.workers, args.flags)
+        config, _ = validate(read_flags(args.flags)[0], args.workers)
     except ValueError as error:
         print(f"ray_train.py: error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.workers} workers with one {args.resource} each: {setting}")
+    print(f"{args.workers} workers with one {args.resource} each: {config.describe()}")
     if args.dry_run:
         return 0
     from ray.train import ScalingConfig

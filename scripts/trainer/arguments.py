@@ -1,6 +1,4 @@
-"""Flags of the embedded trainer. Names and meanings are Megatron's; what Megatron has and this trainer has not is
-refused.
-"""
+"""Flags of the embedded trainer. Names and meanings are Megatron's; Megatron's other flags are rejected."""
 
 import argparse
 import os
@@ -18,13 +16,13 @@ def parse_args(argv: list[str] | None = None, world_size: int | None = None) -> 
     """Parse and check the command line; no process group is made before this has succeeded.
 
     Returns:
-        The namespace, with ``cp_config_resolved`` and ``cp_setup`` (what ``mindspeed_cp.arguments.validate`` returned),
-        ``data_parallel_size``, ``num_microbatches``, ``params_dtype`` and ``resume`` (the Checkpoint to go on from, or
+        The namespace, with ``cp_config_resolved`` and ``cp_setup`` (results of ``mindspeed_cp.arguments.validate``),
+        ``data_parallel_size``, ``num_microbatches``, ``params_dtype`` and ``resume`` (the Checkpoint to resume from, or
         None) added.
 
     Raises:
-        SystemExit: the value of one flag breaks its rule; the line is printed and the status is 2.
-        ValueError: flags do not go together; the message names flag, value, rule and a way out.
+        SystemExit: the value of a flag violates its rule; one line is printed and the status is 2.
+        ValueError: flags conflict; the message names flag, value, rule and a way out.
     """
     args = build_parser().parse_args(argv)
     read_packing(args)
@@ -55,7 +53,7 @@ def build_parser() -> OneLineParser:
 
 
 def _adder(parser, title):
-    """``add(flag, rule, ...)`` of one argument group: argparse's add_argument with the flag's rule as its type."""
+    """A function ``add(flag, rule, ...)`` for an argument group: argparse's add_argument with the rule as type."""
     group = parser.add_argument_group(title)
 
     def add(flag, rule=None, **options):
@@ -112,11 +110,8 @@ def _add_training(add):
     add("--clip-grad", real(0, example="1.0"), default=1.0, help="largest gradient norm; 0: no clipping")
     add("--bf16", action="store_true", help="weights and activations in bfloat16, master weights in float32")
     add("--seed", whole(0), default=1234, help="seed of weights, data order and dropout")
-    add(
-        "--calculate-per-token-loss",
-        action="store_true",
-        help="average over all tokens of the step, not per micro batch",
-    )
+    per_token = "average over all tokens of the step, not per micro batch"
+    add("--calculate-per-token-loss", action="store_true", help=per_token)
     add("--recompute-granularity", one_of("full", "selective"), help="recompute layers, or core attention alone")
     add("--recompute-method", one_of("uniform", "block"), help="which layers, with granularity full; default: uniform")
     add("--recompute-num-layers", whole(1), help="layers per recomputed piece; default: 1")
@@ -144,18 +139,11 @@ def _add_data(add):
     add("--reset-position-ids", action="store_true", help="count positions from each document's start")
     add("--reset-attention-mask", action="store_true", help="attention never crosses the end of a document")
     add("--eod-mask-loss", action="store_true", help="no loss on end-of-document tokens")
-    add(
-        "--variable-seq-lengths",
-        action="store_true",
-        help="cut every micro batch to a length of its own, at most --seq-length and the same in every run",
-    )
-    add(
-        "--cp-pack",
-        action="store_true",
-        help="rows of at most --seq-length tokens, filled with documents by length, each of which begins anew and is "
-        "whole where it is no longer than a row; --global-batch-size counts rows, which lie over all context-parallel "
-        "ranks",
-    )
+    varying = "cut every micro batch to a length of its own, at most --seq-length and the same in every run"
+    add("--variable-seq-lengths", action="store_true", help=varying)
+    packing = "rows of at most --seq-length tokens over all context-parallel ranks, filled with documents by length, "
+    packing += "each of which begins anew and is whole if no longer than a row; --global-batch-size counts rows"
+    add("--cp-pack", action="store_true", help=packing)
     add("--dynamic-context-parallel", action="store_true", help="newer Megatrons' name: the same as --cp-pack")
     schedulers = one_of("dp_balanced", "default_dynamic_cp")
     add("--sequence-packing-scheduler", schedulers, help="newer Megatrons' name: any is the same as --cp-pack")
@@ -165,13 +153,9 @@ def _add_data(add):
 def _add_files(add):
     folder = path("checkpoints")
     add("--save", folder, help="folder for checkpoints (sharded; they resume under other parallel sizes)")
-    add(
-        "--load",
-        folder,
-        help="folder of the checkpoint to resume; the latest in it is taken. The folder of --save may be empty, so "
-        "that one command serves the first start and every restart. Load only checkpoints you trust: checksums find "
-        "damage, not malice",
-    )
+    load = "folder of the checkpoint to resume; the latest in it is taken. The folder of --save may be empty, so that "
+    load += "one command serves the first start and every restart. Load only checkpoints you trust: checksums find "
+    add("--load", folder, help=load + "damage, not malice")
     add("--save-interval", whole(1), help="steps between checkpoints; default: at the end alone")
     add("--keep-last", whole(1), help="checkpoints that stay in --save, the newest ones; default: all")
     add("--exit-interval", whole(1), help="stop after a step that this number divides, as if the job had ended")

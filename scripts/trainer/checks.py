@@ -1,12 +1,31 @@
 """Rules between flags; the rule of a single value stands beside its flag (trainer/rules.py)."""
 
+from argparse import Namespace
 from typing import Any
+
+
+def of_same_name(args: Namespace, names: str) -> dict[str, Any]:
+    """Flags by their names, for a function of Megatron that calls them alike."""
+    return {name: getattr(args, name) for name in names.split()}
+
+
+def micro_batch_length(index: int, seq_length: int) -> int:
+    """A length of its own for every micro batch, between half of ``seq_length`` and all of it, mostly indivisible."""
+    return seq_length - (index * index * 11 + index * 13 + 3) % max(seq_length // 2 - 1, 1)
 
 
 def require(condition: Any, message: str) -> None:
     """Raise ValueError(message), which names flag, value, rule and a way out, unless ``condition`` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def divisible(flag: str, value: int, by: str, divisor: int, *, more: bool = False, or_else: str = "") -> None:
+    """Raise ValueError unless ``divisor``, which is what ``by`` names, divides a flag's value; the way out is the next
+    smaller value that it divides, or with ``more`` the next larger one, ``or_else`` something else.
+    """
+    fits = (value // divisor + more) * divisor or divisor
+    require(value % divisor == 0, f"{flag} {value} must be divisible by {by}; use {flag} {fits}{or_else}.")
 
 
 def read_packing(args: Any) -> None:
@@ -35,11 +54,8 @@ def read_packing(args: Any) -> None:
 
 def check_model(args):
     heads, hidden = args.num_attention_heads, args.hidden_size
-    require(
-        args.kv_channels or hidden % heads == 0,
-        f"--hidden-size {hidden} must be divisible by --num-attention-heads {heads}; use --hidden-size "
-        f"{hidden // heads * heads or heads}, or give --kv-channels.",
-    )
+    if not args.kv_channels:
+        divisible("--hidden-size", hidden, f"--num-attention-heads {heads}", heads, or_else=", or give --kv-channels")
     args.max_position_embeddings = args.max_position_embeddings or args.seq_length
     require(
         args.max_position_embeddings >= args.seq_length,
@@ -75,41 +91,23 @@ def _check_recompute(args):
         args.recompute_method = args.recompute_method or "uniform"
         args.recompute_num_layers = args.recompute_num_layers or 1
         return
-    for flag, value in (
-        ("--recompute-method", args.recompute_method),
-        ("--recompute-num-layers", args.recompute_num_layers),
-    ):
-        require(
-            value is None,
-            f"{flag} {value} says which layers are recomputed as a whole; add --recompute-granularity full, or leave "
-            f"{flag} out.",
-        )
+    for name, value in of_same_name(args, "recompute_method recompute_num_layers").items():
+        flag = "--" + name.replace("_", "-")
+        what = f"{flag} {value} says which layers are recomputed as a whole"
+        require(value is None, f"{what}; add --recompute-granularity full, or leave {flag} out.")
 
 
 def check_parallel(args):
     tp, pp, layers = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.num_layers
     args.data_parallel_size = args.world_size // (tp * pp * args.context_parallel_size)
     _check_stages(args, pp, layers)
-    flag, groups = (
-        ("--num-query-groups", args.num_query_groups)
-        if args.group_query_attention
-        else ("--num-attention-heads", args.num_attention_heads)
-    )
-    require(
-        groups % tp == 0 or (args.group_query_attention and tp % groups == 0),
-        f"{flag} {groups} must be divisible by --tensor-model-parallel-size {tp}; use {flag} "
-        f"{max(groups // tp, 1) * tp}, or a --tensor-model-parallel-size that divides {groups}.",
-    )
-    require(
-        args.num_attention_heads % tp == 0,
-        f"--num-attention-heads {args.num_attention_heads} must be divisible by --tensor-model-parallel-size {tp}; use "
-        f"--num-attention-heads {(args.num_attention_heads // tp + 1) * tp}.",
-    )
-    require(
-        args.ffn_hidden_size % tp == 0,
-        f"--ffn-hidden-size {args.ffn_hidden_size} must be divisible by --tensor-model-parallel-size {tp}; use "
-        f"--ffn-hidden-size {(args.ffn_hidden_size // tp + 1) * tp}.",
-    )
+    by = f"--tensor-model-parallel-size {tp}"
+    divisible("--num-attention-heads", args.num_attention_heads, by, tp, more=True)
+    groups = args.num_query_groups
+    if args.group_query_attention and tp % groups:
+        other = f", or a --tensor-model-parallel-size that divides {groups}"
+        divisible("--num-query-groups", groups, by, tp, or_else=other)
+    divisible("--ffn-hidden-size", args.ffn_hidden_size, by, tp, more=True)
     require(
         not args.sequence_parallel or tp > 1,
         f"--sequence-parallel needs tensor parallelism, and --tensor-model-parallel-size is {tp}; use 2 or more, or "
@@ -126,11 +124,8 @@ def _check_stages(args, pp, layers):
         "more, or leave it out.",
     )
     stages = pp * (virtual or 1)
-    require(
-        layers % stages == 0,
-        f"--num-layers {layers} must be divisible by --pipeline-model-parallel-size {pp} x virtual stages = {stages}; "
-        f"use --num-layers {(layers // stages + 1) * stages}.",
-    )
+    by = f"--pipeline-model-parallel-size {pp} x virtual stages = {stages}"
+    divisible("--num-layers", layers, by, stages, more=True)
     pieces, of_stage = args.recompute_num_layers, layers // stages
     require(
         not pieces or pieces <= of_stage and (args.recompute_method == "block" or of_stage % pieces == 0),
@@ -160,11 +155,9 @@ def _check_lengths(args, tp):
         f"{cp} = {2 * cp} divides, and with --reset-attention-mask, --variable-seq-lengths or --seq-length "
         f"{args.seq_length} they have other lengths; use --cp-batch-layout zigzag or balanced, which take any.",
     )
-    require(
-        not args.sequence_parallel or args.seq_length % tp == 0,  # the configuration asks it where cp > 1
-        f"--seq-length {args.seq_length} must be divisible by --tensor-model-parallel-size {tp} with "
-        f"--sequence-parallel; use --seq-length {args.seq_length // tp * tp or tp}, or leave out --sequence-parallel.",
-    )
+    if args.sequence_parallel:  # the configuration asks it where cp > 1
+        by, other = f"--tensor-model-parallel-size {tp} with --sequence-parallel", ", or leave out --sequence-parallel"
+        divisible("--seq-length", args.seq_length, by, tp, or_else=other)
     varying = "--cp-pack" if args.cp_pack else "--variable-seq-lengths" if args.variable_seq_lengths else ""
     require(
         not (varying and args.sequence_parallel),
@@ -195,12 +188,8 @@ def has_uneven_shapes(args) -> bool:
 def check_batch(args):
     batch = args.micro_batch_size * args.data_parallel_size
     args.global_batch_size = args.global_batch_size or batch
-    require(
-        args.global_batch_size % batch == 0,
-        f"--global-batch-size {args.global_batch_size} must be divisible by --micro-batch-size "
-        f"{args.micro_batch_size} x data parallel size {args.data_parallel_size} = {batch}; use --global-batch-size "
-        f"{max(args.global_batch_size // batch, 1) * batch}.",
-    )
+    by = f"--micro-batch-size {args.micro_batch_size} x data parallel size {args.data_parallel_size} = {batch}"
+    divisible("--global-batch-size", args.global_batch_size, by, batch)
     args.num_microbatches = args.global_batch_size // batch
     pp = args.pipeline_model_parallel_size
     require(
@@ -213,10 +202,7 @@ def check_batch(args):
 
 def check_training(args):
     decay = args.lr_decay_iters or args.train_iters
-    require(
-        args.min_lr <= args.lr,
-        f"--min-lr {args.min_lr:g} must be at most --lr {args.lr:g}; use --min-lr 0.",
-    )
+    require(args.min_lr <= args.lr, f"--min-lr {args.min_lr:g} must be at most --lr {args.lr:g}; use --min-lr 0.")
     require(
         args.lr_warmup_iters < decay,
         f"--lr-warmup-iters {args.lr_warmup_iters} must be below the steps of decay {decay} (--lr-decay-iters, else "

@@ -1,27 +1,26 @@
-"""Checks the files that flags name before any process group exists: the dataset, folders to write to, the checkpoint
-to go on from.
+"""Check the files that flags name before any process group exists: the dataset, folders to write to, the checkpoint to
+resume from.
 """
 
 import importlib.util
 import json
 import os
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 
 from mindspeed_cp.planner.indexed_dataset import read_index
-from trainer.checkpoint_files import Checkpoint, find_checkpoint
-from trainer.checks import require
+from trainer.checkpoint_files import Checkpoint, find_checkpoint, last_changed
+from trainer.checks import of_same_name, require
 from trainer.texts import ENDINGS
 from trainer.tokenizer import EOD
 
-LOOKED_AT = 1 << 23  # tokens whose values are compared with the vocabulary: all of a small dataset
+LOOKED_AT = 1 << 23  # number of tokens that are compared with the vocabulary size: all of a small dataset
 
 
 def check_files(args) -> Checkpoint | None:
-    """Check every path among the flags; returns the checkpoint to go on from, None to start from scratch.
+    """Check every path in the flags; returns the checkpoint to resume from, None to start from scratch.
 
     Raises:
         ValueError: a file is missing or damaged, or a folder cannot be written to.
@@ -48,13 +47,9 @@ def check_files(args) -> Checkpoint | None:
 
 
 def _check_writable(args):
-    for flag, folder in (
-        ("--save", args.save),
-        ("--tensorboard-dir", args.tensorboard_dir),
-        ("--data-cache-path", args.data_cache_path),
-    ):
+    for name, folder in of_same_name(args, "save tensorboard_dir data_cache_path").items():
         if folder is not None:
-            _try_to_write(flag, folder, Path(folder))
+            _try_to_write("--" + name.replace("_", "-"), folder, Path(folder))
     if args.log_file is not None:
         require(
             not Path(args.log_file).is_dir(),
@@ -63,7 +58,7 @@ def _check_writable(args):
         )
         _try_to_write("--log-file", args.log_file, Path(args.log_file).parent)
     if args.data_cache_path is None and not any(Path(args.data_path, "cache", "GPTDataset_indices").glob("*.npy")):
-        # Megatron keeps its index caches in a folder named like the dataset.
+        # Megatron writes its index caches to a folder named like the dataset.
         _try_to_write("--data-path", args.data_path, Path(args.data_path), "give a folder for the index caches by "
                       "--data-cache-path")  # fmt: skip
 
@@ -79,32 +74,19 @@ def _try_to_write(flag, value, folder, way_out="give a folder that can be writte
 
 
 def check_dataset(prefix: str, vocab_size: int) -> None:
-    """Raise ValueError unless PREFIX.idx is a whole Megatron index that fits PREFIX.bin and ``vocab_size``.
+    """Raise ValueError unless PREFIX.idx is a complete Megatron index that fits PREFIX.bin and ``vocab_size``.
 
-    Values are read in the first 8 million tokens only, the size of both files always.
+    Only the first 8 million tokens are read; the sizes of both files are always checked.
     """
-    given = Path(prefix)
-    if given.is_file() or (given.is_dir() and not Path(prefix + ".idx").is_file()):
-        what = f"a {given.suffix or 'plain'} file" if given.is_file() else "a folder"
-        own = f"data/{given.stem}"
-        usable = given.is_dir() or given.suffix in ENDINGS
-        made = f"make one of it with: python scripts/prepare_data.py --input {prefix} --output {own}, then use"
-        way_out = f"{made} --data-path {own}" if usable else f"use --data-path {given.with_suffix('')}"
-        require(False, f"--data-path {prefix} is {what}, not the prefix of a dataset; {way_out}.")
-    for ending in (".bin", ".idx"):
-        require(
-            Path(prefix + ending).is_file(),
-            f"--data-path {prefix}: the file {prefix}{ending} does not exist; make it of your text with: python "
-            f"scripts/prepare_data.py --input FILE --output {prefix}",
-        )
+    _check_prefix(prefix)
+    tokens, indices = Path(prefix + ".bin"), Path(prefix + ".idx")
     try:
-        index = read_index(prefix + ".idx")
+        index = read_index(indices)
     except ValueError as error:
-        raise _damaged(prefix, Path(prefix + ".idx"), str(error)) from None
-    tokens = Path(prefix + ".bin")
+        raise _damaged(prefix, indices, str(error)) from None
     size, end = tokens.stat().st_size, int((index.places + index.lengths.astype(np.int64) * index.dtype.itemsize).max())
     if size < end or int(index.places.min()) < 0 or int(index.lengths.min()) < 0:
-        raise _damaged(prefix, tokens, f"holds {size:,} bytes, and {prefix}.idx counts {end:,}")
+        raise _damaged(prefix, tokens, f"holds {size:,} bytes, and {indices} counts {end:,}")
     largest = int(np.fromfile(tokens, index.dtype, LOOKED_AT).max())
     require(
         largest < vocab_size,
@@ -113,19 +95,36 @@ def check_dataset(prefix: str, vocab_size: int) -> None:
     )
 
 
+def _check_prefix(prefix):
+    """Raise ValueError unless both files exist; the message distinguishes texts and folders from a prefix."""
+    given, own = Path(prefix), f"data/{Path(prefix).stem}"
+    missing = next((prefix + ending for ending in (".bin", ".idx") if not Path(prefix + ending).is_file()), None)
+    if given.is_file() or given.is_dir() and missing:
+        what = f"a {given.suffix or 'plain'} file" if given.is_file() else "a folder"
+        way_out = f"use --data-path {given.with_suffix('')}"
+        if given.is_dir() or given.suffix in ENDINGS:
+            made = f"python scripts/prepare_data.py --input {prefix} --output {own}"
+            way_out = f"make one of it with: {made}, then use --data-path {own}"
+        raise ValueError(f"--data-path {prefix} is {what}, not the prefix of a dataset; {way_out}.")
+    require(
+        missing is None,
+        f"--data-path {prefix}: the file {missing} does not exist; make it of your text with: python "
+        f"scripts/prepare_data.py --input FILE --output {prefix}",
+    )
+
+
 def _damaged(prefix, path, what):
-    changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
     return ValueError(
-        f"--data-path {prefix}: {path} {what} (last changed {changed}); write the dataset again, such as by: "
+        f"--data-path {prefix}: {path} {what} ({last_changed(path)}); write the dataset again, such as by: "
         f"python scripts/prepare_data.py --input FILE --output {prefix}"
     )
 
 
 def end_of_document(prefix: str) -> int:
-    """The token that ends a document, as prepare_data.py noted it beside the dataset; that of bytes where it did not.
+    """The end-of-document token from the file that prepare_data.py wrote with the dataset, else that of byte tokens.
 
     Raises:
-        ValueError: the note cannot be read.
+        ValueError: the file cannot be read.
     """
     path = Path(prefix + ".json")
     if not path.is_file():
@@ -139,8 +138,8 @@ def end_of_document(prefix: str) -> int:
 
 
 def drop_broken_caches(args) -> list[str]:
-    """Remove index caches that a run left half-written when it was ended, and those of a dataset that has been written
-    again since: Megatron would trust both. Returns their names. One rank calls it before datasets are built.
+    """Remove index caches that an interrupted run left incomplete, and those of a dataset that was rewritten since,
+    because Megatron would use both. Returns their names. One rank calls this before datasets are built.
     """
     folder = Path(args.data_cache_path or Path(args.data_path, "cache", "GPTDataset_indices"))
     written, broken = Path(args.data_path + ".idx").stat().st_mtime, []

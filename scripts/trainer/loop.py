@@ -18,7 +18,7 @@ from trainer.step import evaluate, train_step
 
 
 def pretrain(args):
-    """Train as ``args`` say; returns one record a step (what --log-file holds)."""
+    """Train as ``args`` say; returns one record per step (as in --log-file)."""
     made = initialize(args)
     train_set, valid_set = build_datasets(args)
     chunks = build_model(args)
@@ -28,14 +28,14 @@ def pretrain(args):
         print(f"going on from {args.resume.path}, saved at {args.resume.saved_at}", flush=True)
     with Report(args, first) as report:
         records = _train(args, (chunks, optimizer, scheduler), (train_set, valid_set), first, report)
-    # Not after a failure: ranks that take leave of a peer that is gone would wait for it, or hide what happened.
+    # Not after a failure, because ranks would wait for a lost peer or hide the error.
     shut_down(made)
     return records
 
 
 def _train(args, parts, datasets, first, report):
     chunks, optimizer, scheduler = parts
-    # One iterator for each virtual stage: every stage reads the same samples.
+    # One iterator per virtual stage, since every stage reads the same samples.
     iterators = [batches(datasets[0], args, first, args.variable_seq_lengths) for _ in chunks]
     log, records = megatron_adaptor.state().log, []
     for iteration in range(first + 1, args.train_iters + 1):
@@ -43,24 +43,16 @@ def _train(args, parts, datasets, first, report):
         with nullcontext() if log is None else log.step():
             result = train_step(chunks, optimizer, scheduler, iterators, args)
         seconds = time.perf_counter() - start
-        records.append(
-            {
-                "iteration": iteration,
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "learning_rate": rate,
-                "tokens": result.num_positions,
-                "seconds": seconds,
-                "tokens_per_second": result.num_positions / seconds,
-                "cp_bytes_per_rank": result.cp_bytes,
-                "cp_bytes_of_rank_0": result.traffic,
-                "peak_memory_bytes": torch.cuda.max_memory_allocated(),
-            }
-        )
+        record = {"iteration": iteration, "learning_rate": rate, "seconds": seconds} | result
+        record |= {
+            "tokens_per_second": result["tokens"] / seconds,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+        }
         figures = log.interval() if log is not None and iteration % args.log_interval == 0 else None
         if figures is not None:
-            records[-1]["context_parallelism"] = dataclasses.asdict(figures)
-        report.step(records[-1], figures)
+            record["context_parallelism"] = dataclasses.asdict(figures)
+        records.append(record)
+        report.step(record, figures)
         last = iteration == args.train_iters or bool(args.exit_interval and iteration % args.exit_interval == 0)
         if args.eval_iters and (iteration % args.eval_interval == 0 or last):
             report.validation(iteration, evaluate(chunks, [batches(datasets[1], args, 0) for _ in chunks], args))

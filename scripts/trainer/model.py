@@ -1,4 +1,4 @@
-"""The model, its data-parallel wrapper, the optimizer and the learning-rate schedule, all of megatron-core."""
+"""The model, its data-parallel wrapper, the optimizer and the learning-rate schedule, all from megatron-core."""
 
 import inspect
 
@@ -15,75 +15,56 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from trainer.checks import has_uneven_shapes
+from trainer.checks import has_uneven_shapes, of_same_name
 from trainer.data import has_mask
 
-# Megatron-core 0.12 knows virtual stages by a global rank; later versions pass the stage.
+# Megatron-core 0.12 identifies virtual stages by a global variable; later versions pass the stage.
 _TAKES_STAGE = "vp_stage" in inspect.signature(GPTModel.__init__).parameters
 
 
 class Norm:
-    """LayerNorm or RMSNorm whose weights take part in sequence parallelism; Megatron's wrapper of torch's norms refuses
-    it.
-    """
+    """torch's norm with support for sequence parallelism, which Megatron's own wrapper of it rejects."""
 
     def __new__(cls, config, hidden_size, eps=1e-5, **unused):
         kind = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization]
         norm = kind(hidden_size, eps=eps)
         for parameter in norm.parameters():
-            # finalize_model_grads sums the gradients of parameters marked so over the tensor-parallel ranks.
+            # finalize_model_grads sums the gradients of marked parameters over the tensor-parallel ranks.
             parameter.sequence_parallel = config.sequence_parallel
         return norm
 
 
 def transformer_config(args):
-    """TransformerConfig of the flags."""
+    """The TransformerConfig for the flags."""
+    same = (
+        "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels normalization add_bias_linear "
+        "add_qkv_bias attention_dropout hidden_dropout init_method_std params_dtype bf16 tensor_model_parallel_size "
+        "pipeline_model_parallel_size context_parallel_size sequence_parallel recompute_granularity recompute_method "
+        "recompute_num_layers calculate_per_token_loss"
+    )
+    fused = "gradient_accumulation masked_softmax apply_rope bias_activation bias_dropout"
     return TransformerConfig(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        ffn_hidden_size=args.ffn_hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        kv_channels=args.kv_channels,
+        **of_same_name(args, same),
         num_query_groups=args.num_query_groups if args.group_query_attention else None,
-        normalization=args.normalization,
         layernorm_epsilon=args.norm_epsilon,
-        add_bias_linear=args.add_bias_linear,
-        add_qkv_bias=args.add_qkv_bias,
         gated_linear_unit=args.swiglu,
         activation_func=F.silu if args.swiglu else F.gelu,
-        attention_dropout=args.attention_dropout,
-        hidden_dropout=args.hidden_dropout,
         window_size=None if has_mask(args) else args.window_size,
-        init_method_std=args.init_method_std,
-        params_dtype=args.params_dtype,
         pipeline_dtype=args.params_dtype,
-        bf16=args.bf16,
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=args.num_virtual_stages_per_pipeline_rank,
-        # As Megatron's own flags: between two ranks with virtual stages a batch would mix up the two directions.
+        # As with Megatron's own flags: with virtual stages on two ranks, a batch would mix up the two directions.
         overlap_p2p_comm=bool(args.num_virtual_stages_per_pipeline_rank),
         batch_p2p_comm=not args.num_virtual_stages_per_pipeline_rank,
-        context_parallel_size=args.context_parallel_size,
-        sequence_parallel=args.sequence_parallel,
-        recompute_granularity=args.recompute_granularity,
-        recompute_method=args.recompute_method,
-        recompute_num_layers=args.recompute_num_layers,
-        calculate_per_token_loss=args.calculate_per_token_loss,
         variable_seq_lengths=has_uneven_shapes(args),
-        # Read for mixtures of experts alone, but the default refuses variable lengths without any.
+        # Used only for mixtures of experts, but the default rejects variable lengths even without experts.
         moe_token_dispatcher_type="alltoall",
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        **{f"{name}_fusion": False for name in fused.split()},
     )
 
 
 def _block(config, stage, causal):
-    """One pipeline stage's layers, with the norm above in place of Megatron's."""
+    """The layers of one pipeline stage, with the norm above instead of Megatron's."""
     layer = get_gpt_layer_local_spec()
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
     if not causal:
@@ -93,7 +74,7 @@ def _block(config, stage, causal):
 
 
 def build_model(args):
-    """List of model chunks, one for each virtual stage of this pipeline rank, wrapped for data parallelism."""
+    """List of model chunks, one per virtual stage of this pipeline rank, wrapped for data parallelism."""
     config, chunks = transformer_config(args), []
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -120,20 +101,18 @@ def build_model(args):
 def _gpt(args, config, stage):
     if stage is not None and not _TAKES_STAGE:
         parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
-    where = {"ignore_virtual": False} | ({"vp_stage": stage} if _TAKES_STAGE else {})
+    virtual = {"vp_stage": stage} if _TAKES_STAGE else {}
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     return GPTModel(
         config=config,
         transformer_layer_spec=_block(config, stage, args.cp_attention_mask_type != "full"),
         vocab_size=(args.vocab_size + multiple - 1) // multiple * multiple,
         max_sequence_length=args.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(**where),
-        post_process=parallel_state.is_pipeline_last_stage(**where),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **virtual),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **virtual),
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type=args.position_embedding_type,
-        rotary_base=args.rotary_base,
-        rotary_percent=args.rotary_percent,
-        **({"vp_stage": stage} if _TAKES_STAGE else {}),
+        **of_same_name(args, "position_embedding_type rotary_base rotary_percent"),
+        **virtual,
     )
 
 
@@ -142,14 +121,7 @@ def build_optimizer(args, chunks):
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
-            lr=args.lr,
-            min_lr=args.min_lr,
-            weight_decay=args.weight_decay,
-            adam_beta1=args.adam_beta1,
-            adam_beta2=args.adam_beta2,
-            clip_grad=args.clip_grad,
-            bf16=args.bf16,
-            params_dtype=args.params_dtype,
+            **of_same_name(args, "lr min_lr weight_decay adam_beta1 adam_beta2 clip_grad bf16 params_dtype"),
             use_distributed_optimizer=args.use_distributed_optimizer,
         ),
         chunks,

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 
 
 class Report:
-    """Reports steps and validations; does nothing on ranks other than 0. Use it as a context manager."""
+    """Reports steps and validations on rank 0, and does nothing on other ranks. Use it as a context manager."""
 
     def __init__(self, args, first_step):
         self.args, self.active = args, dist.get_rank() == 0
@@ -18,13 +18,7 @@ class Report:
             return
         self.console = Console(highlight=False, soft_wrap=True)
         if self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
+            self.bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=self.console)
             self.task = self.bar.add_task("training", total=args.train_iters, completed=first_step)
         if args.log_file:
             keep_steps(Path(args.log_file), first_step)
@@ -45,10 +39,10 @@ class Report:
                 getattr(part, close)()
 
     def step(self, record, figures=None):
-        """One finished step.
+        """Report a finished step.
 
         Args:
-            record: what --log-file keeps.
+            record: the step's record for --log-file.
             figures: IntervalFigures of --cp-log at the end of an interval, else None.
         """
         if not self.active:
@@ -77,7 +71,7 @@ class Report:
             try:
                 self.file.write(json.dumps(record) + "\n")
                 self.file.flush()
-            except OSError as error:  # a long job is worth more than its log
+            except OSError as error:  # do not end a long job because of its log
                 self.console.print(f"note: --log-file {self.args.log_file} is no longer written ({error.strerror}).")
                 self.file = None
         if self.writer:
@@ -86,13 +80,13 @@ class Report:
 
 
 def keep_steps(path, last):
-    """Cut the log at ``path`` behind step ``last``; a run that goes on from there reports later steps again."""
+    """Truncate the log at ``path`` after step ``last``; a run that resumes there reports later steps again."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if last and path.is_file() else []
     path.write_text("".join(line + "\n" for line in lines if 0 < _step_of(line) <= last), encoding="utf-8")
 
 
 def _step_of(line):
-    """The step of a line of the log; 0 for one that was cut when its run was ended."""
+    """The step of a line of the log; 0 for a line that was cut off when its run was killed."""
     try:
         return json.loads(line)["iteration"]
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Rules for the values of flags. A rule turns the text of the command line into a value, or says what works."""
+"""Rules for the values of flags. A rule converts the text of the command line to a value, or says what would work."""
 
 import argparse
 import difflib
@@ -14,7 +14,7 @@ from typing import Any
 from mindspeed_cp.settings.lengths import tokens
 
 LARGEST = 2**31 - 1
-GRACE = 4.0  # seconds that another rank waits before it complains: rank 0 has made most mistakes too, and speaks first
+GRACE = 4.0  # seconds before other ranks complain, because rank 0 has most of the same errors and prints them first
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Rule:
     """One kind of value.
 
     Args:
-        says: the rule as it stands in the error, such as "a whole number of at least 1".
-        example: a value that works.
-        convert: text -> value; raises ValueError for what breaks the rule.
-        metavar: stands for the value in --help.
-        choices: the only values there are, or None.
+        says: the rule's text in errors, such as "a whole number of at least 1".
+        example: a valid value.
+        convert: text -> value; raises ValueError if the text violates the rule.
+        metavar: the value's name in --help.
+        choices: the only valid values, or None.
     """
 
     says: str
@@ -36,7 +36,7 @@ class Rule:
     choices: tuple[str, ...] | None = None
 
     def of(self, flag: str) -> Callable[[str], Any]:
-        """The converter that argparse calls with the text behind ``flag``."""
+        """The converter that argparse calls with the text after ``flag``."""
 
         def convert(text):
             try:
@@ -49,30 +49,27 @@ class Rule:
         return convert
 
 
-def _require(condition):
+def _only(condition: Any, value: Any) -> Any:
     if not condition:
         raise ValueError
+    return value
 
 
 def whole(minimum: int, maximum: int = LARGEST) -> Rule:
     """A whole number from ``minimum`` to ``maximum``, both included."""
-
-    def convert(text):
-        _require(re.fullmatch(r"[+-]?[0-9]+", text) and minimum <= int(text) <= maximum)
-        return int(text)
-
     upper = "" if maximum == LARGEST else f" and at most {maximum}"
-    return Rule(f"a whole number of at least {minimum}{upper}", str(max(minimum, 1)), convert, "N")
+    return Rule(
+        f"a whole number of at least {minimum}{upper}",
+        str(max(minimum, 1)),
+        lambda text: _only(re.fullmatch(r"[+-]?[0-9]+", text) and minimum <= int(text) <= maximum, int(text)),
+        "N",
+    )
 
 
 def length() -> Rule:
-    """Tokens of a sequence: a whole number of at least 1, or such as 128k and 1m."""
-
-    def convert(text):
-        _require(text == text.strip() and tokens(text) <= LARGEST)
-        return tokens(text)
-
-    return Rule("a whole number of at least 1, or such as 4k", "1024", convert, "N")
+    """Tokens of a sequence: a whole number of at least 1, also in forms such as 128k and 1m."""
+    says = "a whole number of at least 1, or such as 4k"
+    return Rule(says, "1024", lambda text: _only(text == text.strip() and tokens(text) <= LARGEST, tokens(text)), "N")
 
 
 def real(low: float, high: float = math.inf, *, example: str, open_low: bool = False, open_high: bool = False) -> Rule:
@@ -80,9 +77,8 @@ def real(low: float, high: float = math.inf, *, example: str, open_low: bool = F
 
     def convert(text):
         value = float(text)
-        _require(math.isfinite(value) and low <= value <= high)
-        _require(not (open_low and value == low or open_high and value == high))
-        return value
+        is_end = open_low and value == low or open_high and value == high
+        return _only(math.isfinite(value) and low <= value <= high and not is_end, value)
 
     lower = f"above {low:g}" if open_low else f"of at least {low:g}"
     upper = "" if high == math.inf else f" and {'below' if open_high else 'at most'} {high:g}"
@@ -90,23 +86,16 @@ def real(low: float, high: float = math.inf, *, example: str, open_low: bool = F
 
 
 def one_of(*names: str) -> Rule:
-    def convert(text):
-        _require(text in names)
-        return text
-
-    return Rule(f"one of {', '.join(names)}", names[0], convert, "{" + ",".join(names) + "}", names)
+    listed = "{" + ",".join(names) + "}"
+    return Rule(f"one of {', '.join(names)}", names[0], lambda text: _only(text in names, text), listed, names)
 
 
 def path(example: str, metavar: str = "FOLDER") -> Rule:
-    def convert(text):
-        _require(text.strip() and "\0" not in text)
-        return text
-
-    return Rule("a path", example, convert, metavar)
+    return Rule("a path", example, lambda text: _only(text.strip() and "\0" not in text, text), metavar)
 
 
 def window() -> Rule:
-    """LEFT,RIGHT: two whole numbers of at least -1, where -1 is without limit."""
+    """LEFT,RIGHT: two whole numbers of at least -1, where -1 means no limit."""
 
     def convert(text):
         left, right = (whole(-1).convert(part.strip()) for part in text.strip("()").split(","))
@@ -120,18 +109,17 @@ def shares() -> Rule:
     """TRAINING,VALIDATION,TEST: up to three numbers of at least 0, the first above 0; kept as text for Megatron."""
 
     def convert(text):
-        # Plain decimals: Megatron finds the numbers in the text by looking for digits and dots.
+        # Only plain decimals, because Megatron finds the numbers by searching for digits and dots.
         parts = text.split(",")
-        _require(len(parts) <= 3 and all(re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", part) for part in parts))
-        _require(0 < float(parts[0]) < 1e9 and all(float(part) < 1e9 for part in parts))
-        return text
+        plain = len(parts) <= 3 and all(re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", part) for part in parts)
+        return _only(plain and 0 < float(parts[0]) and all(float(part) < 1e9 for part in parts), text)
 
     says = "up to three shares TRAINING,VALIDATION,TEST, plain numbers of at least 0, the first above 0"
     return Rule(says, "90,10,0", convert, "A,B,C")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Names a default once, and only where there is one."""
+    """Prints a default once, and only if there is one."""
 
     def _get_help_string(self, action):
         named = "default:" in (action.help or "").lower()
@@ -139,11 +127,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line with a way out, said once for all ranks, and exit status 2."""
+    """A parser whose errors are one line with a way out, printed once for all ranks, and exit status 2."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
-        # argparse would take -5,0 or -1e3 for flags that it does not know.
+        # Otherwise argparse would treat -5,0 or -1e3 as unknown flags.
         self._negative_number_matcher = re.compile(r"-[.0-9]|-(inf|nan)", re.IGNORECASE)
 
     def error(self, message):
@@ -179,8 +167,8 @@ def _rank() -> int:
 def leave_with_one_line(message: str, status: int) -> None:
     """Print one line and end this process with ``status``, before any process group exists.
 
-    Rank 0 speaks for all. Another rank waits a moment, in which torchrun ends it if rank 0 has left, and then says that
-    the mistake is its own alone.
+    Rank 0 prints for all. Another rank first waits, so that torchrun ends it if rank 0 has exited; otherwise it prints
+    that only this rank has the error.
     """
     line, rank = "\\n".join(message.rstrip("\n").splitlines()), _rank()
     if rank:

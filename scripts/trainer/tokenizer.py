@@ -1,4 +1,4 @@
-"""Byte-level tokens: the 256 bytes, an end-of-document token and a padding token. Needs no download."""
+"""Byte-level tokens: the 256 bytes, an end-of-document token and a padding token. No download is needed."""
 
 from collections import OrderedDict
 
@@ -18,6 +18,3 @@ class ByteTokenizer:
 
     def tokenize(self, text):
         return list(text.encode("utf-8"))
-
-    def detokenize(self, ids):
-        return bytes(token for token in ids if token < 256).decode("utf-8", errors="replace")

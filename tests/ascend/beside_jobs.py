@@ -43,6 +43,19 @@ def beside_mindspeed(rank, order, flags=(), settings=None, train=True):
     }
 
 
+def beside_mindspeeds_ring(rank):
+    """The lines of scripts/verify_npu.sh about one layer of attention, by this project's ring and by MindSpeed's."""
+    import torch
+    import verify_ring
+    from fake_torch_npu import attention
+
+    # It passes on seed, offset and numels, which nothing reads without dropout; this project must not.
+    attention.check_gradient = lambda asked, uninitialised: None
+    sys.argv = ["verify_ring"]
+    rank.join()
+    return list(verify_ring.lines("npu", 64, 4, 16, torch.float32))
+
+
 def _as_megatrons_parser():
     """Without megatron.training MindSpeed reads Megatron's flags as text, and its own rules want numbers."""
     from mindspeed.args_utils import get_full_args

@@ -62,6 +62,13 @@ def groups_messages(rank):
     return bool(getattr(torch_npu.distributed.distributed_c10d, "_CANN_VERSION", False))
 
 
+def has_fused_update(rank):
+    """Whether this release of torch_npu has npu_ring_attention_update."""
+    import torch_npu
+
+    return hasattr(torch_npu, "npu_ring_attention_update")
+
+
 def group_buffers(rank, folder, buffers, adopts=False):
     """(ranks, MB that HCCL was asked for) of each communicator of this rank, in a group that is made or adopted."""
     import torch
@@ -77,6 +84,44 @@ def group_buffers(rank, folder, buffers, adopts=False):
     else:
         ContextParallelGroups.build(config, buffers=buffers)
     return sorted(tuple(map(int, line.split()[::2])) for line in log.read_text().splitlines())
+
+
+def megatron_buffers(rank, folder, seq_length):
+    """MB that HCCL was asked for, of Megatron's context-parallel group in a training of such a length."""
+    import torch
+    from megatron.core import parallel_state
+
+    import mindspeed_cp.megatron_adaptor as adaptor
+    from mindspeed_cp import ContextParallelConfig, TrainingSetup
+
+    os.environ["NPU_STUB_COMMUNICATORS"] = str(Path(folder, f"communicators-{rank.rank}"))
+    rank.join()
+    config = ContextParallelConfig(context_parallel_size=2, algorithm="ulysses_cp_algo")
+    sizes = dict(num_attention_heads=32, head_dim=128, half_precision="bfloat16", seq_length=seq_length)
+    adaptor.configure(config, setup=TrainingSetup(**sizes))
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2, context_parallel_size=2)
+    torch.distributed.all_reduce(torch.ones(1, device="npu"), group=parallel_state.get_context_parallel_group())
+    lines = Path(os.environ["NPU_STUB_COMMUNICATORS"]).read_text().splitlines()
+    return [megabytes for size, megabytes in (tuple(map(int, line.split()[::2])) for line in lines) if size == 2]
+
+
+def plain_attention(rank, asked):
+    """What is said of Megatron's own attention beside context parallelism, in a model that is not split."""
+    import warnings
+
+    import tiny_gpt
+    from megatron.core import parallel_state, tensor_parallel
+
+    from mindspeed_cp.megatron.plain_attention import name_plain_attention
+
+    rank.join()
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    model = tiny_gpt.model_of(1, 1, tiny_gpt.Options())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        name_plain_attention(model, asked=asked)
+    return [str(each.message) for each in said if "every query with every key" in str(each.message)]
 
 
 def piece_launches(rank, mindspeed=""):

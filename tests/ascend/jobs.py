@@ -10,13 +10,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from beside_jobs import beside_mindspeed  # noqa: F401  a job too
+from beside_jobs import beside_mindspeed, beside_mindspeeds_ring  # noqa: F401  jobs too
 from cost_jobs import (  # noqa: F401  jobs too
     fused_operators,
     group_buffers,
     groups_messages,
+    has_fused_update,
     host_waits,
+    megatron_buffers,
     piece_launches,
+    plain_attention,
     step_costs,
 )
 

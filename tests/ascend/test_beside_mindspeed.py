@@ -5,6 +5,7 @@ MINDSPEED_FOLDER=DIR names a folder in which its package lies, of the branch for
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 import bed
@@ -99,3 +100,11 @@ def test_mindspeed_llms_own_scripts_train_to_the_losses_of_mindspeed_alone(llm, 
         for pair, other in zip(found, wanted, strict=True):
             assert pair == pytest.approx(other, rel=2e-6, abs=1.1e-3), (found, wanted)  # three digits of the norm
             assert pair[0] == pytest.approx(other[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_one_layer_by_mindspeeds_own_ring_gives_what_this_projects_gives(server, world):
+    """The row of scripts/verify_npu.sh; it raises where they differ."""
+    for lines in server.run("beside_mindspeeds_ring", world):
+        assert [line.split(" |")[0] for line in lines[2:4]] == ["| ring", "| MindSpeed's ring"], lines
+        assert re.search("out .*dq .*dk .*dv .* between both", lines[4])

@@ -49,6 +49,8 @@ def test_modes_of_training(server, mode):
 
 
 def test_the_fused_update_trains_to_the_losses_of_one(server):
+    if not server.run("has_fused_update")[0]:
+        pytest.skip(f"torch_npu {bed.RELEASE} has no npu_ring_attention_update")
     losses, updates = server.run("train_with_fused_updates", 2, algorithm=RING)[0]
     same(losses, server.run("train")[0])
     assert updates > 0
@@ -125,6 +127,18 @@ def test_each_process_group_gets_the_buffer_of_its_largest_message(server, tmp_p
     for communicators in given:
         assert [pair for pair in communicators if pair[0] == 2] == [[2, 33], [2, 385]], communicators
         assert all(megabytes == 200 for size, megabytes in communicators if size == 4), communicators
+
+
+def test_attention_that_builds_scores_on_an_npu_is_named_by_module(server):
+    ((line,),) = server.run("plain_attention", asked=False)
+    assert "decoder.layers.*.self_attention.core_attention (2). --use-flash-attn computes" in line
+    assert server.run("plain_attention", asked=True) == [[]]
+
+
+@pytest.mark.parametrize("seq_length, megabytes", [(32768, 385), (4096, 200)])
+def test_megatrons_group_gets_the_buffer_of_its_largest_message(server, tmp_path, seq_length, megabytes):
+    for given in server.run("megatron_buffers", 4, folder=str(tmp_path), seq_length=seq_length):
+        assert max(given) == megabytes and set(given) <= {megabytes, 200}, given
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -45,8 +45,8 @@ def train(algorithm, cp, tp, steps, options):
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, context_parallel_size=cp)
     tensor_parallel.model_parallel_cuda_manual_seed(7)
     torch.manual_seed(7)
-    config = _transformer_config(cp, tp, options)
-    module = GPTModel(config, get_gpt_layer_local_spec(), VOCABULARY, LENGTH, position_embedding_type="rope").cuda()
+    module = model_of(cp, tp, options)
+    config = module.config
     if options.bf16:
         module = Float16Module(config, module)
     model = DistributedDataParallel(
@@ -64,6 +64,12 @@ def train(algorithm, cp, tp, steps, options):
         [model],
     )
     return [_step(model, optimizer) for _ in range(steps)]
+
+
+def model_of(cp, tp, options):
+    """On this rank's device, without what Megatron wraps around it."""
+    config = _transformer_config(cp, tp, options)
+    return GPTModel(config, get_gpt_layer_local_spec(), VOCABULARY, LENGTH, position_embedding_type="rope").cuda()
 
 
 def _transformer_config(cp, tp, options):

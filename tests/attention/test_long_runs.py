@@ -9,7 +9,7 @@ from cases import Case, arguments, local_inputs
 from distributed import run_ranks
 
 pytestmark = pytest.mark.cpu_only
-CALLS, LONGEST = 600 if pairs.whole() else 240, 300
+CALLS, LONGEST = 600 if pairs.whole() else 150, 300
 CONFIGS = {
     "ring": {"context_parallel_size": 2, "algorithm": "megatron_cp_algo"},
     "ulysses": {"context_parallel_size": 2, "algorithm": "ulysses_cp_algo"},

@@ -19,8 +19,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench.network import free_port
-from compare_runs import losses
+from bench import free_port
+from compare_runs import read_run
 from fault_injection import PHASES, Fault, run
 
 NUM_STEPS = 12
@@ -40,6 +40,11 @@ def train(prefix: str, folder: Path, plan: list[Fault]) -> tuple[bool, dict[int,
     log = folder / "run.jsonl"
     ended = run([*flags, "--log-file", str(log)], plan, 2, free_port(), folder)
     return ended, losses(log) if log.is_file() else {}
+
+
+def losses(path: Path) -> dict[int, float]:
+    """step -> loss of a --log-file."""
+    return {record["iteration"]: record["loss"] for record in read_run(path)}
 
 
 def rows_of(plan: list[Fault], prefix: str, folder: Path, wanted: dict[int, float]) -> list[tuple[str, ...]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from bench.network import free_port
+from bench import free_port
 
 
 def start(world_size: int, outputs: Callable[[int], tuple[Path, Path]], life: Callable[[int], None]) -> dict[int, int]:

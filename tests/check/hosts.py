@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.network import REFUSED, Network, two_hosts
+from figures.network import REFUSED, Network, two_hosts
 
 ALGORITHMS = ("hybrid", "double_ring")
 RUNNING, PORT = "running", 29531  # the first rank says the word after its first step

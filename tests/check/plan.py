@@ -24,14 +24,15 @@ import torch
 import torch.distributed as dist
 
 from bench.measuring import head, in_turns, row
-from bench.network import REFUSED, Network, bits_per_second, mesh, two_hosts
+from figures.network import REFUSED, Network, bits_per_second, mesh, two_hosts
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, LatentExpansion, SequenceLayout, TrainingSetup
 from mindspeed_cp import context_parallel_attention
 from mindspeed_cp.comm.link import link_of
 from mindspeed_cp.doctor.self_test import rates
 from mindspeed_cp.planner.calibrate import kernel_rate
 from mindspeed_cp.planner.cluster import Cluster
-from mindspeed_cp.planner.search import Candidate, search
+from mindspeed_cp.planner.search import search
+from mindspeed_cp.planner.timing import Candidate
 from mindspeed_cp.planner.trace import Problem
 
 HEADS, KV_HEADS, DIM = 8, 4, 64

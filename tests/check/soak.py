@@ -20,8 +20,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.network import Network, free_port, two_hosts
-from compare_runs import losses
+from bench import free_port
+from figures.network import Network, two_hosts
+from faults import losses
+from processes import children
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 FLAGS = (
@@ -74,15 +76,6 @@ class Job:
             if agent.poll() is None:
                 agent.terminate()
                 agent.wait(60)
-
-
-def children(pid: int) -> list[int]:
-    """Direct and indirect children of a process, from /proc."""
-    try:
-        direct = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
-    except OSError:
-        return []
-    return [int(child) for child in direct] + [other for child in direct for other in children(int(child))]
 
 
 def is_rank(pid: int) -> bool:

@@ -12,9 +12,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 
+Device = Literal["cpu", "cuda", "npu"]
 PACKAGES = ("torch", "torch_npu", "megatron-core", "mindspeed", "transformer-engine", "numpy")
 # Nothing else of the environment is shown: other variables may be secrets.
 PREFIXES = (
@@ -23,18 +25,25 @@ PREFIXES = (
 )  # fmt: skip
 
 
-def device_module(device: str):
-    """torch.npu or torch.cuda, None for the CPU."""
+def device_module(device: Literal["cuda", "npu"]) -> Any:
+    """torch.npu or torch.cuda; None where torch finds no such device."""
     if device == "npu" and importlib.util.find_spec("torch_npu"):
         import torch_npu  # noqa: F401
-    return None if device == "cpu" else getattr(torch, device, None)
+    module = getattr(torch, device, None)
+    return module if module is not None and module.is_available() else None
 
 
-def free_memory(device: str) -> int:
-    """Free bytes of the first device; of the host for the CPU."""
+def free_memory(device: Device) -> int:
+    """Free bytes of the first device; of the host for the CPU.
+
+    Raises:
+        ValueError: torch finds no such device.
+    """
+    if device == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     module = device_module(device)
     if module is None:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        raise ValueError(f"--device {device}: torch finds no such device here; --device cpu needs none.")
     return int(module.mem_get_info(0)[0])
 
 
@@ -48,10 +57,12 @@ def versions() -> str:
     return ", ".join(parts)
 
 
-def devices(device: str) -> str:
+def devices(device: Device) -> str:
+    if device == "cpu":
+        return f"{os.cpu_count()} cores"
     module = device_module(device)
-    if module is None or not module.is_available():
-        return "none" if device != "cpu" else f"{os.cpu_count()} cores"
+    if module is None:
+        return "none"
     return f"{module.device_count()} x {module.get_device_name(0)}, {free_memory(device) / 2**30:.2f} GiB free"
 
 
@@ -69,7 +80,7 @@ def tool(*command: str) -> str:
     return "\n".join(done.stdout.splitlines()[:40])
 
 
-def describe(device: str) -> Iterator[str]:
+def describe(device: Device) -> Iterator[str]:
     yield f"versions: {versions()}"
     yield f"machine: {platform.platform()}, {platform.machine()}, {os.cpu_count()} cores"
     yield f"devices: {devices(device)}"
@@ -89,7 +100,7 @@ def describe(device: str) -> Iterator[str]:
 def main() -> None:
     from mindspeed_cp.kernels import select_kernel
 
-    device = sys.argv[1]
+    device: Any = sys.argv[1]
     for line in describe(device):
         print(line)
     try:

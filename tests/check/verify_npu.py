@@ -11,9 +11,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import processes
 from verify_report import Outcome, last_line, report
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -47,7 +49,8 @@ CHECKS = (
     Check("parity over all features", f"{PYTEST} tests/attention/test_attention_exact.py"),
     Check(
         "launch scripts, dry run",
-        "for s in scripts/launch/[!cd]*.sh; do DRY_RUN=1 PYTHON={python} bash $s || exit 1; done",
+        "n=0; for s in scripts/launch/[!cd]*.sh; do DRY_RUN=1 PYTHON={python} bash $s || exit 1; n=$((n + 1)); done; "
+        'echo "$n scripts"',
     ),
     Check("training, cp=1 with and without --use-flash-attn", "{runs} alone {logs}/whole"),
     Check("training, every algorithm", "{runs} algorithms {logs}/whole"),
@@ -58,12 +61,22 @@ CHECKS = (
     Check("performance", "{runs} performance {logs}/whole", minutes=120),
 )
 MEGATRON = Check("Megatron-LM's own pretrain_gpt.py", "{runs} megatron {logs}/megatron --checkout {checkout}")
+MINDSPEED = Check("attention beside MindSpeed's ring", "{runs} mindspeed {logs}/mindspeed")
 
 
 def checks(args: argparse.Namespace) -> list[Check]:
-    """Those that are asked for, and can run here."""
+    """Those that are asked for, and can run here; the first one describes the machine and always runs.
+
+    Raises:
+        ValueError: --only names a part of no check's name.
+    """
     found = [*CHECKS, *([MEGATRON] if os.environ.get("MEGATRON_LM_PATH") else [])]
-    return [check for check in found if check.quick or not args.quick]
+    found += [MINDSPEED] if args.device == "npu" and find_spec("mindspeed") else []
+    found = [check for check in found if check.quick or not args.quick]
+    for part in args.only:
+        if not any(part in check.name for check in found):
+            raise ValueError(f"--only {part!r} is part of no check's name; --list shows them.")
+    return [c for c in found if c is CHECKS[0] or not args.only or any(part in c.name for part in args.only)]
 
 
 def command_of(check: Check, args: argparse.Namespace, logs: Path) -> str:
@@ -80,19 +93,22 @@ def command_of(check: Check, args: argparse.Namespace, logs: Path) -> str:
     )
 
 
-def run(check: Check, command: str, log: Path) -> Outcome:
-    """Run one check in a session of its own, which is ended whole when its time is over."""
+def run(check: Check, command: str, log: Path, minutes: float | None = None) -> Outcome:
+    """Run one check, which is ended with all that it has started when its time is over.
+
+    Args:
+        minutes: instead of the check's own.
+    """
+    minutes = minutes or check.minutes
     start = time.monotonic()
     with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            ["bash", "-c", command], cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
         try:
-            status = process.wait(timeout=60 * check.minutes)
+            status = processes.run(
+                ["bash", "-c", command], 60 * minutes, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT
+            )
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait()
-            file.write(f"\nended after {check.minutes} minutes\n")
+            status = -signal.SIGKILL
+            file.write(f"\nended after {minutes:g} minutes\n")
     said = log.read_text(encoding="utf-8", errors="replace")
     return Outcome(check.name, command, status == 0, time.monotonic() - start, said)
 
@@ -102,10 +118,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=list(RANKS), default="npu")
     parser.add_argument("--report", type=Path, help="the file to write; default: verify-DEVICE.md")
     parser.add_argument("--quick", action="store_true", help="the kernel, parity, Ulysses and Ring; ten minutes")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PART",
+        help="the checks with this in their name; may be repeated",
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="after which a check is ended, and has failed, instead of its own"
+    )
     parser.add_argument("--list", action="store_true", help="show the checks and run none")
     args = parser.parse_args(argv)
     args.ranks = int(os.environ.get("RANKS", RANKS[args.device]))
     args.report = args.report or Path(f"verify-{args.device}.md")
+    try:
+        args.checks = checks(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -113,16 +143,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     logs = Path(tempfile.mkdtemp(prefix="verify-"))
     outcomes: list[Outcome] = []
-    for number, check in enumerate(checks(args)):
+    kind = ", ".join([*(["--quick"] if args.quick else []), *(f"--only {part!r}" for part in args.only)]) or "whole"
+    for number, check in enumerate(args.checks):
         command = command_of(check, args, logs)
         if args.list:
             print(f"{check.name}: {command}")
             continue
         print(f"{check.name} ... ", end="", flush=True)
-        outcomes.append(outcome := run(check, command, logs / f"{number}.log"))
+        outcomes.append(outcome := run(check, command, logs / f"{number}.log", args.minutes))
         print(f"{'pass' if outcome.passed else 'FAIL'} ({outcome.seconds:.0f} s) {last_line(outcome)}", flush=True)
         # After every check, so that a machine that goes down leaves what it had.
-        args.report.write_text(report(args.device, args.ranks, args.quick, outcomes), encoding="utf-8")
+        args.report.write_text(report(args.device, args.ranks, kind, outcomes), encoding="utf-8")
     if args.list:
         return 0
     failed = [outcome.name for outcome in outcomes if not outcome.passed]

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import processes
+
 TRACEBACK = "Traceback (most recent call last)"
 LAST = 15  # lines of each rank
 TRACED = 40  # lines of the first traceback
@@ -28,13 +30,16 @@ def torchrun(folder: Path, ranks: int, script: Sequence[object], flags: Sequence
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["--log-dir", str(folder), "--redirects", "3", *(["-m"] if module else [])]
     command += [str(part) for part in (*script, *flags)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise RunFailed(f"it did not end within {TIMEOUT} s\n" + "\n".join(last_words(folder))) from None
-    if done.returncode:
-        words = list(last_words(folder)) or done.stderr.splitlines()[-LAST:]
-        raise RunFailed("\n".join([f"it ended with status {done.returncode}", " ".join(command[-40:]), *words]))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "torchrun.log", "w+", encoding="utf-8") as log:
+        try:
+            status = processes.run(command, TIMEOUT, stdout=subprocess.DEVNULL, stderr=log)
+        except subprocess.TimeoutExpired:
+            raise RunFailed(f"it did not end within {TIMEOUT} s\n" + "\n".join(last_words(folder))) from None
+        if status:
+            log.seek(0)
+            words = list(last_words(folder)) or log.read().splitlines()[-LAST:]
+            raise RunFailed("\n".join([f"it ended with status {status}", " ".join(command[-40:]), *words]))
     return "".join(said for _, said, _ in outputs(folder))
 
 

@@ -31,24 +31,23 @@ def last_line(outcome: Outcome) -> str:
     return outcome.lines[-1][:LONGEST_LINE] if outcome.lines else ""
 
 
-def report(device: str, ranks: int, quick: bool, outcomes: Sequence[Outcome]) -> str:
+def report(device: str, ranks: int, kind: str, outcomes: Sequence[Outcome]) -> str:
     """The text of the file.
 
     Args:
         ranks: devices of the training runs.
-        quick: whether only the quick checks were asked for.
+        kind: which checks were asked for, such as "whole".
     """
     return "\n".join(
-        [*_head(device, ranks, quick, outcomes), *_table(outcomes), *_tables(outcomes), *_failures(outcomes)]
+        [*_head(device, ranks, kind, outcomes), *_table(outcomes), *_tables(outcomes), *_failures(outcomes)]
     )
 
 
-def _head(device: str, ranks: int, quick: bool, outcomes: Sequence[Outcome]) -> Iterator[str]:
+def _head(device: str, ranks: int, kind: str, outcomes: Sequence[Outcome]) -> Iterator[str]:
     failed = sum(not outcome.passed for outcome in outcomes)
     yield f"# mindspeed_cp on {device}: {f'{failed} failed' if failed else 'pass'}"
     yield ""
     spent = sum(outcome.seconds for outcome in outcomes) / 60
-    kind = "--quick" if quick else "whole"
     now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     yield f"{now}, {kind}, {ranks} ranks, {spent:.0f} minutes, {_revision()}"
     yield from ("", "## Machine", "", "```text")

@@ -7,6 +7,7 @@ leaves out, such as the distributed optimizer, is trained, and losses and gradie
     python tests/check verify_runs policies|modes|batches|resume FOLDER --ranks 8
     python tests/check verify_runs megatron FOLDER --ranks 8 --checkout DIR    Megatron-LM's own pretrain_gpt.py
     python tests/check verify_runs performance FOLDER --ranks 8 --device npu   a table of the algorithms
+    python tests/check verify_runs mindspeed FOLDER --ranks 8 --device npu     one layer by its ring and by this one's
     --quick: Ulysses and Ring alone, five steps, which sizes for a CPU make in any case
 
 The last line says how it ended; exit status 1 when a run fails or its losses differ. A run that fails costs its own
@@ -247,8 +248,27 @@ def performance(args):
     return float("inf") if failures else 0.0
 
 
+def mindspeed(args):
+    """Attention of one layer of the performance rows, beside MindSpeed's own ring."""
+    free = free_memory(args.device)
+    shape = Shape(64, 256, 2) if args.tiny else shape_for(free)
+    dim = shape.hidden // shape.heads
+    print(f"{shape.heads} heads of {dim}, {shape.length} tokens, for {free / 2**30:.2f} GiB free\n")
+    sizes = (
+        f"--length {shape.length} --heads {shape.heads} --dim {dim} --dtype {'float32' if args.tiny else 'bfloat16'}"
+    )
+    try:
+        flags = ["verify_ring", "--device", args.device, *sizes.split()]
+        print(torchrun(args.folder / "ring", args.ranks, [Path(__file__).parent], flags))
+    except RunFailed as error:
+        print(f"MindSpeed's ring: failed, {error}")
+        return float("inf")
+    return 0.0
+
+
 def main():
-    kinds = {**dict.fromkeys(RUNS, training), "resume": resume, "megatron": megatron, "performance": performance}
+    kinds = {**dict.fromkeys(RUNS, training), "resume": resume, "megatron": megatron}
+    kinds |= {"performance": performance, "mindspeed": mindspeed}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(kinds))
     parser.add_argument("folder", type=Path)
@@ -258,13 +278,16 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
     parser.add_argument("--quick", action="store_true", help="Ulysses and Ring alone, five steps")
     args = parser.parse_args()
-    args.tiny = args.tiny or free_memory(args.device) < SMALL
+    try:
+        args.tiny = args.tiny or free_memory(args.device) < SMALL
+    except ValueError as error:
+        sys.exit(str(error))
     args.folder.mkdir(parents=True, exist_ok=True)
-    if args.what != "megatron" and not (args.folder / "topics.idx").exists():
+    if args.what not in ("megatron", "mindspeed") and not (args.folder / "topics.idx").exists():
         prepare = [sys.executable, SCRIPTS / "prepare_data.py", "--output", args.folder / "topics"]
         subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
     worst = kinds[args.what](args)
-    if args.what != "performance":
+    if args.what not in ("performance", "mindspeed"):
         print(f"largest relative difference: {worst:.1g} of what is allowed (of a training {TOLERANCE:.0e})")
     sys.exit(worst > 1)
 

@@ -68,38 +68,30 @@ class TracingKernel(AttentionKernel):
         return self._kernel.backward(*args)
 
 
-class TracedWork:
-    def __init__(self, work, trace):
-        self._work, self._trace = work, trace
-
-    def wait(self, *args):
-        self._trace.append("wait")
-        return self._work.wait(*args)
-
-
 def traced(rank, case):
-    """Events of forward and of backward on this rank: "post" per batch of transfers, "wait" per work, "block" per
-    kernel call.
+    """Events of forward and of backward on this rank: "post" per batch of transfers or collective, "wait" per message,
+    "block" per kernel call.
     """
     from mindspeed_cp import context_parallel_attention
-    from mindspeed_cp.comm import link
+    from mindspeed_cp.comm import batch, link
 
     config, groups = setup_of(case.config, case.share_from)
     layout = SequenceLayout.build(config, case.seq_len)
     leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
-    trace, batch, gather = [], dist.batch_isend_irecv, link._all_gather
+    trace = []
 
-    def traced_batch(ops):
-        trace.append("post")
-        return [TracedWork(work, trace) for work in batch(ops)]
+    def noting(event, function):
+        def noted(*args, **kwargs):
+            trace.append(event)
+            return function(*args, **kwargs)
 
-    def traced_gather(*args, **kwargs):
-        trace.append("post")
-        return TracedWork(gather(*args, **kwargs), trace)
+        return noted
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "batch_isend_irecv", traced_batch)
-        patch.setattr(link, "_all_gather", traced_gather)
+        patch.setattr(batch.Batch, "post", staticmethod(noting("post", batch.Batch.post)))
+        patch.setattr(link, "_all_gather", noting("post", link._all_gather))
+        for module in (batch, link):
+            patch.setattr(module, "wait_for", noting("wait", module.wait_for))
         keywords = arguments(case, config, groups, layout, sinks, mask)
         out = context_parallel_attention(*leaves, **{**keywords, "kernel": TracingKernel(trace)})
         forward, trace[:] = list(trace), []
@@ -265,6 +257,7 @@ def test_results_do_not_depend_on_when_a_send_really_starts(cp, window, degree, 
             dtype="float32",
             dk=16,
             dv=16,
+            share_from=None,
         )
         for mask_type in ("causal", "full")
         for policy in (None, "half")
@@ -278,7 +271,9 @@ def test_results_do_not_depend_on_when_a_send_really_starts(cp, window, degree, 
 
 def test_one_ranks_delay_does_not_change_a_bit():
     case = Case(
-        {"context_parallel_size": 3, "algorithm": "megatron_cp_algo", "send_recv_overlap": True}, dtype="float32"
+        {"context_parallel_size": 3, "algorithm": "megatron_cp_algo", "send_recv_overlap": True},
+        dtype="float32",
+        share_from=None,
     )
     prompt, late = (run_ranks(3, function, [case]) for function in (attend_many, attend_with_late_sends))
     for a, b in zip(prompt, late):

@@ -7,9 +7,9 @@ memory and links that only take notes.
 from dataclasses import replace
 
 import pytest
+from exchange_model import rows_sent
 
 from mindspeed_cp import ContextParallelConfig
-from mindspeed_cp.attention.exchange_model import rows_sent
 from mindspeed_cp.attention.ring_plan import ring_plan
 from mindspeed_cp.comm.schedule import RingPlace
 from mindspeed_cp.planner.events import Compute, Post, Wait

@@ -77,6 +77,44 @@ def test_the_adaptor_asks_for_them_on_hccl_unless_the_user_has(monkeypatch):
     assert machine.hccl_buffers(hybrid, setup) == {}
 
 
+@pytest.mark.parametrize(
+    "algorithm, seq_len, dynamic, asked",
+    [
+        ("ulysses_cp_algo", 65536, False, 385),
+        ("ulysses_cp_algo", 8192, False, None),
+        ("ulysses_cp_algo", 65536, True, None),
+    ],
+)
+def test_megatrons_own_group_gets_one_where_hccls_is_too_small(algorithm, seq_len, dynamic, asked, monkeypatch):
+    from mindspeed_cp.megatron import adaptor as machine
+    from mindspeed_cp.patches import process_groups
+
+    monkeypatch.delenv("HCCL_BUFFSIZE", raising=False)
+    monkeypatch.setattr(dist, "get_backend", lambda: "hccl")
+    monkeypatch.setattr(process_groups, "group_options", lambda buffers, name: buffers.get(name))
+    wanted = config(algorithm, 4)
+    monkeypatch.setattr(process_groups, "agreed_config", lambda settings, given: wanted)
+    monkeypatch.setattr(process_groups, "check_launch", lambda given: None)
+    adaptor = machine.Adaptor()
+    adaptor.settings.setup = TrainingSetup(
+        num_attention_heads=32, seq_length=seq_len, head_dim=128, half_precision="bfloat16"
+    )
+    found = {}
+
+    class MadeError(Exception):
+        pass
+
+    def original(hybrid_context_parallel=False):
+        for name in ("cp", "dp"):
+            found[name] = process_groups.get_nccl_options(adaptor, lambda *args: None, name, {})
+        assert process_groups.get_nccl_options(adaptor, lambda *args: "the user's", "cp", {}) == "the user's"
+        raise MadeError
+
+    with pytest.raises(MadeError):
+        process_groups.initialize_model_parallel(adaptor, original, hybrid_context_parallel=dynamic)
+    assert found == {"cp": asked, "dp": None}
+
+
 def test_the_adaptor_asks_for_them_around_a_group_that_somebody_else_made(monkeypatch):
     from mindspeed_cp.megatron import adaptor as machine
 
@@ -124,15 +162,16 @@ def told(environment=(), shape=SHAPE, cp_config=None, **more):
 
 
 def test_a_message_above_the_buffer_is_a_warning_with_the_value_that_fits():
-    (warning,) = told()["warning"]
+    (warning,) = told({"HCCL_BUFFSIZE": "200"})["warning"]
     assert "403 MB message of the cp group" in warning and "HCCL_BUFFSIZE=385" in warning
-    assert told({"HCCL_BUFFSIZE": "385"})["warning"] == []
-    assert told(shape=SHAPE._replace(seq_len=8192))["warning"] == []
+    assert told({"HCCL_BUFFSIZE": "385"})["warning"] == told()["warning"] == []
 
 
 def test_communicators_and_their_memory_are_counted():
     (note,) = told(others=("tp", "dp"))["note"]
-    assert "at least 3 communicators take 1,200 MB" in note
+    assert "at least 3 communicators take 1,570 MB" in note
+    (note,) = told(shape=SHAPE._replace(seq_len=8192), others=("tp", "dp"))["note"]
+    assert "at least 3 communicators take 1,200 MB" in note  # never less than HCCL's own
     (note,) = told({"HCCL_BUFFSIZE": "400"})["note"]
     assert "at least 1 communicators take 800 MB" in note
 

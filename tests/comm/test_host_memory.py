@@ -4,7 +4,6 @@ import copy
 import multiprocessing
 import os
 import time
-from collections import Counter
 from datetime import timedelta
 
 import cases
@@ -25,7 +24,6 @@ from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.workspace import Workspace
 
 pytestmark = pytest.mark.cpu_only
-NOTICE = 40  # bytes
 
 
 def linked(group=None):
@@ -67,31 +65,24 @@ def test_shared_memory_gives_the_bits_and_the_counts_of_gloo(algorithm, cp):
             assert shared[1] == sent[1]
 
 
-def bytes_through_gloo(rank, case):
-    """Sizes of everything that is handed to gloo, with their numbers, in forward and backward."""
+def without_gloo(rank, case):
+    """Forward and backward where gloo carries nothing."""
     attend(rank, case)  # groups are made and connected
-    sizes, batch = Counter(), dist.batch_isend_irecv
-
-    def traced(ops):
-        sizes.update(op.tensor.numel() * op.tensor.element_size() for op in ops)
-        return batch(ops)
 
     def unused(*args, **kwargs):
-        raise AssertionError("a collective of gloo")
+        raise AssertionError("a message of gloo")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "batch_isend_irecv", traced)
+        patch.setattr(dist, "batch_isend_irecv", unused)
         patch.setattr(dist, "all_to_all_single", unused)
         patch.setattr("mindspeed_cp.comm.link._all_gather", unused)
         attend(rank, case)
-    return sizes
 
 
 @pytest.mark.parametrize("algorithm", ["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo"])
-def test_only_notices_go_through_gloo(algorithm):
+def test_neither_messages_nor_notices_go_through_gloo(algorithm):
     for shape in shapes(algorithm, 4):
-        for sizes in run_ranks(4, bytes_through_gloo, Case(shape, seq_len=64, heads=8, kv_heads=8)):
-            assert set(sizes) == {NOTICE}, (shape, sizes)
+        run_ranks(4, without_gloo, Case(shape, seq_len=64, heads=8, kv_heads=8))
 
 
 def small_messages(rank, case):

@@ -94,23 +94,25 @@ def open_files(rank):
     config = ContextParallelConfig(context_parallel_size=2, algorithm="megatron_cp_algo")
     warm = ContextParallelGroups.build(config, share_from=None)
 
-    def count():
-        return sum(
-            os.readlink(f"/proc/self/fd/{name}").startswith("/memfd:mindspeed_cp")
-            for name in os.listdir("/proc/self/fd")
-            if os.path.islink(f"/proc/self/fd/{name}")
-        )
+    def opened():
+        return {os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")}
 
-    before = count()
+    def ours():
+        return {name for name in opened() if "memfd:mindspeed_cp" in name} | (opened() & pipes)
+
+    pipes = set()
+    before = ours()
     groups = ContextParallelGroups.build(config, share_from=0)
     sent, received = torch.ones(100), torch.empty(100)
     groups.ring.exchange([(1 - rank, [sent])], [(1 - rank, [received])], "kv").wait()
-    during = count()
+    notices = groups.cp.carrier.notices
+    pipes |= {os.path.realpath(f"/proc/self/fd/{file}") for file in (notices._from[1 - rank], notices._to[1 - rank])}
+    during = ours()
     dist.barrier()
     groups.destroy()
     warm.destroy()
-    return during > before, count() - before
+    return len(during - before), ours() - before
 
 
 def test_nothing_stays_open_after_the_groups():
-    assert run_ranks(2, open_files) == [(True, 0)] * 2
+    assert run_ranks(2, open_files) == [(4, set())] * 2  # two memories and two pipes

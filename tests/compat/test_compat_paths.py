@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from distributed import run_ranks
 from mindspeed_cp import compat
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.compat import process_groups
+from mindspeed_cp.compat.group_getters import GroupGetters
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 CP = "mindspeed.core.context_parallel"
@@ -150,19 +152,18 @@ def _getters(rank, monkeypatched):
     """(hierarchy keywords, expected answers by getter) for each case, on every rank."""
     for settings, expected in monkeypatched:
         groups = ContextParallelGroups.build(ContextParallelConfig(context_parallel_size=4, **settings))
-        original, process_groups._adaptor_groups = process_groups._adaptor_groups, lambda groups=groups: groups
+        getters = GroupGetters(lambda groups=groups: SimpleNamespace(groups=groups))
         try:
             for name, answers in expected.items():
-                answer = getattr(process_groups, name)()
+                answer = getattr(getters, name)()
                 if isinstance(answer, torch.distributed.ProcessGroup):
                     answer = torch.distributed.get_process_group_ranks(answer)
                 assert answer == answers[rank], f"{name} on rank {rank} of {settings}: {answer}"
             if groups.ring_size == 1:
-                assert process_groups.get_context_parallel_group_for_send_recv_overlap(check_initialized=False) is None
+                assert getters.get_context_parallel_group_for_send_recv_overlap(check_initialized=False) is None
                 with pytest.raises(ValueError, match="choose an algorithm"):
-                    process_groups.get_context_parallel_group_for_hybrid_ring()
+                    getters.get_context_parallel_group_for_hybrid_ring()
         finally:
-            process_groups._adaptor_groups = original
             groups.destroy()
 
 

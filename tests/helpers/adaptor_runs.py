@@ -1,7 +1,7 @@
-"""What the adaptor tests run in processes of their own, because the order of imports matters or torch gets patched.
+"""Functions that the adaptor tests run in separate processes, because import order matters or torch is patched.
 
-``observe("name")`` calls the function ``name`` of this module in a new process that has imported torch and returns what
-it returned.
+``observe("name")`` calls the function ``name`` of this module in a new process that has imported torch, and returns its
+result.
 """
 
 import importlib
@@ -29,7 +29,7 @@ def _observed(name, module, variables):
 
 
 def snapshot(prefixes=("torch", "megatron", "numpy")):
-    """(kind of owner, its name, attribute) -> object, for all attributes of modules and of the classes they hold."""
+    """(kind of owner, its name, attribute) -> object, for all attributes of modules and of their classes."""
     found = {}
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] not in prefixes or module is None:
@@ -43,12 +43,12 @@ def snapshot(prefixes=("torch", "megatron", "numpy")):
 
 
 BOOKKEEPING = ("__annotations__", "__warningregistry__", "__abstractmethods__", "_abc_impl", "__static_attributes__")
-BOOKKEEPING += ("_te_version",)  # where Megatron remembers what it found
+BOOKKEEPING += ("_te_version",)  # Megatron's caches
 PROTOCOL_INIT = "_no_init_or_replace_init"  # of a class of typing.Protocol until its first instance
 
 
 def changed(before, after):
-    """Names of attributes that are other objects, gone, or new on an owner that was there (submodules do not count)."""
+    """Names of attributes of existing owners that were replaced, removed or added (submodules do not count)."""
     owners = {key[:2] for key in before}
     names = [key for key in before if key not in after or after[key] is not before[key]]
     names += [
@@ -59,7 +59,7 @@ def changed(before, after):
 
 
 def held(targets):
-    """What the owner of each target holds itself, None where it inherits the attribute or cannot be imported."""
+    """The value of each target in its owner's own dict; None if it is inherited or cannot be imported."""
     objects = []
     for owner, _, name in (target.rpartition(".") for target in targets):
         try:
@@ -70,7 +70,7 @@ def held(targets):
 
 
 def import_every_target():
-    """Import the modules that the tables name, without applying anything; returns the targets."""
+    """Import the modules of all targets in the tables without applying anything; returns the targets."""
     from mindspeed_cp.megatron.adaptor import Adaptor
     from mindspeed_cp.patches.areas import all_areas
 
@@ -81,14 +81,14 @@ def import_every_target():
         for count in range(1, len(parts)):
             try:
                 importlib.import_module(".".join(parts[:count]))
-            except ImportError:  # the path goes on with a class, or the module needs a library that is missing here
+            except ImportError:  # the rest of the path is a class, or a library is missing
                 break
     importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     return targets
 
 
 def package_alone():
-    """What ``import mindspeed_cp`` changes of torch, and whether it brings Megatron or aliases in."""
+    """What ``import mindspeed_cp`` changes in torch, and whether it imports Megatron or installs aliases."""
     import torch  # noqa: F401
 
     before, finders = snapshot(), list(sys.meta_path)
@@ -151,20 +151,20 @@ def _late_warnings(call):
 
 
 def on_another_rank():
-    """Megatron's model code first, then the adaptor; RANK says in the environment which rank this is."""
+    """Megatron's model code first, then the adaptor; the environment variable RANK is this rank."""
     importlib.import_module("megatron.core.models.gpt")
     return _late_warnings(lambda: importlib.import_module("mindspeed_cp.megatron_adaptor"))
 
 
 def version_first():
-    """A script that asks for Megatron's version, then imports the adaptor; then what that request alone imported."""
+    """A script that reads Megatron's version before it imports the adaptor; and what reading the version imported."""
     from megatron.core.package_info import __version__  # noqa: F401
 
     return _late_warnings(lambda: importlib.import_module("mindspeed_cp.megatron_adaptor"))
 
 
 def attempt(error_type):
-    """The message of the error that importing the adaptor raises, "" when it raises none; then what changed."""
+    """(message of the error that importing the adaptor raises, "" if none; what changed)."""
     before = snapshot()
     try:
         importlib.import_module("mindspeed_cp.megatron_adaptor")
@@ -174,7 +174,7 @@ def attempt(error_type):
 
 
 def failed_imports():
-    """One after the other: Megatron missing, a wrong device variable, a name that is gone, an untried version."""
+    """In sequence: Megatron missing, a wrong device variable, a missing name, an untried version."""
     import torch
 
     import mindspeed_cp  # noqa: F401
@@ -211,7 +211,7 @@ def failed_imports():
         adaptor = importlib.import_module("mindspeed_cp.megatron_adaptor")
     results["untried"] = [str(entry.message) for entry in caught if "has not been tried" in str(entry.message)]
     results["tried"] = adaptor.TRIED_VERSIONS
-    # A name may stand in the table for CPUs, which comes first, and in the one for NPUs.
+    # A name may be in both the table for CPUs, which comes first, and the one for NPUs.
     results["with_cuda"] = {row.target: row.status for row in reversed(adaptor.report())}
     return results
 
@@ -229,7 +229,7 @@ def _join_alone():
 
 
 def _train_once():
-    """Loss, logits and gradients of a small GPT, and what attention alone gives, as lists of exact numbers."""
+    """Loss, logits and gradients of a small GPT, and the output of attention alone, as lists of exact numbers."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -278,7 +278,7 @@ def _train_once():
 
 
 def without_context_parallelism():
-    """Exact numbers of a training step with every patch applied, and with the device stand-in alone."""
+    """Exact results of a training step with all patches applied, and with only the CPU stand-in."""
     from mindspeed_cp import megatron_adaptor
     from mindspeed_cp.patches import PatchManager
     from mindspeed_cp.patches.machine import cpu

@@ -1,4 +1,4 @@
-"""An Adaptor whose context-parallel group is a stand-in: for patches and batches where no process group is needed."""
+"""An Adaptor with a fake context-parallel group, for tests of patches and batches that need no process group."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ RING = ContextParallelConfig(context_parallel_size=2, algorithm="megatron_cp_alg
 
 
 class StandIn(Adaptor):
-    """Computes over one scope, whatever group is named."""
+    """Uses one scope for any group."""
 
     def __init__(self, scope):
         super().__init__()
@@ -33,7 +33,7 @@ class StandIn(Adaptor):
 
 
 def adaptor_of(config=RING, cp_rank=0, groups=None):
-    """An adaptor that believes to be ``cp_rank`` of the group of ``config``, or one over real ``groups``."""
+    """An adaptor that acts as ``cp_rank`` of the group of ``config``, or one over real ``groups``."""
     stand_in = SimpleNamespace(
         cp_size=config.context_parallel_size,
         cp_rank=cp_rank,

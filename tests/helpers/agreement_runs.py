@@ -1,10 +1,10 @@
-"""How ranks compare their settings before they work together; each function runs on every rank."""
+"""How ranks compare their settings at the start; each function runs on every rank."""
 
 import contextlib
 import io
 from functools import partial
 
-# name -> (what each rank gives to ``agree``, the verdict)
+# name -> (each rank's arguments of ``agree``, the verdict)
 CASES = {
     "equal": ([{"settings": {"--lr": "1"}}] * 3, ""),
     "one differs": (
@@ -37,7 +37,7 @@ CASES = {
 
 
 def judge(rank):
-    """name -> (verdict, what was said on this rank), and what groups of different configurations say."""
+    """name -> (verdict, what this rank printed), and the message for groups of different configurations."""
     import torch
     import torch.distributed as dist
 
@@ -57,7 +57,7 @@ def judge(rank):
 
 
 def start_megatron(rank):
-    """Messages of starts with settings that differ, then the context-parallel size of one that works."""
+    """Messages of starts with different settings, then the context-parallel size of a start that works."""
     from megatron.core import parallel_state
 
     from mindspeed_cp import ContextParallelConfig, megatron_adaptor

@@ -1,4 +1,4 @@
-"""Runs functions and scripts in new processes, forked from the ranks' server, that belong to none of its pools."""
+"""Runs functions and scripts in new processes that are forked from the ranks' server but belong to no pool."""
 
 import multiprocessing
 import os
@@ -11,14 +11,14 @@ from pathlib import Path
 from distributed import RankFailure, answered, device_type, forking_from, free_port, set_device_type, wake
 from rank_server import end_with_parent
 
-OUTPUTS = "out", "err"  # what files of script_outcome are called, in the order of their numbers
+OUTPUTS = "out", "err"  # file names of script_outcome, in the order of file descriptors
 
 
 def run_alone(function, *args, timeout=120.0):
     """``function(*args)`` in a new process that belongs to no process group and may fork its own ranks.
 
     Raises:
-        RankFailure: it raised, or did not answer within ``timeout`` seconds.
+        RankFailure: it raised, or did not return within ``timeout`` seconds.
     """
     wake(None)
     ours, theirs = multiprocessing.Pipe()
@@ -41,8 +41,8 @@ def run_alone(function, *args, timeout=120.0):
 
 
 def run_script(path, num_processes=1, **variables):
-    """What a script prints, in its folder: a process of its own, or as many as torchrun would start, with these
-    environment ``variables``.
+    """The output of a script, run in its folder in one or several new processes, as torchrun would start them, with
+    these environment ``variables``.
 
     Raises:
         RankFailure: a process failed, or did not end.
@@ -54,8 +54,8 @@ def run_script(path, num_processes=1, **variables):
 
 
 def script_outcome(path, arguments, timeout=300.0, **variables):
-    """(exit codes, printed text, errors) of a process for each of ``arguments``, which are lists of words; the code of
-    one that did not end within ``timeout`` seconds is None.
+    """(exit codes, printed text, errors) of one process per element of ``arguments``, lists of words; the exit code is
+    None for a process that did not end within ``timeout`` seconds.
     """
     wake(None)
     size = len(arguments)

@@ -1,6 +1,7 @@
-"""Whole GPT models whose batches come in every way that frameworks bring them; ``compare`` runs on each rank.
+"""Whole GPT models with batches in all forms that frameworks use; ``compare`` runs on each rank.
 
-Expected is always the same model without context parallelism that is given Megatron's own dense mask of the documents.
+The expected result is always that of the same model without context parallelism, with Megatron's own dense mask of the
+documents.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from megatron_version import MINOR as VERSION
 from model_cases import MODEL, VOCABULARY
 
 SEQ, ROWS, END = 48, 2, 0
-DOCUMENTS = ((0, 5, 6, 29, SEQ), (0, 17, 40, SEQ))  # one row for each row of the batch
+DOCUMENTS = ((0, 5, 6, 29, SEQ), (0, 17, 40, SEQ))  # per row of the batch
 OTHERS = ((0, 13, SEQ), (0, 44, SEQ))
 ALGORITHMS = {
     "ulysses": {"algorithm": "ulysses_cp_algo"},
@@ -25,11 +26,19 @@ ALGORITHMS = {
     "hybrid": {"algorithm": "hybrid_cp_algo", "ulysses_degree": 2},
     "kv all-gather": {"algorithm": "kvallgather_cp_algo"},
 }
+# Two more ways to exchange what the ring exchanges; they take these cases with --full alone.
+VARIANTS = ("double ring", "kv all-gather")
+LEFT_OUT = (
+    "mask of the dataloader, full",
+    "mask of the dataloader, causal",
+    "prefetch, recomputed",
+    "packed elsewhere, recomputed",
+)
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 def build(cp_size, pre=True, post=True, stage=None, **settings):
-    """GPTModel with weights that depend on their names alone, wherever the layer is."""
+    """GPTModel whose weights depend only on their names, on any stage."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -68,7 +77,7 @@ def named(model):
 
 
 def batch_of(documents, seed=5, seq=SEQ):
-    """A whole batch with an END token behind each document, and position ids that begin again with each."""
+    """A whole batch with an END token after each document, and position ids that restart with each."""
     generator = torch.Generator().manual_seed(seed)
     tokens, labels = torch.randint(1, VOCABULARY, (2, len(documents), seq), generator=generator)
     places = torch.arange(seq).repeat(len(documents), 1)
@@ -81,7 +90,7 @@ def batch_of(documents, seed=5, seq=SEQ):
 
 
 def mask_of(documents, seq=SEQ):
-    """(rows, 1, S, S) as Megatron's dataloader makes it, True where masked out."""
+    """(rows, 1, S, S) as in Megatron's dataloader, True where masked out."""
     rows = [reference.allowed_pairs(seq, causal=True, cu_seqlens=ends) for ends in documents]
     return ~torch.cat([allowed.reshape(1, 1, seq, seq) for allowed in rows])
 
@@ -114,7 +123,7 @@ def split(batch):
 
 
 def difference(losses, found, whole, expected, take):
-    """Largest difference of this rank's losses and of the gradients, over the largest that there is."""
+    """Largest difference of this rank's losses and of the gradients, relative to the largest value."""
     worst = float((losses - take(whole)).detach().abs().max() / whole.detach().abs().max())
     assert set(found) <= set(expected) and found
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
@@ -161,7 +170,7 @@ def state_size():
 
 
 def _prefetched(first, second, **settings):
-    """Two batches are split before the first one runs, and both run before either goes back."""
+    """Two batches are split before the first forward pass, and both forward passes run before any backward pass."""
     from mindspeed_cp import megatron_adaptor
 
     state, results = megatron_adaptor.state(), []
@@ -178,7 +187,7 @@ def _prefetched(first, second, **settings):
 
 
 def chunks_of(boundaries, cp_size, cp_rank):
-    """Positions of a rank in the order of Megatron's contract: every document on its own, two of its 2 cp chunks."""
+    """Positions of a rank in Megatron's convention: two of the 2 cp chunks of every document."""
     found = []
     for start, stop in zip(boundaries, boundaries[1:]):
         pieces = torch.arange(start, stop).chunk(2 * cp_size)
@@ -186,7 +195,7 @@ def chunks_of(boundaries, cp_size, cp_rank):
     return torch.cat(found)
 
 
-PADDED, TRUE = (0, 8, 32, SEQ), (0, 5, 29, 40)  # the documents of a packed row, padded to 2 cp chunks and as they are
+PADDED, TRUE = (0, 8, 32, SEQ), (0, 5, 29, 40)  # documents of a packed row, padded to 2 cp chunks and unpadded
 
 
 def packed_params(true=TRUE, padded=PADDED):
@@ -206,7 +215,7 @@ def packed_params(true=TRUE, padded=PADDED):
 
 
 def packed_batch():
-    """A packed row whose padding has no loss, and the documents with which it is a dense mask."""
+    """A packed row whose padding has no loss, and the documents of the equivalent dense mask."""
     batch = batch_of((PADDED,))
     for start, stop, length in zip(PADDED, PADDED[1:], (after - before for before, after in zip(TRUE, TRUE[1:]))):
         batch["loss_mask"][0, start + length : stop] = 0
@@ -220,7 +229,7 @@ def expected_packed(**settings):
 
 
 def _packed_difference(whole, positions=True, **settings):
-    """Difference of a packed batch that a framework split: nothing of this project cut it."""
+    """Difference of a packed batch that a framework split, not this project."""
     from mindspeed_cp import megatron_adaptor
 
     state, model = megatron_adaptor.state(), build(4, **settings)
@@ -236,8 +245,8 @@ def _packed_difference(whole, positions=True, **settings):
     return max(found, float((gathered - whole[0].detach()).abs().max()))
 
 
-def compare(rank):
-    """algorithm -> case -> difference."""
+def compare(rank, whole):
+    """algorithm -> case -> difference; without ``whole`` VARIANTS leave out some."""
     import trainer.quiet  # noqa: F401
 
     from mindspeed_cp import megatron_adaptor  # noqa: F401
@@ -248,27 +257,32 @@ def compare(rank):
         shorter = _evaluated(batch_of(((0, 24),), seq=24))
     for name, settings in ALGORITHMS.items():
         with groups(settings):
-            results[name] = _all_cases(settings, first, second, packed, shorter)
+            left_out = LEFT_OUT if name in VARIANTS and not whole else ()
+            results[name] = _all_cases(settings, first, second, packed, shorter, left_out)
     return results
 
 
-def _all_cases(settings, first, second, packed, shorter):
+def _all_cases(settings, first, second, packed, shorter, left_out):
     from mindspeed_cp import megatron_adaptor
 
     found, batch = {}, batch_of(DOCUMENTS)
     for flag in ("general", "full", "causal"):
+        if f"mask of the dataloader, {flag}" in left_out:
+            continue
         configure(settings | {"attention_mask_type": flag})
         found[f"mask of the dataloader, {flag}"] = _own_difference(first, batch, mask_of(DOCUMENTS))
     configure(settings, end_of_document=END)
     found["end-of-document tokens"] = _own_difference(first, batch)
     found["prefetch"] = _prefetched(first, second)
-    found["prefetch, recomputed"] = _prefetched(first, second, **RECOMPUTE)
+    if "prefetch, recomputed" not in left_out:
+        found["prefetch, recomputed"] = _prefetched(first, second, **RECOMPUTE)
     configure(settings, documents_from_position_ids=True)
     found["position ids"] = _own_difference(first, batch)
     configure(settings)
     found["by hand"], found["by hand, lost"] = _by_hand(first)
     found["packed elsewhere"] = _packed_difference(packed)
-    found["packed elsewhere, recomputed"] = _packed_difference(packed, positions=False, **RECOMPUTE)
+    if "packed elsewhere, recomputed" not in left_out:
+        found["packed elsewhere, recomputed"] = _packed_difference(packed, positions=False, **RECOMPUTE)
     if find_spec("megatron.core.ssm.mamba_context_parallel"):
         found["state-space layers"] = mamba_runs.compare(megatron_adaptor.state().config)
     found["inference"] = _refused_inference()
@@ -277,7 +291,7 @@ def _all_cases(settings, first, second, packed, shorter):
 
 
 def _evaluated(batch):
-    """Whole losses without gradients, in the order of the sequence, of a model that trains on another length."""
+    """Whole losses without gradients, in sequence order, of a model that trains on another length."""
     from mindspeed_cp import megatron_adaptor
 
     size = state_size()
@@ -290,9 +304,9 @@ def _evaluated(batch):
 
 
 def _by_hand(whole):
-    """Difference of copies of a batch whose documents were given by hand, and what is said of tokens that are not its.
+    """Difference of copies of a batch with explicit documents, and the message for tokens that are not from the batch.
 
-    The copies are what a framework makes that moves tensors; the others what it makes that pads them.
+    Frameworks make copies when they move tensors, and different tokens when they pad them.
     """
     from mindspeed_cp import megatron_adaptor
 
@@ -314,7 +328,7 @@ def _by_hand(whole):
 
 
 def _refused_inference():
-    """What is said of Megatron's inference contexts."""
+    """The message for Megatron's inference contexts."""
     from megatron.core.inference.contexts import StaticInferenceContext
 
     try:

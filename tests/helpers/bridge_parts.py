@@ -32,7 +32,7 @@ def masks():
 
 
 def module(cp_size, **settings):
-    """Megatron's DotProductAttention for the process groups of now."""
+    """Megatron's DotProductAttention for the current process groups."""
     import torch
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -92,7 +92,7 @@ def initialize(cp_size):
 
 
 def record_of(adaptor, seq_len):
-    """The record of a batch of that length, split as a training step does."""
+    """The record of a batch of that length, split as in a training step."""
     import torch
     from megatron.core.utils import get_batch_on_this_cp_rank
 

@@ -1,4 +1,4 @@
-"""Megatron's core attention on two ranks against Megatron's own at context_parallel_size 1; ``compare`` runs on each
+"""Compare Megatron's core attention on two ranks with the original at context_parallel_size 1; ``compare`` runs on each
 rank.
 """
 
@@ -24,7 +24,7 @@ from bridge_parts import (
 
 
 def compare(rank):
-    """Rank's results: name -> largest difference to Megatron's own attention, and what the adaptor said."""
+    """Rank's results: name -> largest difference from Megatron's own attention, and what the adaptor printed."""
     import torch
     import torch.distributed as dist
     from megatron.core import package_info, parallel_state  # noqa: F401  before the adaptor on purpose
@@ -84,7 +84,7 @@ def _shards(layout, rank, inputs):
 
 
 def _difference(adaptor, layout, rank, settings, mask, expected):
-    """(largest difference, whether attention was asked with a dense mask)."""
+    """(largest difference, whether attention was called with a dense mask)."""
     import torch.distributed as dist
 
     from mindspeed_cp.megatron import bridge
@@ -104,7 +104,7 @@ def _difference(adaptor, layout, rank, settings, mask, expected):
 
 
 def by_document(inputs):
-    """Attention with gradients of each document on its own, in float64."""
+    """Attention and gradients of each document separately, in float64."""
     import reference
     import torch
 
@@ -130,8 +130,8 @@ def _packed(adaptor, layout, rank):
 
 
 def _wrapped(adaptor, layout, rank, expected):
-    """Ulysses around Megatron's core attention, as MindSpeed's own tests build it, and around what wraps that: one
-    exchange, whoever makes it.
+    """Ulysses around Megatron's core attention, as in MindSpeed's own tests, and around wrappers of it: there must be
+    only one exchange.
     """
     import functools
 
@@ -202,13 +202,13 @@ def _kept(adaptor, rank):
         with count_bytes() as traffic:
             out = attention(*inputs, None)
         sent.append(traffic.total_bytes)
-        return out + torch.rand(1, dtype=out.dtype)  # random numbers go on
+        return out + torch.rand(1, dtype=out.dtype)  # advances the random state
 
     def nested(*inputs):
         return checkpoint(call, False, *inputs) * 2
 
     def two(*inputs):
-        """Two micro-batches under way: the first's backward pass runs when the second's forward has."""
+        """Two micro-batches in flight: the first's backward pass runs after the second's forward pass."""
         out, later = checkpoint(call, False, *inputs), checkpoint(call, False, *(tensor * 0.5 for tensor in inputs))
         out.backward(grad_out.flatten(-2))
         return later
@@ -234,7 +234,7 @@ def _kept(adaptor, rank):
 
 
 def _refused(adaptor, layout, rank):
-    """Name -> message of what attention refuses."""
+    """Name -> error message of attention."""
     query, key, value, _ = _shards(layout, rank, tensors())
     attention, local = module(2), masks()["neither"][:, :, : query.size(0)]  # as Megatron splits it
     calls = {
@@ -243,7 +243,7 @@ def _refused(adaptor, layout, rank):
         "hybrid": {"packed_seq_params": SimpleNamespace(qkv_format="thd", local_cp_size=1)},
         "hybrid sbhd": {"packed_seq_params": SimpleNamespace(qkv_format="sbhd", local_cp_size=4)},
     }
-    square = local[..., : query.size(0)]  # as a script slices it that thinks of this rank alone
+    square = local[..., : query.size(0)]  # as a script slices it that considers only this rank
     with adaptor.state().running(record_of(adaptor, SEQ)):
         messages = {
             name: message_of(lambda kwargs=kwargs: attention(query, key, value, None, **kwargs))
@@ -266,7 +266,7 @@ def _wrong_size(adaptor, parallel_state):
 
 
 class RecordingCalculator:
-    """A calculator of the user's: takes the length from a keyword of its own and keeps what it was called with."""
+    """A user's calculator that takes the length from its own keyword argument and records its arguments."""
 
     calls = []
 
@@ -276,7 +276,7 @@ class RecordingCalculator:
 
 
 def calculate_from_core_attention(rank):
-    """(positional arguments, keyword arguments, tokens that came back) of Megatron's core attention with an own
+    """(positional arguments, keyword arguments, number of returned tokens) of Megatron's core attention with a user's
     calculator.
     """
     from mindspeed_cp import ContextParallelConfig, SequenceLayout, TrainingSetup, megatron_adaptor

@@ -1,4 +1,4 @@
-"""One attention problem, solved by the ranks and by the dense reference; most distributed tests are made of these."""
+"""Attention problems that are solved by the ranks and by the dense reference; used by most distributed tests."""
 
 from dataclasses import dataclass, field, replace
 
@@ -8,22 +8,22 @@ from kept_groups import KeptGroups
 from reference import allowed_pairs, attention_with_gradients
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Accelerators have no float64 attention: the same facts hold there within float32 rounding of their matrix units.
+# Accelerators have no float64 attention; there the same holds within float32 rounding of their matrix units.
 EXACT_DTYPE = {"cpu": "float64", "cuda": "float32", "npu": "float32"}
 TOLERANCE = {"float64": 1e-10, "float32": 2e-3}
 
 
 @dataclass(frozen=True)
 class Case:
-    """An attention problem in full; everything random follows from ``seed``.
+    """A complete attention problem; everything random depends on ``seed``.
 
     Args:
         config: keyword arguments of ContextParallelConfig.
-        dense: None, "shared" for an (S, S) mask, or "batch" for (batch, 1, S, S); the last query row is hidden from
-        every key. window: (left, right) or None. cu_seqlens: tuple, one tuple for each row of the batch, or None.
-        slices: attention_slices, one list or one for each row of the batch, or None.
-        runs: which positions each rank holds, where the configuration's own layout does not say it.
-        share_from: messages of at least so many bytes cross through shared memory; None is never.
+        dense: None, "shared" for an (S, S) mask, or "batch" for (batch, 1, S, S); the last query row sees no key.
+        window: (left, right) or None. cu_seqlens: a tuple, a tuple of tuples (one per row), or None.
+        slices: attention_slices, one list or one per row of the batch, or None.
+        runs: positions that each rank holds; None for the configuration's own layout.
+        share_from: messages of at least this many bytes go through shared memory; None for never.
     """
 
     config: dict
@@ -56,7 +56,7 @@ class Case:
         return replace(self, config={**self.config, **changes})
 
     def inputs(self):
-        """Dict of global float tensors query, key, value, grad_out, and sinks and attention_mask (None when absent)."""
+        """Dict of global float tensors query, key, value, grad_out, and sinks and attention_mask (or None)."""
         generator = torch.Generator().manual_seed(self.seed)
         size, batch = self.seq_len, self.batch
 
@@ -137,8 +137,8 @@ _setups, _kept = {}, []
 
 
 def setup_of(config, share_from=0):
-    """(ContextParallelConfig, ContextParallelGroups) of this rank; groups are made once per process, hierarchy and
-    way, of communicators that those of other hierarchies use too.
+    """(ContextParallelConfig, ContextParallelGroups) of this rank; groups are made once per process and hierarchy, and
+    share their communicators with those of other hierarchies.
     """
     from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
 
@@ -194,7 +194,7 @@ def attend(rank, case):
     config, groups = setup_of(case.config, case.share_from)
     layout = case.layout()
     leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
-    if case.dropout_p:  # each call leaves a stack trace in a queue until CUDA starts
+    if case.dropout_p:  # only then, because until CUDA starts each call leaves a stack trace in a queue
         torch.manual_seed(case.seed + rank)
     out = context_parallel_attention(*leaves, **arguments(case, config, groups, layout, sinks, mask))
     assert out.dtype == leaves[0].dtype and out.shape == grad_out.shape, (out.dtype, out.shape)
@@ -241,7 +241,7 @@ def largest_errors(got, want):
 
 
 def check_cases(cases):
-    """Run cases of one context-parallel size together, compare each with the dense reference; results of every rank."""
+    """Run cases of one context-parallel size and compare each with the dense reference; returns all ranks' results."""
     results = run_ranks(cases[0].cp, attend_many, cases)
     for index, case in enumerate(cases):
         errors = largest_errors(whole(case, [rank_results[index] for rank_results in results]), expected(case))

@@ -1,4 +1,4 @@
-"""Process groups that others made; each function runs on every rank, as those of closed_runs do."""
+"""Process groups that others made; each function runs on every rank, like those of closed_runs."""
 
 import contextlib
 
@@ -11,7 +11,7 @@ from kept_groups import megatron_groups
 
 @contextlib.contextmanager
 def collection(size):
-    """Process groups that nobody registered with Megatron, as a ProcessGroupCollection."""
+    """Process groups that are not registered with Megatron, as a ProcessGroupCollection."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     one = [dist.new_group([other]) for other in range(dist.get_world_size())][dist.get_rank()]
@@ -25,7 +25,7 @@ def collection(size):
 
 
 def others(rank):
-    """name -> difference with groups that were there before the import, or what is said of those that do not fit."""
+    """name -> difference with groups made before the import, or the message for groups that do not fit."""
     from megatron.core import parallel_state
 
     from mindspeed_cp import megatron_adaptor
@@ -61,7 +61,7 @@ def _attention_without_groups():
 
 
 def _overlapping(rank):
-    """Whether a pattern of position ids that one rank knows of another group leaves the others waiting."""
+    """Whether the other ranks hang if one rank knows a pattern of position ids from another group."""
     from mindspeed_cp import megatron_adaptor
 
     state = megatron_adaptor.state()
@@ -79,7 +79,7 @@ def _overlapping(rank):
 
 
 def _ended():
-    """Largest difference of attention over groups of the same ranks, each made when the one before was ended."""
+    """Largest difference of attention over groups of the same ranks, each made after the previous one was destroyed."""
     from mindspeed_cp import context_parallel_attention, megatron_adaptor
 
     state, wrong = megatron_adaptor.state(), 0.0
@@ -98,7 +98,7 @@ def _ended():
 
 
 def collections(rank):
-    """name -> difference of models whose groups come in a ProcessGroupCollection alone."""
+    """name -> difference of models whose groups come only from a ProcessGroupCollection."""
     import zlib
 
     from megatron.core import parallel_state

@@ -1,5 +1,5 @@
-"""Batches, groups and models that come around the front door; each function runs on every rank and returns differences
-from the same model without context parallelism, or what is said of what is refused.
+"""Batches, groups and models that bypass the usual functions; each function runs on every rank and returns differences
+from the same model without context parallelism, or error messages.
 """
 
 import copy
@@ -16,7 +16,7 @@ ALGORITHMS = {"ulysses": {"algorithm": "ulysses_cp_algo"}, "ring": {"algorithm":
 
 
 def alone_of(documents, **more):
-    """``expected_of`` where there are no groups yet."""
+    """``expected_of`` before there are groups."""
     with groups({}, cp_size=1):
         return expected_of(documents, **more)
 
@@ -38,12 +38,12 @@ def contiguous(rank, size=2, seq=SEQ):
 
 
 def cut(batch, held):
-    """What a framework gives a rank that holds these positions."""
+    """The batch that a framework passes to a rank that holds these positions."""
     return {name: tensor[..., held].contiguous() for name, tensor in batch.items()}
 
 
 def told(call, *args, **more):
-    """What is said of what is refused; "" where nothing is."""
+    """The message of the ValueError that a call raises, "" if none."""
     try:
         call(*args, **more)
     except ValueError as error:
@@ -52,7 +52,7 @@ def told(call, *args, **more):
 
 
 def held_of(local):
-    """The positions that this rank holds of a batch that was split here."""
+    """The positions of a batch split by this project that this rank holds."""
     from mindspeed_cp import megatron_adaptor
 
     state = megatron_adaptor.state()
@@ -63,7 +63,7 @@ def of_part(model, local, held, whole, of=None, **more):
     """Largest difference of this rank's losses, and of the summed gradients, from those of one process.
 
     Args:
-        model: or another entry of the model ``of``.
+        model: the model, or another entry point of the model ``of``.
     """
     losses = losses_of(model, local, **more)
     found = gradients(of or model, (losses * local["loss_mask"]).sum())
@@ -71,7 +71,7 @@ def of_part(model, local, held, whole, of=None, **more):
 
 
 def foreign(rank):
-    """name -> difference of whole rows that somebody else cut, or what is said of them."""
+    """name -> difference of whole rows that somebody else split, or the error message."""
     from mindspeed_cp import megatron_adaptor
 
     batch, restarted = batch_of(PLAIN, seq=SEQ), batch_of(DOCUMENTS, seq=SEQ)
@@ -120,7 +120,7 @@ def foreign(rank):
 
 
 def padded(rank):
-    """name -> difference of two rows, the second of them padded, in each way in which frameworks count padding."""
+    """name -> difference of two rows, the second padded, for each way in which frameworks number padding."""
     batch, found = batch_of(PLAIN * 2, seq=SEQ), {}
     real = {
         "left": torch.arange(SEQ) >= torch.tensor([[5], [9]]),
@@ -145,7 +145,7 @@ def padded(rank):
 
 
 def beginnings(rank):
-    """name -> difference of a copy of one of two batches that one rank holds the same part of."""
+    """name -> difference of a copy of one of two batches whose parts on one rank are equal."""
     from mindspeed_cp import megatron_adaptor
 
     batch, found = batch_of(DOCUMENTS, seq=SEQ), {}
@@ -165,7 +165,7 @@ def beginnings(rank):
 
 
 def handed_over(rank):
-    """name -> difference of batches whose document ends are set beside them, in every order that MindSpeed allows."""
+    """name -> difference of batches whose document ends are set separately, in every order that MindSpeed allows."""
     from mindspeed_cp.compat.handed import set_actual_seq_len
 
     batch, others = batch_of(DOCUMENTS, seq=SEQ), batch_of(PLAIN, 9, seq=SEQ)
@@ -211,7 +211,7 @@ def handed_over(rank):
 
 
 def _mla(cp_size, **settings):
-    """A model of multi-latent attention, whose rotary embedding is computed in each layer, recomputed with it."""
+    """A model with multi-latent attention, whose rotary embedding is computed, and recomputed, in each layer."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -225,7 +225,7 @@ def _mla(cp_size, **settings):
 
 
 def _by_torch(layer, **how):
-    """Recompute a layer as scripts do that know torch's checkpoint alone."""
+    """Recompute a layer with torch's checkpoint, as scripts do."""
     from torch.utils.checkpoint import checkpoint
 
     forward = layer.forward
@@ -235,7 +235,7 @@ def _by_torch(layer, **how):
 
 
 def doors(rank):
-    """name -> difference of models entered by ``forward``, of layers recomputed by torch, of a teacher of one rank."""
+    """name -> difference of models called by ``forward``, of layers recomputed by torch, of a teacher on one rank."""
     from megatron.core import parallel_state
 
     from mindspeed_cp.megatron.scopes import named_group
@@ -252,7 +252,7 @@ def doors(rank):
                 for layer in model.decoder.layers:
                     _by_torch(layer, use_reentrant=reentrant)
                 found[name, f"torch's checkpoint, reentrant {reentrant}"] = of_part(model, local, held, whole)
-            if batch_runs.VERSION < (0, 13):  # later modules hold groups themselves, and cannot be copied
+            if batch_runs.VERSION < (0, 13):  # later, modules hold groups themselves and cannot be copied
                 core = copy.deepcopy(model.decoder.layers[0].self_attention.core_attention)
                 own = parallel_state.get_context_parallel_group()
                 found[name, "a copy of attention"] = float(named_group(core) is not own)
@@ -261,7 +261,7 @@ def doors(rank):
 
 
 def _recomputed(batch):
-    """Largest difference of gradients with and without recomputation, of a model that computes alone."""
+    """Largest difference of gradients with and without recomputation, of a model without context parallelism."""
     plain = _mla(1)
     again = _mla(1, **batch_runs.RECOMPUTE)
     again.load_state_dict(plain.state_dict())
@@ -275,7 +275,7 @@ def _plan(model, local, mask=None):
 
 
 def plans(rank):
-    """name -> difference of losses of a plan whose nodes run after that of another batch was made."""
+    """name -> difference of losses of a plan whose nodes run after the plan of another batch was made."""
     found = {}
     with groups({}, cp_size=1):
         plan = _plan(build(1), batch_of(DOCUMENTS, seq=SEQ), mask_of(DOCUMENTS, SEQ))
@@ -293,7 +293,7 @@ def plans(rank):
 
 
 def two_models(rank):
-    """Differences of the losses of two models in one pipeline, whose forward passes the first stage runs together."""
+    """Differences of the losses of two models in one pipeline; the first stage runs their forward passes together."""
     from megatron.core import parallel_state
 
     from mindspeed_cp import SequenceLayout, megatron_adaptor

@@ -1,4 +1,4 @@
-"""The diffs of CONTRIBUTING.md, which tests carry out: what the page shows works as it stands there."""
+"""The diffs of CONTRIBUTING.md, which tests apply to check that the page is right."""
 
 import re
 import textwrap
@@ -11,7 +11,7 @@ def diff_of(what):
     """file -> text that the diff below "## How to add ``what``" adds to it, without its indentation.
 
     Raises:
-        ValueError: the page has no such diff, or a line that the diff takes as given is not in the file.
+        ValueError: the page has no such diff, or a context line of the diff is not in the file.
     """
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     section = page.partition(f"\n## How to add {what}\n")[2].partition("\n## ")[0]

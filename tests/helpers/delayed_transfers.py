@@ -1,16 +1,16 @@
-"""A process group for CPU tensors with the buffer semantics of NCCL and HCCL at their worst.
+"""A process group for CPU tensors with the worst-case buffer semantics of NCCL and HCCL.
 
-There a transfer runs on a stream of its own, and ``wait()`` orders streams. Between the call and the wait a send may
-read its buffer late, and a receive may write its own early; code that is right under these rules is right on devices.
+On devices a transfer runs on a separate stream, and ``wait()`` orders streams. Between call and wait, a send may read
+its buffer late and a receive may write its buffer early; code that is right under these rules is right on devices.
 
-* a send reads its buffer when it is waited for, or when its peer cannot go on without it while this rank waits for
+* a send reads its buffer when it is awaited, or when its peer cannot continue without it while this rank waits for
   something else, never before;
-* a receive overwrites its buffer with NaN when it is posted, and with the message when it is waited for;
-* operations of one group end in the order in which they were posted, groups know nothing of each other;
-* kernels run when they are called: the stream of computation is ahead of all transfers that nobody waits for.
+* a receive overwrites its buffer with NaN when it is posted, and with the message when it is awaited;
+* operations of one group complete in the order in which they were posted; groups are independent of each other;
+* kernels run when they are called: the compute stream is ahead of all transfers that have not been awaited.
 
-So a buffer that is written while it is sent, or read while it is received into, gives other numbers than gloo does. The
-group refuses what HCCL refuses: reductions of float64, and two messages to or from one rank in a batch.
+So a buffer that is written while it is sent, or read while it is received into, gives other results than with gloo. The
+group rejects what HCCL rejects: reductions of float64, and two messages to or from one rank in a batch.
 
 ``dist.init_process_group("delayed", ...)`` after ``register()``; ``finish()`` at the end, on every rank. Messages go
 through the store, so they should be small.
@@ -22,7 +22,7 @@ from contextlib import suppress
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 60.0  # seconds that one wait may take
+TIMEOUT = 60.0  # seconds for one wait
 
 
 class _Send:
@@ -59,7 +59,7 @@ _outgoing = []  # sends of this process that have not read their buffer, oldest 
 
 
 def _wait_until(is_true):
-    """Wait, and meanwhile send what a peer cannot go on without."""
+    """Wait, and meanwhile send what a peer needs to continue."""
     deadline = time.monotonic() + TIMEOUT
     while not is_true():
         for send in list(_outgoing):
@@ -77,7 +77,7 @@ def _poison(tensor):
 
 
 class Transfer(dist.Work):
-    """The handle of one operation: its messages, and what is computed from them at the end."""
+    """The handle of one operation: its messages, and the function that is called after they have arrived."""
 
     def __init__(self, group, sends=(), receives=(), then=lambda: None):
         super().__init__()
@@ -102,7 +102,7 @@ class Transfer(dist.Work):
 
 
 class DelayedGroup(dist.ProcessGroup):
-    """What torch.distributed calls; every collective is made of messages."""
+    """The functions that torch.distributed calls; every collective consists of messages."""
 
     def __init__(self, store, rank, size, timeout):
         super().__init__(rank, size)
@@ -121,7 +121,7 @@ class DelayedGroup(dist.ProcessGroup):
         return _Receive(self._store, f"{peer}>{self._rank}/{self._received[peer]}", tensor)
 
     def _exchange(self, leaving, arriving, then=lambda: None):
-        """``leaving[rank]`` goes to each rank, ``arriving[rank]`` comes; what a rank sends itself is as late."""
+        """Send ``leaving[rank]`` to each rank and receive ``arriving[rank]``; also delayed for a rank's own message."""
         return Transfer(
             self,
             [self._send(tensor, peer) for peer, tensor in enumerate(leaving)],
@@ -183,14 +183,14 @@ def _refuse_duplicates(original):
 
 
 def register():
-    """Make "delayed" a backend of torch.distributed in this process; a second call changes nothing."""
+    """Register the backend "delayed" with torch.distributed in this process; a second call does nothing."""
     if "DELAYED" not in dist.Backend._plugins:
         dist.Backend.register_backend("delayed", DelayedGroup, devices=["cpu"])
         dist.batch_isend_irecv = _refuse_duplicates(dist.batch_isend_irecv)
 
 
 def finish(store, world_size, number=0):
-    """Serve the peers until all of them are here; what nobody waited for has left by then."""
+    """Serve the peers until all of them have called this; then all sends that were not awaited are done."""
     key = f"finished/{number}"
     count = [store.add(key, 1)]
 

@@ -1,4 +1,4 @@
-"""Cores of gated delta nets on ranks, and the same token by token on one process."""
+"""Cores of gated delta nets on several ranks, and computed token by token in one process."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from cases import setup_of
 
-WIDTH = 4  # of the convolution
+WIDTH = 4  # width of the convolution
 
 
 @dataclass(frozen=True)
 class Case:
-    """One core; documents are boundaries of the whole sequence, ``cheap`` takes a rule that costs nothing."""
+    """One core; documents are boundaries of the whole sequence; ``cheap`` uses a rule that costs nothing."""
 
     cp: int
     way: str
@@ -77,7 +77,7 @@ def inputs_of(case):
 
 
 def expected(case):
-    """(out, gradients by name) of one process, each document on its own, each output of the convolution on its own."""
+    """(out, gradients by name) of one process that computes each document and each convolution output separately."""
     tokens, weights, grad = inputs_of(case)
     leaves = [tokens, *(weight for weight in weights.values() if weight is not None)]
     for leaf in leaves:
@@ -139,7 +139,7 @@ def core_of(case, weights):
 
 
 def cheap(query, key, value, *, g, beta, initial_state, output_final_state):
-    """A rule of the same tensors that is linear in its state and costs nothing, for what is sent alone."""
+    """A rule with the same arguments that is linear in its state and costs nothing, to test only what is sent."""
     state = torch.einsum("bshk,bshv->bhkv", key, value * (beta * g).unsqueeze(-1))
     state = state if initial_state is None else state + initial_state
     return value * query.sum(-1, keepdim=True), state

@@ -2,8 +2,8 @@
 ranks.
 
 Ranks start once per world size and serve many calls (a pool), because a start costs more than a case. They are forked
-from a server that has imported torch already. After any failure the pool is replaced, so no call inherits a half-sent
-message. A call never hangs: what has not answered within its timeout is ended, and its stack is part of the error.
+from a server that has already imported torch. After any failure the pool is replaced, so no call inherits a half-sent
+message. A call never hangs: a rank that does not answer within the timeout is killed, and the error shows its stack.
 """
 
 import faulthandler
@@ -26,8 +26,8 @@ from unittest.mock import patch
 
 from rank_server import IMPORTS, end_with_parent
 
-GRACE = 3.0  # seconds that the other ranks get to finish once one has failed
-# Of torch also what its first optimizer and its first deterministic algorithm import, seconds in every rank.
+GRACE = 3.0  # seconds that the other ranks get to finish after one has failed
+# Includes modules that torch imports with its first optimizer or deterministic algorithm, seconds in every rank.
 PRELOAD = (
     "torch",
     "torch.distributed",
@@ -39,12 +39,12 @@ PRELOAD = (
 )
 
 _pools, _servers = {}, {}
-_awake = None  # the pool whose ranks run
+_awake = None  # the pool whose ranks are not stopped
 _device_type = "cpu"
 
 
 def set_device_type(device_type):
-    """Set where the ranks of this session compute; pytest's option --device calls it once."""
+    """Set the device type of this session's ranks; pytest's option --device calls it once."""
     global _device_type
     _device_type = device_type
 
@@ -73,14 +73,14 @@ class RankFailure(AssertionError):
 
 @contextmanager
 def forking_from(imported):
-    """Processes started inside are forked from a server that has imported torch, then the modules named ``imported``.
+    """Context manager: processes are forked from a server that has imported torch and then the modules ``imported``.
 
-    One server for each list, because imports that change torch must not reach other ranks.
+    There is one server per list, because imports that change torch must not affect other ranks.
     """
     if imported not in _servers:
         _servers[imported] = forkserver.ForkServer()
         _servers[imported].set_forkserver_preload(["rank_server"])
-    # The server starts at the first use, and takes over the environment but not sys.path.
+    # The server starts at its first use and inherits the environment but not sys.path.
     names = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), IMPORTS: " ".join([*PRELOAD, *imported])}
     with (
         patch.dict(os.environ, names),
@@ -90,7 +90,7 @@ def forking_from(imported):
 
 
 class RankPool:
-    """``world_size`` processes in one process group that wait for calls."""
+    """``world_size`` processes in a process group that wait for calls."""
 
     def __init__(self, world_size, group_timeout=60.0, leave_after_failure=False, imported=()):
         context = multiprocessing.get_context("forkserver")
@@ -116,7 +116,7 @@ class RankPool:
             try:
                 connection.send_bytes(payload)
             except OSError:
-                pass  # the rank is dead; its outcome below says so
+                pass  # the rank is dead, as its outcome below says
         deadline = start + timeout
         while len(outcomes) < self.world_size:
             pending = [rank for rank in range(self.world_size) if rank not in outcomes]
@@ -136,7 +136,7 @@ class RankPool:
             kind, detail = pickle.loads(self.connections[rank].recv_bytes())
             return Outcome(kind, detail, seconds)
         except (EOFError, OSError):
-            # The pipe closes before the process is reaped: its exit code comes as late as the system wants.
+            # The pipe closes before the process is reaped, so wait for its exit code.
             self.processes[rank].join()
             return Outcome("died", f"exit code {self.processes[rank].exitcode}", seconds)
 
@@ -154,13 +154,13 @@ class RankPool:
     def signal(self, number):
         for process in self.processes:
             if process.is_alive():
-                with suppress(ProcessLookupError):  # it may end at this moment
+                with suppress(ProcessLookupError):  # it may have ended
                     os.kill(process.pid, number)
 
     def close(self):
         self.signal(signal.SIGCONT)
         for connection in self.connections:
-            connection.close()  # an idle rank sees the end of its pipe and leaves
+            connection.close()  # an idle rank sees the end of its pipe and exits
         for process in self.processes:
             process.join(0.2)
             if process.is_alive():
@@ -170,19 +170,19 @@ class RankPool:
 
 
 def _serve(rank, world_size, folder, device, group_timeout, leave_after_failure, connection):
-    """Runs one rank: it joins the group and answers calls until the pipe closes."""
+    """Run one rank: it joins the group and answers calls until the pipe closes."""
     from mindspeed_cp.doctor.meeting import join
 
     end_with_parent()
-    set_device_type(device)  # what it is forked from has not read pytest's options
-    # SIGUSR1 writes this rank's stack where the parent finds it.
+    set_device_type(device)  # the server from which it is forked has not read pytest's options
+    # On SIGUSR1 this rank writes its stack to a file for the parent.
     faulthandler.register(signal.SIGUSR1, open(os.path.join(folder, f"stack-{rank}"), "w", encoding="utf-8"))
     join(rank, world_size, device, folder, group_timeout)
     while True:
         try:
             function, args = pickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
-            os._exit(0)  # the pipe is closed; the process group needs no farewell, every rank leaves
+            os._exit(0)  # the pipe is closed; all ranks exit, so the process group need not be destroyed
         except Exception:
             answer = ("raised", traceback.format_exc())
         else:
@@ -204,10 +204,10 @@ def answered(rank, function, args):
 
 
 def wake(pool=None):
-    """Let the ranks of this pool run and stop those of the pool before it; None stops all.
+    """Resume the ranks of this pool and stop those of the previous one (SIGSTOP); None stops all.
 
-    Idle ranks are not idle: every group of gloo has threads that look for work a hundred times a second, and those of
-    all pools together took half a core.
+    Idle ranks use CPU time: every gloo group has threads that poll a hundred times a second, and those of all pools
+    together took half a core.
     """
     global _awake
     if pool is not _awake:
@@ -222,13 +222,13 @@ def run_ranks(world_size, function, *args, timeout=120.0, fresh=False, imported=
     """Call ``function(rank, *args)`` on every rank of a group and return the values in rank order.
 
     Args:
-        function: importable by name; its values must pickle.
-        timeout: seconds for the call, then the ranks are ended and RankFailure shows their stacks.
-        fresh: use new processes and end them afterwards, for functions that leave their process changed.
-        imported: names of modules that these new processes have imported already, in this order.
+        function: importable by name; its results must be picklable.
+        timeout: seconds for the call; then the ranks are killed, and RankFailure shows their stacks.
+        fresh: use new processes and end them afterwards, for functions that change their process.
+        imported: names of modules that these new processes have already imported, in this order.
 
     Raises:
-        RankFailure: a rank raised, died or did not answer; the other ranks are ended.
+        RankFailure: a rank raised, died or did not answer; the other ranks are killed.
     """
     wake(None if fresh else _pools.get(world_size))
     pool = RankPool(world_size, imported=imported) if fresh else _pools.get(world_size)
@@ -251,7 +251,7 @@ def run_ranks(world_size, function, *args, timeout=120.0, fresh=False, imported=
 
 
 def free_port():
-    """A port below the range that the system assigns to connections: other tests make many before this one is used."""
+    """A free port below the ephemeral range, from which other tests may take ports before this one is used."""
     for port in random.sample(range(20_000, 30_000), 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("", port))
@@ -260,7 +260,7 @@ def free_port():
 
 
 def _describe(outcomes):
-    """Every failure once, the ranks that share it together."""
+    """A text with every distinct failure and the ranks that had it."""
     failures = {}
     for rank, outcome in enumerate(outcomes):
         if outcome.kind != "returned":
@@ -273,9 +273,9 @@ def _describe(outcomes):
 
 
 def observe_ranks(world_size, function, *args, timeout=60.0, group_timeout=60.0, leave_after_failure=True, imported=()):
-    """Like ``run_ranks`` in fresh processes, but failures are the result: every rank's Outcome, none is ended early.
+    """Like ``run_ranks`` in fresh processes, but returns every rank's Outcome, and no rank is killed early.
 
-    ``leave_after_failure``: a rank that raised leaves, as a training script does; otherwise it stays and stays silent.
+    ``leave_after_failure``: a rank that raised exits, as a training script does; otherwise it stays without answering.
     """
     wake(None)
     pool = RankPool(world_size, group_timeout, leave_after_failure, imported)

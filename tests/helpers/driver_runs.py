@@ -1,8 +1,8 @@
-"""A training loop in the manner of verl, on megatron-core's GPTModel; ``train`` runs on each rank.
+"""A training loop like verl's, on megatron-core's GPTModel; ``train`` runs on each rank.
 
-It splits packed documents itself: each is padded to a multiple of 2 * cp tokens and is zigzag on its own. Settings come
-in two dicts; logits become log-probabilities, those the whole rows again, and these the loss. verl and ms-swift
-themselves are in tests/frameworks, in an environment of their own; this is what a suite without them can compute.
+It splits packed documents itself: each is padded to a multiple of 2 * cp tokens and is a separate zigzag. Settings come
+in two dicts. The loss is computed from log-probabilities that were gathered into whole rows. tests/frameworks runs verl
+and ms-swift themselves, in a separate environment; this loop runs where they are not installed.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from kept_groups import megatron_groups
 from model_cases import MODEL, RATE, VOCABULARY
 
-LENGTHS = (13, 1, 24, 7)  # of the documents, before padding
+LENGTHS = (13, 1, 24, 7)  # lengths of the documents before padding
 STEPS = 3
 
 
@@ -25,10 +25,10 @@ def documents(step):
 
 
 def packed(rows, cp_rank, cp_size):
-    """This rank's parts (1, local) of the padded documents one after another, and their padded boundaries.
+    """This rank's parts (1, local) of the concatenated padded documents, and their padded boundaries.
 
     Args:
-        rows: one (length,) tensor for each document.
+        rows: one (length,) tensor per document.
     """
     chunks, parts, boundaries = 2 * cp_size if cp_size > 1 else 1, [], [0]
     for row in rows:
@@ -56,7 +56,7 @@ def packed_params(boundaries):
 
 
 def local_batch(step, cp_rank, cp_size):
-    """What a framework gives the model: tokens, position ids, labels, packed parameters."""
+    """What a framework passes to the model: tokens, position ids, labels, packed parameters."""
     found = documents(step)
     tokens, boundaries = packed([tokens for tokens, _ in found], cp_rank, cp_size)
     labels, _ = packed([labels for _, labels in found], cp_rank, cp_size)
@@ -65,7 +65,7 @@ def local_batch(step, cp_rank, cp_size):
 
 
 def loss_of(model, step, cp_rank, cp_size, state):
-    """Log-probabilities of the rank's tokens, gathered into whole documents, then the loss of those."""
+    """Log-probabilities of the rank's tokens, gathered into whole documents, then their loss."""
     tokens, positions, labels, params = local_batch(step, cp_rank, cp_size)
     logits = model(tokens, positions, None, packed_seq_params=params)
     local = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]

@@ -1,4 +1,4 @@
-"""Micro-batches with context-parallel sizes of their own, scheduled by Megatron; ``compare`` runs on each rank."""
+"""Micro-batches with different context-parallel sizes, scheduled by Megatron; ``compare`` runs on each rank."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from batch_runs import batch_of, build, configure, losses_of, mask_of, named
 from kept_groups import megatron_groups
 
-LONGEST = 64  # tokens of a sub-batch that is given all ranks
+LONGEST = 64  # tokens of a sub-batch that gets all ranks
 EVEN, UNEVEN = (64, 32, 16, 8, 40, 16, 8), (61, 27, 16, 5, 33, 14, 9)
 CASES = {
     "ulysses": ({"algorithm": "ulysses_cp_algo"}, 1, EVEN, {}),
@@ -44,7 +44,7 @@ def compare(rank):
 
 
 def sample_of(lengths, seed):
-    """A packed row as a dataset gives it: (S,) tensors and where its sub-batches end."""
+    """A packed row as from a dataset: (S,) tensors, and where its sub-batches end."""
     ends = torch.tensor([0, *lengths]).cumsum(0)
     batch = batch_of((tuple(ends.tolist()),), seed, seq=int(ends[-1]))
     return {name: tensor[0] for name, tensor in batch.items()} | {"cu_seqlens": ends.int()}
@@ -67,7 +67,7 @@ def dynamic_groups(settings, cp_size, tp_size=1):
 
 
 def _expected(samples, **settings):
-    """(sum of the losses, gradients) of all sub-batches, one after the other on one rank."""
+    """(sum of the losses, gradients) of all sub-batches, computed in sequence on one rank."""
     model, total = build(1, calculate_per_token_loss=True, **settings), 0.0
     for sample in samples:
         for part in parts(sample):
@@ -79,7 +79,7 @@ def _expected(samples, **settings):
 
 
 def _gradients(model):
-    """name -> gradient; with sequence parallelism tensor-parallel ranks have parts of some, as Megatron marks them."""
+    """name -> gradient; those that Megatron marks as split over tensor-parallel ranks are summed."""
     from megatron.core import parallel_state
 
     for _, parameter in named(model):
@@ -110,7 +110,7 @@ def _case(settings, cp_size, lengths, model_settings):
 
 @contextlib.contextmanager
 def _logged():
-    """One training step, as --cp-log measures it; yields the log or None."""
+    """Context manager for one training step, measured by --cp-log; yields the log or None."""
     from mindspeed_cp import megatron_adaptor
 
     log = megatron_adaptor.state().log
@@ -146,7 +146,7 @@ def _scheduled(rows, cp_size, model_settings):
 
 
 def _step(sizes, iterator, model):
-    """A forward step as pretrain_gpt.py writes it; the first tensor-parallel rank alone has the sub-batch."""
+    """A forward step as in pretrain_gpt.py; only the first tensor-parallel rank has the sub-batch."""
     from megatron.core import parallel_state
 
     sample = next(iterator) if iterator is not None else None
@@ -199,7 +199,7 @@ def _split(sample, size):
 
 
 def _refusals():
-    """Name -> message of what dynamic context parallelism cannot do."""
+    """Name -> error message for what dynamic context parallelism cannot do."""
     from types import SimpleNamespace
 
     from bridge_parts import message_of

@@ -1,4 +1,4 @@
-"""Attention whose keys and values are made of what travels, on real ranks and in one process."""
+"""Attention whose keys and values are computed from the tensors that travel, on real ranks and in one process."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,11 @@ NAMES = ("out", "dq", "drope", "dlatent", "dweight")
 
 @dataclass(frozen=True)
 class LatentCase(Case):
-    """A problem of multi-latent attention; ``dk`` is ``rope`` and what is made of the latent.
+    """A problem of multi-latent attention; ``dk`` is ``rope`` plus the part computed from the latent.
 
     Args:
         rank: elements of the latent. rope: elements of the key's part that all heads share.
-        kept: it is recomputed, and attention is taken from the first pass.
+        kept: whether it is recomputed, reusing attention from the first pass.
     """
 
     dk: int = 6
@@ -29,11 +29,11 @@ class LatentCase(Case):
 
     @property
     def elements(self):
-        """Of a token that travels."""
+        """Number of elements per token that travels."""
         return self.rope + self.rank
 
     def tensors(self):
-        """Global query, rope, latent, weight, grad_out; sinks and attention_mask (None when absent)."""
+        """Global query, rope, latent, weight, grad_out; sinks and attention_mask (or None)."""
         generator = torch.Generator().manual_seed(self.seed + 100)
 
         def draw(*shape):
@@ -82,8 +82,8 @@ def prepared(rank, case):
 
 
 def attend_many(rank, cases):
-    """For each case: (dict of this rank's tensors, the weight's gradient as the sum of all ranks'; bytes by purpose of
-    the forward and of the backward pass).
+    """For each case: (dict of this rank's tensors, with the weight's gradient summed over the ranks; bytes by purpose
+    of the forward and of the backward pass).
     """
     from mindspeed_cp.comm import count_bytes
 
@@ -113,7 +113,7 @@ def whole(case, shards):
 
 
 def of_heads(case):
-    """The same problem with keys and values of all heads on their way."""
+    """The same problem with exchange of the keys and values of all heads."""
     return case.with_config(mla_exchange="heads")
 
 

@@ -1,6 +1,6 @@
-"""A stand-in for flash-linear-attention that computes: its names and signatures, token by token, in float32.
+"""A fake flash-linear-attention with its names and signatures, which computes token by token in float32.
 
-Importing it makes ``import fla`` find it; Megatron looks for fla when its gated delta nets are imported.
+After this module is imported, ``import fla`` finds it; Megatron looks for fla when its gated delta nets are imported.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""CPU implementations of the CUDA attention operators under torch's own schemas, with what the operators refuse.
+"""CPU implementations of the CUDA attention operators, with torch's own schemas and the operators' restrictions.
 
-``installed()`` gives aten._flash_attention_forward and _backward, and the two cuDNN operators, to CPU tensors: a CPU
-build of torch has their schemas but no kernel. Shapes follow torch's meta registrations; windows and the causal
+``installed()`` implements aten._flash_attention_forward and _backward, and the two cuDNN operators, for CPU tensors; a
+CPU build of torch has their schemas but no kernels. Shapes follow torch's meta registrations; windows and the causal
 diagonal count from the lower right corner, as in FlashAttention-2.
 """
 
@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def installed():
-    """Within it the four operators compute on CPU tensors; yields the list of calls (operator, is_varlen)."""
+    """Context manager in which the four operators take CPU tensors; yields the list of calls (operator, is_varlen)."""
     library, calls = torch.library.Library("aten", "IMPL"), []
     try:
         for name, function in (

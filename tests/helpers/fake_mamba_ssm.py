@@ -1,6 +1,6 @@
-"""A stand-in for mamba-ssm that computes: its names and signatures, token by token, in the dtype of its states.
+"""A fake mamba-ssm with its names and signatures, which computes token by token in the dtype of its states.
 
-Importing it makes ``import mamba_ssm`` find it; Megatron looks for it when its Mamba mixer is imported.
+After this module is imported, ``import mamba_ssm`` finds it; Megatron looks for it when its Mamba mixer is imported.
 """
 
 import sys
@@ -76,7 +76,7 @@ def mamba_split_conv1d_scan_combined(
 
 
 class RMSNorm(torch.nn.Module):
-    """Of groups of channels."""
+    """RMSNorm over groups of channels."""
 
     def __init__(self, hidden_size, eps=1e-5, group_size=None, norm_before_gate=True, device=None, dtype=None):
         super().__init__()

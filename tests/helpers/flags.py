@@ -1,4 +1,4 @@
-"""For tests of the command line: a parser with those flags of Megatron that ours are checked against."""
+"""For tests of the command line: a parser with those flags of Megatron against which ours are checked."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""The outcome of a framework's settings and of a TransformerConfig on ranks with Megatron, for tests to read."""
+"""The effects of a framework's settings and of a TransformerConfig on ranks with Megatron."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ def transformer_config(cp_size, cp_comm_type=None):
 
 @contextlib.contextmanager
 def process_groups(**sizes):
-    """Megatron's process groups; yields what was printed meanwhile."""
+    """Context manager: Megatron's process groups; yields what was printed when they were made."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         with megatron_groups(**sizes) as said:
             printed.write(said)
@@ -32,7 +32,7 @@ def process_groups(**sizes):
 
 
 def attention_error(cp_size, cp_comm_type):
-    """Largest difference of Megatron's attention from the dense one, with whatever algorithm is in force now."""
+    """Largest difference of Megatron's attention from dense attention, with the current algorithm."""
     import reference
     import torch
     from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -114,7 +114,7 @@ CASES = {
 
 
 def decide(rank):
-    """Rank's outcomes of CASES, and what happens when settings come again."""
+    """The rank's outcomes of CASES, and what happens if settings are passed again."""
     return {name: outcome(**said) for name, (said, _) in CASES.items()} | {
         "again": again(),
         "model": named_by_the_model(),
@@ -122,7 +122,7 @@ def decide(rank):
 
 
 def again():
-    """configure_from before the groups, twice, and while they are there; then with two models that disagree."""
+    """configure_from before the groups, twice, and while they exist; then with two models that disagree."""
     from mindspeed_cp import megatron_adaptor
 
     found = []
@@ -145,7 +145,7 @@ def again():
         found.append(_refused(lambda: transformer_config(4, "all_gather")))
         found.append(decided())
     megatron_adaptor.state().reset()
-    with process_groups(context_parallel_size=4) as printed:  # made before anybody said a thing, as ms-swift's
+    with process_groups(context_parallel_size=4) as printed:  # made before any settings, as in ms-swift
         megatron_adaptor.repatch({"context_parallel_size": 4, "learning_rate": 1e-4})
         found.append((*decided(), attention_error(4, None), printed.getvalue()))
     megatron_adaptor.state().reset()
@@ -153,7 +153,7 @@ def again():
 
 
 def named_by_the_model():
-    """A TransformerConfig with MindSpeed's names: after repatch with the same, alone, set later, after configure."""
+    """A TransformerConfig with MindSpeed's names: after the same repatch, without it, set later, after configure."""
     from megatron.core.transformer import TransformerConfig
 
     from mindspeed_cp import ContextParallelConfig, megatron_adaptor
@@ -170,7 +170,7 @@ def named_by_the_model():
     with process_groups(context_parallel_size=4):
         config = TransformerConfig(**plain)
         vars(config).update(said)
-        config.__post_init__()  # as Megatron-Bridge does once all is set
+        config.__post_init__()  # as Megatron-Bridge does after setting all fields
         found.append((*decided(), config.ulysses_degree_in_cp, attention_error(4, None)))
     megatron_adaptor.state().reset()
     megatron_adaptor.configure(ContextParallelConfig(context_parallel_size=4, algorithm=RING))

@@ -1,6 +1,4 @@
-"""Imported by ranks that are told to compute on "cuda" and find no GPU: their group is gloo's, their tensors lie on the
-CPU.
-"""
+"""Imported by ranks whose device is "cuda" but which have no GPU: they use gloo and CPU tensors."""
 
 import torch
 

@@ -1,5 +1,5 @@
-"""Process groups that stay: where cases make dozens, making and ending them takes seconds, and each has threads that
-poll a hundred times a second.
+"""Reuse process groups, because making and destroying dozens of them takes seconds, and each has threads that poll a
+hundred times a second.
 """
 
 import contextlib
@@ -10,13 +10,13 @@ from unittest.mock import patch
 
 
 class KeptGroups:
-    """Gives whoever makes process groups those that others made before.
+    """Replaces a function that makes process groups by one that returns existing groups.
 
-    The n-th group of the same ranks that a user asks for is the n-th that others asked for, so that no two groups of
-    one user share a communicator.
+    The n-th group of the same ranks that a user requests is the n-th that earlier users requested, so that no two
+    groups of one user share a communicator.
 
     Args:
-        owner, name: of the function (ranks, timeout=None, **options) that makes a group.
+        owner, name: the owner and name of the function (ranks, timeout=None, **options) that makes a group.
     """
 
     def __init__(self, owner, name):
@@ -27,7 +27,7 @@ class KeptGroups:
 
     @contextlib.contextmanager
     def reused(self):
-        """Stands in for the function while one user makes groups, and ends none of them."""
+        """Context manager for one user of groups, in which the function is replaced and no group is destroyed."""
         import torch.distributed as dist
 
         asked = Counter()
@@ -52,7 +52,7 @@ class KeptGroups:
 
 @cache
 def of_megatron():
-    """The groups that Megatron makes in this process; our own are made and ended by every run."""
+    """The groups that Megatron makes in this process; our own are made and destroyed by every run."""
     from megatron.core import parallel_state
 
     return KeptGroups(parallel_state, "create_group")
@@ -60,7 +60,7 @@ def of_megatron():
 
 @contextlib.contextmanager
 def megatron_groups(**sizes):
-    """Megatron's process groups of these sizes; yields what was printed when they were made."""
+    """Context manager: Megatron's process groups of these sizes; yields what was printed when they were made."""
     from megatron.core import parallel_state
 
     with of_megatron().reused():

@@ -13,7 +13,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, tor
 
 @dataclass(frozen=True)
 class BlockCase:
-    """One block and its tensors' sizes; dense: None, "shared" (1, nq, nk), "batch" (batch, nq, nk) or "empty rows"."""
+    """A block and its tensors' sizes; dense mask: None, "shared" (1, nq, nk), "batch" (batch, nq, nk), "empty rows"."""
 
     name: str
     block: Block
@@ -84,7 +84,7 @@ def tensors(case, dtype, device="cpu", seed=0):
 
 
 def hidden(case, mask):
-    """Bool (1 or batch, nq, nk): everything that the block or its dense mask hides."""
+    """Bool (1 or batch, nq, nk): the pairs that the block or its dense mask hides."""
     nq, nk = (rows.stop - rows.start for rows in (case.block.query_rows, case.block.key_rows))
     result = torch.ones(nq, nk, dtype=torch.bool)
     for q, k in case.block.pieces():
@@ -130,13 +130,13 @@ def forward(kernel, query, key, value, block, options, mask=None):
 
 
 def backward(kernel, grad_out, query, key, value, out, lse, block, options, saved, mask=None):
-    """(dq, dk, dv) of one block; out and lse are of the whole attention."""
+    """(dq, dk, dv) of one block; out and lse are those of the whole attention."""
     tensors = BlockTensors(block, query, key, value, mask)
     return kernel.backward(tensors, AttentionRows(grad_out, out, lse), options, saved)
 
 
 def check_block(kernel, case, dtype, device="cpu", strided=False):
-    """Forward and backward of one block equal dense attention."""
+    """Check that forward and backward of one block equal dense attention."""
     query, key, value, grad_out, mask = tensors(case, dtype, device)
     if strided:  # keys and values arrive as slices of one packed buffer
         packed = torch.cat([key, value], -1)

@@ -1,7 +1,7 @@
-"""Models of Megatron's multi-latent attention in float64, whose latents travel; ``compare`` runs on each rank.
+"""Models with Megatron's multi-latent attention in float64 that exchange latents; ``compare`` runs on each rank.
 
-Expected is always the same model of the same tensor parallelism without context parallelism, whose up-projection is
-Megatron's own: its last hidden states, and the gradients of all parameters, the up-projection's among them.
+The expected results are those of the same model and tensor parallelism without context parallelism, with Megatron's own
+up-projection: the last hidden states, and the gradients of all parameters, including the up-projection's.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from megatron_version import MINOR as VERSION
 from model_cases import HYBRID, MLA, MODEL, RING, ULYSSES, VOCABULARY, packed_params
 
 ROWS = 2
-TRAVELS = MLA["kv_lora_rank"] + MLA["qk_pos_emb_head_dim"]  # elements of a token
+TRAVELS = MLA["kv_lora_rank"] + MLA["qk_pos_emb_head_dim"]  # elements per token
 OF_HEADS = MODEL["num_attention_heads"] * (MLA["qk_head_dim"] + MLA["qk_pos_emb_head_dim"] + MLA["v_head_dim"])
 UP_PROJECTION = {"recompute_granularity": "selective", "recompute_modules": ["mla_up_proj"]}
 CORE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
@@ -31,10 +31,10 @@ class Run:
     """One setting.
 
     Args:
-        parallel: of ContextParallelConfig. settings: of the model, beyond MLA. documents: as packed.
-        fused: the up-projection accumulates its gradient into main_grad.
-        elements: of keys and values that a rank's forward pass sends for each of its tokens and layers; None where
-            another test says it.
+        parallel: settings of ContextParallelConfig. settings: settings of the model besides MLA. documents: if packed.
+        fused: whether the up-projection accumulates its gradient in main_grad.
+        elements: elements of keys and values that a rank's forward pass sends per token and layer; None if another test
+            checks it.
     """
 
     parallel: dict
@@ -59,7 +59,7 @@ RUNS = {
     "gradient accumulation fused": Run({"algorithm": ULYSSES, "ulysses_chunks": 2, **LATENT}, fused=True),
     "packed": Run({"algorithm": RING, "batch_layout": "balanced"}, documents=(0, 5, 6, 17), seq_len=23),
 }
-# Of two ranks of tensor parallelism; with sequence parallelism the latent comes in parts.
+# On two tensor-parallel ranks; with sequence parallelism each has a part of the latent.
 SPLIT = {
     "tensor parallelism": Run({"algorithm": RING, **LATENT}, {"tensor_model_parallel_size": 2}, elements=TRAVELS),
     "sequence parallelism": Run(
@@ -75,8 +75,8 @@ SPLIT = {
 
 
 def runs(named):
-    """Those that this version has: Megatron's local layers take packed sequences from 0.16 on, and 0.14 gives YaRN's
-    constructor its arguments in a wrong order.
+    """The runs that this version supports: Megatron's local layers take packed sequences from 0.16 on, and 0.14 calls
+    YaRN's constructor with its arguments in the wrong order.
     """
     absent = {"packed": VERSION < (0, 16), "yarn": VERSION == (0, 14)}
     return {name: run for name, run in named.items() if not any(absent[word] and word in name for word in absent)}
@@ -115,7 +115,7 @@ def passed(model, local, run, weights):
 
     from mindspeed_cp.comm import count_bytes
 
-    # Megatron's own fused gradients ask for CUDA.
+    # Megatron's own fused gradients need CUDA.
     fused = run.fused and model.config.context_parallel_size > 1
     ups = [layer.self_attention.linear_kv_up_proj for layer in model.decoder.layers] if fused else []
     for up in ups:
@@ -155,7 +155,7 @@ def groups(run, cp_size):
 
 
 def compare(rank, named, cp_size=2):
-    """Name -> (largest difference of hidden states and gradients, bytes of keys and values over those expected)."""
+    """Name -> (largest difference of hidden states and gradients, bytes of keys and values / expected bytes)."""
     import trainer.quiet  # noqa: F401
 
     import mindspeed_cp.megatron.bridge

@@ -1,4 +1,4 @@
-"""Models whose layers have a state or a sparse indexer: small ones like Qwen3-Next and DeepSeek-V3.2."""
+"""Small models like Qwen3-Next and DeepSeek-V3.2, whose layers have a recurrent state or a sparse indexer."""
 
 import copy
 
@@ -12,7 +12,7 @@ DELTA_NET = {
     "num_layers": 3,
     "experimental_attention_variant": "gated_delta_net",
     "linear_attention_freq": [1, 1, 0],
-    "cp_comm_type": "p2p",  # as Megatron's own arguments have it, for every layer
+    "cp_comm_type": "p2p",  # as in Megatron's own arguments, for every layer
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 4,
@@ -28,7 +28,7 @@ DELTA_NET = {
 
 
 def delta_net_block(config):
-    """Layers of local modules, of which those in ``linear_attention_freq`` are gated delta nets."""
+    """Layers of local modules; those in ``linear_attention_freq`` are gated delta nets."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -46,7 +46,7 @@ def delta_net_block(config):
 
 
 class Duplicated(torch.nn.Linear):
-    """What Transformer Engine calls a linear layer with parallel_mode "duplicated"."""
+    """A substitute for Transformer Engine's linear layer with parallel_mode "duplicated"."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ SPARSE = MLA | {
 
 
 def sparse_block(config):
-    """Layers of local modules whose latent attention is sparse."""
+    """Layers of local modules with sparse latent attention."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.enums import AttnMaskType
@@ -117,7 +117,7 @@ def _sparse(settings=None, **further):
     return Case(SPARSE | (settings or {}), block=sparse_block, since=(0, 19), **further)
 
 
-PACKED = (0, 8, 12, 24)  # each of multiples of 2 x 2 tokens
+PACKED = (0, 8, 12, 24)  # each document has a multiple of 2 x 2 tokens
 LINEAR_CASES = {
     "delta nets": _delta(steps=2),
     "delta nets, per-token loss": _delta(PER_TOKEN),
@@ -158,10 +158,10 @@ LAYERS = {
 
 
 def tensor_parallel(rank):
-    """(kind of layer, way) -> largest difference of one layer on two tensor-parallel and two context-parallel ranks,
-    from the same on two tensor-parallel ranks: outputs, gradients of inputs and of weights; sequence parallelism is on,
-    and norms of delta nets are recomputed, which Megatron itself does with Transformer Engine alone. Without mixers
-    where they cannot be built, for most versions import Triton for them.
+    """(kind of layer, way) -> largest difference of a layer on two tensor-parallel x two context-parallel ranks from
+    the same layer on two tensor-parallel ranks: outputs, gradients of inputs and of weights. Sequence parallelism is
+    on, and norms of delta nets are recomputed, which Megatron does only with Transformer Engine. Mixers are skipped
+    where they cannot be built, because most versions import Triton for them.
     """
     import trainer.quiet  # noqa: F401
 
@@ -228,11 +228,11 @@ def _layer_alone(cp_size, settings, spec):
 
 
 def compare_all(rank, lengths, cases, refused):
-    """(name of the run -> name of the case -> difference, name of a case -> what is said of it).
+    """(name of the run -> name of the case -> difference, name of a case -> message).
 
     Args:
-        lengths: length -> runs as ``compare`` has them.
-        refused: (name of a case, length, settings) of what is not computed.
+        lengths: length -> runs as in ``compare``.
+        refused: (name of a case, length, settings) that must be rejected.
     """
     found = {}
     for length, parallel in lengths.items():

@@ -1,4 +1,4 @@
-"""Loss functions in every convention of Megatron's schedule, on two ranks of one sequence; ``compare`` runs on each."""
+"""Loss functions in all conventions of Megatron's schedule, on two ranks of a sequence; ``compare`` runs on each."""
 
 import warnings
 from functools import partial
@@ -24,7 +24,7 @@ CONVENTIONS = {
 
 
 def whole_samples():
-    """As many as ranks, each with an odd number of tokens with loss, so that shares of it differ."""
+    """One sample per rank, each with an odd number of tokens with loss, so that the ranks' shares differ."""
     for sample in samples(SEQ, dist.get_world_size(), None):
         sample["loss_mask"][0, 0] += 1 - sample["loss_mask"].sum() % 2
         assert sample["loss_mask"].sum() % 2 == 1
@@ -32,7 +32,7 @@ def whole_samples():
 
 
 def loss(convention, cp_size, whole, local, output):
-    """What the loss function of a convention returns."""
+    """The result of the loss function of a convention."""
     from mindspeed_cp import megatron_adaptor
     from mindspeed_cp.megatron.losses import counts_are_added
 
@@ -98,8 +98,8 @@ def run(convention, cp_size):
 
 
 def compare(rank):
-    """Convention -> (gradients' norm over that of cp=1, largest difference, loss and count of an evaluation over those
-    of cp=1, what is said).
+    """Convention -> (gradient norm / that of cp=1, largest difference, loss and count of an evaluation / those of cp=1,
+    the warning).
     """
     import trainer.quiet  # noqa: F401
 

@@ -1,6 +1,6 @@
-"""Megatron's state-space layers without a GPU: their kernels as plain recurrences.
+"""The kernels of Megatron's state-space layers as plain recurrences, for tests without a GPU.
 
-Import it before Megatron's state-space models. What only inference calls is a name without contents.
+Import it before Megatron's state-space models. Functions that only inference calls are placeholders.
 
     zxbcdt  (batch, seq, 2 heads x dim + 2 groups x state + heads): gate, input, B, C, time step
     state   h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t],  y[t] = C[t] h[t] + D x[t]
@@ -24,7 +24,7 @@ INFERENCE = (
 
 
 class RMSNorm(torch.nn.Module):
-    """Of groups of a row, as mamba_ssm's, without a gate."""
+    """RMSNorm over groups of a row, like mamba_ssm's, without a gate."""
 
     def __init__(self, size, eps=1e-5, group_size=None, norm_before_gate=True, device=None, dtype=None):
         super().__init__()
@@ -63,7 +63,7 @@ def mamba_split_conv1d_scan_combined(
 
 
 def _install():
-    """Put the kernels where Megatron imports them from."""
+    """Install the kernels under the names that Megatron imports."""
     made = {
         "mamba_ssm.ops.triton.layernorm_gated": {"RMSNorm": RMSNorm},
         "mamba_ssm.ops.triton.ssd_combined": {

@@ -1,4 +1,4 @@
-"""What Megatron's state-space layers see of a sequence: the exchange around their kernels, which need a GPU."""
+"""The exchange around the kernels of Megatron's state-space layers, which themselves need a GPU."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 SEQ, STATE, HEADS = 48, 2, 4  # heads are groups too, and each has two inner dimensions
-SIZES = {"z": 2, "x": 2, "B": STATE, "C": STATE, "dt": 1}  # width of each part for one head
+SIZES = {"z": 2, "x": 2, "B": STATE, "C": STATE, "dt": 1}  # width of each part per head
 
 
 def exchange():
@@ -20,19 +20,19 @@ def exchange():
 
 
 def whole_input(seq_len):
-    """(S, 1, width): the parts z, x, B, C, dt of all heads, one part after the other."""
+    """(S, 1, width): the parts z, x, B, C, dt of all heads, part by part."""
     width = HEADS * sum(SIZES.values())
     return torch.arange(seq_len * width, dtype=torch.float32).view(seq_len, 1, width)
 
 
 def of_head(whole, head):
-    """The parts of one head, in the order of the sequence."""
+    """The parts of one head, in sequence order."""
     parts = whole.split([HEADS * size for size in SIZES.values()], dim=-1)
     return torch.cat([part[..., head * size : (head + 1) * size] for part, size in zip(parts, SIZES.values())], dim=-1)
 
 
 def difference(layout):
-    """How far what a layer sees is from the whole sequence, and what comes back from this rank's part of it."""
+    """Largest difference of the layer's input from the whole sequence, and of its output from this rank's part."""
     from mindspeed_cp import megatron_adaptor
     from mindspeed_cp.megatron.records import MicroBatch
 
@@ -46,7 +46,7 @@ def difference(layout):
 
 
 def features_difference(layout):
-    """The same of what frameworks call for layers of their own: shares of sections of features."""
+    """The same for the functions that frameworks call for their own layers: shares of sections of features."""
     from megatron.core import parallel_state
     from megatron.core.ssm import mamba_context_parallel as megatron
 
@@ -68,7 +68,7 @@ def features_difference(layout):
 
 
 def of_documents(config):
-    """What comes of packed documents that are exchanged one by one, and the message where their layout is another."""
+    """The difference for packed documents that are exchanged one by one, and the message if their layout is wrong."""
     from megatron.core import parallel_state
 
     from mindspeed_cp import SequenceLayout, megatron_adaptor

@@ -1,4 +1,4 @@
-"""``--spec mamba_stack stack``: a hybrid model of local layers; those of Megatron's specs are Transformer Engine's."""
+"""``--spec mamba_stack stack``: a hybrid model of local layers; Megatron's own specs use Transformer Engine's."""
 
 import importlib
 
@@ -38,7 +38,7 @@ def _stack():
         found, name = importlib.import_module("megatron.core.models.hybrid.hybrid_block"), "HybridStack"
     except ModuleNotFoundError:  # before 0.18
         found, name = importlib.import_module("megatron.core.ssm.mamba_block"), "MambaStack"
-    found.TENorm = WrappedTorchNorm  # the stack's own, at its end
+    found.TENorm = WrappedTorchNorm  # the stack's final norm
     return ModuleSpec(getattr(found, name), submodules=getattr(found, f"{name}Submodules")(**_layers()))
 
 

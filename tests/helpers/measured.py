@@ -1,4 +1,4 @@
-"""Measures on real ranks what a call of attention saves and sends."""
+"""Measure on real ranks what a call of attention saves and sends."""
 
 import time
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from mindspeed_cp.comm import count_bytes, link
 
 
 def prepared(rank, case):
-    """(context_parallel_attention of the leaves or of other tensors, leaves, grad_out, groups), an empty workspace."""
+    """(function that calls context_parallel_attention, leaves, grad_out, groups), with an empty workspace."""
     from mindspeed_cp import context_parallel_attention
 
     config, groups = setup_of(case.config, case.share_from)
@@ -29,7 +29,7 @@ def prepared(rank, case):
 
 
 def saved_bytes(rank, case):
-    """Bytes of the memory that forward saves for backward, every storage once."""
+    """Bytes that forward saves for backward, counting every storage once."""
     call, *_ = prepared(rank, case)
     storages = {}
 
@@ -67,7 +67,7 @@ def drop_zero(sizes):
 
 
 class _LetGo:
-    """What waits for a collective until its tensors are held by nobody else."""
+    """A collective's handle that also waits until no other reference holds its tensors."""
 
     def __init__(self, collective, tensors, *more, **keywords):
         self._tensors, self._held = tensors, [tensor._use_count() for tensor in tensors]
@@ -83,9 +83,9 @@ class _LetGo:
 
 @contextmanager
 def let_go():
-    """Inside, a collective that was awaited holds none of its tensors any more.
+    """Context manager in which an awaited collective no longer holds its tensors.
 
-    gloo's thread says that it is done before it lets go of them: on two busy cores one in three is held a few
+    gloo's thread reports completion before it releases them: on two busy cores every third tensor is held a few
     milliseconds longer.
     """
 

@@ -1,4 +1,4 @@
-"""The version of the Megatron that an import finds, be it a wheel's or a checkout's; metadata knows the wheel alone."""
+"""The version of the Megatron that would be imported, from a wheel or a checkout; metadata knows only the wheel."""
 
 import runpy
 

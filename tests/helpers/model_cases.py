@@ -1,4 +1,4 @@
-"""The models of the tests of whole models, their parameters and their samples."""
+"""Models, parameters and samples for the tests of whole models."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,9 +14,9 @@ from mindspeed_cp import pack_documents
 
 
 def has(module):
-    """Whether the installed Megatron has this module; nothing is imported for the answer, which takes seconds."""
+    """Whether the installed Megatron has this module; checked without importing it, which takes seconds."""
     top, package, *inner = module.split(".")
-    # Several versions may lie on the path; the first one that has the package is imported.
+    # Several versions may be on the path; the first one that has the package is imported.
     folders = (Path(folder, package) for folder in find_spec(top).submodule_search_locations)
     found = next((folder for folder in folders if folder.is_dir()), None)
     return found is not None and (not inner or found.joinpath(*inner).with_suffix(".py").exists())
@@ -79,15 +79,15 @@ class Case:
     """One model.
 
     Args:
-        settings: of TransformerConfig, beyond MODEL.
+        settings: settings of TransformerConfig besides MODEL.
         documents: boundaries of packed documents, None for whole sequences.
-        padding: how many tokens at the end of each sequence experts must leave out of their losses.
-        steps: how many; the second sees what the first has updated.
-        model: keywords of GPTModel, beyond those of all.
-        layer: keywords of the layer's spec.
-        block: config -> the spec of all layers, None where they are alike.
-        targets: how many tokens of a micro batch have a loss, None for most of them.
-        since: the first Megatron that has it.
+        padding: number of tokens at the end of each sequence that losses of experts must ignore.
+        steps: number of steps; the second uses the weights that the first has updated.
+        model: further keyword arguments of GPTModel.
+        layer: keyword arguments of the layer's spec.
+        block: config -> the spec of all layers, None if they are equal.
+        targets: number of tokens per micro batch that have a loss, None for most of them.
+        since: the first Megatron that supports it.
     """
 
     settings: dict = field(default_factory=dict)
@@ -123,12 +123,12 @@ CASES = {
     "learnable softmax": Case({"softmax_type": "learnable", "num_query_groups": 2}, steps=2),
 }
 CASES |= {name: Case(**values) for name, values in SHAPES.items()}
-# The first row of these documents, packed by length over four ranks of eight tokens.
+# Lengths of documents that are packed by length over four ranks of eight tokens; the first row is used.
 LENGTHS = (3, 20, 5, 9, 4, 2, 11)
 ROW = [LENGTHS[place] for place in pack_documents(LENGTHS, ranks=4, tokens=8)[0]]
 BY_LENGTH = "all of them, packed by length"
 CASES[BY_LENGTH] = Case(DEEPSEEK | PER_TOKEN, documents=(0, *accumulate(ROW)))
-# What is said about them, or why they are refused, when experts are shared by ranks of uneven lengths.
+# The warnings, or the error, if experts are split over ranks with uneven lengths.
 REMARKABLE = {
     "capacity": Case(MOE | {"moe_expert_capacity_factor": 1.0}),
     "sinkhorn": Case(MOE | {"moe_router_load_balancing_type": "sinkhorn"}),
@@ -138,10 +138,10 @@ REMARKABLE = {
 
 
 def possible(named):
-    """Those of the given cases that this version of megatron-core has."""
+    """Those of the given cases that this version of megatron-core supports."""
     absent = {"packed", "padding"} if VERSION < (0, 16) else set()
     absent |= {"softmax"} if VERSION < (0, 15) else set()
-    # Megatron itself ends in a TypeError there, without context parallelism too: multi-token prediction without
+    # Megatron itself raises a TypeError there, even without context parallelism: for multi-token prediction without
     # Transformer Engine from 0.20 on, and with full recomputation in 0.18.
     absent |= {"prediction", "all of them"} if VERSION >= (0, 20) else set()
     absent |= {"all of them, recomputed"} if VERSION == (0, 18) else set()
@@ -151,7 +151,7 @@ def possible(named):
 
 
 def cases():
-    """The cases that this version of megatron-core has."""
+    """The cases that this version of megatron-core supports."""
     return possible(CASES)
 
 
@@ -161,10 +161,10 @@ IN_BF16 = possible(
 
 
 def samples(seq_len, count, documents, targets=None):
-    """Whole micro batches; about a quarter of the tokens has no loss, more of them at the end.
+    """Whole micro batches; about a quarter of the tokens, mostly at the end, has no loss.
 
     Args:
-        targets: how many tokens have a loss at all, None for no limit.
+        targets: number of tokens that have a loss, None for no limit.
     """
     generator = torch.Generator().manual_seed(3)
     rows = 1 if documents else BATCH

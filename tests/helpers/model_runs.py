@@ -1,8 +1,8 @@
 """Whole GPT models on several ranks, with context parallelism and without; ``compare`` runs on each rank.
 
-Every run trains on the same samples, one for each rank of the world: without context parallelism each rank computes one
-of them, with it each group of ranks computes as many as it has ranks, one micro batch after the other. Loss, gradients
-and updates must not depend on that.
+Every run trains on the same samples, one per rank of the world: without context parallelism each rank computes one of
+them; with it each group computes as many as it has ranks, one micro batch after another. Loss, gradients and updates
+must not depend on that.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ class Trainer:
             yield (f"{head}{local}{int(index) + first}{dot}{tail}" if local else head), parameter
 
     def split(self, sample):
-        """This rank's part of a sample; only a layout by documents must know them then."""
+        """This rank's part of a sample; documents are passed only if the layout depends on them."""
         from megatron.core.utils import get_batch_on_this_cp_rank
 
         from mindspeed_cp import megatron_adaptor
@@ -88,8 +88,8 @@ class Trainer:
         return losses, partial(self.loss, index, sample["loss_mask"], local)
 
     def loss(self, index, whole_mask, local, losses):
-        """As Megatron's own pretrain_gpt.py: 0.12 wants the count of the whole sequence, later versions the rank's
-        own.
+        """As in Megatron's own pretrain_gpt.py: 0.12 needs the token count of the whole sequence, later versions that
+        of the rank.
         """
         from mindspeed_cp import megatron_adaptor
 
@@ -122,7 +122,7 @@ class Trainer:
         return results
 
     def _gradients(self):
-        """name -> gradient of all parameters, experts of other ranks included."""
+        """name -> gradient of all parameters, including experts on other ranks."""
         own = {name: parameter.main_grad.detach().clone() for name, parameter in self.named_parameters()}
         if self.config.expert_model_parallel_size == 1:
             return own
@@ -136,7 +136,7 @@ class Trainer:
                 parameter.sub_(RATE * parameter.main_grad)
 
     def _mtp_loss(self):
-        """What Megatron would log of losses of its own, the mean over the micro batches, summed over the ranks."""
+        """Megatron's own losses as it would log them: the mean over the micro batches, summed over the ranks."""
         if getattr(self.config, "experimental_attention_variant", None) == "dsa":
             from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossLoggingHelper
 
@@ -154,7 +154,7 @@ class Trainer:
 
 
 def _forget_logged_losses():
-    """Megatron keeps one table of expert losses, as long as the layers of the first model it saw."""
+    """Clear Megatron's global table of expert losses, which has one entry per layer of the first model."""
     from megatron.core import parallel_state
     from megatron.core.transformer.moe import moe_utils
 
@@ -170,7 +170,7 @@ def _forget_logged_losses():
 def dense_attention(
     query, key, value, *, config, softmax_scale, cu_seqlens, softmax_offset, sliding_window=None, **unused
 ):
-    """The textbook's attention in place of ours, for what Megatron's own local attention does not know."""
+    """Reference attention in place of ours, for features that Megatron's own local attention does not support."""
     causal = config.attention_mask_type == "causal"
     allowed = reference.allowed_pairs(query.size(0), causal=causal, cu_seqlens=cu_seqlens, window=sliding_window)
     return reference.attention(query, key, value, allowed, softmax_scale=softmax_scale, sinks=softmax_offset)
@@ -188,9 +188,7 @@ def difference(results, expected):
         for name, gradient in all_gradients.items():
             found = float((gradients[name] - gradient).abs().max()) / max(float(gradient.abs().max()), smallest)
             worst[2:] = max(worst[2:], [found, name])
-        assert math.isfinite(norm(gradients) + float(losses.sum() + mtp.sum())), (
-            "max() above does not see what is not a number"
-        )
+        assert math.isfinite(norm(gradients) + float(losses.sum() + mtp.sum())), "max() above ignores NaN"
     return worst
 
 
@@ -204,10 +202,10 @@ def norm(gradients):
 
 
 def compare(rank, seq_len, parallel, cases=CASES):
-    """Name of the run -> name of the case -> what came out.
+    """Name of the run -> name of the case -> result.
 
-    That is ``difference`` to the run without context parallelism, the ``errors`` of both runs for training in bfloat16,
-    and what is ``said`` of remarkable cases.
+    The result is the ``difference`` from the run without context parallelism, for training in bfloat16 the ``errors``
+    of both runs, and for REMARKABLE cases what is ``said``.
 
     Args:
         parallel: name -> (settings of ContextParallelConfig, names of cases).
@@ -282,7 +280,7 @@ def errors(results, exact):
 
 @contextlib.contextmanager
 def groups(settings):
-    """Megatron's process groups for the settings of a ContextParallelConfig, and two more of other parts."""
+    """Context manager: Megatron's process groups for settings of ContextParallelConfig and two other parallel sizes."""
     from mindspeed_cp import ContextParallelConfig, TrainingSetup, megatron_adaptor
 
     settings = dict(settings)

@@ -1,4 +1,4 @@
-"""Shapes of published models, as small as they go: name -> what Case takes."""
+"""Shapes of published models, as small as possible: name -> arguments of Case."""
 
 import torch.nn.functional as functional
 

@@ -1,4 +1,4 @@
-"""A toy MindSpeed beside the adaptor, in a process of its own; ``observe`` of adaptor_runs calls these."""
+"""A toy MindSpeed together with the adaptor, in a separate process; ``observe`` of adaptor_runs calls these."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ def _now():
 
 
 def every_order():
-    """What holds after each step: MindSpeed first with flags, ours, repatch, undo, ours again, MindSpeed once more."""
+    """The state after each step: MindSpeed first with flags, ours, repatch, undo, ours again, MindSpeed once more."""
     importable()
     sys.argv = ["train.py", "--context-parallel-size", "2", "--context-parallel-algo", "ulysses_cp_algo"]
     import mindspeed.megatron_adaptor as theirs
@@ -63,7 +63,7 @@ def every_order():
 
 
 def ours_first():
-    """MindSpeed comes after this project, on a machine where it is not activated."""
+    """MindSpeed is imported after this project, on a machine where it is not activated."""
     importable()
     sys.argv = ["train.py", "--context-parallel-size", "2"]
     from mindspeed_cp import megatron_adaptor
@@ -76,7 +76,7 @@ def ours_first():
 
 
 def flags_of_features():
-    """Flag -> owner, whether MindSpeed has patched to say so, and whether a stand-in for torch_npu stays."""
+    """(flag -> owner, whether MindSpeed has patched anything for it, whether a fake torch_npu remains)."""
     importable()
     from mindspeed_cp.megatron.unknown_flags import _flags_of_features, _without_device
 

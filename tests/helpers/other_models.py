@@ -12,7 +12,7 @@ from model_runs import groups
 
 SEQ, SHORT, PADDING, ROWS = 24, 16, 5, 2
 POSITIONS = ("learned_absolute", "rope")
-# BERT of 0.12 asks its rotary embedding for too little, without context parallelism too.
+# BERT of 0.12 requests too short a rotary embedding, even without context parallelism.
 CASES = [
     (name, kind)
     for name in ("BERT", "T5")
@@ -23,7 +23,7 @@ ALGORITHMS = {"ring": RING, "ulysses": ULYSSES}
 
 
 def seeded(model):
-    """``model`` with weights that depend on their names alone."""
+    """``model`` with weights that depend only on their names."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -39,7 +39,7 @@ def config(cp_size):
 
 
 def batch(seq_len, padding=0):
-    """This rank's part of a batch without position ids, which these models make themselves."""
+    """This rank's part of a batch without position ids, which these models compute themselves."""
     from megatron.core.utils import get_batch_on_this_cp_rank
 
     whole = next(samples(seq_len, 1, None))
@@ -98,7 +98,7 @@ def t5(cp_size, positions, decoder_length=SEQ):
 
 
 def outcome(build, cp_size, *args):
-    """(loss, name -> gradient), added over the ranks."""
+    """(loss, name -> gradient), summed over the ranks."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     model_parallel_cuda_manual_seed(7)
@@ -112,14 +112,14 @@ def outcome(build, cp_size, *args):
 
 
 def off(found, expected):
-    """Largest difference over the largest gradient, the loss included by its own size."""
+    """Largest difference of gradients relative to the largest one, or of the loss relative to itself."""
     largest = max(float(value.abs().max()) for name, value in expected.items() if name != "loss")
     worst = max(float((found[name] - value).abs().max()) for name, value in expected.items() if name != "loss")
     return max(worst / largest, abs(float(found["loss"] / expected["loss"]) - 1))
 
 
 def message(build, *args):
-    """Of the ValueError that ends it, "" without."""
+    """The message of the ValueError that is raised, "" if none."""
     try:
         build(*args)
     except ValueError as error:
@@ -128,7 +128,7 @@ def message(build, *args):
 
 
 def rolled():
-    """What roll_tensor makes of packed documents of 8 and 12 tokens that no record describes, and its sum."""
+    """The result of roll_tensor for packed documents of 8 and 12 tokens without a record, and its sum."""
     from megatron.core import parallel_state
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.multi_token_prediction import roll_tensor
@@ -144,7 +144,7 @@ def rolled():
 
 
 def refusals():
-    """name -> what is said when a model is built, or called, that context parallelism cannot compute."""
+    """name -> message when a model that context parallelism cannot compute is built or called."""
     from importlib.util import find_spec
 
     found = {
@@ -163,14 +163,14 @@ def refusals():
 
 
 class Gate(torch.nn.Module):
-    """A module of a user."""
+    """A user's module."""
 
     def forward(self, hidden):
         return hidden
 
 
 def added_later():
-    """What is said of modules that a model got after it was built, at its first forward pass and at the second."""
+    """The messages about modules that were added to a built model, at its first and second forward pass."""
     from megatron.core.models.bert.pooler import Pooler
 
     model, other = bert_model(2, "learned_absolute"), bert_model(2, "learned_absolute")
@@ -187,7 +187,7 @@ def added_later():
 
 
 def trusted():
-    """Whether what is refused is built where it is trusted."""
+    """Whether a refused module is built if it is trusted."""
     from mindspeed_cp import megatron_adaptor
 
     settings = megatron_adaptor.state().settings
@@ -199,7 +199,7 @@ def trusted():
 
 
 def compare(rank):
-    """(algorithm, model, positions) -> how far it is from cp=1; rolled -> (values, sum); refusals -> messages."""
+    """(algorithm, model, positions) -> difference from cp=1; rolled -> (values, sum); refusals -> messages."""
     import trainer.quiet  # noqa: F401
 
     from mindspeed_cp import megatron_adaptor  # noqa: F401

@@ -1,7 +1,7 @@
-"""A training script on megatron-core with a context parallelism of its own, in which this project has no part: every
-rank gathers all keys and values. ``--fault`` breaks it in silence.
+"""A training script on megatron-core with its own context parallelism, without this project: every rank gathers all
+keys and values. ``--fault`` breaks it silently.
 
-    mask        attention takes its keys for those of ranks that follow one another
+    mask        attention assumes that keys are in rank order
     positions   position ids count from 0 on every rank
 """
 
@@ -17,7 +17,7 @@ VOCABULARY = 64
 
 
 class Gather(torch.autograd.Function):
-    """The parts of all ranks of a group, end to end; their gradients are summed."""
+    """Concatenate the parts of all ranks of a group; their gradients are summed."""
 
     @staticmethod
     def forward(ctx, part, group):
@@ -80,7 +80,7 @@ def build(args):
 
 
 def loss_of(tokens, losses):
-    """This rank's share of the mean over all tokens; Megatron averages over the ranks what it multiplies by them."""
+    """This rank's share of the mean over all tokens; Megatron multiplies by the number of ranks, then averages."""
     total = losses.sum()
     return total / tokens, {"lm loss": (total.detach(), losses.numel())}
 

@@ -1,4 +1,4 @@
-"""Other packages that take the adaptor's names, each function for ``adaptor_runs.observe``."""
+"""Other packages that replace the adaptor's names; functions for ``adaptor_runs.observe``."""
 
 import importlib
 import sys
@@ -8,7 +8,7 @@ from adaptor_runs import attempt
 
 
 def _of_another_package(name, source):
-    """A module that another package would have imported; it sees Megatron's attention as ``Attention``."""
+    """A module as from another package, in which Megatron's attention is ``Attention``."""
     module = ModuleType(name)
     module.__file__ = f"/somewhere/{name.replace('.', '/')}.py"
     module.Attention = importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention
@@ -18,7 +18,7 @@ def _of_another_package(name, source):
 
 
 def owners():
-    """The adaptor's names in other hands: status in the report, message of ``check``, and what the groups say of it."""
+    """Names replaced by others: status in the report, message of ``check``, and the error when groups are made."""
     import torch  # noqa: F401
 
     from mindspeed_cp import ContextParallelConfig, megatron_adaptor
@@ -51,7 +51,7 @@ def owners():
 
 
 def mindspeed_first():
-    """MindSpeed with context-parallel flags of its own has put its class in the place of Megatron's attention."""
+    """MindSpeed with its own context-parallel flags has replaced Megatron's attention by its class."""
     from mindspeed_cp.patches import PatchError
 
     dot_product = importlib.import_module("megatron.core.transformer.dot_product_attention")

@@ -1,15 +1,15 @@
-"""All pairs: of a large product the default run takes a few points in which every two values meet; --full takes all."""
+"""Pairwise testing: the default run tests few points of a large product that contain all pairs; --full tests all."""
 
 import random
 from itertools import combinations, product
 
-ATTEMPTS = 3  # how many ways to fill a row are compared
+ATTEMPTS = 3  # candidates for a row that are compared
 
 _whole = False
 
 
 def take_whole_products(whole):
-    """What ``drawn`` gives from now on; pytest's option --full calls it once."""
+    """Set whether ``drawn`` returns whole products; pytest's option --full calls it once."""
     global _whole
     _whole = whole
 
@@ -22,8 +22,7 @@ def whole():
 def drawn(*parameters):
     """Points of the product of ``parameters`` (sequences of values): all of them with --full.
 
-    Otherwise as many as it takes for every value of a parameter to meet every value of every other one; always the
-    same ones.
+    Otherwise few points that contain every pair of values of any two parameters; always the same ones.
     """
     if _whole or len(parameters) < 3:
         return list(product(*parameters))
@@ -33,9 +32,9 @@ def drawn(*parameters):
 
 
 def all_pairs(sizes, seed=0, fits=lambda first, second: True):
-    """Tuples of indices, index i below sizes[i], in which any two parameters take every pair of their values.
+    """Tuples of indices, index i below sizes[i], that contain every pair of values of any two parameters.
 
-    ``fits(i, j)``: whether value i of the first parameter and j of the second go together; they never meet otherwise.
+    ``fits(i, j)``: whether value i of the first parameter may be combined with value j of the second.
     """
     rng = random.Random(seed)
     left = {
@@ -54,12 +53,12 @@ def all_pairs(sizes, seed=0, fits=lambda first, second: True):
 
 
 def _met(row):
-    """The pairs that meet in this row."""
+    """The pairs in this row."""
     return set(combinations(enumerate(row), 2))
 
 
 def _filled(pair, sizes, left, rng, fits):
-    """A row that holds this pair; the other parameters, in random order, take what meets most that is left to meet."""
+    """A row with this pair; the other parameters, in random order, take the values that cover most missing pairs."""
     row = dict(pair)
     others = [parameter for parameter in range(len(sizes)) if parameter not in row]
     for parameter in rng.sample(others, len(others)):

@@ -1,4 +1,4 @@
-"""Pipelines whose stages get what Megatron gives them: tokens the first, labels the last, nothing those between."""
+"""Pipelines with the inputs that Megatron passes: tokens to the first stage, labels to the last, nothing to others."""
 
 import torch
 from batch_runs import END, RECOMPUTE, ROWS, SEQ, VERSION, batch_of, build, configure, difference, groups, split, summed
@@ -37,10 +37,10 @@ def stages(pp_size, vpp_size, cp_size, **settings):
 
 
 def batches(model, documents, seq, first_is_told=None):
-    """What a stage gets of each micro-batch, all of it split before the first one runs.
+    """A stage's inputs for each micro-batch, all of them split before the first one runs.
 
     Args:
-        first_is_told: the first stage alone is told where documents end, by "cu_seqlens" or "slices".
+        first_is_told: if given, only the first stage gets the documents, as "cu_seqlens" or "slices".
     """
     from mindspeed_cp import megatron_adaptor
 
@@ -118,7 +118,7 @@ def kept(settings, pp_size, vpp_size, documents, whole):
 
 
 def expected_of(documents, seq, masked):
-    """(losses of each micro-batch, gradients of all) of one process."""
+    """(losses of each micro-batch, summed gradients) of one process."""
     from batch_runs import gradients, losses_of, mask_of
 
     losses, total = [], {}

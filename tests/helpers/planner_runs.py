@@ -1,4 +1,4 @@
-"""Parameters that ranks of Megatron's own models hold; ``all_held_by_megatron`` runs on each rank."""
+"""Numbers of parameters on ranks of Megatron's own models; ``all_held_by_megatron`` runs on each rank."""
 
 from unittest import mock
 
@@ -9,14 +9,14 @@ from model_cases import MODEL, VOCABULARY
 def all_held_by_megatron(rank, runs):
     from megatron.core.transformer import multi_latent_attention
 
-    # What is asked for where nothing is computed, and where Transformer Engine is not there.
+    # Needed although nothing is computed and Transformer Engine is not installed.
     cuda = mock.patch.multiple(torch.cuda, Stream=mock.DEFAULT, current_device=lambda: "cpu")
     with cuda, mock.patch.object(multi_latent_attention, "TELinear", type(None), create=True):
         return [held_by_megatron(*run) for run in runs]
 
 
 def held_by_megatron(settings, latent, tp, ep, etp):
-    """(parameters of layers without their routed experts, those of routed experts) of this rank."""
+    """(parameters of layers without routed experts, parameters of routed experts) on this rank."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -31,7 +31,7 @@ def held_by_megatron(settings, latent, tp, ep, etp):
         config = (MLATransformerConfig if latent else TransformerConfig)(
             **(MODEL | settings),
             **sizes,
-            sequence_parallel=tp > 1,  # Megatron's rule, which torch's norms refuse
+            sequence_parallel=tp > 1,  # required by Megatron, rejected by torch's norms
             add_bias_linear=False,
             normalization="RMSNorm",
             gated_linear_unit=True,
@@ -41,7 +41,7 @@ def held_by_megatron(settings, latent, tp, ep, etp):
         )
         config.sequence_parallel = False
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
-        for layer in spec.layer_specs:  # it has no parameters, and Megatron's own does not take latent attention
+        for layer in spec.layer_specs:  # it has no parameters, and Megatron's own does not support latent attention
             layer.submodules.self_attention.submodules.core_attention = IdentityOp
         model = GPTModel(config, spec, VOCABULARY, 64, position_embedding_type="rope")
         counts = {True: 0, False: 0}

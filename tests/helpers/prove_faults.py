@@ -1,6 +1,6 @@
-"""Faults of context parallelism that train on without an error, put back by hand: each a patch for the run with it.
+"""Silent faults of context parallelism, injected by patches in the run with context parallelism.
 
-Those that were published are named by their public issue.
+Published faults are identified by their public issue.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ class Fault:
 
     Args:
         model: name of the model that shows it.
-        build: () -> (context in which it is there, the framework's forward step).
-        module: the module that must be named, "" where all outputs are right.
+        build: () -> (context manager in which it is active, the framework's forward step).
+        module: the module that must be named, "" if all outputs are right.
         parameter: the first parameter in backward whose gradient is wrong, "" for any.
-        kind: the signature that must be recognised, "" for any; of the gradient where no module is named.
+        kind: the signature that must be recognised, "" for any; that of the gradient if no module is named.
     """
 
     model: str
@@ -42,7 +42,7 @@ def rank():
 
 
 def attention(change):
-    """A fault that ``change(original, query, key, value, arguments)`` computes in place of attention."""
+    """A fault in which ``change(original, query, key, value, arguments)`` replaces attention."""
 
     def build():
         from mindspeed_cp.megatron import bridge
@@ -78,7 +78,7 @@ def _moved_boundary(original, query, key, value, given):
 
 
 class _Scaled(torch.autograd.Function):
-    """The same values, and a gradient of another size."""
+    """The same values with a scaled gradient."""
 
     @staticmethod
     def forward(ctx, tensor, factor):
@@ -91,7 +91,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def _own_keys_alone(original, query, key, value, given):
-    """Keys and values of this rank alone, in their order: what remains when no other part is merged."""
+    """Only this rank's keys and values, in their order, as if other parts were not merged."""
     from mindspeed_cp.attention.entry import context_parallel_attention
     from mindspeed_cp.comm.groups import ContextParallelGroups
     from mindspeed_cp.sequence.layout import SequenceLayout
@@ -111,7 +111,7 @@ def _values_of_another_rank(original, query, key, value, given):
 
 
 def _twice(original, query, key, value, given):
-    """A second project splits heads and sequence once more; what comes back is the heads in another order."""
+    """A second project exchanges heads and sequence once more, so that heads come back in another order."""
     return original(query.roll(1, 2), key.roll(1, 2), value.roll(1, 2), **given)
 
 
@@ -119,7 +119,7 @@ def _twice(original, query, key, value, given):
 
 
 def rope(change):
-    """A fault in what the rotary embedding returns, ``change(embedding of these positions, local length)``."""
+    """A fault in the rotary embedding's result, ``change(embedding of these positions, right result)``."""
 
     def build():
         from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -158,7 +158,7 @@ def framework(**parts):
 
 
 def _split_in_halves(self, model, sample):
-    """Tokens in halves; positions of the zigzag, or the adaptor knows it for the split that it is."""
+    """Tokens split in halves, with positions of the zigzag; else the adaptor would recognise the actual split."""
     local, half = Framework.split(self, model, sample), model.seq_len // dist.get_world_size()
     for name in ("tokens", "labels", "loss_mask"):
         local[name].copy_(sample[name][:, rank() * half : (rank() + 1) * half])
@@ -166,7 +166,7 @@ def _split_in_halves(self, model, sample):
 
 
 def _split_backwards(self, model, sample):
-    """Each rank gets the part of the other one."""
+    """Each rank gets the other rank's part."""
     right = Framework.split(self, model, sample)
     found = {}
     for name, value in right.items():
@@ -254,13 +254,13 @@ def _aux_loss(factor):
 
 
 def _prediction_rolls_alone():
-    """Multi-token prediction takes the next token from this rank's part alone."""
+    """Multi-token prediction takes the next token only from this rank's part."""
     from megatron.core.transformer import multi_token_prediction
 
     original = multi_token_prediction.roll_tensor
 
     def roll(tensor, shifts=-1, dims=-1, **given):
-        if not shifts:  # never: the adaptor says at once that its function is gone where nothing leads to it
+        if not shifts:  # never true, but without this reference the adaptor would report a replaced name
             return original(tensor, shifts, dims, **given)
         rolled = tensor.roll(shifts, dims)
         rolled.select(dims, shifts).fill_(0)

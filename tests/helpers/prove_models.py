@@ -1,5 +1,5 @@
-"""What the tests of the proof train: small models of each kind, whole batches, and a framework's forward step in the
-parts that faults change.
+"""Models for the tests of prove: small models of each kind, whole batches, and a framework's forward step, divided into
+the parts that faults replace.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ class Model:
     """One model and its batches.
 
     Args:
-        settings: of TransformerConfig, beyond MODEL.
+        settings: settings of TransformerConfig besides MODEL.
         positions: "rope" or "learned_absolute".
         documents: boundaries of packed documents, None for whole sequences.
         parallel: settings of ContextParallelConfig.
         seq_len: tokens of a sequence.
-        block: config -> the spec of all layers, None where they are alike.
-        since: the first Megatron that has it.
+        block: config -> the spec of all layers, None if they are equal.
+        since: the first Megatron that supports it.
     """
 
     settings: dict = field(default_factory=dict)
@@ -68,7 +68,7 @@ MODELS = {
 
 
 def possible():
-    """The models that this version of megatron-core has."""
+    """The models that this version of megatron-core supports."""
     absent = {"packed", "balanced"} if VERSION < (0, 16) else set()
     absent |= {"sinks", "window"} if VERSION < (0, 15) else set()
     absent |= {"multi-token prediction"} if VERSION >= (0, 20) else set()
@@ -76,7 +76,7 @@ def possible():
 
 
 def provider(model, cp_size):
-    """() -> GPTModel of megatron-core's local specs; build it twice from one seed, and the weights are the same."""
+    """() -> GPTModel of megatron-core's local specs; the same seed gives the same weights."""
 
     def build():
         from megatron.core.models.gpt import GPTModel
@@ -129,8 +129,8 @@ class Framework:
         return packed_params(model.documents, model.seq_len)
 
     def loss(self, sample, local, losses):
-        """As Megatron's own pretrain_gpt.py: 0.12 wants the count of the whole sequence, later versions the rank's
-        own.
+        """As in Megatron's own pretrain_gpt.py: 0.12 needs the token count of the whole sequence, later versions that
+        of the rank.
         """
         mask = local["loss_mask"]
         count = (sample["loss_mask"] if VERSION < (0, 13) else mask).sum().to(torch.int)

@@ -1,4 +1,4 @@
-"""Several commands of one script, proved by one process that has imported Megatron."""
+"""Run prove for several commands of one script, with one process that has imported Megatron."""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Proofs on the ranks of a test: of every model as it is, and of every fault."""
+"""Run prove on the ranks of a test: for every model, and for every fault."""
 
 import contextlib
 import io
@@ -40,7 +40,7 @@ def _run(model, size, framework=None, steps=1):
 
 
 def prove_all(rank, size):
-    """({model: what was found}, {fault: what was found}) with ``size`` ranks."""
+    """({model: verdict}, {fault: verdict}) with ``size`` ranks."""
     import trainer.quiet  # noqa: F401
 
     from mindspeed_cp import megatron_adaptor  # noqa: F401
@@ -59,8 +59,8 @@ def prove_all(rank, size):
 
 
 def prove_as_a_framework(rank, size):
-    """What the example of docs/prove.md finds on this rank: (equal, counts, what it prints); and the message where the
-    world does not fit.
+    """The result of the example of docs/prove.md on this rank: (equal, counts, what it prints); and the message if the
+    world size does not fit.
     """
     import torch.distributed as dist
     import trainer.quiet  # noqa: F401

@@ -1,8 +1,8 @@
-"""What the server from which ranks are forked imports: the modules that the environment names.
+"""Imported by the server from which ranks are forked: imports the modules that an environment variable names.
 
-It ends with its parent, and so do ranks that call ``end_with_parent``: a process that is stopped does not see its pipe
-close. Garbage collection waits until everything is imported, of which it takes a third of the time, and leaves that
-alone afterwards, because it would look through it, and so copy it, in every rank.
+The server ends with its parent, and so do ranks that call ``end_with_parent``, because a stopped process does not
+notice that its pipe was closed. Garbage collection is off during the imports, where it would take a third of the time,
+and skips the imported objects afterwards, because scanning them would copy them in every rank.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent():
-    """The kernel forgets this wish at a fork, so that every process says it anew."""
+    """Let this process be killed when its parent ends; the kernel resets this at a fork, so every process calls it."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

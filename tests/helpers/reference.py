@@ -1,5 +1,4 @@
-"""Attention as the textbook writes it: one process, float64, a dense mask, gradients by autograd. Slow and plain on
-purpose.
+"""Textbook attention: one process, float64, a dense mask, gradients by autograd. Deliberately slow and simple.
 
 Shapes (sequence first)::
 
@@ -11,7 +10,7 @@ import torch
 
 
 def document_ids(cu_seqlens, seq_len):
-    """(seq_len,) which document each position belongs to; empty documents count."""
+    """(seq_len,), the index of each position's document, counting empty documents."""
     ids = torch.empty(seq_len, dtype=torch.long)
     for index, (start, stop) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
         ids[start:stop] = index
@@ -19,7 +18,7 @@ def document_ids(cu_seqlens, seq_len):
 
 
 def sliced_pairs(slices, seq_len):
-    """Bool (seq_len, seq_len): how MagiAttention defines its slices, rows and columns counted within each."""
+    """Bool (seq_len, seq_len), by MagiAttention's definition of slices, with rows and columns counted within each."""
     seen = torch.zeros(seq_len, seq_len, dtype=torch.bool)
     for (q_start, q_stop), (k_start, k_stop), kind in slices:
         part = seen[q_start:q_stop, k_start:k_stop]
@@ -44,7 +43,7 @@ def allowed_pairs(seq_len, *, causal=False, window=None, cu_seqlens=None, attent
         window: (left, right); a query at p sees keys p - left to p + right, None or -1 is unlimited.
         cu_seqlens: document boundaries with 0 and the total; nothing is seen across a boundary.
         attention_mask: bool, True = hidden, (seq, seq) or (batch, 1, seq, seq).
-        slices: what is seen at all; None is everything.
+        slices: the visible pairs; None for all.
     """
     position = torch.arange(seq_len)
     offset = position[None, :] - position[:, None]
@@ -74,7 +73,7 @@ def attention(query, key, value, allowed, *, softmax_scale=None, sinks=None, kee
 
     Args:
         sinks: one extra logit per head, whose value vector is 0.
-        keep: (batch, heads, seq_q, seq_k) factors on the probabilities after the softmax (dropout: 0 or 1 / (1 - p)).
+        keep: (batch, heads, seq_q, seq_k), factors for the probabilities after softmax (dropout: 0 or 1 / (1 - p)).
 
     Returns:
         (seq, batch, heads, dv) in the inputs' dtype.

@@ -1,4 +1,4 @@
-"""Every way to set up every algorithm at every size, and what the default run draws of them by pairs."""
+"""All setups of all algorithms at all sizes, and the pairwise selection for the default run."""
 
 from functools import cache
 from itertools import product
@@ -66,7 +66,7 @@ ALGORITHM_AND_SIZE = [
     pytest.param(algorithm, cp, id=f"{algorithm}-cp{cp}") for cp in SIZES for algorithm in algorithms_at(cp)
 ]
 for_every_algorithm = pytest.mark.parametrize("algorithm, cp", ALGORITHM_AND_SIZE)
-# Without 5, 6 and 7, where the size itself is not what is asked; all with --full.
+# For tests that are not about the size itself: without 5, 6 and 7; all with --full.
 SOME_SIZES = [param for param in ALGORITHM_AND_SIZE if pairs.whole() or param.values[1] in (1, 2, 3, 4, 8)]
 
 
@@ -83,7 +83,7 @@ def of_kind(kind, cp):
 
 
 def drawn(algorithm, cp, *features):
-    """(setup, *values) of this algorithm and size: every value meets every kind, every size and every other value."""
+    """(setup, *values) of this algorithm and size; over all, every pair of values, kinds and sizes occurs."""
     if pairs.whole():
         return product(setups(algorithm, cp), *features)
     return _drawn(features)[algorithm, cp]
@@ -91,7 +91,7 @@ def drawn(algorithm, cp, *features):
 
 @cache
 def _drawn(features):
-    """(algorithm, size) -> what ``drawn`` gives; a kind is set up with its lowest or its highest degree and window."""
+    """(algorithm, size) -> results of ``drawn``; a kind is set up with its lowest or highest degree and window."""
     rows = pairs.all_pairs(
         (len(KINDS), len(SIZES), 2, *map(len, features)),
         fits=lambda kind, size: bool(of_kind(KINDS[kind], SIZES[size])),

@@ -1,4 +1,4 @@
-"""Slices for tests: drawn ones, the masks of today in a few words, and the configurations that MagiAttention tests."""
+"""Slices for tests: random ones, common masks, and the configurations that MagiAttention tests."""
 
 from reference import sliced_pairs
 
@@ -6,8 +6,8 @@ KINDS = ("full", "causal", "inverse", "band")
 
 
 def drawn_slices(rng, seq_len):
-    """Slices without a common pair: a grid of ranges, of which each cell may be a slice of any kind; or any slices,
-    without those that overlap an earlier one. In any order, and some may show nothing.
+    """Disjoint random slices: a grid of ranges, each cell of which may be a slice of any kind; or arbitrary slices
+    without those that overlap an earlier one. In random order; some may be empty.
     """
     if rng.random() < 0.5:
         rows, columns = (sorted(rng.randint(0, seq_len) for _ in range(rng.randint(2, 6))) for _ in "qk")
@@ -24,7 +24,7 @@ def drawn_slices(rng, seq_len):
     return tuple(kept)
 
 
-# What people ask for, in 40 tokens.
+# Common masks on 40 tokens.
 PREFIX = (((0, 13), (0, 13), "full"), ((13, 40), (0, 40), "causal"))
 IMAGES = (  # 5 to 15 and 22 to 29 see each other inside causal text
     ((0, 5), (0, 5), "causal"),
@@ -34,7 +34,7 @@ IMAGES = (  # 5 to 15 and 22 to 29 see each other inside causal text
     ((29, 40), (0, 40), "causal"),
 )
 VIDEO = tuple(((frame, frame + 8), (0, frame + 8), "full") for frame in range(0, 40, 8))
-TREE = (  # a prompt of 10, two answers, of which the second branches again at 30
+TREE = (  # a prompt of 10 and two answers; the second branches again at 30
     ((0, 10), (0, 10), "causal"),
     ((10, 40), (0, 10), "full"),
     ((10, 20), (10, 20), "causal"),

@@ -1,4 +1,4 @@
-"""GPT models whose batches come with slices, beside Megatron's own without: a dense mask, or sequences of their own."""
+"""Compare GPT models on batches with slices with Megatron's own model with a dense mask or separate sequences."""
 
 import torch
 from batch_runs import (
@@ -28,7 +28,7 @@ RINGS = {
 
 
 def prefix_mask():
-    """(rows, 1, S, S), True where hidden: by definition, no slices."""
+    """(rows, 1, S, S), True where hidden; from the definition, without slices."""
     position = torch.arange(SEQ)
     rows = [(position[None] <= position[:, None]) | (position[None] < length) for length in PREFIXES]
     return ~torch.stack(rows)[:, None]
@@ -39,7 +39,7 @@ def prefix_slices(length):
 
 
 def images(documents=None):
-    """(batch, dense mask): two images in the first row, one that crosses a document's end in the second."""
+    """(batch, dense mask): two images in the first row, one across a document's end in the second."""
     batch = batch_of(DOCUMENTS)
     for row, spans in enumerate((((3, 9), (20, 27)), ((15, 19),))):
         for start, stop in spans:
@@ -61,7 +61,7 @@ def images(documents=None):
 
 
 def batches():
-    """name -> (batch, dense mask of the same, settings of ``configure``, of the model that has no mask)."""
+    """name -> (batch, equivalent dense mask, settings of ``configure``, settings of the model without a mask)."""
     plain, picture, packed = batch_of(DOCUMENTS), images(), images(DOCUMENTS)
     mixed = [prefix_slices(11), [((0, 30), (0, 30), "band"), ((30, 48), (7, 48), "causal")]]
     dense = ~torch.stack([sliced_pairs(row, SEQ) for row in mixed])[:, None]
@@ -80,7 +80,7 @@ def batches():
 
 
 def compare(rank):
-    """setup -> batch -> difference from Megatron's own model with a dense mask; setup "alone" has one rank."""
+    """setup -> batch -> difference from Megatron's own model with a dense mask; the setup "alone" has one rank."""
     import trainer.quiet  # noqa: F401
 
     from mindspeed_cp import megatron_adaptor  # noqa: F401
@@ -91,7 +91,7 @@ def compare(rank):
         found["alone"] = {
             name: _difference(whole[name], batch, *how, 1)
             for name, (batch, _, *how) in given.items()
-            if VERSION >= (0, 13) or "window" not in name  # 0.12's own module is not built with one
+            if VERSION >= (0, 13) or "window" not in name  # 0.12's own module does not support windows
         }
         found["alone"]["tree"] = trees(1)
     for name, settings in RINGS.items():
@@ -170,7 +170,7 @@ def packed_of(ends):
 
 
 def said():
-    """What is said of a mask beside slices, of two ways to say it, and of a tree's positions in several rows."""
+    """Error messages for a mask with slices, for two forms of slices, and for a tree's positions in several rows."""
     from mindspeed_cp import megatron_adaptor, pack_tree
 
     batch, found = batch_of(DOCUMENTS), []

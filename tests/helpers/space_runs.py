@@ -1,4 +1,4 @@
-"""Cores of state-space layers on ranks, and the same token by token on one process."""
+"""Cores of state-space layers on several ranks, and computed token by token in one process."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ HEADS, GROUPS, CHANNELS, STATE, WIDTH = 4, 2, 3, 2, 4
 
 @dataclass(frozen=True)
 class Case:
-    """One core on ``cp`` ranks, each with one part of the sequence; documents are boundaries of the whole."""
+    """One core on ``cp`` ranks, each with one part of the sequence; documents are boundaries of the whole sequence."""
 
     cp: int
     seq_len: int
@@ -36,7 +36,7 @@ def inputs_of(case):
 
 
 def expected(case):
-    """(out, gradients of rows and weights), each document on its own."""
+    """(out, gradients of rows and weights), computing each document separately."""
     rows, weights, grad = inputs_of(case)
     for leaf in (*rows, *weights):
         leaf.requires_grad_()

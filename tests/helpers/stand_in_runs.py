@@ -1,10 +1,10 @@
-"""What the tests of the device stand-in run in a process of its own; see ``adaptor_runs.observe``."""
+"""Functions that the tests of the CPU stand-in run in a separate process; see ``adaptor_runs.observe``."""
 
 import logging
 
 
 def stand_in():
-    """What the names of torch.cuda mean on a CPU, then what they do after undo."""
+    """The results of torch.cuda's functions on a CPU, and their results after undo."""
     import torch
 
     torch.cuda.is_available = lambda: True
@@ -13,7 +13,7 @@ def stand_in():
     from mindspeed_cp.patches.rows import patches_of
 
     targets = {patch.target for patch in patches_of([cpu])}
-    # A name may stand in the table for CPUs, which comes first, and in the one for NPUs.
+    # A name may be in both the table for CPUs, which comes first, and the one for NPUs.
     rows = {row.target: row.status for row in reversed(megatron_adaptor.report())}
     facts = {"rows": {target: rows[target] for target in targets}}
     facts |= _devices(torch) | _random_numbers(torch) | _streams(torch) | _groups(torch) | _norm_and_fork(torch)
@@ -64,7 +64,7 @@ def _frees_what_is_sent():
 
 
 def _scripted(torch):
-    """What a scripted function of torch's factories returns; every element of a right answer is 12."""
+    """The result of a scripted function that calls torch's factories; every element must be 12."""
 
     def factories(x):
         made = torch.zeros(3) + torch.ones_like(x) + torch.full([3], 2.0) + torch.tensor([4.0, 4.0, 4.0])

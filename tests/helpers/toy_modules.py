@@ -1,4 +1,4 @@
-"""Modules made of text, for tests of patches."""
+"""Modules made from source text, for tests of patches."""
 
 import sys
 from types import ModuleType

@@ -1,4 +1,4 @@
-"""Datasets and checkpoints as files, written without torch and without Megatron, for tests of what the trainer says."""
+"""Write datasets and checkpoints without torch and Megatron, for tests of the trainer's messages."""
 
 import struct
 from pathlib import Path
@@ -7,7 +7,7 @@ from trainer.checkpoint_files import MODEL, PARALLEL, Checkpoint, complete, dige
 
 
 def write_dataset(prefix, lengths=(5, 60, 35), version=1, magic=b"MMIDIDX\x00\x00"):
-    """PREFIX.bin and PREFIX.idx as Megatron writes them, of uint16 tokens below 256; returns the prefix as text."""
+    """Write PREFIX.bin and PREFIX.idx in Megatron's format, with uint16 tokens below 256; returns the prefix as str."""
     places = [2 * sum(lengths[:index]) for index in range(len(lengths))]
     header = magic + struct.pack("<QBQQ", version, 8, len(lengths), len(lengths) + 1)
     body = struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(lengths)}q", *places)
@@ -17,7 +17,7 @@ def write_dataset(prefix, lengths=(5, 60, 35), version=1, magic=b"MMIDIDX\x00\x0
 
 
 def write_checkpoint(folder, iteration, args, keep_last=None):
-    """A complete checkpoint of two shards, whose record holds the settings of the namespace ``args``."""
+    """Write a complete checkpoint of two shards, whose record contains the settings of the namespace ``args``."""
     name = prepare(str(folder), iteration)
     path = Path(folder, name)
     for shard in ("__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt"):

@@ -12,7 +12,7 @@ TINY = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 64 --global-batch-size 4 --train-iters 20 "
     "--lr 5e-3 --use-flash-attn"
 )
-# What ranks that train find imported when they start: the stand-ins for kernels and the adaptor stand before Megatron.
+# Modules that training ranks have already imported when they start; fake kernels and the adaptor come before Megatron.
 IMPORTED = (
     "fake_fla",
     "fake_mamba_ssm",
@@ -24,9 +24,9 @@ IMPORTED = (
 
 
 def prepare_data(folder, documents="topics"):
-    """Write the standard library's help topics below ``folder``; returns the prefix.
+    """Write the standard library's help topics as a dataset in ``folder``; returns the prefix.
 
-    In a process of its own, because the script patches torch.
+    Runs in a separate process, because the script patches torch.
     """
     prefix = str(folder / documents)
     run_ranks(1, _prepare_data, ["--output", prefix, "--documents", documents], fresh=True, imported=IMPORTED)
@@ -51,9 +51,7 @@ def run_training(world_size, prefix, cases, timeout=300):
 
 
 def run_argvs(world_size, cases, timeout=300):
-    """name -> list of step records; the cases (name -> list of arguments) run one after the other in the same new
-    ranks.
-    """
+    """name -> list of step records; the cases (name -> list of arguments) run in sequence on the same new ranks."""
     return run_ranks(world_size, train, cases, timeout=timeout, fresh=True, imported=IMPORTED)[0]
 
 
@@ -62,7 +60,7 @@ def tiny(prefix, flags):
 
 
 def train(rank, cases):
-    """What each rank of ``run_argvs`` does."""
+    """Run the cases of ``run_argvs`` on this rank."""
     import torch.distributed as dist
     from trainer.arguments import parse_args
     from trainer.loop import pretrain

@@ -1,4 +1,4 @@
-"""Megatron's TEDotProductAttention over the fake of a Transformer Engine release; ``run_release`` runs on two ranks."""
+"""Megatron's TEDotProductAttention with a fake Transformer Engine release; ``run_release`` runs it on two ranks."""
 
 import contextlib
 import inspect
@@ -26,7 +26,7 @@ REFUSED = ("fp8_dot_product_attention", "fp8_multi_head_attention", "qk_clip", "
 
 
 def run_release(release):
-    """Results of both ranks for one release, in rank order; the process imports Megatron over its fake, then forks."""
+    """Results of both ranks for one release, in rank order; the process imports the fake and Megatron, then forks."""
     import fake_transformer_engine
 
     fake_transformer_engine.install(release)
@@ -79,7 +79,7 @@ def initialize(cp_size):
 
 
 def module(cp_size, settings, mask_type="causal", **arguments):
-    """Megatron's own class, built by Megatron's own code; what the release does not know is refused by its fake."""
+    """Megatron's own class, built by its own code; the fake rejects arguments that the release does not have."""
     import torch
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
     from megatron.core.transformer import TransformerConfig
@@ -93,13 +93,13 @@ def module(cp_size, settings, mask_type="causal", **arguments):
         context_parallel_size=cp_size,
         **{"attention_dropout": 0.0, **settings},
     )
-    # A stream of CUDA is all that Megatron asks of a device here.
+    # The only thing that Megatron needs from a device here is a CUDA stream.
     with mock.patch.object(torch.cuda, "Stream", object):
         return TEDotProductAttention(config, 1, AttnMaskType[mask_type], "self", **arguments)
 
 
 def cases():
-    """Names of the cases that this Megatron and this Transformer Engine have."""
+    """Names of the cases that this Megatron and this Transformer Engine support."""
     import transformer_engine as te
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.enums import AttnMaskType
@@ -122,7 +122,7 @@ def refusable():
 
 
 def tensors(batch, key_dim=DIM):
-    """query, key, value and the gradient of the output, whole."""
+    """Query, key, value and the gradient of the output for the whole sequence."""
     import torch
 
     generator = torch.Generator().manual_seed(11)
@@ -132,7 +132,7 @@ def tensors(batch, key_dim=DIM):
 
 
 def _difference(layout, rank, name):
-    """Largest difference of the output and of every gradient to dense attention over the whole sequence."""
+    """Largest difference of the output and of every gradient from dense attention over the whole sequence."""
     import reference
     import torch
     import torch.distributed as dist
@@ -171,14 +171,14 @@ def _difference(layout, rank, name):
 
 
 def _further(attention):
-    """What this Megatron's own class takes besides."""
+    """Further arguments of this Megatron's class."""
     return {"num_splits": 1} if "num_splits" in inspect.signature(attention.forward).parameters else {}
 
 
 def _batch(documents):
-    """Context in which a batch of SEQ tokens runs; gives its PackedSeqParams, None without documents.
+    """Context manager in which a batch of SEQ tokens runs; yields its PackedSeqParams, or None without documents.
 
-    They bring the group, where they can, with which Megatron's own class calls set_context_parallel_group.
+    If possible they contain the group with which Megatron's own class calls set_context_parallel_group.
     """
     import torch
     from megatron.core import parallel_state
@@ -204,8 +204,8 @@ def _batch(documents):
 
 
 def _layer(latent):
-    """Class of the core attention of a layer that Megatron builds on Transformer Engine, and whether it keeps the
-    layer's own scale and dropout.
+    """The class of core attention in a layer that Megatron builds with Transformer Engine, and whether the layer's own
+    scale and dropout are used.
     """
     import torch
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -232,7 +232,7 @@ def _layer(latent):
 
 
 def _dropout(layout, rank):
-    """Whether attention drops: with the configuration's probability, with the layer's own, in evaluation."""
+    """Whether dropout is applied: with the configuration's probability, with the layer's own, in evaluation."""
     from megatron.core.transformer.enums import AttnMaskType
 
     *qkv, _ = [layout.shard(tensor, rank) for tensor in tensors(2)]
@@ -248,8 +248,8 @@ def _dropout(layout, rank):
 
 
 def _alone():
-    """(method, whether it got Megatron's own tensors, mask type, type of bias): the call of Transformer Engine with
-    context_parallel_size 1.
+    """The call of Transformer Engine with context_parallel_size 1: (method, whether it got Megatron's own tensors, mask
+    type, bias type).
     """
     from fake_transformer_engine import CALLS
     from megatron.core.transformer.enums import AttnMaskType

@@ -1,4 +1,4 @@
-"""A tiny transformer that trains on sequences of their own, and on the tree of them over several ranks."""
+"""A tiny transformer that trains on separate sequences, and on the tree of them over several ranks."""
 
 import random
 
@@ -47,7 +47,7 @@ def of_labels(log_probs, rows, labels):
 
 
 def grpo_like(per_sequence, advantages):
-    """Clipped ratios to frozen log-probabilities, the mean over the tokens of each sequence."""
+    """Clipped ratios to frozen log-probabilities, averaged over the tokens of each sequence."""
     total = 0.0
     for advantage, values in zip(advantages, per_sequence):
         ratio = (values - values.detach() * 0.9).exp()
@@ -75,7 +75,7 @@ def separate(sequences, weights, advantages):
 
 
 def as_a_tree(rank, settings, sequences, weights, advantages, one_label_per_row):
-    """What ``separate`` returns, from the packed tree over the ranks."""
+    """The same results as ``separate``, from the packed tree over the ranks."""
     from cases import setup_of
 
     from mindspeed_cp import SequenceLayout, context_parallel_attention, gather_sequence, pack_tree
@@ -105,7 +105,7 @@ def as_a_tree(rank, settings, sequences, weights, advantages, one_label_per_row)
 
 
 def drawn_sequences(seed, count=6, longest=14):
-    """Sequences that branch now and then, of which some begin others, some are equal, and one is a single token."""
+    """Random sequences with branches; some are prefixes of others, some are equal, and one is a single token."""
     rng = random.Random(seed)
     found = [[rng.randrange(VOCABULARY)]]
     while len(found) < count:

@@ -134,7 +134,7 @@ def test_two_runs_are_bitwise_equal(platform):
 @pytest.mark.parametrize("platform", [f"torch_npu-{release}" for release in fake_torch_npu.FUSED_UPDATE_RELEASES])
 def test_a_ring_with_the_fused_update_equals_dense_attention(platform):
     """--use-fused-ring-attention-update: every merge of the ring goes through npu_ring_attention_update."""
-    if device_type() != "cpu" and not hasattr(select_kernel(None, device_type()), "merge"):
+    if device_type() != "cpu" and not select_kernel(None, device_type()).has_fused_merge:
         pytest.skip("this device's kernel has no fused update")
     cases = [replace(case, dtype="float32") for case in CASES if case.config["algorithm"] == "megatron_cp_algo"]
     for case, got in zip(cases, results(platform, cases, fused=True)):

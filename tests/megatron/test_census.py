@@ -12,13 +12,15 @@ import torch
 
 from mindspeed_cp.megatron import census, plain_attention
 from mindspeed_cp.megatron.adaptor import Adaptor
-from mindspeed_cp.megatron.sources import read_by, reading
+from mindspeed_cp.megatron.sources import reading
 from mindspeed_cp.patches import building, models
 from mindspeed_cp.settings.notices import ContextParallelWarning
 
 pytestmark = [pytest.mark.megatron, pytest.mark.cpu_only]
 # Further folders that hold megatron/core, such as checkouts of other versions, separated as in PATH.
 FURTHER = "MEGATRON_SOURCES"
+# Packages of models; everything else of megatron.core makes groups, batches, optimizers, checkpoints or schedules.
+PACKAGES = ("models", "transformer", "ssm", "extensions", "fusions")
 
 
 def cores():
@@ -30,6 +32,15 @@ def cores():
 def version_of(core):
     found = dict(re.findall(r"^(MAJOR|MINOR) = (\d+)", (core / "package_info.py").read_text("utf-8"), re.MULTILINE))
     return int(found["MAJOR"]), int(found["MINOR"])
+
+
+def read_by(core):
+    """(path after "megatron.core.", what it reads) for a folder megatron/core."""
+    for package in PACKAGES:
+        for file in sorted((core / package).rglob("*.py")):
+            module = ".".join(file.relative_to(core).with_suffix("").parts)
+            for name, sign in reading(file.read_text("utf-8")).items():
+                yield f"{module.removesuffix('.__init__')}.{name}", sign
 
 
 @pytest.mark.parametrize("core", cores(), ids=lambda core: ".".join(map(str, version_of(core))))

@@ -278,7 +278,7 @@ def test_a_patch_is_applied_for_what_is_read_and_not_for_a_word_in_a_comment(nee
     reads = "te_general_gemm is None" if needs else "True  # without te_general_gemm"
     module = module_of(tmp_path, f"def gemm():\n    return {reads}\n")
     monkeypatch.setitem(sys.modules, libraries.EXPERTS, module)
-    assert libraries.gemm_is_named() == ("" if needs else "this version asks nothing of Transformer Engine here")
+    assert libraries.gemm_is_named() == ("" if needs else "this version does not need Transformer Engine here")
 
 
 def test_what_only_the_packed_embedding_takes_stays_with_it(monkeypatch):

@@ -3,9 +3,9 @@
 import itertools
 
 import pytest
-from bench.packing_models import dynamic, least_rows, static
+from figures.packing_models import dynamic, least_rows, received_rows, static
 
-from mindspeed_cp.sequence.balance import balanced_rings, received_rows
+from mindspeed_cp.sequence.balance import balanced_rings
 
 
 def rows_of(owner, lengths):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from distributed import run_ranks
 from trainer.files import check_dataset, end_of_document
-from trainer.texts import bytes_encoder, documents, encoder_of, files_of
+from trainer.texts import bytes_encoder, documents, encoder_of, files_of, texts_of
 from trainer_runs import IMPORTED
 
 from mindspeed_cp.planner.documents import read_lengths
@@ -32,8 +32,8 @@ def texts(tmp_path):
 
 def test_documents_are_files_and_lines_and_paragraphs_where_asked(texts):
     files = files_of([str(texts / name) for name in ("a.txt", "b.jsonl", "folder")])
-    assert list(documents(files, "body", False)) == ["one\n\ntwo\n", "drei vier", "fünf", "six"]
-    assert list(documents(files, "body", True))[:3] == ["one", "two\n", "drei vier"]
+    assert list(documents(texts_of(files, "body"), False)) == ["one\n\ntwo\n", "drei vier", "fünf", "six"]
+    assert list(documents(texts_of(files, "body"), True))[:3] == ["one", "two\n", "drei vier"]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_documents_are_files_and_lines_and_paragraphs_where_asked(texts):
 def test_what_is_no_text_is_named_with_its_line(change, words, texts):
     name = str(texts / change(texts))
     with pytest.raises(ValueError, match=words):
-        list(documents(files_of([name]), "body", False))
+        list(documents(texts_of(files_of([name]), "body"), False))
 
 
 class FakeTokenizer:

@@ -11,7 +11,7 @@ from compare_runs import main as compare_runs
 from compare_runs import plot
 from distributed import free_port, observe_ranks
 from trainer.arguments import build_parser, parse_args
-from trainer.lengths import micro_batch_length
+from trainer.checks import micro_batch_length
 from trainer_runs import (
     IMPORTED,
     REPOSITORY,

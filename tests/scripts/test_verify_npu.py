@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 
+import processes
 import pytest
 import verify_npu
 import verify_runs
@@ -61,6 +63,17 @@ def test_an_unknown_flag_is_refused():
     assert result.returncode == 2 and "--devise" in result.stderr
 
 
+def test_only_runs_the_checks_that_it_names_beside_the_machines():
+    args = verify_npu.parse(["--only", "KV cache", "--only", "resume"])
+    assert [check.name for check in args.checks] == [
+        "device and kernel",
+        "training, KV cache policies",
+        "checkpoint and resume",
+    ]
+    with pytest.raises(SystemExit):
+        verify_npu.parse(["--quick", "--only", "resume"])
+
+
 def test_megatrons_own_script_is_a_check_where_its_checkout_is_named(monkeypatch):
     args = verify_npu.parse([])
     monkeypatch.setenv("MEGATRON_LM_PATH", "/checkout")
@@ -69,13 +82,28 @@ def test_megatrons_own_script_is_a_check_where_its_checkout_is_named(monkeypatch
     assert verify_npu.MEGATRON not in verify_npu.checks(args)
 
 
+def test_mindspeeds_ring_is_a_check_on_npus_where_mindspeed_is_installed(monkeypatch):
+    monkeypatch.setattr(verify_npu, "find_spec", lambda name: name)
+    assert verify_npu.MINDSPEED in verify_npu.parse([]).checks
+    assert verify_npu.MINDSPEED not in verify_npu.parse(["--device", "cuda"]).checks
+    monkeypatch.setattr(verify_npu, "find_spec", lambda name: None)
+    assert verify_npu.MINDSPEED not in verify_npu.parse([]).checks
+
+
 def test_a_check_that_fails_or_does_not_end_is_a_failure_with_its_output(tmp_path):
     check = verify_npu.Check("a", "")
     passed = verify_npu.run(check, "echo said", tmp_path / "1.log")
     assert passed.passed and passed.said == "said\n"
     assert not verify_npu.run(check, "echo no; exit 3", tmp_path / "2.log").passed
     hung = verify_npu.run(check._replace(minutes=0.01), "echo before; sleep 60", tmp_path / "3.log")
-    assert not hung.passed and "before" in hung.said and "ended after" in hung.said
+    assert not hung.passed and "before" in hung.said and "ended after 0.01 minutes" in hung.said
+
+
+def test_what_a_check_has_started_ends_with_it(tmp_path):
+    """Ranks that torchrun and the proof start are sessions of their own, and would keep their devices."""
+    command = f"setsid sh -c 'echo $$ > {tmp_path}/pid; sleep 60' & wait"
+    hung = verify_npu.run(verify_npu.Check("a", ""), command, tmp_path / "log", minutes=0.02)
+    assert not hung.passed and not processes.runs(int((tmp_path / "pid").read_text()))
 
 
 def test_the_report_holds_machine_table_measurements_and_whole_failures():
@@ -92,7 +120,7 @@ def test_the_report_holds_machine_table_measurements_and_whole_failures():
             "a warning\n4 layers of 64, 256 tokens, for 1 GiB\n\n| algorithm |\n|---|\n| ring |\nmeasured\n",
         ),
     ]
-    text = report("npu", 8, False, outcomes)
+    text = report("npu", 8, "whole", outcomes)
     assert text.startswith("# mindspeed_cp on npu: 1 failed\n")
     assert "HCCL_BUFFSIZE=200" in text and "| device and kernel | pass | 1 s | kernel npu |" in text
     assert "| training, every algorithm | **FAIL** | 61 s | a/b |" in text
@@ -100,7 +128,83 @@ def test_the_report_holds_machine_table_measurements_and_whole_failures():
     assert "\n".join(f"* {line}" for line in told[:3]) in text and "| algorithm |\n|---|\n| ring |" in text
     failure = text[text.index("## Failed: training, every algorithm") :]
     assert "$ train" in failure and "line 199" in failure and "line 60" in failure and "line 10\n" not in failure
-    assert report("npu", 8, True, outcomes[:1]).startswith("# mindspeed_cp on npu: pass\n")
+    assert report("npu", 8, "--quick", outcomes[:1]).startswith("# mindspeed_cp on npu: pass\n")
+
+
+STAND_IN = """#!/bin/bash
+echo "$@" >> {log}
+case "$*" in
+  *verify_machine*) echo "versions: torch 2"; echo "devices: 2 x stand-in, 80.00 GiB free"; echo "kernel $3" ;;
+  *policies*) printf 'ring, KV cache full: failed, it ended with status 1\\n---- first traceback, rank 1\\nKeyError\\n'
+    exit {status} ;;
+  *performance*) printf '4 layers of 64, 256 tokens, for 80 GiB free\\n\\n| algorithm |\\n|---|\\n| ring |\\n' ;;
+  *) echo "3 passed" ;;
+esac
+"""
+
+
+def verified(folder, monkeypatch, *flags, status=0):
+    """(exit status, report, commands) of the harness, whose programs a stand-in for Python plays."""
+    log, python, written = folder / "log", folder / "python", folder / "report.md"
+    python.write_text(STAND_IN.format(log=log, status=status))
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    found = verify_npu.main([*flags, "--report", str(written)])
+    return found, written.read_text(), log.read_text().splitlines()
+
+
+@pytest.mark.parametrize("device", ["cuda", "npu"])
+def test_every_check_runs_on_the_device_and_one_that_fails_costs_its_own_row(device, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANKS", "2")
+    monkeypatch.delenv("MEGATRON_LM_PATH", raising=False)
+    status, text, commands = verified(tmp_path, monkeypatch, "--device", device, status=1)
+    results = re.findall(r"^\| (.*) \| (pass|\*\*FAIL\*\*) \| \d+ s \|", text, re.M)
+    assert [name for name, _ in results] == [check.name for check in verify_npu.CHECKS]
+    assert [name for name, result in results if result != "pass"] == ["training, KV cache policies"]
+    assert status == 1 and "14 of 15 checks passed" in capsys.readouterr().out
+    assert text.startswith(f"# mindspeed_cp on {device}: 1 failed\n") and "devices: 2 x stand-in" in text
+    assert "KeyError" in text[text.index("## Failed: training, KV cache policies") :]
+    assert all(f"--device {device}" in line for line in commands if "-m pytest" in line or "verify_runs" in line)
+    assert all("--ranks 2" in line for line in commands if "verify_runs" in line)
+    (operators,) = [
+        line for line in commands if "tests/kernels/test_kernel_" in line and "test_kernel_parity" not in line
+    ][:1]
+    assert f"test_kernel_{device}.py" in operators
+    again = verified(tmp_path, monkeypatch, "--device", device, "--only", "policies")
+    assert again[0] == 0 and "| training, KV cache policies | pass |" in again[1] and "--only 'policies'" in again[1]
+
+
+def test_without_the_device_each_row_says_so(tmp_path, monkeypatch, capsys):
+    import torch
+    import verify_machine
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["verify_runs", "--device", "cuda", "policies", str(tmp_path)])
+    with pytest.raises(SystemExit, match="--device cuda: torch finds no such device"):
+        verify_runs.main()
+    monkeypatch.setattr(sys, "argv", ["verify_machine", "cuda"])
+    with pytest.raises(SystemExit, match="finds no CUDA device"):
+        verify_machine.main()
+    assert "devices: none" in capsys.readouterr().out
+
+
+def test_trainings_and_speed_run_on_stand_ins_for_cuda_devices(tmp_path, request):
+    """The proofs and trainings behind the rows, in processes of their own as on devices."""
+    if not request.config.getoption("--full"):
+        pytest.skip("a longer run: --full")
+    place = REPOSITORY / "tests/helpers/stand_in_devices"
+    own = {**environment(), "PYTHON": sys.executable, "RANKS": "2"}
+    own["PYTHONPATH"] = os.pathsep.join([str(place), own.get("PYTHONPATH", "")])
+    flags = ["--device", "cuda", "--only", "Ulysses and Ring", "--report", str(tmp_path / "report.md")]
+    run = subprocess.run(
+        ["bash", REPOSITORY / "scripts/verify_npu.sh", *flags], capture_output=True, text=True, env=own
+    )
+    text = (tmp_path / "report.md").read_text()
+    assert run.returncode == 0 and "3 of 3 checks passed" in run.stdout, text
+    assert "devices: 2 x stand-in, 0.03 GiB free" in text and "2 layers of 64, 256 tokens, for 0.03 GiB free" in text
+    assert len(re.findall(r"^\* (ulysses|ring): equal, output", text, re.M)) == 2
+    rows = re.findall(r"^\| (data parallelism|ulysses|ring) \| \d+ \|", text, re.M)
+    assert rows == ["data parallelism", "ulysses", "ring"]
 
 
 FAILING = """

@@ -5,11 +5,12 @@ import random
 
 import numpy as np
 import pytest
+from figures.packing_models import received_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
-from mindspeed_cp.sequence.balance import balanced_rings, imbalance, received_rows
+from mindspeed_cp.sequence.balance import balanced_rings, imbalance
 from mindspeed_cp.sequence.blocks import needed_rows
 from mindspeed_cp.sequence.filling import Work, fill_ranks
 from mindspeed_cp.sequence.nodes import within_nodes

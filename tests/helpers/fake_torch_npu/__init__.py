@@ -1,9 +1,9 @@
-"""A stand-in for torch_npu: the attention operators on the CPU, under exactly the schemas of a published release.
+"""A fake torch_npu: the attention operators on the CPU, with exactly the schemas of a published release.
 
 ``installed(release)`` registers every operator of ``schemas/<release>.txt`` in the namespace ``npu`` with
-torch.library, so that a wrong name, a positional keyword-only argument or a wrong type fails as it would on the device.
-``attention.py`` holds what the documentation says the operators compute, ``refusals.py`` what they refuse; operators
-that are not implemented refuse every call.
+torch.library, so that a wrong name, a positional keyword-only argument or a wrong type fails as on the device.
+``attention.py`` computes what the documentation says, ``refusals.py`` raises the operators' errors; operators that are
+not implemented reject every call.
 """
 
 import sys
@@ -22,7 +22,7 @@ RELEASES = tuple(
         key=lambda release: [int(part) for part in release.split(".post")[0].split(".")],
     )
 )
-# Where softmax_layout is missing, the operator's page and MindSpeed disagree about the order of TND statistics.
+# Without softmax_layout, the operator's documentation and MindSpeed disagree about the order of TND statistics.
 UNORDERED_RELEASES = ("2.5.1",)
 FUSED_UPDATE_RELEASES = ("2.13.0",)
 
@@ -35,11 +35,11 @@ def schemas(release):
 
 @contextmanager
 def installed(release, tnd_order="documents", cann=(8, 3)):
-    """Within it ``import torch_npu`` and torch.ops.npu are the fake of ``release``; yields the module.
+    """Context manager in which ``import torch_npu`` and torch.ops.npu are the fake of ``release``; yields the module.
 
     Args:
-        tnd_order: memory order of TND statistics where nobody asks for one: "documents" or "heads".
-        cann: (major, minor) of CANN, which is not torch_npu's: before 8.3 no operator takes softmax_layout.
+        tnd_order: memory order of TND statistics if the caller requests none: "documents" or "heads".
+        cann: (major, minor) version of CANN: before 8.3 no operator takes softmax_layout.
     """
     library = torch.library.Library("npu", "DEF")
     operators = attention.Operators(schemas(release), tnd_order, cann)

@@ -1,7 +1,7 @@
-"""What the published documentation says npu_fusion_attention, its gradient and npu_ring_attention_update compute.
+"""npu_fusion_attention, its gradient and npu_ring_attention_update, according to the published documentation.
 
-Everything is brought to (batch, heads, seq, dim) and computed densely, one batch entry or document after another. Rows
-of softmax_max and softmax_sum are float32 with eight equal lanes.
+Everything is converted to (batch, heads, seq, dim) and computed densely, per batch entry or document. Rows of
+softmax_max and softmax_sum are float32 with eight equal lanes.
 """
 
 import collections
@@ -13,12 +13,12 @@ import torch
 from fake_torch_npu.refusals import check_attention, check_gradient, check_ring_update, kv_head_num
 
 LANES = 8
-HIDDEN = -3.4e38  # a masked score: a row that sees nothing comes out as the mean of the values, not as 0
+HIDDEN = -3.4e38  # a masked score; finite, so that the output of a row without keys is the mean of the values, not 0
 
 
 @dataclass
 class Sequence:
-    """One batch entry or document: query (heads, rows, dim), key and value (kv_heads, cols, dim), its mask or None."""
+    """One batch entry or document: query (heads, rows, dim), key and value (kv_heads, cols, dim), mask or None."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -26,7 +26,7 @@ class Sequence:
     hidden: torch.Tensor | None
 
     def probabilities(self, scale, softmax_max=None, softmax_sum=None):
-        """float32 (heads, rows, cols) and its statistics, recomputed from given ones in the backward pass."""
+        """float32 (heads, rows, cols) and the statistics; computed from given statistics in the backward pass."""
         group = self.query.shape[0] // self.key.shape[0]
         scores = self.query.float() @ self.key.float().repeat_interleave(group, 0).transpose(1, 2) * scale
         if self.hidden is not None:
@@ -42,7 +42,7 @@ class Operators:
 
     def __init__(self, schemas, tnd_order, cann=(8, 3)):
         self._schemas, self._tnd_order, self._cann, self.calls = schemas, tnd_order, cann, []
-        self._uninitialised = itertools.count(7_000_001)  # what lies where nothing was written
+        self._uninitialised = itertools.count(7_000_001)  # contents of memory that was not written
         self._given = collections.deque(maxlen=4096)
 
     def implementation(self, name):
@@ -124,7 +124,7 @@ class Operators:
         else:
             by_document = torch.cat([row.reshape(-1) for row in rows])
             joined = torch.cat(rows, dim=1) if self._tnd_order == "heads" else by_document
-            flat = joined.reshape(-1, rows[0].shape[0])  # the declared shape is (T, N, 8) whatever lies in memory
+            flat = joined.reshape(-1, rows[0].shape[0])  # the declared shape is (T, N, 8), whatever the memory order
         return flat.float().unsqueeze(-1).repeat_interleave(LANES, -1)
 
     def _split_statistics(self, statistic, a):
@@ -175,7 +175,7 @@ def _gradients(sequence, grad, out, softmax_max, softmax_sum, scale, keep):
 
 
 class _Arguments:
-    """A call's arguments by name, the schema's defaults filled in; softmax_layout is "" where a release lacks it."""
+    """A call's arguments by name, with the schema's defaults; softmax_layout is "" if a release lacks it."""
 
     def __init__(self, values):
         self.names = set(values)
@@ -226,7 +226,7 @@ def _sequences(a):
 
 
 def _hidden(a, index, rows, cols):
-    """The mask of one sequence, bool (1 or heads, rows, cols); None where nothing is hidden."""
+    """The mask of one sequence, bool (1 or heads, rows, cols); None if nothing is hidden."""
     if a.atten_mask is None:
         return None  # documented: sparse_mode, pre_tockens and next_tockens then have no effect
     offset = torch.arange(cols) - torch.arange(rows).unsqueeze(1)

@@ -1,6 +1,6 @@
-"""What the operators refuse, by the published documentation and by the tilings in the CANN kernels' sources.
+"""The operators' restrictions, from the published documentation and the tilings in the CANN kernels' sources.
 
-Every refusal is a RuntimeError, as torch_npu raises.
+Violations raise RuntimeError, as in torch_npu.
 """
 
 import torch
@@ -37,7 +37,7 @@ def check_attention(a):
     require(0 < a.keep_prob <= 1, f"keep_prob {a.keep_prob} must lie in (0, 1]")
     require(a.softmax_layout in ("", "TND"), f"softmax_layout {a.softmax_layout!r} must be TND or empty")
     require(not a.softmax_layout or a.input_layout == "TND", "softmax_layout is for input_layout TND only")
-    require(not a.softmax_layout or a.cann >= (8, 3), "softmax_layout is not supported")  # op-plugin's own words
+    require(not a.softmax_layout or a.cann >= (8, 3), "softmax_layout is not supported")  # op-plugin's own message
     for name in ("pse", "padding_mask", "prefix", "sink", "dropout_mask"):
         require(getattr(a, name, None) is None, f"the fake torch_npu does not compute {name}")
     if a.input_layout == "TND":
@@ -135,7 +135,7 @@ def _check_documents(a):
         require(all(low <= high for low, high in zip([0, *ends], ends)), f"{name} must not decrease")
         require(ends[-1] == total, f"{name} ends at {ends[-1]}, the tensor has {total} rows")
         require(len(ends) <= MAX_DOCUMENTS, f"{name} has {len(ends)} entries, at most {MAX_DOCUMENTS}")
-        # Legal for the operator (an empty first document), but always the sign of cu_seqlens passed as it is.
+        # Legal for the operator (an empty first document), but always a sign of cu_seqlens passed unchanged.
         require(ends[0] > 0, f"{name} must not begin with 0")
     require(len(a.actual_seq_qlen) == len(a.actual_seq_kvlen), "both lists of lengths must have as many entries")
     require(a.key.shape[0] == a.value.shape[0], "key and value must have the same rows")
@@ -185,7 +185,7 @@ def _check_mask(a, extents):
         require(not mask.bool().all(-1).any(), "atten_mask must not hide a whole row in TND")
 
 
-_triangles = set()  # (address, version) of masks seen to be the triangle: four million elements are looked at once
+_triangles = set()  # (address, version) of masks known to be the triangle, whose four million elements are checked once
 
 
 def _is_triangle(mask):

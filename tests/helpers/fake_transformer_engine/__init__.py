@@ -1,8 +1,8 @@
-"""A stand-in for Transformer Engine: the names and signatures of a release, and no computation.
+"""A fake Transformer Engine: the names and signatures of a release, without computation.
 
-``install(release)`` puts the modules of ``releases/<release>.txt`` into ``sys.modules``: what Megatron 0.12 to 0.19
-imports from Transformer Engine, as far as that release has it, and the parameters of the classes from which Megatron's
-own inherit. A name that the release does not have raises ImportError, an argument that it does not take TypeError.
+``install(release)`` puts the modules of ``releases/<release>.txt`` into ``sys.modules``: the names that Megatron 0.12
+to 0.19 imports from Transformer Engine, if the release has them, and the parameters of the base classes of Megatron's
+own classes. A name that the release does not have raises ImportError, an unknown argument TypeError.
 """
 
 import re
@@ -15,11 +15,11 @@ import torch
 
 TABLES = Path(__file__).parent / "releases"
 RELEASES = ("2.1.0", "2.4.0", "2.11.0")
-CALLS = []  # (method, arguments) of DotProductAttention, but for __init__
+CALLS = []  # (method, arguments) of DotProductAttention, except __init__
 
 
 def install(release):
-    """``import transformer_engine`` gives the fake of ``release`` from now on; call it before importing Megatron."""
+    """Make ``import transformer_engine`` return the fake of ``release``; call it before importing Megatron."""
     lines = (TABLES / f"{release}.txt").read_text(encoding="utf-8").splitlines()
     methods = [re.fullmatch(r"([\w.]+)\.(\w+)(\(.*\))", line).groups() for line in lines if "(" in line]
     for module_name, names in (line.split(":") for line in lines if "(" not in line):
@@ -46,14 +46,14 @@ def _attribute(name, methods):
 
 
 def _method(name, signature):
-    """A method that takes what the published one takes."""
+    """A method with the published signature."""
     scope = {"_answer": _build if name == "__init__" else _record(name)}
     exec(f"def {name}{signature}:\n    return _answer(**locals())", scope)
     return scope[name]
 
 
 def _build(self, **given):
-    """The attributes that the class's documentation or Megatron names; attention keeps no softmax scale."""
+    """Set the attributes that the class's documentation or Megatron uses; attention stores no softmax scale."""
     torch.nn.Module.__init__(self)
     if "out_features" in given:
         _build_linear(self, given)

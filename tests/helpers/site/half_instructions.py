@@ -1,7 +1,7 @@
-"""A processor without instructions for half precision, on any processor: pytest --without-half-instructions.
+"""Emulate a processor without instructions for half precision: pytest --without-half-instructions.
 
-torch's queries of the processor answer "no" in every process that the tests start, and oneDNN is held to AVX2 by its
-own variable. torch must not be imported for that: whoever imports it finds the queries answered.
+torch's queries of the processor return False in every process that the tests start, and oneDNN is restricted to AVX2 by
+its own variable. This module does not import torch; an import hook replaces the queries.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ QUERIES = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_
 
 
 def ask():
-    """Deny them in this process and in all that it starts."""
+    """Disable these instructions in this process and in all processes that it starts."""
     os.environ[VARIABLE] = "1"
     os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
     deny_if_asked()
@@ -34,7 +34,7 @@ def _deny(module):
 
 
 class _Finder:
-    """Changes torch.cpu where it is loaded, by the loader that everybody else finds."""
+    """Modifies torch.cpu when it is loaded by its usual loader."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "torch.cpu":

@@ -1,7 +1,7 @@
-"""What every Python that the tests start imports first (conftest.py puts this folder into its path).
+"""Imported first by every Python process that the tests start (conftest.py puts this folder on the path).
 
-Importing torch and Megatron makes millions of objects that stay; looking through them for garbage again and again takes
-a third of the time. A sitecustomize.py that this one hides, such as that of the test bed for NPUs, is run behind it.
+Importing torch and Megatron creates millions of permanent objects; scanning them repeatedly for garbage takes a third
+of the time. A sitecustomize.py that this one shadows, such as that of the NPU test bed, is run afterwards.
 """
 
 import gc
@@ -17,7 +17,7 @@ gc.set_threshold(100_000, 20, 20)
 
 half_instructions.deny_if_asked()
 
-# A rank that imports torch for longer than the others wait for a silent peer: RANK of it, and seconds.
+# For a test: the RANK that imports torch for longer than the others wait for a silent peer, and the seconds.
 if "TEST_LATE_RANK" in os.environ and os.environ["TEST_LATE_RANK"] == os.environ.get("RANK"):
     time.sleep(float(os.environ["TEST_LATE_SECONDS"]))
 

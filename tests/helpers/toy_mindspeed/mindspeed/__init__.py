@@ -1,1 +1,1 @@
-"""As much of MindSpeed as says who patches when: its features manager, patches by name, its import and ``repatch``."""
+"""The parts of MindSpeed that determine when it patches: features manager, patches by name, import and ``repatch``."""

@@ -1,4 +1,4 @@
-"""The import patches by the command line, ``repatch`` by what it is given."""
+"""Importing this module patches according to the command line; ``repatch`` according to its arguments."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""Patches by name; all are taken back before others are applied."""
+"""Patches by name; all are removed before others are applied."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""Where documents end, as the dataset found it."""
+"""Document ends, as the dataset found them."""
 
 
 def set_actual_seq_len(ends):

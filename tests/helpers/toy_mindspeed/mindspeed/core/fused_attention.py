@@ -1,4 +1,4 @@
-"""What MindSpeed puts in the place of Megatron's attention without context parallelism."""
+"""MindSpeed's replacement for Megatron's attention without context parallelism."""
 
 
 def dot_product_attention_forward(self, *args, **kwargs):

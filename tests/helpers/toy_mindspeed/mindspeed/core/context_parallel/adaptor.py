@@ -1,4 +1,4 @@
-"""The class that takes Megatron's place where MindSpeed computes context parallelism itself."""
+"""The class that replaces Megatron's if MindSpeed computes context parallelism itself."""
 
 
 class MindSpeedCPDotProductAttention:

@@ -7,7 +7,6 @@ as between accelerators: the queue holds whatever TCP sends, and TCP sends whate
 
 import os
 import re
-import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,11 +37,6 @@ def bits_per_second(rate: str) -> float:
     if found is None:
         raise ValueError(f"RATE {rate} must be a number with kbit, mbit or gbit; try 20mbit.")
     return float(found[1]) * UNITS[found[2]]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 @dataclass(frozen=True)

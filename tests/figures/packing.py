@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
-
-from bench.documents import DISTRIBUTIONS
 from bench.measuring import head, row
-from bench.packing_models import Count, dynamic, least_rows, static
-from bench.packing_time import RANKS, measure
+
+from figures.documents import DISTRIBUTIONS
+from figures.packing_models import Count, dynamic, in_order, least_rows, received_rows, static
+from figures.packing_time import RANKS, measure
 from mindspeed_cp import pack_documents
-from mindspeed_cp.sequence.balance import balanced_rings, imbalance, received_rows
+from mindspeed_cp.sequence.balance import balanced_rings, imbalance
 
 EXAMPLE = "Megatron's example"  # log-normal, mean 1,024 and sigma 1.5, cut off at 128 and 8,192; 2,048 tokens a rank
 ROWS = 8  # of a step, where documents fill them without a gap
@@ -41,16 +41,6 @@ def drawn(name: str, ranks: int, tokens: int, seed: int) -> list[int]:
             lengths.append(min(ranks * tokens, max(1, DISTRIBUTIONS[name](draw, ranks * tokens))))
     draw.shuffle(lengths)
     return lengths
-
-
-def in_order(lengths: Sequence[int], ranks: int, tokens: int) -> list[list[int]]:
-    """Rows of documents as they come."""
-    rows: list[list[int]] = [[]]
-    for length in lengths:
-        if sum(rows[-1]) + length > ranks * tokens:
-            rows.append([])
-        rows[-1].append(length)
-    return rows
 
 
 def balanced(rows: Sequence[Sequence[int]], ranks: int) -> Count:

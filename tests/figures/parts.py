@@ -10,8 +10,8 @@ import time
 from functools import partial
 
 import torch
-
 from bench.measuring import head, in_turns, parser_of, row, sample
+
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
 from mindspeed_cp.attention.ring_plan import RingPlan
 from mindspeed_cp.comm.messages import packed

@@ -17,11 +17,10 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from bench.measuring import attention_of, head, in_turns, on_ranks, parser_of, row, sample, step, timed
 
-from bench.measuring import head, in_turns, on_ranks, parser_of, row, sample, step
-from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention
+from mindspeed_cp import ContextParallelConfig, SequenceLayout
 from mindspeed_cp.attention.ring_plan import ring_plan
-from mindspeed_cp.comm import count_bytes
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionRows, BlockTensors, KernelOptions
 from mindspeed_cp.sequence.balance import imbalance
@@ -142,29 +141,16 @@ def measure(options):
     for name in DISTRIBUTIONS:
         documents, cases = boundaries(name, options.seq_length, 0), {}
         for variant, settings in VARIANTS.items():
-            config = config_of(ranks, settings)
-            layout = SequenceLayout.build(config, options.seq_length, documents)
-            keywords = {"config": config, "groups": ContextParallelGroups.build(config), "layout": layout}
+            attend, layout = attention_of(config_of(ranks, settings), options.seq_length, documents)
             *tensors, grad_out = [layout.shard(tensor, rank).clone() for tensor in whole]
-            attend = partial(context_parallel_attention, **keywords, cu_seqlens=documents)
             cases[variant] = partial(timed, partial(step, attend, tensors, grad_out))
         found = in_turns(cases, options.repetitions)
         base = None
         for variant, values in found.items():
-            median, sent = statistics.median(seconds for seconds, _ in values), values[-1][1]
+            median, sent = statistics.median(times.wall for times in values), values[-1].sent
             base = base or median
             if rank == 0:
                 row(name, variant, f"{median * 1e3:.1f}", f"{sent / 1e6:.2f}", f"{base / median:.2f}")
-
-
-def timed(run):
-    """(seconds of all ranks, bytes that this one sent)."""
-    dist.barrier()
-    start = time.perf_counter()
-    with count_bytes() as traffic:
-        run()
-    dist.barrier()
-    return time.perf_counter() - start, traffic.total_bytes
 
 
 def main():

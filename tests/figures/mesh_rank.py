@@ -3,14 +3,15 @@
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from bench.measuring import attention_of, head, in_turns, row
 
-from bench.measuring import StubKernel, head, in_turns, row
-from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention
+from figures.stubbed import StubKernel
+from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
 from mindspeed_cp.comm import count_bytes
 
 HEADS, HEAD_DIM = 32, 16
@@ -56,19 +57,16 @@ def measure(options: argparse.Namespace) -> None:
         if options.only and name not in options.only.split(";"):
             continue
         config = ContextParallelConfig(context_parallel_size=ranks, **settings)
-        calls[name] = dict(
-            config=config,
-            groups=ContextParallelGroups.build(config, share_from=None),
-            layout=SequenceLayout.build(config, local * ranks),
-            kernel=StubKernel(None, exchange * ranks / HEADS if "kernel" in name else 0.0),
-        )
+        kernel = StubKernel(None, exchange * ranks / HEADS if "kernel" in name else 0.0)
+        groups = ContextParallelGroups.build(config, share_from=None)
+        calls[name] = attention_of(config, local * ranks, groups=groups, kernel=kernel)[0]
 
-    def run(keywords: dict[str, Any]) -> list[float]:
+    def run(attend: Callable[..., torch.Tensor]) -> list[float]:
         """Seconds of the forward pass and of both on the slowest rank, bytes of all."""
         dist.barrier()
         start = time.perf_counter()
         with count_bytes() as traffic:
-            out = context_parallel_attention(*leaves, **keywords)
+            out = attend(*leaves)
             forward = time.perf_counter() - start
             out.backward(out)
         taken = torch.tensor([forward, time.perf_counter() - start], dtype=torch.float64)
@@ -77,7 +75,7 @@ def measure(options: argparse.Namespace) -> None:
         dist.all_reduce(total)
         return [*taken.tolist(), *total.tolist()]
 
-    found = in_turns({name: partial(run, keywords) for name, keywords in calls.items()}, options.repetitions)
+    found = in_turns({name: partial(run, attend) for name, attend in calls.items()}, options.repetitions)
     if dist.get_rank() == 0:
         report(found, ranks, options)
     dist.destroy_process_group()

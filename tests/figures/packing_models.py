@@ -10,6 +10,8 @@ from itertools import accumulate
 
 import numpy as np
 
+from mindspeed_cp.sequence.runs import Runs
+
 LIMIT = 1.05  # of the mean area that a rank may have
 
 
@@ -22,16 +24,22 @@ class Count:
     least: float = 0.0
 
 
-def static(lengths: Sequence[int], ranks: int, tokens: int, cp_size: int = 4) -> Count | None:
-    """Rows of cp_size x tokens in the order of the documents, one for each group of ranks; None: one does not fit."""
-    room, groups = cp_size * tokens, ranks // cp_size
-    if max(lengths) > room:
-        return None
+def in_order(lengths: Sequence[int], ranks: int, tokens: int) -> list[list[int]]:
+    """Rows of documents as they come."""
     rows: list[list[int]] = [[]]
     for length in lengths:
-        if sum(rows[-1]) + length > room:
+        if sum(rows[-1]) + length > ranks * tokens:
             rows.append([])
         rows[-1].append(length)
+    return rows
+
+
+def static(lengths: Sequence[int], ranks: int, tokens: int, cp_size: int = 4) -> Count | None:
+    """Rows of cp_size x tokens in the order of the documents, one for each group of ranks; None: one does not fit."""
+    groups = ranks // cp_size
+    if max(lengths) > cp_size * tokens:
+        return None
+    rows = in_order(lengths, cp_size, tokens)
     works = [sum(n * n for n in row) / cp_size for row in rows]
     span = sum(max(works[first : first + groups]) for first in range(0, len(works), groups))
     return Count(span * ranks / sum(n * n for n in lengths), cp_size - 1)
@@ -151,6 +159,29 @@ def least_rows(lengths: Sequence[int], ranks: int) -> int:
         rows += float(low.sum())
         long = long[low >= 1]
     return int(max(rows, ranks * max(0.0, total / ranks / tokens - (tokens + 1) / 2)))
+
+
+def received_rows(rings: Sequence[Runs], documents: Sequence[int], causal: bool = True) -> np.ndarray:
+    """int64 (ring ranks,): how many rows of keys each rank receives if only the rows that it needs travel.
+
+    For each document of which a rank holds a token, it needs the rows up to its last token (full attention: all rows)
+    that it does not hold itself.
+    """
+    ends = np.unique(np.array(documents, dtype=np.int64))
+    rows = np.zeros(len(rings), dtype=np.int64)
+    for rank, runs in enumerate(rings):
+        start, stop = np.array(runs, dtype=np.int64).reshape(-1, 2).T
+        first, last = np.searchsorted(ends, start, side="right") - 1, np.searchsorted(ends, stop, side="left") - 1
+        read = np.zeros(len(ends), dtype=np.int64)
+        # A run contains the end of every document in it except the last, which it holds up to the run's own end.
+        np.maximum.at(read, last, (stop if causal else ends[last + 1]) - ends[last])
+        whole = np.zeros(len(ends) + 1, dtype=np.int64)
+        np.add.at(whole, first, 1)
+        np.add.at(whole, last, -1)
+        ended = np.flatnonzero(np.cumsum(whole)[:-1] > 0)
+        read[ended] = ends[ended + 1] - ends[ended]
+        rows[rank] = read.sum() - (stop - start).sum()
+    return rows
 
 
 class _Lightest:

@@ -14,18 +14,11 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from bench.measuring import attention_of, head, in_turns, on_ranks, parser_of, row, timed
 from torch.utils.checkpoint import checkpoint
 
-from bench.measuring import head, in_turns, on_ranks, parser_of, row
-from mindspeed_cp import (
-    ContextParallelConfig,
-    ContextParallelGroups,
-    KeptAttention,
-    SequenceLayout,
-    context_parallel_attention,
-)
+from mindspeed_cp import ContextParallelConfig, KeptAttention
 from mindspeed_cp.attention.function import AttentionCall, ContextParallelAttention
-from mindspeed_cp.comm import count_bytes
 
 ALGORITHMS = {
     "ring": {"algorithm": "megatron_cp_algo", "send_recv_overlap": True},
@@ -92,8 +85,7 @@ def step(layers, x, keeps):
 def measure(options):
     rank, ranks = dist.get_rank(), dist.get_world_size()
     config = ContextParallelConfig(context_parallel_size=ranks, **ALGORITHMS[options.algorithm])
-    groups, layout = ContextParallelGroups.build(config), SequenceLayout.build(config, options.seq_length)
-    attend = partial(context_parallel_attention, config=config, groups=groups, layout=layout)
+    attend, layout = attention_of(config, options.seq_length)
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
     layers = [Layer(options.heads, options.head_dim, attend).to(dtype) for _ in range(options.layers)]
@@ -101,13 +93,9 @@ def measure(options):
 
     def run(keeps):
         clock = Clock()
-        dist.barrier()
-        wall, cpu = time.perf_counter(), time.process_time()
-        with clock.running(), count_bytes() as sent:
-            step(layers, x, keeps)
-        cpu = time.process_time() - cpu
-        dist.barrier()
-        return time.perf_counter() - wall, cpu, clock.wall, clock.cpu, clock.forwards, sent.total_bytes
+        with clock.running():
+            times = timed(partial(step, layers, x, keeps))
+        return times.wall, times.cpu, clock.wall, clock.cpu, clock.forwards, times.sent
 
     found = in_turns({keeps: partial(run, keeps) for keeps in (False, True)}, options.repetitions)
     if rank == 0:

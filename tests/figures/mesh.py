@@ -11,7 +11,7 @@ import argparse
 import sys
 import tempfile
 
-from bench.network import REFUSED, Network, bits_per_second, mesh, mesh_device
+from figures.network import REFUSED, Network, bits_per_second, mesh, mesh_device
 
 PORT = 29777
 
@@ -58,7 +58,7 @@ def main() -> int:
     options.seq_length = options.seq_length or 512 * options.ranks
     options.bits = None if options.rate == "none" else bits_per_second(options.rate)
     if options.in_namespace:  # this process, which starts the ranks, needs no torch
-        from bench.mesh_rank import measure
+        from figures.mesh_rank import measure
 
         measure(options)
         return 0

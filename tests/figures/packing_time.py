@@ -1,7 +1,6 @@
 """Two ranks, measured: data parallel, each with rows of its own, beside one row over both; for ``bench packing``."""
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from bench.measuring import attention_of, in_turns, on_ranks, sample, step, timed
 
-from bench.measuring import in_turns, on_ranks, sample, step
-from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention
+from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
 
 RANKS = 2
 
@@ -44,18 +43,14 @@ def _on_rank(steps: dict[str, tuple[Rows, Rows]], shape: tuple[int, int], repeti
             1: [_run(rows, 1, groups[1], 0, shape) for rows in apart[rank::RANKS]],
             RANKS: [_run(rows, RANKS, groups[RANKS], rank, shape) for rows in together],
         }
-        seconds = in_turns({way: partial(_timed, runs) for way, runs in ways.items()}, repetitions)
+        found = in_turns({way: partial(timed, partial(_all_of, runs)) for way, runs in ways.items()}, repetitions)
         if rank == 0:
-            results[name] = [statistics.median(seconds[way]) for way in ways]
+            results[name] = [statistics.median(times.wall for times in found[way]) for way in ways]
 
 
-def _timed(runs: Sequence[Callable[[], None]]) -> float:
-    dist.barrier()
-    start = time.perf_counter()
+def _all_of(runs: Sequence[Callable[[], None]]) -> None:
     for run in runs:
         run()
-    dist.barrier()
-    return time.perf_counter() - start
 
 
 def _config(size: int) -> ContextParallelConfig:
@@ -71,8 +66,7 @@ def _run(
 ) -> Callable[[], None]:
     """Forward and backward of one row."""
     documents, config = (0, *accumulate(lengths)), _config(size)
-    layout = SequenceLayout.build(config, documents[-1], documents)
+    attend, layout = attention_of(config, documents[-1], documents, groups=groups)
     heads, head_dim = shape
     *tensors, grad = sample(layout.length(rank), heads, heads, head_dim, torch.float32)
-    attend = partial(context_parallel_attention, config=config, groups=groups, layout=layout, cu_seqlens=documents)
     return partial(step, attend, tensors, grad)
