@@ -14,7 +14,7 @@ from pathlib import Path
 import bed
 from algorithms import ALGORITHMS, flags_of
 
-from mindspeed_cp.megatron.neighbour import BRANCHES
+from mindspeed_cp.megatron.neighbour import BRANCHES, FRONTS
 from mindspeed_cp.patches.versions import minor
 
 BOUND = 1e-5
@@ -67,6 +67,7 @@ BATCHES = {  # title -> script, flags, algorithms that are tried
     "instructions": (POSTTRAIN, INSTRUCTIONS, tuple(ALGORITHMS)),
     "packed instructions": (POSTTRAIN, [*INSTRUCTIONS, "--reset-attention-mask", "--neat-pack"], ("Ulysses", "Ring")),
 }
+EITHER = {"whole rows": ("Ulysses", "Ring")}  # tried with MindSpeed-LLM first, too -> with these algorithms
 
 
 class MindSpeedLLM:
@@ -95,6 +96,10 @@ class MindSpeedLLM:
         found = re.findall(r"lm loss: (\S+) .*? grad norm: (\S+) ", said)
         assert len(found) == 3, said[-3000:]
         return [tuple(map(float, pair)) for pair in found], said
+
+    def run_behind(self, batch, algorithm):
+        """As ``run``, and MindSpeed-LLM has patched, with its own context parallelism, before this project comes."""
+        return self.run(batch, algorithm, IMPORTED_FIRST=FRONTS["mindspeed_llm"][0])
 
     def _script(self, name):
         return next(path for folder in self.folders if (path := Path(folder, name)).is_file())
@@ -133,12 +138,12 @@ def _row(*cells):
 
 
 def _cells(tried, differences):
-    """The cells of the losses and of every algorithm: "–" where it was not tried."""
+    """The cells of the losses and of every algorithm: "-" if it was not tried."""
     yield f"{tried[0][0]:.4f} to {tried[-1][0]:.4f}"
     for name in ALGORITHMS:
         worst = differences.get(name)
         assert worst is None or worst < BOUND, (name, worst)
-        yield "–" if worst is None else f"{worst:.0e}" if worst else "0"
+        yield "-" if worst is None else f"{worst:.0e}" if worst else "0"
 
 
 def rows_of_mindspeed(folder):
@@ -167,8 +172,13 @@ def rows_of_mindspeed_llm(folders):
         llm = MindSpeedLLM(folders, scratch)
         for batch, (script, _, names) in BATCHES.items():
             alone = [(loss,) for loss, _ in llm.run(batch)[0]]
-            worst = {name: difference([(loss,) for loss, _ in llm.run(batch, name)[0]], alone) for name in names}
-            _row("MindSpeed-LLM", script, batch, "`mindspeed_cp.run`", *_cells(alone, worst))
+            orders = {"mindspeed_cp first": llm.run} | (
+                {"MindSpeed-LLM first": llm.run_behind} if batch in EITHER else {}
+            )
+            for order, run in orders.items():
+                tried = names if run == llm.run else EITHER[batch]
+                worst = {name: difference([(loss,) for loss, _ in run(batch, name)[0]], alone) for name in tried}
+                _row("MindSpeed-LLM", script, batch, order, *_cells(alone, worst))
 
 
 def main():
