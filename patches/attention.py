@@ -163,7 +163,7 @@ def local_forward(
     query, key, value = call.tensors
     # Megatron's local attention supports neither packed sequences nor the value heads of multi-latent attention.
     width = self.num_attention_heads_per_partition * value.shape[-1]
-    theirs = call.packed_seq_params is None and width == self.hidden_size_per_partition and not _has_slices(adaptor)
+    theirs = call.packed_seq_params is None and width == self.hidden_size_per_partition and not _is_limited(adaptor)
     if _is_alone(self) and not adaptor.sizes and theirs:
         if not _takes_the_kernel(adaptor, query, key, call.attention_bias):
             return original(self, *args, **kwargs)
@@ -180,7 +180,7 @@ def local_forward(
 def te_forward(
     adaptor: Adaptor, original: Callable[..., torch.Tensor], self: Any, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    if _is_alone(self) and not adaptor.sizes and not _has_slices(adaptor):
+    if _is_alone(self) and not adaptor.sizes and not _is_limited(adaptor):
         return original(self, *args, **kwargs)
     call = _Call(*args, **kwargs)
     head_dim = call.tensors[0].shape[-1]
@@ -216,6 +216,11 @@ def _takes_the_kernel(adaptor: Adaptor, query: torch.Tensor, key: torch.Tensor, 
 
 def _is_alone(module: Any) -> bool:
     return bool(module.config.context_parallel_size == 1)
+
+
+def _is_limited(adaptor: Adaptor) -> bool:
+    """Whether the record of the batch that runs says what its tokens see."""
+    return adaptor.active is not None and adaptor.active.limits_attention
 
 
 def _has_slices(adaptor: Adaptor) -> bool:

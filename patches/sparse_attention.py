@@ -1,7 +1,8 @@
-"""Patches of sparse attention (DSA), which gathers keys and indexer keys itself and computes the rank's own queries.
+"""Patches of sparse attention (DSA), which gathers keys and indexer keys and computes the rank's own queries.
 
 Megatron assumes that the ranks' parts are its zigzag over the whole row, or over every packed document. Here they
-follow the layout of the batch; scores, losses and kernels are Megatron's.
+follow the layout of the batch, of any lengths, and keys come from the ranks in the order of the sequence; scores,
+losses and kernels are Megatron's.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mindspeed_cp.linear.rows import exchange_rows, whole_sequence
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import block_record
 from mindspeed_cp.megatron.scopes import Scope
@@ -25,8 +27,8 @@ WITHOUT = absent(
     f"{LAYOUTS}.build_zigzag_allgather_cp_key_reorder", "this version's sparse attention has no context parallelism"
 )
 WHERE = "the ranks hold what the layout of the batch says, not Megatron's zigzag"
-
-AUTO_SCALER = f"{VARIANT}.dsa.DSAIndexerLossAutoScaler"
+DSA = f"{VARIANT}.dsa"
+AUTO_SCALER = f"{DSA}.DSAIndexerLossAutoScaler"
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,19 @@ class Running:
 
     Args:
         weight: factor for the gradient of its indexer's loss.
+        share: this rank's queries over the mean of all ranks, for a mean of them; else 1.
     """
 
     layout: SequenceLayout
+    scope: Scope
     weight: float
+    share: float
 
 
 _NOW: ContextVar[Running | None] = ContextVar("the sparse attention that runs", default=None)
 
 
-@patch(f"{VARIANT}.dsa.DSAttention.forward", reason=WHERE, when=WITHOUT)
+@patch(f"{DSA}.DSAttention.forward", reason=WHERE, when=WITHOUT)
 def forward(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     scope = adaptor.scope_of(self)
     if scope.alone:
@@ -55,8 +60,11 @@ def forward(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: An
     layout = block_record(adaptor, scope, self.config, given["x"].size(0), packed).layout
     _check(self, scope, layout, packed)
     self.cp_comm_type = "allgather"  # the only type that it supports, whatever other layers use
-    per_token = self.config.calculate_per_token_loss
-    token = _NOW.set(Running(layout, 1 if per_token or not _scales_with_cp() else 1 / scope.size))
+    share = weight = 1.0
+    if not self.config.calculate_per_token_loss:
+        share = layout.length(scope.rank) * scope.size / layout.seq_len
+        weight = share / (scope.size if _scales_with_cp() else 1)
+    token = _NOW.set(Running(layout, scope, weight, share))
     try:
         return original(self, *args, **kwargs)
     finally:
@@ -67,15 +75,17 @@ def _check(module: Any, scope: Scope, layout: SequenceLayout, packed: Any) -> No
     """Raise ValueError for inputs that this attention would compute wrongly."""
     from megatron.core.transformer.experimental_attention_variant import dsa_kernels
 
-    if not layout.is_even:
+    fused = dsa_kernels.use_fused_dsa_kernels(module.config)
+    if not layout.is_even and fused:
         raise ValueError(
-            f"sparse attention (DSAttention) gathers equally many keys from every rank, and a sequence of "
-            f"{layout.seq_len} tokens in the layout {layout.kind} is shared unevenly by the --context-parallel-size "
-            f"{scope.size} ranks; use a length that 2 x {scope.size} divides."
+            f"--dsa-kernel-backend {module.config.dsa_kernel_backend} takes equally many tokens on every rank, and a "
+            f"sequence of {layout.seq_len} tokens in the layout {layout.kind} is shared unevenly by the "
+            f"--context-parallel-size {scope.size} ranks; use a length that 2 x {scope.size} divides, or "
+            "--dsa-kernel-backend none."
         )
     if packed is None:
         return
-    if layout.kind != "document_zigzag" and dsa_kernels.use_fused_dsa_kernels(module.config):
+    if layout.kind != "document_zigzag" and fused:
         raise ValueError(
             f"--dsa-kernel-backend {module.config.dsa_kernel_backend} takes packed documents to be zigzag each, and "
             f"the batch has the layout {layout.kind}; use --cp-batch-layout document_zigzag, or --dsa-kernel-backend "
@@ -88,10 +98,33 @@ def _check(module: Any, scope: Scope, layout: SequenceLayout, packed: Any) -> No
         )
 
 
+@patch(
+    "megatron.core.tensor_parallel.mappings.gather_from_sequence_parallel_region",
+    reason="sparse attention gathers keys with it: from parts of any length, in the order of the sequence",
+    when=WITHOUT,
+)
+def gathered(adaptor: Adaptor, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    now = _NOW.get()
+    if now is None:
+        return original(*args, **kwargs)
+    given = arguments_of(original, args, kwargs)
+    if given.get("group") is not now.scope.group:  # that of sequence parallelism
+        return original(*args, **kwargs)
+    link = now.scope.groups.cp
+    assert link is not None, "it runs over several ranks"
+    return exchange_rows(given["input_"], whole_sequence(now.layout), link, "kv")
+
+
+@patch(f"{DSA}._validate_nonpacked_cp_uniform_length", reason="ranks may hold unequal numbers of tokens", when=WITHOUT)
+def validate(adaptor: Adaptor, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    if _NOW.get() is None:
+        original(*args, **kwargs)
+
+
 @patch(f"{LAYOUTS}.build_zigzag_allgather_cp_key_reorder", reason=WHERE, when=WITHOUT)
 def key_reorder(adaptor: Adaptor, original: Callable[..., Any], sq: int, cp_size: int, device: Any) -> torch.Tensor:
     now = _NOW.get()
-    return original(sq, cp_size, device) if now is None else _in_order(now.layout, device)
+    return original(sq, cp_size, device) if now is None else torch.arange(now.layout.seq_len, device=device)
 
 
 @patch(f"{LAYOUTS}.get_cp_positions_from_layout", reason=WHERE, when=WITHOUT)
@@ -126,7 +159,18 @@ def packed_positions_and_reorder(adaptor: Adaptor, original: Callable[..., Any],
     if now is None:
         return original(*args, **kwargs)
     given = arguments_of(original, args, kwargs)
-    return now.layout.positions(given["cp_rank"], given["device"]), _in_order(now.layout, given["device"])
+    device = given["device"]
+    return now.layout.positions(given["cp_rank"], device), torch.arange(now.layout.seq_len, device=device)
+
+
+@patch(
+    f"{DSA}.DSAIndexerLossLoggingHelper.save_loss_to_tracker",
+    reason="the logged loss is averaged over the ranks, which may hold unequal numbers of queries",
+    when=WITHOUT,
+)
+def save_loss(adaptor: Adaptor, original: Callable[..., None], loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    now = _NOW.get()
+    original(loss if now is None else loss * now.share, *args, **kwargs)
 
 
 @patch(f"{AUTO_SCALER}.forward", reason="the factor of the gradient below is that of the layer", when=WITHOUT)
@@ -155,9 +199,3 @@ def _scales_with_cp() -> bool:
     """Whether Megatron multiplies the loss of the indexer by cp."""
     factors: list[torch.Tensor] = []
     return schedule_two_ranks(experimental_attention_variant_loss_scale_func=factors.append) and float(factors[-1]) == 2
-
-
-def _in_order(layout: SequenceLayout, device: Any) -> torch.Tensor:
-    """(S,), the index of each position in the concatenated tokens of the ranks."""
-    held = torch.cat([layout.positions(rank, device) for rank in range(layout.cp_size)])
-    return held.argsort()

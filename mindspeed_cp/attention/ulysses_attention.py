@@ -9,13 +9,12 @@ A tensor whose last dimension is scattered has heads and head_dim merged; it is 
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.exchanged import Exchanged, exchanging
 from mindspeed_cp.attention.gather_size import (
@@ -27,6 +26,7 @@ from mindspeed_cp.attention.gather_size import (
     check_single,
 )
 from mindspeed_cp.attention.head_groups import head_shares
+from mindspeed_cp.comm.head_exchange import HeadExchange
 from mindspeed_cp.comm.link import Link, link_of, ranks_of
 from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
 from mindspeed_cp.kernels.base import MemoryOrder
@@ -102,14 +102,14 @@ class UlyssesContextAttention(torch.nn.Module):
         exchange = self._exchange(query, gather_size, "sequence" if axes.sequence_first else None)
         parts, out_shares = _parts(axes, query, key, value, exchange.size)
         tensors = (axes.to_exchange(tensor, exchange.size) for tensor in (query, key, value))
-        received = _GatherSequence.apply(exchange, parts, *tensors)
+        received = HeadExchange(exchange, parts, "d").to_sequence(*tensors)
         with exchanging(Exchanged(exchange.link.global_ranks, exchange.rank)):
             # Contiguous, because many attention modules call view() on their inputs.
             out = self.local_attn(*(axes.from_exchange(tensor).contiguous() for tensor in received), *args, **kwargs)
         split, merged = axes.split_heads(out, query.dim(), parts[0].count(exchange.rank))
         out = axes.to_exchange(split, 1)
         part = Part("out", parts[0].num_heads, out.shape[-1], out_shares)
-        out = axes.from_exchange(_GatherHeads.apply(exchange, part, out))
+        out = axes.from_exchange(HeadExchange(exchange, [part], "d").to_heads(out)[0])
         return out.flatten(-2) if merged else out
 
     def _local_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -279,33 +279,3 @@ def _parts(
         Part(purpose, count, axes.to_exchange(tensor, world_size).shape[-1], shares)
         for purpose, count, tensor, shares in rows
     ), queries
-
-
-class _GatherSequence(torch.autograd.Function):
-    """Query, key and value: (seq_local, batch, heads, dim) -> (seq, batch, heads_local, dim), in one message."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, exchange: SequenceExchange, parts: tuple[Part, ...], *tensors: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.exchange, ctx.parts = exchange, [replace(part, purpose=f"d{part.purpose}") for part in parts]
-        return tuple(exchange.scatter_heads_gather_sequence(parts, tensors).wait())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, None, *ctx.exchange.scatter_sequence_gather_heads(ctx.parts, grads, grads[0].dtype).wait()
-
-
-class _GatherHeads(torch.autograd.Function):
-    """The output: (seq, batch, heads_local, dim) -> (seq_local, batch, heads, dim)."""
-
-    @staticmethod
-    def forward(ctx: Any, exchange: SequenceExchange, part: Part, out: torch.Tensor) -> torch.Tensor:
-        ctx.exchange, ctx.part = exchange, replace(part, purpose=f"d{part.purpose}")
-        return exchange.scatter_sequence_gather_heads([part], [out], out.dtype).wait()[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, None, ctx.exchange.scatter_heads_gather_sequence([ctx.part], [grad_out]).wait()[0]

@@ -1,4 +1,4 @@
-"""Gated delta nets over a context-parallel group, by heads or by states.
+"""Gated delta nets, and Kimi's delta attention, over a context-parallel group, by heads or by states.
 
     heads    every rank computes some heads over the whole sequence, in order
     state    every rank computes all heads over one part of the sequence, and passes its last state on
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from mindspeed_cp.attention.head_groups import Share, head_shares
+from mindspeed_cp.comm.head_exchange import HeadExchange
 from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
 from mindspeed_cp.kernels.base import accumulation_dtype
-from mindspeed_cp.linear.heads import HeadExchange
 from mindspeed_cp.linear.parts import OwnPart, local_documents
 from mindspeed_cp.linear.recurrence import Convolution, Documents, Recurrence
 
@@ -26,17 +26,24 @@ class DeltaHeads:
 
     Args:
         keys, values: number of key heads and value heads. key_dim, value_dim: their dimensions.
+        decays: number of decays of a value head: 1, or key_dim if every channel of its keys has its own (Kimi).
     """
 
     keys: int
     values: int
     key_dim: int
     value_dim: int
+    decays: int = 1
 
     @property
     def channels(self) -> tuple[int, int, int]:
         """The convolution's channels for query, key and value."""
         return self.keys * self.key_dim, self.keys * self.key_dim, self.values * self.value_dim
+
+    @property
+    def gates(self) -> tuple[int, int]:
+        """The widths of beta and alpha."""
+        return self.values, self.values * self.decays
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ class DeltaWeights:
     """Weights of the layer's core.
 
     Args:
-        convolution: (channels, width). bias: (channels,) or None. decay, step: A_log and dt_bias, (value heads,).
+        convolution: (channels, width). bias: (channels,) or None. decay, step: A_log and dt_bias, (value heads,) and
+            (value heads * decays,).
     """
 
     convolution: torch.Tensor
@@ -63,9 +71,8 @@ class DeltaWeights:
             return torch.cat([part.flatten(0, 1) for part in found])
 
         bias = None if self.bias is None else channels(self.bias)
-        return replace(
-            self, convolution=channels(self.convolution), bias=bias, decay=self.decay[values], step=self.step[values]
-        )
+        step = self.step.unflatten(0, (heads.values, heads.decays))[values].flatten()
+        return replace(self, convolution=channels(self.convolution), bias=bias, decay=self.decay[values], step=step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +95,8 @@ class DeltaLayer:
         """Every rank computes some heads over the whole sequence.
 
         Args:
-            inputs: (s, b, channels), query, key and value of this rank's tokens. gates: (s, b, 2 value heads), beta and
-                alpha.
+            inputs: (s, b, channels), query, key and value of this rank's tokens. gates: (s, b, value heads * (1 +
+                decays)), beta and alpha.
             exchange: over all ranks, with the runs of the batch's layout as rows.
             documents: boundaries in the whole sequence.
 
@@ -103,9 +110,10 @@ class DeltaLayer:
             Part("q", heads.keys, heads.key_dim, keys),
             Part("kv", heads.keys, heads.key_dim, keys),
             Part("kv", heads.values, heads.value_dim, values),
-            *[Part("gates", heads.values, 1, values)] * 2,
+            Part("gates", heads.values, 1, values),
+            Part("gates", heads.values, heads.decays, values),
         ]
-        tensors = (*inputs.split(heads.channels, dim=-1), *gates.chunk(2, dim=-1))
+        tensors = (*inputs.split(heads.channels, dim=-1), *gates.split(heads.gates, dim=-1))
         arrived = HeadExchange(exchange, parts).to_sequence(
             *(tensor.unflatten(-1, (part.num_heads, part.dim)) for tensor, part in zip(tensors, parts))
         )
@@ -132,18 +140,19 @@ class DeltaLayer:
             (s, b, value heads, value_dim).
         """
         mixed = part.convolved(self.convolve, inputs, self.weights.convolution, self.weights.bias)
-        rows = self.prepared(mixed, *gates.chunk(2, dim=-1))
+        rows = self.prepared(mixed, *gates.split(self.heads.gates, dim=-1))
         return self.recurrence.along(part.chain, rows, part.documents).transpose(0, 1)
 
     def prepared(self, mixed: torch.Tensor, beta: torch.Tensor, alpha: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The inputs of the recurrence.
 
         Args:
-            mixed: (b, s, channels), output of the convolution. beta, alpha: (s, b, value heads).
+            mixed: (b, s, channels), output of the convolution. beta: (s, b, value heads). alpha: (s, b, value heads *
+                decays).
 
         Returns:
-            query and key (b, s, value heads, key_dim), value (b, s, value heads, value_dim), decay and beta (b, s,
-            value heads).
+            query and key (b, s, value heads, key_dim), value (b, s, value heads, value_dim), decay (b, s, value heads),
+            or with key_dim decays (b, s, value heads, key_dim), and beta (b, s, value heads).
         """
         heads, beta, alpha = self.heads, beta.transpose(0, 1), alpha.transpose(0, 1)
         query, key, value = mixed.split(heads.channels, dim=-1)
@@ -154,5 +163,8 @@ class DeltaLayer:
         if repeats > 1:
             query, key = query.repeat_interleave(repeats, dim=2), key.repeat_interleave(repeats, dim=2)
         steps = F.softplus(alpha.to(accumulation_dtype(alpha.dtype)) + self.weights.step)
+        decay = -self.weights.decay.exp()
+        if heads.decays > 1:
+            steps, decay = steps.unflatten(-1, (heads.values, heads.decays)), decay.unsqueeze(-1)
         value = value.unflatten(-1, (heads.values, heads.value_dim))
-        return query, key, value, -self.weights.decay.exp() * steps, beta.sigmoid()
+        return query, key, value, decay * steps, beta.sigmoid()

@@ -18,8 +18,8 @@ Documents = tuple[int, ...]
 
 
 # The interface of flash-linear-attention's kernels and of Megatron's torch code: query, key (b, s, h, k), value
-# (b, s, h, v), g=, beta= (b, s, h), initial_state= a state or None, output_final_state=True; they return (b, s, h, v)
-# and the last state.
+# (b, s, h, v), g= (b, s, h), or (b, s, h, k) with a decay for each channel of the keys, beta= (b, s, h),
+# initial_state= a state or None, output_final_state=True; they return (b, s, h, v) and the last state.
 Rule = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 Rows = Sequence[torch.Tensor]  # (b, s, ...) of every input of a recurrence
 
@@ -72,7 +72,8 @@ def _between(rows: Rows, low: int, high: int) -> Rows:
 
 @dataclass(frozen=True)
 class DeltaRule(Recurrence):
-    """The gated delta rule; its rows are query, key (b, s, h, k), value (b, s, h, v), g and beta (b, s, h).
+    """The gated delta rule; its rows are query, key (b, s, h, k), value (b, s, h, v), g (b, s, h) or (b, s, h, k), and
+    beta (b, s, h).
 
     Args:
         rule: linear in its first state; the columns of state and values are independent of each other.

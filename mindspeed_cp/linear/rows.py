@@ -11,6 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.comm.link import Link
+from mindspeed_cp.kernels.base import accumulation_dtype
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.sequence.runs import Runs, cut, length, offsets
 
@@ -109,6 +110,12 @@ def rows_before(parts: SequenceLayout, count: int, documents: tuple[int, ...]) -
     return plan_rows(parts.all_runs, tuple(wanted))
 
 
+@lru_cache(maxsize=64)
+def whole_sequence(layout: SequenceLayout) -> RowPlan:
+    """The plan by which every rank gets all rows, in the order of the sequence."""
+    return plan_rows(layout.all_runs, (((0, layout.seq_len),),) * layout.cp_size)
+
+
 def exchange_rows(tensor: torch.Tensor, plan: RowPlan, link: Link, purpose: str) -> torch.Tensor:
     """(s, ...) -> (w, ...), the rows that this rank needs; differentiable and collective.
 
@@ -138,7 +145,7 @@ class _ExchangeRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         plan, link, me = ctx.plan, ctx.link, ctx.link.rank
-        found = grad.new_zeros((plan.held[me], *grad.shape[1:]))
+        found = grad.new_zeros((plan.held[me], *grad.shape[1:]), dtype=accumulation_dtype(grad.dtype))
         returned = {rank: _room(grad, plan.sent(me, rank)) for rank in link.peers if plan.sent(me, rank)}
         sends = [(rank, _slices(grad, plan.places(rank, me))) for rank in link.peers if plan.sent(rank, me)]
         pending = link.exchange(sends, list(returned.items()), f"d{ctx.purpose}")
@@ -148,7 +155,7 @@ class _ExchangeRows(torch.autograd.Function):
         for rank, received in returned.items():
             for row, part in zip(_slices(found, plan.sent(me, rank)), received):
                 row.add_(part)
-        return found, None, None, None
+        return found.to(grad.dtype), None, None, None
 
 
 def _slices(tensor: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> list[torch.Tensor]:

@@ -56,7 +56,8 @@ class Adaptor(OwnLoops):
         embedded: length -> layout and position ids of the embedding of that length in Megatron's cache.
         documents_by_hand: documents were passed for a batch explicitly, so that a forward pass of an unknown batch
             would lose them.
-        sliced: a batch with slices was split, so that modules without context parallelism must use its record too.
+        sliced: a batch with slices was split, or one with several documents over one rank, so that modules without
+            context parallelism must use its record too.
         computes_alone: the running code is not split, whatever group it names.
         told: the text that was printed before the first batch, "" until then.
         on_change: called whenever a cached embedding may have become wrong.

@@ -43,7 +43,8 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
         found = adaptor.records.find_copied([tokens, given.get("labels")], scope)
     if scope.alone:
         found = found or adaptor.records.copied_from(tokens)
-        return _alone(adaptor, model, found, given.get("attention_mask") is not None)
+        masked, packed = given.get("attention_mask") is not None, packed_params_in(values) is not None
+        return _alone(adaptor, model, found, masked, packed)
     refuse_inference(values)
     if found is not None and found.scope is not None and found.scope is not scope:
         raise ValueError(
@@ -53,29 +54,41 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
         )
     record = found or adaptor.running_in(scope)
     params = packed_params_in(values)
+    length = _length_of(model, given, tokens, ids)
     if params is not None:
         adaptor.handed.waiting = False  # the parameters contain the same, and also the padding of documents
-        told = ids if tokens is None else tokens
-        local = None if told is None else told.size(-1)
         _check_packed_slices(adaptor, model, record, found is None and adaptor.active is None)
-        return packed_batch(adaptor, scope, params, local, ids, record)
+        return packed_batch(adaptor, scope, params, length, ids, record)
     if getattr(model, "pre_process", True):
         if record is None:
-            record = adaptor.foreign.record(adaptor, scope, ids, tokens, declared(adaptor, scope, model))
+            record = adaptor.foreign.record(adaptor, scope, ids, tokens, declared(adaptor, scope, model), length)
         record = with_handed_documents(adaptor, record, tokens, ids)
         if found is None and adaptor.active is None:
             if record.documents is None and adaptor.documents_by_hand:
-                raise ValueError(f"documents were given by hand (set_actual_seq_len, cu_seqlens){LOST}")
+                raise ValueError(f"{BY_HAND}{LOST}")
             if adaptor.sliced:
-                raise ValueError(f"batches come with slices{LOST}")
+                raise ValueError(f"{SLICED}{LOST}")
         return adaptor.hand_over.first(model, scope, record)
     return adaptor.hand_over.later(model, scope, record)
+
+
+def _length_of(
+    model: Any, given: Mapping[str, Any], tokens: torch.Tensor | None, ids: torch.Tensor | None
+) -> int | None:
+    """How many tokens this rank holds: rows of decoder_input, beside which tokens may be the whole sequence; else what
+    the model got of tokens or position ids; None for nothing.
+    """
+    rows = given.get("decoder_input")
+    if isinstance(rows, torch.Tensor):
+        return rows.size(0) * (model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1)
+    told = ids if tokens is None else tokens
+    return None if told is None else told.size(-1)
 
 
 def _check_packed_slices(adaptor: "Adaptor", model: Any, record: MicroBatch | None, is_lost: bool) -> None:
     """Raise ValueError if slices would be lost, because packed_seq_params describe only documents."""
     if adaptor.sliced and is_lost and getattr(model, "pre_process", True):
-        raise ValueError(f"batches come with slices{LOST}")
+        raise ValueError(f"{SLICED}{LOST}")
     if record is not None and record.slices is not None and len(pipeline_of(model)) > 1:
         raise ValueError(
             "a batch with slices (attention_slices, prefix_lengths, image_token_id) and packed_seq_params runs in "
@@ -85,24 +98,31 @@ def _check_packed_slices(adaptor: "Adaptor", model: Any, record: MicroBatch | No
         )
 
 
+SLICED, BY_HAND = "batches come with slices", "documents were given by hand (set_actual_seq_len, cu_seqlens)"
 LOST = (
     ", and the tokens of this forward pass are those of no batch that was split; give the model the tensors that "
     "get_batch_on_this_cp_rank or shard_batch returned, or run it inside state().running(record)."
 )
 
 
-def _alone(adaptor: "Adaptor", model: Any, found: MicroBatch | None, masked: bool) -> MicroBatch | None:
-    """The record of a model without context parallelism if its batch has slices; else None (Megatron's code runs)."""
+def _alone(adaptor: "Adaptor", model: Any, found: MicroBatch | None, masked: bool, packed: bool) -> MicroBatch | None:
+    """The record of a model without context parallelism if it limits what tokens see; else None (Megatron's code runs).
+
+    Args:
+        masked, packed: the model got an attention_mask, packed_seq_params, which contain the documents.
+    """
     _refuse_split_batch(model, found)
-    if found is None and adaptor.active is None and adaptor.sliced and not masked and not adaptor.scopes:
-        raise ValueError(f"batches come with slices{LOST}")
-    if found is None or found.slices is None:
+    if found is None and adaptor.active is None and adaptor.sliced and not masked and not adaptor.scopes and not packed:
+        raise ValueError(f"{BY_HAND if adaptor.documents_by_hand else SLICED}{LOST}")
+    if found is None or not found.limits_attention or (found.slices is None and (masked or packed)):
         return None
     if len(pipeline_of(model)) > 1:
+        said = "documents of its own (cu_seqlens)"
+        if found.slices is not None:
+            said = "slices (attention_slices, prefix_lengths, image_token_id)"
         raise ValueError(
-            "a batch with slices (attention_slices, prefix_lengths, image_token_id) needs --context-parallel-size "
-            "above 1 where there are pipeline stages, which else learn nothing of it; use "
-            "--pipeline-model-parallel-size 1, or context parallelism."
+            f"a batch with {said} needs --context-parallel-size above 1 where there are pipeline stages, which else "
+            "learn nothing of it; use --pipeline-model-parallel-size 1, or context parallelism."
         )
     return found
 

@@ -108,7 +108,7 @@ CENSUS: dict[str, tuple[Entry, ...]] = {
         "multimodal mimo",
         _refused(
             "mixes images into the text and splits the result for itself",
-            "its language model alone, with what that gets split by state().shard_batch",
+            "its language model alone, with what that gets split by state().shard_batch (docs/vision-language.md)",
         ),
     ),
     **_all("models", "vision.clip_vit_model vision.radio huggingface audio", _TOWER),

@@ -29,9 +29,10 @@ def documents_of_position_ids(position_ids: torch.Tensor) -> Documents:
     """Boundaries where position ids restart at 0.
 
     Args:
-        position_ids: (batch, seq), the whole sequence.
+        position_ids: (batch, seq), the whole sequence; or (3, batch, seq), of which all three begin again.
     """
-    return _documents_from(position_ids == 0)
+    starts = position_ids == 0
+    return _documents_from(starts.all(0) if starts.dim() == 3 else starts)
 
 
 def _documents_from(starts: torch.Tensor) -> Documents:

@@ -49,31 +49,46 @@ class Foreign:
         self._patterns.clear()
 
     def record(
-        self, adaptor: "Adaptor", scope: Scope, ids: torch.Tensor | None, tokens: torch.Tensor | None, declared: str
+        self,
+        adaptor: "Adaptor",
+        scope: Scope,
+        ids: torch.Tensor | None,
+        tokens: torch.Tensor | None,
+        declared: str,
+        length: int | None = None,
     ) -> MicroBatch:
         """The record of whole rows that somebody else split.
 
         Args:
             ids: (r, s), (s,) or (3, r, s) position ids of this rank, or None.
-            tokens: (r, s), or None if the model got none.
+            tokens: (r, s), or None if the model got none; (r, S) if the model got embeddings of its part beside them.
             declared: the kind that was declared, or "".
+            length: s, or None if only tokens and ids tell it.
 
         Raises:
             ValueError: nothing says which tokens this rank holds, or the ranks' tokens are not a partition.
         """
         rows = None if ids is None else _plain(ids)
         if rows is None:
-            length = None if tokens is None else tokens.size(-1)
+            told = ids if tokens is None else tokens
+            length = told.size(-1) if length is None and told is not None else length
             layout, documents = _declared(scope, declared, length), None
         else:
             layout, documents = self._of_ids(scope, rows, declared)
+
+        def whole(part: torch.Tensor) -> torch.Tensor:
+            known = part.size(-1) == layout.seq_len
+            return part if known else gather_sequence(part, groups=scope.groups, layout=layout, dim=part.dim() - 1)
+
         settings = adaptor.settings
         if not settings.documents_from_position_ids:
             documents = None
+        elif rows is None and ids is not None:
+            documents = documents_of_position_ids(whole(ids))
         if settings.end_of_document is not None and tokens is not None:
-            whole = gather_sequence(tokens, groups=scope.groups, layout=layout, dim=tokens.dim() - 1)
-            ends = settings.end_of_document
-            documents = documents_of_tokens(whole.view(-1, layout.seq_len), ends() if callable(ends) else ends)
+            token = settings.end_of_document
+            token = token() if callable(token) else token
+            documents = documents_of_tokens(whole(tokens).view(-1, layout.seq_len), token)
         return MicroBatch(layout, documents, scope, waits_for_documents=True, split_after=adaptor.handed.times)
 
     def _of_ids(self, scope: Scope, rows: torch.Tensor, declared: str) -> Found:

@@ -20,7 +20,13 @@ class ForeignLayouts(Protocol):
     """The layouts of batches that others split (``foreign.Foreign``)."""
 
     def record(
-        self, adaptor: "Known", scope: Scope, ids: torch.Tensor | None, tokens: torch.Tensor | None, declared: str
+        self,
+        adaptor: "Known",
+        scope: Scope,
+        ids: torch.Tensor | None,
+        tokens: torch.Tensor | None,
+        declared: str,
+        length: int | None = None,
     ) -> MicroBatch: ...
 
     def packed(

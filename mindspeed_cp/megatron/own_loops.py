@@ -51,7 +51,7 @@ class OwnLoops:
         Raises:
             ValueError: nothing says how the batch was split.
         """
-        if self.alone:
+        if not self.scopes and not self.sizes:  # nothing is ever split
             return tensor
         record = batches.record_of_part(self, tensor, of, dim)
         scope = record.scope or self.main

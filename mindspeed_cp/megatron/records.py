@@ -58,6 +58,11 @@ class MicroBatch:
         """Length of the whole sequence, before it was split."""
         return self.layout.seq_len
 
+    @property
+    def limits_attention(self) -> bool:
+        """Whether slices, or several documents of a row, say what its tokens see."""
+        return self.slices is not None or any(len(row) > 2 for row in self.documents or ())
+
 
 def one_row_if_shared(documents: Iterable[Iterable[int]]) -> Documents:
     """Boundaries of every row, as a single row if all rows are equal."""

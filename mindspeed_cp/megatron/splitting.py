@@ -12,7 +12,7 @@ from mindspeed_cp.megatron.scopes import Scope
 from mindspeed_cp.megatron.slices import slices_of_batch
 from mindspeed_cp.megatron.targets import moved
 from mindspeed_cp.sequence.layout import DOCUMENT_KINDS, SequenceLayout
-from mindspeed_cp.sequence.sharding import SEQUENCES, WHOLE, shard_batch
+from mindspeed_cp.sequence.sharding import SEQUENCES, WHOLE, sequence_dim, shard_batch
 from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.notices import warn_rank0
 
@@ -98,7 +98,7 @@ def split_in_place(
     record = _record(adaptor, scope, batch, sequences, documents)
     targets = {} if adaptor.settings.moving_targets is None or scope.alone else moved(batch)
     for name, value in (sequences | targets).items():
-        batch[name] = _own_part(record.layout, value, scope.rank, sequence_dim(value))
+        batch[name] = _own_part(record.layout, value, scope.rank, sequence_dim(name, value))
     adaptor.records.remember((batch[name] for name in sequences), record, _telling(batch))
     return batch
 
@@ -113,10 +113,9 @@ def sharded(
     """
     named = named_sequences(batch, sequences)
     record = _record(adaptor, scope, batch, named, documents)
-    flat = {name: value for name, value in batch.items() if name not in named or sequence_dim(value) == 1}
-    local = shard_batch(flat, layout=record.layout, cp_rank=scope.rank, sequences=sequences)
+    local = shard_batch(batch, layout=record.layout, cp_rank=scope.rank, sequences=sequences)
     for name, value in named.items():
-        local[name] = _own_part(record.layout, value, scope.rank, sequence_dim(value))
+        local[name] = _own_part(record.layout, value, scope.rank, sequence_dim(name, value))
     adaptor.records.remember((local[name] for name in named), record, _telling(local))
     return local
 
@@ -129,8 +128,7 @@ def _record(
     documents: Documents | None,
 ) -> MicroBatch:
     """The record of ``batch``, whose ``sequences`` are split."""
-    seq_len, rows = length_of(sequences), next(iter(sequences.values()))
-    num_rows = rows.size(sequence_dim(rows) - 1)
+    seq_len, num_rows = length_of(sequences), _rows_of(sequences)
     if documents is None:
         documents, waits = documents_of_batch(adaptor, batch)
     else:
@@ -141,10 +139,8 @@ def _record(
             "a batch with slices (attention_slices, prefix_lengths, image_token_id) is not supported with "
             "--hybrid-context-parallel; leave that out: one row lies on all ranks in balance without it."
         )
-    adaptor.sliced |= slices is not None
-    of_this_length = layout(adaptor, scope, seq_len, documents, slices)
-    return MicroBatch(
-        of_this_length,
+    record = MicroBatch(
+        layout(adaptor, scope, seq_len, documents, slices),
         documents,
         scope,
         waits_for_documents=waits,
@@ -152,6 +148,8 @@ def _record(
         slices=slices,
         places=places,
     )
+    adaptor.sliced |= record.limits_attention if scope.alone else slices is not None
+    return record
 
 
 def _telling(local: Batch) -> list[Any]:
@@ -189,11 +187,6 @@ def _may_be_sequence(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() >= 2
 
 
-def sequence_dim(value: torch.Tensor) -> int:
-    """The dimension of the sequence: 2 in the (3, b, S) position ids of multimodal embeddings, else 1."""
-    return 2 if value.dim() == 3 and value.size(0) == 3 and not value.is_floating_point() else 1
-
-
 def named_sequences(batch: Batch, sequences: Collection[str] = ()) -> dict[str, torch.Tensor]:
     """The (b, S, ...) tensors of a framework's batch that have the names of sequences."""
     named = SEQUENCES.union(sequences)
@@ -202,15 +195,21 @@ def named_sequences(batch: Batch, sequences: Collection[str] = ()) -> dict[str, 
 
 def length_of(sequences: Mapping[str, torch.Tensor]) -> int:
     """The common length of ``sequences``, name -> tensor; ValueError if they differ or there is none."""
-    lengths = {name: value.size(sequence_dim(value)) for name, value in sequences.items()}
+    lengths = {name: value.size(sequence_dim(name, value)) for name, value in sequences.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(
-            "the batch holds sequences of different lengths on dimension 1: "
+            "the batch holds sequences of different lengths: "
             f"{', '.join(f'{name} {length}' for name, length in lengths.items())}; pad them to one length."
         )
     if not lengths:
         raise ValueError(f"the batch holds no sequence; name one of {', '.join(sorted(SEQUENCES))}.")
     return next(iter(lengths.values()))
+
+
+def _rows_of(sequences: Mapping[str, torch.Tensor]) -> int:
+    """How many rows the batch of these tensors has; name -> tensor."""
+    name, value = next(iter(sequences.items()))
+    return value.size(sequence_dim(name, value) - 1)
 
 
 def documents_of_batch(adaptor: "Adaptor", batch: Batch) -> tuple[Documents | None, bool]:
@@ -223,17 +222,15 @@ def documents_of_batch(adaptor: "Adaptor", batch: Batch) -> tuple[Documents | No
         sequences = named_sequences(batch)
         if not handed.waiting or not sequences:
             return None, True
-        rows = next(iter(sequences.values()))
         adaptor.documents_by_hand = handed.of_a_split = True
-        return handed.take(rows.size(sequence_dim(rows) - 1), length_of(sequences), divided_by(adaptor)), False
+        return handed.take(_rows_of(sequences), length_of(sequences), divided_by(adaptor)), False
     if batch.get("attention_slices") is not None:
         return None, False
     if batch.get("attention_mask") is not None:
         return None, True
     position_ids, tokens = batch.get("position_ids"), batch.get("tokens", batch.get("input_ids"))
     if settings.documents_from_position_ids and position_ids is not None:
-        if position_ids.dim() == 2:
-            return documents_of_position_ids(position_ids), True
+        return documents_of_position_ids(position_ids), True
     if settings.end_of_document is not None and tokens is not None:
         ends = settings.end_of_document
         return documents_of_tokens(tokens, ends() if callable(ends) else ends), True

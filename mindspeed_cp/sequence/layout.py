@@ -62,14 +62,21 @@ class SequenceLayout:
         """The layout of ``config`` (its ``batch_layout``) for a sequence of any length of at least 1.
 
         Args:
-            cu_seqlens: document boundaries with the leading 0 and the total, used by kinds that depend on documents.
+            cu_seqlens: document boundaries with the leading 0 and the total. Kinds that do not depend on documents only
+                check them.
             attention_slices: what queries see, for all rows of the batch; "balanced" and "auto" use their areas.
 
         Raises:
-            ValueError: the length is not a whole number of at least 1, or a document does not fit the kind.
+            ValueError: the length is not a whole number of at least 1, or boundaries do not fit the length or the kind.
         """
         if not isinstance(seq_len, int) or seq_len < 1:
             raise ValueError(f"sequence length {seq_len} must be a whole number of at least 1; pass the global length.")
+        documents = (0, seq_len) if cu_seqlens is None else boundaries(cu_seqlens)
+        if documents[-1] != seq_len:
+            raise ValueError(
+                f"cu_seqlens ends with {documents[-1]} and must end with the sequence length {seq_len}; pass the "
+                "cumulative lengths of all documents, padding included."
+            )
         kind, degree, ring_size = config.layout_kind, config.hierarchy[0], config.ring_size
         auto = config.batch_layout == "auto"
         if attention_slices is not None and (auto or kind == "balanced"):
@@ -77,12 +84,6 @@ class SequenceLayout:
             return _by_slices(kind, degree, ring_size, seq_len, mask, auto)
         if kind not in DOCUMENT_KINDS and not (auto and kind == "zigzag" and cu_seqlens is not None):
             return _even(kind, degree, ring_size, seq_len, auto)
-        documents = (0, seq_len) if cu_seqlens is None else boundaries(cu_seqlens)
-        if documents[-1] != seq_len:
-            raise ValueError(
-                f"cu_seqlens ends with {documents[-1]} and must end with the sequence length {seq_len}; pass the "
-                "cumulative lengths of all documents, padding included."
-            )
         if kind not in DOCUMENT_KINDS:
             return _zigzag_or_balanced(degree, ring_size, documents, config.ring_ranks_per_node)
         return _by_documents(kind, degree, ring_size, documents, config.causal, config.ring_ranks_per_node)

@@ -33,6 +33,11 @@ WHOLE = frozenset(
 )
 
 
+def sequence_dim(name: str, value: torch.Tensor, dim: int = 1) -> int:
+    """Where the sequence lies in a tensor of a batch: behind the planes of multimodal position ids, (3, batch, seq)."""
+    return dim + (name == "position_ids" and value.dim() == 3)
+
+
 def shard_batch(
     batch: Mapping[str, Any], *, layout: SequenceLayout, cp_rank: int, dim: int = 1, sequences: Collection[str] = ()
 ) -> dict[str, Any]:
@@ -43,7 +48,7 @@ def shard_batch(
     Args:
         batch: name -> tensor or anything else. Tensors named in SEQUENCES are split; everything else is kept as it is.
         layout: which tokens each rank holds.
-        dim: 1 for (batch, seq).
+        dim: 1 for (batch, seq), and for (3, batch, seq) position ids of multimodal embeddings.
         sequences: further names to split.
 
     Returns:
@@ -58,14 +63,15 @@ def shard_batch(
     for name, value in batch.items():
         if not isinstance(value, torch.Tensor) or name in WHOLE - named:
             continue
-        length = value.size(dim) if value.dim() > dim else None
+        along = sequence_dim(name, value, dim)
+        length = value.size(along) if value.dim() > along else None
         if name in named:
             if length != layout.seq_len:
                 raise ValueError(
                     f"{name} of the batch has shape {tuple(value.shape)}, and the sequence has {layout.seq_len} tokens "
-                    f"on dimension {dim}; pad all sequences of a batch to one length."
+                    f"on dimension {along}; pad all sequences of a batch to one length."
                 )
-            local[name] = layout.shard(value, cp_rank, dim).contiguous()
+            local[name] = layout.shard(value, cp_rank, along).contiguous()
         elif length == layout.seq_len:
             raise ValueError(
                 f"{name} of the batch has shape {tuple(value.shape)}: as long as the sequence, and not a name that is "

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from mindspeed_cp.planner.indexed_dataset import read_index
+from mindspeed_cp.settings.rules import require
 from trainer.checkpoint_files import Checkpoint, find_checkpoint, last_changed
-from trainer.checks import of_same_name, require
+from trainer.checks import of_same_name
 from trainer.texts import ENDINGS
 from trainer.tokenizer import EOD
 

@@ -57,6 +57,14 @@ AUX, MTP = (
     "--mtp-num-layers 1 --mtp-loss-scaling-factor 0.3",
 )
 LATENT = "--multi-latent-attention --q-lora-rank 512 --kv-lora-rank 512 --disable-bias-linear --normalization RMSNorm"
+DEEPSEEK_V3 = (
+    f"{MOE} {LATENT} {AUX} seq_aux_loss {MTP} --qk-head-dim 128 --qk-pos-emb-head-dim 64 --v-head-dim 128 "
+    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-3"
+)
+GEMMA_3 = (
+    f"{ROPE} --normalization RMSNorm --swiglu --disable-bias-linear --group-query-attention --num-query-groups 4 "
+    "--qk-layernorm --kv-channels 128 --window-size 512,0 --window-attn-skip-freq 6"
+)
 STATE_SPACE = (
     f"--spec mamba_stack stack --normalization RMSNorm {ROPE} --disable-bias-linear "
     "--hybrid-override-pattern M-M-M*-M-M*-M-M*-M-M*-"
@@ -106,6 +114,9 @@ CASES = (
     Case("latent attention, Ring", f"{ROPE} {RING} {LATENT}"),
     Case("multi-token prediction, Ring", f"{ROPE} {RING} {MTP}"),
     Case("windows and sinks, Ring", f"{ROPE} {RING} {WINDOWS}", since="0.15"),
+    Case("DeepSeek-V3, Ring", f"{DEEPSEEK_V3} {RING}"),
+    Case("Gemma 3, Ring", f"{GEMMA_3} {RING}", since="0.15"),
+    Case("Gemma 3, Ulysses", f"{GEMMA_3} {ULYSSES}", since="0.15"),
     Case("tensor and sequence parallel, Ring", f"{LLAMA} {RING} {TP}"),
     Case("pipeline, Ring", f"{ROPE} {RING} {PP}"),
     Case("pipeline, end of document, Ulysses", f"{ROPE} {ULYSSES} {PP} {DOCUMENTS}", text=True),

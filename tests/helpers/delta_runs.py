@@ -27,6 +27,7 @@ class Case:
     value_dim: int = 2
     cheap: bool = False
     alltoall: bool = True
+    decays: int = 1
 
     @property
     def ends(self):
@@ -34,7 +35,9 @@ class Case:
 
 
 def rule(query, key, value, *, g, beta, initial_state, output_final_state, cu_seqlens=None):
-    """The gated delta rule, token by token, in the dtype of its inputs: (b, s, h, k) -> (b, s, h, v) and states."""
+    """The gated delta rule, token by token, in the dtype of its inputs: (b, s, h, k) -> (b, s, h, v) and states; with g
+    (b, s, h, k) every channel of the keys decays on its own, as in Kimi's delta attention.
+    """
     if cu_seqlens is not None:
         assert initial_state is None and query.size(0) == 1
         rows, ends = (query, key, value, g, beta), cu_seqlens.tolist()
@@ -53,7 +56,7 @@ def rule(query, key, value, *, g, beta, initial_state, output_final_state, cu_se
     if state is None:
         state = value.new_zeros((value.size(0), value.size(2), key.size(-1), value.size(-1)))
     for t in range(query.size(1)):
-        state = state * g[:, t].exp()[..., None, None]
+        state = state * g[:, t].exp().reshape(*state.shape[:2], -1, 1)
         seen = torch.einsum("bhk,bhkv->bhv", key[:, t], state)
         new = beta[:, t].unsqueeze(-1) * (value[:, t] - seen)
         state = state + torch.einsum("bhk,bhv->bhkv", key[:, t], new)
@@ -70,9 +73,10 @@ def inputs_of(case):
     torch.manual_seed(3)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
     channels = 2 * case.keys * case.key_dim + case.values * case.value_dim
-    weights = {"convolution": draw(channels, WIDTH), "decay": draw(case.values), "step": draw(case.values)}
+    weights = {"convolution": draw(channels, WIDTH), "decay": draw(case.values)}
+    weights["step"] = draw(case.values * case.decays)
     weights["bias"] = draw(channels) if case.bias else None
-    tokens = draw(case.seq_len, case.batch, channels + 2 * case.values)
+    tokens = draw(case.seq_len, case.batch, channels + case.values * (1 + case.decays))
     return tokens, weights, draw(case.seq_len, case.batch, case.values, case.value_dim)
 
 
@@ -85,7 +89,7 @@ def expected(case):
     qk, v = case.keys * case.key_dim, case.values * case.value_dim
     outs = []
     for low, high in zip(case.ends, case.ends[1:]):
-        inputs, beta, alpha = tokens[low:high].split([2 * qk + v, case.values, case.values], dim=-1)
+        inputs, beta, alpha = tokens[low:high].split([2 * qk + v, case.values, case.values * case.decays], dim=-1)
         if low == high:
             continue
         mixed = []
@@ -95,7 +99,9 @@ def expected(case):
         query, key, value = torch.stack(mixed).transpose(0, 1).split([qk, qk, v], dim=-1)
         query, key = (normalize(part.unflatten(-1, (case.keys, case.key_dim))) for part in (query, key))
         of_value = [head * case.keys // case.values for head in range(case.values)]
-        g = -weights["decay"].exp() * F.softplus(alpha + weights["step"])
+        decays = weights["decay"].exp().repeat_interleave(case.decays)
+        g = -decays * F.softplus(alpha + weights["step"])
+        g = g.unflatten(-1, (case.values, case.decays)) if case.decays > 1 else g
         out, _ = rule(
             query[:, :, of_value],
             key[:, :, of_value],
@@ -130,7 +136,7 @@ def core_of(case, weights):
     from mindspeed_cp.linear.recurrence import DeltaRule, causal_convolution
 
     return DeltaLayer(
-        DeltaHeads(case.keys, case.values, case.key_dim, case.value_dim),
+        DeltaHeads(case.keys, case.values, case.key_dim, case.value_dim, case.decays),
         DeltaWeights(**weights),
         DeltaRule(cheap if case.cheap else rule, case.takes_documents, torch.float64),
         lambda *arguments: F.silu(causal_convolution(*arguments)),
@@ -160,7 +166,8 @@ def run(rank, case):
         if weight is not None:
             weight.requires_grad_()
     core = core_of(case, weights)
-    widths = [mine.size(-1) - 2 * case.values, 2 * case.values]
+    gates = case.values * (1 + case.decays)
+    widths = [mine.size(-1) - gates, gates]
     with count_bytes() as forward:
         if case.way == "heads":
             exchange = SequenceExchange(groups.cp, layout.all_runs, case.alltoall)

@@ -35,7 +35,12 @@ def delta_net_block(config):
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    attention = get_gpt_layer_local_spec(normalization=config.normalization)
+    attention = get_gpt_layer_local_spec(
+        config.num_moe_experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+        multi_latent_attention=config.multi_latent_attention,
+    )
     norm = attention.submodules.input_layernorm
     linear = copy.deepcopy(attention)
     linear.submodules.self_attention = ModuleSpec(
@@ -90,7 +95,7 @@ def sparse_block(config):
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    layer = get_gpt_layer_local_spec(multi_latent_attention=True)
+    layer = get_gpt_layer_local_spec(config.num_moe_experts, multi_latent_attention=True)
     indexer = ModuleSpec(
         dsa.DSAIndexer, submodules=dsa.DSAIndexerSubmodules(Duplicated, Duplicated, WrappedTorchNorm, Duplicated)
     )
@@ -117,7 +122,7 @@ def _sparse(settings=None, **further):
     return Case(SPARSE | (settings or {}), block=sparse_block, since=(0, 19), **further)
 
 
-PACKED = (0, 8, 12, 24)  # each document has a multiple of 2 x 2 tokens
+PACKED = (0, 5, 6, 23)
 LINEAR_CASES = {
     "delta nets": _delta(steps=2),
     "delta nets, per-token loss": _delta(PER_TOKEN),

@@ -7,6 +7,7 @@ Import it before Megatron's state-space models. Functions that only inference ca
 """
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from unittest import mock
 
@@ -75,6 +76,7 @@ def _install():
     for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", *made):
         sys.modules[name] = ModuleType(name)
         vars(sys.modules[name]).update(made.get(name, {}), __path__=[], __version__="2.2.4")
+        sys.modules[name].__spec__ = ModuleSpec(name, None)  # for who looks whether it is there
     for name in INFERENCE:
         sys.modules[name] = mock.MagicMock()
 

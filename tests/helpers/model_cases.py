@@ -100,6 +100,10 @@ class Case:
     targets: int | None = None
     since: tuple = (0, 12)
 
+    @property
+    def multimodal(self):
+        return self.model.get("position_embedding_type") == "mrope"
+
 
 CASES = {
     "multi-token prediction": Case(MTP, steps=2),
@@ -160,11 +164,29 @@ IN_BF16 = possible(
 )
 
 
-def samples(seq_len, count, documents, targets=None):
+def picture_positions(seq_len, documents=None, row=0):
+    """(3, seq_len) places in time, height and width, which begin again with each document: text, in the middle of which
+    lies an image of 3 x (row + 2) parts, as Qwen-VL counts them.
+    """
+    ends = [0, *(documents or ())[1:], seq_len]
+    found = []
+    for length in (stop - start for start, stop in zip(ends, ends[1:])):
+        text, columns = length // 3, row + 2
+        image = [
+            (text, text + part // columns, text + part % columns) for part in range(min(3 * columns, length - text))
+        ]
+        after = max([text - 1, *(max(place) for place in image)]) + 1
+        found += [(place,) * 3 for place in range(text)] + image
+        found += [(after + place,) * 3 for place in range(length - text - len(image))]
+    return torch.tensor(found).T
+
+
+def samples(seq_len, count, documents, targets=None, multimodal=False):
     """Whole micro batches; about a quarter of the tokens, mostly at the end, has no loss.
 
     Args:
         targets: number of tokens that have a loss, None for no limit.
+        multimodal: position ids are (3, rows, seq_len).
     """
     generator = torch.Generator().manual_seed(3)
     rows = 1 if documents else BATCH
@@ -175,6 +197,8 @@ def samples(seq_len, count, documents, targets=None):
             counted = torch.zeros_like(counted)
             counted[0, 10 : 10 + targets] = True
         positions = torch.arange(seq_len).expand(rows, -1)
+        if multimodal:
+            positions = torch.stack([picture_positions(seq_len, documents, row) for row in range(rows)], dim=1)
         yield {"tokens": tokens, "labels": labels, "loss_mask": counted.float(), "position_ids": positions}
 
 

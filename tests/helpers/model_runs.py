@@ -31,7 +31,7 @@ class Trainer:
         model_parallel_cuda_manual_seed(7)
         self.case, self.cp_size, self.seq_len = case, cp_size, seq_len
         self.config, self.model = build(case, cp_size, parallel_state.get_expert_model_parallel_world_size(), bf16)
-        whole = list(samples(seq_len, dist.get_world_size(), case.documents, case.targets))
+        whole = list(samples(seq_len, dist.get_world_size(), case.documents, case.targets, case.multimodal))
         group = dist.get_rank() // cp_size
         self.mine = list(enumerate(whole))[group * cp_size : (group + 1) * cp_size]
         rows = whole[0]["tokens"].size(0)

@@ -30,7 +30,11 @@ SINKS = {"softmax_type": "learnable"}
 WINDOWS = {"window_size": (6, 0), "window_attn_skip_freq": 2}
 DOCUMENTS = (0, 5, 6, 23)
 PARTIAL = {"rotary_percent": 0.5}
+# Three positions for each token: time, height and width; 8 channels of a head turn in pairs.
+MULTIMODAL = {"mrope_section": [2, 1, 1]}
+MROPE = {"position_embedding_type": "mrope"}
 TIED = {"share_embeddings_and_output_weights": True}
+MTP1 = {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.5}
 MTP3 = {"mtp_num_layers": 3, "mtp_loss_scaling_factor": 0.5}
 NORMED = {"qk_layernorm": True}
 
@@ -91,5 +95,10 @@ SHAPES = {
     "learned positions": _shape({}, model={"position_embedding_type": "learned_absolute"}),
     "no positions": _shape(LLAMA, model={"position_embedding_type": "none"}),
     "Mixtral, packed": _shape(LLAMA | EXPERTS, since=(0, 16), documents=DOCUMENTS),
+    "Qwen 2 VL": _shape(LLAMA | MULTIMODAL | {"add_qkv_bias": True}, model=MROPE, steps=2),
+    "Qwen 2 VL, packed": _shape(LLAMA | MULTIMODAL, since=(0, 16), model=MROPE, documents=DOCUMENTS),
+    "Qwen 3 VL, experts, multi-token prediction": _shape(
+        LLAMA | EXPERTS | NORMED | MULTIMODAL | MTP1, model=MROPE, layer=NORMED
+    ),
     "residuals in float32": _shape(LLAMA | {"fp32_residual_connection": True}),
 }

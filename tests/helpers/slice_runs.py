@@ -68,12 +68,14 @@ def batches():
     ends, row = (0, 20, SEQ), {key: value[:1] for key, value in plain.items()}
     row |= {"attention_slices": prefix_slices(11), "packed_seq_params": packed_of(ends)}
     apart = ~(sliced_pairs(prefix_slices(11), SEQ) & allowed_pairs(SEQ, cu_seqlens=ends)[0])[None, None]
+    by_hand = ~torch.stack([allowed_pairs(SEQ, causal=True, cu_seqlens=ends)[0] for ends in DOCUMENTS])[:, None]
     windowed = prefix_mask() | ~allowed_pairs(SEQ, window=(9, None))
     return {
         "prefix lengths": ({**plain, "prefix_lengths": torch.tensor(PREFIXES)}, prefix_mask(), {}, {}),
         "prefix lengths, window": ({**plain, "prefix_lengths": PREFIXES}, windowed, {}, {"window_size": (9, 0)}),
         "attention slices": ({**plain, "attention_slices": mixed}, dense, {}, {}),
         "attention slices, packed": (row, apart, {}, {}),
+        "documents by hand": ({**plain, "documents": DOCUMENTS}, by_hand, {}, {}),
         "images": (*picture, {"image_token_id": IMAGE}, {}),
         "images in documents": (*packed, {"image_token_id": IMAGE, "end_of_document": END}, {}),
     }
@@ -120,7 +122,9 @@ def _difference(whole, batch, more, of_model, cp_size, settings=None, mask=None)
     from mindspeed_cp import megatron_adaptor
 
     configure(settings or {}, cp_size, **more)
-    state, model, local = megatron_adaptor.state(), build(cp_size, **of_model), split(batch)
+    state, model, batch = megatron_adaptor.state(), build(cp_size, **of_model), dict(batch)
+    documents = batch.pop("documents", None)
+    local = split(batch) if documents is None else state.shard_batch(batch, cu_seqlens=documents)
     record = state.records.find(value for value in local.values() if isinstance(value, torch.Tensor))
     losses = losses_of(model, local, mask, packed_seq_params=local.get("packed_seq_params"))
     if mask is not None:

@@ -16,6 +16,8 @@ CASES = {
     "uneven, state": Case(3, "state", 19, layout="uneven", keys=1, values=3),
     "packed, state": Case(4, "state", 37, documents=PACKED),
     "packed, state, a kernel that takes documents": Case(2, "state", 37, 2, 4, 1, PACKED, "zigzag", True),
+    "a decay for each channel": Case(3, "heads", 25, keys=4, layout="zigzag", decays=3, documents=(0, 7, 25)),
+    "a decay for each channel, state": Case(3, "state", 25, keys=4, batch=2, decays=3),
     "parts shorter than the convolution, state": Case(4, "state", 6),
 }
 

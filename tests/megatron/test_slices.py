@@ -21,6 +21,7 @@ BATCHES = (
     "prefix lengths, window",
     "attention slices",
     "attention slices, packed",
+    "documents by hand",
     "images",
     "images in documents",
     "tree",

@@ -72,9 +72,11 @@ def test_document_that_cannot_be_cut_equally_is_an_error_with_a_way_out():
         ((0, 24), "ends with 24"),
     ],
 )
-def test_boundaries_that_do_not_fit_the_length_are_an_error(cu_seqlens, words):
-    with pytest.raises(ValueError, match=words):
-        SequenceLayout.build(config(2, batch_layout="document_zigzag"), 16, cu_seqlens)
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag", "document_zigzag", "balanced", "auto"])
+def test_boundaries_that_do_not_fit_the_length_are_an_error_whatever_the_kind(kind, cu_seqlens, words):
+    for algorithm in ("megatron_cp_algo", "ulysses_cp_algo"):
+        with pytest.raises(ValueError, match=words):
+            SequenceLayout.build(config(2, algorithm, batch_layout=kind), 16, cu_seqlens)
 
 
 PACKED = {
