@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
 from typing import Any
@@ -13,6 +13,7 @@ from mindspeed_cp.arguments.declared import flags_of
 from mindspeed_cp.attention.ring_plan import ring_plan
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.events import Compute, Event, Post, Product
+from mindspeed_cp.planner.mean_layer import mean_layer
 from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.sequence.masks import attention_masks
 from mindspeed_cp.settings.algorithms import ALGORITHMS
@@ -126,6 +127,7 @@ WAYS = (("auto", "ring", 1), ("auto", "direct", 1))
 OF_DOCUMENTS = (("balanced", "direct", 1),)
 OF_A_MESH = (("auto", "direct", 2), ("auto", "mesh", 1), ("auto", "mesh", 2))
 CHUNKS = (1, 2, 4)
+SPARSE = "sparse attention gathers its keys from all ranks, whatever the algorithm is"
 WAITING = 0.01  # part of its time that a setting waits, from which on what hides more of it is looked at
 
 
@@ -192,9 +194,14 @@ def search(
     found: list[Candidate] = []
     first_rule: dict[str, str] = {}
     further: list[ContextParallelConfig] = []
-    kinds = problem.layout_documents is not None, _is_mesh(problem, cluster), problem.latent is not None
+    latents = problem.latent is not None and problem.layer is None
+    kinds = problem.layout_documents is not None, _is_mesh(problem, cluster), latents
     for name, arguments in variants(cp, *kinds):
-        if arguments["kv_cache_policy"] not in policies:
+        is_sparse = problem.layer is not None
+        if arguments["kv_cache_policy"] not in (policies if not is_sparse else (None,)):
+            continue
+        if is_sparse and ALGORITHMS[name].exchange != "allgather":
+            first_rule.setdefault(name, SPARSE)
             continue
         try:
             config = ContextParallelConfig(**arguments, attention_mask_type=mask_type)
@@ -251,18 +258,10 @@ def _rank(candidate: Candidate) -> tuple[float, bool, int, int]:
 
 
 def timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> Candidate:
-    """Trace and time one setting; raises what the engine raises. A model with two kinds of layers has a mean layer."""
+    """Trace and time one setting, of several kinds of layers their mean; raises what the engine raises."""
     alike = replace(problem, is_pipeline=False)
     problem = alike if alike.layout(config) == problem.layout(config) else problem
-    if problem.windowed is None:
-        return _timed(config, problem, cluster)
-    (window, share), whole = problem.windowed, replace(problem, windowed=None)
-    wide, narrow = (_timed(config, each, cluster) for each in (whole, replace(whole, sliding_window=(window - 1, 0))))
-    forward, backward = (
-        Timing(*((1 - share) * one + share * other for one, other in zip(astuple(first), astuple(second))))
-        for first, second in ((wide.forward, narrow.forward), (wide.backward, narrow.backward))
-    )
-    return replace(wide, forward=forward, backward=backward)
+    return mean_layer(config, problem, lambda each, kind: _timed(each, kind, cluster))
 
 
 @lru_cache(maxsize=4096)

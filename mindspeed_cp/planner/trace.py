@@ -31,6 +31,7 @@ from mindspeed_cp.kernels.base import (
     accumulation_dtype,
 )
 from mindspeed_cp.planner.events import Compute, Notes, Pass, Product
+from mindspeed_cp.planner.other_layers import DryRank, LinearLayer, SparseLayer, linear_passes, sparse_passes
 from mindspeed_cp.sequence.blocks import Block
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.sequence.slice_mask import AttentionSlices
@@ -47,6 +48,8 @@ class Problem:
         attention_slices: what queries see, in one list for all rows, or None where mask type and documents say it.
         windowed: (tokens that a query sees, share of the layers that are so limited), of models that mix both kinds.
         latent: (elements of the keys' rotated part, of the latent), of multi-latent attention.
+        linear: (a layer with a state, share of the layers that are one), of models that mix both kinds.
+        layer: what this layer is where it is no dense attention; sizes of heads are then those in it.
         is_pipeline: of which the first stage alone knows where documents end.
         stride: global ranks between neighbours of the context-parallel group, the tensor-parallel size in Megatron.
     """
@@ -66,6 +69,8 @@ class Problem:
     layer_number: int = 1
     is_pipeline: bool = False
     attention_slices: AttentionSlices | None = None
+    linear: tuple[LinearLayer, float] | None = None
+    layer: LinearLayer | SparseLayer | None = None
 
     @property
     def layout_documents(self) -> tuple[int, ...] | None:
@@ -297,6 +302,21 @@ def dry_call(
     return DryCall(leaves, dry_groups(config, rank, problem.stride, kernel.notes, backend), keywords)
 
 
+def dry_rank(config: ContextParallelConfig, problem: Problem, rank: int, notes: Notes) -> DryRank:
+    """cp_rank ``rank`` of a layer that is no dense attention, which goes on across documents that differ by row."""
+    documents = problem.cu_seqlens if problem.cu_seqlens and isinstance(problem.cu_seqlens[0], int) else None
+    return DryRank(
+        config,
+        dry_groups(config, rank, problem.stride, notes),
+        problem.layout(config),
+        cast(tuple[int, ...], documents or (0, problem.seq_len)),
+        problem.batch,
+        problem.dtype,
+        problem.stride > 1,
+        notes,
+    )
+
+
 def trace(config: ContextParallelConfig, problem: Problem, rank: int) -> tuple[Pass, Pass]:
     """What cp_rank ``rank`` does in the (forward, backward) pass of one attention layer. Needs no processes.
 
@@ -304,6 +324,11 @@ def trace(config: ContextParallelConfig, problem: Problem, rank: int) -> tuple[P
         ValueError: the problem does not fit the configuration; it is the engine's own error.
     """
     notes = Notes()
+    if problem.layer is not None:
+        dry = dry_rank(config, problem, rank, notes)
+        if isinstance(problem.layer, LinearLayer):
+            return linear_passes(problem.layer, dry)
+        return sparse_passes(problem.layer, dry)
     call = dry_call(config, problem, rank, NotingKernel(notes))
     with count_bytes() as forward:
         out = call(*call.leaves)

@@ -11,7 +11,7 @@ from itertools import count, pairwise
 from math import inf
 
 from mindspeed_cp.planner.cluster import Cluster
-from mindspeed_cp.planner.layers import HALF
+from mindspeed_cp.planner.layers import HALF, linear_layer, mean_saved, sparse_layer
 from mindspeed_cp.planner.memory import AttentionBytes, kept_bytes, most_bytes
 from mindspeed_cp.planner.models import ModelShape
 from mindspeed_cp.planner.search import Candidate, Found, Policies, Timing, policies_beside, search, timed
@@ -197,7 +197,7 @@ def least_candidate(work: Work, split: Split, cluster: Cluster) -> Candidate:
 @lru_cache(maxsize=64)
 def _area(work: Work) -> float:
     """Pairs of query and key of a micro batch that attention computes in the mean layer."""
-    rows, seq, window = work.documents, work.seq_length, work.model.window
+    rows, seq, (window, share) = work.documents, work.seq_length, work.model.limits
     every = rows if rows is not None and not isinstance(rows[0], int) else [rows or (0, seq)] * work.micro_batch
     total = 0.0
     for row in every:
@@ -206,9 +206,8 @@ def _area(work: Work) -> float:
             whole = length * (length + 1) / 2 if work.mask_type == "causal" else length**2
             short = min(window, length)
             seen = short * length - short * (short - 1) / 2
-            share = work.model.windowed_share
             total += (1 - share) * whole + share * (seen if window else whole)
-    return total
+    return total * (1 - work.model.linear_share)
 
 
 def _with_policies(layer: Found) -> Iterator[tuple[Candidate, bool]]:
@@ -267,6 +266,8 @@ def problem_of(work: Work, split: Split) -> Problem:
         is_pipeline=split.pp > 1 and work.documents is not None,
         windowed=(model.window, model.windowed_share) if model.window else None,
         latent=(model.latent.rope, model.latent.kv_rank) if model.latent else None,
+        linear=(linear_layer(model, split.tp), model.linear_share) if model.linear else None,
+        layer=sparse_layer(model, split.tp) if model.indexer else None,
     )
 
 
@@ -307,12 +308,12 @@ def _memory(work: Work, option: Option, exact: bool = True) -> Memory:
         exact: count attention's memory; else a lower bound of it.
     """
     split = option.split
-    problem = replace(problem_of(work, split), windowed=None)
+    problem = replace(problem_of(work, split), windowed=None, linear=None, layer=None)
     one = _least(problem, split.cp)
     if exact:
         assert option.attention is not None
         one = most_bytes(option.attention.config, problem)
-    left = one.saved if option.recompute == "none" else 0  # of every layer but the one that runs
+    left = mean_saved(work, split, one.saved) if option.recompute == "none" else 0  # of all layers but the running one
     if option.recompute == "full, attention kept" and exact and option.attention:
         left = _kept_bytes(option.attention.config, problem)
     stages = [stage_memory(work, split, option.recompute, number, one, left) for number in kinds_of_stages(work, split)]
