@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,8 @@ def hf_model(path: str) -> ModelShape:
     indexer = Indexer(*(config[key] for key in INDEXER)) if _has_indexer(config) else None
     sizes = layers, heads, kv_heads, dk, dv, hidden, ffn, vocab
     gate = bool(config.get("attn_output_gate", config.get("model_type") == "qwen3_next"))
-    more = {"linear": linear, "indexer": indexer, "output_gate": gate}
-    return ModelShape(*sizes, _gated(config), tied, latent, experts, **more)
+    described = ModelShape(*sizes, _gated(config), tied, latent, experts)
+    return replace(described, linear=linear, indexer=indexer, output_gate=gate)
 
 
 def _has_indexer(config: dict[str, Any]) -> bool:
@@ -86,7 +87,7 @@ def _linear(config: dict[str, Any], layers: int) -> Linear | None:
         return None
     every = config.get("full_attention_interval") or 4
     types = config.get("layer_types") or ["linear_attention" if (n + 1) % every else "" for n in range(layers)]
-    return Linear(*(config[key] for key in STATE), tuple(kind == "linear_attention" for kind in types))
+    return Linear.of((config[key] for key in STATE), tuple(kind == "linear_attention" for kind in types))
 
 
 def _gated(config: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 import ast
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mindspeed_cp.arguments.launch import bare_parser, known_flags, read_flags
 from mindspeed_cp.planner.models import Experts, Indexer, Latent, Linear, ModelShape
@@ -80,8 +80,8 @@ class MegatronFlags:
         linear, indexer = _variant(args, latent)
         learned = args.position_embedding_type in (None, "learned_absolute")  # Megatron's default
         sizes = layers, heads, kv_heads, dk, dv, hidden, ffn, entries
-        more = {"linear": linear, "indexer": indexer, "output_gate": args.attention_output_gate}
-        return ModelShape(*sizes, gated, tied, latent, experts, learned, **more)
+        described = ModelShape(*sizes, gated, tied, latent, experts, learned)
+        return replace(described, linear=linear, indexer=indexer, output_gate=args.attention_output_gate)
 
 
 def parsed(flags: Sequence[str]) -> tuple[Namespace, list[str]]:
@@ -174,7 +174,7 @@ def _variant(args: Namespace, latent: Latent | None) -> tuple[Linear | None, Ind
             raise ValueError(f"{flag} needs --linear-attention-freq; give 4 where every fourth layer is attention.")
         names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
         sizes = (getattr(args, f"linear_{name}") for name in names)
-        return Linear(*sizes, _linear_layers(args.linear_attention_freq, args.num_layers)), None
+        return Linear.of(sizes, _linear_layers(args.linear_attention_freq, args.num_layers)), None
     if variant == "dsa":
         indexer = args.dsa_indexer_n_heads, args.dsa_indexer_head_dim, args.dsa_indexer_topk
         if latent is None or None in indexer:

@@ -1,5 +1,6 @@
 """What the planner knows of a model: its sizes, its parameters, and the table of models by name (models.txt)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +63,12 @@ class Linear:
     width: int
     layers: tuple[bool, ...]
     gate_rank: int = 0
+
+    @classmethod
+    def of(cls, sizes: Iterable[int], layers: tuple[bool, ...], gate_rank: int = 0) -> "Linear":
+        """With ``sizes`` as keys, values, key_dim, value_dim and width."""
+        keys, values, key_dim, value_dim, width = sizes
+        return cls(keys, values, key_dim, value_dim, width, layers, gate_rank)
 
     @property
     def share(self) -> float:
@@ -157,6 +164,11 @@ class ModelShape:
     def limits(self) -> tuple[int, float]:
         """(tokens that a query sees in the layers that limit it, their share)."""
         return (self.indexer.topk, 1.0) if self.indexer else (self.window, self.windowed_share)
+
+    @property
+    def kept_share(self) -> float:
+        """Of the layers, those whose attention can be kept across recomputation: dense attention."""
+        return 0.0 if self.indexer else 1 - self.linear_share
 
     @property
     def linear_share(self) -> float:
@@ -266,7 +278,7 @@ def _row(line: str) -> tuple[str, ModelShape]:
         # In each group of layers the last one is attention, and so is the last of the model.
         kinds = tuple((layer + 1) % every > 0 and layer + 1 < layers for layer in range(layers))
         names = ("linear_keys", "linear_values", "linear_key_dim", "linear_value_dim", "conv")
-        linear = Linear(*(more[each] for each in names), kinds, more.get("gate_rank", 0))
+        linear = Linear.of((more[each] for each in names), kinds, more.get("gate_rank", 0))
     if "index_heads" in more:
         indexer = Indexer(more["index_heads"], more["index_dim"], more["index_topk"])
     sizes, window = (layers, heads, kv_heads, dk, dv, hidden, ffn, vocab), more.get("window", 0) if share else 0

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.meter import count_bytes
 from mindspeed_cp.comm.sequence_exchange import SequenceExchange
 from mindspeed_cp.kernels.base import accumulation_dtype
@@ -126,32 +127,35 @@ def linear_passes(layer: LinearLayer, rank: DryRank) -> tuple[Pass, Pass]:
     Raises:
         ValueError: there are fewer heads than ranks that share them.
     """
-    heads, link = layer.heads, rank.groups.cp
-    core = _core(layer, rank)
+    heads, link, core = layer.heads, rank.groups.cp, _core(layer, rank)
+    if link is not None and rank.config.linear_exchange == "state":
+        return _by_state(layer, rank, core, link)
     inputs, gates = rank.rows(sum(heads.channels)), rank.rows(sum(heads.gates))
     if link is None:
         return rank.passes(partial(_alone, core, rank.documents), inputs, gates)
-    if rank.config.linear_exchange == "heads":
-        if heads.values < link.size:
-            raise ValueError(f"{heads.values} value heads for {link.size} ranks; use --cp-linear-exchange state.")
-        exchange = SequenceExchange(link, rank.layout.all_runs, rank.config.alltoall)
-        return rank.passes(lambda *given: core.by_heads(*given, exchange, rank.documents), inputs, gates)
+    if heads.values < link.size:
+        raise ValueError(f"{heads.values} value heads for {link.size} ranks; use --cp-linear-exchange state.")
+    exchange = SequenceExchange(link, rank.layout.all_runs, rank.config.alltoall)
+    return rank.passes(partial(core.by_heads, exchange=exchange, documents=rank.documents), inputs, gates)
+
+
+def _by_state(layer: LinearLayer, rank: DryRank, core: DeltaLayer, link: Link) -> tuple[Pass, Pass]:
+    """Rows move around the layer, or with sequence parallelism, whose rows its first projection gathers, inside it."""
     parts = contiguous_parts(rank.layout)
     there, back = conversion(rank.layout, parts), conversion(parts, rank.layout)
-    part, width = OwnPart(link, parts, rank.documents), heads.values * heads.value_dim
+    part, values = OwnPart(link, parts, rank.documents), layer.heads.values * layer.heads.value_dim
+    channels, gates = sum(layer.heads.channels), sum(layer.heads.gates)
 
     def inside(projected: torch.Tensor) -> torch.Tensor:
-        """Between the projections, whose first one gathers the rows of sequence parallelism."""
         moved = exchange_rows(projected, there, link, "tokens")
-        given = moved[..., : moved.size(-1) - width].split([sum(heads.channels), sum(heads.gates)], dim=-1)
-        return exchange_rows(core.by_state(*given, part).flatten(2) + moved[..., -width:], back, link, "tokens")
+        inputs, alphas, gate = moved.split([channels, gates, values], dim=-1)
+        return exchange_rows(core.by_state(inputs, alphas, part).flatten(2) + gate, back, link, "tokens")
 
     def around(hidden: torch.Tensor) -> torch.Tensor:
-        """In front of the first projection and behind the last one."""
         moved = exchange_rows(hidden, there, link, "tokens").sum(-1, keepdim=True)
-        given = moved.expand(-1, -1, sum(heads.channels)), moved.expand(-1, -1, sum(heads.gates))
-        out = core.by_state(*given, part).flatten(2).sum(-1, keepdim=True).expand(-1, -1, layer.hidden)
-        return exchange_rows(out.contiguous(), back, link, "tokens")
+        out = core.by_state(moved.expand(-1, -1, channels), moved.expand(-1, -1, gates), part)
+        rows = out.flatten(2).sum(-1, keepdim=True).expand(-1, -1, layer.hidden)
+        return exchange_rows(rows.contiguous(), back, link, "tokens")
 
     if rank.sequence_parallel:
         return rank.passes(inside, rank.rows(layer.token_elements))
@@ -179,7 +183,9 @@ def _core(layer: LinearLayer, rank: DryRank) -> DeltaLayer:
         state = torch.einsum("bshk,bshv->bhkv", key.to(wide), value.to(wide))
         return out, state if initial_state is None else state + initial_state
 
-    def convolve(rows: torch.Tensor, weight: Any, bias: Any, documents: Documents) -> torch.Tensor:
+    def convolve(
+        rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, documents: Documents
+    ) -> torch.Tensor:
         return rows * weight.sum()
 
     weights = DeltaWeights(

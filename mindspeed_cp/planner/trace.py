@@ -309,7 +309,7 @@ def dry_rank(config: ContextParallelConfig, problem: Problem, rank: int, notes: 
         config,
         dry_groups(config, rank, problem.stride, notes),
         problem.layout(config),
-        cast(tuple[int, ...], documents or (0, problem.seq_len)),
+        documents or (0, problem.seq_len),
         problem.batch,
         problem.dtype,
         problem.stride > 1,

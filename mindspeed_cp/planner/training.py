@@ -315,7 +315,7 @@ def _memory(work: Work, option: Option, exact: bool = True) -> Memory:
         one = most_bytes(option.attention.config, problem)
     left = mean_saved(work, split, one.saved) if option.recompute == "none" else 0  # of all layers but the running one
     if option.recompute == "full, attention kept" and exact and option.attention:
-        left = _kept_bytes(option.attention.config, problem)
+        left = round(work.model.kept_share * _kept_bytes(option.attention.config, problem))
     stages = [stage_memory(work, split, option.recompute, number, one, left) for number in kinds_of_stages(work, split)]
     return max(stages, key=lambda stage: stage.total)
 
