@@ -20,15 +20,17 @@ from mindspeed_cp.planner import calibrate, report
 from mindspeed_cp.planner import given as given_flags
 from mindspeed_cp.planner.cluster import THIS_MACHINE, Cluster
 from mindspeed_cp.planner.documents import Boundaries, boundaries
+from mindspeed_cp.planner.fitting import plans
 from mindspeed_cp.planner.memory import most_bytes
 from mindspeed_cp.planner.models import ModelShape
 from mindspeed_cp.planner.picture import layer_milliseconds, plot, training_seconds
 from mindspeed_cp.planner.progress import Progress
 from mindspeed_cp.planner.report import reason
-from mindspeed_cp.planner.search import Candidate, Found, flags, hiding_tokens
+from mindspeed_cp.planner.search import Found, flags, hiding_tokens
 from mindspeed_cp.planner.split import Split, Work
+from mindspeed_cp.planner.timing import Candidate
 from mindspeed_cp.planner.trace import Problem
-from mindspeed_cp.planner.training import attention, is_tight, plans, problem_of
+from mindspeed_cp.planner.training import attention, is_tight, problem_of
 from mindspeed_cp.settings.derived import KV_CACHE_POLICIES
 
 EVERYTHING = 200  # maximum number of plans in JSON

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from mindspeed_cp.attention.head_groups import head_shares
+from mindspeed_cp.comm.head_exchange import HeadExchange
 from mindspeed_cp.comm.sequence_exchange import Part
-from mindspeed_cp.linear.heads import HeadExchange
 from mindspeed_cp.megatron import mixer
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import packed_params_in, record_of_length, refuse_inference

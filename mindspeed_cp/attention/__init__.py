@@ -1,1 +1,1 @@
-"""Attention over a split sequence: the call, the ring engine, Ulysses around it, merging; the public entry."""
+"""Attention over a split sequence: the public entry, the ring engine, Ulysses around it, and merging."""

@@ -1,7 +1,7 @@
-"""What a step brings, as its blocks read it, and how their gradients become those of what travels.
+"""The keys and values of a step as its blocks read them, and from the blocks' gradients those of what travelled.
 
-Keys and values that travel themselves are read as they are. Of rows with an expansion, keys and values are made for the
-rows that some block of the step needs, each once, and freed when the last block that reads them is done.
+Keys and values that travelled themselves are read directly. With an expansion, keys and values are computed once for
+the rows that some block of the step needs, and freed after the last block that reads them.
 """
 
 from bisect import bisect_right
@@ -24,7 +24,7 @@ class Arrived:
     """Keys and values that travelled themselves.
 
     Attributes:
-        single: at most one part of the gradient comes, of the whole batch.
+        single: whether at most one partial gradient is added, for the whole batch.
     """
 
     def __init__(self, rows: Pair, tasks: Sequence[Task]) -> None:
@@ -36,20 +36,20 @@ class Arrived:
         return self._key[keys, batch], self._value[keys, batch]
 
     def done(self, keys: slice, batch: slice) -> None:
-        """The block was computed, in the forward pass."""
+        """Called in the forward pass after the block was computed."""
 
     def add(self, partial: KVPartial, keys: slice, batch: slice, grads: Sequence[torch.Tensor]) -> None:
-        """The block was computed, in the backward pass, with these gradients of its keys and values."""
+        """Called in the backward pass with the block's gradients of its keys and values."""
         partial.add(keys, batch, grads)
 
 
 @dataclass(eq=False)
 class _Part:
-    """Rows of one step that lie end to end, and the blocks that read them.
+    """Contiguous rows of one step, and the blocks that read them.
 
     Args:
-        start, stop: rows of the shard. batch: of the batch. left: blocks that have not been computed.
-        made: their keys and values, while they are needed. grads: the gradients of those so far.
+        start, stop: rows of the shard. batch: rows of the batch. left: number of blocks that are not computed yet.
+        made: their keys and values, while needed. grads: the gradients of these so far.
     """
 
     start: int
@@ -68,11 +68,11 @@ class _Part:
 
 
 class Expanding:
-    """Rows of which keys and values are made.
+    """Rows from which keys and values are computed by an expansion.
 
     Args:
-        rows: what travelled. expansion: of the heads that are here. order: of the memory that the kernel asks for.
-        sums: of the gradients of the expansion's parameters, in a backward pass.
+        rows: the tensors that travelled. expansion: for this rank's heads. order: the kernel's memory order.
+        sums: sums of the gradients of the expansion's parameters, in a backward pass.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Expanding:
             partial.add(part.rows, part.batch, of_rows)
 
     def _sum_up(self, part: _Part, keys: slice, grads: Sequence[torch.Tensor]) -> None:
-        """The gradients of one block that covers the part are taken as they are; those of several are summed."""
+        """Add a block's gradients; those of a single block that covers the part are used without a copy."""
         if not part.grads and part.left == 1:
             part.grads = grads
             return
@@ -131,7 +131,7 @@ def _holder(parts: list[_Part], keys: slice) -> _Part:
 
 
 def _parts(tasks: Sequence[Task]) -> dict[Ends, list[_Part]]:
-    """Rows of the batch -> the rows that their blocks read, each once, ascending."""
+    """Rows of the batch -> the ascending, disjoint parts that their blocks read."""
     read: dict[Ends, list[slice]] = {}
     for batch, block in tasks:
         read.setdefault((batch.start, batch.stop), []).append(block.key_rows)

@@ -1,4 +1,4 @@
-"""How keys and values travel in one call, and in which form: what the configuration says, or what suits the links."""
+"""How, and in which form, keys and values travel in a call: as configured, or chosen by bytes and topology."""
 
 from typing import Literal
 
@@ -11,9 +11,9 @@ from mindspeed_cp.settings.config import ContextParallelConfig
 
 Exchange = Literal["ring", "direct", "mesh", "allgather"]
 
-# FLOPs of matrix products that a device does while its links carry a byte, rounded down from the planner's presets.
+# FLOPs of matrix products per byte on the links, in equal time, rounded down from the planner's presets.
 FLOPS_PER_BYTE: dict[Linkage, int] = {"switch": 1000, "mesh": 1000, "nodes": 10000}
-NODES_IN_FLIGHT = 2  # between servers one step more under way evens out what links of several users delay
+NODES_IN_FLIGHT = 2  # between servers, one more step in flight evens out the delays of shared links
 
 
 def exchange_for(
@@ -23,8 +23,8 @@ def exchange_for(
     masks: tuple[SliceMask, ...],
     dense: bool,
 ) -> Exchange:
-    """The exchange of a call. "auto" is the mesh exchange where each pair of ranks has a link of its own, else direct
-    where that sends less than the ring.
+    """The exchange of a call. "auto" means the mesh exchange if each pair of ranks has its own link, else the direct
+    exchange if it sends less than the ring.
     """
     row = config.row.exchange or "ring"
     if row != "ring" or config.kv_exchange == "ring":
@@ -39,8 +39,8 @@ def exchange_for(
 
 
 def steps_in_flight(config: ContextParallelConfig, exchange: Exchange, topology: Linkage) -> int:
-    """How many steps may be under way. "auto" is as many as there are links where each step uses another one (direct
-    exchange, and a window of Double Ring, on a mesh), and one where one step fills all links.
+    """How many steps may be in flight. "auto" means as many as there are links if each step uses a different one (the
+    direct exchange, or a window of Double Ring, on a mesh), and one if a step uses all links.
     """
     if config.in_flight != "auto":
         return config.in_flight
@@ -51,13 +51,13 @@ def steps_in_flight(config: ContextParallelConfig, exchange: Exchange, topology:
 
 
 def sends_latents(config: ContextParallelConfig, expansion: Expansion, topology: Linkage, itemsize: int) -> bool:
-    """Whether what ``expansion`` reads travels, and not the keys and values that it makes.
+    """Whether the inputs of ``expansion`` travel instead of the keys and values that it computes.
 
-    "auto" asks whether the bytes that this saves are worth the FLOPs that it repeats. Both grow with the rows that
-    travel, so that the answer is that of one row, forward and backward, and the same on all ranks.
+    "auto" compares the bytes that this saves with the FLOPs that are repeated. Both are proportional to the rows that
+    travel, so one row, forward and backward, decides, and the result is the same on all ranks.
 
     Args:
-        expansion: of all heads of the call. itemsize: bytes of an element that travels.
+        expansion: for all heads of the call. itemsize: bytes per element that travels.
     """
     if config.context_parallel_size == 1:
         return False
@@ -65,9 +65,9 @@ def sends_latents(config: ContextParallelConfig, expansion: Expansion, topology:
         return config.mla_exchange == "latent"
     ulysses, ring = config.hierarchy[0], config.ring_size
     heads, rows = expansion.kv_heads * (expansion.dk + expansion.dv), sum(expansion.widths)
-    # Ulysses sends a rank its heads of a row, or the whole latent; a ring then carries rows of a Ulysses group.
+    # Ulysses sends each rank its heads of a row, or the whole latent; the ring then sends rows of a Ulysses group.
     saved = (ulysses - 1) * (heads / ulysses - rows) + (ring - 1) * (heads - ulysses * rows)
-    # Forward makes those of all rows instead of its own, backward makes all again and turns back their gradients.
+    # Forward expands all rows instead of the rank's own; backward expands all again and computes their gradients.
     repeated = (ring - 1) + ring + 2 * (ring - 1)
     # Keys and values travel twice, and their gradients once.
     return 3 * saved * itemsize * FLOPS_PER_BYTE[topology] >= repeated * expansion.flops

@@ -1,7 +1,7 @@
-"""Who exchanges: what UlyssesContextAttention has exchanged already, the attention inside it must not exchange again.
+"""Prevents a second exchange: attention inside UlyssesContextAttention must not exchange again.
 
-A local attention may be wrapped in anything (a subclass, another module, functools.partial, a checkpoint), so that it
-cannot be recognised from outside. It asks instead, when it runs, whether an exchange is around it.
+A local attention may be wrapped in anything (a subclass, another module, functools.partial, a checkpoint), so it cannot
+be recognised from outside. Instead, when it runs, it checks whether it is inside an exchange.
 """
 
 from collections.abc import Iterator
@@ -20,27 +20,27 @@ from mindspeed_cp.settings.config import ContextParallelConfig
 
 @dataclass(frozen=True)
 class Exchanged:
-    """An exchange around a local attention, which sees the tokens of all these ranks one after another.
+    """An exchange around a local attention, which gets the concatenated tokens of all these ranks.
 
     Args:
-        global_ranks: the ranks that share the sequence, in the order in which their tokens follow one another.
-        rank: this rank's place among them.
+        global_ranks: the ranks that share the sequence, in the order in which their tokens are concatenated.
+        rank: this rank's index among them.
     """
 
     global_ranks: tuple[int, ...]
     rank: int
 
     def local_length(self, length: int) -> int:
-        """How many of the ``length`` tokens that the local attention sees this rank held before the exchange."""
+        """Number of tokens that this rank held before the exchange, if the local attention gets ``length`` tokens."""
         return split_sizes(length, len(self.global_ranks))[self.rank]
 
     def alone(
         self, config: ContextParallelConfig, groups: ContextParallelGroups, layout: SequenceLayout
     ) -> tuple[ContextParallelConfig, ContextParallelGroups, SequenceLayout]:
-        """What attention is called with here instead of these: one rank, which holds all tokens in the ranks' order.
+        """(config, groups, layout) for attention inside the exchange: one rank that holds all tokens in rank order.
 
         Args:
-            config, groups, layout: with which attention would exchange itself.
+            config, groups, layout: those with which attention would exchange itself.
 
         Raises:
             ValueError: the exchange was over other ranks than attention's own.
@@ -58,13 +58,13 @@ class Exchanged:
 
 
 _now: ContextVar[Exchanged | None] = ContextVar("exchange around the local attention", default=None)
-# Attention modules that ran inside an exchange: their checkpoint runs them again in the backward pass, outside of it.
+# Attention modules that ran inside an exchange; a checkpoint runs them again in the backward pass, outside of it.
 _inside: WeakKeyDictionary[torch.nn.Module, Exchanged] = WeakKeyDictionary()
 
 
 @contextmanager
 def exchanging(around: Exchanged) -> Iterator[None]:
-    """Within it, attention sees what ``around`` exchanged."""
+    """Context manager in which attention knows that it is inside ``around``."""
     token = _now.set(around)
     try:
         yield
@@ -73,10 +73,10 @@ def exchanging(around: Exchanged) -> Iterator[None]:
 
 
 def exchange_around(attention: torch.nn.Module) -> Exchanged | None:
-    """The exchange around this call of ``attention``, None where it sees the tokens of its own rank.
+    """The exchange around this call of ``attention``, None if it gets only its own rank's tokens.
 
-    An attention that exchanges asks this first, on every call; one that has run inside an exchange is inside it again
-    when a checkpoint runs it once more in the backward pass.
+    An attention that can exchange calls this first on every call. If it has run inside an exchange, it also counts as
+    inside when a checkpoint runs it again in the backward pass.
     """
     around = _now.get()
     if around is not None:

@@ -1,8 +1,8 @@
-"""What travels and what the kernel gets: an expansion makes keys and values of the rows that arrive.
+"""Expansions, which compute keys and values for the kernel from the rows that travel.
 
-Without one, keys and values themselves travel. With one, two narrow tensors do, such as the latent of multi-latent
-attention and the part of its keys that holds positions. Each rank makes keys and values of them after they arrived, for
-its own heads and the rows that its blocks need, and turns the gradients of keys and values into those of the rows.
+Without an expansion, keys and values themselves travel. With one, two narrow tensors travel, such as the latent of
+multi-latent attention and the rotated part of its keys. Each rank computes keys and values from them after they arrive,
+for its own heads and the rows that its blocks need, and the rows' gradients from those of keys and values.
 
 Shapes: rows (seq, batch, 1, rope) and (seq, batch, 1, rank), key (seq, batch, kv_heads, dk), value (seq, batch,
 kv_heads, dv).
@@ -21,16 +21,16 @@ from mindspeed_cp.comm.messages import end_to_end
 from mindspeed_cp.kernels.base import MemoryOrder, accumulation_dtype
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-Sums = tuple[torch.Tensor | None, ...]  # of the gradient of each parameter; None where nobody wants it
+Sums = tuple[torch.Tensor | None, ...]  # sum of the gradient of each parameter; None if it is not needed
 
 
 class Expansion(ABC):
-    """Makes keys and values of two tensors of one head each, row by row.
+    """Computes keys and values from two tensors with one head each, row by row.
 
     Attributes:
-        parameters: tensors that it reads besides the rows; they get gradients.
-        kv_heads, dk, dv: of the keys and values that it makes.
-        widths: elements of a row of either tensor that travels.
+        parameters: tensors that it uses besides the rows; they get gradients.
+        kv_heads, dk, dv: sizes of the keys and values that it computes.
+        widths: elements per row of each of the two tensors that travel.
     """
 
     parameters: tuple[torch.Tensor, ...]
@@ -42,30 +42,30 @@ class Expansion(ABC):
     @property
     @abstractmethod
     def flops(self) -> int:
-        """FLOPs of making the keys and values of one row; its gradient costs twice as many."""
+        """FLOPs of computing the keys and values of one row; the gradient costs twice as many."""
 
     @abstractmethod
     def of_heads(self, queries: slice) -> "Expansion":
-        """The same for some query heads; its parameters stay whole."""
+        """The expansion for some query heads; its parameters stay whole."""
 
     @abstractmethod
     def expand(self, rows: Pair, order: MemoryOrder | None = None) -> Pair:
-        """(key, value) of these rows, in this order of memory; None takes any strides."""
+        """(key, value) of these rows, in this memory order; None permits any strides."""
 
     @abstractmethod
     def gradients(self, rows: Pair, grads: Pair, sums: Sums) -> Pair:
-        """The gradients of the rows, from those of (key, value); adds those of the parameters to ``sums``."""
+        """The gradients of the rows from those of (key, value); adds the parameters' gradients to ``sums``."""
 
     def handed_over(self, sums: Sums) -> tuple[torch.Tensor | None, ...]:
-        """What autograd gets for each parameter."""
+        """The gradient to return to autograd for each parameter."""
         pairs = zip(sums, self.parameters, strict=True)
         return tuple(None if total is None else total.to(parameter.dtype) for total, parameter in pairs)
 
     def zeros(self, wanted: Sequence[bool]) -> Sums:
-        """Sums of the parameters' gradients to begin with, in the accumulation dtype.
+        """Initial sums of the parameters' gradients, in the accumulation dtype.
 
         Args:
-            wanted: whether anybody wants that of each parameter.
+            wanted: for each parameter, whether its gradient is needed.
         """
         return tuple(
             torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype)) if wants else None
@@ -77,15 +77,15 @@ class Expansion(ABC):
 class LatentExpansion(Expansion):
     """The up-projection of multi-latent attention, for ``context_parallel_attention(..., expand=)``.
 
-    What travels is (rope, latent): the key's part that holds positions, rotated, which all heads share, and the latent
-    behind its norm. A head's key is [its part of the latent's projection, rope].
+    (rope, latent) travel: the rotated part of the key, which all heads share, and the normalized latent. A head's key
+    is [its part of the latent's projection, rope].
 
     Args:
-        weight: (heads * (nope + dv), rank), for each head first the rows of its key, then those of its value.
-        heads: of the attention, on this rank of tensor parallelism.
-        nope, rope: elements of a key without and with positions.
+        weight: (heads * (nope + dv), rank); for each head first the rows of its key, then those of its value.
+        heads: attention heads of this tensor-parallel rank.
+        nope, rope: elements of a key without and with positional encoding.
         dv: elements of a value.
-        mine: which heads it makes.
+        mine: the heads that it computes.
     """
 
     weight: torch.Tensor
@@ -164,7 +164,7 @@ def _empty(like: torch.Tensor, shape: Sequence[int], order: MemoryOrder | None) 
 
 
 class _Expanded(torch.autograd.Function):
-    """(rows, rows, parameters ...) -> (key, value), of a rank's own rows."""
+    """(rows, rows, parameters ...) -> (key, value), for a rank's own rows."""
 
     @staticmethod
     def forward(
@@ -186,6 +186,6 @@ class _Expanded(torch.autograd.Function):
 
 
 def expanded(first: torch.Tensor, second: torch.Tensor, expansion: Expansion) -> Pair:
-    """(key, value) of a rank's own rows, with gradients: what travels then are heads."""
+    """(key, value) of a rank's own rows, differentiable; for the exchange of heads."""
     key, value = _Expanded.apply(first, second, expansion, *expansion.parameters)
     return key, value

@@ -1,7 +1,7 @@
-"""The one autograd function: Ulysses' exchange around the ring engine, for every algorithm.
+"""The only autograd function, for every algorithm: Ulysses' exchange around the ring engine.
 
-Forward: heads are scattered over the Ulysses group, the ring computes, the output's heads are gathered. Backward is the
-same in reverse. A part that has one rank does nothing.
+Forward: heads are scattered over the Ulysses group, the ring computes, the output's heads are gathered. Backward does
+the same in reverse. A part with one rank does nothing.
 """
 
 from collections.abc import Sequence
@@ -23,18 +23,18 @@ from mindspeed_cp.attention.ulysses import UlyssesProblem
 from mindspeed_cp.kernels.base import accumulation_dtype
 from mindspeed_cp.kernels.merge import add_in_place
 
-INPUTS = 5  # of the autograd function before the parameters of an expansion
+INPUTS = 5  # inputs of the autograd function before the parameters of an expansion
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """One call: the ring's problem, and Ulysses' where the group has more than one rank.
+    """One call: the ring's problem, and Ulysses' problem if its group has more than one rank.
 
     Args:
-        layer_number: global, 1-based.
-        has_backward: whether a backward pass may come, for which forward saves what it needs.
-        kept: of the checkpoint around the call, whose recomputation takes what its first pass computed.
-        expansion: makes keys and values of what travels as key and value; None where they travel themselves.
+        layer_number: global, from 1.
+        has_backward: whether a backward pass may follow, for which forward must save tensors.
+        kept: KeptAttention of the checkpoint around the call, whose recomputation reuses the first pass.
+        expansion: computes keys and values from the tensors that travel; None if they travel themselves.
     """
 
     ring: RingProblem
@@ -45,19 +45,19 @@ class AttentionCall:
     expansion: Expansion | None = None
 
     def _expansion(self, heads: slice = slice(None)) -> Expansion | None:
-        """That of the heads that are here."""
+        """The expansion for this rank's heads."""
         return None if self.expansion is None else self.expansion.of_heads(heads)
 
     @property
     def refetch(self) -> frozenset[Name]:
-        """Which of key and value are saved before Ulysses' communication, and communicated again in backward."""
+        """Which of key and value are saved before Ulysses' exchange and exchanged again in backward."""
         return frozenset() if self.ulysses is None else self.ulysses.refetch
 
     def without_communication(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> dict[int, torch.Tensor]:
-        """Place in ``Computed.saved`` -> what the rank has there without communication: all of its own in a ring alone,
-        and what is saved before Ulysses' exchange.
+        """Index in ``Computed.saved`` -> a tensor that the rank has without communication: in a pure ring all of its
+        own tensors, else those saved before Ulysses' exchange.
         """
         if self.ulysses is None:
             return dict(enumerate(own_rows(self.ring, query, key, value)))
@@ -113,7 +113,7 @@ class AttentionCall:
                 leaving.wait()
             leaving = this.gather({"out": result}, {"out": heads.out})
             done += self._for_backward([heads])
-            del here, heads  # while the next round is computed
+            del here, heads  # free them while the next round is computed
         assert leaving is not None
         leaving.wait()
         return Computed(result.result(), tuple(done))
@@ -126,7 +126,7 @@ class AttentionCall:
         local: dict[int, torch.Tensor],
         expansion: Expansion | None,
     ) -> ComputedHeads:
-        """Attention of the heads that are here: ``own_rows`` of query, key and value, and their softmax offsets."""
+        """Attention of this rank's heads: ``own_rows`` of query, key and value, and their softmax offsets."""
         query, *keys_values = own
         out, lse, saved = ring_forward(self.ring, query, tuple(keys_values), expansion)
         if offset is not None:
@@ -134,7 +134,7 @@ class AttentionCall:
                 out = out.to(lse.dtype)
             add_softmax_offset(out, lse, offset)
         out = out.to(dtype)
-        # Rows without a key have lse -inf; +inf makes exp(score - lse) 0 in backward.
+        # Rows without a key have lse -inf; with +inf, exp(score - lse) is 0 in backward.
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         tensors = (query, *saved.tensors)
         return ComputedHeads(
@@ -152,7 +152,7 @@ class AttentionCall:
         local: dict[int, torch.Tensor],
         sums: Sums = (),
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Gradients ([dq, dk, dv], that of the softmax offsets); those of the expansion's parameters join ``sums``."""
+        """([dq, dk, dv], gradient of the softmax offsets); adds those of the expansion's parameters to ``sums``."""
         d_offset = None if softmax_offset is None else torch.zeros_like(softmax_offset)
         if self.ulysses is None:
             query, *kept = (local.get(place, tensor) for place, tensor in enumerate(rounds[0].saved))
@@ -219,13 +219,13 @@ class AttentionCall:
 
 
 class KeptSums:
-    """The gradients of keys and values that stay for several rounds, summed until they leave."""
+    """Sums of the gradients of keys and values that stay for several rounds, until they are sent."""
 
     def __init__(self) -> None:
         self._sums: list[torch.Tensor] | None = None
 
     def add(self, grads: tuple[torch.Tensor, ...], are_done: bool) -> list[torch.Tensor]:
-        """What leaves, the sums so far and these; where more comes, what they are by now."""
+        """Add these gradients; returns the sums so far, and resets them if they ``are_done``."""
         if self._sums is None and are_done:
             return list(grads)
         if self._sums is None:
@@ -240,7 +240,7 @@ class KeptSums:
 def _with_keys_that_stay(
     this: UlyssesProblem, arrived: tuple[torch.Tensor | None, ...], stay: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
-    """(query, key, value) of a round: the keys and values that came with it, or those of the round before."""
+    """(query, key, value) of a round: with the keys and values that arrived, or those of the previous round."""
     query, *keys_values = arrived
     assert query is not None
     if this.keys_stay:
@@ -252,7 +252,7 @@ def _with_keys_that_stay(
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Meta tensors, with which the planner runs dry, have no autocast to switch off."""
+    """Context manager that switches autocast off; meta tensors, used by the planner's dry run, have none."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
@@ -271,7 +271,7 @@ class ContextParallelAttention(torch.autograd.Function):
         call: AttentionCall,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
-        # The dtypes are chosen here and in the kernels; autocast would round what is accumulated in float32.
+        # Dtypes are chosen here and in the kernels; autocast would round sums that are accumulated in float32.
         with _without_autocast(query.device):
             return ContextParallelAttention._forward(ctx, query, key, value, softmax_offset, call, parameters)
 
@@ -308,7 +308,7 @@ class ContextParallelAttention(torch.autograd.Function):
         call: AttentionCall = ctx.call
         softmax_offset, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[INPUTS:]
-        del saved[: len(wanted)]  # the expansion's parameters, which it holds itself, unchanged as was checked here
+        del saved[: len(wanted)]  # the expansion's parameters, which it holds itself; they are unchanged
         local = dict(zip(ctx.places, saved))
         of_rounds, rounds = iter(saved[len(local) :]), []
         for count, blocks in ctx.rounds:

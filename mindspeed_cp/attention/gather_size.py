@@ -1,4 +1,4 @@
-"""How long the sequence is after Ulysses' all-to-all: the calculators that say it, and the check of what ranks hold."""
+"""Calculators of the sequence length after Ulysses' all-to-all, and the check of the ranks' lengths."""
 
 import importlib
 from abc import ABC, abstractmethod
@@ -12,20 +12,20 @@ from mindspeed_cp.sequence.runs import split_sizes
 
 
 class GatherSizeCalculator(ABC):
-    """Says how long the sequence is after the all-to-all; write a subclass for lengths that only your model knows.
+    """Calculates the sequence length after the all-to-all; write a subclass for lengths that only your model knows.
 
     Attributes:
-        sums_local_lengths: True makes a None of ``calculate`` mean the sum of the lengths that the ranks hold.
+        sums_local_lengths: if True, a result of None means the sum of the ranks' lengths.
     """
 
     sums_local_lengths: bool = False
 
     @abstractmethod
     def calculate(self, *args: Any, **kwargs: Any) -> int | None:
-        """The length of the whole sequence, or None when every rank holds equally much of it.
+        """The length of the whole sequence, or None if all ranks hold the same number of tokens.
 
         Args:
-            args, kwargs: those of the attention call after query, key and value.
+            args, kwargs: arguments of the attention call after query, key and value.
         """
 
 
@@ -37,7 +37,7 @@ class DefaultGatherSizeCalculator(GatherSizeCalculator):
 
 
 class DynamicGatherSizeCalculator(GatherSizeCalculator):
-    """The length of the attention mask, or what the ranks hold together when there is no mask."""
+    """The length of the attention mask, or the ranks' total length if there is no mask."""
 
     sums_local_lengths = True
 
@@ -55,13 +55,13 @@ CALCULATORS: dict[str, Callable[[], "GatherSizeCalculator"]] = {
 
 @cache
 def calculator_named(name: str) -> GatherSizeCalculator:
-    """The calculator that --gather-size-calculator names; one object for each name.
+    """The calculator that --gather-size-calculator names; one object per name.
 
     Args:
-        name: "default", "dynamic", or a class of your own as "package.module:Class".
+        name: "default", "dynamic", or your own class as "package.module:Class".
 
     Raises:
-        ValueError: there is no such class, or it is no calculator.
+        ValueError: there is no such class, or it is not a calculator.
     """
     if name in CALCULATORS:
         return CALCULATORS[name]()
@@ -81,10 +81,10 @@ def calculator_named(name: str) -> GatherSizeCalculator:
 
 
 def check_lengths(calculator: GatherSizeCalculator, stamps: list[tuple[int, int]]) -> list[int]:
-    """The tokens of every rank, from their (length, gather size or -1).
+    """The tokens of every rank, from each rank's (length, gather size or -1).
 
     Raises:
-        ValueError: they do not fit; the same on every rank.
+        ValueError: they are inconsistent; raised on every rank alike.
     """
     lengths, sizes = [length for length, _ in stamps], [size for _, size in stamps]
     if len(set(sizes)) > 1:
@@ -104,7 +104,7 @@ def check_lengths(calculator: GatherSizeCalculator, stamps: list[tuple[int, int]
 
 
 def check_single(length: int, gather_size: int | None) -> None:
-    """ValueError where a group of one rank is told another length than it has."""
+    """Raise ValueError if the gather size for a group of one rank is not its length."""
     if gather_size is not None and gather_size != length:
         raise ValueError(
             f"gather size {gather_size} must be the sequence length {length} in a group of one rank; pass "
@@ -113,7 +113,7 @@ def check_single(length: int, gather_size: int | None) -> None:
 
 
 def _check_aligned(lengths: list[int], calculator: GatherSizeCalculator) -> None:
-    """Lengths without a gather size: equal for aligned Ulysses, the usual split where they are summed."""
+    """Check lengths without a gather size: equal for aligned Ulysses, differing by at most one if they are summed."""
     if calculator.sums_local_lengths:
         if lengths != split_sizes(sum(lengths), len(lengths)):
             raise ValueError(

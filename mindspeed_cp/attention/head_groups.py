@@ -1,4 +1,4 @@
-"""Which heads each rank of a Ulysses group computes, all at once or in groups of heads one after the other."""
+"""Which heads each rank of a Ulysses group computes, in one round or in several rounds of head groups."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ Share = slice | list[int]
 def head_shares(num_heads: int, num_kv_heads: int, degree: int) -> tuple[tuple[slice, ...], tuple[Share, ...]]:
     """Which query heads and which KV heads each of ``degree`` ranks gets.
 
-    Query heads are split in order, the remainder to the first ranks. KV heads are replicated only as far as needed:
-    with ``unit`` the largest run of query heads that always shares a KV head and a rank, each rank gets one KV head for
-    every unit. For even splits that makes lcm(num_kv_heads, degree) KV heads in all.
+    Query heads are split in order; the first ranks get the remainder. KV heads are replicated only as far as needed:
+    ``unit`` is the largest run of query heads that always share a KV head and a rank, and each rank gets one KV head
+    per unit. For even splits this gives lcm(num_kv_heads, degree) KV heads in all.
 
     Returns:
-        (query shares, KV shares): per rank a slice of heads, or a list of KV heads where one is needed twice.
+        (query shares, KV shares): per rank a slice of heads, or a list of KV heads if one is needed twice.
     """
     sizes = split_sizes(num_heads, degree)
     starts = [sum(sizes[:rank]) for rank in range(degree)]
@@ -33,7 +33,7 @@ def head_shares(num_heads: int, num_kv_heads: int, degree: int) -> tuple[tuple[s
 
 
 def _share(heads: Sequence[int]) -> Share:
-    """A slice where the heads are consecutive."""
+    """The heads as a slice if they are consecutive, else as a list."""
     first = heads[0] if heads else 0
     if list(heads) == list(range(first, first + len(heads))):
         return slice(first, first + len(heads))
@@ -42,12 +42,12 @@ def _share(heads: Sequence[int]) -> Share:
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """The heads that are exchanged and computed in one round; per rank a slice or list of each.
+    """The heads that are exchanged and computed in one round; a slice or list per rank.
 
     Args:
         queries: query heads.
-        arriving: KV heads that come with the round; a rank for which none comes goes on with those of the round before.
-        leaving: KV heads whose gradients leave with it; those of others are summed up until their last round.
+        arriving: KV heads that arrive in the round; a rank without any continues with those of the previous round.
+        leaving: KV heads whose gradients are sent in the round; others are summed until their last round.
     """
 
     queries: tuple[slice, ...]
@@ -59,8 +59,9 @@ class HeadGroup:
 def head_groups(num_heads: int, num_kv_heads: int, degree: int, num_groups: int) -> tuple[HeadGroup, ...]:
     """The rounds of an exchange of heads. Each KV head travels once, as in a single round.
 
-    A rank's KV heads are shared out with all of their query heads; where there are more rounds than KV heads, the query
-    heads of one are, and it stays for all of its rounds. A rank with fewer heads than rounds has rounds without any.
+    A rank's KV heads are distributed over the rounds together with their query heads. If there are more rounds than KV
+    heads, the query heads of a KV head are distributed, and the KV head stays for all of its rounds. A rank with fewer
+    heads than rounds has rounds without heads.
     """
     shares = head_shares(num_heads, num_kv_heads, degree)
     if num_groups == 1:
@@ -79,7 +80,7 @@ def _heads(share: Share) -> list[int]:
 
 
 def _rounds(queries: slice, keys: list[int], num_groups: int) -> list[tuple[slice, list[int], list[int]]]:
-    """(query heads, KV heads that come, KV heads that go) of every round of one rank."""
+    """(query heads, arriving KV heads, leaving KV heads) of every round of one rank."""
     rounds, start = [], queries.start
     of_key = (queries.stop - queries.start) // max(len(keys), 1)
     if num_groups <= len(keys) or not keys:

@@ -1,8 +1,8 @@
-"""Attention kept across recomputation: the first pass of a checkpointed function leaves it, the second takes it.
+"""Attention kept across recomputation: stored in the first pass of a checkpointed function, reused in the second.
 
-A checkpoint runs its function twice, without a graph in the forward pass and again in the backward pass. Everything
-between is computed twice, and so would be the slowest part of it, attention and its communication. One
-``KeptAttention`` belongs to one checkpoint, and holds what its calls of attention left, in the order of the calls.
+A checkpoint runs its function twice, without a graph in the forward pass and again in the backward pass. Everything is
+computed twice, including the slowest part, attention and its communication. One ``KeptAttention`` belongs to one
+checkpoint and holds the results of its attention calls, in the order of the calls.
 """
 
 from collections import deque
@@ -25,7 +25,7 @@ WAY_OUT = (
 
 
 class Stamp(NamedTuple):
-    """What a call of attention and the one that takes its place must have in common."""
+    """The properties that a call of attention and its recomputation must have in common."""
 
     layer_number: int
     query: torch.Size
@@ -46,13 +46,13 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True)
 class ComputedHeads:
-    """What backward needs of the heads that one round computes.
+    """What backward needs for the heads of one round.
 
     Args:
-        out, lse: of this rank's rows and heads.
-        saved: query, and what backward starts from of keys and values; None for what the rank has without
-            communication, which the next pass has as well.
-        blocks: what the kernel saved of each block.
+        out, lse: for this rank's rows and heads.
+        saved: query, and the keys and values from which backward starts; None for tensors that the rank has without
+            communication, since the next pass has them as well.
+        blocks: what the kernel saved for each block.
     """
 
     out: torch.Tensor
@@ -72,18 +72,18 @@ class ComputedHeads:
 
 @dataclass(frozen=True)
 class Computed:
-    """What one call of attention computes.
+    """The result of one attention call.
 
     Args:
-        result: what the caller gets.
-        rounds: what backward needs, of every group of heads; nothing where no backward pass comes.
+        result: the output for the caller.
+        rounds: what backward needs, per group of heads; empty if no backward pass follows.
     """
 
     result: torch.Tensor
     rounds: tuple[ComputedHeads, ...]
 
     def detached(self) -> "Computed":
-        """The same memory in tensors of its own: those that the caller gets may lead to the checkpoint itself."""
+        """The same memory in detached tensors, because the caller's tensors may refer to the checkpoint itself."""
         rounds = tuple(
             heads.with_tensors([None if tensor is None else tensor.detach() for tensor in heads.tensors])
             for heads in self.rounds
@@ -104,10 +104,10 @@ class _KeptCall(NamedTuple):
 
 
 class KeptAttention:
-    """What the attention inside one checkpoint leaves for its recomputation; make a new one for every checkpoint.
+    """The attention of one checkpoint, kept for its recomputation; make a new one for every checkpoint.
 
-    The recomputation then calls no kernel of attention's forward pass and sends nothing for it; gradients are the same
-    bit by bit. With torch's checkpoint::
+    The recomputation then runs no forward kernel of attention and communicates nothing for it; gradients are bitwise
+    the same. With torch's checkpoint::
 
         kept = KeptAttention()
         checkpoint(layer, x, kept, use_reentrant=False, context_fn=kept.contexts)
@@ -116,7 +116,7 @@ class KeptAttention:
     pass through a retained graph, computes attention again.
 
     Args:
-        outer: of a checkpoint around this one.
+        outer: KeptAttention of a checkpoint around this one.
     """
 
     def __init__(self, outer: "KeptAttention | None" = None) -> None:
@@ -125,28 +125,28 @@ class KeptAttention:
         self._phase: Literal["new", "keeping", "kept", "taking", "spent"] = "new"
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """(around the first pass, around any later one): the ``context_fn`` of torch's checkpoint."""
+        """(context of the first pass, context of later passes): the ``context_fn`` of torch's checkpoint."""
         return _Pass(self._begin, self._end), _Pass(self._begin_again, self._end_again)
 
     @property
     def is_active(self) -> bool:
-        """Whether a pass is under way: then a backward pass comes, whatever the tensors say now."""
+        """Whether a pass is running; then a backward pass will follow, even if no tensor requires a gradient now."""
         return self._phase in ("keeping", "taking") or (self._outer is not None and self._outer.is_active)
 
     @property
     def num_bytes(self) -> int:
-        """Memory that is kept now, every storage once."""
+        """Bytes that are kept now, counting every storage once."""
         storages = [tensor.untyped_storage() for call in self._calls for tensor in call.computed.tensors]
         return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
     def once(self, stamp: Stamp, device: torch.device, compute: Callable[[], Computed]) -> Computed:
-        """What ``compute`` returns, or returned in the first pass; the random generators go on as if it had run.
+        """The result of ``compute``, now or in the first pass; random generators advance as if it had run.
 
         Raises:
-            ValueError: the passes differ, or what was kept was changed in place; the message says in what.
+            ValueError: the passes differ, or kept tensors were changed in place; the message says which.
         """
         if torch.is_inference_mode_enabled():
-            return compute()  # no backward pass comes, and so no recomputation
+            return compute()  # no backward pass and thus no recomputation follows
         call = self._taken(stamp, device)
         if call is not None:
             self._keep(call)
@@ -203,7 +203,7 @@ class KeptAttention:
     def _end_again(self, failed: bool) -> None:
         left, self._phase = len(self._calls), "spent"
         self._calls.clear()
-        if left and not failed:  # torch ends a recomputation by an exception when nothing more is needed of it
+        if left and not failed:  # torch ends a recomputation by an exception once it has all it needs
             raise ValueError(f"recomputation left out {left} calls of attention of the first pass; {WAY_OUT}")
 
 
@@ -222,16 +222,16 @@ class _Pass(AbstractContextManager[None]):
 
 
 def _fingerprint(computed: Computed) -> list[tuple[int, int]]:
-    """Changes with every change in place, and when memory is given back under a tensor, as Megatron does."""
+    """Changes with every in-place change, and if the memory of a tensor is freed, as Megatron does."""
     return [(_version(tensor), tensor.untyped_storage().nbytes()) for tensor in computed.tensors]
 
 
 def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # a tensor made in inference mode counts no changes
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors have no version
 
 
 def _generators(stamp: Stamp, device: torch.device) -> list[torch.Generator]:
-    """Those from which attention's dropout may draw."""
+    """The random generators that attention's dropout may use."""
     devices = {torch.device("cpu"): None, device: None} if stamp.dropout_p else {}
     return [default_generator(each) for each in devices]
 
@@ -241,7 +241,7 @@ def _random_states(stamp: Stamp, device: torch.device) -> list[torch.Tensor]:
 
 
 def _go_on(stamp: Stamp, device: torch.device, call: _KeptCall) -> None:
-    """Put the generators where the first pass left them, from where it found them."""
+    """Set the generators to their states after the first pass, if their states before it agree."""
     for generator, before, after in zip(_generators(stamp, device), call.random_before, call.random_after):
         if not torch.equal(generator.get_state(), before):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The KV cache policy, resolved once: which of key and value forward keeps, and which backward communicates again."""
+"""The KV cache policy: which of key and value forward keeps, and which are communicated again in backward."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,11 +9,11 @@ NAMES: tuple[Name, ...] = ("key", "value")
 
 @dataclass(frozen=True)
 class KVCache:
-    """What becomes of keys and values between forward and backward, by name.
+    """What happens to keys and values between forward and backward, by name.
 
     Args:
-        keep: a ring's forward keeps what it received of them, and backward communicates the others again.
-        refetch: Ulysses saves them before communication, and backward communicates them again; it keeps the others.
+        keep: those that a ring's forward keeps after receiving them; backward communicates the others again.
+        refetch: those that Ulysses saves before communication and communicates again in backward; it keeps the others.
     """
 
     keep: frozenset[Name] = frozenset()
@@ -21,6 +21,6 @@ class KVCache:
 
     @classmethod
     def resolve(cls, policy: Literal["full", "half"] | None, ring_size: int) -> "KVCache":
-        """The policy saves communication where there is a ring, and memory where only Ulysses communicates."""
+        """Resolve a policy: with a ring it saves communication; with only Ulysses it saves memory."""
         names: frozenset[Name] = frozenset({None: (), "half": ("key",), "full": NAMES}[policy])
         return cls(keep=names) if ring_size > 1 else cls(refetch=names)

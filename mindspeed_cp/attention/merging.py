@@ -1,4 +1,4 @@
-"""What an attention call merges and sums over its blocks, in the accumulation dtype: out and lse, and the gradients.
+"""Merge out and lse, and sum gradients, over the blocks of an attention call, in the accumulation dtype.
 
 Shapes: out (seq, batch, heads, dv), lse (seq, batch, heads), dq (seq, batch, heads, dk), the gradient of a shard of
 keys and values (seq, batch, kv_heads, dk + dv). A block covers some rows of the sequence (``rows``) for some rows of
@@ -15,19 +15,19 @@ from mindspeed_cp.kernels.base import AttentionKernel, BlockResult, accumulation
 from mindspeed_cp.kernels.merge import add_in_place, merge_attention
 from mindspeed_cp.settings.notices import warn_rank0
 
-# (out, lse, their statistics, a block's result) -> the statistics of what out and lse are then; see AttentionKernel.
+# (out, lse, their statistics, a block's result) -> the statistics of the merged out and lse; see AttentionKernel.
 Merge = Callable[[torch.Tensor, torch.Tensor, Any, BlockResult], Any]
 
 
 def add_softmax_offset(out: torch.Tensor, lse: torch.Tensor, offset: torch.Tensor) -> None:
-    """Let every row see one more key with score ``offset`` and value 0 (an attention sink), in place.
+    """Add to every row a key with score ``offset`` and value 0 (an attention sink), in place.
 
     Args:
         out, lse: as in ``merge_attention``.
-        offset: (heads,) unscaled extra logit of each head.
+        offset: (heads,), an unscaled extra logit per head.
     """
     offset = offset.to(lse.dtype)
-    # A row without keys sees the sink alone: its out is 0 already, and sigmoid(-inf) keeps it so.
+    # A row without keys sees only the sink: its out is already 0, and sigmoid(-inf) = 0 keeps it.
     out.mul_(torch.sigmoid(lse - offset).unsqueeze(-1))
     torch.logaddexp(lse, offset.expand_as(lse), out=lse)
 
@@ -35,7 +35,7 @@ def add_softmax_offset(out: torch.Tensor, lse: torch.Tensor, offset: torch.Tenso
 def softmax_offset_gradient(
     grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, offset: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient (heads,) of ``add_softmax_offset``'s offset; out and lse are those that include it.
+    """Gradient (heads,) of ``add_softmax_offset``'s offset; out and lse include the offset.
 
     The sink's value is 0, so the gradient of its score is -p * delta with p = exp(offset - lse), delta = sum(grad_out *
     out).
@@ -45,7 +45,7 @@ def softmax_offset_gradient(
 
 
 def plain_merge(out: torch.Tensor, lse: torch.Tensor, statistics: Any, block: BlockResult) -> None:
-    """``AttentionKernel.merge`` by torch operations."""
+    """``AttentionKernel.merge`` with torch operations."""
     merge_attention(out, lse, block.out, block.lse)
 
 
@@ -53,7 +53,7 @@ def merge_function(kernel: AttentionKernel, fused: bool) -> Merge:
     """The function that merges a block's result into the attention so far.
 
     Args:
-        fused: use the kernel's own operator (--use-fused-ring-attention-update); where it has none, that is said once.
+        fused: use the kernel's own operator (--use-fused-ring-attention-update); if it has none, a notice says so.
     """
     if fused and not kernel.has_fused_merge:
         warn_rank0(
@@ -64,7 +64,7 @@ def merge_function(kernel: AttentionKernel, fused: bool) -> Merge:
 
 
 def accumulator(workspace: Workspace, name: str, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    """Memory for a sum in the accumulation dtype: reused where the result is converted anyway, else fresh, to keep."""
+    """Memory for a sum in the accumulation dtype: reused memory if the result is converted anyway, else new memory."""
     dtype = accumulation_dtype(like.dtype)
     if dtype == like.dtype:
         return like.new_empty(shape, dtype=dtype)
@@ -78,14 +78,14 @@ def _is_whole(rows: slice, batch: slice, tensor: torch.Tensor) -> bool:
 
 
 class PartialAttention:
-    """The merged (out, lse) so far; a first block that covers every row is taken over as it is."""
+    """The merged (out, lse) so far; a first block that covers every row is used without a copy."""
 
     def __init__(self, workspace: Workspace, merge: Merge, query: torch.Tensor, dv: int) -> None:
         self._workspace, self._merge, self._query, self._shape = workspace, merge, query, (*query.shape[:3], dv)
         self._out: torch.Tensor | None = None
         self._lse: torch.Tensor | None = None
         self._owned = False
-        # Of the rows that were merged last: what they are, and the kernel's own form of their lse.
+        # The rows that were merged last, and the kernel's own form of their lse.
         self._merged: tuple[slice, slice] | None = None
         self._statistics: Any = None
 
@@ -99,7 +99,7 @@ class PartialAttention:
         self._merged = rows, batch
 
     def _own(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse) in accumulators that may be changed in place."""
+        """(out, lse) as accumulators that may be changed in place."""
         if self._owned and self._out is not None and self._lse is not None:
             return self._out, self._lse
         out = accumulator(self._workspace, "out.sum", self._shape, self._query)
@@ -115,12 +115,12 @@ class PartialAttention:
         return out, lse
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse); out may lie in reused memory when its dtype is not the query's."""
+        """(out, lse); out may be in reused memory if its dtype is not the query's."""
         return self._own() if self._out is None or self._lse is None else (self._out, self._lse)
 
 
 class RowSum:
-    """The sum of the blocks' query gradients; a first block that covers every row is taken over as it is."""
+    """The sum of the blocks' query gradients; a first block that covers every row is used without a copy."""
 
     def __init__(self, like: torch.Tensor, workspace: Workspace) -> None:
         self._like, self._workspace = like, workspace
@@ -152,16 +152,16 @@ class RowSum:
 class KVPartial:
     """The gradients of one shard of keys and values from this rank's blocks.
 
-    Those of one block of the whole batch are stored as they are, and so rounded once if they travel. Several blocks are
-    summed in the accumulation dtype first. Rows that no block touches are 0.
+    The gradients of a single block of the whole batch are stored directly, and thus rounded once if they travel. Those
+    of several blocks are first summed in the accumulation dtype. Rows that no block reads are 0.
     """
 
     def __init__(self, targets: Sequence[torch.Tensor], single: bool, workspace: Workspace, accumulates: bool) -> None:
-        """targets: (seq, batch, kv_heads, dk) and (.., dv). single: at most one block comes, of the whole batch.
-        accumulates: the targets are in the accumulation dtype.
+        """targets: (seq, batch, kv_heads, dk) and (.., dv). single: whether at most one block, of the whole batch, is
+        added. accumulates: whether the targets are in the accumulation dtype.
         """
         self._targets, self._single, self._sums = targets, single, targets
-        self._grads: Sequence[torch.Tensor] = ()  # of the one block
+        self._grads: Sequence[torch.Tensor] = ()  # of the single block
         dtype = accumulation_dtype(targets[0].dtype)
         if not single and not accumulates and dtype != targets[0].dtype:
             self._sums = [
@@ -192,7 +192,7 @@ class KVPartial:
             target[self._covered].copy_(grad)
 
     def whole(self) -> Sequence[torch.Tensor]:
-        """All rows of the key's gradient and of the value's; in the targets, unless one block made just them."""
+        """All rows of the gradients of key and value; in the targets, unless a single block covers exactly them."""
         if self._grads and self._covers_all:
             return self._grads
         self.store()
@@ -203,8 +203,8 @@ class KVPartial:
         return (self._covered.start, self._covered.stop) == (0, self._targets[0].shape[0])
 
     def rows(self, ranges: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-        """These rows, (start, stop), of the key's gradient and of the value's; in the targets, unless one block made
-        just them.
+        """These rows, (start, stop), of the gradients of key and value; in the targets, unless a single block covers
+        exactly them.
         """
         if not ranges or (self._grads and ranges == ((self._covered.start, self._covered.stop),)):
             return list(self._grads) if ranges else []

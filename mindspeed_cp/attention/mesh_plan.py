@@ -1,4 +1,4 @@
-"""What every step of the mesh exchange brings to a rank, and the blocks that it makes there."""
+"""What each step of the mesh exchange brings to a rank, and the blocks that the rank computes with it."""
 
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,10 +11,10 @@ from mindspeed_cp.sequence.slices import Piece, in_order, slices
 
 @dataclass(frozen=True, eq=False)
 class MeshPlan:
-    """The steps of one rank, after that with its own shard; get it from ``mesh_plan``.
+    """The steps of one rank after the one with its own shard; made by ``mesh_plan``.
 
-    A step is as large as a shard at most, and its blocks are those of its keys in the order of their positions: as many
-    as against one shard, whoever sent them.
+    A step is at most as large as a shard. Its keys are sorted by position, whichever rank sent them, so that it has as
+    few blocks as a shard.
     """
 
     ring: RingPlan
@@ -43,7 +43,7 @@ class MeshPlan:
 
 @lru_cache(maxsize=64)
 def mesh_plan(ring: RingPlan, rank: int) -> MeshPlan:
-    """The mesh exchange of ``rank``; without a step where no rank needs anything of another."""
+    """The mesh exchange of ``rank``, without steps if no rank needs rows of another."""
     ranks = range(len(ring.lengths))
     if not ring.exchanges:
         return MeshPlan(ring, rank, ())
@@ -58,6 +58,6 @@ def mesh_plan(ring: RingPlan, rank: int) -> MeshPlan:
 
 
 def _slices(ring: RingPlan, reader: int, source: int) -> list[list[Piece]]:
-    """For each step what ``reader`` gets of ``source``'s shard; of its own nothing travels."""
+    """For each step, the rows of ``source``'s shard that ``reader`` receives; none of its own."""
     rows = () if reader == source else ring.rows_needed(reader, source)
     return slices(rows, ring.layout.ring_runs(source), len(ring.lengths) - 1)

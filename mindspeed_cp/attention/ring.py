@@ -1,6 +1,6 @@
-"""The ring engine: one loop forward, one loop backward, for every mask, exchange, window and cache policy.
+"""The ring engine: one forward loop and one backward loop for every mask, exchange, window and cache policy.
 
-A schedule brings the keys and values of one rank after another; the plan says which blocks they make with this rank's
+A schedule brings the keys and values of one rank after another; the plan says which blocks to compute with this rank's
 queries; the kernel computes each block; results are merged and gradients summed in the accumulation dtype. A ring of
 one rank is the plain local attention that Ulysses needs.
 
@@ -42,13 +42,13 @@ class RingProblem:
 
     Args:
         layout: which global positions each ring rank holds.
-        masks: what queries may see, one for all rows of the batch, or one for each.
-        dense_mask: None or bool (1 or batch, S, S), True = masked out, on top of them.
+        masks: what queries may see, one mask for all rows of the batch or one per row.
+        dense_mask: None or bool (1 or batch, S, S), True = masked out, applied on top of them.
         exchange: how keys and values travel.
         keep: which received keys and values forward keeps; backward communicates the others again.
-        overlap: transfers are posted before the block that hides them.
-        order: of the memory of what the kernel gets, as it asks.
-        in_flight: steps that may be under way at once, where nothing is forwarded.
+        overlap: whether transfers are posted before the block that hides them.
+        order: the kernel's memory order.
+        in_flight: steps that may be in flight at once, if nothing is forwarded.
     """
 
     groups: ContextParallelGroups
@@ -69,11 +69,11 @@ class RingProblem:
 
     def __post_init__(self) -> None:
         dense, groups = self.dense_mask is not None, self.groups
-        # Neither knows the problem: it would not be freed before the garbage collector runs, nor the groups with it.
+        # Neither may refer to the problem: a reference cycle would keep it and its groups until garbage collection.
         exact = self.exchange in ("direct", "mesh") and not dense
         plan = ring_plan(self.layout, self.masks, self.kernel.native_bands, dense, exact)
         mesh = mesh_plan(plan, self.rank) if self.exchange == "mesh" and len(plan.lengths) > 1 else None
-        ring, outer = cast(Link, groups.ring), cast(Link, groups.outer)  # used where there is something to exchange
+        ring, outer = cast(Link, groups.ring), cast(Link, groups.outer)  # used only if there is something to exchange
         channel = RingChannel(
             RingPlace(self.rank, *groups.hierarchy[1:]),
             ring,
@@ -94,13 +94,13 @@ class RingProblem:
 
     @property
     def steps(self) -> list[Step]:
-        """What is computed with, in order; the rank's own shard first."""
+        """The steps in order, starting with the rank's own shard."""
         if self.mesh is None:
             return list(self.channel.place.steps())
         return [Step(0, 0, self.rank), *(Step(0, place + 1, None) for place in range(len(self.mesh.steps)))]
 
     def tasks(self, query: torch.Tensor, step: Step) -> tuple[Task, ...]:
-        """This rank's blocks at a step; none when uneven heads leave it without a head (kernels want at least one)."""
+        """This rank's blocks at a step; none if uneven heads leave it without a head, which kernels do not support."""
         if not query.numel():
             return ()
         if step.source is not None:
@@ -109,7 +109,7 @@ class RingProblem:
         return self.mesh.tasks(step.place - 1)
 
     def mask_against(self, step: Step) -> torch.Tensor | None:
-        """The dense mask of this rank's queries against a step's keys, intervals included; None without one."""
+        """The dense mask of this rank's queries against a step's keys, including ``masks``; None if there is none."""
         if self.dense_mask is None:
             return None
         device, query_runs = self.dense_mask.device, self.layout.ring_runs(self.rank)
@@ -121,7 +121,7 @@ class RingProblem:
     def arrived(
         self, rows: Tensors, tasks: tuple[Task, ...], expansion: Expansion | None, sums: Sums = ()
     ) -> Arrived | Expanding:
-        """What a step brought, as its blocks read it."""
+        """The keys and values of a step, as its blocks read them."""
         first, second = rows
         if expansion is None:
             return Arrived((first, second), tasks)
@@ -130,12 +130,12 @@ class RingProblem:
     def gradient_return(
         self, own: tuple[torch.Tensor, ...], like: tuple[torch.Tensor, ...]
     ) -> GradientReturn | MeshReturn:
-        """What brings partial gradients home, as the exchange does; see comm/gradient_return.py."""
+        """The return of partial gradients that fits the exchange; see comm/gradient_return.py."""
         return (GradientReturn if self.mesh is None else MeshReturn)(self.channel, own, like)
 
 
 def _hidden(query_runs: Runs, key_runs: Runs, mask: SliceMask, device: torch.device) -> torch.Tensor:
-    """Bool (queries, keys): hidden by the mask. Only beside a dense mask, which is that large already."""
+    """Bool (queries, keys): hidden by the mask. Used only together with a dense mask, which has that size anyway."""
     columns = torch.arange(length(key_runs), device=device)
     hidden = torch.ones(length(query_runs), len(columns), dtype=torch.bool, device=device)
     for bounds in bounds_of_rows(query_runs, key_runs, mask):
@@ -146,9 +146,7 @@ def _hidden(query_runs: Runs, key_runs: Runs, mask: SliceMask, device: torch.dev
 
 @dataclass(frozen=True)
 class RingSaved:
-    """What forward hands to backward besides query, out and lse: tensors to save, and what the kernel saved of each
-    block.
-    """
+    """What forward saves for backward besides query, out and lse: tensors, and what the kernel saved for each block."""
 
     tensors: tuple[torch.Tensor, ...]
     blocks: tuple[Any, ...]
@@ -157,8 +155,8 @@ class RingSaved:
 def own_rows(
     problem: RingProblem, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """This rank's query as its blocks share it, key and value as they travel: in one message, unless just one of them
-    is kept.
+    """This rank's query in the kernel's memory order, and key and value as they travel: packed into one message, unless
+    exactly one of them is kept.
     """
     if problem.layout.ring_size == 1:
         return query, key, value
@@ -172,14 +170,14 @@ def own_rows(
 def ring_forward(
     problem: RingProblem, query: torch.Tensor, own: tuple[torch.Tensor, ...], expansion: Expansion | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, RingSaved]:
-    """Attention of this rank's queries over all keys, of which ``own_rows`` gives it ``own``.
+    """Attention of this rank's queries over all keys; ``own`` comes from ``own_rows``.
 
     Args:
-        expansion: of the heads that are here, where something else than keys and values travels.
+        expansion: for this rank's heads, if other tensors than keys and values travel.
 
     Returns:
-        (out, lse, saved): out in the kernel's dtype when one block made it, else in the accumulation dtype, and then in
-        reused memory unless that is the query's dtype. saved begins with ``own``.
+        (out, lse, saved): out is in the kernel's dtype if a single block computed it; else in the accumulation dtype,
+        and then in reused memory unless that is the query's dtype. saved begins with ``own``.
     """
     note_area(lambda: problem.plan.area(problem.rank, query.shape[1]) * query.shape[2])
     dv = own[1].shape[-1] if expansion is None else expansion.dv
@@ -203,7 +201,7 @@ def ring_forward(
 
 
 def _forward_stream(problem: RingProblem, own: tuple[torch.Tensor, ...], kept: list[torch.Tensor]) -> Stream:
-    """Stream (key, value) by the problem's exchange; what backward needs besides ``own`` joins ``kept``."""
+    """Stream (key, value) with the problem's exchange; adds what backward needs besides ``own`` to ``kept``."""
     if problem.layout.ring_size == 1:
         yield own
         return
@@ -220,7 +218,7 @@ def _forward_stream(problem: RingProblem, own: tuple[torch.Tensor, ...], kept: l
 
 
 def _collect(stream: Stream, kept: list[torch.Tensor]) -> Stream:
-    """Pass a stream on and keep everything received (not the own shard, which is kept already)."""
+    """Pass a stream on and keep everything received (except the own shard, which is already kept)."""
     for step, rows in enumerate(stream):
         if step:
             kept += rows
@@ -228,7 +226,7 @@ def _collect(stream: Stream, kept: list[torch.Tensor]) -> Stream:
 
 
 def _backward_stream(problem: RingProblem, saved: tuple[torch.Tensor, ...]) -> Stream:
-    """The forward's stream again: from what was kept, and fetching again what was not."""
+    """The forward pass's stream again, from kept tensors and by fetching the others again."""
     own, received = saved[: len(NAMES)], saved[len(NAMES) :]
     if problem.layout.ring_size == 1:
         yield own
@@ -250,8 +248,8 @@ def _backward_stream(problem: RingProblem, saved: tuple[torch.Tensor, ...]) -> S
 
 
 class _SharedRows:
-    """The whole attention cut to the query rows of blocks; one object for the blocks of one backward pass that share
-    their rows, of the last two kinds: a zigzag rank has all of its rows, and its later chunk.
+    """The whole attention's AttentionRows sliced to blocks' query rows. The last two slices are cached, since blocks
+    share them: a zigzag rank uses all of its rows, and its later chunk.
     """
 
     def __init__(self, whole: AttentionRows) -> None:
@@ -280,16 +278,16 @@ def ring_backward(
     expansion: Expansion | None = None,
     sums: Sums = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients (dq, dk, dv) in the accumulation dtype, or in the kernel's where one block makes them; with an
-    expansion (dq, and those of the two tensors that travel).
+    """Gradients (dq, dk, dv) in the accumulation dtype, or in the kernel's dtype if a single block computes them; with
+    an expansion (dq, gradients of the two tensors that travel).
 
     Args:
-        out, lse: of the whole attention; lse is +inf where a row sees no key.
+        out, lse: those of the whole attention; lse is +inf if a row sees no key.
         saved: RingSaved of the forward pass.
-        expansion: that of the forward pass. sums: of its parameters' gradients, which grow.
+        expansion: that of the forward pass. sums: sums of its parameters' gradients, changed in place.
 
-    The schedule runs again from the shard that the rank still holds, its own. Own partials are summed in place; those
-    for other ranks leave in the input's dtype, straight to the rank that sums them.
+    The schedule starts again with the rank's own shard. The rank's own partial gradients are summed in place; those for
+    other ranks are sent in the input's dtype, directly to the rank that sums them.
     """
     first = problem.steps[0]
     alone = problem.layout.ring_size == 1 and expansion is None

@@ -1,4 +1,4 @@
-"""Which blocks every ring rank computes against every shard, and which rows of the shard it needs for that."""
+"""Which blocks each ring rank computes against each shard, and which rows of the shard it needs for them."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,13 +15,13 @@ from mindspeed_cp.sequence.slice_mask import SliceMask
 from mindspeed_cp.sequence.staircases import stretches
 
 ALL = slice(None)
-# Counts, 32 MiB; layouts that cut every document have many runs, and then most ranks are related.
+# Number of counts (32 MiB); layouts that cut every document have many runs, and then most ranks are related anyway.
 LARGEST_TABLE = 1 << 22
-TASK_INTS = 12  # what a task holds besides its offsets, counted as so many numbers
+TASK_INTS = 12  # size of a task without its offsets, in ints
 
 
 class Task(NamedTuple):
-    """A block, computed for the rows ``batch`` of the batch."""
+    """A block to be computed for the rows ``batch`` of the batch."""
 
     batch: slice
     block: Block
@@ -32,21 +32,21 @@ class Task(NamedTuple):
         return self.batch == ALL
 
     def covers(self, num_queries: int, num_keys: int) -> bool:
-        """Whether it is for so many queries and keys, and for the whole batch."""
+        """Whether it covers this number of queries and keys, and the whole batch."""
         rows = self.block.query_rows, self.block.key_rows
         return self.is_whole and rows == (slice(0, num_queries), slice(0, num_keys))
 
 
 @dataclass(frozen=True, eq=False)
 class RingPlan:
-    """The plan of every attention call of a batch; get it from ``ring_plan``. What has been asked is remembered.
+    """The plan for all attention calls of a batch; made by ``ring_plan``. Results are cached.
 
     Args:
         layout: which positions each ring rank holds.
-        masks: one for all rows of the batch, or one for each.
-        native_bands: the kernel computes bands itself.
-        dense: a dense mask comes on top; it makes one rectangle of all blocks.
-        exact: only needed rows travel; else whole shards, where any row is needed.
+        masks: one for all rows of the batch, or one per row.
+        native_bands: whether the kernel computes bands itself.
+        dense: whether there is also a dense mask; all blocks are then one rectangle.
+        exact: whether only needed rows travel; else whole shards, if any row is needed.
     """
 
     layout: SequenceLayout
@@ -66,7 +66,7 @@ class RingPlan:
 
     @cached_property
     def batches(self) -> list[tuple[slice, SliceMask]]:
-        """Neighbouring rows of the batch with one mask, and that mask."""
+        """Consecutive rows of the batch with the same mask, and that mask."""
         if len(set(self.masks)) == 1:
             return [(ALL, self.masks[0])]
         batches, start = [], 0
@@ -83,7 +83,7 @@ class RingPlan:
         return self._tasks[reader, source]
 
     def area(self, reader: int, num_rows: int) -> int:
-        """(query, key) pairs that ``reader`` computes for one head of a batch of ``num_rows`` rows."""
+        """Number of (query, key) pairs that ``reader`` computes per head for a batch of ``num_rows`` rows."""
         if (reader, num_rows) not in self._areas:
             self._areas[reader, num_rows] = sum(
                 task.block.area * len(range(num_rows)[task.batch])
@@ -94,8 +94,8 @@ class RingPlan:
 
     @cached_property
     def _related(self) -> np.ndarray:
-        """Bool (ranks, ranks): whether queries of one rank are in a slice with keys of another. With thousands of
-        documents most are not, and need no plan.
+        """Bool (ranks, ranks): whether queries of one rank are in a slice with keys of the other. With thousands of
+        documents most pairs are not, and need no plan.
         """
         runs = [self.layout.ring_runs(rank) for rank in range(self.layout.ring_size)]
         related = np.zeros((len(runs), len(runs)), dtype=bool)
@@ -119,7 +119,7 @@ class RingPlan:
         return tasks
 
     def rows_needed(self, reader: int, source: int) -> Runs:
-        """Rows of ``source``'s shard to move to ``reader`` (and gradients back), for any row of the batch."""
+        """Rows of ``source``'s shard to send to ``reader`` (and gradients back), needed for any row of the batch."""
         if not self.exact:
             return ((0, self.lengths[source]),) if self.tasks(reader, source) else ()
         if not self._related[reader, source]:
@@ -132,7 +132,7 @@ class RingPlan:
 
     @property
     def num_bytes(self) -> int:
-        """About what it holds now: offsets of blocks, rows that travel, and what it was made for."""
+        """Approximate bytes that it holds now: offsets of blocks, rows that travel, and its arguments."""
         answers = len(self._tasks), len(self._needed)
         if answers not in self._weighed:
             self._weighed.clear()
@@ -150,12 +150,12 @@ class RingPlan:
 
     @cached_property
     def exchanges(self) -> bool:
-        """Whether any rank may need rows of another; all ranks know."""
+        """Whether any rank may need rows of another; the same on all ranks."""
         return bool((self._related & ~np.eye(len(self.lengths), dtype=bool)).any())
 
     @cached_property
     def direct_sends_less(self) -> bool:
-        """Whether some rank needs less than the whole shard of another: then sending what is needed saves bytes."""
+        """Whether some rank needs only part of another's shard, so that sending only needed rows saves bytes."""
         ranks = range(self.layout.ring_size)
         return any(
             length(self.rows_needed(reader, source)) < self.lengths[source]
@@ -177,15 +177,15 @@ def ring_plan(
     dense: bool = False,
     exact: bool = False,
 ) -> RingPlan:
-    """The RingPlan of these, made once for all layers and steps that see the same batch shape."""
+    """The cached RingPlan of these arguments, for all layers and steps with the same batch shape."""
     return RingPlan(layout, masks, native_bands, dense, exact)
 
 
 def sharing_slices(runs: list[Runs], mask: SliceMask) -> np.ndarray:
-    """Bool (ranks, ranks): whether a rank holds queries of a slice of which another, or itself, holds keys.
+    """Bool (ranks, ranks): whether the first rank holds queries of a slice of which the second holds keys.
 
     Args:
-        runs: those of every rank; together they are the whole sequence.
+        runs: runs of every rank; together they are the whole sequence.
     """
     parts = sorted((start, stop, rank) for rank, own in enumerate(runs) for start, stop in own if start < stop)
     start, stop, owner = np.array(parts, dtype=np.int64).reshape(-1, 3).T
@@ -197,7 +197,7 @@ def sharing_slices(runs: list[Runs], mask: SliceMask) -> np.ndarray:
     within = last == first + 1
     met[reader[within], owner[first[within]]] = True
     reader, first, last = reader[~within], first[~within], last[~within]
-    # How many parts each rank has before every part; a rank is met where that grows over the keys of a stretch.
+    # Number of parts that each rank has before every part; it grows over a stretch's keys if the rank holds any.
     before = np.zeros((len(parts) + 1, len(runs)), dtype=np.int32)
     np.cumsum(owner[:, None] == np.arange(len(runs)), axis=0, out=before[1:])
     step = max(LARGEST_TABLE // len(runs), 1)

@@ -1,4 +1,4 @@
-"""Ulysses: the exchanges around the local attention, for all heads at once or for one group of them."""
+"""Ulysses: the exchanges around the local attention, for all heads at once or for one group of heads."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from mindspeed_cp.attention.kv_cache import Name
 from mindspeed_cp.comm.messages import Pending, packed
 from mindspeed_cp.comm.sequence_exchange import AllHeads, Part, SequenceExchange
 
-# kind of tensor -> (what its bytes count as, field with its number of heads, field with its head size, which shares)
+# kind of tensor -> (purpose of its bytes, field with its number of heads, field with its head dimension, which shares)
 _PARTS = {
     "query": ("q", "heads", "dk", "queries"),
     "key": ("kv", "kv_heads", "key_dim", "arriving"),
@@ -28,12 +28,12 @@ class UlyssesProblem:
 
     Args:
         exchange: SequenceExchange of the group.
-        heads, dk, dv: of the unsplit query and output.
-        kv_heads, key_dim, value_dim: of what travels as key and value; one head of either with an expansion.
+        heads, dk, dv: sizes of the unsplit query and output.
+        kv_heads, key_dim, value_dim: sizes of what travels as key and value; with an expansion, one head each.
         refetch: which of key and value are saved before communication and communicated again in backward.
-        allgather_kv: gather the one KV head instead of sending copies of it.
-        num_groups: rounds in which the heads are exchanged.
-        round: which of them this is about.
+        allgather_kv: whether the only KV head is gathered instead of sending copies of it.
+        num_groups: number of rounds in which the heads are exchanged.
+        round: number of this round.
     """
 
     exchange: SequenceExchange
@@ -50,7 +50,7 @@ class UlyssesProblem:
 
     @property
     def rounds(self) -> "list[UlyssesProblem]":
-        """The same exchanges, each for one group of heads."""
+        """The problems of all rounds, each for one group of heads."""
         return [replace(self, round=number) for number in range(self.num_groups)]
 
     @property
@@ -58,7 +58,7 @@ class UlyssesProblem:
         return head_groups(self.heads, self.kv_heads, self.exchange.size, self.num_groups)[self.round]
 
     def part(self, kind: str) -> Part:
-        """How the tensor of this kind is split; see _PARTS."""
+        """How a tensor of this kind is split; see _PARTS."""
         purpose, heads, dim, shares = _PARTS[kind]
         return Part(purpose, getattr(self, heads), getattr(self, dim), getattr(self.group, shares))
 
@@ -68,27 +68,27 @@ class UlyssesProblem:
 
     @property
     def keys_stay(self) -> bool:
-        """Whether this rank goes on with the keys and values of the round before."""
+        """Whether this rank continues with the keys and values of the previous round."""
         rank = self.exchange.rank
         return self.part("query").count(rank) > 0 and self.part("key").count(rank) == 0
 
     @property
     def keys_are_done(self) -> bool:
-        """Whether the gradients of this rank's keys and values leave with this round."""
+        """Whether the gradients of this rank's keys and values are sent in this round."""
         rank = self.exchange.rank
         return self.part("query").count(rank) == 0 or self.part("grad_key").count(rank) > 0
 
     def head_slice(self) -> slice:
-        """The query heads of this rank, a slice."""
+        """The query heads of this rank, as a slice."""
         return self.group.queries[self.exchange.rank]
 
     def scatter(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> Pending[tuple[torch.Tensor | None, ...]]:
-        """(seq_local, batch, heads, dim) -> (seq, batch, heads_local, dim), each of query, key and value; None of what
-        nobody gets in this round.
+        """(seq_local, batch, heads, dim) -> (seq, batch, heads_local, dim) for query, key and value; None for those
+        that no rank gets in this round.
 
-        One message, unless something is not kept: that must lie in a buffer of its own, which can be freed.
+        They are one message, except tensors that are not kept, which need separate buffers that can be freed.
         """
         tensors = {"query": query, "key": key, "value": value}
         sent = {kind: tensor for kind, tensor in tensors.items() if self._travels(kind)}
@@ -109,7 +109,7 @@ class UlyssesProblem:
     def _start(self, tensors: dict[str, torch.Tensor], name: str | None = None) -> Pending[dict[str, torch.Tensor]]:
         """Start exchanging a dict kind -> tensor in one message; returns Pending of the dict.
 
-        An all-gather takes the key and value where that is asked for.
+        With ``allgather_kv``, key and value are gathered instead.
         """
         received: dict[str, torch.Tensor] = {}
         keys = [kind for kind in tensors if kind in ("key", "value")]
@@ -127,10 +127,10 @@ class UlyssesProblem:
         return pending.then(lambda arrived: {**received, **dict(zip(sent, arrived))})
 
     def all_heads(self, kind: str, like: torch.Tensor, dtype: torch.dtype) -> AllHeads:
-        """Where the tensor of this kind, out or a gradient, of all rounds is gathered.
+        """The object that gathers a tensor of this kind, out or a gradient, over all rounds.
 
         Args:
-            like: any tensor of the batch and device. dtype: of what travels and of the result.
+            like: any tensor with the batch size and device. dtype: dtype of the messages and of the result.
         """
         purpose, heads, dim, shares = _PARTS[kind]
         queries, keys = head_shares(self.heads, self.kv_heads, self.exchange.size)
@@ -140,18 +140,18 @@ class UlyssesProblem:
     def scatter_for_backward(
         self, grad_out: torch.Tensor, again: dict[str, torch.Tensor]
     ) -> Pending[dict[str, torch.Tensor]]:
-        """The gradient of the output, and the keys and values that were saved before communication, in one message.
+        """Scatter the output's gradient, and keys and values that were saved before communication, in one message.
 
         Args:
             grad_out: (seq_local, batch, heads, dv).
             again: dict of "key", "value" to the local tensors that must be communicated again.
 
         Returns:
-            Pending of a dict of "grad_out" and the same names, those of this round, each for the whole sequence and
-            this rank's heads; the gradient in memory that the round after next uses again.
+            Pending of a dict with "grad_out" and the same names, as far as they belong to this round, each for the
+            whole sequence and this rank's heads; the gradient's memory is reused by the round after next.
         """
         tensors = {"grad_out": grad_out, **{name: tensor for name, tensor in again.items() if self._travels(name)}}
-        # Keys and values may stay for many rounds, and then in memory of their own.
+        # Keys and values may stay for many rounds and then need separate memory.
         stays = len(tensors) > 1 and self.num_groups > 1
         return self._start(tensors, name=None if stays else f"a2a.backward{self.round % 2}")
 
@@ -159,7 +159,7 @@ class UlyssesProblem:
         """Start sending tensors of the whole sequence and this rank's heads to the ranks that have their tokens.
 
         Args:
-            into: kind -> where it is gathered; what nobody sends in this round stays out. tensors: kind -> tensor.
+            into: kind -> AllHeads; kinds that no rank sends in this round are skipped. tensors: kind -> tensor.
         """
         kinds = [kind for kind in into if self._travels(kind)]
         parts = [self.part(kind) for kind in kinds]

@@ -1,21 +1,20 @@
 """Ulysses around any local attention module, aligned and unaligned: ``UlyssesContextAttention`` and its calculators.
 
-The exchange is written for sequence-first tensors; other orders are permuted views of them::
+The exchange works on sequence-first tensors; other orders are permuted views of them::
 
     outside  (.., gather_idx = seq_local, .., scatter_idx = heads, ..)     exchange  (seq, batch, heads, dim)
 
-A tensor whose last dimension is scattered has heads and head_dim merged; it is cut into equal parts.
+A tensor whose last dimension is scattered has heads and head_dim merged; it is split into equal parts.
 """
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.attention.exchanged import Exchanged, exchanging
 from mindspeed_cp.attention.gather_size import (
@@ -27,12 +26,13 @@ from mindspeed_cp.attention.gather_size import (
     check_single,
 )
 from mindspeed_cp.attention.head_groups import head_shares
+from mindspeed_cp.comm.head_exchange import HeadExchange
 from mindspeed_cp.comm.link import Link, link_of, ranks_of
 from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
 from mindspeed_cp.kernels.base import MemoryOrder
 from mindspeed_cp.sequence.runs import Runs, end_to_end, split_sizes
 
-Shares = tuple[slice | list[int], ...]  # of heads, per rank
+Shares = tuple[slice | list[int], ...]  # heads per rank
 
 __all__ = [
     "DefaultGatherSizeCalculator",
@@ -43,15 +43,15 @@ __all__ = [
 
 
 class UlyssesContextAttention(torch.nn.Module):
-    """Attention over a sequence split over a group, by a local attention that sees all of it for some heads.
+    """Attention over a sequence split over a group, by a local attention over the whole sequence for some heads.
 
     Args:
         local_attention: called as local_attention(query, key, value, *args, **kwargs) with this rank's heads of the
-            whole sequence; returns them as (seq, batch, heads, dim), or merged as (seq, batch, heads * dim). One whose
-            ``forward`` says that it ``exchanges_context_parallel``, as Megatron's core attention does under the
-            adaptor, gets this rank's tokens as they are. Inside a wrapper it gets the whole sequence, and learns that
+            whole sequence; returns (seq, batch, heads, dim), or merged (seq, batch, heads * dim). If its ``forward``
+            has the attribute ``exchanges_context_parallel``, as Megatron's core attention has with the adaptor, it gets
+            this rank's tokens unchanged. Inside a wrapper it gets the whole sequence and detects this
             (``exchanged.exchange_around``), so that nothing is exchanged twice.
-        sequence_process_group: the ranks that share the sequence; None is the default group.
+        sequence_process_group: the ranks that share the sequence; None for the default group.
         scatter_idx, gather_idx: dimension of the heads, and of the sequence.
         gather_size_calculator: a GatherSizeCalculator, or its name: "default", "dynamic", "package.module:Class".
     """
@@ -70,7 +70,7 @@ class UlyssesContextAttention(torch.nn.Module):
         if isinstance(gather_size_calculator, str):
             gather_size_calculator = calculator_named(gather_size_calculator)
         self.gather_size_calculator: GatherSizeCalculator = gather_size_calculator
-        self._checked: set[tuple[int, int]] = set()  # (length, gather size) that all ranks were seen to agree on
+        self._checked: set[tuple[int, int]] = set()  # (length, gather size) on which all ranks have agreed
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
@@ -81,15 +81,15 @@ class UlyssesContextAttention(torch.nn.Module):
             query, key, value: with the default indices (seq_local, batch, heads or kv_heads, dim); heads may be uneven,
                 and heads % kv_heads == 0. Three dimensions are (seq_local, heads, dim) with scatter_idx 1, or
                 (seq_local, batch, heads * dim) with scatter_idx 2.
-            args, kwargs: go to the calculator and to the local attention; keyword arguments that the local attention
-                does not take stay with a calculator of your own.
+            args, kwargs: passed to the calculator and to the local attention; keyword arguments that the local
+                attention does not accept are passed only to a custom calculator.
 
         Returns:
-            The local attention's output for this rank's tokens and all heads, with as many dimensions as it had.
+            The local attention's output for this rank's tokens and all heads, with the same number of dimensions.
 
         Raises:
-            ValueError: lengths or heads cannot be split like this. With gloo every rank raises it; NCCL and HCCL
-                check a length when it is new, so one that a single rank changes back ends in their timeout.
+            ValueError: lengths or heads cannot be split like this. With gloo every rank raises it. With NCCL and HCCL
+                a length is checked only the first time, so if a single rank returns to an old one, they time out.
         """
         gather_size = self.gather_size_calculator.calculate(*args, **kwargs)
         kwargs = self._local_kwargs(kwargs)
@@ -102,20 +102,21 @@ class UlyssesContextAttention(torch.nn.Module):
         exchange = self._exchange(query, gather_size, "sequence" if axes.sequence_first else None)
         parts, out_shares = _parts(axes, query, key, value, exchange.size)
         tensors = (axes.to_exchange(tensor, exchange.size) for tensor in (query, key, value))
-        received = _GatherSequence.apply(exchange, parts, *tensors)
+        received = HeadExchange(exchange, parts, "d").to_sequence(*tensors)
         with exchanging(Exchanged(exchange.link.global_ranks, exchange.rank)):
-            # Contiguous, because many attention modules call view() on what they get.
+            # Contiguous, because many attention modules call view() on their inputs.
             out = self.local_attn(*(axes.from_exchange(tensor).contiguous() for tensor in received), *args, **kwargs)
         split, merged = axes.split_heads(out, query.dim(), parts[0].count(exchange.rank))
         out = axes.to_exchange(split, 1)
         part = Part("out", parts[0].num_heads, out.shape[-1], out_shares)
-        out = axes.from_exchange(_GatherHeads.apply(exchange, part, out))
+        out = axes.from_exchange(HeadExchange(exchange, [part], "d").to_heads(out)[0])
         return out.flatten(-2) if merged else out
 
     def _local_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Without what the local attention does not take.
+        """The keyword arguments that the local attention accepts.
 
-        The default calculator reads nothing: there an unknown name is a mistake, and the local attention's to refuse.
+        With the default calculator, which uses none, unknown names are not removed, so that the local attention rejects
+        them.
         """
         if isinstance(self.gather_size_calculator, DefaultGatherSizeCalculator):
             return kwargs
@@ -131,10 +132,10 @@ class UlyssesContextAttention(torch.nn.Module):
     def _exchange(self, query: torch.Tensor, gather_size: int | None, unpack: MemoryOrder | None) -> SequenceExchange:
         """The SequenceExchange of one call.
 
-        What the ranks hold follows from what this rank holds, and the ranks must agree: a wrong length is an error on
-        all of them, not a hang. They tell each other with their messages where those can be announced, and at no cost.
-        Where they cannot, on devices, they ask once for each length. The lengths that a calculator leaves to be summed
-        are asked for every time: another rank's may change while this rank's does not.
+        The ranks' lengths are derived from this rank's, and all ranks must agree: a wrong length is an error on all of
+        them, not a hang. If messages can carry a stamp, lengths are compared with the messages, at no cost. Otherwise,
+        on devices, they are gathered once per length; lengths that a calculator wants to be summed are gathered every
+        time, because another rank's length may change while this rank's does not.
         """
         link, length = link_of(self.spg), query.size(self.gather_idx)
         stamp = (length, -1 if gather_size is None else int(gather_size))
@@ -168,10 +169,10 @@ def _stamps_of_all(link: Link, stamp: tuple[int, int], device: torch.device) -> 
 
 @dataclass(frozen=True)
 class _Axes:
-    """Where heads, sequence, batch and head_dim are in the caller's tensors.
+    """The positions of heads, sequence, batch and head_dim in the caller's tensors.
 
     Args:
-        order: the caller's dimensions in the order (seq, batch, heads, dim); None where the caller has none.
+        order: the caller's dimensions in the order (seq, batch, heads, dim); None for missing ones.
         scatter: the caller's dimension of heads.
     """
 
@@ -196,7 +197,7 @@ class _Axes:
 
     @property
     def sequence_first(self) -> bool:
-        """Whether the caller's order in memory is the exchange's."""
+        """Whether the caller's memory order is that of the exchange."""
         order = [dim for dim in self.order if dim is not None]
         return order == sorted(order)
 
@@ -205,7 +206,7 @@ class _Axes:
         return self.order[3] is None
 
     def to_exchange(self, tensor: torch.Tensor, pieces: int) -> torch.Tensor:
-        """A view (seq, batch, heads, dim) of the caller's tensor; a merged dimension is cut into ``pieces`` heads."""
+        """A view (seq, batch, heads, dim) of the caller's tensor; a merged dimension is split into ``pieces`` heads."""
         view = tensor.permute([dim for dim in self.order if dim is not None])
         if self.merged:
             cut: torch.Tensor = view.unflatten(2, (pieces, -1))
@@ -219,7 +220,7 @@ class _Axes:
         return tensor.permute([order.index(dim) for dim in range(len(order))])
 
     def split_heads(self, out: torch.Tensor, num_dims: int, num_heads: int) -> tuple[torch.Tensor, bool]:
-        """(out with heads and head_dim apart as in the query, whether the local attention had merged them)."""
+        """(out with separate heads and head_dim as in the query, whether the local attention had merged them)."""
         if out.dim() == num_dims:
             return out, False
         if out.dim() != num_dims - 1 or self.scatter != num_dims - 2:
@@ -278,33 +279,3 @@ def _parts(
         Part(purpose, count, axes.to_exchange(tensor, world_size).shape[-1], shares)
         for purpose, count, tensor, shares in rows
     ), queries
-
-
-class _GatherSequence(torch.autograd.Function):
-    """Query, key and value: (seq_local, batch, heads, dim) -> (seq, batch, heads_local, dim), in one message."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, exchange: SequenceExchange, parts: tuple[Part, ...], *tensors: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.exchange, ctx.parts = exchange, [replace(part, purpose=f"d{part.purpose}") for part in parts]
-        return tuple(exchange.scatter_heads_gather_sequence(parts, tensors).wait())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, None, *ctx.exchange.scatter_sequence_gather_heads(ctx.parts, grads, grads[0].dtype).wait()
-
-
-class _GatherHeads(torch.autograd.Function):
-    """The output: (seq, batch, heads_local, dim) -> (seq_local, batch, heads, dim)."""
-
-    @staticmethod
-    def forward(ctx: Any, exchange: SequenceExchange, part: Part, out: torch.Tensor) -> torch.Tensor:
-        ctx.exchange, ctx.part = exchange, replace(part, purpose=f"d{part.purpose}")
-        return exchange.scatter_sequence_gather_heads([part], [out], out.dtype).wait()[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, None, ctx.exchange.scatter_heads_gather_sequence([ctx.part], [grad_out]).wait()[0]

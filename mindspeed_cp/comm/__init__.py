@@ -1,4 +1,4 @@
-"""Communication of context parallelism: all-to-all, exchanges of keys and values, and the count of what was sent."""
+"""Communication of context parallelism: all-to-all, exchanges of keys and values, and the count of bytes sent."""
 
 from mindspeed_cp.comm.meter import Traffic, count_bytes
 

@@ -1,10 +1,10 @@
 """Messages between single ranks that are posted together, at most one for each peer and direction.
 
-HCCL's batch of sends and receives forbids two for the same rank, and is itself forbidden beside virtual pipeline
-stages: there a link posts its messages one by one, in the order of ``turn``. Where shared memory carries a message, or
-the ranks tell each other something with it, a notice goes ahead, through a pipe (``comm.notices``) or gloo ::
+HCCL's batch of sends and receives allows only one for the same rank, and cannot be used with virtual pipeline stages:
+there a link posts its messages one by one, in the order of ``turn``. If a message is in shared memory, or has a stamp,
+a notice is sent first, through a pipe (``comm.notices``) or gloo ::
 
-    place in the sender's memory, or BY_GLOO | bytes | number, the tag of what follows by gloo | stamp
+    address in the sender's memory, or BY_GLOO | bytes | number, the tag of the following gloo message | stamp
 """
 
 from collections.abc import Callable, Iterable
@@ -22,16 +22,16 @@ from mindspeed_cp.comm.posting import Loans, Member, Posted, Work
 
 Stamp = tuple[int, int]
 CPU = torch.device("cpu")
-BY_GLOO = -1  # the place of a message that follows its notice through gloo
+BY_GLOO = -1  # instead of an address: the message follows its notice through gloo
 
 
 @dataclass(frozen=True, eq=False)
 class Arrival:
-    """A message from a rank, which lands in flat memory, or is announced by a notice.
+    """A message expected from a rank: received into flat memory, or announced by a notice.
 
     Args:
-        notice: through a pipe, or what gloo receives it into.
-        landing: the memory; None with a notice.
+        notice: notice from a pipe, or the tensor into which gloo receives it.
+        landing: the flat memory; None with a notice.
     """
 
     rank: int
@@ -41,7 +41,7 @@ class Arrival:
 
     @property
     def told(self) -> Numbers | None:
-        """The notice's numbers, when it has arrived."""
+        """The notice's numbers, once it has arrived."""
         if self.notice is None:
             return None
         return self.notice.numbers if isinstance(self.notice, Notice) else tuple(self.notice.tolist())
@@ -61,16 +61,16 @@ class Batch:
         self._tag = tag
         self._link, self.purpose, self._stamp, self._check = link, purpose.partition(".")[0], stamp, check
         self._arrivals: list[Arrival] = []
-        # Receives first, because a notice may ask for one more before sends end.
+        # Receives come first, because a notice may require another receive before the sends end.
         self._receives: list[Posted] = []
         self._sends: list[Posted] = []
         self._told: list[tuple[int, Numbers]] = []  # (rank, its notice)
-        self._awaited: list[Work] = []  # receives, and notices that are heard
+        self._awaited: list[Work] = []  # notices expected through pipes
         self._works: list[Work] = []
         self._loans = Loans(link.workspace)
 
     def receive(self, rank: int, message: Message, announced: bool = False) -> None:
-        """Have the message from ``rank`` unpacked into its tensors."""
+        """Expect a message from ``rank``; ``finish`` unpacks it into its tensors."""
         if message.numel == 0 and self._stamp is None:
             return
         pipes, peer = self._pipes_to(rank), self._link.global_ranks[rank]
@@ -89,7 +89,7 @@ class Batch:
         self._arrivals.append(Arrival(rank, message, notice, landing))
 
     def send(self, rank: int, message: Message, announced: bool = False, parcel: Parcel | None = None) -> None:
-        """Send a message, or the notice of the parcel that holds it."""
+        """Send a message, or the notice of the parcel that contains it."""
         if message.numel == 0 and self._stamp is None:
             return
         if not announced and not self._announces(rank, message):
@@ -110,7 +110,7 @@ class Batch:
 
     @staticmethod
     def post(*batches: "Batch") -> None:
-        """Post batches over one link together: what is received, then what is sent."""
+        """Post batches over one link together: all receives, then all sends."""
         ops = [op for batch in batches for op in batch._receives] + [op for batch in batches for op in batch._sends]
         first = batches[0]
         with named(f"post {first.purpose}"):
@@ -118,7 +118,7 @@ class Batch:
             for batch in batches:
                 batch._tell()
         if len(batches) == 1:
-            first._works = works  # one for each, or for the whole batch
+            first._works = works  # one for each message, or one for the whole batch
             return
         each, num_receives = iter(works), sum(len(batch._receives) for batch in batches)
         assert len(works) == len(ops), "gloo has one for each"
@@ -135,7 +135,7 @@ class Batch:
                 pipes.tell(self._link.global_ranks[rank], self._link.stream(self._tag), notice)
 
     def finish(self) -> None:
-        """Wait for all that was posted, and unpack it."""
+        """Wait for all posted messages and unpack the received ones."""
         received = len(self._receives)
         self._await(self._works[:received])
         self._await(self._awaited)
@@ -151,7 +151,7 @@ class Batch:
         self._loans.give_back()
 
     def _release(self, notices: list[Numbers | None]) -> None:
-        """Tell peers that what they have in shared memory for this rank has been read."""
+        """Tell peers that this rank has read its messages in their shared memory."""
         for arrival, notice in zip(self._arrivals, notices):
             if notice is not None and notice[0] != BY_GLOO and self._link.carrier is not None:
                 self._link.carrier.release(self._link.global_ranks[arrival.rank], notice[0])
@@ -195,6 +195,6 @@ class Batch:
         )
 
     def _pipes_to(self, rank: int) -> Notices | None:
-        """What carries notices to and from a rank; None where gloo does."""
+        """The pipes for notices to and from a rank; None if gloo sends them."""
         carrier = self._link.carrier
         return carrier.notices if carrier is not None and self._link.global_ranks[rank] in carrier.peers else None

@@ -1,4 +1,4 @@
-"""What every exchange of keys and values needs to know of the ring, and how far it may run ahead of the computation."""
+"""What every exchange of keys and values needs to know about the ring, and the loop that overlaps computation."""
 
 import math
 from collections import deque
@@ -15,18 +15,18 @@ from mindspeed_cp.kernels.base import MemoryOrder
 Rows = tuple[tuple[int, int], ...]
 Tensors = tuple[torch.Tensor, ...]
 Stream = Iterator[Tensors]
-UnderWay = tuple[Pending[None], Tensors]  # a step's transfer, and what it brings
+UnderWay = tuple[Pending[None], Tensors]  # a step's transfer, and the tensors into which it receives
 
 
 @dataclass(frozen=True)
 class MeshStep:
-    """One step of the mesh exchange, seen from one rank: a slice of every shard, as far as its reader needs it.
+    """One step of the mesh exchange, seen from one rank: a slice of every shard, limited to the rows that are needed.
 
     Args:
-        leaving: per ring rank, the rows of this rank's shard that go there.
-        arriving: per ring rank, where the rows that come from it lie among those of the step, in their order.
-        keys: global positions of what arrives, ascending; the rows of the step count along them.
-        num_rows: that arrive.
+        leaving: per ring rank, the rows of this rank's shard that are sent to it.
+        arriving: per ring rank, the rows of the step that come from it, in the order in which they arrive.
+        keys: ascending global positions of the arriving rows; rows of the step are indices into them.
+        num_rows: number of arriving rows.
     """
 
     leaving: tuple[Rows, ...]
@@ -37,17 +37,17 @@ class MeshStep:
 
 @dataclass(frozen=True)
 class RingChannel:
-    """The ring as an exchange sees it.
+    """The ring, as seen by an exchange.
 
     Args:
         place: this rank's place in it.
-        link: over the ring; unused where it has one rank.
-        outer: a link for transfers between windows; unused without.
+        link: over the ring; unused if it has one rank.
+        outer: a link for transfers between windows; unused without windows.
         lengths: rows of every ring rank's shard.
-        rows_needed: (query rank, source rank) -> ((start, stop), ...), the rows of the source's shard that are wanted.
-        overlap: post transfers before the block that hides them.
-        order: of the memory of keys and values on their way; their gradients return contiguous.
-        in_flight: steps that may be under way at once, where nothing is forwarded.
+        rows_needed: (query rank, source rank) -> ((start, stop), ...), the rows of the source's shard that are needed.
+        overlap: whether transfers are posted before the block that hides them.
+        order: memory order of keys and values during transfers; their gradients are contiguous.
+        in_flight: steps that may be in flight at once, if nothing is forwarded.
         mesh: the steps of the mesh exchange after the first, which is the rank's own shard.
     """
 
@@ -64,27 +64,27 @@ class RingChannel:
     def buffer(
         self, name: str, like: Tensors, num_rows: int, keep: bool = False, order: MemoryOrder | None = None
     ) -> Tensors:
-        """A buffer of so many rows: fresh when it is kept for the backward pass, else from the workspace."""
+        """A buffer of ``num_rows`` rows: new memory if it is kept for the backward pass, else from the workspace."""
         shapes = [(num_rows, *tensor.shape[1:]) for tensor in like]
         count, first = sum(map(math.prod, shapes)), like[0]
         flat = first.new_empty(count) if keep else self.link.workspace.get(name, (count,), first.dtype, first.device)
         return end_to_end(flat, shapes, order)
 
     def turn(self, step: int) -> int:
-        """Which of a stream's buffers serves a step: one is computed with while ``in_flight`` others are received."""
+        """Index of a step's buffer: one buffer is used for computation while ``in_flight`` others are received into."""
         return step % (self.in_flight + 1)
 
 
 def run_ahead(
     channel: RingChannel, num_steps: int, own: Tensors, fetch: Callable[[range, Tensors], list[UnderWay]]
 ) -> Stream:
-    """Yield ``own``, then what each further step brings.
+    """Yield ``own``, then the rows of each further step.
 
-    With ``overlap`` as many steps as may be are posted before the block that hides them; else after it. A step is
-    awaited when the block before it has been computed.
+    With ``overlap``, up to ``in_flight`` steps are posted before the block that hides them, else after it. A step is
+    awaited after the previous block has been computed.
 
     Args:
-        fetch: (steps, rows that are computed with now) -> the steps' transfers, posted.
+        fetch: (steps, rows used for computation now) -> the posted transfers of the steps.
     """
     under_way: deque[UnderWay] = deque()
 
@@ -105,11 +105,11 @@ def run_ahead(
 
 
 def parts(rows: Iterable[torch.Tensor], ranges: Rows, order: MemoryOrder | None = None) -> list[torch.Tensor]:
-    """Views of these (start, stop) of the rows; they travel in one message, each in this order of memory."""
+    """Views of these (start, stop) ranges of the rows, each in this memory order, for one message."""
     return [as_stored(tensor[start:stop], order) for tensor in rows for start, stop in ranges]
 
 
 def paired(*streams: Iterable[Tensors]) -> Stream:
-    """Streams that run in step as one, each step with the tensors of all."""
+    """Combine streams that run in step to one, each of whose steps has the tensors of all."""
     for steps in zip(*streams, strict=True):
         yield tuple(tensor for rows in steps for tensor in rows)

@@ -1,7 +1,7 @@
-"""How partial gradients of keys and values return to their owners, whatever brought the keys and values here.
+"""How partial gradients of keys and values return to their owners, for every exchange of keys and values.
 
 target(step)         the buffer for the partial of a step, and whether it is in the accumulation dtype
-take(step, partial)  the partial is computed: it is sent, or it was summed in place
+take(step, partial)  called when the partial is computed; sends it, unless it was summed in place
 finish()             the sum for the own rows
 """
 
@@ -21,17 +21,17 @@ class Partial(Protocol):
     """The gradients of one step's keys and values from this rank's blocks (``attention.merging.KVPartial``)."""
 
     def store(self) -> None:
-        """Write those of every row into the targets."""
+        """Write the gradients of all rows into the targets."""
 
     def rows(self, ranges: Rows) -> list[torch.Tensor]:
-        """These rows of the key's gradient and of the value's."""
+        """These rows of the gradients of key and value."""
 
     def whole(self) -> Sequence[torch.Tensor]:
-        """All rows of the key's gradient and of the value's."""
+        """All rows of the gradients of key and value."""
 
 
 class UnderWay:
-    """Transfers in the order in which they were posted, of which ``most`` may be under way."""
+    """Transfers in the order in which they were posted, at most ``most`` of which may be in flight."""
 
     def __init__(self, most: int) -> None:
         self._most, self._pending = most, deque[Pending[None]]()
@@ -45,19 +45,19 @@ class UnderWay:
         return len(self._pending)
 
     def drain(self, left: int = 0) -> None:
-        """Await the oldest until so many are left."""
+        """Await the oldest transfers until ``left`` are left."""
         while len(self._pending) > left:
             self._pending.popleft().wait()
 
 
 class GradientReturn:
-    """A partial goes straight to the rank of this window that held the shard first (inner step 0), which sums in the
-    accumulation dtype; the window's sum crosses windows once, to the owner. Each partial is so rounded once to the wire
-    dtype, and once more when it crosses windows. Without windows the first holder is the owner.
+    """A partial is sent directly to the rank of this window that held the shard first (inner step 0), which sums in the
+    accumulation dtype; the window's sum crosses windows once, to the owner. So each partial is rounded to the wire
+    dtype once, and a second time if it crosses windows. Without windows the first holder is the owner.
     """
 
     def __init__(self, channel: RingChannel, own: Tensors, like: Tensors) -> None:
-        """own: accumulators for this rank's rows, which step 0 fills; like: tensors with the wire dtype."""
+        """own: accumulators for this rank's rows, filled by step 0; like: tensors with the wire dtype."""
         self._channel, self._own, self._like = channel, own, like
         self._window_sum = own
         self._inner, self._outer = UnderWay(channel.in_flight), UnderWay(1)
@@ -68,7 +68,7 @@ class GradientReturn:
         channel, source = self._channel, step.source
         assert source is not None
         if step.place == 1:
-            self._inner.drain()  # the first block of this window has hidden what the window before left under way
+            self._inner.drain()  # the first block of this window has hidden the previous window's transfers
         if step.place > 0:
             return channel.buffer(f"dkv.wire{channel.turn(step.place)}", self._like, channel.lengths[source]), False
         if step.window > 0:
@@ -87,8 +87,8 @@ class GradientReturn:
             self._end(step.window)
 
     def _send(self, j: int, t: int, leaving: Sequence[torch.Tensor]) -> None:
-        """Send the partial of inner step t to the first holder of its shard, and take the peer's for the shard held
-        first here.
+        """Send the partial of inner step t to the first holder of its shard, and receive the peer's for the shard that
+        this rank held first.
         """
         channel, place = self._channel, self._channel.place
         leaving_to, dtype = [(place.peer(0, -t), leaving)], self._like[0].dtype
@@ -100,14 +100,14 @@ class GradientReturn:
         self._expect(j, t)
 
     def _arriving(self, j: int, t: int) -> Ends:
-        """What inner step t of window j brings: the rows of the shard held first here that a peer needed."""
+        """What inner step t of window j receives: the rows of the shard that this rank held first and a peer needed."""
         place = self._channel.place
         peer, held = place.peer(0, t), place.peer(-j, 0)
         return [(peer, parts(self._window_sum, self._channel.rows_needed(peer, held)))]
 
     def _expect(self, j: int, t: int) -> None:
-        """Where several steps may be under way, receive what follows step t before it is sent for: as many as may be
-        under way, and one."""
+        """If several steps may be in flight, post the receives of the steps after t early, for one step more than may
+        be in flight."""
         channel = self._channel
         if channel.in_flight == 1:
             return
@@ -119,10 +119,10 @@ class GradientReturn:
             self._expected.append(expected)
 
     def _end(self, j: int) -> None:
-        """Close window j: its sum goes to the owner, while the next window is computed."""
+        """End window j: its sum is sent to the owner while the next window is computed."""
         channel, place = self._channel, self._channel.place
         if j == 0:
-            return  # its sum is that of the own rows, and nobody waits for it
+            return  # its sum is for this rank's own rows, so nothing is sent
         self._inner.drain()
         self._outer.drain()
         source, peer = place.peer(-j, 0), place.peer(j, 0)

@@ -1,20 +1,19 @@
-"""CPU tensors from rank to rank of one host through shared memory, with a notice for each message (``comm.notices``).
+"""Send CPU tensors between ranks of one host through shared memory, with a notice per message (``comm.notices``).
 
 gloo sends a message through the host's network stack, which copies it twice and wakes threads for every part. Here the
-sender writes it into memory that its peers see and tells them where; the receiver reads it where it is and marks it as
-read. A dead peer is noticed by its pipe.
+sender writes it into memory that its peers have mapped and sends them its address; the receiver reads it in place and
+marks it as read. A closed pipe shows that a peer has died.
 
-    a rank's memory = messages, each at the lowest free place: one mark for every member | data
+    a rank's memory = messages, each at the lowest free address: one mark for every member | data
 
-Every rank has one piece of memory: an anonymous file of SPAN bytes, of which only what was once used is backed by
-pages. Peers map all of it when the groups are made and keep it mapped. So nothing is opened later, and nothing can
-fail later: a message whose notice has left arrives, whatever its sender does next (end by os._exit included), and
-nothing is left behind when the last process ends. Where there is no room, the notice says that gloo carries the
-message.
+Every rank has one memory area: an anonymous file of SPAN bytes, of which only used parts have pages. Peers map all of
+it when the groups are made and keep it mapped. So nothing is opened later, and nothing can fail later: a message whose
+notice was sent arrives, whatever its sender does next (os._exit included), and nothing remains when the last process
+ends. If there is no free memory, the notice says that gloo sends the message.
 
-Ranks on other hosts, or in containers that do not see each other, are not reached; gloo carries their messages. Linux
-only. Tried on x86-64; the marks rely on the processor finishing a read before a store that is thousands of instructions
-later, which holds on Arm too.
+Ranks on other hosts, or in containers that do not see each other, cannot be reached; gloo sends their messages. Linux
+only. Tested on x86-64; the marks rely on the processor finishing a read before a store that is thousands of
+instructions later, which also holds on Arm.
 """
 
 import mmap
@@ -31,7 +30,7 @@ from mindspeed_cp.comm.notices import Notices, seconds_of
 from mindspeed_cp.settings.notices import warn_rank0, warn_this_rank
 
 SPAN = 1 << 36  # bytes of address space for what one rank sends; 64 GiB, and a thousand ranks fit into one process
-SMALLEST_MESSAGE = 1 << 14  # bytes; below this the message itself is as cheap as its notice
+SMALLEST_MESSAGE = 1 << 14  # bytes; a smaller message is as cheap as its notice
 LINE = 64  # bytes of a cache line, to which messages are aligned
 
 
@@ -40,7 +39,7 @@ class Parcel:
     """A message in this rank's memory.
 
     Args:
-        start, stop: bytes of the memory that it takes, its marks included.
+        start, stop: byte range in the memory, marks included.
         marks: words that its readers set.
         data: uint8 (num_bytes,), to be written before the notice is sent.
     """
@@ -56,7 +55,7 @@ class _Memory:
 
     def __init__(self, file: int):
         mapped = mmap.mmap(file, SPAN)
-        mapped.madvise(mmap.MADV_DONTDUMP)  # a core file need not hold what the peers hold too
+        mapped.madvise(mmap.MADV_DONTDUMP)  # keep memory shared by all peers out of core dumps
         self.words = memoryview(mapped).cast("q")
         with torch.inference_mode(False):  # memory mapped during inference could not be written during training
             self.data = torch.frombuffer(mapped, dtype=torch.uint8)
@@ -66,10 +65,10 @@ class HostMemory:
     """Shared memory between this rank and the members of a group that run on the same host; make it with ``connect``.
 
     Attributes:
-        peers: global ranks that are reached.
+        peers: global ranks that share memory with this rank.
         smallest: messages of fewer bytes go through gloo.
         num_bytes: shared memory that this rank holds.
-        notices: what ranks tell each other of their messages.
+        notices: pipes for the notices about messages.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class HostMemory:
         """Find out which members of ``group`` share memory with this rank; collective over the group.
 
         Returns:
-            None where there is nobody, or the group's back end is not gloo.
+            None if there are none, or the group's back end is not gloo.
         """
         if dist.get_backend(group) != "gloo":
             return None
@@ -110,15 +109,15 @@ class HostMemory:
         return None
 
     def carries(self, peer: int, device: torch.device, num_bytes: int) -> bool:
-        """Whether such a message with ``peer`` goes through shared memory, if there is room; both ends answer alike."""
+        """Whether such a message to or from ``peer`` uses shared memory if there is room; the same on both ends."""
         return peer in self.peers and device.type == "cpu" and num_bytes >= max(self.smallest, 1)
 
     def place(self, readers: list[int], num_bytes: int) -> Parcel | None:
-        """Room for a message to the global ranks ``readers``, at the lowest place that is free; None where there is
+        """Reserve memory for a message to the global ranks ``readers`` at the lowest free address; None if there is
         none.
 
-        What has been read is free. A rank that never waits for a slow peer so needs more memory meanwhile, and all
-        others the same places, whose pages are there already, again and again.
+        Messages that were read are free. So a rank that does not wait for a slow peer needs more memory in the
+        meantime, and all other ranks reuse the same addresses, which already have pages.
         """
         size = self._marks + -(-num_bytes // LINE) * LINE
         self._unread = [parcel for parcel in self._unread if not all(map(self._own.words.__getitem__, parcel.marks))]
@@ -137,7 +136,7 @@ class HostMemory:
         return parcel
 
     def _backed(self, stop: int) -> bool:
-        """Make sure that memory up to ``stop`` has pages; without, a write into it would end the process."""
+        """Make sure that memory up to ``stop`` has pages; writing to memory without pages would kill the process."""
         if stop <= self.num_bytes:
             return True
         try:
@@ -151,14 +150,14 @@ class HostMemory:
         return True
 
     def write(self, readers: list[int], message: Message) -> Parcel | None:
-        """A Parcel for ``readers`` that holds a copy of the message, None where there is no room."""
+        """Return a Parcel for ``readers`` with a copy of the message, or None if there is no free memory."""
         parcel = self.place(readers, message.num_bytes)
         if parcel is not None:
             message.write(parcel.data.view(message.dtype))
         return parcel
 
     def read(self, peer: int, start: int, num_bytes: int) -> torch.Tensor:
-        """uint8, the message at ``start`` of the peer's memory, valid until ``release``."""
+        """Return the message at ``start`` of the peer's memory, uint8, valid until ``release``."""
         return self._memories[peer].data[start + self._marks : start + self._marks + num_bytes]
 
     def release(self, peer: int, start: int) -> None:
@@ -166,7 +165,7 @@ class HostMemory:
         self._memories[peer].words[start // 8 + self._slot[dist.get_rank()]] = 1
 
     def close(self) -> None:
-        """Give the memory back; what peers have mapped stays theirs until they close."""
+        """Unmap the memory; the mappings of peers stay valid until they close."""
         if self._memories:
             os.close(self._file)
             self.notices.close()
@@ -181,7 +180,7 @@ def _name(token: int) -> str:
 
 
 def _create_file(name: str) -> int:
-    """A file of SPAN bytes, or -1 where the system has no anonymous files or forbids them or their size."""
+    """Create an anonymous file of SPAN bytes; return -1 if the system lacks or forbids such files or their size."""
     try:
         file = os.memfd_create(name)
     except (AttributeError, OSError):
@@ -195,9 +194,9 @@ def _create_file(name: str) -> int:
 
 
 def _map_all(members: list[int], table: list[list[int]]) -> tuple[dict[int, _Memory], bool]:
-    """(memories of the members that are seen from here, whether this rank's could not be made or one not be mapped)."""
+    """Return (memories of the members that this process can map, whether making or mapping a memory failed)."""
     own_file = table[members.index(dist.get_rank())][1]
-    memories, failed = {}, own_file < 0 and hasattr(os, "memfd_create")  # where there is none, nobody expects it
+    memories, failed = {}, own_file < 0 and hasattr(os, "memfd_create")  # without memfd_create it is no failure
     for member, (process, file, token) in zip(members, table):
         try:
             memory = _map_peer(process, file, token)
@@ -209,9 +208,9 @@ def _map_all(members: list[int], table: list[list[int]]) -> tuple[dict[int, _Mem
 
 
 def _map_peer(process: int, file: int, token: int) -> _Memory | None:
-    """Another process's memory, None where it is not seen from here.
+    """Map another process's memory; None if it is not visible from this process.
 
-    The token in its name tells the file from a stranger's of the same number.
+    The token in its name distinguishes the file from an unrelated process's file of the same number.
     """
     path = f"/proc/{process}/fd/{file}"
     try:
@@ -229,9 +228,9 @@ def _map_peer(process: int, file: int, token: int) -> _Memory | None:
 def _agree(
     members: list[int], reached: Collection[int], failed: bool, group: dist.ProcessGroup
 ) -> tuple[frozenset[int], list[int]]:
-    """(members that share with this rank, itself included; members that failed), as all of them see it.
+    """Return (members that share memory with this rank, itself included; members that failed), agreed by all of them.
 
-    Only ranks that reach the very same members share: then all of them agree on who does with whom.
+    Only ranks that reach exactly the same members share memory, so that all of them agree on the pairs.
     """
     rank = dist.get_rank(group)
     *columns, failures = _gather([*(int(member in reached) for member in members), failed], group).t()
@@ -248,10 +247,10 @@ def _those(members: list[int], chosen: Sequence[int | bool]) -> list[int]:
 def _open_pipes(
     notices: Notices, members: list[int], reached: frozenset[int], processes: list[int], group: dist.ProcessGroup
 ) -> tuple[list[int], bool]:
-    """Make the pipes between this rank and those that it reaches; collective over the group.
+    """Open the pipes between this rank and the members that it reaches; collective over the group.
 
     Returns:
-        (members whose pipe is open here, this rank included; whether one could not be made or opened).
+        (members whose pipe is open, this rank included; whether a pipe could not be created or opened).
     """
     own, failed, files = dist.get_rank(), False, [-1] * len(members)
     try:
@@ -273,7 +272,7 @@ def _open_pipes(
 
 
 def _gather(values: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """(ranks, values) int64: every member's values."""
+    """Gather every member's values: int64 (ranks, values)."""
     rows = [torch.empty(len(values), dtype=torch.int64, device="cpu") for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, torch.tensor(values, device="cpu"), group=group)
     return torch.stack(rows)

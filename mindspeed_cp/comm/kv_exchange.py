@@ -1,13 +1,13 @@
 """How keys and values reach a rank: forwarded around a (double) ring, sent directly, in slices of all shards at once
 (the mesh exchange), or gathered.
 
-Each exchange is a generator over steps, own rows first, and moves the data for later steps around the yield, where the
-caller computes. Rows are a tuple of tensors (seq, batch, kv_heads, dim), key and value or either of them. They travel
-in one message, all rows of the key before those of the value, in the order of memory that the kernel asks for, so that
-it need not copy: the rank that has them does so once for all.
+Each exchange is a generator over steps, own rows first. It transfers data for later steps before and after each yield,
+while the caller computes. Rows are a tuple of tensors (seq, batch, kv_heads, dim), key and value or one of them. They
+travel in one message, all rows of the key before those of the value, in the kernel's memory order, so that only the
+owner has to copy them, once.
 
 With ``overlap`` a transfer is posted before the block that hides it and awaited after it; without, it is posted after
-the block and awaited at once. In both cases the first local block starts before any wait.
+the block and awaited immediately. In both cases the first local block starts before any wait.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ from mindspeed_cp.comm.messages import Pending, as_stored, end_to_end, flat_memo
 def ring_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool = False) -> Stream:
     """Move whole shards around the (double) ring.
 
-    A buffer is received into only after everything sent from it has left: two inner and two outer buffers take turns.
-    The transfer to the next window starts with the inner ring, so that the whole inner ring hides it. One step at a
-    time is forwarded from neighbour to neighbour; several at once leave the first holder of the window.
+    A buffer is received into only after everything sent from it is done: two inner and two outer buffers alternate. The
+    transfer to the next window starts with the inner ring, so that the whole inner ring hides it. With one step in
+    flight, shards are forwarded from neighbour to neighbour; with several, the window's first holder sends them to all.
     """
     place = channel.place
 
     def pass_on(link: Link, steps: Sequence[tuple[Tensors, int, str, int, int]]) -> list[UnderWay]:
-        """steps: (what leaves, to which rank, name of the buffer for what comes, whose it is, from which rank)."""
+        """steps: (rows to send, target rank, name of the receive buffer, owner of the received shard, source rank)."""
         exchanges, received = [], []
         for leaving, to, name, source, origin in steps:
             received.append(channel.buffer(f"{purpose}.{name}", own, channel.lengths[source], keep, channel.order))
@@ -48,7 +48,7 @@ def ring_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool =
             for t in steps:
                 leaving, distance = (rows, 1) if channel.in_flight == 1 else (head, t)
                 peers = place.peer(0, distance), place.peer(0, -distance)
-                # Buffer 0 serves the first transfer of a window.
+                # The first transfer of a window uses buffer 0.
                 found.append((leaving, peers[0], f"inner{channel.turn(t - 1)}", place.peer(-j, -t), peers[1]))
             return pass_on(channel.link, found)
 
@@ -67,8 +67,8 @@ def ring_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool =
 def direct_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool = False) -> Stream:
     """At step t every rank sends to rank r + t exactly the rows that its blocks need, from its own memory.
 
-    Nothing is forwarded. Rows that nobody asked for are left undefined in the receive buffer. Transfers run as many
-    steps ahead of the computation as may be in flight.
+    Nothing is forwarded. Rows that are not needed are undefined in the receive buffer. Transfers run up to
+    ``in_flight`` steps ahead of the computation.
     """
     rank, ring_size = channel.place.rank, len(channel.lengths)
 
@@ -87,7 +87,7 @@ def direct_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool
 
 
 def allgather_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool = False) -> Stream:
-    """Gather every shard with one collective."""
+    """Gather all shards with one collective."""
     rank, ring_size = channel.place.rank, len(channel.lengths)
     widths = [tensor.shape[1:] for tensor in own]
     sizes = [rows * sum(width.numel() for width in widths) for rows in channel.lengths]

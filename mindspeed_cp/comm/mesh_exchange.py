@@ -1,9 +1,9 @@
-"""The mesh exchange: in every step all ranks trade one slice of every shard, so that all links carry at once.
+"""The mesh exchange: in each step all ranks exchange one slice of every shard, so that all links are used at once.
 
 Each reader's part of a shard, the rows that its blocks need, is cut into as many slices as there are other ranks. A
-step brings one of each, by one all-to-all, and with a ring's memory: what is computed with, and what is under way. The
-rows of a step lie in the order of their positions, whoever sent them, so that the blocks of a step are as large as
-those against one shard. Gradients return by the mirrored exchange and are summed in the accumulation dtype.
+step brings one slice from each rank by one all-to-all, with a ring's memory: one buffer for computation and one per
+step in flight. The rows of a step are sorted by position, whichever rank sent them, so that its blocks are as large as
+those against one shard. Gradients return by the reverse exchange and are summed in the accumulation dtype.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ from mindspeed_cp.kernels.base import MemoryOrder
 
 
 def mesh_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool = False) -> Stream:
-    """Yield the own shard, then what each step brings, ``in_flight`` of which may be under way.
+    """Yield the own shard, then the rows of each step, with up to ``in_flight`` steps in flight.
 
-    What is under way lands in memory of its own, and one buffer holds what is computed with.
+    Steps in flight are received into separate memory; one buffer holds the rows for computation.
     """
 
     def bring(t: int) -> UnderWay:
@@ -36,10 +36,10 @@ def mesh_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool =
 
 
 class MeshReturn:
-    """Partials of a step go back to the ranks from which its rows came, all at once."""
+    """Sends the partial gradients of a step back to the ranks from which its rows came, all at once."""
 
     def __init__(self, channel: RingChannel, own: Tensors, like: Tensors) -> None:
-        """own: accumulators for this rank's rows, which step 0 fills; like: tensors with the wire dtype."""
+        """own: accumulators for this rank's rows, filled by step 0; like: tensors with the wire dtype."""
         self._channel, self._own, self._like = channel, own, like
         self._transfers = Transfers(channel.in_flight)
 
@@ -70,7 +70,7 @@ def _messages(
     adds: bool = False,
     apart: bool = False,
 ) -> list[Message]:
-    """The message of each rank's rows."""
+    """One message per rank, of that rank's rows."""
     nothing = rows[0].new_empty(0)
     return [
         Message(tuple((part,) for part in parts(rows, of_rank, order)) or ((nothing,),), dtype, adds, apart)

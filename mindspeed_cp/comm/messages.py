@@ -1,4 +1,4 @@
-"""What travels between two ranks: the tensors of one message, and the transfer while it is under way."""
+"""Messages between two ranks: the tensors of a message, and a transfer in flight."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -16,19 +16,19 @@ U = TypeVar("U")
 
 
 class Pending(Generic[T]):
-    """A transfer under way. ``wait`` returns its result; call it once, and in the same order on all ranks.
+    """A transfer in flight. ``wait`` returns its result; call it once, and in the same order on all ranks.
 
-    The tensors that were given to it must not change before.
+    The tensors of the transfer must not change before.
     """
 
     def __init__(self, finish: Callable[[], T]) -> None:
         self._finish: Callable[[], T] | None = finish
 
     def wait(self) -> T:
-        """The result, when what was received is there and what was sent may change again.
+        """Wait until everything has been received and what was sent may change again; returns the result.
 
         Raises:
-            RuntimeError: it was called before, or a rank that is waited for is lost; the message says which.
+            RuntimeError: it was called before, or a peer is lost; the message says which rank.
         """
         finish, self._finish = self._finish, None
         if finish is None:
@@ -36,21 +36,21 @@ class Pending(Generic[T]):
         return finish()
 
     def then(self, function: Callable[[T], U]) -> "Pending[U]":
-        """The transfer with ``function`` of its result as the result."""
+        """The same transfer with ``function`` applied to its result."""
         return Pending(lambda: function(self.wait()))
 
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """Tensors that travel together: those of a rank that are sent, or those that are received into.
+    """Tensors that travel together: tensors to be sent, or tensors to receive into.
 
     Args:
-        blocks: they lie end to end in the message. The tensors of one block, (rows, batch, heads, head_dim) with the
-            same rows and batch, lie side by side there for every row; one alone may have any shape.
-        dtype: that of the message, whatever the tensors' own.
-        adds: what is received is added to the tensors, and so lands elsewhere first.
-        apart: it travels in memory of its own: the tensors may change as soon as they were sent, and those that are
-            received into change only when that is awaited.
+        blocks: concatenated in the message. The tensors of one block, (rows, batch, heads, head_dim) with equal rows
+            and batch, are interleaved row by row; a block with a single tensor may have any shape.
+        dtype: dtype of the message, whatever the tensors' dtypes.
+        adds: whether what is received is added to the tensors, and thus received into other memory first.
+        apart: whether it travels in separate memory: sent tensors may change at once, and tensors that are received
+            into change only in ``wait``.
     """
 
     blocks: tuple[tuple[torch.Tensor, ...], ...]
@@ -60,7 +60,7 @@ class Message:
 
     @classmethod
     def joined(cls, messages: Iterable["Message"]) -> "Message":
-        """Messages of one dtype end to end, in as few blocks as the memory of their tensors allows."""
+        """Messages of the same dtype concatenated to one, in as few blocks as the tensors' memory allows."""
         messages = list(messages)
         dtype = messages[-1].dtype if messages else torch.float32
         adds, apart = any(message.adds for message in messages), any(message.apart for message in messages)
@@ -84,7 +84,7 @@ class Message:
 
     @cached_property
     def in_place(self) -> torch.Tensor | None:
-        """The message, flat, where the tensors' memory is it already; else None."""
+        """The flat message if the tensors' memory already has its form, else None."""
         if self.adds or self.apart:
             return None
         blocks = self.blocks if len(self.blocks) == 1 else _joined(self.blocks)
@@ -96,7 +96,7 @@ class Message:
         return flat_memory(tensors)
 
     def write(self, flat: torch.Tensor) -> None:
-        """Copy the tensors into a flat message."""
+        """Copy the tensors into the flat message."""
         if self.in_place is not None:
             flat.copy_(self.in_place)
             return
@@ -104,7 +104,7 @@ class Message:
             part.copy_(tensor)
 
     def read(self, flat: torch.Tensor) -> None:
-        """Copy a flat message into the tensors, or add it to them."""
+        """Copy the flat message into the tensors, or add it to them."""
         if self.in_place is not None:
             self.in_place.copy_(flat)
             return
@@ -115,7 +115,7 @@ class Message:
                 tensor.copy_(part)
 
     def _apart(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """Views of a flat message, one with the shape of each tensor."""
+        """Views of a flat message with the shapes of the tensors."""
         parts: list[torch.Tensor] = []
         sizes = [sum(tensor.numel() for tensor in block) for block in self.blocks]
         for block, part in zip(self.blocks, flat.split_with_sizes(sizes)):
@@ -129,7 +129,7 @@ class Message:
 
 
 def flat_memory(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The memory of contiguous tensors, flat, where they lie end to end in one storage; else None."""
+    """The flat memory of contiguous tensors if they are adjacent in one storage, else None."""
     first = tensors[0]
     for before, after in zip(tensors, tensors[1:]):
         if before.data_ptr() + before.numel() * before.element_size() != after.data_ptr():
@@ -142,7 +142,7 @@ def flat_memory(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
 def end_to_end(
     flat: torch.Tensor, shapes: Sequence[tuple[int, ...]], order: MemoryOrder | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """Tensors of these shapes end to end in ``flat``: contiguous, or (seq, batch, heads, dim) in an order of memory."""
+    """Adjacent tensors of these shapes in ``flat``: contiguous, or (seq, batch, heads, dim) in a memory order."""
     sizes = [math.prod(shape) for shape in shapes]
     parts = zip(flat.split_with_sizes(sizes), shapes)
     if order != "heads":
@@ -151,13 +151,13 @@ def end_to_end(
 
 
 def as_stored(tensor: torch.Tensor, order: MemoryOrder | None) -> torch.Tensor:
-    """A view of (seq, batch, heads, dim) whose dimensions stand as they lie in memory of this order."""
+    """A view of (seq, batch, heads, dim) with its dimensions permuted to this memory order."""
     return tensor.permute(1, 2, 0, 3) if order == "heads" else tensor
 
 
 def packed(tensors: tuple[torch.Tensor, ...], order: MemoryOrder | None = None) -> tuple[torch.Tensor, ...]:
-    """The tensors (seq, batch, heads, dim), each in this order of memory and end to end, so that they are sent as they
-    are; copies, unless they lie so already.
+    """The tensors (seq, batch, heads, dim), each in this memory order and adjacent, so that they can be sent without a
+    copy; copies, unless they are stored like that already.
     """
     stored = [as_stored(tensor, order) for tensor in tensors]
     if all(tensor.is_contiguous() for tensor in stored) and flat_memory(stored) is not None:
@@ -170,7 +170,7 @@ def packed(tensors: tuple[torch.Tensor, ...], order: MemoryOrder | None = None) 
 
 
 def copy_message(source: Message, target: Message) -> None:
-    """What a rank sends to itself."""
+    """Copy a rank's message to itself."""
     if source.numel == 0:
         return
     if target.in_place is not None:
@@ -187,7 +187,7 @@ def copy_message(source: Message, target: Message) -> None:
 
 
 def _joined(blocks: Iterable[tuple[torch.Tensor, ...]]) -> tuple[tuple[torch.Tensor, ...], ...]:
-    """The blocks in as few as the memory of their tensors allows, without empty ones."""
+    """Merge the blocks to as few as the tensors' memory allows, without empty ones."""
     found: list[tuple[torch.Tensor, ...]] = []
     for block in blocks:
         if not any(tensor.numel() for tensor in block):
@@ -200,7 +200,7 @@ def _joined(blocks: Iterable[tuple[torch.Tensor, ...]]) -> tuple[tuple[torch.Ten
 
 
 def _go_on(before: tuple[torch.Tensor, ...], after: tuple[torch.Tensor, ...]) -> bool:
-    """Whether each tensor's memory goes on where that of the block before ends, row by row."""
+    """Whether each tensor's memory continues where that of the previous block ends, row by row."""
     return len(before) == len(after) and all(
         a.dim() > 0
         and a.dtype == b.dtype

@@ -1,6 +1,6 @@
-"""What this rank sends, waits for and computes, measured where somebody asks and nowhere else.
+"""Measures what this rank sends, waits for and computes, only while somebody measures.
 
-Bytes are exact, so that tests can assert them. Waits take clocks or events, and are measured for a ``Watch`` alone.
+Bytes are exact, so that tests can assert them. Waits need clocks or events and are measured only for a ``Watch``.
 Ranges are named for a profiler while one records.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch.autograd import profiler
 
 _NO_RANGE = nullcontext()
-# Those that measure now; autograd may run the backward pass in another thread, so this is not a context variable.
+# Active meters; not a context variable, because autograd may run the backward pass in another thread.
 _open: list["Traffic"] = []
 
 M = TypeVar("M", bound="Traffic")
@@ -25,7 +25,7 @@ class Traffic:
 
     Attributes:
         bytes: Counter, purpose -> bytes.
-        messages: Counter, purpose -> messages. A message that carries several purposes counts for the first.
+        messages: Counter, purpose -> messages. A message with several purposes counts for the first.
     """
 
     def __init__(self) -> None:
@@ -51,21 +51,21 @@ class Traffic:
 
 
 class Watch(Traffic):
-    """Traffic, and waits and work of this rank.
+    """Traffic, waits and work of this rank.
 
     Attributes:
-        area: (query, key) pairs that forward passes of attention computed, times batch rows and query heads.
+        area: (query, key) pairs computed in forward passes of attention, times batch rows and query heads.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.area = 0
         self._seconds = 0.0
-        self._on_stream: deque[tuple[Any, Any]] = deque()  # events around waits that may not have ended yet
+        self._on_stream: deque[tuple[Any, Any]] = deque()  # events around waits that may still be running
 
     @property
     def seconds(self) -> float:
-        """How long transfers kept this rank waiting, the time that no computation hid; it awaits those under way."""
+        """Seconds for which transfers kept this rank waiting, not hidden by computation; awaits running waits."""
         for _, after in self._on_stream:
             after.synchronize()
         self._collect()
@@ -75,12 +75,12 @@ class Watch(Traffic):
         self._seconds += seconds
 
     def add_events(self, before: Any, after: Any) -> None:
-        """A wait on the device's stream, between two events."""
+        """Add a wait on the device's stream, between two events."""
         self._on_stream.append((before, after))
         self._collect()
 
     def _collect(self) -> None:
-        """Sum up what has ended, so that no more events are held than waits are under way."""
+        """Sum up waits that have ended, so that only events of running waits are held."""
         while self._on_stream and self._on_stream[0][1].query():
             before, after = self._on_stream.popleft()
             self._seconds += before.elapsed_time(after) / 1000
@@ -88,7 +88,7 @@ class Watch(Traffic):
 
 @contextmanager
 def measuring(meter: M) -> Iterator[M]:
-    """Let ``meter`` measure what is inside the block; blocks may nest."""
+    """Context manager in which ``meter`` measures; may be nested."""
     _open.append(meter)
     try:
         yield meter
@@ -97,12 +97,12 @@ def measuring(meter: M) -> Iterator[M]:
 
 
 def count_bytes() -> AbstractContextManager[Traffic]:
-    """Count the bytes and messages that this rank sends inside the block; yields a ``Traffic``. Blocks may nest."""
+    """Context manager that counts the bytes and messages that this rank sends; yields a ``Traffic``. May be nested."""
     return measuring(Traffic())
 
 
 def record(sizes: Mapping[str, int], messages: int = 1) -> None:
-    """Note one transfer; ``sizes`` maps purpose -> bytes, the messages count for its first purpose."""
+    """Record one transfer; ``sizes`` maps purpose -> bytes, and the messages count for its first purpose."""
     for meter in _open:
         for index, (purpose, size) in enumerate(sizes.items()):
             meter.bytes[purpose] += size
@@ -110,9 +110,9 @@ def record(sizes: Mapping[str, int], messages: int = 1) -> None:
 
 
 def named(what: str) -> AbstractContextManager[Any]:
-    """A range of a profile: torch.profiler's, and an NVTX range under torch.autograd.profiler.emit_nvtx.
+    """A named range for torch.profiler, and an NVTX range with torch.autograd.profiler.emit_nvtx.
 
-    While no profiler records it is nothing, and takes no time.
+    Without a profiler it does nothing and costs nothing.
     """
     return profiler.record_function(f"context parallelism: {what}") if profiler._is_profiler_enabled else _NO_RANGE
 
@@ -124,8 +124,8 @@ def _watches() -> list[Watch]:
 def wait_for(work: Any, device: torch.device) -> None:
     """``work.wait()`` for a transfer of tensors on ``device``.
 
-    A CPU's wait takes the host's time. An accelerator's makes its stream wait while the host goes on: there the time
-    is that between an event before and one after it on the stream.
+    On a CPU the wait is measured in host time. On an accelerator the stream waits while the host continues, so the wait
+    is measured between an event before it and an event after it on the stream.
     """
     with named("wait"):
         _wait_for(work, device, _watches())
@@ -150,7 +150,7 @@ def _wait_for(work: Any, device: torch.device, watches: list[Watch]) -> None:
 
 
 def note_area(area: Callable[[], int]) -> None:
-    """Note the area of one forward pass of attention; ``area`` is called where somebody watches."""
+    """Record the area of one forward pass of attention; ``area`` is called only if there is a Watch."""
     if watches := _watches():
         noted = area()
         for watch in watches:

@@ -16,17 +16,17 @@ from mindspeed_cp.comm.messages import Message
 from mindspeed_cp.comm.notices import stream_of
 from mindspeed_cp.comm.workspace import Workspace
 
-# Of every process group, as long as it lives: the number of its last message that follows a notice.
+# Process group, while it exists -> counter of its messages that follow a notice.
 _numbers: "weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]]" = weakref.WeakKeyDictionary()
 
 
 def turn(sender: int, receiver: int, size: int) -> tuple[int, int, int]:
-    """When a message has its turn among those of a batch, the same on both of its ends and comparable with all others.
+    """Return the position of a message in the order of its batch, the same on both ends and comparable with all others.
 
-    Ranks whose messages are finished one after the other in one order that all of them share never wait in a circle:
-    the first unfinished message of all is the next one of its sender and of its receiver. Messages that jump equally
-    far come together, those from every second rank of their circle first, so that a ring of any even size is done in
-    two rounds and one of odd size in three.
+    If all ranks finish their messages one by one in the same global order, they cannot deadlock: the first unfinished
+    message is always the next one of both its sender and its receiver. Messages over the same distance in ranks are
+    adjacent in the order, those from every second rank of their cycle first, so that a ring of even size needs two
+    rounds and one of odd size three.
     """
     step = (receiver - sender) % size
     circles = math.gcd(step, size)
@@ -36,7 +36,7 @@ def turn(sender: int, receiver: int, size: int) -> tuple[int, int, int]:
 
 
 class Posted(NamedTuple):
-    """A message to be posted: ``how`` is dist.isend or dist.irecv, ``rank`` the peer's place in the link."""
+    """A message to be posted: ``how`` is dist.isend or dist.irecv, ``rank`` the peer's rank in the link."""
 
     how: Callable[..., Any]
     tensor: torch.Tensor
@@ -45,7 +45,7 @@ class Posted(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What waits for messages of these ranks; their tensors live until then."""
+    """A handle that waits for messages from these ranks and keeps their tensors alive until then."""
 
     work: Any
     ranks: Sequence[int]
@@ -57,11 +57,11 @@ class Member:
     """A rank as a member of a process group. Peers are named by their rank in it.
 
     Args:
-        group: process group. rank: this rank's place in ``global_ranks``.
-        global_ranks: of the members, in the order in which they count; collectives want it ascending.
+        group: process group. rank: this rank's index in ``global_ranks``.
+        global_ranks: of the members, in the order of their ranks here; collectives need it ascending.
         workspace: reused buffers.
         carrier: shared memory with the members on this host, or None.
-        one_by_one: post the messages of a batch one after the other, not as the back end's batch.
+        one_by_one: post the messages of a batch one by one, not as one batch of the back end.
     """
 
     group: dist.ProcessGroup
@@ -78,16 +78,16 @@ class Member:
 
     @property
     def backend(self) -> str:
-        """The name of what carries the messages."""
+        """Name of the back end that sends the messages."""
         return dist.get_backend(self.group)
 
     @property
     def numbers(self) -> Iterator[int]:
-        """Tells messages apart that follow their notice; all members over one group count on."""
+        """Counter that numbers messages after their notices; all members of one process group share it."""
         return _numbers.setdefault(self.group, itertools.count(1))
 
     def stream(self, tag: int) -> int:
-        """Tells notices of messages of this group and tag from others."""
+        """Number of the stream of notices for this group and tag."""
         if tag not in self._streams:
             self._streams[tag] = stream_of(self.group, tag)
         return self._streams[tag]
@@ -98,12 +98,12 @@ class Member:
         return [rank for rank in range(self.size) if rank != self.rank]
 
     def post(self, ops: Sequence[Posted], purpose: str) -> list[Work]:
-        """Start single messages of one batch; a place of its own for links that only take notes."""
+        """Start the single messages of one batch; links that only record messages override it."""
         return post_together(self, ops, purpose)
 
     @contextmanager
     def naming(self, purpose: str, ranks: Sequence[int]) -> Iterator[None]:
-        """Turn a back end's error into one that says who was waited for and why."""
+        """Turn a back end's error into one that names the ranks it waited for and the purpose."""
         try:
             yield
         except (RuntimeError, OSError) as error:
@@ -115,16 +115,16 @@ class Member:
 
 
 class Loans:
-    """Memory that one transfer borrows from a workspace, until it has ended."""
+    """Buffers that one transfer borrows from a workspace until it ends."""
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace, self._lent = workspace, list[torch.Tensor]()
 
     def flat(self, message: Message, like: torch.Tensor | None = None) -> torch.Tensor:
-        """The message's memory where that is contiguous, else borrowed memory of its size.
+        """Return the message's own memory if it is contiguous, else a borrowed buffer of its size.
 
         Args:
-            like: on whose device, where the message may be empty.
+            like: a tensor on the device to use if the message may be empty.
         """
         found = message.in_place
         if found is None:
@@ -134,7 +134,7 @@ class Loans:
         return found
 
     def written(self, message: Message, like: torch.Tensor | None = None) -> torch.Tensor:
-        """``flat``, and the message in it."""
+        """Return ``flat`` with the message copied into it."""
         flat = self.flat(message, like)
         if message.in_place is None:
             message.write(flat)
@@ -146,7 +146,7 @@ class Loans:
 
 
 def post_together(member: Member, ops: Sequence[Posted], purpose: str) -> list[Work]:
-    """Post messages in the member's way; the works are in their order."""
+    """Post messages as a batch or one by one, as ``member`` requires; the works are in the order of ``ops``."""
     calls = [dist.P2POp(op.how, op.tensor, member.global_ranks[op.rank], member.group, op.tag) for op in ops]
     ranks = [op.rank for op in ops]
     with member.naming(purpose, ranks):
@@ -157,7 +157,7 @@ def post_together(member: Member, ops: Sequence[Posted], purpose: str) -> list[W
 
 
 def _one_by_one(member: Member, calls: list[dist.P2POp], ops: Sequence[Posted]) -> list[dist.Work | None]:
-    """Post every operation by itself; what it returns, in the order of the operations."""
+    """Post every operation separately; return the works in the order of the operations."""
     works: dict[int, dist.Work | None] = dict.fromkeys(range(len(ops)))
 
     def when(index: int) -> tuple[int, int, int]:

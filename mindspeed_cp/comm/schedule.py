@@ -1,4 +1,4 @@
-"""Whose keys and values are where at which step: the double ring, of which the plain ring is one window.
+"""Which rank's keys and values are where at each step of the double ring; the plain ring has one window.
 
 Ring rank = W * window + i. Forward step (j, t) of rank (W, i) computes with the shard of rank
 ((W - j) mod windows, (i - t) mod window). Source: LoongTrain (arXiv 2406.18485), section on Double-Ring-Attention.
@@ -13,8 +13,8 @@ class Step(NamedTuple):
     """What a rank computes at one step.
 
     Args:
-        window, place: number of the window, and of the step in it; place 0 of window 0 is the rank's own shard.
-        source: the ring rank whose shard is here; None for slices of all others' shards (the mesh exchange).
+        window, place: index of the window, and of the step in it; place 0 of window 0 is the rank's own shard.
+        source: the ring rank whose shard is used; None for slices of all other shards (the mesh exchange).
     """
 
     window: int
@@ -31,12 +31,12 @@ class RingPlace:
     windows: int
 
     def peer(self, outer: int, inner: int) -> int:
-        """The rank that lies ``outer`` windows and ``inner`` places further on, wrapping round in each."""
+        """The rank ``outer`` windows and ``inner`` places after this one, cyclically in both."""
         place_w, place_i = divmod(self.rank, self.window)
         return (place_w + outer) % self.windows * self.window + (place_i + inner) % self.window
 
     def steps(self) -> Iterator[Step]:
-        """Every step in order; the first source is the rank itself."""
+        """All steps in order; the first source is the rank itself."""
         for outer in range(self.windows):
             for inner in range(self.window):
                 yield Step(outer, inner, self.peer(-outer, -inner))

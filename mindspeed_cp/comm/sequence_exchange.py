@@ -1,13 +1,13 @@
-"""All-to-all that trades a split of the sequence for a split of the heads, and back.
+"""All-to-all between a split of the sequence and a split of the heads.
 
     heads -> sequence   (seq_local, batch, heads, dim), all heads    -> (seq, batch, heads_local, dim)
     sequence -> heads   (seq, batch, heads_local, dim)               -> (seq_local, batch, heads, dim)
 
-Several tensors travel in one message: each rank gets, for every token, its heads of all of them side by side, or one
-tensor after the other where the kernel wants an order of memory (``unpack``). After the exchange the sequence ascends,
-in whatever order the ranks hold it: the copy that unpacks puts the rows in place.
-Sequence-first tensors make one side of each exchange a plain slice where ranks hold one range each, in rank order: one
-copy before or after it and none on the other side, unless ``unpack`` asks for one.
+Several tensors travel in one message: for every token, each rank gets its heads of all tensors side by side, or tensor
+by tensor if the kernel needs a memory order (``unpack``). After the exchange the sequence is in ascending order,
+whatever order the ranks hold: the copy that unpacks also orders the rows.
+If each rank holds one range, in rank order, one side of each exchange is a plain slice of sequence-first tensors: there
+is one copy before or after the exchange, and none on the other side unless ``unpack`` requires one.
 """
 
 import itertools
@@ -30,9 +30,9 @@ class Part:
     """One tensor of a message.
 
     Args:
-        purpose: what its bytes count as.
-        num_heads, dim: heads of the whole tensor, and their size.
-        shares: per rank, the heads that it gets: a slice, or a list of indices. A head may go to several ranks.
+        purpose: the purpose for which its bytes count.
+        num_heads, dim: heads of the whole tensor, and the head dimension.
+        shares: per rank, the heads that it gets: a slice, or a list of indices. Several ranks may get the same head.
     """
 
     purpose: str
@@ -49,12 +49,12 @@ class Part:
 
     @property
     def total_count(self) -> int:
-        """Heads that all ranks get together."""
+        """Total number of heads that all ranks get."""
         return sum(map(self.count, range(len(self.shares))))
 
     @property
     def is_cut(self) -> bool:
-        """Whether each head goes to one rank, and each rank's heads are a slice."""
+        """Whether each head goes to exactly one rank, and each rank's heads are a slice."""
         return self.total_count == self.num_heads and all(isinstance(share, slice) for share in self.shares)
 
 
@@ -64,11 +64,12 @@ class SequenceExchange:
 
     Args:
         link: over the group.
-        rows: per rank, the (start, stop) of the ascending sequence that it holds, in the order in which it holds them.
-        alltoall: False replaces the all-to-all by an all-gather of everything and slicing (same numbers, more bytes).
-        unpack: how received heads lie in memory: None leaves them side by side, "sequence" makes each tensor
-            contiguous, "heads" makes (seq, head_dim) of each head contiguous; the tensors lie end to end then.
-        stamp, check: what ranks tell each other with what leaves for the sequence; see ``Link.all_to_all``.
+        rows: per rank, the (start, stop) ranges of the ascending sequence that it holds, in the order in which it holds
+            them.
+        alltoall: False replaces the all-to-all by an all-gather of everything and slicing (same results, more bytes).
+        unpack: memory order of received heads: None leaves them side by side, "sequence" makes each tensor contiguous,
+            "heads" makes (seq, head_dim) of each head contiguous; in both cases the tensors are adjacent.
+        stamp, check: sent with the messages that gather the sequence; see ``Link.all_to_all``.
     """
 
     link: Link
@@ -98,7 +99,7 @@ class SequenceExchange:
 
         Args:
             parts, tensors: Part and (seq_local, batch, heads, dim) of each tensor of the message.
-            name: workspace name of what is received, None for fresh memory that may be saved.
+            name: workspace name of the receive buffers, None for new memory that may be saved.
 
         Returns:
             Pending of a list of (seq, batch, heads_local, dim).
@@ -124,24 +125,24 @@ class SequenceExchange:
 
         Args:
             parts, tensors: Part and (seq, batch, heads_local, dim) of each tensor of the message, this rank's heads.
-            dtype: what is sent, whatever the tensors' own dtype.
+            dtype: dtype of the messages, whatever the tensors' dtype.
 
         Returns:
-            Pending of a list of fresh (seq_local, batch, heads, dim). A head that several ranks hold is summed in
-            float32 (float64 for float64).
+            Pending of a list of new (seq_local, batch, heads, dim). A head that several ranks hold is summed in float32
+            (float64 for float64).
         """
         like, batch = tensors[0].new_empty(0, dtype=dtype), tensors[0].shape[1]
         into = [self.all_heads(part, like, batch) for part in parts]
         return self.gather_heads(parts, tensors, into).then(lambda _: [gathered.result() for gathered in into])
 
     def all_heads(self, whole: Part, like: torch.Tensor, batch: int) -> "AllHeads":
-        """Where this rank's tokens of all heads are gathered, in the dtype of ``like``."""
+        """An object that gathers this rank's tokens of all heads, in the dtype of ``like``."""
         return AllHeads(whole, like, (self.lengths[self.rank], batch))
 
     def gather_heads(
         self, parts: Sequence[Part], tensors: Sequence[torch.Tensor], into: "Sequence[AllHeads]"
     ) -> Pending[None]:
-        """``scatter_sequence_gather_heads`` of some heads, into what gathers all of them."""
+        """``scatter_sequence_gather_heads`` for some heads, into objects that gather all of them."""
         dtype, batch = into[0].dtype, tensors[0].shape[1]
         leaving = [self._message(tensors, ranges, dtype) for ranges in self.rows]
         rooms = [gathered.room(part) for part, gathered in zip(parts, into)]
@@ -158,7 +159,7 @@ class SequenceExchange:
         return pending.then(add)
 
     def gather_sequence(self, tensor: torch.Tensor, purpose: str) -> torch.Tensor:
-        """All-gather (seq_local, batch, heads, dim) along the sequence into a tensor of the whole."""
+        """All-gather (seq_local, batch, heads, dim) along the sequence into the whole tensor."""
         shards = self.link.gather(tensor, self.lengths, purpose).wait()
         found = Message.joined(Message(((shard,),), tensor.dtype) for shard in shards)
         if self._in_order and len(found.blocks) == 1:
@@ -178,7 +179,7 @@ class SequenceExchange:
     def _message(
         tensors: Sequence[torch.Tensor], ranges: Rows, dtype: torch.dtype, order: MemoryOrder | None = None
     ) -> Message:
-        """The message of these rows of the tensors."""
+        """A message with these rows of the tensors."""
         blocks = [[tensor[start:stop] for tensor in tensors] for start, stop in ranges or ((0, 0),)]
         if order is None:
             return Message(tuple(map(tuple, blocks)), dtype)
@@ -187,7 +188,7 @@ class SequenceExchange:
     def _results(
         self, parts: Sequence[Part], like: torch.Tensor, name: str | None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(tensors (seq, batch, heads_local, dim), in memory as ``unpack`` says, and what to receive into)."""
+        """(tensors (seq, batch, heads_local, dim) in the memory order ``unpack``, tensors to receive into)."""
         seq, batch = sum(self.lengths), like.shape[1]
         shapes = [(seq, batch, part.count(self.rank), part.dim) for part in parts]
 
@@ -210,10 +211,10 @@ class SequenceExchange:
         stamp: Stamp | None = None,
         check: Callable[[list[Stamp]], None] | None = None,
     ) -> Pending[None]:
-        """All-to-all, or the same by gathering every rank's whole message and taking this rank's slices.
+        """All-to-all, or gather every rank's whole message and take this rank's slices.
 
         Args:
-            table: (source, target) -> elements of the message between them.
+            table: (source, target) -> number of elements of the message between them.
         """
         if self.alltoall:
             return self.link.all_to_all(leaving, arriving, "heads and sequence", stamp, check)
@@ -232,7 +233,7 @@ class SequenceExchange:
         return pending.then(unpack)
 
     def _record(self, parts: Sequence[Part], elements: Sequence[Sequence[int]], like: torch.Tensor) -> None:
-        """Count one message; ``elements`` has, for each part, the number of elements for every rank."""
+        """Count one message; ``elements`` has the number of elements per part and rank."""
         sent: dict[str, int] = {}
         for part, sizes in zip(parts, elements):
             leaving = sum(sizes) - sizes[self.rank] if self.alltoall else sum(sizes) * (self.size - 1)
@@ -241,25 +242,25 @@ class SequenceExchange:
 
 
 def _consecutive(ranges: Rows) -> Rows:
-    """Where these ranges lie when they are held one after the other."""
+    """The positions of these ranges when they are concatenated."""
     ends = [0, *itertools.accumulate(stop - start for start, stop in ranges)]
     return tuple(zip(ends, ends[1:]))
 
 
 def _width(parts: Sequence[Part], rank: int) -> int:
-    """Elements of one token's heads of all parts that ``rank`` gets."""
+    """Number of elements per token, over the heads of all parts, that ``rank`` gets."""
     return sum(part.width(rank) for part in parts)
 
 
 class AllHeads:
-    """This rank's tokens (seq_local, batch, heads, dim) of all heads, which arrive in one exchange or in several.
+    """This rank's tokens (seq_local, batch, heads, dim) of all heads, which arrive in one or several exchanges.
 
-    Where each head goes to one rank, what arrives is written into its place. A head that several ranks hold is summed
-    in float32 (float64 for float64), in the order of exchanges and ranks.
+    If each head goes to one rank, arriving heads are written in place. A head that several ranks hold is summed in
+    float32 (float64 for float64), in the order of exchanges and ranks.
     """
 
     def __init__(self, whole: Part, like: torch.Tensor, rows: tuple[int, int]) -> None:
-        """whole: the part of all exchanges together; like: has dtype and device; rows: (seq_local, batch)."""
+        """whole: the part for all exchanges together; like: gives dtype and device; rows: (seq_local, batch)."""
         self._whole, self._like, self._rows = whole, like, rows
         self._shape = (*rows, whole.num_heads, whole.dim)
         self._heads: torch.Tensor | None = like.new_empty(self._shape) if whole.is_cut else None
@@ -269,14 +270,14 @@ class AllHeads:
         return self._like.dtype
 
     def room(self, part: Part) -> list[torch.Tensor]:
-        """Per rank, where to receive its heads."""
+        """Per rank, the tensor to receive its heads into."""
         if self._heads is not None and self._whole.is_cut:
             return [self._heads[:, :, share] for share in part.shares]
         counts = [part.count(rank) for rank in range(len(part.shares))]
         return list(self._like.new_empty((*self._rows, part.total_count, part.dim)).split(counts, dim=2))
 
     def take(self, part: Part, room: Sequence[torch.Tensor]) -> None:
-        """The heads have arrived."""
+        """Called when the heads have arrived in ``room``."""
         if self._whole.is_cut:
             return
         if self._heads is None:

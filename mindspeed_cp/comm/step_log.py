@@ -1,13 +1,13 @@
-"""What context parallelism costs while a training runs (--cp-log): bytes, waits, and how uneven they are.
+"""The cost of context parallelism during training (--cp-log): bytes, waits, and their imbalance.
 
     log = ContextParallelLog(cp_ranks, device)
     for iteration in ...:
         with log.step():
             train_step(...)
         if iteration % 100 == 0:
-            figures = log.interval()  # on all ranks together: one all-gather of ten numbers and one for each step
+            figures = log.interval()  # collective: one all-gather of ten numbers and one more per step
 
-Nothing is measured outside of ``step``, and a run without a log takes no time for it.
+Nothing is measured outside ``step``, and a run without a log has no overhead.
 """
 
 import time
@@ -20,17 +20,17 @@ import torch.distributed as dist
 
 from mindspeed_cp.comm.meter import Watch, measuring
 
-# What ranks tell each other of their bytes; "other" is everything else, such as lengths.
+# The purposes whose bytes ranks exchange; "other" is everything else, such as lengths.
 PURPOSES = ("q", "kv", "out", "dout", "dq", "dkv", "other")
 
 
 @dataclass(frozen=True)
 class Imbalance:
-    """How uneven a quantity is in that context-parallel group where it is most uneven.
+    """The imbalance of a quantity in the context-parallel group where it is largest.
 
     Args:
-        ratio: largest over mean, each summed over the steps: a rank that is late in one step and early in the next does
-            not make up for it. 1 when all are equal.
+        ratio: sum over steps of the largest value, divided by the sum of the mean; so a rank that is slow in one step
+            and fast in the next does not compensate. 1 if all are equal.
         least: global rank with the smallest sum.
     """
 
@@ -39,7 +39,7 @@ class Imbalance:
 
     @classmethod
     def of(cls, values: Sequence[Sequence[int]], groups: Sequence[Sequence[int]]) -> "Imbalance":
-        """Of ``values``, for each global rank one of every step, or their sum alone."""
+        """The imbalance of ``values``: per global rank, one value per step, or only their sum."""
 
         def ratio(group: Sequence[int]) -> float:
             largest = sum(max(of_step) for of_step in zip(*(values[rank] for rank in group), strict=True))
@@ -56,10 +56,10 @@ class IntervalFigures:
 
     Args:
         num_steps: steps of the interval.
-        bytes: what rank 0 sent in them, purpose -> bytes; purposes as in ``Traffic``.
-        step_seconds, wait_seconds: how long rank 0 took for them, and for how much of it a transfer kept it waiting.
-        waits: over the ranks; who waits least is waited for.
-        areas: of the area of attention in forward passes, step by step.
+        bytes: purpose -> bytes that rank 0 sent; purposes as in ``Traffic``.
+        step_seconds, wait_seconds: duration of the steps on rank 0, and for how long transfers kept it waiting.
+        waits: imbalance of waits; the others wait for the rank that waits least.
+        areas: imbalance of the area of attention in forward passes, step by step.
     """
 
     num_steps: int
@@ -71,7 +71,7 @@ class IntervalFigures:
 
     @property
     def wait_share(self) -> float:
-        """Of rank 0's steps."""
+        """Fraction of rank 0's step time spent waiting."""
         return self.wait_seconds / self.step_seconds if self.step_seconds else 0.0
 
     def line(self) -> str:
@@ -84,7 +84,7 @@ class IntervalFigures:
         )
 
     def scalars(self) -> dict[str, float]:
-        """Name -> value for TensorBoard; bytes and seconds are those of one step."""
+        """Name -> value for TensorBoard; bytes and seconds are per step."""
         steps = max(self.num_steps, 1)
         return {
             **{f"context-parallel/{purpose} bytes": size / steps for purpose, size in self.bytes.items()},
@@ -96,11 +96,11 @@ class IntervalFigures:
 
 
 class ContextParallelLog:
-    """Measures this rank's steps, and compares the ranks at the end of an interval.
+    """Measures this rank's steps and compares the ranks at the end of an interval.
 
     Args:
         cp_ranks: global ranks of every context-parallel group of the world.
-        device: where the default process group wants its tensors.
+        device: device of tensors for collectives of the default process group.
     """
 
     def __init__(self, cp_ranks: Sequence[Sequence[int]], device: torch.device | str | int) -> None:
@@ -113,7 +113,7 @@ class ContextParallelLog:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Measure what is inside: one training step."""
+        """Context manager that measures one training step."""
         start, area = time.perf_counter(), self._watch.area
         with measuring(self._watch):
             yield
@@ -144,7 +144,7 @@ class ContextParallelLog:
         )
 
     def _of_all_ranks(self, mine: list[int]) -> list[list[int]]:
-        """Every rank's numbers, as whole numbers, which all back ends gather."""
+        """Every rank's numbers; integers, because all back ends can gather them."""
         row = torch.tensor(mine, dtype=torch.int64, device=self._device)
         rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, row)

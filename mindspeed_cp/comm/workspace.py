@@ -1,4 +1,4 @@
-"""Reused flat buffers: page faults on fresh large buffers cost more than the copies into them."""
+"""Reused flat buffers, because page faults on new large buffers cost more than the copies into them."""
 
 import math
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ import torch
 
 
 class Workspace:
-    """Named buffers that grow to the largest request and are handed out again; contents are undefined.
+    """Named buffers that grow to the largest request and are reused; their contents are undefined.
 
-    A name is free again when the transfer or computation that used it has ended: forward and backward of a layer leave
-    nothing in flight, so layers share them. What a transfer needs for itself it borrows and gives back.
+    A name can be reused when the transfer or computation that used it has ended: forward and backward of a layer leave
+    nothing in flight, so layers share the buffers. A transfer borrows its temporary buffers and gives them back.
     """
 
     def __init__(self) -> None:
@@ -27,18 +27,18 @@ class Workspace:
         return buffer[:count].view(shape)
 
     def borrow(self, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A flat tensor of at least ``count`` elements that is nobody else's until ``give_back``."""
+        """A flat tensor of at least ``count`` elements for exclusive use until ``give_back``."""
         alike = [buffer for buffer in self._free if buffer.dtype == dtype and buffer.device == device]
         alike.sort(key=torch.Tensor.numel)
         lent = next((buffer for buffer in alike if buffer.numel() >= count), None)  # the smallest that is large enough
-        for buffer in alike[-1:] if lent is None else [lent]:  # one that is too small makes room for its successor
+        for buffer in alike[-1:] if lent is None else [lent]:  # a buffer that is too small is replaced
             self._free = [other for other in self._free if other is not buffer]
         lent = _flat(count, dtype, device) if lent is None else lent
         self._lent_bytes += _num_bytes(lent)
         return lent
 
     def give_back(self, lent: torch.Tensor) -> None:
-        """Take back what ``borrow`` returned; its contents may be overwritten from now on."""
+        """Return a tensor from ``borrow``, whose contents may be overwritten from now on."""
         self._lent_bytes -= _num_bytes(lent)
         self._free.append(lent)
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from mindspeed_cp.attention.head_groups import Share, head_shares
+from mindspeed_cp.comm.head_exchange import HeadExchange
 from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
 from mindspeed_cp.kernels.base import accumulation_dtype
-from mindspeed_cp.linear.heads import HeadExchange
 from mindspeed_cp.linear.parts import OwnPart, local_documents
 from mindspeed_cp.linear.recurrence import Convolution, Documents, Recurrence
 

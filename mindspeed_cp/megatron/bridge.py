@@ -266,19 +266,19 @@ def _as_bool(mask: torch.Tensor) -> torch.Tensor:
     return mask if mask.dtype == torch.bool else mask.bool()
 
 
-def layer_window(window_size: Any, skip_freq: Any, layer_number: int) -> tuple[int, int] | None:
+def layer_window(sliding_window: Any, skip_freq: Any, layer_number: int) -> tuple[int, int] | None:
     """The sliding window of one layer, None for full attention.
 
     Args:
-        window_size: (left, right) of TransformerConfig, or None.
+        sliding_window: TransformerConfig.window_size, (left, right) or None.
         skip_freq: TransformerConfig.window_attn_skip_freq: with None every layer has the window, with N every N-th
             layer has none, a list says it per layer.
         layer_number: global, from 1.
     """
-    if window_size is None:
+    if sliding_window is None:
         return None
+    left, right = sliding_window
     if skip_freq is None:
-        return window_size[0], window_size[1]
+        return left, right
     windowed = skip_freq[layer_number - 1] if isinstance(skip_freq, (list, tuple)) else layer_number % skip_freq != 0
-    left, right = window_size
     return (left, right) if windowed else None

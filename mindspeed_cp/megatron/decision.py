@@ -12,6 +12,7 @@ from mindspeed_cp.arguments import FrameworkSettings
 from mindspeed_cp.arguments.settings import Resolved
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.megatron.scopes import SINGLE
+from mindspeed_cp.settings.algorithms import ALGORITHMS
 from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
@@ -137,7 +138,9 @@ def of_size(config: ContextParallelConfig, size: int, setup: TrainingSetup | Non
     if size == 1:
         return ContextParallelConfig(context_parallel_size=1, attention_mask_type=config.attention_mask_type)
     degree = config.ulysses_degree
-    algorithm, degree = ("ulysses_cp_algo", None) if degree and size <= degree else (config.algorithm, degree)
+    algorithm = config.algorithm
+    if degree and size <= degree:  # what splits heads alone
+        algorithm, degree = next(n for n, row in ALGORITHMS.items() if row.splits_heads and not row.exchange), None
     ring = size // (degree or 1)
     window = config.window_size if config.window_size < ring and ring % config.window_size == 0 else 1
     of_ring: dict[str, Any] = dict(

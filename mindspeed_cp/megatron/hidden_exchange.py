@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mindspeed_cp.comm.head_exchange import HeadExchange
 from mindspeed_cp.comm.sequence_exchange import Part, SequenceExchange
-from mindspeed_cp.linear.heads import HeadExchange
 from mindspeed_cp.megatron.batches import record_of_length
 from mindspeed_cp.megatron.foreign import of_kind
 from mindspeed_cp.megatron.scopes import Scope

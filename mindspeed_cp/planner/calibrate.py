@@ -1,4 +1,4 @@
-"""Measures what the planner otherwise assumes: the rates of this machine's kernel and links, into a YAML file."""
+"""Measure the rates of this machine's kernel and links, which the planner otherwise assumes, and write a YAML file."""
 
 import os
 import time
@@ -23,24 +23,24 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Curve:
-    """FLOP/s over a size: ``most`` size / (size + ``half``)."""
+    """FLOP/s as a function of a size: ``most`` * size / (size + ``half``)."""
 
     most: float
     half: float
 
 
 def fitted(small: tuple[float, float], large: tuple[float, float]) -> Curve:
-    """The curve through two points (size, FLOP/s); flat where the small one is no slower."""
+    """Return the curve through two points (size, FLOP/s); it is flat if the small one is no slower."""
     (x, slow), (y, fast) = small, large
     if slow >= fast:
         return Curve(max(slow, fast), 0.0)
-    # Where the rate grows in proportion to the size, its maximum is unknown; the larger size then counts as the half.
+    # If the rate is proportional to the size, its maximum is unknown; assume that the larger size reaches half of it.
     half = min(x * y * (fast - slow) / max(slow * y - fast * x, 1e-9), float(y))
     return Curve(fast * (y + half) / y, half)
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
-    """The shortest time of a few runs."""
+    """The shortest time of several runs."""
     best = float("inf")
     for _ in range(1 + REPEATS):
         start = time.perf_counter()
@@ -52,14 +52,14 @@ def _seconds(call: Callable[[], object], device: str) -> float:
 
 
 def product_rate(device: str, rows: int) -> float:
-    """FLOP/s of the product of a matrix of ``rows`` rows with a square one."""
+    """FLOP/s of the product of a matrix with ``rows`` rows and a square matrix."""
     size = 4 * SIZES[device][2] * SIZES[device][1]
     left, right = (torch.randn(count, size, device=device, dtype=DTYPES[device]) for count in (rows, size))
     return 2 * rows * size * size / _seconds(lambda: left @ right, device)
 
 
 def memory_rate(device: str) -> float:
-    """Bytes/s that a copy reads and writes."""
+    """Bytes/s that a copy reads plus writes."""
     source = torch.ones(1 << 25, device=device)
     return 2 * source.numel() * 4 / _seconds(source.clone, device)
 
@@ -79,12 +79,12 @@ def kernel_rate(device: str, seq: int | None = None) -> float:
         result = kernel.forward(tensors, options)
         kernel.backward(tensors, AttentionRows(grad_out, result.out, result.lse), options, result.saved)
 
-    # Two products forward, five backward, two FLOPs each.
+    # Two matrix products forward, five backward, two FLOPs per multiply-add.
     return 14 * block.area * heads * dim / _seconds(both, device)
 
 
 def measured(device: str) -> Cluster:
-    """A cluster of machines like this one; between nodes it has the rate within a node (see --inter-bandwidth).
+    """A cluster of machines like this one, with the same rate between nodes as within a node (see --inter-bandwidth).
 
     Raises:
         ValueError: the ranks that measure the links failed; the message says how.
@@ -119,14 +119,14 @@ def measured(device: str) -> Cluster:
 
 
 def memory_of(device: str) -> float:
-    """Bytes of one device, or of this machine."""
+    """Memory of one device, or of this machine, in bytes."""
     if device == "cpu":
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return float(getattr(torch, device).get_device_properties(0).total_memory)
 
 
 def device_here() -> str | None:
-    """The name of this machine's first accelerator, or None."""
+    """Name of this machine's first accelerator, or None."""
     for device in ("npu", "cuda"):
         if hasattr(torch, device) and getattr(torch, device).is_available():
             return str(getattr(torch, device).get_device_name(0))
@@ -134,7 +134,7 @@ def device_here() -> str | None:
 
 
 def default_cluster() -> tuple[str, str]:
-    """(the preset where none is named, why)."""
+    """(the preset to use if none is named, why)."""
     name = device_here()
     if name is None:
         return DEFAULT, "--cluster is not given, and no accelerator is here"
@@ -145,7 +145,7 @@ def default_cluster() -> tuple[str, str]:
 
 
 def save(cluster: Cluster, path: str) -> None:
-    """Write the cluster as YAML; raises ValueError where the file cannot be written."""
+    """Write the cluster as YAML; raises ValueError if the file cannot be written."""
     try:
         Path(path).write_text(yaml.safe_dump(asdict(cluster), sort_keys=False), encoding="utf-8")
     except OSError as error:
@@ -153,10 +153,10 @@ def save(cluster: Cluster, path: str) -> None:
 
 
 def read_cluster(name: str, device: str = "cpu") -> Cluster:
-    """A preset, this machine as ``measured`` finds it now, or what ``save`` wrote.
+    """A preset, this machine as ``measured`` now, or a file written by ``save``.
 
     Raises:
-        ValueError: none of them, or this machine cannot be measured.
+        ValueError: the name is none of these, or this machine cannot be measured.
     """
     if name in CLUSTERS:
         return CLUSTERS[name]

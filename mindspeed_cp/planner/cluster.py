@@ -1,28 +1,29 @@
-"""What the planner knows of the machines: the rates of devices and links, and the share of them that is reached."""
+"""The planner's model of the machines: peak rates of devices and links, and the fraction that they reach."""
 
 from dataclasses import dataclass, replace
 from math import inf
 
-HEAD_DIM = 128  # of which attention_efficiency is the share
+HEAD_DIM = 128  # head dimension at which attention_efficiency is given
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of devices, their peak rates and the share of these that is reached.
+    """Nodes of devices, their peak rates, and the fractions of these that are reached.
 
     Args:
-        devices_per_node: neighbouring global ranks that share a node.
-        flops: peak of one device in the precision of the products, FLOP/s.
-        intra_bandwidth, inter_bandwidth: peak of one link, in one direction, within and between nodes, bytes/s.
-        latency: of one transfer, seconds.
-        compute_efficiency, link_efficiency: the largest share of the peak that matrix products, and links, reach.
-        attention_efficiency: the share of flops that attention reaches with long blocks and heads of HEAD_DIM.
+        devices_per_node: consecutive global ranks that share a node.
+        flops: peak FLOP/s of one device in the precision of the matrix products.
+        intra_bandwidth, inter_bandwidth: peak bytes/s of one link, in one direction, within and between nodes.
+        latency: seconds per transfer.
+        compute_efficiency, link_efficiency: the largest fraction of the peak that matrix products, and links, reach.
+        attention_efficiency: the fraction of ``flops`` that attention reaches with long blocks and heads of HEAD_DIM.
         half_rows: rows or columns at which a matrix product reaches half of its highest rate.
-        half_tokens, half_head: tokens of a block, and head size, at which attention reaches half of its highest rate.
-        links: peers of its node that a device reaches at once, each at intra_bandwidth: 1 at a switch, where all share
-            its port, and the number of the others in a full mesh.
-        devices_per_adapter: how many devices share one network adapter of inter_bandwidth.
-        memory: of one device, bytes. memory_bandwidth: of one device, bytes/s.
+        half_tokens, half_head: tokens of a block, and head dimension, at which attention reaches half of its highest
+            rate.
+        links: peers in its node that a device reaches at once, each with intra_bandwidth: 1 with a switch, where all
+            share its port; the number of the other devices in a full mesh.
+        devices_per_adapter: number of devices that share one network adapter of inter_bandwidth.
+        memory: bytes of one device. memory_bandwidth: bytes/s of one device.
     """
 
     devices_per_node: int
@@ -71,12 +72,12 @@ class Cluster:
         return False, (peer - rank) % self.devices_per_node % self.links
 
     def product_seconds(self, flops: float, rows: float, columns: float) -> float:
-        """Seconds of matrix products of ``rows`` rows, the smaller of whose other two sizes is ``columns``."""
+        """Seconds of matrix products with ``rows`` rows, where ``columns`` is the smaller of the other two sizes."""
         share = rows / (rows + self.half_rows) * columns / (columns + self.half_rows)
         return flops / (self.flops * self.compute_efficiency * share)
 
     def attention_seconds(self, flops: float, tokens: float, head_dim: int) -> float:
-        """Seconds of attention's kernel on a block whose shorter side has ``tokens`` tokens."""
+        """Seconds of the attention kernel for a block whose shorter side has ``tokens`` tokens."""
         head = min(head_dim, HEAD_DIM)
         share = tokens / (tokens + self.half_tokens)
         share *= head / (head + self.half_head) * (HEAD_DIM + self.half_head) / HEAD_DIM
@@ -92,8 +93,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# The share of the peaks that kernels reach is public for NVIDIA's devices; docs/choosing.md says where. Products reach
-# half of it with ``rows`` rows, attention with blocks of ``tokens`` tokens.
+# The fraction of the peaks that kernels reach is published for NVIDIA's devices; docs/choosing.md gives the sources.
+# Products reach half of it with ``rows`` rows, attention with blocks of ``tokens`` tokens.
 def _reached(cluster: Cluster, products: float, attention: float, rows: float, tokens: float) -> Cluster:
     return replace(
         cluster, compute_efficiency=products, attention_efficiency=attention, half_rows=rows, half_tokens=tokens,
@@ -105,25 +106,25 @@ def _ascend(cluster: Cluster) -> Cluster:
     return _reached(cluster, 0.75, 0.55, 256, 512)
 
 
-# Dense bf16 peaks of one device and its links, one way, as the vendors publish them; docs/choosing.md says where.
+# Published dense bf16 peaks of one device, and of its links in one direction; docs/choosing.md gives the sources.
 CLUSTERS = {
     # Ascend/msmodeling (Huawei's simulator), tensor_cast/device.py: ATLAS_800_A2_313T_64G. Its 196 GB/s of HCCS are a
     # full mesh of seven links; RoCE between.
     "ascend-910b": _ascend(Cluster(8, 294.9e12, 28e9, 25e9, links=7, memory=64e9, memory_bandwidth=1.6e12)),
-    # One of its two dies, as frameworks see them. There too: ATLAS_800_A3_752T_128G_DIE; RoCE: half of the 400
-    # Gbit/s of arXiv 2506.12708. In a supernode the links within (UB, switched) span up to 768 dies.
+    # One of its two dies, which frameworks see as devices. Same source: ATLAS_800_A3_752T_128G_DIE; RoCE: half of the
+    # 400 Gbit/s of arXiv 2506.12708. In a supernode the links within (UB, switched) span up to 768 dies.
     "ascend-910c": _ascend(Cluster(16, 353.9e12, 196e9, 25e9, memory=64e9, memory_bandwidth=1.6e12)),
     # NVIDIA A100 and DGX A100 datasheets: NVLink 600 GB/s both ways, a 200 Gbit/s adapter for each device.
     "a100": _reached(Cluster(8, 312e12, 300e9, 25e9, memory=80e9, memory_bandwidth=2.0e12), 0.87, 0.62, 128, 384),
     # NVIDIA H100 datasheet (SXM), DGX BasePOD: NVLink 900 GB/s both ways, a 400 Gbit/s adapter for each device.
     "h100": _reached(Cluster(8, 989e12, 450e9, 50e9, memory=80e9, memory_bandwidth=3.35e12), 0.80, 0.60, 256, 512),
 }
-# Those whose links within a node are NVLink or HCCS; of other devices --flops and the others say what they are.
+# Devices with NVLink or HCCS within a node; others must be described by --flops and further flags.
 DEVICE_NAMES = {"910B": "ascend-910b", "910_93": "ascend-910c", "910C": "ascend-910c", "A100": "a100", "H100": "h100"}
-THIS_MACHINE = "this-machine"  # measured where and when it is named, and written nowhere
-DEFAULT = "ascend-910b"  # where nothing is named and nothing is found
+THIS_MACHINE = "this-machine"  # measured when it is named, and not stored
+DEFAULT = "ascend-910b"  # if no cluster is named and no accelerator is found
 
 
 def known_device(name: str) -> str | None:
-    """The preset of a device by the name that its driver gives, or None."""
+    """The preset for a device name from the driver, or None."""
     return next((preset for part, preset in DEVICE_NAMES.items() if part in name), None)

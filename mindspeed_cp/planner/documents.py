@@ -1,4 +1,4 @@
-"""Packed documents for the planner: their lengths, from a dataset or a distribution, and rows filled with them."""
+"""Packed documents for the planner: lengths from a dataset or a distribution, and rows that are filled with them."""
 
 import math
 import random
@@ -12,9 +12,9 @@ from mindspeed_cp.sequence.packing import pack_documents
 from mindspeed_cp.sequence.runs import offsets
 
 Boundaries = tuple[int, ...]
-BATCHES = 15  # batches are filled; the one with the median area is planned
+BATCHES = 15  # number of batches to draw; the planner uses the one with the median attention area
 
-# name -> how a length is drawn from its two parameters
+# name -> function that draws a length from the distribution's two parameters
 DISTRIBUTIONS: dict[str, Callable[[random.Random, float, float], float]] = {
     "uniform": lambda draw, low, high: draw.uniform(low, high),
     "lognormal": lambda draw, mu, sigma: draw.lognormvariate(mu, sigma),
@@ -26,16 +26,16 @@ USAGE = "give the .idx of a Megatron dataset, or uniform:64,512, lognormal:6.5,1
 def boundaries(
     source: str, seq_length: int, rows: int = 1, by_length: bool = False
 ) -> Boundaries | tuple[Boundaries, ...]:
-    """cu_seqlens of a typical micro batch, of every row where it has more than one: documents in random order, the last
-    one cut, as Megatron's GPT datasets fill rows.
+    """Return cu_seqlens of a typical micro batch, per row if it has several. Documents come in random order and
+    the last one is cut, as in Megatron's GPT datasets.
 
     Args:
-        source: a path that ends in .idx, or NAME:FIRST,SECOND of a distribution.
-        by_length: whole documents of about one length in a row, as ``pack_documents`` fills it; what is left of the row
-            is one more.
+        source: a path that ends in .idx, or NAME:FIRST,SECOND for a distribution.
+        by_length: fill rows with whole documents of similar length, like ``pack_documents``; the rest of the row is one
+            more document.
 
     Raises:
-        ValueError: the file is no index of a dataset or empty, or the distribution is not known.
+        ValueError: the file is empty or not a dataset index, or the distribution is not known.
     """
     draw = random.Random(0)
     if source.endswith(".idx"):
@@ -69,7 +69,7 @@ def _in_order(next_length: Callable[[], int], seq_length: int, rows: int) -> tup
 
 
 def _packed(next_length: Callable[[], int], seq_length: int, rows: int) -> tuple[Boundaries, ...]:
-    """Rows of whole documents by length, enough of them for so many rows."""
+    """``rows`` rows of whole documents packed by length."""
     lengths = [min(seq_length, next_length())]
     while sum(lengths) < (rows - 1) * seq_length + 1:
         lengths.append(min(seq_length, next_length()))
@@ -99,10 +99,10 @@ def _distribution(source: str) -> tuple[str, float, float]:
 
 
 def read_lengths(path: str) -> NDArray[np.int32]:
-    """int32 (documents,): tokens of every sequence of a Megatron indexed dataset, without those of no tokens.
+    """int32 (documents,): tokens of every non-empty sequence of a Megatron indexed dataset.
 
     Raises:
-        ValueError: the file cannot be read, or is no whole index.
+        ValueError: the file cannot be read, or is not a complete index.
     """
     try:
         lengths = read_index(path).lengths

@@ -1,4 +1,4 @@
-"""What one rank does in one pass, as events in their order: blocks and products computed, transfers posted, awaited."""
+"""Events of one rank in one pass, in order: blocks and products computed, transfers posted and awaited."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ LONG = 1 << 30  # tokens of a block that is long enough for any kernel
 
 @dataclass(frozen=True)
 class Compute:
-    """A block: its FLOPs, the shorter side of its pieces (their mean by what it costs a kernel), the size of a head."""
+    """A block: FLOPs, shorter side of its pieces (their mean by cost for a kernel), head dimension."""
 
     flops: int
     tokens: float = LONG
@@ -20,7 +20,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product: its FLOPs, its rows, and the smaller of its other sizes."""
+    """A matrix product: FLOPs, rows, and the smaller of the other sizes."""
 
     flops: int
     rows: int
@@ -29,11 +29,16 @@ class Product:
 
 @dataclass(frozen=True)
 class Post:
-    """A transfer starts: bytes to and from every global rank."""
+    """A transfer starts: bytes to and from every global rank.
+
+    Args:
+        of_heads: it is part of Ulysses' exchange, not of a ring's transfer of keys and values.
+    """
 
     number: int
     sent: dict[int, int]
     received: dict[int, int]
+    of_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,19 +68,20 @@ class Pass:
 
 @dataclass(frozen=True)
 class Notes:
-    """Where links and kernel note what happens."""
+    """Recorder to which links and kernel report events."""
 
     events: list[Event] = field(default_factory=list)
 
-    def post(self, sent: dict[int, int], received: dict[int, int]) -> "Transfer":
+    def post(self, sent: dict[int, int], received: dict[int, int], of_heads: bool = False) -> "Transfer":
         number = len(self.events)
-        self.events.append(Post(number, {r: n for r, n in sent.items() if n}, {r: n for r, n in received.items() if n}))
+        leaving, arriving = ({r: n for r, n in ends.items() if n} for ends in (sent, received))
+        self.events.append(Post(number, leaving, arriving, of_heads))
         return Transfer(number, self.events)
 
 
 @dataclass
 class Transfer:
-    """One that was posted, whatever the number of its works; only the first that is awaited waits."""
+    """A posted transfer, whatever the number of its works; only its first ``wait`` is recorded."""
 
     number: int
     events: list[Event]

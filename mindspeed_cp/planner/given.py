@@ -1,4 +1,4 @@
-"""The planner's command line: its flags, and what Megatron's flags or a launch command say where they are silent."""
+"""The planner's command line: its own flags, completed from Megatron's flags or a launch command."""
 
 import argparse
 import dataclasses
@@ -17,7 +17,7 @@ from mindspeed_cp.settings.lengths import tokens
 
 SCALES = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 SCALES |= {f"{prefix}i": 2.0 ** (10 * power) for power, prefix in enumerate("KMGT", 1)}
-LEAST_BYTES = 1e5  # of --memory; below it a number without a unit is gigabytes
+LEAST_BYTES = 1e5  # a --memory below this, without a unit, is in gigabytes
 HELP_OF = {
     "devices_per_node": "neighbouring devices of a node, such as 8",
     "flops": "peak of a device, such as 320TFLOP/s",
@@ -38,10 +38,10 @@ QUANTITY = re.compile(rf"(.*\d\.?) ?({'|'.join(sorted(SCALES, key=len, reverse=T
 
 
 def quantity(text: str) -> float:
-    """Read bytes, bytes/s, FLOP/s or seconds, a number with an SI prefix and a unit: 6.4e10, 64GB, 200Gbit/s, 10us.
+    """Parse bytes, bytes/s, FLOP/s or seconds, a number with SI prefix and unit: 6.4e10, 64GB, 200Gbit/s, 10us.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: the text is not such a number.
     """
     match = QUANTITY.fullmatch(text)
     try:
@@ -118,10 +118,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read(arguments: Sequence[str]) -> argparse.Namespace:
-    """The flags, with the sizes of a line behind -- or of --launch filled in, and that line as ``line``.
+    """The flags, completed with the sizes of the line after -- or of --launch, which is stored as ``line``.
 
     Raises:
-        ValueError: a size is below 1, flags do not go together, or the line cannot be read.
+        ValueError: a size is below 1, flags conflict, or the line cannot be parsed.
     """
     own, behind = list(arguments), []
     if "--" in own:
@@ -159,7 +159,7 @@ def model(given: argparse.Namespace) -> ModelShape:
     """The model that is named, or described by a config.json or by Megatron's flags.
 
     Raises:
-        ValueError: it is not known, or not complete.
+        ValueError: the model is not known, or its description is not complete.
     """
     if given.model:
         return named_model(given.model)

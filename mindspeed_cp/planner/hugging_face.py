@@ -1,4 +1,4 @@
-"""A model's sizes from a Hugging Face config.json: LLaMA, Qwen, Mixtral, DeepSeek, Kimi and those with their names."""
+"""A model's sizes from a Hugging Face config.json: LLaMA, Qwen, Mixtral, DeepSeek, Kimi and those with their keys."""
 
 import json
 import re
@@ -18,7 +18,7 @@ STATE = (
     "linear_conv_kernel_dim",
 )  # fmt: skip
 INDEXER = ("index_n_heads", "index_head_dim", "index_topk")
-# Keys that only another architecture has, less those that the planner reads and those that change no size.
+# Patterns of keys that indicate another architecture; keys that the planner reads or that change no size are excluded.
 SUSPECT = re.compile(
     r"expert|moe|lora|mamba|ssm|^linear_|conv_|state_size|vision|audio|text_config|cross_attention|index_|^layer_types$"
 )
@@ -32,10 +32,10 @@ KNOWN = {
 
 
 def hf_model(path: str) -> ModelShape:
-    """The shape that a config.json describes; layers for the prediction of further tokens are not counted.
+    """The shape that a config.json describes, without layers for multi-token prediction.
 
     Raises:
-        ValueError: the file is not there, is no JSON object, lacks a size, or has what the planner does not know.
+        ValueError: the file is missing or not a JSON object, lacks a size, or has keys that the planner does not know.
     """
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -92,7 +92,7 @@ def _linear(config: dict[str, Any], layers: int) -> Linear | None:
 
 def _gated(config: dict[str, Any]) -> bool:
     """Whether the MLP has a gate: with SiLU, and in Gemma. Models with other activations (GPT-NeoX, StarCoder2) have
-    none, and Qwen's first generation does not name its SiLU.
+    none; Qwen's first generation has SiLU without naming it.
     """
     activation = config.get("hidden_act") or config.get("hidden_activation") or "silu"
     return activation in ("silu", "swish") or str(config.get("model_type")).startswith("gemma")
@@ -114,7 +114,7 @@ def _refuse_unknown(path: str, config: dict[str, Any]) -> None:
 
 
 def _experts(config: dict[str, Any], layers: int, ffn: int) -> Experts | None:
-    """Experts under the names of Mixtral, of Qwen and of DeepSeek."""
+    """Experts from the keys of Mixtral, Qwen or DeepSeek."""
     num = next((config[key] for key in EXPERTS if config.get(key)), 0)
     if not num:
         return None

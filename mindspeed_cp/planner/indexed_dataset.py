@@ -1,4 +1,4 @@
-"""The index of a Megatron dataset, PREFIX.idx: the type of its tokens, the lengths and places of its sequences."""
+"""The index of a Megatron dataset, PREFIX.idx: the dtype of its tokens, and lengths and offsets of its sequences."""
 
 import struct
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8:
 @dataclass(frozen=True)
 class Index:
     """Args:
-    dtype: of the tokens. lengths: int32 (sequences,), tokens of each. places: int64 (sequences,), where each
-        begins, in bytes of PREFIX.bin.
+    dtype: dtype of the tokens. lengths: int32 (sequences,), tokens of each. places: int64 (sequences,), byte offset
+        of each in PREFIX.bin.
     """
 
     dtype: np.dtype[Any]
@@ -29,8 +29,8 @@ def read_index(path: str | Path) -> Index:
     """Read and check the file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: what is wrong with it, such as "is empty".
+        OSError: the file cannot be read.
+        ValueError: the file is not valid; the message continues a sentence about it, such as "is empty".
     """
     data = Path(path).read_bytes()
     _require(len(data) > 0, "is empty")

@@ -1,6 +1,6 @@
-"""What one layer costs a rank beside its attention: parameters, activations, matrix products, communication.
+"""The cost of one layer on a rank without its attention: parameters, activations, matrix products, communication.
 
-Experts are taken to be loaded evenly; tokens travel by Megatron's all-to-all dispatcher.
+Experts are assumed to be evenly loaded; tokens travel with Megatron's all-to-all dispatcher.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ class Held:
     """The part of one layer that a rank holds.
 
     Args:
-        parameters, routed: parameters of everything but the routed experts, and of the routed experts.
-        activations: bytes that the backward pass of one micro batch needs, without attention's own.
+        parameters, routed: number of parameters without the routed experts, and of the routed experts.
+        activations: bytes that the backward pass of one micro batch needs, without those of attention.
     """
 
     parameters: int
@@ -32,11 +32,11 @@ class Held:
 
 @dataclass(frozen=True)
 class Forward:
-    """Seconds of one micro batch through one layer, without attention's kernel.
+    """Seconds of one micro batch in the forward pass of one layer, without the attention kernel.
 
     Args:
-        compute: the matrix products, and what the layer writes to memory and reads from it beside them.
-        tensor, expert: communication of tensor and of expert parallelism.
+        compute: matrix products and other memory traffic.
+        tensor, expert: communication of tensor and expert parallelism.
     """
 
     compute: float
@@ -80,13 +80,13 @@ def held(work: Work, split: Split, with_experts: bool) -> Held:
 @lru_cache(maxsize=4096)
 def _held(model: ModelShape, tokens: int, split: Split, with_experts: bool) -> Held:
     counts = _counts(model, with_experts)
-    # Inputs of both norms and of the projections after them, the low ranks twice, and the MLP's own; all split over tp.
+    # Inputs of both norms and of the projections after them, low-rank inputs twice, and MLP inputs; split over tp.
     width = 4 * model.hidden + (2 * (model.latent.q_rank + model.latent.kv_rank) if model.latent else 0)
     router = routed = 0
     if with_experts:
         experts = _experts(model)
         width += model.matrices * experts.shared_ffn
-        # What a token's experts get and hold; every rank of an expert's tensor parallelism gets all of it.
+        # Inputs and activations of a token's experts; all tensor-parallel ranks of an expert get the whole input.
         width += experts.topk * (model.hidden * split.etp + model.matrices * experts.ffn)
         router = 2 * FLOAT * experts.num  # logits and scores
         routed = counts.routed // (split.ep * split.etp)
@@ -105,11 +105,11 @@ def _forward(model: ModelShape, tokens: int, split: Split, cluster: Cluster, wit
         cluster.product_seconds(flops, rows, columns)
         for flops, rows, columns in _products(model, tokens, split, with_experts)
     )
-    # Every activation is written once and read once.
+    # Each activation is written once and read once.
     compute += 2 * _held(model, tokens, split, with_experts).activations / cluster.memory_bandwidth
-    row = tokens * model.hidden * HALF / split.tp  # of the tokens that a rank holds between the layers
-    # A gather before and a scatter behind attention and the dense MLP or the shared experts; latent attention gathers
-    # what its projections to low ranks leave of a token.
+    row = tokens * model.hidden * HALF / split.tp  # bytes of the tokens that a rank holds between layers
+    # A gather before and a scatter after attention, and the same for the dense MLP or the shared experts; latent
+    # attention gathers the outputs of its low-rank projections.
     latent, scatter = model.latent, _exchange(row * split.tp, split.tp, 1, cluster)
     entry = (latent.q_rank or model.hidden) + latent.kv_rank + latent.rope if latent else model.hidden
     tensor = _exchange(tokens * entry * HALF, split.tp, 1, cluster) + scatter
@@ -122,7 +122,7 @@ def _forward(model: ModelShape, tokens: int, split: Split, cluster: Cluster, wit
 
 
 def _products(model: ModelShape, tokens: int, split: Split, with_experts: bool) -> Iterator[tuple[float, float, float]]:
-    """(FLOPs, rows, the smaller other size) of a rank's matrix products: attention's projections, the MLP, experts."""
+    """(FLOPs, rows, smaller other size) of a rank's matrix products: projections of attention, MLP, experts."""
     counts, experts = _counts(model, with_experts), model.experts
     shared = experts.shared_ffn if with_experts and experts else model.ffn
     mlp = model.matrices * model.hidden * shared
@@ -146,12 +146,12 @@ def _experts(model: ModelShape) -> Experts:
 
 
 def _exchange(size: float, members: int, stride: int, cluster: Cluster) -> float:
-    """Seconds in which every member sends each of the others its share of ``size`` bytes.
+    """Seconds for every member to send each other member its share of ``size`` bytes.
 
     Args:
-        stride: global ranks between neighbours of the group.
+        stride: distance of consecutive group members in global ranks.
     """
-    near = min(max(cluster.devices_per_node // stride, 1), members)  # members in one node
+    near = min(max(cluster.devices_per_node // stride, 1), members)  # members per node
     parts = {False: size * (near - 1) / members, True: size * (members - near) / members}
     return max(
         cluster.latency + part / cluster.bandwidth(inter, near - 1) if part else 0.0 for inter, part in parts.items()

@@ -1,4 +1,4 @@
-"""A model and the sizes of its training from Megatron's own flags, with Megatron's defaults but without Megatron."""
+"""Read a model and its training's sizes from Megatron's own flags, with Megatron's defaults but without Megatron."""
 
 import ast
 from argparse import Namespace
@@ -22,29 +22,29 @@ SWITCHES = (
     "swiglu", "quick-geglu", "untie-embeddings-and-output-weights", "disable-bias-linear", "attention-output-gate",
 )  # fmt: skip
 NEEDED = ("num-layers", "hidden-size", "num-attention-heads", "vocab-size")
-# They change the sizes in ways that the planner does not know.
+# Flags that change sizes in ways that the planner does not know.
 REFUSED = (
     "mtp-num-layers", "hybrid-override-pattern", "hybrid-attention-ratio", "hybrid-mlp-ratio", "is-hybrid-model",
     "moe-latent-size", "window-size", "heterogeneous-layers-config-path",
     "heterogeneous-layers-config-encoded-json", "encoder-num-layers", "decoder-first-pipeline-num-layers",
     "decoder-last-pipeline-num-layers", "pipeline-model-parallel-layout",
 )  # fmt: skip
-# the planner's name of a size -> Megatron's flag
+# The planner's name of a size -> Megatron's flag
 SIZES = {
     "seq_length": "seq-length", "micro_batch": "micro-batch-size", "global_batch": "global-batch-size",
     "tp": "tensor-model-parallel-size", "pp": "pipeline-model-parallel-size", "cp": "context-parallel-size",
     "ep": "expert-model-parallel-size", "etp": "expert-tensor-parallel-size",
 }  # fmt: skip
-LARGEST = 1 << 16  # of a number in a pattern of layers
+LARGEST = 1 << 16  # largest number in a pattern of layers
 
 
 @dataclass(frozen=True)
 class MegatronFlags:
-    """What a command line of Megatron says.
+    """The contents of a Megatron command line.
 
     Args:
-        sizes: those of SIZES that it gives. mask_type: of --cp-attention-mask-type, "general" being causal.
-        missing: flags without which it describes no model.
+        sizes: the given sizes of SIZES. mask_type: from --cp-attention-mask-type, with "general" as causal.
+        missing: flags that are missing to describe a model.
     """
 
     args: Namespace
@@ -56,13 +56,13 @@ class MegatronFlags:
         return "full" if self.args.cp_attention_mask_type == "full" else "causal"
 
     def model(self, vocab: int | None = None) -> ModelShape:
-        """The model that it describes.
+        """The model that the command line describes.
 
         Args:
-            vocab: entries of the vocabulary, where the line does not say how many.
+            vocab: vocabulary size, if the command line does not contain it.
 
         Raises:
-            ValueError: a size is missing, or they do not fit together.
+            ValueError: a size is missing, or sizes are inconsistent.
         """
         entries: int = self.args.vocab_size or self.args.padded_vocab_size or vocab or 0
         missing = [name for name in self.missing if name != "vocab-size" or not entries]
@@ -85,7 +85,7 @@ class MegatronFlags:
 
 
 def parsed(flags: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """(the flags of context parallelism and of a model's sizes, the rest of the line).
+    """(the flags of context parallelism and of a model's sizes, the other words).
 
     Raises:
         ValueError: the value of a flag is wrong.
@@ -113,10 +113,10 @@ def _named(flags: Sequence[str]) -> set[str]:
 
 
 def attention_sizes(args: Namespace) -> tuple[int, int, int, int]:
-    """(query heads, KV heads, head size of keys, of values) as attention has them.
+    """(query heads, KV heads, head dimension of keys, head dimension of values) of attention.
 
     Raises:
-        ValueError: --hidden-size is no multiple of the heads.
+        ValueError: --hidden-size is not a multiple of the heads.
     """
     heads = args.num_attention_heads
     if args.multi_latent_attention:
@@ -127,10 +127,10 @@ def attention_sizes(args: Namespace) -> tuple[int, int, int, int]:
 
 
 def read(flags: Sequence[str]) -> MegatronFlags:
-    """Read a command line; what it holds besides sizes is the training's business.
+    """Parse a command line; flags without effect on sizes are ignored.
 
     Raises:
-        ValueError: a value is wrong, or a flag changes the sizes in a way that the planner does not know.
+        ValueError: a value is wrong, or a flag changes sizes in a way that the planner does not know.
     """
     args, _ = parsed(flags)
     named = _named(flags)
@@ -196,10 +196,10 @@ def _linear_layers(text: str, layers: int) -> tuple[bool, ...]:
 
 
 def layer_pattern(text: str, layers: int, name: str = "moe-layer-freq") -> tuple[bool, ...]:
-    """Which layers have experts, by --moe-layer-freq: every n-th from the first, or a list such as ([0]*3+[1]*58).
+    """Which layers have experts, from --moe-layer-freq: every n-th from the first, or a list such as ([0]*3+[1]*58).
 
     Raises:
-        ValueError: it is neither, or has not one entry for each layer.
+        ValueError: it is neither, or the list does not have one entry per layer.
     """
     flag = f"--{name} {text}"
     try:
@@ -216,7 +216,7 @@ def layer_pattern(text: str, layers: int, name: str = "moe-layer-freq") -> tuple
 
 
 def _evaluated(node: ast.expr) -> int | list[int]:
-    """Numbers, lists of them, their sums and multiples."""
+    """Evaluate numbers, lists of numbers, their sums and multiples."""
     if isinstance(node, ast.Constant) and type(node.value) is int and node.value <= LARGEST:
         return node.value
     if isinstance(node, ast.List):

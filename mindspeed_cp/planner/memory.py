@@ -1,14 +1,13 @@
-"""What one attention layer holds in memory, counted on tensors without memory that the engine itself makes."""
+"""Memory of one attention layer, counted on the meta tensors that the engine itself makes."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mindspeed_cp.attention.kept import KeptAttention
 from mindspeed_cp.kernels.base import BlockResult, MemoryOrder
@@ -16,6 +15,15 @@ from mindspeed_cp.kernels.merge import merge_attention
 from mindspeed_cp.planner.events import Notes
 from mindspeed_cp.planner.trace import DEVICES, NotingKernel, Problem, dry_call
 from mindspeed_cp.settings.config import ContextParallelConfig
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in an operator's arguments or results (nested lists, tuples and dicts)."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, (list, tuple, dict)):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _tensors(value)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -30,14 +38,14 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self._note((args, kwargs), False)  # what comes in from outside does not count, nor do its views
+        self._note((args, kwargs), False)  # tensors from outside do not count, nor do their views
         result = func(*args, **(kwargs or {}))
         self._note(result, True)
         return result
 
     def _note(self, values: Any, made: bool) -> None:
-        for tensor in tree_leaves(values):
-            if not isinstance(tensor, torch.Tensor) or (made and not tensor.is_floating_point()):
+        for tensor in _tensors(values):
+            if made and not tensor.is_floating_point():
                 continue
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -52,7 +60,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
     def most_during(self, function: Callable[[], None]) -> int:
-        """The most bytes that were alive during the call beyond those before it."""
+        """Return the peak of live bytes during the call, minus those before it."""
         before, peak = self.now, self.peak
         self.peak = before
         function()
@@ -65,7 +73,7 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass
 class WeighingKernel(NotingKernel):
-    """Merging is slow on tensors without memory: it is run once for each shape, and remembered by what it held."""
+    """Merging is slow on meta tensors: run it once for each shape, and then only count the bytes that it held."""
 
     live: LiveBytes = field(default_factory=LiveBytes)
     _held: dict[Any, int] = field(default_factory=dict)
@@ -78,7 +86,7 @@ class WeighingKernel(NotingKernel):
 
 
 class Rest(torch.autograd.Function):
-    """What follows attention in a layer: it keeps nothing of out, and gives back a gradient of its size."""
+    """The rest of a layer after attention: it saves nothing of out, and returns a gradient of the same size."""
 
     @staticmethod
     def forward(ctx: Any, out: torch.Tensor) -> torch.Tensor:
@@ -91,7 +99,7 @@ class Rest(torch.autograd.Function):
 
 
 def layer(call: Callable[..., torch.Tensor], *tensors: torch.Tensor, **keywords: Any) -> torch.Tensor:
-    """A layer that makes its query, key and value, calls attention, and goes on."""
+    """Run a layer that computes query, key and value, calls attention, and continues with ``Rest``."""
     inputs = [tensor.clone() for tensor in tensors]
     after: torch.Tensor = Rest.apply(call(*inputs, **keywords))
     return after
@@ -102,9 +110,9 @@ class AttentionBytes:
     """One attention layer of one rank; every storage counts once.
 
     Args:
-        saved: from the forward to the backward pass: query, key, value, out and statistics, and what the engine adds.
-        passing: the most that is alive at once beyond that in either pass: blocks, sums, gradients, that of out too,
-            and in the forward pass the query, key and value of which the engine saves copies.
+        saved: bytes kept from the forward to the backward pass: query, key, value, out, statistics, engine's additions.
+        passing: peak in addition to that in either pass: blocks, sums, gradients (including that of out), and in the
+            forward pass the query, key and value of which the engine saves copies.
         buffers: reused memory, which all layers share.
     """
 
@@ -120,16 +128,18 @@ def attention_bytes(
     order: MemoryOrder | None = None,
     backend: str = DEVICES,
 ) -> AttentionBytes:
-    """What cp_rank ``rank`` holds in one layer; projections and other parts of the layer are not part of it, nor what a
-    kernel holds inside.
+    """Bytes that cp_rank ``rank`` holds for attention in one layer, without projections and other parts of the layer,
+    and without a kernel's internal memory.
 
     Args:
-        order: as the kernel asks; it decides which tensors share memory.
-        backend: whose transfers they are; gloo's all-to-all of the mesh exchange is made of messages.
+        order: memory order of the kernel, which decides which tensors share memory.
+        backend: back end of the transfers; gloo's all-to-all of the mesh exchange consists of single messages.
     """
     kernel = WeighingKernel(Notes(), order)
     call, buffers = dry_call(config, problem, rank, kernel, backend), -1
-    while buffers != call.groups.workspace.num_bytes:  # the first runs make the reused buffers
+    end = layer(call, *call.leaves)  # the first run, which allocates the reused buffers, is not counted
+    end.backward(end)
+    while buffers != call.groups.workspace.num_bytes:
         buffers, kernel.live = call.groups.workspace.num_bytes, LiveBytes()
         saved = _Saved()
         with kernel.live, saved:
@@ -147,7 +157,7 @@ def most_bytes(config: ContextParallelConfig, problem: Problem) -> AttentionByte
 
 
 def kept_bytes(config: ContextParallelConfig, problem: Problem, rank: int, order: MemoryOrder | None = None) -> int:
-    """What cp_rank ``rank`` keeps of one layer from its forward pass to its recomputation: ``--cp-keep-attention``."""
+    """Bytes that cp_rank ``rank`` keeps per layer from forward to recomputation with ``--cp-keep-attention``."""
     kept = KeptAttention()
     first, _ = kept.contexts()
     with first, torch.no_grad():
@@ -157,7 +167,7 @@ def kept_bytes(config: ContextParallelConfig, problem: Problem, rank: int, order
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Notes what is saved for backward inside: storage -> bytes."""
+    """Record what is saved for backward inside: storage -> bytes."""
 
     def __init__(self) -> None:
         self.sizes: dict[int, int] = {}

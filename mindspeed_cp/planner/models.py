@@ -1,4 +1,4 @@
-"""What the planner knows of a model: its sizes, its parameters, and the table of models by name (models.txt)."""
+"""What the planner knows about a model: its sizes, its parameters, and the table of models by name (models.txt)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ TABLE = Path(__file__).with_name("models.txt")
 
 @dataclass(frozen=True)
 class Latent:
-    """Multi-latent attention: low-rank projections yield the queries, and the keys with the values.
+    """Multi-latent attention: queries, and keys with values, come from low-rank projections.
 
     Args:
-        q_rank, kv_rank: of queries (0: they are projected at once), and of keys and values.
-        rope: the part of a head's query and key that holds positions; the key's is shared by all heads.
+        q_rank, kv_rank: rank of the queries' projection (0: a single full projection), and of keys and values.
+        rope: rotated elements of a head's query and key; all heads share those of the key.
     """
 
     q_rank: int
@@ -24,13 +24,13 @@ class Latent:
 
 @dataclass(frozen=True)
 class Experts:
-    """Experts in place of the MLP of some layers.
+    """Experts instead of the MLP in some layers.
 
     Args:
-        num, topk: experts, and those that a token visits.
-        ffn, shared_ffn: width of one, and of all shared ones together, which every token visits.
-        layers: for every layer whether it has experts.
-        bias: they have biases.
+        num, topk: number of experts, and of those that a token visits.
+        ffn, shared_ffn: width of one expert, and of all shared experts together, which every token visits.
+        layers: for every layer, whether it has experts.
+        bias: whether they have biases.
     """
 
     num: int
@@ -105,9 +105,9 @@ class LayerParameters:
     """Parameters of one layer.
 
     Args:
-        split: tensor parallelism shares them out. whole: every rank of it holds them: norms, router, projections to a
-            low rank.
-        routed: of all experts but shared ones. visited: of those that a token visits.
+        split: parameters that tensor parallelism splits. whole: those that every rank holds: norms, router, low-rank
+            projections.
+        routed: parameters of all experts except shared ones. visited: parameters of those that a token visits.
     """
 
     split: int
@@ -129,16 +129,16 @@ class ModelShape:
     """The sizes of one model.
 
     Args:
-        num_heads, num_kv_heads, dk, dv: query heads, KV heads, and the head sizes of key and value, as attention has
-            them; with latent attention as many KV heads as heads.
-        hidden, ffn: widths; ffn of the dense MLP.
-        vocab: entries of the vocabulary.
-        gated: the MLP has a gate (SwiGLU), three matrices instead of two.
-        tied: embeddings and output share their weights.
-        learned_positions: a table with a row for each position, whole on every tensor-parallel rank of the first stage;
-            ``parameters`` leaves it out.
-        window, windowed_share: tokens that a query sees in some layers, and the share of those layers.
-        output_gate: attention has a gate of its output, as wide as that. Layers of several kinds count as their mean.
+        num_heads, num_kv_heads, dk, dv: query heads, KV heads, and head dimensions of key and value in attention;
+            latent attention has as many KV heads as query heads.
+        hidden, ffn: hidden size, and width of the dense MLP.
+        vocab: vocabulary size.
+        gated: whether the MLP has a gate (SwiGLU), with three matrices instead of two.
+        tied: whether embedding and output share their weights.
+        learned_positions: rows of a table of positions, whole on every tensor-parallel rank of the first stage; not
+            counted in ``parameters``.
+        window, windowed_share: tokens that a query sees in windowed layers, and the fraction of these layers.
+        output_gate: attention has a gate of its output, of the same width. Layers of several kinds count as their mean.
     """
 
     num_layers: int
@@ -177,12 +177,12 @@ class ModelShape:
 
     @property
     def matrices(self) -> int:
-        """Matrices of an MLP."""
+        """Number of matrices of an MLP."""
         return 3 if self.gated else 2
 
     @property
     def split_widths(self) -> tuple[int, ...]:
-        """Widths of the MLPs that tensor parallelism splits: those of layers without experts and of shared experts."""
+        """Widths of the MLPs that tensor parallelism splits: of layers without experts, and of shared experts."""
         dense = self.experts is None or not all(self.experts.layers)
         shared = self.experts.shared_ffn if self.experts else 0
         return ((self.ffn,) if dense else ()) + ((shared,) if shared else ())
@@ -229,10 +229,10 @@ class ModelShape:
         return out + query + key_value, norms + down
 
     def stage(self, number: int, of: int, ends: bool = False) -> tuple[int, int]:
-        """Layers (without, with) experts of pipeline stage ``number`` of ``of``; the last stage may be shorter.
+        """Number of layers (without, with) experts in pipeline stage ``number`` of ``of``; the last may be shorter.
 
         Args:
-            ends: embedding and output take the place of a layer each, in the first stage and in the last one.
+            ends: whether embedding and output count as one layer each, in the first and the last stage.
         """
         most, shift = -(-(self.num_layers + 2 * ends) // of), int(ends)
         layers = range(self.num_layers)[max(number * most - shift, 0) : (number + 1) * most - shift]
@@ -241,14 +241,14 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model."""
+        """Number of parameters of the whole model."""
         dense, experts = self.stage(0, 1)
         layers = dense * self.dense_layer.total + (experts * self.expert_layer.total if experts else 0)
         return layers + self._others()
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that one token visits."""
+        """Number of parameters that a token visits."""
         dense, experts = self.stage(0, 1)
         layers = dense * self.dense_layer.active + (experts * self.expert_layer.active if experts else 0)
         return layers + self._others()
@@ -258,7 +258,7 @@ class ModelShape:
 
 
 def _row(line: str) -> tuple[str, ModelShape]:
-    """One line of the table."""
+    """Parse one line of the table."""
     name, *words = line.split()
     layers, hidden, ffn, heads, kv_heads, vocab = map(int, words[:6])
     more = {key: int(value) for key, _, value in (word.partition("=") for word in words[6:]) if value}
@@ -270,7 +270,7 @@ def _row(line: str) -> tuple[str, ModelShape]:
         pattern = tuple(layer >= dense for layer in range(layers))
         experts = Experts(more["experts"], more["topk"], more["expert_ffn"], more.get("shared_ffn", 0), pattern)
     gated, tied, dv = "gated" in words, "untied" not in words, more.get("dv", dk)
-    # In each group of layers the last one sees everything, the others a window.
+    # In each group of ``every`` layers, the last has full attention and the others a window.
     every = more.get("every", 1)
     share = sum((layer + 1) % every > 0 for layer in range(layers)) / layers
     linear, indexer = None, None

@@ -1,16 +1,16 @@
-"""A picture of the planner's predictions: time over that of the fastest, a line for each algorithm."""
+"""A plot of the planner's predictions: time relative to the fastest, one line for each algorithm."""
 
 from collections import defaultdict
 from typing import Any
 
 from mindspeed_cp.planner.cluster import Cluster
+from mindspeed_cp.planner.fitting import Search
 from mindspeed_cp.planner.search import Found
 from mindspeed_cp.planner.split import Work, splits
-from mindspeed_cp.planner.training import Search
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 NONE = "no context parallelism"
-LIMIT = 2.0  # times the fastest: slower than that nobody chooses
+LIMIT = 2.0  # times the fastest; slower algorithms are not plotted
 
 
 def _name(config: ContextParallelConfig) -> str:
@@ -20,7 +20,7 @@ def _name(config: ContextParallelConfig) -> str:
 
 
 def layer_milliseconds(found: Found) -> dict[str, float]:
-    """Algorithm -> ms of one layer with its fastest setting."""
+    """Return algorithm -> milliseconds of one layer with its fastest setting."""
     best: dict[str, float] = {}
     for candidate in found.candidates:
         best.setdefault(_name(candidate.config), 1e3 * candidate.seconds)
@@ -30,14 +30,13 @@ def layer_milliseconds(found: Found) -> dict[str, float]:
 def training_seconds(
     work: Work, devices: int, memory: float, cluster: Cluster, fixed: dict[str, int]
 ) -> dict[str, float]:
-    """Algorithm -> seconds of a step with its fastest plan; algorithms without a plan that fits, or that take more than
-    LIMIT times as long as the fastest, are left out.
+    """Return algorithm -> seconds of a step with its fastest plan, without algorithms of which no plan fits, and
+    without those that take more than LIMIT times as long as the fastest.
     """
     best: dict[str, float] = {}
     some = list(splits(work, devices, cluster, fixed, {}))
-    for plan in Search(work, memory, cluster).fitting(
-        some, wanted=lambda candidate: _name(candidate.config) not in best
-    ):
+    by_algorithm = lambda split, recompute, config: _name(config) if config else None  # noqa: E731
+    for plan in Search(work, memory, cluster, by_algorithm).fitting(some):
         if plan.step.seconds > LIMIT * min(best.values(), default=plan.step.seconds):
             break
         best.setdefault(_name(plan.attention.config), plan.step.seconds)
@@ -45,10 +44,10 @@ def training_seconds(
 
 
 def plot(path: str, found: dict[int, dict[str, float]], unit: str, title: str) -> None:
-    """Write the picture: the time of every algorithm over that of the fastest one, and a mark where nothing fits.
+    """Write the plot: the time of every algorithm relative to the fastest one, and a mark where nothing fits.
 
     Args:
-        found: length of a sequence -> algorithm -> time in ``unit``; empty where nothing fits.
+        found: sequence length -> algorithm -> time in ``unit``; empty if nothing fits.
 
     Raises:
         ValueError: there is no matplotlib, or the file cannot be written.
@@ -76,7 +75,7 @@ def _draw(axes: Any, found: dict[int, dict[str, float]], unit: str, title: str) 
     heights: list[float] = []
     for name, points in sorted(lines.items(), key=lambda line: line[1][-1][1]):
         (drawn,) = axes.plot(*zip(*points), marker="o", markersize=3)
-        height = max([points[-1][1], *(taken + 0.05 for taken in heights)])  # labels do not cover each other
+        height = max([points[-1][1], *(taken + 0.05 for taken in heights)])  # labels must not overlap
         heights.append(height)
         axes.annotate(
             name, points[-1], (8, 72 * (height - points[-1][1])), textcoords="offset points", color=drawn.get_color(),

@@ -1,14 +1,14 @@
-"""One line on a terminal while the planner works."""
+"""A progress line on a terminal while the planner works."""
 
 import sys
 import time
 from types import TracebackType
 
-EVERY = 0.5  # seconds
+EVERY = 0.5  # seconds between updates
 
 
 class Progress:
-    """Shows on a terminal how many ways to train are decided, at most once in EVERY seconds."""
+    """Prints on a terminal how many ways to train are decided, at most once every EVERY seconds."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
@@ -18,7 +18,7 @@ class Progress:
         return self
 
     def note(self, decided: int, of: int) -> None:
-        """``decided`` ways ``of`` all are decided; ways that the fastest ones exclude are never tried."""
+        """Report that ``decided`` of ``of`` ways are decided; ways that cannot be among the fastest are never tried."""
         now = time.monotonic()
         if sys.stderr.isatty() and now - self._last >= EVERY:
             self._last, self._shown = now, True

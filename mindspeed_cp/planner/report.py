@@ -1,4 +1,4 @@
-"""What the planner says of a whole training: a table, the reason, the flags, and lines for a shell."""
+"""The planner's report for a whole training: a table, the reason, the flags, and shell variables."""
 
 from mindspeed_cp.arguments.declared import variables_of
 from mindspeed_cp.planner.cluster import Cluster
@@ -10,7 +10,7 @@ SHOWN = 5
 
 
 def reason(candidate: Candidate) -> str:
-    """One sentence that says what the time of attention is made of."""
+    """One sentence about what the time of attention consists of."""
     sent = f"sends {candidate.intra_bytes / 1e6:,.0f} MB within and {candidate.inter_bytes / 1e6:,.0f} MB between nodes"
     if candidate.exposed < 0.01 * candidate.seconds:
         return f"{sent}, hidden behind {candidate.compute * 1e3:,.1f} ms of attention"
@@ -18,7 +18,7 @@ def reason(candidate: Candidate) -> str:
 
 
 def text(found: list[Plan], work: Work, cluster: Cluster, memory: float) -> list[str]:
-    """The best plans, one below the other; those that leave less than a tenth of the memory are marked."""
+    """The best plans, one after another; those that leave less than a tenth of the memory free are marked."""
     lines = []
     for number, plan in enumerate(found[:SHOWN], 1):
         step, held = plan.step, plan.memory
@@ -55,13 +55,13 @@ def megatron_flags(plan: Plan) -> str:
         line += f" --decoder-last-pipeline-num-layers {split.last_layers}"
     if split.ep:
         line += f" --expert-model-parallel-size {split.ep} --expert-tensor-parallel-size {split.etp}"
-        line += " --moe-token-dispatcher-type alltoall"  # which is planned; Megatron's default gathers all tokens
+        line += " --moe-token-dispatcher-type alltoall"  # as planned; Megatron's default gathers all tokens
     if split.vpp > 1:
         line += f" --num-virtual-stages-per-pipeline-rank {split.vpp}"
     if split.ends:
         line += " --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
-    line += " --use-distributed-optimizer"  # whose share of the states is planned
-    if split.dp * split.cp > 1:  # so that data parallelism hides behind a micro batch
+    line += " --use-distributed-optimizer"  # memory is planned with sharded optimizer states
+    if split.dp * split.cp > 1:  # to overlap data-parallel communication with a micro batch
         line += " --overlap-grad-reduce --overlap-param-gather"
     if plan.recompute != "none":
         line += " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -71,7 +71,7 @@ def megatron_flags(plan: Plan) -> str:
 
 
 def shell(plan: Plan) -> list[str]:
-    """Assignments of the launch scripts' variables."""
+    """Assignments of the launch scripts' variables for a plan."""
     values = {
         "TP": plan.split.tp,
         "PP": plan.split.pp,
@@ -83,7 +83,7 @@ def shell(plan: Plan) -> list[str]:
 
 
 def record(plan: Plan, work: Work, cluster: Cluster, memory: float) -> dict[str, object]:
-    """The plans as values for JSON."""
+    """A plan as values for JSON."""
     return {
         "split": vars(plan.split),
         "setting": _setting(plan),

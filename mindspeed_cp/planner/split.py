@@ -1,4 +1,4 @@
-"""What is trained, and every way to share the devices out among the kinds of parallelism."""
+"""What is trained, and all ways to split the devices among the kinds of parallelism."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from mindspeed_cp.planner.models import ModelShape
 from mindspeed_cp.settings.derived import MaskType
 from mindspeed_cp.settings.rules import heads_of_rank, require_even_tokens
 
-FEWEST_TOKENS = 256  # of a sequence on a rank, below which kernels starve and no search is worth its time
+FEWEST_TOKENS = 256  # of a sequence on a rank; with fewer, kernels are too inefficient to be worth searching
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Work:
 
     Args:
         seq_length: tokens of a sequence. global_batch, micro_batch: sequences.
-        documents: boundaries of the documents in a row, or in every row of a micro batch.
+        documents: document boundaries of a row, or of every row of a micro batch.
     """
 
     model: ModelShape
@@ -34,10 +34,10 @@ class Split:
     """Sizes of tensor, pipeline, context and data parallelism.
 
     Args:
-        ep, etp: of expert parallelism, and of tensor parallelism within an expert; 0 where the model has no experts.
-        last_layers: of the last pipeline stage where it is shorter than the others, else 0.
-        vpp: parts of the layers of a stage, between which a pipeline is interleaved; 1 where it is not.
-        ends: embedding and output count as a layer each, where the stages are equal only then.
+        ep, etp: size of expert parallelism, and of tensor parallelism within an expert; 0 if there are no experts.
+        last_layers: number of layers in the last pipeline stage if it is shorter than the others, else 0.
+        vpp: number of virtual stages per stage; 1 if the pipeline is not interleaved.
+        ends: whether embedding and output count as one layer each, to make the stages equal.
     """
 
     tp: int
@@ -52,12 +52,12 @@ class Split:
 
     @property
     def stage(self) -> int:
-        """Devices of a pipeline stage: neighbours, which the experts of the stage share in their own way."""
+        """Number of devices of a pipeline stage: consecutive ranks, which expert parallelism splits differently."""
         return self.tp * self.cp * self.dp
 
     @property
     def edp(self) -> int:
-        """Copies of an expert: the size of expert data parallelism."""
+        """Size of expert data parallelism, the number of copies of an expert."""
         return self.stage // (self.ep * self.etp)
 
 
@@ -70,7 +70,7 @@ def sizes(split: Split) -> str:
 def splits(
     work: Work, devices: int, cluster: Cluster, fixed: dict[str, int], excluded: dict[str, str]
 ) -> Iterator[Split]:
-    """Every split that the model and the batch allow; for each excluded one, the first rule it breaks."""
+    """Every split that the model and the batch permit; ``excluded`` gets the first rule that each other one breaks."""
     model, some = work.model, False
     for tp in _chosen(fixed.get("tp"), devices):
         rule = _rule_of_tp(model, tp, None if "tp" in fixed else cluster)
@@ -97,7 +97,7 @@ def splits(
                     samples = f"dp {dp} x --micro-batch {work.micro_batch}"
                     excluded.setdefault(f"dp {dp}", f"--global-batch {work.global_batch} is no multiple of {samples}")
                     continue
-                # Interleaving needs whole groups of micro batches.
+                # Interleaving needs a number of micro batches that pp divides.
                 even = work.global_batch // (dp * work.micro_batch) % pp == 0
                 for ep, etp in _expert_sizes(model, tp, tp * cp * dp, fixed, excluded):
                     for last, vpp, ends in shapes if even else [shape for shape in shapes if shape[1] == 1]:
@@ -110,7 +110,7 @@ def splits(
 
 
 def _pipelines(layers: int, pp: int, vpp: int | None) -> Iterator[tuple[int, int, bool]]:
-    """(layers of a shorter last stage or 0, parts of a stage, whether embedding and output count as layers)."""
+    """(layers of a shorter last stage or 0, virtual stages, whether embedding and output count as layers)."""
     last = layers - (pp - 1) * -(-layers // pp)
     if last >= 1 and vpp in (None, 1):
         yield last if layers % pp else 0, 1, False
@@ -124,7 +124,7 @@ def _pipelines(layers: int, pp: int, vpp: int | None) -> Iterator[tuple[int, int
 
 
 def _rule_of_tp(model: ModelShape, tp: int, cluster: Cluster | None) -> str:
-    """The first rule that excludes ``tp`` tensor-parallel ranks, or ""; they stay within a node of the cluster."""
+    """The first rule that excludes ``tp`` tensor-parallel ranks, or ""; they must be within a node of the cluster."""
     if cluster is not None and tp > cluster.devices_per_node:
         return f"tensor parallelism would leave the node of {cluster.devices_per_node}"
     for width in model.split_widths:
@@ -137,7 +137,7 @@ def _rule_of_tp(model: ModelShape, tp: int, cluster: Cluster | None) -> str:
 
 
 def _broken(rule: Callable[..., object], *values: int) -> str:
-    """The message of a rule that these values break, or ""."""
+    """The error message of a rule for these values, or ""."""
     try:
         rule(*values)
     except ValueError as error:
@@ -153,7 +153,7 @@ def _chosen(given: int | None, total: int) -> list[int]:
 def _expert_sizes(
     model: ModelShape, tp: int, stage: int, fixed: dict[str, int], excluded: dict[str, str]
 ) -> Iterator[tuple[int, int]]:
-    """(expert parallel size, expert tensor parallel size) of Split by Megatron's rules, the latter 1 or tp."""
+    """(expert parallel size, expert tensor parallel size) by Megatron's rules; the latter is 1 or tp."""
     experts = model.experts
     if experts is None:
         given = [f"{name} {fixed[name]}" for name in ("ep", "etp") if fixed.get(name, 1) > 1]

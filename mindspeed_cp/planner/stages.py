@@ -1,7 +1,7 @@
-"""What a stage of a pipeline holds, and how long a step of it takes.
+"""Memory of a pipeline stage, and the time of its step.
 
-Counts of parameters, activations and FLOPs of a GPT as Megatron trains it: half precision with float32 gradients and a
-distributed optimizer, sequence parallelism beside tensor parallelism, flash attention, no dropout, the 1F1B schedule.
+Counts parameters, activations and FLOPs of a GPT as Megatron trains it: half precision with float32 gradients and a
+distributed optimizer, sequence parallelism with tensor parallelism, flash attention, no dropout, the 1F1B schedule.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from typing import Literal
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.layers import FLOAT, HALF, forward, held, local_tokens
 from mindspeed_cp.planner.memory import AttentionBytes
-from mindspeed_cp.planner.search import Candidate
 from mindspeed_cp.planner.split import Split, Work
+from mindspeed_cp.planner.timing import Candidate
 
 OPTIMIZER = 12  # bytes for a parameter: float32 copy and Adam's two moments
 Recompute = Literal["none", "full", "full, attention kept"]
@@ -24,7 +24,7 @@ class Memory:
 
     Args:
         attention: what attention keeps from the forward to the backward pass.
-        buffers: the most that attention holds beyond that while a layer runs, reused memory included.
+        buffers: peak of what attention holds in addition while a layer runs, reused memory included.
     """
 
     weights: int
@@ -45,12 +45,12 @@ class Step:
     """Seconds of one step.
 
     Args:
-        compute: kernels, attention's and what is recomputed included, and the optimizer.
-        context: communication of context parallelism that does not hide behind attention.
-        tensor, expert, pipeline: communication of tensor and expert parallelism and between stages of a pipeline, of
-            which nothing is taken to hide.
-        data: of data parallelism, what does not hide behind one micro batch.
-        bubble: stages of the pipeline that wait.
+        compute: kernels, including attention and recomputation, and the optimizer.
+        context: communication of context parallelism that attention does not hide.
+        tensor, expert, pipeline: communication of tensor and expert parallelism and between pipeline stages, assumed
+            not to be hidden.
+        data: communication of data parallelism that one micro batch does not hide.
+        bubble: idle time of pipeline stages.
     """
 
     compute: float
@@ -67,11 +67,11 @@ class Step:
 
 
 def stage_memory(work: Work, split: Split, recompute: Recompute, number: int, one: AttentionBytes, left: int) -> Memory:
-    """What a device of one stage holds.
+    """Memory of a device of one stage.
 
     Args:
         number: of the stage.
-        one: attention of the layer that runs. left: bytes that attention of every other one has left.
+        one: attention of the running layer. left: bytes that attention keeps in every other layer.
     """
     model, is_last = work.model, number == split.pp - 1
     parts = _parts_in_flight(work, split, number)
@@ -99,7 +99,7 @@ def stage_memory(work: Work, split: Split, recompute: Recompute, number: int, on
 
 
 def _parts_in_flight(work: Work, split: Split, number: int) -> int:
-    """Of a stage's layers, in micro batches that have passed forward and not yet backward: 1F1B, or interleaved."""
+    """Activations in flight, in parts of a stage's layers: micro batches after forward and before backward."""
     behind = split.pp - number
     if split.vpp == 1:
         return min(behind, _micro_batches(work, split))
@@ -107,7 +107,7 @@ def _parts_in_flight(work: Work, split: Split, number: int) -> int:
 
 
 def kinds_of_stages(work: Work, split: Split) -> list[int]:
-    """The stages that differ: the first of every kind, by its layers, by its tables and by the output."""
+    """Return the first stage of every kind; kinds differ in layers, embedding tables and output."""
     first: dict[tuple[object, ...], int] = {}
     for number in range(split.pp):
         layers = work.model.stage(number, split.pp, split.ends)
@@ -116,7 +116,7 @@ def kinds_of_stages(work: Work, split: Split) -> list[int]:
 
 
 def _tables(work: Work, split: Split, number: int) -> int:
-    """Parameters of the embeddings and of the output that a rank of a stage holds; tied, one stage holds them once."""
+    """Embedding and output parameters on a rank of a stage; if tied, a single stage holds them once."""
     model, is_first, is_last = work.model, number == 0, number == split.pp - 1
     words = is_first + (is_last and not (is_first and model.tied))
     positions = work.seq_length * model.hidden if is_first and model.learned_positions else 0
@@ -124,7 +124,7 @@ def _tables(work: Work, split: Split, number: int) -> int:
 
 
 def _kinds(work: Work, split: Split, number: int) -> list[tuple[bool, int]]:
-    """(whether they have experts, how many) of the layers of a stage."""
+    """Return (whether they have experts, number) for the kinds of layers of a stage."""
     without, with_experts = work.model.stage(number, split.pp, split.ends)
     return [(kind, count) for kind, count in ((False, without), (True, with_experts)) if count]
 
@@ -132,7 +132,7 @@ def _kinds(work: Work, split: Split, number: int) -> list[tuple[bool, int]]:
 def stage_step(
     work: Work, split: Split, candidate: Candidate, recompute: Recompute, cluster: Cluster, number: int
 ) -> Step:
-    """The step as long as it would be if every stage were as long as this one."""
+    """Time of a step in which every stage takes as long as this one."""
     model, count, kinds = work.model, _micro_batches(work, split), _kinds(work, split, number)
     again = 0 if recompute == "none" else 1
     attention_again = {"none": 0.0, "full": 1.0}.get(recompute, 1 - model.kept_share)
@@ -151,7 +151,7 @@ def stage_step(
         tokens, columns = local_tokens(work, split), min(model.hidden, model.vocab / split.tp)
         flops = 2 * tokens * model.vocab * model.hidden / split.tp
         compute += 3 * cluster.product_seconds(flops, tokens, columns)
-    compute += 2 * FLOAT * (parameters + routed) / cluster.memory_bandwidth  # gradients are summed up
+    compute += 2 * FLOAT * (parameters + routed) / cluster.memory_bandwidth  # gradient accumulation
     passed = _between_stages(work, split, cluster)
     bubble = (split.pp - 1) / split.vpp * (compute + context + tensor + expert + passed)
     exchanged, updated = _data(split, parameters, routed, cluster)
@@ -162,7 +162,7 @@ def stage_step(
 
 
 def _between_stages(work: Work, split: Split, cluster: Cluster) -> float:
-    """Seconds in which a stage passes on what one micro batch needs, forward and backward."""
+    """Seconds to send one micro batch to the next stage and its gradient back."""
     if split.pp == 1:
         return 0.0
     size = local_tokens(work, split) * work.model.hidden * HALF / split.tp
@@ -171,7 +171,7 @@ def _between_stages(work: Work, split: Split, cluster: Cluster) -> float:
 
 
 def _data(split: Split, parameters: int, routed: int, cluster: Cluster) -> tuple[float, float]:
-    """Seconds of (reducing gradients and gathering parameters, the optimizer)."""
+    """Return the seconds of (gradient reduction and parameter gathering, optimizer)."""
     inter = split.stage > cluster.devices_per_node
     near = min(max(cluster.devices_per_node // split.tp, 1), split.dp * split.cp)
     copies = ((parameters, split.dp * split.cp), (routed, split.edp if routed else 1))

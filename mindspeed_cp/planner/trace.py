@@ -124,10 +124,12 @@ class NotingLink(Link):
     Args:
         like: the back end as whose link it transfers; a name that the engine knows nothing of stands for those of
             devices, which all do the same.
+        of_heads: it is the link of a Ulysses group.
     """
 
     notes: Notes = field(default_factory=Notes)
     like: str = DEVICES
+    of_heads: bool = False
 
     @property
     def backend(self) -> str:
@@ -138,12 +140,12 @@ class NotingLink(Link):
             {self.global_ranks[op.rank]: _num_bytes(op.tensor) for op in ops if op.how is how}
             for how in (dist.isend, dist.irecv)
         )
-        transfer = self.notes.post(sent, received)
+        transfer = self.notes.post(sent, received, self.of_heads)
         return [Work(transfer, [op.rank], [op.tensor]) for op in ops]
 
     def _gather_at_once(self, gathered: torch.Tensor, own: torch.Tensor, purpose: str) -> Callable[[], None]:
         moved = {self.global_ranks[rank]: _num_bytes(own) for rank in self.peers}
-        return self.notes.post(moved, moved).wait
+        return self.notes.post(moved, moved, self.of_heads).wait
 
     def _trade_at_once(
         self, received: torch.Tensor, sent: torch.Tensor, sizes: list[list[int]], purpose: str
@@ -153,7 +155,7 @@ class NotingLink(Link):
             {self.global_ranks[rank]: count[rank] * sent.element_size() for rank in self.peers}
             for count in sizes or (even, even)
         )
-        return self.notes.post(leaving, arriving).wait
+        return self.notes.post(leaving, arriving, self.of_heads).wait
 
 
 def shorter_side(block: Block) -> float:
@@ -242,12 +244,13 @@ def dry_groups(
     ulysses, _, windows = config.hierarchy
     workspace = Workspace()
 
-    def link(ranks: Sequence[int]) -> NotingLink:
+    def link(name: str, ranks: Sequence[int]) -> NotingLink:
         place = list(ranks).index(everyone[rank])
-        return NotingLink(cast(Any, None), place, tuple(ranks), workspace, notes=notes, like=backend)
+        of_heads = name == "ulysses" or (name == "cp" and ulysses == len(everyone))
+        return NotingLink(cast(Any, None), place, tuple(ranks), workspace, notes=notes, like=backend, of_heads=of_heads)
 
     links: dict[str, Any] = {
-        name: link(ranks) for name, ranks in parts_of([everyone], ulysses, windows) if everyone[rank] in ranks
+        name: link(name, ranks) for name, ranks in parts_of([everyone], ulysses, windows) if everyone[rank] in ranks
     }
     if ulysses in (1, len(everyone)):
         links["ring" if ulysses == 1 else "ulysses"] = links["cp"]

@@ -9,6 +9,7 @@ from mindspeed_cp.prove import flags, sizes
 from mindspeed_cp.prove.sizes import Ranks
 from mindspeed_cp.prove.words import Words
 from mindspeed_cp.prove.yaml_files import with_files
+from mindspeed_cp.settings.algorithms import ALGORITHMS
 
 ALGORITHM = "--context-parallel-algo"
 SIZE = "--context-parallel-size"
@@ -144,11 +145,12 @@ def _ranks(words: Words, own: Ranks, wish: Wish) -> Ranks:
 
 def _levels(words: Words) -> bool:
     """Whether the algorithm has two levels and thus needs four ranks: Hybrid and Double Ring."""
-    return (
-        words.text(ALGORITHM).startswith("hybrid")
-        or words.number(WINDOW, 1) > 1
-        or "a2a+p2p" in words.text("--cp-comm-type")
-    )
+    return _takes_degree(words) or words.number(WINDOW, 1) > 1 or "a2a+p2p" in words.text("--cp-comm-type")
+
+
+def _takes_degree(words: Words) -> bool:
+    row = ALGORITHMS.get(words.text(ALGORITHM))
+    return row is not None and row.takes_degree
 
 
 def _without_side_effects(words: Words, kind: str, wish: Wish, folder: Path) -> None:
@@ -208,7 +210,7 @@ def _share(words: Words, ranks: Ranks, wish: Wish) -> None:
     if DEGREE in words:
         words.set(DEGREE, _divisor(words.number(DEGREE, 2), ranks.cp, below=True))
     if words.number(WINDOW, 1) > 1:
-        ring = ranks.cp // words.number(DEGREE, 1) if words.text(ALGORITHM).startswith("hybrid") else ranks.cp
+        ring = ranks.cp // words.number(DEGREE, 1) if _takes_degree(words) else ranks.cp
         words.set(WINDOW, _divisor(words.number(WINDOW, 1), ring, below=True))
     if "--hierarchical-context-parallel-sizes" in words:
         words.set("--hierarchical-context-parallel-sizes", 2, ranks.cp // 2)

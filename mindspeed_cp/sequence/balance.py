@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mindspeed_cp.sequence.cache import RUN_BYTES, kept_up_to
-from mindspeed_cp.sequence.filling import Part, Work, fill_ranks
+from mindspeed_cp.sequence.filling import Part, TokenWork, fill_ranks
 from mindspeed_cp.sequence.nodes import within_nodes
 from mindspeed_cp.sequence.runs import Boundaries, Runs, join, split_sizes
 
@@ -71,7 +71,7 @@ def balanced_rings(
             where possible.
     """
     lengths = np.diff(np.array(documents, dtype=np.int64)).tolist()
-    work, sizes = Work(lengths, causal), split_sizes(documents[-1], num_ranks)
+    work, sizes = TokenWork(lengths, causal), split_sizes(documents[-1], num_ranks)
     mean = _Area(documents, causal).total / num_ranks
     best: tuple[int, list[list[Part]]] | None = None
     for goal in GOALS:

@@ -27,7 +27,7 @@ Piece = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Work:
+class TokenWork:
     """The work of tokens, in (query, key) pairs, and the cost of cutting them off from the tokens before them.
 
     Args:
@@ -59,7 +59,7 @@ class Work:
         return cut if self.causal else self.lengths[document]
 
 
-def fill_ranks(work: Work, sizes: Sequence[int], goal: int, slack: int) -> tuple[list[list[Part]], int]:
+def fill_ranks(work: TokenWork, sizes: Sequence[int], goal: int, slack: int) -> tuple[list[list[Part]], int]:
     """Assign all tokens to ranks: (the parts of every rank, the largest area of a rank).
 
     Args:
@@ -92,7 +92,7 @@ class _Sums:
 class _Lightest(_Sums):
     """The lightest pieces of a pool. Pieces that were taken from its heavy end are no longer counted."""
 
-    def __init__(self, pool: list[Piece], work: Work, tokens: int) -> None:
+    def __init__(self, pool: list[Piece], work: TokenWork, tokens: int) -> None:
         super().__init__(pool, tokens)
         self._pool, self._work = pool, work
 
@@ -131,7 +131,7 @@ class _Rank:
     ``tokens`` is how many tokens it must still take, ``room`` how much area it may still take.
     """
 
-    def __init__(self, pool: list[Piece], work: Work, tokens: int, goal: int, slack: int) -> None:
+    def __init__(self, pool: list[Piece], work: TokenWork, tokens: int, goal: int, slack: int) -> None:
         self.pool, self.work = pool, work
         self.size, self.tokens, self.room, self.slack = tokens, tokens, goal, slack
         self.parts: list[Part] = []

@@ -1,1 +1,1 @@
-"""The embedded trainer: GPT on megatron-core alone, with tensor, pipeline, data and context parallelism."""
+"""The embedded trainer: GPT with megatron-core only, with tensor, pipeline, data and context parallelism."""

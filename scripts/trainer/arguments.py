@@ -1,6 +1,4 @@
-"""Flags of the embedded trainer. Names and meanings are Megatron's; what Megatron has and this trainer has not is
-refused.
-"""
+"""Flags of the embedded trainer. Names and meanings are Megatron's; Megatron's other flags are rejected."""
 
 import argparse
 import os
@@ -18,13 +16,13 @@ def parse_args(argv: list[str] | None = None, world_size: int | None = None) -> 
     """Parse and check the command line; no process group is made before this has succeeded.
 
     Returns:
-        The namespace, with ``cp_config_resolved`` and ``cp_setup`` (what ``mindspeed_cp.arguments.validate`` returned),
-        ``data_parallel_size``, ``num_microbatches``, ``params_dtype`` and ``resume`` (the Checkpoint to go on from, or
+        The namespace, with ``cp_config_resolved`` and ``cp_setup`` (results of ``mindspeed_cp.arguments.validate``),
+        ``data_parallel_size``, ``num_microbatches``, ``params_dtype`` and ``resume`` (the Checkpoint to resume from, or
         None) added.
 
     Raises:
-        SystemExit: the value of one flag breaks its rule; the line is printed and the status is 2.
-        ValueError: flags do not go together; the message names flag, value, rule and a way out.
+        SystemExit: the value of a flag violates its rule; one line is printed and the status is 2.
+        ValueError: flags conflict; the message names flag, value, rule and a way out.
     """
     args = build_parser().parse_args(argv)
     read_packing(args)
@@ -55,7 +53,7 @@ def build_parser() -> OneLineParser:
 
 
 def _adder(parser, title):
-    """``add(flag, rule, ...)`` of one argument group: argparse's add_argument with the flag's rule as its type."""
+    """A function ``add(flag, rule, ...)`` for an argument group: argparse's add_argument with the rule as type."""
     group = parser.add_argument_group(title)
 
     def add(flag, rule=None, **options):

@@ -21,8 +21,8 @@ from trainer.safe_reading import check_metadata, tensors_alone
 class SynchronousSave(torch_format.TorchDistSaveShardedStrategy):
     """Megatron's torch_dist format, written by torch's own file writer.
 
-    Megatron's writer starts helper processes, which import the whole training script once more, and that of 0.12 does
-    not work with torch 2.7 and later. Can go when asynchronous saving is wanted and 0.12 is not.
+    Megatron's writer starts helper processes, which import the whole training script again, and 0.12's does not work
+    with torch 2.7 and later. This class can be removed when asynchronous saving is needed and 0.12 is not.
     """
 
     def __init__(self):
@@ -43,8 +43,8 @@ class SynchronousSave(torch_format.TorchDistSaveShardedStrategy):
 
 
 def _state(args, chunks, optimizer, scheduler, iteration, is_loading):
-    """The sharded state of model, optimizer and schedule; what is not sharded is the same on every rank."""
-    # chunk.module: the names in a checkpoint are the model's own, without those of its wrappers.
+    """The sharded state of model, optimizer and schedule; parts that are not sharded are the same on every rank."""
+    # chunk.module, so that names in a checkpoint are the model's own, without its wrappers.
     models = {_name(chunks, stage): chunk.module.sharded_state_dict() for stage, chunk in enumerate(chunks)}
     everything = models if len(chunks) > 1 else models["model"]
     how = _reshardable_format() if args.use_distributed_optimizer else {}
@@ -57,7 +57,7 @@ def _state(args, chunks, optimizer, scheduler, iteration, is_loading):
 
 
 def _reshardable_format():
-    """The format of the distributed optimizer that other parallel sizes can read; its name changed with 0.14."""
+    """The distributed optimizer's format that can be read with other parallel sizes; its name changed in 0.14."""
     formats = getattr(DistributedOptimizer, "checkpoint_fully_reshardable_formats", ())
     if "fully_reshardable" in formats:
         return {"metadata": {"distrib_optim_sharding_type": "fully_reshardable"}}
@@ -69,10 +69,10 @@ def _name(chunks, stage):
 
 
 def save_checkpoint(args, chunks, optimizer, scheduler, iteration):
-    """Write --save/iter_NNNNNNN and make it the latest once it is complete; collective.
+    """Write --save/iter_NNNNNNN and make it the latest when it is complete; collective.
 
     Raises:
-        Refused: a rank could not write its part; the latest checkpoint is then the one before.
+        Refused: a rank could not write its part; the latest checkpoint is then the previous one.
     """
     first, folder = dist.get_rank() == 0, args.save
     state = _state(args, chunks, optimizer, scheduler, iteration, False)
@@ -84,7 +84,7 @@ def save_checkpoint(args, chunks, optimizer, scheduler, iteration):
         checkpoint = Checkpoint(folder, name, iteration, now(), *settings_of(args), files)
         _on_all_ranks(lambda: complete(checkpoint, args.keep_last) if first else None)
     except (CheckpointException, OSError, RuntimeError) as error:
-        everywhere = isinstance(error, CheckpointException | _Unwritten)  # of the rest Megatron tells nobody
+        everywhere = isinstance(error, CheckpointException | _Unwritten)  # other errors are not on all ranks
         if not everywhere and is_loss_of_a_peer(error):
             raise
         free = f"{shutil.disk_usage(folder).free:,} bytes are free there"
@@ -97,11 +97,11 @@ def save_checkpoint(args, chunks, optimizer, scheduler, iteration):
 
 
 class _Unwritten(OSError):
-    """Raised on all ranks, when one of them could not write."""
+    """Raised on all ranks if one of them could not write."""
 
 
 def _on_all_ranks(part):
-    """Every rank's value of ``part()``, which communicates nothing."""
+    """Every rank's value of ``part()``, which must not communicate."""
     value, error = None, None
     try:
         value = part()
@@ -115,7 +115,7 @@ def _on_all_ranks(part):
 
 
 def _reason(error):
-    """The failure itself in one line, where torch has collected the failures of all ranks."""
+    """The failure in one line; torch may have collected the failures of all ranks."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]
@@ -123,13 +123,13 @@ def _reason(error):
 
 
 def _finish_part(path):
-    """Write this rank's random state; name -> [size, SHA-256] of what this rank has written: shards and random states
-    carry its number, rank 0 wrote the rest.
+    """Write this rank's random state; returns name -> [size, SHA-256] of this rank's files: shards and random states
+    have its number in their names, and rank 0 wrote the rest.
     """
     state = {"cpu": torch.get_rng_state(), "device": torch.cuda.get_rng_state()}
     try:
         torch.save(state | {"tracker": dict(get_cuda_rng_tracker().get_states())}, _random_state(path))
-    except RuntimeError as error:  # torch's writer says so when the disk is full
+    except RuntimeError as error:  # raised by torch's writer when the disk is full
         raise OSError(str(error).splitlines()[0]) from error
     rank = dist.get_rank()
     mine, anybodys = (f"__{rank}_", f"random_{rank}."), ("__", "random_")
@@ -142,12 +142,12 @@ def _random_state(path):
 
 
 def load_checkpoint(args, chunks, optimizer, scheduler):
-    """Read ``args.resume`` into everything; returns the number of finished steps; collective.
+    """Load ``args.resume`` into model, optimizer and schedule; returns the number of finished steps; collective.
 
-    Under the same parallel sizes every rank's random state is set too, so that dropout goes on where it was.
+    With the same parallel sizes every rank's random state is restored too, so that dropout continues exactly.
 
     Raises:
-        Refused: on every rank, when a file holds other bytes than were written, or names code to run.
+        Refused: on every rank, if a file does not match its checksum, or names code to run.
     """
     checkpoint = args.resume
     _check_bytes(args, checkpoint)
@@ -167,13 +167,15 @@ def load_checkpoint(args, chunks, optimizer, scheduler):
 
 
 def _check_bytes(args, checkpoint):
-    """Compare every file with its checksum, the files shared out over the ranks."""
+    """Compare every file with its checksum; the files are distributed over the ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     seen = sorted(set(gather(checkpoint.name)))
     if len(seen) > 1:
         raise Refused(
             f"--load {args.load} shows some ranks {seen[0]} and others {seen[1]}; give a folder that all share."
         )
+    if not checkpoint.files and rank == 0:
+        print(f"note: {checkpoint.path} was written without checksums; its bytes are not checked.", flush=True)
     parts = gather(checkpoint.damaged(sorted(checkpoint.files)[rank::world], digests=True))
     if wrong := [line for part in parts for line in part]:
         raise Refused(gather(checkpoint.describe_damage(wrong) if rank == 0 else None)[0])

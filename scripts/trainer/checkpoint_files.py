@@ -1,10 +1,10 @@
-"""Checkpoints as files: which one is the latest, whether it is whole, which ones may go. Needs neither torch nor ranks.
+"""Checkpoints as files: which is the latest, whether it is complete, which may be removed. Needs no torch and no ranks.
 
 FOLDER/latest.txt                    name of the latest complete checkpoint
 FOLDER/iter_0000040/checkpoint.json  written last: step, time, settings, size and SHA-256 of every file
                    /...              Megatron's torch_dist format, and each rank's random state
 
-torch's reader notices neither a truncated shard nor other bytes in it, and safetensors has no checksum either.
+torch's reader detects neither a truncated shard nor changed bytes in it, and safetensors has no checksum either.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ import shutil
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 LATEST, RECORD = "latest.txt", "checkpoint.json"
 NAME = re.compile(r"iter_([0-9]{7,})")
-# Flags that say what the weights are; a checkpoint fits a run that has the same.
+# Flags that determine the weights; a checkpoint fits a run with the same values.
 MODEL = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "group_query_attention",
     "num_query_groups", "position_embedding_type", "normalization", "swiglu", "add_bias_linear", "add_qkv_bias",
@@ -34,7 +34,7 @@ PARALLEL = (
 
 
 def settings_of(args: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(flags of the model, parallel sizes) that a checkpoint's record keeps."""
+    """(flags of the model, parallel sizes) that a checkpoint's record contains."""
     model, parallel = ({name: getattr(args, name) for name in names} for names in (MODEL, PARALLEL))
     return model, parallel
 
@@ -44,19 +44,19 @@ class Checkpoint:
     """A complete checkpoint.
 
     Args:
-        folder: the folder --load or --save names; ``name`` lies in it.
-        saved_at: local time at which it was complete.
+        folder: the folder of --load or --save, which contains ``name``.
+        saved_at: local time at which it was completed.
         model, parallel: flags of the run that wrote it.
-        files: name -> [size in bytes, SHA-256].
+        files: name -> [size in bytes, SHA-256]; empty for one of version 0.1.0, which kept no record.
     """
 
     folder: str
     name: str
     iteration: int
-    saved_at: str
-    model: dict[str, Any]
-    parallel: dict[str, Any]
-    files: dict[str, list[Any]]
+    saved_at: str = "an unknown time"
+    model: dict[str, Any] = field(default_factory=dict)
+    parallel: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -64,17 +64,19 @@ class Checkpoint:
 
     @classmethod
     def read(cls, folder: str, name: str) -> "Checkpoint":
-        """Read its record; raises ValueError that says what is damaged."""
+        """Read its record; raises a ValueError that says what is damaged."""
         record = Path(folder, name, RECORD)
         try:
             return cls(folder, name, **json.loads(record.read_text(encoding="utf-8")))
         except FileNotFoundError:
+            if all(Path(folder, name, part).is_file() for part in (".metadata", "common.pt")):
+                return cls(folder, name, int(name[5:]))
             raise ValueError(f"{record.parent} is incomplete: its run ended while it was written") from None
         except (OSError, ValueError, TypeError):
             raise ValueError(f"{record} is damaged ({last_changed(record)})") from None
 
     def damaged(self, names: Iterable[str], digests: bool) -> list[str]:
-        """What is wrong with the files ``names``: sizes, and with ``digests`` every byte."""
+        """What is wrong with the files ``names``, by their sizes, and with ``digests`` by their checksums."""
         wrong = []
         for name in names:
             path, (size, digest) = Path(self.path, name), self.files[name]
@@ -87,7 +89,7 @@ class Checkpoint:
         return wrong
 
     def check(self, args: Namespace) -> None:
-        """Raise ValueError unless its files have their sizes and it fits the flags."""
+        """Raise ValueError unless its files have the right sizes and it fits the flags."""
         if wrong := self.damaged(sorted(self.files), digests=False):
             raise ValueError(self.describe_damage(wrong))
         for name, value in self.model.items():
@@ -103,7 +105,7 @@ class Checkpoint:
             )
 
     def describe_damage(self, wrong: list[str]) -> str:
-        """One line: what is damaged, since when, which checkpoint is the last good one."""
+        """One line that says what is damaged, since when, and which checkpoint is the last good one."""
         more = f", and {len(wrong) - 1} more files" if len(wrong) > 1 else ""
         return (
             f"--load {self.folder}: {wrong[0]}{more}; the checkpoint was whole when it was saved at {self.saved_at}; "
@@ -112,7 +114,7 @@ class Checkpoint:
 
 
 def find_checkpoint(load: str, save: str | None) -> Checkpoint | None:
-    """The checkpoint that latest.txt of ``load`` names; None where ``save`` is the same folder and holds none yet.
+    """The checkpoint that latest.txt of ``load`` names; None if ``save`` is the same folder and has none yet.
 
     Raises:
         ValueError: there is none, or it is damaged.
@@ -146,7 +148,7 @@ def digest_of(path: Path) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Whoever reads ``path`` finds the old text or the new one, whole, whenever the machine stops."""
+    """Write ``text`` so that ``path`` always has either the old or the complete new text, even after a crash."""
     temporary = path.with_name(f".{path.name}.new")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -161,7 +163,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def prepare(folder: str, iteration: int) -> str:
-    """Make the empty folder of a new checkpoint, in place of one of the same step; returns its name."""
+    """Create the empty folder of a new checkpoint, replacing one of the same step; returns its name."""
     name = f"iter_{iteration:07d}"
     _remove(Path(folder, name))
     Path(folder, name).mkdir(parents=True)
@@ -169,7 +171,7 @@ def prepare(folder: str, iteration: int) -> str:
 
 
 def complete(checkpoint: Checkpoint, keep_last: int | None) -> None:
-    """Write its record, make it the latest, and remove what --keep-last lets go."""
+    """Write its record, make it the latest, and remove the checkpoints beyond --keep-last."""
     record = asdict(checkpoint)
     del record["folder"], record["name"]
     write_atomically(Path(checkpoint.path, RECORD), json.dumps(record, indent=1))
@@ -189,7 +191,7 @@ def last_changed(path: Path) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint; if this is interrupted, what is left does not look complete."""
+    """Remove a checkpoint so that, if interrupted, the rest does not look complete."""
     for name in (RECORD, ".metadata"):
         Path(path, name).unlink(missing_ok=True)
     if path.exists():
@@ -203,7 +205,7 @@ def _names(folder: str) -> list[str]:
 
 
 def _whole_ones(folder: str, digests: bool = False, but: str = "") -> Iterator[Checkpoint]:
-    """The checkpoints that are whole, the newest first."""
+    """The complete checkpoints, the newest first."""
     for name in _names(folder):
         if name == but:
             continue
@@ -216,7 +218,7 @@ def _whole_ones(folder: str, digests: bool = False, but: str = "") -> Iterator[C
 
 
 def _way_back(folder: str, damaged: str) -> str:
-    """How to go on from the newest checkpoint that is whole, byte by byte."""
+    """How to resume from the newest checkpoint whose checksums are right."""
     if good := next(_whole_ones(folder, digests=True, but=damaged), None):
         return (
             f"the last good one is {good.name}, saved at {good.saved_at}: go on from it with: echo {good.name} > "

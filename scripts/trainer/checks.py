@@ -3,6 +3,8 @@
 from argparse import Namespace
 from typing import Any
 
+from mindspeed_cp.settings.rules import heads_of_rank, require, require_even_tokens
+
 
 def of_same_name(args: Namespace, names: str) -> dict[str, Any]:
     """Flags by their names, for a function of Megatron that calls them alike."""
@@ -12,12 +14,6 @@ def of_same_name(args: Namespace, names: str) -> dict[str, Any]:
 def micro_batch_length(index: int, seq_length: int) -> int:
     """A length of its own for every micro batch, between half of ``seq_length`` and all of it, mostly indivisible."""
     return seq_length - (index * index * 11 + index * 13 + 3) % max(seq_length // 2 - 1, 1)
-
-
-def require(condition: Any, message: str) -> None:
-    """Raise ValueError(message), which names flag, value, rule and a way out, unless ``condition`` holds."""
-    if not condition:
-        raise ValueError(message)
 
 
 def divisible(flag: str, value: int, by: str, divisor: int, *, more: bool = False, or_else: str = "") -> None:
@@ -101,13 +97,9 @@ def check_parallel(args):
     tp, pp, layers = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.num_layers
     args.data_parallel_size = args.world_size // (tp * pp * args.context_parallel_size)
     _check_stages(args, pp, layers)
-    by = f"--tensor-model-parallel-size {tp}"
-    divisible("--num-attention-heads", args.num_attention_heads, by, tp, more=True)
-    groups = args.num_query_groups
-    if args.group_query_attention and tp % groups:
-        other = f", or a --tensor-model-parallel-size that divides {groups}"
-        divisible("--num-query-groups", groups, by, tp, or_else=other)
-    divisible("--ffn-hidden-size", args.ffn_hidden_size, by, tp, more=True)
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    heads_of_rank(args.num_attention_heads, groups, tp)
+    divisible("--ffn-hidden-size", args.ffn_hidden_size, f"--tensor-model-parallel-size {tp}", tp, more=True)
     require(
         not args.sequence_parallel or tp > 1,
         f"--sequence-parallel needs tensor parallelism, and --tensor-model-parallel-size is {tp}; use 2 or more, or "
@@ -156,8 +148,7 @@ def _check_lengths(args, tp):
         f"{args.seq_length} they have other lengths; use --cp-batch-layout zigzag or balanced, which take any.",
     )
     if args.sequence_parallel:  # the configuration asks it where cp > 1
-        by, other = f"--tensor-model-parallel-size {tp} with --sequence-parallel", ", or leave out --sequence-parallel"
-        divisible("--seq-length", args.seq_length, by, tp, or_else=other)
+        require_even_tokens(args.seq_length, 1, tp)
     varying = "--cp-pack" if args.cp_pack else "--variable-seq-lengths" if args.variable_seq_lengths else ""
     require(
         not (varying and args.sequence_parallel),

@@ -1,7 +1,7 @@
 """Batches: which samples a step reads, their lengths, their documents, and this rank's part of them.
 
 Shapes: tokens, labels, loss_mask, position_ids (batch, seq). Every rank reads the same samples and keeps its own
-tokens, so no batch is sent between ranks and any rank can be asked for any step.
+tokens, so batches are not sent between ranks, and every rank can start at any step.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from trainer.tokenizer import ByteTokenizer
 
 @dataclass
 class Batch:
-    """This rank's part of one micro batch; ``num_tokens`` counts the whole sequence's tokens that have a loss."""
+    """This rank's part of a micro batch; ``num_tokens`` is the number of tokens with a loss in the whole sequence."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -45,7 +45,7 @@ def build_datasets(args):
         blend=([args.data_path], None),
         path_to_cache=args.data_cache_path,
         tokenizer=ByteTokenizer(args.vocab_size, args.eod),
-        # A dense mask serves the run without context parallelism; with it, document boundaries are enough.
+        # A dense mask is needed only without context parallelism; with it, document boundaries suffice.
         create_attention_mask=has_mask(args),
     )
     counts = [args.train_iters * args.global_batch_size, args.eval_iters * args.global_batch_size, 0]
@@ -63,8 +63,8 @@ def build_datasets(args):
 def batches(dataset, args, first_step, vary_length=False):
     """Yield this data-parallel rank's micro batches from step ``first_step`` on.
 
-    Step s reads samples s*G to (s+1)*G of the dataset's shuffled order, G the global batch size, so that the same
-    samples make up a step whatever the parallel sizes are.
+    Step s reads samples s*G to (s+1)*G of the dataset's shuffled order, where G is the global batch size, so that a
+    step has the same samples for all parallel sizes.
     """
     if args.cp_pack:
         yield from packed_batches(dataset, args, first_step)
@@ -79,9 +79,9 @@ def batches(dataset, args, first_step, vary_length=False):
 
 
 class Documents(torch.utils.data.Dataset):
-    """The documents of a GPTDataset's split, each by itself; what is longer than ``most`` tokens is several of them.
+    """The single documents of a GPTDataset's split; a document longer than ``most`` tokens is cut into several.
 
-    ``lengths`` are the tokens that have a next one.
+    ``lengths`` are the numbers of tokens that have a next token.
     """
 
     def __init__(self, dataset, most):
@@ -104,15 +104,15 @@ class Documents(torch.utils.data.Dataset):
 def packed_batches(dataset, args, first_step):
     """Yield this data-parallel rank's rows of packed documents from step ``first_step`` on (--cp-pack).
 
-    Step s reads the documents after those of step s - 1, in an order of the seed, so that the same documents make up a
-    step whatever the parallel sizes are.
+    Step s reads the documents after those of step s - 1, in an order that depends on the seed, so that a step has the
+    same documents for all parallel sizes.
     """
     documents = Documents(dataset, args.seq_length)
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(args.seed)).tolist()
     try:
         rows = PackedSampler(
             documents.lengths,
-            ranks=1,  # a row's documents do not depend on how many ranks it lies over
+            ranks=1,  # so that a row's documents do not depend on the number of its ranks
             tokens=args.seq_length,
             rows=args.global_batch_size,
             order=order,
@@ -147,17 +147,17 @@ def prepare_batch(whole, args, length):
     fields, mask = {name: whole[name][:, :length].to(device) for name in FIELDS}, whole.get("attention_mask")
     if args.reset_attention_mask and args.context_parallel_size > 1:
         ends = document_ends(fields["tokens"], args.eod)
-        # Documents lie end to end in one row (Megatron's thd format), whatever row they came from.
+        # Documents of all rows are concatenated to one row (Megatron's thd format).
         return _local_part({name: value.reshape(1, -1) for name, value in fields.items()}, args, ends=ends)
     return _local_part(fields, args, mask=None if mask is None else mask[:, :, :length, :length].to(device))
 
 
 def _local_part(fields, args, *, ends=None, mask=None):
-    """ends: int32, where documents end, with the leading 0. mask: bool (batch, 1, seq, seq), True is masked out."""
+    """ends: int32 document boundaries with the leading 0. mask: bool (batch, 1, seq, seq), True = masked out."""
     num_tokens, num_positions = fields["loss_mask"].sum(), fields["tokens"].numel()
     if ends is None:
         local = utils.get_batch_on_this_cp_rank(fields)
-    else:  # Megatron's function is not told of the documents, by which the layout may go
+    else:  # Megatron's function does not get the documents, on which the layout may depend
         local = megatron_adaptor.state().shard_batch(fields, cu_seqlens=ends)
     return Batch(
         attention_mask=None if mask is None else within_window(mask, args.window_size),
@@ -169,16 +169,16 @@ def _local_part(fields, args, *, ends=None, mask=None):
 
 
 def has_mask(args):
-    """Whether the batch has a mask, which then holds the window too: Megatron's local attention applies one of them
-    alone, from 0.15 on the window.
+    """Whether the batch has a mask, which then includes the window, because Megatron's local attention applies only one
+    of them, from 0.15 on the window.
     """
     return args.reset_attention_mask and args.context_parallel_size == 1
 
 
 def within_window(mask, window):
-    """Mask out what lies beyond ``window`` (LEFT, RIGHT; -1 is without limit) too.
+    """Also mask out keys outside ``window`` (LEFT, RIGHT; -1 means no limit).
 
-    mask: bool (batch, 1, seq, seq), True is masked out.
+    mask: bool (batch, 1, seq, seq), True = masked out.
     """
     if window is None:
         return mask
@@ -194,7 +194,7 @@ def within_window(mask, window):
 
 
 def document_ends(tokens, eod):
-    """Where documents end in ``tokens`` (batch, seq), each with its end-of-document token, and rows: int32, from 0."""
+    """Return int32 boundaries, from 0, of rows and documents (ended by token ``eod``) in ``tokens`` (batch, seq)."""
     batch, length = tokens.shape
     ends = (tokens.reshape(-1) == eod).nonzero().reshape(-1) + 1
     rows = torch.arange(0, (batch + 1) * length, length, device=tokens.device)

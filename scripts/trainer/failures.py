@@ -1,5 +1,5 @@
-"""The messages of a run that cannot go on: one line where the reason is known, a traceback for a bug, and one line
-from each rank that only lost another.
+"""Messages of a run that cannot continue: one line if the reason is known, a traceback for a bug, and one line from
+each rank that only lost another rank.
 """
 
 import sys
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from trainer.rules import leave_with_one_line
 
 PROGRAM = "pretrain_gpt.py"
-# What gloo, NCCL, the store and this package say of a peer that is gone or silent.
+# Parts of messages of gloo, NCCL, the store and this package about a peer that is gone or silent.
 LOST = (
     "lost rank", "Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Timed out waiting",
     "timed out", "connectFullMesh", "Socket Timeout", "failed to recv", "waited",
@@ -20,11 +20,11 @@ LOST = (
 
 
 class Refused(ValueError):
-    """The run cannot go on; the message names what, why and a way out.
+    """The run cannot continue; the message names what, why and a way out.
 
     Args:
-        everywhere: every rank raises this, so that one of them is enough to say it; else this rank alone raises it.
-        status: the exit status; 2 is for what could be known before the first step.
+        everywhere: whether every rank raises this, so that only one must print it; else only this rank raises it.
+        status: the exit status; 2 for errors that could be known before the first step.
     """
 
     def __init__(self, message: str, everywhere: bool = True, status: int = 2):
@@ -33,7 +33,7 @@ class Refused(ValueError):
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's ``value`` (small, picklable), in rank order; collective."""
+    """Every rank's ``value`` (small and picklable), in rank order; collective."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -41,7 +41,7 @@ def gather(value: Any) -> list[Any]:
 
 @contextmanager
 def readable_flags() -> Iterator[None]:
-    """A ValueError inside, which a flag caused, becomes one line and exit status 2."""
+    """Context manager that turns a ValueError, caused by a flag, into one line and exit status 2."""
     try:
         yield
     except ValueError as error:
@@ -50,8 +50,8 @@ def readable_flags() -> Iterator[None]:
 
 @contextmanager
 def readable_failures(rank: int) -> Iterator[None]:
-    """Say once what goes wrong inside: rank 0 says a refusal, each rank that lost another one says that in a line, and
-    an error of this rank's own passes on with its traceback.
+    """Context manager that reports failures once: rank 0 prints a refusal, each rank that lost another prints one line,
+    and this rank's own errors are raised with their traceback.
     """
     try:
         yield
@@ -67,7 +67,7 @@ def readable_failures(rank: int) -> Iterator[None]:
 
 
 def is_loss_of_a_peer(error: BaseException | None) -> bool:
-    """Whether ``error``, or what caused it, says that another rank is gone or silent."""
+    """Whether ``error``, or its cause, means that another rank is gone or silent."""
     while error is not None:
         if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
             return True
@@ -78,7 +78,7 @@ def is_loss_of_a_peer(error: BaseException | None) -> bool:
 
 
 def _first_line(error):
-    """The message without source positions, call stacks and good wishes."""
+    """The message without source positions, call stacks and advice."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     text = text.partition(". This is typically")[0]
     return text.partition("] ")[2] if text.startswith("[/") else text

@@ -1,5 +1,5 @@
-"""Checks the files that flags name before any process group exists: the dataset, folders to write to, the checkpoint
-to go on from.
+"""Check the files that flags name before any process group exists: the dataset, folders to write to, the checkpoint to
+resume from.
 """
 
 import importlib.util
@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from mindspeed_cp.planner.indexed_dataset import read_index
+from mindspeed_cp.settings.rules import require
 from trainer.checkpoint_files import Checkpoint, find_checkpoint, last_changed
-from trainer.checks import of_same_name, require
+from trainer.checks import of_same_name
 from trainer.texts import ENDINGS
 from trainer.tokenizer import EOD
 
-LOOKED_AT = 1 << 23  # tokens whose values are compared with the vocabulary: all of a small dataset
+LOOKED_AT = 1 << 23  # number of tokens that are compared with the vocabulary size: all of a small dataset
 
 
 def check_files(args) -> Checkpoint | None:
-    """Check every path among the flags; returns the checkpoint to go on from, None to start from scratch.
+    """Check every path in the flags; returns the checkpoint to resume from, None to start from scratch.
 
     Raises:
         ValueError: a file is missing or damaged, or a folder cannot be written to.
@@ -58,7 +59,7 @@ def _check_writable(args):
         )
         _try_to_write("--log-file", args.log_file, Path(args.log_file).parent)
     if args.data_cache_path is None and not any(Path(args.data_path, "cache", "GPTDataset_indices").glob("*.npy")):
-        # Megatron keeps its index caches in a folder named like the dataset.
+        # Megatron writes its index caches to a folder named like the dataset.
         _try_to_write("--data-path", args.data_path, Path(args.data_path), "give a folder for the index caches by "
                       "--data-cache-path")  # fmt: skip
 
@@ -74,9 +75,9 @@ def _try_to_write(flag, value, folder, way_out="give a folder that can be writte
 
 
 def check_dataset(prefix: str, vocab_size: int) -> None:
-    """Raise ValueError unless PREFIX.idx is a whole Megatron index that fits PREFIX.bin and ``vocab_size``.
+    """Raise ValueError unless PREFIX.idx is a complete Megatron index that fits PREFIX.bin and ``vocab_size``.
 
-    Values are read in the first 8 million tokens only, the size of both files always.
+    Only the first 8 million tokens are read; the sizes of both files are always checked.
     """
     _check_prefix(prefix)
     tokens, indices = Path(prefix + ".bin"), Path(prefix + ".idx")
@@ -96,7 +97,7 @@ def check_dataset(prefix: str, vocab_size: int) -> None:
 
 
 def _check_prefix(prefix):
-    """Raise ValueError unless both files are there; text and folders are told from a prefix."""
+    """Raise ValueError unless both files exist; the message distinguishes texts and folders from a prefix."""
     given, own = Path(prefix), f"data/{Path(prefix).stem}"
     missing = next((prefix + ending for ending in (".bin", ".idx") if not Path(prefix + ending).is_file()), None)
     if given.is_file() or given.is_dir() and missing:
@@ -121,10 +122,10 @@ def _damaged(prefix, path, what):
 
 
 def end_of_document(prefix: str) -> int:
-    """The token that ends a document, as prepare_data.py noted it beside the dataset; that of bytes where it did not.
+    """The end-of-document token from the file that prepare_data.py wrote with the dataset, else that of byte tokens.
 
     Raises:
-        ValueError: the note cannot be read.
+        ValueError: the file cannot be read.
     """
     path = Path(prefix + ".json")
     if not path.is_file():
@@ -138,8 +139,8 @@ def end_of_document(prefix: str) -> int:
 
 
 def drop_broken_caches(args) -> list[str]:
-    """Remove index caches that a run left half-written when it was ended, and those of a dataset that has been written
-    again since: Megatron would trust both. Returns their names. One rank calls it before datasets are built.
+    """Remove index caches that an interrupted run left incomplete, and those of a dataset that was rewritten since,
+    because Megatron would use both. Returns their names. One rank calls this before datasets are built.
     """
     folder = Path(args.data_cache_path or Path(args.data_path, "cache", "GPTDataset_indices"))
     written, broken = Path(args.data_path + ".idx").stat().st_mtime, []

@@ -1,4 +1,4 @@
-"""Process groups and seeds: made once all flags have been checked, taken down at the end."""
+"""Process groups and seeds, made after all flags have been checked, and released at the end."""
 
 import logging
 import os
@@ -17,8 +17,8 @@ from trainer.rendezvous import attempt_store
 
 
 def initialize(args):
-    """Join the world, build Megatron's groups, seed everything. Returns whether this call made the default group."""
-    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)  # its state is of no interest here
+    """Join the world, make Megatron's groups, seed everything. Returns whether this call made the default group."""
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)  # its messages are irrelevant here
     made = not dist.is_initialized()
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     if made:
@@ -39,7 +39,7 @@ def initialize(args):
 
 
 def _defaults_for_one_process():
-    """Set what torchrun would have set, so that plain python starts the trainer too."""
+    """Set the variables that torchrun would set, so that plain python can start the trainer."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
         os.environ.setdefault(name, value)
 
@@ -56,7 +56,7 @@ def seed_everything(args):
 def shut_down(made):
     """Release Megatron's groups, and the default group if ``initialize`` made it."""
     parallel_state.destroy_model_parallel()
-    # megatron-core 0.12 forgets to forget these, and the next run in this process may have another pipeline.
+    # megatron-core 0.12 does not reset these, and the next run in this process may have another pipeline.
     parallel_state._EMBEDDING_GLOBAL_RANKS = parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
     if made:
         dist.destroy_process_group()

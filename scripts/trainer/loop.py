@@ -18,7 +18,7 @@ from trainer.step import evaluate, train_step
 
 
 def pretrain(args):
-    """Train as ``args`` say; returns one record a step (what --log-file holds)."""
+    """Train as ``args`` say; returns one record per step (as in --log-file)."""
     made = initialize(args)
     train_set, valid_set = build_datasets(args)
     chunks = build_model(args)
@@ -28,14 +28,14 @@ def pretrain(args):
         print(f"going on from {args.resume.path}, saved at {args.resume.saved_at}", flush=True)
     with Report(args, first) as report:
         records = _train(args, (chunks, optimizer, scheduler), (train_set, valid_set), first, report)
-    # Not after a failure: ranks that take leave of a peer that is gone would wait for it, or hide what happened.
+    # Not after a failure, because ranks would wait for a lost peer or hide the error.
     shut_down(made)
     return records
 
 
 def _train(args, parts, datasets, first, report):
     chunks, optimizer, scheduler = parts
-    # One iterator for each virtual stage: every stage reads the same samples.
+    # One iterator per virtual stage, since every stage reads the same samples.
     iterators = [batches(datasets[0], args, first, args.variable_seq_lengths) for _ in chunks]
     log, records = megatron_adaptor.state().log, []
     for iteration in range(first + 1, args.train_iters + 1):

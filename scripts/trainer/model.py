@@ -1,4 +1,4 @@
-"""The model, its data-parallel wrapper, the optimizer and the learning-rate schedule, all of megatron-core."""
+"""The model, its data-parallel wrapper, the optimizer and the learning-rate schedule, all from megatron-core."""
 
 import inspect
 
@@ -18,24 +18,24 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from trainer.checks import has_uneven_shapes, of_same_name
 from trainer.data import has_mask
 
-# Megatron-core 0.12 knows virtual stages by a global rank; later versions pass the stage.
+# Megatron-core 0.12 identifies virtual stages by a global variable; later versions pass the stage.
 _TAKES_STAGE = "vp_stage" in inspect.signature(GPTModel.__init__).parameters
 
 
 class Norm:
-    """torch's norm, whose weights take part in sequence parallelism; Megatron's own wrapper of it refuses that."""
+    """torch's norm with support for sequence parallelism, which Megatron's own wrapper of it rejects."""
 
     def __new__(cls, config, hidden_size, eps=1e-5, **unused):
         kind = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization]
         norm = kind(hidden_size, eps=eps)
         for parameter in norm.parameters():
-            # finalize_model_grads sums the gradients of parameters marked so over the tensor-parallel ranks.
+            # finalize_model_grads sums the gradients of marked parameters over the tensor-parallel ranks.
             parameter.sequence_parallel = config.sequence_parallel
         return norm
 
 
 def transformer_config(args):
-    """TransformerConfig of the flags."""
+    """The TransformerConfig for the flags."""
     same = (
         "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels normalization add_bias_linear "
         "add_qkv_bias attention_dropout hidden_dropout init_method_std params_dtype bf16 tensor_model_parallel_size "
@@ -52,11 +52,11 @@ def transformer_config(args):
         window_size=None if has_mask(args) else args.window_size,
         pipeline_dtype=args.params_dtype,
         virtual_pipeline_model_parallel_size=args.num_virtual_stages_per_pipeline_rank,
-        # As Megatron's own flags: between two ranks with virtual stages a batch would mix up the two directions.
+        # As with Megatron's own flags: with virtual stages on two ranks, a batch would mix up the two directions.
         overlap_p2p_comm=bool(args.num_virtual_stages_per_pipeline_rank),
         batch_p2p_comm=not args.num_virtual_stages_per_pipeline_rank,
         variable_seq_lengths=has_uneven_shapes(args),
-        # Read for mixtures of experts alone, but the default refuses variable lengths without any.
+        # Used only for mixtures of experts, but the default rejects variable lengths even without experts.
         moe_token_dispatcher_type="alltoall",
         persist_layer_norm=False,
         **{f"{name}_fusion": False for name in fused.split()},
@@ -64,7 +64,7 @@ def transformer_config(args):
 
 
 def _block(config, stage, causal):
-    """One pipeline stage's layers, with the norm above in place of Megatron's."""
+    """The layers of one pipeline stage, with the norm above instead of Megatron's."""
     layer = get_gpt_layer_local_spec()
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
     if not causal:
@@ -74,7 +74,7 @@ def _block(config, stage, causal):
 
 
 def build_model(args):
-    """List of model chunks, one for each virtual stage of this pipeline rank, wrapped for data parallelism."""
+    """List of model chunks, one per virtual stage of this pipeline rank, wrapped for data parallelism."""
     config, chunks = transformer_config(args), []
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

@@ -1,4 +1,4 @@
-"""Importing this silences what Megatron says about parts that are not used here; import it before Megatron."""
+"""Silences Megatron's warnings about parts that are not used here; import it before Megatron."""
 
 import warnings
 

@@ -1,11 +1,11 @@
-"""How the ranks of one attempt find each other in a store that earlier attempts have written to.
+"""How the ranks of one attempt find each other in a store to which earlier attempts have written.
 
 ``torchrun --max-restarts`` restarts all ranks after a failure. Its agent keeps one store for all attempts (static
-rendezvous, the default) and, since torch 2.5, the ranks of a new attempt read it without a prefix of their own
-(pytorch/pytorch#135712 took TORCHELASTIC_RESTART_COUNT out, because hosts count for themselves, and #135957 renews the
-store for the c10d rendezvous alone). So they find the addresses of processes that are gone, and gloo's connectFullMesh
-is refused until the restarts are used up. Here the ranks agree on a prefix by showing each other that they are alive.
-Can go when torch gives every attempt a store or a prefix of its own.
+rendezvous, the default) and, since torch 2.5, the ranks of a new attempt read it without a separate prefix
+(pytorch/pytorch#135712 removed TORCHELASTIC_RESTART_COUNT, because each host has its own count, and #135957 renews the
+store only for the c10d rendezvous). So they find addresses of processes that are gone, and gloo's connectFullMesh fails
+until the restarts are used up. Here the ranks agree on a prefix by showing each other that they are alive. This can be
+removed when torch gives every attempt its own store or prefix.
 """
 
 import json
@@ -17,14 +17,14 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-PAUSE = 0.02  # seconds between two looks at the store
+PAUSE = 0.02  # seconds between two reads of the store
 
 
 def attempt_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """A store that the ranks of this attempt alone use: the one of MASTER_ADDR and MASTER_PORT with a prefix.
+    """A store for the ranks of this attempt only: that of MASTER_ADDR and MASTER_PORT with a prefix.
 
     Raises:
-        dist.DistStoreError: the other ranks did not come within ``timeout``.
+        dist.DistStoreError: the other ranks did not appear within ``timeout``.
     """
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
@@ -41,9 +41,9 @@ def attempt_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
 def meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
     """Agree with the living ranks on a name that no other attempt has.
 
-    Every rank says hello with a token of its own. Rank 0 makes a plan of the hellos that it finds and names it; a rank
-    confirms a plan that holds its token, and a plan is good once all have confirmed. A hello of the last attempt is
-    never confirmed, because its process is gone, and the rank that follows overwrites it.
+    Every rank writes a hello with a unique token. Rank 0 makes a named plan from the hellos that it finds; a rank
+    confirms a plan that contains its token, and a plan is valid when all ranks have confirmed it. A hello of the last
+    attempt is never confirmed, because its process is gone, and the new rank overwrites it.
     """
     store, token, deadline = dist.PrefixStore(f"meeting/{world_size}", store), uuid.uuid4().hex, timeout
     store.set(f"hello/{rank}", token)
@@ -82,5 +82,5 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> s
 
 
 def _read(store, keys):
-    """Values of ``keys`` as text, None unless all are there."""
+    """Values of ``keys`` as text, None unless all exist."""
     return [value.decode() for value in store.multi_get(keys)] if store.check(keys) else None

@@ -9,7 +9,7 @@ from rich.progress import MofNCompleteColumn, Progress
 
 
 class Report:
-    """Reports steps and validations; does nothing on ranks other than 0. Use it as a context manager."""
+    """Reports steps and validations on rank 0, and does nothing on other ranks. Use it as a context manager."""
 
     def __init__(self, args, first_step):
         self.args, self.active = args, dist.get_rank() == 0
@@ -39,10 +39,10 @@ class Report:
                 getattr(part, close)()
 
     def step(self, record, figures=None):
-        """One finished step.
+        """Report a finished step.
 
         Args:
-            record: what --log-file keeps.
+            record: the step's record for --log-file.
             figures: IntervalFigures of --cp-log at the end of an interval, else None.
         """
         if not self.active:
@@ -71,7 +71,7 @@ class Report:
             try:
                 self.file.write(json.dumps(record) + "\n")
                 self.file.flush()
-            except OSError as error:  # a long job is worth more than its log
+            except OSError as error:  # do not end a long job because of its log
                 self.console.print(f"note: --log-file {self.args.log_file} is no longer written ({error.strerror}).")
                 self.file = None
         if self.writer:
@@ -80,13 +80,13 @@ class Report:
 
 
 def keep_steps(path, last):
-    """Cut the log at ``path`` behind step ``last``; a run that goes on from there reports later steps again."""
+    """Truncate the log at ``path`` after step ``last``; a run that resumes there reports later steps again."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if last and path.is_file() else []
     path.write_text("".join(line + "\n" for line in lines if 0 < _step_of(line) <= last), encoding="utf-8")
 
 
 def _step_of(line):
-    """The step of a line of the log; 0 for one that was cut when its run was ended."""
+    """The step of a line of the log; 0 for a line that was cut off when its run was killed."""
     try:
         return json.loads(line)["iteration"]
     except (ValueError, KeyError, TypeError):

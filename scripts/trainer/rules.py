@@ -1,4 +1,4 @@
-"""Rules for the values of flags. A rule turns the text of the command line into a value, or says what works."""
+"""Rules for the values of flags. A rule converts the text of the command line to a value, or says what would work."""
 
 import argparse
 import difflib
@@ -14,7 +14,7 @@ from typing import Any
 from mindspeed_cp.settings.lengths import tokens
 
 LARGEST = 2**31 - 1
-GRACE = 4.0  # seconds that another rank waits before it complains: rank 0 has made most mistakes too, and speaks first
+GRACE = 4.0  # seconds before other ranks complain, because rank 0 has most of the same errors and prints them first
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Rule:
     """One kind of value.
 
     Args:
-        says: the rule as it stands in the error, such as "a whole number of at least 1".
-        example: a value that works.
-        convert: text -> value; raises ValueError for what breaks the rule.
-        metavar: stands for the value in --help.
-        choices: the only values there are, or None.
+        says: the rule's text in errors, such as "a whole number of at least 1".
+        example: a valid value.
+        convert: text -> value; raises ValueError if the text violates the rule.
+        metavar: the value's name in --help.
+        choices: the only valid values, or None.
     """
 
     says: str
@@ -36,7 +36,7 @@ class Rule:
     choices: tuple[str, ...] | None = None
 
     def of(self, flag: str) -> Callable[[str], Any]:
-        """The converter that argparse calls with the text behind ``flag``."""
+        """The converter that argparse calls with the text after ``flag``."""
 
         def convert(text):
             try:
@@ -67,7 +67,7 @@ def whole(minimum: int, maximum: int = LARGEST) -> Rule:
 
 
 def length() -> Rule:
-    """Tokens of a sequence: a whole number of at least 1, or such as 128k and 1m."""
+    """Tokens of a sequence: a whole number of at least 1, also in forms such as 128k and 1m."""
     says = "a whole number of at least 1, or such as 4k"
     return Rule(says, "1024", lambda text: _only(text == text.strip() and tokens(text) <= LARGEST, tokens(text)), "N")
 
@@ -95,7 +95,7 @@ def path(example: str, metavar: str = "FOLDER") -> Rule:
 
 
 def window() -> Rule:
-    """LEFT,RIGHT: two whole numbers of at least -1, where -1 is without limit."""
+    """LEFT,RIGHT: two whole numbers of at least -1, where -1 means no limit."""
 
     def convert(text):
         left, right = (whole(-1).convert(part.strip()) for part in text.strip("()").split(","))
@@ -109,7 +109,7 @@ def shares() -> Rule:
     """TRAINING,VALIDATION,TEST: up to three numbers of at least 0, the first above 0; kept as text for Megatron."""
 
     def convert(text):
-        # Plain decimals: Megatron finds the numbers in the text by looking for digits and dots.
+        # Only plain decimals, because Megatron finds the numbers by searching for digits and dots.
         parts = text.split(",")
         plain = len(parts) <= 3 and all(re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", part) for part in parts)
         return _only(plain and 0 < float(parts[0]) and all(float(part) < 1e9 for part in parts), text)
@@ -119,7 +119,7 @@ def shares() -> Rule:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Names a default once, and only where there is one."""
+    """Prints a default once, and only if there is one."""
 
     def _get_help_string(self, action):
         named = "default:" in (action.help or "").lower()
@@ -127,11 +127,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line with a way out, said once for all ranks, and exit status 2."""
+    """A parser whose errors are one line with a way out, printed once for all ranks, and exit status 2."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
-        # argparse would take -5,0 or -1e3 for flags that it does not know.
+        # Otherwise argparse would treat -5,0 or -1e3 as unknown flags.
         self._negative_number_matcher = re.compile(r"-[.0-9]|-(inf|nan)", re.IGNORECASE)
 
     def error(self, message):
@@ -167,8 +167,8 @@ def _rank() -> int:
 def leave_with_one_line(message: str, status: int) -> None:
     """Print one line and end this process with ``status``, before any process group exists.
 
-    Rank 0 speaks for all. Another rank waits a moment, in which torchrun ends it if rank 0 has left, and then says that
-    the mistake is its own alone.
+    Rank 0 prints for all. Another rank first waits, so that torchrun ends it if rank 0 has exited; otherwise it prints
+    that only this rank has the error.
     """
     line, rank = "\\n".join(message.rstrip("\n").splitlines()), _rank()
     if rank:

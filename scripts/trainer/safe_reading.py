@@ -1,4 +1,4 @@
-"""Reading a checkpoint without running what is in it: tensors, plain values and torch's own metadata, nothing else."""
+"""Read a checkpoint without running code from it: only tensors, plain values and torch's own metadata."""
 
 import os
 import pickle
@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from trainer.failures import Refused
 
-# What a .metadata of torch.distributed.checkpoint is made of.
+# The classes in a .metadata of torch.distributed.checkpoint.
 CLASSES = {
     "torch.distributed.checkpoint.metadata": None,  # all of it: dataclasses and enumerations
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
@@ -26,7 +26,7 @@ CLASSES = {
 
 
 class _ForeignName(Exception):
-    """The pickle names something that torch's metadata does not."""
+    """The pickle names something that is not in torch's metadata."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -38,8 +38,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def check_metadata(path: Path) -> None:
-    """Raise Refused if the .metadata of the checkpoint ``path`` names anything but torch's metadata, for torch's own
-    reader calls whatever it names.
+    """Raise Refused if the .metadata of the checkpoint ``path`` names anything but torch's metadata, because torch's
+    own reader calls whatever it names.
     """
     file = Path(path, ".metadata")
     try:
@@ -55,6 +55,6 @@ def check_metadata(path: Path) -> None:
 
 @contextmanager
 def tensors_alone() -> Iterator[None]:
-    """torch.load inside reads with weights_only, whatever its callers ask for."""
+    """Context manager in which torch.load always uses weights_only, whatever its callers request."""
     with patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
         yield

@@ -10,8 +10,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mindspeed_cp.comm import count_bytes
 
-# With --calculate-per-token-loss megatron-core 0.12 adds up token counts over the data-parallel ranks alone, so each
-# must be the whole sequence's; later versions add over the context-parallel ranks too.
+# With --calculate-per-token-loss megatron-core 0.12 sums token counts only over the data-parallel ranks, so each must
+# be that of the whole sequence; later versions also sum over the context-parallel ranks.
 _COUNT_IS_OF_WHOLE_SEQUENCE = core_version.startswith("0.12.")
 
 
@@ -34,7 +34,7 @@ def loss_function(batch, losses, *, args, counts):
 
     Args:
         losses: (batch, local seq) cross entropy of every token.
-        counts: float64 (loss sum, tokens with a loss, tokens), added to in place for the report.
+        counts: float64 (loss sum, tokens with a loss, tokens), accumulated in place for the report.
     """
     loss_sum = (losses.float() * batch.loss_mask).sum()
     local_tokens = batch.loss_mask.sum()
@@ -43,8 +43,8 @@ def loss_function(batch, losses, *, args, counts):
     if args.calculate_per_token_loss:
         num_tokens = batch.num_tokens if _COUNT_IS_OF_WHOLE_SEQUENCE else local_tokens
         return loss_sum, num_tokens.to(torch.int), {}
-    # Megatron multiplies by the context-parallel size and averages gradients over it: what is left is the sum over the
-    # ranks, so the divisor is the token count of the whole sequence, not of this rank.
+    # Megatron multiplies by the context-parallel size and averages gradients over its ranks, which gives the sum over
+    # the ranks; so the divisor is the token count of the whole sequence, not of this rank.
     return loss_sum / batch.num_tokens.clamp(min=1), {}
 
 
@@ -66,7 +66,7 @@ def _run(chunks, iterators, args, forward_only):
 
 
 def _loss_of_all(counts):
-    """Sum ``counts`` over the world; tensor-parallel ranks repeat the loss and its tokens alike, other stages add 0."""
+    """Sum ``counts`` over the world; tensor-parallel ranks repeat loss and tokens equally, other stages add 0."""
     dist.all_reduce(counts)
     return float(counts[0] / counts[1].clamp(min=1)) if counts[1] else float("nan")
 
@@ -75,7 +75,7 @@ def train_step(chunks, optimizer, scheduler, iterators, args):
     """Forward, backward, optimizer and schedule of one step.
 
     Returns:
-        What the step's record says of all ranks: the same on each, but for the bytes by purpose, which are its own.
+        The contents of the step's record, the same on all ranks except for the bytes by purpose, which are the rank's.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -84,19 +84,19 @@ def train_step(chunks, optimizer, scheduler, iterators, args):
     _, grad_norm, _ = optimizer.step()
     scheduler.step(increment=1)
     loss = _loss_of_all(counts)
-    # Every rank and virtual stage has counted the tokens of its data-parallel rank's batches.
+    # Every rank and virtual stage has counted the tokens of its data-parallel rank.
     repeats = dist.get_world_size() // parallel_state.get_data_parallel_world_size() * len(chunks)
     return {
         "loss": loss,
         "grad_norm": float(grad_norm or 0.0),
-        "tokens": round(float(counts[2]) / repeats),  # an NPU adds in float32
+        "tokens": round(float(counts[2]) / repeats),  # an NPU sums in float32
         "cp_bytes_per_rank": float(counts[3]) / dist.get_world_size(),
         "cp_bytes_of_rank_0": dict(traffic.bytes),
     }
 
 
 def evaluate(chunks, iterators, args):
-    """Mean validation loss over --eval-iters steps; the same samples every time."""
+    """Mean validation loss over --eval-iters steps, with the same samples every time."""
     for chunk in chunks:
         chunk.eval()
     total = torch.zeros(4, dtype=torch.float64, device=torch.cuda.current_device())

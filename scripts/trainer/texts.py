@@ -1,4 +1,4 @@
-"""Reads documents from .txt and .jsonl files and folders, and turns them into tokens."""
+"""Read documents from .txt and .jsonl files and folders, and convert them to tokens."""
 
 import importlib.util
 import json
@@ -13,11 +13,11 @@ ENDINGS = (".txt", ".jsonl")
 
 @dataclass(frozen=True)
 class Encoder:
-    """How text becomes tokens.
+    """Converts text to tokens.
 
     Args:
         encode: text -> tokens, without an end-of-document token.
-        eod: the token that ends a document. vocab_size: one above the largest token.
+        eod: the end-of-document token. vocab_size: largest token + 1.
     """
 
     name: str
@@ -31,10 +31,10 @@ def bytes_encoder() -> Encoder:
 
 
 def files_of(inputs: list[str]) -> list[Path]:
-    """The files that are named, and the .txt and .jsonl files of the folders that are, sorted by path.
+    """The named files, and the .txt and .jsonl files of named folders, sorted by path.
 
     Raises:
-        ValueError: something is not there, is neither kind of file, or a folder holds none.
+        ValueError: a path does not exist, is another kind of file, or is a folder without such files.
     """
     found: list[Path] = []
     for name in inputs:
@@ -54,17 +54,17 @@ def files_of(inputs: list[str]) -> list[Path]:
 
 
 def texts_of(files: list[Path], json_key: str) -> Iterator[str]:
-    """Every .txt file, and every line of a .jsonl.
+    """The text of every .txt file, and of every line of a .jsonl file.
 
     Raises:
-        ValueError: a file is not UTF-8, or a line is no JSON object with text under the key.
+        ValueError: a file is not UTF-8, or a line is not a JSON object with text under the key.
     """
     for path in files:
         yield from _lines(path, json_key) if path.suffix == ".jsonl" else iter((_text(path),))
 
 
 def documents(texts: Iterable[str], by_paragraphs: bool) -> Iterator[str]:
-    """Every text, or every paragraph of it; empty ones are left out."""
+    """Every non-empty text, or every non-empty paragraph of the texts."""
     for text in texts:
         parts = text.split("\n\n") if by_paragraphs else [text]
         yield from (part for part in parts if part.strip())
@@ -97,10 +97,10 @@ def _lines(path: Path, key: str) -> Iterator[str]:
 
 
 def encoder_of(folder: str) -> Encoder:
-    """A Hugging Face tokenizer that lies on disk; nothing is downloaded.
+    """A Hugging Face tokenizer on disk; nothing is downloaded.
 
     Raises:
-        ValueError: the folder holds none, or neither tokenizers nor transformers is installed.
+        ValueError: the folder contains none, or neither tokenizers nor transformers is installed.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -125,12 +125,12 @@ def encoder_of(folder: str) -> Encoder:
 
 
 def _end_name(path: Path) -> str | None:
-    """The end-of-text token by tokenizer_config.json."""
+    """The end-of-text token in tokenizer_config.json, or None."""
     config = path / "tokenizer_config.json"
     found = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
     return found.get("content") if isinstance(found, dict) else found
 
 
 def _with_end(folder: str, encode: Callable[[str], list[int]], end: int | None, size: int) -> Encoder:
-    """A tokenizer without an end token gets one behind its vocabulary."""
+    """An Encoder; a tokenizer without an end token gets a new one after its vocabulary."""
     return Encoder(folder, encode, size if end is None else end, max(size, (end or 0) + 1) + (end is None))

@@ -1,4 +1,4 @@
-"""Byte-level tokens: the 256 bytes, an end-of-document token and a padding token. Needs no download."""
+"""Byte-level tokens: the 256 bytes, an end-of-document token and a padding token. No download is needed."""
 
 from collections import OrderedDict
 

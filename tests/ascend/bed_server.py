@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 import jobs
+import processes
 
 TIMEOUT = 120  # seconds of one job
 GRACE = 3  # seconds that the other ranks get once one has failed
@@ -35,6 +36,10 @@ def rank_main(order, rank, folder):
     (folder / f"rank-{rank}.part").write_text(json.dumps(answer))
     (folder / f"rank-{rank}.part").rename(folder / f"rank-{rank}.json")
     sys.stdout.flush()
+    for child in processes.children(
+        os.getpid()
+    ):  # Megatron's checkpoints leave processes behind, which nothing else ends
+        os.kill(child, signal.SIGKILL)
     os._exit(bool(answer["error"]))
 
 

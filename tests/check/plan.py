@@ -31,7 +31,8 @@ from mindspeed_cp.comm.link import link_of
 from mindspeed_cp.doctor.self_test import rates
 from mindspeed_cp.planner.calibrate import kernel_rate
 from mindspeed_cp.planner.cluster import Cluster
-from mindspeed_cp.planner.search import Candidate, search
+from mindspeed_cp.planner.search import search
+from mindspeed_cp.planner.timing import Candidate
 from mindspeed_cp.planner.trace import Problem
 
 HEADS, KV_HEADS, DIM = 8, 4, 64

@@ -18,9 +18,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
+from mindspeed_cp.planner.fitting import Search
 from mindspeed_cp.planner.models import MODELS
 from mindspeed_cp.planner.split import Split, Work, sizes, splits
-from mindspeed_cp.planner.training import Plan, Search, is_tight, utilization
+from mindspeed_cp.planner.training import Plan, is_tight, utilization
 
 WITHIN, FIRST = 1.25, 10
 

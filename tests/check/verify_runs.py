@@ -224,14 +224,19 @@ def megatron(args):
     return max(compared(each.split()[-1], lambda each=each: difference(each)) for each in (RING, ULYSSES))
 
 
+def measured_shape(device, free):
+    """What is timed: on a device what its free memory holds, be it as small as the test bed's."""
+    return Shape(64, 256, 2) if device == "cpu" else shape_for(free)
+
+
 def performance(args):
     """Median step of each algorithm; the same work on the same devices, so what a row takes longer than the row of data
     parallelism is communication that nothing hides, and imbalance."""
     free = free_memory(args.device)
-    shape = Shape(64, 256, 2) if args.tiny else shape_for(free)
+    shape = measured_shape(args.device, free)
     print(f"{shape.layers} layers of {shape.hidden}, {shape.length} tokens, for {free / 2**30:.2f} GiB free\n")
     steps = f"--train-iters {STEPS} --global-batch-size {args.ranks} --lr 1e-4 --position-embedding-type rope"
-    common = [*shape.flags, *steps.split(), "--use-flash-attn", *([] if args.tiny else ["--bf16"])]
+    common = [*shape.flags, *steps.split(), "--use-flash-attn", *([] if args.device == "cpu" else ["--bf16"])]
     runs = {run.name: run for run in (Run(DATA_PARALLELISM, ""), *possible(args, "algorithms"))}
 
     def speed(name):
@@ -251,12 +256,10 @@ def performance(args):
 def mindspeed(args):
     """Attention of one layer of the performance rows, beside MindSpeed's own ring."""
     free = free_memory(args.device)
-    shape = Shape(64, 256, 2) if args.tiny else shape_for(free)
+    shape = measured_shape(args.device, free)
     dim = shape.hidden // shape.heads
     print(f"{shape.heads} heads of {dim}, {shape.length} tokens, for {free / 2**30:.2f} GiB free\n")
-    sizes = (
-        f"--length {shape.length} --heads {shape.heads} --dim {dim} --dtype {'float32' if args.tiny else 'bfloat16'}"
-    )
+    sizes = f"--length {shape.length} --heads {shape.heads} --dim {dim} --dtype bfloat16"
     try:
         flags = ["verify_ring", "--device", args.device, *sizes.split()]
         print(torchrun(args.folder / "ring", args.ranks, [Path(__file__).parent], flags))

@@ -5,8 +5,7 @@
 For Megatron's example of dynamic context parallelism and those of ``bench documents`` it draws the
 documents of a step of eight rows and prints, exactly counted, the attention makespan (the sum over rows or micro
 batches of the largest area of a rank) over the ideal, and the rows of keys and values that ranks receive for each
-token. The last column is a bound that no way of cutting the same rows can be below. ``--time`` measures two ranks
-instead: data parallel, each with rows of its own, beside one row over both.
+token. The last column is a bound that no way of cutting the same rows can be below.
 """
 
 import argparse
@@ -22,7 +21,6 @@ from bench.measuring import head, row
 
 from figures.documents import DISTRIBUTIONS
 from figures.packing_models import Count, dynamic, in_order, least_rows, received_rows, static
-from figures.packing_time import RANKS, measure
 from mindspeed_cp import pack_documents
 from mindspeed_cp.sequence.balance import balanced_rings, imbalance
 
@@ -102,19 +100,6 @@ def print_planning() -> None:
     print(f"\nlayout of {len(lengths)} documents on 256 ranks: {min(seconds) * 1e3:.0f} ms")
 
 
-def print_times(options: argparse.Namespace) -> None:
-    steps = {}
-    for name in options.documents:
-        lengths = [min(length, options.tokens) for length in drawn(name, RANKS, options.tokens, 0)]
-        packed = pack_documents(lengths, RANKS, options.tokens)
-        both = [[lengths[place] for place in places] for places in packed]
-        steps[name] = in_order(lengths, 1, options.tokens), both
-    print(f"\n{RANKS} ranks, {options.tokens} tokens each, forward + backward of a step's attention\n")
-    head("documents", "data parallel, ms:", "one row over both, ms:", "data parallel's time over it:")
-    for name, (apart, together) in measure(steps, options.heads, options.head_dim, options.repetitions).items():
-        row(name, f"{apart * 1e3:.0f}", f"{together * 1e3:.0f}", f"{apart / together:.2f}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [EXAMPLE, *DISTRIBUTIONS]
@@ -122,13 +107,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a rank")
     parser.add_argument("--seeds", type=int, default=6, help="steps drawn for each row of the table up to 64 ranks")
-    parser.add_argument("--time", action="store_true", help="measure two ranks instead of counting")
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--repetitions", type=int, default=5)
     options = parser.parse_args()
-    if options.time:
-        return print_times(options)
     np.seterr(all="raise")
     print_table(options)
     print_planning()

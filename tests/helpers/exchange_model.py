@@ -1,4 +1,4 @@
-"""What travels at each step of an exchange, as a function of the plan: for whoever times it on links."""
+"""What travels at each step of an exchange, as a function of the plan; used to predict times."""
 
 from collections.abc import Iterator
 
@@ -9,11 +9,11 @@ from mindspeed_cp.comm.schedule import RingPlace
 
 
 def rows_sent(plan: RingPlan, exchange: Exchange, place: RingPlace) -> Iterator[dict[int, int]]:
-    """For each transfer of keys and values of one rank's forward pass, in the order of the steps that need them: ring
-    rank -> rows of a shard that go there. Bytes are rows x batch x KV heads x (dk + dv) x element size; gradients
-    return the same rows the other way.
+    """For each transfer of keys and values in one rank's forward pass, in the order of the steps that need them: ring
+    rank -> number of rows sent there. Bytes are rows x batch x KV heads x (dk + dv) x element size; gradients return
+    the same rows in the opposite direction.
 
-    A ring forwards what it computed with in the step before; windows cross at the step that begins the next one.
+    A ring forwards the shard of the previous step; transfers between windows count for the next window's first step.
     """
     rank, size = place.rank, len(plan.lengths)
     others = [other for other in range(size) if other != rank]

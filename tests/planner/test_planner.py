@@ -14,8 +14,9 @@ from mindspeed_cp.plan import main
 from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
 from mindspeed_cp.planner.events import Compute, Post, Wait
 from mindspeed_cp.planner.models import MODELS
-from mindspeed_cp.planner.search import hiding_tokens, timeline, variants
+from mindspeed_cp.planner.search import hiding_tokens, variants
 from mindspeed_cp.planner.split import Split, Work
+from mindspeed_cp.planner.timing import timeline
 from mindspeed_cp.planner.trace import Problem, shorter_side, trace
 from mindspeed_cp.planner.training import attention
 from mindspeed_cp.sequence.blocks import Block

@@ -13,7 +13,7 @@ from mindspeed_cp.plan import main
 from mindspeed_cp.planner import calibrate, given
 from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
 from mindspeed_cp.planner.documents import boundaries, read_lengths
-from mindspeed_cp.planner.search import timed
+from mindspeed_cp.planner.timing import timed
 from mindspeed_cp.planner.trace import Problem
 
 ROOT = Path(__file__).resolve().parents[2]

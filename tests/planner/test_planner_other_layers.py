@@ -15,8 +15,9 @@ from mindspeed_cp.linear.gated_delta import DeltaHeads
 from mindspeed_cp.planner.cluster import CLUSTERS
 from mindspeed_cp.planner.models import MODELS
 from mindspeed_cp.planner.other_layers import LinearLayer, SparseLayer
-from mindspeed_cp.planner.search import search, timed
+from mindspeed_cp.planner.search import search
 from mindspeed_cp.planner.split import Split, Work
+from mindspeed_cp.planner.timing import timed
 from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.planner.training import problem_of
 from mindspeed_cp.settings.algorithms import ALGORITHMS

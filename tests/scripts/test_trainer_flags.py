@@ -290,6 +290,14 @@ def test_the_same_command_starts_and_restarts(folder):
     assert parse_args(argv, world_size=4).resume.iteration == 2
 
 
+def test_a_checkpoint_of_the_first_version_without_a_record_is_taken(folder):
+    argv = ["--data-path", "topics", *BASE.split(), "--load", "ck"]
+    path = write_checkpoint("ck", 2, parse_args(argv[:-2], world_size=4))
+    (path / "checkpoint.json").unlink()
+    found = parse_args(argv, world_size=4).resume
+    assert found.iteration == 2 and not found.files
+
+
 def test_a_first_save_that_was_interrupted_leaves_the_folder_as_good_as_empty(folder):
     argv = ["--data-path", "topics", *BASE.split(), "--save", "ck", "--load", "ck"]
     path = write_checkpoint("ck", 2, parse_args(argv, world_size=4))

@@ -201,7 +201,7 @@ def test_trainings_and_speed_run_on_stand_ins_for_cuda_devices(tmp_path, request
     )
     text = (tmp_path / "report.md").read_text()
     assert run.returncode == 0 and "3 of 3 checks passed" in run.stdout, text
-    assert "devices: 2 x stand-in, 0.03 GiB free" in text and "2 layers of 64, 256 tokens, for 0.03 GiB free" in text
+    assert "devices: 2 x stand-in, 0.03 GiB free" in text and "4 layers of 128, 256 tokens, for 0.03 GiB free" in text
     assert len(re.findall(r"^\* (ulysses|ring): equal, output", text, re.M)) == 2
     rows = re.findall(r"^\| (data parallelism|ulysses|ring) \| \d+ \|", text, re.M)
     assert rows == ["data parallelism", "ulysses", "ring"]
@@ -247,6 +247,9 @@ def test_sizes_follow_the_free_memory():
         shape = shape_for(free)
         assert shape.num_bytes <= free and shape.hidden % shape.heads == 0
     assert shape_for(1) == Shape(64, 256)
+    assert (
+        verify_runs.measured_shape("npu", 32 << 20) == shape_for(32 << 20) != verify_runs.measured_shape("cpu", 1 << 40)
+    )
 
 
 def test_a_run_that_fails_costs_its_own_row():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
 from mindspeed_cp.sequence.balance import balanced_rings, imbalance
 from mindspeed_cp.sequence.blocks import needed_rows
-from mindspeed_cp.sequence.filling import Work, fill_ranks
+from mindspeed_cp.sequence.filling import TokenWork, fill_ranks
 from mindspeed_cp.sequence.nodes import within_nodes
 from mindspeed_cp.sequence.runs import length, split_sizes
 from mindspeed_cp.sequence.slice_mask import document_mask
@@ -52,7 +52,7 @@ def seen_by(rings, documents, causal):
     st.booleans(),
 )
 def test_parts_cover_every_token_once_with_the_areas_and_rows_of_brute_force(lengths, num_ranks, causal):
-    documents, work = boundaries(lengths), Work(lengths, causal)
+    documents, work = boundaries(lengths), TokenWork(lengths, causal)
     rings = balanced_rings(documents, num_ranks, causal)
     areas, rows, _ = seen_by(rings, documents, causal)
     assert sorted(map(length, rings), reverse=True) == split_sizes(documents[-1], num_ranks)

@@ -1,10 +1,10 @@
-"""Split a recurrent layer by heads: each rank computes some heads over the whole sequence, in order.
+"""Split a layer by heads: each rank computes some heads over the whole sequence, as in Ulysses and recurrent layers.
 
-s: tokens of this rank in the batch's layout, S: tokens of the whole sequence. Several tensors travel in one message.
+s: tokens of this rank, S: tokens of the whole sequence. Several tensors are sent in one message.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ class HeadExchange:
     """The all-to-all around a layer whose heads are split over the ranks.
 
     Args:
-        exchange: over the whole context-parallel group, with the runs of the layout as rows.
-        parts: the tensors that travel together, and which of their heads each rank gets.
+        exchange: exchange over the whole group; its rows are each rank's part of the sequence.
+        parts: the tensors that are sent together, and which of their heads each rank gets.
+        gradients: prefix of a part's purpose when its gradient is counted.
     """
 
     exchange: SequenceExchange
     parts: Sequence[Part]
+    gradients: str = ""
 
     def to_sequence(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(s, batch, heads, dim) -> (S, batch, heads of this rank, dim), in sequence order."""
@@ -35,14 +37,17 @@ class HeadExchange:
         found: tuple[torch.Tensor, ...] = _Exchanged.apply(self, False, *tensors)
         return found
 
-    def _exchanged(self, to_sequence: bool, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def _exchanged(
+        self, to_sequence: bool, tensors: Sequence[torch.Tensor], prefix: str = ""
+    ) -> tuple[torch.Tensor, ...]:
+        parts = [replace(part, purpose=prefix + part.purpose) for part in self.parts] if prefix else self.parts
         if to_sequence:
-            return tuple(self.exchange.scatter_heads_gather_sequence(self.parts, tensors).wait())
-        return tuple(self.exchange.scatter_sequence_gather_heads(self.parts, tensors, tensors[0].dtype).wait())
+            return tuple(self.exchange.scatter_heads_gather_sequence(parts, tensors).wait())
+        return tuple(self.exchange.scatter_sequence_gather_heads(parts, tensors, tensors[0].dtype).wait())
 
 
 class _Exchanged(torch.autograd.Function):
-    """One direction, whose gradient takes the other."""
+    """Exchange in one direction; its gradient is exchanged in the other."""
 
     @staticmethod
     def forward(
@@ -54,4 +59,5 @@ class _Exchanged(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        return None, None, *ctx.exchange._exchanged(not ctx.to_sequence, grads)
+        exchange: HeadExchange = ctx.exchange
+        return None, None, *exchange._exchanged(not ctx.to_sequence, grads, exchange.gradients)
