@@ -13,11 +13,12 @@ from trainer_runs import IMPORTED
 from mindspeed_cp import ContextParallelConfig, TrainingSetup
 from mindspeed_cp.linear.gated_delta import DeltaHeads
 from mindspeed_cp.planner.cluster import CLUSTERS
+from mindspeed_cp.planner.fitting import is_next
 from mindspeed_cp.planner.models import MODELS
 from mindspeed_cp.planner.other_layers import LinearLayer, SparseLayer
 from mindspeed_cp.planner.search import search
 from mindspeed_cp.planner.split import Split, Work
-from mindspeed_cp.planner.timing import timed
+from mindspeed_cp.planner.timing import Candidate, Timing, timed
 from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.planner.training import problem_of
 from mindspeed_cp.settings.algorithms import ALGORITHMS
@@ -92,3 +93,11 @@ def test_bytes_of_sparse_attention_are_those_of_a_run():
         problem = Problem(31, 4, 4, 12, 6, batch=2, dtype=torch.float32, layer=layer)
         forward, backward = trace(config, problem, rank)
         assert sent == [{"kv": 2 * forward.traffic.bytes["kv"]}, {"dkv": 2 * backward.traffic.bytes["dkv"]}]  # layers
+
+
+def test_a_setting_completed_by_states_leads_to_those_that_its_family_has():
+    config = ContextParallelConfig(context_parallel_size=8)
+    waits = Timing(1.0, 0.5, 0.5)
+    found = Candidate(replace(config, linear_exchange="state"), waits, waits, 0, 0)
+    assert is_next(found, replace(config, ulysses_chunks=2), config)
+    assert not is_next(found, config, config)
