@@ -1,7 +1,7 @@
 """Make a release: CHANGELOG.md's Unreleased part and the files of changes/ become a version.
 
 python changes/release.py 0.2.0            writes CHANGELOG.md and mindspeed_cp/version.py, removes the files
-python changes/release.py --notes 0.2.0    prints what a version brings: the message of its tag
+python changes/release.py --notes 0.2.0    prints the changes of a version: the message of its tag
 """
 
 import argparse
@@ -20,7 +20,7 @@ def fragments(root: Path) -> list[Path]:
     """The files of changes/.
 
     Raises:
-        ValueError: a file's name says no kind of change, or its text is no list.
+        ValueError: a file's name has no kind of change, or its text is not a list.
     """
     found = sorted(path for path in (root / "changes").glob("*.*") if path.name not in ("README.md", "release.py"))
     for path in found:
@@ -32,7 +32,11 @@ def fragments(root: Path) -> list[Path]:
 
 
 def section_of(root: Path, name: str) -> str:
-    """The changelog's part of a version, or of "Unreleased", without its title; raises ValueError if there is none."""
+    """Return the changelog's section of a version, or of "Unreleased", without its title.
+
+    Raises:
+        ValueError: there is none.
+    """
     text = (root / "CHANGELOG.md").read_text(encoding="utf-8")
     found = re.search(rf"^## \[{re.escape(name)}\].*\n((?:(?!## \[).*\n?)*)", text, re.MULTILINE)
     if found is None:
@@ -41,7 +45,7 @@ def section_of(root: Path, name: str) -> str:
 
 
 def joined(root: Path) -> str:
-    """What is not released yet, by kind of change."""
+    """Return the unreleased changes as text, by kind of change."""
     _, *parts = re.split(r"^### (.+)\n", section_of(root, "Unreleased"), flags=re.MULTILINE)
     kinds = {kind: text.strip() for kind, text in zip(parts[::2], parts[1::2])}
     for path in fragments(root):
@@ -51,10 +55,10 @@ def joined(root: Path) -> str:
 
 
 def release(root: Path, version: str, day: str) -> None:
-    """Write the version everywhere.
+    """Make the unreleased changes the section of ``version``, and write the version number.
 
     Raises:
-        ValueError: the version is no later one.
+        ValueError: the version is not later than the current one.
     """
     number, log = root / "mindspeed_cp/version.py", root / "CHANGELOG.md"
     source = number.read_text(encoding="utf-8")

@@ -84,6 +84,8 @@ class RingProblem:
             self.order,
             self.in_flight,
             mesh.steps if mesh else (),
+            # With one step under way nothing could go back meanwhile.
+            plan.halves if self.exchange == "direct" and exact and self.in_flight > 1 else plan.wholes,
         )
         for name, value in (("plan", plan), ("mesh", mesh), ("channel", channel)):
             object.__setattr__(self, name, value)
@@ -96,15 +98,20 @@ class RingProblem:
     def steps(self) -> list[Step]:
         """The steps in order, starting with the rank's own shard."""
         if self.mesh is None:
-            return list(self.channel.place.steps())
+            steps = list(self.channel.place.steps())
+            if self.channel.num_pieces == 1:
+                return steps
+            return [steps[0], *(steps[t]._replace(piece=piece) for t, piece in self.channel.order_of_pieces)]
         return [Step(0, 0, self.rank), *(Step(0, place + 1, None) for place in range(len(self.mesh.steps)))]
 
     def tasks(self, query: torch.Tensor, step: Step) -> tuple[Task, ...]:
         """This rank's blocks at a step; none if uneven heads leave it without a head, which kernels do not support."""
         if not query.numel():
             return ()
-        if step.source is not None:
+        if step.source is not None and (step.place == 0 or self.channel.num_pieces == 1):
             return self.plan.tasks(self.rank, step.source)
+        if step.source is not None:
+            return self.plan.tasks_of_half(self.rank, step.source, step.piece)
         assert self.mesh is not None
         return self.mesh.tasks(step.place - 1)
 

@@ -10,7 +10,7 @@ import numpy as np
 from mindspeed_cp.sequence.blocks import Block, needed_rows, plan_blocks
 from mindspeed_cp.sequence.cache import INT_BYTES, RUN_BYTES, kept_up_to
 from mindspeed_cp.sequence.layout import SequenceLayout
-from mindspeed_cp.sequence.runs import Runs, length, union
+from mindspeed_cp.sequence.runs import Runs, end_to_end, length, offsets, take, union
 from mindspeed_cp.sequence.slice_mask import SliceMask
 from mindspeed_cp.sequence.staircases import stretches
 
@@ -54,7 +54,7 @@ class RingPlan:
     native_bands: bool
     dense: bool = False
     exact: bool = False
-    _tasks: dict[tuple[int, int], tuple[Task, ...]] = field(default_factory=dict, repr=False)
+    _tasks: dict[tuple[int, ...], tuple[Task, ...]] = field(default_factory=dict, repr=False)
     _needed: dict[tuple[int, int], Runs] = field(default_factory=dict, repr=False)
     _areas: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
     _weighed: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
@@ -63,6 +63,21 @@ class RingPlan:
     def lengths(self) -> tuple[int, ...]:
         """Rows of every ring rank's shard."""
         return tuple(self.layout.ring_length(rank) for rank in range(self.layout.ring_size))
+
+    @cached_property
+    def wholes(self) -> tuple[Runs, ...]:
+        """Every ring rank's shard in one piece."""
+        return tuple(((0, rows),) for rows in self.lengths)
+
+    @cached_property
+    def halves(self) -> tuple[Runs, ...]:
+        """Every ring rank's shard in two pieces: cut at the start of a run nearest to the middle, or in the middle of a
+        single run. One piece if every shard is a single run: then both directions of a link carry equal amounts.
+        """
+        runs = [self.layout.ring_runs(rank) for rank in range(self.layout.ring_size)]
+        if all(len(own) <= 1 for own in runs):
+            return self.wholes
+        return tuple(end_to_end((cut, rows - cut)) for cut, rows in zip(map(_middle, runs), self.lengths))
 
     @cached_property
     def batches(self) -> list[tuple[slice, SliceMask]]:
@@ -79,8 +94,16 @@ class RingPlan:
     def tasks(self, reader: int, source: int) -> tuple[Task, ...]:
         """The blocks of ``reader``'s queries against ``source``'s keys."""
         if (reader, source) not in self._tasks:
-            self._tasks[reader, source] = self._plan(reader, source)
+            self._tasks[reader, source] = self._plan(reader, source, self.layout.ring_runs(source))
         return self._tasks[reader, source]
+
+    def tasks_of_half(self, reader: int, source: int, half: int) -> tuple[Task, ...]:
+        """The blocks against one of ``halves``; rows of the keys count from its first."""
+        place = reader, source, half
+        if place not in self._tasks:
+            keys = take(self.layout.ring_runs(source), *self.halves[source][half])
+            self._tasks[place] = self._plan(reader, source, keys)
+        return self._tasks[place]
 
     def area(self, reader: int, num_rows: int) -> int:
         """Number of (query, key) pairs that ``reader`` computes per head for a batch of ``num_rows`` rows."""
@@ -105,17 +128,18 @@ class RingPlan:
             related |= sharing_slices(runs, mask)
         return related
 
-    def _plan(self, reader: int, source: int) -> tuple[Task, ...]:
+    def _plan(self, reader: int, source: int, keys: Runs) -> tuple[Task, ...]:
+        """keys: those of ``source``, or some of them."""
         if not self._related[reader, source]:
             return ()
-        queries, keys = self.layout.ring_runs(reader), self.layout.ring_runs(source)
+        queries = self.layout.ring_runs(reader)
         tasks = tuple(
             Task(batch, block)
             for batch, mask in self.batches
             for block in plan_blocks(queries, keys, mask, self.native_bands)
         )
         if self.dense and tasks:
-            return (Task(ALL, Block((0, self.lengths[reader]), (0, self.lengths[source]))),)
+            return (Task(ALL, Block((0, self.lengths[reader]), (0, length(keys)))),)
         return tasks
 
     def rows_needed(self, reader: int, source: int) -> Runs:
@@ -163,6 +187,12 @@ class RingPlan:
             for source in ranks
             if reader != source
         )
+
+
+def _middle(runs: Runs) -> int:
+    """The number of rows before the start of a run nearest to the middle; before the middle of a single run."""
+    ends = offsets(stop - start for start, stop in runs)
+    return min(ends[1:-1], key=lambda end: abs(2 * end - ends[-1]), default=ends[-1] // 2)
 
 
 def _num_bytes(plan: RingPlan) -> int:

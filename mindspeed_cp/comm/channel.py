@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -49,6 +50,8 @@ class RingChannel:
         order: memory order of keys and values during transfers; their gradients are contiguous.
         in_flight: steps that may be in flight at once, if nothing is forwarded.
         mesh: the steps of the mesh exchange after the first, which is the rank's own shard.
+        pieces: (start, stop) of the pieces of each ring rank's shard, the same number for all. Pieces are sent and
+            computed one after the other, so that a link carries gradients of the first with the second.
     """
 
     place: RingPlace
@@ -60,6 +63,33 @@ class RingChannel:
     order: MemoryOrder | None = None
     in_flight: int = 1
     mesh: tuple[MeshStep, ...] = ()
+    pieces: tuple[Rows, ...] = ()
+
+    @property
+    def num_pieces(self) -> int:
+        return len(self.pieces[self.place.rank])
+
+    @cached_property
+    def order_of_pieces(self) -> tuple[tuple[int, int], ...]:
+        """(step of a window, piece) without the window's first step. Steps in flight together use different links, so
+        their first pieces all come before their second ones.
+        """
+        steps = range(1, self.place.window)
+        groups = [steps[start : start + self.in_flight] for start in range(0, len(steps), self.in_flight)]
+        return tuple((step, piece) for group in groups for piece in range(self.num_pieces) for step in group)
+
+    def needed(self, reader: int, source: int, piece: int) -> Rows:
+        """The rows of a piece of the source's shard that ``reader`` needs, relative to the piece."""
+        rows = self.rows_needed(reader, source)
+        if self.num_pieces == 1:
+            return rows
+        first, last = self.pieces[source][piece]
+        return tuple((max(a, first) - first, min(b, last) - first) for a, b in rows if a < last and b > first)
+
+    def rows_in(self, source: int, piece: int) -> int:
+        """Rows of a piece."""
+        start, stop = self.pieces[source][piece]
+        return stop - start
 
     def buffer(
         self, name: str, like: Tensors, num_rows: int, keep: bool = False, order: MemoryOrder | None = None
@@ -76,7 +106,11 @@ class RingChannel:
 
 
 def run_ahead(
-    channel: RingChannel, num_steps: int, own: Tensors, fetch: Callable[[range, Tensors], list[UnderWay]]
+    channel: RingChannel,
+    num_steps: int,
+    own: Tensors,
+    fetch: Callable[[range, Tensors], list[UnderWay]],
+    pieces: int = 1,
 ) -> Stream:
     """Yield ``own``, then the rows of each further step.
 
@@ -85,11 +119,13 @@ def run_ahead(
 
     Args:
         fetch: (steps, rows used for computation now) -> the posted transfers of the steps.
+        pieces: that make one of the steps that may be in flight.
     """
     under_way: deque[UnderWay] = deque()
+    ahead = channel.in_flight * pieces
 
     def post(now: int, rows: Tensors) -> None:
-        steps = range(now + len(under_way) + 1, min(now + channel.in_flight + 1, num_steps))
+        steps = range(now + len(under_way) + 1, min(now + ahead + 1, num_steps))
         if steps:
             under_way.extend(fetch(steps, rows))
 

@@ -60,17 +60,20 @@ class GradientReturn:
         """own: accumulators for this rank's rows, filled by step 0; like: tensors with the wire dtype."""
         self._channel, self._own, self._like = channel, own, like
         self._window_sum = own
-        self._inner, self._outer = UnderWay(channel.in_flight), UnderWay(1)
+        self._ahead = channel.in_flight * channel.num_pieces
+        self._taken = 0  # partials of this window, its first without
+        self._inner, self._outer = UnderWay(self._ahead), UnderWay(1)
         self._expected: deque[Pending[None]] = deque()
         self._expect(0, 0)
 
     def target(self, step: Step) -> tuple[Tensors, bool]:
         channel, source = self._channel, step.source
         assert source is not None
-        if step.place == 1:
+        if step.place > 0 and self._taken == 0:
             self._inner.drain()  # the first block of this window has hidden the previous window's transfers
         if step.place > 0:
-            return channel.buffer(f"dkv.wire{channel.turn(step.place)}", self._like, channel.lengths[source]), False
+            name = f"dkv.wire{channel.turn(step.place)}.{step.piece}"
+            return channel.buffer(name, self._like, channel.rows_in(source, step.piece)), False
         if step.window > 0:
             self._window_sum = channel.buffer("dkv.window", self._own, channel.lengths[source])
             self._expect(step.window, 0)
@@ -79,16 +82,18 @@ class GradientReturn:
     def take(self, step: Step, partial: Partial) -> None:
         assert step.source is not None
         if step.place == 0:
+            self._taken = 0
             partial.store()
         else:
-            rows = partial.rows(self._channel.rows_needed(self._channel.place.rank, step.source))
+            rows = partial.rows(self._channel.needed(self._channel.place.rank, step.source, step.piece))
+            self._taken += 1
             self._send(step.window, step.place, rows)
-        if step.place + 1 == self._channel.place.window:
+        if self._taken == self._last:
             self._end(step.window)
 
     def _send(self, j: int, t: int, leaving: Sequence[torch.Tensor]) -> None:
-        """Send the partial of inner step t to the first holder of its shard, and receive the peer's for the shard that
-        this rank held first.
+        """Send a partial of window j to the first holder of its shard, and receive the peer's for the shard that this
+        rank held first.
         """
         channel, place = self._channel, self._channel.place
         leaving_to, dtype = [(place.peer(0, -t), leaving)], self._like[0].dtype
@@ -96,24 +101,32 @@ class GradientReturn:
             sent, received = channel.link.exchange(leaving_to, (), "dkv", dtype, OVERTAKING), self._expected.popleft()
             self._inner.add(sent.then(lambda _: received.wait()))
         else:
-            self._inner.add(channel.link.exchange(leaving_to, self._arriving(j, t), "dkv", dtype))
-        self._expect(j, t)
+            self._inner.add(channel.link.exchange(leaving_to, self._arriving(j, self._taken), "dkv", dtype))
+        self._expect(j, self._taken)
 
-    def _arriving(self, j: int, t: int) -> Ends:
-        """What inner step t of window j receives: the rows of the shard that this rank held first and a peer needed."""
-        place = self._channel.place
+    @property
+    def _last(self) -> int:
+        """How many partials of a window are sent."""
+        return len(self._channel.order_of_pieces)
+
+    def _arriving(self, j: int, number: int) -> Ends:
+        """What arrives with partial ``number`` (from 1) of window j: the rows that a peer needed of the shard that this
+        rank held first, or of one piece of it."""
+        place, (t, piece) = self._channel.place, self._channel.order_of_pieces[number - 1]
         peer, held = place.peer(0, t), place.peer(-j, 0)
-        return [(peer, parts(self._window_sum, self._channel.rows_needed(peer, held)))]
+        start, stop = self._channel.pieces[held][piece]
+        rows = [total[start:stop] for total in self._window_sum]
+        return [(peer, parts(rows, self._channel.needed(peer, held, piece)))]
 
-    def _expect(self, j: int, t: int) -> None:
-        """If several steps may be in flight, post the receives of the steps after t early, for one step more than may
-        be in flight."""
+    def _expect(self, j: int, number: int) -> None:
+        """If several steps may be in flight, post the receives of the partials after ``number`` early: as many as may
+        be in flight, and one more."""
         channel = self._channel
         if channel.in_flight == 1:
             return
-        awaited = t - self._inner.num_left
-        for number in range(t + len(self._expected) + 1, min(awaited + channel.in_flight + 2, channel.place.window)):
-            expected = channel.link.expect(self._arriving(j, number), "dkv", self._like[0].dtype)
+        awaited = number - self._inner.num_left
+        for following in range(number + len(self._expected) + 1, min(awaited + self._ahead + 1, self._last) + 1):
+            expected = channel.link.expect(self._arriving(j, following), "dkv", self._like[0].dtype)
             if expected is None:
                 return
             self._expected.append(expected)

@@ -18,6 +18,7 @@ from mindspeed_cp.comm.channel import RingChannel, Stream, Tensors, UnderWay, pa
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.mesh_exchange import mesh_exchange
 from mindspeed_cp.comm.messages import Pending, as_stored, end_to_end, flat_memory
+from mindspeed_cp.comm.reading_in_place import can_read_in_place, of_direct, of_gather, of_ring, read_in_place
 
 
 def ring_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool = False) -> Stream:
@@ -27,6 +28,12 @@ def ring_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool =
     transfer to the next window starts with the inner ring, so that the whole inner ring hides it. With one step in
     flight, shards are forwarded from neighbour to neighbour; with several, the window's first holder sends them to all.
     """
+    if not keep and can_read_in_place(channel, own):
+        return read_in_place(channel, own, purpose, list(of_ring(channel)), channel.link.peers)
+    return _forwarded(channel, own, purpose, keep)
+
+
+def _forwarded(channel: RingChannel, own: Tensors, purpose: str, keep: bool) -> Stream:
     place = channel.place
 
     def pass_on(link: Link, steps: Sequence[tuple[Tensors, int, str, int, int]]) -> list[UnderWay]:
@@ -68,26 +75,37 @@ def direct_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool
     """At step t every rank sends to rank r + t exactly the rows that its blocks need, from its own memory.
 
     Nothing is forwarded. Rows that are not needed are undefined in the receive buffer. Transfers run up to
-    ``in_flight`` steps ahead of the computation.
+    ``in_flight`` steps ahead of the computation. If shards are split into pieces, each piece is a transfer of its own.
     """
     rank, ring_size = channel.place.rank, len(channel.lengths)
+    if not keep and can_read_in_place(channel, own):
+        readers = [reader for reader in channel.link.peers if channel.rows_needed(reader, rank)]
+        return read_in_place(channel, own, purpose, list(of_direct(channel)), readers)
+    own_pieces = [tuple(rows[start:stop] for rows in own) for start, stop in channel.pieces[rank]]
 
-    def fetch(steps: range, _: Tensors) -> list[UnderWay]:
+    def fetch(numbers: range, _: Tensors) -> list[UnderWay]:
         exchanges, received = [], []
-        for t in steps:
+        for number in numbers:
+            t, piece = channel.order_of_pieces[number - 1]
             reader, source = (rank + t) % ring_size, (rank - t) % ring_size
-            name = f"{purpose}.direct{channel.turn(t)}"
-            received.append(channel.buffer(name, own, channel.lengths[source], keep, channel.order))
-            leaving = parts(own, channel.rows_needed(reader, rank), channel.order)
-            arriving = parts(received[-1], channel.rows_needed(rank, source), channel.order)
+            name = f"{purpose}.direct{channel.turn(t)}.{piece}"
+            received.append(channel.buffer(name, own, channel.rows_in(source, piece), keep, channel.order))
+            leaving = parts(own_pieces[piece], channel.needed(reader, rank, piece), channel.order)
+            arriving = parts(received[-1], channel.needed(rank, source, piece), channel.order)
             exchanges.append(([(reader, leaving)], [(source, arriving)]))
         return list(zip(channel.link.exchange_several(exchanges, purpose), received))
 
-    return run_ahead(channel, ring_size, own, fetch)
+    return run_ahead(channel, len(channel.order_of_pieces) + 1, own, fetch, channel.num_pieces)
 
 
 def allgather_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool = False) -> Stream:
     """Gather all shards with one collective."""
+    if not keep and can_read_in_place(channel, own):
+        return read_in_place(channel, own, purpose, list(of_gather(channel)), channel.link.peers)
+    return _gathered(channel, own, purpose, keep)
+
+
+def _gathered(channel: RingChannel, own: Tensors, purpose: str, keep: bool) -> Stream:
     rank, ring_size = channel.place.rank, len(channel.lengths)
     widths = [tensor.shape[1:] for tensor in own]
     sizes = [rows * sum(width.numel() for width in widths) for rows in channel.lengths]

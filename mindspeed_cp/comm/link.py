@@ -118,7 +118,7 @@ class Link(Member):
         size = gathered[0].numel() * tensor.element_size()
         if count:
             record({purpose.partition(".")[0]: size * (self.size - 1)})
-        if self._shares_memory(tensor.device, size):
+        if self.shares_memory(tensor.device, size):
             return self._gather_through_memory(tensor, shards, purpose)
         padded = tensor.contiguous()
         if len(tensor) < longest:
@@ -156,7 +156,7 @@ class Link(Member):
         if (
             stamp is None
             and not (by_messages and self.backend in ANNOUNCE_FIRST)
-            and not self._shares_memory(leaving[self.rank].device)
+            and not self.shares_memory(leaving[self.rank].device)
         ):
             return self._all_to_all_at_once(leaving, arriving, purpose)
         batch = Batch(self, purpose, stamp, check)
@@ -175,7 +175,7 @@ class Link(Member):
         """Whether stamps travel with messages of this device: gloo's can be announced, for its peers are processes."""
         return device.type == "cpu" and self.backend == "gloo"
 
-    def _shares_memory(self, device: torch.device, size: int | None = None) -> bool:
+    def shares_memory(self, device: torch.device, size: int | None = None) -> bool:
         """Whether all peers share memory with this rank, and messages of ``size`` bytes go through it."""
         carrier, peers = self.carrier, [self.global_ranks[rank] for rank in self.peers]
         if carrier is None or device.type != "cpu" or not carrier.peers.issuperset(peers):

@@ -1,10 +1,10 @@
-"""Short messages between processes of one host, through pipes: what goes ahead of a message in shared memory.
+"""Short messages between processes of one host, sent through pipes: they announce messages in shared memory.
 
-Each rank has a pipe for each peer, which only that peer writes to. A notice is NUMBERS whole numbers, less than what a
-pipe takes in one piece, so that none is ever cut in two; telling it is one call of the system and waits for nobody,
-hearing it is one or two. A peer that has ended, or has closed its side, is noticed at once: its pipe has an end.
+Each rank has one pipe for each peer, which only that peer writes. A notice is NUMBERS integers, fewer bytes than a pipe
+accepts in one piece, so it is never split. Sending is one system call and does not wait for the receiver; receiving is
+one or two. If a peer ends or closes its side, the receiver sees the end of its pipe at once.
 
-Pipes are opened as the memory itself is, through the files of a peer's process.
+Pipes are opened like the memory itself, through the files of a peer's process.
 """
 
 import os
@@ -27,17 +27,17 @@ Numbers = tuple[int, ...]
 
 
 def stream_of(group: dist.ProcessGroup, tag: int) -> int:
-    """Tells the notices of one group and tag from those of others, the same on all of its members."""
+    """An identifier of the notices of one group and tag, the same on all members of the group."""
     return int.from_bytes(blake2b(f"{group.group_name} {tag}".encode(), digest_size=8).digest(), "little")
 
 
 @dataclass(eq=False)
 class Notice:
-    """One that a peer will tell; ``wait`` is that of torch's transfers.
+    """A notice that a peer will send; ``wait`` works like that of torch's transfers.
 
     Args:
-        place: (stream, how many of the stream come before it).
-        numbers: what was told, once it was awaited.
+        place: (stream, number of earlier notices of the stream).
+        numbers: its content, after ``wait``.
     """
 
     notices: "Notices"
@@ -46,10 +46,10 @@ class Notice:
     numbers: Numbers = ()
 
     def wait(self) -> None:
-        """Have its numbers.
+        """Receive it.
 
         Raises:
-            RuntimeError: the peer has ended before it told them, or did not within the time limit.
+            RuntimeError: the peer ended before it sent the notice, or did not send it within the time limit.
         """
         self.numbers = self.notices.hear(self.peer, self.place)
 
@@ -58,24 +58,28 @@ class Notices:
     """The pipes between this rank and its peers.
 
     Args:
-        seconds: how long to wait for one notice.
+        seconds: time limit for one notice.
     """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._ends: dict[int, int] = {}  # peer -> its own end of the pipe to this rank, until it has opened that
+        self._ends: dict[
+            int, int
+        ] = {}  # peer -> the writing end of its pipe to this rank, until the peer has opened it
         self._from: dict[int, int] = {}
-        self._waiting: select.epoll | None = None  # for any of those; made once, as later no file may be opened
+        self._waiting: select.epoll | None = (
+            None  # waits for all of them; made once, because later no file may be available
+        )
         self._to: dict[int, int] = {}
         self._expected: Counter[tuple[int, int]] = Counter()  # (peer, stream) -> notices
         self._come: Counter[tuple[int, int]] = Counter()
         self._heard: defaultdict[int, dict[tuple[int, int], Numbers]] = defaultdict(dict)
 
     def listen(self, peer: int) -> int:
-        """Make the pipe of a peer; returns the file, of this process, that it opens.
+        """Make the pipe that a peer writes; returns the file of this process that the peer opens.
 
         Raises:
-            OSError: no more files may be opened.
+            OSError: too many open files.
         """
         if self._waiting is None:
             self._waiting = select.epoll()
@@ -88,12 +92,12 @@ class Notices:
         """Open the pipe that ``peer`` has made for this rank.
 
         Raises:
-            OSError: it is not there, or no more files may be opened.
+            OSError: the pipe does not exist, or too many open files.
         """
         self._to[peer] = os.open(f"/proc/{process}/fd/{file}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def keep(self, peers: frozenset[int]) -> None:
-        """All have opened what they could: let go of the others, and of the ends that are the peers' own."""
+        """Close the pipes of all others, and the ends that the peers have opened by now."""
         for files in (self._from, self._to):
             for peer in files.keys() - peers:
                 os.close(files.pop(peer))
@@ -103,10 +107,10 @@ class Notices:
             self.close()
 
     def tell(self, peer: int, stream: int, numbers: Numbers) -> None:
-        """Send a notice. Where a pipe is full, what others have told is taken in meanwhile.
+        """Send a notice. While the pipe is full, notices of other peers are received.
 
         Raises:
-            RuntimeError: the peer takes none within the time limit. OSError: it has ended.
+            RuntimeError: the pipe stays full for the time limit. OSError: the peer has ended.
         """
         record, until = _RECORD.pack(stream, *numbers), time.monotonic() + self._seconds
         while True:
@@ -119,7 +123,7 @@ class Notices:
                 self._take_in_all(0.001)
 
     def expect(self, peer: int, stream: int) -> Notice:
-        """The next notice of the stream from ``peer``; they are expected in the order in which they are told."""
+        """The next notice of the stream from ``peer``; those of one stream arrive in the order of sending."""
         number = self._expected[peer, stream]
         self._expected[peer, stream] += 1
         return Notice(self, peer, (stream, number))
@@ -139,14 +143,14 @@ class Notices:
         return heard.pop(place)
 
     def _take_in_all(self, seconds: float) -> None:
-        """Read what any peer has told, once somebody has or the time is over."""
+        """Receive from all peers that have sent something; wait up to ``seconds`` until one has."""
         assert self._waiting is not None
         ready = {file for file, _ in self._waiting.poll(seconds)}
         for peer in [peer for peer, file in self._from.items() if file in ready]:
             self._take_in(peer)
 
     def _take_in(self, peer: int) -> None:
-        """Read what a peer has told so far; the pipe of one that has ended is closed once that is read."""
+        """Receive what a peer has sent so far. If the peer has ended and everything was read, close its pipe."""
         if peer not in self._from:
             return
         try:
@@ -168,6 +172,6 @@ class Notices:
 
 
 def seconds_of(group: dist.ProcessGroup) -> float:
-    """The time limit of a group of gloo."""
+    """The time limit of a gloo group."""
     limit: timedelta = group._get_backend(torch.device("cpu")).options._timeout
     return limit.total_seconds()

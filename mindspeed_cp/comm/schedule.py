@@ -15,11 +15,13 @@ class Step(NamedTuple):
     Args:
         window, place: index of the window, and of the step in it; place 0 of window 0 is the rank's own shard.
         source: the ring rank whose shard is used; None for slices of all other shards (the mesh exchange).
+        piece: index of the piece of the shard, if shards are split into pieces.
     """
 
     window: int
     place: int
     source: int | None
+    piece: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""Megatron's own attention that builds the scores of every query with every key on an NPU: in encoders, in layers that
-are not split, in cross attention."""
+"""Modules with Megatron's own attention, which builds the scores of every query with every key on an NPU: encoders,
+layers that are not split, cross attention."""
 
 import re
 from collections import Counter
@@ -42,7 +42,7 @@ def name_plain_attention(model: torch.nn.Module, *, asked: bool) -> None:
 
 
 def _plain_modules(model: torch.nn.Module) -> Iterator[tuple[str, bool]]:
-    """(path with * for the layer's number, whether --use-flash-attn would select the kernel) of each such module."""
+    """Yield (path with * for the layer number, whether --use-flash-attn would select the kernel) of such modules."""
     for path, module in model.named_modules():
         names = {f"{cls.__module__}.{cls.__name__}" for cls in type(module).__mro__}
         size = getattr(getattr(module, "config", None), "context_parallel_size", 1)

@@ -1,10 +1,10 @@
-"""Targets of MindSpeed-LLM's instruction datasets, which its model moves by one token.
+"""Targets of MindSpeed-LLM's instruction datasets, which its model shifts by one token.
 
 The labels of these datasets are the tokens themselves. MindSpeed-LLM's model leaves out the first label and the logits
-of the last token, and its trainer the first entry of the loss mask. Done within a rank's part, that loses the target of
-the part's last token, and takes another token's where the part has several runs. Here labels and mask are moved in the
-whole row, before it is split; the model is told that they are the targets already; and the mask that the trainer gets
-has an entry in front, to be left out.
+of the last token, and its trainer the first entry of the loss mask. Within a rank's part, this loses the target of the
+part's last token, and uses a wrong token if the part has several runs. Here labels and mask are shifted in the whole
+row, before it is split; the model is told that labels already are the targets; and the trainer's mask gets an
+additional first entry, which it leaves out.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-IGNORED = {"labels": -100, "loss_mask": 0}  # what the last token of a row has: it has no target
+IGNORED = {"labels": -100, "loss_mask": 0}  # values for the last token of a row, which has no target
 _LOSES = "moves the targets by one token within a rank's part of the sequence, and loses those at the ends of the parts"
-# MindSpeed-LLM's other ways through a model, which move targets somewhere else: setting -> flag.
+# Settings with which MindSpeed-LLM shifts targets in other code: setting -> flag.
 _OTHER_WAYS = {
     "schedules_method": "--schedules-method",
     "layerwise_disaggregated_training": "--layerwise-disaggregated-training",
@@ -25,10 +25,10 @@ _OTHER_WAYS = {
 
 
 def moved_by_the_model(args: Any) -> bool:
-    """Whether MindSpeed-LLM's model moves the targets of batches that are split, by Megatron's arguments.
+    """Whether MindSpeed-LLM's model shifts the targets of split batches, according to Megatron's arguments.
 
     Raises:
-        ValueError: it does so in a way that cannot be told to leave it.
+        ValueError: it does so in code that cannot be told not to.
     """
     if args.context_parallel_size == 1:
         return False
@@ -49,7 +49,7 @@ def moved_by_the_model(args: Any) -> bool:
 
 
 def moved(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """name -> labels and loss mask (b, S) of a whole batch, each token's those of the next one."""
+    """Return labels and loss mask (b, S) of a whole batch by name, shifted so that each token has the next one's."""
     given = {name: batch.get(name) for name in IGNORED}
     return {
         name: pad(value[:, 1:], (0, 1), value=IGNORED[name])
@@ -59,7 +59,7 @@ def moved(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def with_an_entry_in_front(loss_func: Any) -> Any:
-    """The trainer's loss function, a partial with the mask (b, n) of a rank's part, with one (b, n + 1).
+    """Return the trainer's loss function, a partial with a rank's mask (b, n), with a mask (b, n + 1) instead.
 
     A stage in the middle of a pipeline has no mask, and computes no loss.
     """
@@ -69,10 +69,10 @@ def with_an_entry_in_front(loss_func: Any) -> Any:
 
 @contextmanager
 def left_where_they_are(args: Any) -> Iterator[None]:
-    """Tell MindSpeed-LLM's model inside the block to take labels as the targets.
+    """Within the block, make MindSpeed-LLM's model use labels as the targets.
 
     Args:
-        args: what megatron.training.get_args returns, None where there is no model of MindSpeed-LLM.
+        args: result of megatron.training.get_args, None without a model of MindSpeed-LLM.
     """
     if args is None:
         yield

@@ -1,6 +1,6 @@
-"""The ways to train that fit a cluster, fastest first: a best-first search over splits, recomputation and settings.
+"""Training plans that fit a cluster, fastest first: a best-first search over splits, recomputation and settings.
 
-Whatever is not traced yet has a lower bound of its time, and is traced when nothing that is known is faster.
+An option that is not traced yet has a lower bound of its time, and is traced once no known option is faster.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -32,29 +32,29 @@ from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.derived import MaskType
 from mindspeed_cp.settings.training_setup import TrainingSetup
 
-SETTINGS = 4  # of context parallelism that are weighed where nothing fits
+SETTINGS = 4  # number of settings of context parallelism whose memory is counted if nothing fits
 Family = tuple[ContextParallelConfig, ...]
 Kind = Callable[[Split, Recompute, ContextParallelConfig | None], Hashable | None]
 
 
 def by_split(split: Split, recompute: Recompute, config: ContextParallelConfig | None) -> Hashable:
-    """Ways with the same sizes are of one kind, whatever recomputation, parts of stages and setting."""
+    """Group options by their sizes, ignoring recomputation, virtual stages and setting."""
     return split.tp, split.pp, split.cp, split.dp, split.ep, split.etp
 
 
 def by_setting(split: Split, recompute: Recompute, config: ContextParallelConfig | None) -> Hashable | None:
-    """Ways with the same split, recomputation and hierarchy of ranks are of one kind."""
+    """Group options by split, recomputation and hierarchy of ranks."""
     return (split, recompute, config.hierarchy) if config else None
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to train of which it is not known yet whether it fits.
+    """One way to train, of which it is not yet known whether it fits.
 
     Args:
-        attention: the setting of context parallelism, None where none has been chosen yet.
-        is_bound: the times are lower bounds.
-        family: the settings that compute as much, the one to begin with first.
+        attention: the setting of context parallelism, None if not chosen yet.
+        is_bound: whether the times are lower bounds.
+        family: all settings with the same computation; the search begins with the first.
         before: seconds of the setting that led to this one.
     """
 
@@ -73,12 +73,13 @@ class Option:
 
 @dataclass
 class Search:
-    """The ways to train, fastest first.
+    """Best-first search for training plans.
 
     Args:
         memory: bytes of a device.
-        kind: of ways that are alike; of each kind the fastest way is found. None where a kind needs a setting.
-        note: called with (how many splits are decided, how many there are).
+        kind: key that groups similar options, of which only the fastest is found; it is None before a setting is
+            chosen if the group depends on the setting.
+        note: called with (number of decided splits, number of splits).
     """
 
     work: Work
@@ -89,12 +90,12 @@ class Search:
     note: Callable[[int, int], None] = lambda decided, of: None
 
     def fitting(self, some: Iterable[Split]) -> Iterator[Plan]:
-        """Those that fit: of each kind the fastest, and the fastest that leaves a tenth of the memory. Of equals the
-        one without a policy comes first, then the one with the fewest extras, then the one that sends less.
+        """Yield the plans that fit: of each kind the fastest, and the fastest that leaves a tenth of the memory. Among
+        equals, plans without a KV cache policy come first, then those with the fewest extras, then the fewest bytes.
         """
         waiting: list[tuple[object, ...]] = []
         numbers, decided = count(), 0
-        done: dict[Hashable, bool] = {}  # kind -> whether its way leaves a tenth of the memory
+        done: dict[Hashable, bool] = {}  # kind -> whether its plan leaves a tenth of the memory
 
         def push(option: Option) -> None:
             _, *second = (
@@ -124,7 +125,7 @@ class Search:
                 yield plan
 
     def bounds(self, some: Iterable[Split]) -> Iterator[Option]:
-        """Every split with every recomputation that may fit, with the least time that attention can take."""
+        """Yield every split with every recomputation that may fit, with a lower bound of attention's time."""
         for split in some:
             least = _least(self.work, split, self.cluster)
             for recompute in RECOMPUTES if split.cp > 1 else RECOMPUTES[:2]:
@@ -134,18 +135,18 @@ class Search:
                     yield option
 
     def _may_fit(self, option: Option, share: float = 1.0) -> bool:
-        """Whether a lower bound of its memory does."""
+        """Whether a lower bound of its memory fits."""
         degree = option.config.hierarchy[0] if option.config else 1
         return least_memory(self.work, option.split, option.recompute, degree) <= share * self.memory
 
     def _settings(self, option: Option) -> Iterator[Option]:
-        """The settings of one split with which others are compared, with lower bounds of their times."""
+        """Yield the first setting of each family for one split, with lower bounds of their times."""
         split = option.split
         problem = problem_of(self.work, split)
         families, excluded = _families(split.cp, problem, setup_of(self.work, split), self.cluster, self.work.mask_type)
         self._note_rules(split, excluded)
         for family in families:
-            # The most groups of heads wait the least.
+            # Settings with the most groups of heads wait the least.
             waits = min(heads_seconds(config, problem, self.cluster) for config in family)
             least = _least(self.work, split, self.cluster, family[0])
             passes = (replace(each, exposed=waits, heads=waits) for each in (least.forward, least.backward))
@@ -154,7 +155,7 @@ class Search:
                 yield setting
 
     def _traced(self, option: Option) -> Iterator[Option]:
-        """A setting with its time, and those that it leads to: what may hide more of what it waits for."""
+        """Yield a setting with its time, and the settings that it leads to, which may hide more communication."""
         assert option.config is not None, "a setting was chosen"
         problem = problem_of(self.work, option.split)
         try:
@@ -189,8 +190,8 @@ class Search:
 def _families(
     cp: int, problem: Problem, setup: TrainingSetup, cluster: Cluster, mask_type: MaskType
 ) -> tuple[tuple[Family, ...], dict[str, str]]:
-    """(settings that share algorithm, degree, layout and what travels of latents, the first of each with what sends
-    least and no extras; for every algorithm without a setting the first rule that excludes it).
+    """Return (families of settings with the same algorithm, degree, layout and latent exchange, each beginning with the
+    setting that sends least and has no extras; for every algorithm without a setting the first rule it breaks).
     """
     first_rule: dict[str, str] = {}
     families: dict[Hashable, list[ContextParallelConfig]] = {}
@@ -210,14 +211,14 @@ def _extras(config: ContextParallelConfig) -> tuple[object, ...]:
 
 
 def _way(config: ContextParallelConfig) -> tuple[object, ...]:
-    """How keys and values travel."""
+    """How keys and values are exchanged."""
     return config.window_size, config.kv_exchange, config.in_flight
 
 
 def is_next(found: Candidate, config: ContextParallelConfig, first: ContextParallelConfig) -> bool:
-    """Whether ``found`` leads to ``config``, which computes as much and may wait less: by another way of its keys and
-    values where it is the first of its family, by a KV cache policy, or by twice the groups of heads. Without a ring, a
-    policy holds less.
+    """Whether the search goes from ``found`` to ``config``, which computes the same and may wait less: by another
+    exchange of keys and values if ``found`` is the first of its family, by a KV cache policy, or by twice as many
+    groups of heads. Without a ring, a policy saves memory instead.
     """
     own = replace(found.config, linear_exchange=first.linear_exchange)  # which follows from the others
     policy = config.kv_cache_policy
@@ -234,7 +235,7 @@ def is_next(found: Candidate, config: ContextParallelConfig, first: ContextParal
 
 
 def _hidden(found: Candidate, heads: float) -> Candidate:
-    """The least that a setting needs which computes as much as ``found``: what waits for Ulysses' exchange at least."""
+    """Lower bound for settings that compute the same as ``found``: they wait at least for Ulysses' exchange."""
     forward, backward = (
         replace(each, exposed=min(heads, each.exposed), heads=min(heads, each.heads))
         for each in (found.forward, found.backward)
@@ -243,10 +244,10 @@ def _hidden(found: Candidate, heads: float) -> Candidate:
 
 
 def _least(work: Work, split: Split, cluster: Cluster, config: ContextParallelConfig | None = None) -> Candidate:
-    """What attention takes at least: its kernels with blocks as long as can be, and nothing that waits."""
+    """Lower bound of attention's time: kernels with the longest possible blocks, and no waiting."""
     problem, model = problem_of(work, split), work.model
     pairs = area(work) * problem.heads / split.cp
-    # Blocks are at most as long as what a rank of the ring holds; documents may load ranks unevenly.
+    # Blocks are at most as long as a ring rank's part; documents may load ranks unevenly.
     ranks = 1 if config is None or work.documents is not None else config.ring_size
     tokens = -(-work.seq_length // ranks) + 1
     forward, backward = (
@@ -267,15 +268,15 @@ def plans(
     even_stages: bool = False,
     note: Callable[[int, int], None] = lambda decided, of: None,
 ) -> tuple[list[Plan], dict[str, str]]:
-    """(the ``most`` fastest splits that leave a tenth of the memory free, each with its fastest way, fastest first, and
-    behind them those that are faster or as fast and do not; of what is excluded the first rule). Where one split is
-    left, its settings are listed instead.
+    """Return (plans of the ``most`` fastest splits that leave a tenth of the memory free, fastest first, then plans
+    that are at least as fast but leave less; excluded item -> first rule it breaks). If only one split is possible, its
+    settings are listed instead.
 
     Args:
         memory: bytes of a device.
-        fixed: sizes of Split that are given.
+        fixed: given sizes of Split.
         even_stages: leave out pipelines whose stages differ, or are interleaved.
-        note: called with how many ways of how many are decided.
+        note: called with (number of decided splits, number of splits).
 
     Raises:
         ValueError: no split of the devices exists.
@@ -298,7 +299,7 @@ def plans(
 
 
 def _too_little(work: Work, some: list[Split], memory: float, cluster: Cluster) -> str:
-    """What is missing where nothing fits: the least of the first settings of each way, fullest ways left out."""
+    """Message if nothing fits: the smallest memory among the first settings of each option, smallest bounds first."""
     search = Search(work, inf, cluster)
     bounds = [(least_memory(work, each.split, each.recompute), each) for each in search.bounds(some)]
     best: Plan | None = None

@@ -1,4 +1,4 @@
-"""The settings of context parallelism for one attention layer on a model of the cluster, and their times."""
+"""Settings of context parallelism for one attention layer, and their times on a model of the cluster."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,13 +20,13 @@ Policies = tuple[KVCachePolicy | None, ...]
 
 @dataclass(frozen=True)
 class Found:
-    """Candidates, fastest first, and for every algorithm without one the first rule that excludes it."""
+    """Candidates, fastest first, and for every algorithm without one the first rule it breaks."""
 
     candidates: tuple[Candidate, ...]
     excluded: dict[str, str]
 
 
-# Layout, exchange and steps under way; only where a device reaches several peers at once do the last ones gain time.
+# Layout, exchange and steps in flight. More steps save time only if a device reaches several peers at once.
 WAYS = (("auto", "ring", 1), ("auto", "direct", 1))
 OF_DOCUMENTS = (("balanced", "direct", 1),)
 OF_A_MESH = (("auto", "direct", 2), ("auto", "mesh", 1), ("auto", "mesh", 2))
@@ -35,8 +35,8 @@ SPARSE = "sparse attention gathers its keys from all ranks, whatever the algorit
 
 
 def policies_beside(chunks: int) -> Policies:
-    """KV cache policies that are tried with so many groups of heads: groups save memory themselves, and with every
-    policy they would crowd out settings that differ more.
+    """Return the KV cache policies to try with this number of groups of heads. Groups save memory themselves, and with
+    all policies there would be too many similar settings.
     """
     return KV_CACHE_POLICIES if chunks == 1 else (None,)
 
@@ -44,12 +44,12 @@ def policies_beside(chunks: int) -> Policies:
 def variants(
     cp: int, documents: bool = False, mesh: bool = False, latents: bool = False
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(algorithm, arguments of the configuration), whether or not they work together: the configuration says that.
+    """Yield (algorithm, arguments of the configuration), valid or not: the configuration checks the combination.
 
     Args:
-        documents: the balanced layout too, with the exchange that sends only what documents need.
-        mesh: the exchanges too that use several links at once.
-        latents: of multi-latent attention both that may travel.
+        documents: include the balanced layout, with the exchange that sends only the rows that documents need.
+        mesh: include the exchanges that use several links at once.
+        latents: for multi-latent attention, include sending heads and sending latents.
     """
     ring_ways = WAYS + OF_DOCUMENTS * documents + OF_A_MESH * mesh
     divisors = [number for number in range(2, cp) if cp % number == 0]
@@ -87,7 +87,7 @@ def variants(
 def allowed(
     cp: int, problem: Problem, setup: TrainingSetup, cluster: Cluster, mask_type: MaskType, first_rule: dict[str, str]
 ) -> Iterator[ContextParallelConfig]:
-    """Every setting that config.py's own rules allow; ``first_rule`` gets the first rule that an algorithm breaks."""
+    """Yield every setting that config.py's rules allow; ``first_rule`` gets the first rule each algorithm breaks."""
     is_sparse = problem.layer is not None
     latents = problem.latent is not None and not is_sparse
     for name, arguments in variants(cp, problem.layout_documents is not None, _is_mesh(problem, cluster), latents):
@@ -112,7 +112,7 @@ def search(
     mask_type: MaskType = "causal",
     policies: Policies = KV_CACHE_POLICIES,
 ) -> Found:
-    """Trace and time every setting that config.py's own rules allow, with these KV cache policies."""
+    """Trace and time every setting that config.py's rules allow, with these KV cache policies."""
     found: list[Candidate] = []
     first_rule: dict[str, str] = {}
     further: list[ContextParallelConfig] = []
@@ -130,7 +130,7 @@ def search(
     for config in further:
         best = fastest.get(config.algorithm)
         if best and best.config.hierarchy == config.hierarchy and _may_gain(best, config):
-            with suppress(ValueError):  # what excludes a plain setting was said; a number of groups may not fit heads
+            with suppress(ValueError):  # plain settings were checked; a number of groups may not fit the heads
                 found.append(timed(config, problem, cluster))
     found.sort(key=preference)
     working = {candidate.config.algorithm for candidate in found}
@@ -142,12 +142,12 @@ def _is_plain(config: ContextParallelConfig) -> bool:
 
 
 def _may_gain(plain: Candidate, config: ContextParallelConfig) -> bool:
-    """Whether ``config`` hides more of what a plain setting of its hierarchy waits for."""
+    """Whether ``config`` may hide more communication than the plain setting of its hierarchy."""
     return plain.waits_for_heads if config.ulysses_chunks > 1 else plain.waits_for_rows
 
 
 def _fastest(found: list[Candidate]) -> dict[str, Candidate]:
-    """The fastest setting of each algorithm."""
+    """Return the fastest setting of each algorithm."""
     fastest: dict[str, Candidate] = {}
     for candidate in sorted(found, key=preference):
         fastest.setdefault(candidate.config.algorithm, candidate)
@@ -162,10 +162,10 @@ def _is_mesh(problem: Problem, cluster: Cluster) -> bool:
 def hiding_tokens(
     problem: Problem, cluster: Cluster, inter: bool, causal: bool = True, elements: int | None = None
 ) -> float:
-    """Local tokens from which a ring step's transfer hides behind its forward computation (docs/choosing.md).
+    """Fewest local tokens with which a ring step's forward computation hides its transfer (docs/choosing.md).
 
     Args:
-        elements: of a token that travel, all of its keys and values by default.
+        elements: number of elements sent per token, by default all of its keys and values.
     """
     share, width = 0.5 if causal else 1.0, problem.dk + problem.dv
     elements = problem.kv_heads * width if elements is None else elements
@@ -174,5 +174,5 @@ def hiding_tokens(
 
 
 def flags(config: ContextParallelConfig) -> str:
-    """The flags of a configuration, to paste."""
+    """Return the flags of a configuration as text to paste."""
     return f"{flags_of(config)} --use-flash-attn"

@@ -1,4 +1,4 @@
-"""Seconds of one setting of context parallelism in one attention layer: what the engine does, played on a cluster."""
+"""Seconds of one setting of context parallelism in one attention layer: the engine's events, simulated on a cluster."""
 
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
@@ -14,7 +14,7 @@ from mindspeed_cp.sequence.masks import attention_masks
 from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.derived import LinearExchange
 
-WAITING = 0.01  # part of its time that a setting waits, from which on what hides more of it is looked at
+WAITING = 0.01  # fraction of its time that a setting must wait before variants that hide more are tried
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Timing:
     """Seconds of one pass of one rank.
 
     Args:
-        exposed: what computation waits for. heads: the part of it that waits for Ulysses' exchange.
+        exposed: seconds for which computation waits. heads: the part of it that waits for Ulysses' exchange.
     """
 
     compute: float
@@ -36,10 +36,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting: both passes of the slowest traced rank, bytes as the largest that a traced rank sends.
+    """One setting: both passes of the slowest traced rank, and the most bytes that a traced rank sends.
 
     Args:
-        intra_bytes, inter_bytes: to ranks of the own node and of others, forward and backward together.
+        intra_bytes, inter_bytes: to ranks of the same node and of other nodes, forward and backward together.
     """
 
     config: ContextParallelConfig
@@ -50,7 +50,7 @@ class Candidate:
 
     @property
     def compute(self) -> float:
-        """Seconds that kernels take in both passes."""
+        """Kernel seconds of both passes."""
         return self.forward.compute + self.backward.compute
 
     @property
@@ -64,19 +64,19 @@ class Candidate:
 
     @property
     def waits_for_heads(self) -> bool:
-        """Whether Ulysses' exchange hides less than it could in groups of heads."""
+        """Whether exchanging in groups of heads could hide more of Ulysses' exchange."""
         return self.forward.heads + self.backward.heads > WAITING * self.seconds
 
     @property
     def waits_for_rows(self) -> bool:
-        """Whether keys and values hide less than they could, travelling in another way."""
+        """Whether another exchange of keys and values could hide more."""
         return self.exposed - self.forward.heads - self.backward.heads > WAITING * self.seconds
 
 
 def timeline(events: list[Event], cluster: Cluster, rank: int) -> Timing:
-    """Play the events of one global rank. What is sent and what is received queue at each of its links, which are full
-    duplex: transfers to several peers share the port of a switch or an adapter, and the links of a mesh carry them at
-    once. Peers post when this rank posts.
+    """Simulate the events of one global rank. Transfers queue at each of its links, separately per direction (full
+    duplex): transfers to several peers share the port of a switch or an adapter, and use the links of a mesh at once.
+    Peers are assumed to post when this rank posts.
     """
     now = compute = exposed = heads = 0.0
     of_heads: set[int] = set()
@@ -178,8 +178,8 @@ def _timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) ->
 
 
 def traced_ranks(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> list[int]:
-    """All ranks of a small group. Of a large group: the first, the last, the last of the first node; with documents
-    or slices, which load ranks unevenly, also those that compute the most and those that send or receive the most.
+    """Return all ranks of a small group. For a large group: the first, the last, the last of the first node; with
+    documents or slices, which load ranks unevenly, also those that compute, send or receive the most.
     """
     cp = config.context_parallel_size
     if cp <= 4:
@@ -190,8 +190,8 @@ def traced_ranks(config: ContextParallelConfig, problem: Problem, cluster: Clust
 
 
 def _busiest(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> set[int]:
-    """The rank with the largest attention area, and those of whose rows most travel: as keys and values in the direct
-    exchange, and as gradients that return in any.
+    """Return the rank with the largest attention area, and the ranks of which most rows are sent: as keys and values in
+    the direct exchange, and as returned gradients in every exchange.
     """
     layout, degree, ranks = problem.layout(config), config.hierarchy[0], range(config.ring_size)
     given = problem.cu_seqlens, problem.sliding_window, problem.attention_slices
@@ -211,7 +211,7 @@ def _busiest(config: ContextParallelConfig, problem: Problem, cluster: Cluster) 
 
 
 def heads_seconds(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> float:
-    """What Ulysses' exchange lets a pass wait at least: before the first group of heads and behind the last one."""
+    """Least seconds that a pass waits for Ulysses' exchange: before the first group of heads and after the last."""
     degree = config.hierarchy[0]
     if degree == 1:
         return 0.0
@@ -227,8 +227,8 @@ def heads_seconds(config: ContextParallelConfig, problem: Problem, cluster: Clus
 
 
 def preference(candidate: Candidate) -> tuple[float, bool, int, int]:
-    """By time; of equals the one without a policy, which holds less in a ring, then the one with the fewest steps
-    under way and groups of heads, then the one that sends less.
+    """Sort key: time; then no KV cache policy, which saves memory in a ring; then the fewest steps in flight and
+    groups of heads; then the fewest bytes.
     """
     config = candidate.config
     has_policy = config.kv_cache_policy is not None

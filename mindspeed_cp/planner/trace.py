@@ -1,6 +1,6 @@
-"""One attention call of one rank, run by the engine itself on tensors without memory and links that only take notes.
+"""One attention call of one rank, run by the engine itself on meta tensors and links that only record messages.
 
-So the predicted bytes are those of the engine's own code: nothing of its planning is written a second time.
+So the predicted bytes come from the engine's own code, and none of its planning is duplicated.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,18 +40,18 @@ from mindspeed_cp.settings.config import ContextParallelConfig
 
 @dataclass(frozen=True)
 class Problem:
-    """The attention of one layer on the ranks of one tensor-parallel place.
+    """The attention of one layer on the ranks with one tensor-parallel rank.
 
     Args:
         heads, kv_heads: of a tensor-parallel rank.
-        cu_seqlens: document boundaries with the leading 0 and the total, those of every row where they differ, or None.
-        attention_slices: what queries see, in one list for all rows, or None where mask type and documents say it.
-        windowed: (tokens that a query sees, share of the layers that are so limited), of models that mix both kinds.
-        latent: (elements of the keys' rotated part, of the latent), of multi-latent attention.
-        linear: (a layer with a state, share of the layers that are one), of models that mix both kinds.
-        layer: what this layer is where it is no dense attention; sizes of heads are then those in it.
-        is_pipeline: of which the first stage alone knows where documents end.
-        stride: global ranks between neighbours of the context-parallel group, the tensor-parallel size in Megatron.
+        cu_seqlens: document boundaries with the leading 0 and the total, one tuple per row if they differ, or None.
+        attention_slices: one list of slices for all rows, or None if mask type and documents define the mask.
+        windowed: (tokens that a query sees, fraction of layers with this window), for models that mix both kinds.
+        latent: (elements of the keys' rotated part, of the latent), for multi-latent attention.
+        is_pipeline: whether there is a pipeline, in which only the first stage knows where documents end.
+        stride: distance in global ranks between neighbours of the context-parallel group; Megatron's tp size.
+        linear: (a layer with a state, fraction of the layers that are one), for models that mix both kinds.
+        layer: what this layer is if it is not dense attention; it has the sizes of its heads itself.
     """
 
     seq_len: int
@@ -74,7 +74,7 @@ class Problem:
 
     @property
     def layout_documents(self) -> tuple[int, ...] | None:
-        """The documents by which the layout may go: every stage of a pipeline and every row must have the same."""
+        """Documents that the layout may use: all pipeline stages and all rows must have the same."""
         if self.is_pipeline or self.cu_seqlens is None or not isinstance(self.cu_seqlens[0], int):
             return None
         return self.cu_seqlens
@@ -84,10 +84,10 @@ class Problem:
         return SequenceLayout.build(config, self.seq_len, self.layout_documents, slices)
 
     def expansion(self, config: ContextParallelConfig, notes: "Notes", local_tokens: int = 0) -> "Expansion | None":
-        """What makes keys and values of what travels; None where they travel themselves.
+        """Return what computes keys and values from the tensors sent; None if keys and values themselves are sent.
 
         Args:
-            local_tokens: of the rank that notes.
+            local_tokens: of the traced rank.
         """
         if self.latent is None:
             return None
@@ -99,12 +99,12 @@ class Problem:
         return expansion if sends_latents(config, expansion, topology, self.dtype.itemsize) else None
 
     def least_row_elements(self, cp: int) -> int:
-        """What travels of a token at least, as key and value."""
+        """Least number of elements sent per token, as key and value."""
         heads = self.kv_heads * (self.dk + self.dv)
         return min(heads, sum(self.latent)) if self.latent is not None and cp > 1 else heads
 
     def row_elements(self, config: ContextParallelConfig) -> int:
-        """What travels of a token around a ring."""
+        """Number of elements sent per token around a ring."""
         if self.latent is not None and self.expansion(config, Notes()) is not None:
             return sum(self.latent)
         return self.kv_heads * (self.dk + self.dv)
@@ -119,12 +119,12 @@ def _num_bytes(tensor: torch.Tensor) -> int:
 
 @dataclass(frozen=True, eq=False)
 class NotingLink(Link):
-    """A link that packs and unpacks as any other, moves nothing and notes what it would have moved.
+    """A link that packs and unpacks like any other, but records what it would send instead of sending it.
 
     Args:
-        like: the back end as whose link it transfers; a name that the engine knows nothing of stands for those of
-            devices, which all do the same.
-        of_heads: it is the link of a Ulysses group.
+        like: back end whose behaviour it has; a name unknown to the engine represents those of devices, which all
+            behave alike.
+        of_heads: whether it is the link of a Ulysses group.
     """
 
     notes: Notes = field(default_factory=Notes)
@@ -159,7 +159,7 @@ class NotingLink(Link):
 
 
 def shorter_side(block: Block) -> float:
-    """Tokens of the shorter side of a block's pieces: the mean with which its time is that of the pieces one by one."""
+    """Shorter side of a block's pieces in tokens: the mean that gives the same time as the pieces one by one."""
     sides = [(rows.stop - rows.start, cols.stop - cols.start) for rows, cols in block.pieces()]
     if len(sides) == 1:
         return float(min(sides[0]))
@@ -168,7 +168,7 @@ def shorter_side(block: Block) -> float:
 
 @dataclass
 class NotingKernel(AttentionKernel):
-    """A kernel that computes nothing and notes its FLOPs: two for each multiply-add of the matrix products."""
+    """A kernel that computes nothing and records its FLOPs: two for each multiply-add of the matrix products."""
 
     notes: Notes
     order: MemoryOrder | None = None
@@ -195,7 +195,7 @@ class NotingKernel(AttentionKernel):
     def backward(self, tensors: BlockTensors, rows: AttentionRows, options: KernelOptions, saved: Any) -> Gradients:
         query, key, value = tensors.query, tensors.key, tensors.value
         _, batch, heads, dk = query.shape
-        # Scores again, their gradient, and the gradients of query, key and value.
+        # Recomputed scores, their gradient, and the gradients of query, key and value.
         flops = 2 * tensors.block.area * batch * heads * (3 * dk + 2 * value.shape[-1])
         self.notes.events.append(Compute(flops, shorter_side(tensors.block), dk))
         return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
@@ -203,10 +203,10 @@ class NotingKernel(AttentionKernel):
 
 @dataclass(frozen=True, eq=False)
 class NotingExpansion(LatentExpansion):
-    """One that notes what it computes beyond the layer's own projection, which is counted with the layer's others.
+    """An expansion that records its products beyond the layer's own projection, which is counted with the layer.
 
     Args:
-        left: (rows x heads) of that which are still to come, forward and backward.
+        left: remaining (rows x heads) of the layer's own projection, forward and backward.
     """
 
     notes: Notes = field(default_factory=Notes)
@@ -237,7 +237,7 @@ def dry_topology(config: ContextParallelConfig) -> Linkage:
 def dry_groups(
     config: ContextParallelConfig, rank: int, stride: int, notes: Notes, backend: str = DEVICES
 ) -> ContextParallelGroups:
-    """The groups of cp_rank ``rank``, with the ranks that ``ContextParallelGroups.build`` would give them."""
+    """Return the groups of cp_rank ``rank``, with the same ranks as from ``ContextParallelGroups.build``."""
     everyone = [place * stride for place in range(config.context_parallel_size)]
     if len(everyone) == 1:
         return ContextParallelGroups(config.hierarchy, 0, (0,))
@@ -261,7 +261,7 @@ def dry_groups(
 
 @dataclass(frozen=True, eq=False)
 class DryCall:
-    """An attention call on tensors without memory, as often as wanted; ``leaves`` are query, key and value for it."""
+    """A repeatable attention call on meta tensors; ``leaves`` are its query, key and value."""
 
     leaves: tuple[torch.Tensor, ...]
     groups: ContextParallelGroups
@@ -278,7 +278,7 @@ def _forget(leaf: torch.Tensor) -> None:
 def dry_call(
     config: ContextParallelConfig, problem: Problem, rank: int, kernel: NotingKernel, backend: str = DEVICES
 ) -> DryCall:
-    """The call of cp_rank ``rank``; its links note where the kernel notes."""
+    """Return the call of cp_rank ``rank``; its links and ``kernel`` record to the same notes."""
     layout = problem.layout(config)
     sizes = ((problem.heads, problem.dk), (problem.kv_heads, problem.dk), (problem.kv_heads, problem.dv))
     expansion = problem.expansion(config, kernel.notes, layout.length(rank))
@@ -321,10 +321,10 @@ def dry_rank(config: ContextParallelConfig, problem: Problem, rank: int, notes: 
 
 
 def trace(config: ContextParallelConfig, problem: Problem, rank: int) -> tuple[Pass, Pass]:
-    """What cp_rank ``rank`` does in the (forward, backward) pass of one attention layer. Needs no processes.
+    """Return the events of cp_rank ``rank`` in the (forward, backward) pass of one attention layer; needs no processes.
 
     Raises:
-        ValueError: the problem does not fit the configuration; it is the engine's own error.
+        ValueError: the problem does not fit the configuration (the engine's own error).
     """
     notes = Notes()
     if problem.layer is not None:

@@ -1,7 +1,7 @@
-"""One way to train on a cluster: memory of the fullest device and time of a step.
+"""One training plan on a cluster: memory of the fullest device and time of a step.
 
-The attention layer comes from the engine (timing.py, memory.py), the rest from stages.py; fitting.py looks for the ways
-that fit.
+The attention layer is taken from the engine (timing.py, memory.py), the rest from stages.py; fitting.py searches for
+plans that fit.
 """
 
 from dataclasses import dataclass, replace
@@ -21,12 +21,12 @@ from mindspeed_cp.settings.derived import MaskType
 from mindspeed_cp.settings.rules import heads_of_rank
 from mindspeed_cp.settings.training_setup import TrainingSetup
 
-MARGIN = 0.9  # of a device's memory: the rest is for what is not counted
+MARGIN = 0.9  # usable fraction of a device's memory; the rest is for memory that is not counted
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to train."""
+    """One training plan: split, setting and recomputation, with memory and time."""
 
     split: Split
     attention: Candidate
@@ -36,7 +36,7 @@ class Plan:
 
 
 def is_tight(plan: Plan, memory: float) -> bool:
-    """Whether it leaves less than a tenth for what is not counted: the allocator's fragments, buffers of libraries."""
+    """Whether it leaves less than a tenth of the memory for allocator fragments and buffers of libraries."""
     return plan.memory.total > MARGIN * memory
 
 
@@ -57,14 +57,12 @@ def area(work: Work) -> float:
 
 
 def attention(work: Work, split: Split, cluster: Cluster, policies: Policies = (None,)) -> Found:
-    """The settings of context parallelism for one layer, timed, with these KV cache policies; those of one (tp, cp) are
-    searched once.
-    """
+    """Return timed settings of context parallelism for one layer, with these KV cache policies; cached per (tp, cp)."""
     return _searched(split.cp, problem_of(work, split), setup_of(work, split), cluster, work.mask_type, policies)
 
 
 def setup_of(work: Work, split: Split) -> TrainingSetup:
-    """What the rules across settings ask for."""
+    """Return the setup that rules across settings need."""
     model = work.model
     return TrainingSetup(
         num_attention_heads=model.num_heads,
@@ -76,7 +74,7 @@ def setup_of(work: Work, split: Split) -> TrainingSetup:
 
 
 def problem_of(work: Work, split: Split) -> Problem:
-    """One layer's attention."""
+    """Return the attention problem of one layer."""
     model = work.model
     heads = heads_of_rank(model.num_heads, model.num_kv_heads, split.tp)
     return Problem(
@@ -108,14 +106,14 @@ def _kept_bytes(config: ContextParallelConfig, problem: Problem) -> int:
 
 
 def _least_saved(problem: Problem, cp: int) -> int:
-    """What every setting needs at least: query, out, and what travels of key and value, from forward to backward."""
+    """Least bytes of any setting from forward to backward: query, out, and the sent form of key and value."""
     elements = problem.heads * (problem.dk + problem.dv) + problem.least_row_elements(cp)
     return problem.seq_len // cp * problem.batch * elements * HALF
 
 
 def _least_kept(problem: Problem, cp: int, degree: int) -> int:
-    """What every setting of a Ulysses degree keeps at least of a layer: out and its statistics, and with a degree what
-    its exchange brought and the out that it took away.
+    """Least bytes that any setting of a Ulysses degree keeps per layer: out and its statistics, and with a degree above
+    1 the tensors that its exchange received and the out that it sent.
     """
     elements = problem.heads * problem.dv
     if degree > 1:
@@ -124,13 +122,13 @@ def _least_kept(problem: Problem, cp: int, degree: int) -> int:
 
 
 def planned(work: Work, split: Split, candidate: Candidate, recompute: Recompute, cluster: Cluster) -> Plan:
-    """Memory and time of one way to train."""
+    """Return the plan with its memory and time."""
     step = step_of(work, split, candidate, recompute, cluster)
     return Plan(split, candidate, recompute, memory_of(work, split, recompute, candidate.config), step)
 
 
 def memory_of(work: Work, split: Split, recompute: Recompute, config: ContextParallelConfig) -> Memory:
-    """With attention's memory counted on the engine."""
+    """Memory of the fullest stage, with attention's memory counted by the engine."""
     problem = replace(problem_of(work, split), windowed=None, linear=None, layer=None)
     is_kept = recompute == "full, attention kept"
     kept = _kept_bytes(config, problem) if is_kept else 0
@@ -145,10 +143,10 @@ def least_memory(work: Work, split: Split, recompute: Recompute, degree: int = 1
 
 
 def _memory(work: Work, split: Split, recompute: Recompute, one: AttentionBytes, kept: int) -> Memory:
-    """The first stages of 1F1B have the most micro batches in flight, the last one the logits.
+    """Memory of the fullest stage: the first stages of 1F1B have the most micro batches in flight, the last the logits.
 
     Args:
-        one: attention of the layer that runs. kept: of every other one, where its attention is kept.
+        one: attention of the running layer. kept: bytes that every other layer keeps if attention is kept.
     """
     saved, kept = mean_saved(work, split, one.saved), round(work.model.kept_share * kept)
     left = {"none": saved, "full": 0, "full, attention kept": kept}[recompute]
@@ -157,16 +155,16 @@ def _memory(work: Work, split: Split, recompute: Recompute, one: AttentionBytes,
 
 
 def step_of(work: Work, split: Split, candidate: Candidate, recompute: Recompute, cluster: Cluster) -> Step:
-    """Every stage as long as the slowest one; the last one has the output too."""
+    """Time of a step in which every stage takes as long as the slowest; the last stage also has the output."""
     steps = [stage_step(work, split, candidate, recompute, cluster, number) for number in kinds_of_stages(work, split)]
     return max(steps, key=lambda step: step.seconds)
 
 
 def model_flops(work: Work, causal: bool = True) -> float:
-    """FLOPs of a step that training needs, whatever is recomputed.
+    """FLOPs that a training step needs, without recomputation.
 
     Args:
-        causal: count of causal attention what is computed; else all pairs, as NVIDIA's and Megatron's figures do.
+        causal: for causal attention count only the computed pairs; else all pairs, as NVIDIA's and Megatron's figures.
     """
     model = work.model
     of_row = area(work if causal else replace(work, mask_type="full")) / work.micro_batch
@@ -176,11 +174,11 @@ def model_flops(work: Work, causal: bool = True) -> float:
 
 
 def utilization(work: Work, plan: Plan, cluster: Cluster, causal: bool = True) -> float:
-    """Model FLOPs of a step over what the devices' peaks would do meanwhile."""
+    """Model FLOPs of a step divided by the devices' peak FLOPs in the same time (MFU)."""
     devices = plan.split.stage * plan.split.pp
     return model_flops(work, causal) / (devices * cluster.flops * plan.step.seconds)
 
 
 def tokens_per_second(work: Work, plan: Plan) -> float:
-    """Of the whole cluster."""
+    """Tokens per second of the whole cluster."""
     return work.global_batch * work.seq_length / plan.step.seconds

@@ -70,12 +70,12 @@ class TracingKernel(AttentionKernel):
 
 def traced(rank, case):
     """Events of forward and of backward on this rank: "post" per batch of transfers or collective, "wait" per message,
-    "block" per kernel call.
+    "block" per kernel call. Gloo carries everything; what shares memory is read in place.
     """
     from mindspeed_cp import context_parallel_attention
     from mindspeed_cp.comm import batch, link
 
-    config, groups = setup_of(case.config, case.share_from)
+    config, groups = setup_of(case.config, None)
     layout = SequenceLayout.build(config, case.seq_len)
     leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
     trace = []

@@ -22,8 +22,12 @@ ULYSSES = dict(context_parallel_size=2, attention_mask_type="full")
 HYBRID = {**RING, "algorithm": "hybrid_cp_algo", "ulysses_degree": 2}
 
 
-def events_of(arguments, rank=0):
-    return [each.events for each in trace(ContextParallelConfig(**arguments), PROBLEM, rank)]
+CAUSAL = {**RING, "attention_mask_type": "causal"}
+EIGHT = {**RING, "context_parallel_size": 8}
+
+
+def events_of(arguments, rank=0, problem=PROBLEM):
+    return [each.events for each in trace(ContextParallelConfig(**arguments), problem, rank)]
 
 
 def exposed(events):
@@ -50,9 +54,11 @@ EXPOSED = {
     "ring, kept": ({**RING, "kv_cache_policy": "full"}, (3, []), (3, [2])),
     "direct": ({**RING, "kv_exchange": "direct"}, (3, []), (6, [5])),
     "direct, all in flight": ({**RING, "kv_exchange": "direct", "in_flight": 3}, (3, []), (6, [5])),
+    "direct, causal, in two pieces": ({**CAUSAL, "kv_exchange": "direct", "in_flight": 3}, (6, []), (12, [11])),
     "mesh": ({**RING, "kv_exchange": "mesh"}, (3, []), (6, [5])),
     "mesh, two in flight": ({**RING, "kv_exchange": "mesh", "in_flight": 2}, (3, []), (6, [5])),
     "double ring": ({**RING, "window_size": 2}, (3, []), (6, [4, 5])),
+    "double ring, two in flight": ({**EIGHT, "window_size": 4, "in_flight": 2}, (7, []), (14, [12, 13])),
     "all-gather": ({**RING, "algorithm": "kvallgather_cp_algo"}, (1, []), (4, [3])),
     "ulysses": (ULYSSES, (2, [0, 1]), (2, [0, 1])),
     "ulysses in 2": ({**ULYSSES, "ulysses_chunks": 2}, (4, [0, 3]), (4, [0, 3])),
@@ -69,6 +75,25 @@ def test_at_most_the_first_and_the_last_transfer_of_a_round_are_exposed(name):
     """
     arguments, *want = EXPOSED[name]
     assert [exposed(events) for events in events_of(arguments)] == want
+
+
+def test_unaligned_ulysses_exposes_what_ulysses_does():
+    problem = replace(PROBLEM, seq_len=61)  # three ranks hold 21, 20 and 20 tokens, and 6, 5 and 5 heads
+    settings = {**ULYSSES, "context_parallel_size": 3}
+    for rank in range(3):
+        assert [exposed(events) for events in events_of(settings, rank, problem)] == [(2, [0, 1])] * 2
+
+
+def test_first_pieces_of_all_steps_in_flight_come_first_and_their_gradients_leave_before_the_second_are_awaited():
+    """Rank 3 sends both chunks to all; rank 0 needs all of everything, and waits for second pieces after three sends of
+    gradients (c: compute, p: post).
+    """
+    settings = {**CAUSAL, "kv_exchange": "direct", "in_flight": 3}
+    half = 256 // 8 * 2 * 8 * (4 + 4)
+    forward, _ = events_of(settings, 3)
+    assert by_link(forward) == 2 * [{0: half}, {1: half}, {2: half}]
+    _, backward = events_of(settings, 0)
+    assert order(backward) == "p" * 6 + "cw" + 3 * "cpw" + 3 * "cpw" + 5 * "w"
 
 
 def test_without_overlap_every_transfer_of_a_ring_is_exposed():
@@ -113,18 +138,43 @@ def test_a_step_of_the_mesh_fills_all_links_alike_and_a_step_of_the_others_one()
     assert sent() == [{4: 70 * row}] * 7
 
 
+def work_of_steps(events):
+    """FLOPs of the blocks before each wait, and after the last."""
+    work = [0]
+    for event in events:
+        if isinstance(event, Wait):
+            work.append(0)
+        elif isinstance(event, Compute):
+            work[-1] += event.flops
+    return work
+
+
 @pytest.mark.parametrize("rank", [0, 2, 7])
 def test_causal_slices_are_of_equal_rows_and_of_equal_work(rank):
     """Of every shard a reader gets as many rows in each step, and so computes as much: links and kernels are even."""
     arguments = {**RING, "context_parallel_size": 8, "kv_exchange": "mesh", "attention_mask_type": "causal"}
     forward, _ = trace(ContextParallelConfig(**arguments), replace(PROBLEM, seq_len=8 * 2 * 70), rank)
     assert len({tuple(step.items()) for step in by_link(forward.events)}) == 1
-    work, number = [0] * 8, 0
-    for event in forward.events:
-        number += isinstance(event, Wait)
-        if isinstance(event, Compute):
-            work[number] += event.flops
+    work = work_of_steps(forward.events)
     assert len(set(work[1:])) == 1 and work[1] > 0
+
+
+@pytest.mark.parametrize(
+    "masked, most",
+    [({"cu_seqlens": (0, 100, 130, 500, 520, 900, 1120)}, 1.1), ({"sliding_window": (200, 0)}, 1.2)],
+    ids=["packed", "window"],
+)
+def test_slices_are_of_equal_rows_and_nearly_of_equal_work_under_other_masks(masked, most):
+    """Equal rows keep links even, which is what a step is for; the work of a step is at most this much of the mean."""
+    arguments = {**RING, "context_parallel_size": 8, "kv_exchange": "mesh", "attention_mask_type": "causal"}
+    for rank in (0, 3, 7):
+        forward, _ = trace(ContextParallelConfig(**arguments), replace(PROBLEM, seq_len=8 * 2 * 70, **masked), rank)
+        row = 2 * 8 * (4 + 4)
+        for peer in set(range(8)) - {rank}:
+            sizes = [step.get(peer, 0) for step in by_link(forward.events)]
+            assert max(sizes) - min(sizes) <= row
+        work = work_of_steps(forward.events)[1:]
+        assert max(work) <= most * sum(work) / len(work)
 
 
 @pytest.mark.parametrize("mask_type, most", [("full", 1), ("causal", 2)])
