@@ -9,6 +9,7 @@ from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
+from typing import Any
 
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.search import allowed
@@ -93,7 +94,7 @@ class Search:
         """Yield the plans that fit: of each kind the fastest, and the fastest that leaves a tenth of the memory. Among
         equals, plans without a KV cache policy come first, then those with the fewest extras, then the fewest bytes.
         """
-        waiting: list[tuple[object, ...]] = []
+        waiting: list[tuple[Any, ...]] = []
         numbers, decided = count(), 0
         done: dict[Hashable, bool] = {}  # kind -> whether its plan leaves a tenth of the memory
 
@@ -149,8 +150,8 @@ class Search:
             # Settings with the most groups of heads wait the least.
             waits = min(heads_seconds(config, problem, self.cluster) for config in family)
             least = _least(self.work, split, self.cluster, family[0])
-            passes = (replace(each, exposed=waits, heads=waits) for each in (least.forward, least.backward))
-            setting = self._option(option, Candidate(family[0], *passes, 0, 0), family, inf)
+            forward, backward = (replace(each, exposed=waits, heads=waits) for each in (least.forward, least.backward))
+            setting = self._option(option, Candidate(family[0], forward, backward, 0, 0), family, inf)
             if self._may_fit(setting):
                 yield setting
 
