@@ -178,8 +178,8 @@ class Search:
                 self.excluded[f"{name} at cp {split.cp}, tp {split.tp}"] = rule
         if problem_of(self.work, split).layout_documents is None and self.work.documents is not None and split.cp > 1:
             self.excluded["--cp-batch-layout balanced"] = (
-                "it goes by documents, which every row of a micro batch and every stage of a pipeline must share; use "
-                "--micro-batch 1 and --pp 1."
+                "it depends on documents, which every row of a micro batch and every stage of a pipeline must share; "
+                "use --micro-batch 1 and --pp 1."
             )
 
 
@@ -217,7 +217,8 @@ def is_next(found: Candidate, config: ContextParallelConfig, first: ContextParal
     exchange of keys and values if ``found`` is the first of its family, by a KV cache policy, or by twice as many
     groups of heads. Without a ring, a policy saves memory instead.
     """
-    own, policy = found.config, config.kv_cache_policy
+    own = replace(found.config, linear_exchange=first.linear_exchange)  # which follows from the others
+    policy = config.kv_cache_policy
     if own.kv_cache_policy is not None:
         return False
     if config.ulysses_chunks > 1:
