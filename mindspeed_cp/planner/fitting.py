@@ -182,8 +182,8 @@ class Search:
                 self.excluded[f"{name} at cp {split.cp}, tp {split.tp}"] = rule
         if problem_of(self.work, split).layout_documents is None and self.work.documents is not None and split.cp > 1:
             self.excluded["--cp-batch-layout balanced"] = (
-                "it goes by documents, which every row of a micro batch and every stage of a pipeline must share; use "
-                "--micro-batch 1 and --pp 1."
+                "it depends on documents, which every row of a micro batch and every stage of a pipeline must share; "
+                "use --micro-batch 1 and --pp 1."
             )
 
 

@@ -15,7 +15,7 @@ def reason(candidate: Candidate) -> str:
     sent = f"sends {candidate.intra_bytes / 1e6:,.0f} MB within and {candidate.inter_bytes / 1e6:,.0f} MB between nodes"
     if candidate.exposed < 0.01 * candidate.seconds:
         return f"{sent}, hidden behind {candidate.compute * 1e3:,.1f} ms of attention"
-    return f"{sent}, of which {candidate.exposed * 1e3:,.1f} ms do not hide"
+    return f"{sent}, of which {candidate.exposed * 1e3:,.1f} ms are not hidden"
 
 
 def text(found: list[Plan], work: Work, cluster: Cluster, memory: float) -> list[str]:

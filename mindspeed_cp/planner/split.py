@@ -95,7 +95,8 @@ def splits(
                 dp = devices // tp // pp // cp
                 if work.global_batch % (dp * work.micro_batch):
                     samples = f"dp {dp} x --micro-batch {work.micro_batch}"
-                    excluded.setdefault(f"dp {dp}", f"--global-batch {work.global_batch} is no multiple of {samples}")
+                    rule = f"--global-batch {work.global_batch} is not a multiple of {samples}"
+                    excluded.setdefault(f"dp {dp}", rule)
                     continue
                 # Interleaving needs a number of micro batches that pp divides.
                 even = work.global_batch // (dp * work.micro_batch) % pp == 0
