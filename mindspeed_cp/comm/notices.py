@@ -63,14 +63,10 @@ class Notices:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._ends: dict[
-            int, int
-        ] = {}  # peer -> the writing end of its pipe to this rank, until the peer has opened it
+        self._ends: dict[int, int] = {}  # writing ends of the pipes to this rank, until the peers have opened them
         self._from: dict[int, int] = {}
-        self._waiting: select.epoll | None = (
-            None  # waits for all of them; made once, because later no file may be available
-        )
         self._to: dict[int, int] = {}
+        self._waiting: select.epoll | None = None  # made once, because later no file may be available
         self._expected: Counter[tuple[int, int]] = Counter()  # (peer, stream) -> notices
         self._come: Counter[tuple[int, int]] = Counter()
         self._heard: defaultdict[int, dict[tuple[int, int], Numbers]] = defaultdict(dict)
@@ -98,9 +94,10 @@ class Notices:
 
     def keep(self, peers: frozenset[int]) -> None:
         """Close the pipes of all others, and the ends that the peers have opened by now."""
-        for files in (self._from, self._to):
-            for peer in files.keys() - peers:
-                os.close(files.pop(peer))
+        for peer in self._from.keys() - peers:
+            self._hear_no_more(peer)
+        for peer in self._to.keys() - peers:
+            os.close(self._to.pop(peer))
         while self._ends:
             os.close(self._ends.popitem()[1])
         if not peers:
@@ -161,7 +158,14 @@ class Notices:
             self._heard[peer][stream, self._come[peer, stream]] = tuple(numbers)
             self._come[peer, stream] += 1
         if not data:
-            os.close(self._from.pop(peer))
+            self._hear_no_more(peer)
+
+    def _hear_no_more(self, peer: int) -> None:
+        """Close the pipe of a peer; a process forked from this one may hold it open, so it is not waited for either."""
+        file = self._from.pop(peer)
+        if self._waiting is not None:
+            self._waiting.unregister(file)
+        os.close(file)
 
     def close(self) -> None:
         for files in (self._from, self._to, self._ends):

@@ -2,8 +2,9 @@
 
 from mindspeed_cp.arguments.declared import variables_of
 from mindspeed_cp.planner.cluster import Cluster
-from mindspeed_cp.planner.search import Candidate, flags
+from mindspeed_cp.planner.search import flags
 from mindspeed_cp.planner.split import Work, sizes
+from mindspeed_cp.planner.timing import Candidate
 from mindspeed_cp.planner.training import MARGIN, Plan, is_tight, tokens_per_second, utilization
 
 SHOWN = 5
