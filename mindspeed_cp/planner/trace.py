@@ -306,7 +306,7 @@ def dry_call(
 
 
 def dry_rank(config: ContextParallelConfig, problem: Problem, rank: int, notes: Notes) -> DryRank:
-    """cp_rank ``rank`` of a layer that is no dense attention, which goes on across documents that differ by row."""
+    """Return cp_rank ``rank`` of a layer other than dense attention; documents that differ between rows are ignored."""
     documents = problem.cu_seqlens if problem.cu_seqlens and isinstance(problem.cu_seqlens[0], int) else None
     return DryRank(
         config,
