@@ -278,7 +278,7 @@ def _forget(leaf: torch.Tensor) -> None:
 def dry_call(
     config: ContextParallelConfig, problem: Problem, rank: int, kernel: NotingKernel, backend: str = DEVICES
 ) -> DryCall:
-    """Return the call of cp_rank ``rank``; its links and ``kernel`` record to the same notes."""
+    """The call of cp_rank ``rank``; its links note where the kernel notes."""
     layout = problem.layout(config)
     sizes = ((problem.heads, problem.dk), (problem.kv_heads, problem.dk), (problem.kv_heads, problem.dv))
     expansion = problem.expansion(config, kernel.notes, layout.length(rank))
