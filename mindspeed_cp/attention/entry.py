@@ -52,15 +52,15 @@ def context_parallel_attention(
         query: (seq_local, batch, heads, dk); seq_local is layout.length(cp_rank), in the order of layout.positions.
         key: (seq_local, batch, kv_heads, dk); heads % kv_heads == 0.
         value: (seq_local, batch, kv_heads, dv); dv may differ from dk.
-        config, groups, layout: made from the same configuration; the layout may be any partition of the positions.
+        config, groups, layout: of the same configuration; the layout may be any partition of the positions.
         softmax_scale: None is dk ** -0.5.
         attention_mask: bool, True = masked out, global (S, S) or (batch, 1, S, S); applies in addition to documents and
             window, and to the causal mask if the mask type is "causal", the default. So a prefix or custom mask whose
             queries see later keys needs mask type "general" or "full": with "causal" those keys stay hidden. (In
             Megatron the batch's mask overrides the type.) A row that sees no key gives 0.
         cu_seqlens: int32 tensor or ints, document boundaries with the leading 0 and the total; attention never crosses
-            one. If rows of the batch have different documents, a sequence with one such row of boundaries for each.
-        dropout_p: probability with which attention weights are dropped; 1 gives 0.
+            one. A sequence of those, one for each row of the batch, where rows hold different documents.
+        dropout_p: probability with which attention weights are dropped; 1 leaves 0.
         layer_number: global, 1-based; decides where the KV cache policy applies.
         kernel: an AttentionKernel, or its name; None chooses by device.
         sliding_window: (left, right): the query at p sees keys p - left to p + right; None or -1 is unlimited.

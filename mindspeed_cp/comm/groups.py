@@ -35,8 +35,8 @@ class ContextParallelGroups:
         outer: a second communicator over the ring, for transfers between windows, so that they run concurrently with
             the transfers within a window instead of queueing behind them; None without windows.
         workspace: reused communication buffers.
-        topology: how the ring ranks are linked, if the configuration needs it.
-        made: the process groups that ``build`` made, and that ``destroy`` destroys.
+        topology: how the ring ranks are linked, as far as the configuration asks.
+        made: the process groups that ``build`` made, and ``destroy`` destroys.
     """
 
     hierarchy: Hierarchy
@@ -233,8 +233,8 @@ def _one_by_one(config: ContextParallelConfig, virtual_pipeline: bool) -> bool:
 
 
 def _topology(config: ContextParallelConfig, ring: Link | None) -> Linkage:
-    """Return the configured topology; if it is auto, several hosts are nodes, one host with NPUs is a mesh and any
-    other host a switch. The ranks of the ring communicate for this if a setting depends on it.
+    """As configured; else several hosts are nodes, one of NPUs a mesh and any other a switch. The ranks of the ring ask
+    each other where something depends on it.
     """
     if config.topology != "auto":
         return config.topology

@@ -74,7 +74,7 @@ def shape_of(setup: TrainingSetup) -> AttentionShape | None:
 
 
 def buffers_of(config: ContextParallelConfig, setup: TrainingSetup) -> dict[str, int]:
-    """Return the buffer size in MB of every process group by name; empty if the sizes are not known."""
+    """MB of the buffer of every process group, by the name of the group; empty where the sizes are not known."""
     shape = shape_of(setup)
     found = {} if shape is None else largest_messages(config, shape)
     return {name: megabytes_for(num_bytes) for name, num_bytes in found.items()}

@@ -10,7 +10,7 @@ from torch.distributed import distributed_c10d
 from mindspeed_cp.comm.hccl import group_options
 from mindspeed_cp.settings.algorithms import Hierarchy
 
-PoolKey = tuple[str, tuple[int, ...], int]  # name, global ranks, number of such groups that were destroyed before
+PoolKey = tuple[str, tuple[int, ...], int]  # name, global ranks, how many of these were ended before
 Ranks = list[list[int]]  # global ranks of every context-parallel group
 
 
@@ -66,7 +66,7 @@ def make_parts(
     existing: Sequence[str],
     buffers: Mapping[str, int],
 ) -> dict[str, dist.ProcessGroup]:
-    """Return this rank's process groups by name, without existing ones; all ranks make all groups in the same order."""
+    """This rank's process groups by name, without the existing ones; all ranks make all of them, in one order."""
     ulysses, _, windows = hierarchy
     made = {}
     for name, ranks in parts_of(all_ranks, ulysses, windows):
@@ -78,7 +78,7 @@ def make_parts(
 
 
 def parts_of(all_ranks: Ranks, ulysses: int, windows: int) -> Iterator[tuple[str, Sequence[int]]]:
-    """Yield (name, global ranks) of every process group, in the order in which all ranks make them."""
+    """(name, global ranks) of every process group, in the order in which all ranks make them."""
     for ranks in all_ranks:
         yield "cp", ranks
         if 1 < ulysses < len(ranks):
