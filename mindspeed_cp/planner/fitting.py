@@ -217,7 +217,7 @@ def is_next(found: Candidate, config: ContextParallelConfig, first: ContextParal
     exchange of keys and values if ``found`` is the first of its family, by a KV cache policy, or by twice as many
     groups of heads. Without a ring, a policy saves memory instead.
     """
-    own = replace(found.config, linear_exchange=first.linear_exchange)  # which follows from the others
+    own = replace(found.config, linear_exchange=first.linear_exchange)  # it depends on the other settings
     policy = config.kv_cache_policy
     if own.kv_cache_policy is not None:
         return False

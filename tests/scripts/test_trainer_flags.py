@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint_is_named_with_the_last_good_one(harm, says, folder
     harm(newest)
     line = refusal(["--load", "ck"], capsys)
     assert says in line, line
-    best = "iter_0000004" if "latest" in says or "no checkpoint" in says or "names" in says else good.name
+    best = "iter_0000004" if "latest" in says or "not a checkpoint" in says or "names" in says else good.name
     assert f"echo {best} > ck/latest.txt" in line and "saved at 20" in line, line
 
 
