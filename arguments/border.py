@@ -74,5 +74,5 @@ class BorderSettings:
     dynamic_context_parallel: bool = megatrons(False)
     sequence_packing_scheduler: str | None = megatrons(None)
     max_seqlen_per_dp_cp_rank: int | None = megatrons(
-        None, least=1, least_means="a rank holds one token of a row at least"
+        None, least=1, least_means="a rank holds at least one token of a row"
     )

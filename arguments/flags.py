@@ -31,7 +31,7 @@ def add_context_parallel_arguments(parser: argparse.ArgumentParser) -> argparse.
 def help_of(each: Setting) -> str:
     """The flag's line in --help."""
     if each.without_effect:
-        return f"accepted, and said once: {each.without_effect}."
+        return f"accepted, and reported once: {each.without_effect}."
     choices = "; ".join(f"{name}: {does}" if does else name for name, does in each.meanings_by_choice.items())
     some = f" Choices: {choices}." if choices else ""
     return f"{each.help}. Default: {each.default_said}.{some} Rule: {each.rule}."

@@ -26,10 +26,8 @@ class WithoutEffect:
         "documents end where the batch says; MindSpeed cuts at fixed lengths to test speed, and calls the loss "
         "unreliable then",
     )
-    kv_head_repeat_before_uly_alltoall: bool = without_effect(
-        False, "KV heads are replicated as far as needed and no further"
-    )
-    megatron_cp_in_bnsd: bool = without_effect(False, "the layout of the operator is the kernel's business")
+    kv_head_repeat_before_uly_alltoall: bool = without_effect(False, "KV heads are replicated only as far as needed")
+    megatron_cp_in_bnsd: bool = without_effect(False, "the kernel selects the layout of the operator")
     attention_mask_on_cpu: bool = without_effect(
         False, "no mask of the size of the sequence is built for causal, full, packed or windowed attention"
     )

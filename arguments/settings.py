@@ -105,7 +105,7 @@ class FrameworkSettings:
         documents = known.reset_position_ids and known.reset_attention_mask
         if known.reset_attention_mask and not known.reset_position_ids:
             warn_rank0(
-                "reset_attention_mask without reset_position_ids: documents end behind end-of-document tokens, and a "
+                "reset_attention_mask without reset_position_ids: documents end after end-of-document tokens, and a "
                 "framework's settings name none; for batches without a mask or cu_seqlens set "
                 "megatron_adaptor.state().end_of_document = TOKEN."
             )

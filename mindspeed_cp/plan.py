@@ -40,7 +40,7 @@ PREDICTION = "prediction, not measured on this hardware"
 def _documents(given: argparse.Namespace) -> Boundaries | tuple[Boundaries, ...] | None:
     if given.documents is None:
         if given.pack:
-            raise ValueError("--pack shares documents out over rows, and there are none; add --documents.")
+            raise ValueError("--pack distributes documents over rows, and there are none; add --documents.")
         return None
     return boundaries(given.documents, given.seq_length, given.micro_batch, given.pack)
 

@@ -11,7 +11,7 @@ from mindspeed_cp.patches.versions import MEGATRONS, minor
 
 @patch(
     "megatron.core.transformer.module.MegatronModule.__init__",
-    reason="modules that would take a rank's part of the sequence for all of it are refused by name",
+    reason="modules that would take a rank's part of the sequence for the whole sequence are refused by name",
 )
 def __init__(adaptor: Adaptor, original: Callable[..., Any], self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
     if getattr(config, "context_parallel_size", 1) > 1:

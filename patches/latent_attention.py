@@ -17,7 +17,7 @@ VALUE = f"{LATENT}._prepare_mla_core_attention_value"
 
 @patch(
     f"{LATENT}.MLASelfAttention.get_query_key_value_tensors",
-    reason="what travels is the latent, where that is worth making keys and values of it on every rank",
+    reason="the latent is sent if that is worth computing keys and values on every rank",
 )
 def query_key_value(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     if self.config.context_parallel_size > 1:
@@ -28,7 +28,7 @@ def query_key_value(adaptor: Adaptor, original: Callable[..., Any], self: Any, *
     return original(self, *args, **kwargs)
 
 
-HELD_BACK = "keys and values are made of the latent after it has travelled"
+HELD_BACK = "keys and values are computed from the latent after it was sent"
 
 
 @patch("megatron.core.tensor_parallel.layers.ColumnParallelLinear.forward", reason=HELD_BACK)
@@ -60,7 +60,7 @@ setattr(te_up_projection.function, HOLDS_BACK, True)
 
 @patch(
     VALUE,
-    reason="the latent is no value yet, which Megatron makes as wide as keys for packed sequences",
+    reason="the latent is not yet a value, and Megatron pads values to the width of keys for packed sequences",
     when=absent(VALUE, "this version leaves values as they are"),
 )
 def core_attention_value(

@@ -20,7 +20,7 @@ Function = Callable[..., Any]
 
 @patch(
     f"{RANDOM}.checkpoint",
-    reason="recomputation must see the micro-batch of its forward pass; --cp-keep-attention",
+    reason="recomputation must see the micro-batch of its forward pass, and --cp-keep-attention",
 )
 def checkpoint(adaptor: Adaptor, original: Function, function: Function, *args: Any, **kwargs: Any) -> Any:
     if adaptor.alone:

@@ -27,7 +27,7 @@ def train_step(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwa
 
 @patch(
     f"{TRAINING}.training_log",
-    reason="--cp-log speaks where Megatron does, and through its TensorBoard writer",
+    reason="--cp-log prints when Megatron does, and uses its TensorBoard writer",
     when=without_checkout,
     essential=False,
 )

@@ -113,10 +113,10 @@ def warn_of_size(requirement):
         return
     table, large = _table(), "a build for CUDA: about 3 GB to download, about 6 GB in .venv"
     say(f"{requirement} comes as {large}. To avoid it, set one of")
-    print(f"   {INDEX_VARIABLE}=ADDRESS   an index of CPU wheels, such as PyTorch's installation page names")
+    print(f"   {INDEX_VARIABLE}=ADDRESS   an index of CPU wheels, such as the one on PyTorch's installation page")
     print(f"   PYTHON=/path/to/python    one that has torch {table.LOWEST_TORCH} to {table.TORCH}, taken as it is")
     if sys.stdout.isatty():
-        say(f"Going on in {PAUSE} seconds")
+        say(f"Continuing in {PAUSE} seconds")
         time.sleep(PAUSE)
 
 

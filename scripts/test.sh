@@ -4,9 +4,9 @@
 #
 #   bash scripts/test.sh [--full] [arguments for pytest]
 #
-# --full takes the large products whole that are otherwise drawn by pairs. MEGATRON names the versions of megatron-core to
-# test on, of which the default one gets all tests; WORKERS how many modules of it run at a time. PYTHON and TORCH_INDEX_URL:
-# see scripts/environment.py.
+# --full runs all combinations of parameters, which otherwise are covered pairwise. MEGATRON names the versions of
+# megatron-core to test on, of which the default one gets all tests; WORKERS is the number of its test modules that run at a
+# time. PYTHON and TORCH_INDEX_URL: see scripts/environment.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,18 +20,18 @@ echo "== ruff"
 "$python" -m ruff format --check .
 "$python" -m ruff check .
 
-# Each worker takes whole modules and has ranks of its own.
+# Each worker takes whole modules and has its own ranks.
 run_pytest() { "$python" -m pytest -q --dist loadscope --no-loadscope-reorder "$@"; }
 
 run_beside() { # version, arguments for pytest
   local folder=.venv/megatron-core-$1 version=$1 status=0
   shift
-  # Found before the default one: the same environment otherwise. Without the dependencies that older ones declare, which
-  # are those of their own test suites, tools that are not used here, and numpy before 2.
+  # PYTHONPATH puts it before the default one; otherwise the environment is the same. It is installed without the
+  # dependencies that older ones declare: those of their own test suites, tools that are not used here, and numpy before 2.
   [ -d "$folder/megatron" ] ||
     "$python" -m pip install -qq --disable-pip-version-check --no-deps --target "$folder" "megatron-core==$version"
   PYTHONPATH="$PWD/$folder${PYTHONPATH:+:$PYTHONPATH}" run_pytest -n 1 -m megatron -p no:cacheprovider "$@" || status=$?
-  [ "$status" -eq 5 ] || return "$status" # 5: these arguments choose no test that touches Megatron
+  [ "$status" -eq 5 ] || return "$status" # 5: these arguments select no test that touches Megatron
 }
 
 logs=$(mktemp -d) failed=0

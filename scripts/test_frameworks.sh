@@ -5,6 +5,7 @@
 #   bash scripts/test_frameworks.sh [arguments for pytest]
 #   bash scripts/test_frameworks.sh --table [--only FRAMEWORK ...]       runs it and prints the table of docs/frameworks.md
 #
+# With MINDSPEED_FOLDER and MINDSPEED_LLM_PATH (scripts/test_npu_contract.sh) the table has the rows of MindSpeed as well.
 # PYTHON: the Python of the environment, 3.11. TORCH_INDEX_URL: an index of CPU wheels of torch, without which pip's own
 # may bring a build for CUDA, 6 GB more. Transformer Engine is tests/frameworks/transformer_engine_on_cpu.py.
 set -euo pipefail
@@ -26,9 +27,15 @@ if ! cmp --silent "$folder/installed.txt" - <<<"$installed"; then
   echo "$installed" >"$folder/installed.txt"
 fi
 
-export MINDSPEED_CP_DEVICE=cpu OMP_NUM_THREADS=1 CUDA_DEVICE_MAX_CONNECTIONS=1
-export PYTHONPATH=$PWD:$PWD/$inputs:$PWD/tests/helpers
-if [ "${1:-}" = --table ]; then
-  exec "$python" "$inputs/parity.py" "${@:2}"
+on_cpu() {
+  env MINDSPEED_CP_DEVICE=cpu OMP_NUM_THREADS=1 CUDA_DEVICE_MAX_CONNECTIONS=1 \
+    PYTHONPATH="$PWD:$PWD/$inputs:$PWD/tests/helpers" "$python" "$@"
+}
+if [ "${1:-}" != --table ]; then
+  on_cpu -m pytest -q -p no:cacheprovider "$inputs" "$@"
+  exit
 fi
-exec "$python" -m pytest -q -p no:cacheprovider "$inputs" "$@"
+on_cpu "$inputs/parity.py" "${@:2}"
+if [ "$#" = 1 ] && [ -n "${MINDSPEED_FOLDER:-}${MINDSPEED_LLM_PATH:-}" ]; then
+  PYTHON='' LOSSES=1 bash scripts/test_npu_contract.sh
+fi

@@ -8,6 +8,7 @@
 #                             which needs pip install six regex pydantic
 #   MINDSPEED_FOLDER=DIR      a folder in which the package of MindSpeed core_r0.16.0 lies: both in one process, in every order
 #   MINDSPEED_LLM_PATH=LIST   folders of MindSpeed-LLM, its Megatron-LM, its MindSpeed and its packages, with : between
+#   LOSSES=1                  print the rows of these two in the table of docs/frameworks.md instead
 #   PYTHON=python             another environment than these
 #   VERIFY=--quick            run scripts/verify_npu.sh on the bed instead, whole or with these options
 #   TABLE=FILE.json           write this release's part of the table in docs/devices.md instead (tests/ascend/table.py)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Verify mindspeed_cp on the NPUs of this machine: a pass/fail table, and one file to send with all that belongs to it.
+# Verify mindspeed_cp on the NPUs of this machine: prints a pass/fail table and writes one file to send.
 #   bash scripts/verify_npu.sh --quick                 the kernel, parity, Ulysses and Ring, their speed; ten minutes
 #   bash scripts/verify_npu.sh [--report FILE]         everything, one or two hours
-#   bash scripts/verify_npu.sh --only "KV cache" --minutes 20      the checks with this in their name, at most so long each
+#   bash scripts/verify_npu.sh --only "KV cache" --minutes 20      checks with this text in their name, limit in minutes
 #   bash scripts/verify_npu.sh [--device npu|cuda|cpu] [--list]
 # Uses the python of the environment (PYTHON=...), with torch, torch_npu and megatron-core installed; sources CANN's
-# set_env.sh from ASCEND_HOME_PATH's usual places when no one has. Every check runs, whatever the others gave.
+# set_env.sh from ASCEND_HOME_PATH's usual places if nobody has. Every check runs, even if others failed.
 #   RANKS=8                   devices that the training runs use
 #   MEGATRON_LM_PATH=DIR      also run DIR/pretrain_gpt.py
 set -uo pipefail

@@ -196,7 +196,7 @@ class KeptAttention:
 
     def _begin_again(self) -> None:
         if self._phase == "spent":
-            warn_rank0("a second backward pass recomputes a checkpoint: attention was given back, and runs again.")
+            warn_rank0("a second backward pass recomputes a checkpoint: kept attention was released and runs again.")
         else:
             self._phase = "taking"
 

@@ -1,14 +1,14 @@
-"""``Link``: one process group seen from one rank. Every transfer of this package is one of its three.
+"""``Link``: one process group seen from one rank. This package uses only its three kinds of transfers.
 
     exchange      messages between single ranks, at most one for each peer and direction
-    gather        every rank's tensor to all
+    gather        every rank's tensor to all ranks
     all_to_all    a message from every rank to every other
 
-Each is posted without waiting and returns a ``Pending``; what is computed before its ``wait`` hides it. Empty messages
-are skipped on both sides, which know each other's sizes. A failure names the ranks that were waited for.
+Each is posted without waiting and returns a ``Pending``; computation before its ``wait`` hides it. Empty messages are
+skipped on both sides, which know each other's sizes. An error names the ranks that did not answer.
 
-Between ranks of one host, large messages of CPU tensors cross through shared memory, the link's carrier. That changes
-no result, no order and no count of bytes.
+Between ranks of one host, large messages of CPU tensors go through shared memory, the link's carrier. This does not
+change results, order or counted bytes.
 """
 
 import weakref
@@ -29,13 +29,13 @@ from mindspeed_cp.comm.workspace import Workspace
 # torch 2.13 renames the collective and warns about the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# Back ends that tell a peer what they are ready to receive behind what they send it: where receives are not posted
-# before sends, the two directions of a pair take turns. gloo's own all-to-all does that, so one is made of messages
-# here. HCCL's messages, on the other hand, go one after another, and its collective uses all links.
+# Back ends that announce receives to a peer after earlier sends to it: if receives are not posted before sends, the two
+# directions of a pair run one after the other. gloo's own all-to-all has this problem, so single messages replace it
+# here. HCCL, in contrast, sends single messages one after another, and its collective uses all links.
 ANNOUNCE_FIRST = ("gloo",)
-OVERTAKING = 1 << 30  # the tag of what may be received before what was posted earlier; notices count from 1
+OVERTAKING = 1 << 30  # tag of messages that may be received before earlier ones; the tags of notices count from 1
 
-Ends = Sequence[tuple[int, Sequence[torch.Tensor]]]  # ranks, and the tensors that go there or come from there
+Ends = Sequence[tuple[int, Sequence[torch.Tensor]]]  # ranks, and the tensors sent to or received from them
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,18 +53,18 @@ class Link(Member):
         """Send and receive messages.
 
         Args:
-            sends, receives: (rank, tensors that lie end to end in the message); every rank at most once. What is
-                contiguous travels without a copy.
-            purpose: what the bytes count as; what follows a dot in it tells streams apart and is not counted.
-            add_in: the dtype of messages that are added to the tensors of ``receives`` by ``wait``; None for messages
-                in the tensors' own dtype, which take their place.
-            tag: messages of one tag arrive in their order.
+            sends, receives: (rank, tensors that are concatenated in the message); every rank at most once. Contiguous
+                tensors are sent without a copy.
+            purpose: name under which bytes are counted; a suffix after a dot distinguishes streams and is not counted.
+            add_in: dtype of messages that ``wait`` adds to the tensors of ``receives``; None for messages in the
+                tensors' own dtype, which overwrite them.
+            tag: messages with the same tag arrive in order.
         """
         return self.exchange_several([(sends, receives)], purpose, add_in, tag)[0]
 
     def expect(self, receives: Ends, purpose: str, add_in: torch.dtype | None = None) -> Pending[None] | None:
-        """Post what is received already, so that the peer's side of an exchange may send as soon as it can; None where
-        a back end would hold up what follows, and receives belong into the exchange."""
+        """Post receives early, so that the peers can send as soon as they are ready. Returns None if this would delay
+        later messages in the back end; the receives must then be part of the exchange."""
         if self.backend not in ANNOUNCE_FIRST or self.one_by_one:
             return None
         return self.exchange((), receives, purpose, add_in, OVERTAKING)
@@ -76,7 +76,7 @@ class Link(Member):
         add_in: torch.dtype | None = None,
         tag: int = 0,
     ) -> list[Pending[None]]:
-        """Several exchanges posted at once, each to be awaited on its own, in their order."""
+        """Post several exchanges at once; await each separately, in their order."""
         batches = [self._batch(sends, receives, purpose, add_in, tag) for sends, receives in exchanges]
         if len(batches) > 1 and self.backend in ANNOUNCE_FIRST and not self.one_by_one:
             Batch.post(*batches)
@@ -101,12 +101,12 @@ class Link(Member):
     def gather(
         self, tensor: torch.Tensor, lengths: Sequence[int], purpose: str, name: str | None = None, count: bool = True
     ) -> Pending[list[torch.Tensor]]:
-        """Every rank's rows on all ranks; the result is a list of them in rank order.
+        """Gather every rank's rows on all ranks; the result is a list in rank order.
 
         Args:
-            tensor: (lengths[rank], ...), padded here to the longest where lengths differ.
-            name: workspace name of what is received, None for fresh memory.
-            count: False leaves the bytes to the caller.
+            tensor: (lengths[rank], ...), padded here to the longest if lengths differ.
+            name: workspace name of the received tensors, None for new memory.
+            count: False lets the caller count the bytes.
         """
         longest, borrowed = max(lengths), None
         shape = (self.size, longest, *tensor.shape[1:])
@@ -144,13 +144,13 @@ class Link(Member):
         check: Callable[[list[Stamp]], None] | None = None,
         by_messages: bool = False,
     ) -> Pending[None]:
-        """Trade messages with every rank; the caller counts the bytes.
+        """Exchange messages with every rank; the caller counts the bytes.
 
         Args:
-            leaving, arriving: the message to, and from, each rank, this one included. A size is a number of the sender
-                times one of the receiver, as rows times heads are.
-            stamp: what every rank tells the others beside its messages, where ``tells`` says that it can.
-            by_messages: single messages where the back end's own all-to-all keeps links idle.
+            leaving, arriving: the message to, and from, each rank, this one included. A size is the product of a number
+                of the sender and one of the receiver, such as rows times heads.
+            stamp: numbers that every rank sends to the others with its messages, if ``tells`` allows it.
+            by_messages: use single messages if the back end's own all-to-all leaves links idle.
             check: called with all ranks' stamps in rank order before anything is unpacked; it may raise.
         """
         if (
@@ -165,18 +165,18 @@ class Link(Member):
         for rank in self.peers:
             batch.send(rank, leaving[rank])
         Batch.post(batch)
-        own = leaving[self.rank], arriving[self.rank]  # and nothing else of what leaves lives on
+        own = leaving[self.rank], arriving[self.rank]  # keeps no other leaving message alive
         if check is None:
-            copy_message(*own)  # what leaves may change from now on
+            copy_message(*own)  # leaving tensors may change after this
             return Pending(batch.finish)
         return Pending(batch.finish).then(lambda _: copy_message(*own))
 
     def tells(self, device: torch.device) -> bool:
-        """Whether stamps travel with messages of this device: gloo's can be announced, for its peers are processes."""
+        """Whether stamps are sent with messages of this device: only gloo's messages can have notices."""
         return device.type == "cpu" and self.backend == "gloo"
 
     def shares_memory(self, device: torch.device, size: int | None = None) -> bool:
-        """Whether all peers share memory with this rank, and messages of ``size`` bytes go through it."""
+        """Whether all peers share memory with this rank, and messages of ``size`` bytes use it."""
         carrier, peers = self.carrier, [self.global_ranks[rank] for rank in self.peers]
         if carrier is None or device.type != "cpu" or not carrier.peers.issuperset(peers):
             return False
@@ -206,10 +206,10 @@ class Link(Member):
     def _all_to_all_at_once(
         self, leaving: Sequence[Message], arriving: Sequence[Message], purpose: str
     ) -> Pending[None]:
-        """One collective; what is not contiguous over all ranks is packed into one buffer, and out of one."""
+        """Use one collective; messages that are not contiguous over all ranks are packed into and out of one buffer."""
         sizes = [[message.numel for message in messages] for messages in (arriving, leaving)]
         if len({*sizes[0], *sizes[1]}) == 1 and sizes[0][0]:
-            sizes = []  # then they are equal on all ranks, and HCCL has an operator for that
+            sizes = []  # equal on all ranks, for which HCCL has an operator
         outgoing, incoming = Message.joined(leaving), Message.joined(arriving)
         like, loans = leaving[self.rank].tensors[0], Loans(self.workspace)
         send, received = loans.written(outgoing, like), loans.flat(incoming, like)
@@ -231,7 +231,7 @@ class Link(Member):
     def _trade_at_once(
         self, received: torch.Tensor, sent: torch.Tensor, sizes: list[list[int]], purpose: str
     ) -> Callable[[], None]:
-        """sizes: elements (from, to) every rank, or nothing where they are all equal."""
+        """sizes: elements (from, to) every rank, or empty if all are equal."""
         arriving, leaving = sizes or (None, None)
         return self._start(
             purpose,
@@ -240,7 +240,7 @@ class Link(Member):
         )
 
     def _start(self, purpose: str, device: torch.device, collective: Callable[[], Any]) -> Callable[[], None]:
-        """Start a collective; returns what waits for it."""
+        """Start a collective; return a function that waits for it."""
         with self.naming(purpose, self.peers), named(f"post {purpose}"):
             work = collective()
 
@@ -258,14 +258,14 @@ def _end_to_end(tensors: Sequence[torch.Tensor], dtype: torch.dtype | None = Non
     return message if adds or len(tensors) == 1 else Message.joined([message])
 
 
-# (workspace, carrier) of the process groups that somebody else made, as long as they live.
+# Process group made elsewhere, while it exists -> (workspace, carrier).
 _memories: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[Workspace, HostMemory | None]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def link_of(group: dist.ProcessGroup | None) -> Link:
-    """The link over a group that was made elsewhere, None is the default group. Its first call is collective.
+    """Return the link over a group made elsewhere; None is the default group. The first call is collective.
 
     All links of a group share their buffers.
 
@@ -281,7 +281,7 @@ def link_of(group: dist.ProcessGroup | None) -> Link:
 
 
 def ranks_of(group: dist.ProcessGroup | None) -> tuple[int, ...]:
-    """Global ranks of a group that was made elsewhere; ValueError when it has been destroyed."""
+    """Return the global ranks of a group made elsewhere; raise ValueError if it was destroyed."""
     try:
         return tuple(dist.get_process_group_ranks(group))
     except KeyError:
@@ -292,6 +292,6 @@ def ranks_of(group: dist.ProcessGroup | None) -> tuple[int, ...]:
 
 
 def within(link: Link, group: dist.ProcessGroup, global_ranks: Sequence[int]) -> Link:
-    """A link over some of ``link``'s ranks, by a group of their own (or the same), with the same buffers."""
+    """Return a link over some of ``link``'s ranks, over ``group`` (theirs or the same), with the same buffers."""
     ranks = tuple(global_ranks)
     return replace(link, group=group, rank=ranks.index(dist.get_rank()), global_ranks=ranks)

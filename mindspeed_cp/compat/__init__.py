@@ -117,7 +117,7 @@ def install() -> str:
         Why nothing was done, "" if the paths were installed.
     """
     if _installed() is not None:
-        return "the paths are answered already"
+        return "the paths already resolve to mindspeed_cp"
     if "mindspeed" in sys.modules or importlib.util.find_spec("mindspeed") is not None:
         return "a mindspeed package is installed"
     sys.meta_path.append(MindSpeedFinder())

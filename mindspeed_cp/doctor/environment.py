@@ -13,7 +13,7 @@ WANTED = {
     "npu": {
         "PYTORCH_NPU_ALLOC_CONF": ("expandable_segments:True", "long sequences fragment the memory"),
         "TASK_QUEUE_ENABLE": ("2", "operators are enqueued by the thread that computes"),
-        "CPU_AFFINITY_CONF": ("1", "threads wander away from the cores near their device"),
+        "CPU_AFFINITY_CONF": ("1", "threads move away from the cores near their device"),
         "HCCL_CONNECT_TIMEOUT": ("1800", "a slow node breaks the start"),
         "HCCL_EXEC_TIMEOUT": ("1800", "HCCL gives up at another time than Megatron"),
         "CUDA_DEVICE_MAX_CONNECTIONS": ("1", "Megatron asserts it for tensor and sequence parallelism"),
@@ -21,7 +21,7 @@ WANTED = {
     "cuda": {
         "CUDA_DEVICE_MAX_CONNECTIONS": ("1", "Megatron asserts it, and transfers may not overlap as they should"),
     },
-    "cpu": {"OMP_NUM_THREADS": ("1", "several ranks on one machine fight for its cores")},
+    "cpu": {"OMP_NUM_THREADS": ("1", "several ranks on one machine compete for its cores")},
 }
 # variable -> (odd values, what they do)
 ODD = {
@@ -138,7 +138,7 @@ def port(address: str, number: int, put: str = "export MASTER_PORT=") -> Finding
         put: text that selects a port when the port's number is appended.
     """
     if not 0 < number < 1 << 16:
-        return Finding("problem", f"port {number} is none of 1 to 65535", f"{put}{_free_port()}")
+        return Finding("problem", f"port {number} is not one of 1 to 65535", f"{put}{_free_port()}")
     try:
         is_here = address in ("localhost", "127.0.0.1", socket.gethostname()) or socket.gethostbyname(
             address

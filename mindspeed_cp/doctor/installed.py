@@ -74,7 +74,7 @@ def ascend(environment: Mapping[str, str], npu_works: bool) -> Iterator[Finding]
         if driver or cann:
             yield Finding(
                 "problem",
-                "Ascend's software is there and torch_npu is not",
+                "Ascend's software is installed and torch_npu is not",
                 f"pip install torch_npu=={(torch or '2.9.0').partition('+')[0]} (docs/npu.md has the table)",
             )
         return

@@ -186,7 +186,7 @@ def _program(rest: list[str], module: bool, own: dict[str, str], **where: object
     if runner:
         rest = rest[1:]
     if not rest:
-        raise ValueError(f"--launch names no training script; add it behind {RUNNER if runner else 'python'}.")
+        raise ValueError(f"--launch names no training script; add it after {RUNNER if runner else 'python'}.")
     return Launch(rest[0], tuple(rest[1:]), runner, environment=own, **where)  # type: ignore[arg-type]
 
 

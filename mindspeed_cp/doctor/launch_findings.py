@@ -45,8 +45,9 @@ def examined(command: str, device: str) -> tuple[list[Finding], dict[str, str]]:
 
 def findings(started: launch.Launch, device: str) -> Iterator[Finding]:
     """Whether the launch switches context parallelism on, the resulting configuration, its cost, and its mistakes."""
-    by_mindspeed = bool(neighbour.front_named_in(str(launch.home_of(started.script))))
-    kept = mindspeeds_own(started.flags) if by_mindspeed else ""
+    script = str(launch.home_of(started.script))
+    by_mindspeed = bool(neighbour.front_named_in(script))
+    kept = mindspeeds_own(started.flags, script) if by_mindspeed else ""
     if kept:
         yield Finding("note", f"{kept}: context parallelism is left to MindSpeed, and mindspeed_cp is off")
         yield from of_parser(started, started.flags, set())
@@ -76,12 +77,12 @@ def findings(started: launch.Launch, device: str) -> Iterator[Finding]:
         yield Finding("problem", f"Megatron's flags were not checked: {error}", "report it with this line")
 
 
-def mindspeeds_own(flags: Sequence[str]) -> str:
+def mindspeeds_own(flags: Sequence[str], script: str) -> str:
     """Why the flags of a script that imports MindSpeed can only mean MindSpeed's context parallelism; "" otherwise."""
     parser = bare_parser("launch")
     parser.add_argument("--context-parallel-size", type=int, default=1)
     parser.add_argument("--context-parallel-algo")
-    return neighbour.of_mindspeed_alone(known_flags(parser, flags)[0])
+    return neighbour.of_mindspeed_alone(known_flags(parser, flags)[0], script)
 
 
 def of_parser(started: launch.Launch, rest: Sequence[str], named: set[str]) -> Iterator[Finding]:

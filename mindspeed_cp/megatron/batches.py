@@ -100,7 +100,7 @@ def _check_packed_slices(adaptor: "Adaptor", model: Any, record: MicroBatch | No
 
 SLICED, BY_HAND = "batches come with slices", "documents were given by hand (set_actual_seq_len, cu_seqlens)"
 LOST = (
-    ", and the tokens of this forward pass are those of no batch that was split; give the model the tensors that "
+    ", and the tokens of this forward pass belong to no batch that was split; give the model the tensors that "
     "get_batch_on_this_cp_rank or shard_batch returned, or run it inside state().running(record)."
 )
 
@@ -121,8 +121,8 @@ def _alone(adaptor: "Adaptor", model: Any, found: MicroBatch | None, masked: boo
         if found.slices is not None:
             said = "slices (attention_slices, prefix_lengths, image_token_id)"
         raise ValueError(
-            f"a batch with {said} needs --context-parallel-size above 1 where there are pipeline stages, which else "
-            "learn nothing of it; use --pipeline-model-parallel-size 1, or context parallelism."
+            f"a batch with {said} needs --context-parallel-size above 1 where there are pipeline stages, which "
+            "otherwise do not get them; use --pipeline-model-parallel-size 1, or context parallelism."
         )
     return found
 
@@ -146,8 +146,8 @@ def with_handed_documents(
     if handed.of_a_split and record.split_after < handed.times:
         raise ValueError(
             "set_actual_seq_len was called after this batch was split, and another batch, split since, took the ends: "
-            "nothing says of which batch they are; set them before each batch is split (the whole row as one document "
-            "where it is one), or give them to state().shard_batch(batch, cu_seqlens=...)."
+            "it is unknown which batch they belong to; set them before each batch is split (the whole row as one "
+            "document where it is one), or give them to state().shard_batch(batch, cu_seqlens=...)."
         )
     told = ids if tokens is None else tokens
     rows = 1 if told is None or told.dim() < 2 else told.size(-2)
@@ -209,9 +209,9 @@ def record_of_length(adaptor: "Adaptor", scope: Scope, local_len: int) -> MicroB
     if record is None:
         if not adaptor.is_pipeline:
             warn_rank0(
-                "layers run outside a model that mindspeed_cp knows: each rank is taken to hold its part in the layout "
-                f"of the configuration ({scope.config.layout_kind}, state().layout(length).positions(rank)); run them "
-                "inside state().running(record) to say otherwise."
+                "layers run outside a model that mindspeed_cp knows: each rank is assumed to hold its part in the "
+                f"layout of the configuration ({scope.config.layout_kind}, state().layout(length).positions(rank)); "
+                "run them inside state().running(record) to say otherwise."
             )
         total = torch.tensor([local_len], device=collective_device(scope.group))
         dist.all_reduce(total, group=scope.group)

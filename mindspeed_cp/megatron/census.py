@@ -51,7 +51,7 @@ def _refused(why: str, instead: str) -> Entry:
 
 
 _MODEL = Entry("exact", "runs with the record of its batch, and its attention over its own group")
-_CORE = Entry("exact", "computed over the group of its module, whatever computed it before")
+_CORE = Entry("exact", "computed over the group of its module, whichever class computed it before")
 _LATENT = Entry(
     "refused",
     "keeps, with fused rotary embeddings, one rank's part of them for batches of any layout",
@@ -212,7 +212,7 @@ class Census:
             if base.__module__.startswith(CORE) and (why := self._against(base, config)):
                 raise ValueError(
                     f"{cls.__name__} with --context-parallel-size {config.context_parallel_size}: {base.__name__} "
-                    f"{why}; --cp-trust {cls.__name__} builds it all the same, after `python -m mindspeed_cp.prove` "
+                    f"{why}; --cp-trust {cls.__name__} builds it anyway, once `python -m mindspeed_cp.prove` "
                     "has shown that it is exact."
                 )
 
@@ -258,5 +258,5 @@ def _read_in(cls: type) -> str:
     try:
         source = textwrap.dedent(inspect.getsource(cls))
     except (OSError, TypeError):
-        return "its source is not there"
+        return "its source is not available"
     return reading(source).get(cls.__name__, "")

@@ -279,7 +279,7 @@ def _what_is_wrong(parts: list[list[int]]) -> str:
     missing = next((position for position in range(total) if position not in holders), None)
     if missing is not None:
         return f"position {missing} of {total} is held by no context-parallel rank, as the position ids say"
-    return "the position ids of this batch are no partition of a sequence"
+    return "the position ids of this batch are not a partition of a sequence"
 
 
 def _layout_of_packed(

@@ -87,7 +87,7 @@ def _exchanged(
 
 def exchange_of(scope: Scope, layout: SequenceLayout) -> SequenceExchange:
     """The exchange of heads over all ranks of a scope that hold a sequence in ``layout``."""
-    assert scope.groups.cp is not None, "what is alone travels nowhere"
+    assert scope.groups.cp is not None, "one rank exchanges nothing"
     return SequenceExchange(scope.groups.cp, layout.all_runs, scope.config.alltoall)
 
 

@@ -70,7 +70,7 @@ def by_parts(
     compute: Callable[[torch.Tensor, OwnPart], Inner],
 ) -> tuple[Any, Any]:
     """Run ``through`` for a layer that computes one part of the sequence on each rank; ``compute`` gets that part."""
-    assert record.scope is not None and record.scope.groups.cp is not None, "what is alone is Megatron's own"
+    assert record.scope is not None and record.scope.groups.cp is not None, "one rank uses Megatron's own function"
     layout, link = record.layout, record.scope.groups.cp
     parts = contiguous_parts(layout)
     plans = conversion(layout, parts), conversion(parts, layout)

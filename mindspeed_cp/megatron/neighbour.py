@@ -70,6 +70,9 @@ FRONTS = {
     "mindspeed": ("mindspeed.megatron_adaptor", "get_mindspeed_args"),
 }
 
+# Packages built on MindSpeed whose models split and exchange sequences in their own code -> title.
+SPLIT_THEMSELVES = {"mindspeed_mm": "MindSpeed-MM"}
+
 # Functions by which MindSpeed's other features wrap models and batches, and that are part of its context parallelism.
 # With --reset-attention-mask they assume MindSpeed's own layout, while here the batch's record contains documents; a
 # constructor of attention exchanges heads around it. Module -> names, () for all.
@@ -145,7 +148,7 @@ class Neighbour:
     def _shown_alone(self, settings: Any) -> Iterator[None]:
         """Context manager that shows MindSpeed a context-parallel size of 1, unless it does context parallelism."""
         size = getattr(settings, SIZE, 1)
-        self.kept = of_mindspeed_alone(settings)
+        self.kept = of_mindspeed_alone(settings, sys.argv[0])
         if self.kept or size_of(settings) == 1:
             yield
             return
@@ -175,8 +178,15 @@ def size_of(settings: Any) -> int:
     return int(getattr(settings, SIZE, None) or 1)
 
 
-def of_mindspeed_alone(settings: Any) -> str:
-    """Why these settings can only mean MindSpeed's own context parallelism; "" if they do not."""
+def of_mindspeed_alone(settings: Any, script: str) -> str:
+    """Why these settings can only mean MindSpeed's own context parallelism; "" if they do not.
+
+    Args:
+        script: the running script. A package in SPLIT_THEMSELVES that it imports is known before the import.
+    """
+    imported = next((title for package, title in SPLIT_THEMSELVES.items() if package in packages_named_in(script)), "")
+    if imported:  # with size 1 too: the model's own configuration file may contain another size
+        return f"{imported}'s models split sequences themselves"
     name = getattr(settings, "context_parallel_algo", None)
     if size_of(settings) == 1 or name is None or name in ALGORITHMS:
         return ""
@@ -229,11 +239,16 @@ def is_wrapped(owner: type) -> bool:
     return module.partition(".")[0] in FRONTS and "context_parallel" not in module
 
 
-def front_named_in(script: str) -> str:
-    """The package of FRONTS that a script imports, or ""."""
+def packages_named_in(script: str) -> list[str]:
+    """The packages that a script imports, in order."""
     path = Path(script)
     text = path.read_text(errors="replace") if path.suffix == ".py" and path.is_file() else ""
-    named = re.findall(r"^\s*(?:from|import)\s+(\w+)", text, re.MULTILINE)
+    return re.findall(r"^\s*(?:from|import)\s+(\w+)", text, re.MULTILINE)
+
+
+def front_named_in(script: str) -> str:
+    """The package of FRONTS that a script imports, or ""."""
+    named = packages_named_in(script)
     return next((package for package in FRONTS if package in named), "")
 
 

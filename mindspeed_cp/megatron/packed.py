@@ -76,7 +76,7 @@ def contract(adaptor: "Adaptor", scope: Scope) -> str:
     if adaptor.settings.declared == "contiguous":
         return "contiguous"
     warn_rank0(
-        "packed batches arrive split already: each document is taken to be zigzag over 2 x cp chunks, as "
+        "packed batches arrive split already: each document is assumed to be zigzag over 2 x cp chunks, as "
         "Megatron splits it (document_zigzag); --cp-batch-layout names another layout."
     )
     return "document_zigzag"

@@ -140,8 +140,8 @@ def check_layers(model: Any, record: MicroBatch) -> None:
     reason = _order_of_rows(model.config, layers) if record.places is not None else ""
     if reason:
         raise ValueError(
-            f"{ROTARY} of the batch say that its rows are no sequence in order, such as a tree of shared prefixes, and "
-            f"in {name} {reason}, or pack sequences without common prefixes (cu_seqlens)."
+            f"{ROTARY} of the batch say that its rows are not a sequence in order, such as a tree of shared prefixes, "
+            f"and in {name} {reason}, or pack sequences without common prefixes (cu_seqlens)."
         )
 
 

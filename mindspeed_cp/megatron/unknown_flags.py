@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mindspeed_cp.megatron.neighbour import FEATURES, FRONTS, front_named_in
+from mindspeed_cp.megatron.neighbour import FEATURES, FRONTS, front_named_in, packages_named_in
 
 ARGUMENTS = "megatron.training.arguments"
 TITLES = {"mindspeed": "MindSpeed", "mindspeed_llm": "MindSpeed-LLM"}
@@ -130,8 +130,7 @@ def added_by(script: Path, flags: Iterable[str]) -> dict[str, str]:
     Such a script hands Megatron a function that adds them (extra_args_provider), which nobody can call without running
     the script. MindSpeed's features were asked for all of theirs.
     """
-    home, text = script.resolve().parent, script.read_text(errors="replace")
-    packages = sorted({*re.findall(r"^\s*(?:from|import)\s+(\w+)", text, re.MULTILINE)} - FRONTS.keys())
+    home, packages = script.resolve().parent, sorted({*packages_named_in(str(script))} - FRONTS.keys())
     sources = [script.resolve(), *(path for name in packages for path in sorted((home / name).rglob("*.py")))]
     found: dict[str, str] = {}
     for path in sources:

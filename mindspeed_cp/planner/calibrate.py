@@ -141,7 +141,7 @@ def default_cluster() -> tuple[str, str]:
     preset = known_device(name)
     if preset:
         return preset, f"--cluster is not given, and {name} is here"
-    return DEFAULT, f"--cluster is not given, and {name}, which is here, is no preset: give --flops and the others"
+    return DEFAULT, f"--cluster is not given, and {name}, which is here, is not a preset: give --flops and the others"
 
 
 def save(cluster: Cluster, path: str) -> None:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
+from typing import Any
 
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.search import allowed
@@ -93,7 +94,7 @@ class Search:
         """Yield the plans that fit: of each kind the fastest, and the fastest that leaves a tenth of the memory. Among
         equals, plans without a KV cache policy come first, then those with the fewest extras, then the fewest bytes.
         """
-        waiting: list[tuple[object, ...]] = []
+        waiting: list[tuple[Any, ...]] = []
         numbers, decided = count(), 0
         done: dict[Hashable, bool] = {}  # kind -> whether its plan leaves a tenth of the memory
 
@@ -149,8 +150,8 @@ class Search:
             # Settings with the most groups of heads wait the least.
             waits = min(heads_seconds(config, problem, self.cluster) for config in family)
             least = _least(self.work, split, self.cluster, family[0])
-            passes = (replace(each, exposed=waits, heads=waits) for each in (least.forward, least.backward))
-            setting = self._option(option, Candidate(family[0], *passes, 0, 0), family, inf)
+            forward, backward = (replace(each, exposed=waits, heads=waits) for each in (least.forward, least.backward))
+            setting = self._option(option, Candidate(family[0], forward, backward, 0, 0), family, inf)
             if self._may_fit(setting):
                 yield setting
 
@@ -181,8 +182,8 @@ class Search:
                 self.excluded[f"{name} at cp {split.cp}, tp {split.tp}"] = rule
         if problem_of(self.work, split).layout_documents is None and self.work.documents is not None and split.cp > 1:
             self.excluded["--cp-batch-layout balanced"] = (
-                "it goes by documents, which every row of a micro batch and every stage of a pipeline must share; use "
-                "--micro-batch 1 and --pp 1."
+                "it depends on documents, which every row of a micro batch and every stage of a pipeline must share; "
+                "use --micro-batch 1 and --pp 1."
             )
 
 
@@ -220,7 +221,8 @@ def is_next(found: Candidate, config: ContextParallelConfig, first: ContextParal
     exchange of keys and values if ``found`` is the first of its family, by a KV cache policy, or by twice as many
     groups of heads. Without a ring, a policy saves memory instead.
     """
-    own, policy = found.config, config.kv_cache_policy
+    own = replace(found.config, linear_exchange=first.linear_exchange)  # which follows from the others
+    policy = config.kv_cache_policy
     if own.kv_cache_policy is not None:
         return False
     if config.ulysses_chunks > 1:

@@ -26,7 +26,7 @@ HELP_OF = {
     "latency": "of a transfer, such as 10us",
     "compute_efficiency": "share of --flops that large matrix products reach, such as 0.8",
     "attention_efficiency": "share of --flops that attention reaches in long blocks, such as 0.6",
-    "link_efficiency": "share of the links that is reached, such as 0.8",
+    "link_efficiency": "share of the links' rate that is reached, such as 0.8",
     "half_rows": "rows of a matrix product with which it reaches half of that, such as 256",
     "half_tokens": "tokens of a block with which attention reaches half of that, such as 512",
     "half_head": "size of a head with which attention reaches half of that, such as 32",
@@ -49,7 +49,7 @@ def quantity(text: str) -> float:
         return float(number) * SCALES[prefix] / (8 if unit == "bit/s" else 1)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no number with a unit; write 64GB, 320TFLOP/s, 25GB/s, 200Gbit/s, 10us or 6.4e10"
+            f"{text!r} is not a number with a unit; write 64GB, 320TFLOP/s, 25GB/s, 200Gbit/s, 10us or 6.4e10"
         ) from None
 
 
@@ -69,8 +69,8 @@ def parser() -> argparse.ArgumentParser:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", help=f"one of {', '.join(MODELS)}")
     model.add_argument("--hf-config", help="a Hugging Face config.json")
-    parser.add_argument("--launch", metavar="COMMAND", help="a launch command or script; its model and sizes are taken")
-    parser.add_argument("--devices", type=int, help="plan a whole training on so many; sizes that are given stay")
+    parser.add_argument("--launch", metavar="COMMAND", help="a launch command or script; take model and sizes from it")
+    parser.add_argument("--devices", type=int, help="plan a whole training on this number of devices; given sizes stay")
     parser.add_argument("--tp", type=int, help="tensor parallel size (default: 1, with --devices any)")
     parser.add_argument("--pp", type=int, help="with --devices: pipeline parallel size")
     parser.add_argument("--vpp", type=int, help="with --devices: parts of a pipeline stage; 1 is no interleaving")
@@ -85,19 +85,19 @@ def parser() -> argparse.ArgumentParser:
         help="with --devices: of a device, such as 80 or 80GB (default: --cluster's)",
     )
     parser.add_argument("--seq-length", type=_tokens, help="tokens, such as 4096 or 128k")
-    parser.add_argument("--vocab-size", type=int, help="where Megatron's flags name a tokenizer instead")
+    parser.add_argument("--vocab-size", type=int, help="if Megatron's flags name a tokenizer instead")
     parser.add_argument("--documents", help="packed documents: a dataset's .idx, or lognormal:6.5,1.3 and the like")
     parser.add_argument(
         "--pack",
         action="store_true",
-        help="with --documents: rows filled by length (pack_documents)",
+        help="with --documents: fill rows by length (pack_documents)",
     )
     parser.add_argument("--micro-batch", type=int, help="sequences (default: 1)")
     parser.add_argument("--mask-type", choices=[name for name in MASK_TYPES if name != "general"])
     parser.add_argument(
         "--cluster",
         help=f"{', '.join(CLUSTERS)}, {THIS_MACHINE} (measured now), or a file of --calibrate; flags override it "
-        f"(default: of the devices that are here, else {DEFAULT})",
+        f"(default: of this machine's devices, else {DEFAULT})",
     )
     parser.add_argument("--calibrate", metavar="FILE.yaml", help="measure this machine, write the file, plan nothing")
     parser.add_argument(
@@ -110,9 +110,9 @@ def parser() -> argparse.ArgumentParser:
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, type=kind, metavar="NUMBER", help=HELP_OF[field.name])
     parser.add_argument(
-        "--shell", action="store_true", help="with --devices: the first as variables of the launch scripts"
+        "--shell", action="store_true", help="with --devices: print the first plan as variables of the launch scripts"
     )
-    parser.add_argument("--plot", metavar="FILE.png", help="a picture: time over the length, for each algorithm")
+    parser.add_argument("--plot", metavar="FILE.png", help="plot time over length, for each algorithm")
     parser.add_argument("--json", action="store_true", help="everything, machine-readable")
     return parser
 

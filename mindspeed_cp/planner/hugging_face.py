@@ -1,25 +1,33 @@
-"""A model's sizes from a Hugging Face config.json: LLaMA, Qwen, Mixtral, DeepSeek and models with the same keys."""
+"""A model's sizes from a Hugging Face config.json: LLaMA, Qwen, Mixtral, DeepSeek, Kimi and those with their keys."""
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mindspeed_cp.planner.models import Experts, Latent, ModelShape
+from mindspeed_cp.planner.models import Experts, Indexer, Latent, Linear, ModelShape
 
 NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
 OPTIONAL = ("num_key_value_heads", "head_dim", "kv_channels")
 LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+# Of layers with a state (Qwen3-Next), and of the indexer of sparse attention (DeepSeek-V3.2).
+STATE = (
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+)  # fmt: skip
+INDEXER = ("index_n_heads", "index_head_dim", "index_topk")
 # Patterns of keys that indicate another architecture; keys that the planner reads or that change no size are excluded.
 SUSPECT = re.compile(
     r"expert|moe|lora|mamba|ssm|^linear_|conv_|state_size|vision|audio|text_config|cross_attention|index_|^layer_types$"
 )
 KNOWN = {
-    *LATENT[:2], *EXPERTS, "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size",
-    "n_shared_experts", "moe_layer_freq",
-    # How experts are chosen and trained, which affects no size.
+    *LATENT[:2], *EXPERTS, "num_experts_per_tok", "num_experts_per_token", "moe_intermediate_size",
+    "shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts", "moe_layer_freq",
+    # How experts are chosen and trained: no size depends on it.
     "output_router_logits", "moe_renormalize", "num_experts_per_group", "moe_aux_loss_coef", "moe_router_dtype",
+    "moe_router_activation_func", "use_grouped_topk", "num_expert_group",
 }  # fmt: skip
 
 
@@ -53,10 +61,33 @@ def hf_model(path: str) -> ModelShape:
         if config.get("kv_lora_rank"):
             q_rank, kv_rank, nope, rope, dv = (config[key] for key in LATENT)
             dk, kv_heads, latent = nope + rope, heads, Latent(q_rank or 0, kv_rank, rope)
+        linear = _linear(config, layers)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--hf-config {path} is not complete ({error}); give a model's config.json.") from error
     tied = bool(config.get("tie_word_embeddings"))
-    return ModelShape(layers, heads, kv_heads, dk, dv, hidden, ffn, vocab, _gated(config), tied, latent, experts)
+    indexer = Indexer(*(config[key] for key in INDEXER)) if _has_indexer(config) else None
+    sizes = layers, heads, kv_heads, dk, dv, hidden, ffn, vocab
+    gate = bool(config.get("attn_output_gate", config.get("model_type") == "qwen3_next"))
+    described = ModelShape(*sizes, _gated(config), tied, latent, experts)
+    return replace(described, linear=linear, indexer=indexer, output_gate=gate)
+
+
+def _has_indexer(config: dict[str, Any]) -> bool:
+    return all(config.get(key) for key in (*INDEXER, "kv_lora_rank"))
+
+
+def _linear(config: dict[str, Any], layers: int) -> Linear | None:
+    """Layers with a state under the names of Qwen3-Next, and of Kimi Linear."""
+    if config.get("linear_attn_config"):
+        kimi = config["linear_attn_config"]
+        kinds, heads, size = kimi["kda_layers"], kimi["num_heads"], kimi["head_dim"]
+        pattern = tuple(layer + 1 in kinds for layer in range(layers))
+        return Linear(heads, heads, size, size, kimi["short_conv_kernel_size"], pattern, gate_rank=size)
+    if not config.get("linear_num_value_heads"):
+        return None
+    every = config.get("full_attention_interval") or 4
+    types = config.get("layer_types") or ["linear_attention" if (n + 1) % every else "" for n in range(layers)]
+    return Linear.of((config[key] for key in STATE), tuple(kind == "linear_attention" for kind in types))
 
 
 def _gated(config: dict[str, Any]) -> bool:
@@ -69,8 +100,10 @@ def _gated(config: dict[str, Any]) -> bool:
 
 def _refuse_unknown(path: str, config: dict[str, Any]) -> None:
     unknown = [key for key, value in config.items() if SUSPECT.search(key) and key not in KNOWN and value]
-    if set(config.get("layer_types") or ["full_attention"]) == {"full_attention"}:
-        unknown = [key for key in unknown if key != "layer_types"]
+    kinds = {"full_attention", "linear_attention"} if config.get("linear_num_value_heads") else {"full_attention"}
+    read = [] if set(config.get("layer_types") or []) - kinds else ["layer_types"]
+    read += [*STATE, "linear_attn_config"] + list(INDEXER if _has_indexer(config) else ())
+    unknown = [key for key in unknown if key not in read]
     if config.get("sliding_window") and config.get("use_sliding_window", True):
         unknown.append("sliding_window")
     if unknown:
@@ -86,11 +119,13 @@ def _experts(config: dict[str, Any], layers: int, ffn: int) -> Experts | None:
     if not num:
         return None
     width = config.get("moe_intermediate_size") or ffn
-    shared = config.get("shared_expert_intermediate_size") or (config.get("n_shared_experts") or 0) * width
+    num_shared = config.get("n_shared_experts") or config.get("num_shared_experts") or 0
+    shared = config.get("shared_expert_intermediate_size") or num_shared * width
     frequency, only_mlp = config.get("moe_layer_freq") or 1, config.get("mlp_only_layers") or []
     step, dense = config.get("decoder_sparse_step") or 1, config.get("first_k_dense_replace") or 0
     pattern = tuple(
         layer >= dense and layer % frequency == 0 and layer not in only_mlp and (layer + 1) % step == 0
         for layer in range(layers)
     )
-    return Experts(num, config["num_experts_per_tok"], width, shared, pattern)
+    topk = config.get("num_experts_per_token") or config["num_experts_per_tok"]
+    return Experts(num, topk, width, shared, pattern)

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from mindspeed_cp.linear.gated_delta import DeltaHeads
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.models import Experts, LayerParameters, ModelShape
+from mindspeed_cp.planner.other_layers import LinearLayer, SparseLayer
 from mindspeed_cp.planner.split import Split, Work
 
 HALF, FLOAT = 2, 4  # bytes
@@ -40,6 +42,30 @@ class Forward:
     compute: float
     tensor: float
     expert: float
+
+
+def linear_layer(model: ModelShape, tp: int) -> LinearLayer:
+    """A layer with a state on a tensor-parallel rank."""
+    linear = model.linear
+    assert linear is not None, "the model has such layers"
+    sizes = linear.key_dim, linear.value_dim, linear.decays
+    return LinearLayer(DeltaHeads(linear.keys // tp, linear.values // tp, *sizes), linear.width, model.hidden)
+
+
+def sparse_layer(model: ModelShape, tp: int) -> SparseLayer:
+    """Sparse attention on a tensor-parallel rank."""
+    indexer, latent = model.indexer, model.latent
+    assert indexer is not None and latent is not None, "the model has an indexer over its latents"
+    return SparseLayer(model.num_heads // tp, latent.rope, latent.kv_rank, indexer.heads, indexer.dim, indexer.topk)
+
+
+def mean_saved(work: Work, split: Split, attention: int) -> int:
+    """Bytes that the mean layer keeps from the forward to the backward pass, of which attention keeps ``attention``."""
+    model = work.model
+    if model.linear is None:
+        return attention
+    state = local_tokens(work, split) * HALF * linear_layer(model, split.tp).saved_elements
+    return round((1 - model.linear_share) * attention + model.linear_share * state)
 
 
 def local_tokens(work: Work, split: Split) -> int:

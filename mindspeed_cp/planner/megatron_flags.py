@@ -3,10 +3,10 @@
 import ast
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mindspeed_cp.arguments.launch import bare_parser, known_flags, read_flags
-from mindspeed_cp.planner.models import Experts, Latent, ModelShape
+from mindspeed_cp.planner.models import Experts, Indexer, Latent, Linear, ModelShape
 
 NUMBERS = {
     "ffn-hidden-size": None, "vocab-size": None, "padded-vocab-size": None,
@@ -14,13 +14,18 @@ NUMBERS = {
     "moe-ffn-hidden-size": None, "moe-shared-expert-intermediate-size": None, "expert-model-parallel-size": None,
     "expert-tensor-parallel-size": None, "q-lora-rank": None, "kv-lora-rank": 32, "qk-head-dim": 128,
     "qk-pos-emb-head-dim": 64, "v-head-dim": 128,
+    "linear-num-key-heads": 16, "linear-num-value-heads": 32, "linear-key-head-dim": 128,
+    "linear-value-head-dim": 128, "linear-conv-kernel-dim": 4, "dsa-indexer-n-heads": None,
+    "dsa-indexer-head-dim": None, "dsa-indexer-topk": None,
 }  # fmt: skip
-SWITCHES = ("swiglu", "quick-geglu", "untie-embeddings-and-output-weights", "disable-bias-linear")
+SWITCHES = (
+    "swiglu", "quick-geglu", "untie-embeddings-and-output-weights", "disable-bias-linear", "attention-output-gate",
+)  # fmt: skip
 NEEDED = ("num-layers", "hidden-size", "num-attention-heads", "vocab-size")
 # Flags that change sizes in ways that the planner does not know.
 REFUSED = (
     "mtp-num-layers", "hybrid-override-pattern", "hybrid-attention-ratio", "hybrid-mlp-ratio", "is-hybrid-model",
-    "experimental-attention-variant", "moe-latent-size", "window-size", "heterogeneous-layers-config-path",
+    "moe-latent-size", "window-size", "heterogeneous-layers-config-path",
     "heterogeneous-layers-config-encoded-json", "encoder-num-layers", "decoder-first-pipeline-num-layers",
     "decoder-last-pipeline-num-layers", "pipeline-model-parallel-layout",
 )  # fmt: skip
@@ -72,9 +77,11 @@ class MegatronFlags:
         if args.multi_latent_attention:
             latent = Latent(args.q_lora_rank or 0, args.kv_lora_rank, args.qk_pos_emb_head_dim)
         tied, experts = not args.untie_embeddings_and_output_weights, _experts(args, ffn)
+        linear, indexer = _variant(args, latent)
         learned = args.position_embedding_type in (None, "learned_absolute")  # Megatron's default
         sizes = layers, heads, kv_heads, dk, dv, hidden, ffn, entries
-        return ModelShape(*sizes, gated, tied, latent, experts, learned)
+        described = ModelShape(*sizes, gated, tied, latent, experts, learned)
+        return replace(described, linear=linear, indexer=indexer, output_gate=args.attention_output_gate)
 
 
 def parsed(flags: Sequence[str]) -> tuple[Namespace, list[str]]:
@@ -90,6 +97,8 @@ def parsed(flags: Sequence[str]) -> tuple[Namespace, list[str]]:
     for flag in SWITCHES:
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--moe-layer-freq", default="1")
+    parser.add_argument("--linear-attention-freq")
+    parser.add_argument("--experimental-attention-variant")
     sizes, rest = known_flags(parser, rest)
     args = Namespace(**vars(args), **vars(sizes))
     for name in sorted(_named(flags) & {*NUMBERS, *NEEDED, *SIZES.values(), "num-query-groups", "kv-channels"}):
@@ -152,13 +161,47 @@ def _experts(args: Namespace, ffn: int) -> Experts | None:
         raise ValueError(f"--moe-router-topk: {error}") from None
 
 
-def layer_pattern(text: str, layers: int) -> tuple[bool, ...]:
+def _variant(args: Namespace, latent: Latent | None) -> tuple[Linear | None, Indexer | None]:
+    """What --experimental-attention-variant puts in the place of attention, or chooses its keys.
+
+    Raises:
+        ValueError: it is not known, or flags that it needs are missing.
+    """
+    variant = args.experimental_attention_variant
+    flag = f"--experimental-attention-variant {variant}"
+    if variant == "gated_delta_net":
+        if args.linear_attention_freq is None:
+            raise ValueError(f"{flag} needs --linear-attention-freq; give 4 where every fourth layer is attention.")
+        names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+        sizes = (getattr(args, f"linear_{name}") for name in names)
+        return Linear.of(sizes, _linear_layers(args.linear_attention_freq, args.num_layers)), None
+    if variant == "dsa":
+        indexer = args.dsa_indexer_n_heads, args.dsa_indexer_head_dim, args.dsa_indexer_topk
+        if latent is None or None in indexer:
+            raise ValueError(
+                f"{flag} needs --multi-latent-attention, --dsa-indexer-n-heads, --dsa-indexer-head-dim and "
+                "--dsa-indexer-topk; give them all."
+            )
+        return None, Indexer(*indexer)
+    if variant is not None:
+        raise ValueError(f"{flag} is not known to the planner; leave it out for a plan without it.")
+    return None, None
+
+
+def _linear_layers(text: str, layers: int) -> tuple[bool, ...]:
+    """Which layers have a state: all but every n-th, or a list with 1 for each of them."""
+    if text.strip().isdigit() and int(text) > 0:
+        return tuple((layer + 1) % int(text) > 0 for layer in range(layers))
+    return layer_pattern(text, layers, "linear-attention-freq")
+
+
+def layer_pattern(text: str, layers: int, name: str = "moe-layer-freq") -> tuple[bool, ...]:
     """Which layers have experts, from --moe-layer-freq: every n-th from the first, or a list such as ([0]*3+[1]*58).
 
     Raises:
         ValueError: it is neither, or the list does not have one entry per layer.
     """
-    flag = f"--moe-layer-freq {text}"
+    flag = f"--{name} {text}"
     try:
         value = _evaluated(ast.parse(text.strip(" '\""), mode="eval").body)
     except (SyntaxError, ValueError) as error:

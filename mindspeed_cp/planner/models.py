@@ -1,5 +1,6 @@
 """What the planner knows about a model: its sizes, its parameters, and the table of models by name (models.txt)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +46,61 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """Layers with a state in place of attention: gated delta nets, or Kimi's delta attention.
+
+    Args:
+        keys, values: heads. key_dim, value_dim: their sizes. width: of the convolution.
+        layers: for every layer whether it is one.
+        gate_rank: of the projections to the gate and to a decay for each channel of a key; 0: the gate is projected at
+            once, and the decay is one for each value head.
+    """
+
+    keys: int
+    values: int
+    key_dim: int
+    value_dim: int
+    width: int
+    layers: tuple[bool, ...]
+    gate_rank: int = 0
+
+    @classmethod
+    def of(cls, sizes: Iterable[int], layers: tuple[bool, ...], gate_rank: int = 0) -> "Linear":
+        """With ``sizes`` as keys, values, key_dim, value_dim and width."""
+        keys, values, key_dim, value_dim, width = sizes
+        return cls(keys, values, key_dim, value_dim, width, layers, gate_rank)
+
+    @property
+    def share(self) -> float:
+        return sum(self.layers) / len(self.layers)
+
+    @property
+    def decays(self) -> int:
+        return self.key_dim if self.gate_rank else 1
+
+    def parameters(self, hidden: int) -> tuple[int, int]:
+        """(parameters that tensor parallelism splits, parameters that it does not) of such a layer."""
+        keys, values = self.keys * self.key_dim, self.values * self.value_dim
+        own = (2 * keys + values) * (hidden + self.width) + self.values * (hidden + 1 + self.decays) + values * hidden
+        if not self.gate_rank:
+            return own + hidden * (values + self.values), self.value_dim
+        return own + self.gate_rank * (keys + values), 2 * hidden * self.gate_rank + self.value_dim
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """Chooses the keys that latent attention sees (DSA), in every layer: its heads, their size, keys of a query."""
+
+    heads: int
+    dim: int
+    topk: int
+
+    def parameters(self, hidden: int, q_rank: int) -> int:
+        """All of them on every tensor-parallel rank."""
+        return q_rank * self.heads * self.dim + hidden * (self.dim + self.heads) + 2 * self.dim
+
+
+@dataclass(frozen=True)
 class LayerParameters:
     """Parameters of one layer.
 
@@ -82,6 +138,7 @@ class ModelShape:
         learned_positions: rows of a table of positions, whole on every tensor-parallel rank of the first stage; not
             counted in ``parameters``.
         window, windowed_share: tokens that a query sees in windowed layers, and the fraction of these layers.
+        output_gate: attention has a gate of its output, of the same width. Layers of several kinds count as their mean.
     """
 
     num_layers: int
@@ -99,6 +156,24 @@ class ModelShape:
     learned_positions: bool = False
     window: int = 0
     windowed_share: float = 0.0
+    linear: Linear | None = None
+    indexer: Indexer | None = None
+    output_gate: bool = False
+
+    @property
+    def limits(self) -> tuple[int, float]:
+        """(tokens that a query sees in the layers that limit it, their share)."""
+        return (self.indexer.topk, 1.0) if self.indexer else (self.window, self.windowed_share)
+
+    @property
+    def kept_share(self) -> float:
+        """Of the layers, those whose attention can be kept across recomputation: dense attention."""
+        return 0.0 if self.indexer else 1 - self.linear_share
+
+    @property
+    def linear_share(self) -> float:
+        """Of the layers, those with a state in place of attention."""
+        return self.linear.share if self.linear else 0.0
 
     @property
     def matrices(self) -> int:
@@ -115,23 +190,37 @@ class ModelShape:
     @cached_property
     def dense_layer(self) -> LayerParameters:
         """A layer without experts: attention's projections, the MLP and the norms."""
-        split, whole = self._attention_parameters()
+        split, whole = self._mixer_parameters()
         return LayerParameters(split + self.matrices * self.hidden * self.ffn, whole)
 
     @cached_property
     def expert_layer(self) -> LayerParameters:
         """A layer with experts in place of the MLP."""
         assert self.experts is not None
-        split, whole = self._attention_parameters()
+        split, whole = self._mixer_parameters()
         one = self.matrices * self.hidden * self.experts.ffn
         shared = self.matrices * self.hidden * self.experts.shared_ffn
         router = self.hidden * self.experts.num
         return LayerParameters(split + shared, whole + router, self.experts.num * one, self.experts.topk * one)
 
+    def _mixer_parameters(self) -> tuple[int, int]:
+        """(parameters that tensor parallelism splits, parameters that it does not, among them both norms) of attention,
+        or of the mean of attention and of layers with a state.
+        """
+        split, whole = self._attention_parameters()
+        if self.indexer and self.latent:
+            whole += self.indexer.parameters(self.hidden, self.latent.q_rank or self.hidden)
+        if self.linear:
+            others = self.linear.parameters(self.hidden)
+            split, whole = (
+                round((1 - self.linear_share) * one + self.linear_share * other)
+                for one, other in ((split, others[0]), (whole, others[1] + 2 * self.hidden))
+            )
+        return split, whole
+
     def _attention_parameters(self) -> tuple[int, int]:
-        """(parameters that tensor parallelism splits, parameters that it does not, including both norms)."""
         latent, norms = self.latent, 2 * self.hidden
-        out = self.num_heads * self.dv * self.hidden
+        out = (2 if self.output_gate else 1) * self.num_heads * self.dv * self.hidden
         if latent is None:
             return out + self.hidden * (self.num_heads * self.dk + self.num_kv_heads * (self.dk + self.dv)), norms
         query = (latent.q_rank or self.hidden) * self.num_heads * self.dk
@@ -184,11 +273,20 @@ def _row(line: str) -> tuple[str, ModelShape]:
     # In each group of ``every`` layers, the last has full attention and the others a window.
     every = more.get("every", 1)
     share = sum((layer + 1) % every > 0 for layer in range(layers)) / layers
-    sizes = layers, heads, kv_heads, dk, dv, hidden, ffn, vocab
-    shape = ModelShape(
-        *sizes, gated, tied, latent, experts, "learned" in words, more.get("window", 0) if share else 0, share
+    linear, indexer = None, None
+    if "linear_values" in more:
+        # In each group of layers the last one is attention, and so is the last of the model.
+        kinds = tuple((layer + 1) % every > 0 and layer + 1 < layers for layer in range(layers))
+        names = ("linear_keys", "linear_values", "linear_key_dim", "linear_value_dim", "conv")
+        linear = Linear.of((more[each] for each in names), kinds, more.get("gate_rank", 0))
+    if "index_heads" in more:
+        indexer = Indexer(more["index_heads"], more["index_dim"], more["index_topk"])
+    sizes, window = (layers, heads, kv_heads, dk, dv, hidden, ffn, vocab), more.get("window", 0) if share else 0
+    windows = window, share if window else 0.0
+    gate = "gate" in words
+    return name, ModelShape(
+        *sizes, gated, tied, latent, experts, "learned" in words, *windows, linear, indexer, output_gate=gate
     )
-    return name, shape
 
 
 MODELS = dict(_row(line) for line in TABLE.read_text(encoding="utf-8").splitlines() if not line.startswith("#"))

@@ -22,7 +22,7 @@ class Progress:
         now = time.monotonic()
         if sys.stderr.isatty() and now - self._last >= EVERY:
             self._last, self._shown = now, True
-            print(f"\rplanning: looked at {decided} of {of} ways to train", end="", file=sys.stderr, flush=True)
+            print(f"\rplanning: checked {decided} of {of} ways to train", end="", file=sys.stderr, flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

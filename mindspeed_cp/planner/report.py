@@ -2,8 +2,9 @@
 
 from mindspeed_cp.arguments.declared import variables_of
 from mindspeed_cp.planner.cluster import Cluster
-from mindspeed_cp.planner.search import Candidate, flags
+from mindspeed_cp.planner.search import flags
 from mindspeed_cp.planner.split import Work, sizes
+from mindspeed_cp.planner.timing import Candidate
 from mindspeed_cp.planner.training import MARGIN, Plan, is_tight, tokens_per_second, utilization
 
 SHOWN = 5
@@ -14,7 +15,7 @@ def reason(candidate: Candidate) -> str:
     sent = f"sends {candidate.intra_bytes / 1e6:,.0f} MB within and {candidate.inter_bytes / 1e6:,.0f} MB between nodes"
     if candidate.exposed < 0.01 * candidate.seconds:
         return f"{sent}, hidden behind {candidate.compute * 1e3:,.1f} ms of attention"
-    return f"{sent}, of which {candidate.exposed * 1e3:,.1f} ms do not hide"
+    return f"{sent}, of which {candidate.exposed * 1e3:,.1f} ms are not hidden"
 
 
 def text(found: list[Plan], work: Work, cluster: Cluster, memory: float) -> list[str]:

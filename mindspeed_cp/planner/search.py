@@ -31,6 +31,7 @@ WAYS = (("auto", "ring", 1), ("auto", "direct", 1))
 OF_DOCUMENTS = (("balanced", "direct", 1),)
 OF_A_MESH = (("auto", "direct", 2), ("auto", "mesh", 1), ("auto", "mesh", 2))
 CHUNKS = (1, 2, 4)
+SPARSE = "sparse attention gathers its keys from all ranks, whatever the algorithm is"
 
 
 def policies_beside(chunks: int) -> Policies:
@@ -87,8 +88,13 @@ def allowed(
     cp: int, problem: Problem, setup: TrainingSetup, cluster: Cluster, mask_type: MaskType, first_rule: dict[str, str]
 ) -> Iterator[ContextParallelConfig]:
     """Yield every setting that config.py's rules allow; ``first_rule`` gets the first rule each algorithm breaks."""
-    kinds = problem.layout_documents is not None, _is_mesh(problem, cluster), problem.latent is not None
-    for name, arguments in variants(cp, *kinds):
+    is_sparse = problem.layer is not None
+    latents = problem.latent is not None and not is_sparse
+    for name, arguments in variants(cp, problem.layout_documents is not None, _is_mesh(problem, cluster), latents):
+        if is_sparse and ALGORITHMS[name].exchange != "allgather":
+            first_rule.setdefault(name, SPARSE)
+        if is_sparse and (ALGORITHMS[name].exchange != "allgather" or arguments["kv_cache_policy"] is not None):
+            continue
         try:
             config = ContextParallelConfig(**arguments, attention_mask_type=mask_type)
             resolve(config, setup)

@@ -95,7 +95,8 @@ def splits(
                 dp = devices // tp // pp // cp
                 if work.global_batch % (dp * work.micro_batch):
                     samples = f"dp {dp} x --micro-batch {work.micro_batch}"
-                    excluded.setdefault(f"dp {dp}", f"--global-batch {work.global_batch} is no multiple of {samples}")
+                    rule = f"--global-batch {work.global_batch} is not a multiple of {samples}"
+                    excluded.setdefault(f"dp {dp}", rule)
                     continue
                 # Interleaving needs a number of micro batches that pp divides.
                 even = work.global_batch // (dp * work.micro_batch) % pp == 0
@@ -130,6 +131,9 @@ def _rule_of_tp(model: ModelShape, tp: int, cluster: Cluster | None) -> str:
     for width in model.split_widths:
         if width % tp:
             return f"an MLP of width {width} must be divisible by it"
+    linear = model.linear
+    if linear and (linear.keys % tp or linear.values % tp):
+        return f"{linear.keys} key and {linear.values} value heads of layers with a state must be divisible by it"
     return _broken(heads_of_rank, model.num_heads, model.num_kv_heads, tp)
 
 

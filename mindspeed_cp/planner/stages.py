@@ -135,7 +135,7 @@ def stage_step(
     """Time of a step in which every stage takes as long as this one."""
     model, count, kinds = work.model, _micro_batches(work, split), _kinds(work, split, number)
     again = 0 if recompute == "none" else 1
-    attention_again = 1 if recompute == "full" else 0
+    attention_again = {"none": 0.0, "full": 1.0}.get(recompute, 1 - model.kept_share)
     of_attention = candidate.compute + attention_again * candidate.forward.compute
     exposed = candidate.exposed + attention_again * candidate.forward.exposed
     compute = context = tensor = expert = 0.0

@@ -1,5 +1,6 @@
 """Seconds of one setting of context parallelism in one attention layer: the engine's events, simulated on a cluster."""
 
+from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 
@@ -11,6 +12,7 @@ from mindspeed_cp.planner.events import Compute, Event, Post, Product, Wait
 from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.sequence.masks import attention_masks
 from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.derived import LinearExchange
 
 WAITING = 0.01  # fraction of its time that a setting must wait before variants that hide more are tried
 
@@ -124,18 +126,42 @@ def _apart(ends: dict[int, int], cluster: Cluster, rank: int) -> dict[bool, int]
 
 
 def timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> Candidate:
-    """Trace and time one setting; raises what the engine raises. A model with two kinds of layers has a mean layer."""
+    """Trace and time one setting; raises what the engine raises. A model with several kinds of layers has a mean layer,
+    and the setting is completed by what is fastest for layers with a state.
+    """
     alike = replace(problem, is_pipeline=False)
     problem = alike if alike.layout(config) == problem.layout(config) else problem
-    if problem.windowed is None:
-        return _timed(config, problem, cluster)
-    (window, share), whole = problem.windowed, replace(problem, windowed=None)
-    wide, narrow = (_timed(config, each, cluster) for each in (whole, replace(whole, sliding_window=(window - 1, 0))))
+    whole = replace(problem, windowed=None, linear=None)
+    found = _timed(config, whole, cluster)
+    if problem.windowed is not None:
+        window, share = problem.windowed
+        found = _mean(found, _timed(config, replace(whole, sliding_window=(window - 1, 0)), cluster), share)
+    if problem.linear is None:
+        return found
+    layer, share = problem.linear
+    other = _with_state(config, replace(whole, layer=layer, latent=None), cluster)
+    sent = [(found.intra_bytes, other.intra_bytes), (found.inter_bytes, other.inter_bytes)]
+    intra, inter = (round((1 - share) * one + share * more) for one, more in sent)
+    return replace(_mean(found, other, share), config=other.config, intra_bytes=intra, inter_bytes=inter)
+
+
+def _mean(first: Candidate, second: Candidate, share: float) -> Candidate:
+    """``first`` with the mean times of layers of which a share is timed as ``second``."""
     forward, backward = (
-        Timing(*((1 - share) * one + share * other for one, other in zip(astuple(first), astuple(second))))
-        for first, second in ((wide.forward, narrow.forward), (wide.backward, narrow.backward))
+        Timing(*((1 - share) * one + share * other for one, other in zip(astuple(this), astuple(that))))
+        for this, that in ((first.forward, second.forward), (first.backward, second.backward))
     )
-    return replace(wide, forward=forward, backward=backward)
+    return replace(first, forward=forward, backward=backward)
+
+
+def _with_state(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> Candidate:
+    """A layer with a state by the faster of heads and states; by states alone where there is no head for each rank."""
+    ways: tuple[LinearExchange, ...] = ("heads", "state") if config.context_parallel_size > 1 else ("heads",)
+    found = []
+    for way in ways:
+        with suppress(ValueError):
+            found.append(_timed(replace(config, linear_exchange=way), problem, cluster))
+    return min(found, key=lambda candidate: candidate.seconds)
 
 
 @lru_cache(maxsize=4096)
@@ -197,7 +223,7 @@ def heads_seconds(config: ContextParallelConfig, problem: Problem, cluster: Clus
         size = int(local * elements * problem.dtype.itemsize // config.ulysses_chunks)
         peers = {peer * problem.stride: size for peer in range(1, degree)}
         seconds += timeline([Post(0, peers, peers), Wait(0)], cluster, 0).exposed
-    return seconds
+    return seconds * (1 - problem.linear[1]) if problem.linear else seconds
 
 
 def preference(candidate: Candidate) -> tuple[float, bool, int, int]:

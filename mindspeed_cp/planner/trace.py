@@ -31,6 +31,7 @@ from mindspeed_cp.kernels.base import (
     accumulation_dtype,
 )
 from mindspeed_cp.planner.events import Compute, Notes, Pass, Product
+from mindspeed_cp.planner.other_layers import DryRank, LinearLayer, SparseLayer, linear_passes, sparse_passes
 from mindspeed_cp.sequence.blocks import Block
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.sequence.slice_mask import AttentionSlices
@@ -49,6 +50,8 @@ class Problem:
         latent: (elements of the keys' rotated part, of the latent), for multi-latent attention.
         is_pipeline: whether there is a pipeline, in which only the first stage knows where documents end.
         stride: distance in global ranks between neighbours of the context-parallel group; Megatron's tp size.
+        linear: (a layer with a state, fraction of the layers that are one), for models that mix both kinds.
+        layer: what this layer is if it is not dense attention; it has the sizes of its heads itself.
     """
 
     seq_len: int
@@ -66,6 +69,8 @@ class Problem:
     layer_number: int = 1
     is_pipeline: bool = False
     attention_slices: AttentionSlices | None = None
+    linear: tuple[LinearLayer, float] | None = None
+    layer: LinearLayer | SparseLayer | None = None
 
     @property
     def layout_documents(self) -> tuple[int, ...] | None:
@@ -300,6 +305,21 @@ def dry_call(
     return DryCall(leaves, dry_groups(config, rank, problem.stride, kernel.notes, backend), keywords)
 
 
+def dry_rank(config: ContextParallelConfig, problem: Problem, rank: int, notes: Notes) -> DryRank:
+    """cp_rank ``rank`` of a layer that is no dense attention, which goes on across documents that differ by row."""
+    documents = problem.cu_seqlens if problem.cu_seqlens and isinstance(problem.cu_seqlens[0], int) else None
+    return DryRank(
+        config,
+        dry_groups(config, rank, problem.stride, notes),
+        problem.layout(config),
+        documents or (0, problem.seq_len),
+        problem.batch,
+        problem.dtype,
+        problem.stride > 1,
+        notes,
+    )
+
+
 def trace(config: ContextParallelConfig, problem: Problem, rank: int) -> tuple[Pass, Pass]:
     """Return the events of cp_rank ``rank`` in the (forward, backward) pass of one attention layer; needs no processes.
 
@@ -307,6 +327,11 @@ def trace(config: ContextParallelConfig, problem: Problem, rank: int) -> tuple[P
         ValueError: the problem does not fit the configuration (the engine's own error).
     """
     notes = Notes()
+    if problem.layer is not None:
+        dry = dry_rank(config, problem, rank, notes)
+        if isinstance(problem.layer, LinearLayer):
+            return linear_passes(problem.layer, dry)
+        return sparse_passes(problem.layer, dry)
     call = dry_call(config, problem, rank, NotingKernel(notes))
     with count_bytes() as forward:
         out = call(*call.leaves)

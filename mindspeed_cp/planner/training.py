@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from mindspeed_cp.planner.cluster import Cluster
-from mindspeed_cp.planner.layers import FLOAT, HALF
+from mindspeed_cp.planner.layers import FLOAT, HALF, linear_layer, mean_saved, sparse_layer
 from mindspeed_cp.planner.memory import AttentionBytes, kept_bytes, most_bytes
 from mindspeed_cp.planner.search import Found, Policies, search
 from mindspeed_cp.planner.split import Split, Work
@@ -43,7 +43,7 @@ def is_tight(plan: Plan, memory: float) -> bool:
 @lru_cache(maxsize=64)
 def area(work: Work) -> float:
     """Pairs of query and key of a micro batch that attention computes in the mean layer."""
-    rows, seq, window = work.documents, work.seq_length, work.model.window
+    rows, seq, (window, share) = work.documents, work.seq_length, work.model.limits
     every = rows if rows is not None and not isinstance(rows[0], int) else [rows or (0, seq)] * work.micro_batch
     total = 0.0
     for row in every:
@@ -52,9 +52,8 @@ def area(work: Work) -> float:
             whole = length * (length + 1) / 2 if work.mask_type == "causal" else length**2
             short = min(window, length)
             seen = short * length - short * (short - 1) / 2
-            share = work.model.windowed_share
             total += (1 - share) * whole + share * (seen if window else whole)
-    return total
+    return total * (1 - work.model.linear_share)
 
 
 def attention(work: Work, split: Split, cluster: Cluster, policies: Policies = (None,)) -> Found:
@@ -89,6 +88,8 @@ def problem_of(work: Work, split: Split) -> Problem:
         is_pipeline=split.pp > 1 and work.documents is not None,
         windowed=(model.window, model.windowed_share) if model.window else None,
         latent=(model.latent.rope, model.latent.kv_rank) if model.latent else None,
+        linear=(linear_layer(model, split.tp), model.linear_share) if model.linear else None,
+        layer=sparse_layer(model, split.tp) if model.indexer else None,
     )
 
 
@@ -128,7 +129,7 @@ def planned(work: Work, split: Split, candidate: Candidate, recompute: Recompute
 
 def memory_of(work: Work, split: Split, recompute: Recompute, config: ContextParallelConfig) -> Memory:
     """Memory of the fullest stage, with attention's memory counted by the engine."""
-    problem = replace(problem_of(work, split), windowed=None)
+    problem = replace(problem_of(work, split), windowed=None, linear=None, layer=None)
     is_kept = recompute == "full, attention kept"
     kept = _kept_bytes(config, problem) if is_kept else 0
     return _memory(work, split, recompute, most_bytes(config, problem), kept)
@@ -147,7 +148,8 @@ def _memory(work: Work, split: Split, recompute: Recompute, one: AttentionBytes,
     Args:
         one: attention of the running layer. kept: bytes that every other layer keeps if attention is kept.
     """
-    left = {"none": one.saved, "full": 0, "full, attention kept": kept}[recompute]
+    saved, kept = mean_saved(work, split, one.saved), round(work.model.kept_share * kept)
+    left = {"none": saved, "full": 0, "full, attention kept": kept}[recompute]
     stages = [stage_memory(work, split, recompute, number, one, left) for number in kinds_of_stages(work, split)]
     return max(stages, key=lambda stage: stage.total)
 

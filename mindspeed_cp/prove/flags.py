@@ -51,7 +51,7 @@ PRECISION = (
 )
 # Flags for devices only: flag -> what is not tested without it.
 DEVICE = {
-    "--moe-grouped-gemm": "grouped matrix products of experts (the CPU computes one expert after the other)",
+    "--moe-grouped-gemm": "grouped matrix products of experts (the CPU computes one expert after another)",
     "--moe-permute-fusion": "the fused permutation of experts' tokens",
     "--moe-router-fusion": "the fused router of experts",
     "--moe-enable-deepep": "DeepEP",

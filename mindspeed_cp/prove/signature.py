@@ -100,7 +100,7 @@ def _of_one_rank(rows: Rows, off: torch.Tensor, cp: int, found: Signature | None
     seen = f"{part} of context-parallel rank {owners[0]} is off, and that of no other rank"
     if found is not None:
         return Signature("one rank's part", f"{seen}; {found.kind}: {found.seen}", found.look)
-    return Signature("one rank's part", seen, "what this rank does otherwise: positions, neighbours, uneven lengths")
+    return Signature("one rank's part", seen, "what this rank does differently: positions, neighbours, uneven lengths")
 
 
 def _runs(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,7 +42,7 @@ class Words:
         try:
             return int(value)
         except ValueError:
-            raise ValueError(f"{flag} {value} is no whole number; correct the command.") from None
+            raise ValueError(f"{flag} {value} is not a whole number; correct the command.") from None
 
     def set(self, flag: str, *values: object) -> None:
         """Set a flag to these values, in its place or at the end."""

@@ -79,7 +79,7 @@ def _megatron(path: str) -> Iterator[tuple[str, list[Any]]]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{MEGATRON} {path} cannot be read ({error}); give the path of a YAML file.") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{MEGATRON} {path} holds no settings; give a file with lines such as 'num_layers: 24'.")
+        raise ValueError(f"{MEGATRON} {path} has no settings; give a file with lines such as 'num_layers: 24'.")
     for key, value in tree.items():
         for name, setting in value.items() if isinstance(value, dict) else [(key, value)]:
             yield from _flag(str(name), setting)

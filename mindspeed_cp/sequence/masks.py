@@ -98,7 +98,7 @@ def rows_of_slices(attention_slices: Any, batch: int) -> list[AttentionSlices]:
     if strange:
         raise ValueError(
             f"attention_slices is or holds {strange[0]!r}, and must be a list of ((first query, last + 1), (first key, "
-            "last + 1), kind), or one such list for each row of the batch; no arrays."
+            "last + 1), kind), or one such list for each row of the batch; not arrays."
         )
     one = any(len(row) == 3 and not isinstance(row[2], tuple) for row in given)
     if one or not given:

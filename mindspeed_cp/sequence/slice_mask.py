@@ -190,7 +190,7 @@ def _numbers(number: int, given: AttentionSlice, seq_len: int) -> tuple[int, int
         ) from None
     ends = (q_start, q_stop, k_start, k_stop)
     if any(isinstance(end, bool) or not isinstance(end, (int, np.integer)) for end in ends):
-        raise ValueError(f"attention_slices {number} is {given!r}, and its ranges must be whole numbers, no tensors.")
+        raise ValueError(f"attention_slices {number} is {given!r}, and its ranges must be whole numbers, not tensors.")
     if not (0 <= q_start <= q_stop <= seq_len and 0 <= k_start <= k_stop <= seq_len):
         raise ValueError(
             f"attention_slices {number} is {given!r}, and its ranges must ascend and lie in the sequence of {seq_len} "

@@ -80,7 +80,7 @@ class PackedTree:
         if layout.seq_len < len(self):
             raise ValueError(
                 f"the layout is of {layout.seq_len} tokens, and the tree has {len(self)}; build it for len(tree), and "
-                "for the padding behind it."
+                "for the padding after it."
             )
         ends = self.rows.numpy(force=True)
         places = [
@@ -257,7 +257,7 @@ def _checked_weights(number: int, length: int, weights: Sequence[Weights] | None
     if array.shape != (length,) or array.dtype.kind not in "biuf":
         raise ValueError(
             f"weights of sequence {number} of pack_tree have shape {array.shape} and dtype {array.dtype}, and it has "
-            f"{length} tokens; pass one number for each token of each sequence, 0 for those that are no labels."
+            f"{length} tokens; pass one number for each token of each sequence, 0 for those that are not labels."
         )
     return array.astype(np.float64)
 

@@ -13,5 +13,5 @@ def tokens(text: str) -> int:
     """
     match = re.fullmatch(r"0*([1-9][0-9]*)([km]?)", text.strip().lower())
     if not match:
-        raise ValueError(f"{text!r} is no length; write a number of tokens above 0, such as 4096, 128k or 1m.")
+        raise ValueError(f"{text!r} is not a length; write a number of tokens above 0, such as 4096, 128k or 1m.")
     return int(match[1]) * UNITS[match[2]]

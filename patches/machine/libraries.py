@@ -105,7 +105,7 @@ def product(adaptor: Any, original: Any) -> Any:
 def format_is_passed() -> str:
     writer = importlib.import_module(CHECKPOINT_WRITER)
     wanted = "serialization_format" in inspect.signature(writer._write_item).parameters
-    return "" if wanted else "this torch wants no format"
+    return "" if wanted else "this torch needs no format"
 
 
 @patch(
@@ -127,7 +127,7 @@ def write_item(adaptor: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
     when=(
         installed("transformer_engine", TRANSFORMER_ENGINE),
         without_checkout,
-        absent(FP8_FIX, "this version does not ask"),
+        absent(FP8_FIX, "this version does not read it"),
     ),
 )
 def no_fp8_fix(adaptor: Any, original: Any, state_dict: Any) -> None:

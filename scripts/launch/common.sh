@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the launch scripts of all model families share; they source this file. Every variable below can be set from the
-# environment, and flags after the size go to pretrain_gpt.py as they are (the last one wins).
+# Common code of the launch scripts of all model families; they source this file. Every variable below can be set from the
+# environment, and flags after the size are passed to pretrain_gpt.py unchanged (the last one wins).
 #
 #   SIZE=7b                   or the first argument of the family's script
 #   TINY=1                    the same architecture, small enough to train on a CPU
@@ -10,7 +10,7 @@
 #                             N may end in k or m
 #   CP TP PP VPP              context, tensor and pipeline parallel sizes, interleaved parts of a stage; data parallel is the rest
 #   CP=auto                   the planner's fastest setting that fits (python -m mindspeed_cp.plan) on NNODES x NPROC_PER_NODE
-#                             devices of CLUSTER=ascend-910b|ascend-910c|a100|h100 with DEVICE_MEMORY=64GB; TP and PP that are given stay
+#                             devices of CLUSTER=ascend-910b|ascend-910c|a100|h100 with DEVICE_MEMORY=64GB; given TP and PP stay
 #   CP_ALGO ULYSSES_DEGREE CP_WINDOW MASK_TYPE KV_CACHE_POLICY KV_EXCHANGE OVERLAP CALCULATOR KEEP_ATTENTION=1|0    context parallelism
 #   MICRO_BATCH GLOBAL_BATCH TRAIN_ITERS LR MIN_LR LR_WARMUP_ITERS WEIGHT_DECAY CLIP_GRAD SEED    training
 #   PRECISION=bf16|fp32 RECOMPUTE=full|selective|none SEQUENCE_PARALLEL=1|0 DISTRIBUTED_OPTIMIZER=1|0
@@ -38,8 +38,8 @@ must() {
   done
 }
 
-# check_numbers: every number that comes from the environment, before any of them is computed with: bash would evaluate
-# what stands in them.
+# check_numbers: checks every number from the environment before any computation with it, because bash would evaluate its
+# text.
 check_numbers() {
   must "a whole number of at least 1, such as 2" "[1-9][0-9]{0,11}" TP PP VPP NPROC_PER_NODE NNODES MICRO_BATCH GLOBAL_BATCH \
     TRAIN_ITERS CP_WINDOW ULYSSES_DEGREE VOCAB_SIZE SAVE_INTERVAL LOG_INTERVAL EVAL_INTERVAL TIMEOUT_MINUTES SLURM_NNODES \
@@ -54,9 +54,8 @@ check_numbers() {
   must "bf16 or fp32" "bf16|fp32" PRECISION
 }
 
-# read_model ARGUMENTS: the size is the first of them, or $SIZE, or the family's first; the rest are flags for
-# pretrain_gpt.py. The sizes of the model come from the planner's table; TINY keeps what makes the architecture and shrinks
-# the numbers.
+# read_model ARGUMENTS: the size is the first argument, or $SIZE, or the family's first; the rest are flags for
+# pretrain_gpt.py. The sizes of the model come from the planner's table; TINY keeps the architecture and shrinks the numbers.
 read_model() {
   local table=$REPOSITORY/mindspeed_cp/planner/models.txt known given=${SIZE:-} vocabulary
   known=$(sed -n "s/^$MODEL-\([^ ]*\) .*/\1/p" "$table" | xargs)
@@ -70,7 +69,7 @@ read_model() {
   EXTRA_FLAGS=("$@")
   read -r _ LAYERS HIDDEN FFN HEADS KV_HEADS vocabulary _ < <(grep "^$MODEL-$SIZE " "$table")
   if [[ ${TINY:-0} == 1 ]]; then
-    # Two KV heads stand for any grouping.
+    # Two KV heads represent any grouping.
     if ((KV_HEADS < HEADS)); then KV_HEADS=2; else KV_HEADS=8; fi
     LAYERS=2 HIDDEN=64 FFN=176 HEADS=8
     VOCAB_SIZE=${VOCAB_SIZE:-512} SEQ_LENGTH=${SEQ_LENGTH:-256} TP=${TP:-1} PP=${PP:-1} CP=${CP:-2}
@@ -80,13 +79,13 @@ read_model() {
   VOCAB_SIZE=${VOCAB_SIZE:-$vocabulary}
 }
 
-# Sizes of a model that fits 64 GB devices; the environment wins.
+# Sizes of a model that fits 64 GB devices; the environment overrides them.
 default_parallel() {
   if [[ ${CP:-} == auto ]]; then return; fi
   TP=${TP:-$1} PP=${PP:-$2}
 }
 
-# CP=auto: what the planner prints for --shell; TP and PP that are set already stay.
+# CP=auto: the planner's output for --shell; TP and PP that are already set stay.
 plan_context_parallel() {
   local plan name value given=()
   plain_length
@@ -95,7 +94,7 @@ plan_context_parallel() {
     [[ -z ${!name:-} ]] || fail "CP=auto chooses $name, and it is ${!name}; leave it out, or give CP."
   done
   TP_GIVEN=${TP:-} PP_GIVEN=${PP:-} TP=${TP:-1} PP=${PP:-1} CP=8
-  choose_device # which counts the devices; of a CPU the three sizes above
+  choose_device # sets the number of devices, on a CPU TP x PP x CP of the line above
   TP=$TP_GIVEN PP=$PP_GIVEN
   local devices=$((${NNODES:-${SLURM_NNODES:-${SLURM_JOB_NUM_NODES:-1}}} * NPROC_PER_NODE))
   given=(--model "$MODEL-$SIZE" --devices "$devices" --devices-per-node "$NPROC_PER_NODE" --seq-length "$SEQ_LENGTH"
@@ -124,9 +123,9 @@ plain_length() {
   esac
 }
 
-# A sequence length -> CP, algorithm and windows. At 32k a rank of 4 holds 8k tokens, too few to hide a ring's transfers
-# behind: Ulysses. At 128k the heads of a tensor-parallel rank no longer suffice for 8 ranks of every model: Hybrid. At 1M a
-# ring of 8 spans nodes: windows of 4 keep most of its transfers within a node.
+# Sequence length -> CP, algorithm and windows. At 32k each of 4 ranks holds 8k tokens, too few to hide a ring's transfers:
+# Ulysses. At 128k some models have too few heads per tensor-parallel rank for 8 ranks: Hybrid. At 1M a ring of 8 spans
+# nodes: windows of 4 keep most of its transfers within a node.
 choose_context_parallel() {
   SEQ_LENGTH=${SEQ_LENGTH:-32k}
   if [[ ${CP:-} == auto ]]; then plan_context_parallel; fi
@@ -157,7 +156,7 @@ count_visible() {
   fi
 }
 
-# NPU before GPU before CPU; a DEVICE that is named but not there (a dry run elsewhere) counts as a node of eight.
+# NPU before GPU before CPU; a named DEVICE that is not available (a dry run elsewhere) counts as a node of eight.
 choose_device() {
   local npus gpus
   npus=$(count_visible "${ASCEND_RT_VISIBLE_DEVICES:-}" "$(find /dev -maxdepth 1 -name 'davinci[0-9]*' 2>/dev/null | wc -l)")
@@ -173,7 +172,7 @@ choose_device() {
   esac
 }
 
-# NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: from the environment, else Slurm's, else this machine alone.
+# NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: from the environment, else Slurm's, else only this machine.
 choose_nodes() {
   NNODES=${NNODES:-${SLURM_NNODES:-${SLURM_JOB_NUM_NODES:-1}}}
   NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
@@ -265,7 +264,7 @@ embedded_flags() {
   fi
 }
 
-# put NAME VALUE: a variable of the run, unless the environment has it; ENVIRONMENT collects what the run gets.
+# put NAME VALUE: sets a variable of the run unless the environment has it; ENVIRONMENT collects these variables.
 put() {
   export "$1=${!1:-$2}"
   ENVIRONMENT+=("$1=${!1}")
@@ -279,8 +278,8 @@ set_environment() {
   put CUDA_DEVICE_MAX_CONNECTIONS 1
   case $DEVICE in
     npu)
-      # What Ascend's users set: less fragmentation, operators enqueued by a thread of their own, threads bound to the
-      # cores near the device, and time for slow starts.
+      # Usual settings on Ascend: less fragmentation, a separate thread that enqueues operators, threads bound to the cores
+      # near the device, and time for slow starts.
       put PYTORCH_NPU_ALLOC_CONF expandable_segments:True
       put TASK_QUEUE_ENABLE 2
       put CPU_AFFINITY_CONF 1
@@ -288,7 +287,7 @@ set_environment() {
       put HCCL_EXEC_TIMEOUT "$((${TIMEOUT_MINUTES:-30} * 60))"
       ;;
     cpu)
-      # Several ranks share the cores. Where torch_npu is installed without CANN, torch itself fails to load it.
+      # Several ranks share the cores. If torch_npu is installed without CANN, torch itself fails to load it.
       put MINDSPEED_CP_DEVICE cpu
       put OMP_NUM_THREADS 1
       put TORCH_DEVICE_BACKEND_AUTOLOAD 0
@@ -303,7 +302,7 @@ print_resolved() {
     ULYSSES_DEGREE CP_WINDOW LAYERS HIDDEN FFN HEADS KV_HEADS VOCAB_SIZE PRECISION; do
     printf '%s=%s\n' "$name" "${!name}"
   done
-  # It needs no device, and torch_npu without CANN would not even let torch start.
+  # This needs no device, and with torch_npu but without CANN torch would not start.
   TORCH_DEVICE_BACKEND_AUTOLOAD=0 WORLD_SIZE=$WORLD "$PYTHON" "$LAUNCH_DIR/describe.py" "${FLAGS[@]}" "${EXTRA_FLAGS[@]}"
   # Paths may be relative, so the command begins where this script was started.
   echo "# command"

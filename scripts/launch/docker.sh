@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Docker: a launch script in a container that holds torch (and CANN or CUDA); this repository is mounted into it.
+# Docker: runs a launch script in a container with torch (and CANN or CUDA); this repository is mounted into it.
 #   IMAGE=my/torch:latest bash scripts/launch/docker.sh llama2 7b [flags of pretrain_gpt.py]
-# The variables of common.sh that are set here are handed in. DRY_RUN=1 prints the command of docker.
+# The variables of common.sh that are set here are passed to it. DRY_RUN=1 prints the command of docker.
 # DRY_RUN=1: prints the command behind the line '# command' and starts nothing.
 set -euo pipefail
 FAMILY=${1:?usage: IMAGE=... bash scripts/launch/docker.sh FAMILY [SIZE] [flags]}
@@ -22,7 +22,7 @@ case ${DEVICE:-gpu} in
   cpu) ;;
   *) echo "docker.sh: error: DEVICE $DEVICE is not known; choose npu, gpu or cpu." >&2; exit 2 ;;
 esac
-# Names alone: docker takes their values from here.
+# Only names: docker takes their values from this environment.
 for name in SIZE TINY SEQ_LENGTH CP TP PP VPP CLUSTER DEVICE_MEMORY CP_ALGO ULYSSES_DEGREE CP_WINDOW MASK_TYPE KV_CACHE_POLICY \
   KV_EXCHANGE OVERLAP CALCULATOR KEEP_ATTENTION MICRO_BATCH GLOBAL_BATCH TRAIN_ITERS LR MIN_LR LR_WARMUP_ITERS WEIGHT_DECAY CLIP_GRAD \
   SEED PRECISION RECOMPUTE SEQUENCE_PARALLEL DISTRIBUTED_OPTIMIZER DATA_PATH TOKENIZER_TYPE TOKENIZER_MODEL VOCAB_SIZE SPLIT SAVE LOAD \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GPT-3 style: LayerNorm, GELU, biases, learned positions, input and output embeddings shared.
+# GPT-3 style: LayerNorm, GELU, biases, learned positions, shared input and output embeddings.
 #   bash scripts/launch/gpt3.sh [1.3b|125m|350m|2.7b|6.7b|13b|175b] [flags of pretrain_gpt.py ...]        variables: common.sh
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Qwen, and Qwen1.5 through qwen1_5.sh: RMSNorm, RoPE, SwiGLU, bias in the QKV projection alone. Qwen's 72B and every size of
+# Qwen, and Qwen1.5 through qwen1_5.sh: RMSNorm, RoPE, SwiGLU, bias only in the QKV projection. Qwen's 72B and every size of
 # Qwen1.5 have a larger rotary base; the 72B has a wider MLP.
 #   bash scripts/launch/qwen.sh [7b|14b|72b] [flags of pretrain_gpt.py ...]        variables: common.sh
 set -euo pipefail

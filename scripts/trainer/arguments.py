@@ -75,16 +75,16 @@ def _add_model(add):
     add("--seq-length", length(), default=1024, help="tokens of a sequence, over all context-parallel ranks")
     add("--max-position-embeddings", whole(1), help="learned positions; default: --seq-length")
     kinds = one_of("learned_absolute", "rope", "none")
-    add("--position-embedding-type", kinds, default="learned_absolute", help="how tokens know their place")
+    add("--position-embedding-type", kinds, default="learned_absolute", help="how positions are encoded")
     add("--rotary-base", whole(1), default=10000, help="base of RoPE")
     turned = real(0, 1, open_low=True, example="1.0")
-    add("--rotary-percent", turned, default=1.0, help="share of the head dimension that RoPE turns")
+    add("--rotary-percent", turned, default=1.0, help="share of the head dimension that RoPE rotates")
     add("--normalization", one_of("LayerNorm", "RMSNorm"), default="LayerNorm", help="kind of norm")
     add("--norm-epsilon", real(0, open_low=True, example="1e-5"), default=1e-5, help="epsilon of the norms")
     add("--swiglu", action="store_true", help="gated SiLU instead of GELU")
     add("--disable-bias-linear", action="store_false", dest="add_bias_linear", help="no bias in linear layers")
     add("--add-qkv-bias", action="store_true", help="bias in the QKV projection alone")
-    add("--untie-embeddings-and-output-weights", action="store_true", help="output layer with weights of its own")
+    add("--untie-embeddings-and-output-weights", action="store_true", help="output layer with its own weights")
     add("--window-size", window(), help="sliding window as LEFT,RIGHT tokens, such as 128,0")
     dropout = real(0, 1, open_high=True, example="0.0")
     add("--attention-dropout", dropout, default=0.0, help="dropout of attention probabilities")
@@ -122,7 +122,7 @@ def _add_training(add):
 
 def _add_parallel(add):
     add("--tensor-model-parallel-size", whole(1), default=1, help="ranks that share each layer")
-    add("--pipeline-model-parallel-size", whole(1), default=1, help="ranks that share the stack of layers")
+    add("--pipeline-model-parallel-size", whole(1), default=1, help="ranks over which the layers are distributed")
     add("--num-virtual-stages-per-pipeline-rank", whole(2), help="interleaved stages of a pipeline rank")
     add("--sequence-parallel", action="store_true", help="split norms and dropout over tensor-parallel ranks")
     minutes = real(0, 525600, open_low=True, example="10")
@@ -139,7 +139,7 @@ def _add_data(add):
     add("--reset-position-ids", action="store_true", help="count positions from each document's start")
     add("--reset-attention-mask", action="store_true", help="attention never crosses the end of a document")
     add("--eod-mask-loss", action="store_true", help="no loss on end-of-document tokens")
-    varying = "cut every micro batch to a length of its own, at most --seq-length and the same in every run"
+    varying = "cut every micro batch to a different length, at most --seq-length and the same in every run"
     add("--variable-seq-lengths", action="store_true", help=varying)
     packing = "rows of at most --seq-length tokens over all context-parallel ranks, filled with documents by length, "
     packing += "each of which begins anew and is whole if no longer than a row; --global-batch-size counts rows"
@@ -153,14 +153,14 @@ def _add_data(add):
 def _add_files(add):
     folder = path("checkpoints")
     add("--save", folder, help="folder for checkpoints (sharded; they resume under other parallel sizes)")
-    load = "folder of the checkpoint to resume; the latest in it is taken. The folder of --save may be empty, so that "
+    load = "folder of the checkpoint to resume; the latest one is used. The folder of --save may be empty, so that "
     load += "one command serves the first start and every restart. Load only checkpoints you trust: checksums find "
     add("--load", folder, help=load + "damage, not malice")
-    add("--save-interval", whole(1), help="steps between checkpoints; default: at the end alone")
+    add("--save-interval", whole(1), help="steps between checkpoints; default: only at the end")
     add("--keep-last", whole(1), help="checkpoints that stay in --save, the newest ones; default: all")
     add("--exit-interval", whole(1), help="stop after a step that this number divides, as if the job had ended")
     add("--eval-interval", whole(1), default=1000, help="steps between validations")
-    add("--eval-iters", whole(0), default=0, help="steps of one validation; 0: none")
+    add("--eval-iters", whole(0), default=0, help="steps per validation; 0: none")
     add("--log-interval", whole(1), default=1, help="steps between printed lines")
     add("--log-file", path("logs/run.jsonl", "FILE"), help="JSON lines with loss, gradient norm and bytes of each step")
     add("--tensorboard-dir", path("logs/board"), help="folder for TensorBoard scalars")

@@ -85,7 +85,7 @@ class Checkpoint:
             elif path.stat().st_size != size:
                 wrong.append(f"{path} has {path.stat().st_size:,} bytes of {size:,} ({last_changed(path)})")
             elif digests and digest_of(path) != digest:
-                wrong.append(f"{path} holds other bytes than were written ({last_changed(path)})")
+                wrong.append(f"{path} does not contain the bytes that were written ({last_changed(path)})")
         return wrong
 
     def check(self, args: Namespace) -> None:
@@ -122,7 +122,7 @@ def find_checkpoint(load: str, save: str | None) -> Checkpoint | None:
     latest, name = Path(load, LATEST), ""
     if latest.is_file():
         name = latest.read_bytes().decode("utf-8", "replace").strip()
-        wrong = f"{latest} names {name!r}, which is no checkpoint" if name else f"{latest} is empty"
+        wrong = f"{latest} names {name!r}, which is not a checkpoint" if name else f"{latest} is empty"
         wrong += f" ({last_changed(latest)})"
     elif save and Path(save).resolve() == Path(load).resolve() and not any(_whole_ones(load)):
         return None
@@ -226,7 +226,7 @@ def _way_back(folder: str, damaged: str) -> str:
         )
     if not _names(folder):
         return "give the folder that --save wrote, or leave --load out"
-    return "no other checkpoint in it is whole; leave --load out to start again, or restore the folder from a copy"
+    return "no other checkpoint in it is complete; leave --load out to start again, or restore the folder from a copy"
 
 
 def _as_flag(name: str, value: Any) -> str:

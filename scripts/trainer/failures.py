@@ -63,7 +63,7 @@ def readable_failures(rank: int) -> Iterator[None]:
     except (RuntimeError, ConnectionError, TimeoutError) as error:
         if not is_loss_of_a_peer(error):
             raise
-        _leave(f"rank {rank}: {_first_line(error)} (another rank has failed or is silent: read what it says first)", 1)
+        _leave(f"rank {rank}: {_first_line(error)} (another rank has failed or is silent: read its output first)", 1)
 
 
 def is_loss_of_a_peer(error: BaseException | None) -> bool:

@@ -47,7 +47,7 @@ def files_of(inputs: list[str]) -> list[Path]:
         elif not path.is_file():
             raise ValueError(f"--input {name} does not exist; give a file of text, of JSON lines, or a folder of them.")
         elif path.suffix not in ENDINGS:
-            raise ValueError(f"--input {name} is neither .txt nor .jsonl; rename it to the one that it is.")
+            raise ValueError(f"--input {name} is neither .txt nor .jsonl; rename it according to its content.")
         else:
             found.append(path)
     return found
@@ -74,7 +74,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--input {path} is no UTF-8 text (byte {error.start}); convert it with iconv.") from None
+        raise ValueError(f"--input {path} is not UTF-8 text (byte {error.start}); convert it with iconv.") from None
 
 
 def _lines(path: Path, key: str) -> Iterator[str]:
@@ -86,7 +86,7 @@ def _lines(path: Path, key: str) -> Iterator[str]:
                 record = json.loads(line)
             except ValueError as error:
                 raise ValueError(
-                    f"--input {path}, line {number} is no JSON ({error}); mend or drop that line."
+                    f"--input {path}, line {number} is not JSON ({error}); correct or remove that line."
                 ) from None
             if not isinstance(record, dict) or not isinstance(record.get(key), str):
                 there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
@@ -104,7 +104,7 @@ def encoder_of(folder: str) -> Encoder:
     """
     path = Path(folder)
     if not path.is_dir():
-        raise ValueError(f"--tokenizer {folder} is no folder; give one with a tokenizer.json, such as a model's.")
+        raise ValueError(f"--tokenizer {folder} is not a folder; give one with a tokenizer.json, such as a model's.")
     if (path / "tokenizer.json").is_file() and importlib.util.find_spec("tokenizers"):
         from tokenizers import Tokenizer
 

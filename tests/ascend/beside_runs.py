@@ -14,7 +14,7 @@ from pathlib import Path
 import bed
 from algorithms import ALGORITHMS, flags_of
 
-from mindspeed_cp.megatron.neighbour import BRANCHES
+from mindspeed_cp.megatron.neighbour import BRANCHES, FRONTS
 from mindspeed_cp.patches.versions import minor
 
 BOUND = 1e-5
@@ -53,8 +53,9 @@ def difference(found, wanted):
 LLM = """--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --max-position-embeddings 128
 --micro-batch-size 1 --global-batch-size 2 --train-iters 3 --lr 1e-3 --min-lr 1e-4 --log-interval 1 --eval-iters 0
 --eval-interval 100 --attention-dropout 0 --hidden-dropout 0 --distributed-timeout-minutes 2 --split 90,10,0
---no-gradient-accumulation-fusion --no-masked-softmax-fusion --seq-length 64 --transformer-impl local --use-mcore-models
+--no-gradient-accumulation-fusion --no-masked-softmax-fusion --transformer-impl local --use-mcore-models
 --use-flash-attn --position-embedding-type rope --normalization RMSNorm --swiglu""".split()
+LENGTH = "64"
 MOCK = "--mock-data --tokenizer-type NullTokenizer --vocab-size 4200".split()
 INSTRUCTIONS = """--stage sft --is-instruction-dataset --prompt-type qwen --finetune --no-shuffle
 --padded-vocab-size 256 --tokenizer-type PretrainedFromHF""".split()
@@ -64,7 +65,9 @@ BATCHES = {  # title -> script, flags, algorithms that are tried
     "documents": (PRETRAIN, [*MOCK, "--reset-attention-mask", "--reset-position-ids"], ("Ulysses", "Ring")),
     "multi-token prediction": (PRETRAIN, [*MOCK, "--mtp-num-layers", "1"], ("Ulysses", "Ring")),
     "instructions": (POSTTRAIN, INSTRUCTIONS, tuple(ALGORITHMS)),
+    "packed instructions": (POSTTRAIN, [*INSTRUCTIONS, "--reset-attention-mask", "--neat-pack"], ("Ulysses", "Ring")),
 }
+EITHER = {"whole rows": ("Ulysses", "Ring")}  # tried with MindSpeed-LLM first, too -> with these algorithms
 
 
 class MindSpeedLLM:
@@ -82,17 +85,21 @@ class MindSpeedLLM:
         """([(loss, gradient norm) of every step], all that was printed); "" is MindSpeed alone on one device."""
         script, flags, _ = BATCHES[batch]
         size, settings = ALGORITHMS[algorithm] if algorithm else (1, {})
-        further = _of_documents(algorithm) if algorithm and batch == "documents" else []
-        if batch == "instructions":
-            flags = [*flags, *self._instructions()]
+        further = _of_documents(algorithm, script) if algorithm and "--reset-attention-mask" in flags else []
+        if script == POSTTRAIN:
+            flags = [*flags, *self._instructions("--neat-pack" in flags)]
         if not algorithm:
             environment = {"MINDSPEED_CP": "off", **environment}
         ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        flags = [*LLM, *flags, *(flags_of(size, settings) if algorithm else []), *further]
+        flags = [*LLM, "--seq-length", LENGTH, *flags, *(flags_of(size, settings) if algorithm else []), *further]
         said = self._program(*ranks, bed.HERE / "llm_script.py", self._script(script), *flags, **environment)
         found = re.findall(r"lm loss: (\S+) .*? grad norm: (\S+) ", said)
         assert len(found) == 3, said[-3000:]
         return [tuple(map(float, pair)) for pair in found], said
+
+    def run_behind(self, batch, algorithm):
+        """As ``run``, and MindSpeed-LLM has patched, with its own context parallelism, before this project comes."""
+        return self.run(batch, algorithm, IMPORTED_FIRST=FRONTS["mindspeed_llm"][0])
 
     def _script(self, name):
         return next(path for folder in self.folders if (path := Path(folder, name)).is_file())
@@ -108,17 +115,22 @@ class MindSpeedLLM:
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    def _instructions(self):
+    def _instructions(self, packed):
         """Flags of a tiny tokenizer and of a dataset that MindSpeed-LLM's own preprocessing makes, once."""
-        prefix = self.scratch / "instructions"
+        prefix = self.scratch / ("packed" if packed else "instructions")
         if not prefix.with_suffix(".json").exists():
-            self._program(bed.HERE / "llm_instructions.py", self._script("preprocess_data.py"), prefix)
+            further = ["--pack", "--neat-pack", "--seq-length", LENGTH] if packed else []
+            self._program(bed.HERE / "llm_instructions.py", self._script("preprocess_data.py"), prefix, *further)
         return ["--tokenizer-name-or-path", f"{prefix}-tokenizer", "--data-path", str(prefix)]
 
 
-def _of_documents(algorithm):
-    """What MindSpeed-LLM asks for with documents: lengths of any kind in a ring, else the kind of its mask."""
-    return ["--variable-seq-lengths"] if algorithm == "Ring" else ["--attention-mask-type", "general"]
+def _of_documents(algorithm, script):
+    """What MindSpeed-LLM asks for with documents: lengths of any kind in a causal ring, else the kind of its mask.
+
+    Its trainer of instructions pads documents for a causal ring by ends of which some are -1, and fails.
+    """
+    causal = algorithm == "Ring" and script == PRETRAIN
+    return ["--variable-seq-lengths"] if causal else ["--attention-mask-type", "general"]
 
 
 def _row(*cells):
@@ -126,12 +138,12 @@ def _row(*cells):
 
 
 def _cells(tried, differences):
-    """The cells of the losses and of every algorithm: "–" where it was not tried."""
+    """The cells of the losses and of every algorithm: "-" if it was not tried."""
     yield f"{tried[0][0]:.4f} to {tried[-1][0]:.4f}"
     for name in ALGORITHMS:
         worst = differences.get(name)
         assert worst is None or worst < BOUND, (name, worst)
-        yield "–" if worst is None else f"{worst:.0e}" if worst else "0"
+        yield "-" if worst is None else f"{worst:.0e}" if worst else "0"
 
 
 def rows_of_mindspeed(folder):
@@ -160,8 +172,13 @@ def rows_of_mindspeed_llm(folders):
         llm = MindSpeedLLM(folders, scratch)
         for batch, (script, _, names) in BATCHES.items():
             alone = [(loss,) for loss, _ in llm.run(batch)[0]]
-            worst = {name: difference([(loss,) for loss, _ in llm.run(batch, name)[0]], alone) for name in names}
-            _row("MindSpeed-LLM", script, batch, "`mindspeed_cp.run`", *_cells(alone, worst))
+            orders = {"mindspeed_cp first": llm.run} | (
+                {"MindSpeed-LLM first": llm.run_behind} if batch in EITHER else {}
+            )
+            for order, run in orders.items():
+                tried = names if run == llm.run else EITHER[batch]
+                worst = {name: difference([(loss,) for loss, _ in run(batch, name)[0]], alone) for name in tried}
+                _row("MindSpeed-LLM", script, batch, order, *_cells(alone, worst))
 
 
 def main():

@@ -1,6 +1,6 @@
 """A tiny tokenizer and an instruction dataset, made by MindSpeed-LLM's own program:
 
-python llm_instructions.py preprocess_data.py PREFIX
+python llm_instructions.py preprocess_data.py PREFIX [its further flags]
 """
 
 import json
@@ -37,7 +37,7 @@ def write_examples(path):
 
 
 def main():
-    script, prefix = sys.argv[1:]
+    script, prefix, *further = sys.argv[1:]
     warnings.simplefilter("ignore")
     import unneeded
 
@@ -46,7 +46,7 @@ def main():
     write_examples(f"{prefix}.json")
     flags = f"--input {prefix}.json --output-prefix {prefix} --tokenizer-name-or-path {prefix}-tokenizer --workers 1"
     flags += " --tokenizer-type PretrainedFromHF --handler-name AlpacaStyleInstructionHandler --prompt-type qwen"
-    sys.argv = [script, *flags.split(), "--log-interval", "1000"]
+    sys.argv = [script, *flags.split(), "--log-interval", "1000", *further]
     runpy.run_path(script, run_name="__main__")
 
 

@@ -10,6 +10,7 @@ neither. No NPU is needed, and nothing is trained.
 
 import argparse
 import functools
+import os
 import subprocess
 import sys
 import tempfile
@@ -90,6 +91,7 @@ def main(arguments=None):
     parser.add_argument("folder", type=Path, help="of MindSpeed-LLM")
     folder = parser.parse_args(arguments).folder.resolve()
     warnings.simplefilter("ignore")
+    os.environ["MINDSPEED_CP_DEVICE"] = "cpu"  # no device is needed to parse
     launch_findings.ask = Asked()
     count, kinds = Counter(), Counter()
     print("| script | starts | parses | resolves to |\n|---|---|---|---|")

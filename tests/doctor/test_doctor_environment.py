@@ -80,7 +80,7 @@ def test_a_port_of_another_host_is_not_said_to_be_free(monkeypatch):
 @pytest.mark.parametrize("number", [0, 65_536, 295_000])
 def test_a_number_that_is_no_port_is_a_problem(number):
     found = environment.port("localhost", number)
-    assert found.level == "problem" and f"port {number} is none of 1 to 65535" in found.text
+    assert found.level == "problem" and f"port {number} is not one of 1 to 65535" in found.text
 
 
 def test_gloo_without_a_usable_interface_is_named(monkeypatch):

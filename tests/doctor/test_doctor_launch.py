@@ -140,7 +140,7 @@ def test_flags_that_the_script_does_not_know_are_named(monkeypatch):
 def test_a_port_beyond_all_ports_is_a_problem(where):
     own = dict(part.split("=") for part in where.split())
     (wrong,) = [finding for finding in environment.meeting({}, own) if finding.level == "problem"]
-    assert f"port {own['MASTER_PORT']} is none of 1 to 65535" in wrong.text and "MASTER_PORT=" in wrong.todo
+    assert f"port {own['MASTER_PORT']} is not one of 1 to 65535" in wrong.text and "MASTER_PORT=" in wrong.todo
 
 
 def test_a_launch_script_is_read_by_its_dry_run(monkeypatch, tmp_path):

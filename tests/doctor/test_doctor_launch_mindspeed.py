@@ -132,3 +132,9 @@ def test_lines_of_mindspeed_llm_mean_here_what_they_mean_there(of_mindspeed, fla
     found, _ = launch_findings.examined(f"{launcher} {HEADS} --context-parallel-size {flags}", "cpu")
     assert [text for text in texts(found, "ok") if text.startswith(LINES[flags])], found
     assert not texts(found, "problem")
+
+
+def test_models_that_split_sequences_themselves_are_left_to_mindspeed(of_mindspeed):
+    of_mindspeed.write_text("import mindspeed.megatron_adaptor\nfrom mindspeed_mm.training import pretrain\n")
+    (first, *_) = said(of_mindspeed, f"{CP} --context-parallel-algo ulysses_cp_algo")
+    assert first.level == "note" and first.text.startswith("MindSpeed-MM's models split sequences themselves: context")

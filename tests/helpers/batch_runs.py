@@ -45,6 +45,7 @@ def build(cp_size, pre=True, post=True, stage=None, **settings):
     from megatron.core.transformer import TransformerConfig
 
     model_parallel_cuda_manual_seed(3)
+    positions = "mrope" if "mrope_section" in settings else "rope"
     config = TransformerConfig(
         **(MODEL | {"num_query_groups": 2, "variable_seq_lengths": False} | settings), context_parallel_size=cp_size
     )
@@ -56,7 +57,7 @@ def build(cp_size, pre=True, post=True, stage=None, **settings):
         max_sequence_length=2 * SEQ,
         pre_process=pre,
         post_process=post,
-        position_embedding_type="rope",
+        position_embedding_type=positions,
         **where,
     )
     with torch.no_grad():

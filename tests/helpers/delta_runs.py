@@ -28,6 +28,7 @@ class Case:
     cheap: bool = False
     alltoall: bool = True
     decays: int = 1
+    gate: bool = False
 
     @property
     def ends(self):
@@ -174,7 +175,9 @@ def run(rank, case):
             out = core.by_heads(*mine.split(widths, dim=-1), exchange, case.ends)
         else:
             parts = contiguous_parts(layout)
-            moved = exchange_rows(mine, conversion(layout, parts), groups.cp, "tokens")
+            gate = mine.new_zeros((*mine.shape[:2], case.values * case.value_dim * case.gate))  # of the output
+            moved = exchange_rows(torch.cat([mine, gate], -1), conversion(layout, parts), groups.cp, "tokens")
+            moved = moved[..., : mine.size(-1)]
             out = core.by_state(*moved.split(widths, dim=-1), OwnPart(groups.cp, parts, case.ends))
             out = exchange_rows(out, conversion(parts, layout), groups.cp, "tokens")
     with count_bytes() as backward:

@@ -1,9 +1,8 @@
-"""Training loops in the manner of two frameworks, on megatron-core's GPTModel; ``train`` runs on each rank.
+"""A training loop like verl's, on megatron-core's GPTModel; ``train`` runs on each rank.
 
-Both split packed documents themselves: each is padded to a multiple of 2 * cp tokens and is a separate zigzag.
-
-    log-probability driver  like verl: settings in two dicts, logits -> log-probabilities -> whole rows -> loss
-    token-loss driver       like ms-swift: all settings in one dict, the model's own loss per token
+It splits packed documents itself: each is padded to a multiple of 2 * cp tokens and is a separate zigzag. Settings come
+in two dicts. The loss is computed from log-probabilities that were gathered into whole rows. tests/frameworks runs verl
+and ms-swift themselves, in a separate environment; this loop runs where they are not installed.
 """
 
 import contextlib
@@ -57,34 +56,25 @@ def packed_params(boundaries):
 
 
 def local_batch(step, cp_rank, cp_size):
-    """What a framework passes to the model: tokens, position ids, labels, the loss mask, packed parameters."""
+    """What a framework passes to the model: tokens, position ids, labels, packed parameters."""
     found = documents(step)
     tokens, boundaries = packed([tokens for tokens, _ in found], cp_rank, cp_size)
     labels, _ = packed([labels for _, labels in found], cp_rank, cp_size)
     positions, _ = packed([torch.arange(len(tokens)) for tokens, _ in found], cp_rank, cp_size)
-    counted, _ = packed([torch.ones(len(tokens)) for tokens, _ in found], cp_rank, cp_size)
-    return tokens, positions, labels, counted, packed_params(boundaries)
+    return tokens, positions, labels, packed_params(boundaries)
 
 
-def log_probability_loss(model, step, cp_rank, cp_size, state):
-    """Like verl: log-probabilities of the rank's tokens, gathered into whole documents, then their loss."""
-    tokens, positions, labels, _, params = local_batch(step, cp_rank, cp_size)
+def loss_of(model, step, cp_rank, cp_size, state):
+    """Log-probabilities of the rank's tokens, gathered into whole documents, then their loss."""
+    tokens, positions, labels, params = local_batch(step, cp_rank, cp_size)
     logits = model(tokens, positions, None, packed_seq_params=params)
     local = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     whole = state.gather_sequence(local, of=params, dim=1)[0]
     starts = params.cu_seqlens_q_padded.tolist()
     rows = [whole[start : start + length] for start, length in zip(starts, LENGTHS)]
-    return -sum(row.mean() for row in rows) / len(rows), 1.0
+    return -sum(row.mean() for row in rows) / len(rows)
 
 
-def token_loss(model, step, cp_rank, cp_size, state):
-    """Like ms-swift: the model's loss per token; every rank sums its own, and the sums are added."""
-    tokens, positions, labels, counted, params = local_batch(step, cp_rank, cp_size)
-    losses = model(tokens, positions, None, labels=labels, packed_seq_params=params)
-    return (losses * counted).sum() / sum(LENGTHS), None
-
-
-DRIVERS = {"log-probabilities": log_probability_loss, "token losses": token_loss}
 ALGORITHMS = {
     "ring": {"context_parallel_algo": "megatron_cp_algo"},
     "ulysses": {"context_parallel_algo": "ulysses_cp_algo"},
@@ -92,46 +82,29 @@ ALGORITHMS = {
 }
 
 
-def activate(driver, cp_size, algorithm):
-    """Pass the framework's settings to MindSpeed, as the framework does."""
+def losses_of(cp_size, algorithm):
+    """The losses of ``STEPS`` steps of training."""
     from mindspeed.megatron_adaptor import repatch
 
-    if driver == "log-probabilities":  # the override of the transformer's configuration, then the engine's settings
-        repatch({"multi_head_latent_attention": False, "attention_dropout": 0.0})
-        repatch({"use_flash_attn": True, "context_parallel_size": cp_size, **algorithm})
-        return
-    everything = {"context_parallel_size": cp_size, "use_flash_attn": True, "learning_rate": 1e-4, "lora_rank": None}
-    repatch({**everything, "num_layers": 2, "cp_comm_type": None, "optimizer": object(), **algorithm})
-
-
-def losses_of(driver, cp_size, algorithm):
-    """The losses of ``STEPS`` steps of training."""
     from mindspeed_cp import megatron_adaptor
 
-    activate(driver, cp_size, algorithm)
+    repatch({"multi_head_latent_attention": False, "attention_dropout": 0.0})  # the model's, then the engine's own
+    repatch({"use_flash_attn": True, "context_parallel_size": cp_size, **algorithm})
     found = []
     with contextlib.redirect_stdout(io.StringIO()), megatron_groups(context_parallel_size=cp_size):
         model, state = _model(cp_size), megatron_adaptor.state()
         for step in range(STEPS):
-            loss, alike = DRIVERS[driver](model, step, state.cp_rank, cp_size, state)
+            loss = loss_of(model, step, state.cp_rank, cp_size, state)
             loss.backward()
-            if cp_size > 1:
-                _add_up(model, loss if alike is None else None, state)
             found.append(float(loss.detach()))
-            with torch.no_grad():
-                for parameter in model.parameters():
+            for parameter in model.parameters():
+                if cp_size > 1:  # every rank has the gradients of its own tokens
+                    dist.all_reduce(parameter.grad, group=state.groups.cp_group)
+                with torch.no_grad():
                     parameter.sub_(RATE * parameter.grad)
-                    parameter.grad = None
+                parameter.grad = None
     state.reset()
     return found
-
-
-def _add_up(model, loss, state):
-    """Sum gradients over the ranks, and the loss too, unless all ranks computed the same one."""
-    for parameter in model.parameters():
-        dist.all_reduce(parameter.grad, group=state.groups.cp_group)
-    if loss is not None:
-        dist.all_reduce(loss.detach(), group=state.groups.cp_group)
 
 
 def _model(cp_size):
@@ -152,10 +125,5 @@ def _model(cp_size):
 
 
 def train(rank):
-    """(driver, algorithm or "cp=1") -> losses."""
-    found = {}
-    for driver in DRIVERS:
-        found[driver, "cp=1"] = losses_of(driver, 1, {})
-        for name, algorithm in ALGORITHMS.items():
-            found[driver, name] = losses_of(driver, 4, algorithm)
-    return found
+    """algorithm or "cp=1" -> losses."""
+    return {"cp=1": losses_of(1, {}), **{name: losses_of(4, algorithm) for name, algorithm in ALGORITHMS.items()}}

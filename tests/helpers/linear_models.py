@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from kept_groups import megatron_groups
 from model_cases import MLA, MODEL, PER_TOKEN, RECOMPUTE, Case
-from model_runs import compare, groups, said
+from model_runs import Trainer, compare, groups, said
 
 DELTA_NET = {
     "num_layers": 3,
@@ -120,6 +120,23 @@ def _delta(settings=None, since=(0, 16), **further):
 
 def _sparse(settings=None, **further):
     return Case(SPARSE | (settings or {}), block=sparse_block, since=(0, 19), **further)
+
+
+def sparse_bytes(rank, seq_len):
+    """[bytes by purpose that this rank sends forward, and backward] of two layers of sparse attention."""
+    import trainer.quiet  # noqa: F401
+
+    from mindspeed_cp import megatron_adaptor  # noqa: F401
+    from mindspeed_cp.comm import count_bytes
+
+    with groups({"context_parallel_size": 2, "algorithm": "kvallgather_cp_algo"}):
+        runner = Trainer(Case(SPARSE, block=sparse_block), 2, seq_len)
+        local = runner.split(runner.mine[0][1])
+        with count_bytes() as forward:
+            losses = runner.model(local["tokens"], local["position_ids"], None, labels=local["labels"])
+        with count_bytes() as backward:
+            losses.sum().backward()
+    return [{purpose: sent for purpose, sent in each.bytes.items() if sent} for each in (forward, backward)]
 
 
 PACKED = (0, 5, 6, 23)

@@ -2,10 +2,11 @@
 
 import torch
 from batch_runs import END, RECOMPUTE, ROWS, SEQ, VERSION, batch_of, build, configure, difference, groups, split, summed
-from model_cases import packed_params
+from model_cases import packed_params, picture_positions
 
 MICRO_BATCHES = 4
 LAYERS = {"num_layers": 4}
+MULTIMODAL = {"mrope_section": [2, 1, 1]}
 FIRST, LAST = ("tokens", "position_ids"), ("labels", "loss_mask")
 
 
@@ -48,6 +49,8 @@ def batches(model, documents, seq, first_is_told=None):
     given = FIRST * model.pre_process + LAST * model.post_process
     for seed, rows in documents:
         batch = {name: tensor if name in given else None for name, tensor in batch_of(rows, seed, seq).items()}
+        if model.config.mrope_section:  # every stage reads them
+            batch["position_ids"] = places_of(rows, seq)
         if first_is_told == "slices" and model.pre_process:
             batch["attention_slices"] = [[((a, b), (a, b), "causal") for a, b in zip(row, row[1:])] for row in rows]
         if first_is_told == "cu_seqlens" and model.pre_process:
@@ -60,6 +63,11 @@ def batches(model, documents, seq, first_is_told=None):
         assert not given or state.records.find(local.values()).layout != state.layout(seq), "as good as the zigzag"
         found.append((local, {"packed_seq_params": packed_params(rows[0][:-1], seq)}))
     return found
+
+
+def places_of(rows, seq):
+    """(3, rows, seq) position ids, with an image in each row."""
+    return torch.stack([picture_positions(seq, row=row) for row in range(len(rows))], dim=1)
 
 
 def run(pp_size, vpp_size, documents, seq, whole, first_is_told=None, **settings):
@@ -117,13 +125,14 @@ def kept(settings, pp_size, vpp_size, documents, whole):
     return worst, sent
 
 
-def expected_of(documents, seq, masked):
+def expected_of(documents, seq, masked, **settings):
     """(losses of each micro-batch, summed gradients) of one process."""
     from batch_runs import gradients, losses_of, mask_of
 
     losses, total = [], {}
     for seed, rows in documents:
-        batch, model = batch_of(rows, seed, seq), build(1, **LAYERS)
+        batch, model = batch_of(rows, seed, seq), build(1, **LAYERS, **settings)
+        batch |= {"position_ids": places_of(rows, seq)} if settings else {}
         losses.append(losses_of(model, batch, mask_of(rows if masked else ((0, seq),) * len(rows), seq)))
         for name, gradient in gradients(model, (losses[-1] * batch["loss_mask"]).sum()).items():
             total[name] = total.get(name, 0) + gradient
@@ -147,6 +156,7 @@ def compare(rank):
     documents, plain = list(enumerate(ends)), list(enumerate(((0, SEQ - 1),) * ROWS for _ in ends))
     with groups({}, cp_size=1):
         whole, odd = expected_of(documents, SEQ, True), expected_of(plain, SEQ - 1, False)
+        pictures = expected_of(plain, SEQ - 1, False, **MULTIMODAL)
         packed = [(seed, rows[:1]) for seed, rows in documents]
         alone = expected_of(packed, SEQ, True)
     found, sent = {}, {}
@@ -165,6 +175,8 @@ def compare(rank):
                     found[f"ring, slices, {title}"] = run(2, vpp_size, documents, SEQ, whole, "slices")
                     configure(settings, 2)
                     found[f"odd length, {title}"] = run(2, vpp_size, plain, SEQ - 1, odd)
+                    pictured = run(2, vpp_size, plain, SEQ - 1, pictures, **MULTIMODAL)
+                    found[f"multimodal positions, {title}"] = pictured
     return found, sent
 
 

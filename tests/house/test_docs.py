@@ -42,7 +42,10 @@ ELSEWHERE = {
     "config.yaml",
     "FILE.yaml",
     "posttrain_gpt.py",
+    "pretrain_deepseek4.py",
     "pretrain_gpt.py",
+    "pretrain_mamba.py",
+    "pretrain_vlm.py",
     "set_env.sh",
 }
 # What the tests run with.

@@ -73,7 +73,16 @@ def pipelines():
 @pytest.mark.parametrize("schedule", ["one after the other", "interleaved"])
 @pytest.mark.parametrize(
     "name",
-    ["ring", "ulysses", "ring, by hand", "ulysses, by hand", "ring, slices", "odd length", "packed and balanced"],
+    [
+        "ring",
+        "ulysses",
+        "ring, by hand",
+        "ulysses, by hand",
+        "ring, slices",
+        "odd length",
+        "multimodal positions",
+        "packed and balanced",
+    ],
 )
 def test_every_stage_of_a_pipeline_uses_the_documents_and_lengths_of_its_own_micro_batch(pipelines, name, schedule):
     differences = [rank[f"{name}, {schedule}"] for rank, _ in pipelines]

@@ -132,6 +132,19 @@ def test_mindspeed_is_activated_as_the_script_does(tmp_path, lines, front):
     assert neighbour.front_named_in(str(tmp_path / "nowhere.py")) == ""
 
 
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_models_that_split_sequences_themselves_are_left_to_mindspeed(tmp_path, monkeypatch, size):
+    script = tmp_path / "pretrain_vlm.py"
+    script.write_text("import mindspeed.megatron_adaptor\nfrom mindspeed_mm.training import pretrain\n")
+    monkeypatch.setattr("sys.argv", [str(script)])
+    here, settings, calls = made(context_parallel_size=size)
+    here.patches(lambda shown: calls.append(shown.context_parallel_size), settings)
+    assert calls == ["give way", size, "say"]
+    assert here.line().startswith(
+        "MindSpeed-MM's models split sequences themselves: context parallelism is left to Mind"
+    )
+
+
 def test_a_megatron_without_a_tried_branch_is_said_with_those_that_have_one():
     assert neighbour.untried("0.16.1") == neighbour.untried("0.12.1") == ""
     said = neighbour.untried("0.19.1")

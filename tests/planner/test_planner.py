@@ -160,7 +160,7 @@ def test_the_ranking_and_its_reason(arguments, winner, hides, capsys):
     rows = found["candidates"]
     assert status == 0 and rows[0]["setting"].startswith(winner), [row["setting"] for row in rows[:4]]
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
-    assert ("hidden behind" if hides else "do not hide") in rows[0]["reason"]
+    assert ("hidden behind" if hides else "are not hidden") in rows[0]["reason"]
     limits = found["ring_hides_from_tokens"]
     local = arguments[arguments.index("--seq-length") + 1] / arguments[arguments.index("--cp") + 1]
     spans = max(arguments[arguments.index("--cp") + 1] * (8 if "--tp" in arguments else 1) // 8, 1) > 1

@@ -23,7 +23,15 @@ FLAGS = {
     "--vocab-size 129280 --multi-latent-attention --q-lora-rank 1536 --kv-lora-rank 512 --num-experts 256 "
     "--moe-router-topk 8 --moe-ffn-hidden-size 2048 --moe-shared-expert-intermediate-size 2048 "
     "--moe-layer-freq ([0]*3+[1]*58)",
+    "qwen3-next-80b-a3b": f"--num-layers 48 --hidden-size 2048 --ffn-hidden-size 5120 --num-attention-heads 16 {LLAMA} "
+    "--group-query-attention --num-query-groups 2 --kv-channels 256 --vocab-size 151936 --attention-output-gate "
+    "--experimental-attention-variant gated_delta_net --linear-attention-freq 4 --num-experts 512 "
+    "--moe-router-topk 10 --moe-ffn-hidden-size 512 --moe-shared-expert-intermediate-size 512",
 }
+FLAGS["deepseek-v3.2"] = (
+    f"{FLAGS['deepseek-v3']} --experimental-attention-variant dsa --dsa-indexer-n-heads 64 --dsa-indexer-head-dim 128 "
+    "--dsa-indexer-topk 2048"
+)
 ROPE = ("--position-embedding-type", "rope")
 SMALL = "--num-layers 4 --hidden-size 1024 --num-attention-heads 16 --vocab-size 1000".split()
 
@@ -66,6 +74,9 @@ def test_a_wrong_pattern_is_named(text):
     [
         ("--num-layers 4", "--hidden-size, --num-attention-heads, --vocab-size not given"),
         ([*SMALL, "--mtp-num-layers", "1"], "--mtp-num-layers is not known to the planner"),
+        ([*SMALL, "--experimental-attention-variant", "mine"], "variant mine is not known to the planner"),
+        ([*SMALL, "--experimental-attention-variant", "gated_delta_net"], "needs --linear-attention-freq"),
+        ([*SMALL, "--experimental-attention-variant", "dsa"], "needs --multi-latent-attention, --dsa-indexer-n-heads"),
         ([*SMALL, "--hidden-size", "1000"], "--hidden-size 1000 must be divisible by --num-attention-heads 16"),
         ([*SMALL, "--ffn-hidden-size", "0"], "--ffn-hidden-size 0 must be at least 1"),
         ([*SMALL, "--num-layers", "four"], "--num-layers"),

@@ -84,7 +84,7 @@ def test_rows_packed_by_length_hold_documents_of_about_one_length():
 
 def test_packing_without_documents_is_an_error(capsys):
     assert main("--model llama2-7b --cp 2 --seq-length 1k --pack".split()) != 0
-    assert "--pack shares documents out over rows, and there are none; add --documents" in capsys.readouterr().err
+    assert "--pack distributes documents over rows, and there are none; add --documents" in capsys.readouterr().err
 
 
 def test_documents_favour_the_balanced_layout_which_sends_less():
@@ -173,7 +173,7 @@ def test_what_a_plan_needs_is_named(capsys):
         (None, "ascend-910b", "no accelerator is here"),
         ("Ascend910B2", "ascend-910b", "Ascend910B2 is here"),
         ("NVIDIA H100 80GB HBM3", "h100", "NVIDIA H100 80GB HBM3 is here"),
-        ("NVIDIA L40S", "ascend-910b", "NVIDIA L40S, which is here, is no preset: give --flops"),
+        ("NVIDIA L40S", "ascend-910b", "NVIDIA L40S, which is here, is not a preset: give --flops"),
     ],
 )
 def test_the_cluster_may_be_left_out_and_the_first_line_says_which_is_taken(device, preset, words, monkeypatch, capsys):
@@ -215,4 +215,4 @@ def test_quantities_have_units(text, value):
 def test_a_quantity_that_is_none_is_named_with_the_way_to_write_it(text, capsys):
     with pytest.raises(SystemExit):
         main(["--memory", text])
-    assert f"argument --memory: {text!r} is no number with a unit; write 64GB" in capsys.readouterr().err
+    assert f"argument --memory: {text!r} is not a number with a unit; write 64GB" in capsys.readouterr().err

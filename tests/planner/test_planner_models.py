@@ -20,6 +20,9 @@ KNOWN = {
     "qwen3-235b-a22b": (235, 22),
     "deepseek-v2": (236, 21.4),
     "deepseek-v3": (671, 37.5),
+    "deepseek-v3.2": (672, 38.4),
+    "qwen3-next-80b-a3b": (79.7, 3.87),
+    "kimi-linear-48b-a3b": (49.1, 3.48),
     "llama3-8b": (8.03, 8.03),
     "llama3.1-70b": (70.6, 70.6),
     "llama3.1-405b": (405.9, 405.9),
@@ -100,6 +103,33 @@ HF = {
         "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 256, "ep_size": 1,
         "n_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "first_k_dense_replace": 3,
         "moe_layer_freq": 1, "num_nextn_predict_layers": 1,
+    },
+    "qwen3-next-80b-a3b": {
+        "model_type": "qwen3_next", "hidden_size": 2048, "num_attention_heads": 16, "num_hidden_layers": 48,
+        "num_key_value_heads": 2, "intermediate_size": 5120, "vocab_size": 151936, "head_dim": 256,
+        "full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_value_head_dim": 128, "num_experts": 512,
+        "num_experts_per_tok": 10, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "tie_word_embeddings": False,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"] * 12,
+    },
+    "kimi-linear-48b-a3b": {
+        "model_type": "kimi_linear", "hidden_size": 2304, "num_attention_heads": 32, "num_hidden_layers": 27,
+        "num_key_value_heads": 32, "intermediate_size": 9216, "vocab_size": 163840, "head_dim": 72, "q_lora_rank": None,
+        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "mla_use_nope": True,
+        "linear_attn_config": {
+            "full_attn_layers": [4, 8, 12, 16, 20, 24, 27], "head_dim": 128, "num_heads": 32,
+            "kda_layers": [n for n in range(1, 27) if n % 4], "short_conv_kernel_size": 4,
+        },
+        "num_experts": 256, "num_experts_per_token": 8, "moe_intermediate_size": 1024, "num_shared_experts": 1,
+        "first_k_dense_replace": 1, "moe_layer_freq": 1, "moe_router_activation_func": "sigmoid",
+    },
+    "deepseek-v3.2": {
+        "hidden_size": 7168, "num_attention_heads": 128, "num_hidden_layers": 61, "num_key_value_heads": 128,
+        "intermediate_size": 18432, "vocab_size": 129280, "q_lora_rank": 1536, "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 256,
+        "n_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "first_k_dense_replace": 3,
+        "moe_layer_freq": 1, "index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048,
     },
 }  # fmt: skip
 

@@ -45,7 +45,7 @@ def test_words_are_read_and_written_back():
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("--num-layers many", "--num-layers many is no whole number"),
+        ("--num-layers many", "--num-layers many is not a whole number"),
         ("--context-parallel-size 0", "--context-parallel-size 0 must be at least 1"),
         ("--hidden-size -5", "--hidden-size -5 must be at least 1"),
     ],

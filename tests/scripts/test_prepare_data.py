@@ -43,8 +43,8 @@ def test_documents_are_files_and_lines_and_paragraphs_where_asked(texts):
         (lambda home: "folder/readme.md", "neither .txt nor .jsonl"),
         (lambda home: (home / "empty").mkdir() or "empty", "folder without .txt or .jsonl"),
         (lambda home: (home / "x.jsonl").write_text('{"body": "a"}\n{"b": 1}\n') and "x.jsonl", "line 2 .* it has b"),
-        (lambda home: (home / "x.jsonl").write_text("{no\n") and "x.jsonl", "line 1 is no JSON"),
-        (lambda home: (home / "x.txt").write_bytes(b"ab\xff") and "x.txt", "no UTF-8 text .byte 2"),
+        (lambda home: (home / "x.jsonl").write_text("{no\n") and "x.jsonl", "line 1 is not JSON"),
+        (lambda home: (home / "x.txt").write_bytes(b"ab\xff") and "x.txt", "not UTF-8 text .byte 2"),
     ],
 )
 def test_what_is_no_text_is_named_with_its_line(change, words, texts):
@@ -73,7 +73,7 @@ class FakeTokenizer:
 
 
 def test_a_tokenizer_on_disk_is_used_with_its_own_end(texts, monkeypatch):
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         encoder_of(str(texts / "nothing"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install tokenizers"):

@@ -224,7 +224,7 @@ def write_latest(text):
     ("harm", "says"),
     [
         (write_latest(""), "latest.txt is empty"),
-        (write_latest("../../etc"), "is no checkpoint"),
+        (write_latest("../../etc"), "is not a checkpoint"),
         (write_latest("iter_0000009"), "names iter_0000009, which does not exist"),
         (truncate_shard, "__1_0.distcp has "),
         (remove_shard, "__1_0.distcp is missing"),
