@@ -9,18 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mindspeed_cp.settings.algorithms import ALGORITHMS, algorithm_named, known_algorithm, names_with
+from mindspeed_cp.settings.algorithms import ALGORITHMS, algorithm_named, known_algorithm
+from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.layers import EXAMPLE, FLAG, ranges_of, read_layers, written
 
 _SIZES = "--hierarchical-context-parallel-sizes"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An algorithm, Hybrid's number of ranks that split the heads, and a notice of how this number was chosen."""
+    """An algorithm, Hybrid's number of ranks that split the heads, and a notice of how this number was chosen.
+
+    ``layers`` names the layers with another algorithm, in the grammar of --cp-layer-algo; None leaves them to the flag.
+    """
 
     algorithm: str
     ulysses_degree: int | None = None
     notice: str = ""
+    layers: str | None = None
 
 
 def chosen_algorithm(args: Any, node_ranks: int | None = None) -> Choice:
@@ -31,17 +37,32 @@ def chosen_algorithm(args: Any, node_ranks: int | None = None) -> Choice:
     ``node_ranks``, by default the launcher's number.
 
     Raises:
-        ValueError: the algorithm exists only in MindSpeed, or the communication types are unknown or different.
+        ValueError: the algorithm exists only in MindSpeed, or the communication types are unknown or not one per layer.
     """
     name = known_algorithm(args.context_parallel_algo)
     cp, degree = args.context_parallel_size, args.ulysses_degree_in_cp
     sizes = getattr(args, "hierarchical_context_parallel_sizes", None)
+    layers = getattr(args, "cp_layer_algo", None)
     if cp > 1 and not algorithm_is_given(args) and given_kinds(args):
-        return choice_of_comm_type(given_kinds(args), cp, sizes, degree)
-    if not ALGORITHMS[name].takes_degree:
+        kinds = given_kinds(args)
+        choice = choice_of_comm_type(kinds, cp, sizes, degree, getattr(args, "num_layers", None))
+        if layers and choice.layers not in (None, layers):
+            raise ValueError(
+                f"{FLAG} {layers} and --cp-comm-type {' '.join(kinds)} both say which algorithm a layer has; leave one "
+                "of them out."
+            )
+        return choice
+    if not any(ALGORITHMS[each].takes_degree for each in (name, *_waiting_for_a_degree(layers))):
         return Choice(name, degree)
     degree = degree_from_sizes(cp, sizes, degree)
     return Choice(name, degree) if degree is not None else _with_a_degree(name, args, node_ranks or ranks_of_node())
+
+
+def _waiting_for_a_degree(layers: str | None) -> list[str]:
+    """The algorithms of layers for which no degree is named."""
+    entries = read_layers(layers, ContextParallelConfig.by_layer()) if layers else ()
+    named = [entry.named for entry in entries]
+    return [values["algorithm"] for values in named if "algorithm" in values and "ulysses_degree" not in values]
 
 
 def algorithm_is_given(args: Any) -> bool:
@@ -90,43 +111,69 @@ def comm_kinds(cp_comm_type: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def choice_of_comm_type(
-    cp_comm_type: str | Sequence[str], cp_size: int, sizes: Sequence[int] | None = None, degree: int | None = None
+    cp_comm_type: str | Sequence[str],
+    cp_size: int,
+    sizes: Sequence[int] | None = None,
+    degree: int | None = None,
+    num_layers: int | None = None,
 ) -> Choice:
     """The algorithm that a ``cp_comm_type`` means.
 
     Args:
-        cp_comm_type: "p2p", "a2a", "all_gather" or "a2a+p2p", or a list with one per layer.
+        cp_comm_type: "p2p", "a2a", "all_gather" or "a2a+p2p", or a list with one per layer. The most frequent one
+            becomes the algorithm; ``layers`` of the result names the other layers.
         cp_size: context-parallel size.
         sizes: Megatron's hierarchical_context_parallel_sizes, the ranks of the all-to-all first.
         degree: --ulysses-degree-in-cp, which may replace ``sizes``.
+        num_layers: of the model; None if unknown.
 
     Raises:
-        ValueError: a value is not known, the list contains different kinds, or the sizes do not fit.
+        ValueError: a value is not known, the list has not one entry per layer, or the sizes do not fit.
     """
     kinds = comm_kinds(cp_comm_type)
-    named = {kind: algorithm_named("comm_types", kind) for kind in kinds}
-    unknown = [kind for kind, algorithm in named.items() if algorithm is None]
-    if unknown:
+    if not kinds:
+        raise ValueError("--cp-comm-type (empty) names no communication; use --cp-comm-type p2p, or leave it out.")
+    choices = {kind: _choice_of_kind(kind, cp_size, sizes, degree) for kind in dict.fromkeys(kinds)}
+    algorithms = [choices[kind].algorithm for kind in kinds]
+    if len(set(algorithms)) == 1:
+        return choices[kinds[0]]
+    if num_layers is not None and len(kinds) != num_layers:
         raise ValueError(
-            f"--cp-comm-type {unknown[0]} is not known; choose one of p2p, a2a, all_gather, a2a+p2p, or name the "
-            "algorithm with --context-parallel-algo."
+            f"--cp-comm-type names {len(kinds)} ways and --num-layers is {num_layers}; name one for each layer, or one "
+            f"for all, or use {EXAMPLE}."
         )
-    algorithms = [each for each in dict.fromkeys(named.values()) if each is not None]
-    if len(algorithms) != 1:
+    most = max(algorithms, key=algorithms.count)
+    degrees = {choice.ulysses_degree for choice in choices.values()} - {None}
+    return Choice(most, next(iter(degrees), None), layers=_written(algorithms, most))
+
+
+def _choice_of_kind(kind: str, cp_size: int, sizes: Sequence[int] | None, degree: int | None) -> Choice:
+    algorithm = algorithm_named("comm_types", kind)
+    if algorithm is None:
         raise ValueError(
-            f"--cp-comm-type {' '.join(kinds) or '(empty)'} must be one kind for all layers, because every layer works "
-            f"on the same split of the batch; use --cp-comm-type {kinds[0] if kinds else 'p2p'}, or --cp-comm-type "
-            f"a2a+p2p ({names_with(takes_degree=True)}), which does both in every layer."
+            f"--cp-comm-type {kind} is not known; choose one of p2p, a2a, all_gather, a2a+p2p, or name the algorithm "
+            "with --context-parallel-algo."
         )
-    if not ALGORITHMS[algorithms[0]].takes_degree:
-        return Choice(algorithms[0])
+    if not ALGORITHMS[algorithm].takes_degree:
+        return Choice(algorithm)
     degree = degree_from_sizes(cp_size, sizes, degree)
     if degree is None:
         raise ValueError(
             f"--cp-comm-type a2a+p2p needs {_SIZES}, the ranks of the all-to-all and those of the ring; use {_SIZES} "
             f"{_example(cp_size)}, or --ulysses-degree-in-cp."
         )
-    return two_levels(algorithms[0], cp_size, degree)
+    return two_levels(algorithm, cp_size, degree)
+
+
+def _written(algorithms: Sequence[str], most: str) -> str:
+    """The layers whose algorithm is not ``most``, as --cp-layer-algo has them."""
+    others = [name for name in dict.fromkeys(algorithms) if name != most]
+    entries = [
+        (layers, {"algorithm": name})
+        for name in others
+        for layers in ranges_of([layer for layer, each in enumerate(algorithms) if each == name])
+    ]
+    return written(entries, ())
 
 
 def degree_from_sizes(cp_size: int, sizes: Sequence[int] | None, degree: int | None) -> int | None:

@@ -8,7 +8,10 @@ from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.settings.setting import megatrons, setting
 
 PartitionMode = Literal["zigzag", "contiguous"]
-_EVERY_LAYER = "a batch's own layout serves every layer"
+_EVERY_LAYER = (
+    "one layout of a batch serves every layer, and --cp-linear-exchange state gives layers with a state one part on "
+    "each rank"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

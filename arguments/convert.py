@@ -26,6 +26,8 @@ def _config(args: Any, choice: Choice) -> tuple[ContextParallelConfig, str]:
     """The configuration, and a notice of what Megatron's packing flags set in it."""
     values = {each.name: getattr(args, each.dest, each.unset) for each in declarations(declared.CONFIG)}
     values |= {"algorithm": choice.algorithm, "ulysses_degree": choice.ulysses_degree}
+    if choice.layers is not None:
+        values["layer_algorithms"] = choice.layers
     packing, notice = documents_on_any_ranks(args, values)
     return declared.CONFIG(**(values | packing)), notice
 
@@ -38,7 +40,6 @@ def setup_from_args(args: Any, world_size: int | None = None) -> TrainingSetup:
         values[each.name] = bool(value) if each.switch else value
     values |= {
         "num_query_groups": values["num_query_groups"] if getattr(args, "group_query_attention", False) else None,
-        "num_layers": values["num_layers"] or args.context_parallel_cache_interval + 1,
         "world_size": (values["world_size"] if world_size is None else world_size) or None,
     }
     half: Any = "bfloat16" if getattr(args, "bf16", False) else "float16" if getattr(args, "fp16", False) else None
@@ -98,6 +99,7 @@ def validate(
     args.use_flash_attn, args.gather_size_calculator = setup.use_flash_attn, setup.gather_size_calculator
     ignored = (*notices_of_accepted(args, declared.declared()), *_ignored_flags(args, config))
     args.context_parallel_algo, args.ulysses_degree_in_cp = config.algorithm, config.ulysses_degree
+    args.cp_layer_algo = config.layer_algorithms
     for notice in filter(None, (*getattr(args, "cp_notices", ()), choice.notice, packed, *setup.notices, *ignored)):
         warn_rank0(notice)
     return config, setup

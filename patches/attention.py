@@ -18,6 +18,7 @@ from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.alone import Scores, alone, memory_of
 from mindspeed_cp.megatron.bridge import CoreAttention, attention, layer_window
 from mindspeed_cp.megatron.latents import marked
+from mindspeed_cp.megatron.layer_numbers import number_of
 from mindspeed_cp.megatron.neighbour import is_here, is_wrapped
 from mindspeed_cp.megatron.scopes import OWN, HeldGroup, checked_group, named_group, own_group
 from mindspeed_cp.patches.machine.compiler import outside_compiler
@@ -265,7 +266,7 @@ def _described(module: Any, attn_mask_type: Any, softmax_scale: float, dropout_p
     config, latents = module.config, marked(module)
     skip_freq = getattr(config, "window_attn_skip_freq", None)  # absent before 0.15
     return CoreAttention(
-        layer_number=module.layer_number,
+        layer_number=number_of(module),
         causal=attn_mask_type.name in CAUSAL_TYPES,
         softmax_scale=softmax_scale,
         dropout_p=dropout_p if module.training else 0.0,

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import record_of_length
+from mindspeed_cp.megatron.layer_numbers import number_behind
 from mindspeed_cp.megatron.packed import packed_batch
 from mindspeed_cp.megatron.scopes import Scope
 from mindspeed_cp.patches.computing import computes_over, computing_over
@@ -59,6 +60,18 @@ def process_mtp_loss(adaptor: Adaptor, original: Callable[..., Any], *args: Any,
     # Every version from 0.17 on counts tokens, but uses the count only with a per-token loss.
     per_token = given["config"].calculate_per_token_loss
     return original(**given | {"labels": labels, "loss_mask": counted if per_token else counted.mask})
+
+
+@patch(
+    f"{MTP}.MultiTokenPredictionBlock.__init__",
+    reason="its layers get the settings of layers after the last one, whatever numbers this version gives them",
+)
+def multi_token_prediction_layers(
+    adaptor: Adaptor, original: Callable[..., None], self: Any, *args: Any, **kwargs: Any
+) -> None:
+    original(self, *args, **kwargs)
+    for layer in self.layers:
+        number_behind(layer)
 
 
 @patch(

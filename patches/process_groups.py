@@ -21,6 +21,13 @@ from mindspeed_cp.patches.rows import Row, arguments_of, patch, signature_of
 PARALLEL_STATE = "megatron.core.parallel_state"
 
 
+_RENAMED = (
+    "--dynamic-context-parallel lets Megatron give every micro batch groups of its own, of which nothing is known here "
+    "(--hybrid-context-parallel, its name until 0.19, works); leave it out, and let one row of documents lie over all "
+    "ranks with --cp-batch-layout balanced (mindspeed_cp.pack_documents)."
+)
+
+
 @patch(
     f"{PARALLEL_STATE}.initialize_model_parallel",
     reason="all ranks agree on their settings, and the groups of context parallelism are made beside Megatron's",
@@ -29,6 +36,8 @@ def initialize_model_parallel(adaptor: Adaptor, original: Callable[..., None], *
     from megatron.core import parallel_state
 
     given = arguments_of(original, args, kwargs)
+    if given.get("dynamic_context_parallel"):
+        raise ValueError(_RENAMED)
     config, dynamic = agreed_config(adaptor.settings, given), given.get("hybrid_context_parallel")
     if dynamic:
         check_launch(given)
@@ -85,6 +94,8 @@ VARIANTS = ("gated_delta_net", "dsa")
 )
 def transformer_config(adaptor: Adaptor, original: Callable[..., None], self: Any) -> None:
     cp_size = self.context_parallel_size
+    if cp_size > 1:
+        _check_layouts(self)
     if cp_size > 1 and getattr(self, "experimental_attention_variant", None) in VARIANTS:
         _check_as_megatron(self)
         self.context_parallel_size = 1
@@ -96,6 +107,23 @@ def transformer_config(adaptor: Adaptor, original: Callable[..., None], self: An
         names = (declared_names() & vars(self).keys()) - {field.name for field in dataclasses.fields(self)}
         take_settings(adaptor, {name: getattr(self, name) for name in names})
     take_comm_type(adaptor, self.cp_comm_type, self.context_parallel_size)
+    if cp_size > 1 and isinstance(self.cp_comm_type, list):
+        # The settings have it. 0.12 to 0.16 look up one entry too far, and multi-token prediction has none.
+        self.cp_comm_type = None
+
+
+def _check_layouts(config: Any) -> None:
+    """Raise ValueError where Megatron would bring hidden states from one layout to another between layers itself."""
+    names = [
+        field.name for field in dataclasses.fields(config) if field.name in ("linear_cp_layout", "attention_cp_layout")
+    ]
+    if len({getattr(config, name) for name in names}) > 1:
+        said = " and ".join(f"{name} {getattr(config, name)}" for name in names)
+        raise ValueError(
+            f"{said} of a TransformerConfig let Megatron exchange hidden states between layers, as if it had split the "
+            "batch. Here one layout serves all layers, and --cp-linear-exchange state gives layers with a state one "
+            "part of the sequence on each rank; leave both out, or give both one value."
+        )
 
 
 def _check_as_megatron(config: Any) -> None:

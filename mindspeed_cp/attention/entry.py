@@ -52,7 +52,8 @@ def context_parallel_attention(
         query: (seq_local, batch, heads, dk); seq_local is layout.length(cp_rank), in the order of layout.positions.
         key: (seq_local, batch, kv_heads, dk); heads % kv_heads == 0.
         value: (seq_local, batch, kv_heads, dv); dv may differ from dk.
-        config, groups, layout: of the same configuration; the layout may be any partition of the positions.
+        config, groups, layout: of the same configuration; the layout may be any partition of the positions. Where
+            layers have settings of their own (``config.layer_algorithms``), ``layer_number`` says which.
         softmax_scale: None is dk ** -0.5.
         attention_mask: bool, True = masked out, global (S, S) or (batch, 1, S, S); applies in addition to documents and
             window, and to the causal mask if the mask type is "causal", the default. So a prefix or custom mask whose
@@ -61,7 +62,7 @@ def context_parallel_attention(
         cu_seqlens: int32 tensor or ints, document boundaries with the leading 0 and the total; attention never crosses
             one. A sequence of those, one for each row of the batch, where rows hold different documents.
         dropout_p: probability with which attention weights are dropped; 1 leaves 0.
-        layer_number: global, 1-based; decides where the KV cache policy applies.
+        layer_number: global, 1-based; says where the KV cache policy applies, and which settings are the layer's own.
         kernel: an AttentionKernel, or its name; None chooses by device.
         sliding_window: (left, right): the query at p sees keys p - left to p + right; None or -1 is unlimited.
         softmax_offset: (heads,) additional logit per head whose value vector is 0 (an attention sink); gets a gradient.
@@ -91,6 +92,10 @@ def context_parallel_attention(
     Raises:
         ValueError: an argument does not fit the others; the message says which, why, and what would fit.
     """
+    _check_layer(layer_number)
+    if config.entries:
+        config = config.of_layer(layer_number)
+        groups, layout = groups.of(config), layout.of_degree(config.hierarchy[0])
     _check_tensors(query, key, value, groups, layout)
     if expand is None:
         _check_heads(query, key, value)
@@ -100,7 +105,7 @@ def context_parallel_attention(
             (key, value), expand = expanded(key, value, expand), None
     parameters = () if expand is None else expand.parameters
     _check_same_hierarchy(config, groups, layout)
-    _check_options(config, query, key, softmax_offset, layer_number, dropout_p)
+    _check_options(config, query, key, softmax_offset, dropout_p)
     if dropout_p == 1:
         kernel = "blockwise"  # fused kernels divide by the keep probability, which is 0
     chosen = select_kernel(kernel, query.device.type) if kernel is None or isinstance(kernel, str) else kernel
@@ -206,12 +211,18 @@ def _num_groups(config: ContextParallelConfig, heads: int) -> int:
     return config.ulysses_chunks
 
 
+def _check_layer(layer_number: int) -> None:
+    if not isinstance(layer_number, int) or layer_number < 1:
+        raise ValueError(
+            f"layer_number {layer_number} must be a whole number of at least 1; it is global and counts from 1."
+        )
+
+
 def _check_options(
     config: ContextParallelConfig,
     query: torch.Tensor,
     key: torch.Tensor,
     softmax_offset: torch.Tensor | None,
-    layer_number: int,
     dropout_p: float,
 ) -> None:
     if config.allgather_kv and key.shape[2] != 1:
@@ -222,10 +233,6 @@ def _check_options(
         raise ValueError(
             f"softmax_offset has shape {tuple(softmax_offset.shape)} and must be ({query.shape[2]},), one logit for "
             "each query head of this rank."
-        )
-    if not isinstance(layer_number, int) or layer_number < 1:
-        raise ValueError(
-            f"layer_number {layer_number} must be a whole number of at least 1; it is global and counts from 1."
         )
     if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p {dropout_p} must lie between 0 and 1.")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from mindspeed_cp.comm.host_memory import SMALLEST_MESSAGE, HostMemory
 from mindspeed_cp.comm.link import Link, within
-from mindspeed_cp.comm.parts import PoolKey, Ranks, make_parts, part_of_pool, parts_of
+from mindspeed_cp.comm.parts import PartKey, Parts, PoolKey, Ranks, make_parts, part_of_pool, parts_of
 from mindspeed_cp.comm.workspace import Workspace
 from mindspeed_cp.settings.agreement import agree, settings_of
 from mindspeed_cp.settings.algorithms import Hierarchy
@@ -36,6 +36,7 @@ class ContextParallelGroups:
             the transfers within a window instead of queueing behind them; None without windows.
         workspace: reused communication buffers.
         topology: how the ring ranks are linked, as far as the configuration asks.
+        others: groups over the same ranks for the other algorithms, if layers have their own.
         made: the process groups that ``build`` made, and ``destroy`` destroys.
     """
 
@@ -48,6 +49,7 @@ class ContextParallelGroups:
     outer: Link | None = None
     workspace: Workspace = field(default_factory=Workspace, repr=False)
     topology: Linkage = "switch"
+    others: tuple["ContextParallelGroups", ...] = field(default=(), repr=False)
     made: tuple[dist.ProcessGroup, ...] = field(default=(), repr=False)
 
     @property
@@ -91,6 +93,10 @@ class ContextParallelGroups:
         """Global ranks of this rank's ring in ring_rank order."""
         return self.global_ranks[self.ulysses_rank :: self.ulysses_degree]
 
+    def of(self, config: ContextParallelConfig) -> "ContextParallelGroups":
+        """The groups for a layer's ``config``: one of ``others`` if it has that hierarchy, else these."""
+        return next((groups for groups in self.others if groups.hierarchy == config.hierarchy), self)
+
     @classmethod
     def build(
         cls,
@@ -126,10 +132,12 @@ class ContextParallelGroups:
             return cls(config.hierarchy, 0, (dist.get_rank() if dist.is_initialized() else 0,))
         all_ranks = _agreed_ranks(config, cp_ranks, cp_group)
         one_by_one = _one_by_one(config, virtual_pipeline)
-        made = make_parts(all_ranks, config.hierarchy, timeout, () if cp_group is None else ("cp",), buffers or {})
-        whole = made.get("cp", cp_group)
-        assert whole is not None
-        return cls._of(config, whole, made, tuple(made.values()), share_from, one_by_one)
+        known = {} if cp_group is None else {("cp", _ranks_of_mine(all_ranks)): cp_group}
+        made = make_parts(all_ranks, hierarchies(config), timeout, known, buffers or {})
+        parts = known | made
+        return cls._of(
+            config, parts["cp", _ranks_of_mine(all_ranks)], parts, tuple(made.values()), share_from, one_by_one
+        )
 
     @classmethod
     def adopt(
@@ -161,9 +169,9 @@ class ContextParallelGroups:
             )
         one_by_one = _one_by_one(config, virtual_pipeline)
         found = {}
-        for name, members in parts_of([ranks], config.hierarchy[0], config.hierarchy[2]):
+        for name, members in parts_of([ranks], hierarchies(config)):
             if name != "cp" and dist.get_rank() in members:
-                found[name] = part_of_pool(pool, name, tuple(members), timeout, buffers or {})
+                found[name, members] = part_of_pool(pool, name, members, timeout, buffers or {})
         return cls._of(config, group, found, (), share_from, one_by_one)
 
     @classmethod
@@ -171,7 +179,7 @@ class ContextParallelGroups:
         cls,
         config: ContextParallelConfig,
         whole: dist.ProcessGroup,
-        parts: dict[str, dist.ProcessGroup],
+        parts: Parts,
         made: tuple[dist.ProcessGroup, ...],
         share_from: int | None,
         one_by_one: bool,
@@ -179,19 +187,30 @@ class ContextParallelGroups:
         mine = tuple(dist.get_process_group_ranks(whole))
         carrier = None if share_from is None else HostMemory.connect(whole, share_from)
         link = Link(whole, mine.index(dist.get_rank()), mine, carrier=carrier, one_by_one=one_by_one)
-        links: dict[str, Any] = {"cp": link}
-        if config.hierarchy[0] in (1, config.context_parallel_size):
-            links["ring" if config.hierarchy[0] == 1 else "ulysses"] = link
-        for name, group in parts.items():
-            links.setdefault(name, within(link, group, dist.get_process_group_ranks(group)))
-        groups = cls(config.hierarchy, link.rank, mine, **links, workspace=link.workspace, made=made)
+        links = {key: within(link, group, key[1]) for key, group in parts.items()}
+        first, *others = [cls._at(hierarchy, link, links) for hierarchy in hierarchies(config)]
+        groups = replace(first, others=tuple(others), made=made)
         groups._warm_up()
-        return replace(groups, topology=_topology(config, groups.ring))
+        return groups._with_topology(config)
+
+    @classmethod
+    def _at(cls, hierarchy: Hierarchy, link: Link, links: Mapping[PartKey, Link]) -> "ContextParallelGroups":
+        parts = parts_of([link.global_ranks], [hierarchy])
+        mine: dict[str, Any] = {part[0]: links[part] for part in parts if part in links} | {"cp": link}
+        if hierarchy[0] in (1, link.size):
+            mine["ring" if hierarchy[0] == 1 else "ulysses"] = link
+        return cls(hierarchy, link.rank, link.global_ranks, **mine, workspace=link.workspace)
+
+    def _with_topology(self, config: ContextParallelConfig) -> "ContextParallelGroups":
+        """A copy with the topology of each ring; collective over its ranks if a layer needs it."""
+        others = tuple(groups._with_topology(config) for groups in self.others)
+        asking = [each for each in config.layer_configs if each.hierarchy == self.hierarchy]
+        return replace(self, topology=_topology(asking, self.ring), others=others)
 
     def _warm_up(self) -> None:
         """Connect every pair now: NCCL and HCCL need every rank in a group's first operation, and a ring may start with
         fewer; with gloo, a rank that destroys its groups early would break connections that others still make."""
-        links = (self.cp, self.ulysses, self.ring, self.outer)
+        links = [link for each in (self, *self.others) for link in (each.cp, each.ulysses, each.ring, each.outer)]
         for group in {id(link.group): link.group for link in links if link is not None}.values():
             dist.barrier(group)
 
@@ -232,13 +251,21 @@ def _one_by_one(config: ContextParallelConfig, virtual_pipeline: bool) -> bool:
     return config.p2p == "isend" or forbidden
 
 
-def _topology(config: ContextParallelConfig, ring: Link | None) -> Linkage:
+def hierarchies(config: ContextParallelConfig) -> list[Hierarchy]:
+    """The different hierarchies of all layers; that of the layers without an entry comes first."""
+    return list(dict.fromkeys(each.hierarchy for each in config.layer_configs))
+
+
+def _topology(configs: Sequence[ContextParallelConfig], ring: Link | None) -> Linkage:
     """As configured; else several hosts are nodes, one of NPUs a mesh and any other a switch. The ranks of the ring ask
     each other where something depends on it.
+
+    Args:
+        configs: settings of the layers that use ``ring``.
     """
-    if config.topology != "auto":
-        return config.topology
-    if ring is None or "auto" not in (config.kv_exchange, config.in_flight):
+    if configs[0].topology != "auto":
+        return configs[0].topology
+    if ring is None or not any("auto" in (each.kv_exchange, each.in_flight) for each in configs):
         return "switch"
     hosts: list[str] = [""] * ring.size
     dist.all_gather_object(hosts, socket.gethostname(), group=ring.group)

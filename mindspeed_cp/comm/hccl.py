@@ -75,8 +75,12 @@ def shape_of(setup: TrainingSetup) -> AttentionShape | None:
 
 def buffers_of(config: ContextParallelConfig, setup: TrainingSetup) -> dict[str, int]:
     """MB of the buffer of every process group, by the name of the group; empty where the sizes are not known."""
-    shape = shape_of(setup)
-    found = {} if shape is None else largest_messages(config, shape)
+    shape, found = shape_of(setup), dict[str, int]()
+    if shape is None:
+        return {}
+    for each in config.used_by(setup.all_layers):
+        for name, num_bytes in largest_messages(each, shape).items():
+            found[name] = max(found.get(name, 0), num_bytes)
     return {name: megabytes_for(num_bytes) for name, num_bytes in found.items()}
 
 

@@ -1,6 +1,6 @@
 """The parts of a context-parallel group (its Ulysses ranks, its ring) as process groups of torch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -11,7 +11,9 @@ from mindspeed_cp.comm.hccl import group_options
 from mindspeed_cp.settings.algorithms import Hierarchy
 
 PoolKey = tuple[str, tuple[int, ...], int]  # name, global ranks, how many of these were ended before
-Ranks = list[list[int]]  # global ranks of every context-parallel group
+PartKey = tuple[str, tuple[int, ...]]  # name, global ranks
+Parts = dict[PartKey, dist.ProcessGroup]
+Ranks = Sequence[Sequence[int]]  # global ranks of every context-parallel group
 
 
 def part_of_pool(
@@ -61,25 +63,34 @@ def is_there(group: dist.ProcessGroup) -> bool:
 
 def make_parts(
     all_ranks: Ranks,
-    hierarchy: Hierarchy,
+    hierarchies: Iterable[Hierarchy],
     timeout: timedelta | None,
-    existing: Sequence[str],
+    known: Parts,
     buffers: Mapping[str, int],
-) -> dict[str, dist.ProcessGroup]:
-    """This rank's process groups by name, without the existing ones; all ranks make all of them, in one order."""
-    ulysses, _, windows = hierarchy
+) -> Parts:
+    """Make the process groups and return this rank's; all ranks make all of them, in one order.
+
+    Args:
+        known: this rank's context-parallel group if it exists already, on all ranks or on none.
+    """
     made = {}
-    for name, ranks in parts_of(all_ranks, ulysses, windows):
-        if name not in existing:
-            group = dist.new_group(list(ranks), timeout=timeout, pg_options=group_options(buffers, name))
-            if dist.get_rank() in ranks:
-                made[name] = group
+    for name, ranks in parts_of(all_ranks, hierarchies):
+        if name == "cp" and known:
+            continue
+        group = dist.new_group(list(ranks), timeout=timeout, pg_options=group_options(buffers, name))
+        if dist.get_rank() in ranks:
+            made[name, ranks] = group
     return made
 
 
-def parts_of(all_ranks: Ranks, ulysses: int, windows: int) -> Iterator[tuple[str, Sequence[int]]]:
-    """(name, global ranks) of every process group, in the order in which all ranks make them."""
-    for ranks in all_ranks:
+def parts_of(all_ranks: Ranks, hierarchies: Iterable[Hierarchy]) -> Iterator[PartKey]:
+    """(name, global ranks) of every process group, each once, in the order in which all ranks make them."""
+    yield from dict.fromkeys(part for hierarchy in hierarchies for part in _parts(all_ranks, hierarchy))
+
+
+def _parts(all_ranks: Ranks, hierarchy: Hierarchy) -> Iterator[PartKey]:
+    ulysses, _, windows = hierarchy
+    for ranks in map(tuple, all_ranks):
         yield "cp", ranks
         if 1 < ulysses < len(ranks):
             for start in range(0, len(ranks), ulysses):

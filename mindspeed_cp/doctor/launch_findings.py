@@ -22,6 +22,7 @@ from mindspeed_cp.planner import megatron_flags
 from mindspeed_cp.planner.memory import attention_bytes
 from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.settings.algorithms import titled
 from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.rules import heads_of_rank
 from mindspeed_cp.settings.training_setup import TrainingSetup
@@ -211,18 +212,30 @@ def cost(
     if isinstance(layer, str):
         yield Finding("note", layer)
         return
+    number, saved = setup.num_layers or 1, 0
+    for each in config.used_by(number):
+        (forward, backward), kept = _of_layer(each, layer, kernel)
+        saved = max(saved, kept)
+        like = sum(config.of_layer(place) == each for place in range(1, number + 1))
+        what = f"each of {like} layers by {titled(each.row, each.hierarchy)}" if config.entries else "a layer"
+        yield Finding("ok", f"{what} sends {_size(forward)} forward and {_size(backward)} backward, per rank")
+    layers = -(-number // setup.pipeline_parallel_size)
+    again = setup.recomputes_attention and not config.keep_attention
+    flying = " for every micro batch in flight" if setup.pipeline_parallel_size > 1 else ""
+    most = "up to " if config.entries else ""
+    all_of_it = f"{most}{_size(saved * layers)} in all{flying}"
+    held = "of which recomputation keeps one layer's at a time" if again else all_of_it
+    text = f"attention keeps {most}{_size(saved)} a layer for backward, on {layers} layers of a rank, {held}"
+    yield Finding("ok", text)
+
+
+def _of_layer(config: ContextParallelConfig, layer: Problem, kernel: AttentionKernel) -> tuple[tuple[int, int], int]:
+    """Bytes that one layer sends forward and backward, and that it keeps: the larger of the first and the last rank."""
     ranks = (0, config.context_parallel_size - 1)
     passes = [trace(config, layer, rank) for rank in ranks]
     forward, backward = (max(sum(each[way].sent.values()) for each in passes) for way in (0, 1))
-    yield Finding("ok", f"a layer sends {_size(forward)} forward and {_size(backward)} backward, per rank")
     order = kernel.memory_order(layer.dtype)
-    saved = max(attention_bytes(config, layer, rank, order).saved for rank in ranks)
-    layers = -(-setup.num_layers // setup.pipeline_parallel_size)
-    again = setup.recomputes_attention and not config.keep_attention
-    flying = " for every micro batch in flight" if setup.pipeline_parallel_size > 1 else ""
-    kept = "of which recomputation keeps one layer's at a time" if again else f"{_size(saved * layers)} in all{flying}"
-    text = f"attention keeps {_size(saved)} a layer for backward, on {layers} layers of a rank, {kept}"
-    yield Finding("ok", text)
+    return (forward, backward), max(attention_bytes(config, layer, rank, order).saved for rank in ranks)
 
 
 def _size(num_bytes: int) -> str:

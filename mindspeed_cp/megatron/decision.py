@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from mindspeed_cp.arguments import FrameworkSettings
 from mindspeed_cp.arguments.settings import Resolved
-from mindspeed_cp.comm.groups import ContextParallelGroups
+from mindspeed_cp.comm.groups import ContextParallelGroups, hierarchies
 from mindspeed_cp.megatron.scopes import SINGLE
-from mindspeed_cp.settings.algorithms import ALGORITHMS
+from mindspeed_cp.settings.algorithms import ALGORITHMS, Hierarchy
 from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.layers import LayerEntry, written
 from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
 
@@ -137,42 +138,60 @@ def of_size(config: ContextParallelConfig, size: int, setup: TrainingSetup | Non
     """
     if size == 1:
         return ContextParallelConfig(context_parallel_size=1, attention_mask_type=config.attention_mask_type)
-    degree = config.ulysses_degree
-    algorithm = config.algorithm
-    if degree and size <= degree:  # what splits heads alone
-        algorithm, degree = next(n for n, row in ALGORITHMS.items() if row.splits_heads and not row.exchange), None
-    ring = size // (degree or 1)
-    window = config.window_size if config.window_size < ring and ring % config.window_size == 0 else 1
-    of_ring: dict[str, Any] = dict(
-        kv_exchange="ring",
-        send_recv_overlap=False,
-        p2p="auto",
-        kv_cache_policy=None,
-        kv_cache_interval=0,
-        in_flight=1,
-        topology="auto",
-    )
-    found = replace(
-        config,
-        context_parallel_size=size,
-        algorithm=algorithm,
-        ulysses_degree=degree,
-        window_size=window,
-        **(of_ring if algorithm != config.algorithm else {}),  # Hybrid without its ring: drop the ring's settings
-    )
+    changed, entries = _resized(config, size), [(each.layers, _own(config, each, size)) for each in config.named_layers]
+    if entries:  # settings of rings stay, for the layers that have one
+        changed["layer_algorithms"] = written(entries, config.by_layer())
+    elif changed["algorithm"] != config.algorithm:
+        changed |= WITHOUT_RING
+    found = replace(config, context_parallel_size=size, **changed)
     if setup is not None:
         resolve(found, replace(setup, world_size=None, seq_length=None))
     return found
 
 
+WITHOUT_RING = dict(  # Hybrid without its ring: drop the ring's settings
+    kv_exchange="ring",
+    send_recv_overlap=False,
+    p2p="auto",
+    kv_cache_policy=None,
+    kv_cache_interval=0,
+    in_flight=1,
+    topology="auto",
+)
+
+
+def _resized(config: ContextParallelConfig, size: int) -> dict[str, Any]:
+    degree = config.ulysses_degree if config.row.takes_degree else None
+    if degree and size <= degree:
+        return {"algorithm": "ulysses_cp_algo", "ulysses_degree": None, "window_size": 1}
+    ring = size // (degree or 1)
+    window = config.window_size if config.window_size < ring and ring % config.window_size == 0 else 1
+    return {"algorithm": config.algorithm, "ulysses_degree": config.ulysses_degree, "window_size": window}
+
+
+def _own(config: ContextParallelConfig, entry: LayerEntry, size: int) -> dict[str, Any]:
+    """The settings of an entry for this size."""
+    values = entry.named | _resized(config.fitted(entry), size)
+    row = ALGORITHMS[values["algorithm"]]
+    unused = {each.name for each in config.by_layer() if each.by_layer and not each.by_layer(row)}
+    return {name: value for name, value in values.items() if name not in unused}
+
+
 def regrouped(groups: ContextParallelGroups, config: ContextParallelConfig) -> ContextParallelGroups | None:
-    """``groups`` reused for an algorithm of one level, or with the same levels; None if new groups must be made."""
-    ulysses, _, windows = config.hierarchy
-    if config.hierarchy == groups.hierarchy:
-        return groups
+    """``groups`` reused for algorithms of one level, or with the same levels; None if new groups must be made."""
+    found = [_at(groups, hierarchy) for hierarchy in hierarchies(config)]
+    first, *others = [each for each in found if each is not None] or [groups]
+    return None if None in found else replace(first, others=tuple(others), made=groups.made)
+
+
+def _at(groups: ContextParallelGroups, hierarchy: Hierarchy) -> ContextParallelGroups | None:
+    known = next((each for each in (groups, *groups.others) if each.hierarchy == hierarchy), None)
+    if known is not None:
+        return replace(known, others=(), made=())
+    ulysses, _, windows = hierarchy
     if ulysses not in (1, groups.cp_size) or windows > 1:
         return None
     one_level: dict[str, Any] = (
         {"ulysses": None, "ring": groups.cp} if ulysses == 1 else {"ulysses": groups.cp, "ring": None}
     )
-    return replace(groups, hierarchy=config.hierarchy, outer=None, **one_level)
+    return replace(groups, hierarchy=hierarchy, outer=None, others=(), made=(), **one_level)

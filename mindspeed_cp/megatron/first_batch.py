@@ -1,6 +1,9 @@
 """What rank 0 prints about the first batch that a model computes: the contents of settings/start_block.py."""
 
+from mindspeed_cp.linear.rows import contiguous_parts, conversion
 from mindspeed_cp.megatron.records import MicroBatch
+from mindspeed_cp.sequence.layout import SequenceLayout
+from mindspeed_cp.settings import layers
 from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.start_block import Start
 
@@ -26,6 +29,7 @@ def start_of(record: MicroBatch, config: ContextParallelConfig, kernel: str, pat
         _sizes(config),
         record.seq_len,
         (min(lengths), max(lengths)),
+        _layout(record.layout, config),
         kernel,
         _exchange(config),
         _documents(record),
@@ -33,7 +37,26 @@ def start_of(record: MicroBatch, config: ContextParallelConfig, kernel: str, pat
     )
 
 
+def _layout(layout: SequenceLayout, config: ContextParallelConfig) -> str:
+    """The layout of all attention layers, and how many rows of a rank travel for each layer with a recurrent state if
+    --cp-linear-exchange state needs one part per rank.
+    """
+    if config.linear_exchange != "state":
+        return layout.kind
+    plan = conversion(layout, contiguous_parts(layout))
+    ranks = range(layout.cp_size)
+    leaving = [sum(b - a for to in ranks if to != rank for a, b in plan.sent(rank, to)) for rank in ranks]
+    return f"{layout.kind}, of which {max(leaving):,} travel around layers with a state" if plan.moves else layout.kind
+
+
 def _exchange(config: ContextParallelConfig) -> str:
+    """How keys and values, or heads, travel, for each kind of layers."""
+    others = [each for each in config.layer_configs if config.layers_of(each)]
+    said = [f"{layers.said(config.layers_of(each))}: {_way(each)}" for each in others]
+    return "; ".join([_way(config.other_layers), *said])
+
+
+def _way(config: ContextParallelConfig) -> str:
     ways = ["heads for tokens"] if config.hierarchy[0] > 1 else []
     if config.ring_size > 1:
         ways.append(EXCHANGES["allgather" if config.row.exchange == "allgather" else config.kv_exchange])

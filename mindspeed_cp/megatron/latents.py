@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from mindspeed_cp.attention.exchange_choice import sends_latents
 from mindspeed_cp.attention.expansion import LatentExpansion, Sums
+from mindspeed_cp.megatron.layer_numbers import number_of
 from mindspeed_cp.settings.notices import warn_rank0
 
 if TYPE_CHECKING:
@@ -192,7 +193,8 @@ def latents_of(adaptor: "Adaptor", module: Any) -> Latents | None:
     """
     core = module.core_attention
     scope = adaptor.scope_of(core if hasattr(core, "config") else module)
-    exchange = scope.config.mla_exchange
+    config = scope.config.of_layer(number_of(module))
+    exchange = config.mla_exchange
     if exchange == "heads" or scope.alone:
         return None
     why = _refusal(adaptor, module)
@@ -204,7 +206,7 @@ def latents_of(adaptor: "Adaptor", module: Any) -> Latents | None:
     latents = Latents.of(module)
     expansion = latents.expansion
     itemsize = expansion.weight.element_size()
-    return latents if sends_latents(scope.config, expansion, scope.groups.topology, itemsize) else None
+    return latents if sends_latents(config, expansion, scope.groups.of(config).topology, itemsize) else None
 
 
 def _refusal(adaptor: "Adaptor", module: Any) -> str:

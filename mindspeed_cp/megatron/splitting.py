@@ -33,7 +33,8 @@ def layout(
     """
     config, setup, shared = scope.config, adaptor.setup, None
     unaligned = setup is not None and setup.unaligned
-    if not scope.alone and not config.row.any_length and not unaligned and seq_len % config.context_parallel_size:
+    even = not unaligned and not config.takes_any_length(None if setup is None else setup.all_layers)
+    if not scope.alone and even and seq_len % config.context_parallel_size:
         raise ValueError(
             f"sequence length {seq_len} must be divisible by --context-parallel-size "
             f"{config.context_parallel_size} for aligned Ulysses; use --gather-size-calculator dynamic, which "

@@ -13,6 +13,7 @@ from mindspeed_cp.planner.cluster import CLUSTERS, DEFAULT, THIS_MACHINE, Cluste
 from mindspeed_cp.planner.hugging_face import hf_model
 from mindspeed_cp.planner.models import MODELS, ModelShape, named_model
 from mindspeed_cp.settings.derived import MASK_TYPES
+from mindspeed_cp.settings.layers import FLAG
 from mindspeed_cp.settings.lengths import tokens
 
 SCALES = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
@@ -147,6 +148,11 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
     given.mask_type = given.mask_type or (given.line.mask_type if given.line else "causal")
     given.micro_batch = 1 if given.micro_batch is None else given.micro_batch
     given.notes = []
+    if given.line and given.line.args.cp_layer_algo:
+        given.notes.append(
+            f"{FLAG} {given.line.args.cp_layer_algo} is not planned: every layer gets one setting; mindspeed-cp doctor "
+            "--launch says what each of these layers sends."
+        )
     if given.memory is not None and 1 <= given.memory < LEAST_BYTES:
         given.notes.append(f"--memory {given.memory:g} is read as {given.memory:g} GB.")
         given.memory *= 1e9

@@ -241,17 +241,15 @@ def dry_groups(
     everyone = [place * stride for place in range(config.context_parallel_size)]
     if len(everyone) == 1:
         return ContextParallelGroups(config.hierarchy, 0, (0,))
-    ulysses, _, windows = config.hierarchy
-    workspace = Workspace()
+    ulysses, workspace = config.hierarchy[0], Workspace()
 
     def link(name: str, ranks: Sequence[int]) -> NotingLink:
         place = list(ranks).index(everyone[rank])
         of_heads = name == "ulysses" or (name == "cp" and ulysses == len(everyone))
         return NotingLink(cast(Any, None), place, tuple(ranks), workspace, notes=notes, like=backend, of_heads=of_heads)
 
-    links: dict[str, Any] = {
-        name: link(name, ranks) for name, ranks in parts_of([everyone], ulysses, windows) if everyone[rank] in ranks
-    }
+    parts = parts_of([everyone], [config.hierarchy])
+    links: dict[str, Any] = {name: link(name, ranks) for name, ranks in parts if everyone[rank] in ranks}
     if ulysses in (1, len(everyone)):
         links["ring" if ulysses == 1 else "ulysses"] = links["cp"]
     return ContextParallelGroups(
@@ -279,7 +277,8 @@ def dry_call(
     config: ContextParallelConfig, problem: Problem, rank: int, kernel: NotingKernel, backend: str = DEVICES
 ) -> DryCall:
     """The call of cp_rank ``rank``; its links note where the kernel notes."""
-    layout = problem.layout(config)
+    layout, config = problem.layout(config), config.of_layer(problem.layer_number)
+    layout = layout.of_degree(config.hierarchy[0])
     sizes = ((problem.heads, problem.dk), (problem.kv_heads, problem.dk), (problem.kv_heads, problem.dv))
     expansion = problem.expansion(config, kernel.notes, layout.length(rank))
     if expansion is not None:

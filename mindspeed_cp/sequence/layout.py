@@ -71,13 +71,23 @@ class SequenceLayout:
         """
         if not isinstance(seq_len, int) or seq_len < 1:
             raise ValueError(f"sequence length {seq_len} must be a whole number of at least 1; pass the global length.")
+        return cls._built(config, seq_len, cu_seqlens, attention_slices).of_degree(config.hierarchy[0])
+
+    @classmethod
+    def _built(
+        cls,
+        config: ContextParallelConfig,
+        seq_len: int,
+        cu_seqlens: torch.Tensor | Sequence[int] | None,
+        attention_slices: Sequence[AttentionSlice] | None,
+    ) -> "SequenceLayout":
         documents = (0, seq_len) if cu_seqlens is None else boundaries(cu_seqlens)
         if documents[-1] != seq_len:
             raise ValueError(
                 f"cu_seqlens ends with {documents[-1]} and must end with the sequence length {seq_len}; pass the "
                 "cumulative lengths of all documents, padding included."
             )
-        kind, degree, ring_size = config.layout_kind, config.hierarchy[0], config.ring_size
+        kind, degree, ring_size = config.layout_kind, config.batch_degree, config.batch_ring
         auto = config.batch_layout == "auto"
         if attention_slices is not None and (auto or kind == "balanced"):
             (mask,) = attention_masks(config.causal, seq_len, attention_slices=attention_slices)
@@ -117,6 +127,10 @@ class SequenceLayout:
         if expected == 0:
             raise ValueError("runs hold no position at all; a sequence has at least one token.")
         return cls(all_runs, config.hierarchy[0])
+
+    def of_degree(self, ulysses_degree: int) -> "SequenceLayout":
+        """The same tokens on the same ranks, for another Ulysses degree."""
+        return self if ulysses_degree == self.ulysses_degree else _of_degree(self, ulysses_degree)
 
     @cached_property
     def seq_len(self) -> int:
@@ -235,6 +249,11 @@ def _zigzag(start: int, stop: int, ranks: int) -> list[list[Run]]:
 
 def _num_bytes(layout: SequenceLayout) -> int:
     return 3 * RUN_BYTES * sum(map(len, layout.all_runs))  # its own runs, the ring ranks' runs and the rows
+
+
+@kept_up_to(8 << 20, _num_bytes)
+def _of_degree(layout: SequenceLayout, ulysses_degree: int) -> SequenceLayout:
+    return SequenceLayout(layout.all_runs, ulysses_degree, layout.kind)
 
 
 @kept_up_to(8 << 20, _num_bytes)

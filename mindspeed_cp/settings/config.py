@@ -7,7 +7,7 @@ launch script says about model and machine. Errors name the flag, the value, the
 from dataclasses import dataclass
 from typing import Literal
 
-from mindspeed_cp.settings import rules
+from mindspeed_cp.settings import layers, rules
 from mindspeed_cp.settings.algorithms import DEFAULT, known_algorithm, summaries, titled
 from mindspeed_cp.settings.derived import (
     P2P,
@@ -53,6 +53,16 @@ class ContextParallelConfig(Derived):
         parse=known_algorithm,
         variable="CP_ALGO",
     )
+    layer_algorithms: str | None = setting(
+        None,
+        flag=layers.FLAG,
+        help="layers with an algorithm or settings of their own, such as 0-3:ulysses_cp_algo,4-:megatron_cp_algo",
+        rule="entries LAYERS:ALGORITHM, with further settings as :flag=value; layers count from 0 over the whole model "
+        "(3, 0-3, 4-, 5-/6: every sixth from 5); each is named at most once, and its entry takes from the run what it "
+        "does not name",
+        takes="LAYERS:SETTINGS,...",
+        see="[A choice for each layer](choosing.md#a-choice-for-each-layer)",
+    )
     attention_mask_type: MaskType = setting(
         "causal",
         flag="--cp-attention-mask-type",
@@ -79,6 +89,7 @@ class ContextParallelConfig(Derived):
         taken_by=lambda row: row.takes_degree,
         ignored="only {takers} reads it, not {algorithm}",
         variable="ULYSSES_DEGREE",
+        by_layer=lambda row: row.takes_degree,
     )
     batch_layout: BatchLayout = setting(
         "auto",
@@ -118,6 +129,7 @@ class ContextParallelConfig(Derived):
         taken_by=lambda row: row.takes_window,
         ignored="{algorithm} has no ring windows",
         variable="CP_WINDOW",
+        by_layer=lambda row: row.takes_window,
     )
     kv_exchange: KVExchange = setting(
         "ring",
@@ -132,6 +144,7 @@ class ContextParallelConfig(Derived):
         },
         see="[Mesh exchange](algorithms/mesh-exchange.md)",
         variable="KV_EXCHANGE",
+        by_layer=lambda row: row.exchange == "ring",
     )
     in_flight: int | Literal["auto"] = setting(
         1,
@@ -142,6 +155,7 @@ class ContextParallelConfig(Derived):
         takes="N",
         least=1,
         least_means="1 is one step at a time",
+        by_layer=lambda row: row.exchange == "ring",
     )
     topology: Topology = setting(
         "auto",
@@ -166,6 +180,7 @@ class ContextParallelConfig(Derived):
             "auto": "latent if the bytes that it saves are worth computing keys and values on every rank",
         },
         see="[Latent exchange](choosing.md#latent-exchange)",
+        by_layer=lambda row: True,
     )
     ulysses_chunks: int = setting(
         1,
@@ -178,6 +193,7 @@ class ContextParallelConfig(Derived):
         taken_by=lambda row: row.splits_heads,
         ignored="{algorithm} exchanges no heads",
         see="[Chunks of heads](algorithms/ulysses.md#in-chunks-of-heads)",
+        by_layer=lambda row: row.splits_heads,
     )
     linear_exchange: LinearExchange = setting(
         "heads",
@@ -216,6 +232,7 @@ class ContextParallelConfig(Derived):
         },
         see="[KV cache](choosing.md#what-the-kv-cache-policies-save-and-cost)",
         variable="KV_CACHE_POLICY",
+        by_layer=lambda row: True,
     )
     kv_cache_interval: int = setting(
         0,
@@ -232,6 +249,7 @@ class ContextParallelConfig(Derived):
         flag="--use-ulysses-allgather-kv",
         help="Ulysses gathers the one KV head of a rank instead of replicating it",
         rule="ulysses_cp_algo and grouped-query attention with one KV head per tensor-parallel rank",
+        by_layer=lambda row: row.splits_heads and row.exchange is None,
     )
     send_recv_overlap: bool = setting(
         False,
@@ -240,6 +258,7 @@ class ContextParallelConfig(Derived):
         rule="algorithms that send around a ring",
         taken_by=lambda row: row.exchange is not None,
         ignored="{algorithm} sends nothing around a ring",
+        by_layer=lambda row: row.exchange is not None,
     )
     alltoall: bool = setting(
         True,
@@ -272,12 +291,9 @@ class ContextParallelConfig(Derived):
         for each in declarations(type(self)):
             each.check(getattr(self, each.name))
         known_algorithm(self.algorithm)
-        rules.check_degree(self.algorithm, self.context_parallel_size, self.ulysses_degree)
-        rules.check_window(self.row, self.window_size, self._ring_of_window)
         rules.check_kv_cache(self.context_parallel_size, self.kv_cache_policy, self.kv_cache_interval)
-        rules.check_exchange(self.algorithm, self.kv_exchange, 1 if self._is_one_window else self.window_size)
-        rules.check_allgather(self.algorithm, self.allgather_kv)
         rules.check_keep_attention(self.context_parallel_size, self.keep_attention)
+        self._check_layers()
         for notice in self.ignored_settings():
             warn_rank0(notice)
         if self._is_one_window:
@@ -285,6 +301,26 @@ class ContextParallelConfig(Derived):
 
     def describe(self) -> str:
         """A phrase for the startup line, such as "Ring, cp=4, zigzag, causal"."""
+        others = self.other_layers
+        parts = [titled(others.row, others.hierarchy), f"cp={self.context_parallel_size}", self.layout_kind]
+        parts += [self.attention_mask_type, *others.ways()]
+        parts += self.said_by_layer()
+        if self.linear_exchange == "state":
+            parts.append("states of linear layers from rank to rank")
+        if self.keep_attention:
+            parts.append("attention kept across recomputation")
+        return ", ".join([*parts, *(["logged"] if self.log else [])])
+
+    def said_by_layer(self) -> list[str]:
+        """The layers with their own settings, such as "layers 5-/6: Ulysses"; equal settings are one item."""
+        found: dict[str, list[layers.LayerRange]] = {}
+        for entry, config in zip(self.entries, self.entry_configs):
+            text = ", ".join([titled(config.row, config.hierarchy), *config.ways()])
+            found.setdefault(text, []).append(entry.layers)
+        return [f"{layers.said(ranges)}: {text}" for text, ranges in found.items()]
+
+    def ways(self) -> list[str]:
+        """The settings other than the algorithm, as phrases, if they are not the default."""
         said = {
             f"{self.kv_exchange} exchange": self.kv_exchange != "ring",
             f"{self.in_flight} steps in flight": self.in_flight != 1 and self._takes_several_steps,
@@ -292,9 +328,5 @@ class ContextParallelConfig(Derived):
             f"{self.ulysses_chunks} groups of heads": self.ulysses_chunks > 1 and self.row.splits_heads,
             "single messages": self.p2p == "isend" and self.row.exchange == "ring",
             f"kv cache {self.kv_cache_policy}": self.kv_cache_policy is not None,
-            "states of linear layers from rank to rank": self.linear_exchange == "state",
-            "attention kept across recomputation": self.keep_attention,
-            "logged": self.log,
         }
-        always = [f"cp={self.context_parallel_size}", self.layout_kind, self.attention_mask_type]
-        return ", ".join([titled(self.row, self.hierarchy), *always, *(part for part, holds in said.items() if holds)])
+        return [part for part, holds in said.items() if holds]

@@ -1,9 +1,16 @@
 """Values derived from the settings of a context-parallel group, and settings that the chosen algorithm ignores."""
 
-from typing import Literal, get_args
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, TypeVar, get_args
 
+from mindspeed_cp.settings import rules
 from mindspeed_cp.settings.algorithms import ALGORITHMS, Algorithm, Hierarchy
-from mindspeed_cp.settings.setting import declarations
+from mindspeed_cp.settings.layers import FLAG, LayerEntry, LayerRange, read_layers
+from mindspeed_cp.settings.setting import Setting, declarations
 
 MaskType = Literal["causal", "full", "general"]
 KVCachePolicy = Literal["full", "half"]
@@ -17,17 +24,22 @@ MASK_TYPES: tuple[MaskType, ...] = get_args(MaskType)
 KV_CACHE_POLICIES: tuple[KVCachePolicy | None, ...] = (None, *get_args(KVCachePolicy))
 
 
+Config = TypeVar("Config", bound="Derived")
+
+
 class Derived:
     """Derived values of ``ContextParallelConfig``, which declares the settings."""
 
     context_parallel_size: int
     algorithm: str
+    layer_algorithms: str | None
     ulysses_degree: int | None
     window_size: int
     attention_mask_type: MaskType
     batch_layout: BatchLayout
     ranks_per_node: int | None
     kv_exchange: KVExchange
+    allgather_kv: bool
     in_flight: int | Literal["auto"]
     topology: Topology
     p2p: P2P
@@ -49,29 +61,164 @@ class Derived:
     def _is_one_window(self) -> bool:
         return self.row.takes_window and self.window_size == self._ring_of_window > 1
 
+    # Layers that have settings of their own.
+
+    @classmethod
+    def by_layer(cls) -> tuple[Setting, ...]:
+        """The settings that layers may have of their own, beside the algorithm."""
+        return tuple(each for each in declarations(cls) if each.by_layer is not None)
+
+    @property
+    def named_layers(self) -> tuple[LayerEntry, ...]:
+        """The entries of --cp-layer-algo, none without it."""
+        return () if self.layer_algorithms is None else _layered(self).named
+
+    @property
+    def entries(self) -> tuple[LayerEntry, ...]:
+        """The entries of --cp-layer-algo, none with context-parallel size 1."""
+        return self.named_layers if self.context_parallel_size > 1 else ()
+
+    @property
+    def entry_configs(self: Config) -> tuple[Config, ...]:
+        """The settings of each entry's layers."""
+        return () if self.layer_algorithms is None else _layered(self).configs
+
+    @property
+    def other_layers(self: Config) -> Config:
+        """The settings of the layers without an entry."""
+        return _layered(self).others if self.entries else self
+
+    @property
+    def layer_configs(self: Config) -> tuple[Config, ...]:
+        """The different settings of all layers; those of the layers without an entry come first."""
+        return tuple(dict.fromkeys((self.other_layers, *self.entry_configs)))
+
+    def of_layer(self: Config, layer_number: int) -> Config:
+        """The settings of a layer (global number, from 1, as in Megatron)."""
+        for entry, config in zip(self.entries, self.entry_configs):
+            if layer_number - 1 in entry.layers:
+                return config
+        return self.other_layers
+
+    def used_by(self: Config, num_layers: int | None) -> tuple[Config, ...]:
+        """The different settings of the first ``num_layers`` layers; of all layers if None."""
+        if num_layers is None or not self.entries:
+            return self.layer_configs
+        return tuple(dict.fromkeys(map(self.of_layer, range(1, num_layers + 1))))
+
+    def takes_any_length(self, num_layers: int | None) -> bool:
+        """Whether these layers take lengths that are no multiple of the ranks, without a gather-size calculator."""
+        return all(config.row.any_length for config in self.used_by(num_layers))
+
+    def layers_of(self, config: "Derived") -> list[LayerRange]:
+        """The layers of the entries with the settings ``config``; none if the layers without an entry have them too."""
+        if config == self.other_layers:
+            return []
+        return [entry.layers for entry, each in zip(self.entries, self.entry_configs) if each == config]
+
+    def fitted(self: Config, entry: LayerEntry | None) -> Config:
+        """The settings of an entry's layers: its own, else this configuration's if the layers' algorithm uses them.
+
+        Raises:
+            ValueError: the entry names a setting that its algorithm does not use.
+        """
+        named = {} if entry is None else entry.named
+        row = ALGORITHMS[named.get("algorithm", self.algorithm)]
+        unused = [each for each in self.by_layer() if each.by_layer and not each.by_layer(row)]
+        for each in unused:
+            rules.require(
+                each.name not in named,
+                f"{FLAG} {entry and entry.layers}: {each.flag.removeprefix('--')} means nothing to {row.title}; leave "
+                "it out there.",
+            )
+        return self._with({each.name: each.default for each in unused} | named | {"layer_algorithms": None})
+
+    def _with(self: Config, values: Mapping[str, Any]) -> Config:
+        """A copy with other values, without checks and notices."""
+        made = object.__new__(type(self))
+        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}  # type: ignore[arg-type]
+        vars(made).update(fields | dict(values))
+        if made._is_one_window:
+            vars(made)["window_size"] = 1
+        return made
+
+    def _check_layers(self) -> None:
+        """Check the rules of every layer's algorithm.
+
+        Raises:
+            ValueError: a rule is broken; the message names the layers.
+        """
+        self.other_layers._check_algorithm()
+        for entry, config in zip(self.entries, self.entry_configs):
+            with rules.said_of(f"{FLAG} {entry.layers}"):
+                config._check_algorithm()
+
+    def _check_algorithm(self) -> None:
+        rules.check_degree(self.algorithm, self.context_parallel_size, self.ulysses_degree)
+        rules.check_window(self.row, self.window_size, self._ring_of_window)
+        rules.check_exchange(self.algorithm, self.kv_exchange, 1 if self._is_one_window else self.window_size)
+        rules.check_allgather(self.algorithm, self.allgather_kv)
+
+    # Ignored settings.
+
     def ignored_settings(self) -> list[str]:
-        """Warnings about settings that the chosen algorithm ignores."""
-        algorithm = f"--context-parallel-algo {self.algorithm}"
-        found = [each.notice(getattr(self, each.name), self.algorithm) for each in declarations(type(self))]
-        unread = "auto" not in (self.kv_exchange, self.in_flight) and self.topology != "auto"
-        alike = self.batch_layout == "balanced" and self.row.exchange is None and self.context_parallel_size > 1
-        all_at_once = self.p2p != "auto" and self.kv_exchange == "mesh"
-        unplaced = self.ranks_per_node is not None and not self._may_be_balanced
-        silent = self.log and self.context_parallel_size == 1
-        one_by_one = self.in_flight not in (1, "auto") and not self._takes_several_steps
-        across = {
-            f"--cp-window-size {self.window_size} is one window of all {self.window_size} ranks of the ring: the plain "
-            "ring.": self._is_one_window,
-            f"--cp-batch-layout balanced is contiguous for {algorithm}, whose ranks have equal work anyway.": alike,
-            f"--cp-p2p {self.p2p} is ignored: the mesh exchange sends no messages between single ranks.": all_at_once,
-            f"--cp-in-flight {self.in_flight} is ignored: a plain ring forwards one step at a time.": one_by_one,
-            f"--cp-topology {self.topology} is ignored: neither --cp-kv-exchange nor --cp-in-flight is auto.": unread,
-            f"--cp-ranks-per-node {self.ranks_per_node} is ignored: only the balanced layout of a ring reads it.": (
-                unplaced
+        """Warnings about settings that the algorithms of all layers ignore, or an entry's that its own ignores."""
+        views = [self._with({"layer_algorithms": None, **entry.named}) for entry in self.entries]
+        first, *others = [view._ignored() for view in (self, *views)]
+        of_run = [message for name, message in first.items() if all(name in ignored for ignored in others)]
+        of_entries = [
+            f"{FLAG} {entry.layers}: {message}"
+            for entry, config in zip(self.entries, self.entry_configs)
+            for name, message in config._ignored().items()
+            if name in entry.named
+        ]
+        return of_run + of_entries
+
+    def _ignored(self) -> dict[str, str]:
+        """Field -> warning, for the settings that this algorithm ignores."""
+        settings = declarations(type(self))
+        notices = {each.name: each.notice(getattr(self, each.name), self.algorithm) for each in settings}
+        found = {name: message for name, message in notices.items() if message}
+        return found | {name: message for name, (applies, message) in self._ignored_with_others().items() if applies}
+
+    def _ignored_with_others(self) -> dict[str, tuple[bool, str]]:
+        """Field -> (whether other settings make it ineffective, warning)."""
+        algorithm, alone = f"--context-parallel-algo {self.algorithm}", self.context_parallel_size == 1
+        return {
+            "window_size": (
+                self._is_one_window,
+                f"--cp-window-size {self.window_size} is one window of all {self.window_size} ranks of the ring: the "
+                "plain ring.",
             ),
-            "--cp-log says nothing at --context-parallel-size 1 without --hybrid-context-parallel.": silent,
+            "batch_layout": (
+                self.batch_layout == "balanced" and self.row.exchange is None and not alone,
+                f"--cp-batch-layout balanced is contiguous for {algorithm}, whose ranks have equal work anyway.",
+            ),
+            "p2p": (
+                self.p2p != "auto" and self.kv_exchange == "mesh",
+                f"--cp-p2p {self.p2p} is ignored: the mesh exchange sends no messages between single ranks.",
+            ),
+            "in_flight": (
+                self.in_flight not in (1, "auto") and not self._takes_several_steps,
+                f"--cp-in-flight {self.in_flight} is ignored: a plain ring forwards one step at a time.",
+            ),
+            "topology": (
+                "auto" not in (self.kv_exchange, self.in_flight) and self.topology != "auto",
+                f"--cp-topology {self.topology} is ignored: neither --cp-kv-exchange nor --cp-in-flight is auto.",
+            ),
+            "ranks_per_node": (
+                self.ranks_per_node is not None and not self._may_be_balanced,
+                f"--cp-ranks-per-node {self.ranks_per_node} is ignored: only the balanced layout of a ring reads it.",
+            ),
+            "log": (
+                self.log and alone,
+                "--cp-log says nothing at --context-parallel-size 1 without --hybrid-context-parallel.",
+            ),
+            "layer_algorithms": (
+                self.layer_algorithms is not None and alone,
+                f"{FLAG} says nothing at --context-parallel-size 1 without --hybrid-context-parallel.",
+            ),
         }
-        return [*filter(None, found), *(message for message, applies in across.items() if applies)]
 
     @property
     def _takes_several_steps(self) -> bool:
@@ -86,14 +233,31 @@ class Derived:
     def ring_size(self) -> int:
         return self.context_parallel_size // self.hierarchy[0]
 
+    # The layout of a batch, which all layers share.
+
+    @property
+    def batch_degree(self) -> int:
+        """Number of consecutive ranks that form one rank of the ring over which the layout is balanced.
+
+        It is the greatest common divisor of the Ulysses degrees of all layers with a ring, so that the layout is
+        balanced for each of these rings.
+        """
+        rings = [config.hierarchy[0] for config in self.layer_configs if config.ring_size > 1]
+        return math.gcd(*rings) if rings else self.context_parallel_size
+
+    @property
+    def batch_ring(self) -> int:
+        """Size of the ring over which the layout is balanced."""
+        return self.context_parallel_size // self.batch_degree
+
     @property
     def ring_ranks_per_node(self) -> int | None:
-        """Number of ring ranks per node, None if unknown."""
-        return None if self.ranks_per_node is None else max(1, self.ranks_per_node // self.hierarchy[0])
+        """Number of ranks of this ring per node, None if unknown."""
+        return None if self.ranks_per_node is None else max(1, self.ranks_per_node // self.batch_degree)
 
     @property
     def _may_be_balanced(self) -> bool:
-        return self.ring_size > 1 and (
+        return self.batch_ring > 1 and (
             self.batch_layout == "balanced" or self.batch_layout == "auto" and self.layout_kind == "zigzag"
         )
 
@@ -104,13 +268,31 @@ class Derived:
 
     @property
     def layout_kind(self) -> Literal["contiguous", "zigzag", "document_zigzag", "balanced"]:
-        """The layout kind for ``batch_layout``; "auto" is zigzag for a causal ring, else contiguous."""
-        if self.batch_layout == "balanced" and self.ring_size == 1:
+        """The layout kind for ``batch_layout``; "auto" is zigzag if a layer has a causal ring, else contiguous."""
+        if self.batch_layout == "balanced" and self.batch_ring == 1:
             return "contiguous"
         if self.batch_layout != "auto":
             return self.batch_layout
-        return "zigzag" if self.ring_size > 1 and self.causal else "contiguous"
+        return "zigzag" if self.batch_ring > 1 and self.causal else "contiguous"
 
     def kv_cache_policy_for(self, layer_number: int) -> KVCachePolicy | None:
         """The policy of a layer (global number, from 1); interval n applies it to layers with layer % (n + 1) == 1."""
         return self.kv_cache_policy if (layer_number - 1) % (self.kv_cache_interval + 1) == 0 else None
+
+
+@dataclass(frozen=True)
+class _Layered:
+    """The entries of --cp-layer-algo, their settings, and those of the other layers."""
+
+    named: tuple[LayerEntry, ...]
+    configs: tuple[Any, ...] = ()
+    others: Any = None
+
+
+@lru_cache(maxsize=256)
+def _layered(config: Derived) -> _Layered:
+    assert config.layer_algorithms is not None
+    named = read_layers(config.layer_algorithms, config.by_layer())
+    if config.context_parallel_size == 1:
+        return _Layered(named)
+    return _Layered(named, tuple(map(config.fitted, named)), config.fitted(None))

@@ -1,6 +1,7 @@
 """Rules across settings, helpers to write them, and the rule of tensor parallelism for heads."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from mindspeed_cp.settings.algorithms import ALGORITHMS, Algorithm, names_with
 
@@ -20,6 +21,15 @@ def divisors(number: int, low: int, high: int) -> str:
 def require(condition: object, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+@contextmanager
+def said_of(what: str) -> Iterator[None]:
+    """Put ``what``, such as a flag and its value, before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
 
 
 def require_even_tokens(length: int, cp: int, tp: int) -> None:

@@ -36,6 +36,8 @@ class Setting:
         default_text: the default in help and documentation, if the value itself does not say it.
         taken_by: whether an algorithm uses it; if not, ``ignored`` says why, with {algorithm} for the flag and its
             value, and {takers} for the algorithms that use it.
+        by_layer: given if layers may have values of their own (--cp-layer-algo); whether an algorithm uses the setting.
+            A layer whose algorithm does not use it has the default.
         parse: text -> value, raises ValueError; by default choices, whole numbers or any text.
         agree: whether all ranks must have the same value.
         ours: whether this project's parser adds the flag; else Megatron's does.
@@ -60,6 +62,7 @@ class Setting:
     default_text: str = ""
     taken_by: Callable[[Algorithm], bool] | None = None
     ignored: str = ""
+    by_layer: Callable[[Algorithm], bool] | None = None
     parse: Callable[[str], Any] | None = None
     agree: bool = True
     ours: bool = True

@@ -13,6 +13,7 @@ class Start:
         setting: the configuration's description, such as "Ring, cp=4, zigzag, causal".
         sizes: size of every kind of parallelism, such as {"tp": 2, "pp": 1, "cp": 4, "dp": 1}.
         seq_length, lengths: tokens per sequence, and per rank (fewest, most).
+        layout: which tokens a rank holds, and how many of them travel around layers that need another layout.
         kernel: attention kernel. exchange: how keys and values, or heads, travel.
         documents: what attention does with the documents of a batch, such as "kept apart".
         patches: (number of patches that are alive, number that were applied).
@@ -22,6 +23,7 @@ class Start:
     sizes: dict[str, int]
     seq_length: int
     lengths: tuple[int, int]
+    layout: str
     kernel: str
     exchange: str
     documents: str
@@ -43,7 +45,10 @@ def start_block(start: Start, has_log: bool = False) -> str:
     rows = [
         ("on", start.setting),
         ("sizes", " x ".join(f"{name} {size}" for name, size in start.sizes.items())),
-        ("tokens", f"{start.seq_length:,} of a sequence, {tokens} on a rank; documents {start.documents}"),
+        (
+            "tokens",
+            f"{start.seq_length:,} of a sequence, {tokens} on a rank, {start.layout}; documents {start.documents}",
+        ),
         ("kernel", f"{start.kernel}; {start.exchange}"),
         ("patches", patches),
         ("look at", f"{look}; python -m mindspeed_cp.doctor"),

@@ -4,12 +4,14 @@ and applies the fallbacks.
 
 import dataclasses
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
 from mindspeed_cp.settings.algorithms import names_with
 from mindspeed_cp.settings.config import ContextParallelConfig
-from mindspeed_cp.settings.rules import divisors, listed, require, require_even_tokens
+from mindspeed_cp.settings.layers import FLAG
+from mindspeed_cp.settings.rules import divisors, listed, require, require_even_tokens, said_of
 from mindspeed_cp.settings.setting import declarations, megatrons, setting
 
 _CALCULATOR = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -43,7 +45,8 @@ class TrainingSetup:
 
     num_attention_heads: int | None = megatrons(None)
     num_query_groups: int | None = megatrons(None)
-    num_layers: int = megatrons(1, unset=None)  # unknown: no rule applies
+    num_layers: int | None = megatrons(None)
+    mtp_num_layers: int | None = megatrons(None)
     seq_length: int | None = megatrons(None)
     world_size: int | None = megatrons(None)
     tensor_parallel_size: int = megatrons(
@@ -108,6 +111,11 @@ class TrainingSetup:
     notices: tuple[str, ...] = field(default=(), compare=False)
 
     @property
+    def all_layers(self) -> int | None:
+        """Layers with attention, those of multi-token prediction included; None where that is not known."""
+        return None if self.num_layers is None else self.num_layers + (self.mtp_num_layers or 0)
+
+    @property
     def unaligned(self) -> bool:
         return self.gather_size_calculator != "default"
 
@@ -126,22 +134,28 @@ def resolve(config: ContextParallelConfig, setup: TrainingSetup) -> TrainingSetu
         if each.whole and each.least is not None:
             each.check(getattr(setup, each.name))
     cp, asked, notices = config.context_parallel_size, setup, []
-    if setup.unaligned and not config.row.splits_heads and cp > 1:
+    _check_named_layers(config, setup)
+    used = config.used_by(setup.all_layers)
+    if setup.unaligned and not any(each.row.splits_heads for each in used) and cp > 1:
         notices.append(
             f"--gather-size-calculator {setup.gather_size_calculator} is ignored: only {names_with(splits_heads=True)} "
             "read it; "
             f"--context-parallel-algo {config.algorithm} takes any sequence length as it is."
         )
         setup = dataclasses.replace(setup, gather_size_calculator="default")
-    setup = _fall_back_to_aligned(config, setup, notices)
+    for of_layers in used:
+        setup = _fall_back_to_aligned(of_layers, setup, notices)
     _check_world(config, setup)
-    _check_heads(config, setup, asked)
-    _check_chunks(config, setup)
+    for of_layers in used:
+        named = config.layers_of(of_layers)
+        with said_of(f"{FLAG} {' and '.join(map(str, named))}") if named else nullcontext():
+            _check_heads(of_layers, setup, asked)
+            _check_chunks(of_layers, setup)
     _check_length(config, setup)
     require(
-        config.kv_cache_interval == 0 or config.kv_cache_interval < setup.num_layers,
+        config.kv_cache_interval == 0 or setup.num_layers is None or config.kv_cache_interval < setup.num_layers,
         f"--context-parallel-cache-interval {config.kv_cache_interval} must be smaller than --num-layers "
-        f"{setup.num_layers}; choose 0 to {setup.num_layers - 1}.",
+        f"{setup.num_layers}; choose 0 to {(setup.num_layers or 1) - 1}.",
     )
     if config.keep_attention and setup.recomputes_attention is False:
         notices.append(
@@ -152,6 +166,17 @@ def resolve(config: ContextParallelConfig, setup: TrainingSetup) -> TrainingSetu
         notices.append(f"--use-flash-attn is switched on: --context-parallel-size {cp} needs flash attention.")
         setup = dataclasses.replace(setup, use_flash_attn=True)
     return dataclasses.replace(setup, notices=setup.notices + tuple(notices))
+
+
+def _check_named_layers(config: ContextParallelConfig, setup: TrainingSetup) -> None:
+    for entry in config.entries if setup.all_layers is not None else ():
+        last = entry.layers.first if entry.layers.last is None else entry.layers.last
+        mtp = f" and --mtp-num-layers {setup.mtp_num_layers}, which come behind them" if setup.mtp_num_layers else ""
+        require(
+            setup.all_layers is None or last < setup.all_layers,
+            f"{FLAG} {entry.layers} names layer {last}, and --num-layers is {setup.num_layers}{mtp}; layers count from "
+            f"0 to {(setup.all_layers or 1) - 1}, and {entry.layers.first}- goes on to the end.",
+        )
 
 
 def _fall_back_to_aligned(config: ContextParallelConfig, setup: TrainingSetup, notices: list[str]) -> TrainingSetup:
@@ -247,7 +272,7 @@ def _check_length(config: ContextParallelConfig, setup: TrainingSetup) -> None:
     length, cp, tp = setup.seq_length, config.context_parallel_size, setup.tensor_parallel_size
     if length is None or cp == 1:
         return
-    if not config.row.any_length and not setup.unaligned:
+    if not config.takes_any_length(setup.all_layers) and not setup.unaligned:
         require(
             length % cp == 0,
             f"--seq-length {length} must be divisible by --context-parallel-size {cp} for aligned Ulysses; use "

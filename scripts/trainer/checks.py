@@ -156,7 +156,7 @@ def _check_lengths(args, tp):
         f"--tensor-model-parallel-size {tp}; leave one of them out.",
     )
     require(
-        not varying or cp == 1 or args.cp_setup.unaligned or args.context_parallel_algo != "ulysses_cp_algo",
+        not varying or cp == 1 or args.cp_setup.unaligned or args.cp_config_resolved.takes_any_length(args.num_layers),
         f"{varying} with --context-parallel-algo ulysses_cp_algo needs unaligned Ulysses; use "
         "--gather-size-calculator dynamic without --context-parallel-kv-cache-policy.",
     )

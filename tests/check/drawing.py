@@ -16,7 +16,14 @@ _BY_HAND = {
     "--context-parallel-size", "--context-parallel-algo", "--ulysses-degree-in-cp", "--cp-window-size",
     "--context-parallel-kv-cache-policy", "--context-parallel-cache-interval", "--use-ulysses-allgather-kv",
     "--gather-size-calculator", "--cp-kernel", "--cp-keep-attention", "--cp-trust",
+    "--cp-layer-algo",
 }  # fmt: skip
+
+_LAYERS = (
+    "0:megatron_cp_algo,1-:kvallgather_cp_algo", "1-/2:ulysses_cp_algo", "0-/2:megatron_cp_algo:cp-kv-exchange=direct",
+    "0:hybrid_cp_algo", "1:megatron_cp_algo:cp-window-size=2", "0-:kvallgather_cp_algo", "0-3:cp-ulysses-chunks=2",
+    "3-1:",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,7 @@ def _draw_sharing(rng, settings, maybe):
     maybe(0.7 if unaligned else 0.02, "--gather-size-calculator", "dynamic", "dynamic", "default")
     maybe(0.05 if unaligned else 0.01, "--use-ulysses-allgather-kv")
     maybe(0.05, "--cp-kernel", "blockwise")
+    maybe(0.2 if cp > 1 else 0.02, "--cp-layer-algo", *_LAYERS)
     for each in our_flags():
         if each.shares and each.flag not in _BY_HAND:
             taken = each.taken_by is None or each.taken_by(row)

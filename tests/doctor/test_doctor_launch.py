@@ -217,6 +217,24 @@ def test_a_wrong_line_has_the_rule_and_the_way_out_of_the_configuration(script, 
     assert len(wrong) == 1 and text in wrong[0].text and todo in wrong[0].todo, wrong
 
 
+def test_layers_of_their_own_are_counted_and_each_kind_says_what_it_sends(script):
+    found = said(
+        script,
+        "--context-parallel-size 4 --context-parallel-algo megatron_cp_algo --num-layers 6 "
+        "--cp-layer-algo 0-/4:ulysses_cp_algo",
+    )
+    sent = [text for text in texts(found, "ok") if " sends " in text]
+    assert [text.partition(" sends ")[0] for text in sent] == [
+        "each of 2 layers by Ulysses", "each of 4 layers by Ring",
+    ]  # fmt: skip
+    (wrong,) = [
+        finding
+        for finding in said(script, "--context-parallel-size 4 --num-layers 6 --cp-layer-algo 6:megatron_cp_algo")
+        if finding.level == "problem"
+    ]
+    assert "names layer 6, and --num-layers is 6" in wrong.text
+
+
 def test_the_degree_that_hybrid_would_get_fits_a_node_of_the_launch(script, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     flags = "--context-parallel-size 8 --context-parallel-algo hybrid_cp_algo --use-flash-attn"

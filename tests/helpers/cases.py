@@ -143,7 +143,7 @@ def setup_of(config, share_from=0):
     from mindspeed_cp import ContextParallelConfig, ContextParallelGroups
 
     config = ContextParallelConfig(**config)
-    key = config.hierarchy, config.p2p, share_from
+    key = config.hierarchy, config.layer_algorithms, config.p2p, share_from
     if key not in _setups:
         if not _kept:
             _kept.append(KeptGroups(torch.distributed, "new_group"))

@@ -3,6 +3,8 @@
 import contextlib
 import io
 from argparse import Namespace
+from dataclasses import dataclass
+from unittest import mock
 
 from kept_groups import megatron_groups
 
@@ -88,7 +90,9 @@ CASES = {
     "a2a+p2p": ({"comm_type": "a2a+p2p", "sizes": [2, 2]}, (HYBRID, 2)),
     "sizes, then p2p": ({"comm_type": "p2p", "sizes": [2, 2]}, (RING, None)),
     "before the groups": ({"comm_type": "p2p", "config_first": True}, (RING, None)),
-    "mixed": ({"comm_type": ["p2p", "a2a"]}, "one kind for all layers"),
+    "one of its own for each layer": ({"comm_type": ["p2p", "a2a"]}, (RING, None)),
+    "two levels in one layer": ({"comm_type": ["a2a+p2p", "a2a"], "sizes": [2, 2]}, (HYBRID, 2)),
+    "a list, before the groups": ({"comm_type": ["a2a", "allgather"], "config_first": True}, (ULYSSES, None)),
     "a2a+p2p without sizes": ({"comm_type": "a2a+p2p"}, "--hierarchical-context-parallel-sizes 2 2"),
     "dict": ({"settings": {"context_parallel_size": 4, "use_flash_attn": True}}, (ULYSSES, None)),
     "dict, then p2p": ({"settings": {"context_parallel_size": 4}, "comm_type": "p2p"}, (RING, None)),
@@ -118,7 +122,58 @@ def decide(rank):
     return {name: outcome(**said) for name, (said, _) in CASES.items()} | {
         "again": again(),
         "model": named_by_the_model(),
+        "layers": sent_by_layers(),
+        "newer": newer_megatrons(),
     }
+
+
+def newer_megatrons():
+    """What is said of settings that Megatron has after 0.19, by which it exchanges hidden states or groups itself."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer import TransformerConfig
+
+    from mindspeed_cp.patches import process_groups as rows
+
+    @dataclass
+    class Newer(TransformerConfig):
+        linear_cp_layout: str = "zigzag"
+        attention_cp_layout: str = "zigzag"
+
+    def config(**layouts):
+        return Newer(num_layers=2, hidden_size=32, num_attention_heads=4, context_parallel_size=4, **layouts)
+
+    with process_groups(context_parallel_size=4):
+        config()
+        config(linear_cp_layout="contiguous", attention_cp_layout="contiguous")
+        layouts = _refused(lambda: config(linear_cp_layout="contiguous"))
+    with mock.patch.object(rows, "arguments_of", lambda *given: {"dynamic_context_parallel": True}):
+        return layouts, _refused(lambda: parallel_state.initialize_model_parallel(context_parallel_size=4))
+
+
+def sent_by_layers():
+    """(layer number, purposes of what was sent) of the first calls of attention in a model of two layers, with a
+    cp_comm_type for each, and one of multi-token prediction.
+    """
+    import model_runs
+    from model_cases import MTP, Case
+
+    from mindspeed_cp import megatron_adaptor
+    from mindspeed_cp.comm import count_bytes
+    from mindspeed_cp.megatron import bridge
+
+    calls, attend = [], bridge.context_parallel_attention
+
+    def noted(*tensors, **keywords):
+        with count_bytes() as sent:
+            out = attend(*tensors, **keywords)
+        calls.append((keywords["layer_number"], sorted(purpose for purpose, size in sent.bytes.items() if size)))
+        return out
+
+    with process_groups(context_parallel_size=4), mock.patch.object(bridge, "context_parallel_attention", noted):
+        case = Case(MTP | {"mtp_num_layers": 1, "cp_comm_type": ["a2a", "p2p"]})
+        model_runs.Trainer(case, 4, 32).run()
+    megatron_adaptor.state().reset()
+    return calls[:3]
 
 
 def again():

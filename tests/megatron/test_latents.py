@@ -68,6 +68,7 @@ def module(core=Ours, linear=Ours, bias=None, config=(), kind=Attention, forward
     for name, value in attributes.items():
         setattr(up.weight if name.startswith("__") else up, name, value)
     return kind(
+        layer_number=2,
         config=SimpleNamespace(**(settings | dict(config))),
         core_attention=core(),
         linear_kv_up_proj=up,
@@ -81,7 +82,9 @@ def travels(given, exchange="latent", cp=4, sizes=(), **settings):
     config = ContextParallelConfig(
         context_parallel_size=cp, algorithm="megatron_cp_algo", mla_exchange=exchange, **settings
     )
-    scope = SimpleNamespace(config=config, alone=cp == 1, groups=SimpleNamespace(topology="switch"))
+    groups = SimpleNamespace(topology="switch")
+    groups.of = lambda config: groups
+    scope = SimpleNamespace(config=config, alone=cp == 1, groups=groups)
     return latents.latents_of(SimpleNamespace(scope_of=lambda of: scope, sizes=dict(sizes)), given)
 
 
@@ -123,6 +126,8 @@ def test_a_module_sends_latents_where_that_is_asked_for_or_worth_it():
     assert travels(module()).expansion.widths == (64, 512)
     assert travels(module(), "auto") is not None and travels(module(), "heads") is None
     assert travels(module(), cp=1) is None
+    assert travels(module(), layer_algorithms="1:cp-mla-exchange=heads") is None, "layer 2 of Megatron"
+    assert travels(module(), "heads", layer_algorithms="1:cp-mla-exchange=latent") is not None
     with pytest.raises(ValueError, match="several context-parallel sizes"):
         travels(module(), sizes={2: None})
 

@@ -35,6 +35,21 @@ EITHER = pairs.whole() or VERSION == DEFAULT
 ON_ULYSSES, ON_RING = (ALL, ALL) if EITHER else (ALL[::2], ALL[1::2])
 PACKED = tuple(name for name in EVERY if "packed" in name)
 BALANCED = {"context_parallel_size": 4, "batch_layout": "balanced", "kv_exchange": "auto", "keep_attention": True}
+# Two layers of two algorithms; layers of multi-token prediction come behind them.
+LOCAL_AND_GLOBAL = {
+    "context_parallel_size": 4,
+    "algorithm": RING,
+    "kv_exchange": "direct",
+    "layer_algorithms": f"1-/2:{ULYSSES}",
+}
+EACH_ITS_OWN = {
+    "context_parallel_size": 4,
+    "algorithm": ULYSSES,
+    "layer_algorithms": f"0:kvallgather_cp_algo,1:{HYBRID}:ulysses-degree-in-cp=2,3-:{RING}:cp-kv-exchange=mesh",
+    "keep_attention": True,
+}
+WITH_WINDOWS = tuple(name for name in EVERY if name in ("gpt-oss", "Gemma 3")) or ("multi-token prediction",)
+OF_THEIR_OWN = tuple(name for name in EVERY if name == "all of them, recomputed") or ("multi-latent attention",)
 EXPERTS = tuple(name for name in ALL if name.startswith("experts, auxiliary") or name == "all of them")
 SHARED = "ring cp=2, experts on both"
 # Ranks -> (length, name of the run -> (settings, cases)). Lengths of two and three ranks are uneven, heads of three
@@ -64,6 +79,8 @@ RUNS = {
             "ring cp=2, dp=2": ({"context_parallel_size": 2, "algorithm": RING}, FIRST),
             "ulysses cp=4": ({"context_parallel_size": 4, "algorithm": ULYSSES}, SECOND),
             "hybrid cp=4": ({"context_parallel_size": 4, "algorithm": HYBRID, "ulysses_degree": 2}, FIRST),
+            "local layers direct, global ones Ulysses": (LOCAL_AND_GLOBAL, WITH_WINDOWS),
+            "an algorithm for each layer": (EACH_ITS_OWN, OF_THEIR_OWN),
             "ring cp=4, balanced": ({**BALANCED, "algorithm": RING}, PACKED),
             "hybrid cp=4, balanced": ({**BALANCED, "algorithm": HYBRID, "ulysses_degree": 2}, PACKED),
         },

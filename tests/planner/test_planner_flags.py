@@ -128,3 +128,9 @@ def test_biases_in_experts_are_read():
     with_bias = FLAGS["mixtral-8x7b"].replace("--disable-bias-linear", "").split()
     experts = dataclasses.replace(MODELS["mixtral-8x7b"].experts, bias=True)
     assert megatron_flags.read(with_bias).model().experts == experts
+
+
+def test_layers_with_settings_of_their_own_are_read_and_said_not_to_be_planned():
+    line = "--cp 4 -- --num-layers 2 --seq-length 64 --cp-layer-algo 0:megatron_cp_algo"
+    (note,) = given.read(line.split()).notes
+    assert "--cp-layer-algo 0:megatron_cp_algo is not planned" in note and "doctor --launch" in note

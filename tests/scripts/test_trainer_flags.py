@@ -26,6 +26,7 @@ NONSENSE = {
     **dict.fromkeys(("--cp-topology", "--cp-mla-exchange", "--cp-linear-exchange"), CHOICE),
     **dict.fromkeys(("--cp-in-flight", "--cp-ulysses-chunks"), FROM_ONE),
     "--cp-trust": ["", " ", ","],
+    "--cp-layer-algo": ["a", "0-1", "0:ulysses", "1-0:cp-in-flight=2", "0-/0:cp-in-flight=2", "0:cp-in-flight=a"],
     **dict.fromkeys(
         (
             "--num-layers", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads", "--kv-channels",

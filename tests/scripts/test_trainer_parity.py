@@ -62,7 +62,10 @@ GROUPS = {
     "pp=2": (f"--pipeline-model-parallel-size 2 {ROPE} {LONG}", CP2),
     "pp=2, virtual stages": (
         f"{VIRTUAL} {ROPE} {SHORT} --global-batch-size 8",
-        {name: flags for name, flags in SINGLE.items() if name.endswith("=2")},
+        {
+            **{name: flags for name, flags in SINGLE.items() if name.endswith("=2")},
+            "layers of their own": f"{SINGLE['ring cp=2']} --cp-layer-algo 3:ulysses_cp_algo",
+        },
     ),
     "other algorithms": (
         f"{ROPE} {SHORT}",
@@ -88,6 +91,8 @@ GROUPS = {
         {
             **{name: SINGLE[name] for name in CP4},
             "double ring cp=4": f"--context-parallel-size 4 {RING} --cp-window-size 2",
+            "layers of their own, balanced": f"--context-parallel-size 4 {ULYSSES} {BALANCED} "
+            "--cp-layer-algo 1:hybrid_cp_algo:ulysses-degree-in-cp=2",
             "ring, balanced": f"--context-parallel-size 4 {RING} {BALANCED}",
             "hybrid, balanced": f"--context-parallel-size 4 --context-parallel-algo hybrid_cp_algo "
             f"--ulysses-degree-in-cp 2 {BALANCED}",
@@ -200,6 +205,15 @@ def test_context_parallelism_communicates_and_its_absence_does_not(runs):
     assert {record["cp_bytes_per_rank"] for record in kept} == {2 * 9 * one_shard}
     for record, other in zip(recomputed, kept, strict=True):
         assert (record["loss"], record["grad_norm"]) == (other["loss"], other["grad_norm"])
+
+
+def test_layers_are_numbered_over_all_stages_of_a_pipeline(runs):
+    """Two ranks have two stages of one layer each; the last of the four sends what Ulysses sends, the others a ring."""
+    of = {
+        case: runs[name_of("pp=2, virtual stages", case)][0]["cp_bytes_per_rank"]
+        for case in ("ulysses cp=2", "ring cp=2", "layers of their own")
+    }
+    assert 4 * of["layers of their own"] == 3 * of["ring cp=2"] + of["ulysses cp=2"]
 
 
 def test_three_ranks_with_a_prime_like_length_for_each_batch(data):

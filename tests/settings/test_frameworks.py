@@ -8,6 +8,7 @@ import framework_runs
 import pytest
 from distributed import run_ranks
 from framework_runs import CASES, GATHER, HYBRID, RING, ULYSSES
+from model_cases import VERSION
 from trainer_runs import IMPORTED
 
 from mindspeed_cp.arguments import FrameworkSettings
@@ -28,6 +29,21 @@ def test_what_was_said_decides_and_attention_is_exact(outcomes, name):
             assert isinstance(ranks[name], str) and expected in ranks[name]
         else:
             assert ranks[name][:2] == expected and ranks[name][2] < 1e-10
+
+
+@pytest.mark.skipif(VERSION >= (0, 20), reason="there multi-token prediction needs Transformer Engine")
+def test_every_layer_communicates_as_its_entry_of_the_models_list_says(outcomes):
+    """The layer of multi-token prediction, for which a list has no entry, has the settings of most."""
+    for ranks in outcomes:
+        assert ranks["layers"] == [(1, ["kv", "out", "q"]), (2, ["kv"]), (3, ["kv", "out", "q"])]
+
+
+def test_what_newer_megatrons_exchange_themselves_is_refused_by_name(outcomes):
+    for ranks in outcomes:
+        layouts, dynamic = ranks["newer"]
+        assert "linear_cp_layout contiguous and attention_cp_layout zigzag" in layouts
+        assert "--cp-linear-exchange state" in layouts and "give both one value" in layouts
+        assert "--dynamic-context-parallel" in dynamic and "--cp-batch-layout balanced" in dynamic
 
 
 def test_a_models_configuration_takes_mindspeeds_names_as_its_own_does(outcomes):

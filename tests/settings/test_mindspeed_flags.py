@@ -73,7 +73,10 @@ def test_the_communication_type_names_the_algorithm_when_no_algorithm_is_given(f
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("--cp-comm-type p2p a2a", ["--cp-comm-type p2p a2a", "one kind for all layers", "--cp-comm-type p2p"]),
+        (
+            "--num-layers 3 --cp-comm-type p2p a2a",
+            ["--cp-comm-type names 2 ways", "--num-layers is 3", "one for each layer", "--cp-layer-algo"],
+        ),
         ("--cp-comm-type ring", ["--cp-comm-type ring", "choose one of p2p, a2a, all_gather, a2a+p2p"]),
         ("--cp-comm-type a2a+p2p", ["--hierarchical-context-parallel-sizes 2 2", "--ulysses-degree-in-cp"]),
         (

@@ -5,8 +5,8 @@ import dataclasses
 from mindspeed_cp.settings.start_block import LINES, WIDTH, Start, start_block
 
 START = Start(
-    "Ring, cp=4, zigzag, causal", {"tp": 2, "pp": 1, "cp": 4, "dp": 1}, 4099, (1024, 1025), "npu", "the ring's own way",
-    "kept apart", (48, 48),
+    "Ring, cp=4, zigzag, causal", {"tp": 2, "pp": 1, "cp": 4, "dp": 1}, 4099, (1024, 1025), "zigzag", "npu",
+    "the ring's own way", "kept apart", (48, 48),
 )  # fmt: skip
 
 
@@ -16,7 +16,7 @@ def test_the_block_says_what_is_on_in_at_most_eight_lines():
     assert lines[1:6] == [
         "| on      Ring, cp=4, zigzag, causal",
         "| sizes   tp 2 x pp 1 x cp 4 x dp 1",
-        "| tokens  4,099 of a sequence, 1,024 to 1,025 on a rank; documents kept apart",
+        "| tokens  4,099 of a sequence, 1,024 to 1,025 on a rank, zigzag; documents kept apart",
         "| kernel  npu; the ring's own way",
         "| patches all 48 alive",
     ]
