@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mindspeed_cp.prove import flags, sizes
+from mindspeed_cp.prove import flags, own_layers, sizes
+from mindspeed_cp.prove.own_layers import divisor
 from mindspeed_cp.prove.sizes import Ranks
 from mindspeed_cp.prove.words import Words
 from mindspeed_cp.prove.yaml_files import with_files
@@ -145,7 +146,8 @@ def _ranks(words: Words, own: Ranks, wish: Wish) -> Ranks:
 
 def _levels(words: Words) -> bool:
     """Whether the algorithm has two levels and thus needs four ranks: Hybrid and Double Ring."""
-    return _takes_degree(words) or words.number(WINDOW, 1) > 1 or "a2a+p2p" in words.text("--cp-comm-type")
+    of_run = _takes_degree(words) or words.number(WINDOW, 1) > 1 or "a2a+p2p" in words.text("--cp-comm-type")
+    return of_run or own_layers.has_levels(words)
 
 
 def _takes_degree(words: Words) -> bool:
@@ -208,25 +210,16 @@ def _share(words: Words, ranks: Ranks, wish: Wish) -> None:
     """Adapt the flags of context parallelism to the number of ranks."""
     words.set(SIZE, ranks.cp)
     if DEGREE in words:
-        words.set(DEGREE, _divisor(words.number(DEGREE, 2), ranks.cp, below=True))
+        words.set(DEGREE, divisor(words.number(DEGREE, 2), ranks.cp, below=True))
     if words.number(WINDOW, 1) > 1:
         ring = ranks.cp // words.number(DEGREE, 1) if _takes_degree(words) else ranks.cp
-        words.set(WINDOW, _divisor(words.number(WINDOW, 1), ring, below=True))
+        words.set(WINDOW, divisor(words.number(WINDOW, 1), ring, below=True))
     if "--hierarchical-context-parallel-sizes" in words:
         words.set("--hierarchical-context-parallel-sizes", 2, ranks.cp // 2)
     layers = words.number("--num-layers", 2)
     if words.number("--context-parallel-cache-interval", 0) >= layers:
         words.set("--context-parallel-cache-interval", layers - 1)
-    kinds = words.values("--cp-comm-type")
-    if kinds and len(kinds) > 1:
-        words.set("--cp-comm-type", *kinds[:layers])
-
-
-def _divisor(value: int, size: int, below: bool) -> int:
-    """The largest divisor of ``size`` up to ``value``; with ``below``, smaller than ``size`` if possible."""
-    fits = [number for number in range(1, size + 1) if size % number == 0 and number <= value]
-    inner = [number for number in fits if 1 < number < size]
-    return max(inner) if below and inner else max(fits)
+    own_layers.fit(words, ranks.cp, words.number(DEGREE, 2))
 
 
 def _uncovered(given: Words, wish: Wish) -> list[str]:

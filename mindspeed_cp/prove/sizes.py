@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from mindspeed_cp.planner.megatron_flags import layer_pattern
+from mindspeed_cp.prove import own_layers
 from mindspeed_cp.prove.words import Words
 
 HEAD = 16  # head dimension
@@ -55,17 +56,24 @@ def _layers(words: Words, ranks: Ranks) -> None:
     if flag is not None:
         pattern = short_pattern(words.text(flag), stages)
         words.set(flag, pattern)
+        left = len(pattern.partition("/")[0].replace("|", ""))
         if "--num-layers" in words:
-            words.set("--num-layers", len(pattern.partition("/")[0].replace("|", "")))
+            words.set("--num-layers", left)
+        for flag, chosen in own_layers.kinds_of(words, left).items():
+            own_layers.write(words, flag, chosen)
         return
     kinds = ("--moe-layer-freq", "--window-attn-skip-freq", "--linear-attention-freq")
-    patterns = {flag: layer_pattern(words.text(flag), count) for flag in kinds if words.text(flag)}
-    together = list(dict.fromkeys(zip(*patterns.values()))) if patterns else []
+    patterns = {flag: _pattern(flag, words.text(flag), count) for flag in kinds if words.text(flag)}
+    own = own_layers.kinds_of(words, count)
+    together = list(dict.fromkeys(zip(*patterns.values(), *(each[:count] for each in own.values()))))
     fewest = max(2, len(together))
     layers = min(max(count, stages), -(-fewest // stages) * stages)
     for place, flag in enumerate(patterns):
-        chosen = [kind[place] for kind in together]
-        words.set(flag, f"[{','.join(str(int((chosen * layers)[at])) for at in range(layers))}]")
+        switches = [str(int(bool(kind[place]))) for kind in together]
+        words.set(flag, f"[{','.join((switches * layers)[:layers])}]")
+    for place, (flag, kinds_of_all) in enumerate(own.items(), len(patterns)):
+        like = [kind[place] for kind in together]
+        own_layers.write(words, flag, [*(like * layers)[:layers], *kinds_of_all[count:][:2]])
     words.set("--num-layers", layers)
     if ranks.virtual == 1:
         words.drop(["--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank"])
@@ -77,6 +85,13 @@ def _layers(words: Words, ranks: Ranks) -> None:
         words.set("--recompute-num-layers", 1)
     if words.number("--mtp-num-layers", 0) > 2:
         words.set("--mtp-num-layers", 2)
+
+
+def _pattern(flag: str, text: str, count: int) -> list[int]:
+    """As ``layer_pattern``, but for windows a number N means that every N-th layer, from 1, has none."""
+    if flag == "--window-attn-skip-freq" and text.isdecimal():
+        return [int(layer % int(text) != 0) for layer in range(1, count + 1)]
+    return list(layer_pattern(text, count))
 
 
 def short_pattern(pattern: str, stages: int) -> str:

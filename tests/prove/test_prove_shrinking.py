@@ -121,6 +121,34 @@ def test_every_kind_of_layer_and_batch_stays(small, command, flag, value):
     assert small(LARGE + command)[1].text(flag) == value
 
 
+RING_DIRECT = "--context-parallel-algo megatron_cp_algo --cp-kv-exchange direct "
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "value"),
+    [
+        (RING_DIRECT + "--cp-layer-algo 5-/6:ulysses_cp_algo", "--cp-layer-algo", "1:ulysses_cp_algo"),
+        (
+            "--cp-layer-algo 0-15:megatron_cp_algo:cp-window-size=4,20-:hybrid_cp_algo:ulysses-degree-in-cp=4",
+            "--cp-layer-algo",
+            "0:megatron_cp_algo:cp-window-size=2,2:hybrid_cp_algo:ulysses-degree-in-cp=2",
+        ),
+        ("--window-attn-skip-freq 6 --cp-layer-algo 5-/6:ulysses_cp_algo", "--window-attn-skip-freq", "[1,0]"),
+        ("--mtp-num-layers 1 --cp-layer-algo 32-:kvallgather_cp_algo", "--cp-layer-algo", "2:kvallgather_cp_algo"),
+        (f"--cp-comm-type {'p2p ' * 16}{'a2a ' * 16}", "--cp-comm-type", "p2p a2a"),
+        (
+            "--hybrid-override-pattern M-*M-* --cp-layer-algo 2-:megatron_cp_algo",
+            "--cp-layer-algo",
+            "2:megatron_cp_algo",
+        ),
+    ],
+)
+def test_every_way_in_which_layers_share_a_sequence_stays(small, command, flag, value):
+    alone, shared, _ = small(LARGE + command)
+    assert shared.text(flag) == value
+    assert "--cp-layer-algo" not in alone and "--cp-comm-type" not in alone
+
+
 def test_parallel_sizes_fit_into_the_ranks(small):
     command = (
         LARGE
