@@ -2,12 +2,14 @@
 
     python scripts/compare_runs.py --tolerance 1e-4 --plot loss.png "cp=1=runs/cp1.jsonl" "Ring cp=4=runs/ring.jsonl"
 
-Each argument is NAME=FILE, with FILE written by pretrain_gpt.py --log-file; the first run is the reference. Exit status
-1 if the relative difference of a loss from the reference exceeds the tolerance.
+Each argument is NAME=FILE, with FILE written by scripts/pretrain_gpt.py --log-file, or what Megatron-LM's own script
+printed; the first run is the reference. Exit status 1 if the relative difference of a loss from the reference exceeds
+the tolerance.
 """
 
 import argparse
 import json
+import re
 import statistics
 import sys
 
@@ -15,11 +17,17 @@ from rich.console import Console
 from rich.table import Table
 
 
+STEP = re.compile(r"iteration +(\d+)/ *\d+ \|.*?lm loss: (\S+)")  # of Megatron-LM
+
+
 def read_run(path):
-    """The step records of a --log-file, without validations."""
+    """The steps of a --log-file or of Megatron-LM's output; validations are left out."""
     with open(path, encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
-    return [record for record in records if "loss" in record]
+        lines = file.readlines()
+    if lines and lines[0].startswith("{"):
+        return [record for record in map(json.loads, lines) if "loss" in record]
+    steps = filter(None, map(STEP.search, lines))
+    return [{"iteration": int(step[1]), "loss": float(step[2])} for step in steps]
 
 
 def largest_difference(run, reference):
@@ -40,9 +48,10 @@ def table(runs):
         result.add_row(str(rows[0]["iteration"]), *(f"{row['loss']:.6f}" for row in rows))
     result.add_section()
     result.add_row("difference", "", *(f"{largest_difference(run, columns[0]):.1e}" for run in columns[1:]))
-    result.add_row("bytes per rank and step", *(f"{run[-1]['cp_bytes_per_rank']:,.0f}" for run in columns))
-    speeds = [statistics.median(record["tokens_per_second"] for record in run) for run in columns]
-    result.add_row("tokens/s", *(f"{speed:,.0f}" for speed in speeds))
+    if all(run and "tokens_per_second" in run[-1] for run in columns):
+        result.add_row("bytes per rank and step", *(f"{run[-1]['cp_bytes_per_rank']:,.0f}" for run in columns))
+        speeds = [statistics.median(record["tokens_per_second"] for record in run) for run in columns]
+        result.add_row("tokens/s", *(f"{speed:,.0f}" for speed in speeds))
     return result
 
 
@@ -71,7 +80,7 @@ def plot(runs):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="NAME=FILE", help="a name and a --log-file of pretrain_gpt.py")
+    parser.add_argument("runs", nargs="+", metavar="NAME=FILE", help="a name and a --log-file, or Megatron's output")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative difference (default: 1e-4)")
     parser.add_argument("--plot", metavar="PNG", help="where to save the picture of the losses")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""``context_parallel_attention``: the public entry; checks its arguments and assembles the call."""
+"""``context_parallel_attention``, the public entry point: checks its arguments and assembles the call."""
 
 from collections.abc import Sequence
 
@@ -46,7 +46,7 @@ def context_parallel_attention(
     expand: Expansion | None = None,
     attention_slices: GivenSlices = None,
 ) -> torch.Tensor:
-    """Attention over a sequence that is split over the ranks of a context-parallel group; every rank of it calls this.
+    """Attention over a sequence that is split over the ranks of a context-parallel group; all its ranks call this.
 
     Args:
         query: (seq_local, batch, heads, dk); seq_local is layout.length(cp_rank), in the order of layout.positions.
@@ -54,42 +54,42 @@ def context_parallel_attention(
         value: (seq_local, batch, kv_heads, dv); dv may differ from dk.
         config, groups, layout: of the same configuration; the layout may be any partition of the positions.
         softmax_scale: None is dk ** -0.5.
-        attention_mask: bool, True = masked out, global (S, S) or (batch, 1, S, S); applies on top of documents, of the
-            window, and of the causal mask unless the mask type is "general", whose mask is the batch's alone. So a
-            prefix or custom mask whose queries see keys after them needs mask type "general" or "full": with "causal",
-            the default, those keys stay hidden. (In Megatron the batch's mask always wins.) A row that sees no key
-            gives 0.
+        attention_mask: bool, True = masked out, global (S, S) or (batch, 1, S, S); applies in addition to documents and
+            window, and to the causal mask if the mask type is "causal", the default. So a prefix or custom mask whose
+            queries see later keys needs mask type "general" or "full": with "causal" those keys stay hidden. (In
+            Megatron the batch's mask overrides the type.) A row that sees no key gives 0.
         cu_seqlens: int32 tensor or ints, document boundaries with the leading 0 and the total; attention never crosses
             one. A sequence of those, one for each row of the batch, where rows hold different documents.
         dropout_p: probability with which attention weights are dropped; 1 leaves 0.
         layer_number: global, 1-based; decides where the KV cache policy applies.
         kernel: an AttentionKernel, or its name; None chooses by device.
         sliding_window: (left, right): the query at p sees keys p - left to p + right; None or -1 is unlimited.
-        softmax_offset: (heads,) one more logit per head with value 0 (an attention sink); gets a gradient.
-        fused_update: merge blocks by the kernel's own operator where it has one (--use-fused-ring-attention-update).
-        kept: of the checkpoint around this call; its recomputation takes what the first pass computed.
-        expand: makes keys and values of ``key`` and ``value``, which then have one head each of its ``widths``, such as
-            the latent of multi-latent attention (LatentExpansion). They travel as they are, or as what is made of them
-            (``config.mla_exchange``); its parameters get the gradient of this rank's queries.
-        attention_slices: ((first query, last + 1), (first key, last + 1), kind) of global positions, which together say
-            what queries see, whatever the mask type: no other pair is seen, and a query that is in no slice gives 0. A
-            window, documents and a dense mask hide more. One list for all rows of the batch, or one for each. Kinds
-            (rows are queries, x is seen)::
+        softmax_offset: (heads,) additional logit per head whose value vector is 0 (an attention sink); gets a gradient.
+        fused_update: merge blocks by the kernel's own operator if it has one (--use-fused-ring-attention-update).
+        kept: KeptAttention of the checkpoint around this call; recomputation reuses the results of the first pass.
+        expand: computes keys and values from ``key`` and ``value``, which then have one head each of its ``widths``,
+            such as the latent of multi-latent attention (LatentExpansion). Either these or the computed keys and values
+            are sent (``config.mla_exchange``); its parameters get the gradient of this rank's queries.
+        attention_slices: ((first query, last + 1), (first key, last + 1), kind) of global positions, which together
+            define what queries see, for every mask type: no other pair is visible, and a query in no slice gives 0. A
+            window, documents and a dense mask can hide more. One list for all rows of the batch, or one for each. Kinds
+            (rows are queries, x is visible)::
 
                 full      causal    inverse   band
                 x x x x   x x . .   x x x x   x x . .
                 x x x x   x x x .   . x x x   . x x .
                 x x x x   x x x x   . . x x   . . x x
 
-            causal ends in the lower right corner (MagiAttention's CAUSAL): the last query sees every key, each one
-            before it a key less. inverse begins in the upper left one (INVCAUSAL): the first query sees every key, each
-            one after it begins a key later. band is both (BICAUSAL), and empty with more queries than keys.
+            causal ends in the lower right corner (MagiAttention's CAUSAL): the last query sees every key, and each
+            earlier one sees one key less. inverse begins in the upper left corner (INVCAUSAL): the first query sees
+            every key, and each later one begins one key later. band is both (BICAUSAL), and empty if there are more
+            queries than keys.
 
     Returns:
         (seq_local, batch, heads, dv) in the query's dtype; float64, float32, float16 and bfloat16.
 
     Raises:
-        ValueError: an argument does not fit the others; the message says which, why and what would.
+        ValueError: an argument does not fit the others; the message says which, why, and what would fit.
     """
     _check_tensors(query, key, value, groups, layout)
     if expand is None:
@@ -102,7 +102,7 @@ def context_parallel_attention(
     _check_same_hierarchy(config, groups, layout)
     _check_options(config, query, key, softmax_offset, layer_number, dropout_p)
     if dropout_p == 1:
-        kernel = "blockwise"  # fused kernels divide by the probability of keeping
+        kernel = "blockwise"  # fused kernels divide by the keep probability, which is 0
     chosen = select_kernel(kernel, query.device.type) if kernel is None or isinstance(kernel, str) else kernel
     causal = config.causal and not (config.attention_mask_type == "general" and attention_mask is not None)
     masks = attention_masks(causal, layout.seq_len, query.shape[1], cu_seqlens, sliding_window, attention_slices)
@@ -112,7 +112,7 @@ def context_parallel_attention(
     )
     has_backward = differentiates or (kept is not None and kept.is_active)
     if not has_backward:
-        policy = None  # nothing will run backward, so nothing is kept for it
+        policy = None  # there is no backward pass, so nothing is kept for it
     cache = KVCache.resolve(policy, config.ring_size)
     order, merge = chosen.memory_order(query.dtype), merge_function(chosen, fused_update)
     exchange = exchange_for(config, groups, layout, masks, attention_mask is not None)
@@ -138,7 +138,7 @@ def context_parallel_attention(
     dv = value.shape[3] if expand is None else expand.dv
     ulysses = _ulysses_problem(config, groups, layout, query, key, value, dv, cache, order)
     call = AttentionCall(ring, ulysses, layer_number, has_backward, kept, expand)
-    # Kernels take any strides but the last dimension's; torch's CPU operator would read past it without a word.
+    # Kernels accept any strides except in the last dimension; torch's CPU operator would silently read wrong elements.
     tensors = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
     places = None if layout.ulysses_degree > 1 else _ascending(layout, groups.cp_rank, query.device)
     if places is None:
@@ -151,9 +151,9 @@ def context_parallel_attention(
 
 
 def _ascending(layout: SequenceLayout, cp_rank: int, device: torch.device) -> torch.Tensor | None:
-    """(seq_local,) the place of each of this rank's tokens among them in ascending order; None where they ascend.
+    """(seq_local,) index of each of this rank's tokens in their ascending order; None if they already ascend.
 
-    Blocks are planned over ascending positions. With a Ulysses group the exchange puts the rows in order.
+    Blocks are planned over ascending positions. With a Ulysses group the exchange orders the rows.
     """
     return None if len(layout.ulysses_rows(cp_rank)[0]) <= 1 else _places(layout, cp_rank, device)
 
@@ -242,7 +242,7 @@ def _check_same_hierarchy(config: ContextParallelConfig, groups: ContextParallel
 
 
 def _way_to_length(name: str, tensor: torch.Tensor, expected: int, seq_len: int) -> str:
-    """What to do with a tensor whose first dimension is not the rank's tokens."""
+    """Return the remedy for a tensor whose first dimension is not the rank's tokens."""
     orders = (("(batch, seq, heads, head_dim)", (1, 0, 2, 3)), ("(batch, heads, seq, head_dim)", (2, 0, 1, 3)))
     for order, moved in orders if tensor.shape[0] != seq_len else ():
         if tensor.shape[moved[0]] == expected:

@@ -1,7 +1,7 @@
 """The process groups of one rank, and the buffers that it reuses from layer to layer.
 
 Within a context-parallel group, cp_rank = ring_rank * ulysses_degree + ulysses_rank: Ulysses ranks are neighbours
-(their all-to-all wants the fastest links), ring ranks are strided.
+(their all-to-all needs the fastest links), ring ranks are strided.
 """
 
 import socket
@@ -31,9 +31,9 @@ class ContextParallelGroups:
         hierarchy: (ulysses, window, windows).
         cp_rank: this rank within the context-parallel group.
         global_ranks: global ranks of the group in cp_rank order.
-        cp, ulysses, ring: links over the whole group, the Ulysses ranks and the ring, None where the part has one rank.
-        outer: a second communicator over the ring, for transfers between windows, so that they run beside the
-            transfers within a window instead of queueing behind them; None without windows.
+        cp, ulysses, ring: links over the whole group, the Ulysses ranks and the ring; None for a part of one rank.
+        outer: a second communicator over the ring, for transfers between windows, so that they run concurrently with
+            the transfers within a window instead of queueing behind them; None without windows.
         workspace: reused communication buffers.
         topology: how the ring ranks are linked, as far as the configuration asks.
         made: the process groups that ``build`` made, and ``destroy`` destroys.
@@ -107,15 +107,15 @@ class ContextParallelGroups:
 
         Args:
             cp_ranks: global ranks of every context-parallel group; None is one group of all ranks.
-            timeout: of the groups that are made, None for the backend's default.
-            cp_group: this rank's context-parallel group where it exists already, as Megatron's does; it is used and
-                never destroyed. Every communicator costs an NPU 400 MB of buffers. All ranks have one, or none has.
+            timeout: timeout of the new groups, None for the backend's default.
+            cp_group: this rank's context-parallel group if it already exists, such as Megatron's; it is used and never
+                destroyed. Every communicator costs an NPU 400 MB of buffers. Pass it on all ranks or on none.
             share_from: bytes from which a message between gloo ranks of one host goes through shared memory; None is
                 never.
-            virtual_pipeline: whether the model's pipeline has virtual stages, beside which HCCL allows no batches of
+            virtual_pipeline: whether the model's pipeline has virtual stages, with which HCCL allows no batches of
                 messages between single ranks.
-            buffers: on HCCL, MB of the buffer of each group that is made, by its name (``comm.hccl.buffers_of``); a
-                group without an entry gets HCCL_BUFFSIZE.
+            buffers: on HCCL, buffer size in MB of each new group by its name (``comm.hccl.buffers_of``); a group
+                without an entry gets HCCL_BUFFSIZE.
 
         Raises:
             ValueError: the groups do not fit the configuration or the world, or --cp-p2p batch asks for what HCCL
@@ -143,12 +143,12 @@ class ContextParallelGroups:
         virtual_pipeline: bool = False,
         buffers: Mapping[str, int] | None = None,
     ) -> "ContextParallelGroups":
-        """The groups around a context-parallel group that somebody else made; collective over its ranks alone.
+        """Build on a context-parallel group that was made elsewhere; collective over its ranks only.
 
         Args:
             group: has context_parallel_size ranks; it is used and never destroyed.
-            pool: (name, global ranks, how many were ended before) -> a group that is made here once and kept.
-            timeout, share_from, virtual_pipeline, buffers: as ``build`` has them.
+            pool: (name, global ranks, number of destroyed groups before it) -> a group that is made here once and kept.
+            timeout, share_from, virtual_pipeline, buffers: as in ``build``.
 
         Raises:
             ValueError: the group has another size, or --cp-p2p batch asks for what HCCL forbids.
@@ -189,14 +189,14 @@ class ContextParallelGroups:
         return replace(groups, topology=_topology(config, groups.ring))
 
     def _warm_up(self) -> None:
-        """Connect every pair now: NCCL and HCCL want every rank in a group's first operation, and a ring may start with
+        """Connect every pair now: NCCL and HCCL need every rank in a group's first operation, and a ring may start with
         fewer; with gloo, a rank that destroys its groups early would break connections that others still make."""
         links = (self.cp, self.ulysses, self.ring, self.outer)
         for group in {id(link.group): link.group for link in links if link is not None}.values():
             dist.barrier(group)
 
     def destroy(self) -> None:
-        """Release the process groups that were made here; every rank calls it, after its last operation. The object
+        """Destroy the process groups that were made here; every rank calls this after its last operation. The object
         cannot be used afterwards.
         """
         if self.cp is not None and self.cp.carrier is not None:
@@ -209,7 +209,7 @@ class ContextParallelGroups:
 def _agreed_ranks(
     config: ContextParallelConfig, cp_ranks: Sequence[Sequence[int]] | None, cp_group: dist.ProcessGroup | None
 ) -> Ranks:
-    """The checked ranks of all groups, once all ranks of the world have been found to ask for the same."""
+    """Return the checked ranks of all groups, after a check that all ranks of the world ask for the same."""
     try:
         all_ranks = _checked_ranks(config.context_parallel_size, cp_ranks)
         _check_existing(cp_group, _ranks_of_mine(all_ranks))
@@ -222,7 +222,7 @@ def _agreed_ranks(
 
 
 def _one_by_one(config: ContextParallelConfig, virtual_pipeline: bool) -> bool:
-    """Whether messages between single ranks are posted one after the other."""
+    """Whether messages between single ranks are posted one by one."""
     forbidden = virtual_pipeline and "hccl" in dist.get_backend()
     if config.p2p == "batch" and forbidden:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""HCCL's buffers: what the largest message of a process group is, and the group option that fits it.
+"""HCCL's buffers: the largest message of each process group, and the group option that fits it.
 
-A communicator of HCCL takes twice HCCL_BUFFSIZE (200 MB without it) of device memory. Every message passes through that
-buffer, in pieces where it is larger, and each piece waits for the one before.
+A communicator of HCCL takes twice HCCL_BUFFSIZE (default 200 MB) of device memory. Every message goes through that
+buffer, in pieces if it is larger, and each piece waits for the previous one.
 """
 
 import math
@@ -12,8 +12,8 @@ from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.training_setup import TrainingSetup
 
 DEFAULT_MEGABYTES = 200
-P2P_MEGABYTES = 20  # of the communicator that single messages (isend, irecv) make for each pair
-SMALLEST, LARGEST = 16, 800  # MB that this project asks for; above, pieces cost less than the memory
+P2P_MEGABYTES = 20  # buffer of the communicator that single messages (isend, irecv) make for each pair
+SMALLEST, LARGEST = 16, 800  # MB; above the largest, splitting into pieces costs less than the memory
 MEGABYTE = 1 << 20
 
 
@@ -21,7 +21,7 @@ class AttentionShape(NamedTuple):
     """The attention of one layer on a tensor-parallel rank.
 
     Args:
-        heads, kv_heads: of the rank.
+        heads, kv_heads: heads of the rank.
         itemsize: bytes of an element of the training's dtype.
     """
 
@@ -37,8 +37,8 @@ class AttentionShape(NamedTuple):
 def largest_messages(config: ContextParallelConfig, shape: AttentionShape) -> dict[str, int]:
     """Bytes of the largest message of every process group that carries attention, by the name of the group.
 
-    Of an all-to-all it is all that a rank puts into it; of the ring one shard of keys and values, or of their
-    gradients, which is as large.
+    For an all-to-all it is all data that a rank sends in it; for the ring one shard of keys and values, or of their
+    gradients, which has the same size.
     """
     cp, (ulysses, window, windows) = config.context_parallel_size, config.hierarchy
     if cp == 1:
@@ -49,7 +49,7 @@ def largest_messages(config: ContextParallelConfig, shape: AttentionShape) -> di
         width = shape.heads * shape.dk + kv_heads * (shape.dk + shape.dv)
         found["ulysses" if ulysses < cp else "cp"] = rows * width * shape.itemsize
     if window * windows > 1:
-        # The Ulysses exchange has brought more rows of fewer heads, in all the same elements.
+        # After the Ulysses exchange there are more rows of fewer heads, in total the same number of elements.
         shard = rows * kv_heads * (shape.dk + shape.dv) * shape.itemsize
         found["ring" if ulysses > 1 else "cp"] = shard
         if windows > 1:
@@ -58,12 +58,12 @@ def largest_messages(config: ContextParallelConfig, shape: AttentionShape) -> di
 
 
 def megabytes_for(num_bytes: int) -> int:
-    """HCCL_BUFFSIZE for messages of this size."""
+    """Return the HCCL_BUFFSIZE for messages of this size."""
     return min(max(num_bytes // MEGABYTE + 1, SMALLEST), LARGEST)
 
 
 def shape_of(setup: TrainingSetup) -> AttentionShape | None:
-    """The shape that a launch describes, None where it leaves something open."""
+    """Return the shape that a launch describes; None if a size is missing."""
     heads, tp = setup.num_attention_heads, setup.tensor_parallel_size
     if heads is None or setup.seq_length is None or setup.head_dim is None:
         return None
@@ -81,7 +81,7 @@ def buffers_of(config: ContextParallelConfig, setup: TrainingSetup) -> dict[str,
 
 
 def group_options(buffers: Mapping[str, int], name: str) -> Any:
-    """``pg_options`` of dist.new_group on HCCL for the group called ``name``; None leaves HCCL_BUFFSIZE as it is."""
+    """Return ``pg_options`` of dist.new_group on HCCL for the group ``name``; None keeps HCCL_BUFFSIZE."""
     if name not in buffers:
         return None
     from torch_npu._C._distributed_c10d import ProcessGroupHCCL

@@ -21,7 +21,7 @@ def part_of_pool(
     timeout: timedelta | None,
     buffers: Mapping[str, int],
 ) -> dist.ProcessGroup:
-    """The living group of this name and these ranks; where the pool has none, its members make it."""
+    """Return the existing group of this name and these ranks; if the pool has none, its members make it."""
     number = 0
     while (name, ranks, number) in pool and not is_there(pool[name, ranks, number]):
         number += 1
@@ -32,10 +32,10 @@ def part_of_pool(
 
 
 def _made_by_members(key: PoolKey, timeout: timedelta | None, options: Any) -> dist.ProcessGroup:
-    """A group that its members alone make.
+    """Make a group; only its members call this.
 
-    torch names such a group by its ranks and by how many groups this process has, so that ranks of which one belongs to
-    more groups would wait for each other under different names.
+    torch names such a group by its ranks and the number of groups of this process, so that ranks with different numbers
+    of groups would wait for each other under different names.
     """
     name, ranks, number = key
     known = distributed_c10d._process_group_name
@@ -51,7 +51,7 @@ def _made_by_members(key: PoolKey, timeout: timedelta | None, options: Any) -> d
 
 
 def is_there(group: dist.ProcessGroup) -> bool:
-    """Whether a process group has not been ended, by ``destroy_process_group``."""
+    """Whether a process group exists, that is, was not destroyed by ``destroy_process_group``."""
     try:
         dist.get_process_group_ranks(group)
     except (KeyError, ValueError):

@@ -9,7 +9,6 @@ from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
-from typing import Any
 
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.search import allowed
@@ -94,22 +93,19 @@ class Search:
         """Yield the plans that fit: of each kind the fastest, and the fastest that leaves a tenth of the memory. Among
         equals, plans without a KV cache policy come first, then those with the fewest extras, then the fewest bytes.
         """
-        waiting: list[tuple[Any, ...]] = []
+        waiting: list[tuple[float, tuple[float, ...], int, Option]] = []
         numbers, decided = count(), 0
         done: dict[Hashable, bool] = {}  # kind -> whether its plan leaves a tenth of the memory
 
         def push(option: Option) -> None:
-            _, *second = (
-                (0, False, 0, 0) if option.attention is None or option.is_bound else preference(option.attention)
-            )
-            heappush(waiting, (float(f"{option.step.seconds:.9g}"), *second, next(numbers), option))
+            second = preference(option.attention)[1:] if option.attention and not option.is_bound else ()
+            heappush(waiting, (float(f"{option.step.seconds:.9g}"), second, next(numbers), option))
 
         for option in self.bounds(some):
             push(option)
         total = len(waiting)
         while waiting:
             option = heappop(waiting)[-1]
-            assert isinstance(option, Option)
             decided += option.attention is None
             self.note(decided, total)
             kind = self.kind(option.split, option.recompute, option.config)
@@ -221,7 +217,7 @@ def is_next(found: Candidate, config: ContextParallelConfig, first: ContextParal
     exchange of keys and values if ``found`` is the first of its family, by a KV cache policy, or by twice as many
     groups of heads. Without a ring, a policy saves memory instead.
     """
-    own = replace(found.config, linear_exchange=first.linear_exchange)  # which follows from the others
+    own = replace(found.config, linear_exchange=first.linear_exchange)  # it depends on the other settings
     policy = config.kv_cache_policy
     if own.kv_cache_policy is not None:
         return False

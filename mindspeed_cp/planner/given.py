@@ -85,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
         help="with --devices: of a device, such as 80 or 80GB (default: --cluster's)",
     )
     parser.add_argument("--seq-length", type=_tokens, help="tokens, such as 4096 or 128k")
+    parser.add_argument("--window", type=_tokens, help="tokens that a query sees in every layer, such as 4k")
     parser.add_argument("--vocab-size", type=int, help="if Megatron's flags name a tokenizer instead")
     parser.add_argument("--documents", help="packed documents: a dataset's .idx, or lognormal:6.5,1.3 and the like")
     parser.add_argument(
@@ -161,6 +162,11 @@ def model(given: argparse.Namespace) -> ModelShape:
     Raises:
         ValueError: the model is not known, or its description is not complete.
     """
+    described = _described(given)
+    return described if given.window is None else dataclasses.replace(described, window=given.window, windowed_share=1)
+
+
+def _described(given: argparse.Namespace) -> ModelShape:
     if given.model:
         return named_model(given.model)
     if given.hf_config:

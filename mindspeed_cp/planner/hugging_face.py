@@ -1,4 +1,4 @@
-"""A model's sizes from a Hugging Face config.json: LLaMA, Qwen, Mixtral, DeepSeek, Kimi and those with their keys."""
+"""A model's sizes from a Hugging Face config.json: LLaMA, Qwen, Mixtral, DeepSeek, Kimi and models with their keys."""
 
 import json
 import re
@@ -12,7 +12,7 @@ NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermedia
 OPTIONAL = ("num_key_value_heads", "head_dim", "kv_channels")
 LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-# Of layers with a state (Qwen3-Next), and of the indexer of sparse attention (DeepSeek-V3.2).
+# Keys of layers with a state (Qwen3-Next), and of the indexer of sparse attention (DeepSeek-V3.2).
 STATE = (
     "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
     "linear_conv_kernel_dim",
@@ -25,7 +25,7 @@ SUSPECT = re.compile(
 KNOWN = {
     *LATENT[:2], *EXPERTS, "num_experts_per_tok", "num_experts_per_token", "moe_intermediate_size",
     "shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts", "moe_layer_freq",
-    # How experts are chosen and trained: no size depends on it.
+    # Keys about routing and training of experts, on which no size depends.
     "output_router_logits", "moe_renormalize", "num_experts_per_group", "moe_aux_loss_coef", "moe_router_dtype",
     "moe_router_activation_func", "use_grouped_topk", "num_expert_group",
 }  # fmt: skip
@@ -77,7 +77,7 @@ def _has_indexer(config: dict[str, Any]) -> bool:
 
 
 def _linear(config: dict[str, Any], layers: int) -> Linear | None:
-    """Layers with a state under the names of Qwen3-Next, and of Kimi Linear."""
+    """Layers with a state, from the keys of Qwen3-Next or Kimi Linear."""
     if config.get("linear_attn_config"):
         kimi = config["linear_attn_config"]
         kinds, heads, size = kimi["kda_layers"], kimi["num_heads"], kimi["head_dim"]

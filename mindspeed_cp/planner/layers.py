@@ -45,7 +45,7 @@ class Forward:
 
 
 def linear_layer(model: ModelShape, tp: int) -> LinearLayer:
-    """A layer with a state on a tensor-parallel rank."""
+    """Return a tensor-parallel rank's part of a layer with a state."""
     linear = model.linear
     assert linear is not None, "the model has such layers"
     sizes = linear.key_dim, linear.value_dim, linear.decays
@@ -53,14 +53,14 @@ def linear_layer(model: ModelShape, tp: int) -> LinearLayer:
 
 
 def sparse_layer(model: ModelShape, tp: int) -> SparseLayer:
-    """Sparse attention on a tensor-parallel rank."""
+    """Return a tensor-parallel rank's part of sparse attention."""
     indexer, latent = model.indexer, model.latent
     assert indexer is not None and latent is not None, "the model has an indexer over its latents"
     return SparseLayer(model.num_heads // tp, latent.rope, latent.kv_rank, indexer.heads, indexer.dim, indexer.topk)
 
 
 def mean_saved(work: Work, split: Split, attention: int) -> int:
-    """Bytes that the mean layer keeps from the forward to the backward pass, of which attention keeps ``attention``."""
+    """Bytes that the mean layer keeps from forward to backward if a layer's attention keeps ``attention`` bytes."""
     model = work.model
     if model.linear is None:
         return attention

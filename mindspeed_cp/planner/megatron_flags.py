@@ -162,7 +162,7 @@ def _experts(args: Namespace, ffn: int) -> Experts | None:
 
 
 def _variant(args: Namespace, latent: Latent | None) -> tuple[Linear | None, Indexer | None]:
-    """What --experimental-attention-variant puts in the place of attention, or chooses its keys.
+    """Return what --experimental-attention-variant selects: (layers instead of attention, indexer of its keys).
 
     Raises:
         ValueError: it is not known, or flags that it needs are missing.
@@ -171,7 +171,7 @@ def _variant(args: Namespace, latent: Latent | None) -> tuple[Linear | None, Ind
     flag = f"--experimental-attention-variant {variant}"
     if variant == "gated_delta_net":
         if args.linear_attention_freq is None:
-            raise ValueError(f"{flag} needs --linear-attention-freq; give 4 where every fourth layer is attention.")
+            raise ValueError(f"{flag} needs --linear-attention-freq; give 4 if every fourth layer is attention.")
         names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
         sizes = (getattr(args, f"linear_{name}") for name in names)
         return Linear.of(sizes, _linear_layers(args.linear_attention_freq, args.num_layers)), None
@@ -189,7 +189,7 @@ def _variant(args: Namespace, latent: Latent | None) -> tuple[Linear | None, Ind
 
 
 def _linear_layers(text: str, layers: int) -> tuple[bool, ...]:
-    """Which layers have a state: all but every n-th, or a list with 1 for each of them."""
+    """Which layers have a state: all but every n-th, or those with 1 in a list."""
     if text.strip().isdigit() and int(text) > 0:
         return tuple((layer + 1) % int(text) > 0 for layer in range(layers))
     return layer_pattern(text, layers, "linear-attention-freq")

@@ -50,10 +50,10 @@ class Linear:
     """Layers with a state in place of attention: gated delta nets, or Kimi's delta attention.
 
     Args:
-        keys, values: heads. key_dim, value_dim: their sizes. width: of the convolution.
-        layers: for every layer whether it is one.
-        gate_rank: of the projections to the gate and to a decay for each channel of a key; 0: the gate is projected at
-            once, and the decay is one for each value head.
+        keys, values: number of heads. key_dim, value_dim: their sizes. width: width of the convolution.
+        layers: for every layer, whether it has a state.
+        gate_rank: rank of the projections to the gate and to a decay per key channel; 0: a single full projection to
+            the gate, and one decay per value head.
     """
 
     keys: int
@@ -66,7 +66,7 @@ class Linear:
 
     @classmethod
     def of(cls, sizes: Iterable[int], layers: tuple[bool, ...], gate_rank: int = 0) -> "Linear":
-        """With ``sizes`` as keys, values, key_dim, value_dim and width."""
+        """Make one from ``sizes``: keys, values, key_dim, value_dim and width."""
         keys, values, key_dim, value_dim, width = sizes
         return cls(keys, values, key_dim, value_dim, width, layers, gate_rank)
 
@@ -79,7 +79,7 @@ class Linear:
         return self.key_dim if self.gate_rank else 1
 
     def parameters(self, hidden: int) -> tuple[int, int]:
-        """(parameters that tensor parallelism splits, parameters that it does not) of such a layer."""
+        """Return (parameters that tensor parallelism splits, other parameters) of such a layer."""
         keys, values = self.keys * self.key_dim, self.values * self.value_dim
         own = (2 * keys + values) * (hidden + self.width) + self.values * (hidden + 1 + self.decays) + values * hidden
         if not self.gate_rank:
@@ -89,14 +89,14 @@ class Linear:
 
 @dataclass(frozen=True)
 class Indexer:
-    """Chooses the keys that latent attention sees (DSA), in every layer: its heads, their size, keys of a query."""
+    """Indexer that selects the keys of latent attention (DSA) in every layer: heads, their size, keys per query."""
 
     heads: int
     dim: int
     topk: int
 
     def parameters(self, hidden: int, q_rank: int) -> int:
-        """All of them on every tensor-parallel rank."""
+        """Number of parameters, all of which are on every tensor-parallel rank."""
         return q_rank * self.heads * self.dim + hidden * (self.dim + self.heads) + 2 * self.dim
 
 
@@ -138,7 +138,9 @@ class ModelShape:
         learned_positions: rows of a table of positions, whole on every tensor-parallel rank of the first stage; not
             counted in ``parameters``.
         window, windowed_share: tokens that a query sees in windowed layers, and the fraction of these layers.
-        output_gate: attention has a gate of its output, of the same width. Layers of several kinds count as their mean.
+        output_gate: whether attention has an output gate of the same width as its output.
+
+    Layers of several kinds are counted as their mean.
     """
 
     num_layers: int
@@ -162,17 +164,17 @@ class ModelShape:
 
     @property
     def limits(self) -> tuple[int, float]:
-        """(tokens that a query sees in the layers that limit it, their share)."""
+        """(tokens that a query sees in layers with a limit, fraction of these layers)."""
         return (self.indexer.topk, 1.0) if self.indexer else (self.window, self.windowed_share)
 
     @property
     def kept_share(self) -> float:
-        """Of the layers, those whose attention can be kept across recomputation: dense attention."""
+        """Fraction of layers whose attention can be kept across recomputation: those with dense attention."""
         return 0.0 if self.indexer else 1 - self.linear_share
 
     @property
     def linear_share(self) -> float:
-        """Of the layers, those with a state in place of attention."""
+        """Fraction of layers with a state instead of attention."""
         return self.linear.share if self.linear else 0.0
 
     @property
@@ -204,8 +206,8 @@ class ModelShape:
         return LayerParameters(split + shared, whole + router, self.experts.num * one, self.experts.topk * one)
 
     def _mixer_parameters(self) -> tuple[int, int]:
-        """(parameters that tensor parallelism splits, parameters that it does not, among them both norms) of attention,
-        or of the mean of attention and of layers with a state.
+        """Return (parameters that tensor parallelism splits, other parameters including both norms) of attention, or of
+        the mean of attention and layers with a state.
         """
         split, whole = self._attention_parameters()
         if self.indexer and self.latent:
@@ -275,7 +277,7 @@ def _row(line: str) -> tuple[str, ModelShape]:
     share = sum((layer + 1) % every > 0 for layer in range(layers)) / layers
     linear, indexer = None, None
     if "linear_values" in more:
-        # In each group of layers the last one is attention, and so is the last of the model.
+        # The last layer of each group of ``every`` layers, and the last of the model, has attention.
         kinds = tuple((layer + 1) % every > 0 and layer + 1 < layers for layer in range(layers))
         names = ("linear_keys", "linear_values", "linear_key_dim", "linear_value_dim", "conv")
         linear = Linear.of((more[each] for each in names), kinds, more.get("gate_rank", 0))

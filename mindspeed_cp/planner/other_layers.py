@@ -1,7 +1,7 @@
-"""Layers that compare tokens in another way than dense attention: with a state, or with an indexer that chooses keys.
+"""Layers other than dense attention: recurrent layers (with a state), and sparse attention, whose indexer selects keys.
 
-What travels is what the engine's own code sends (``mindspeed_cp.linear``), run on tensors without memory; how long
-kernels take is estimated. b: batch, s: tokens of this rank, S: of the sequence.
+The bytes are those that the engine's own code sends (``mindspeed_cp.linear``), run on meta tensors; kernel times are
+estimated. b: batch, s: tokens of this rank, S: tokens of the sequence.
 """
 
 from dataclasses import dataclass, replace
@@ -23,15 +23,15 @@ from mindspeed_cp.planner.events import Compute, Notes, Pass
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.config import ContextParallelConfig
 
-CHUNK = 64  # tokens that the chunk rule of linear attention takes at once
+CHUNK = 64  # tokens per chunk of linear attention's chunked rule
 
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """The part of a layer with a state that a tensor-parallel rank holds: a gated delta net.
+    """A tensor-parallel rank's part of a layer with a state (gated delta net).
 
     Args:
-        heads: of this rank. width: of the convolution. hidden: width of the model.
+        heads: heads of this rank. width: width of the convolution. hidden: width of the model.
     """
 
     heads: DeltaHeads
@@ -40,24 +40,24 @@ class LinearLayer:
 
     @property
     def token_elements(self) -> int:
-        """Elements of a token behind the first projection: query, key, value, beta, alpha, the output's gate."""
+        """Elements per token after the first projection: query, key, value, beta, alpha, output gate."""
         heads = self.heads
         return sum(heads.channels) + sum(heads.gates) + heads.values * heads.value_dim
 
     @property
     def saved_elements(self) -> int:
-        """Elements of a token that the backward pass needs: inputs and outputs of convolution and rule, and gates."""
+        """Elements per token that the backward pass needs: inputs and outputs of convolution and rule, and gates."""
         return self.token_elements + sum(self.heads.channels) + self.heads.values * self.heads.value_dim
 
 
 @dataclass(frozen=True)
 class SparseLayer:
-    """Latent attention whose queries see chosen keys (DSA).
+    """Latent attention whose queries see selected keys (DSA).
 
     Args:
-        heads: of this rank. rope, latent: elements of a key, which are also those that travel.
-        index_heads, index_dim: of the indexer, whole on every tensor-parallel rank. topk: keys that a query sees.
-        has_loss: the indexer is trained, so that gradients of its keys return.
+        heads: heads of this rank. rope, latent: elements of a key, all of which are sent.
+        index_heads, index_dim: sizes of the indexer, whole on every tensor-parallel rank. topk: keys that a query sees.
+        has_loss: whether the indexer is trained, so that gradients of its keys are sent back.
     """
 
     heads: int
@@ -71,10 +71,10 @@ class SparseLayer:
 
 @dataclass(frozen=True)
 class DryRank:
-    """One rank whose links take notes.
+    """One rank whose links record messages instead of sending them.
 
     Args:
-        layout, documents: of the sequence. sequence_parallel: tensor parallelism splits rows between layers.
+        layout, documents: of the sequence. sequence_parallel: whether tensor parallelism splits rows between layers.
     """
 
     config: ContextParallelConfig
@@ -91,12 +91,12 @@ class DryRank:
         return self.layout.length(self.groups.cp_rank)
 
     def rows(self, *size: int) -> torch.Tensor:
-        """(s, b, *size) without memory."""
+        """Meta tensor (s, b, *size)."""
         shape = (self.tokens, self.batch, *size)
         return torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True)
 
     def passes(self, computed: Any, *leaves: torch.Tensor) -> tuple[Pass, Pass]:
-        """Both passes of ``computed(*leaves)``."""
+        """Return the events of the forward and backward pass of ``computed(*leaves)``."""
         events = self.notes.events
         with count_bytes() as forward:
             out = computed(*leaves)
@@ -107,7 +107,7 @@ class DryRank:
 
 
 class _Noted(torch.autograd.Function):
-    """What goes through it takes so many FLOPs, in the backward pass twice as many."""
+    """Identity that records FLOPs in the forward pass, and twice as many in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, notes: Notes, compute: Compute) -> torch.Tensor:
@@ -122,10 +122,10 @@ class _Noted(torch.autograd.Function):
 
 
 def linear_passes(layer: LinearLayer, rank: DryRank) -> tuple[Pass, Pass]:
-    """Both passes of a layer with a state, by heads or by states as the configuration says.
+    """Return both passes of a layer with a state, by heads or by states as the configuration says.
 
     Raises:
-        ValueError: there are fewer heads than ranks that share them.
+        ValueError: there are fewer heads than ranks.
     """
     heads, link, core = layer.heads, rank.groups.cp, _core(layer, rank)
     if link is not None and rank.config.linear_exchange == "state":
@@ -140,7 +140,7 @@ def linear_passes(layer: LinearLayer, rank: DryRank) -> tuple[Pass, Pass]:
 
 
 def _by_state(layer: LinearLayer, rank: DryRank, core: DeltaLayer, link: Link) -> tuple[Pass, Pass]:
-    """Rows move around the layer, or with sequence parallelism, whose rows its first projection gathers, inside it."""
+    """Rows are exchanged before and after the layer; with sequence parallelism inside it, where they are gathered."""
     parts = contiguous_parts(rank.layout)
     there, back = conversion(rank.layout, parts), conversion(parts, rank.layout)
     part, values = OwnPart(link, parts, rank.documents), layer.heads.values * layer.heads.value_dim
@@ -174,7 +174,7 @@ def _core(layer: LinearLayer, rank: DryRank) -> DeltaLayer:
         return torch.empty(shape, dtype=rank.dtype, device="meta")
 
     def rule(query: Any, key: Any, value: Any, *, g: Any, beta: Any, initial_state: Any, **more: Any) -> Any:
-        """Notes the FLOPs of the chunk rule; what it returns depends on all that it gets."""
+        """Record the FLOPs of the chunked rule; its results depend on all of its inputs."""
         (batch, tokens, count, size), columns = key.shape, value.shape[-1]
         flops = batch * tokens * count * (2 * CHUNK * (3 * size + 2 * columns) + 6 * size * columns + CHUNK**2)
         seen = (query + key).sum(-1) + beta + g.reshape(*beta.shape, -1).sum(-1)
@@ -195,7 +195,7 @@ def _core(layer: LinearLayer, rank: DryRank) -> DeltaLayer:
 
 
 def sparse_passes(layer: SparseLayer, rank: DryRank) -> tuple[Pass, Pass]:
-    """Both passes of sparse attention: keys and the indexer's keys come from all ranks, whatever the algorithm."""
+    """Return both passes of sparse attention, which gathers keys and the indexer's keys with every algorithm."""
     plan, link, width = whole_sequence(rank.layout), rank.groups.cp, layer.rope + layer.latent
 
     def computed(keys: torch.Tensor, indexes: torch.Tensor) -> torch.Tensor:
@@ -215,7 +215,7 @@ def sparse_passes(layer: SparseLayer, rank: DryRank) -> tuple[Pass, Pass]:
 
 
 def _seen(rank: DryRank, topk: int) -> tuple[int, int]:
-    """Pairs of this rank's queries with keys that the indexer scores, and with those that it chooses, in one row."""
+    """Return the numbers of (scored, selected) pairs of this rank's queries and keys in one row."""
     shown = chosen = 0
     for start, stop in rank.layout.runs(rank.groups.cp_rank):
         for low, high in zip(rank.documents, rank.documents[1:]):

@@ -126,16 +126,19 @@ def _apart(ends: dict[int, int], cluster: Cluster, rank: int) -> dict[bool, int]
 
 
 def timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> Candidate:
-    """Trace and time one setting; raises what the engine raises. A model with several kinds of layers has a mean layer,
-    and the setting is completed by what is fastest for layers with a state.
+    """Trace and time one setting; raises the engine's errors. For a model with several kinds of layers, the result is
+    their mean, and the setting includes the fastest exchange for layers with a state.
     """
     alike = replace(problem, is_pipeline=False)
     problem = alike if alike.layout(config) == problem.layout(config) else problem
     whole = replace(problem, windowed=None, linear=None)
-    found = _timed(config, whole, cluster)
-    if problem.windowed is not None:
+    if problem.windowed is None:
+        found = _timed(config, whole, cluster)
+    else:
         window, share = problem.windowed
-        found = _mean(found, _timed(config, replace(whole, sliding_window=(window - 1, 0)), cluster), share)
+        found = _timed(config, replace(whole, sliding_window=(window - 1, 0)), cluster)
+        if share < 1:
+            found = _mean(_timed(config, whole, cluster), found, share)
     if problem.linear is None:
         return found
     layer, share = problem.linear
@@ -146,7 +149,7 @@ def timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> 
 
 
 def _mean(first: Candidate, second: Candidate, share: float) -> Candidate:
-    """``first`` with the mean times of layers of which a share is timed as ``second``."""
+    """Return ``first`` with the mean times of layers, a fraction ``share`` of which take the times of ``second``."""
     forward, backward = (
         Timing(*((1 - share) * one + share * other for one, other in zip(astuple(this), astuple(that))))
         for this, that in ((first.forward, second.forward), (first.backward, second.backward))
@@ -155,7 +158,7 @@ def _mean(first: Candidate, second: Candidate, share: float) -> Candidate:
 
 
 def _with_state(config: ContextParallelConfig, problem: Problem, cluster: Cluster) -> Candidate:
-    """A layer with a state by the faster of heads and states; by states alone where there is no head for each rank."""
+    """Time a layer with a state, using the faster of heads and state; state if there are fewer heads than ranks."""
     ways: tuple[LinearExchange, ...] = ("heads", "state") if config.context_parallel_size > 1 else ("heads",)
     found = []
     for way in ways:

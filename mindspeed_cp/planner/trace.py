@@ -278,7 +278,7 @@ def _forget(leaf: torch.Tensor) -> None:
 def dry_call(
     config: ContextParallelConfig, problem: Problem, rank: int, kernel: NotingKernel, backend: str = DEVICES
 ) -> DryCall:
-    """Return the call of cp_rank ``rank``; its links and ``kernel`` record to the same notes."""
+    """The call of cp_rank ``rank``; its links note where the kernel notes."""
     layout = problem.layout(config)
     sizes = ((problem.heads, problem.dk), (problem.kv_heads, problem.dk), (problem.kv_heads, problem.dv))
     expansion = problem.expansion(config, kernel.notes, layout.length(rank))
@@ -306,7 +306,7 @@ def dry_call(
 
 
 def dry_rank(config: ContextParallelConfig, problem: Problem, rank: int, notes: Notes) -> DryRank:
-    """cp_rank ``rank`` of a layer that is no dense attention, which goes on across documents that differ by row."""
+    """Return cp_rank ``rank`` of a layer other than dense attention; documents that differ between rows are ignored."""
     documents = problem.cu_seqlens if problem.cu_seqlens and isinstance(problem.cu_seqlens[0], int) else None
     return DryRank(
         config,

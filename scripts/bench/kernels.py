@@ -26,6 +26,7 @@ from mindspeed_cp.sequence.blocks import Block, plan_blocks
 from mindspeed_cp.sequence.slice_mask import document_mask
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.lengths import tokens
 
 SIZES = {True: (4, 1, 32), False: (32, 8, 128)}  # heads, KV heads, head dimension; small ones on a CPU
 
@@ -34,7 +35,7 @@ def parse_args(argv=None):
     parser = parser_of(__doc__, ranks=8, heads=None, kv_heads=None, head_dim=None, repeat=5)
     parser.add_argument("--device", choices=["cpu", "cuda", "npu"], help="default: the accelerator, else cpu")
     parser.add_argument("--kernel", help="as --cp-kernel; default: chosen by the device")
-    parser.add_argument("--lengths", type=int, nargs="+", help="default: 8192 32768 131072, on a CPU 512 1024 2048")
+    parser.add_argument("--lengths", type=tokens, nargs="+", help="default: 8192 32768 131072, on a CPU 512 1024 2048")
     parser.add_argument("--fused-merge", action="store_true", help="merge by the kernel's own operator")
     args = parser.parse_args(argv)
     args.device = args.device or device_type(os.environ.get(DEVICE_VARIABLE, ""))

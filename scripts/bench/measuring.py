@@ -15,16 +15,18 @@ import torch.multiprocessing as mp
 from bench import free_port
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention
 from mindspeed_cp.comm import count_bytes
+from mindspeed_cp.settings.lengths import tokens
 
 Name, Value = TypeVar("Name"), TypeVar("Value")
 
 
 def parser_of(description: str | None, **sizes: int | None) -> argparse.ArgumentParser:
-    """A parser with one flag per size."""
+    """A parser with one flag per size; lengths may be written 128k."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in sizes.items():
         shown = None if default is None else f"default {default}"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=shown)
+        kind = tokens if "length" in name else int
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=shown)
     return parser
 
 

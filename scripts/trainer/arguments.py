@@ -73,7 +73,7 @@ def _add_model(add):
     add("--group-query-attention", action="store_true", help="share KV heads between query heads")
     add("--num-query-groups", whole(1), default=1, help="KV heads, with --group-query-attention")
     add("--seq-length", length(), default=1024, help="tokens of a sequence, over all context-parallel ranks")
-    add("--max-position-embeddings", whole(1), help="learned positions; default: --seq-length")
+    add("--max-position-embeddings", length(), help="learned positions; default: --seq-length")
     kinds = one_of("learned_absolute", "rope", "none")
     add("--position-embedding-type", kinds, default="learned_absolute", help="how positions are encoded")
     add("--rotary-base", whole(1), default=10000, help="base of RoPE")
@@ -147,7 +147,7 @@ def _add_data(add):
     add("--dynamic-context-parallel", action="store_true", help="newer Megatrons' name: the same as --cp-pack")
     schedulers = one_of("dp_balanced", "default_dynamic_cp")
     add("--sequence-packing-scheduler", schedulers, help="newer Megatrons' name: any is the same as --cp-pack")
-    add("--max-seqlen-per-dp-cp-rank", whole(1), help="tokens of a rank in a row, instead of --seq-length")
+    add("--max-seqlen-per-dp-cp-rank", length(), help="tokens of a rank in a row, instead of --seq-length")
 
 
 def _add_files(add):

@@ -1,4 +1,4 @@
-"""Rules between flags; the rule of a single value stands beside its flag (trainer/rules.py)."""
+"""Rules that involve several flags; the rule of a single value is declared with its flag (trainer/rules.py)."""
 
 from argparse import Namespace
 from typing import Any
@@ -7,25 +7,25 @@ from mindspeed_cp.settings.rules import heads_of_rank, require, require_even_tok
 
 
 def of_same_name(args: Namespace, names: str) -> dict[str, Any]:
-    """Flags by their names, for a function of Megatron that calls them alike."""
+    """Return flags by name, for a function of Megatron whose arguments have the same names."""
     return {name: getattr(args, name) for name in names.split()}
 
 
 def micro_batch_length(index: int, seq_length: int) -> int:
-    """A length of its own for every micro batch, between half of ``seq_length`` and all of it, mostly indivisible."""
+    """Return the length of a micro batch: varying, from half of ``seq_length`` to all of it, mostly indivisible."""
     return seq_length - (index * index * 11 + index * 13 + 3) % max(seq_length // 2 - 1, 1)
 
 
 def divisible(flag: str, value: int, by: str, divisor: int, *, more: bool = False, or_else: str = "") -> None:
-    """Raise ValueError unless ``divisor``, which is what ``by`` names, divides a flag's value; the way out is the next
-    smaller value that it divides, or with ``more`` the next larger one, ``or_else`` something else.
+    """Raise ValueError unless ``divisor``, which ``by`` describes, divides a flag's value. The message suggests the
+    next smaller value that it divides, with ``more`` the next larger one, and ``or_else``.
     """
     fits = (value // divisor + more) * divisor or divisor
     require(value % divisor == 0, f"{flag} {value} must be divisible by {by}; use {flag} {fits}{or_else}.")
 
 
 def read_packing(args: Any) -> None:
-    """Newer Megatrons' names of --cp-pack, and what it stands for: documents apart, in rows of their own lengths."""
+    """Set --cp-pack from newer Megatrons' names, and what it implies: separate documents, in rows of varying length."""
     args.cp_pack = args.cp_pack or args.dynamic_context_parallel or bool(args.sequence_packing_scheduler)
     tokens = args.max_seqlen_per_dp_cp_rank
     require(
@@ -147,7 +147,7 @@ def _check_lengths(args, tp):
         f"{cp} = {2 * cp} divides, and with --reset-attention-mask, --variable-seq-lengths or --seq-length "
         f"{args.seq_length} they have other lengths; use --cp-batch-layout zigzag or balanced, which take any.",
     )
-    if args.sequence_parallel:  # the configuration asks it where cp > 1
+    if args.sequence_parallel:  # the configuration checks this if cp > 1
         require_even_tokens(args.seq_length, 1, tp)
     varying = "--cp-pack" if args.cp_pack else "--variable-seq-lengths" if args.variable_seq_lengths else ""
     require(
@@ -169,7 +169,7 @@ def _check_lengths(args, tp):
 
 
 def has_uneven_shapes(args) -> bool:
-    """Whether pipeline stages must tell each other their shapes, because the sequence is not divided evenly."""
+    """Whether pipeline stages must send each other their shapes, because the sequence is not divided evenly."""
     packed = args.reset_attention_mask and args.context_parallel_size > 1
     return (
         args.variable_seq_lengths or args.cp_pack or args.seq_length % (2 * args.context_parallel_size) != 0 or packed

@@ -66,7 +66,7 @@ ERRORS = {
     ),
     "cu_seqlens-descending": (
         dict(cu_seqlens=torch.tensor([0, 5, 3, 8], dtype=torch.int32)),
-        r"cu_seqlens \[0, 5, 3, 8\].*not descend",
+        r"cu_seqlens \[0, 5, 3, 8\].*not descend, and entry 2 is 3 after 5",
     ),
     "cu_seqlens-too-short": (dict(cu_seqlens=torch.tensor([0, 5], dtype=torch.int32)), r"cu_seqlens ends with 5.*8"),
     "cu_seqlens-too-long": (dict(cu_seqlens=torch.tensor([0, 5, 9], dtype=torch.int32)), r"cu_seqlens ends with 9.*8"),

@@ -34,6 +34,7 @@ from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.search import search
 from mindspeed_cp.planner.timing import Candidate
 from mindspeed_cp.planner.trace import Problem
+from mindspeed_cp.settings.lengths import tokens
 
 HEADS, KV_HEADS, DIM = 8, 4, 64
 NOPE, ROPE, RANK = 48, 16, 128  # of multi-latent attention, whose values are as wide as its keys
@@ -139,7 +140,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", nargs="*", default=["4gbit", "400mbit", "50mbit"], help="between two hosts")
     parser.add_argument("--mesh-rates", nargs="*", default=["200mbit", "50mbit"], help="of the links of a full mesh")
-    parser.add_argument("--seq-length", type=int, default=4096)
+    parser.add_argument("--seq-length", type=tokens, default=4096)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--latent", action="store_true", help="multi-latent attention, by latents and by heads")
     parser.add_argument("--only", nargs="+", metavar="SETTING", help="beginnings of the settings that are run")

@@ -2,16 +2,16 @@
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
 from inspect import Parameter, signature
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from test_docs import DOCS, PAGES, READMES, ROOT, actions, text_of
+from test_docs import BADGE, DOCS, PAGES, READMES, ROOT, actions, text_of
 
 import mindspeed_cp
 from mindspeed_cp import (
@@ -36,7 +36,7 @@ def test_every_page_says_the_same_of_the_versions_that_were_tried(page):
     for word in re.findall(
         r"(?:script|checkouts?|脚本).{0,12}? on (\w+) (?:versions|checkouts)|([五六七八九])个版本的 Mega", text
     ):
-        assert NUMBERS["".join(word)] == len(versions.MEGATRONS), word
+        assert NUMBERS["".join(word)] == sum(row.on_checkout for row in versions.MEGATRONS), word
 
 
 def test_no_ratio_of_a_command_stands_on_two_pages():
@@ -67,9 +67,10 @@ def test_a_mask_of_the_batch_and_the_causal_type_are_said_to_hide_together():
         plain = context_parallel_attention(query, query, query, **keywords)
         assert (kind == "causal") == torch.equal(outs[kind], plain) or kind == "general"
     assert torch.equal(outs["general"], outs["full"]) and not torch.equal(outs["general"], outs["causal"])
-    assert "applies on top of the causal mask where the configuration's mask type is causal" in text_of(
-        "docs/python-api.md"
-    )
+    page = text_of("docs/python-api.md")
+    assert "applies on top of the causal mask where the configuration's mask type is causal" in page
+    for each in (page, text_of("docs/zh-CN/python-api.md")):  # said once
+        assert each.count('attention_mask_type="general"') == 1
 
 
 @pytest.mark.parametrize("page", ["docs/migration-from-mindspeed.md", "docs/zh-CN/migration-from-mindspeed.md"])
@@ -107,7 +108,7 @@ def test_both_readmes_give_the_same_dates():
 @pytest.mark.parametrize("page", READMES)
 def test_a_picture_and_a_number_stand_at_the_top_of_the_readme(page):
     top = "\n".join(text_of(page).splitlines()[:20])
-    (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", top)
+    (picture,) = re.findall(r"!\[[^\]]+\]\((docs/[^)]+)\)", top)
     drawn = text_of(picture)
     for algorithm, cells in re.findall(r'<g data-layout="(\w+)">(.*?)</g>', drawn):
         degree = 2 if algorithm == "hybrid_cp_algo" else None
@@ -136,27 +137,54 @@ def test_the_site_has_every_page_in_its_menu():
     assert citation["version"] == mindspeed_cp.__version__
 
 
+def test_ci_builds_the_site_and_the_badges_are_of_workflows_that_are_there():
+    workflows = ROOT / ".github" / "workflows"
+    jobs = yaml.safe_load((workflows / "tests.yml").read_text(encoding="utf-8"))["jobs"]
+    assert "mkdocs build --strict" in [step.get("run") for step in jobs["documentation"]["steps"]]
+    for page in READMES:
+        named = set(re.findall(rf"{re.escape(BADGE)}([\w.]+)", text_of(page)))
+        assert named == {"tests.yml", "nightly.yml"} and all((workflows / name).is_file() for name in named)
+
+
 def test_every_page_says_the_same_number_of_patches_beside_a_checkout():
     (alive,) = re.findall(r"^\| patches all (\d+) alive$", text_of("docs/megatron.md"), re.M)
     for page in READMES:  # of the worked command, in a checkout
         assert re.findall(r"zigzag, causal, kernel npu, (\d+) patches", text_of(page)) == [alive]
 
 
-MEGATRON_CPU = r"^```bash megatron-cpu\n(.*?)^```"
-
-
 @pytest.mark.skipif(
     "MEGATRON_LM_PATH" not in os.environ or not find_spec("six"), reason="needs MEGATRON_LM_PATH, six, regex, pydantic"
 )
-def test_the_four_commands_train_a_checkout_on_a_cpu(tmp_path):
-    commands = re.search(MEGATRON_CPU, text_of("docs/megatron.md"), re.M | re.S)[1]
-    _, _, *rest = commands.splitlines(keepends=True)  # the checkout and its packages are here
-    (tmp_path / "Megatron-LM").symlink_to(os.environ["MEGATRON_LM_PATH"])
-    for name in ("mindspeed_cp", "patches", "arguments"):
+def test_the_readmes_four_commands_train_a_checkout_on_a_users_text(tmp_path):
+    lines = [f'{{"text": "Line {n} of a text of {n * n} words."}}\n' for n in range(200)]
+    (tmp_path / "my.jsonl").write_text("".join(lines))
+    for name in ("mindspeed_cp", "patches", "arguments", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
-    script = "".join(rest).replace(".venv/bin/python", shlex.quote(sys.executable))
-    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "Context parallelism: Ring, cp=2, zigzag, causal, kernel cpu" in done.stdout and "lm loss" in done.stdout
+    (tmp_path / "Megatron-LM").symlink_to(os.environ["MEGATRON_LM_PATH"])
+    dataset, commands = (
+        re.search(rf"^```bash {name}\n(.*?)^```", text_of("README.md"), re.M | re.S)[1]
+        for name in ("own-text", "megatron-cpu")
+    )
+    _, _, *rest = commands.splitlines(keepends=True)  # the checkout and its packages are here
+    script = dataset.splitlines(keepends=True)[0] + "".join(rest)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    # The packages that the second command installs, wherever they are here.
+    script = script.replace("PYTHONPATH=", "PYTHONPATH=$PYTHONPATH:")
+    done = subprocess.run(
+        ["bash", "-ec", script], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    assert "Context parallelism: Ring, cp=4, zigzag, causal, kernel cpu" in done.stdout
+    assert (tmp_path / "data" / "megatron.png").stat().st_size > 5_000 and "within the tolerance" in done.stdout
     (block,) = re.findall(r"^\+-- context parallelism -.*?^\+-+$", text_of("docs/megatron.md"), re.M | re.S)
     assert done.stdout.count(block) == 1
+
+
+@pytest.mark.parametrize("name", ["own-text", "megatron-cpu"])
+def test_both_readmes_have_the_same_commands_for_a_new_user(name):
+    (english,), (chinese,) = (
+        re.findall(rf"^```bash {name}\n(.*?)^```", text_of(page), re.M | re.S) for page in READMES
+    )
+    assert english == chinese
+    commands = re.findall(r"^\S", re.sub(r"\\\n *|\n(?=  |done)", " ", english), re.M)
+    assert len(commands) == {"own-text": 3, "megatron-cpu": 4}[name]

@@ -99,6 +99,20 @@ def test_documents_favour_the_balanced_layout_which_sends_less():
     assert (auto.compute, auto.intra_bytes) == (balanced.compute, balanced.intra_bytes)
 
 
+def test_a_window_is_planned_with_the_work_and_the_bytes_of_its_rows(capsys):
+    arguments = ["--model", "gpt3-125m", "--cp", "4", "--seq-length", "8k", "--cluster", "a100", "--json"]
+    found = []
+    for more in ([], ["--window", "1k"]):
+        assert main([*arguments, *more]) == 0
+        every = json.loads(capsys.readouterr().out)["candidates"]
+        found.append(next(each for each in every if each["setting"].startswith("Ring") and "direct" in each["setting"]))
+    whole, windowed = found
+    # Pairs of query and key: all that precede, or 1,024 of them.
+    assert windowed["compute_seconds"] < 0.4 * whole["compute_seconds"]
+    # A chunk needs the one before it, and none is forwarded.
+    assert windowed["intra_bytes"] < 0.7 * whole["intra_bytes"]
+
+
 def test_a_calibration_is_read_back_and_plans(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(calibrate, "kernel_rate", lambda device, seq: {256: 1e10, 2048: 2e10}[seq])
     monkeypatch.setattr(calibrate, "product_rate", lambda device, rows: 5e10)

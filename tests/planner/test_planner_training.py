@@ -234,9 +234,11 @@ def test_of_each_split_the_fastest_is_listed_and_of_a_single_split_its_settings(
 
 
 def test_groups_of_heads_double_as_long_as_that_is_faster():
-    work, cluster = Work(MODELS["llama2-7b"], 131072, 32), CLUSTERS["ascend-910b"]
-    best = plans(work, 16, 64e9, cluster, {"tp": 1, "pp": 2, "cp": 8}, most=1)[0][0]
-    assert best.attention.config.algorithm == "ulysses_cp_algo" and best.attention.config.ulysses_chunks == 4
+    work, fixed = Work(MODELS["llama2-7b"], 131072, 32), {"tp": 1, "pp": 2, "cp": 8}
+    for share, groups in ((4, 1), (1, 2), (1 / 4, 4)):  # of the links' rate
+        cluster = dataclasses.replace(CLUSTERS["ascend-910b"], intra_bandwidth=share * 28e9)
+        best = plans(work, 16, 80e9, cluster, fixed, most=1)[0][0].attention.config
+        assert (best.algorithm, best.ulysses_chunks) == ("ulysses_cp_algo", groups)
 
 
 def test_documents_are_planned_with_the_layout_that_megatron_can_cut():

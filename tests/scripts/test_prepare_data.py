@@ -3,16 +3,19 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import pairs
 import pytest
+from compare_runs import main as compare_runs
 from distributed import run_ranks
 from trainer.files import check_dataset, end_of_document
 from trainer.texts import bytes_encoder, documents, encoder_of, files_of, texts_of
-from trainer_runs import IMPORTED
+from trainer_runs import IMPORTED, run_argvs
 
 from mindspeed_cp.planner.documents import read_lengths
 
@@ -149,24 +152,51 @@ def test_a_note_that_names_no_end_is_an_error(texts):
         end_of_document(str(texts / "own"))
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
-def test_both_readmes_have_the_same_commands_for_own_text(page):
-    assert own_text(page) == own_text("README.md")
-
-
-def own_text(page):
-    return re.search(r"^```bash own-text\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)[1]
-
-
-def test_the_readmes_three_commands_train_on_a_users_text_with_the_same_losses(tmp_path):
+def users_text(folder):
+    """The commands of the README, and what a user has: the text, the scripts."""
     lines = [{"text": f"Line {n} of a text that nobody else has, {n * n} words long."} for n in range(200)]
-    (tmp_path / "my.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    (folder / "my.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "scripts").symlink_to(ROOT / "scripts")
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.search(r"^```bash own-text\n(.*?)^```", page, re.M | re.S)[1]
+
+
+def recorded(commands, folder):
+    """The words of every command that bash would start, whose programs are replaced by one that writes them down."""
+    (folder / "bin").mkdir()
+    for name in ("python", "torchrun"):
+        program = folder / "bin" / name
+        program.write_text(f"#!/bin/bash\nprintf '%q ' {name} \"$@\" >> {folder}/words\necho >> {folder}/words\n")
+        program.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-ec", commands], cwd=folder, env=environment, check=True)
+    return [shlex.split(line) for line in (folder / "words").read_text().splitlines()]
+
+
+def test_the_readmes_three_commands_train_on_a_users_text_with_the_same_losses(tmp_path, capsys):
+    """In forked ranks, which have imported everything; with --full as a user starts them."""
+    commands = re.sub(r"\b(?=data/|runs/|my.jsonl)", f"{tmp_path}/", users_text(tmp_path))
+    words = recorded(commands, tmp_path)
+    assert [line[:2] for line in words] == [
+        ["python", "scripts/prepare_data.py"], ["torchrun", "--nproc-per-node"], ["torchrun", "--nproc-per-node"],
+        ["python", "scripts/compare_runs.py"],
+    ]  # fmt: skip
+    (made,) = run_ranks(1, _written, [words[0][2:]], fresh=True, imported=IMPORTED)[0]
+    assert made[0] == 0
+    for _, _, ranks, script, *flags in words[1:3]:
+        assert script == "scripts/pretrain_gpt.py"
+        (records,) = run_argvs(int(ranks), {"own text": flags}).values()
+        assert len(records) == 5
+    assert compare_runs(words[3][2:]) == 0
+    assert (tmp_path / "runs" / "loss.png").stat().st_size > 5_000 and "cp=4" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not pairs.whole(), reason="new processes for every rank: --full")
+def test_the_readmes_three_commands_run_as_a_user_starts_them(tmp_path):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "MINDSPEED_CP_DEVICE": "cpu"}
-    commands = own_text("README.md")
-    assert len(re.findall(r"^\S", re.sub(r"\\\n *|\n(?=  |done)", " ", commands), re.M)) == 3
-    done = subprocess.run(["bash", "-ec", commands], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    command = ["bash", "-ec", users_text(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "runs" / "loss.png").stat().st_size > 5_000 and "cp=4" in done.stdout
     assert done.stdout.count("+-- context parallelism ---") == 1 and "documents kept apart (" in done.stdout

@@ -218,6 +218,21 @@ def test_comparison_fails_when_a_loss_differs(tmp_path, capsys, factor, status):
     assert "1,024" in printed and ("within" if status == 0 else "ABOVE") in printed
 
 
+def test_what_megatron_printed_is_compared(tmp_path, capsys):
+    line = (
+        " [2026-11-30 02:42:01] iteration {0:8}/       2 | consumed samples:  4 | lm loss: {1:E} | loss scale: 1.0 |\n"
+    )
+    for name, losses in {"one": (5.958634, 5.8), "other": (5.958635, 5.8), "wrong": (5.958634, 5.9)}.items():
+        steps = "".join(line.format(*step) for step in enumerate(losses, 1))
+        (tmp_path / name).write_text(f"building model\n{steps} validation loss at iteration 2 | lm loss value: 5.8\n")
+    runs = {name: f"{name}={tmp_path / name}" for name in ("one", "other", "wrong")}
+    assert compare_runs([runs["one"], runs["other"]]) == 0 and "1.7e-07" in capsys.readouterr().out
+    assert compare_runs([runs["one"], runs["wrong"]]) == 1
+    assert compare_runs([runs["one"], f"none={tmp_path / 'one'}"]) == 0
+    (tmp_path / "one").write_text("it failed\n")
+    assert compare_runs([runs["one"], runs["other"]]) == 1
+
+
 def test_the_picture_of_losses_marks_whole_steps_and_draws_any_number_of_runs():
     run = [{"iteration": i, "loss": 5.0 / i} for i in (1, 2, 3)]
     (axes,) = plot({f"run {number}": run for number in range(5)}).axes

@@ -5,10 +5,13 @@ import re
 import sys
 
 import pytest
+from bench import measuring
 from trainer.arguments import build_parser, parse_args
 from trainer.failures import readable_flags
 from trainer.rules import HelpFormatter
 from trainer_files import write_checkpoint, write_dataset
+
+from mindspeed_cp.planner import given
 
 pytestmark = pytest.mark.cpu_only
 TEXT = ["a", "", "nan", "1.5", "1e3", "[1]"]
@@ -107,6 +110,19 @@ def test_every_flag_has_nonsense():
     known = set(with_values())
     # A flag that comes with another part of the package may be listed before it is there.
     assert known <= set(NONSENSE) and set(NONSENSE) - known <= {"--cp-batch-layout", "--fix-sub-seq-length"}
+
+
+def test_a_length_may_be_written_with_k_or_m_wherever_one_is_given():
+    named = re.compile(r"--(?:seq-length|max-position-embeddings|max-seqlen.*|window|lengths)$")
+    parsers = {
+        "trainer": build_parser(), "planner": given.parser(), "bench": measuring.parser_of("", seq_length=8192),
+    }  # fmt: skip
+    for name, parser in parsers.items():
+        flags = [flag for action in parser._actions for flag in action.option_strings if named.match(flag)]
+        assert flags, name
+        for flag in flags:
+            found = vars(parser.parse_args([flag, "128k"]))
+            assert found[flag.strip("-").replace("-", "_")] == 131072, (name, flag)
 
 
 @pytest.mark.parametrize("flag", list(with_values()))
@@ -242,7 +258,7 @@ def test_a_damaged_checkpoint_is_named_with_the_last_good_one(harm, says, folder
     harm(newest)
     line = refusal(["--load", "ck"], capsys)
     assert says in line, line
-    best = "iter_0000004" if "latest" in says or "no checkpoint" in says or "names" in says else good.name
+    best = "iter_0000004" if "latest" in says or "not a checkpoint" in says or "names" in says else good.name
     assert f"echo {best} > ck/latest.txt" in line and "saved at 20" in line, line
 
 
