@@ -22,6 +22,7 @@ import torch.distributed as dist
 NUMBERS = 5  # of a notice
 _RECORD = struct.Struct(f"=Q{NUMBERS}q")  # the stream to which it belongs, and its numbers
 _AT_ONCE = 64 * _RECORD.size  # bytes that are read at once
+_LONGEST_WAIT = 3600.0  # seconds of one poll; epoll takes no more than 2**31 ms, and time limits may be longer
 
 Numbers = tuple[int, ...]
 
@@ -142,7 +143,7 @@ class Notices:
     def _take_in_all(self, seconds: float) -> None:
         """Receive from all peers that have sent something; wait up to ``seconds`` until one has."""
         assert self._waiting is not None
-        ready = {file for file, _ in self._waiting.poll(seconds)}
+        ready = {file for file, _ in self._waiting.poll(min(seconds, _LONGEST_WAIT))}
         for peer in [peer for peer, file in self._from.items() if file in ready]:
             self._take_in(peer)
 
