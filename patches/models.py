@@ -6,6 +6,7 @@ from typing import Any
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import block_record, entering, packed_params_in, refuse_inference, tensors_in
 from mindspeed_cp.megatron.later_stages import pipeline_of
+from mindspeed_cp.megatron.layer_numbers import number_attention
 from mindspeed_cp.megatron.plain_attention import name_plain_attention
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.sizes import check_model, sub_batch_record
@@ -111,6 +112,7 @@ def _entered(adaptor: Adaptor, model: Any, args: tuple[Any, ...], kwargs: dict[s
         check_layers(model, record)
     if record is not None and record.layout.cp_size > 1 and model not in adaptor.counted:
         adaptor.counted.add(model)
+        number_attention(model)
         census_of(adaptor).take(model)  # includes modules that were added after it was built
         name_plain_attention(model, asked=adaptor.settings.asked_for_flash)
     return record

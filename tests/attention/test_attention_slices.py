@@ -120,7 +120,7 @@ def alone(slices, seq_len=8):
         ([((0, 4), (0, 4.0), "full")], ("whole numbers",)),
         ([((0, 4), (0, 4))], ("kind",)),
         ([((0, 4), (0, 4), 1)], ("slices 0 is", "full, causal, inverse, band")),
-        ([(np.array([0, 4]), (0, 4), "full")], ("must be a list", "no arrays")),
+        ([(np.array([0, 4]), (0, 4), "full")], ("must be a list", "not arrays")),
         ([None], ("holds None", "must be a list")),
         (((0, 4), (0, 4), "full"), ("holds 'full'", "must be a list")),
         ([[((0, 4), (0, 4), "full")]] * 2, ("2 lists", "1 rows")),

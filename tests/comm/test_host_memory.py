@@ -109,10 +109,11 @@ def with_a_stranger(rank, stranger):
         if rank == stranger:
             patch.setattr(host_memory, "_create_file", lambda name: -1)
         groups = ContextParallelGroups.build(config, share_from=0)
-    cases._setups[config.hierarchy, config.p2p, "stranger"] = groups
+    setup = config.hierarchy, config.layer_algorithms, config.p2p, "stranger"
+    cases._setups[setup] = groups
     case = Case({"context_parallel_size": 3, "algorithm": "megatron_cp_algo"}, seq_len=24, share_from="stranger")
     got, wanted = attend(rank, case), attend(rank, Case(**{**vars(case), "share_from": None}))
-    del cases._setups[config.hierarchy, config.p2p, "stranger"]
+    del cases._setups[setup]
     peers = sorted(groups.cp.carrier.peers) if groups.cp.carrier else None
     groups.destroy()
     return peers, all(torch.equal(got[name], wanted[name]) for name in wanted)

@@ -1,6 +1,7 @@
 """The exchange around the kernels of Megatron's state-space layers, which themselves need a GPU."""
 
 from dataclasses import replace
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -14,9 +15,9 @@ def exchange():
     from megatron.core import parallel_state
     from megatron.core.ssm.mamba_context_parallel import MambaContextParallel
 
-    return MambaContextParallel(
-        parallel_state.get_context_parallel_group(), 2 * HEADS, HEADS, HEADS, STATE, None, None, None, None, False
-    )
+    sizes = (2 * HEADS, HEADS, HEADS, STATE)
+    weights = [None] * (len(signature(MambaContextParallel).parameters) - len(sizes) - 2)  # six from 0.19 on
+    return MambaContextParallel(parallel_state.get_context_parallel_group(), *sizes, *weights, False)
 
 
 def whole_input(seq_len):

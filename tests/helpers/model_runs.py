@@ -144,7 +144,9 @@ class Trainer:
             return self._sum(DSAIndexerLossLoggingHelper.tracker.pop("values") / ranks)
         from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-        values = MTPLossLoggingHelper.tracker.pop("values", torch.zeros(1))
+        tracker = MTPLossLoggingHelper.tracker
+        values = tracker.get("loss_values", tracker.get("values", torch.zeros(1)))  # the former from 0.19 on
+        tracker.clear()
         return self._sum(values / self.cp_size) if self.config.mtp_num_layers else torch.zeros(1)
 
     @staticmethod
@@ -154,9 +156,12 @@ class Trainer:
 
 
 def _forget_logged_losses():
-    """Clear Megatron's global table of expert losses, which has one entry per layer of the first model."""
+    """Clear Megatron's global tables of losses, which have one entry per layer of the first model."""
     from megatron.core import parallel_state
     from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    MTPLossLoggingHelper.tracker.clear()
 
     if find_spec("megatron.core.transformer.moe.moe_logging"):  # from 0.18 on
         from megatron.core.transformer.moe import moe_logging
