@@ -72,7 +72,7 @@ class GradientReturn:
         if step.place > 0 and self._taken == 0:
             self._inner.drain()  # the first block of this window has hidden the previous window's transfers
         if step.place > 0:
-            name = f"dkv.wire{channel.turn(step.place)}.{step.piece}"
+            name = f"dkv.wire{(self._taken + 1) % (self._ahead + 1)}"
             return channel.buffer(name, self._like, channel.rows_in(source, step.piece)), False
         if step.window > 0:
             self._window_sum = channel.buffer("dkv.window", self._own, channel.lengths[source])

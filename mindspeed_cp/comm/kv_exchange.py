@@ -88,7 +88,8 @@ def direct_exchange(channel: RingChannel, own: Tensors, purpose: str, keep: bool
         for number in numbers:
             t, piece = channel.order_of_pieces[number - 1]
             reader, source = (rank + t) % ring_size, (rank - t) % ring_size
-            name = f"{purpose}.direct{channel.turn(t)}.{piece}"
+            # The transfers that are alive together are the one being computed with and those in flight.
+            name = f"{purpose}.direct{number % (channel.in_flight * channel.num_pieces + 1)}"
             received.append(channel.buffer(name, own, channel.rows_in(source, piece), keep, channel.order))
             leaving = parts(own_pieces[piece], channel.needed(reader, rank, piece), channel.order)
             arriving = parts(received[-1], channel.needed(rank, source, piece), channel.order)

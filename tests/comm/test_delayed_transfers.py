@@ -105,6 +105,14 @@ def test_odd_sizes_and_two_layers_are_bitwise_the_same():
             assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
+def test_buffers_of_pieces_are_not_reused_while_they_are_read():
+    """Six ranks with three steps in flight: the last group of steps is shorter than the others."""
+    config = {**RING, "context_parallel_size": 6, "kv_exchange": "direct", "in_flight": 3, "send_recv_overlap": True}
+    every = [Case(config, seq_len=48, **FLOAT32)]
+    for delayed, plain in zip(run_delayed(6, attend_many, every), run_ranks(6, attend_many, every)):
+        assert all(torch.equal(delayed[0][name], plain[0][name]) for name in plain[0])
+
+
 def reuse(rank, wrong):
     """Send a buffer round the ring of two; ``wrong`` writes it, or reads the receiving one, before the wait."""
     sent, received = torch.full((4,), 1.0 + rank), torch.zeros(4)
