@@ -19,6 +19,8 @@ instructions later, which also holds on Arm.
 import mmap
 import os
 import secrets
+import time
+from collections import defaultdict, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +34,7 @@ from mindspeed_cp.settings.notices import warn_rank0, warn_this_rank
 SPAN = 1 << 36  # bytes of address space for what one rank sends; 64 GiB, and a thousand ranks fit into one process
 SMALLEST_MESSAGE = 1 << 14  # bytes; a smaller message is as cheap as its notice
 LINE = 64  # bytes of a cache line, to which messages are aligned
+UNREAD = 3  # messages that a rank lends before the first of them has been read
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class HostMemory:
         self._file, self._memories, self._own = file, memories, memories[dist.get_rank()]
         self.peers, self.smallest = frozenset(memories) - {dist.get_rank()}, smallest
         self._unread: list[Parcel] = []  # ascending in memory
+        self._lent: defaultdict[int, deque[tuple[list[int], Parcel]]] = defaultdict(deque)
         self.num_bytes, self.notices = 0, notices
 
     @classmethod
@@ -156,13 +160,37 @@ class HostMemory:
             message.write(parcel.data.view(message.dtype))
         return parcel
 
+    def lend(self, stream: int, readers: list[int], message: Message) -> Parcel | None:
+        """Like ``write``, but wait while UNREAD messages of this stream are unread: a rank that needs nothing from its
+        peers would otherwise run ahead of slow ones and hold one message for each pass.
+
+        Raises:
+            RuntimeError: a reader has ended, or did not read it within the time limit.
+        """
+        lent = self._lent[stream]
+        if len(lent) == UNREAD:
+            self._await_readers(*lent.popleft())
+        parcel = self.write(readers, message)
+        if parcel is not None:
+            lent.append((readers, parcel))
+        return parcel
+
+    def _await_readers(self, readers: list[int], parcel: Parcel) -> None:
+        until = time.monotonic() + self.notices.seconds
+        while any(each is parcel for each in self._unread):
+            late = [reader for reader, mark in zip(readers, parcel.marks) if not self._own.words[mark]]
+            if not late:
+                return
+            self.notices.idle(late[0], until)
+
     def read(self, peer: int, start: int, num_bytes: int) -> torch.Tensor:
         """Return the message at ``start`` of the peer's memory, uint8, valid until ``release``."""
         return self._memories[peer].data[start + self._marks : start + self._marks + num_bytes]
 
     def release(self, peer: int, start: int) -> None:
         """Tell the peer that its message has been read."""
-        self._memories[peer].words[start // 8 + self._slot[dist.get_rank()]] = 1
+        if peer in self._memories:  # not after ``close``
+            self._memories[peer].words[start // 8 + self._slot[dist.get_rank()]] = 1
 
     def close(self) -> None:
         """Unmap the memory; the mappings of peers stay valid until they close."""
@@ -171,6 +199,7 @@ class HostMemory:
             self.notices.close()
             del self._own
         self.peers, self._unread, self._memories = frozenset(), [], {}
+        self._lent.clear()
 
     __del__ = close
 

@@ -12,6 +12,7 @@ import select
 import struct
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
@@ -63,7 +64,7 @@ class Notices:
     """
 
     def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+        self.seconds = seconds
         self._ends: dict[int, int] = {}  # writing ends of the pipes to this rank, until the peers have opened them
         self._from: dict[int, int] = {}
         self._to: dict[int, int] = {}
@@ -71,6 +72,7 @@ class Notices:
         self._expected: Counter[tuple[int, int]] = Counter()  # (peer, stream) -> notices
         self._come: Counter[tuple[int, int]] = Counter()
         self._heard: defaultdict[int, dict[tuple[int, int], Numbers]] = defaultdict(dict)
+        self._forgotten: dict[tuple[int, tuple[int, int]], Callable[[Numbers], None]] = {}
 
     def listen(self, peer: int) -> int:
         """Make the pipe that a peer writes; returns the file of this process that the peer opens.
@@ -110,14 +112,14 @@ class Notices:
         Raises:
             RuntimeError: the pipe stays full for the time limit. OSError: the peer has ended.
         """
-        record, until = _RECORD.pack(stream, *numbers), time.monotonic() + self._seconds
+        record, until = _RECORD.pack(stream, *numbers), time.monotonic() + self.seconds
         while True:
             try:
                 os.write(self._to[peer], record)
                 return
             except BlockingIOError:
                 if time.monotonic() > until:
-                    raise RuntimeError(f"it took no notice in {self._seconds:g} s") from None
+                    raise RuntimeError(f"it took no notice in {self.seconds:g} s") from None
                 self._take_in_all(0.001)
 
     def expect(self, peer: int, stream: int) -> Notice:
@@ -130,15 +132,35 @@ class Notices:
         heard = self._heard[peer]
         if place not in heard:
             self._take_in(peer)
-        until = time.monotonic() + self._seconds
+        until = time.monotonic() + self.seconds
         while place not in heard:
             if peer not in self._from:
                 raise RuntimeError("it has ended, or has closed its groups")
             left = until - time.monotonic()
             if left < 0:
-                raise RuntimeError(f"it told nothing in {self._seconds:g} s")
+                raise RuntimeError(f"it told nothing in {self.seconds:g} s")
             self._take_in_all(left)
         return heard.pop(place)
+
+    def idle(self, peer: int, until: float) -> None:
+        """Receive notices for a moment while this rank waits for something else from ``peer``.
+
+        Raises:
+            RuntimeError: the peer has ended, or the time ``until`` (of time.monotonic) is over.
+        """
+        if peer not in self._from:
+            raise RuntimeError(f"rank {peer} has ended, or has closed its groups")
+        if time.monotonic() > until:
+            raise RuntimeError(f"rank {peer} did not read a message in {self.seconds:g} s")
+        self._take_in_all(0.001)
+
+    def forget(self, notice: Notice, release: Callable[[Numbers], None]) -> None:
+        """Call ``release`` with the content of a notice that nobody waits for any more, now or when it arrives."""
+        numbers = self._heard[notice.peer].pop(notice.place, None)
+        if numbers is None:
+            self._forgotten[notice.peer, notice.place] = release
+        else:
+            release(numbers)
 
     def _take_in_all(self, seconds: float) -> None:
         """Receive from all peers that have sent something; wait up to ``seconds`` until one has."""
@@ -156,8 +178,13 @@ class Notices:
         except BlockingIOError:
             return
         for stream, *numbers in _RECORD.iter_unpack(data):
-            self._heard[peer][stream, self._come[peer, stream]] = tuple(numbers)
+            place = stream, self._come[peer, stream]
             self._come[peer, stream] += 1
+            release = self._forgotten.pop((peer, place), None)
+            if release is None:
+                self._heard[peer][place] = tuple(numbers)
+            else:
+                release(tuple(numbers))
         if not data:
             self._hear_no_more(peer)
 
