@@ -174,7 +174,7 @@ def _own(config: ContextParallelConfig, entry: LayerEntry, size: int) -> dict[st
     values = entry.named | _resized(config.fitted(entry), size)
     row = ALGORITHMS[values["algorithm"]]
     unused = {each.name for each in config.by_layer() if each.by_layer and not each.by_layer(row)}
-    return {name: value for name, value in values.items() if name not in unused}
+    return {name: value for name, value in values.items() if name not in unused and value is not None}
 
 
 def regrouped(groups: ContextParallelGroups, config: ContextParallelConfig) -> ContextParallelGroups | None:

@@ -291,6 +291,10 @@ class ContextParallelConfig(Derived):
         for each in declarations(type(self)):
             each.check(getattr(self, each.name))
         known_algorithm(self.algorithm)
+        text = self.layer_algorithms
+        rules.require(
+            text is None or isinstance(text, str), f"{layers.FLAG} {text!r} must be text; use {layers.EXAMPLE}."
+        )
         rules.check_kv_cache(self.context_parallel_size, self.kv_cache_policy, self.kv_cache_interval)
         rules.check_keep_attention(self.context_parallel_size, self.keep_attention)
         self._check_layers()

@@ -89,6 +89,7 @@ def read_layers(text: str, settings: Sequence["Setting"]) -> tuple[LayerEntry, .
     Raises:
         ValueError: the text does not follow the grammar, or two entries name one layer; the message says what to write.
     """
+    require(isinstance(text, str), f"{FLAG} {text!r} must be text; use {EXAMPLE}.")
     entries = []
     for part in map(str.strip, text.split(",")):
         with said_of(f"{FLAG} {part or '(empty)'}"):

@@ -170,12 +170,14 @@ def resolve(config: ContextParallelConfig, setup: TrainingSetup) -> TrainingSetu
 
 def _check_named_layers(config: ContextParallelConfig, setup: TrainingSetup) -> None:
     for entry in config.entries if setup.all_layers is not None else ():
-        last = entry.layers.first if entry.layers.last is None else entry.layers.last
+        first, step = entry.layers.first, entry.layers.step
+        last = first if entry.layers.last is None else entry.layers.last - (entry.layers.last - first) % step
+        open_end = f"{first}-" if step == 1 else f"{first}-/{step}"
         mtp = f" and --mtp-num-layers {setup.mtp_num_layers}, which come behind them" if setup.mtp_num_layers else ""
         require(
             setup.all_layers is None or last < setup.all_layers,
             f"{FLAG} {entry.layers} names layer {last}, and --num-layers is {setup.num_layers}{mtp}; layers count from "
-            f"0 to {(setup.all_layers or 1) - 1}, and {entry.layers.first}- goes on to the end.",
+            f"0 to {(setup.all_layers or 1) - 1}, and {open_end} goes on to the end.",
         )
 
 

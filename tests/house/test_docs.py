@@ -154,7 +154,8 @@ def anchors(text):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_named_in_the_text_exists(page):
-    folders = "|".join(sorted(path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "."))
+    ours = (path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != ".")
+    folders = "|".join(sorted(set(ours) - {"runs", "data"}))  # those are what the page's own commands make
     pattern = rf"(?<![\w./-])((?:{folders})/[\w./*-]+|[\w-]+\.(?:py|sh|md|toml|txt|yaml|png))(?![\w-])"
     names = re.findall(pattern, text_of(page))
     bases = [ROOT, (ROOT / page).parent, ROOT / "mindspeed_cp"]

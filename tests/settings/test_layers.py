@@ -228,3 +228,17 @@ def test_groups_of_one_level_follow_layers_that_are_set_later():
 def test_ranges_are_as_few_as_they_can_be():
     assert [str(each) for each in ranges_of([5, 11, 17])] == ["5-17/6"]
     assert [str(each) for each in ranges_of([0, 1, 2, 7])] == ["0-2", "7"]
+
+
+@pytest.mark.parametrize("value", [["0:ulysses_cp_algo"], {}, 5, b"0:ulysses_cp_algo"])
+def test_what_is_no_text_is_refused(value):
+    with pytest.raises(ValueError, match="--cp-layer-algo .* must be text; use --cp-layer-algo"):
+        ContextParallelConfig(context_parallel_size=4, algorithm="megatron_cp_algo", layer_algorithms=value)
+
+
+def test_a_stepped_range_ends_at_the_last_layer_that_it_names():
+    entries = {"layer_algorithms": "0-9/8:ulysses_cp_algo"}
+    config = ContextParallelConfig(context_parallel_size=4, algorithm="megatron_cp_algo", **entries)
+    resolve(config, TrainingSetup(num_attention_heads=8, num_layers=9))
+    with pytest.raises(ValueError, match=r"names layer 8, .* and 0-/8 goes on to the end"):
+        resolve(config, TrainingSetup(num_attention_heads=8, num_layers=8))
