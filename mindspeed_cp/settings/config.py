@@ -300,7 +300,7 @@ class ContextParallelConfig(Derived):
         self._check_layers()
         for notice in self.ignored_settings():
             warn_rank0(notice)
-        if self._is_one_window:
+        if self._is_one_window and not self.entries:  # each layer's own view is normalised
             object.__setattr__(self, "window_size", 1)
 
     def describe(self) -> str:

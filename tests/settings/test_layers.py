@@ -242,3 +242,14 @@ def test_a_stepped_range_ends_at_the_last_layer_that_it_names():
     resolve(config, TrainingSetup(num_attention_heads=8, num_layers=9))
     with pytest.raises(ValueError, match=r"names layer 8, .* and 0-/8 goes on to the end"):
         resolve(config, TrainingSetup(num_attention_heads=8, num_layers=8))
+
+
+def test_an_entry_inherits_the_windows_of_a_run_that_has_one():
+    config = ContextParallelConfig(
+        context_parallel_size=8,
+        algorithm="hybrid_cp_algo",
+        ulysses_degree=2,
+        window_size=4,
+        layer_algorithms="0:megatron_cp_algo",
+    )
+    assert config.of_layer(1).hierarchy == (1, 4, 2) and config.of_layer(2).hierarchy == (2, 4, 1)
