@@ -1,15 +1,18 @@
 """Shards that ranks of one host read where they lie: nothing is copied, and no place is used again while it is read."""
 
 import os
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Case, attend, setup_of
+from cases import Case, arguments, attend, local_inputs, setup_of
 from distributed import run_ranks
 from test_host_memory import linked
 
-from mindspeed_cp.comm.host_memory import LINE
+from mindspeed_cp import context_parallel_attention
+from mindspeed_cp.attention.ring import RingProblem
+from mindspeed_cp.comm.host_memory import LINE, UNREAD
 from mindspeed_cp.comm.reading_in_place import Borrowed, _lend
 
 pytestmark = pytest.mark.cpu_only
@@ -89,3 +92,45 @@ def test_gloo_brings_a_shard_for_which_its_rank_has_no_room():
     for got, wanted in zip(run_ranks(3, without_room, cases, fresh=True), run_ranks(3, without_room, alone)):
         for one, other in zip(got, wanted, strict=True):
             assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def ahead(rank, passes):
+    """Shared memory of this rank after forward passes in which rank 1, which is slow, needs rows of rank 0 alone."""
+    case = Case({"context_parallel_size": 2, **RING, "kv_exchange": "direct"}, runs=(((0, 12),), ((12, 24),)))
+    config, groups = setup_of(case.config, case.share_from)
+    layout = case.layout()
+    leaves, sinks, _, mask = local_inputs(rank, case, layout)
+    with torch.no_grad():
+        for _ in range(passes):
+            time.sleep(0.005 * rank)
+            context_parallel_attention(*leaves, **arguments(case, config, groups, layout, sinks, mask))
+    return groups.cp.carrier.num_bytes
+
+
+def test_a_rank_that_needs_nothing_does_not_run_ahead_of_a_slow_one():
+    few, many = (run_ranks(2, ahead, passes, fresh=True)[0] for passes in (UNREAD, 10 * UNREAD))
+    assert 0 < many <= few
+
+
+def failing(rank, config, times):
+    """Messages that are not given back, and notices that nobody waits for, after passes that fail at the same block."""
+    case = Case(config, seq_len=24)
+    _, groups = setup_of(case.config, case.share_from)
+    wanted = attend(rank, case)
+    for _ in range(times):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(RingProblem, "tasks", lambda self, query, step: () if step.place == 0 else 1 / 0)
+            attend(rank, case)
+    dist.barrier()
+    got = attend(rank, case)
+    dist.barrier()
+    host = groups.cp.carrier
+    left = [parcel for parcel in host._unread if not all(map(host._own.words.__getitem__, parcel.marks))]
+    heard = sum(map(len, host.notices._heard.values()))
+    return len(left), heard, all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("config", [RING, EXCHANGES["all-gather"][1]], ids=["ring", "all-gather"])
+def test_an_exception_gives_back_what_was_borrowed(config):
+    config = {"context_parallel_size": 3, **config}
+    assert run_ranks(3, failing, config, 2 * UNREAD, fresh=True) == [(0, 0, True)] * 3
