@@ -1,5 +1,6 @@
 """Which blocks each ring rank computes against each shard, and which rows of the shard it needs for them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -74,7 +75,7 @@ class RingPlan:
         """Every ring rank's shard in two pieces: cut at the start of a run nearest to the middle, or in the middle of a
         single run. One piece if every shard is a single run: then both directions of a link carry equal amounts.
         """
-        runs = [self.layout.ring_runs(rank) for rank in range(self.layout.ring_size)]
+        runs = self.layout.rings
         if all(len(own) <= 1 for own in runs):
             return self.wholes
         return tuple(end_to_end((cut, rows - cut)) for cut, rows in zip(map(_middle, runs), self.lengths))
@@ -120,7 +121,7 @@ class RingPlan:
         """Bool (ranks, ranks): whether queries of one rank are in a slice with keys of the other. With thousands of
         documents most pairs are not, and need no plan.
         """
-        runs = [self.layout.ring_runs(rank) for rank in range(self.layout.ring_size)]
+        runs = self.layout.rings
         related = np.zeros((len(runs), len(runs)), dtype=bool)
         if sum(map(len, runs)) * len(runs) > LARGEST_TABLE:
             return ~related
@@ -211,7 +212,7 @@ def ring_plan(
     return RingPlan(layout, masks, native_bands, dense, exact)
 
 
-def sharing_slices(runs: list[Runs], mask: SliceMask) -> np.ndarray:
+def sharing_slices(runs: Sequence[Runs], mask: SliceMask) -> np.ndarray:
     """Bool (ranks, ranks): whether the first rank holds queries of a slice of which the second holds keys.
 
     Args:
