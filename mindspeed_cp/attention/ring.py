@@ -108,12 +108,11 @@ class RingProblem:
         """This rank's blocks at a step; none if uneven heads leave it without a head, which kernels do not support."""
         if not query.numel():
             return ()
-        if step.source is not None and (step.place == 0 or self.channel.num_pieces == 1):
-            return self.plan.tasks(self.rank, step.source)
-        if step.source is not None:
-            return self.plan.tasks_of_half(self.rank, step.source, step.piece)
-        assert self.mesh is not None
-        return self.mesh.tasks(step.place - 1)
+        if step.source is None:
+            assert self.mesh is not None
+            return self.mesh.tasks(step.place - 1)
+        half = None if step.place == 0 or self.channel.num_pieces == 1 else step.piece
+        return self.plan.tasks(self.rank, step.source, half)
 
     def mask_against(self, step: Step) -> torch.Tensor | None:
         """The dense mask of this rank's queries against a step's keys, including ``masks``; None if there is none."""
