@@ -6,13 +6,12 @@ A flag on the command line wins over the file.
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import yaml
 
 from mindspeed_cp.arguments import declared
-from mindspeed_cp.arguments.yaml_file import apply_config_file
+from mindspeed_cp.arguments.launch import read_flags
 from mindspeed_cp.prove.words import Words
 
 MEGATRON, MINDFORMERS = "--yaml-cfg", "--cp-config"
@@ -67,8 +66,8 @@ def with_files(words: Words) -> Words:
             if flag not in words:
                 found.set(flag, *values)
     if MINDFORMERS in words:
+        _mindformers(found)
         found.drop([MINDFORMERS])
-        _mindformers(found, words.text(MINDFORMERS))
     return found
 
 
@@ -99,15 +98,10 @@ def _flag(name: str, value: Any) -> Iterator[tuple[str, list[Any]]]:
         yield flag, [] if value is True else list(value) if isinstance(value, list) else str(value).split()
 
 
-def _mindformers(words: Words, path: str) -> None:
-    """Set the flags of context parallelism from a MindFormers file."""
-    known = {each.dest: each for each in declared.declared() if each.flag}
-    given = [dest for dest, each in known.items() if each.flag in words]
-    args = SimpleNamespace(**dict.fromkeys(known) | {"context_parallel_size": 1, "sequence_parallel": False})
-    for dest in given:
-        value = words.text(known[dest].flag)
-        setattr(args, dest, int(value) if value.isdigit() else value or True)
-    for dest in apply_config_file(args, path, given):
-        value = getattr(args, dest)
-        if value is not False and value is not None:
-            words.set(known[dest].flag, *([] if value is True else [value]))
+def _mindformers(words: Words) -> None:
+    """Set the flags of context parallelism that a MindFormers file gives."""
+    args, _ = read_flags(words.line(), "prove")
+    for each in declared.declared():
+        value = getattr(args, each.dest, None)
+        if each.dest in args.cp_given and not any(flag in words for flag in each.flags) and value not in (None, False):
+            words.set(each.flag, *([] if value is True else [value]))
