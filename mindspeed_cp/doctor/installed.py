@@ -96,13 +96,11 @@ def ascend(environment: Mapping[str, str], npu_works: bool) -> Iterator[Finding]
 
 def cann_version(environment: Mapping[str, str]) -> str | None:
     """CANN's version from its version file; "unknown" if set_env.sh was sourced but no file has the version."""
-    for variable in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH"):
-        home = environment.get(variable)
-        if home:
-            files = sorted(Path(home).glob("**/ascend_toolkit_install.info"))[:1] if Path(home).is_dir() else []
-            found = [_field(path, "version") for path in files]
-            return next(filter(None, found), "unknown") if Path(home).is_dir() else None
-    return None
+    home = environment.get("ASCEND_TOOLKIT_HOME") or environment.get("ASCEND_HOME_PATH")
+    if not home or not Path(home).is_dir():
+        return None
+    files = sorted(Path(home).glob("**/ascend_toolkit_install.info"))[:1]
+    return next(filter(None, (_field(path, "version") for path in files)), "unknown")
 
 
 def _field(path: Path, name: str) -> str | None:

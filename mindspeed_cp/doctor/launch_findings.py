@@ -93,11 +93,9 @@ def of_parser(started: launch.Launch, rest: Sequence[str], named: set[str]) -> I
         rest: the part of the command line that this project's parser does not know.
         named: flags that were already mentioned in a finding.
     """
-    script, flags = (
-        launch.home_of(started.script),
-        [token.partition("=")[0] for token in rest if token.startswith("--")],
-    )
-    flags = [flag for flag in dict.fromkeys(flags) if flag not in named]
+    script = launch.home_of(started.script)
+    given = dict.fromkeys(token.partition("=")[0] for token in rest if token.startswith("--"))
+    flags = [flag for flag in given if flag not in named]
     if not script.is_file() or not started.flags:
         return
     why = f"{script.name} has a parser of its own"
