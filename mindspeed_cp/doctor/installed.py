@@ -35,6 +35,9 @@ def release(package: str) -> str | None:
 def ask(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Any:
     """Run ``python -m module arguments`` and parse the JSON that it prints; Megatron is imported in that process only.
 
+    Args:
+        environment: variables in addition to those of this process.
+
     Raises:
         RuntimeError: it failed (the message is the last line that it printed), or it took too long.
     """
@@ -44,7 +47,7 @@ def ask(module: str, *arguments: str, environment: Mapping[str, str] | None = No
             capture_output=True,
             text=True,
             timeout=TIMEOUT,
-            env=None if environment is None else dict(environment),
+            env={**os.environ, **(environment or {})},
         )
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"python -m {module} took more than {TIMEOUT} s") from None

@@ -118,20 +118,16 @@ def rates(link: Link, device: str) -> dict[str, float]:
     leaving, arriving = ([Message(((fresh(),),), torch.float32) for _ in range(link.size)] for _ in range(2))
     following, previous = (link.rank + 1) % link.size, (link.rank - 1) % link.size
     sent, received = fresh(), fresh()
-    return {
-        "all-to-all": _rate(
-            lambda: link.all_to_all(leaving, arriving, "test").wait(), (link.size - 1) * MESSAGE[device], link, device
-        ),
-        "ring": _rate(
-            lambda: link.exchange([(following, [sent])], [(previous, [received])], "test").wait(),
-            MESSAGE[device],
-            link,
-            device,
-        ),
-    }
+    to_all = _seconds(lambda: link.all_to_all(leaving, arriving, "test").wait(), link, device)
+    to_next = _seconds(
+        lambda: link.exchange([(following, [sent])], [(previous, [received])], "test").wait(), link, device
+    )
+    return {"all-to-all": (link.size - 1) * MESSAGE[device] / to_all, "ring": MESSAGE[device] / to_next}
 
 
-def _rate(transfer: Callable[[], None], size: int, link: Link, device: str) -> float:
+def _seconds(transfer: Callable[[], None], link: Link, device: str) -> float:
+    """The shortest time of several transfers."""
+
     def synchronize() -> None:
         if device != "cpu":
             getattr(torch, device).synchronize()
@@ -144,7 +140,7 @@ def _rate(transfer: Callable[[], None], size: int, link: Link, device: str) -> f
         transfer()
         synchronize()
         best = min(best, time.perf_counter() - start)
-    return size / best
+    return best
 
 
 def run_rank(rank: int, world: int, device: str, folder: str) -> None:

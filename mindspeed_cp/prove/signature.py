@@ -113,20 +113,10 @@ def _from_begin(owner: torch.Tensor) -> torch.Tensor:
 
 def _at_edges(rows: Rows, off: torch.Tensor) -> Signature | None:
     """A signature if only the first or only the last rows of the ranks' contiguous pieces are wrong."""
-    for distance, kind, side, look in (
-        (
-            _from_begin(rows.owner),
-            "beginnings",
-            "first",
-            "positions, and what a token sees of the rank before: windows, convolutions",
-        ),
-        (
-            _from_begin(rows.owner.flip(0)).flip(0),
-            "ends",
-            "last",
-            "what is shifted by a token: labels, and the tokens of multi-token prediction",
-        ),
-    ):
+    begins, ends = _from_begin(rows.owner), _from_begin(rows.owner.flip(0)).flip(0)
+    of_begins = "positions, and what a token sees of the rank before: windows, convolutions"
+    of_ends = "what is shifted by a token: labels, and the tokens of multi-token prediction"
+    for distance, kind, side, look in ((begins, "beginnings", "first", of_begins), (ends, "ends", "last", of_ends)):
         reach, longest = int(distance[off].max()) + 1, int(distance.max()) + 1
         if reach <= FEW * longest and longest > 1:
             seen = f"only the {side} {reach} rows of what a rank holds in one piece are off ({int(off.sum())} rows)"

@@ -21,7 +21,6 @@ RENAMED = {
     "layernorm_epsilon": "--norm-epsilon",
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
     "fp8": "--fp8-format",
-    "rotary_seq_len_interpolation_factor": "--rotary-seq-len-interpolation-factor",
 }
 # Settings that are on unless a flag switches them off.
 ON_UNLESS = {
