@@ -20,6 +20,7 @@ AT_LEAST_1 = (
     *"--vocab-size --num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank".split(),
     SIZE,
 )
+ALONE = "cp=1"  # name of the run without context parallelism
 DEGREE, WINDOW = "--ulysses-degree-in-cp", "--cp-window-size"
 
 
@@ -106,7 +107,7 @@ def plan(script: str, command: Sequence[str], wish: Wish, folder: Path) -> Plan:
         world, how = ranks.tp * ranks.pp * cp, (wish.ours, wish.device, wish.limit)
         return Run(name, script, tuple(words.line()), world, str(folder), *how)
 
-    runs = run("cp=1", alone, 1), run(f"cp={ranks.cp}", shared, ranks.cp)
+    runs = run(ALONE, alone, 1), run(f"cp={ranks.cp}", shared, ranks.cp)
     return Plan(wish, ranks, *runs, tuple(_changes(given, shared)), tuple(uncovered))
 
 
