@@ -67,8 +67,8 @@ def _layers(words: Words, ranks: Ranks) -> None:
     patterns = {flag: _pattern(flag, words.text(flag), count) for flag in kinds if words.text(flag)}
     own = own_layers.kinds_of(words, count)
     together = list(dict.fromkeys(zip(*patterns.values(), *(each[:count] for each in own.values()))))
-    fewest = max(2, len(together))
-    layers = min(max(count, stages), -(-fewest // stages) * stages)
+    fewest = min(max(count, stages), max(2, len(together)))
+    layers = -(-fewest // stages) * stages
     for place, flag in enumerate(patterns):
         switches = [str(int(bool(kind[place]))) for kind in together]
         words.set(flag, f"[{','.join((switches * layers)[:layers])}]")

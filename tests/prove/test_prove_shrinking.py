@@ -171,6 +171,13 @@ def test_parallel_sizes_fit_into_the_ranks(small):
     assert eight.text("--num-layers-per-virtual-pipeline-stage") == "1" and "--expert-model-parallel-size" not in eight
 
 
+def test_layers_of_every_kind_fill_all_stages(small):
+    kinds = "--num-layers 3 --num-experts 4 --moe-layer-freq [0,1,0] --window-attn-skip-freq [1,1,0]"
+    _, shared, _ = small(f"{LARGE} {kinds} --pipeline-model-parallel-size 3")
+    assert shared.text("--pipeline-model-parallel-size") == "2" and shared.text("--num-layers") == "4"
+    assert shared.text("--moe-layer-freq") == "[0,1,0,0]" and shared.text("--window-attn-skip-freq") == "[1,1,0,1]"
+
+
 def test_real_sizes_stay(small):
     _, shared, _ = small(LARGE, real_sizes=True)
     assert shared.text("--num-layers") == "32" and shared.text("--seq-length") == "32768"
