@@ -14,12 +14,11 @@ from mindspeed_cp.prove.yaml_files import with_files
 
 ALGORITHM = "--context-parallel-algo"
 SIZE = "--context-parallel-size"
-AT_LEAST_1 = (
-    *"--num-layers --hidden-size --ffn-hidden-size --num-attention-heads --num-query-groups --seq-length".split(),
-    *"--micro-batch-size --global-batch-size --tensor-model-parallel-size --pipeline-model-parallel-size".split(),
-    *"--vocab-size --num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank".split(),
-    SIZE,
-)
+AT_LEAST_1 = """
+    --num-layers --hidden-size --ffn-hidden-size --num-attention-heads --num-query-groups --seq-length
+    --micro-batch-size --global-batch-size --tensor-model-parallel-size --pipeline-model-parallel-size --vocab-size
+    --num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank --context-parallel-size
+""".split()
 ALONE = "cp=1"  # name of the run without context parallelism
 DEGREE, WINDOW = "--ulysses-degree-in-cp", "--cp-window-size"
 

@@ -39,16 +39,15 @@ ON_UNLESS = {
     "persist_layer_norm": "--no-persist-layer-norm",
 }
 # Settings without a flag: they follow from others, are functions, or concern only the device.
-WITHOUT_FLAG = (
-    *"init_method output_layer_init_method perform_initialization params_dtype timers gated_linear_unit".split(),
-    *"bias_activation_fusion memory_efficient_layer_norm clone_scatter_output_in_embedding moe_token_dropping".split(),
-    *"virtual_pipeline_model_parallel_size finalize_model_grads_func pipeline_dtype grad_scale_func".split(),
-    *"enable_autocast autocast_dtype num_microbatches_with_partial_activation_checkpoints overlap_p2p_comm".split(),
-    *"batch_p2p_comm batch_p2p_sync use_ring_exchange_p2p deallocate_pipeline_outputs no_sync_func".split(),
-    *"grad_sync_func param_sync_func barrier_with_L1_time scatter_gather_tensors_in_pipeline align_grad_reduce".split(),
-    *"align_param_gather fp8_wgrad log_loss_scale_to_tensorboard onnx_safe local_rank lazy_mpu_init".split(),
-    *"standalone_embedding_stage encoder_num_layers decoder_num_layers".split(),
-)
+WITHOUT_FLAG = """
+    init_method output_layer_init_method perform_initialization params_dtype timers gated_linear_unit
+    bias_activation_fusion memory_efficient_layer_norm clone_scatter_output_in_embedding moe_token_dropping
+    virtual_pipeline_model_parallel_size finalize_model_grads_func pipeline_dtype grad_scale_func enable_autocast
+    autocast_dtype num_microbatches_with_partial_activation_checkpoints overlap_p2p_comm batch_p2p_comm batch_p2p_sync
+    use_ring_exchange_p2p deallocate_pipeline_outputs no_sync_func grad_sync_func param_sync_func barrier_with_L1_time
+    scatter_gather_tensors_in_pipeline align_grad_reduce align_param_gather fp8_wgrad log_loss_scale_to_tensorboard
+    onnx_safe local_rank lazy_mpu_init standalone_embedding_stage encoder_num_layers decoder_num_layers
+""".split()
 STARTS = ("tp_comm_split", "tp_comm_atomic", "tp_comm_bulk", "cpu_offloading", "_")
 
 
