@@ -31,7 +31,7 @@ from mindspeed_cp.planner.split import Split, Work
 from mindspeed_cp.planner.timing import Candidate
 from mindspeed_cp.planner.trace import Problem
 from mindspeed_cp.planner.training import attention, is_tight, problem_of
-from mindspeed_cp.settings.derived import KV_CACHE_POLICIES
+from mindspeed_cp.settings.fields import KV_CACHE_POLICIES
 
 EVERYTHING = 200  # maximum number of plans in JSON
 PREDICTION = "prediction, not measured on this hardware"

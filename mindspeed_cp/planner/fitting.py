@@ -29,7 +29,7 @@ from mindspeed_cp.planner.training import (
     step_of,
 )
 from mindspeed_cp.settings.config import ContextParallelConfig
-from mindspeed_cp.settings.derived import MaskType
+from mindspeed_cp.settings.fields import MaskType
 from mindspeed_cp.settings.training_setup import TrainingSetup
 
 SETTINGS = 4  # number of settings of context parallelism whose memory is counted if nothing fits

@@ -12,7 +12,7 @@ from mindspeed_cp.planner import calibrate, megatron_flags
 from mindspeed_cp.planner.cluster import CLUSTERS, DEFAULT, THIS_MACHINE, Cluster
 from mindspeed_cp.planner.hugging_face import hf_model
 from mindspeed_cp.planner.models import MODELS, ModelShape, named_model
-from mindspeed_cp.settings.derived import MASK_TYPES
+from mindspeed_cp.settings.fields import MASK_TYPES
 from mindspeed_cp.settings.layers import FLAG
 from mindspeed_cp.settings.lengths import tokens
 

@@ -12,7 +12,7 @@ from mindspeed_cp.planner.timing import Candidate, preference, timed
 from mindspeed_cp.planner.trace import Problem
 from mindspeed_cp.settings.algorithms import ALGORITHMS
 from mindspeed_cp.settings.config import ContextParallelConfig
-from mindspeed_cp.settings.derived import KV_CACHE_POLICIES, KVCachePolicy, MaskType
+from mindspeed_cp.settings.fields import KV_CACHE_POLICIES, KVCachePolicy, MaskType
 from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
 Policies = tuple[KVCachePolicy | None, ...]

@@ -12,7 +12,7 @@ from mindspeed_cp.planner.events import Compute, Event, Post, Product, Wait
 from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.sequence.masks import attention_masks
 from mindspeed_cp.settings.config import ContextParallelConfig
-from mindspeed_cp.settings.derived import LinearExchange
+from mindspeed_cp.settings.fields import LinearExchange
 
 WAITING = 0.01  # fraction of its time that a setting must wait before variants that hide more are tried
 

@@ -17,7 +17,7 @@ from mindspeed_cp.planner.stages import Memory, Recompute, Step, kinds_of_stages
 from mindspeed_cp.planner.timing import Candidate
 from mindspeed_cp.planner.trace import Problem
 from mindspeed_cp.settings.config import ContextParallelConfig
-from mindspeed_cp.settings.derived import MaskType
+from mindspeed_cp.settings.fields import MaskType
 from mindspeed_cp.settings.rules import heads_of_rank
 from mindspeed_cp.settings.training_setup import TrainingSetup
 

@@ -14,17 +14,15 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mindspeed_cp.settings.algorithms import known_algorithm
 from mindspeed_cp.settings.rules import listed, require, said_of
-
-if TYPE_CHECKING:
-    from mindspeed_cp.settings.setting import Setting
+from mindspeed_cp.settings.setting import Setting
 
 FLAG = "--cp-layer-algo"
 EXAMPLE = f'{FLAG} "0-3:ulysses_cp_algo,4-:megatron_cp_algo"'
-_LAYERS = re.compile(r"(\d{1,6})(?:(-)(\d{1,6})?(?:/(\d{1,6}))?)?")
+_LAYERS = re.compile(r"([0-9]{1,6})(?:(-)([0-9]{1,6})?(?:/([0-9]{1,6}))?)?")
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class LayerEntry:
         return dict(self.values)
 
 
-def read_layers(text: str, settings: Sequence["Setting"]) -> tuple[LayerEntry, ...]:
+def read_layers(text: str, settings: Sequence[Setting]) -> tuple[LayerEntry, ...]:
     """The entries of --cp-layer-algo.
 
     Args:
@@ -104,7 +102,7 @@ def read_layers(text: str, settings: Sequence["Setting"]) -> tuple[LayerEntry, .
     return tuple(entries)
 
 
-def _entry(text: str, settings: Sequence["Setting"]) -> LayerEntry:
+def _entry(text: str, settings: Sequence[Setting]) -> LayerEntry:
     layers, *parts = [part.strip() for part in text.split(":")]
     require(
         parts and all(parts),
@@ -119,7 +117,7 @@ def _entry(text: str, settings: Sequence["Setting"]) -> LayerEntry:
     return LayerEntry(LayerRange.read(layers), tuple(values.items()))
 
 
-def _option(name: str, value: str, settings: Sequence["Setting"]) -> tuple[str, Any]:
+def _option(name: str, value: str, settings: Sequence[Setting]) -> tuple[str, Any]:
     for each in settings:
         if each.flag == f"--{name}":
             require(
@@ -131,7 +129,7 @@ def _option(name: str, value: str, settings: Sequence["Setting"]) -> tuple[str, 
     raise ValueError(f"{name}={value} is no setting of a layer; choose {names}, or give --{name} for all.")
 
 
-def written(entries: Iterable[tuple[LayerRange, Mapping[str, Any]]], settings: Sequence["Setting"]) -> str:
+def written(entries: Iterable[tuple[LayerRange, Mapping[str, Any]]], settings: Sequence[Setting]) -> str:
     """The text of entries (layers, field -> value), which ``read_layers`` reads again."""
     flags = {each.name: each.flag.removeprefix("--") for each in settings}
     return ",".join(":".join([str(layers), *_words(values, flags)]) for layers, values in entries)

@@ -21,7 +21,7 @@ from mindspeed_cp.planner.stages import RECOMPUTES
 from mindspeed_cp.planner.timing import timed, timeline, traced_ranks
 from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.planner.training import attention, is_tight, planned, problem_of, utilization
-from mindspeed_cp.settings.derived import KV_CACHE_POLICIES
+from mindspeed_cp.settings.fields import KV_CACHE_POLICIES
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ModelShape(4, 8, 8, 16, 16, 128, 512, 1000, gated=False, tied=True)
