@@ -14,7 +14,7 @@ from mindspeed_cp.planner.hugging_face import hf_model
 from mindspeed_cp.planner.models import MODELS, ModelShape, named_model
 from mindspeed_cp.settings.fields import MASK_TYPES
 from mindspeed_cp.settings.layers import FLAG
-from mindspeed_cp.settings.lengths import tokens
+from mindspeed_cp.settings.rules import tokens
 
 SCALES = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 SCALES |= {f"{prefix}i": 2.0 ** (10 * power) for power, prefix in enumerate("KMGT", 1)}
