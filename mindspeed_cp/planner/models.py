@@ -205,6 +205,9 @@ class ModelShape:
         router = self.hidden * self.experts.num
         return LayerParameters(split + shared, whole + router, self.experts.num * one, self.experts.topk * one)
 
+    def layer(self, with_experts: bool) -> LayerParameters:
+        return self.expert_layer if with_experts else self.dense_layer
+
     def _mixer_parameters(self) -> tuple[int, int]:
         """Return (parameters that tensor parallelism splits, other parameters including both norms) of attention, or of
         the mean of attention and layers with a state.
@@ -244,19 +247,17 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """Number of parameters of the whole model."""
-        dense, experts = self.stage(0, 1)
-        layers = dense * self.dense_layer.total + (experts * self.expert_layer.total if experts else 0)
-        return layers + self._others()
+        return self._sum("total")
 
     @property
     def active_parameters(self) -> int:
         """Number of parameters that a token visits."""
-        dense, experts = self.stage(0, 1)
-        layers = dense * self.dense_layer.active + (experts * self.expert_layer.active if experts else 0)
-        return layers + self._others()
+        return self._sum("active")
 
-    def _others(self) -> int:
-        return (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
+    def _sum(self, count: str) -> int:
+        kinds = enumerate(self.stage(0, 1))
+        layers = sum(number * getattr(self.layer(bool(kind)), count) for kind, number in kinds if number)
+        return int(layers) + (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
 
 
 def _row(line: str) -> tuple[str, ModelShape]:

@@ -20,6 +20,7 @@ from mindspeed_cp.linear.parts import OwnPart
 from mindspeed_cp.linear.recurrence import DeltaRule, Documents
 from mindspeed_cp.linear.rows import contiguous_parts, conversion, exchange_rows, whole_sequence
 from mindspeed_cp.planner.events import Compute, Notes, Pass
+from mindspeed_cp.planner.models import ModelShape
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.config import ContextParallelConfig
 
@@ -37,6 +38,13 @@ class LinearLayer:
     heads: DeltaHeads
     width: int
     hidden: int
+
+    @classmethod
+    def of(cls, model: ModelShape, tp: int) -> "LinearLayer":
+        linear = model.linear
+        assert linear is not None, "the model has such layers"
+        sizes = linear.key_dim, linear.value_dim, linear.decays
+        return cls(DeltaHeads(linear.keys // tp, linear.values // tp, *sizes), linear.width, model.hidden)
 
     @property
     def token_elements(self) -> int:
@@ -67,6 +75,12 @@ class SparseLayer:
     index_dim: int
     topk: int
     has_loss: bool = True
+
+    @classmethod
+    def of(cls, model: ModelShape, tp: int) -> "SparseLayer":
+        indexer, latent = model.indexer, model.latent
+        assert indexer is not None and latent is not None, "the model has an indexer over its latents"
+        return cls(model.num_heads // tp, latent.rope, latent.kv_rank, indexer.heads, indexer.dim, indexer.topk)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -104,6 +105,7 @@ def allowed(
             yield config
 
 
+@lru_cache(maxsize=256)
 def search(
     cp: int,
     problem: Problem,
