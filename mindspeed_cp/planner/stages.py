@@ -7,7 +7,6 @@ Experts are assumed to be evenly loaded; tokens travel with Megatron's all-to-al
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 from mindspeed_cp.planner.cluster import Cluster
@@ -222,10 +221,7 @@ def local_tokens(work: Work, split: Split) -> int:
 
 
 def held(work: Work, split: Split, with_experts: bool) -> Held:
-    return _held(work.model, local_tokens(work, split), split, with_experts)
-
-
-def _held(model: ModelShape, tokens: int, split: Split, with_experts: bool) -> Held:
+    model, tokens = work.model, local_tokens(work, split)
     counts, experts = model.layer(with_experts), model.experts if with_experts else None
     # Inputs of both norms and of the projections after them, low-rank inputs twice, and MLP inputs; split over tp.
     width = 4 * model.hidden + (2 * (model.latent.q_rank + model.latent.kv_rank) if model.latent else 0)
@@ -242,17 +238,13 @@ def _held(model: ModelShape, tokens: int, split: Split, with_experts: bool) -> H
 
 
 def forward(work: Work, split: Split, cluster: Cluster, with_experts: bool) -> Forward:
-    return _forward(work.model, local_tokens(work, split), split, cluster, with_experts)
-
-
-@lru_cache(maxsize=4096)
-def _forward(model: ModelShape, tokens: int, split: Split, cluster: Cluster, with_experts: bool) -> Forward:
+    model, tokens = work.model, local_tokens(work, split)
     compute = sum(
         cluster.product_seconds(flops, rows, columns)
         for flops, rows, columns in _products(model, tokens, split, with_experts)
     )
     # Each activation is written once and read once.
-    compute += 2 * _held(model, tokens, split, with_experts).activations / cluster.memory_bandwidth
+    compute += 2 * held(work, split, with_experts).activations / cluster.memory_bandwidth
     row = tokens * model.hidden * HALF / split.tp  # bytes of the tokens that a rank holds between layers
     # A gather before and a scatter after attention, and the same for the dense MLP or the shared experts; latent
     # attention gathers the outputs of its low-rank projections.
