@@ -33,6 +33,7 @@ from mindspeed_cp.settings.fields import MaskType
 from mindspeed_cp.settings.training_setup import TrainingSetup
 
 SETTINGS = 4  # number of settings of context parallelism whose memory is counted if nothing fits
+Note = Callable[[int, int], None]
 Family = tuple[ContextParallelConfig, ...]
 Kind = Callable[[Split, Recompute, ContextParallelConfig | None], Hashable | None]
 
@@ -87,7 +88,7 @@ class Search:
     cluster: Cluster
     kind: Kind = by_split
     excluded: dict[str, str] = field(default_factory=dict)
-    note: Callable[[int, int], None] = lambda decided, of: None
+    note: Note = lambda decided, of: None
 
     def fitting(self, some: Iterable[Split]) -> Iterator[Plan]:
         """Yield the plans that fit: of each kind the fastest, and the fastest that leaves a tenth of the memory. Among
@@ -263,7 +264,7 @@ def plans(
     *,
     most: int = 10,
     even_stages: bool = False,
-    note: Callable[[int, int], None] = lambda decided, of: None,
+    note: Note = lambda decided, of: None,
 ) -> tuple[list[Plan], dict[str, str]]:
     """Return (plans of the ``most`` fastest splits that leave a tenth of the memory free, fastest first, then plans
     that are at least as fast but leave less; excluded item -> first rule it breaks). If only one split is possible, its

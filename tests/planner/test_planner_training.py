@@ -14,7 +14,7 @@ from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
 from mindspeed_cp.planner.documents import boundaries
 from mindspeed_cp.planner.fitting import Search, by_split, plans
 from mindspeed_cp.planner.models import MODELS, ModelShape
-from mindspeed_cp.planner.picture import NONE, training_seconds
+from mindspeed_cp.planner.report import NONE, training_seconds
 from mindspeed_cp.planner.search import variants
 from mindspeed_cp.planner.split import Split, Work, splits
 from mindspeed_cp.planner.stages import RECOMPUTES
