@@ -89,11 +89,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--window", type=_tokens, help="tokens that a query sees in every layer, such as 4k")
     parser.add_argument("--vocab-size", type=int, help="if Megatron's flags name a tokenizer instead")
     parser.add_argument("--documents", help="packed documents: a dataset's .idx, or lognormal:6.5,1.3 and the like")
-    parser.add_argument(
-        "--pack",
-        action="store_true",
-        help="with --documents: fill rows by length (pack_documents)",
-    )
+    parser.add_argument("--pack", action="store_true", help="with --documents: fill rows by length (pack_documents)")
     parser.add_argument("--micro-batch", type=int, help="sequences (default: 1)")
     parser.add_argument("--mask-type", choices=[name for name in MASK_TYPES if name != "general"])
     parser.add_argument(
@@ -168,14 +164,11 @@ def model(given: argparse.Namespace) -> ModelShape:
     Raises:
         ValueError: the model is not known, or its description is not complete.
     """
-    described = _described(given)
-    return described if given.window is None else dataclasses.replace(described, window=given.window, windowed_share=1)
-
-
-def _described(given: argparse.Namespace) -> ModelShape:
+    described: ModelShape
     if given.model:
-        return named_model(given.model)
-    if given.hf_config:
-        return hf_model(given.hf_config)
-    described: ModelShape = given.line.model(given.vocab_size)
-    return described
+        described = named_model(given.model)
+    elif given.hf_config:
+        described = hf_model(given.hf_config)
+    else:
+        described = given.line.model(given.vocab_size)
+    return described if given.window is None else dataclasses.replace(described, window=given.window, windowed_share=1)

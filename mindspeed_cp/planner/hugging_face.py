@@ -82,12 +82,12 @@ def _linear(config: dict[str, Any], layers: int) -> Linear | None:
         kimi = config["linear_attn_config"]
         kinds, heads, size = kimi["kda_layers"], kimi["num_heads"], kimi["head_dim"]
         pattern = tuple(layer + 1 in kinds for layer in range(layers))
-        return Linear(heads, heads, size, size, kimi["short_conv_kernel_size"], pattern, gate_rank=size)
+        return Linear(heads, heads, size, size, kimi["short_conv_kernel_size"], layers=pattern, gate_rank=size)
     if not config.get("linear_num_value_heads"):
         return None
     every = config.get("full_attention_interval") or 4
     types = config.get("layer_types") or ["linear_attention" if (n + 1) % every else "" for n in range(layers)]
-    return Linear.of((config[key] for key in STATE), tuple(kind == "linear_attention" for kind in types))
+    return Linear(*map(config.__getitem__, STATE), layers=tuple(kind == "linear_attention" for kind in types))
 
 
 def _gated(config: dict[str, Any]) -> bool:

@@ -174,7 +174,7 @@ def _variant(args: Namespace, latent: Latent | None) -> tuple[Linear | None, Ind
             raise ValueError(f"{flag} needs --linear-attention-freq; give 4 if every fourth layer is attention.")
         names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
         sizes = (getattr(args, f"linear_{name}") for name in names)
-        return Linear.of(sizes, _linear_layers(args.linear_attention_freq, args.num_layers)), None
+        return Linear(*sizes, layers=_linear_layers(args.linear_attention_freq, args.num_layers)), None
     if variant == "dsa":
         indexer = args.dsa_indexer_n_heads, args.dsa_indexer_head_dim, args.dsa_indexer_topk
         if latent is None or None in indexer:
