@@ -19,22 +19,6 @@ from mindspeed_cp.settings.rules import tokens
 SCALES = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 SCALES |= {f"{prefix}i": 2.0 ** (10 * power) for power, prefix in enumerate("KMGT", 1)}
 LEAST_BYTES = 1e5  # a --memory below this, without a unit, is in gigabytes
-HELP_OF = {
-    "devices_per_node": "neighbouring devices of a node, such as 8",
-    "flops": "peak of a device, such as 320TFLOP/s",
-    "intra_bandwidth": "of one link within a node, one way, such as 28GB/s",
-    "inter_bandwidth": "of one adapter between nodes, one way, such as 200Gbit/s",
-    "latency": "of a transfer, such as 10us",
-    "compute_efficiency": "share of --flops that large matrix products reach, such as 0.8",
-    "attention_efficiency": "share of --flops that attention reaches in long blocks, such as 0.6",
-    "link_efficiency": "share of the links' rate that is reached, such as 0.8",
-    "half_rows": "rows of a matrix product with which it reaches half of that, such as 256",
-    "half_tokens": "tokens of a block with which attention reaches half of that, such as 512",
-    "half_head": "size of a head with which attention reaches half of that, such as 32",
-    "links": "peers within a node that a device reaches at once: 1 at a switch, 7 in a mesh of 8",
-    "devices_per_adapter": "that share an adapter between nodes, such as 1",
-    "memory_bandwidth": "of a device, such as 1600GB/s",
-}
 QUANTITY = re.compile(rf"(.*\d\.?) ?({'|'.join(sorted(SCALES, key=len, reverse=True))})(FLOPS|FLOP/s|bit/s|B/s|B|s|)")
 
 
@@ -106,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
             continue
         kind = int if field.type in ("int", int) else quantity
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=kind, metavar="NUMBER", help=HELP_OF[field.name])
+        parser.add_argument(flag, type=kind, metavar="NUMBER", help=field.metadata["help"])
     parser.add_argument(
         "--shell", action="store_true", help="with --devices: print the first plan as variables of the launch scripts"
     )
