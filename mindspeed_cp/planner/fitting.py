@@ -171,7 +171,7 @@ class Search:
 
     def _option(self, option: Option, candidate: Candidate, family: Family = (), before: float = inf) -> Option:
         step = step_of(self.work, option.split, candidate, option.recompute, self.cluster)
-        return Option(option.split, candidate, option.recompute, step, True, family, before)
+        return replace(option, attention=candidate, step=step, is_bound=True, family=family, before=before)
 
     def _note_rules(self, split: Split, excluded: dict[str, str]) -> None:
         for name, rule in excluded.items() if split.cp > 1 else ():
@@ -292,8 +292,10 @@ def plans(
             break
     if not roomy and not tight and some:
         excluded["everything"] = _too_little(work, some, memory, cluster)
-    by_time = [sorted(each, key=lambda plan: (plan.step.seconds, plan.memory.total)) for each in (roomy, tight)]
-    return (by_time[0] + by_time[1][:most])[:most] if even_stages else by_time[0] + by_time[1][:most], excluded
+    for each in (roomy, tight):
+        each.sort(key=lambda plan: (plan.step.seconds, plan.memory.total))
+    found = roomy + tight[:most]
+    return found[:most] if even_stages else found, excluded
 
 
 def _too_little(work: Work, some: list[Split], memory: float, cluster: Cluster) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,8 @@ def hf_model(path: str) -> ModelShape:
     indexer = Indexer(*(config[key] for key in INDEXER)) if _has_indexer(config) else None
     sizes = layers, heads, kv_heads, dk, dv, hidden, ffn, vocab
     gate = bool(config.get("attn_output_gate", config.get("model_type") == "qwen3_next"))
-    described = ModelShape(*sizes, _gated(config), tied, latent, experts)
-    return replace(described, linear=linear, indexer=indexer, output_gate=gate)
+    kinds = latent, experts
+    return ModelShape(*sizes, _gated(config), tied, *kinds, linear=linear, indexer=indexer, output_gate=gate)
 
 
 def _has_indexer(config: dict[str, Any]) -> bool:

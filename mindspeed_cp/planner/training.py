@@ -159,23 +159,18 @@ def step_of(work: Work, split: Split, candidate: Candidate, recompute: Recompute
     return max(steps, key=lambda step: step.seconds)
 
 
-def model_flops(work: Work, causal: bool = True) -> float:
-    """FLOPs that a training step needs, without recomputation.
+def utilization(work: Work, plan: Plan, cluster: Cluster, causal: bool = True) -> float:
+    """Model FLOPs of a step, without recomputation, divided by the devices' peak FLOPs in the same time (MFU).
 
     Args:
         causal: for causal attention count only the computed pairs; else all pairs, as NVIDIA's and Megatron's figures.
     """
-    model = work.model
+    model, devices = work.model, plan.split.stage * plan.split.pp
     of_row = area(work if causal else replace(work, mask_type="full")) / work.micro_batch
     products = model.active_parameters - (0 if model.tied else 1) * model.vocab * model.hidden
     pairs = 6 * of_row * model.num_layers * model.num_heads * (model.dk + model.dv)
-    return work.global_batch * (6 * products * work.seq_length + pairs)
-
-
-def utilization(work: Work, plan: Plan, cluster: Cluster, causal: bool = True) -> float:
-    """Model FLOPs of a step divided by the devices' peak FLOPs in the same time (MFU)."""
-    devices = plan.split.stage * plan.split.pp
-    return model_flops(work, causal) / (devices * cluster.flops * plan.step.seconds)
+    flops = work.global_batch * (6 * products * work.seq_length + pairs)
+    return flops / (devices * cluster.flops * plan.step.seconds)
 
 
 def tokens_per_second(work: Work, plan: Plan) -> float:
