@@ -133,7 +133,6 @@ class Search:
                     yield option
 
     def _may_fit(self, option: Option, share: float = 1.0) -> bool:
-        """Whether a lower bound of its memory fits."""
         degree = option.config.hierarchy[0] if option.config else 1
         return least_memory(self.work, option.split, option.recompute, degree) <= share * self.memory
 

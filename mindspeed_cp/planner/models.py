@@ -254,7 +254,6 @@ class ModelShape:
 
 
 def _row(line: str) -> tuple[str, ModelShape]:
-    """Parse one line of the table."""
     name, *words = line.split()
     layers, hidden, ffn, heads, kv_heads, vocab = map(int, words[:6])
     more = {key: int(value) for key, _, value in (word.partition("=") for word in words[6:]) if value}

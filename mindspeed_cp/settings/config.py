@@ -168,11 +168,7 @@ class ContextParallelConfig(Fields):
         return made
 
     def _check_layers(self) -> None:
-        """Check the rules of every layer's algorithm.
-
-        Raises:
-            ValueError: a rule is broken; the message names the layers.
-        """
+        """Check the rules of every layer's algorithm; messages name the layers."""
         for entry, config in zip(self.entries, self.entry_configs):
             with rules.said_of(f"{FLAG} {entry.layers}"):
                 config._check_algorithm()
