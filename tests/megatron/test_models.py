@@ -34,6 +34,9 @@ FIRST, SECOND = (SOME, SOME) if pairs.whole() else (SOME[::2], SOME[1::2])
 EITHER = pairs.whole() or VERSION == DEFAULT
 ON_ULYSSES, ON_RING = (ALL, ALL) if EITHER else (ALL[::2], ALL[1::2])
 PACKED = tuple(name for name in EVERY if "packed" in name)
+# A balanced layout is the same over a ring and over a ring of Ulysses groups: each case takes one of them, and both get
+# windows or experts, latent attention and multi-token prediction.
+ON_BALANCED_HYBRID, ON_BALANCED_RING = (PACKED, PACKED) if pairs.whole() else (PACKED[::2], PACKED[1::2])
 BALANCED = {"context_parallel_size": 4, "batch_layout": "balanced", "kv_exchange": "auto", "keep_attention": True}
 # Two layers of two algorithms; layers of multi-token prediction come behind them.
 LOCAL_AND_GLOBAL = {
@@ -81,8 +84,11 @@ RUNS = {
             "hybrid cp=4": ({"context_parallel_size": 4, "algorithm": HYBRID, "ulysses_degree": 2}, FIRST),
             "local layers direct, global ones Ulysses": (LOCAL_AND_GLOBAL, WITH_WINDOWS),
             "an algorithm for each layer": (EACH_ITS_OWN, OF_THEIR_OWN),
-            "ring cp=4, balanced": ({**BALANCED, "algorithm": RING}, PACKED),
-            "hybrid cp=4, balanced": ({**BALANCED, "algorithm": HYBRID, "ulysses_degree": 2}, PACKED),
+            "ring cp=4, balanced": ({**BALANCED, "algorithm": RING}, ON_BALANCED_RING),
+            "hybrid cp=4, balanced": (
+                {**BALANCED, "algorithm": HYBRID, "ulysses_degree": 2},
+                ON_BALANCED_HYBRID,
+            ),
         },
     ),
 }
