@@ -7,7 +7,6 @@ the same in reverse. A part with one rank does nothing.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice, zip_longest
 from typing import Any
 
@@ -286,7 +285,11 @@ class ContextParallelAttention(torch.autograd.Function):
         parameters: tuple[torch.Tensor, ...],
     ) -> torch.Tensor:
         local = call.without_communication(query, key, value)
-        compute = partial(call.compute, query, key, value, softmax_offset, local)
+
+        def compute() -> Computed:
+            with call.ring.groups.one_pass():
+                return call.compute(query, key, value, softmax_offset, local)
+
         if call.kept is None:
             found = compute()
         else:
@@ -315,7 +318,8 @@ class ContextParallelAttention(torch.autograd.Function):
             out, lse, *tensors = islice(of_rounds, count)
             rounds.append(ComputedHeads(out, lse, tuple(tensors), blocks))
         sums = () if call.expansion is None else call.expansion.zeros(wanted)
-        (dq, dk, dv), d_offset = call.differentiate(grad_out, tuple(rounds), softmax_offset, local, sums)
+        with call.ring.groups.one_pass():
+            (dq, dk, dv), d_offset = call.differentiate(grad_out, tuple(rounds), softmax_offset, local, sums)
         of_parameters = () if call.expansion is None else call.expansion.handed_over(sums)
         dtype = grad_out.dtype
         return dq.to(dtype), dk.to(dtype), dv.to(dtype), d_offset, None, *of_parameters

@@ -5,7 +5,8 @@ Within a context-parallel group, cp_rank = ring_rank * ulysses_degree + ulysses_
 """
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal
@@ -96,6 +97,35 @@ class ContextParallelGroups:
     def of(self, config: ContextParallelConfig) -> "ContextParallelGroups":
         """The groups for a layer's ``config``: one of ``others`` if it has that hierarchy, else these."""
         return next((groups for groups in self.others if groups.hierarchy == config.hierarchy), self)
+
+    @property
+    def links(self) -> list[Link]:
+        """The links of this hierarchy."""
+        return [link for link in (self.cp, self.ulysses, self.ring, self.outer) if link is not None]
+
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Surround what one forward or backward pass communicates.
+
+        If it ends with an error, messages may be under way that no later pass can tell from its own. The groups then
+        refuse further passes, which would hang or compute with keys of the interrupted one.
+
+        Raises:
+            RuntimeError: an earlier pass ended with an error on this rank.
+        """
+        for link in self.links:
+            if link.interrupted is not None:
+                raise RuntimeError(
+                    f"an earlier pass of context parallelism over these process groups ended with an error on global "
+                    f"rank {dist.get_rank()} ({link.interrupted}), and its messages may still be under way; make the "
+                    "process groups again (ContextParallelGroups.build without cp_group), or restart all ranks."
+                )
+        try:
+            yield
+        except BaseException as error:
+            for link in self.links:
+                link.interrupt(f"{type(error).__name__}: {error}")
+            raise
 
     @classmethod
     def build(
@@ -210,8 +240,8 @@ class ContextParallelGroups:
     def _warm_up(self) -> None:
         """Connect every pair now: NCCL and HCCL need every rank in a group's first operation, and a ring may start with
         fewer; with gloo, a rank that destroys its groups early would break connections that others still make."""
-        links = [link for each in (self, *self.others) for link in (each.cp, each.ulysses, each.ring, each.outer)]
-        for group in {id(link.group): link.group for link in links if link is not None}.values():
+        links = [link for each in (self, *self.others) for link in each.links]
+        for group in {id(link.group): link.group for link in links}.values():
             dist.barrier(group)
 
     def destroy(self) -> None:

@@ -12,7 +12,6 @@ import select
 import struct
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
@@ -72,7 +71,6 @@ class Notices:
         self._expected: Counter[tuple[int, int]] = Counter()  # (peer, stream) -> notices
         self._come: Counter[tuple[int, int]] = Counter()
         self._heard: defaultdict[int, dict[tuple[int, int], Numbers]] = defaultdict(dict)
-        self._forgotten: dict[tuple[int, tuple[int, int]], Callable[[Numbers], None]] = {}
 
     def listen(self, peer: int) -> int:
         """Make the pipe that a peer writes; returns the file of this process that the peer opens.
@@ -154,14 +152,6 @@ class Notices:
             raise RuntimeError(f"rank {peer} did not read a message in {self.seconds:g} s")
         self._take_in_all(0.001)
 
-    def forget(self, notice: Notice, release: Callable[[Numbers], None]) -> None:
-        """Call ``release`` with the content of a notice that nobody waits for any more, now or when it arrives."""
-        numbers = self._heard[notice.peer].pop(notice.place, None)
-        if numbers is None:
-            self._forgotten[notice.peer, notice.place] = release
-        else:
-            release(numbers)
-
     def _take_in_all(self, seconds: float) -> None:
         """Receive from all peers that have sent something; wait up to ``seconds`` until one has."""
         assert self._waiting is not None
@@ -180,11 +170,7 @@ class Notices:
         for stream, *numbers in _RECORD.iter_unpack(data):
             place = stream, self._come[peer, stream]
             self._come[peer, stream] += 1
-            release = self._forgotten.pop((peer, place), None)
-            if release is None:
-                self._heard[peer][place] = tuple(numbers)
-            else:
-                release(tuple(numbers))
+            self._heard[peer][place] = tuple(numbers)
         if not data:
             self._hear_no_more(peer)
 

@@ -18,6 +18,8 @@ from mindspeed_cp.comm.workspace import Workspace
 
 # Process group, while it exists -> counter of its messages that follow a notice.
 _numbers: "weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]]" = weakref.WeakKeyDictionary()
+# Process group, while it exists -> the error of a pass that ended in the middle.
+_interrupted: "weakref.WeakKeyDictionary[dist.ProcessGroup, str]" = weakref.WeakKeyDictionary()
 
 
 def turn(sender: int, receiver: int, size: int) -> tuple[int, int, int]:
@@ -91,6 +93,15 @@ class Member:
         if tag not in self._streams:
             self._streams[tag] = stream_of(self.group, tag)
         return self._streams[tag]
+
+    @property
+    def interrupted(self) -> str | None:
+        """The error that ended a pass over this group in the middle: its messages may still be under way."""
+        return _interrupted.get(self.group) if _interrupted and self.group is not None else None
+
+    def interrupt(self, error: str) -> None:
+        if self.group is not None:  # the planner's links have none
+            _interrupted.setdefault(self.group, error)
 
     @property
     def peers(self) -> list[int]:

@@ -17,7 +17,7 @@ from mindspeed_cp.comm.channel import RingChannel, Stream, Tensors
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.messages import Message, Pending, as_stored, end_to_end, flat_memory
 from mindspeed_cp.comm.meter import record, wait_for
-from mindspeed_cp.comm.notices import Notice, Numbers
+from mindspeed_cp.comm.notices import Notice
 
 LENT = (1 << 30) + 1  # tag of notices of lent messages, which are independent of all others
 
@@ -62,25 +62,21 @@ def read_in_place(
         source: Borrowed.expect(link, source, channel.lengths[source] * size_of_row, flat.dtype, counted)
         for source in last
     }
-    try:
-        yield own
-        shards: dict[int, Tensors] = {}
-        for number, step in enumerate(steps):
-            if step.num_sent:
-                record({counted: step.num_sent * size_of_row * flat.element_size()})
-            if not step.is_read:
-                yield own  # nothing is read of it
-                continue
-            if step.source not in shards:
-                shapes = [(channel.lengths[step.source], *width) for width in widths]
-                shards[step.source] = end_to_end(borrowed[step.source].wait(), shapes, channel.order)
-            yield tuple(tensor[step.start : step.stop] for tensor in shards[step.source])
-            if last[step.source] == number:
-                del shards[step.source]
-                borrowed.pop(step.source).give_back()
-    finally:  # an exception, or a caller that stops, must not leave the memory of peers taken
-        for each in borrowed.values():
-            each.abandon()
+    yield own
+    shards: dict[int, Tensors] = {}
+    for number, step in enumerate(steps):
+        if step.num_sent:
+            record({counted: step.num_sent * size_of_row * flat.element_size()})
+        if not step.is_read:
+            yield own  # nothing is read of it
+            continue
+        if step.source not in shards:
+            shapes = [(channel.lengths[step.source], *width) for width in widths]
+            shards[step.source] = end_to_end(borrowed[step.source].wait(), shapes, channel.order)
+        yield tuple(tensor[step.start : step.stop] for tensor in shards[step.source])
+        if last[step.source] == number:
+            del shards[step.source]
+            borrowed.pop(step.source).give_back()
     lent.wait()
 
 
@@ -133,17 +129,7 @@ class Borrowed:
         return landing
 
     def give_back(self) -> None:
-        self._release(self.notice.numbers)
-
-    def abandon(self) -> None:
-        """Give it back unread, when it arrives at the latest."""
-        if self.notice.numbers:
-            self.give_back()
-        elif self.link.carrier is not None:
-            self.link.carrier.notices.forget(self.notice, self._release)
-
-    def _release(self, numbers: Numbers) -> None:
-        place, carrier = numbers[0], self.link.carrier
+        place, carrier = self.notice.numbers[0], self.link.carrier
         if place != BY_GLOO and carrier is not None:
             carrier.release(self.link.global_ranks[self.rank], place)
 

@@ -5,10 +5,10 @@ from datetime import timedelta
 
 import pytest
 import torch
-from cases import Case, arguments, local_inputs
+from cases import Case, arguments, expected, local_inputs
 from distributed import RankFailure, observe_ranks, run_ranks
 
-from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout
+from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention
 from mindspeed_cp.kernels import select_kernel
 from mindspeed_cp.kernels.base import AttentionKernel
 
@@ -55,8 +55,6 @@ def stop():
 
 def attend_until_failure(rank, case, failing_pass, fail):
     """Two layers of attention; the victim fails in its first kernel call of the named pass."""
-    from mindspeed_cp import context_parallel_attention
-
     config = ContextParallelConfig(**case.config)
     groups = ContextParallelGroups.build(config, timeout=timedelta(seconds=TIMEOUT), share_from=case.share_from)
     layout = SequenceLayout.build(config, case.seq_len)
@@ -114,6 +112,46 @@ def test_a_rank_that_stops_without_leaving_makes_the_others_fail_within_the_time
     outcomes = observed(name, "forward", stop, leave_after_failure=False, share_from=share_from)
     assert outcomes[VICTIM].kind == "raised" and "a problem of its own" in outcomes[VICTIM].detail
     check_survivors(outcomes)
+
+
+def interrupted(rank, config, failing_pass):
+    """(what the pass after an error in the middle of a pass says, gradients of a pass over new groups)."""
+    share_from = 0 if failing_pass == "forward" else None
+    case = Case({"context_parallel_size": 4, **config}, seq_len=16, share_from=share_from)
+    config, layout = ContextParallelConfig(**case.config), case.layout()
+    leaves, sinks, grad_out, mask = local_inputs(rank, case, layout)
+
+    def attend(groups, kernel=None):
+        keywords = arguments(case, config, groups, layout, sinks, mask) | {"kernel": kernel}
+        context_parallel_attention(*leaves, **keywords).backward(grad_out)
+
+    groups, again = (ContextParallelGroups.build(config, share_from=share_from) for _ in range(2))
+    with pytest.raises(MemoryError):
+        attend(groups, FailingKernel(failing_pass, stop))
+    with pytest.raises(RuntimeError) as refused:
+        attend(groups)
+    attend(again)
+    return str(refused.value), [leaf.grad for leaf in leaves]
+
+
+def interrupted_all(rank, configs):
+    return {name: interrupted(rank, *each) for name, each in configs.items()}
+
+
+def test_groups_of_an_interrupted_pass_refuse_the_next_and_new_ones_are_exact():
+    direct = {**CONFIGS["direct"], "in_flight": 3}
+    configs = {name: (config, "forward") for name, config in CONFIGS.items()}
+    configs |= {f"direct in flight, {where}": (direct, where) for where in ("forward", "backward")}
+    found = run_ranks(4, interrupted_all, configs, fresh=True)
+    for name, (config, _) in configs.items():
+        case = Case({"context_parallel_size": 4, **config}, seq_len=16)
+        wanted = expected(case)
+        for rank, (refused, _) in enumerate(each[name] for each in found):
+            assert f"global rank {rank} (MemoryError: this rank has a problem of its own)" in refused
+            assert "ContextParallelGroups.build" in refused
+        for index, gradient in enumerate(("dq", "dk", "dv")):
+            got = case.layout().unshard([each[name][1][index] for each in found])
+            assert (got - wanted[gradient]).abs().max() < 1e-10, (name, gradient)
 
 
 def sum_of_ranks(rank):

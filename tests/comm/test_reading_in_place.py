@@ -11,7 +11,6 @@ from distributed import run_ranks
 from test_host_memory import linked
 
 from mindspeed_cp import context_parallel_attention
-from mindspeed_cp.attention.ring import RingProblem
 from mindspeed_cp.comm.host_memory import LINE, UNREAD
 from mindspeed_cp.comm.reading_in_place import Borrowed, _lend
 
@@ -110,27 +109,3 @@ def ahead(rank, passes):
 def test_a_rank_that_needs_nothing_does_not_run_ahead_of_a_slow_one():
     few, many = (run_ranks(2, ahead, passes, fresh=True)[0] for passes in (UNREAD, 10 * UNREAD))
     assert 0 < many <= few
-
-
-def failing(rank, config, times):
-    """Messages that are not given back, and notices that nobody waits for, after passes that fail at the same block."""
-    case = Case(config, seq_len=24)
-    _, groups = setup_of(case.config, case.share_from)
-    wanted = attend(rank, case)
-    for _ in range(times):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(RingProblem, "tasks", lambda self, query, step: () if step.place == 0 else 1 / 0)
-            attend(rank, case)
-    dist.barrier()
-    got = attend(rank, case)
-    dist.barrier()
-    host = groups.cp.carrier
-    left = [parcel for parcel in host._unread if not all(map(host._own.words.__getitem__, parcel.marks))]
-    heard = sum(map(len, host.notices._heard.values()))
-    return len(left), heard, all(torch.equal(got[name], wanted[name]) for name in wanted)
-
-
-@pytest.mark.parametrize("config", [RING, EXCHANGES["all-gather"][1]], ids=["ring", "all-gather"])
-def test_an_exception_gives_back_what_was_borrowed(config):
-    config = {"context_parallel_size": 3, **config}
-    assert run_ranks(3, failing, config, 2 * UNREAD, fresh=True) == [(0, 0, True)] * 3
