@@ -19,7 +19,6 @@ from mindspeed_cp.patches import (
     batches,
     building,
     delta_net,
-    dynamic,
     experts,
     latent_attention,
     legacy,
@@ -33,7 +32,6 @@ from mindspeed_cp.patches import (
     rotary,
     sparse_attention,
     state_space,
-    step_log,
     training,
 )
 from mindspeed_cp.patches.checkout import without_checkout
@@ -41,9 +39,9 @@ from mindspeed_cp.patches.machine import checkout, choice, cpu, libraries, npu, 
 from mindspeed_cp.patches.manager import Patch, PatchRow
 from mindspeed_cp.patches.rows import patches_of
 
-PROCESS = (attention, latent_attention, process_groups, batches, models, pipeline, dynamic, recompute)
+PROCESS = (attention, latent_attention, process_groups, batches, models, pipeline, recompute)
 MODELS = (building, rotary, positions, experts, multi_token_prediction, state_space, delta_net, sparse_attention)
-TRAINING = (losses, step_log, training, legacy)
+TRAINING = (losses, training, legacy)
 # Purpose of each area, in the order in which areas are printed.
 TITLES = {
     "core": "context parallelism in megatron-core",

@@ -1,24 +1,33 @@
-"""The scope of the running module, for functions of Megatron that have no group argument."""
+"""What functions of Megatron that have no argument for it learn of the module that runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Generic, TypeVar
 
 from mindspeed_cp.megatron.scopes import Scope
 
-_SCOPE: ContextVar[Scope | None] = ContextVar("scope of the module that runs", default=None)
+Value = TypeVar("Value")
 
 
-@contextmanager
-def computing_over(scope: Scope) -> Iterator[None]:
-    """Context manager that tells functions called inside it that the running module computes over ``scope``."""
-    token = _SCOPE.set(scope)
-    try:
-        yield
-    finally:
-        _SCOPE.reset(token)
+class WhileRunning(Generic[Value]):
+    """A value for the functions that a module calls."""
+
+    def __init__(self, name: str) -> None:
+        self._variable: ContextVar[Value | None] = ContextVar(name, default=None)
+
+    def get(self) -> Value | None:
+        """The value of the innermost ``set`` that is open; None outside."""
+        return self._variable.get()
+
+    @contextmanager
+    def set(self, value: Value) -> Iterator[None]:
+        """Context manager in which ``get`` returns ``value``."""
+        token = self._variable.set(value)
+        try:
+            yield
+        finally:
+            self._variable.reset(token)
 
 
-def computes_over() -> Scope | None:
-    """The scope of the running module; None outside ``computing_over``."""
-    return _SCOPE.get()
+COMPUTING_OVER = WhileRunning[Scope]("scope of the module that runs")

@@ -6,9 +6,7 @@ training script computes. s: tokens of this rank, S: tokens of the whole sequenc
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -20,6 +18,7 @@ import torch.distributed as dist
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import record_of_length
 from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.patches.computing import WhileRunning
 from mindspeed_cp.patches.rows import absent, arguments_of, patch
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.notices import warn_rank0
@@ -43,7 +42,7 @@ class Share:
     weight: float | torch.Tensor
 
 
-_NOW: ContextVar[Share | None] = ContextVar("share of the router that runs", default=None)
+ROUTING = WhileRunning[Share]("share of the router that runs")
 
 
 @patch(f"{MOE}.router.TopKRouter.routing", reason="the losses below must know which part of the sequence is routed")
@@ -58,17 +57,8 @@ def routing(
     _warn_of_local_decisions(config)
     _check_dispatcher(config, layout)
     padding_mask = arguments_of(original, (module, logits, *args), kwargs).get("padding_mask")
-    with _sharing(_share(scope, config, local * scope.size / layout.seq_len, padding_mask)):
+    with ROUTING.set(_share(scope, config, local * scope.size / layout.seq_len, padding_mask)):
         return original(module, logits, *args, **kwargs)
-
-
-@contextmanager
-def _sharing(share: Share) -> Iterator[None]:
-    token = _NOW.set(share)
-    try:
-        yield
-    finally:
-        _NOW.reset(token)
 
 
 def _share(scope: Scope, config: Any, share: float | torch.Tensor, padding_mask: torch.Tensor | None) -> Share:
@@ -96,7 +86,7 @@ def _share(scope: Scope, config: Any, share: float | torch.Tensor, padding_mask:
 def switch_load_balancing_loss_func(
     adaptor: Adaptor, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    loss, now = original(*args, **kwargs), _NOW.get()
+    loss, now = original(*args, **kwargs), ROUTING.get()
     if now is None:
         return loss
     # Megatron divides by (s * cp)^2, assuming S = s * cp.
@@ -112,7 +102,7 @@ def get_tokens_per_expert_and_token_count(
     adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> tuple[Any, Any, Any]:
     per_expert, local, total = original(*args, **kwargs)
-    now = _NOW.get()
+    now = ROUTING.get()
     if now is not None and now.counted:
         given = arguments_of(original, args, kwargs)
         local = given["routing_map"].sum() / given["topk"]
@@ -130,7 +120,7 @@ def get_tokens_per_expert_and_token_count(
 def sequence_load_balancing_loss_func(
     adaptor: Adaptor, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    now = _NOW.get()
+    now = ROUTING.get()
     if now is None:
         return original(*args, **kwargs)
     return _weighted(_sequence_loss(**arguments_of(original, args, kwargs), share=now.share), now.weight)
@@ -141,7 +131,7 @@ def sequence_load_balancing_loss_func(
     reason="the mean over a rank's tokens is the mean over all only for equal counts; and its weight as above",
 )
 def z_loss_func(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-    loss, now = original(*args, **kwargs), _NOW.get()
+    loss, now = original(*args, **kwargs), ROUTING.get()
     return loss if now is None else _weighted(loss * now.share, now.weight)
 
 

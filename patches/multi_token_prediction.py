@@ -13,7 +13,7 @@ from mindspeed_cp.megatron.batches import record_of_length
 from mindspeed_cp.megatron.layer_numbers import number_behind
 from mindspeed_cp.megatron.packed import packed_batch
 from mindspeed_cp.megatron.scopes import Scope
-from mindspeed_cp.patches.computing import computes_over, computing_over
+from mindspeed_cp.patches.computing import COMPUTING_OVER
 from mindspeed_cp.patches.rows import absent, arguments_of, patch, signature_of
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.sequence.sharding import gather_sequence
@@ -81,7 +81,7 @@ def multi_token_prediction_layers(
 def multi_token_prediction_block(
     adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    with computing_over(adaptor.scope_of(self)):
+    with COMPUTING_OVER.set(adaptor.scope_of(self)):
         return original(self, *args, **kwargs)
 
 
@@ -98,7 +98,7 @@ def roll_tensor(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kw
     # Before 0.14 there is no group to pass; later none means that the tensor is whole, and before that, that a batch is
     # shifted before it is split, outside of the model, as MindSpeed-LLM does.
     has_group = "cp_group" in signature_of(original).parameters
-    scope = adaptor.scopes.of(given.get("cp_group")) if has_group else computes_over() or adaptor.scopes.alone
+    scope = adaptor.scopes.of(given.get("cp_group")) if has_group else COMPUTING_OVER.get() or adaptor.scopes.alone
     if scope.alone or tensor is None:
         return original(**given)
     if given.get("shifts", -1) != -1:

@@ -1,11 +1,12 @@
-"""Patches of the shapes that pipeline stages exchange."""
+"""Patches of Megatron's schedules: the shapes that stages exchange, and dynamic context parallelism."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.scopes import Scope, named_group
-from mindspeed_cp.patches.rows import arguments_of, patch, signature_of
+from mindspeed_cp.patches.rows import arguments_of, patch, signature_of, uninstalled
 
 SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 
@@ -48,3 +49,32 @@ def interleaved(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kw
     rows = adaptor.layout(given.arguments["seq_length"], scope=scope).length(scope.rank)
     given.arguments["seq_length"] = rows * scope.size
     return original(*given.args, **given.kwargs)
+
+
+def _schedule_agrees() -> str:
+    schedules = importlib.import_module(SCHEDULES)
+    known = "model_type" in signature_of(schedules.backward_step).parameters
+    return "backward_step takes model_type" if known else ""
+
+
+@patch(
+    f"{SCHEDULES}.backward_step",
+    reason="the schedule of --hybrid-context-parallel in 0.17 and 0.18 passes model_type, which backward_step no "
+    "longer takes",
+    when=(
+        uninstalled(
+            "megatron.core.pipeline_parallel.hybrid_cp_schedule", "dynamic context parallelism comes with 0.16"
+        ),
+        _schedule_agrees,
+    ),
+)
+def backward_step(
+    adaptor: Adaptor,
+    original: Callable[..., Any],
+    input_tensor: Any,
+    output_tensor: Any,
+    output_tensor_grad: Any,
+    *more: Any,
+    **kwargs: Any,
+) -> Any:
+    return original(input_tensor, output_tensor, output_tensor_grad, *more[-1:], **kwargs)

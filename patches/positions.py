@@ -8,7 +8,7 @@ import torch
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import record_of_length
 from mindspeed_cp.megatron.scopes import Scope
-from mindspeed_cp.patches.computing import computes_over, computing_over
+from mindspeed_cp.patches.computing import COMPUTING_OVER
 from mindspeed_cp.patches.rows import patch
 
 T5 = "megatron.core.models.T5.t5_model"
@@ -17,7 +17,7 @@ REASON = "learned positions count from the first token that a rank holds, and no
 
 @patch(f"{T5}.T5Model.forward", reason="t5_position_ids makes positions without knowing the model")
 def t5_model(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    with computing_over(adaptor.scope_of(self)):
+    with COMPUTING_OVER.set(adaptor.scope_of(self)):
         return original(self, *args, **kwargs)
 
 
@@ -31,7 +31,7 @@ def bert_position_ids(
 
 @patch(f"{T5}.t5_position_ids", reason=REASON)
 def t5_position_ids(adaptor: Adaptor, original: Callable[..., Any], token_ids: torch.Tensor) -> torch.Tensor:
-    scope = computes_over()
+    scope = COMPUTING_OVER.get()
     return original(token_ids) if scope is None or scope.alone else _positions(adaptor, scope, token_ids)
 
 

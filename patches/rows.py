@@ -92,6 +92,11 @@ def patch(
 replacement = partial(patch, is_value=True)
 
 
+def always(value: Any = None) -> Callable[..., Any]:
+    """For ``patch``: a function of any arguments that only returns ``value``."""
+    return lambda adaptor, original, *args, **kwargs: value
+
+
 def rows_of(module: Any) -> list[Row]:
     """Every Row of a module, including those in its lists, in the order of definition."""
     found: list[Row] = []

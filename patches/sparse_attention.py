@@ -6,7 +6,6 @@ losses and kernels are Megatron's.
 """
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,8 +16,9 @@ from mindspeed_cp.linear.rows import exchange_rows, whole_sequence
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import block_record
 from mindspeed_cp.megatron.scopes import Scope
+from mindspeed_cp.patches.computing import WhileRunning
 from mindspeed_cp.patches.experts import schedule_two_ranks
-from mindspeed_cp.patches.rows import absent, arguments_of, patch
+from mindspeed_cp.patches.rows import Row, absent, arguments_of, patch
 from mindspeed_cp.sequence.layout import SequenceLayout
 
 VARIANT = "megatron.core.transformer.experimental_attention_variant"
@@ -46,7 +46,7 @@ class Running:
     share: float
 
 
-_NOW: ContextVar[Running | None] = ContextVar("the sparse attention that runs", default=None)
+RUNNING = WhileRunning[Running]("the sparse attention that runs")
 
 
 @patch(f"{DSA}.DSAttention.forward", reason=WHERE, when=WITHOUT)
@@ -64,11 +64,8 @@ def forward(adaptor: Adaptor, original: Callable[..., Any], self: Any, *args: An
     if not self.config.calculate_per_token_loss:
         share = layout.length(scope.rank) * scope.size / layout.seq_len
         weight = share / (scope.size if _scales_with_cp() else 1)
-    token = _NOW.set(Running(layout, scope, weight, share))
-    try:
+    with RUNNING.set(Running(layout, scope, weight, share)):
         return original(self, *args, **kwargs)
-    finally:
-        _NOW.reset(token)
 
 
 def _check(module: Any, scope: Scope, layout: SequenceLayout, packed: Any) -> None:
@@ -104,7 +101,7 @@ def _check(module: Any, scope: Scope, layout: SequenceLayout, packed: Any) -> No
     when=WITHOUT,
 )
 def gathered(adaptor: Adaptor, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-    now = _NOW.get()
+    now = RUNNING.get()
     if now is None:
         return original(*args, **kwargs)
     given = arguments_of(original, args, kwargs)
@@ -115,52 +112,54 @@ def gathered(adaptor: Adaptor, original: Callable[..., torch.Tensor], *args: Any
     return exchange_rows(given["input_"], whole_sequence(now.layout), link, "kv")
 
 
-@patch(f"{DSA}._validate_nonpacked_cp_uniform_length", reason="ranks may hold unequal numbers of tokens", when=WITHOUT)
-def validate(adaptor: Adaptor, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    if _NOW.get() is None:
-        original(*args, **kwargs)
+def while_running(target: str, reason: str = WHERE) -> Callable[[Callable[..., Any]], Row]:
+    """Decorate ``(now, **arguments) -> result``, which runs instead of ``target`` inside of a sparse attention."""
+
+    def decorate(function: Callable[..., Any]) -> Row:
+        def run(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            now = RUNNING.get()
+            if now is None:
+                return original(*args, **kwargs)
+            return function(now, **arguments_of(original, args, kwargs))
+
+        return patch(target, reason=reason, when=WITHOUT)(run)
+
+    return decorate
 
 
-@patch(f"{LAYOUTS}.build_zigzag_allgather_cp_key_reorder", reason=WHERE, when=WITHOUT)
-def key_reorder(adaptor: Adaptor, original: Callable[..., Any], sq: int, cp_size: int, device: Any) -> torch.Tensor:
-    now = _NOW.get()
-    return original(sq, cp_size, device) if now is None else torch.arange(now.layout.seq_len, device=device)
+@while_running(f"{DSA}._validate_nonpacked_cp_uniform_length", "ranks may hold unequal numbers of tokens")
+def validate(now: Running, **given: Any) -> None:
+    pass
 
 
-@patch(f"{LAYOUTS}.get_cp_positions_from_layout", reason=WHERE, when=WITHOUT)
-def positions(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    given, now = arguments_of(original, args, kwargs), _NOW.get()
-    if now is None:
-        return original(*args, **kwargs)
-    return now.layout.positions(given["cp_rank"], given["device"]), torch.arange(given["skv"], device=given["device"])
+@while_running(f"{LAYOUTS}.build_zigzag_allgather_cp_key_reorder")
+def key_reorder(now: Running, *, device: Any, **given: Any) -> torch.Tensor:
+    return torch.arange(now.layout.seq_len, device=device)
 
 
-@patch(
+@while_running(f"{LAYOUTS}.get_cp_positions_from_layout")
+def positions(now: Running, *, cp_rank: int, skv: int, device: Any, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return now.layout.positions(cp_rank, device), torch.arange(skv, device=device)
+
+
+@while_running(
     f"{LAYOUTS}.extract_query_positions_from_position_ids",
-    reason="position ids may count from the beginning of a document; without context parallelism they are not read",
-    when=WITHOUT,
+    "position ids may count from the beginning of a document; without context parallelism they are not read",
 )
-def positions_of_ids(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return original(*args, **kwargs) if _NOW.get() is None else None
+def positions_of_ids(now: Running, **given: Any) -> None:
+    return None
 
 
-@patch(f"{LAYOUTS}.build_packed_allgather_cp_local_positions", reason=WHERE, when=WITHOUT)
-def packed_positions(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    now = _NOW.get()
-    if now is None:
-        return original(*args, **kwargs)
-    given = arguments_of(original, args, kwargs)
-    return now.layout.positions(given["cp_rank"], given["device"])
+@while_running(f"{LAYOUTS}.build_packed_allgather_cp_local_positions")
+def packed_positions(now: Running, *, cp_rank: int, device: Any, **given: Any) -> torch.Tensor:
+    return now.layout.positions(cp_rank, device)
 
 
-@patch(f"{LAYOUTS}.build_packed_allgather_cp_query_positions_and_key_reorder", reason=WHERE, when=WITHOUT)
-def packed_positions_and_reorder(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    now = _NOW.get()
-    if now is None:
-        return original(*args, **kwargs)
-    given = arguments_of(original, args, kwargs)
-    device = given["device"]
-    return now.layout.positions(given["cp_rank"], device), torch.arange(now.layout.seq_len, device=device)
+@while_running(f"{LAYOUTS}.build_packed_allgather_cp_query_positions_and_key_reorder")
+def packed_positions_and_reorder(
+    now: Running, *, cp_rank: int, device: Any, **given: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return now.layout.positions(cp_rank, device), torch.arange(now.layout.seq_len, device=device)
 
 
 @patch(
@@ -169,7 +168,7 @@ def packed_positions_and_reorder(adaptor: Adaptor, original: Callable[..., Any],
     when=WITHOUT,
 )
 def save_loss(adaptor: Adaptor, original: Callable[..., None], loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    now = _NOW.get()
+    now = RUNNING.get()
     original(loss if now is None else loss * now.share, *args, **kwargs)
 
 
@@ -177,7 +176,7 @@ def save_loss(adaptor: Adaptor, original: Callable[..., None], loss: torch.Tenso
 def attach_loss(
     adaptor: Adaptor, original: Callable[..., Any], ctx: Any, output: torch.Tensor, loss: torch.Tensor
 ) -> torch.Tensor:
-    now = _NOW.get()
+    now = RUNNING.get()
     ctx.weight = 1 if now is None else now.weight
     attached: torch.Tensor = original(ctx, output, loss)
     return attached

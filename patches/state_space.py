@@ -19,7 +19,7 @@ from mindspeed_cp.megatron import mixer
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import packed_params_in, record_of_length, refuse_inference
 from mindspeed_cp.megatron.hidden_exchange import exchange_of, layout_of_rows
-from mindspeed_cp.patches.rows import absent, patch
+from mindspeed_cp.patches.rows import Row, absent, patch
 from mindspeed_cp.sequence.layout import SequenceLayout
 
 CONTEXT_PARALLEL = "megatron.core.ssm.mamba_context_parallel"
@@ -94,41 +94,36 @@ def _parts(layer: Any) -> list[Part]:
     return [inner, inner, group, group, Part("heads", heads, 1, shares)]
 
 
-@patch(f"{CONTEXT_PARALLEL}._undo_attention_load_balancing", reason=FRAMEWORKS, when=WITHOUT)
-def undo_attention_load_balancing(
-    adaptor: Adaptor,
-    original: Callable[..., torch.Tensor],
-    input_: torch.Tensor,
-    cp_size: int,
-    *args: Any,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """(S, b, h) in rank order -> the same in sequence order."""
-    layout = _running_layout(adaptor, input_, cp_size)
-    if layout is None:
-        return original(input_, cp_size, *args, **kwargs)
-    return layout.unshard(input_.split([layout.length(rank) for rank in range(cp_size)]))
+def _load_balancing(name: str, reorder: Callable[[SequenceLayout, torch.Tensor], torch.Tensor]) -> Row:
+    """A patch of a function that reorders (S, b, h), without a group: by the layout of the running model.
+
+    Outside of models it keeps Megatron's layout.
+    """
+
+    @patch(f"{CONTEXT_PARALLEL}.{name}", reason=FRAMEWORKS, when=WITHOUT)
+    def reordered(
+        adaptor: Adaptor,
+        original: Callable[..., torch.Tensor],
+        input_: torch.Tensor,
+        cp_size: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        scope = adaptor.current
+        if adaptor.active is None or scope.size != cp_size:
+            return original(input_, cp_size, *args, **kwargs)
+        return reorder(layout_of_rows(adaptor, scope, input_.size(0), None), input_)
+
+    return reordered
 
 
-@patch(f"{CONTEXT_PARALLEL}._redo_attention_load_balancing", reason=FRAMEWORKS, when=WITHOUT)
-def redo_attention_load_balancing(
-    adaptor: Adaptor,
-    original: Callable[..., torch.Tensor],
-    input_: torch.Tensor,
-    cp_size: int,
-    *args: Any,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """(S, b, h) in sequence order -> the same in rank order."""
-    layout = _running_layout(adaptor, input_, cp_size)
-    if layout is None:
-        return original(input_, cp_size, *args, **kwargs)
-    return torch.cat([layout.shard(input_, rank) for rank in range(cp_size)])
+def _to_sequence_order(layout: SequenceLayout, whole: torch.Tensor) -> torch.Tensor:
+    return layout.unshard(whole.split([layout.length(rank) for rank in range(layout.cp_size)]))
 
 
-def _running_layout(adaptor: Adaptor, whole: torch.Tensor, cp_size: int) -> SequenceLayout | None:
-    """The layout of the running model, if the caller passed no group; None outside of models (Megatron's layout)."""
-    scope = adaptor.current
-    if adaptor.active is None or scope.size != cp_size:
-        return None
-    return layout_of_rows(adaptor, scope, whole.size(0), None)
+def _to_rank_order(layout: SequenceLayout, whole: torch.Tensor) -> torch.Tensor:
+    return torch.cat([layout.shard(whole, rank) for rank in range(layout.cp_size)])
+
+
+undo_attention_load_balancing = _load_balancing("_undo_attention_load_balancing", _to_sequence_order)
+redo_attention_load_balancing = _load_balancing("_redo_attention_load_balancing", _to_rank_order)

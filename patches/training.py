@@ -1,9 +1,11 @@
-"""Patches of a Megatron-LM checkout's flags: its parser knows those of context parallelism, and they take effect."""
+"""Patches of a Megatron-LM checkout: its flags include those of context parallelism, and its log the costs of it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
+
+import torch.distributed as dist
 
 from mindspeed_cp.arguments import (
     add_context_parallel_arguments,
@@ -18,11 +20,12 @@ from mindspeed_cp.megatron.neighbour import is_here
 from mindspeed_cp.megatron.splitting import with_tokens_everywhere
 from mindspeed_cp.megatron.targets import moved_by_the_model
 from mindspeed_cp.patches.checkout import without_checkout
-from mindspeed_cp.patches.rows import patch
+from mindspeed_cp.patches.rows import arguments_of, patch
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.notices import warn_rank0
 
 ARGUMENTS = "megatron.training.arguments"
+LOOP = "megatron.training.training"
 PROGRAM = "pretrain_gpt.py"
 _DOCUMENTS_WITHOUT_MASK = (
     "--reset-attention-mask with --no-create-attention-mask-in-dataloader: attention stays within documents here, "
@@ -137,3 +140,52 @@ def _passing_assertions(args: Any) -> Iterator[None]:
             for name in ("seq_length", "encoder_seq_length", "decoder_seq_length"):
                 if getattr(args, name, None) == rounded:
                     setattr(args, name, length)
+
+
+# Costs of context parallelism, by --cp-log.
+
+
+@patch(
+    f"{LOOP}.train_step",
+    reason="--cp-log measures the steps of training, not those of validation",
+    when=without_checkout,
+    essential=False,
+)
+def train_step(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if adaptor.log is None:
+        return original(*args, **kwargs)
+    with adaptor.log.step():
+        return original(*args, **kwargs)
+
+
+@patch(
+    f"{LOOP}.training_log",
+    reason="--cp-log prints when Megatron does, and uses its TensorBoard writer",
+    when=without_checkout,
+    essential=False,
+)
+def training_log(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    result = original(*args, **kwargs)
+    if adaptor.log is not None:
+        # The place of the iteration differs between versions.
+        _report(adaptor, arguments_of(original, args, kwargs)["iteration"])
+    return result
+
+
+def _report(adaptor: Adaptor, iteration: int) -> None:
+    """Report at the end of an interval, on all ranks: rank 0 prints; the last rank, with Megatron's writer, writes.
+
+    The first report repeats the startup line, because the original is far above, between Megatron's lines.
+    """
+    from megatron.training import get_args, get_tensorboard_writer
+
+    if iteration % get_args().log_interval:
+        return
+    assert adaptor.log is not None
+    figures, writer = adaptor.log.interval(), get_tensorboard_writer()
+    if dist.get_rank() == 0:
+        again = f"\n{adaptor.told}" if iteration == get_args().log_interval else ""
+        print(f" iteration {iteration} | {figures.line()}{again}", flush=True)
+    if writer:
+        for name, value in figures.scalars().items():
+            writer.add_scalar(name, value, iteration)

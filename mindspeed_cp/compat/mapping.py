@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from mindspeed_cp.comm.link import link_of
-from mindspeed_cp.compat.exchange import Group, checked_dimensions, dimension, exchange
-from mindspeed_cp.compat.pending import start_all_to_all
+from mindspeed_cp.compat.exchange import Group, dimension, start_all_to_all
 from mindspeed_cp.sequence.runs import split_sizes as _split_sizes
 
 __all__ = [
@@ -57,11 +56,7 @@ def all_to_all(
     Raises:
         ValueError: the dimensions do not fit the tensor, or this rank's part is not its share of ``gather_size``.
     """
-    arguments = checked_dimensions(input_, process_group, scatter_dim, gather_dim, gather_size)
-    if dist.get_world_size(process_group) == 1:
-        return input_
-    out: torch.Tensor = _AllToAll.apply(input_, *arguments)
-    return out
+    return start_all_to_all(input_, process_group, scatter_dim, gather_dim, gather_size).wait()
 
 
 def split_forward_gather_backward(
@@ -140,20 +135,6 @@ def _split(input_: torch.Tensor, pg: Group, dim: int = -1, split_sizes: Sequence
 def _gather(input_: torch.Tensor, pg: Group, dim: int = -1, gather_sizes: Sequence[int] | None = None) -> torch.Tensor:
     """``gather_forward_split_backward`` under MindSpeed's name for the part without gradients."""
     return gather_forward_split_backward(input_, pg, dim, gather_sizes, None)
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, input_: torch.Tensor, group: Group, scatter_dim: int, gather_dim: int, gather_size: int
-    ) -> torch.Tensor:
-        ctx.inverse = group, gather_dim, scatter_dim, input_.size(scatter_dim)
-        return exchange(input_, group, scatter_dim, gather_dim, gather_size)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return exchange(grad_output, *ctx.inverse), None, None, None, None
 
 
 class _Split(torch.autograd.Function):

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.attention.entry import context_parallel_attention
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.link import link_of, within
-from mindspeed_cp.compat.ring_layout import document_layout, flat_rows, row_layout, rows_again
+from mindspeed_cp.compat.ring_layout import attention_of_rows, document_layout, row_layout
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.sequence.runs import Boundaries, boundaries
 from mindspeed_cp.settings.algorithms import Hierarchy
@@ -73,12 +72,11 @@ def ringattn_context_parallel(
     query, key, value = _with_heads(q, k, v, n, without_batch)
     lengths = _lengths(shapes, query.shape[0], place)
     layout, cu_seqlens, flattened = _layout(place, lengths, query.shape[1], documents)
-    if flattened:
-        query, key, value = flat_rows(query), flat_rows(key), flat_rows(value)
-    out = context_parallel_attention(
+    out = attention_of_rows(
         query,
         key,
         value,
+        flat=flattened,
         config=place.config if documents is None else place.causal_config,
         groups=place.groups,
         layout=layout,
@@ -87,8 +85,6 @@ def ringattn_context_parallel(
         cu_seqlens=cu_seqlens,
         dropout_p=dropout_p,
     )
-    if flattened:
-        out = rows_again(out, q.shape[1])
     return out.squeeze(1) if without_batch else out.flatten(2)
 
 

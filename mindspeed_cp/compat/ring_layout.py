@@ -1,24 +1,29 @@
 """Layouts in MindSpeed's orders: any lengths, several concatenated rows, every document in zigzag order."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 
+from mindspeed_cp.attention.entry import context_parallel_attention
 from mindspeed_cp.sequence import runs as ranges
 from mindspeed_cp.sequence.cache import RUN_BYTES, kept_up_to
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.sequence.runs import Boundaries, Run
 
 
-def flat_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(seq, batch, heads, dim) -> (batch * seq, 1, heads, dim), the concatenated rows of the batch."""
-    return tensor.transpose(0, 1).flatten(0, 1).unsqueeze(1)
+def attention_of_rows(*tensors: torch.Tensor, flat: bool, **arguments: Any) -> torch.Tensor:
+    """``context_parallel_attention``; if ``flat``, the rows of the batch are concatenated for it.
 
-
-def rows_again(tensor: torch.Tensor, batch: int) -> torch.Tensor:
-    """The inverse of ``flat_rows``."""
-    rows: torch.Tensor = tensor.squeeze(1).unflatten(0, (batch, -1))
-    return rows.transpose(0, 1)
+    Args:
+        tensors: query, key and value, (seq, batch, heads, dim); for it, (batch * seq, 1, heads, dim).
+    """
+    if not flat:
+        return context_parallel_attention(*tensors, **arguments)
+    batch = tensors[0].size(1)
+    one_row = (tensor.transpose(0, 1).flatten(0, 1).unsqueeze(1) for tensor in tensors)
+    out: torch.Tensor = context_parallel_attention(*one_row, **arguments).squeeze(1).unflatten(0, (batch, -1))
+    return out.transpose(0, 1)
 
 
 def _num_bytes(layout: SequenceLayout) -> int:

@@ -12,11 +12,10 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_cp.attention import ulysses_attention
-from mindspeed_cp.attention.entry import context_parallel_attention
 from mindspeed_cp.attention.ulysses_attention import *  # noqa: F403  the same names, one of them more
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.link import link_of
-from mindspeed_cp.compat.ring_layout import flat_rows, row_layout, rows_again
+from mindspeed_cp.compat.ring_layout import attention_of_rows, row_layout
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.sequence.runs import boundaries
 from mindspeed_cp.settings.config import ContextParallelConfig
@@ -51,7 +50,7 @@ def ulyssesattn_context_parallel(
             "ulyssesattn_context_parallel wants tokens first and heads third: scatter_idx 2, gather_idx 0."
         )
     query, key, value = _with_heads(query, key, value, attn_para)
-    group, seen, batch = ulysses_comm_para.get("spg"), _Seen.of(attn_para), query.size(1)
+    group, seen = ulysses_comm_para.get("spg"), _Seen.of(attn_para)
     size, packed = dist.get_world_size(group), attn_para.get("packed_seq_params")
     config = ContextParallelConfig(
         context_parallel_size=size,
@@ -60,13 +59,12 @@ def ulyssesattn_context_parallel(
         allgather_kv=bool(ulysses_comm_para.get("use_ulysses_allgather_kv")),
     )
     ends = None if packed is None else boundaries(packed.cu_seqlens_q, leading_zero=True)
-    layout, flat = _layout(config, query.size(0), batch, ends)
-    if flat:
-        query, key, value = flat_rows(query), flat_rows(key), flat_rows(value)
-    out = context_parallel_attention(
+    layout, flat = _layout(config, query.size(0), query.size(1), ends)
+    out = attention_of_rows(
         query,
         key,
         value,
+        flat=flat,
         config=config,
         groups=_groups(group),
         layout=layout,
@@ -76,7 +74,7 @@ def ulyssesattn_context_parallel(
         dropout_p=1.0 - attn_para.get("keep_prob", 1.0),
         sliding_window=seen.window,
     )
-    return (rows_again(out, batch) if flat else out).flatten(2)
+    return out.flatten(2)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """What a Megatron-LM checkout needs on a machine without an accelerator, in addition to megatron-core (``cpu``)."""
 
 import importlib
-import importlib.util
 import inspect
 import os
 import subprocess
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from mindspeed_cp.patches.checkout import without_checkout
-from mindspeed_cp.patches.rows import patch
+from mindspeed_cp.patches.rows import always, patch, uninstalled
 
 FUSED_KERNELS = "megatron.legacy.fused_kernels"
 
@@ -29,28 +28,20 @@ def initialize_megatron(adaptor: Any, original: Any, *args: Any, **kwargs: Any) 
     return original(*args, **{**kwargs, "allow_no_cuda": True})
 
 
-@patch(
+warmup_jit_function = patch(
     "megatron.training.initialize._warmup_jit_function",
     reason="nothing is compiled, and the random numbers it draws would make initial weights depend on the parallel "
     "sizes",
+)(always())
+device_count = patch(
+    "torch.cuda.device_count", reason="without a device Megatron makes no process groups and seeds no generator"
+)(always(1))
+get_device_properties = patch(
+    "torch.cuda.get_device_properties", reason="Megatron asks for the architecture of the device"
+)(always(SimpleNamespace(name="cpu", major=9, minor=0, total_memory=0, multi_processor_count=1)))
+device_memory_used = patch("torch.cuda.device_memory_used", reason="Megatron prints the memory of the device")(
+    always(0)
 )
-def warmup_jit_function(adaptor: Any, original: Any, *args: Any, **kwargs: Any) -> None:
-    pass
-
-
-@patch("torch.cuda.device_count", reason="without a device Megatron makes no process groups and seeds no generator")
-def device_count(adaptor: Any, original: Any) -> int:
-    return 1
-
-
-@patch("torch.cuda.get_device_properties", reason="Megatron asks for the architecture of the device")
-def get_device_properties(adaptor: Any, original: Any, device: Any = None) -> SimpleNamespace:
-    return SimpleNamespace(name="cpu", major=9, minor=0, total_memory=0, multi_processor_count=1)
-
-
-@patch("torch.cuda.device_memory_used", reason="Megatron prints the memory of the device")
-def device_memory_used(adaptor: Any, original: Any, device: Any = None) -> int:
-    return 0
 
 
 @patch(
@@ -65,25 +56,11 @@ def compile_helpers(adaptor: Any, original: Any) -> None:
         _compile(Path(inspect.getfile(original)).parent)
 
 
-def without_fused_kernels() -> str:
-    """Why fused kernels need no patch (0.17 and later have none), else ""."""
-    why = without_checkout()
-    if why:
-        return why
-    try:
-        found = importlib.util.find_spec(FUSED_KERNELS)
-    except ModuleNotFoundError:  # megatron.legacy was removed too
-        found = None
-    return "" if found else "this Megatron-LM has no fused kernels"
-
-
-@patch(
+load_fused_kernels = patch(
     f"{FUSED_KERNELS}.load",
     reason="the fused kernels are CUDA; legacy models have plain versions",
-    when=without_fused_kernels,
-)
-def load_fused_kernels(adaptor: Any, original: Any, args: Any) -> None:
-    pass
+    when=(without_checkout, uninstalled(FUSED_KERNELS, "this Megatron-LM has no fused kernels")),  # 0.17 and later
+)(always())
 
 
 def _compile(folder: Path) -> None:

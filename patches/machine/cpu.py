@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mindspeed_cp.patches.machine import streams  # a module import, because undo rebinds copies of its classes
-from mindspeed_cp.patches.rows import arguments_of, patch, replacement
+from mindspeed_cp.patches.rows import always, arguments_of, patch, replacement
 
 CPU = torch.device("cpu")
 FACTORIES = (
@@ -30,31 +30,21 @@ TENSOR_FACTORIES = ("new_tensor", "new_empty", "new_zeros", "new_ones", "new_ful
 # Devices.
 
 
-@patch("torch.cuda.current_device", reason="there is one device, and what is made on it lies on the CPU")
-def current_device(adaptor: Any, original: Any) -> int:
-    return 0
-
-
-@patch("torch.cuda.set_device", reason="there is one device")
-def set_device(adaptor: Any, original: Any, device: Any) -> None:
-    pass
-
-
-@patch(
+current_device = patch(
+    "torch.cuda.current_device", reason="there is one device, and what is made on it lies on the CPU"
+)(always(0))
+set_device = patch("torch.cuda.set_device", reason="there is one device")(always())
+do_nothing = patch(
     "torch.cuda.synchronize",
     "torch.cuda.reset_peak_memory_stats",
     "torch.cuda._lazy_init",
     "torch.cuda.nvtx.range_push",
     "torch.cuda.nvtx.range_pop",
     reason="a build without CUDA raises, and on a CPU there is nothing to wait for, to measure or to mark",
+)(always())
+is_current_stream_capturing = patch("torch.cuda.is_current_stream_capturing", reason="there are no CUDA graphs")(
+    always(False)
 )
-def do_nothing(adaptor: Any, original: Any, *args: Any, **kwargs: Any) -> None:
-    pass
-
-
-@patch("torch.cuda.is_current_stream_capturing", reason="there are no CUDA graphs")
-def is_current_stream_capturing(adaptor: Any, original: Any) -> bool:
-    return False
 
 
 @patch("torch.cuda.mem_get_info", reason="the memory of the device is that of the machine")
@@ -75,27 +65,20 @@ def compile_(adaptor: Any, original: Any) -> Any:
 # Streams.
 
 
-@replacement("torch.cuda.Stream", reason="CPU operations run in order")
-def stream_class(adaptor: Any, original: Any) -> type[streams.Stream]:
-    return streams.Stream
+IN_ORDER = "CPU operations run in order"
+stream_class = replacement("torch.cuda.Stream", reason=IN_ORDER)(always(streams.Stream))
+event_class = replacement("torch.cuda.Event", reason="CPU operations are complete when they return")(
+    always(streams.Event)
+)
+set_stream = patch("torch.cuda.set_stream", reason=IN_ORDER)(always())
 
 
-@replacement("torch.cuda.Event", reason="CPU operations are complete when they return")
-def event_class(adaptor: Any, original: Any) -> type[streams.Event]:
-    return streams.Event
-
-
-@patch("torch.cuda.stream", reason="CPU operations run in order")
+@patch("torch.cuda.stream", reason=IN_ORDER)
 def stream(adaptor: Any, original: Any, stream: Any) -> AbstractContextManager[Any]:
     return nullcontext(stream)
 
 
-@patch("torch.cuda.set_stream", reason="CPU operations run in order")
-def set_stream(adaptor: Any, original: Any, stream: Any) -> None:
-    pass
-
-
-@replacement("torch.cuda.current_stream", "torch.cuda.default_stream", reason="CPU operations run in order")
+@replacement("torch.cuda.current_stream", "torch.cuda.default_stream", reason=IN_ORDER)
 def only_stream(adaptor: Any, original: Any) -> Callable[..., streams.Stream]:
     stream = streams.Stream()
     return lambda device=None: stream
@@ -114,9 +97,8 @@ class _Generators:
         return 1
 
 
-@replacement("torch.cuda.default_generators", reason="CPU operators draw from the CPU generator")
-def default_generators(adaptor: Any, original: Any) -> _Generators:
-    return _Generators()
+OF_THE_CPU = "CPU operators draw from the CPU generator"
+default_generators = replacement("torch.cuda.default_generators", reason=OF_THE_CPU)(always(_Generators()))
 
 
 @patch("torch.cuda._lazy_call", reason="a build without CUDA queues it for ever")
@@ -124,20 +106,12 @@ def lazy_call(adaptor: Any, original: Any, call: Callable[[], None], **kwargs: A
     call()
 
 
-@patch(
-    "torch.cuda.get_rng_state",
-    "torch.cuda.random.get_rng_state",
-    reason="CPU operators draw from the CPU generator",
-)
+@patch("torch.cuda.get_rng_state", "torch.cuda.random.get_rng_state", reason=OF_THE_CPU)
 def get_rng_state(adaptor: Any, original: Any, device: Any = None) -> torch.Tensor:
     return torch.get_rng_state()
 
 
-@patch(
-    "torch.cuda.set_rng_state",
-    "torch.cuda.random.set_rng_state",
-    reason="CPU operators draw from the CPU generator",
-)
+@patch("torch.cuda.set_rng_state", "torch.cuda.random.set_rng_state", reason=OF_THE_CPU)
 def set_rng_state(adaptor: Any, original: Any, new_state: torch.Tensor, device: Any = None) -> None:
     torch.set_rng_state(new_state)
 

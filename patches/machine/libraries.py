@@ -1,7 +1,6 @@
 """Names that newer libraries removed, or that are missing without an optional library; on any device."""
 
 import importlib
-import importlib.util
 import inspect
 from types import ModuleType
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy
 
 from mindspeed_cp.patches.checkout import without_checkout
-from mindspeed_cp.patches.rows import absent, installed, patch, present, replacement, signature_of
+from mindspeed_cp.patches.rows import absent, always, installed, patch, present, replacement, signature_of, uninstalled
 
 TRITON_KERNELS = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
 MLA = "megatron.core.transformer.multi_latent_attention"
@@ -20,19 +19,15 @@ TRANSFORMER_ENGINE = "Transformer Engine is installed"
 NOT_ASKED = "this version does not need Transformer Engine here"
 
 
-def without_kernels() -> str:
-    package = TRITON_KERNELS.rpartition(".")[0]
-    try:
-        found = importlib.util.find_spec(TRITON_KERNELS)
-    except ModuleNotFoundError:
-        found = None
-    return "" if found else f"this version has no such kernels in {package}"
+WITHOUT_KERNELS = uninstalled(
+    TRITON_KERNELS, f"this version has no such kernels in {TRITON_KERNELS.rpartition('.')[0]}"
+)
 
 
 @replacement(
     TRITON_KERNELS,
     reason="0.16 imports its Triton kernels even when --batch-invariant-mode is off",
-    when=(installed("triton", "Triton is installed"), without_kernels),
+    when=(installed("triton", "Triton is installed"), WITHOUT_KERNELS),
     create=True,
 )
 def kernels_without_triton(adaptor: Any, original: Any) -> ModuleType:
@@ -82,24 +77,19 @@ def _names_in(member: Any) -> set[str]:
     return {name for code in codes if code is not None for name in code.co_names}
 
 
-@replacement(
+no_gemm = replacement(
     f"{EXPERTS}.te_general_gemm",
     reason="without Transformer Engine, 0.16 tests whether this name is None but does not define it",
     when=gemm_is_named,
     create=True,
-)
-def no_gemm(adaptor: Any, original: Any) -> None:
-    return None
+)(always())
 
-
-@replacement(
+product = replacement(
     "numpy.product",
     reason="distributed checkpoints of 0.12 to 0.15 use a name that numpy 2 removed",
     when=present("numpy.product", "numpy has it"),
     create=True,
-)
-def product(adaptor: Any, original: Any) -> Any:
-    return numpy.prod
+)(always(numpy.prod))
 
 
 def format_is_passed() -> str:
@@ -121,7 +111,7 @@ def write_item(adaptor: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
-@patch(
+no_fp8_fix = patch(
     FP8_FIX,
     reason="0.12 reads Transformer Engine's version when it loads, even if that is not installed and nothing is FP8",
     when=(
@@ -129,6 +119,4 @@ def write_item(adaptor: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         without_checkout,
         absent(FP8_FIX, "this version does not read it"),
     ),
-)
-def no_fp8_fix(adaptor: Any, original: Any, state_dict: Any) -> None:
-    pass
+)(always())

@@ -19,7 +19,7 @@ from mindspeed_cp.kernels.npu_setup import unavailable
 from mindspeed_cp.patches.checkout import without_checkout
 from mindspeed_cp.patches.machine import checkout, cpu
 from mindspeed_cp.patches.manager import Patch
-from mindspeed_cp.patches.rows import Row, patch, replacement, rows_of
+from mindspeed_cp.patches.rows import Row, always, patch, replacement, rows_of
 
 CAPABILITY = (8, 0)  # of the first NVIDIA GPUs with bfloat16, which NPUs have too
 
@@ -76,10 +76,10 @@ def _npu() -> Any:
 
 # Names of torch that are different or missing on an NPU.
 
-compile_ = replacement(
-    "torch.compile",
+compile_ = replace(
+    cpu.compile_,
     reason=f"{EVERY}: Megatron's fused activations would start inductor, which needs triton-ascend on an NPU",
-)(cpu.compile_.function)
+)
 
 
 @patch(
@@ -118,13 +118,11 @@ def generators_follow() -> str:
     return "this release fills them" if waiting or len(torch.cuda.default_generators) else ""
 
 
-@replacement(
+default_generators = replacement(
     "torch.cuda.default_generators",
     reason="2.5 to 2.9 (read): it stays empty there, and Megatron sets the random state of its entries",
     when=generators_follow,
-)
-def default_generators(adaptor: Any, original: Any) -> _Generators:
-    return _Generators()
+)(always(_Generators()))
 
 
 @patch(
@@ -201,28 +199,25 @@ def get_device_properties(adaptor: Any, original: Any, device: Any = None) -> _P
     return _Properties(original(device))
 
 
-@patch(
+mark_nothing = patch(
     "torch.cuda.nvtx.range_push",
     "torch.cuda.nvtx.range_pop",
     "torch.cuda.nvtx.mark",
     reason=f"{EVERY}: it raises where torch was not built for CUDA",
-)
-def mark_nothing(adaptor: Any, original: Any, *args: Any, **kwargs: Any) -> None:
-    pass
+)(always())
 
 
 # Megatron.
 
-quantize_param_shard = patch(
-    *cpu.quantize_param_shard.targets,
+quantize_param_shard = replace(
+    cpu.quantize_param_shard,
     reason=f"{EVERY}: without Transformer Engine 0.12's distributed optimizer raises even when there is no FP8 "
     "parameter to quantize",
-)(cpu.quantize_param_shard.function)
-
-norm = patch(
-    *cpu.norm.targets,
+)
+norm = replace(
+    cpu.norm,
     reason=f"{EVERY}: it refuses sequence parallelism, with which torch's norms work once their parameters are marked",
-)(cpu.norm.function)
+)
 
 
 @patch(
@@ -242,15 +237,14 @@ def local_multi_tensor_l2_norm(
 
 # In a tuple, so that rows_of() skips them; npu_checkout_patches() uses them.
 CHECKOUT = (
-    patch(
-        *checkout.compile_helpers.targets,
+    replace(
+        checkout.compile_helpers,
         reason=f"{EVERY}: Megatron's Makefile compiles for the first python3 of the PATH, each time; this compiles "
         "once, for the Python that runs",
-        when=without_checkout,
-    )(checkout.compile_helpers.function),
-    patch(
-        *checkout.load_fused_kernels.targets,
+        when=(without_checkout,),
+    ),
+    replace(
+        checkout.load_fused_kernels,
         reason=f"{EVERY}: it calls nvcc; Megatron has plain versions of these kernels",
-        when=checkout.without_fused_kernels,
-    )(checkout.load_fused_kernels.function),
+    ),
 )

@@ -23,7 +23,7 @@ from mindspeed_cp.comm import meter as meter_module
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.meter import Watch, measuring, wait_for
 from mindspeed_cp.comm.step_log import Imbalance, IntervalFigures
-from mindspeed_cp.patches.step_log import train_step, training_log
+from mindspeed_cp.patches.training import train_step, training_log
 
 pytestmark = pytest.mark.cpu_only
 RING = "--context-parallel-size 2 --context-parallel-algo megatron_cp_algo --train-iters 4 --log-interval 2"

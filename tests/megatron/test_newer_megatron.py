@@ -17,7 +17,7 @@ from adaptors import RING, adaptor_of
 from mindspeed_cp import ContextParallelConfig
 from mindspeed_cp.patches import batches, experts, rotary
 from mindspeed_cp.patches import multi_token_prediction as mtp
-from mindspeed_cp.patches.computing import computing_over
+from mindspeed_cp.patches.computing import COMPUTING_OVER
 from mindspeed_cp.patches.machine import libraries
 from mindspeed_cp.patches.machine import triton as without_triton
 from mindspeed_cp.settings.notices import ContextParallelWarning
@@ -113,7 +113,7 @@ def test_dynamic_context_parallelism_is_refused_by_name(more):
 def mtp_loss_of_0_19(labels, loss_mask, config, input_ids=None, cp_group=None):
     """What is left of Megatron's: the factor on each token's loss, after one shift."""
     before = loss_mask.sum()
-    with computing_over(ADAPTORS[cp_group].main):
+    with COMPUTING_OVER.set(ADAPTORS[cp_group].main):
         mask, num_tokens = mtp.roll_tensor(ADAPTORS[cp_group], roll_until_0_13, loss_mask)
     return mask * (before if config.calculate_per_token_loss else 1) / num_tokens.clamp(min=1)
 

@@ -272,7 +272,7 @@ def test_losses_of_experts_are_numbers_when_a_micro_batch_is_all_padding(monkeyp
     def counts(routing_map, reduce_group, topk, with_padding_mask):
         return torch.zeros(4), routing_map.shape[0], routing_map.sum() / topk
 
-    with experts._sharing(share):
+    with experts.ROUTING.set(share):
         _, local, total = experts.get_tokens_per_expert_and_token_count(None, counts, torch.zeros(4, 4), None, 2, True)
         balancing = lambda total: torch.zeros(()) * (1 / (total * total))  # noqa: E731
         loss = experts.switch_load_balancing_loss_func(None, balancing, total)
