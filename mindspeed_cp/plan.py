@@ -23,15 +23,12 @@ from mindspeed_cp.planner.documents import Boundaries, boundaries
 from mindspeed_cp.planner.fitting import plans
 from mindspeed_cp.planner.memory import most_bytes
 from mindspeed_cp.planner.models import ModelShape
-from mindspeed_cp.planner.picture import layer_milliseconds, plot, training_seconds
-from mindspeed_cp.planner.progress import Progress
-from mindspeed_cp.planner.report import reason
 from mindspeed_cp.planner.search import Found, flags, hiding_tokens
 from mindspeed_cp.planner.split import Split, Work
 from mindspeed_cp.planner.timing import Candidate
 from mindspeed_cp.planner.trace import Problem
 from mindspeed_cp.planner.training import attention, is_tight, problem_of
-from mindspeed_cp.settings.derived import KV_CACHE_POLICIES
+from mindspeed_cp.settings.fields import KV_CACHE_POLICIES
 
 EVERYTHING = 200  # maximum number of plans in JSON
 PREDICTION = "prediction, not measured on this hardware"
@@ -56,7 +53,7 @@ def _record(candidate: Candidate, problem: Problem) -> dict[str, object]:
         "intra_bytes": candidate.intra_bytes,
         "inter_bytes": candidate.inter_bytes,
         "memory_bytes": dataclasses.asdict(memory),
-        "reason": reason(candidate),
+        "reason": report.reason(candidate),
     }
 
 
@@ -73,6 +70,17 @@ def _assumed(cluster: Cluster, name: str) -> str:
     )
 
 
+def _json(given: argparse.Namespace, cluster: Cluster, **found: object) -> None:
+    described = {"name": given.cluster, **dataclasses.asdict(cluster)}
+    print(json.dumps({"basis": PREDICTION, "cluster": described, **found}, indent=2))
+
+
+def _hides(found: Found, problem: Problem, cluster: Cluster, mask_type: str) -> dict[bool, float]:
+    """Whether a ring crosses nodes -> fewest tokens of a rank that hide what the best setting sends."""
+    elements = problem.row_elements(found.candidates[0].config) if found.candidates else None
+    return {inter: hiding_tokens(problem, cluster, inter, mask_type == "causal", elements) for inter in (False, True)}
+
+
 def _text(found: Found, cluster: Cluster, problem: Problem, given: argparse.Namespace) -> str:
     lines = [
         f"One attention layer, forward and backward, slowest rank: {PREDICTION}.",
@@ -83,25 +91,19 @@ def _text(found: Found, cluster: Cluster, problem: Problem, given: argparse.Name
     for best in found.candidates[:5]:
         times = " ".join(f"{1e3 * seconds:9.2f}" for seconds in (best.seconds, best.compute, best.exposed))
         memory = most_bytes(best.config, problem)
-        held = (
-            f"keeps {memory.saved / 1e6:,.0f} MB for backward, {(memory.passing + memory.buffers) / 1e6:,.0f} MB more"
-        )
-        lines += [f"{times}  {best.config.describe()}", f"{'':31}{reason(best)}; {held} while it runs"]
+        more = (memory.passing + memory.buffers) / 1e6
+        held = f"keeps {memory.saved / 1e6:,.0f} MB for backward, {more:,.0f} MB more"
+        lines += [f"{times}  {best.config.describe()}", f"{'':31}{report.reason(best)}; {held} while it runs"]
     lines += ["", *(f"Excluded: {name}: {rule}" for name, rule in found.excluded.items())]
     local = given.seq_length / given.cp
-    for inter, where in ((False, "within a node"), (True, "between nodes")):
-        least = hiding_tokens(problem, cluster, inter, given.mask_type == "causal", _travels(found, problem))
+    for inter, least in _hides(found, problem, cluster, given.mask_type).items():
+        where = "between nodes" if inter else "within a node"
         lines.append(
             f"A ring {where} hides from {least:,.0f} tokens per rank; here {local:,.0f}, {local / least:.2f} x that."
         )
     if found.candidates:
         lines += ["", "Flags of the first: " + flags(found.candidates[0].config)]
     return "\n".join(lines)
-
-
-def _travels(found: Found, problem: Problem) -> int | None:
-    """Number of elements per token that travel with the best setting."""
-    return problem.row_elements(found.candidates[0].config) if found.candidates else None
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -146,26 +148,26 @@ def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluste
     sizes = ("tp", "pp", "vpp", "cp", "ep", "etp")
     fixed = {name: getattr(given, name) for name in sizes if getattr(given, name) is not None}
     if given.plot:
-        works = [_work(at_length, model) for at_length in _at_lengths(given)]
         found_of = {
-            each.seq_length: training_seconds(each, given.devices, given.memory, cluster, fixed) for each in works
+            at.seq_length: report.training_seconds(_work(at, model), given.devices, given.memory, cluster, fixed)
+            for at in _at_lengths(given)
         }
-        plot(given.plot, found_of, "seconds of a step", f"{_name(given)}, {given.devices} devices, {given.cluster}")
+        title = f"{_name(given)}, {given.devices} devices, {given.cluster}"
+        report.plot(given.plot, found_of, "seconds of a step", title)
     # The launch scripts have no variable for a shorter last stage.
     most = EVERYTHING if given.json else report.SHOWN
-    with Progress() as progress:
+    with report.progress() as note:
         found, excluded = plans(
-            work, given.devices, given.memory, cluster, fixed, most=most, even_stages=given.shell, note=progress.note
+            work, given.devices, given.memory, cluster, fixed, most=most, even_stages=given.shell, note=note
         )
     if given.json:
-        everything = {
-            "basis": PREDICTION,
-            "cluster": {"name": given.cluster, **dataclasses.asdict(cluster)},
-            "plans": [report.record(plan, work, cluster, given.memory) for plan in found],
-            "excluded": excluded,
-            "parameters": {"total": model.parameters, "active": model.active_parameters},
-        }
-        print(json.dumps(everything, indent=2))
+        _json(
+            given,
+            cluster,
+            plans=[report.record(plan, work, cluster, given.memory) for plan in found],
+            excluded=excluded,
+            parameters={"total": model.parameters, "active": model.active_parameters},
+        )
     elif not found:
         print(f"mindspeed-cp plan: nothing fits: {excluded.get('everything', 'in equal stages')}", file=sys.stderr)
     elif given.shell and is_tight(found[0], given.memory):
@@ -189,17 +191,6 @@ def _plan_training(given: argparse.Namespace, model: ModelShape, cluster: Cluste
     return 0 if found else 1
 
 
-def _search(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> tuple[Problem, Found]:
-    work, split = _work(given, model), Split(given.tp or 1, 1, given.cp, 1)
-    return problem_of(work, split), attention(work, split, cluster, KV_CACHE_POLICIES)
-
-
-def _plot(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> None:
-    found = {at.seq_length: layer_milliseconds(_search(at, model, cluster)[1]) for at in _at_lengths(given)}
-    title = f"{_name(given)}, cp {given.cp}, tp {given.tp or 1}, {given.cluster}"
-    plot(given.plot, found, "ms of one layer", title)
-
-
 def _at_lengths(given: argparse.Namespace) -> list[argparse.Namespace]:
     """The same options for lengths from a sixteenth of the given one to four times it."""
     lengths = {given.seq_length * 2**power // 16 for power in range(0, 7)} - {0}
@@ -207,21 +198,25 @@ def _at_lengths(given: argparse.Namespace) -> list[argparse.Namespace]:
 
 
 def _plan_layer(given: argparse.Namespace, model: ModelShape, cluster: Cluster) -> int:
+    split = Split(given.tp or 1, 1, given.cp, 1)
+
+    def searched(at: argparse.Namespace) -> Found:
+        return attention(_work(at, model), split, cluster, KV_CACHE_POLICIES)
+
     if given.plot:
-        _plot(given, model, cluster)
-    problem, found = _search(given, model, cluster)
+        times = {at.seq_length: report.layer_milliseconds(searched(at)) for at in _at_lengths(given)}
+        title = f"{_name(given)}, cp {given.cp}, tp {split.tp}, {given.cluster}"
+        report.plot(given.plot, times, "ms of one layer", title)
+    found, problem = searched(given), problem_of(_work(given, model), split)
     if given.json:
-        found_json = {
-            "basis": PREDICTION,
-            "cluster": {"name": given.cluster, **dataclasses.asdict(cluster)},
-            "candidates": [_record(candidate, problem) for candidate in found.candidates],
-            "excluded": found.excluded,
-            "ring_hides_from_tokens": {
-                where: hiding_tokens(problem, cluster, inter, given.mask_type == "causal", _travels(found, problem))
-                for where, inter in (("intra", False), ("inter", True))
-            },
-        }
-        print(json.dumps(found_json, indent=2))
+        hides = _hides(found, problem, cluster, given.mask_type)
+        _json(
+            given,
+            cluster,
+            candidates=[_record(candidate, problem) for candidate in found.candidates],
+            excluded=found.excluded,
+            ring_hides_from_tokens={"intra": hides[False], "inter": hides[True]},
+        )
     else:
         print(_text(found, cluster, problem, given))
     return 0 if found.candidates else 1

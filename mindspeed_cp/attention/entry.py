@@ -146,13 +146,11 @@ def context_parallel_attention(
     # Kernels accept any strides except in the last dimension; torch's CPU operator would silently read wrong elements.
     tensors = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
     places = None if layout.ulysses_degree > 1 else _ascending(layout, groups.cp_rank, query.device)
-    if places is None:
-        out: torch.Tensor = ContextParallelAttention.apply(*tensors, softmax_offset, call, *parameters)
-        return out
-    ascending = places.argsort()
-    sorted_ = (tensor[ascending] for tensor in tensors)
-    out = ContextParallelAttention.apply(*sorted_, softmax_offset, call, *parameters)
-    return out[places]
+    if places is not None:
+        ascending = places.argsort()
+        tensors = [tensor[ascending] for tensor in tensors]
+    out: torch.Tensor = ContextParallelAttention.apply(*tensors, softmax_offset, call, *parameters)
+    return out if places is None else out[places]
 
 
 def _ascending(layout: SequenceLayout, cp_rank: int, device: torch.device) -> torch.Tensor | None:

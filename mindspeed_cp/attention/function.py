@@ -17,7 +17,7 @@ from mindspeed_cp.attention.expansion import Expansion, Sums
 from mindspeed_cp.attention.kept import Computed, ComputedHeads, KeptAttention, Stamp
 from mindspeed_cp.attention.kv_cache import NAMES, Name
 from mindspeed_cp.attention.merging import add_softmax_offset, softmax_offset_gradient
-from mindspeed_cp.attention.ring import RingProblem, RingSaved, own_rows, ring_backward, ring_forward
+from mindspeed_cp.attention.ring import RingProblem, own_rows, ring_backward, ring_forward
 from mindspeed_cp.attention.ulysses import UlyssesProblem
 from mindspeed_cp.kernels.base import accumulation_dtype
 from mindspeed_cp.kernels.merge import add_in_place
@@ -127,7 +127,7 @@ class AttentionCall:
     ) -> ComputedHeads:
         """Attention of this rank's heads: ``own_rows`` of query, key and value, and their softmax offsets."""
         query, *keys_values = own
-        out, lse, saved = ring_forward(self.ring, query, tuple(keys_values), expansion)
+        out, lse, saved, blocks = ring_forward(self.ring, query, tuple(keys_values), expansion)
         if offset is not None:
             if out.dtype != lse.dtype:
                 out = out.to(lse.dtype)
@@ -135,10 +135,8 @@ class AttentionCall:
         out = out.to(dtype)
         # Rows without a key have lse -inf; with +inf, exp(score - lse) is 0 in backward.
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-        tensors = (query, *saved.tensors)
-        return ComputedHeads(
-            out, lse, tuple(None if place in local else tensor for place, tensor in enumerate(tensors)), saved.blocks
-        )
+        needed = tuple(None if place in local else tensor for place, tensor in enumerate((query, *saved)))
+        return ComputedHeads(out, lse, needed, blocks)
 
     def _for_backward(self, rounds: list[ComputedHeads]) -> tuple[ComputedHeads, ...]:
         return tuple(rounds) if self.has_backward else ()
@@ -200,7 +198,8 @@ class AttentionCall:
             query,
             heads.out,
             heads.lse,
-            RingSaved(tuple(tensor for tensor in kept if tensor is not None), heads.blocks),
+            tuple(tensor for tensor in kept if tensor is not None),
+            heads.blocks,
             expansion,
             sums,
         )

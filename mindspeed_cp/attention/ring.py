@@ -108,12 +108,11 @@ class RingProblem:
         """This rank's blocks at a step; none if uneven heads leave it without a head, which kernels do not support."""
         if not query.numel():
             return ()
-        if step.source is not None and (step.place == 0 or self.channel.num_pieces == 1):
-            return self.plan.tasks(self.rank, step.source)
-        if step.source is not None:
-            return self.plan.tasks_of_half(self.rank, step.source, step.piece)
-        assert self.mesh is not None
-        return self.mesh.tasks(step.place - 1)
+        if step.source is None:
+            assert self.mesh is not None
+            return self.mesh.tasks(step.place - 1)
+        half = None if step.place == 0 or self.channel.num_pieces == 1 else step.piece
+        return self.plan.tasks(self.rank, step.source, half)
 
     def mask_against(self, step: Step) -> torch.Tensor | None:
         """The dense mask of this rank's queries against a step's keys, including ``masks``; None if there is none."""
@@ -151,14 +150,6 @@ def _hidden(query_runs: Runs, key_runs: Runs, mask: SliceMask, device: torch.dev
     return hidden
 
 
-@dataclass(frozen=True)
-class RingSaved:
-    """What forward saves for backward besides query, out and lse: tensors, and what the kernel saved for each block."""
-
-    tensors: tuple[torch.Tensor, ...]
-    blocks: tuple[Any, ...]
-
-
 def own_rows(
     problem: RingProblem, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
@@ -176,15 +167,16 @@ def own_rows(
 
 def ring_forward(
     problem: RingProblem, query: torch.Tensor, own: tuple[torch.Tensor, ...], expansion: Expansion | None = None
-) -> tuple[torch.Tensor, torch.Tensor, RingSaved]:
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], tuple[Any, ...]]:
     """Attention of this rank's queries over all keys; ``own`` comes from ``own_rows``.
 
     Args:
         expansion: for this rank's heads, if other tensors than keys and values travel.
 
     Returns:
-        (out, lse, saved): out is in the kernel's dtype if a single block computed it; else in the accumulation dtype,
-        and then in reused memory unless that is the query's dtype. saved begins with ``own``.
+        (out, lse, saved, blocks): out is in the kernel's dtype if a single block computed it; else in the accumulation
+        dtype, and then in reused memory unless that is the query's dtype. For backward, saved holds ``own`` and
+        received keys and values that are kept; blocks holds what the kernel saved for each block.
     """
     note_area(lambda: problem.plan.area(problem.rank, query.shape[1]) * query.shape[2])
     dv = own[1].shape[-1] if expansion is None else expansion.dv
@@ -204,7 +196,7 @@ def ring_forward(
             del tensors
             arrived.done(keys, batch)
     out, lse = partial.result()
-    return out, lse, RingSaved(tuple(kept), tuple(blocks))
+    return out, lse, tuple(kept), tuple(blocks)
 
 
 def _forward_stream(problem: RingProblem, own: tuple[torch.Tensor, ...], kept: list[torch.Tensor]) -> Stream:
@@ -281,7 +273,8 @@ def ring_backward(
     query: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    saved: RingSaved,
+    saved: tuple[torch.Tensor, ...],
+    saved_blocks: tuple[Any, ...],
     expansion: Expansion | None = None,
     sums: Sums = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -290,7 +283,7 @@ def ring_backward(
 
     Args:
         out, lse: those of the whole attention; lse is +inf if a row sees no key.
-        saved: RingSaved of the forward pass.
+        saved, saved_blocks: what the forward pass returned for backward.
         expansion: that of the forward pass. sums: sums of its parameters' gradients, changed in place.
 
     The schedule starts again with the rank's own shard. The rank's own partial gradients are summed in place; those for
@@ -299,19 +292,19 @@ def ring_backward(
     first = problem.steps[0]
     alone = problem.layout.ring_size == 1 and expansion is None
     tasks = problem.tasks(query, first) if alone else ()
-    if len(tasks) == 1 and tasks[0].covers(query.shape[0], saved.tensors[0].shape[0]):
-        mask, (key, value) = problem.mask_against(first), saved.tensors
+    if len(tasks) == 1 and tasks[0].covers(query.shape[0], saved[0].shape[0]):
+        mask, (key, value) = problem.mask_against(first), saved
         tensors = BlockTensors(tasks[0].block, query, key, value, mask)
         whole = AttentionRows(grad_out, out, lse)
         with named("block backward"):
-            return problem.kernel.backward(tensors, whole, problem.options, saved.blocks[0])
+            return problem.kernel.backward(tensors, whole, problem.options, saved_blocks[0])
     if problem.order == "sequence":
         grad_out = grad_out.contiguous()
-    workspace, like = problem.groups.workspace, saved.tensors[: len(NAMES)]
+    workspace, like = problem.groups.workspace, saved[: len(NAMES)]
     own = tuple(accumulator(workspace, f"dkv.own.{name}", rows.shape, query) for name, rows in zip(NAMES, like))
-    returns, blocks = problem.gradient_return(own, like), iter(saved.blocks)
+    returns, blocks = problem.gradient_return(own, like), iter(saved_blocks)
     dq, shared = RowSum(query, workspace), _SharedRows(AttentionRows(grad_out, out, lse))
-    stream = _backward_stream(problem, saved.tensors)
+    stream = _backward_stream(problem, saved)
     for step, source in zip(problem.steps, stream, strict=True):
         tasks, (target, accumulates) = problem.tasks(query, step), returns.target(step)
         arrived = problem.arrived(source, tasks, expansion, sums)

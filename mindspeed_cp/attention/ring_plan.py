@@ -1,5 +1,6 @@
 """Which blocks each ring rank computes against each shard, and which rows of the shard it needs for them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -54,7 +55,7 @@ class RingPlan:
     native_bands: bool
     dense: bool = False
     exact: bool = False
-    _tasks: dict[tuple[int, ...], tuple[Task, ...]] = field(default_factory=dict, repr=False)
+    _tasks: dict[tuple[int, int, int | None], tuple[Task, ...]] = field(default_factory=dict, repr=False)
     _needed: dict[tuple[int, int], Runs] = field(default_factory=dict, repr=False)
     _areas: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
     _weighed: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
@@ -74,13 +75,13 @@ class RingPlan:
         """Every ring rank's shard in two pieces: cut at the start of a run nearest to the middle, or in the middle of a
         single run. One piece if every shard is a single run: then both directions of a link carry equal amounts.
         """
-        runs = [self.layout.ring_runs(rank) for rank in range(self.layout.ring_size)]
+        runs = self.layout.rings
         if all(len(own) <= 1 for own in runs):
             return self.wholes
         return tuple(end_to_end((cut, rows - cut)) for cut, rows in zip(map(_middle, runs), self.lengths))
 
     @cached_property
-    def batches(self) -> list[tuple[slice, SliceMask]]:
+    def _batches(self) -> list[tuple[slice, SliceMask]]:
         """Consecutive rows of the batch with the same mask, and that mask."""
         if len(set(self.masks)) == 1:
             return [(ALL, self.masks[0])]
@@ -91,19 +92,28 @@ class RingPlan:
             start = stop
         return batches
 
-    def tasks(self, reader: int, source: int) -> tuple[Task, ...]:
-        """The blocks of ``reader``'s queries against ``source``'s keys."""
-        if (reader, source) not in self._tasks:
-            self._tasks[reader, source] = self._plan(reader, source, self.layout.ring_runs(source))
-        return self._tasks[reader, source]
-
-    def tasks_of_half(self, reader: int, source: int, half: int) -> tuple[Task, ...]:
-        """The blocks against one of ``halves``; rows of the keys count from its first."""
+    def tasks(self, reader: int, source: int, half: int | None = None) -> tuple[Task, ...]:
+        """The blocks of ``reader``'s queries against ``source``'s keys, or against those of one of ``source``'s
+        ``halves``; rows of the keys count from its first.
+        """
         place = reader, source, half
         if place not in self._tasks:
-            keys = take(self.layout.ring_runs(source), *self.halves[source][half])
-            self._tasks[place] = self._plan(reader, source, keys)
+            keys = self.layout.ring_runs(source)
+            keys = keys if half is None else take(keys, *self.halves[source][half])
+            self._tasks[place] = self.tasks_against(reader, keys) if self._related[reader, source] else ()
         return self._tasks[place]
+
+    def tasks_against(self, reader: int, keys: Runs) -> tuple[Task, ...]:
+        """The blocks of ``reader``'s queries against keys at any ascending positions."""
+        queries = self.layout.ring_runs(reader)
+        tasks = tuple(
+            Task(batch, block)
+            for batch, mask in self._batches
+            for block in plan_blocks(queries, keys, mask, self.native_bands)
+        )
+        if self.dense and tasks:
+            return (Task(ALL, Block((0, self.lengths[reader]), (0, length(keys)))),)
+        return tasks
 
     def area(self, reader: int, num_rows: int) -> int:
         """Number of (query, key) pairs that ``reader`` computes per head for a batch of ``num_rows`` rows."""
@@ -120,27 +130,13 @@ class RingPlan:
         """Bool (ranks, ranks): whether queries of one rank are in a slice with keys of the other. With thousands of
         documents most pairs are not, and need no plan.
         """
-        runs = [self.layout.ring_runs(rank) for rank in range(self.layout.ring_size)]
+        runs = self.layout.rings
         related = np.zeros((len(runs), len(runs)), dtype=bool)
         if sum(map(len, runs)) * len(runs) > LARGEST_TABLE:
             return ~related
         for mask in set(self.masks):
             related |= sharing_slices(runs, mask)
         return related
-
-    def _plan(self, reader: int, source: int, keys: Runs) -> tuple[Task, ...]:
-        """keys: those of ``source``, or some of them."""
-        if not self._related[reader, source]:
-            return ()
-        queries = self.layout.ring_runs(reader)
-        tasks = tuple(
-            Task(batch, block)
-            for batch, mask in self.batches
-            for block in plan_blocks(queries, keys, mask, self.native_bands)
-        )
-        if self.dense and tasks:
-            return (Task(ALL, Block((0, self.lengths[reader]), (0, length(keys)))),)
-        return tasks
 
     def rows_needed(self, reader: int, source: int) -> Runs:
         """Rows of ``source``'s shard to send to ``reader`` (and gradients back), needed for any row of the batch."""
@@ -150,7 +146,7 @@ class RingPlan:
             return ()
         if (reader, source) not in self._needed:
             queries, keys = self.layout.ring_runs(reader), self.layout.ring_runs(source)
-            needed = [needed_rows(queries, keys, mask) for _, mask in self.batches]
+            needed = [needed_rows(queries, keys, mask) for _, mask in self._batches]
             self._needed[reader, source] = union(*needed)
         return self._needed[reader, source]
 
@@ -211,7 +207,7 @@ def ring_plan(
     return RingPlan(layout, masks, native_bands, dense, exact)
 
 
-def sharing_slices(runs: list[Runs], mask: SliceMask) -> np.ndarray:
+def sharing_slices(runs: Sequence[Runs], mask: SliceMask) -> np.ndarray:
     """Bool (ranks, ranks): whether the first rank holds queries of a slice of which the second holds keys.
 
     Args:

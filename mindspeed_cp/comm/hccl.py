@@ -34,8 +34,23 @@ class AttentionShape(NamedTuple):
     itemsize: int
 
 
-def largest_messages(config: ContextParallelConfig, shape: AttentionShape) -> dict[str, int]:
+def largest_messages(
+    config: ContextParallelConfig, shape: AttentionShape, num_layers: int | None = None
+) -> dict[str, int]:
     """Bytes of the largest message of every process group that carries attention, by the name of the group.
+
+    Args:
+        num_layers: of the model; None counts all settings of layers.
+    """
+    found = dict[str, int]()
+    for each in config.used_by(num_layers):
+        for name, num_bytes in _messages_of(each, shape).items():
+            found[name] = max(found.get(name, 0), num_bytes)
+    return found
+
+
+def _messages_of(config: ContextParallelConfig, shape: AttentionShape) -> dict[str, int]:
+    """The same of layers that share their settings.
 
     For an all-to-all it is all data that a rank sends in it; for the ring one shard of keys and values, or of their
     gradients, which has the same size.
@@ -75,13 +90,9 @@ def shape_of(setup: TrainingSetup) -> AttentionShape | None:
 
 def buffers_of(config: ContextParallelConfig, setup: TrainingSetup) -> dict[str, int]:
     """MB of the buffer of every process group, by the name of the group; empty where the sizes are not known."""
-    shape, found = shape_of(setup), dict[str, int]()
-    if shape is None:
-        return {}
-    for each in config.used_by(setup.all_layers):
-        for name, num_bytes in largest_messages(each, shape).items():
-            found[name] = max(found.get(name, 0), num_bytes)
-    return {name: megabytes_for(num_bytes) for name, num_bytes in found.items()}
+    shape = shape_of(setup)
+    messages = {} if shape is None else largest_messages(config, shape, setup.all_layers)
+    return {name: megabytes_for(num_bytes) for name, num_bytes in messages.items()}
 
 
 def group_options(buffers: Mapping[str, int], name: str) -> Any:

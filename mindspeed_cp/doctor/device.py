@@ -81,8 +81,7 @@ def npu_works() -> bool:
     """Whether the NPU kernel can be used; needs torch."""
     from mindspeed_cp.kernels import KERNELS
 
-    reason: str = KERNELS["npu"].load().unavailable()
-    return not reason
+    return not KERNELS["npu"].load().unavailable()
 
 
 def device_without_megatron() -> tuple[str, str]:

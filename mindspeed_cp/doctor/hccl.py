@@ -4,7 +4,6 @@ Pure functions of the launch; no NPU is needed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from mindspeed_cp.comm.hccl import (
     DEFAULT_MEGABYTES,
@@ -23,52 +22,76 @@ AIV = "HCCL_OP_EXPANSION_MODE"
 VIRTUAL_STAGES = ("--num-virtual-stages-per-pipeline-rank", "--num-layers-per-virtual-pipeline-stage")
 
 
-@dataclass(frozen=True)
-class Communicators:
-    """The communicators of one rank.
-
-    Args:
-        groups: name of a process group -> MB of its buffer; a communicator has two buffers.
-        pairs: how many ranks this rank sends single messages to (isend, irecv); each has a communicator and a stream.
-        pair_megabytes: MB of each pair's buffer.
-    """
-
-    groups: dict[str, int] = field(default_factory=dict)
-    pairs: int = 0
-    pair_megabytes: int = P2P_MEGABYTES
-
-    @property
-    def count(self) -> int:
-        return len(self.groups) + self.pairs
-
-    @property
-    def megabytes(self) -> int:
-        return 2 * (sum(self.groups.values()) + self.pairs * self.pair_megabytes)
-
-
-def communicators(
+def findings(
     config: ContextParallelConfig,
     shape: AttentionShape,
     environment: Mapping[str, str],
     *,
-    others: tuple[str, ...] = (),
+    num_layers: int | None = None,
+    others: Sequence[str] = (),
     single_messages: bool = False,
-) -> Communicators:
-    """The communicators of attention on one rank, and those of Megatron's groups ``others``.
+) -> Iterator[Finding]:
+    """Findings about messages, buffers and communicators of attention and of Megatron's groups ``others``.
 
     Args:
+        num_layers: of the model; None counts all settings of layers.
         others: names of Megatron's process groups with more than one rank, except the context-parallel one.
-        single_messages: whether messages between two ranks are posted one by one (--cp-p2p isend, virtual stages).
+        single_messages: whether messages between two ranks are posted one by one (--cp-p2p isend, virtual stages);
+            each pair of ranks then has a communicator and a stream.
     """
-    given = environment.get("HCCL_BUFFSIZE", "")
-    everywhere = int(given) if given.isdigit() and int(given) else 0
-    groups = dict.fromkeys(("cp", *others), everywhere or DEFAULT_MEGABYTES)
-    for name, num_bytes in largest_messages(config, shape).items():
-        least = DEFAULT_MEGABYTES if name == "cp" else 0  # Megatron's own messages use that group too
-        groups[name] = everywhere or max(megabytes_for(num_bytes), least)
-    own = environment.get("P2P_HCCL_BUFFSIZE", "")
-    megabytes = int(own) if own.isdigit() and int(own) else P2P_MEGABYTES
-    return Communicators(groups, _peers(config) if single_messages else 0, megabytes)
+    messages = largest_messages(config, shape, num_layers)
+    if not messages:
+        return
+    buffers = _buffers(messages, others, _megabytes(environment, "HCCL_BUFFSIZE"))
+    num_pairs = max(map(_peers, config.used_by(num_layers))) if single_messages else 0
+    of_pairs = 2 * (_megabytes(environment, "P2P_HCCL_BUFFSIZE") or P2P_MEGABYTES)  # a communicator has two buffers
+    total = 2 * sum(buffers.values()) + num_pairs * of_pairs
+    largest = max(messages, key=lambda name: messages[name])
+    size, buffer, fitting = messages[largest] / 1e6, buffers[largest], megabytes_for(messages[largest])
+    pairs = f" and {num_pairs} of single pairs" if num_pairs else ""
+    yield Finding(
+        "note",
+        f"HCCL: the largest message has {size:,.0f} MB ({largest} group, buffer {buffer} MB); at least "
+        f"{len(buffers)} communicators{pairs} take {total:,} MB of a device",
+    )
+    if messages[largest] > buffer * MEGABYTE and buffer < fitting:
+        yield Finding(
+            "warning",
+            f"HCCL cuts the {size:,.0f} MB message of the {largest} group into pieces: its buffer has {buffer} MB",
+            f"export HCCL_BUFFSIZE={fitting}, at twice that for each communicator",
+        )
+    if num_pairs:
+        yield Finding(
+            "note",
+            f"single messages cost a rank {num_pairs} communicators and streams of {of_pairs} MB; "
+            "--cp-p2p batch has none of its own",
+        )
+    count = len(buffers) + num_pairs
+    if environment.get(AIV, "").upper() == "AIV" and count > 1:
+        yield Finding(
+            "warning",
+            f"{AIV}=AIV: Ascend documents it for one communicator at a time, and a rank has {count} here",
+            f"unset {AIV}",
+        )
+
+
+def _megabytes(environment: Mapping[str, str], name: str) -> int:
+    """The value of a variable, 0 if it is not set."""
+    text = environment.get(name, "")
+    return int(text) if text.isdigit() else 0
+
+
+def _buffers(messages: Mapping[str, int], others: Sequence[str], everywhere: int) -> dict[str, int]:
+    """Name of a process group -> MB of its buffer.
+
+    Args:
+        everywhere: HCCL_BUFFSIZE, which takes precedence; 0 if it is not set.
+    """
+    buffers = dict.fromkeys(("cp", *others), DEFAULT_MEGABYTES)
+    for name, num_bytes in messages.items():
+        least = buffers.get(name, 0)  # Megatron's own messages use the context-parallel group too
+        buffers[name] = max(megabytes_for(num_bytes), least)
+    return dict.fromkeys(buffers, everywhere) if everywhere else buffers
 
 
 def _peers(config: ContextParallelConfig) -> int:
@@ -79,49 +102,7 @@ def _peers(config: ContextParallelConfig) -> int:
         return 0
     if config.kv_exchange != "ring":
         return ring - 1
-    around = min(2, window - 1) if window > 1 else 0
-    return around + (min(2, windows - 1) if windows > 1 else 0)
-
-
-def findings(
-    config: ContextParallelConfig,
-    shape: AttentionShape,
-    environment: Mapping[str, str],
-    *,
-    others: tuple[str, ...] = (),
-    single_messages: bool = False,
-) -> Iterator[Finding]:
-    """Findings about messages, buffers and communicators of a launch; arguments as for ``communicators``."""
-    messages = largest_messages(config, shape)
-    if not messages:
-        return
-    found = communicators(config, shape, environment, others=others, single_messages=single_messages)
-    largest = max(messages, key=lambda name: messages[name])
-    size, buffer = messages[largest] / 1e6, found.groups[largest]
-    pairs = f" and {found.pairs} of single pairs" if found.pairs else ""
-    yield Finding(
-        "note",
-        f"HCCL: the largest message has {size:,.0f} MB ({largest} group, buffer {buffer} MB); at least "
-        f"{len(found.groups)} communicators{pairs} take {found.megabytes:,} MB of a device",
-    )
-    if messages[largest] > buffer * MEGABYTE and buffer < megabytes_for(messages[largest]):
-        yield Finding(
-            "warning",
-            f"HCCL cuts the {size:,.0f} MB message of the {largest} group into pieces: its buffer has {buffer} MB",
-            f"export HCCL_BUFFSIZE={megabytes_for(messages[largest])}, at twice that for each communicator",
-        )
-    if found.pairs:
-        yield Finding(
-            "note",
-            f"single messages cost a rank {found.pairs} communicators and streams of {2 * found.pair_megabytes} MB; "
-            "--cp-p2p batch has none of its own",
-        )
-    if environment.get(AIV, "").upper() == "AIV" and found.count > 1:
-        yield Finding(
-            "warning",
-            f"{AIV}=AIV: Ascend documents it for one communicator at a time, and a rank has {found.count} here",
-            f"unset {AIV}",
-        )
+    return min(2, window - 1) + min(2, windows - 1)
 
 
 def of_launch(
@@ -145,6 +126,7 @@ def of_launch(
         config,
         shape,
         environment,
-        others=tuple(name for name, size in sizes.items() if size > 1),
+        num_layers=setup.all_layers,
+        others=[name for name, size in sizes.items() if size > 1],
         single_messages=config.p2p == "isend" or virtual,
     )

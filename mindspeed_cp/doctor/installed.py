@@ -35,6 +35,9 @@ def release(package: str) -> str | None:
 def ask(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Any:
     """Run ``python -m module arguments`` and parse the JSON that it prints; Megatron is imported in that process only.
 
+    Args:
+        environment: variables in addition to those of this process.
+
     Raises:
         RuntimeError: it failed (the message is the last line that it printed), or it took too long.
     """
@@ -44,7 +47,7 @@ def ask(module: str, *arguments: str, environment: Mapping[str, str] | None = No
             capture_output=True,
             text=True,
             timeout=TIMEOUT,
-            env=None if environment is None else dict(environment),
+            env={**os.environ, **(environment or {})},
         )
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"python -m {module} took more than {TIMEOUT} s") from None
@@ -96,13 +99,11 @@ def ascend(environment: Mapping[str, str], npu_works: bool) -> Iterator[Finding]
 
 def cann_version(environment: Mapping[str, str]) -> str | None:
     """CANN's version from its version file; "unknown" if set_env.sh was sourced but no file has the version."""
-    for variable in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH"):
-        home = environment.get(variable)
-        if home:
-            files = sorted(Path(home).glob("**/ascend_toolkit_install.info"))[:1] if Path(home).is_dir() else []
-            found = [_field(path, "version") for path in files]
-            return next(filter(None, found), "unknown") if Path(home).is_dir() else None
-    return None
+    home = environment.get("ASCEND_TOOLKIT_HOME") or environment.get("ASCEND_HOME_PATH")
+    if not home or not Path(home).is_dir():
+        return None
+    files = sorted(Path(home).glob("**/ascend_toolkit_install.info"))[:1]
+    return next(filter(None, (_field(path, "version") for path in files)), "unknown")
 
 
 def _field(path: Path, name: str) -> str | None:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mindspeed_cp.doctor.environment import DEFAULT_PORT
@@ -68,7 +68,7 @@ def read(command: str, environment: Mapping[str, str]) -> Launch:
         printed = _dry_run(tokens if is_script else tokens[1:], {**environment, **own})
         further, tokens = _assignments(words(printed))
         own |= further
-    return _launch(tokens, {**environment, **own}, own)
+    return replace(_launch(tokens, {**environment, **own}), environment=own)
 
 
 def _assignments(tokens: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -134,30 +134,30 @@ def _knows_dry_run(script: Path) -> bool:
     return any(MARKER in map(str.strip, part.splitlines()) for part in parts)
 
 
-def _launch(tokens: list[str], environment: Mapping[str, str], own: dict[str, str]) -> Launch:
+def _launch(tokens: list[str], environment: Mapping[str, str]) -> Launch:
     for place, token in enumerate(tokens):
         name, rest = Path(token).name, tokens[place + 1 :]
         if name == "torchrun":
-            return _torchrun(rest, own)
+            return _torchrun(rest)
         if re.fullmatch(r"python[\d.]*", name):
             rest = _without_options(rest)
-            if rest[:1] == ["-m"] and rest[1:2] and rest[1] in LAUNCHERS:
-                return _torchrun(rest[2:], own)
-            module = rest[:1] == ["-m"]
+            is_module = rest[:1] == ["-m"]
+            if is_module and rest[1:2] and rest[1] in LAUNCHERS:
+                return _torchrun(rest[2:])
             size = environment.get("WORLD_SIZE", "0")
             world = int(size) if size.isdigit() and int(size) else 0 if place else 1
-            return _program(rest[1:] if module else rest, module, own, world_size=world)
+            return replace(_program(rest[is_module:], is_module), world_size=world)
     raise ValueError(f"--launch {shlex.join(tokens[:4])} starts neither torchrun nor python; give that part alone.")
 
 
 def _without_options(rest: list[str]) -> list[str]:
-    """The rest of a command after Python's own switches, such as -u."""
+    """The rest of a command after Python's own switches, such as -u and -W ignore."""
     while rest and re.fullmatch(r"-[a-ln-zA-LN-Z]+", rest[0]):
-        rest = rest[1:]
+        rest = rest[2 if rest[0][-1] in "WX" else 1 :]
     return rest
 
 
-def _torchrun(rest: list[str], own: dict[str, str]) -> Launch:
+def _torchrun(rest: list[str]) -> Launch:
     from torch.distributed.run import get_args_parser
 
     said = io.StringIO()
@@ -167,27 +167,26 @@ def _torchrun(rest: list[str], own: dict[str, str]) -> Launch:
     except SystemExit:
         line = (said.getvalue().strip().splitlines() or ["it shows its help"])[-1].rpartition("error: ")[2]
         raise ValueError(f"torchrun refuses its command line: {line}; see torchrun --help.") from None
-    nodes, per_node = str(args.nnodes).partition(":")[0], str(args.nproc_per_node)
-    world = int(nodes) * int(per_node) if nodes.isdigit() and per_node.isdigit() else 0
+    nodes, per_node = (
+        int(text) if text.isdigit() else 0 for text in (str(args.nnodes).partition(":")[0], str(args.nproc_per_node))
+    )
     chooses = args.standalone or args.rdzv_endpoint
-    return _program(
-        [args.training_script, *args.training_script_args],
-        args.module,
-        own,
-        world_size=world,
-        node_ranks=int(per_node) if per_node.isdigit() else 0,
+    return replace(
+        _program([args.training_script, *args.training_script_args], args.module),
+        world_size=nodes * per_node,
+        node_ranks=per_node,
         address=args.master_addr,
         port=None if chooses or args.node_rank else int(args.master_port or DEFAULT_PORT),
     )
 
 
-def _program(rest: list[str], module: bool, own: dict[str, str], **where: object) -> Launch:
-    runner = module and rest[:1] == [RUNNER]
+def _program(rest: list[str], is_module: bool) -> Launch:
+    runner = is_module and rest[:1] == [RUNNER]
     if runner:
         rest = rest[1:]
     if not rest:
         raise ValueError(f"--launch names no training script; add it after {RUNNER if runner else 'python'}.")
-    return Launch(rest[0], tuple(rest[1:]), runner, environment=own, **where)  # type: ignore[arg-type]
+    return Launch(rest[0], tuple(rest[1:]), runner)
 
 
 def home_of(script: str) -> Path:

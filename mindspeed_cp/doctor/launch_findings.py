@@ -93,17 +93,15 @@ def of_parser(started: launch.Launch, rest: Sequence[str], named: set[str]) -> I
         rest: the part of the command line that this project's parser does not know.
         named: flags that were already mentioned in a finding.
     """
-    script, flags = (
-        launch.home_of(started.script),
-        [token.partition("=")[0] for token in rest if token.startswith("--")],
-    )
-    flags = [flag for flag in dict.fromkeys(flags) if flag not in named]
+    script = launch.home_of(started.script)
+    given = dict.fromkeys(token.partition("=")[0] for token in rest if token.startswith("--"))
+    flags = [flag for flag in given if flag not in named]
     if not script.is_file() or not started.flags:
         return
     why = f"{script.name} has a parser of its own"
     try:
-        module, environment = "mindspeed_cp.megatron.unknown_flags", {**os.environ, **started.environment}
-        said = ask(module, str(script), *started.flags, environment=environment)
+        module = "mindspeed_cp.megatron.unknown_flags"
+        said = ask(module, str(script), *started.flags, environment=started.environment)
     except RuntimeError as error:
         said, why = None, str(error)
     if said is None:
@@ -150,6 +148,7 @@ def switched_on(started: launch.Launch) -> Iterator[Finding]:
 
 def import_lines(script: Path) -> tuple[int | None, int | None]:
     """(first line that imports the adaptor, first line that imports Megatron) at the top level of a script, or None."""
+    ours = ADAPTORS[:1] if neighbour.is_importable() else ADAPTORS  # a real MindSpeed keeps its path
     found: dict[str, int] = {}
     for node in ast.parse(script.read_bytes()).body:
         if isinstance(node, ast.Import):
@@ -158,7 +157,6 @@ def import_lines(script: Path) -> tuple[int | None, int | None]:
             names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
         else:
             continue
-        ours = ADAPTORS[:1] if neighbour.is_importable() else ADAPTORS  # a real MindSpeed keeps its path
         for name in names:
             kind = "adaptor" if name.startswith(ours) else "megatron" if name.startswith("megatron.") else ""
             found.setdefault(kind, node.lineno)
@@ -191,51 +189,52 @@ def resolved(args: argparse.Namespace, started: launch.Launch, device: str) -> I
     yield from cost(args, config, setup, select_kernel(args.cp_kernel, device))
 
 
-def problem_of(args: argparse.Namespace, setup: TrainingSetup) -> Problem | str:
-    """The attention problem of one layer, or a text that names the missing flags."""
+def _problem(args: argparse.Namespace, setup: TrainingSetup) -> Problem | None:
+    """The attention problem of one layer; None if flags are missing."""
     sized = args.kv_channels or args.hidden_size or args.multi_latent_attention
     if not (sized and args.num_attention_heads and args.seq_length):
-        return "bytes and memory need --seq-length, --num-attention-heads and --hidden-size (or --kv-channels)"
+        return None
     heads, kv_heads, dk, dv = megatron_flags.attention_sizes(args)
     tp = setup.tensor_parallel_size
-    of_rank = heads_of_rank(heads, kv_heads, tp)
     dtype = torch.bfloat16 if args.bf16 or args.fp16 else torch.float32
     latent = (args.qk_pos_emb_head_dim, args.kv_lora_rank) if args.multi_latent_attention else None
-    return Problem(args.seq_length, *of_rank, dk, dv, args.micro_batch_size, dtype, stride=tp, latent=latent)
+    sizes = args.seq_length, *heads_of_rank(heads, kv_heads, tp), dk, dv, args.micro_batch_size
+    return Problem(*sizes, dtype, stride=tp, latent=latent)
 
 
 def cost(
     args: argparse.Namespace, config: ContextParallelConfig, setup: TrainingSetup, kernel: AttentionKernel
 ) -> Iterator[Finding]:
     """Bytes and memory of one layer, from the planner; the larger value of the first and the last rank."""
-    layer = problem_of(args, setup)
-    if isinstance(layer, str):
-        yield Finding("note", layer)
+    layer = _problem(args, setup)
+    if layer is None:
+        needed = "--seq-length, --num-attention-heads and --hidden-size (or --kv-channels)"
+        yield Finding("note", f"bytes and memory need {needed}")
         return
     number, saved = setup.num_layers or 1, 0
     for each in config.used_by(number):
-        (forward, backward), kept = _of_layer(each, layer, kernel)
+        forward, backward, kept = _of_layer(each, layer, kernel)
         saved = max(saved, kept)
         like = sum(config.of_layer(place) == each for place in range(1, number + 1))
         what = f"each of {like} layers by {titled(each.row, each.hierarchy)}" if config.entries else "a layer"
         yield Finding("ok", f"{what} sends {_size(forward)} forward and {_size(backward)} backward, per rank")
     layers = -(-number // setup.pipeline_parallel_size)
-    again = setup.recomputes_attention and not config.keep_attention
-    flying = " for every micro batch in flight" if setup.pipeline_parallel_size > 1 else ""
     most = "up to " if config.entries else ""
-    all_of_it = f"{most}{_size(saved * layers)} in all{flying}"
-    held = "of which recomputation keeps one layer's at a time" if again else all_of_it
+    if setup.recomputes_attention and not config.keep_attention:
+        held = "of which recomputation keeps one layer's at a time"
+    else:
+        flying = " for every micro batch in flight" if setup.pipeline_parallel_size > 1 else ""
+        held = f"{most}{_size(saved * layers)} in all{flying}"
     text = f"attention keeps {most}{_size(saved)} a layer for backward, on {layers} layers of a rank, {held}"
     yield Finding("ok", text)
 
 
-def _of_layer(config: ContextParallelConfig, layer: Problem, kernel: AttentionKernel) -> tuple[tuple[int, int], int]:
-    """Bytes that one layer sends forward and backward, and that it keeps: the larger of the first and the last rank."""
-    ranks = (0, config.context_parallel_size - 1)
-    passes = [trace(config, layer, rank) for rank in ranks]
-    forward, backward = (max(sum(each[way].sent.values()) for each in passes) for way in (0, 1))
-    order = kernel.memory_order(layer.dtype)
-    return (forward, backward), max(attention_bytes(config, layer, rank, order).saved for rank in ranks)
+def _of_layer(config: ContextParallelConfig, layer: Problem, kernel: AttentionKernel) -> tuple[int, int, int]:
+    """Bytes that a layer sends forward, sends backward, and keeps: the larger of the first and the last rank."""
+    ranks, order = (0, config.context_parallel_size - 1), kernel.memory_order(layer.dtype)
+    forward, backward = zip(*(trace(config, layer, rank) for rank in ranks))
+    sent = (max(sum(each.sent.values()) for each in passes) for passes in (forward, backward))
+    return *sent, max(attention_bytes(config, layer, rank, order).saved for rank in ranks)
 
 
 def _size(num_bytes: int) -> str:
@@ -252,8 +251,7 @@ def of_megatron(started: launch.Launch, by_mindspeed: bool) -> Iterator[Finding]
         by_mindspeed: the script imports MindSpeed, whose names are there where Transformer Engine's are asked for.
     """
     if started.runner and Path(started.script).name.startswith("pretrain_"):
-        environment = {**os.environ, **started.environment}
         flags = [*started.flags, *(["--transformer-impl", "local"] if by_mindspeed else [])]
-        wrong = ask("mindspeed_cp.megatron.flag_checks", *flags, environment=environment)
+        wrong = ask("mindspeed_cp.megatron.flag_checks", *flags, environment=started.environment)
         if wrong:
             yield problem(wrong)

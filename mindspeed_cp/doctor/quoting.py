@@ -7,6 +7,15 @@ _SIMPLE = {
     "'": "'", '"': '"', "?": "?",
 }  # fmt: skip
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{1,2})|u([0-9a-fA-F]{1,4})|U([0-9a-fA-F]{1,8})|([0-7]{1,3})|c(.)|(.))", re.S)
+_PIECE = re.compile(
+    r"""(?P<space>\s+)
+    | \$'(?P<escaped>(?:[^'\\]|\\.)*)'
+    | '(?P<literal>[^']*)'
+    | \$?"(?P<double>(?:[^"\\]|\\.)*)"
+    | \\(?P<next>.)
+    | (?P<letter>\$(?!['"])|[^\s'"\\$])""",
+    re.S | re.X,
+)
 
 
 def words(command: str) -> list[str]:
@@ -19,56 +28,26 @@ def words(command: str) -> list[str]:
     word: str | None = None
     place = 0
     while place < len(command):
-        letter = command[place]
-        if letter.isspace():
-            if word is not None:
-                found.append(word)
-            word, place = None, place + 1
-            continue
-        text, place = _piece(command, place)
-        word = (word or "") + text
+        match = _PIECE.match(command, place)
+        if match is None:
+            raise ValueError("nothing follows a backslash" if command[place] == "\\" else "no closing quotation")
+        if match["space"] is None:
+            word = (word or "") + _text(match)
+        elif word is not None:
+            found.append(word)
+            word = None
+        place = match.end()
     return found if word is None else [*found, word]
 
 
-def _piece(command: str, place: int) -> tuple[str, int]:
-    """(the text of one quoted piece or one character, the index after it)."""
-    letter = command[place]
-    if command.startswith("$'", place):
-        return _ansi(command, place + 2)
-    if letter == "'":
-        end = command.find("'", place + 1)
-        if end < 0:
-            raise ValueError("no closing quotation")
-        return command[place + 1 : end], end + 1
-    if letter == '"' or command.startswith('$"', place):
-        return _double(command, place + (1 if letter == '"' else 2))
-    if letter == "\\":
-        if place + 1 == len(command):
-            raise ValueError("nothing follows a backslash")
-        return command[place + 1].replace("\n", ""), place + 2
-    return letter, place + 1
-
-
-def _double(command: str, place: int) -> tuple[str, int]:
-    """Within double quotes, a backslash escapes only $, `, ", itself and the end of a line."""
-    text = ""
-    while place < len(command) and command[place] != '"':
-        if command[place] == "\\" and command[place + 1 : place + 2] in ("$", "`", '"', "\\", "\n"):
-            place += 1
-            text += command[place].replace("\n", "")
-        else:
-            text += command[place]
-        place += 1
-    if place >= len(command):
-        raise ValueError("no closing quotation")
-    return text, place + 1
-
-
-def _ansi(command: str, place: int) -> tuple[str, int]:
-    match = re.compile(r"((?:[^'\\]|\\.)*)'", re.S).match(command, place)
-    if not match:
-        raise ValueError("no closing quotation")
-    return _ESCAPE.sub(_escape, match[1]), match.end()
+def _text(match: re.Match[str]) -> str:
+    """The text of one quoted piece or one character."""
+    kind, text = str(match.lastgroup), match[str(match.lastgroup)]
+    if kind == "escaped":
+        return _ESCAPE.sub(_escape, text)
+    if kind == "double":  # a backslash escapes only $, `, ", itself and the end of a line
+        return re.sub(r"\\(?:\n|([$`\"\\]))", r"\1", text)
+    return "" if kind == "next" and text == "\n" else text
 
 
 def _escape(match: re.Match[str]) -> str:

@@ -1,5 +1,5 @@
 """The self test: a few ranks compare every algorithm, forward and backward, with dense attention, and measure their
-links. ``python -m mindspeed_cp.doctor.self_test DEVICE`` prints the result as JSON.
+links. ``python -m mindspeed_cp.doctor.self_test DEVICE`` prints the result as JSON; ``findings`` runs and judges it.
 
     tensors (seq, batch, heads, dim); float64 on the CPU, bfloat16 on a device
 """
@@ -23,6 +23,8 @@ from mindspeed_cp.attention.entry import context_parallel_attention
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.link import Link
 from mindspeed_cp.comm.messages import Message
+from mindspeed_cp.doctor.finding import Finding
+from mindspeed_cp.doctor.installed import ask
 from mindspeed_cp.doctor.meeting import join
 from mindspeed_cp.planner.search import variants
 from mindspeed_cp.sequence.layout import SequenceLayout
@@ -35,6 +37,8 @@ LIMITS = {"cpu": 1e-10, "cuda": 3e-2, "npu": 3e-2}  # largest permitted error, r
 MESSAGE = {"cpu": 8 << 20, "cuda": 64 << 20, "npu": 64 << 20}  # bytes to one peer
 REPEATS = 3
 PATIENCE = 120  # time limit of a rank in seconds
+INTERFACE = "export GLOO_SOCKET_IFNAME=lo, or the interface between the nodes (ip -br address lists them)"
+REPORT = "python -m mindspeed_cp.doctor.self_test {device} shows it alone; report it with that output"
 
 
 def settings(world: int) -> dict[str, ContextParallelConfig]:
@@ -114,20 +118,16 @@ def rates(link: Link, device: str) -> dict[str, float]:
     leaving, arriving = ([Message(((fresh(),),), torch.float32) for _ in range(link.size)] for _ in range(2))
     following, previous = (link.rank + 1) % link.size, (link.rank - 1) % link.size
     sent, received = fresh(), fresh()
-    return {
-        "all-to-all": _rate(
-            lambda: link.all_to_all(leaving, arriving, "test").wait(), (link.size - 1) * MESSAGE[device], link, device
-        ),
-        "ring": _rate(
-            lambda: link.exchange([(following, [sent])], [(previous, [received])], "test").wait(),
-            MESSAGE[device],
-            link,
-            device,
-        ),
-    }
+    to_all = _seconds(lambda: link.all_to_all(leaving, arriving, "test").wait(), link, device)
+    to_next = _seconds(
+        lambda: link.exchange([(following, [sent])], [(previous, [received])], "test").wait(), link, device
+    )
+    return {"all-to-all": (link.size - 1) * MESSAGE[device] / to_all, "ring": MESSAGE[device] / to_next}
 
 
-def _rate(transfer: Callable[[], None], size: int, link: Link, device: str) -> float:
+def _seconds(transfer: Callable[[], None], link: Link, device: str) -> float:
+    """The shortest time of several transfers."""
+
     def synchronize() -> None:
         if device != "cpu":
             getattr(torch, device).synchronize()
@@ -140,7 +140,7 @@ def _rate(transfer: Callable[[], None], size: int, link: Link, device: str) -> f
         transfer()
         synchronize()
         best = min(best, time.perf_counter() - start)
-    return size / best
+    return best
 
 
 def run_rank(rank: int, world: int, device: str, folder: str) -> None:
@@ -215,6 +215,43 @@ def plan(device: str) -> list[tuple[str, int]]:
         return [("cpu", MOST_RANKS)]
     count = min(getattr(torch, device).device_count(), MOST_RANKS)
     return [(device, count // 2 * 2)] if count > 1 else [(device, 1), ("cpu", MOST_RANKS)]
+
+
+def findings(device: str) -> Iterator[Finding]:
+    """Compare every algorithm on a few ranks with dense attention, and measure their links."""
+    start = time.monotonic()
+    try:
+        results = ask("mindspeed_cp.doctor.self_test", device)
+    except RuntimeError as error:
+        yield Finding("problem", f"the self test does not run: {error}", REPORT.format(device=device))
+        return
+    for result in results:
+        yield from judged(result)
+    yield Finding("note", f"self test: {time.monotonic() - start:.0f} s")
+
+
+def judged(result: dict[str, Any]) -> Iterator[Finding]:
+    """Findings of one run of ``run``."""
+    ranks = f"{result['ranks']} {result['device']} rank{'s' if result['ranks'] > 1 else ''}"
+    if "error" in result:
+        gloo = result["device"] == "cpu" and any(
+            word in result["error"].lower() for word in ("gloo", "resolve", "ifname")
+        )
+        way_out = INTERFACE if gloo else REPORT.format(device=result["device"])
+        yield Finding("problem", f"{ranks}: {result['error']}", way_out)
+        return
+    wrong = {title: error for title, error in result["errors"].items() if not error <= result["limit"]}
+    right = [title for title in result["errors"] if title not in wrong]
+    for title, error in wrong.items():
+        text = f"{ranks}, {title}: error {error:.1e} against dense attention, above {result['limit']:.0e}"
+        yield Finding("problem", text, REPORT.format(device=result["device"]))
+    if right:
+        error = max(result["errors"][title] for title in right)
+        yield Finding(
+            "ok", f"{ranks}, {result['dtype']}, forward and backward: {', '.join(right)}: error at most {error:.0e}"
+        )
+    for name, rate in result["rates"].items():
+        yield Finding("ok", f"{ranks}, {name}: {rate / 1e9:.2f} GB/s sent by each rank")
 
 
 if __name__ == "__main__":

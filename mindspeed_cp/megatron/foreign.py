@@ -23,7 +23,7 @@ from mindspeed_cp.megatron.scopes import Scope, collective_device
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.sequence.sharding import gather_sequence
 from mindspeed_cp.settings.config import ContextParallelConfig
-from mindspeed_cp.settings.derived import BatchLayout
+from mindspeed_cp.settings.fields import BatchLayout
 
 if TYPE_CHECKING:
     from mindspeed_cp.megatron.known import Known as Adaptor

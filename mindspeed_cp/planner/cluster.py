@@ -1,46 +1,40 @@
 """The planner's model of the machines: peak rates of devices and links, and the fraction that they reach."""
 
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, field, replace
 from math import inf
+from typing import Any
 
 HEAD_DIM = 128  # head dimension at which attention_efficiency is given
 
 
+def _field(help: str, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of devices, their peak rates, and the fractions of these that are reached.
+    """Nodes of devices, their peak rates, and the fractions of these that are reached; each field is a flag.
 
-    Args:
-        devices_per_node: consecutive global ranks that share a node.
-        flops: peak FLOP/s of one device in the precision of the matrix products.
-        intra_bandwidth, inter_bandwidth: peak bytes/s of one link, in one direction, within and between nodes.
-        latency: seconds per transfer.
-        compute_efficiency, link_efficiency: the largest fraction of the peak that matrix products, and links, reach.
-        attention_efficiency: the fraction of ``flops`` that attention reaches with long blocks and heads of HEAD_DIM.
-        half_rows: rows or columns at which a matrix product reaches half of its highest rate.
-        half_tokens, half_head: tokens of a block, and head dimension, at which attention reaches half of its highest
-            rate.
-        links: peers in its node that a device reaches at once, each with intra_bandwidth: 1 with a switch, where all
-            share its port; the number of the other devices in a full mesh.
-        devices_per_adapter: number of devices that share one network adapter of inter_bandwidth.
-        memory: bytes of one device. memory_bandwidth: bytes/s of one device.
+    Rates are FLOP/s in the precision of the matrix products, and bytes/s in one direction; a latency is in seconds.
+    ``attention_efficiency`` holds for heads of HEAD_DIM. Consecutive global ranks share a node. ``links`` counts the
+    peers of its node that a device reaches at once: 1 with a switch, where all share its port.
     """
 
-    devices_per_node: int
-    flops: float
-    intra_bandwidth: float
-    inter_bandwidth: float
-    latency: float = 10e-6
-    compute_efficiency: float = 0.5
-    link_efficiency: float = 0.8
-    attention_efficiency: float = 0.5
-    half_rows: float = 0.0
-    half_tokens: float = 0.0
-    half_head: float = 0.0
-    links: int = 1
-    devices_per_adapter: int = 1
-    memory: float = 64e9
-    memory_bandwidth: float = inf
+    devices_per_node: int = _field("neighbouring devices of a node, such as 8")
+    flops: float = _field("peak of a device, such as 320TFLOP/s")
+    intra_bandwidth: float = _field("of one link within a node, one way, such as 28GB/s")
+    inter_bandwidth: float = _field("of one adapter between nodes, one way, such as 200Gbit/s")
+    latency: float = _field("of a transfer, such as 10us", 10e-6)
+    compute_efficiency: float = _field("share of --flops that large matrix products reach, such as 0.8", 0.5)
+    link_efficiency: float = _field("share of the links' rate that is reached, such as 0.8", 0.8)
+    attention_efficiency: float = _field("share of --flops that attention reaches in long blocks, such as 0.6", 0.5)
+    half_rows: float = _field("rows of a matrix product with which it reaches half of that, such as 256", 0.0)
+    half_tokens: float = _field("tokens of a block with which attention reaches half of that, such as 512", 0.0)
+    half_head: float = _field("size of a head with which attention reaches half of that, such as 32", 0.0)
+    links: int = _field("peers within a node that a device reaches at once: 1 at a switch, 7 in a mesh of 8", 1)
+    devices_per_adapter: int = _field("that share an adapter between nodes, such as 1", 1)
+    memory: float = 64e9  # bytes of one device; --memory has a help of its own
+    memory_bandwidth: float = _field("of a device, such as 1600GB/s", inf)
 
     def __post_init__(self) -> None:
         for name in ("devices_per_node", "flops", "intra_bandwidth", "inter_bandwidth", "memory"):

@@ -1,10 +1,13 @@
 """Events of one rank in one pass, in order: blocks and products computed, transfers posted and awaited."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mindspeed_cp.comm.meter import Traffic
-from mindspeed_cp.planner.cluster import HEAD_DIM
+import torch
+
+from mindspeed_cp.comm.meter import Traffic, count_bytes
+from mindspeed_cp.planner.cluster import HEAD_DIM, Cluster
 
 LONG = 1 << 30  # tokens of a block that is long enough for any kernel
 
@@ -17,6 +20,9 @@ class Compute:
     tokens: float = LONG
     head_dim: int = HEAD_DIM
 
+    def seconds(self, cluster: Cluster) -> float:
+        return cluster.attention_seconds(self.flops, self.tokens, self.head_dim)
+
 
 @dataclass(frozen=True)
 class Product:
@@ -25,6 +31,9 @@ class Product:
     flops: int
     rows: int
     columns: int
+
+    def seconds(self, cluster: Cluster) -> float:
+        return cluster.product_seconds(self.flops, self.rows, self.columns)
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,15 @@ class Notes:
         leaving, arriving = ({r: n for r, n in ends.items() if n} for ends in (sent, received))
         self.events.append(Post(number, leaving, arriving, of_heads))
         return Transfer(number, self.events)
+
+    def passes(self, computed: Callable[..., torch.Tensor], *leaves: torch.Tensor) -> tuple[Pass, Pass]:
+        """Return the events of the (forward, backward) pass of ``computed(*leaves)``."""
+        with count_bytes() as forward:
+            out = computed(*leaves)
+        passed = len(self.events)
+        with count_bytes() as backward:
+            out.backward(out)
+        return Pass(self.events[:passed], forward), Pass(self.events[passed:], backward)
 
 
 @dataclass

@@ -29,10 +29,11 @@ from mindspeed_cp.planner.training import (
     step_of,
 )
 from mindspeed_cp.settings.config import ContextParallelConfig
-from mindspeed_cp.settings.derived import MaskType
+from mindspeed_cp.settings.fields import MaskType
 from mindspeed_cp.settings.training_setup import TrainingSetup
 
 SETTINGS = 4  # number of settings of context parallelism whose memory is counted if nothing fits
+Note = Callable[[int, int], None]
 Family = tuple[ContextParallelConfig, ...]
 Kind = Callable[[Split, Recompute, ContextParallelConfig | None], Hashable | None]
 
@@ -87,7 +88,7 @@ class Search:
     cluster: Cluster
     kind: Kind = by_split
     excluded: dict[str, str] = field(default_factory=dict)
-    note: Callable[[int, int], None] = lambda decided, of: None
+    note: Note = lambda decided, of: None
 
     def fitting(self, some: Iterable[Split]) -> Iterator[Plan]:
         """Yield the plans that fit: of each kind the fastest, and the fastest that leaves a tenth of the memory. Among
@@ -132,7 +133,6 @@ class Search:
                     yield option
 
     def _may_fit(self, option: Option, share: float = 1.0) -> bool:
-        """Whether a lower bound of its memory fits."""
         degree = option.config.hierarchy[0] if option.config else 1
         return least_memory(self.work, option.split, option.recompute, degree) <= share * self.memory
 
@@ -170,7 +170,7 @@ class Search:
 
     def _option(self, option: Option, candidate: Candidate, family: Family = (), before: float = inf) -> Option:
         step = step_of(self.work, option.split, candidate, option.recompute, self.cluster)
-        return Option(option.split, candidate, option.recompute, step, True, family, before)
+        return replace(option, attention=candidate, step=step, is_bound=True, family=family, before=before)
 
     def _note_rules(self, split: Split, excluded: dict[str, str]) -> None:
         for name, rule in excluded.items() if split.cp > 1 else ():
@@ -263,7 +263,7 @@ def plans(
     *,
     most: int = 10,
     even_stages: bool = False,
-    note: Callable[[int, int], None] = lambda decided, of: None,
+    note: Note = lambda decided, of: None,
 ) -> tuple[list[Plan], dict[str, str]]:
     """Return (plans of the ``most`` fastest splits that leave a tenth of the memory free, fastest first, then plans
     that are at least as fast but leave less; excluded item -> first rule it breaks). If only one split is possible, its
@@ -291,8 +291,10 @@ def plans(
             break
     if not roomy and not tight and some:
         excluded["everything"] = _too_little(work, some, memory, cluster)
-    by_time = [sorted(each, key=lambda plan: (plan.step.seconds, plan.memory.total)) for each in (roomy, tight)]
-    return (by_time[0] + by_time[1][:most])[:most] if even_stages else by_time[0] + by_time[1][:most], excluded
+    for each in (roomy, tight):
+        each.sort(key=lambda plan: (plan.step.seconds, plan.memory.total))
+    found = roomy + tight[:most]
+    return found[:most] if even_stages else found, excluded
 
 
 def _too_little(work: Work, some: list[Split], memory: float, cluster: Cluster) -> str:

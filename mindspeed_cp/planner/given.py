@@ -12,29 +12,13 @@ from mindspeed_cp.planner import calibrate, megatron_flags
 from mindspeed_cp.planner.cluster import CLUSTERS, DEFAULT, THIS_MACHINE, Cluster
 from mindspeed_cp.planner.hugging_face import hf_model
 from mindspeed_cp.planner.models import MODELS, ModelShape, named_model
-from mindspeed_cp.settings.derived import MASK_TYPES
+from mindspeed_cp.settings.fields import MASK_TYPES
 from mindspeed_cp.settings.layers import FLAG
-from mindspeed_cp.settings.lengths import tokens
+from mindspeed_cp.settings.rules import tokens
 
 SCALES = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 SCALES |= {f"{prefix}i": 2.0 ** (10 * power) for power, prefix in enumerate("KMGT", 1)}
 LEAST_BYTES = 1e5  # a --memory below this, without a unit, is in gigabytes
-HELP_OF = {
-    "devices_per_node": "neighbouring devices of a node, such as 8",
-    "flops": "peak of a device, such as 320TFLOP/s",
-    "intra_bandwidth": "of one link within a node, one way, such as 28GB/s",
-    "inter_bandwidth": "of one adapter between nodes, one way, such as 200Gbit/s",
-    "latency": "of a transfer, such as 10us",
-    "compute_efficiency": "share of --flops that large matrix products reach, such as 0.8",
-    "attention_efficiency": "share of --flops that attention reaches in long blocks, such as 0.6",
-    "link_efficiency": "share of the links' rate that is reached, such as 0.8",
-    "half_rows": "rows of a matrix product with which it reaches half of that, such as 256",
-    "half_tokens": "tokens of a block with which attention reaches half of that, such as 512",
-    "half_head": "size of a head with which attention reaches half of that, such as 32",
-    "links": "peers within a node that a device reaches at once: 1 at a switch, 7 in a mesh of 8",
-    "devices_per_adapter": "that share an adapter between nodes, such as 1",
-    "memory_bandwidth": "of a device, such as 1600GB/s",
-}
 QUANTITY = re.compile(rf"(.*\d\.?) ?({'|'.join(sorted(SCALES, key=len, reverse=True))})(FLOPS|FLOP/s|bit/s|B/s|B|s|)")
 
 
@@ -89,11 +73,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--window", type=_tokens, help="tokens that a query sees in every layer, such as 4k")
     parser.add_argument("--vocab-size", type=int, help="if Megatron's flags name a tokenizer instead")
     parser.add_argument("--documents", help="packed documents: a dataset's .idx, or lognormal:6.5,1.3 and the like")
-    parser.add_argument(
-        "--pack",
-        action="store_true",
-        help="with --documents: fill rows by length (pack_documents)",
-    )
+    parser.add_argument("--pack", action="store_true", help="with --documents: fill rows by length (pack_documents)")
     parser.add_argument("--micro-batch", type=int, help="sequences (default: 1)")
     parser.add_argument("--mask-type", choices=[name for name in MASK_TYPES if name != "general"])
     parser.add_argument(
@@ -110,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
             continue
         kind = int if field.type in ("int", int) else quantity
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=kind, metavar="NUMBER", help=HELP_OF[field.name])
+        parser.add_argument(flag, type=kind, metavar="NUMBER", help=field.metadata["help"])
     parser.add_argument(
         "--shell", action="store_true", help="with --devices: print the first plan as variables of the launch scripts"
     )
@@ -168,14 +148,11 @@ def model(given: argparse.Namespace) -> ModelShape:
     Raises:
         ValueError: the model is not known, or its description is not complete.
     """
-    described = _described(given)
-    return described if given.window is None else dataclasses.replace(described, window=given.window, windowed_share=1)
-
-
-def _described(given: argparse.Namespace) -> ModelShape:
+    described: ModelShape
     if given.model:
-        return named_model(given.model)
-    if given.hf_config:
-        return hf_model(given.hf_config)
-    described: ModelShape = given.line.model(given.vocab_size)
-    return described
+        described = named_model(given.model)
+    elif given.hf_config:
+        described = hf_model(given.hf_config)
+    else:
+        described = given.line.model(given.vocab_size)
+    return described if given.window is None else dataclasses.replace(described, window=given.window, windowed_share=1)

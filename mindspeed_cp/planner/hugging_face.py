@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,8 @@ def hf_model(path: str) -> ModelShape:
     indexer = Indexer(*(config[key] for key in INDEXER)) if _has_indexer(config) else None
     sizes = layers, heads, kv_heads, dk, dv, hidden, ffn, vocab
     gate = bool(config.get("attn_output_gate", config.get("model_type") == "qwen3_next"))
-    described = ModelShape(*sizes, _gated(config), tied, latent, experts)
-    return replace(described, linear=linear, indexer=indexer, output_gate=gate)
+    kinds = latent, experts
+    return ModelShape(*sizes, _gated(config), tied, *kinds, linear=linear, indexer=indexer, output_gate=gate)
 
 
 def _has_indexer(config: dict[str, Any]) -> bool:
@@ -82,12 +81,12 @@ def _linear(config: dict[str, Any], layers: int) -> Linear | None:
         kimi = config["linear_attn_config"]
         kinds, heads, size = kimi["kda_layers"], kimi["num_heads"], kimi["head_dim"]
         pattern = tuple(layer + 1 in kinds for layer in range(layers))
-        return Linear(heads, heads, size, size, kimi["short_conv_kernel_size"], pattern, gate_rank=size)
+        return Linear(heads, heads, size, size, kimi["short_conv_kernel_size"], layers=pattern, gate_rank=size)
     if not config.get("linear_num_value_heads"):
         return None
     every = config.get("full_attention_interval") or 4
     types = config.get("layer_types") or ["linear_attention" if (n + 1) % every else "" for n in range(layers)]
-    return Linear.of((config[key] for key in STATE), tuple(kind == "linear_attention" for kind in types))
+    return Linear(*map(config.__getitem__, STATE), layers=tuple(kind == "linear_attention" for kind in types))
 
 
 def _gated(config: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 import ast
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mindspeed_cp.arguments.launch import bare_parser, known_flags, read_flags
 from mindspeed_cp.planner.models import Experts, Indexer, Latent, Linear, ModelShape
@@ -80,8 +80,8 @@ class MegatronFlags:
         linear, indexer = _variant(args, latent)
         learned = args.position_embedding_type in (None, "learned_absolute")  # Megatron's default
         sizes = layers, heads, kv_heads, dk, dv, hidden, ffn, entries
-        described = ModelShape(*sizes, gated, tied, latent, experts, learned)
-        return replace(described, linear=linear, indexer=indexer, output_gate=args.attention_output_gate)
+        others = {"linear": linear, "indexer": indexer, "output_gate": args.attention_output_gate}
+        return ModelShape(*sizes, gated, tied, latent, experts, learned, **others)
 
 
 def parsed(flags: Sequence[str]) -> tuple[Namespace, list[str]]:
@@ -122,7 +122,12 @@ def attention_sizes(args: Namespace) -> tuple[int, int, int, int]:
     if args.multi_latent_attention:
         return heads, heads, args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
     kv_heads = args.num_query_groups if args.group_query_attention and args.num_query_groups else heads
-    dim = args.kv_channels or _divided(args.hidden_size, heads)
+    if args.hidden_size % heads and not args.kv_channels:
+        raise ValueError(
+            f"--hidden-size {args.hidden_size} must be divisible by --num-attention-heads {heads}; or give "
+            "--kv-channels."
+        )
+    dim = args.kv_channels or args.hidden_size // heads
     return heads, kv_heads, dim, dim
 
 
@@ -139,14 +144,6 @@ def read(flags: Sequence[str]) -> MegatronFlags:
         raise ValueError(f"--{refused[0]} is not known to the planner; leave it out for a plan without it.")
     sizes = {ours: getattr(args, flag.replace("-", "_")) for ours, flag in SIZES.items() if flag in named}
     return MegatronFlags(args, sizes, tuple(name for name in NEEDED if name not in named))
-
-
-def _divided(hidden: int, heads: int) -> int:
-    if hidden % heads:
-        raise ValueError(
-            f"--hidden-size {hidden} must be divisible by --num-attention-heads {heads}; or give --kv-channels."
-        )
-    return hidden // heads
 
 
 def _experts(args: Namespace, ffn: int) -> Experts | None:
@@ -174,7 +171,7 @@ def _variant(args: Namespace, latent: Latent | None) -> tuple[Linear | None, Ind
             raise ValueError(f"{flag} needs --linear-attention-freq; give 4 if every fourth layer is attention.")
         names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
         sizes = (getattr(args, f"linear_{name}") for name in names)
-        return Linear.of(sizes, _linear_layers(args.linear_attention_freq, args.num_layers)), None
+        return Linear(*sizes, layers=_linear_layers(args.linear_attention_freq, args.num_layers)), None
     if variant == "dsa":
         indexer = args.dsa_indexer_n_heads, args.dsa_indexer_head_dim, args.dsa_indexer_topk
         if latent is None or None in indexer:
@@ -190,7 +187,7 @@ def _variant(args: Namespace, latent: Latent | None) -> tuple[Linear | None, Ind
 
 def _linear_layers(text: str, layers: int) -> tuple[bool, ...]:
     """Which layers have a state: all but every n-th, or those with 1 in a list."""
-    if text.strip().isdigit() and int(text) > 0:
+    if text.strip().isdecimal() and int(text) > 0:
         return tuple((layer + 1) % int(text) > 0 for layer in range(layers))
     return layer_pattern(text, layers, "linear-attention-freq")
 

@@ -156,6 +156,7 @@ def most_bytes(config: ContextParallelConfig, problem: Problem) -> AttentionByte
     return AttentionBytes(*map(max, zip(*counts)))
 
 
+@lru_cache(maxsize=4096)
 def kept_bytes(config: ContextParallelConfig, problem: Problem, rank: int, order: MemoryOrder | None = None) -> int:
     """Bytes that cp_rank ``rank`` keeps per layer from forward to recomputation with ``--cp-keep-attention``."""
     kept = KeptAttention()

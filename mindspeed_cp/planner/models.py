@@ -1,7 +1,6 @@
 """What the planner knows about a model: its sizes, its parameters, and the table of models by name (models.txt)."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -61,14 +60,8 @@ class Linear:
     key_dim: int
     value_dim: int
     width: int
-    layers: tuple[bool, ...]
-    gate_rank: int = 0
-
-    @classmethod
-    def of(cls, sizes: Iterable[int], layers: tuple[bool, ...], gate_rank: int = 0) -> "Linear":
-        """Make one from ``sizes``: keys, values, key_dim, value_dim and width."""
-        keys, values, key_dim, value_dim, width = sizes
-        return cls(keys, values, key_dim, value_dim, width, layers, gate_rank)
+    gate_rank: int = field(default=0, kw_only=True)
+    layers: tuple[bool, ...] = field(kw_only=True)
 
     @property
     def share(self) -> float:
@@ -205,6 +198,9 @@ class ModelShape:
         router = self.hidden * self.experts.num
         return LayerParameters(split + shared, whole + router, self.experts.num * one, self.experts.topk * one)
 
+    def layer(self, with_experts: bool) -> LayerParameters:
+        return self.expert_layer if with_experts else self.dense_layer
+
     def _mixer_parameters(self) -> tuple[int, int]:
         """Return (parameters that tensor parallelism splits, other parameters including both norms) of attention, or of
         the mean of attention and layers with a state.
@@ -244,23 +240,20 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """Number of parameters of the whole model."""
-        dense, experts = self.stage(0, 1)
-        layers = dense * self.dense_layer.total + (experts * self.expert_layer.total if experts else 0)
-        return layers + self._others()
+        return self._sum("total")
 
     @property
     def active_parameters(self) -> int:
         """Number of parameters that a token visits."""
-        dense, experts = self.stage(0, 1)
-        layers = dense * self.dense_layer.active + (experts * self.expert_layer.active if experts else 0)
-        return layers + self._others()
+        return self._sum("active")
 
-    def _others(self) -> int:
-        return (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
+    def _sum(self, count: str) -> int:
+        kinds = enumerate(self.stage(0, 1))
+        layers = sum(number * getattr(self.layer(bool(kind)), count) for kind, number in kinds if number)
+        return int(layers) + (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
 
 
 def _row(line: str) -> tuple[str, ModelShape]:
-    """Parse one line of the table."""
     name, *words = line.split()
     layers, hidden, ffn, heads, kv_heads, vocab = map(int, words[:6])
     more = {key: int(value) for key, _, value in (word.partition("=") for word in words[6:]) if value}
@@ -268,27 +261,23 @@ def _row(line: str) -> tuple[str, ModelShape]:
     dk = more["nope"] + more["rope"] if latent else more.get("dim", hidden // heads)
     experts = None
     if "experts" in more:
-        dense = more.get("dense", 0)
-        pattern = tuple(layer >= dense for layer in range(layers))
+        pattern = tuple(layer >= more.get("dense", 0) for layer in range(layers))
         experts = Experts(more["experts"], more["topk"], more["expert_ffn"], more.get("shared_ffn", 0), pattern)
     gated, tied, dv = "gated" in words, "untied" not in words, more.get("dv", dk)
     # In each group of ``every`` layers, the last has full attention and the others a window.
     every = more.get("every", 1)
     share = sum((layer + 1) % every > 0 for layer in range(layers)) / layers
-    linear, indexer = None, None
+    linear = None
     if "linear_values" in more:
         # The last layer of each group of ``every`` layers, and the last of the model, has attention.
         kinds = tuple((layer + 1) % every > 0 and layer + 1 < layers for layer in range(layers))
         names = ("linear_keys", "linear_values", "linear_key_dim", "linear_value_dim", "conv")
-        linear = Linear.of((more[each] for each in names), kinds, more.get("gate_rank", 0))
-    if "index_heads" in more:
-        indexer = Indexer(more["index_heads"], more["index_dim"], more["index_topk"])
+        linear = Linear(*map(more.__getitem__, names), layers=kinds, gate_rank=more.get("gate_rank", 0))
+    indexer = Indexer(more["index_heads"], more["index_dim"], more["index_topk"]) if "index_heads" in more else None
     sizes, window = (layers, heads, kv_heads, dk, dv, hidden, ffn, vocab), more.get("window", 0) if share else 0
     windows = window, share if window else 0.0
-    gate = "gate" in words
-    return name, ModelShape(
-        *sizes, gated, tied, latent, experts, "learned" in words, *windows, linear, indexer, output_gate=gate
-    )
+    others = latent, experts, "learned" in words, *windows, linear, indexer, "gate" in words
+    return name, ModelShape(*sizes, gated, tied, *others)
 
 
 MODELS = dict(_row(line) for line in TABLE.read_text(encoding="utf-8").splitlines() if not line.startswith("#"))

@@ -12,7 +12,6 @@ import torch
 
 from mindspeed_cp.comm.groups import ContextParallelGroups
 from mindspeed_cp.comm.link import Link
-from mindspeed_cp.comm.meter import count_bytes
 from mindspeed_cp.comm.sequence_exchange import SequenceExchange
 from mindspeed_cp.kernels.base import accumulation_dtype
 from mindspeed_cp.linear.gated_delta import DeltaHeads, DeltaLayer, DeltaWeights
@@ -20,6 +19,7 @@ from mindspeed_cp.linear.parts import OwnPart
 from mindspeed_cp.linear.recurrence import DeltaRule, Documents
 from mindspeed_cp.linear.rows import contiguous_parts, conversion, exchange_rows, whole_sequence
 from mindspeed_cp.planner.events import Compute, Notes, Pass
+from mindspeed_cp.planner.models import ModelShape
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.config import ContextParallelConfig
 
@@ -37,6 +37,13 @@ class LinearLayer:
     heads: DeltaHeads
     width: int
     hidden: int
+
+    @classmethod
+    def of(cls, model: ModelShape, tp: int) -> "LinearLayer":
+        linear = model.linear
+        assert linear is not None, "the model has such layers"
+        sizes = linear.key_dim, linear.value_dim, linear.decays
+        return cls(DeltaHeads(linear.keys // tp, linear.values // tp, *sizes), linear.width, model.hidden)
 
     @property
     def token_elements(self) -> int:
@@ -68,6 +75,12 @@ class SparseLayer:
     topk: int
     has_loss: bool = True
 
+    @classmethod
+    def of(cls, model: ModelShape, tp: int) -> "SparseLayer":
+        indexer, latent = model.indexer, model.latent
+        assert indexer is not None and latent is not None, "the model has an indexer over its latents"
+        return cls(model.num_heads // tp, latent.rope, latent.kv_rank, indexer.heads, indexer.dim, indexer.topk)
+
 
 @dataclass(frozen=True)
 class DryRank:
@@ -94,16 +107,6 @@ class DryRank:
         """Meta tensor (s, b, *size)."""
         shape = (self.tokens, self.batch, *size)
         return torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True)
-
-    def passes(self, computed: Any, *leaves: torch.Tensor) -> tuple[Pass, Pass]:
-        """Return the events of the forward and backward pass of ``computed(*leaves)``."""
-        events = self.notes.events
-        with count_bytes() as forward:
-            out = computed(*leaves)
-        passed = len(events)
-        with count_bytes() as backward:
-            out.backward(torch.empty_like(out))
-        return Pass(events[:passed], forward), Pass(events[passed:], backward)
 
 
 class _Noted(torch.autograd.Function):
@@ -132,11 +135,11 @@ def linear_passes(layer: LinearLayer, rank: DryRank) -> tuple[Pass, Pass]:
         return _by_state(layer, rank, core, link)
     inputs, gates = rank.rows(sum(heads.channels)), rank.rows(sum(heads.gates))
     if link is None:
-        return rank.passes(partial(_alone, core, rank.documents), inputs, gates)
+        return rank.notes.passes(partial(_alone, core, rank.documents), inputs, gates)
     if heads.values < link.size:
         raise ValueError(f"{heads.values} value heads for {link.size} ranks; use --cp-linear-exchange state.")
     exchange = SequenceExchange(link, rank.layout.all_runs, rank.config.alltoall)
-    return rank.passes(partial(core.by_heads, exchange=exchange, documents=rank.documents), inputs, gates)
+    return rank.notes.passes(partial(core.by_heads, exchange=exchange, documents=rank.documents), inputs, gates)
 
 
 def _by_state(layer: LinearLayer, rank: DryRank, core: DeltaLayer, link: Link) -> tuple[Pass, Pass]:
@@ -158,8 +161,8 @@ def _by_state(layer: LinearLayer, rank: DryRank, core: DeltaLayer, link: Link) -
         return exchange_rows(rows.contiguous(), back, link, "tokens")
 
     if rank.sequence_parallel:
-        return rank.passes(inside, rank.rows(layer.token_elements))
-    return rank.passes(around, rank.rows(layer.hidden))
+        return rank.notes.passes(inside, rank.rows(layer.token_elements))
+    return rank.notes.passes(around, rank.rows(layer.hidden))
 
 
 def _alone(core: DeltaLayer, documents: Documents, inputs: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -211,7 +214,7 @@ def sparse_passes(layer: SparseLayer, rank: DryRank) -> tuple[Pass, Pass]:
         noted: torch.Tensor = _Noted.apply(out, rank.notes, Compute(attended, head_dim=layer.latent))
         return noted
 
-    return rank.passes(computed, rank.rows(1, width), rank.rows(layer.index_dim))
+    return rank.notes.passes(computed, rank.rows(1, width), rank.rows(layer.index_dim))
 
 
 def _seen(rank: DryRank, topk: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -12,7 +13,7 @@ from mindspeed_cp.planner.timing import Candidate, preference, timed
 from mindspeed_cp.planner.trace import Problem
 from mindspeed_cp.settings.algorithms import ALGORITHMS
 from mindspeed_cp.settings.config import ContextParallelConfig
-from mindspeed_cp.settings.derived import KV_CACHE_POLICIES, KVCachePolicy, MaskType
+from mindspeed_cp.settings.fields import KV_CACHE_POLICIES, KVCachePolicy, MaskType
 from mindspeed_cp.settings.training_setup import TrainingSetup, resolve
 
 Policies = tuple[KVCachePolicy | None, ...]
@@ -32,13 +33,6 @@ OF_DOCUMENTS = (("balanced", "direct", 1),)
 OF_A_MESH = (("auto", "direct", 2), ("auto", "mesh", 1), ("auto", "mesh", 2))
 CHUNKS = (1, 2, 4)
 SPARSE = "sparse attention gathers its keys from all ranks, whatever the algorithm is"
-
-
-def policies_beside(chunks: int) -> Policies:
-    """Return the KV cache policies to try with this number of groups of heads. Groups save memory themselves, and with
-    all policies there would be too many similar settings.
-    """
-    return KV_CACHE_POLICIES if chunks == 1 else (None,)
 
 
 def variants(
@@ -65,23 +59,25 @@ def variants(
                     KV_CACHE_POLICIES,
                 )
                 for (layout, exchange, in_flight), chunks, form, policy in ways:
-                    is_more = (layout, exchange, in_flight) in OF_A_MESH
-                    if policy not in policies_beside(chunks) or (is_more and chunks > 1):
+                    # Groups save memory themselves, and there would be too many similar settings.
+                    if chunks > 1 and (policy is not None or (layout, exchange, in_flight) in OF_A_MESH):
                         continue
-                    arguments = dict(
-                        context_parallel_size=cp,
-                        algorithm=name,
-                        ulysses_degree=degree,
-                        window_size=window,
-                        batch_layout=layout,
-                        kv_exchange=exchange,
-                        in_flight=in_flight,
-                        ulysses_chunks=chunks,
-                        mla_exchange=form,
-                        kv_cache_policy=policy,
-                        send_recv_overlap=row.exchange is not None,
+                    yield (
+                        name,
+                        dict(
+                            context_parallel_size=cp,
+                            algorithm=name,
+                            ulysses_degree=degree,
+                            window_size=window,
+                            batch_layout=layout,
+                            kv_exchange=exchange,
+                            in_flight=in_flight,
+                            ulysses_chunks=chunks,
+                            mla_exchange=form,
+                            kv_cache_policy=policy,
+                            send_recv_overlap=row.exchange is not None,
+                        ),
                     )
-                    yield name, arguments
 
 
 def allowed(
@@ -91,9 +87,10 @@ def allowed(
     is_sparse = problem.layer is not None
     latents = problem.latent is not None and not is_sparse
     for name, arguments in variants(cp, problem.layout_documents is not None, _is_mesh(problem, cluster), latents):
-        if is_sparse and ALGORITHMS[name].exchange != "allgather":
+        gathers = ALGORITHMS[name].exchange == "allgather"
+        if is_sparse and not gathers:
             first_rule.setdefault(name, SPARSE)
-        if is_sparse and (ALGORITHMS[name].exchange != "allgather" or arguments["kv_cache_policy"] is not None):
+        if is_sparse and (not gathers or arguments["kv_cache_policy"] is not None):
             continue
         try:
             config = ContextParallelConfig(**arguments, attention_mask_type=mask_type)
@@ -104,6 +101,7 @@ def allowed(
             yield config
 
 
+@lru_cache(maxsize=256)
 def search(
     cp: int,
     problem: Problem,
@@ -126,7 +124,9 @@ def search(
             found.append(timed(config, problem, cluster))
         except ValueError as error:
             first_rule.setdefault(config.algorithm, str(error))
-    fastest = _fastest(found)
+    fastest: dict[str, Candidate] = {}
+    for candidate in sorted(found, key=preference):
+        fastest.setdefault(candidate.config.algorithm, candidate)
     for config in further:
         best = fastest.get(config.algorithm)
         if best and best.config.hierarchy == config.hierarchy and _may_gain(best, config):
@@ -144,14 +144,6 @@ def _is_plain(config: ContextParallelConfig) -> bool:
 def _may_gain(plain: Candidate, config: ContextParallelConfig) -> bool:
     """Whether ``config`` may hide more communication than the plain setting of its hierarchy."""
     return plain.waits_for_heads if config.ulysses_chunks > 1 else plain.waits_for_rows
-
-
-def _fastest(found: list[Candidate]) -> dict[str, Candidate]:
-    """Return the fastest setting of each algorithm."""
-    fastest: dict[str, Candidate] = {}
-    for candidate in sorted(found, key=preference):
-        fastest.setdefault(candidate.config.algorithm, candidate)
-    return fastest
 
 
 def _is_mesh(problem: Problem, cluster: Cluster) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.documents import Boundaries
 from mindspeed_cp.planner.models import ModelShape
-from mindspeed_cp.settings.derived import MaskType
+from mindspeed_cp.settings.fields import MaskType
 from mindspeed_cp.settings.rules import heads_of_rank, require_even_tokens
 
 FEWEST_TOKENS = 256  # of a sequence on a rank; with fewer, kernels are too inefficient to be worth searching

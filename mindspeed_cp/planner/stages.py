@@ -1,18 +1,21 @@
-"""Memory of a pipeline stage, and the time of its step.
+"""Memory of a pipeline stage and the time of its step: attention's, which the engine gives, and the layers around it.
 
 Counts parameters, activations and FLOPs of a GPT as Megatron trains it: half precision with float32 gradients and a
 distributed optimizer, sequence parallelism with tensor parallelism, flash attention, no dropout, the 1F1B schedule.
+Experts are assumed to be evenly loaded; tokens travel with Megatron's all-to-all dispatcher.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from mindspeed_cp.planner.cluster import Cluster
-from mindspeed_cp.planner.layers import FLOAT, HALF, forward, held, local_tokens
 from mindspeed_cp.planner.memory import AttentionBytes
+from mindspeed_cp.planner.models import ModelShape
 from mindspeed_cp.planner.split import Split, Work
 from mindspeed_cp.planner.timing import Candidate
 
+HALF, FLOAT = 2, 4  # bytes
 OPTIMIZER = 12  # bytes for a parameter: float32 copy and Adam's two moments
 Recompute = Literal["none", "full", "full, attention kept"]
 RECOMPUTES: tuple[Recompute, ...] = ("none", "full", "full, attention kept")
@@ -64,6 +67,34 @@ class Step:
     @property
     def seconds(self) -> float:
         return float(sum(vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Held:
+    """The part of one layer that a rank holds.
+
+    Args:
+        parameters, routed: number of parameters without the routed experts, and of the routed experts.
+        activations: bytes that the backward pass of one micro batch needs, without those of attention.
+    """
+
+    parameters: int
+    routed: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Seconds of one micro batch in the forward pass of one layer, without the attention kernel.
+
+    Args:
+        compute: matrix products and other memory traffic.
+        tensor, expert: communication of tensor and expert parallelism.
+    """
+
+    compute: float
+    tensor: float
+    expert: float
 
 
 def stage_memory(work: Work, split: Split, recompute: Recompute, number: int, one: AttentionBytes, left: int) -> Memory:
@@ -182,3 +213,75 @@ def _data(split: Split, parameters: int, routed: int, cluster: Cluster) -> tuple
 
 def _micro_batches(work: Work, split: Split) -> int:
     return work.global_batch // (split.dp * work.micro_batch)
+
+
+def local_tokens(work: Work, split: Split) -> int:
+    """Tokens of one micro batch on one rank of the context-parallel group."""
+    return -(-work.seq_length // split.cp) * work.micro_batch
+
+
+def held(work: Work, split: Split, with_experts: bool) -> Held:
+    model, tokens = work.model, local_tokens(work, split)
+    counts, experts = model.layer(with_experts), model.experts if with_experts else None
+    # Inputs of both norms and of the projections after them, low-rank inputs twice, and MLP inputs; split over tp.
+    width = 4 * model.hidden + (2 * (model.latent.q_rank + model.latent.kv_rank) if model.latent else 0)
+    router = routed = 0
+    if experts:
+        width += model.matrices * experts.shared_ffn
+        # Inputs and activations of a token's experts; all tensor-parallel ranks of an expert get the whole input.
+        width += experts.topk * (model.hidden * split.etp + model.matrices * experts.ffn)
+        router = 2 * FLOAT * experts.num  # logits and scores
+        routed = counts.routed // (split.ep * split.etp)
+    else:
+        width += model.matrices * model.ffn
+    return Held(counts.split // split.tp + counts.whole, routed, tokens * (HALF * width + router) // split.tp)
+
+
+def forward(work: Work, split: Split, cluster: Cluster, with_experts: bool) -> Forward:
+    model, tokens = work.model, local_tokens(work, split)
+    compute = sum(
+        cluster.product_seconds(flops, rows, columns)
+        for flops, rows, columns in _products(model, tokens, split, with_experts)
+    )
+    # Each activation is written once and read once.
+    compute += 2 * held(work, split, with_experts).activations / cluster.memory_bandwidth
+    row = tokens * model.hidden * HALF / split.tp  # bytes of the tokens that a rank holds between layers
+    # A gather before and a scatter after attention, and the same for the dense MLP or the shared experts; latent
+    # attention gathers the outputs of its low-rank projections.
+    latent, scatter = model.latent, _exchange(row * split.tp, split.tp, 1, cluster)
+    entry = (latent.q_rank or model.hidden) + latent.kv_rank + latent.rope if latent else model.hidden
+    tensor = _exchange(tokens * entry * HALF, split.tp, 1, cluster) + scatter
+    experts = model.experts if with_experts else None
+    if not experts:
+        return Forward(compute, tensor + 2 * scatter, 0.0)
+    tensor += 2 * scatter if experts.shared_ffn else 0
+    tensor += 2 * _exchange(experts.topk * row * split.etp, split.etp, 1, cluster)
+    return Forward(compute, tensor, 2 * _exchange(experts.topk * row, split.ep, split.etp, cluster))
+
+
+def _products(model: ModelShape, tokens: int, split: Split, with_experts: bool) -> Iterator[tuple[float, float, float]]:
+    """(FLOPs, rows, smaller other size) of a rank's matrix products: projections of attention, MLP, experts."""
+    counts, experts = model.layer(with_experts), model.experts if with_experts else None
+    shared = experts.shared_ffn if experts else model.ffn
+    mlp = model.matrices * model.hidden * shared
+    narrow = (model.latent.q_rank or model.latent.kv_rank) if model.latent else model.hidden
+    width = min(narrow, model.num_heads * model.dk / split.tp)
+    yield 2 * tokens * (counts.active - counts.visited - mlp) / split.tp, tokens, width
+    if mlp:
+        yield 2 * tokens * mlp / split.tp, tokens, min(model.hidden, shared / split.tp)
+    if experts:
+        visits = tokens / split.tp * split.ep * split.etp * experts.topk / experts.num  # of one expert
+        yield 2 * tokens * counts.visited / split.tp, visits, min(model.hidden, experts.ffn / split.etp)
+
+
+def _exchange(size: float, members: int, stride: int, cluster: Cluster) -> float:
+    """Seconds for every member to send each other member its share of ``size`` bytes.
+
+    Args:
+        stride: distance of consecutive group members in global ranks.
+    """
+    near = min(max(cluster.devices_per_node // stride, 1), members)  # members per node
+    parts = {False: size * (near - 1) / members, True: size * (members - near) / members}
+    return max(
+        cluster.latency + part / cluster.bandwidth(inter, near - 1) if part else 0.0 for inter, part in parts.items()
+    )

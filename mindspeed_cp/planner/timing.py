@@ -12,7 +12,7 @@ from mindspeed_cp.planner.events import Compute, Event, Post, Product, Wait
 from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.sequence.masks import attention_masks
 from mindspeed_cp.settings.config import ContextParallelConfig
-from mindspeed_cp.settings.derived import LinearExchange
+from mindspeed_cp.settings.fields import LinearExchange
 
 WAITING = 0.01  # fraction of its time that a setting must wait before variants that hide more are tried
 
@@ -83,12 +83,8 @@ def timeline(events: list[Event], cluster: Cluster, rank: int) -> Timing:
     free: dict[tuple[bool, int, str], float] = {}
     ready = {}
     for event in events:
-        if isinstance(event, Compute):
-            seconds = cluster.attention_seconds(event.flops, event.tokens, event.head_dim)
-            compute += seconds
-            now += seconds
-        elif isinstance(event, Product):
-            seconds = cluster.product_seconds(event.flops, event.rows, event.columns)
+        if isinstance(event, (Compute, Product)):
+            seconds = event.seconds(cluster)
             compute += seconds
             now += seconds
         elif isinstance(event, Post):
@@ -114,14 +110,6 @@ def _by_link(ends: dict[int, int], cluster: Cluster, rank: int) -> dict[tuple[bo
     for peer, size in ends.items():
         link = cluster.link(rank, peer)
         sizes[link] = sizes.get(link, 0) + size
-    return sizes
-
-
-def _apart(ends: dict[int, int], cluster: Cluster, rank: int) -> dict[bool, int]:
-    """Bytes within (False) and between (True) nodes."""
-    sizes = {False: 0, True: 0}
-    for peer, size in ends.items():
-        sizes[cluster.node(peer) != cluster.node(rank)] += size
     return sizes
 
 
@@ -174,8 +162,12 @@ def _timed(config: ContextParallelConfig, problem: Problem, cluster: Cluster) ->
         passes = trace(config, problem, rank)
         place = rank * problem.stride
         times.append([timeline(each.events, cluster, place) for each in passes])
-        sizes = [_apart(each.sent, cluster, place) for each in passes]
-        intra, inter = max(intra, sum(s[False] for s in sizes)), max(inter, sum(s[True] for s in sizes))
+        links = [_by_link(each.sent, cluster, place) for each in passes]
+        within, between = (
+            sum(size for each in links for (leaves, _), size in each.items() if leaves is is_inter)
+            for is_inter in (False, True)
+        )
+        intra, inter = max(intra, within), max(inter, between)
     forward, backward = max(times, key=lambda passes: sum(each.seconds for each in passes))
     return Candidate(config, forward, backward, intra, inter)
 

@@ -16,7 +16,6 @@ from mindspeed_cp.attention.expansion import Expansion, LatentExpansion, Pair, S
 from mindspeed_cp.attention.kept import KeptAttention
 from mindspeed_cp.comm.groups import ContextParallelGroups, Linkage
 from mindspeed_cp.comm.link import Link
-from mindspeed_cp.comm.meter import count_bytes
 from mindspeed_cp.comm.parts import parts_of
 from mindspeed_cp.comm.posting import Posted, Work
 from mindspeed_cp.comm.workspace import Workspace
@@ -83,7 +82,7 @@ class Problem:
         slices = None if self.is_pipeline else self.attention_slices
         return SequenceLayout.build(config, self.seq_len, self.layout_documents, slices)
 
-    def expansion(self, config: ContextParallelConfig, notes: "Notes", local_tokens: int = 0) -> "Expansion | None":
+    def expansion(self, config: ContextParallelConfig, notes: Notes, local_tokens: int = 0) -> Expansion | None:
         """Return what computes keys and values from the tensors sent; None if keys and values themselves are sent.
 
         Args:
@@ -269,10 +268,6 @@ class DryCall:
         return context_parallel_attention(*tensors, groups=self.groups, **self.keywords, kept=kept)
 
 
-def _forget(leaf: torch.Tensor) -> None:
-    leaf.grad = None
-
-
 def dry_call(
     config: ContextParallelConfig, problem: Problem, rank: int, kernel: NotingKernel, backend: str = DEVICES
 ) -> DryCall:
@@ -289,18 +284,10 @@ def dry_call(
         for size in sizes
     )
     for leaf in leaves:
-        leaf.register_post_accumulate_grad_hook(_forget)
-    keywords = dict(
-        config=config,
-        layout=layout,
-        cu_seqlens=problem.cu_seqlens,
-        sliding_window=problem.sliding_window,
-        layer_number=problem.layer_number,
-        kernel=kernel,
-        fused_update=True,
-        expand=expansion,
-        attention_slices=problem.attention_slices,
-    )
+        leaf.register_post_accumulate_grad_hook(lambda leaf: setattr(leaf, "grad", None))
+    given = ("cu_seqlens", "sliding_window", "layer_number", "attention_slices")
+    keywords = {name: getattr(problem, name) for name in given}
+    keywords |= dict(config=config, layout=layout, kernel=kernel, fused_update=True, expand=expansion)
     return DryCall(leaves, dry_groups(config, rank, problem.stride, kernel.notes, backend), keywords)
 
 
@@ -332,9 +319,4 @@ def trace(config: ContextParallelConfig, problem: Problem, rank: int) -> tuple[P
             return linear_passes(problem.layer, dry)
         return sparse_passes(problem.layer, dry)
     call = dry_call(config, problem, rank, NotingKernel(notes))
-    with count_bytes() as forward:
-        out = call(*call.leaves)
-    passed = len(notes.events)
-    with count_bytes() as backward:
-        out.backward(out)
-    return Pass(notes.events[:passed], forward), Pass(notes.events[passed:], backward)
+    return notes.passes(call, *call.leaves)

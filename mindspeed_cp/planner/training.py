@@ -9,15 +9,24 @@ from functools import lru_cache
 from itertools import pairwise
 
 from mindspeed_cp.planner.cluster import Cluster
-from mindspeed_cp.planner.layers import FLOAT, HALF, linear_layer, mean_saved, sparse_layer
 from mindspeed_cp.planner.memory import AttentionBytes, kept_bytes, most_bytes
+from mindspeed_cp.planner.other_layers import LinearLayer, SparseLayer
 from mindspeed_cp.planner.search import Found, Policies, search
 from mindspeed_cp.planner.split import Split, Work
-from mindspeed_cp.planner.stages import Memory, Recompute, Step, kinds_of_stages, stage_memory, stage_step
+from mindspeed_cp.planner.stages import (
+    FLOAT,
+    HALF,
+    Memory,
+    Recompute,
+    Step,
+    kinds_of_stages,
+    local_tokens,
+    stage_memory,
+    stage_step,
+)
 from mindspeed_cp.planner.timing import Candidate
 from mindspeed_cp.planner.trace import Problem
 from mindspeed_cp.settings.config import ContextParallelConfig
-from mindspeed_cp.settings.derived import MaskType
 from mindspeed_cp.settings.rules import heads_of_rank
 from mindspeed_cp.settings.training_setup import TrainingSetup
 
@@ -58,7 +67,7 @@ def area(work: Work) -> float:
 
 def attention(work: Work, split: Split, cluster: Cluster, policies: Policies = (None,)) -> Found:
     """Return timed settings of context parallelism for one layer, with these KV cache policies; cached per (tp, cp)."""
-    return _searched(split.cp, problem_of(work, split), setup_of(work, split), cluster, work.mask_type, policies)
+    return search(split.cp, problem_of(work, split), setup_of(work, split), cluster, work.mask_type, policies)
 
 
 def setup_of(work: Work, split: Split) -> TrainingSetup:
@@ -88,21 +97,9 @@ def problem_of(work: Work, split: Split) -> Problem:
         is_pipeline=split.pp > 1 and work.documents is not None,
         windowed=(model.window, model.windowed_share) if model.window else None,
         latent=(model.latent.rope, model.latent.kv_rank) if model.latent else None,
-        linear=(linear_layer(model, split.tp), model.linear_share) if model.linear else None,
-        layer=sparse_layer(model, split.tp) if model.indexer else None,
+        linear=(LinearLayer.of(model, split.tp), model.linear_share) if model.linear else None,
+        layer=SparseLayer.of(model, split.tp) if model.indexer else None,
     )
-
-
-@lru_cache(maxsize=256)
-def _searched(
-    cp: int, problem: Problem, setup: TrainingSetup, cluster: Cluster, mask_type: MaskType, policies: Policies
-) -> Found:
-    return search(cp, problem, setup, cluster, mask_type, policies)
-
-
-@lru_cache(maxsize=4096)
-def _kept_bytes(config: ContextParallelConfig, problem: Problem) -> int:
-    return kept_bytes(config, problem, 0)
 
 
 def _least_saved(problem: Problem, cp: int) -> int:
@@ -130,8 +127,7 @@ def planned(work: Work, split: Split, candidate: Candidate, recompute: Recompute
 def memory_of(work: Work, split: Split, recompute: Recompute, config: ContextParallelConfig) -> Memory:
     """Memory of the fullest stage, with attention's memory counted by the engine."""
     problem = replace(problem_of(work, split), windowed=None, linear=None, layer=None)
-    is_kept = recompute == "full, attention kept"
-    kept = _kept_bytes(config, problem) if is_kept else 0
+    kept = kept_bytes(config, problem, 0) if recompute == "full, attention kept" else 0
     return _memory(work, split, recompute, most_bytes(config, problem), kept)
 
 
@@ -148,7 +144,10 @@ def _memory(work: Work, split: Split, recompute: Recompute, one: AttentionBytes,
     Args:
         one: attention of the running layer. kept: bytes that every other layer keeps if attention is kept.
     """
-    saved, kept = mean_saved(work, split, one.saved), round(work.model.kept_share * kept)
+    model, saved, kept = work.model, one.saved, round(work.model.kept_share * kept)
+    if model.linear is not None:
+        state = local_tokens(work, split) * HALF * LinearLayer.of(model, split.tp).saved_elements
+        saved = round((1 - model.linear_share) * saved + model.linear_share * state)
     left = {"none": saved, "full": 0, "full, attention kept": kept}[recompute]
     stages = [stage_memory(work, split, recompute, number, one, left) for number in kinds_of_stages(work, split)]
     return max(stages, key=lambda stage: stage.total)
@@ -160,23 +159,18 @@ def step_of(work: Work, split: Split, candidate: Candidate, recompute: Recompute
     return max(steps, key=lambda step: step.seconds)
 
 
-def model_flops(work: Work, causal: bool = True) -> float:
-    """FLOPs that a training step needs, without recomputation.
+def utilization(work: Work, plan: Plan, cluster: Cluster, causal: bool = True) -> float:
+    """Model FLOPs of a step, without recomputation, divided by the devices' peak FLOPs in the same time (MFU).
 
     Args:
         causal: for causal attention count only the computed pairs; else all pairs, as NVIDIA's and Megatron's figures.
     """
-    model = work.model
+    model, devices = work.model, plan.split.stage * plan.split.pp
     of_row = area(work if causal else replace(work, mask_type="full")) / work.micro_batch
     products = model.active_parameters - (0 if model.tied else 1) * model.vocab * model.hidden
     pairs = 6 * of_row * model.num_layers * model.num_heads * (model.dk + model.dv)
-    return work.global_batch * (6 * products * work.seq_length + pairs)
-
-
-def utilization(work: Work, plan: Plan, cluster: Cluster, causal: bool = True) -> float:
-    """Model FLOPs of a step divided by the devices' peak FLOPs in the same time (MFU)."""
-    devices = plan.split.stage * plan.split.pp
-    return model_flops(work, causal) / (devices * cluster.flops * plan.step.seconds)
+    flops = work.global_batch * (6 * products * work.seq_length + pairs)
+    return flops / (devices * cluster.flops * plan.step.seconds)
 
 
 def tokens_per_second(work: Work, plan: Plan) -> float:

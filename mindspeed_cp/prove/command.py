@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 
 from mindspeed_cp.doctor import launch
@@ -16,7 +17,6 @@ from mindspeed_cp.patches.machine import choice as machine
 from mindspeed_cp.prove import launching, report, shrinking
 from mindspeed_cp.prove.comparing import compare
 from mindspeed_cp.prove.limits import LIMITS, limits_of
-from mindspeed_cp.prove.ranks import Order, Run
 from mindspeed_cp.prove.report import Verdict
 from mindspeed_cp.prove.shrinking import Plan, Wish
 
@@ -24,7 +24,6 @@ DESCRIPTION = """\
 Show on this machine, in minutes, whether a training command computes the same with context parallelism as without: it
 is made small, runs twice with the same weights and the same data, and everything that can be compared is compared.
 Exit status 0: equal; 1: different, or a run failed; 2: wrong use."""
-ALONE = "cp=1"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +42,12 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=3, help="training steps (default: 3)")
     add("--seed", type=int, default=1234, help="of weights and data (default: 1234)")
     add("--real-sizes", action="store_true", help="do not make the model smaller")
-    add("--reference-only", action="store_true", help="the script's own context parallelism, without this project's")
+    add(
+        "--reference-only",
+        action="store_false",
+        dest="ours",
+        help="the script's own context parallelism, without this project's",
+    )
     add("--json", action="store_true", help="everything, machine-readable")
     add("--report", metavar="FILE", type=Path, help="write Markdown that can be pasted into an issue")
     add("--limit", type=float, default=600.0, help="seconds that a run may take (default: 600)")
@@ -80,22 +84,13 @@ def wish_of(given: argparse.Namespace) -> Wish:
             f"--device {given.device} needs a device for each of --ranks {ranks}, and torch sees {devices} here; "
             "give --ranks as many, or use --device cpu."
         )
-    return Wish(
-        cp=given.cp,
-        ranks=ranks,
-        device=given.device,
-        real_sizes=given.real_sizes,
-        ours=not given.reference_only,
-        steps=given.steps,
-        seed=given.seed,
-        dtype=given.dtype,
-    )
+    return Wish(**{each.name: getattr(given, each.name) for each in fields(Wish)} | {"ranks": ranks})
 
 
 @contextmanager
-def progress(plan: Plan, steps: int, quiet: bool) -> Iterator[Callable[[str, int], None]]:
+def progress(plan: Plan, quiet: bool) -> Iterator[Callable[[str, int], None]]:
     """A progress bar per run if rich is installed and stderr is a terminal, else one line per step; on stderr."""
-    names = (ALONE, f"cp={plan.ranks.cp}")
+    steps = plan.wish.steps
     if quiet:
         yield lambda name, step: None
         return
@@ -108,53 +103,40 @@ def progress(plan: Plan, steps: int, quiet: bool) -> Iterator[Callable[[str, int
         yield lambda name, step: print(f"{name}: step {step} of {steps}", file=sys.stderr, flush=True)
         return
     with Progress(console=Console(stderr=True), transient=True) as bars:
-        tasks = {name: bars.add_task(name, total=steps) for name in names}
+        tasks = {run.name: bars.add_task(run.name, total=steps) for run in plan.runs}
         yield lambda name, step: bars.update(tasks[name], completed=step)
 
 
-def proved(
-    plan: Plan,
-    wish: Wish,
-    folder: Path,
-    limit: float,
-    tell: Callable[[str, int], None],
-    server: launching.Server | None = None,
-) -> Verdict:
-    """Run both runs of the plan and compare them; arguments as for ``launching.run``."""
-    start, size = time.monotonic(), plan.ranks.tp * plan.ranks.pp
-    many = f"cp={plan.ranks.cp}"
-    runs = Run(ALONE, size, plan.alone), Run(many, size * plan.ranks.cp, plan.shared)
-    limits = limits_of(wish.dtype, wish.device)
+def proved(plan: Plan, server: launching.Server, tell: Callable[[str, int], None] = lambda name, step: None) -> Verdict:
+    """Run both runs of the plan and compare them; arguments as for ``Server.run``."""
+    start = time.monotonic()
     result = Verdict(
-        Path(plan.script).name,
+        Path(plan.alone.script).name,
         plan.ranks.cp,
-        limits,
         changed=plan.changed,
         uncovered=plan.uncovered,
-        runs={run.name: (run.world, [plan.script, *run.flags]) for run in runs},
+        runs={run.name: (run.world, [run.script, *run.flags]) for run in plan.runs},
     )
     try:
-        records = launching.run(Order(plan.script, runs, wish.ours, limit), folder, wish.device, tell, server)
-        result.comparison = compare(records[ALONE], records[many], limits, plan.ranks.cp)
-        result.uncovered = [*plan.uncovered, *report.limits_of(result.comparison)]
+        alone, shared = (server.run(run, tell) for run in plan.runs)
+        result.comparison = compare(alone, shared, limits_of(plan.wish.dtype, plan.wish.device))
     except launching.Failure as failure:
-        result.failure = failure.said
+        result.failure = str(failure)
     result.seconds = time.monotonic() - start
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 if both runs are equal, 1 if they differ or failed, 2 for wrong use."""
-    own = parser()
-    given = own.parse_args(arguments)
+    given = parser().parse_args(arguments)
     try:
         script, words, variables = script_of(given.command)
+        os.environ.update(variables)
+        wish = wish_of(given)
         with tempfile.TemporaryDirectory(prefix="mindspeed-cp-prove-") as name:
-            wish = wish_of(given)
             plan = shrinking.plan(script, words, wish, Path(name))
-            os.environ.update(variables)
-            with progress(plan, wish.steps, given.json) as tell:
-                result = proved(plan, wish, Path(name), given.limit, tell)
+            with progress(plan, given.json) as tell, launching.Server(Path(name), wish.device) as server:
+                result = proved(plan, server, tell)
     except ValueError as error:
         print(f"mindspeed-cp prove: error: {error}", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mindspeed_cp.prove import report, watching
+from mindspeed_cp.prove import watching
 from mindspeed_cp.prove.comparing import compare
 from mindspeed_cp.prove.limits import limits_of
 from mindspeed_cp.prove.recording import Record, Recorder
@@ -66,9 +66,8 @@ def prove(
 def judge(expected: Sequence[Record], found: Sequence[Record], *, dtype: str = "float32", title: str = "") -> Verdict:
     """The verdict on the records of all ranks of two runs."""
     device = "cpu" if dist.get_backend() == "gloo" else "cuda"
-    limits, cp = limits_of(dtype, device), found[0].place["cp_size"]
-    comparison = compare(expected, found, limits, cp)
-    return Verdict(title, cp, limits, comparison, uncovered=report.limits_of(comparison))
+    comparison = compare(expected, found, limits_of(dtype, device))
+    return Verdict(title, comparison.cp, comparison)
 
 
 def gathered(record: Record) -> list[Record]:
@@ -95,15 +94,12 @@ def record_run(
     """
     with (groups or model_parallel)(config):
         _seed(seed)
-        chunks = [_wrapped(chunk) for chunk in _listed(model_provider())]
-        recorder = Recorder(watching.our_positions, in_place=watching.our_rows)
-        end = watching.watch(recorder)
-        try:
+        chunks = [_wrapped(chunk) for chunk in watching.listed(model_provider())]
+        recorder = Recorder(*watching.layout(ours=True))
+        with watching.watch(recorder):
             for _ in range(steps):
                 _step(chunks, batches, forward_step)
                 recorder.grad_norm(_descend(chunks))
-        finally:
-            end()
     return recorder.record
 
 
@@ -128,10 +124,6 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
-
-
-def _listed(model: Any) -> list[Any]:
-    return list(model) if isinstance(model, (list, tuple)) else [model]
 
 
 def _wrapped(chunk: torch.nn.Module) -> torch.nn.Module:

@@ -37,30 +37,32 @@ def write(words: Words, flag: str, kinds: Sequence[Kind]) -> None:
         words.set(flag, written(named, ContextParallelConfig.by_layer()))
 
 
+def takes_degree(algorithm: str) -> bool:
+    """Whether an algorithm has two levels, one of which splits heads; False for a name that is not known."""
+    return algorithm in ALGORITHMS and ALGORITHMS[algorithm].takes_degree
+
+
 def has_levels(words: Words) -> bool:
     """Whether the algorithm of a layer has two levels."""
     named = [entry.named for entry in _entries(words)]
-    return any(
-        ALGORITHMS[values.get("algorithm", "ulysses_cp_algo")].takes_degree or values.get("window_size", 1) > 1
-        for values in named
-    )
+    return any(takes_degree(values.get("algorithm", "")) or values.get("window_size", 1) > 1 for values in named)
 
 
-def fit(words: Words, cp: int, degree: int) -> None:
+def fit(words: Words, cp: int, algorithm: str, degree: int) -> None:
     """Adapt the degrees and windows of layers to the number of ranks.
 
     Args:
-        degree: that of the run, for layers that name none.
+        algorithm, degree: those of the run, for layers that name none.
     """
     entries = []
     for entry in _entries(words):
         values = entry.named
         if "ulysses_degree" in values:
-            values["ulysses_degree"] = divisor(values["ulysses_degree"], cp, below=True)
+            values["ulysses_degree"] = divisor(values["ulysses_degree"], cp)
         if values.get("window_size", 1) > 1:
-            hybrid = ALGORITHMS[values.get("algorithm", "megatron_cp_algo")].takes_degree
-            ring = cp // values.get("ulysses_degree", degree) if hybrid else cp
-            values["window_size"] = divisor(values["window_size"], ring, below=True)
+            splits_heads = takes_degree(values.get("algorithm", algorithm))
+            ring = cp // values.get("ulysses_degree", degree) if splits_heads else cp
+            values["window_size"] = divisor(values["window_size"], ring)
         entries.append((entry.layers, values))
     if entries:
         words.set(FLAG, written(entries, ContextParallelConfig.by_layer()))
@@ -71,8 +73,7 @@ def _entries(words: Words) -> tuple[LayerEntry, ...]:
     return read_layers(text, ContextParallelConfig.by_layer()) if text else ()
 
 
-def divisor(value: int, size: int, below: bool) -> int:
+def divisor(value: int, size: int) -> int:
     """The largest divisor of ``size`` up to ``value``, and smaller than ``size`` where there is one."""
     fits = [number for number in range(1, size + 1) if size % number == 0 and number <= value]
-    inner = [number for number in fits if 1 < number < size]
-    return max(inner) if below and inner else max(fits)
+    return max([number for number in fits if 1 < number < size] or fits)

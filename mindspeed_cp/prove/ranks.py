@@ -1,9 +1,8 @@
-"""The ranks of both runs. ``python -m mindspeed_cp.prove.ranks`` imports Megatron once, reads names of FOLDERs from
-standard input, one per line, and forks all ranks of each order, run after run. ``... FOLDER RUN RANK`` is one rank, for
-devices, which cannot be used after a fork.
+"""The ranks of a run. ``python -m mindspeed_cp.prove.ranks`` reads one ``Run`` after another from standard input, one
+per line, starts its ranks and waits for them. It prints a line for every step, and last the ranks' exit statuses.
 
-FOLDER/order.json says what to run (``Order``); each rank writes FOLDER/RUN-RANK.pt and .log, and prints one line per
-step. A last line says that the order has ended.
+On the CPU it imports Megatron once and forks the ranks. On a device, which cannot be used after a fork, each rank is a
+new process, ``... RUN``. Every rank writes its record and its output into the run's folder.
 """
 
 import gc
@@ -11,8 +10,10 @@ import importlib
 import importlib.util
 import json
 import os
+import random
 import runpy
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+COMMAND = (sys.executable, "-W", "ignore", "-m", "mindspeed_cp.prove.ranks")
 GRACE = 10.0  # seconds that the other ranks of a run get after one has failed
 # Modules that a script of Megatron-LM imports, and torch with its first optimizer; imported once, before the forks.
 IMPORTS = ("megatron.training", "megatron.core.models.gpt", "megatron.core.optimizer", "torch._dynamo")
@@ -33,49 +35,47 @@ TESTS = "MINDSPEED_CP_PROVE_IMPORTS"  # modules that this command's tests import
 
 @dataclass(frozen=True)
 class Run:
-    """One run: name, number of ranks, the script's flags."""
-
-    name: str
-    world: int
-    flags: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Order:
-    """A script and its two runs.
+    """One run of a script.
 
     Args:
+        world: number of ranks.
+        folder: a temporary folder for records, logs and other files.
         ours: whether this project's context parallelism is used, or the script's own.
-        limit: time limit of a run in seconds.
-        port: the first run's port; the second run uses the next one.
+        device: "cpu", "cuda" or "npu".
+        limit: time limit in seconds.
     """
 
+    name: str
     script: str
-    runs: tuple[Run, ...]
+    flags: tuple[str, ...]
+    world: int
+    folder: str
     ours: bool = True
+    device: str = "cpu"
     limit: float = 600.0
-    port: int = 0
 
-    def write(self, folder: Path) -> None:
-        (folder / "order.json").write_text(json.dumps(asdict(self)), encoding="utf-8")
+    def file(self, rank: int, ending: str) -> Path:
+        """A rank's record (pt) or output (log)."""
+        return Path(self.folder) / f"{self.name}-{rank}.{ending}"
+
+    def line(self) -> str:
+        return json.dumps(asdict(self))
 
     @staticmethod
-    def read(folder: Path) -> "Order":
-        found = json.loads((folder / "order.json").read_text(encoding="utf-8"))
-        runs = tuple(Run(run["name"], run["world"], tuple(run["flags"])) for run in found.pop("runs"))
-        return Order(runs=runs, **found)
+    def read(line: str) -> "Run":
+        return Run(**json.loads(line))
 
 
-def prepare(order: Order) -> None:
+def prepare(run: Run) -> None:
     """Import the adaptor, then the Megatron modules that the script will import."""
-    sys.path[0] = str(Path(order.script).resolve().parent)
+    sys.path[0] = str(Path(run.script).resolve().parent)
     for name in filter(None, os.environ.get(TESTS, "").split(",")):
         importlib.import_module(name)
-    if order.ours:
+    if run.ours:
         import mindspeed_cp.megatron_adaptor  # noqa: F401  first, or Megatron is not patched
-    elif os.environ.get("MINDSPEED_CP_DEVICE") == "cpu":
+    elif run.device == "cpu":
         _stand_in()
-    text = Path(order.script).read_text(encoding="utf-8", errors="replace")
+    text = Path(run.script).read_text(encoding="utf-8", errors="replace")
     _import(IMPORTS)
     _import(name for name in BESIDE if name in text)
 
@@ -98,60 +98,47 @@ def _import(names: Iterable[str]) -> None:
                 importlib.import_module(name)
 
 
-def live(order: Order, run: Run, rank: int, folder: Path, tell: int) -> int:
+def live(run: Run, rank: int, tell: int) -> int:
     """Run the script as one rank of a run, save its record, and return its exit status.
 
     Args:
-        tell: file descriptor to which a line is written after every step.
+        tell: file descriptor to which rank 0 writes a line after every step.
     """
     import torch
 
     from mindspeed_cp.prove import watching
     from mindspeed_cp.prove.recording import Recorder
 
-    _meet(run, rank, order.port + [each.name for each in order.runs].index(run.name))
-    os.environ["TMPDIR"] = str(folder)
+    os.environ["TMPDIR"] = run.folder
     tempfile.tempdir = None  # determined again on next use
-    positions = watching.our_positions if order.ours else watching.their_positions
-    in_place = {"in_place": watching.our_rows} if order.ours else {}
-    recorder = Recorder(positions, lambda step: _say(tell, run=run.name, rank=rank, step=step), **in_place)
+    recorder = Recorder(*watching.layout(run.ours), lambda step: None if rank else _say(tell, run=run.name, step=step))
     status = 1
     try:
-        watching.watch(recorder)
-        _run_script(order, run)
+        with watching.watch(recorder):
+            _run_script(run)
         status = 0
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException:
         traceback.print_exc()
-    path = folder / f"{run.name}-{rank}.pt"
-    torch.save(recorder.record, path.with_suffix(".part"))
-    path.with_suffix(".part").rename(path)
+    torch.save(recorder.record, run.file(rank, "pt"))
     return status
 
 
-def _meet(run: Run, rank: int, port: int) -> None:
-    size = str(run.world)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size,
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-
-
-def _run_script(order: Order, run: Run) -> None:
-    if order.ours:  # like python -m mindspeed_cp.run
-        sys.argv[:] = ["-", order.script, *run.flags]
+def _run_script(run: Run) -> None:
+    if run.ours:  # like python -m mindspeed_cp.run
+        sys.argv[:] = ["-", run.script, *run.flags]
         runpy.run_module("mindspeed_cp.run", run_name="__main__", alter_sys=True)
     else:
-        sys.argv[:] = [order.script, *run.flags]
-        runpy.run_path(order.script, run_name="__main__")
+        sys.argv[:] = [run.script, *run.flags]
+        runpy.run_path(run.script, run_name="__main__")
 
 
 def _say(tell: int, **what: Any) -> None:
     os.write(tell, (json.dumps(what) + "\n").encode())
 
 
-def _fork(order: Order, run: Run, rank: int, folder: Path, tell: int) -> int:
+def _fork(run: Run, rank: int, port: int, tell: int) -> int:
     """Start a rank; returns its process id."""
     sys.stdout.flush()
     pid = os.fork()
@@ -162,10 +149,17 @@ def _fork(order: Order, run: Run, rank: int, folder: Path, tell: int) -> int:
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setpgid(0, 0)
-        log = os.open(folder / f"{run.name}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        log = os.open(run.file(rank, "log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        status = live(order, run, rank, folder, tell)
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(run.world), LOCAL_WORLD_SIZE=str(run.world),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+        if run.device != "cpu":
+            os.dup2(tell, 1)
+            os.execv(sys.executable, [*COMMAND, run.line()])
+        status = live(run, rank, tell)
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException:
@@ -199,19 +193,22 @@ def _wait(children: Mapping[int, int], limit: float) -> dict[int, int | None]:
     return ended
 
 
+def _free_port() -> int:
+    """A free port below the range of ephemeral ports, which another process could get at any time."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise RuntimeError("no port is free")
+
+
+def _carry_out(run: Run, tell: int) -> None:
+    port = _free_port()
+    statuses = _wait({_fork(run, rank, port, tell): rank for rank in range(run.world)}, run.limit)
+    _say(tell, run=run.name, statuses=[statuses[rank] for rank in range(run.world)])
+
+
 def _leave(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
-
-
-def _carry_out(order: Order, folder: Path, tell: int) -> None:
-    """Run both runs of an order, stopping at the first that fails."""
-    for run in order.runs:
-        children = {_fork(order, run, rank, folder, tell): rank for rank in range(run.world)}
-        statuses = _wait(children, order.limit)
-        _say(tell, run=run.name, statuses=[statuses[rank] for rank in range(run.world)])
-        if any(statuses.values()):
-            break
-    _say(tell, run="", ended=True)
 
 
 def main(words: list[str]) -> int:
@@ -219,20 +216,15 @@ def main(words: list[str]) -> int:
     tell = os.dup(1)
     os.dup2(2, 1)
     if words:
-        folder = Path(words[0])
-        order = Order.read(folder)
-        prepare(order)
-        run = next(run for run in order.runs if run.name == words[1])
-        return live(order, run, int(words[2]), folder, tell)
-    prepared = False
-    for line in sys.stdin:
-        folder = Path(line.strip())
-        order = Order.read(folder)
-        if not prepared:
-            prepare(order)
+        run = Run.read(words[0])
+        prepare(run)
+        return live(run, int(os.environ["RANK"]), tell)
+    for number, line in enumerate(sys.stdin):
+        run = Run.read(line)
+        if number == 0 and run.device == "cpu":
+            prepare(run)
             gc.freeze()  # otherwise garbage collection in a rank would copy the pages of all imported modules
-            prepared = True
-        _carry_out(order, folder, tell)
+        _carry_out(run, tell)
     return 0
 
 

@@ -81,19 +81,19 @@ class Recorder:
     Args:
         positions: (length of this rank's part, tensors of the batch) -> (positions of its tokens, whole length); called
             inside the forward pass, on every rank of a context-parallel group at the same module.
-        tell: called with the number of completed steps.
         in_place: output of a module -> the same with rows in the order of this rank's tokens; called like
             ``positions``.
+        tell: called with the number of completed steps.
     """
 
     def __init__(
         self,
         positions: Callable[[int, list[Any]], tuple[torch.Tensor, int]],
+        in_place: Callable[[torch.Tensor], torch.Tensor],
         tell: Callable[[int], None] = lambda step: None,
-        in_place: Callable[[torch.Tensor], torch.Tensor] = lambda output: output,
     ) -> None:
         self.record = Record()
-        self._positions, self._tell, self._in_place = positions, tell, in_place
+        self._positions, self._in_place, self._tell = positions, in_place, tell
         self._running: Chunk | None = None
 
     @contextmanager
@@ -189,22 +189,17 @@ def _losses(result: tuple[Any, ...]) -> dict[str, tuple[float, float | None]]:
     """name -> (loss, tokens), from a loss function's result: (loss, report) or (loss, tokens, report)."""
     found: dict[str, tuple[float, float | None]] = {}
     for name, value in dict(result[-1] or {}).items():
-        parts = [float(part) for part in _flat(value)]
+        parts: list[float] = []
+        for leaf in _leaves(value):
+            if isinstance(leaf, torch.Tensor):
+                parts += map(float, leaf.flatten().tolist())
+            elif isinstance(leaf, (int, float)):
+                parts.append(float(leaf))
         if parts:
             found[str(name)] = (parts[0], parts[1] if len(parts) > 1 else None)
     count = float(result[1]) if len(result) == 3 else None
     found["objective"] = (float(result[0].detach().sum()), count)
     return found
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _flat(part)
-    elif isinstance(value, torch.Tensor):
-        yield from value.detach().flatten().tolist()
-    elif isinstance(value, (int, float)):
-        yield value
 
 
 def named_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -242,7 +237,7 @@ def _shown(name: str, layers: Mapping[str, int]) -> str:
     if head is not None and "mtp" not in head:
         name = f"{head.rpartition('.')[0]}.{layers[head]}{name[len(head) :]}"
     while name.startswith("module."):
-        name = name[len("module.") :]
+        name = name.removeprefix("module.")
     return name
 
 
@@ -258,13 +253,10 @@ def _fingerprint(parameter: torch.Tensor) -> str:
     return hashlib.sha256(value.numpy().tobytes()).hexdigest()[:16]
 
 
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
+def _tensors(output: Any) -> list[torch.Tensor]:
     """The float tensors in a module's output, at most PER_MODULE."""
-    found = 0
-    for value in _leaves(output):
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() and found < PER_MODULE:
-            found += 1
-            yield value
+    tensors = [value for value in _leaves(output) if isinstance(value, torch.Tensor)]
+    return [value for value in tensors if value.is_floating_point() and value.dim()][:PER_MODULE]
 
 
 def _leaves(value: Any) -> Iterable[Any]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mindspeed_cp.prove import signature
-from mindspeed_cp.prove.comparing import Comparison, Difference
-from mindspeed_cp.prove.limits import Limits
+from mindspeed_cp.prove.comparing import Comparison
 
 SHOWN = 6  # module names of a list that are shown
 WIDTH = 110
@@ -31,14 +30,13 @@ class Verdict:
     Args:
         comparison: None if a run failed; ``failure`` then says how.
         changed: what was shrunk or removed, one line each.
-        uncovered: what was not tested, one line each.
+        uncovered: what the runs do not test, one line each.
         title: the script, or another name of what was run.
         runs: name of a run -> (ranks, command line).
     """
 
     title: str
     cp: int
-    limits: Limits
     comparison: Comparison | None = None
     failure: str = ""
     changed: Sequence[str] = ()
@@ -51,19 +49,9 @@ class Verdict:
         return self.comparison is not None and self.comparison.equal
 
     @property
-    def first_output(self) -> Difference | None:
-        return self.comparison.first("output") if self.comparison else None
-
-    @property
-    def first_gradient(self) -> Difference | None:
-        return self.comparison.first("gradient") if self.comparison else None
-
-    def signature(self, difference: Difference | None) -> signature.Signature | None:
-        """The kind of fault that the difference suggests."""
-        if difference is None:
-            return None
-        limit = self.limits.output if difference.what == "output" else self.limits.gradient
-        return signature.of(difference, limit, self.cp)
+    def not_covered(self) -> list[str]:
+        """What was not tested, and what could not be compared."""
+        return [*self.uncovered, *(_not_compared(self.comparison) if self.comparison else [])]
 
 
 def text(verdict: Verdict) -> str:
@@ -72,13 +60,12 @@ def text(verdict: Verdict) -> str:
     if verdict.comparison is None:
         lines += ["", *verdict.failure.splitlines()]
     else:
-        lines += ["", *(f"  {line}" for line in _table(verdict.comparison, verdict.limits))]
+        lines += ["", *(f"  {line}" for line in _table(verdict.comparison))]
         if not verdict.equal:
-            lines += ["", *_found(verdict)]
-    if verdict.changed:
-        lines += ["", "Shrunk:", *(f"  {line}" for line in verdict.changed)]
-    if verdict.uncovered:
-        lines += ["", "Not covered:", *(f"  {line}" for line in verdict.uncovered)]
+            lines += ["", *_found(verdict.comparison)]
+    for title, said in (("Shrunk:", verdict.changed), ("Not covered:", verdict.not_covered)):
+        if said:
+            lines += ["", title, *(f"  {line}" for line in said)]
     return "\n".join(wrapped for line in lines for wrapped in _wrapped(line))
 
 
@@ -95,14 +82,8 @@ def _headline(verdict: Verdict) -> str:
     return f"{word}: {verdict.title}: cp={verdict.cp} against cp=1{seconds}"
 
 
-def allowed(limits: Limits) -> dict[str, float]:
-    """Quantity -> largest error with which it counts as equal."""
-    sizes = (limits.output, limits.gradient, limits.loss, limits.grad_norm)
-    return dict(zip(("output", "gradient", "loss", "gradient norm"), sizes))
-
-
-def _table(comparison: Comparison, limits: Limits) -> list[str]:
-    largest = allowed(limits)
+def _table(comparison: Comparison) -> list[str]:
+    largest = comparison.limits.largest
     lines = []
     for what in QUANTITIES:
         count = comparison.counted.get(what)
@@ -119,9 +100,8 @@ def _table(comparison: Comparison, limits: Limits) -> list[str]:
     return lines
 
 
-def _found(verdict: Verdict) -> list[str]:
+def _found(comparison: Comparison) -> list[str]:
     """The first difference of each kind, with its signature."""
-    assert verdict.comparison is not None
     lines = []
     for what, words in (
         ("weight", "The weights are not the same at the start; the first is"),
@@ -129,17 +109,17 @@ def _found(verdict: Verdict) -> list[str]:
         ("output", "The first module whose output differs is"),
         ("gradient", "The first parameter in backward whose gradient differs is"),
     ):
-        difference = verdict.comparison.first(what)
+        difference = comparison.first(what)
         if difference is None:
             continue
         kind = f" ({difference.kind})" if difference.kind else ""
         by = f", off by {difference.error:.2g}" if what in ("output", "gradient") else ""
         lines.append(f"{words} {difference.name}{kind}{by}.")
-        seen = verdict.signature(difference)
+        seen = signature.of(difference, comparison)
         if seen is not None:
             lines.append(f"  {seen.kind}: {seen.seen}." + (f" Look at {seen.look}." if seen.look else ""))
     if not lines:
-        steps = ", ".join(f"{each.what} of {each.name}" for each in verdict.comparison.differences[:SHOWN])
+        steps = ", ".join(f"{each.what} of {each.name}" for each in comparison.differences[:SHOWN])
         lines = [f"Outputs and gradients of step 1 are equal; what differs is {steps}."]
     return lines
 
@@ -162,7 +142,7 @@ def as_json(verdict: Verdict) -> dict[str, Any]:
         "context_parallel_size": verdict.cp,
         "failure": verdict.failure,
         "shrunk": list(verdict.changed),
-        "not_covered": list(verdict.uncovered),
+        "not_covered": verdict.not_covered,
         "seconds": round(verdict.seconds, 1),
         "commands": {name: list(words) for name, (_, words) in verdict.runs.items()},
     }
@@ -171,24 +151,26 @@ def as_json(verdict: Verdict) -> dict[str, Any]:
         return found
     return found | {
         "compared": comparison.counted,
-        "limits": {what: limit for what, limit in allowed(verdict.limits).items() if what in comparison.counted},
+        "limits": {what: limit for what, limit in comparison.limits.largest.items() if what in comparison.counted},
         "largest_error": {what: _number(error) for what, error in comparison.worst.items()},
         "not_compared": comparison.apart,
         "documents": comparison.documents,
         "losses": comparison.losses,
         "gradient_norms": comparison.grad_norms,
-        "first_module": _described(verdict, verdict.first_output),
-        "first_parameter": _described(verdict, verdict.first_gradient),
+        "first_module": _described(comparison, "output"),
+        "first_parameter": _described(comparison, "gradient"),
         "differences": [
             {"what": each.what, "name": each.name, "error": _number(each.error)} for each in comparison.differences
         ],
     }
 
 
-def _described(verdict: Verdict, difference: Difference | None) -> dict[str, Any] | None:
+def _described(comparison: Comparison, what: str) -> dict[str, Any] | None:
+    """The first difference of a kind."""
+    difference = comparison.first(what)
     if difference is None:
         return None
-    seen = verdict.signature(difference)
+    seen = signature.of(difference, comparison)
     return {
         "name": difference.name,
         "class": difference.kind,
@@ -202,8 +184,7 @@ def _number(value: float) -> float | None:
     return value if value - value == 0 else None  # JSON has no infinity
 
 
-def limits_of(comparison: Comparison) -> list[str]:
-    """What this comparison did not cover."""
+def _not_compared(comparison: Comparison) -> list[str]:
     lines = []
     if comparison.apart:
         names = list(dict.fromkeys(comparison.apart))

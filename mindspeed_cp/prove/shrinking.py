@@ -6,20 +6,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mindspeed_cp.prove import flags, own_layers, sizes
-from mindspeed_cp.prove.own_layers import divisor
+from mindspeed_cp.prove.own_layers import divisor, takes_degree
+from mindspeed_cp.prove.ranks import Run
 from mindspeed_cp.prove.sizes import Ranks
 from mindspeed_cp.prove.words import Words
 from mindspeed_cp.prove.yaml_files import with_files
-from mindspeed_cp.settings.algorithms import ALGORITHMS
 
 ALGORITHM = "--context-parallel-algo"
 SIZE = "--context-parallel-size"
-AT_LEAST_1 = (
-    *"--num-layers --hidden-size --ffn-hidden-size --num-attention-heads --num-query-groups --seq-length".split(),
-    *"--micro-batch-size --global-batch-size --tensor-model-parallel-size --pipeline-model-parallel-size".split(),
-    *"--vocab-size --num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank".split(),
-    SIZE,
-)
+AT_LEAST_1 = """
+    --num-layers --hidden-size --ffn-hidden-size --num-attention-heads --num-query-groups --seq-length
+    --micro-batch-size --global-batch-size --tensor-model-parallel-size --pipeline-model-parallel-size --vocab-size
+    --num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank --context-parallel-size
+""".split()
+ALONE = "cp=1"  # name of the run without context parallelism
 DEGREE, WINDOW = "--ulysses-degree-in-cp", "--cp-window-size"
 
 
@@ -33,6 +33,7 @@ class Wish:
         device: "cpu", "cuda" or "npu".
         real_sizes: whether the model keeps its size.
         ours: whether to use this project's context parallelism, not the script's own.
+        limit: seconds that a run may take.
     """
 
     cp: int | None = None
@@ -43,31 +44,35 @@ class Wish:
     steps: int = 3
     seed: int = 1234
     dtype: str = "float32"
+    limit: float = 600.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Two runs of one script.
+    """Two runs of one script, without and with context parallelism.
 
     Args:
-        alone, shared: flags without and with context parallelism.
         changed: what differs from the user's command, one line each.
         uncovered: what the runs therefore do not test.
     """
 
-    script: str
+    wish: Wish
     ranks: Ranks
-    alone: tuple[str, ...]
-    shared: tuple[str, ...]
+    alone: Run
+    shared: Run
     changed: tuple[str, ...]
     uncovered: tuple[str, ...]
+
+    @property
+    def runs(self) -> tuple[Run, Run]:
+        return self.alone, self.shared
 
 
 def plan(script: str, command: Sequence[str], wish: Wish, folder: Path) -> Plan:
     """Plan the two runs for a training command.
 
     Args:
-        folder: a temporary folder for caches.
+        folder: a temporary folder for the runs' files.
 
     Raises:
         ValueError: a flag cannot be parsed, or the parallel sizes do not fit into the ranks.
@@ -77,29 +82,32 @@ def plan(script: str, command: Sequence[str], wish: Wish, folder: Path) -> Plan:
     for flag in AT_LEAST_1:
         if words.number(flag, 1) < 1:
             raise ValueError(f"{flag} {words.text(flag)} must be at least 1; correct the command.")
-    uncovered: list[str] = []
     kind = kind_of(script)
     own = _own(words)
     ranks = _ranks(words, own, wish)
     _without_side_effects(words, kind, wish, folder)
-    _fold(words, ranks, uncovered)
+    uncovered = _fold(words, ranks)
     if not wish.real_sizes:
         words.drop(flags.STAGES)
         sizes.shrink(words, ranks, own)
     uncovered += _plainer(words, kind, wish)
     if kind == "other":  # a script with its own parser may not know flags that the user did not pass
         words.drop([flag for flag in words.flags() if flag not in given])
+    if "--reset-attention-mask" in words and kind == "trainer":
+        words.set("--micro-batch-size", 1)  # it concatenates the rows of a batch
     alone, shared = words.copy(), words.copy()
     alone.drop(flags.of_context_parallelism())
     if "--reset-attention-mask" in words:
         alone.drop(["--no-create-attention-mask-in-dataloader"])  # otherwise attention would not know the documents
-        if kind == "trainer":
-            shared.set("--micro-batch-size", 1)  # it concatenates the rows of a batch
-            alone.set("--micro-batch-size", 1)
-    _share(shared, ranks, wish)
+    _share(shared, ranks)
     uncovered += _uncovered(given, wish)
-    changed = list(_changes(given, shared))
-    return Plan(script, ranks, tuple(alone.line()), tuple(shared.line()), tuple(changed), tuple(uncovered))
+
+    def run(name: str, words: Words, cp: int) -> Run:
+        world, how = ranks.tp * ranks.pp * cp, (wish.ours, wish.device, wish.limit)
+        return Run(name, script, tuple(words.line()), world, str(folder), *how)
+
+    runs = run(ALONE, alone, 1), run(f"cp={ranks.cp}", shared, ranks.cp)
+    return Plan(wish, ranks, *runs, tuple(_changes(given, shared)), tuple(uncovered))
 
 
 def kind_of(script: str) -> str:
@@ -146,13 +154,8 @@ def _ranks(words: Words, own: Ranks, wish: Wish) -> Ranks:
 
 def _levels(words: Words) -> bool:
     """Whether the algorithm has two levels and thus needs four ranks: Hybrid and Double Ring."""
-    of_run = _takes_degree(words) or words.number(WINDOW, 1) > 1 or "a2a+p2p" in words.text("--cp-comm-type")
-    return of_run or own_layers.has_levels(words)
-
-
-def _takes_degree(words: Words) -> bool:
-    row = ALGORITHMS.get(words.text(ALGORITHM))
-    return row is not None and row.takes_degree
+    of_run = takes_degree(words.text(ALGORITHM)) or words.number(WINDOW, 1) > 1
+    return of_run or "a2a+p2p" in words.text("--cp-comm-type") or own_layers.has_levels(words)
 
 
 def _without_side_effects(words: Words, kind: str, wish: Wish, folder: Path) -> None:
@@ -165,23 +168,19 @@ def _without_side_effects(words: Words, kind: str, wish: Wish, folder: Path) -> 
         words.set("--data-cache-path", folder / "cache")
 
 
-def _fold(words: Words, ranks: Ranks, uncovered: list[str]) -> None:
-    """Set the parallel sizes to those that fit into the ranks."""
-    for flag, size in (
-        ("--tensor-model-parallel-size", ranks.tp),
-        ("--pipeline-model-parallel-size", ranks.pp),
-    ):
-        if flag in words:
-            if size == 1 and words.number(flag, 1) > 1:
-                uncovered.append(
-                    f"{flag} {words.number(flag, 1)} (--ranks {2 * ranks.cp * ranks.tp * ranks.pp} keeps 2)"
-                )
-            words.set(flag, size)
+def _fold(words: Words, ranks: Ranks) -> list[str]:
+    """Set the parallel sizes to those that fit into the ranks; returns what is then not tested."""
+    lost = []
+    for flag, size in (("--tensor-model-parallel-size", ranks.tp), ("--pipeline-model-parallel-size", ranks.pp)):
+        if size == 1 and words.number(flag, 1) > 1:
+            lost.append(f"{flag} {words.number(flag, 1)} (--ranks {2 * ranks.cp * ranks.tp * ranks.pp} keeps 2)")
+        words.replace(flag, size)
     if ranks.tp == 1:
         words.drop(["--sequence-parallel", "--tp-comm-overlap"])
     if words.number("--expert-model-parallel-size", 1) > 1:
-        uncovered.append("experts on several ranks (the run with cp=1 has no second rank for them)")
+        lost.append("experts on several ranks (the run with cp=1 has no second rank for them)")
     words.drop(["--expert-model-parallel-size", "--expert-tensor-parallel-size"])
+    return lost
 
 
 def _plainer(words: Words, kind: str, wish: Wish) -> list[str]:
@@ -206,20 +205,19 @@ def _plainer(words: Words, kind: str, wish: Wish) -> list[str]:
     return list(dict.fromkeys(lost))
 
 
-def _share(words: Words, ranks: Ranks, wish: Wish) -> None:
+def _share(words: Words, ranks: Ranks) -> None:
     """Adapt the flags of context parallelism to the number of ranks."""
     words.set(SIZE, ranks.cp)
     if DEGREE in words:
-        words.set(DEGREE, divisor(words.number(DEGREE, 2), ranks.cp, below=True))
+        words.set(DEGREE, divisor(words.number(DEGREE, 2), ranks.cp))
     if words.number(WINDOW, 1) > 1:
-        ring = ranks.cp // words.number(DEGREE, 1) if _takes_degree(words) else ranks.cp
-        words.set(WINDOW, divisor(words.number(WINDOW, 1), ring, below=True))
-    if "--hierarchical-context-parallel-sizes" in words:
-        words.set("--hierarchical-context-parallel-sizes", 2, ranks.cp // 2)
+        ring = ranks.cp // words.number(DEGREE, 1) if takes_degree(words.text(ALGORITHM)) else ranks.cp
+        words.set(WINDOW, divisor(words.number(WINDOW, 1), ring))
+    words.replace("--hierarchical-context-parallel-sizes", 2, ranks.cp // 2)
     layers = words.number("--num-layers", 2)
     if words.number("--context-parallel-cache-interval", 0) >= layers:
         words.set("--context-parallel-cache-interval", layers - 1)
-    own_layers.fit(words, ranks.cp, words.number(DEGREE, 2))
+    own_layers.fit(words, ranks.cp, words.text(ALGORITHM), words.number(DEGREE, 2))
 
 
 def _uncovered(given: Words, wish: Wish) -> list[str]:
@@ -234,8 +232,8 @@ def _uncovered(given: Words, wish: Wish) -> list[str]:
 
 def _changes(given: Words, words: Words) -> list[str]:
     """flag old -> new, several per line; flags that only make runs short and harmless are omitted."""
-    silent = {*flags.FILES, *flags.SCHEDULE, *flags.STEADY, *flags.PLAIN_CPU, "--data-cache-path", "--seed"}
-    silent |= {"--train-iters"}
+    silent = {*flags.FILES, *flags.SCHEDULE, *flags.STEADY, *flags.PLAIN_CPU}
+    silent |= {"--data-cache-path", "--seed", "--train-iters"}
     changed = []
     for flag in dict.fromkeys([*given.flags(), *words.flags()]):
         before, after = given.values(flag), words.values(flag)

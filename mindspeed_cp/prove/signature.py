@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mindspeed_cp.prove.comparing import Difference, Rows
+from mindspeed_cp.prove.comparing import Comparison, Difference, Rows
 
 CLOSE = 1e-3  # largest relative residual after a common factor is divided out
 MOST = 4096  # up to this many rows, each wrong row is searched among all rows
@@ -23,12 +23,13 @@ class Signature:
     look: str
 
 
-def of(difference: Difference, limit: float, cp: int) -> Signature | None:
+def of(difference: Difference, comparison: Comparison) -> Signature | None:
     """The signature of a difference in an output or a gradient; None if it is of no known kind."""
+    limits, cp = comparison.limits.largest, comparison.cp
     if difference.rows is not None:
-        return of_rows(difference.rows, limit, cp)
+        return of_rows(difference.rows, limits["output"], cp)
     if difference.tensors is not None:
-        return of_gradient(*difference.tensors, limit, cp)
+        return of_gradient(*difference.tensors, limits["gradient"], cp)
     return None
 
 
@@ -103,31 +104,19 @@ def _of_one_rank(rows: Rows, off: torch.Tensor, cp: int, found: Signature | None
     return Signature("one rank's part", seen, "what this rank does differently: positions, neighbours, uneven lengths")
 
 
-def _runs(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """(distance of each row from the beginning of its run, distance from its end); runs as held by the rows' ranks."""
-    owner = rows.owner.tolist()
-    before, begin = [0] * len(owner), 0
-    for place in range(len(owner)):
-        begin = place if place == 0 or owner[place] != owner[place - 1] else begin
-        before[place] = place - begin
-    behind, end = [0] * len(owner), len(owner) - 1
-    for place in reversed(range(len(owner))):
-        end = place if place == len(owner) - 1 or owner[place] != owner[place + 1] else end
-        behind[place] = end - place
-    return torch.tensor(before), torch.tensor(behind)
+def _from_begin(owner: torch.Tensor) -> torch.Tensor:
+    """(rows,) distance of each row from the first one that its rank holds in one piece with it."""
+    places = torch.arange(len(owner))
+    begins = torch.cat([torch.tensor([True]), owner[1:] != owner[:-1]])
+    return places - (places * begins).cummax(0).values
 
 
 def _at_edges(rows: Rows, off: torch.Tensor) -> Signature | None:
     """A signature if only the first or only the last rows of the ranks' contiguous pieces are wrong."""
-    for distance, kind, side, look in zip(
-        _runs(rows),
-        ("beginnings", "ends"),
-        ("first", "last"),
-        (
-            "positions, and what a token sees of the rank before: windows, convolutions",
-            "what is shifted by a token: labels, and the tokens of multi-token prediction",
-        ),
-    ):
+    begins, ends = _from_begin(rows.owner), _from_begin(rows.owner.flip(0)).flip(0)
+    of_begins = "positions, and what a token sees of the rank before: windows, convolutions"
+    of_ends = "what is shifted by a token: labels, and the tokens of multi-token prediction"
+    for distance, kind, side, look in ((begins, "beginnings", "first", of_begins), (ends, "ends", "last", of_ends)):
         reach, longest = int(distance[off].max()) + 1, int(distance.max()) + 1
         if reach <= FEW * longest and longest > 1:
             seen = f"only the {side} {reach} rows of what a rank holds in one piece are off ({int(off.sum())} rows)"

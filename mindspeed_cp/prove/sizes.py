@@ -11,6 +11,7 @@ HEAD = 16  # head dimension
 LONG, SHORT = 512, 128  # tokens of a sequence: with documents, and without
 VOCABULARY = 4224  # tokens of Megatron's mock data count up to the length of a document, which is at most 4096
 HYBRID = ("--hybrid-layer-pattern", "--hybrid-override-pattern")
+DOCUMENTS = ("--reset-attention-mask", "--reset-position-ids", "--sft", "--eod-mask-loss")
 MOCK_TOKENIZERS = ("NullTokenizer", "NullMultimodalTokenizer")
 
 
@@ -66,8 +67,8 @@ def _layers(words: Words, ranks: Ranks) -> None:
     patterns = {flag: _pattern(flag, words.text(flag), count) for flag in kinds if words.text(flag)}
     own = own_layers.kinds_of(words, count)
     together = list(dict.fromkeys(zip(*patterns.values(), *(each[:count] for each in own.values()))))
-    fewest = max(2, len(together))
-    layers = min(max(count, stages), -(-fewest // stages) * stages)
+    fewest = min(max(count, stages), max(2, len(together)))
+    layers = -(-fewest // stages) * stages
     for place, flag in enumerate(patterns):
         switches = [str(int(bool(kind[place]))) for kind in together]
         words.set(flag, f"[{','.join((switches * layers)[:layers])}]")
@@ -81,8 +82,7 @@ def _layers(words: Words, ranks: Ranks) -> None:
         words.set("--num-layers-per-virtual-pipeline-stage", layers // stages)
     else:
         words.set("--num-virtual-stages-per-pipeline-rank", ranks.virtual)
-    if "--recompute-num-layers" in words:
-        words.set("--recompute-num-layers", 1)
+    words.replace("--recompute-num-layers", 1)
     if words.number("--mtp-num-layers", 0) > 2:
         words.set("--mtp-num-layers", 2)
 
@@ -111,10 +111,9 @@ def _state_space(words: Words, ranks: Ranks) -> None:
         return
     groups = min(words.number("--mamba-num-groups", 8), 2 * ranks.tp)
     sizes = {"--mamba-head-dim": HEAD, "--mamba-state-dim": HEAD, "--mamba-num-groups": groups}
-    if "--mamba-num-heads" in words:
-        sizes["--mamba-num-heads"] = 2 * ranks.tp * ranks.cp
     for flag, size in sizes.items():
         words.set(flag, size)
+    words.replace("--mamba-num-heads", 2 * ranks.tp * ranks.cp)
 
 
 def _width(words: Words, ranks: Ranks, own: Ranks) -> float:
@@ -133,15 +132,12 @@ def _width(words: Words, ranks: Ranks, own: Ranks) -> float:
     words.set("--num-attention-heads", new_heads)
     if "--group-query-attention" in words:
         words.set("--num-query-groups", fewer)
-    if "--kv-channels" in words:
-        words.set("--kv-channels", HEAD)
     new_hidden = new_heads * HEAD
     words.set("--hidden-size", new_hidden)
-    if "--ffn-hidden-size" in words:
-        words.set("--ffn-hidden-size", 2 * new_hidden)
-    for flag in ("--moe-ffn-hidden-size", "--moe-shared-expert-intermediate-size"):
-        if flag in words:
-            words.set(flag, new_hidden)
+    words.replace("--kv-channels", HEAD)
+    words.replace("--ffn-hidden-size", 2 * new_hidden)
+    words.replace("--moe-ffn-hidden-size", new_hidden)
+    words.replace("--moe-shared-expert-intermediate-size", new_hidden)
     return float((hidden / new_hidden) ** 0.5)
 
 
@@ -156,8 +152,7 @@ def _few_groups(groups: int, own: Ranks, ranks: Ranks) -> int:
 def _latents(words: Words) -> None:
     if "--multi-latent-attention" not in words:
         return
-    if "--q-lora-rank" in words:
-        words.set("--q-lora-rank", 24)
+    words.replace("--q-lora-rank", 24)
     words.set("--kv-lora-rank", 24)
     equal = words.text("--v-head-dim", "128") == words.text("--qk-head-dim", "128")
     words.set("--qk-head-dim", HEAD)
@@ -169,11 +164,9 @@ def _experts(words: Words) -> None:
     count = words.number("--num-experts", 0)
     if not count:
         return
-    chosen = min(words.number("--moe-router-topk", 2), 2)
-    groups = words.number("--moe-router-num-groups", 0)
     words.set("--num-experts", min(count, 4))
-    words.set("--moe-router-topk", chosen)
-    if groups:
+    words.set("--moe-router-topk", min(words.number("--moe-router-topk", 2), 2))
+    if words.number("--moe-router-num-groups", 0):
         words.set("--moe-router-num-groups", 2)
         words.set("--moe-router-group-topk", min(words.number("--moe-router-group-topk", 1), 2))
 
@@ -181,9 +174,7 @@ def _experts(words: Words) -> None:
 def _sequence(words: Words, ranks: Ranks, own: Ranks) -> None:
     """A shorter sequence, divisible as before, with windows that still end within it."""
     length = words.number("--seq-length", SHORT)
-    has_documents = any(
-        flag in words for flag in ("--reset-attention-mask", "--reset-position-ids", "--sft", "--eod-mask-loss")
-    )
+    has_documents = any(flag in words for flag in DOCUMENTS)
     multiple = 2 * ranks.cp * ranks.tp
     short = min(length, LONG if has_documents else SHORT)
     if length % (2 * own.cp) == 0:
@@ -193,8 +184,7 @@ def _sequence(words: Words, ranks: Ranks, own: Ranks) -> None:
     else:
         short = max(short // multiple * multiple - (ranks.tp if "--sequence-parallel" in words else 3), ranks.cp + 1)
     words.set("--seq-length", short)
-    if "--max-position-embeddings" in words:
-        words.set("--max-position-embeddings", max(short, 1))
+    words.replace("--max-position-embeddings", short)
     if "--window-size" in words:
         words.set("--window-size", *_window(words, length, short))
 
@@ -211,8 +201,7 @@ def _window(words: Words, length: int, short: int) -> list[str]:
 def _batch(words: Words, ranks: Ranks) -> None:
     micro = min(words.number("--micro-batch-size", 1), 2)
     words.set("--micro-batch-size", micro)
-    batches = 2 * ranks.pp if ranks.pp > 1 else 2
-    words.set("--global-batch-size", micro * batches)
+    words.set("--global-batch-size", 2 * micro * ranks.pp)
 
 
 def _vocabulary(words: Words) -> None:

@@ -1,7 +1,8 @@
 """Hooks into Megatron's pipeline schedules, loss functions and optimizers, whatever script calls them."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
 
@@ -21,12 +22,13 @@ OPTIMIZER_NAMES = ("ChainedOptimizer", "FP32Optimizer", "MixedPrecisionOptimizer
 MANY = 1 << 40  # more than the number of tokens on a rank
 
 
-def watch(recorder: Recorder) -> Callable[[], None]:
-    """Let ``recorder`` record every training step of this process from now on; returns a function that ends this."""
+@contextmanager
+def watch(recorder: Recorder) -> Iterator[None]:
+    """Context manager in which ``recorder`` records every training step of this process."""
     undo: list[tuple[Any, str, Any]] = []
 
     def replace(owner: Any, name: str, build: Callable[..., Any]) -> None:
-        original = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
+        original = vars(owner)[name]
         undo.append((owner, name, original))
         setattr(owner, name, build(original, recorder))
 
@@ -39,12 +41,11 @@ def watch(recorder: Recorder) -> Callable[[], None]:
         owner = getattr(optimizers, name, None)
         if owner is not None and "step" in vars(owner):
             replace(owner, "step", partial(_optimizer_step, depth))
-
-    def end() -> None:
+    try:
+        yield
+    finally:
         while undo:
             setattr(*undo.pop())
-
-    return end
 
 
 def _schedule(original: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
@@ -52,13 +53,17 @@ def _schedule(original: Callable[..., Any], recorder: Recorder) -> Callable[...,
     def run(*args: Any, **kwargs: Any) -> Any:
         if args or kwargs.get("forward_only") or "model" not in kwargs:
             return original(*args, **kwargs)  # Megatron's schedules take only keyword arguments
-        model = kwargs["model"]
-        chunks = list(model) if isinstance(model, (list, tuple)) else [model]
+        chunks = listed(kwargs["model"])
         kwargs["forward_step_func"] = _forward_step(kwargs["forward_step_func"], recorder)
         with recorder.step(chunks, place()):
             return original(**kwargs)
 
     return run
+
+
+def listed(model: Any) -> list[Any]:
+    """The chunks of a model."""
+    return list(model) if isinstance(model, (list, tuple)) else [model]
 
 
 def _forward_step(forward_step: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
@@ -100,6 +105,11 @@ def place() -> dict[str, int]:
         "cp_size": parallel_state.get_context_parallel_world_size(),
         "dp": parallel_state.get_data_parallel_rank(),
     }
+
+
+def layout(ours: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """How a Recorder finds the positions of a rank's tokens, and how it restores their order in an output."""
+    return (our_positions, our_rows) if ours else (their_positions, lambda output: output)
 
 
 def our_positions(local_length: int, batch: list[Any]) -> tuple[torch.Tensor, int]:

@@ -45,16 +45,19 @@ class Words:
             raise ValueError(f"{flag} {value} is not a whole number; correct the command.") from None
 
     def set(self, flag: str, *values: object) -> None:
-        """Set a flag to these values, in its place or at the end."""
-        texts = [str(value) for value in values]
+        """Set a flag to these values, in its last place or at the end."""
+        item = (flag, [str(value) for value in values])
         places = [place for place, (name, _) in enumerate(self._items) if name == flag]
-        if not places:
-            self._items.append((flag, texts))
-            return
-        for place in places[:-1][::-1]:
-            del self._items[place]
-        place = next(place for place, (name, _) in enumerate(self._items) if name == flag)
-        self._items[place] = (flag, texts)
+        if places:
+            self._items[places[-1]] = item
+            self._items = [each for place, each in enumerate(self._items) if place not in places[:-1]]
+        else:
+            self._items.append(item)
+
+    def replace(self, flag: str, *values: object) -> None:
+        """Set a flag that is given to these values."""
+        if flag in self:
+            self.set(flag, *values)
 
     def drop(self, flags: Iterable[str]) -> list[str]:
         """Remove these flags; returns those that were given."""

@@ -6,13 +6,12 @@ A flag on the command line wins over the file.
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import yaml
 
 from mindspeed_cp.arguments import declared
-from mindspeed_cp.arguments.yaml_file import apply_config_file
+from mindspeed_cp.arguments.launch import read_flags
 from mindspeed_cp.prove.words import Words
 
 MEGATRON, MINDFORMERS = "--yaml-cfg", "--cp-config"
@@ -22,7 +21,6 @@ RENAMED = {
     "layernorm_epsilon": "--norm-epsilon",
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
     "fp8": "--fp8-format",
-    "rotary_seq_len_interpolation_factor": "--rotary-seq-len-interpolation-factor",
 }
 # Settings that are on unless a flag switches them off.
 ON_UNLESS = {
@@ -41,16 +39,15 @@ ON_UNLESS = {
     "persist_layer_norm": "--no-persist-layer-norm",
 }
 # Settings without a flag: they follow from others, are functions, or concern only the device.
-WITHOUT_FLAG = (
-    *"init_method output_layer_init_method perform_initialization params_dtype timers gated_linear_unit".split(),
-    *"bias_activation_fusion memory_efficient_layer_norm clone_scatter_output_in_embedding moe_token_dropping".split(),
-    *"virtual_pipeline_model_parallel_size finalize_model_grads_func pipeline_dtype grad_scale_func".split(),
-    *"enable_autocast autocast_dtype num_microbatches_with_partial_activation_checkpoints overlap_p2p_comm".split(),
-    *"batch_p2p_comm batch_p2p_sync use_ring_exchange_p2p deallocate_pipeline_outputs no_sync_func".split(),
-    *"grad_sync_func param_sync_func barrier_with_L1_time scatter_gather_tensors_in_pipeline align_grad_reduce".split(),
-    *"align_param_gather fp8_wgrad log_loss_scale_to_tensorboard onnx_safe local_rank lazy_mpu_init".split(),
-    *"standalone_embedding_stage encoder_num_layers decoder_num_layers".split(),
-)
+WITHOUT_FLAG = """
+    init_method output_layer_init_method perform_initialization params_dtype timers gated_linear_unit
+    bias_activation_fusion memory_efficient_layer_norm clone_scatter_output_in_embedding moe_token_dropping
+    virtual_pipeline_model_parallel_size finalize_model_grads_func pipeline_dtype grad_scale_func enable_autocast
+    autocast_dtype num_microbatches_with_partial_activation_checkpoints overlap_p2p_comm batch_p2p_comm batch_p2p_sync
+    use_ring_exchange_p2p deallocate_pipeline_outputs no_sync_func grad_sync_func param_sync_func barrier_with_L1_time
+    scatter_gather_tensors_in_pipeline align_grad_reduce align_param_gather fp8_wgrad log_loss_scale_to_tensorboard
+    onnx_safe local_rank lazy_mpu_init standalone_embedding_stage encoder_num_layers decoder_num_layers
+""".split()
 STARTS = ("tp_comm_split", "tp_comm_atomic", "tp_comm_bulk", "cpu_offloading", "_")
 
 
@@ -67,8 +64,8 @@ def with_files(words: Words) -> Words:
             if flag not in words:
                 found.set(flag, *values)
     if MINDFORMERS in words:
+        _mindformers(found)
         found.drop([MINDFORMERS])
-        _mindformers(found, words.text(MINDFORMERS))
     return found
 
 
@@ -99,15 +96,10 @@ def _flag(name: str, value: Any) -> Iterator[tuple[str, list[Any]]]:
         yield flag, [] if value is True else list(value) if isinstance(value, list) else str(value).split()
 
 
-def _mindformers(words: Words, path: str) -> None:
-    """Set the flags of context parallelism from a MindFormers file."""
-    known = {each.dest: each for each in declared.declared() if each.flag}
-    given = [dest for dest, each in known.items() if each.flag in words]
-    args = SimpleNamespace(**dict.fromkeys(known) | {"context_parallel_size": 1, "sequence_parallel": False})
-    for dest in given:
-        value = words.text(known[dest].flag)
-        setattr(args, dest, int(value) if value.isdigit() else value or True)
-    for dest in apply_config_file(args, path, given):
-        value = getattr(args, dest)
-        if value is not False and value is not None:
-            words.set(known[dest].flag, *([] if value is True else [value]))
+def _mindformers(words: Words) -> None:
+    """Set the flags of context parallelism that a MindFormers file gives."""
+    args, _ = read_flags(words.line(), "prove")
+    for each in declared.declared():
+        value = getattr(args, each.dest, None)
+        if each.dest in args.cp_given and not any(flag in words for flag in each.flags) and value not in (None, False):
+            words.set(each.flag, *([] if value is True else [value]))

@@ -73,18 +73,14 @@ class Block:
 def _area(rows: int, cols: int, lower: int | None, upper: int | None) -> int:
     """Pairs (i, j) of a rows x cols rectangle with lower <= j - i <= upper, in closed form."""
 
-    def below(limit: int | None) -> int:  # pairs with j - i <= limit
+    def triangle(side: int) -> int:
+        return max(side, 0) * (side + 1) // 2
+
+    def below(limit: int | None) -> int:  # pairs with j - i <= limit: row i has limit + 1 + i of them, from 0 to cols
         if limit is None:
             return rows * cols
-        first = min(max(limit + 1, 0), cols)  # visible in row 0
-        ramp_start = max(-limit - 1, 0)  # rows before it see nothing
-        ramp_rows = min(max(cols - 1 - limit, 0), rows)  # rows before it see less than all columns
-        ramp = max(ramp_rows - ramp_start, 0)
-        return (
-            ramp * first + ramp * (ramp - 1) // 2 + (rows - ramp_rows) * cols
-            if ramp_start < ramp_rows
-            else (rows - ramp_rows) * cols
-        )
+        whole, beyond = triangle(limit + rows) - triangle(limit), triangle(limit + rows - cols) - triangle(limit - cols)
+        return whole - beyond
 
     return below(upper) - (below(lower - 1) if lower is not None else 0)
 

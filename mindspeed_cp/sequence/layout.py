@@ -16,7 +16,7 @@ Hybrid's own zigzag is over the ring ranks, and each ring rank's tokens are cont
 Runs are half-open intervals (start, stop) of global positions; rows are indices into what a rank holds.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -24,16 +24,16 @@ from typing import Literal
 import torch
 
 from mindspeed_cp.sequence import runs as ranges
-from mindspeed_cp.sequence.balance import balanced_rings, imbalance
+from mindspeed_cp.sequence.balance import balanced_by_mask, balanced_rings, imbalance
 from mindspeed_cp.sequence.cache import RUN_BYTES, kept_up_to
 from mindspeed_cp.sequence.masks import attention_masks
 from mindspeed_cp.sequence.runs import Boundaries, Run, Runs, boundaries
-from mindspeed_cp.sequence.slice_balance import balanced_by_slices, imbalance_of_slices
-from mindspeed_cp.sequence.slice_mask import AttentionSlice, SliceMask
+from mindspeed_cp.sequence.slice_mask import AttentionSlice, document_mask
 from mindspeed_cp.settings.config import ContextParallelConfig
 
 LayoutKind = Literal["contiguous", "zigzag", "document_zigzag", "balanced", "runs"]
 
+DOCUMENT_KINDS: frozenset[LayoutKind] = frozenset({"document_zigzag", "balanced"})  # depend on where documents end
 UNEVEN = 1.1  # "auto" gives up the zigzag when the largest area exceeds this multiple of the mean
 
 
@@ -89,14 +89,17 @@ class SequenceLayout:
             )
         kind, degree, ring_size = config.layout_kind, config.batch_degree, config.batch_ring
         auto = config.batch_layout == "auto"
+        if kind == "document_zigzag":
+            return _document_zigzag(documents, degree, ring_size)
         if attention_slices is not None and (auto or kind == "balanced"):
             (mask,) = attention_masks(config.causal, seq_len, attention_slices=attention_slices)
-            return _by_slices(kind, degree, ring_size, seq_len, mask, auto)
-        if kind not in DOCUMENT_KINDS and not (auto and kind == "zigzag" and cu_seqlens is not None):
-            return _even(kind, degree, ring_size, seq_len, auto)
-        if kind not in DOCUMENT_KINDS:
-            return _zigzag_or_balanced(degree, ring_size, documents, config.ring_ranks_per_node)
-        return _by_documents(kind, degree, ring_size, documents, config.causal, config.ring_ranks_per_node)
+            usual = _even(kind, degree, ring_size, seq_len, True) if auto else None
+            if usual is None or imbalance(usual.rings, mask) > UNEVEN:
+                return _split(balanced_by_mask(mask, seq_len, ring_size), degree, "balanced")
+            return usual
+        if kind == "balanced" or (auto and kind == "zigzag" and cu_seqlens is not None):
+            return _balanced(degree, ring_size, documents, config.causal, config.ring_ranks_per_node, auto)
+        return _even(kind, degree, ring_size, seq_len, auto)
 
     @classmethod
     def from_runs(cls, config: ContextParallelConfig, runs: Sequence[Sequence[tuple[int, int]]]) -> "SequenceLayout":
@@ -161,23 +164,24 @@ class SequenceLayout:
         )
 
     @cached_property
-    def _rings(self) -> tuple[Runs, ...]:
+    def rings(self) -> tuple[Runs, ...]:
+        """Per ring rank, what ``ring_runs`` returns."""
         degree = self.ulysses_degree
         together = (sum(self.all_runs[first : first + degree], ()) for first in range(0, self.cp_size, degree))
         return tuple(ranges.join(sorted(runs)) for runs in together)
 
     def ring_runs(self, ring_rank: int) -> Runs:
         """Runs of global positions that the Ulysses group of ``ring_rank`` holds together, ascending."""
-        return self._rings[ring_rank]
+        return self.rings[ring_rank]
 
     def ring_length(self, ring_rank: int) -> int:
-        return ranges.length(self._rings[ring_rank])
+        return ranges.length(self.rings[ring_rank])
 
     @cached_property
     def _rows(self) -> tuple[tuple[Runs, ...], ...]:
         return tuple(
             tuple(
-                ranges.rows_of(self.all_runs[ring_rank * self.ulysses_degree + rank], self._rings[ring_rank])
+                ranges.rows_of(self.all_runs[ring_rank * self.ulysses_degree + rank], self.rings[ring_rank])
                 for rank in range(self.ulysses_degree)
             )
             for ring_rank in range(self.ring_size)
@@ -259,59 +263,36 @@ def _of_degree(layout: SequenceLayout, ulysses_degree: int) -> SequenceLayout:
 @kept_up_to(8 << 20, _num_bytes)
 def _even(kind: LayoutKind, degree: int, ring_size: int, seq_len: int, nested: bool) -> SequenceLayout:
     """contiguous and zigzag; ``nested`` is Hybrid's zigzag over the ring ranks only, which must be balanced."""
-    rings: list[Runs]
     if kind == "contiguous":
-        rings = ranges.cut(((0, seq_len),), ring_size)
-    elif not nested:  # over all ranks, as Megatron splits
-        return SequenceLayout(tuple(map(ranges.join, _zigzag(0, seq_len, degree * ring_size))), degree, kind)
-    else:
-        rings = list(map(ranges.join, _zigzag(0, seq_len, ring_size)))
+        return _split(ranges.cut(((0, seq_len),), ring_size), degree, kind)
+    if nested:
+        return _split(list(map(ranges.join, _zigzag(0, seq_len, ring_size))), degree, kind)
+    # over all ranks, as Megatron splits
+    return SequenceLayout(tuple(map(ranges.join, _zigzag(0, seq_len, degree * ring_size))), degree, kind)
+
+
+def _split(rings: Sequence[Runs], degree: int, kind: LayoutKind) -> SequenceLayout:
+    """Each ring rank's tokens, contiguous over its Ulysses ranks."""
     return SequenceLayout(tuple(piece for runs in rings for piece in ranges.cut(runs, degree)), degree, kind)
 
 
 @kept_up_to(8 << 20, _num_bytes)
-def _by_documents(
-    kind: LayoutKind, degree: int, ring_size: int, documents: Boundaries, causal: bool, ranks_per_node: int | None
+def _balanced(
+    degree: int, ring_size: int, documents: Boundaries, causal: bool, ranks_per_node: int | None, auto: bool
 ) -> SequenceLayout:
-    return SequenceLayout(DOCUMENT_KINDS[kind](documents, degree, ring_size, causal, ranks_per_node), degree, kind)
+    """Equal areas on every ring rank; a single document gives a zigzag. "auto" balances only where the zigzag would
+    load its ranks unevenly.
+    """
+    zigzag = _even("zigzag", degree, ring_size, documents[-1], True)
+    if auto and imbalance(zigzag.rings, document_mask(right=0, cu_seqlens=documents)) <= UNEVEN:
+        return zigzag
+    if len(set(documents)) <= 2:
+        return _split(zigzag.rings, degree, "balanced")
+    return _split(balanced_rings(documents, ring_size, causal, ranks_per_node), degree, "balanced")
 
 
 @kept_up_to(8 << 20, _num_bytes)
-def _zigzag_or_balanced(
-    degree: int, ring_size: int, documents: Boundaries, ranks_per_node: int | None
-) -> SequenceLayout:
-    """What "auto" chooses for a causal ring: zigzag, unless these documents would load its ranks unevenly."""
-    zigzag = _even("zigzag", degree, ring_size, documents[-1], True)
-    if imbalance([zigzag.ring_runs(rank) for rank in range(ring_size)], documents) <= UNEVEN:
-        return zigzag
-    return _by_documents("balanced", degree, ring_size, documents, True, ranks_per_node)
-
-
-def _by_slices(
-    kind: LayoutKind, degree: int, ring_size: int, seq_len: int, mask: SliceMask, auto: bool
-) -> SequenceLayout:
-    """Balanced by the areas of slices; "auto" does so only where its own kind would be uneven."""
-    if auto:
-        usual = _even(kind, degree, ring_size, seq_len, True)
-        if imbalance_of_slices(list(map(usual.ring_runs, range(ring_size))), mask) <= UNEVEN:
-            return usual
-    rings = balanced_by_slices(mask, seq_len, ring_size)
-    return SequenceLayout(tuple(piece for runs in rings for piece in ranges.cut(runs, degree)), degree, "balanced")
-
-
-def _balanced(
-    documents: Boundaries, degree: int, ring_size: int, causal: bool, ranks_per_node: int | None
-) -> tuple[Runs, ...]:
-    """Equal areas on every ring rank, split contiguously over its Ulysses ranks; a single document gives a zigzag."""
-    if len(set(documents)) <= 2:
-        return _even("zigzag", degree, ring_size, documents[-1], True).all_runs
-    rings = balanced_rings(documents, ring_size, causal, ranks_per_node)
-    return tuple(piece for runs in rings for piece in ranges.cut(runs, degree))
-
-
-def _document_zigzag(
-    documents: Boundaries, degree: int, ring_size: int, causal: bool, ranks_per_node: int | None
-) -> tuple[Runs, ...]:
+def _document_zigzag(documents: Boundaries, degree: int, ring_size: int) -> SequenceLayout:
     """Each document separately as a zigzag over all ranks; a rank holds its parts document by document."""
     ranks = degree * ring_size
     held: list[list[Run]] = [[] for _ in range(ranks)]
@@ -324,10 +305,4 @@ def _document_zigzag(
             )
         for mine, chunks in zip(held, _zigzag(start, stop, ranks)):
             mine += chunks
-    return tuple(map(ranges.join, held))
-
-
-# Kinds that depend on where documents end:
-# (boundaries, ulysses degree, ring size, causal, ring ranks of a node or None) -> every rank's runs.
-DocumentKind = Callable[[Boundaries, int, int, bool, int | None], tuple[Runs, ...]]
-DOCUMENT_KINDS: dict[str, DocumentKind] = {"document_zigzag": _document_zigzag, "balanced": _balanced}
+    return SequenceLayout(tuple(map(ranges.join, held)), degree, "document_zigzag")

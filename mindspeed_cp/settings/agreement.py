@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from mindspeed_cp.settings.rules import consecutive
+from mindspeed_cp.version import __version__
+
 Value = TypeVar("Value")
 KEY = "mindspeed_cp/agreement"
 PATIENCE = timedelta(minutes=10)  # time to wait for late ranks
@@ -96,8 +99,6 @@ def refuse(
 
 def versions(**others: str) -> dict[str, str]:
     """The versions of torch and of this project, and ``others``, to be compared like settings."""
-    from mindspeed_cp.version import __version__
-
     return {"the version of torch": torch.__version__, "the version of mindspeed_cp": __version__, **others}
 
 
@@ -174,12 +175,8 @@ def _ranks_by(values: Iterable[Value], everyone: Sequence[int]) -> dict[Value, l
 
 def named(ranks: list[int]) -> str:
     """ "rank 2", "ranks 0 and 3", "ranks 0, 2 to 7 and 9"."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    parts = [text for run in runs for text in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]
+    parts = [
+        text for run in consecutive(ranks) for text in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))
+    ]
     text = ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
     return f"rank{'s' if len(ranks) > 1 else ''} {text}"

@@ -1,300 +1,37 @@
-"""``ContextParallelConfig``: what a context-parallel group computes and how, with each setting declared once.
+"""``ContextParallelConfig``: the settings of fields.py, their rules, and the values that derive from them.
 
-It contains what the algorithms need, but nothing about the model; ``TrainingSetup`` (training_setup.py) contains what a
-launch script says about model and machine. Errors name the flag, the value, the rule and a value that works.
+It knows nothing about the model; ``TrainingSetup`` (training_setup.py) contains what a launch script says about model
+and machine. Errors name the flag, the value, the rule and a value that works.
 """
 
+import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal
 
-from mindspeed_cp.settings import layers, rules
-from mindspeed_cp.settings.algorithms import DEFAULT, known_algorithm, summaries, titled
-from mindspeed_cp.settings.derived import (
-    P2P,
-    BatchLayout,
-    Derived,
-    KVCachePolicy,
-    KVExchange,
-    LinearExchange,
-    MaskType,
-    Topology,
-)
+from mindspeed_cp.settings import rules
+from mindspeed_cp.settings.algorithms import ALGORITHMS, Algorithm, Hierarchy, known_algorithm, titled
+from mindspeed_cp.settings.fields import Fields, KVCachePolicy
+from mindspeed_cp.settings.layers import EXAMPLE, FLAG, LayerEntry, LayerRange, read_layers, said
 from mindspeed_cp.settings.notices import warn_rank0
-from mindspeed_cp.settings.setting import declarations, setting
+from mindspeed_cp.settings.setting import Setting, declarations
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextParallelConfig(Derived):
+class ContextParallelConfig(Fields):
     """What one context-parallel group computes and how; raises ValueError for invalid combinations.
 
-    Every field is declared with its flag, help and rule, from which --help and docs/flags.md are generated. A window of
-    the ring's size is the plain ring: ``window_size`` becomes 1, with a notice.
+    A window of the ring's size is the plain ring: ``window_size`` becomes 1, with a notice.
     """
-
-    context_parallel_size: int = setting(
-        1,
-        flag="--context-parallel-size",
-        keys=("parallel_config.context_parallel", "parallel_config.context_parallel_size"),
-        help="ranks over which each sequence is split; 1 switches context parallelism off",
-        rule="world size = tensor x context x pipeline x data parallel size",
-        takes="N",
-        least=1,
-        least_means="1 switches it off",
-        variable="CP",
-    )
-    algorithm: str = setting(
-        DEFAULT,
-        flag="--context-parallel-algo",
-        keys=("parallel_config.context_parallel_algo",),
-        help="how the ranks share the attention",
-        rule="Ulysses needs num-attention-heads divisible by tensor x context parallel size, the ring does not; if it "
-        "is not given, --cp-comm-type determines it",
-        meanings=summaries,
-        parse=known_algorithm,
-        variable="CP_ALGO",
-    )
-    layer_algorithms: str | None = setting(
-        None,
-        flag=layers.FLAG,
-        help="layers with an algorithm or settings of their own, such as 0-3:ulysses_cp_algo,4-:megatron_cp_algo",
-        rule="entries LAYERS:ALGORITHM, with further settings as :flag=value; layers count from 0 over the whole model "
-        "(3, 0-3, 4-, 5-/6: every sixth from 5); each is named at most once, and its entry takes from the run what it "
-        "does not name",
-        takes="LAYERS:SETTINGS,...",
-        see="[A choice for each layer](choosing.md#a-choice-for-each-layer)",
-    )
-    attention_mask_type: MaskType = setting(
-        "causal",
-        flag="--cp-attention-mask-type",
-        also=("--attention-mask-type",),
-        help="what a layer sees if its batch contains no mask",
-        rule="a mask in the batch always wins over this flag; GPT models need causal or general",
-        meanings={
-            "causal": "a token sees itself and earlier tokens",
-            "full": "every token sees every token",
-            "general": "the mask or the documents of the batch, else causal",
-        },
-        shares=False,
-    )
-    ulysses_degree: int | None = setting(
-        None,
-        flag="--ulysses-degree-in-cp",
-        keys=("parallel_config.ulysses_degree_in_cp",),
-        help="ranks that split the heads in Hybrid",
-        rule="1 < U < context parallel size, and U divides it; if hybrid_cp_algo gets none, the command line takes "
-        "the largest that fits the heads of a rank and the ranks of a node, with a notice",
-        takes="U",
-        least=1,
-        least_means="leave it out if no ranks split the heads",
-        taken_by=lambda row: row.takes_degree,
-        ignored="only {takers} reads it, not {algorithm}",
-        variable="ULYSSES_DEGREE",
-        by_layer=lambda row: row.takes_degree,
-    )
-    batch_layout: BatchLayout = setting(
-        "auto",
-        flag="--cp-batch-layout",
-        help="which tokens a rank holds",
-        rule="every algorithm computes every layout; document_zigzag needs documents that 2 x context parallel size "
-        "divides",
-        meanings={
-            "auto": "the algorithm's default, and document_zigzag for a packed batch that arrives split",
-            "contiguous": "one piece for each rank",
-            "zigzag": "two chunks of the row for each rank, as Megatron splits it",
-            "document_zigzag": "two chunks of every document, as Megatron, verl and ms-swift split packed batches",
-            "balanced": "equal tokens, and equal work for the documents of the batch",
-        },
-        see="[Batch layouts](batch-layouts.md)",
-    )
-    ranks_per_node: int | None = setting(
-        None,
-        flag="--cp-ranks-per-node",
-        help="consecutive context-parallel ranks that share a node; the balanced layout then keeps the parts of a "
-        "document within one node if possible",
-        rule="used by --cp-batch-layout balanced, and by auto if it is balanced; if ranks are numbered node by node, "
-        "devices of a node / tensor-parallel size",
-        takes="N",
-        least=1,
-        least_means="leave it out if the nodes are not known",
-    )
-    window_size: int = setting(
-        1,
-        flag="--cp-window-size",
-        help="inner window of Double Ring; 1 is the plain ring",
-        rule="a divisor of the ring size (context parallel size, divided by the Ulysses degree in Hybrid); the ring "
-        "size itself is one window, the plain ring",
-        takes="W",
-        least=1,
-        least_means="1 is the plain ring",
-        taken_by=lambda row: row.takes_window,
-        ignored="{algorithm} has no ring windows",
-        variable="CP_WINDOW",
-        by_layer=lambda row: row.takes_window,
-    )
-    kv_exchange: KVExchange = setting(
-        "ring",
-        flag="--cp-kv-exchange",
-        help="how keys and values reach the other ring ranks",
-        rule="direct and mesh need a ring algorithm and window size 1",
-        meanings={
-            "ring": "whole shards are forwarded",
-            "direct": "each peer gets only the rows that its mask needs",
-            "mesh": "each step exchanges a slice of every shard over all links",
-            "auto": "mesh if the ranks form one, else whichever sends less for the batch",
-        },
-        see="[Mesh exchange](algorithms/mesh-exchange.md)",
-        variable="KV_EXCHANGE",
-        by_layer=lambda row: row.exchange == "ring",
-    )
-    in_flight: int | Literal["auto"] = setting(
-        1,
-        flag="--cp-in-flight",
-        help="steps of direct, of mesh, or of a window of Double Ring that may be in flight at once",
-        rule="the buffers of a step exist N + 1 times",
-        meanings={"auto": "by topology"},
-        takes="N",
-        least=1,
-        least_means="1 is one step at a time",
-        by_layer=lambda row: row.exchange == "ring",
-    )
-    topology: Topology = setting(
-        "auto",
-        flag="--cp-topology",
-        help="how ring ranks are linked",
-        rule="--cp-kv-exchange auto and --cp-in-flight auto read it",
-        meanings={
-            "auto": "nodes if the ranks are on several hosts, else mesh on NPUs and switch elsewhere",
-            "mesh": "a separate link for each pair",
-            "switch": "any one peer at full rate",
-            "nodes": "over several servers",
-        },
-    )
-    mla_exchange: Literal["latent", "heads", "auto"] = setting(
-        "auto",
-        flag="--cp-mla-exchange",
-        help="what multi-latent attention sends as keys and values",
-        rule="latent needs Megatron's own up-projection, without fp8; it has no effect on other attention",
-        meanings={
-            "latent": "the latent and the rotated part of the key; every rank computes keys and values from them",
-            "heads": "keys and values of all heads",
-            "auto": "latent if the bytes that it saves are worth computing keys and values on every rank",
-        },
-        see="[Latent exchange](choosing.md#latent-exchange)",
-        by_layer=lambda row: True,
-    )
-    ulysses_chunks: int = setting(
-        1,
-        flag="--cp-ulysses-chunks",
-        help="groups of heads that Ulysses exchanges one after another, each while the previous one is computed",
-        rule="at most the heads of a rank",
-        takes="C",
-        least=1,
-        least_means="1 exchanges all heads at once",
-        taken_by=lambda row: row.splits_heads,
-        ignored="{algorithm} exchanges no heads",
-        see="[Chunks of heads](algorithms/ulysses.md#in-chunks-of-heads)",
-        by_layer=lambda row: row.splits_heads,
-    )
-    linear_exchange: LinearExchange = setting(
-        "heads",
-        flag="--cp-linear-exchange",
-        help="what travels for layers with a recurrent state (gated delta nets, Mamba)",
-        rule="heads needs a head for each rank",
-        meanings={
-            "heads": "tokens, so that every rank computes some heads of the whole sequence",
-            "state": "one state per rank, whatever the length; every rank computes its own part of the sequence",
-        },
-        see="[Linear attention](linear-attention.md)",
-    )
-    p2p: P2P = setting(
-        "auto",
-        flag="--cp-p2p",
-        help="how messages between single ranks are posted",
-        rule="ring algorithms only; HCCL allows no batches with virtual pipeline stages, and only three at a time on "
-        "more than 500 ranks",
-        meanings={
-            "auto": "as a batch, and isend on NPUs with virtual pipeline stages",
-            "batch": "those of one step together",
-            "isend": "one after another, in an order without deadlock",
-        },
-        taken_by=lambda row: row.exchange == "ring",
-        ignored="{algorithm} sends no messages between single ranks",
-    )
-    kv_cache_policy: KVCachePolicy | None = setting(
-        None,
-        flag="--context-parallel-kv-cache-policy",
-        help="what forward keeps for backward",
-        rule="needs --context-parallel-size above 1 and flash attention",
-        meanings={
-            "full": "the ring keeps received keys and values (saves communication), Ulysses keeps them as they were "
-            "before communication (saves memory)",
-            "half": "the same for keys only",
-        },
-        see="[KV cache](choosing.md#what-the-kv-cache-policies-save-and-cost)",
-        variable="KV_CACHE_POLICY",
-        by_layer=lambda row: True,
-    )
-    kv_cache_interval: int = setting(
-        0,
-        flag="--context-parallel-cache-interval",
-        help="layers without the policy between two layers with it: it applies to layers with layer mod (N + 1) = 1, "
-        "counted from 1; 0 applies it to every layer",
-        rule="needs a policy, and N < num-layers",
-        takes="N",
-        least=0,
-        least_means="0 applies the policy to every layer",
-    )
-    allgather_kv: bool = setting(
-        False,
-        flag="--use-ulysses-allgather-kv",
-        help="Ulysses gathers the one KV head of a rank instead of replicating it",
-        rule="ulysses_cp_algo and grouped-query attention with one KV head per tensor-parallel rank",
-        by_layer=lambda row: row.splits_heads and row.exchange is None,
-    )
-    send_recv_overlap: bool = setting(
-        False,
-        flag="--use-cp-send-recv-overlap",
-        help="post each transfer before the block of attention that hides it",
-        rule="algorithms that send around a ring",
-        taken_by=lambda row: row.exchange is not None,
-        ignored="{algorithm} sends nothing around a ring",
-        by_layer=lambda row: row.exchange is not None,
-    )
-    alltoall: bool = setting(
-        True,
-        keys=("parallel.enable_alltoall",),
-        names=("cp_enable_alltoall",),
-        help="False replaces all-to-all by all-gather and slicing, with the same results",
-        taken_by=lambda row: row.splits_heads,
-        ignored="{algorithm} uses no all-to-all",
-    )
-    keep_attention: bool = setting(
-        False,
-        flag="--cp-keep-attention",
-        keys=("parallel_config.keep_attention",),
-        help="recomputation reuses attention of the forward pass instead of communicating and computing it again; for "
-        "Megatron's checkpoints; with torch's own, pass kept to context_parallel_attention",
-        rule="needs --context-parallel-size above 1; ignored without --recompute-granularity full, or selective with "
-        "core_attn",
-        see="[Recomputation](choosing.md#attention-kept-across-recomputation)",
-    )
-    log: bool = setting(
-        False,
-        flag="--cp-log",
-        help="every --log-interval steps rank 0 says what context parallelism sent, how long it waited and how "
-        "unevenly, and writes it to TensorBoard",
-        rule="ignored with --context-parallel-size 1",
-        see="[Why is it slow?](troubleshooting.md#why-is-it-slow)",
-    )
 
     def __post_init__(self) -> None:
         for each in declarations(type(self)):
             each.check(getattr(self, each.name))
         known_algorithm(self.algorithm)
         text = self.layer_algorithms
-        rules.require(
-            text is None or isinstance(text, str), f"{layers.FLAG} {text!r} must be text; use {layers.EXAMPLE}."
-        )
+        rules.require(text is None or isinstance(text, str), f"{FLAG} {text!r} must be text; use {EXAMPLE}.")
         rules.check_kv_cache(self.context_parallel_size, self.kv_cache_policy, self.kv_cache_interval)
         rules.check_keep_attention(self.context_parallel_size, self.keep_attention)
         self._check_layers()
@@ -317,11 +54,11 @@ class ContextParallelConfig(Derived):
 
     def said_by_layer(self) -> list[str]:
         """The layers with their own settings, such as "layers 5-/6: Ulysses"; equal settings are one item."""
-        found: dict[str, list[layers.LayerRange]] = {}
+        found: dict[str, list[LayerRange]] = {}
         for entry, config in zip(self.entries, self.entry_configs):
             text = ", ".join([titled(config.row, config.hierarchy), *config.ways()])
             found.setdefault(text, []).append(entry.layers)
-        return [f"{layers.said(ranges)}: {text}" for text, ranges in found.items()]
+        return [f"{said(ranges)}: {text}" for text, ranges in found.items()]
 
     def ways(self) -> list[str]:
         """The settings other than the algorithm, as phrases, if they are not the default."""
@@ -334,3 +71,245 @@ class ContextParallelConfig(Derived):
             f"kv cache {self.kv_cache_policy}": self.kv_cache_policy is not None,
         }
         return [part for part, holds in said.items() if holds]
+
+    @property
+    def row(self) -> Algorithm:
+        """The algorithm's row of the table."""
+        return ALGORITHMS[self.algorithm]
+
+    @property
+    def _ring_of_window(self) -> int:
+        """Size of the ring that a window must divide; used before the hierarchy, which needs a valid window."""
+        return self.context_parallel_size // (self.ulysses_degree or 1 if self.row.takes_degree else 1)
+
+    @property
+    def _is_one_window(self) -> bool:
+        return self.row.takes_window and self.window_size == self._ring_of_window > 1
+
+    # Layers that have settings of their own.
+
+    @classmethod
+    def by_layer(cls) -> tuple[Setting, ...]:
+        """The settings that layers may have of their own, beside the algorithm."""
+        return tuple(each for each in declarations(cls) if each.by_layer is not None)
+
+    @property
+    def named_layers(self) -> tuple[LayerEntry, ...]:
+        """The entries of --cp-layer-algo, none without it."""
+        return () if self.layer_algorithms is None else _layered(self)[0]
+
+    @property
+    def entries(self) -> tuple[LayerEntry, ...]:
+        """The entries of --cp-layer-algo, none with context-parallel size 1."""
+        return self.named_layers if self.context_parallel_size > 1 else ()
+
+    @property
+    def entry_configs(self) -> tuple["ContextParallelConfig", ...]:
+        """The settings of each entry's layers."""
+        return _layered(self)[1] if self.entries else ()
+
+    @property
+    def other_layers(self) -> "ContextParallelConfig":
+        """The settings of the layers without an entry."""
+        return _layered(self)[2] if self.entries else self
+
+    @property
+    def layer_configs(self) -> tuple["ContextParallelConfig", ...]:
+        """The different settings of all layers; those of the layers without an entry come first."""
+        return tuple(dict.fromkeys((self.other_layers, *self.entry_configs)))
+
+    def of_layer(self, layer_number: int) -> "ContextParallelConfig":
+        """The settings of a layer (global number, from 1, as in Megatron)."""
+        for entry, config in zip(self.entries, self.entry_configs):
+            if layer_number - 1 in entry.layers:
+                return config
+        return self.other_layers
+
+    def used_by(self, num_layers: int | None) -> tuple["ContextParallelConfig", ...]:
+        """The different settings of the first ``num_layers`` layers; of all layers if None."""
+        if num_layers is None or not self.entries:
+            return self.layer_configs
+        return tuple(dict.fromkeys(map(self.of_layer, range(1, num_layers + 1))))
+
+    def takes_any_length(self, num_layers: int | None) -> bool:
+        """Whether these layers take lengths that are no multiple of the ranks, without a gather-size calculator."""
+        return all(config.row.any_length for config in self.used_by(num_layers))
+
+    def layers_of(self, config: "ContextParallelConfig") -> list[LayerRange]:
+        """The layers of the entries with the settings ``config``; none if the layers without an entry have them too."""
+        if config == self.other_layers:
+            return []
+        return [entry.layers for entry, each in zip(self.entries, self.entry_configs) if each == config]
+
+    def fitted(self, entry: LayerEntry | None) -> "ContextParallelConfig":
+        """The settings of an entry's layers: its own, else this configuration's if the layers' algorithm uses them.
+
+        Raises:
+            ValueError: the entry names a setting that its algorithm does not use.
+        """
+        named = {} if entry is None else entry.named
+        row = ALGORITHMS[named.get("algorithm", self.algorithm)]
+        unused = [each for each in self.by_layer() if each.by_layer and not each.by_layer(row)]
+        for each in unused:
+            rules.require(
+                each.name not in named,
+                f"{FLAG} {entry and entry.layers}: {each.flag.removeprefix('--')} means nothing to {row.title}; leave "
+                "it out there.",
+            )
+        return self._with({each.name: each.default for each in unused} | named | {"layer_algorithms": None})
+
+    def _with(self, values: Mapping[str, Any]) -> "ContextParallelConfig":
+        """A copy with other values, without checks and notices."""
+        made = object.__new__(type(self))
+        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        vars(made).update(fields | dict(values))
+        if made._is_one_window:
+            vars(made)["window_size"] = 1
+        return made
+
+    def _check_layers(self) -> None:
+        """Check the rules of every layer's algorithm; messages name the layers."""
+        for entry, config in zip(self.entries, self.entry_configs):
+            with rules.said_of(f"{FLAG} {entry.layers}"):
+                config._check_algorithm()
+        self.other_layers._check_algorithm()
+
+    def _check_algorithm(self) -> None:
+        rules.check_degree(self.algorithm, self.context_parallel_size, self.ulysses_degree)
+        rules.check_window(self.row, self.window_size, self._ring_of_window)
+        rules.check_exchange(self.algorithm, self.kv_exchange, 1 if self._is_one_window else self.window_size)
+        rules.check_allgather(self.algorithm, self.allgather_kv)
+
+    # Ignored settings.
+
+    def ignored_settings(self) -> list[str]:
+        """Warnings about settings that the algorithms of all layers ignore, or an entry's that its own ignores."""
+        views = [self._with({"layer_algorithms": None, **entry.named}) for entry in self.entries]
+        first, *others = [view._ignored() for view in (self, *views)]
+        of_run = [message for name, message in first.items() if all(name in ignored for ignored in others)]
+        of_entries = [
+            f"{FLAG} {entry.layers}: {message}"
+            for entry, config in zip(self.entries, self.entry_configs)
+            for name, message in config._ignored().items()
+            if name in entry.named
+        ]
+        return of_run + of_entries
+
+    def _ignored(self) -> dict[str, str]:
+        """Field -> warning, for the settings that this algorithm ignores."""
+        settings = declarations(type(self))
+        notices = {each.name: each.notice(getattr(self, each.name), self.algorithm) for each in settings}
+        found = {name: message for name, message in notices.items() if message}
+        return found | {name: message for name, (applies, message) in self._ignored_with_others().items() if applies}
+
+    def _ignored_with_others(self) -> dict[str, tuple[bool, str]]:
+        """Field -> (whether other settings make it ineffective, warning)."""
+        algorithm, alone = f"--context-parallel-algo {self.algorithm}", self.context_parallel_size == 1
+        return {
+            "window_size": (
+                self._is_one_window,
+                f"--cp-window-size {self.window_size} is one window of all {self.window_size} ranks of the ring: the "
+                "plain ring.",
+            ),
+            "batch_layout": (
+                self.batch_layout == "balanced" and self.row.exchange is None and not alone,
+                f"--cp-batch-layout balanced is contiguous for {algorithm}, whose ranks have equal work anyway.",
+            ),
+            "p2p": (
+                self.p2p != "auto" and self.kv_exchange == "mesh",
+                f"--cp-p2p {self.p2p} is ignored: the mesh exchange sends no messages between single ranks.",
+            ),
+            "in_flight": (
+                self.in_flight not in (1, "auto") and not self._takes_several_steps,
+                f"--cp-in-flight {self.in_flight} is ignored: a plain ring forwards one step at a time.",
+            ),
+            "topology": (
+                "auto" not in (self.kv_exchange, self.in_flight) and self.topology != "auto",
+                f"--cp-topology {self.topology} is ignored: neither --cp-kv-exchange nor --cp-in-flight is auto.",
+            ),
+            "ranks_per_node": (
+                self.ranks_per_node is not None and not self._may_be_balanced,
+                f"--cp-ranks-per-node {self.ranks_per_node} is ignored: only the balanced layout of a ring reads it.",
+            ),
+            "log": (
+                self.log and alone,
+                "--cp-log says nothing at --context-parallel-size 1 without --hybrid-context-parallel.",
+            ),
+            "layer_algorithms": (
+                self.layer_algorithms is not None and alone,
+                f"{FLAG} says nothing at --context-parallel-size 1 without --hybrid-context-parallel.",
+            ),
+        }
+
+    @property
+    def _takes_several_steps(self) -> bool:
+        return self.row.exchange == "ring" and (self.kv_exchange != "ring" or self.hierarchy[2] > 1)
+
+    @property
+    def hierarchy(self) -> Hierarchy:
+        """(ulysses, window, windows), whose product is context_parallel_size; it determines the algorithm."""
+        return self.row.hierarchy(self)
+
+    @property
+    def ring_size(self) -> int:
+        return self.context_parallel_size // self.hierarchy[0]
+
+    # The layout of a batch, which all layers share.
+
+    @property
+    def batch_degree(self) -> int:
+        """Number of consecutive ranks that form one rank of the ring over which the layout is balanced.
+
+        It is the greatest common divisor of the Ulysses degrees of all layers with a ring, so that the layout is
+        balanced for each of these rings.
+        """
+        rings = [config.hierarchy[0] for config in self.layer_configs if config.ring_size > 1]
+        return math.gcd(*rings) if rings else self.context_parallel_size
+
+    @property
+    def batch_ring(self) -> int:
+        """Size of the ring over which the layout is balanced."""
+        return self.context_parallel_size // self.batch_degree
+
+    @property
+    def ring_ranks_per_node(self) -> int | None:
+        """Number of ranks of this ring per node, None if unknown."""
+        return None if self.ranks_per_node is None else max(1, self.ranks_per_node // self.batch_degree)
+
+    @property
+    def _may_be_balanced(self) -> bool:
+        return self.batch_ring > 1 and (
+            self.batch_layout == "balanced" or self.batch_layout == "auto" and self.layout_kind == "zigzag"
+        )
+
+    @property
+    def causal(self) -> bool:
+        """Whether a layer is causal if the batch contains no mask."""
+        return self.attention_mask_type != "full"
+
+    @property
+    def layout_kind(self) -> Literal["contiguous", "zigzag", "document_zigzag", "balanced"]:
+        """The layout kind for ``batch_layout``; "auto" is zigzag if a layer has a causal ring, else contiguous."""
+        if self.batch_layout == "balanced" and self.batch_ring == 1:
+            return "contiguous"
+        if self.batch_layout != "auto":
+            return self.batch_layout
+        return "zigzag" if self.batch_ring > 1 and self.causal else "contiguous"
+
+    def kv_cache_policy_for(self, layer_number: int) -> KVCachePolicy | None:
+        """The policy of a layer (global number, from 1); interval n applies it to layers with layer % (n + 1) == 1."""
+        return self.kv_cache_policy if (layer_number - 1) % (self.kv_cache_interval + 1) == 0 else None
+
+
+@lru_cache(maxsize=256)
+def _layered(
+    config: ContextParallelConfig,
+) -> tuple[tuple[LayerEntry, ...], tuple[ContextParallelConfig, ...], ContextParallelConfig]:
+    """(The entries of --cp-layer-algo, their settings, those of the other layers)."""
+    assert config.layer_algorithms is not None
+    named = read_layers(config.layer_algorithms, config.by_layer())
+    if config.context_parallel_size == 1:
+        return named, (), config
+    # Where an entry names every layer, no layer has the run's own settings.
+    every = [config.fitted(entry) for entry in named if entry.layers == LayerRange(0, None)]
+    return named, tuple(map(config.fitted, named)), (*every, config.fitted(None))[0]

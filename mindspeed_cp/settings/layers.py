@@ -12,19 +12,17 @@ Layers are counted from 0 over the whole model. Settings are an algorithm, flags
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mindspeed_cp.settings.algorithms import known_algorithm
-from mindspeed_cp.settings.rules import listed, require, said_of
-
-if TYPE_CHECKING:
-    from mindspeed_cp.settings.setting import Setting
+from mindspeed_cp.settings.rules import consecutive, listed, require, said_of
+from mindspeed_cp.settings.setting import Setting
 
 FLAG = "--cp-layer-algo"
 EXAMPLE = f'{FLAG} "0-3:ulysses_cp_algo,4-:megatron_cp_algo"'
-_LAYERS = re.compile(r"(\d{1,6})(?:(-)(\d{1,6})?(?:/(\d{1,6}))?)?")
+_LAYERS = re.compile(r"([0-9]{1,6})(?:(-)([0-9]{1,6})?(?:/([0-9]{1,6}))?)?")
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class LayerEntry:
         return dict(self.values)
 
 
-def read_layers(text: str, settings: Sequence["Setting"]) -> tuple[LayerEntry, ...]:
+def read_layers(text: str, settings: Sequence[Setting]) -> tuple[LayerEntry, ...]:
     """The entries of --cp-layer-algo.
 
     Args:
@@ -104,7 +102,7 @@ def read_layers(text: str, settings: Sequence["Setting"]) -> tuple[LayerEntry, .
     return tuple(entries)
 
 
-def _entry(text: str, settings: Sequence["Setting"]) -> LayerEntry:
+def _entry(text: str, settings: Sequence[Setting]) -> LayerEntry:
     layers, *parts = [part.strip() for part in text.split(":")]
     require(
         parts and all(parts),
@@ -119,7 +117,7 @@ def _entry(text: str, settings: Sequence["Setting"]) -> LayerEntry:
     return LayerEntry(LayerRange.read(layers), tuple(values.items()))
 
 
-def _option(name: str, value: str, settings: Sequence["Setting"]) -> tuple[str, Any]:
+def _option(name: str, value: str, settings: Sequence[Setting]) -> tuple[str, Any]:
     for each in settings:
         if each.flag == f"--{name}":
             require(
@@ -131,16 +129,19 @@ def _option(name: str, value: str, settings: Sequence["Setting"]) -> tuple[str, 
     raise ValueError(f"{name}={value} is no setting of a layer; choose {names}, or give --{name} for all.")
 
 
-def written(entries: Iterable[tuple[LayerRange, Mapping[str, Any]]], settings: Sequence["Setting"]) -> str:
+def written(entries: Iterable[tuple[LayerRange, Mapping[str, Any]]], settings: Sequence[Setting]) -> str:
     """The text of entries (layers, field -> value), which ``read_layers`` reads again."""
     flags = {each.name: each.flag.removeprefix("--") for each in settings}
-    return ",".join(":".join([str(layers), *_words(values, flags)]) for layers, values in entries)
 
+    def words(layers: LayerRange, values: Mapping[str, Any]) -> Iterator[str]:
+        yield str(layers)
+        if "algorithm" in values:
+            yield str(values["algorithm"])
+        for field, value in values.items():
+            if field != "algorithm":
+                yield f"{flags[field]}={str(value).lower() if isinstance(value, bool) else value}"
 
-def _words(values: Mapping[str, Any], flags: Mapping[str, str]) -> list[str]:
-    words = [str(values["algorithm"])] if "algorithm" in values else []
-    others = [(flags[field], value) for field, value in values.items() if field != "algorithm"]
-    return words + [f"{flag}={str(value).lower() if isinstance(value, bool) else value}" for flag, value in others]
+    return ",".join(":".join(words(*entry)) for entry in entries)
 
 
 def ranges_of(layers: Sequence[int]) -> list[LayerRange]:
@@ -148,13 +149,7 @@ def ranges_of(layers: Sequence[int]) -> list[LayerRange]:
     step = layers[1] - layers[0] if len(layers) > 2 else 1
     if step > 1 and list(layers) == list(range(layers[0], layers[-1] + 1, step)):
         return [LayerRange(layers[0], layers[-1], step)]
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return [LayerRange(run[0], run[-1]) for run in runs]
+    return [LayerRange(run[0], run[-1]) for run in consecutive(layers)]
 
 
 def said(layers: Sequence[LayerRange]) -> str:

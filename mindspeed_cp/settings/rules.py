@@ -1,11 +1,14 @@
-"""Rules across settings, helpers to write them, and the rule of tensor parallelism for heads."""
+"""Rules across settings, helpers to write them and to read numbers, and the rule of tensor parallelism for heads."""
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 
 from mindspeed_cp.settings.algorithms import ALGORITHMS, Algorithm, names_with
 
 MOST_RANKS = 1 << 16  # messages list no divisors above this; a flag may have any value
+UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
 
 def listed(values: Iterable[object]) -> str:
@@ -16,6 +19,24 @@ def listed(values: Iterable[object]) -> str:
 def divisors(number: int, low: int, high: int) -> str:
     """Divisors d of ``number`` with low <= d <= high (at most MOST_RANKS), as text for an error message."""
     return listed([d for d in range(max(low, 1), min(high, MOST_RANKS) + 1) if number % d == 0])
+
+
+def consecutive(numbers: Iterable[int]) -> list[list[int]]:
+    """Ascending numbers as lists of neighbours."""
+    runs = groupby(enumerate(numbers), lambda placed: placed[1] - placed[0])
+    return [[number for _, number in run] for _, run in runs]
+
+
+def tokens(text: str) -> int:
+    """Parse a length such as 131072, 128k or 1m; k is 1,024 and m 1,048,576.
+
+    Raises:
+        ValueError: ``text`` is not such a number. The message names value and rule; argparse adds the flag.
+    """
+    match = re.fullmatch(r"0*([1-9][0-9]*)([km]?)", text.strip().lower())
+    if not match:
+        raise ValueError(f"{text!r} is not a length; write a number of tokens above 0, such as 4096, 128k or 1m.")
+    return int(match[1]) * UNITS[match[2]]
 
 
 def require(condition: object, message: str) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-LINES, WIDTH = 8, 110  # maximum, including the frame
+WIDTH = 110  # of the longest line
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,19 @@ def start_block(start: Start, has_log: bool = False) -> str:
     shortest, longest = start.lengths
     tokens = f"{longest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
     alive, applied = start.patches
-    gone = f"{alive} of {applied} alive: somebody replaced the others"
-    patches = f"all {applied} alive" if alive == applied else gone
+    patches = f"all {applied}" if alive == applied else f"{alive} of {applied}"
+    gone = "" if alive == applied else ": somebody replaced the others"
     look = "time to hide in the lines of --cp-log" if has_log else "--cp-log says what every interval waits for"
-    rows = [
-        ("on", start.setting),
-        ("sizes", " x ".join(f"{name} {size}" for name, size in start.sizes.items())),
-        (
-            "tokens",
-            f"{start.seq_length:,} of a sequence, {tokens} on a rank, {start.layout}; documents {start.documents}",
-        ),
-        ("kernel", f"{start.kernel}; {start.exchange}"),
-        ("patches", patches),
-        ("look at", f"{look}; python -m mindspeed_cp.doctor"),
-    ]
+    rows = {
+        "on": start.setting,
+        "sizes": " x ".join(f"{name} {size}" for name, size in start.sizes.items()),
+        "tokens": f"{start.seq_length:,} of a sequence, {tokens} on a rank, {start.layout}; documents "
+        f"{start.documents}",
+        "kernel": f"{start.kernel}; {start.exchange}",
+        "patches": f"{patches} alive{gone}",
+        "look at": f"{look}; python -m mindspeed_cp.doctor",
+    }
+    lines = [f"| {name:<8}{text}" for name, text in rows.items()]
+    cut = [line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in lines]
     frame = "+-- context parallelism " + "-" * 40
-    return "\n".join([frame, *(_cut(f"| {name:<8}{text}") for name, text in rows), "+" + "-" * (len(frame) - 1)])
-
-
-def _cut(line: str) -> str:
-    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
+    return "\n".join([frame, *cut, "+" + "-" * (len(frame) - 1)])

@@ -169,15 +169,17 @@ def resolve(config: ContextParallelConfig, setup: TrainingSetup) -> TrainingSetu
 
 
 def _check_named_layers(config: ContextParallelConfig, setup: TrainingSetup) -> None:
-    for entry in config.entries if setup.all_layers is not None else ():
+    if setup.all_layers is None:
+        return
+    for entry in config.entries:
         first, step = entry.layers.first, entry.layers.step
         last = first if entry.layers.last is None else entry.layers.last - (entry.layers.last - first) % step
         open_end = f"{first}-" if step == 1 else f"{first}-/{step}"
         mtp = f" and --mtp-num-layers {setup.mtp_num_layers}, which come behind them" if setup.mtp_num_layers else ""
         require(
-            setup.all_layers is None or last < setup.all_layers,
+            last < setup.all_layers,
             f"{FLAG} {entry.layers} names layer {last}, and --num-layers is {setup.num_layers}{mtp}; layers count from "
-            f"0 to {(setup.all_layers or 1) - 1}, and {open_end} goes on to the end.",
+            f"0 to {setup.all_layers - 1}, and {open_end} goes on to the end.",
         )
 
 
@@ -186,24 +188,19 @@ def _fall_back_to_aligned(config: ContextParallelConfig, setup: TrainingSetup, n
     if not setup.unaligned or config.context_parallel_size == 1 or config.row.any_length:
         return setup
     calculator = f"--gather-size-calculator {setup.gather_size_calculator}"
-    others = [
-        flag
-        for flag, given in (
-            (f"--context-parallel-kv-cache-policy {config.kv_cache_policy}", config.kv_cache_policy is not None),
-            ("--use-legacy-models", setup.use_legacy_models),
-        )
-        if given
-    ]
+    policy = config.kv_cache_policy
+    given = [f"--context-parallel-kv-cache-policy {policy}"] if policy else []
+    others = " and ".join([*given, *(["--use-legacy-models"] if setup.use_legacy_models else [])])
     if not others:
         return setup
     cp, length = config.context_parallel_size, setup.seq_length
     require(
         length is None or length % cp == 0,
-        f"{calculator} does not work with {' and '.join(others)}, and aligned Ulysses needs --seq-length {length} "
-        f"divisible by --context-parallel-size {cp}; drop {' and '.join(others)}, or use "
+        f"{calculator} does not work with {others}, and aligned Ulysses needs --seq-length {length} "
+        f"divisible by --context-parallel-size {cp}; drop {others}, or use "
         f"--seq-length {(length or 0) // cp * cp or cp}.",
     )
-    notices.append(f"{calculator} does not work with {' and '.join(others)}: falling back to aligned Ulysses.")
+    notices.append(f"{calculator} does not work with {others}: falling back to aligned Ulysses.")
     return dataclasses.replace(setup, gather_size_calculator="default")
 
 

@@ -26,7 +26,7 @@ from mindspeed_cp.sequence.blocks import Block, plan_blocks
 from mindspeed_cp.sequence.slice_mask import document_mask
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.config import ContextParallelConfig
-from mindspeed_cp.settings.lengths import tokens
+from mindspeed_cp.settings.rules import tokens
 
 SIZES = {True: (4, 1, 32), False: (32, 8, 128)}  # heads, KV heads, head dimension; small ones on a CPU
 

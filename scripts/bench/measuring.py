@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from bench import free_port
 from mindspeed_cp import ContextParallelConfig, ContextParallelGroups, SequenceLayout, context_parallel_attention
 from mindspeed_cp.comm import count_bytes
-from mindspeed_cp.settings.lengths import tokens
+from mindspeed_cp.settings.rules import tokens
 
 Name, Value = TypeVar("Name"), TypeVar("Value")
 

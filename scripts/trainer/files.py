@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mindspeed_cp.planner.indexed_dataset import read_index
+from mindspeed_cp.planner.documents import read_index
 from mindspeed_cp.settings.rules import require
 from trainer.checkpoint_files import Checkpoint, find_checkpoint, last_changed
 from trainer.checks import of_same_name

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mindspeed_cp.settings.lengths import tokens
+from mindspeed_cp.settings.rules import tokens
 
 LARGEST = 2**31 - 1
 GRACE = 4.0  # seconds before other ranks complain, because rank 0 has most of the same errors and prints them first

@@ -12,6 +12,7 @@ from reference import allowed_pairs, attention
 from mindspeed_cp import ContextParallelConfig, SequenceLayout
 from mindspeed_cp.comm import count_bytes
 from mindspeed_cp.sequence.balance import imbalance
+from mindspeed_cp.sequence.slice_mask import document_mask
 
 HEADS, KV_HEADS, DIM, BATCH = 8, 4, 3, 2
 EVERY = (
@@ -158,8 +159,8 @@ def test_one_layout_serves_all_layers_in_balance(name):
     layout = SequenceLayout.build(config, seq_len * 40, documents and [40 * end for end in documents])
     for each in config.layer_configs:
         seen = layout.of_degree(each.hierarchy[0])
-        rings = [seen.ring_runs(rank) for rank in range(seen.ring_size)]
-        assert imbalance(rings, tuple(40 * end for end in documents or (0, seq_len))) < 1.1
+        ends = tuple(40 * end for end in documents or (0, seq_len))
+        assert imbalance(seen.rings, document_mask(None, 0, ends)) < 1.1
 
 
 def megabytes(window, layer, **options):

@@ -34,7 +34,7 @@ from mindspeed_cp.planner.cluster import Cluster
 from mindspeed_cp.planner.search import search
 from mindspeed_cp.planner.timing import Candidate
 from mindspeed_cp.planner.trace import Problem
-from mindspeed_cp.settings.lengths import tokens
+from mindspeed_cp.settings.rules import tokens
 
 HEADS, KV_HEADS, DIM = 8, 4, 64
 NOPE, ROPE, RANK = 48, 16, 128  # of multi-latent attention, whose values are as wide as its keys

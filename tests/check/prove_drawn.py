@@ -34,12 +34,12 @@ RANKS = 4
 def proved(flags: list[str], seed: int, limit: float, server: Server) -> tuple[str, str]:
     """(kind, report) of one command line."""
     with tempfile.TemporaryDirectory(prefix="prove-drawn-") as folder:
-        wish = Wish(ranks=RANKS, steps=2, seed=seed)
+        wish = Wish(ranks=RANKS, steps=2, seed=seed, limit=limit)
         try:
             plan = shrinking.plan(SCRIPT, flags, wish, Path(folder))
         except ValueError as error:
             return "refused", str(error)
-        verdict = command.proved(plan, wish, Path(folder), limit, lambda name, step: None, server)
+        verdict = command.proved(plan, server)
     if verdict.comparison is None and "error: " in verdict.failure:
         return "refused", verdict.failure
     return ("equal" if verdict.equal else "different"), report.text(verdict)

@@ -133,12 +133,11 @@ def proved(case: Case, script: Path, data: list[str], limit: float, server: Serv
     """The verdict, or the message of the proof that refuses the command."""
     words = [*MODEL.split(), *data, *shlex.split(case.flags)]
     with tempfile.TemporaryDirectory(prefix="prove-models-") as folder:
-        wish = Wish(steps=2)
         try:
-            plan = shrinking.plan(str(script), words, wish, Path(folder))
+            plan = shrinking.plan(str(script), words, Wish(steps=2, limit=limit), Path(folder))
         except ValueError as error:
             return str(error)
-        return command.proved(plan, wish, Path(folder), limit, lambda name, step: None, server)
+        return command.proved(plan, server)
 
 
 def cell(found: Verdict | str) -> str:

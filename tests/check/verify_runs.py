@@ -1,7 +1,8 @@
 """Training runs of scripts/verify_npu.sh: each feature against the same training without context parallelism.
 
 mindspeed-cp prove compares every output, gradient and step of the embedded trainer, in its real sizes; what a proof
-leaves out, such as the distributed optimizer, is trained, and losses and gradient norms are compared.
+leaves out, such as the distributed optimizer, is trained, and losses and gradient norms are compared. Comparisons with
+the same training without context parallelism share its run.
 
     python tests/check verify_runs algorithms FOLDER --ranks 8     twenty steps a run, the embedded trainer
     python tests/check verify_runs policies|modes|batches|resume FOLDER --ranks 8
@@ -26,6 +27,9 @@ from pathlib import Path
 from verify_machine import free_memory
 from verify_ranks import TIMEOUT, RunFailed, torchrun
 from verify_speed import HEAD, STEPS, Shape, rows, shape_for
+
+from mindspeed_cp.prove import command, report, shrinking
+from mindspeed_cp.prove.launching import Server
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TOLERANCE = 1e-3  # relative, loss and gradient norm of every step, float32
@@ -132,16 +136,32 @@ def is_proved(run, what):
     return what != "alone" and "--use-distributed-optimizer" not in run.shared
 
 
-def proof(args, run):
+class SharingServer(Server):
+    """Runs a training without context parallelism once for all proofs that compare with it."""
+
+    def __init__(self, *place):
+        super().__init__(*place)
+        self.alone = {}
+
+    def run(self, run, tell):
+        if run.name != shrinking.ALONE:
+            return super().run(run, tell)
+        if run not in self.alone:
+            self.alone[run] = super().run(run, tell)
+        return self.alone[run]
+
+
+def proof(args, run, server):
     """Print and return the largest error of a proof over what it allows; infinite where a run failed."""
-    flags = [*training_flags(args), *run.shared.split(), *run.flags.split()]
+    script, flags = str(SCRIPTS / "pretrain_gpt.py"), [*training_flags(args), *run.shared.split(), *run.flags.split()]
     flags += ["--tensor-model-parallel-size", str(run.tp), "--data-path", str(args.folder / "topics")]
-    command = [sys.executable, "-m", "mindspeed_cp.prove", "--json", "--real-sizes", "--device", args.device]
-    command += ["--dtype", run.dtype, "--ranks", str(args.ranks), "--cp", str(args.ranks // run.tp)]
-    command += ["--steps", str(num_steps(args)), "--limit", str(TIMEOUT), str(SCRIPTS / "pretrain_gpt.py")]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True)
-    _, brace, rest = done.stdout.partition("{")  # torch_npu prints before it, such as that CANN was not sourced
-    found = json.loads(brace + rest) if brace else {"failure": done.stderr or f"status {done.returncode}"}
+    given = ["--real-sizes", "--device", args.device, "--dtype", run.dtype, "--steps", str(num_steps(args))]
+    given += ["--ranks", str(args.ranks), "--cp", str(args.ranks // run.tp), "--limit", str(TIMEOUT)]
+    try:
+        wish = command.wish_of(command.parser().parse_args(given))
+        found = report.as_json(command.proved(shrinking.plan(script, flags, wish, args.folder), server))
+    except ValueError as error:
+        found = {"failure": str(error)}
     if found["failure"]:
         print(f"{run.name}: failed, {found['failure']}", flush=True)
         return float("inf")
@@ -167,10 +187,13 @@ def training(args):
         flags = [*shared, "--context-parallel-size", str(args.ranks // run.tp), *run.flags.split()]
         return gap(train(args, run.name, flags), references[key])
 
-    return max(
-        proof(args, run) if is_proved(run, args.what) else compared(run.name, lambda run=run: difference(run))
-        for run in possible(args, args.what)
-    )
+    with SharingServer(args.folder, args.device) as server:
+        return max(
+            proof(args, run, server)
+            if is_proved(run, args.what)
+            else compared(run.name, lambda run=run: difference(run))
+            for run in possible(args, args.what)
+        )
 
 
 def possible(args, what):

@@ -167,6 +167,15 @@ def test_a_message_above_the_buffer_is_a_warning_with_the_value_that_fits():
     assert told({"HCCL_BUFFSIZE": "385"})["warning"] == told()["warning"] == []
 
 
+@pytest.mark.parametrize("of_run, of_layers", [("ulysses", "megatron"), ("megatron", "ulysses")])
+def test_the_largest_message_is_that_of_the_layers(of_run, of_layers):
+    layered = config(f"{of_run}_cp_algo", layer_algorithms=f"1-:{of_layers}_cp_algo")
+    assert "largest message has 403 MB" in told(cp_config=layered, num_layers=2)["note"][0]
+    every = config(f"{of_run}_cp_algo", layer_algorithms=f"0-:{of_layers}_cp_algo")
+    (note,) = told(cp_config=every, num_layers=2)["note"]
+    assert f"largest message has {403 if of_layers == 'ulysses' else 268} MB" in note
+
+
 def test_communicators_and_their_memory_are_counted():
     (note,) = told(others=("tp", "dp"))["note"]
     assert "at least 3 communicators take 1,570 MB" in note

@@ -49,6 +49,7 @@ def texts(findings, level):
         ("A=b env C=d torchrun --nproc_per_node=4 --master_port=1234 -m mindspeed_cp.run t.py --a 1", 4, 1234, True),
         ("/opt/bin/python3.11 -u -m torch.distributed.run --standalone t.py --a 1", 1, None, False),
         ("python t.py --a 1", 1, None, False),
+        ("python -X dev -u -W ignore t.py --a 1", 1, None, False),
         ("python -m mindspeed_cp.run t.py --a 1", 1, None, True),
         ("srun --ntasks 8 python -u t.py --a 1", 0, None, False),
         ("torchrun --nproc-per-node gpu t.py --a 1", 0, 29500, False),

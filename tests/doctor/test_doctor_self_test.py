@@ -2,7 +2,7 @@
 
 import pytest
 
-from mindspeed_cp.doctor import attention, installed
+from mindspeed_cp.doctor import installed, self_test
 
 pytestmark = pytest.mark.cpu_only
 
@@ -15,7 +15,7 @@ def test_the_self_test_computes_every_algorithm_and_measures_two_rates():
     assert titles == {row.title for row in ALGORITHMS.values()} | {"Double Ring"}
     assert 0 < max(result["errors"].values()) < 1e-13
     assert all(1e6 < result["rates"][name] < 1e12 for name in ("all-to-all", "ring"))
-    findings = list(attention.judged(result))
+    findings = list(self_test.judged(result))
     assert [finding.level for finding in findings] == ["ok"] * 3
 
 
@@ -25,23 +25,23 @@ RESULT = {"device": "cuda", "ranks": 2, "dtype": "bfloat16", "limit": 3e-2, "rat
 @pytest.mark.parametrize("error", [0.5, float("inf"), float("nan")])
 def test_an_algorithm_that_computes_something_else_is_a_problem(error):
     right, wrong = sorted(
-        attention.judged(RESULT | {"errors": {"Ulysses": 0.01, "Ring": error}}), key=lambda finding: finding.level
+        self_test.judged(RESULT | {"errors": {"Ulysses": 0.01, "Ring": error}}), key=lambda finding: finding.level
     )
     assert "Ulysses" in right.text and right.level == "ok"
     assert "Ring" in wrong.text and wrong.level == "problem" and "self_test cuda" in wrong.todo
 
 
 def test_ranks_that_find_no_interface_or_do_not_answer_are_a_problem(monkeypatch):
-    (found,) = attention.judged(RESULT | {"device": "cpu", "error": "rank 0: RuntimeError: [gloo] no usable interface"})
+    (found,) = self_test.judged(RESULT | {"device": "cpu", "error": "rank 0: RuntimeError: [gloo] no usable interface"})
     assert found.level == "problem" and found.todo.startswith("export GLOO_SOCKET_IFNAME=lo")
-    (found,) = attention.judged(RESULT | {"error": "rank 1: no answer within 120 s"})
+    (found,) = self_test.judged(RESULT | {"error": "rank 1: no answer within 120 s"})
     assert found.level == "problem" and "self_test cuda" in found.todo
 
     def fails(*arguments):
         raise RuntimeError("No module named x")
 
-    monkeypatch.setattr(attention, "ask", fails)
-    (found,) = attention.self_test("cpu")
+    monkeypatch.setattr(self_test, "ask", fails)
+    (found,) = self_test.findings("cpu")
     assert found.level == "problem" and "No module named x" in found.text
 
 
@@ -50,8 +50,6 @@ def test_ranks_that_find_no_interface_or_do_not_answer_are_a_problem(monkeypatch
 )
 def test_the_devices_decide_what_the_self_test_runs(monkeypatch, count, runs):
     import torch
-
-    from mindspeed_cp.doctor import self_test
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     assert self_test.plan("cuda") == runs

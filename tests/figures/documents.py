@@ -67,15 +67,14 @@ def plan(name, ranks, settings, options):
     for seed in range(options.seeds):
         documents = boundaries(name, options.seq_length, seed)
         layout = SequenceLayout.build(config_of(ranks, settings), options.seq_length, documents)
-        runs = [layout.ring_runs(rank) for rank in range(ranks)]
-        areas.append(imbalance(runs, documents))
         mask = document_mask(None, 0, documents)
+        areas.append(imbalance(layout.rings, mask))
         crossing = sum(
             stop - start
             for reader in range(ranks)
             for source in range(ranks)
             if reader != source
-            for start, stop in needed_rows(runs[reader], runs[source], mask)
+            for start, stop in needed_rows(layout.rings[reader], layout.rings[source], mask)
         )
         rows.append(crossing / options.seq_length / (ranks - 1))
     return statistics.mean(areas), max(areas), statistics.mean(rows)

@@ -23,6 +23,7 @@ from figures.documents import DISTRIBUTIONS
 from figures.packing_models import Count, dynamic, in_order, least_rows, received_rows, static
 from mindspeed_cp import pack_documents
 from mindspeed_cp.sequence.balance import balanced_rings, imbalance
+from mindspeed_cp.sequence.slice_mask import document_mask
 
 EXAMPLE = "Megatron's example"  # log-normal, mean 1,024 and sigma 1.5, cut off at 128 and 8,192; 2,048 tokens a rank
 ROWS = 8  # of a step, where documents fill them without a gap
@@ -48,7 +49,7 @@ def balanced(rows: Sequence[Sequence[int]], ranks: int) -> Count:
     for lengths, area in zip(rows, areas):
         documents = (0, *accumulate(lengths))
         rings = balanced_rings(documents, ranks)
-        span += imbalance(list(rings), documents) * area
+        span += imbalance(rings, document_mask(None, 0, documents)) * area
         received += int(received_rows(rings, documents).sum())
         least += least_rows(lengths, ranks)
     tokens = sum(map(sum, rows))

@@ -14,7 +14,6 @@ def proofs(script, commands, limit=200, **wish):
     with tempfile.TemporaryDirectory() as imports, Server(Path(imports)) as server:
         for name, flags in commands.items():
             with tempfile.TemporaryDirectory() as folder:
-                asked = Wish(**wish)
-                plan = shrinking.plan(script, flags, asked, Path(folder))
-                found[name] = command.proved(plan, asked, Path(folder), limit, lambda name, step: None, server)
+                plan = shrinking.plan(script, flags, Wish(limit=limit, **wish), Path(folder))
+                found[name] = command.proved(plan, server)
     return found

@@ -17,7 +17,7 @@ from mindspeed_cp.arguments.launch import read_flags
 from mindspeed_cp.kernels import KERNELS
 from mindspeed_cp.patches import versions
 from mindspeed_cp.settings.algorithms import ALGORITHMS, REFUSED
-from mindspeed_cp.settings.derived import KV_CACHE_POLICIES
+from mindspeed_cp.settings.fields import KV_CACHE_POLICIES
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ["README.md", "README.zh-CN.md"]

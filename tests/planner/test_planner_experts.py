@@ -9,7 +9,7 @@ from planner_runs import all_held_by_megatron
 from test_planner_training import TINY, UNIT, one
 
 from mindspeed_cp.plan import main
-from mindspeed_cp.planner import layers
+from mindspeed_cp.planner import stages as layers
 from mindspeed_cp.planner.events import Product
 from mindspeed_cp.planner.memory import most_bytes
 from mindspeed_cp.planner.models import MODELS, Experts, Latent

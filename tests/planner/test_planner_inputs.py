@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,12 @@ def test_rows_packed_by_length_hold_documents_of_about_one_length():
         assert ends[0] == 0 and ends[-1] in (512, 4096) and all(a < b for a, b in zip(ends, ends[1:]))
     spread = [np.diff(ends[:-1]).std() / np.diff(ends[:-1]).mean() for ends in (row, mixed)]
     assert spread[0] < 0.5 * spread[1]
+
+
+def test_packing_takes_time_in_proportion_to_the_documents():
+    start = time.process_time()
+    row = boundaries("uniform:64,512", 1 << 22, by_length=True)
+    assert len(row) > 10_000 and time.process_time() - start < 20  # 100 s if every document adds up all before it
 
 
 def test_packing_without_documents_is_an_error(capsys):

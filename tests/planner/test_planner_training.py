@@ -14,14 +14,14 @@ from mindspeed_cp.planner.cluster import CLUSTERS, Cluster
 from mindspeed_cp.planner.documents import boundaries
 from mindspeed_cp.planner.fitting import Search, by_split, plans
 from mindspeed_cp.planner.models import MODELS, ModelShape
-from mindspeed_cp.planner.picture import NONE, training_seconds
+from mindspeed_cp.planner.report import NONE, training_seconds
 from mindspeed_cp.planner.search import variants
 from mindspeed_cp.planner.split import Split, Work, splits
 from mindspeed_cp.planner.stages import RECOMPUTES
 from mindspeed_cp.planner.timing import timed, timeline, traced_ranks
 from mindspeed_cp.planner.trace import Problem, trace
 from mindspeed_cp.planner.training import attention, is_tight, planned, problem_of, utilization
-from mindspeed_cp.settings.derived import KV_CACHE_POLICIES
+from mindspeed_cp.settings.fields import KV_CACHE_POLICIES
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ModelShape(4, 8, 8, 16, 16, 128, 512, 1000, gated=False, tied=True)

@@ -29,4 +29,4 @@ def test_a_script_whose_own_parallelism_is_right_is_equal(verdicts):
 def test_a_fault_of_its_own_is_found_and_its_module_named(verdicts, fault, module):
     found = verdicts[fault]
     assert found.comparison is not None, found.failure
-    assert not found.equal and module in found.first_output.name
+    assert not found.equal and module in found.comparison.first("output").name

@@ -28,7 +28,7 @@ def small(script, tmp_path):
 
     def make(command, **wish):
         found = plan(script, shlex.split(command), Wish(**wish), tmp_path)
-        return Words(found.alone), Words(found.shared), found
+        return Words(found.alone.flags), Words(found.shared.flags), found
 
     return make
 
@@ -149,6 +149,13 @@ def test_every_way_in_which_layers_share_a_sequence_stays(small, command, flag, 
     assert "--cp-layer-algo" not in alone and "--cp-comm-type" not in alone
 
 
+def test_a_window_of_layers_divides_the_ring_of_the_runs_algorithm(small):
+    hybrid = "--context-parallel-size 32 --context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 4"
+    _, shared, _ = small(f"{LARGE} {hybrid} --cp-layer-algo 0-:cp-window-size=4", cp=8, ranks=8)
+    assert shared.text("--ulysses-degree-in-cp") == "4"
+    assert shared.text("--cp-layer-algo") == "0:cp-window-size=2,1:cp-window-size=2"
+
+
 def test_parallel_sizes_fit_into_the_ranks(small):
     command = (
         LARGE
@@ -162,6 +169,13 @@ def test_parallel_sizes_fit_into_the_ranks(small):
     _, eight, _ = small(command, ranks=8)
     assert eight.text("--tensor-model-parallel-size") == "2" and "--sequence-parallel" in eight
     assert eight.text("--num-layers-per-virtual-pipeline-stage") == "1" and "--expert-model-parallel-size" not in eight
+
+
+def test_layers_of_every_kind_fill_all_stages(small):
+    kinds = "--num-layers 3 --num-experts 4 --moe-layer-freq [0,1,0] --window-attn-skip-freq [1,1,0]"
+    _, shared, _ = small(f"{LARGE} {kinds} --pipeline-model-parallel-size 3")
+    assert shared.text("--pipeline-model-parallel-size") == "2" and shared.text("--num-layers") == "4"
+    assert shared.text("--moe-layer-freq") == "[0,1,0,0]" and shared.text("--window-attn-skip-freq") == "[1,1,0,1]"
 
 
 def test_real_sizes_stay(small):
@@ -240,6 +254,19 @@ def test_a_yaml_file_of_mindformers_is_read_as_flags(small, tmp_path):
     alone, shared, _ = small(f"--cp-config {file} --num-layers 4 --seq-length 4096")
     assert shared.text("--context-parallel-algo") == "ulysses_cp_algo" and "--cp-config" not in shared
     assert shared.text("--context-parallel-size") == "2" and "--context-parallel-algo" not in alone
+
+
+def test_a_file_of_mindformers_need_not_name_an_algorithm(small, tmp_path):
+    (file := tmp_path / "cp.yaml").write_text("parallel_config: {context_parallel: 1}\n", encoding="utf-8")
+    _, shared, _ = small(f"--cp-config {file} --num-layers 4 --context-parallel-algo megatron_cp_algo")
+    assert shared.text("--context-parallel-algo") == "megatron_cp_algo" and "--cp-config" not in shared
+
+
+def test_a_file_is_read_with_the_variables_that_the_command_sets(script, tmp_path, monkeypatch, capsys):
+    (file := tmp_path / "model.yaml").write_text("num_layers: ${LAYERS}\n", encoding="utf-8")
+    monkeypatch.setenv("LAYERS", "2")
+    assert main(["env", "LAYERS=many", "python", script, "--yaml-cfg", str(file)]) == 2
+    assert "--num-layers many is not a whole number" in capsys.readouterr().err
 
 
 def test_a_launch_script_is_read_as_the_doctor_reads_it(tmp_path, script):

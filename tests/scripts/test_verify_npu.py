@@ -1,6 +1,5 @@
 """scripts/verify_npu.sh: its checks, the one file that it writes, and a run that fails costs its own row alone."""
 
-import json
 import os
 import re
 import subprocess
@@ -266,7 +265,7 @@ def test_a_run_that_fails_costs_its_own_row():
 
 
 @pytest.mark.parametrize(
-    ("stdout", "share", "said"),
+    ("changes", "share", "said"),
     [
         ({"largest_error": {"output": 1e-5, "gradient": None, "loss": 0.0}}, 0.2, "ring: equal, output 1.0e-05"),
         (
@@ -275,22 +274,37 @@ def test_a_run_that_fails_costs_its_own_row():
             "rope: ends, few",
         ),
         ({"failure": "rank 1 ended"}, inf, "ring: failed, rank 1 ended"),
-        (None, inf, "ring: failed, no such file"),
     ],
 )
-def test_a_row_of_training_is_a_proof(monkeypatch, capsys, stdout, share, said):
+def test_a_row_of_training_is_a_proof(monkeypatch, capsys, changes, share, said):
     whole = {"equal": True, "failure": "", "first_module": None, "first_parameter": None, "largest_error": {}}
     whole |= {"limits": {"output": 5e-5, "gradient": 2e-4, "loss": 1e-5}}
-    printed = "" if stdout is None else "Warning: ASCEND_HOME_PATH is not set.\n" + json.dumps(whole | stdout)
-    done = SimpleNamespace(stdout=printed, stderr="no such file")
-    commands = []
-    monkeypatch.setattr(verify_runs.subprocess, "run", lambda command, **options: commands.append(command) or done)
+    plans = []
+    monkeypatch.setattr(verify_runs.command.machine, "num_devices", lambda device: 8)
+    monkeypatch.setattr(verify_runs.command, "proved", lambda plan, server: plans.append(plan))
+    monkeypatch.setattr(verify_runs.report, "as_json", lambda verdict: whole | changes)
     args = SimpleNamespace(folder=Path("f"), ranks=8, device="npu", quick=True, tiny=False)
     run = verify_runs.Run("ring", "--context-parallel-algo megatron_cp_algo", "--sequence-parallel", tp=2)
-    assert verify_runs.proof(args, run) == pytest.approx(share)
+    assert verify_runs.proof(args, run, None) == pytest.approx(share)
     assert said in capsys.readouterr().out
-    line = " ".join(commands[0])
-    assert "--real-sizes --device npu --dtype float32 --ranks 8 --cp 4" in line and "--sequence-parallel" in line
+    (plan,) = plans
+    assert (plan.ranks.cp, plan.ranks.tp, plan.shared.world, plan.shared.device) == (4, 2, 8, "npu")
+    assert plan.wish.real_sizes and plan.wish.dtype == "float32" and "--sequence-parallel" in plan.alone.flags
+    monkeypatch.setattr(verify_runs.command.machine, "num_devices", lambda device: 4)
+    assert verify_runs.proof(args, run, None) == inf and "needs a device for each" in capsys.readouterr().out
+
+
+def test_proofs_share_their_run_without_context_parallelism(monkeypatch, tmp_path):
+    runs = []
+    monkeypatch.setattr(verify_runs.Server, "__init__", lambda self, *place: None)
+    monkeypatch.setattr(verify_runs.Server, "run", lambda self, run, tell: runs.append(run) or [run.flags])
+    args = SimpleNamespace(folder=tmp_path, ranks=2, device="cpu", quick=True, tiny=True)
+    server = verify_runs.SharingServer(tmp_path, "cpu")
+    monkeypatch.setattr(verify_runs.command, "compare", lambda alone, shared, limits: None)
+    monkeypatch.setattr(verify_runs.report, "as_json", lambda verdict: {"failure": "not compared"})
+    for run in verify_runs.RUNS["algorithms"][:2] + verify_runs.RUNS["batches"][:2]:
+        verify_runs.proof(args, run, server)
+    assert [run.name for run in runs] == ["cp=1", "cp=2", "cp=2", "cp=1", "cp=2", "cp=2"]
 
 
 def test_what_a_proof_leaves_out_is_trained():

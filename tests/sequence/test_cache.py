@@ -61,9 +61,8 @@ def test_plans_of_documents_that_change_in_every_step_hold_a_bounded_memory(monk
         staircases.stretches,
         masks._document_mask,
         masks._slices_mask,
-        layout._by_documents,
         layout._even,
-        layout._zigzag_or_balanced,
+        layout._balanced,
     )
     assert ring_plan._limit <= 48 << 20 and all(cache._limit <= 8 << 20 for cache in caches[1:])
     for cache in caches:

@@ -9,7 +9,7 @@ from slice_cases import NAMED, drawn_slices
 
 from mindspeed_cp import ContextParallelConfig, SequenceLayout, pack_tree
 from mindspeed_cp.attention.ring_plan import ring_plan
-from mindspeed_cp.sequence.slice_balance import area_before, imbalance_of_slices
+from mindspeed_cp.sequence.balance import area_before, imbalance
 from mindspeed_cp.sequence.slice_mask import document_mask, slices_mask
 
 SIZE = 70
@@ -35,7 +35,7 @@ def ratio(layout, slices):
     """Largest area of a rank over the mean, by the blocks that it computes."""
     plan = ring_plan(layout, (slices_mask(slices, layout.seq_len),), True)
     areas = [plan.area(rank, 1) for rank in range(layout.cp_size)]
-    assert imbalance_of_slices(list(layout.all_runs), plan.masks[0]) == pytest.approx(max(areas) / np.mean(areas))
+    assert imbalance(layout.all_runs, plan.masks[0]) == pytest.approx(max(areas) / np.mean(areas))
     return max(areas) / np.mean(areas)
 
 

@@ -25,7 +25,7 @@ RING, ULYSSES = "megatron_cp_algo", "ulysses_cp_algo"
 class Documented:
     """The field that CONTRIBUTING.md adds to the configuration."""
 
-    exec(diff_of("a setting")["mindspeed_cp/settings/config.py"])
+    exec(diff_of("a setting")["mindspeed_cp/settings/fields.py"])
 
 
 @dataclass(frozen=True, kw_only=True)

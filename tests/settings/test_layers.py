@@ -9,7 +9,7 @@ from mindspeed_cp.arguments.declared import flags_of
 from mindspeed_cp.arguments.launch import read_flags
 from mindspeed_cp.comm.groups import hierarchies
 from mindspeed_cp.megatron.decision import of_size, regrouped
-from mindspeed_cp.settings.layers import ranges_of
+from mindspeed_cp.settings.layers import LayerRange, ranges_of
 
 RING, ULYSSES, HYBRID, GATHER = "megatron_cp_algo", "ulysses_cp_algo", "hybrid_cp_algo", "kvallgather_cp_algo"
 
@@ -223,6 +223,19 @@ def test_groups_of_one_level_follow_layers_that_are_set_later():
     assert [each.hierarchy for each in (found, *found.others)] == [(1, 4, 1), (4, 1, 1)]
     assert found.of(config(algorithm=ULYSSES)) is found.others[0] and found.of(config()) is found
     assert regrouped(groups, config("1:hybrid_cp_algo", ulysses_degree=2)) is None
+
+
+def test_an_entry_of_all_layers_leaves_none_to_the_run():
+    every, alone = config(f"0-:{ULYSSES}"), config(algorithm=ULYSSES)
+    assert every.layer_configs == (alone,) and every.layout_kind == alone.layout_kind == "contiguous"
+    assert every.describe().startswith("Ulysses, cp=4, contiguous")
+    with pytest.raises(ValueError, match="^--cp-layer-algo 0-: --ulysses-degree-in-cp 3 must divide"):
+        config("0-:hybrid_cp_algo:ulysses-degree-in-cp=3")
+
+
+def test_only_ascii_digits_number_layers():
+    with pytest.raises(ValueError, match="names no layers"):
+        LayerRange.read("\u0663-")
 
 
 def test_ranges_are_as_few_as_they_can_be():

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from mindspeed_cp.settings.start_block import LINES, WIDTH, Start, start_block
+from mindspeed_cp.settings.start_block import WIDTH, Start, start_block
 
 START = Start(
     "Ring, cp=4, zigzag, causal", {"tp": 2, "pp": 1, "cp": 4, "dp": 1}, 4099, (1024, 1025), "zigzag", "npu",
@@ -12,7 +12,7 @@ START = Start(
 
 def test_the_block_says_what_is_on_in_at_most_eight_lines():
     lines = start_block(START).splitlines()
-    assert len(lines) == LINES and lines[0].startswith("+-- context parallelism ")
+    assert len(lines) == 8 and lines[0].startswith("+-- context parallelism ")
     assert lines[1:6] == [
         "| on      Ring, cp=4, zigzag, causal",
         "| sizes   tp 2 x pp 1 x cp 4 x dp 1",
