@@ -100,10 +100,6 @@ class RingChannel:
         flat = first.new_empty(count) if keep else self.link.workspace.get(name, (count,), first.dtype, first.device)
         return end_to_end(flat, shapes, order)
 
-    def turn(self, step: int) -> int:
-        """Index of a step's buffer: one buffer is used for computation while ``in_flight`` others are received into."""
-        return step % (self.in_flight + 1)
-
 
 def run_ahead(
     channel: RingChannel,

@@ -44,13 +44,11 @@ class Parcel:
     Args:
         start, stop: byte range in the memory, marks included.
         marks: words that its readers set.
-        data: uint8 (num_bytes,), to be written before the notice is sent.
     """
 
     start: int
     stop: int
     marks: tuple[int, ...]
-    data: torch.Tensor
 
 
 class _Memory:
@@ -116,14 +114,13 @@ class HostMemory:
         """Whether such a message to or from ``peer`` uses shared memory if there is room; the same on both ends."""
         return peer in self.peers and device.type == "cpu" and num_bytes >= max(self.smallest, 1)
 
-    def place(self, readers: list[int], num_bytes: int) -> Parcel | None:
-        """Reserve memory for a message to the global ranks ``readers`` at the lowest free address; None if there is
-        none.
+    def write(self, readers: list[int], message: Message) -> Parcel | None:
+        """Copy a message for the global ranks ``readers`` to the lowest free address; None if there is no free memory.
 
         Messages that were read are free. So a rank that does not wait for a slow peer needs more memory in the
         meantime, and all other ranks reuse the same addresses, which already have pages.
         """
-        size = self._marks + -(-num_bytes // LINE) * LINE
+        size = self._marks + -(-message.num_bytes // LINE) * LINE
         self._unread = [parcel for parcel in self._unread if not all(map(self._own.words.__getitem__, parcel.marks))]
         index, start = 0, 0
         while index < len(self._unread) and self._unread[index].start - start < size:
@@ -134,8 +131,9 @@ class HostMemory:
         marks = tuple(start // 8 + self._slot[reader] for reader in readers)
         for mark in marks:
             self._own.words[mark] = 0
-        data = self._own.data[start + self._marks : start + self._marks + num_bytes]
-        parcel = Parcel(start, start + size, marks, data)
+        data = start + self._marks
+        message.write(self._own.data[data : data + message.num_bytes].view(message.dtype))
+        parcel = Parcel(start, start + size, marks)
         self._unread.insert(index, parcel)
         return parcel
 
@@ -152,13 +150,6 @@ class HostMemory:
             return False
         self.num_bytes = stop
         return True
-
-    def write(self, readers: list[int], message: Message) -> Parcel | None:
-        """Return a Parcel for ``readers`` with a copy of the message, or None if there is no free memory."""
-        parcel = self.place(readers, message.num_bytes)
-        if parcel is not None:
-            message.write(parcel.data.view(message.dtype))
-        return parcel
 
     def lend(self, stream: int, readers: list[int], message: Message) -> Parcel | None:
         """Like ``write``, but wait while UNREAD messages of this stream are unread: a rank that needs nothing from its

@@ -55,8 +55,9 @@ def _forwarded(channel: RingChannel, own: Tensors, purpose: str, keep: bool) -> 
             for t in steps:
                 leaving, distance = (rows, 1) if channel.in_flight == 1 else (head, t)
                 peers = place.peer(0, distance), place.peer(0, -distance)
-                # The first transfer of a window uses buffer 0.
-                found.append((leaving, peers[0], f"inner{channel.turn(t - 1)}", place.peer(-j, -t), peers[1]))
+                # One buffer is used for computation while ``in_flight`` others are received into.
+                name = f"inner{(t - 1) % (channel.in_flight + 1)}"
+                found.append((leaving, peers[0], name, place.peer(-j, -t), peers[1]))
             return pass_on(channel.link, found)
 
         return run_ahead(channel, place.window, head, fetch)

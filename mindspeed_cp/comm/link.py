@@ -196,12 +196,7 @@ class Link(Member):
                 batch.send(rank, message, announced=True, parcel=parcel)
         Batch.post(batch)
         shards[self.rank].copy_(tensor)
-
-        def finish() -> list[torch.Tensor]:
-            batch.finish()
-            return shards
-
-        return Pending(finish)
+        return Pending(batch.finish).then(lambda _: shards)
 
     def _all_to_all_at_once(
         self, leaving: Sequence[Message], arriving: Sequence[Message], purpose: str

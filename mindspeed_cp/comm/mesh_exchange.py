@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mindspeed_cp.comm.channel import MeshStep, RingChannel, Rows, Stream, Tensors, UnderWay, parts, run_ahead
+from mindspeed_cp.comm.channel import RingChannel, Rows, Stream, Tensors, UnderWay, parts, run_ahead
 from mindspeed_cp.comm.gradient_return import Partial
 from mindspeed_cp.comm.gradient_return import UnderWay as Transfers
 from mindspeed_cp.comm.messages import Message, Pending
@@ -83,6 +83,3 @@ def _trade(channel: RingChannel, leaving: list[Message], arriving: list[Message]
     if num_bytes:
         record({purpose.partition(".")[0]: num_bytes})
     return channel.link.all_to_all(leaving, arriving, purpose, by_messages=True)
-
-
-__all__ = ["MeshReturn", "MeshStep", "mesh_exchange"]

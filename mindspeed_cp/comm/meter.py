@@ -128,25 +128,22 @@ def wait_for(work: Any, device: torch.device) -> None:
     is measured between an event before it and an event after it on the stream.
     """
     with named("wait"):
-        _wait_for(work, device, _watches())
-
-
-def _wait_for(work: Any, device: torch.device, watches: list[Watch]) -> None:
-    if not watches:
-        work.wait()
-    elif device.type == "cpu":
-        start = time.perf_counter()
-        work.wait()
-        seconds = time.perf_counter() - start
-        for watch in watches:
-            watch.add_seconds(seconds)
-    else:
-        before, after = (getattr(torch, device.type).Event(enable_timing=True) for _ in range(2))
-        before.record()
-        work.wait()
-        after.record()
-        for watch in watches:
-            watch.add_events(before, after)
+        watches = _watches()
+        if not watches:
+            work.wait()
+        elif device.type == "cpu":
+            start = time.perf_counter()
+            work.wait()
+            seconds = time.perf_counter() - start
+            for watch in watches:
+                watch.add_seconds(seconds)
+        else:
+            before, after = (getattr(torch, device.type).Event(enable_timing=True) for _ in range(2))
+            before.record()
+            work.wait()
+            after.record()
+            for watch in watches:
+                watch.add_events(before, after)
 
 
 def note_area(area: Callable[[], int]) -> None:

@@ -11,6 +11,7 @@ is one copy before or after the exchange, and none on the other side unless ``un
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -112,11 +113,11 @@ class SequenceExchange:
         results, wholes = self._results(parts, like, name)
         arriving = [self._message(wholes, ranges, like.dtype, self.unpack) for ranges in self.rows]
         batch = like.shape[1]
-        table = [[length * batch * _width(parts, rank) for rank in range(self.size)] for length in lengths]
-        pending = self._trade(leaving, arriving, table, self.stamp, self.check)
-        rows = lengths[self.rank] * batch
-        self._record(parts, [[rows * part.width(rank) for rank in range(self.size)] for part in parts], like)
-        return pending.then(lambda _: results)
+
+        def elements(part: Part, source: int, target: int) -> int:
+            return lengths[source] * batch * part.width(target)
+
+        return self._trade(parts, leaving, arriving, elements, self.stamp, self.check).then(lambda _: results)
 
     def scatter_sequence_gather_heads(
         self, parts: Sequence[Part], tensors: Sequence[torch.Tensor], dtype: torch.dtype
@@ -143,20 +144,19 @@ class SequenceExchange:
         self, parts: Sequence[Part], tensors: Sequence[torch.Tensor], into: "Sequence[AllHeads]"
     ) -> Pending[None]:
         """``scatter_sequence_gather_heads`` for some heads, into objects that gather all of them."""
-        dtype, batch = into[0].dtype, tensors[0].shape[1]
+        dtype, batch, lengths = into[0].dtype, tensors[0].shape[1], self.lengths
         leaving = [self._message(tensors, ranges, dtype) for ranges in self.rows]
         rooms = [gathered.room(part) for part, gathered in zip(parts, into)]
         arriving = [Message((tuple(places[rank] for places in rooms),), dtype) for rank in range(self.size)]
-        table = [[rows * batch * _width(parts, rank) for rows in self.lengths] for rank in range(self.size)]
-        pending = self._trade(leaving, arriving, table)
-        like = tensors[0].new_empty(0, dtype=dtype)
-        self._record(parts, [[rows * batch * part.width(self.rank) for rows in self.lengths] for part in parts], like)
+
+        def elements(part: Part, source: int, target: int) -> int:
+            return lengths[target] * batch * part.width(source)
 
         def add(_: None) -> None:
             for part, gathered, room in zip(parts, into, rooms):
                 gathered.take(part, room)
 
-        return pending.then(add)
+        return self._trade(parts, leaving, arriving, elements).then(add)
 
     def gather_sequence(self, tensor: torch.Tensor, purpose: str) -> torch.Tensor:
         """All-gather (seq_local, batch, heads, dim) along the sequence into the whole tensor."""
@@ -191,33 +191,49 @@ class SequenceExchange:
         """(tensors (seq, batch, heads_local, dim) in the memory order ``unpack``, tensors to receive into)."""
         seq, batch = sum(self.lengths), like.shape[1]
         shapes = [(seq, batch, part.count(self.rank), part.dim) for part in parts]
-
-        whole_shape = seq, batch, _width(parts, self.rank)
+        widths = [part.width(self.rank) for part in parts]
+        whole_shape = seq, batch, sum(widths)
         if name is None:
             whole = like.new_empty(whole_shape)
         else:
             whole = self.link.workspace.get(name, whole_shape, like.dtype, like.device)
         if self.unpack is None:
-            columns = whole.split([part.width(self.rank) for part in parts], dim=-1)
+            columns = whole.split(widths, dim=-1)
             return [column.unflatten(-1, shape[2:]) for column, shape in zip(columns, shapes)], [whole]
         results = list(end_to_end(whole.view(-1), shapes, self.unpack))
         return results, results
 
     def _trade(
         self,
+        parts: Sequence[Part],
         leaving: Sequence[Message],
         arriving: Sequence[Message],
-        table: Sequence[Sequence[int]],
+        elements: Callable[[Part, int, int], int],
         stamp: Stamp | None = None,
         check: Callable[[list[Stamp]], None] | None = None,
     ) -> Pending[None]:
         """All-to-all, or gather every rank's whole message and take this rank's slices.
 
         Args:
-            table: (source, target) -> number of elements of the message between them.
+            elements: (part, source, target) -> number of elements of the part in the message between them.
         """
+        ranks = range(self.size)
         if self.alltoall:
-            return self.link.all_to_all(leaving, arriving, "heads and sequence", stamp, check)
+            pending = self.link.all_to_all(leaving, arriving, "heads and sequence", stamp, check)
+        else:
+            table = [[sum(elements(part, source, to) for part in parts) for to in ranks] for source in ranks]
+            pending = self._gathered(leaving, arriving, table)
+        sent: Counter[str] = Counter()
+        for part in parts:
+            size = sum(elements(part, self.rank, to) for to in (self.link.peers if self.alltoall else ranks))
+            sent[part.purpose] += size * leaving[0].dtype.itemsize * (1 if self.alltoall else self.size - 1)
+        record(sent)
+        return pending
+
+    def _gathered(
+        self, leaving: Sequence[Message], arriving: Sequence[Message], table: Sequence[Sequence[int]]
+    ) -> Pending[None]:
+        """table: (source, target) -> number of elements of the message between them."""
         packed = Message.joined(leaving)
         send = packed.in_place
         if send is None:
@@ -232,24 +248,11 @@ class SequenceExchange:
 
         return pending.then(unpack)
 
-    def _record(self, parts: Sequence[Part], elements: Sequence[Sequence[int]], like: torch.Tensor) -> None:
-        """Count one message; ``elements`` has the number of elements per part and rank."""
-        sent: dict[str, int] = {}
-        for part, sizes in zip(parts, elements):
-            leaving = sum(sizes) - sizes[self.rank] if self.alltoall else sum(sizes) * (self.size - 1)
-            sent[part.purpose] = sent.get(part.purpose, 0) + leaving * like.element_size()
-        record(sent)
-
 
 def _consecutive(ranges: Rows) -> Rows:
     """The positions of these ranges when they are concatenated."""
     ends = [0, *itertools.accumulate(stop - start for start, stop in ranges)]
     return tuple(zip(ends, ends[1:]))
-
-
-def _width(parts: Sequence[Part], rank: int) -> int:
-    """Number of elements per token, over the heads of all parts, that ``rank`` gets."""
-    return sum(part.width(rank) for part in parts)
 
 
 class AllHeads:

@@ -132,7 +132,10 @@ class ContextParallelLog:
         ]
         num_steps, first = len(self._areas), 2 + len(PURPOSES)
         self._begin()
-        rows = self._of_all_ranks(mine)
+        row = torch.tensor(mine, dtype=torch.int64, device=self._device)  # integers: all back ends can gather them
+        gathered = [torch.empty_like(row) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, row)
+        rows: list[list[int]] = [other.tolist() for other in gathered]
         step_time, wait_time, *sizes = rows[0][:first]
         return IntervalFigures(
             num_steps,
@@ -142,10 +145,3 @@ class ContextParallelLog:
             Imbalance.of([row[1:2] for row in rows], self._cp_ranks),
             Imbalance.of([row[first:] for row in rows], self._cp_ranks),
         )
-
-    def _of_all_ranks(self, mine: list[int]) -> list[list[int]]:
-        """Every rank's numbers; integers, because all back ends can gather them."""
-        row = torch.tensor(mine, dtype=torch.int64, device=self._device)
-        rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, row)
-        return [other.tolist() for other in rows]

@@ -22,6 +22,7 @@ from mindspeed_cp.kernels.base import (
     Gradients,
     KernelOptions,
     MemoryOrder,
+    joined,
 )
 from mindspeed_cp.kernels.blockwise import BlockwiseKernel, band_mask
 from mindspeed_cp.settings.notices import warn_rank0
@@ -68,19 +69,17 @@ class CpuKernel(AttentionKernel):
             _announce_blockwise(options)
             return self._blockwise.forward(tensors, options)
         tensors = _in_fast_dtype(tensors)
-        pieces = _pieces(tensors)
-        parts = [_forward_piece(tensors.cut(q, k), options) for q, k in pieces] or [_forward_piece(tensors, options)]
-        return BlockResult(_joined([out for out, _ in parts]), _joined([lse for _, lse in parts]))
+        parts = [_forward_piece(piece, options) for _, piece in _pieces(tensors)]
+        outs, lses = zip(*parts)
+        return BlockResult(joined(outs), joined(lses))
 
     def backward(self, tensors: BlockTensors, rows: AttentionRows, options: KernelOptions, saved: Any) -> Gradients:
         if _needs_blockwise(tensors, options):
             return self._blockwise.backward(tensors, rows, options, saved)
         if is_slow(tensors.query.dtype):
             tensors, rows = _in_fast_dtype(tensors), AttentionRows(rows.grad_out.float(), rows.out.float(), rows.lse)
-        pieces = _pieces(tensors)
-        if not pieces:
-            return _backward_piece(tensors, rows, options)
-        return _joined_gradients([_backward_piece(tensors.cut(q, k), rows.cut(q), options) for q, k in pieces], 0)
+        grads = [_backward_piece(piece, rows.cut(q), options) for q, piece in _pieces(tensors)]
+        return _joined_gradients(grads, 0)
 
 
 def _in_fast_dtype(tensors: BlockTensors) -> BlockTensors:
@@ -89,17 +88,15 @@ def _in_fast_dtype(tensors: BlockTensors) -> BlockTensors:
     return tensors.with_tensors(tensors.query.float(), tensors.key.float(), tensors.value.float())
 
 
-def _pieces(tensors: BlockTensors) -> list[tuple[slice, slice]]:
-    """The rows of each piece if the block has several pieces, which take one call of the operator each; else empty."""
-    return list(tensors.block.pieces()) if tensors.block.num_pieces > 1 else []
-
-
-def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+def _pieces(tensors: BlockTensors) -> list[tuple[slice, BlockTensors]]:
+    """(query rows, tensors) of each piece, which takes one call of the operator."""
+    if tensors.block.num_pieces == 1:
+        return [(slice(None), tensors)]
+    return [(q, tensors.cut(q, k)) for q, k in tensors.block.pieces()]
 
 
 def _joined_gradients(parts: Sequence[Gradients], dim: int) -> Gradients:
-    dq, dk, dv = (_joined(grads, dim) for grads in zip(*parts))
+    dq, dk, dv = (joined(grads, dim) for grads in zip(*parts))
     return dq, dk, dv
 
 
@@ -146,21 +143,15 @@ def _hidden(tensors: BlockTensors) -> torch.Tensor | None:
     return band if mask is None else mask | band
 
 
-def _batch_rows(tensors: BlockTensors) -> list[BlockTensors]:
+def _batch_rows(tensors: BlockTensors) -> list[tuple[slice, BlockTensors]]:
     """Split the batch into its rows if each has a dense mask and heads are grouped, else return an empty list. With
     several rows the operator would need a copy of the mask for every KV head; with one row the mask has stride 0 there.
     """
     query, key, value, mask = tensors.query, tensors.key, tensors.value, tensors.attention_mask
     if mask is None or mask.shape[0] == 1 or query.shape[2] == key.shape[2]:
         return []
-    return [
-        BlockTensors(tensors.block, query[:, row], key[:, row], value[:, row], mask[row])
-        for row in _single_rows(query.shape[1])
-    ]
-
-
-def _single_rows(batch: int) -> list[slice]:
-    return [slice(row, row + 1) for row in range(batch)]
+    rows = [slice(row, row + 1) for row in range(query.shape[1])]
+    return [(row, BlockTensors(tensors.block, query[:, row], key[:, row], value[:, row], mask[row])) for row in rows]
 
 
 def _additive_mask(hidden: torch.Tensor | None, tensors: BlockTensors) -> torch.Tensor | None:
@@ -177,8 +168,8 @@ def _additive_mask(hidden: torch.Tensor | None, tensors: BlockTensors) -> torch.
 def _forward_piece(tensors: BlockTensors, options: KernelOptions) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of one piece."""
     if apart := _batch_rows(tensors):
-        outs, lses = zip(*(_forward_piece(row, options) for row in apart))
-        return _joined(outs, 1), _joined(lses, 1)
+        outs, lses = zip(*(_forward_piece(part, options) for _, part in apart))
+        return joined(outs, 1), joined(lses, 1)
     hidden = _hidden(tensors)
     mask = _additive_mask(hidden, tensors)
     is_causal = tensors.block.is_causal and mask is None
@@ -196,9 +187,8 @@ def _forward_piece(tensors: BlockTensors, options: KernelOptions) -> tuple[torch
 def _backward_piece(tensors: BlockTensors, rows: AttentionRows, options: KernelOptions) -> Gradients:
     grad_out, out, lse = rows.grad_out, rows.out, rows.lse
     if apart := _batch_rows(tensors):
-        places = _single_rows(len(apart))
-        rows_apart = [AttentionRows(grad_out[:, row], out[:, row], lse[:, row]) for row in places]
-        return _joined_gradients([_backward_piece(*pair, options) for pair in zip(apart, rows_apart)], 1)
+        rows_of = ((part, AttentionRows(grad_out[:, row], out[:, row], lse[:, row])) for row, part in apart)
+        return _joined_gradients([_backward_piece(*pair, options) for pair in rows_of], 1)
     key, mask = tensors.key, _additive_mask(_hidden(tensors), tensors)
     kv_heads, group = key.shape[2], tensors.query.shape[2] // key.shape[2]
     if group == 1:

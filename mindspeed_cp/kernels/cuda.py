@@ -11,7 +11,6 @@ If torch.nn.attention has activated FlashAttention-3, the same operators run it.
 Tested against the operators' schemas on the CPU; not yet run on a GPU.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from mindspeed_cp.kernels.base import (
     BlockTensors,
     Gradients,
     KernelOptions,
+    joined,
 )
 from mindspeed_cp.kernels.blockwise import BlockwiseKernel
 from mindspeed_cp.kernels.random_stream import random_stream
@@ -79,7 +79,7 @@ class CudaKernel(AttentionKernel):
         with random_stream(query.device, options.rng_stream if options.dropout_p else 0):
             parts = [self._forward_part(part, options) for _, part in _parts(tensors.with_tensors(query, key, value))]
         outs, lses, states = zip(*parts)
-        return BlockResult(_joined(outs)[..., :head_dim], _joined(lses), states)
+        return BlockResult(joined(outs)[..., :head_dim], joined(lses), states)
 
     def backward(self, tensors: BlockTensors, rows: AttentionRows, options: KernelOptions, saved: Any) -> Gradients:
         if self._needs_blockwise(tensors):
@@ -93,7 +93,7 @@ class CudaKernel(AttentionKernel):
             self._backward_part(part, rows.cut(q), options, state)
             for (q, part), state in zip(_parts(tensors.with_tensors(query, key, value)), saved, strict=True)
         ]
-        dq, dk, dv = (_joined(part)[..., :dim] for part, dim in zip(zip(*grads), dims))
+        dq, dk, dv = (joined(part)[..., :dim] for part, dim in zip(zip(*grads), dims))
         return dq, dk, dv
 
     def _needs_blockwise(self, tensors: BlockTensors) -> bool:
@@ -233,7 +233,3 @@ def _padded(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     widest = max(tensor.shape[-1] for tensor in tensors)
     width = -(-widest // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
     return [tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
-
-
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,31 +63,15 @@ MAX_ROWS = 1 << 20  # query rows and key rows of one call: S, or T in TND
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class OperatorVariant(NamedTuple):
-    """How one generation of the operators is called.
+def packed_arguments(torch_npu: ModuleType) -> dict[str, Any]:
+    """Further arguments of both installed operators in TND: softmax_layout in 2.1.0.post17, 2.7.1, 2.9.1, 2.13.0.
 
-    Args:
-        marker: the argument of npu_fusion_attention that identifies the generation; None for the oldest.
-        packed_arguments: further arguments of both operators in TND.
+    Post-releases of an old torch branch contain newer operators (2.1.0.post17 has what 2.5.1 lacks), so the schema is
+    asked, not the version number.
     """
-
-    marker: str | None
-    packed_arguments: dict[str, Any]
-
-
-# Post-releases of an old torch branch contain newer operators (2.1.0.post17 has what 2.5.1 lacks), so the generation is
-# identified by the schema, not by the version number. Newest first.
-VARIANTS = (
-    OperatorVariant("softmax_layout", {"softmax_layout": "TND"}),  # 2.1.0.post17, 2.7.1, 2.9.1, 2.13.0
-    OperatorVariant(None, {}),  # 2.5.1
-)
-
-
-def operator_variant(torch_npu: ModuleType) -> OperatorVariant:
-    """The first row of VARIANTS whose marker is in the installed operator's schema."""
     operator = getattr(torch_npu.npu_fusion_attention, "default", None) or torch.ops.npu.npu_fusion_attention.default
-    names = {argument.name for argument in operator._schema.arguments}
-    return next(variant for variant in VARIANTS if variant.marker is None or variant.marker in names)
+    takes_layout = any(argument.name == "softmax_layout" for argument in operator._schema.arguments)
+    return {"softmax_layout": "TND"} if takes_layout else {}
 
 
 def build() -> AttentionKernel:
@@ -105,7 +89,7 @@ class NpuKernel(AttentionKernel):
 
     def __init__(self, torch_npu: ModuleType) -> None:
         self._npu: Any = torch_npu
-        self._variant = operator_variant(torch_npu)
+        self._packed_arguments = packed_arguments(torch_npu)
         # (further arguments of TND calls, memory order of their statistics); None before the first packed call
         self._packed: tuple[dict[str, Any], StatisticsOrder] | None = None
         self.has_fused_merge = hasattr(torch_npu, "npu_ring_attention_update")
@@ -217,7 +201,7 @@ class NpuKernel(AttentionKernel):
         releases the operator raises a RuntimeError.
         """
         if self._packed is None:
-            further = self._variant.packed_arguments
+            further = self._packed_arguments
             try:
                 order = probe_order(partial(self._probe, further), device)
             except RuntimeError:

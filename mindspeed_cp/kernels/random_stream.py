@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 ODD = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: consecutive streams get seeds that differ in half of their bits
+SEED = slice(-16, -8)  # of the state, which ends with seed and offset in every release
 
 
 def default_generator(device: torch.device) -> torch.Generator:
@@ -42,7 +43,7 @@ def random_stream(device: torch.device, number: int) -> Iterator[None]:
         finally:
             generator.set_state(after)
         return
-    own, _ = _words(generator.get_state())
+    own = int(generator.get_state()[SEED].clone().view(torch.int64))
     _set(generator, seed=_mixed(own, number))
     try:
         yield
@@ -54,12 +55,7 @@ def _mixed(seed: int, number: int) -> int:
     return (seed ^ (number * ODD)) % (1 << 63)
 
 
-def _words(state: torch.Tensor) -> list[int]:
-    """(seed, offset): the last sixteen bytes of the state in every release."""
-    return state[-16:].clone().view(torch.int64).tolist()
-
-
 def _set(generator: torch.Generator, seed: int) -> None:
     state = generator.get_state()
-    state[-16:-8] = torch.tensor([seed], dtype=torch.int64).view(torch.uint8)
+    state[SEED] = torch.tensor([seed], dtype=torch.int64).view(torch.uint8)
     generator.set_state(state)

@@ -256,9 +256,9 @@ def test_prepare_npu_imports_transfer_to_npu_and_needs_no_apex(torch_npu, monkey
 
 
 @pytest.mark.cpu_only
-def test_every_release_selects_a_variant_by_its_schema(torch_npu):
-    expected = None if torch_npu.__version__ in fake_torch_npu.UNORDERED_RELEASES else "softmax_layout"
-    assert npu.operator_variant(torch_npu).marker == expected
+def test_packed_calls_ask_for_an_order_where_the_releases_schema_has_it(torch_npu):
+    unordered = torch_npu.__version__ in fake_torch_npu.UNORDERED_RELEASES
+    assert npu.packed_arguments(torch_npu) == ({} if unordered else {"softmax_layout": "TND"})
 
 
 def test_cumulative_lengths_carry_no_leading_zero():
