@@ -38,7 +38,7 @@ COMBINATIONS = {
 def runs(tmp_path_factory):
     """Every combination on four ranks, and every kind of data and model without context parallelism."""
     prefix = prepare_data(tmp_path_factory.mktemp("data"), "paragraphs")
-    common = "--train-iters 3 --seq-length 128 --position-embedding-type rope --eod-mask-loss"
+    common = "--train-iters 2 --seq-length 128 --position-embedding-type rope --eod-mask-loss"
     cases = {flags: f"{common} {flags}" for flags, _ in COMBINATIONS.values()}
     for name, (flags, ours) in COMBINATIONS.items():
         cases[name] = f"{common} {flags} --context-parallel-size 4 {ours}"
