@@ -119,9 +119,13 @@ class Adaptor(OwnLoops):
 
     def reset(self) -> None:
         """Reset to the state after import; groups that Megatron or others made are adopted again when used."""
-        self.settings = Settings()
+        self.settings, self.handed = Settings(), Handed()
         self.scopes.forget()
-        self.sizes, self.log, self.handed = {}, None, Handed()  # pipelines stay
+        self._start_again()  # pipelines stay
+
+    def _start_again(self) -> None:
+        """Forget what depends on groups."""
+        self.sizes, self.log = {}, None
         self._announced, self._is_checked, self.told = None, False, ""
         self.losses = Losses()
         self.epoch += 1
@@ -243,13 +247,10 @@ class Adaptor(OwnLoops):
     def destroy_groups(self) -> None:
         """Destroy the groups that were made in addition to Megatron's; every rank calls it."""
         self.scopes.destroy()
-        self.log, self.sizes, self.is_pipeline = None, {}, False
-        self._announced, self._is_checked, self.told = None, False, ""
-        self.losses = Losses()
-        self.epoch += 1
+        self.is_pipeline = False
         if self.settings.undecided is not None:
             self.settings.undecided = OpenDecision(self.settings.undecided.settings)
-        self.forget_batches()
+        self._start_again()
 
     # Current batches.
 

@@ -6,6 +6,7 @@ members alone compare their settings and make the further groups that the algori
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,10 +67,6 @@ class Scope:
         return group
 
 
-def _alone() -> Scope:
-    return Scope(SINGLE, ContextParallelGroups.build(SINGLE))
-
-
 class Scopes:
     """The map of groups: process group -> Scope.
 
@@ -80,14 +77,11 @@ class Scopes:
     def __init__(self, adopt: Callable[[dist.ProcessGroup], Scope]) -> None:
         self._adopt = adopt
         self._known: dict[dist.ProcessGroup, Scope] = {}
-        self._alone: Scope | None = None
 
-    @property
+    @cached_property
     def alone(self) -> Scope:
         """The scope of one rank."""
-        if self._alone is None:
-            self._alone = _alone()
-        return self._alone
+        return Scope(SINGLE, ContextParallelGroups.build(SINGLE))
 
     def __bool__(self) -> bool:
         return bool(self._known)

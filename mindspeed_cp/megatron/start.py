@@ -66,7 +66,10 @@ def _config_for(settings: Settings, cp_size: int, sizes: Sequence[int] | None) -
 
 
 def _compared(config: ContextParallelConfig | None, settings: Settings) -> dict[str, str]:
-    found = versions(**{"the version of megatron-core": _megatron_version()})
+    from megatron.core import package_info
+
+    megatron = str(getattr(package_info, "__version__", "unknown"))
+    found = versions(**{"the version of megatron-core": megatron})
     if config is None:
         return found
     return found | compared_config(
@@ -93,9 +96,3 @@ def _ending(program: str) -> Iterator[Callable[[str], None]]:
         if program:
             raise SystemExit(2) from None
         raise
-
-
-def _megatron_version() -> str:
-    from megatron.core import package_info
-
-    return str(getattr(package_info, "__version__", "unknown"))
