@@ -164,12 +164,12 @@ def named_group(owner: Any) -> dist.ProcessGroup | None:
     return None
 
 
-def checked_group(size: int, group: dist.ProcessGroup | None, what: str) -> dist.ProcessGroup | None:
-    """The group over which a module of this size computes; None for size 1, whatever groups the process has.
+def group_of(owner: Any, size: int, what: str) -> dist.ProcessGroup | None:
+    """The group over which a module computes: the one that it was built with, else Megatron's own.
 
     Args:
-        size: context_parallel_size of the module's configuration.
-        group: the group that it was built with, or Megatron's own.
+        owner: the module or the arguments for it, as for ``named_group``.
+        size: context_parallel_size of its configuration; for 1 there is no group, whatever groups the process has.
         what: the module's name in messages.
 
     Raises:
@@ -177,6 +177,8 @@ def checked_group(size: int, group: dist.ProcessGroup | None, what: str) -> dist
     """
     if size == 1:
         return None
+    named = named_group(owner)
+    group = own_group() if named is None else named
     if group is None:
         raise ValueError(
             f"{what} has context_parallel_size {size} in its configuration, and no context-parallel group: call "
