@@ -89,7 +89,7 @@ class Foreign:
             token = settings.end_of_document
             token = token() if callable(token) else token
             documents = documents_of_tokens(whole(tokens).view(-1, layout.seq_len), token)
-        return MicroBatch(layout, documents, scope, waits_for_documents=True, split_after=adaptor.handed.times)
+        return MicroBatch(layout, documents, scope, waits_since=adaptor.handed.times)
 
     def _of_ids(self, scope: Scope, rows: torch.Tensor, declared: str) -> Found:
         def found(everyone: list[torch.Tensor]) -> Found:

@@ -130,10 +130,7 @@ def _record(
 ) -> MicroBatch:
     """The record of ``batch``, whose ``sequences`` are split."""
     seq_len, num_rows = length_of(sequences), _rows_of(sequences)
-    if documents is None:
-        documents, waits = documents_of_batch(adaptor, batch)
-    else:
-        waits = False
+    documents, waits = (documents, False) if documents is not None else documents_of_batch(adaptor, batch)
     slices, places = slices_of_batch(batch, documents, num_rows, seq_len, adaptor.settings.image_token_id)
     if slices is not None and adaptor.sizes:
         raise ValueError(
@@ -144,8 +141,7 @@ def _record(
         layout(adaptor, scope, seq_len, documents, slices),
         documents,
         scope,
-        waits_for_documents=waits,
-        split_after=adaptor.handed.times,
+        waits_since=adaptor.handed.times if waits else None,
         slices=slices,
         places=places,
     )
