@@ -14,14 +14,16 @@ from mindspeed_cp.sequence.slice_kinds import slices_of_ranges
 ROWS_AT_ONCE = 1024  # rows of a dense mask that are examined at once, to need little extra memory
 
 
-def documents_of_tokens(tokens: torch.Tensor, end_of_document: int) -> Documents:
+def documents_of_tokens(tokens: torch.Tensor, end_of_document: int | Callable[[], int]) -> Documents:
     """Boundaries after every end-of-document token, as in Megatron's own masks.
 
     Args:
         tokens: (batch, seq), the whole sequence.
+        end_of_document: the token, or a function that returns it.
     """
+    end = end_of_document() if callable(end_of_document) else end_of_document
     starts = torch.zeros_like(tokens, dtype=torch.bool)
-    starts[:, 1:] = tokens[:, :-1] == end_of_document
+    starts[:, 1:] = tokens[:, :-1] == end
     return _documents_from(starts)
 
 
