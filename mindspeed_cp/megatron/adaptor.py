@@ -15,9 +15,8 @@ from mindspeed_cp.comm.parts import PoolKey
 from mindspeed_cp.comm.step_log import ContextParallelLog
 from mindspeed_cp.megatron import batches, splitting
 from mindspeed_cp.megatron.decision import OpenDecision, Settings
-from mindspeed_cp.megatron.documents import BoundaryCache, MaskCache
+from mindspeed_cp.megatron.documents import BoundaryCache, Handed, MaskCache
 from mindspeed_cp.megatron.foreign import Foreign
-from mindspeed_cp.megatron.handed_ends import Handed
 from mindspeed_cp.megatron.later_stages import HandOver
 from mindspeed_cp.megatron.losses import Losses
 from mindspeed_cp.megatron.own_loops import OwnLoops

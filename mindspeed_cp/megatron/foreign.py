@@ -82,15 +82,13 @@ class Foreign:
             return part if known else gather_sequence(part, groups=scope.groups, layout=layout, dim=part.dim() - 1)
 
         settings = adaptor.settings
-        if not settings.documents_from_position_ids:
+        if settings.documents_from_position_ids and ids is not None:
+            documents = documents_of_position_ids(whole(ids)) if rows is None else documents
+        elif settings.end_of_document is not None and tokens is not None:
+            documents = documents_of_tokens(whole(tokens).view(-1, layout.seq_len), settings.end_of_document)
+        else:
             documents = None
-        elif rows is None and ids is not None:
-            documents = documents_of_position_ids(whole(ids))
-        if settings.end_of_document is not None and tokens is not None:
-            token = settings.end_of_document
-            token = token() if callable(token) else token
-            documents = documents_of_tokens(whole(tokens).view(-1, layout.seq_len), token)
-        return MicroBatch(layout, documents, scope, waits_for_documents=True, split_after=adaptor.handed.times)
+        return MicroBatch(layout, documents, scope, waits_since=adaptor.handed.times)
 
     def _of_ids(self, scope: Scope, rows: torch.Tensor, declared: str) -> Found:
         def found(everyone: list[torch.Tensor]) -> Found:
