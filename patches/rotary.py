@@ -12,7 +12,7 @@ import torch
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import block_record
 from mindspeed_cp.megatron.documents import places_in_documents
-from mindspeed_cp.megatron.packed import contract, layout_of_contract
+from mindspeed_cp.megatron.packed import layout_of_contract
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.scopes import Scope, named_group
 from mindspeed_cp.megatron.splitting import built
@@ -236,7 +236,7 @@ def _layout_of_packed(adaptor: Adaptor, scope: Scope, boundaries: tuple[int, ...
     record = adaptor.running_in(scope)
     if record is not None:
         return record.layout
-    return layout_of_contract(scope, contract(adaptor, scope), boundaries, local_len)
+    return layout_of_contract(adaptor, scope, boundaries, local_len)
 
 
 @lru_cache(maxsize=16)
