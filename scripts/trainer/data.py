@@ -19,7 +19,7 @@ from mindspeed_cp.megatron.packing import PackedSampler, pack_samples
 from trainer.failures import Refused
 from trainer.files import drop_broken_caches
 from trainer.checks import micro_batch_length, of_same_name
-from trainer.tokenizer import ByteTokenizer
+from trainer.texts import ByteTokenizer
 
 
 @dataclass

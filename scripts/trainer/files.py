@@ -14,8 +14,7 @@ from mindspeed_cp.planner.documents import read_index
 from mindspeed_cp.settings.rules import require
 from trainer.checkpoint_files import Checkpoint, find_checkpoint, last_changed
 from trainer.checks import of_same_name
-from trainer.texts import ENDINGS
-from trainer.tokenizer import EOD
+from trainer.texts import ENDINGS, EOD
 
 LOOKED_AT = 1 << 23  # number of tokens that are compared with the vocabulary size: all of a small dataset
 
