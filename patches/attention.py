@@ -20,7 +20,7 @@ from mindspeed_cp.megatron.bridge import CoreAttention, attention, layer_window
 from mindspeed_cp.megatron.latents import marked
 from mindspeed_cp.megatron.layer_numbers import number_of
 from mindspeed_cp.megatron.neighbour import is_here, is_wrapped
-from mindspeed_cp.megatron.scopes import OWN, HeldGroup, checked_group, named_group, own_group
+from mindspeed_cp.megatron.scopes import OWN, HeldGroup, group_of
 from mindspeed_cp.patches.machine.compiler import outside_compiler
 from mindspeed_cp.patches.owners import at_path
 from mindspeed_cp.patches.rows import arguments_of, patch, signature_of, uninstalled
@@ -71,7 +71,8 @@ def local_init(
     if config.context_parallel_size == 1:
         original(self, config, *args, **kwargs)
         return
-    group = _group(config, arguments_of(original, (self, config, *args), kwargs), type(self).__name__)
+    given = arguments_of(original, (self, config, *args), kwargs)
+    group = group_of(given, config.context_parallel_size, type(self).__name__)
     # The constructor's checks read a copy; later code reads the real configuration.
     checked = copy.copy(config)
     checked.context_parallel_size, checked.window_size = 1, None
@@ -97,7 +98,7 @@ def te_init(adaptor: Adaptor, original: Callable[..., None], self: Any, *args: A
     self.asked_softmax_scale = given.get("softmax_scale")
     self.asked_dropout = config.attention_dropout if dropout is None else dropout
     if config.context_parallel_size > 1:
-        _join(adaptor, self, _group(config, given, type(self).__name__))
+        _join(adaptor, self, group_of(given, config.context_parallel_size, type(self).__name__))
 
 
 def _alone(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -106,16 +107,6 @@ def _alone(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     alone.context_parallel_size = 1
     shown = tuple(alone if value is config else value for value in args)
     return shown, {name: alone if value is config else value for name, value in kwargs.items()}
-
-
-def _group(config: Any, given: dict[str, Any], name: str) -> Any:
-    """The context-parallel group in a module's arguments, else Megatron's own.
-
-    Raises:
-        ValueError: there is no group, or its size differs from the configuration's.
-    """
-    group = named_group(given)
-    return checked_group(config.context_parallel_size, own_group() if group is None else group, name)
 
 
 def _join(adaptor: Adaptor, module: Any, group: Any) -> None:

@@ -15,10 +15,10 @@ import torch
 from mindspeed_cp.megatron import hidden_exchange
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import packed_params_in, refuse_inference
-from mindspeed_cp.megatron.delta_net import MODULE, computed
+from mindspeed_cp.megatron.linear_layers import DELTA_NET, gated_delta_net
 from mindspeed_cp.patches.rows import absent, patch
 
-LAYER = f"{MODULE}.GatedDeltaNet"
+LAYER = f"{DELTA_NET}.GatedDeltaNet"
 LAYOUT = "the batch may have another layout than Megatron's zigzag over the whole row"
 ABSENT = "this version has no gated delta nets"
 WITHOUT = "this version's gated delta nets have no context parallelism"
@@ -26,7 +26,7 @@ WITHOUT = "this version's gated delta nets have no context parallelism"
 
 def takes_comm_type() -> str:
     """Why the constructor needs no patch: from 0.19 on it accepts and ignores cp_comm_type; else ""."""
-    layer = importlib.import_module(MODULE).GatedDeltaNet
+    layer = importlib.import_module(DELTA_NET).GatedDeltaNet
     return "it takes cp_comm_type" if "cp_comm_type" in inspect.signature(layer.__init__).parameters else ""
 
 
@@ -58,17 +58,17 @@ def forward(
         return original(self, hidden_states, *args, **kwargs)
     values = (*args, *kwargs.values())
     refuse_inference(values)
-    return computed(adaptor, scope, self, hidden_states, packed_params_in(values))
+    return gated_delta_net(adaptor, scope, self, hidden_states, packed_params_in(values))
 
 
-@patch(f"{MODULE}.tensor_a2a_cp2hp", reason=LAYOUT, when=absent(f"{MODULE}.tensor_a2a_cp2hp", WITHOUT))
+@patch(f"{DELTA_NET}.tensor_a2a_cp2hp", reason=LAYOUT, when=absent(f"{DELTA_NET}.tensor_a2a_cp2hp", WITHOUT))
 def tensor_a2a_cp2hp(
     adaptor: Adaptor, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
 ) -> torch.Tensor:
     return hidden_exchange.tensor_a2a_cp2hp(adaptor, *args, **kwargs)
 
 
-@patch(f"{MODULE}.tensor_a2a_hp2cp", reason=LAYOUT, when=absent(f"{MODULE}.tensor_a2a_hp2cp", WITHOUT))
+@patch(f"{DELTA_NET}.tensor_a2a_hp2cp", reason=LAYOUT, when=absent(f"{DELTA_NET}.tensor_a2a_hp2cp", WITHOUT))
 def tensor_a2a_hp2cp(
     adaptor: Adaptor, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
 ) -> torch.Tensor:

@@ -12,7 +12,8 @@ MANAGER = f"{FEATURES}.MindSpeedFeaturesManager"
 
 @patch(f"{MANAGER}.remove_patches", reason="MindSpeed finds Megatron as it left it")
 def remove_patches(neighbour: Neighbour, original: Callable[..., None], cls: type) -> None:
-    neighbour.removes(lambda: original(cls))
+    neighbour.give_way()
+    original(cls)
 
 
 @patch(f"{MANAGER}.apply_features_pre_patches", reason="MindSpeed patches first")

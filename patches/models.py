@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from mindspeed_cp.megatron.adaptor import Adaptor
+from mindspeed_cp.megatron.alone import name_plain_attention
 from mindspeed_cp.megatron.batches import block_record, entering, packed_params_in, refuse_inference, tensors_in
 from mindspeed_cp.megatron.later_stages import pipeline_of
 from mindspeed_cp.megatron.layer_numbers import number_attention
-from mindspeed_cp.megatron.plain_attention import name_plain_attention
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.sizes import check_model, sub_batch_record
 from mindspeed_cp.megatron.slices import check_layers

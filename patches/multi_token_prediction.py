@@ -11,11 +11,9 @@ import torch.distributed as dist
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import record_of_length
 from mindspeed_cp.megatron.layer_numbers import number_behind
-from mindspeed_cp.megatron.packed import packed_batch
 from mindspeed_cp.megatron.scopes import Scope
 from mindspeed_cp.patches.computing import COMPUTING_OVER
 from mindspeed_cp.patches.rows import absent, arguments_of, patch, signature_of
-from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.sequence.sharding import gather_sequence
 
 MTP = "megatron.core.transformer.multi_token_prediction"
@@ -106,19 +104,12 @@ def roll_tensor(adaptor: Adaptor, original: Callable[..., Any], *args: Any, **kw
             f"roll_tensor with shifts={given['shifts']} is not supported with context parallelism; use shifts=-1."
         )
     dim = given.get("dims", -1)
-    layout = _layout(adaptor, scope, tensor.size(dim), params)
+    layout = record_of_length(adaptor, scope, tensor.size(dim), params).layout
     documents = (0, layout.seq_len) if params is None else adaptor.boundaries.documents(params, layout.seq_len)
     whole = _shifted(gather_sequence(tensor, groups=scope.groups, layout=layout, dim=dim), dim, documents)
     # Each rank's loss is divided by this sum, and gradients are averaged over the ranks; the mean of the ranks' sums
     # therefore gives the mean over all tokens, also for uneven lengths.
     return layout.shard(whole, scope.rank, dim=dim).contiguous(), whole.sum() / scope.size
-
-
-def _layout(adaptor: Adaptor, scope: Scope, local_len: int, params: Any) -> SequenceLayout:
-    """The layout of the running micro-batch; outside of one, that of Megatron's packed batches or of the settings."""
-    if params is not None and adaptor.running_in(scope) is None:
-        return packed_batch(adaptor, scope, params, local_len).layout
-    return record_of_length(adaptor, scope, local_len).layout
 
 
 def _shifted(whole: torch.Tensor, dim: int, documents: tuple[int, ...]) -> torch.Tensor:

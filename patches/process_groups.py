@@ -12,10 +12,9 @@ from mindspeed_cp.comm.hccl import group_options
 from mindspeed_cp.compat.group_getters import GETTERS, GroupGetters
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.following import take_comm_type, take_settings
-from mindspeed_cp.megatron.hccl import megatron_buffers
 from mindspeed_cp.megatron.scopes import own_group
 from mindspeed_cp.megatron.sizes import adopt_sizes, check_launch
-from mindspeed_cp.megatron.start import agreed_config
+from mindspeed_cp.megatron.start import agreed_config, megatron_buffers
 from mindspeed_cp.patches.rows import Row, arguments_of, patch, signature_of
 
 PARALLEL_STATE = "megatron.core.parallel_state"

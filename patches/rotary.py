@@ -12,7 +12,7 @@ import torch
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import block_record
 from mindspeed_cp.megatron.documents import places_in_documents
-from mindspeed_cp.megatron.packed import contract, layout_of_contract
+from mindspeed_cp.megatron.packed import layout_of_contract
 from mindspeed_cp.megatron.records import MicroBatch
 from mindspeed_cp.megatron.scopes import Scope, named_group
 from mindspeed_cp.megatron.splitting import built
@@ -90,19 +90,19 @@ def get_rotary_seq_len(adaptor: Adaptor, original: Callable[..., int], self: Any
     record, packed = adaptor.running_in(scope), given.get("packed_seq_params") is not None
     if record is not None and record.places is not None:
         _check_places(self, record, packed, scope.alone)
-    if (scope.alone and not adaptor.sliced and not adaptor.sizes) or packed:
+    if packed:
         return original(self, *args, **kwargs)
-    if record is None and scope.alone and not adaptor.sizes:
+    if scope.alone and not adaptor.sizes and (record is None or not adaptor.sliced):
         made: Any = None
         length = original(self, *args, **kwargs)
     else:
         record = _entering(adaptor, scope, given)
         made, length = (record.layout, record.places), record.seq_len
-    known = adaptor.embedded.setdefault(length, made)
-    if known != made:  # the only key of Megatron's cache is the length
+    key = id(self), length  # as in Megatron's cache, which keeps the embedding alive
+    if adaptor.embedded.setdefault(key, made) != made:
         forget_cached_embeddings()
         adaptor.embedded.clear()
-        adaptor.embedded[length] = made
+        adaptor.embedded[key] = made
     return length
 
 
@@ -236,7 +236,7 @@ def _layout_of_packed(adaptor: Adaptor, scope: Scope, boundaries: tuple[int, ...
     record = adaptor.running_in(scope)
     if record is not None:
         return record.layout
-    return layout_of_contract(scope, contract(adaptor, scope), boundaries, local_len)
+    return layout_of_contract(adaptor, scope, boundaries, local_len)
 
 
 @lru_cache(maxsize=16)

@@ -15,17 +15,17 @@ import torch
 from mindspeed_cp.attention.head_groups import head_shares
 from mindspeed_cp.comm.head_exchange import HeadExchange
 from mindspeed_cp.comm.sequence_exchange import Part
-from mindspeed_cp.megatron import mixer
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.batches import packed_params_in, record_of_length, refuse_inference
 from mindspeed_cp.megatron.hidden_exchange import exchange_of, layout_of_rows
+from mindspeed_cp.megatron.linear_layers import MAMBA_MIXER, mamba_mixer
 from mindspeed_cp.patches.rows import Row, absent, patch
 from mindspeed_cp.sequence.layout import SequenceLayout
 
 CONTEXT_PARALLEL = "megatron.core.ssm.mamba_context_parallel"
 MIXER = f"{CONTEXT_PARALLEL}.MambaContextParallel"
 WITHOUT = absent(MIXER, "this version's Mamba has no context parallelism")
-LAYER = "megatron.core.ssm.mamba_mixer.MambaMixer"
+LAYER = f"{MAMBA_MIXER}.MambaMixer"
 ORDER = "the batch may have another layout than Megatron's zigzag over the whole row"
 FRAMEWORKS = f"layers of frameworks call it, and {ORDER}"
 
@@ -35,7 +35,7 @@ def no_mixer() -> str:
     if importlib.util.find_spec("mamba_ssm") is None:
         return "mamba-ssm is not installed"
     try:
-        importlib.import_module(LAYER.rpartition(".")[0])
+        importlib.import_module(MAMBA_MIXER)
     except Exception as error:  # compiled libraries may raise anything
         return f"Mamba's mixer cannot be imported here: {error}"
     return ""
@@ -54,7 +54,7 @@ def forward(
         return original(self, hidden_states, *args, **kwargs)
     values = (*args, *kwargs.values())
     refuse_inference(values)
-    return mixer.computed(adaptor, scope, self, hidden_states, packed_params_in(values))
+    return mamba_mixer(adaptor, scope, self, hidden_states, packed_params_in(values))
 
 
 @patch(f"{MIXER}.pre_conv_ssm", reason=ORDER, when=WITHOUT)

@@ -58,6 +58,7 @@ class Batch:
         check: Callable[[list[Stamp]], None] | None = None,
         tag: int = 0,
     ) -> None:
+        link.check_uninterrupted()
         self._tag = tag
         self._link, self.purpose, self._stamp, self._check = link, purpose.partition(".")[0], stamp, check
         self._arrivals: list[Arrival] = []

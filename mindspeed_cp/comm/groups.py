@@ -107,19 +107,9 @@ class ContextParallelGroups:
     def one_pass(self) -> Iterator[None]:
         """Surround what one forward or backward pass communicates.
 
-        If it ends with an error, messages may be under way that no later pass can tell from its own. The groups then
-        refuse further passes, which would hang or compute with keys of the interrupted one.
-
-        Raises:
-            RuntimeError: an earlier pass ended with an error on this rank.
+        If it ends with an error, messages may be under way that no later transfer can tell from its own. The groups
+        then refuse transfers, which would hang or compute with keys of the interrupted pass.
         """
-        for link in self.links:
-            if link.interrupted is not None:
-                raise RuntimeError(
-                    f"an earlier pass of context parallelism over these process groups ended with an error on global "
-                    f"rank {dist.get_rank()} ({link.interrupted}), and its messages may still be under way; make the "
-                    "process groups again (ContextParallelGroups.build without cp_group), or restart all ranks."
-                )
         try:
             yield
         except BaseException as error:

@@ -236,6 +236,7 @@ class Link(Member):
 
     def _start(self, purpose: str, device: torch.device, collective: Callable[[], Any]) -> Callable[[], None]:
         """Start a collective; return a function that waits for it."""
+        self.check_uninterrupted()
         with self.naming(purpose, self.peers), named(f"post {purpose}"):
             work = collective()
 

@@ -94,14 +94,20 @@ class Member:
             self._streams[tag] = stream_of(self.group, tag)
         return self._streams[tag]
 
-    @property
-    def interrupted(self) -> str | None:
-        """The error that ended a pass over this group in the middle: its messages may still be under way."""
-        return _interrupted.get(self.group) if _interrupted and self.group is not None else None
-
     def interrupt(self, error: str) -> None:
+        """Refuse further transfers over this group: those of a pass that ended with ``error`` may be under way."""
         if self.group is not None:  # the planner's links have none
             _interrupted.setdefault(self.group, error)
+
+    def check_uninterrupted(self) -> None:
+        """Raise RuntimeError if a pass over this group ended with an error on this rank."""
+        error = _interrupted.get(self.group) if _interrupted and self.group is not None else None
+        if error is not None:
+            raise RuntimeError(
+                f"an earlier pass of context parallelism over these process groups ended with an error on global rank "
+                f"{dist.get_rank()} ({error}), and its messages may still be under way; make the process groups again "
+                "(ContextParallelGroups.build without cp_group), or restart all ranks."
+            )
 
     @property
     def peers(self) -> list[int]:

@@ -15,17 +15,15 @@ from mindspeed_cp.comm.parts import PoolKey
 from mindspeed_cp.comm.step_log import ContextParallelLog
 from mindspeed_cp.megatron import batches, splitting
 from mindspeed_cp.megatron.decision import OpenDecision, Settings
-from mindspeed_cp.megatron.documents import BoundaryCache, MaskCache
+from mindspeed_cp.megatron.documents import BoundaryCache, Handed, MaskCache
 from mindspeed_cp.megatron.foreign import Foreign
-from mindspeed_cp.megatron.handed_ends import Handed
-from mindspeed_cp.megatron.hccl import hccl_buffers
 from mindspeed_cp.megatron.later_stages import HandOver
 from mindspeed_cp.megatron.losses import Losses
 from mindspeed_cp.megatron.own_loops import OwnLoops
 from mindspeed_cp.megatron.records import BatchRecords, Documents, MicroBatch, Places
-from mindspeed_cp.megatron.scopes import Scope, Scopes, checked_group, collective_device, named_group, own_group
+from mindspeed_cp.megatron.scopes import Scope, Scopes, collective_device, group_of, own_group
 from mindspeed_cp.megatron.sizes import ranks_of_all
-from mindspeed_cp.megatron.start import agree_in_group
+from mindspeed_cp.megatron.start import agree_in_group, hccl_buffers
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.config import ContextParallelConfig
 from mindspeed_cp.settings.training_setup import TrainingSetup
@@ -53,7 +51,7 @@ class Adaptor(OwnLoops):
         log: measures training steps with --cp-log while there are groups, else None.
         counted: models, and separate blocks of layers, whose modules were checked by the census.
         losses: what is known about the losses of the training.
-        embedded: length -> layout and position ids of the embedding of that length in Megatron's cache.
+        embedded: (id of a rotary embedding, length) -> layout and position ids of its rows in Megatron's cache.
         documents_by_hand: documents were passed for a batch explicitly, so that a forward pass of an unknown batch
             would lose them.
         sliced: a batch with slices was split, or one with several documents over one rank, so that modules without
@@ -84,7 +82,7 @@ class Adaptor(OwnLoops):
         self.is_pipeline, self.virtual_pipeline, self.epoch = False, False, 0
         self.timeout: timedelta | None = None
         self.buffers: dict[str, int] = {}
-        self.embedded: dict[int, tuple[SequenceLayout, Places | None] | None] = {}
+        self.embedded: dict[tuple[int, int], tuple[SequenceLayout, Places | None] | None] = {}
         self.computes_alone, self.documents_by_hand, self.sliced, self._passes = False, False, False, 0
         self._pool: dict[PoolKey, dist.ProcessGroup] = {}
         self.on_change: list[Callable[[], None]] = []
@@ -119,9 +117,13 @@ class Adaptor(OwnLoops):
 
     def reset(self) -> None:
         """Reset to the state after import; groups that Megatron or others made are adopted again when used."""
-        self.settings = Settings()
+        self.settings, self.handed = Settings(), Handed()
         self.scopes.forget()
-        self.sizes, self.log, self.handed = {}, None, Handed()  # pipelines stay
+        self._start_again()  # pipelines stay
+
+    def _start_again(self) -> None:
+        """Forget what depends on groups."""
+        self.sizes, self.log = {}, None
         self._announced, self._is_checked, self.told = None, False, ""
         self.losses = Losses()
         self.epoch += 1
@@ -204,13 +206,7 @@ class Adaptor(OwnLoops):
         Raises:
             ValueError: its configuration needs a group, but there is none, or it has another size.
         """
-        size = module.config.context_parallel_size
-        if size == 1:
-            return self.scopes.alone
-        group = named_group(module)
-        if group is None:
-            group = own_group()
-        return self.scopes.of(checked_group(size, group, type(module).__name__))
+        return self.scopes.of(group_of(module, module.config.context_parallel_size, type(module).__name__))
 
     def running_in(self, scope: Scope) -> MicroBatch | None:
         """The record of the running forward pass, if its batch was split over ``scope``."""
@@ -243,13 +239,10 @@ class Adaptor(OwnLoops):
     def destroy_groups(self) -> None:
         """Destroy the groups that were made in addition to Megatron's; every rank calls it."""
         self.scopes.destroy()
-        self.log, self.sizes, self.is_pipeline = None, {}, False
-        self._announced, self._is_checked, self.told = None, False, ""
-        self.losses = Losses()
-        self.epoch += 1
+        self.is_pipeline = False
         if self.settings.undecided is not None:
             self.settings.undecided = OpenDecision(self.settings.undecided.settings)
-        self.forget_batches()
+        self._start_again()
 
     # Current batches.
 

@@ -41,10 +41,10 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
     ids, tokens = _first(given, IDS), _first(given, TOKENS)
     if found is None and not scope.alone and adaptor.running_in(scope) is None:
         found = adaptor.records.find_copied([tokens, given.get("labels")], scope)
+    params = packed_params_in(values)
     if scope.alone:
         found = found or adaptor.records.copied_from(tokens)
-        masked, packed = given.get("attention_mask") is not None, packed_params_in(values) is not None
-        return _alone(adaptor, model, found, masked, packed)
+        return _alone(adaptor, model, found, given.get("attention_mask") is not None, params is not None)
     refuse_inference(values)
     if found is not None and found.scope is not None and found.scope is not scope:
         raise ValueError(
@@ -53,7 +53,6 @@ def entering(adaptor: "Adaptor", model: Any, args: tuple[Any, ...], kwargs: dict
             "of the model (cp_group of get_batch_on_this_cp_rank)."
         )
     record = found or adaptor.running_in(scope)
-    params = packed_params_in(values)
     length = _length_of(model, given, tokens, ids)
     if params is not None:
         adaptor.handed.waiting = False  # the parameters contain the same, and also the padding of documents
@@ -111,7 +110,11 @@ def _alone(adaptor: "Adaptor", model: Any, found: MicroBatch | None, masked: boo
     Args:
         masked, packed: the model got an attention_mask, packed_seq_params, which contain the documents.
     """
-    _refuse_split_batch(model, found)
+    if found is not None and found.layout.cp_size > 1:
+        raise ValueError(
+            f"{type(model).__name__} has context_parallel_size 1 in its configuration, and its batch was split over "
+            f"{found.layout.cp_size} ranks; give its TransformerConfig the same size, or pass it whole batches."
+        )
     if found is None and adaptor.active is None and adaptor.sliced and not masked and not adaptor.scopes and not packed:
         raise ValueError(f"{BY_HAND if adaptor.documents_by_hand else SLICED}{LOST}")
     if found is None or not found.limits_attention or (found.slices is None and (masked or packed)):
@@ -127,23 +130,14 @@ def _alone(adaptor: "Adaptor", model: Any, found: MicroBatch | None, masked: boo
     return found
 
 
-def _refuse_split_batch(model: Any, found: MicroBatch | None) -> None:
-    if found is not None and found.layout.cp_size > 1:
-        raise ValueError(
-            f"{type(model).__name__} has context_parallel_size 1 in its configuration, and its batch was split over "
-            f"{found.layout.cp_size} ranks; give its TransformerConfig the same size, or pass it whole "
-            "batches."
-        )
-
-
 def with_handed_documents(
     adaptor: "Adaptor", record: MicroBatch, tokens: torch.Tensor | None, ids: torch.Tensor | None
 ) -> MicroBatch:
     """``record`` with the documents that were passed separately, if its batch contains none."""
     handed = adaptor.handed
-    if handed.ends is None or not record.waits_for_documents:
+    if handed.ends is None or record.waits_since is None:
         return record
-    if handed.of_a_split and record.split_after < handed.times:
+    if handed.of_a_split and record.waits_since < handed.times:
         raise ValueError(
             "set_actual_seq_len was called after this batch was split, and another batch, split since, took the ends: "
             "it is unknown which batch they belong to; set them before each batch is split (the whole row as one "
@@ -151,8 +145,7 @@ def with_handed_documents(
         )
     told = ids if tokens is None else tokens
     rows = 1 if told is None or told.dim() < 2 else told.size(-2)
-    size = divided_by(adaptor)
-    return replace(record, documents=handed.take(rows, record.seq_len, size), waits_for_documents=False)
+    return replace(record, documents=handed.take(rows, record.seq_len, divided_by(adaptor)), waits_since=None)
 
 
 def declared(adaptor: "Adaptor", scope: Scope, model: Any) -> str:
@@ -190,22 +183,25 @@ def block_record(adaptor: "Adaptor", scope: Scope, config: Any, num_rows: int, p
         params: PackedSeqParams in thd, None for whole sequences.
     """
     local_len = num_rows * config.tensor_model_parallel_size if config.sequence_parallel else num_rows
-    if adaptor.running_in(scope) is None and params is not None:
-        return packed_batch(adaptor, scope, params, local_len)
-    return record_of_length(adaptor, scope, local_len)
+    return record_of_length(adaptor, scope, local_len, params)
 
 
-def record_of_length(adaptor: "Adaptor", scope: Scope, local_len: int) -> MicroBatch:
+def record_of_length(adaptor: "Adaptor", scope: Scope, local_len: int, params: Any = None) -> MicroBatch:
     """The record of the code running over ``scope``, for which this rank holds ``local_len`` tokens.
 
     Later pipeline stages whose first stage passes nothing on, and modules outside a language model, have no record.
     They use the configuration's layout for the ranks' total length. Whether ranks exchange their lengths depends only
     on the running code, so all ranks of the group do it together.
 
+    Args:
+        params: PackedSeqParams in thd, which are used where there is no record; None for whole sequences.
+
     Raises:
         ValueError: the record, or the layout, gives this rank another number of tokens.
     """
     record = adaptor.running_in(scope)
+    if record is None and params is not None:
+        return packed_batch(adaptor, scope, params, local_len)
     if record is None:
         if not adaptor.is_pipeline:
             warn_rank0(

@@ -145,16 +145,18 @@ def _unpacked(call: Call, attention_mask: torch.Tensor | None, gather_size: int 
         record = _record(call, gather_size)
         causal = (core.causal or record.documents is not None) and not _asked_for_full(call.scope)
         return _attend(call, record, causal=causal)
-    if call.adaptor.active is not None and call.adaptor.active.slices is not None:
+    if adaptor.active is not None and adaptor.active.slices is not None:
         raise ValueError(
             "attention got an attention_mask, and the batch came with slices, which say what its tokens see; pass None "
             "as the model's attention_mask, or leave the slices out of the batch."
         )
-    mask = _checked_mask(adaptor, attention_mask, call.tensors[0])
+    mask = _four_dimensional(attention_mask, call.tensors[0].shape[1])
+    if mask.shape[2] != mask.shape[3]:
+        raise _partial_mask(adaptor, attention_mask)
     size = mask.shape[-1] if gather_size is None else gather_size
     record = _record(call, size, mask=attention_mask)
     layout = replace(record, documents=None)
-    facts = adaptor.masks.facts(attention_mask, lambda: _as_bool(mask), adaptor.forward_pass)
+    facts = adaptor.masks.facts(attention_mask, mask.bool, adaptor.forward_pass)
     if core.window is not None:
         if not facts.is_causal:
             warn_rank0(
@@ -165,16 +167,9 @@ def _unpacked(call: Call, attention_mask: torch.Tensor | None, gather_size: int 
     if facts.slices is not None:
         return _attend(call, replace(layout, slices=facts.slices), causal=False)
     if facts.documents is None:
-        return _attend(call, layout, causal=False, mask=_as_bool(mask))
+        return _attend(call, layout, causal=False, mask=mask.bool())
     # The batch's mask overrides every flag: it is causal within these documents.
     return _attend(call, replace(record, documents=facts.documents), causal=True)
-
-
-def _checked_mask(adaptor: "Adaptor", attention_mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    mask = _four_dimensional(attention_mask, query.shape[1])
-    if mask.shape[2] != mask.shape[3]:
-        raise _partial_mask(adaptor, attention_mask)
-    return mask
 
 
 def _partial_mask(adaptor: "Adaptor", attention_mask: torch.Tensor) -> ValueError:
@@ -260,10 +255,6 @@ def _four_dimensional(mask: torch.Tensor, batch: int) -> torch.Tensor:
             "True where attention is masked out."
         )
     return mask.expand(-1, -1, mask.shape[3], -1) if mask.shape[2] == 1 and mask.shape[3] > 1 else mask
-
-
-def _as_bool(mask: torch.Tensor) -> torch.Tensor:
-    return mask if mask.dtype == torch.bool else mask.bool()
 
 
 def layer_window(sliding_window: Any, skip_freq: Any, layer_number: int) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Document boundaries from tokens, position ids, PackedSeqParams or a dense mask."""
+"""Document boundaries from tokens, position ids, PackedSeqParams, a dense mask, or ends that were set separately."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,14 +14,16 @@ from mindspeed_cp.sequence.slice_kinds import slices_of_ranges
 ROWS_AT_ONCE = 1024  # rows of a dense mask that are examined at once, to need little extra memory
 
 
-def documents_of_tokens(tokens: torch.Tensor, end_of_document: int) -> Documents:
+def documents_of_tokens(tokens: torch.Tensor, end_of_document: int | Callable[[], int]) -> Documents:
     """Boundaries after every end-of-document token, as in Megatron's own masks.
 
     Args:
         tokens: (batch, seq), the whole sequence.
+        end_of_document: the token, or a function that returns it.
     """
+    end = end_of_document() if callable(end_of_document) else end_of_document
     starts = torch.zeros_like(tokens, dtype=torch.bool)
-    starts[:, 1:] = tokens[:, :-1] == end_of_document
+    starts[:, 1:] = tokens[:, :-1] == end
     return _documents_from(starts)
 
 
@@ -54,7 +56,7 @@ def documents_of_rows(cu_seqlens: Any) -> Documents:
     rows = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else [*cu_seqlens]
     if all(isinstance(row, int) for row in rows):
         rows = [rows]
-    return one_row_if_shared(row.tolist() if isinstance(row, torch.Tensor) else row for row in rows)
+    return one_row_if_shared(tuple(row.tolist() if isinstance(row, torch.Tensor) else row) for row in rows)
 
 
 class BoundaryCache:
@@ -94,6 +96,62 @@ class BoundaryCache:
         if seq_len is not None and ends[-1] < seq_len:
             ends.append(seq_len)
         return tuple(ends)
+
+
+@dataclass
+class Handed:
+    """Document ends that were set last, separately from the batch (MindSpeed's ``set_actual_seq_len``).
+
+    MindSpeed keeps them until others are set, and its attention reads them when it runs. So they apply to the next
+    batch that is split, and to every later forward pass whose own batch contains no documents.
+
+    Args:
+        ends: document ends over the concatenated rows of a micro-batch, with or without a leading 0.
+        waiting: whether no batch has used them yet.
+        times: how often they were set.
+        of_a_split: whether a batch used them when it was split.
+        position_ids: stored for the getter, not used here.
+    """
+
+    ends: torch.Tensor | Sequence[int] | None = None
+    waiting: bool = False
+    times: int = 0
+    of_a_split: bool = False
+    position_ids: Any = None
+
+    def set_ends(self, ends: torch.Tensor | Sequence[int] | None) -> None:
+        self.ends, self.waiting, self.of_a_split = ends, ends is not None, False
+        self.times += 1
+
+    def take(self, rows: int, seq_len: int, divided_by: int = 1) -> Documents | None:
+        """Boundaries of every row of a batch (one row if all rows have the same), or None.
+
+        Args:
+            rows, seq_len: those of the whole batch.
+            divided_by: the ring size, by which MindSpeed divides ends in its causal ring; the last end shows whether it
+                did.
+
+        Raises:
+            ValueError: the ends do not ascend, or the last one is not the end of the batch.
+        """
+        if self.ends is None:
+            return None
+        self.waiting = False
+        given = self.ends.flatten().tolist() if isinstance(self.ends, torch.Tensor) else list(self.ends)
+        ends, total = [int(end) for end in given if end], rows * seq_len
+        if ends and divided_by > 1 and ends[-1] * divided_by == total:
+            ends = [end * divided_by for end in ends]
+        last = ends[-1] if ends else None
+        if last is None or last > total or ends[0] < 0 or ends != sorted(ends) or (divided_by > 1 and last != total):
+            divided = f", or all divided by {divided_by}" if divided_by > 1 else ""
+            raise ValueError(
+                f"set_actual_seq_len got ends up to {last or 'nothing'}, and the batch has {rows} rows of {seq_len} "
+                f"tokens; give ascending ends over all its rows, the last one {total}{divided}."
+            )
+        starts = [row * seq_len for row in range(rows)]
+        return one_row_if_shared(
+            (0, *(end - start for end in ends if start < end < start + seq_len), seq_len) for start in starts
+        )
 
 
 @dataclass(frozen=True)
@@ -137,8 +195,8 @@ def examine_mask(mask: torch.Tensor) -> MaskFacts:
     if bool((last == columns + 1).all() and goes_on.all()):
         return MaskFacts(_documents_from(starts_here))
     rows = [slices_of_ranges(*row) for row in torch.stack([first, last], 1).cpu().numpy()]
-    found = tuple(row for row in rows if row is not None)
-    return MaskFacts(None, (found[:1] if len(set(found)) == 1 else found) if len(found) == len(rows) else None)
+    found = [row for row in rows if row is not None]
+    return MaskFacts(None, one_row_if_shared(found) if len(found) == len(rows) else None)
 
 
 class MaskCache:

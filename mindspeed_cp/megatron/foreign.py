@@ -7,7 +7,7 @@ r: rows of the batch, s: tokens of this rank, S: tokens of the whole sequence.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
@@ -68,7 +68,8 @@ class Foreign:
         Raises:
             ValueError: nothing says which tokens this rank holds, or the ranks' tokens are not a partition.
         """
-        rows = None if ids is None else _plain(ids)
+        # Image tokens of multimodal embeddings, (3, r, s), share positions.
+        rows = None if ids is None or ids.dim() == 3 else ids.reshape(-1, ids.size(-1))
         if rows is None:
             told = ids if tokens is None else tokens
             length = told.size(-1) if length is None and told is not None else length
@@ -81,15 +82,13 @@ class Foreign:
             return part if known else gather_sequence(part, groups=scope.groups, layout=layout, dim=part.dim() - 1)
 
         settings = adaptor.settings
-        if not settings.documents_from_position_ids:
+        if settings.documents_from_position_ids and ids is not None:
+            documents = documents_of_position_ids(whole(ids)) if rows is None else documents
+        elif settings.end_of_document is not None and tokens is not None:
+            documents = documents_of_tokens(whole(tokens).view(-1, layout.seq_len), settings.end_of_document)
+        else:
             documents = None
-        elif rows is None and ids is not None:
-            documents = documents_of_position_ids(whole(ids))
-        if settings.end_of_document is not None and tokens is not None:
-            token = settings.end_of_document
-            token = token() if callable(token) else token
-            documents = documents_of_tokens(whole(tokens).view(-1, layout.seq_len), token)
-        return MicroBatch(layout, documents, scope, waits_for_documents=True, split_after=adaptor.handed.times)
+        return MicroBatch(layout, documents, scope, waits_since=adaptor.handed.times)
 
     def _of_ids(self, scope: Scope, rows: torch.Tensor, declared: str) -> Found:
         def found(everyone: list[torch.Tensor]) -> Found:
@@ -126,10 +125,8 @@ class Foreign:
         mine = torch.cat([_fingerprint(rows).to(device), asked.to(device)])
         prints = [torch.empty_like(mine) for _ in range(scope.size)]
         dist.all_gather(prints, mine, group=group)
-        pattern, known = (
-            (key, tuple(map(tuple, torch.stack(prints).tolist()))),
-            self._patterns.setdefault(scope, OrderedDict()),
-        )
+        pattern = key, tuple(map(tuple, torch.stack(prints).tolist()))
+        known = self._patterns.setdefault(scope, OrderedDict())
         if pattern not in known:
             everyone: list[Any] = [None] * scope.size
             dist.all_gather_object(everyone, rows.detach().cpu(), group=group)
@@ -138,13 +135,6 @@ class Foreign:
                 known.popitem(last=False)
         known.move_to_end(pattern)
         return known[pattern]
-
-
-def _plain(ids: torch.Tensor) -> torch.Tensor | None:
-    """Position ids as (r, s); None for those of multimodal embeddings, in which image tokens share positions."""
-    if ids.dim() == 3:
-        return None
-    return ids.reshape(-1, ids.size(-1))
 
 
 def _fingerprint(rows: torch.Tensor) -> torch.Tensor:
@@ -217,23 +207,31 @@ def _of_fitting_kind(config: ContextParallelConfig, by_row: list[list[list[int]]
     """The only kind of whole rows for which documents or padding explain position ids that restart."""
     seq_len = sum(map(len, by_row[0]))
     lengths = [len(part) for part in by_row[0]]
-    fitting = []
     layouts = {kind: of_kind(config, kind, seq_len) for kind in KINDS}
-    layouts.setdefault("the layout of the configuration", SequenceLayout.build(config, seq_len))
-    for kind, layout in layouts.items():
-        fits = [layout.length(rank) for rank in range(layout.cp_size)] == lengths
-        if fits and all(_is_plausible(layout, parts) for parts in by_row):
-            fitting.append((kind, layout))
-    named = dict(fitting)
-    if declared in named:
-        return named[declared]
-    if len(set(named.values())) == 1:
-        return fitting[0][1]
+    layouts["the layout of the configuration"] = SequenceLayout.build(config, seq_len)
+    fitting = {
+        kind: layout
+        for kind, layout in layouts.items()
+        if _lengths(layout) == lengths and all(_is_plausible(layout, parts) for parts in by_row)
+    }
+    if chosen := _chosen(fitting, declared):
+        return chosen
     if fitting:
         raise ValueError(
-            f"position ids that start again fit {' and '.join(named)} alike, and nobody declared which; {WAY_OUT}."
+            f"position ids that start again fit {' and '.join(fitting)} alike, and nobody declared which; {WAY_OUT}."
         )
     raise ValueError(f"{_what_is_wrong(by_row[0])}; {WAY_OUT}.")
+
+
+def _lengths(layout: SequenceLayout) -> list[int]:
+    """How many tokens each rank holds."""
+    return [layout.length(rank) for rank in range(layout.cp_size)]
+
+
+def _chosen(fitting: dict[str, SequenceLayout], preferred: str) -> SequenceLayout | None:
+    """The layout of the preferred kind, else the only one; None if none fits, or several do."""
+    different = set(fitting.values())
+    return fitting.get(preferred) or (different.pop() if len(different) == 1 else None)
 
 
 def _partition(parts: list[list[int]]) -> tuple[tuple[tuple[int, int], ...], ...] | None:
@@ -244,7 +242,7 @@ def _partition(parts: list[list[int]]) -> tuple[tuple[tuple[int, int], ...], ...
     return tuple(tuple(_runs(part)) for part in parts)
 
 
-def _runs(part: Sequence[int]) -> Iterator[tuple[int, int]]:
+def _runs(part: list[int]) -> Iterator[tuple[int, int]]:
     start = 0
     for index in range(1, len(part) + 1):
         if index == len(part) or part[index] != part[index - 1] + 1:
@@ -295,15 +293,12 @@ def _layout_of_packed(
             layout = of_kind(scope.config, kind, padded[-1], padded)
         except ValueError:
             continue  # this kind cannot split one of the documents
-        ranks = range(layout.cp_size)
-        if [layout.length(rank) for rank in ranks] == [len(ids) for ids in everyone] and all(
-            _wrong_place(layout.positions(rank), everyone[rank], padded, documents) is None for rank in ranks
+        if _lengths(layout) == [len(ids) for ids in everyone] and all(
+            _wrong_place(layout.positions(rank), ids, padded, documents) is None for rank, ids in enumerate(everyone)
         ):
             fitting[kind] = layout
-    if preferred in fitting:
-        return fitting[preferred]
-    if len(set(fitting.values())) == 1:
-        return next(iter(fitting.values()))
+    if chosen := _chosen(fitting, preferred):
+        return chosen
     if fitting:
         raise ValueError(
             f"the position ids of these packed documents fit {' and '.join(fitting)} alike, and not {preferred}; "

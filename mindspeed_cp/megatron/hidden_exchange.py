@@ -74,7 +74,7 @@ def _exchanged(
             "exchanged; pass (sequence, batch, features) with seq_dim 0 and head_dim -1."
         )
     here = 1 if to_sequence else scope.size  # how often the features here make up h
-    widths = None if sections is None else [width * here for width in sections]
+    widths = [width * here for width in ([tensor.size(-1)] if sections is None else sections)]
     parts = _parts(tensor.size(-1) * here, widths, scope.size)
     heads = [part.num_heads // here for part in parts]
     pieces = tensor.split([count * part.dim for count, part in zip(heads, parts)], dim=-1)
@@ -91,9 +91,8 @@ def exchange_of(scope: Scope, layout: SequenceLayout) -> SequenceExchange:
     return SequenceExchange(scope.groups.cp, layout.all_runs, scope.config.alltoall)
 
 
-def _parts(width: int, sections: Sequence[int] | None, size: int) -> list[Part]:
+def _parts(width: int, widths: list[int], size: int) -> list[Part]:
     """Each section as one head per rank."""
-    widths = [width] if sections is None else list(sections)
     if any(each % size for each in widths) or sum(widths) != width:
         raise ValueError(
             f"sections {widths} of {width} features must add up to them, and each must be divisible by the "

@@ -6,8 +6,7 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_cp.megatron.decision import Settings
-from mindspeed_cp.megatron.documents import BoundaryCache
-from mindspeed_cp.megatron.handed_ends import Handed
+from mindspeed_cp.megatron.documents import BoundaryCache, Handed
 from mindspeed_cp.megatron.losses import Losses
 from mindspeed_cp.megatron.records import BatchRecords, Documents, MicroBatch
 from mindspeed_cp.megatron.scopes import Scope, Scopes

@@ -51,38 +51,29 @@ class Latents:
     """Data shared by the up-projection and the core attention of one module.
 
     Args:
-        linear: the up-projection. heads: heads of this tensor-parallel rank.
-        nope, rope, dv: dimensions of a head.
+        linear: the up-projection. expansion: what core attention computes with its weight.
         apart: whether the tensors that travel must be copies, because Megatron frees the originals.
     """
 
     linear: Any
-    heads: int
-    nope: int
-    rope: int
-    dv: int
+    expansion: LatentExpansion
     apart: bool
 
     @classmethod
     def of(cls, module: Any) -> "Latents":
         """The Latents of a module of Megatron's class MLASelfAttention."""
-        config = module.config
-        return cls(
-            module.linear_kv_up_proj,
+        config, linear = module.config, module.linear_kv_up_proj
+        fused = any(
+            getattr(linear, name, False) for name in ("gradient_accumulation_fusion", "fuse_wgrad_accumulation")
+        )
+        expansion = (FusedExpansion if fused else LatentExpansion)(
+            linear.weight,
             module.num_attention_heads_per_partition,
             config.qk_head_dim,
             config.qk_pos_emb_head_dim,
             config.v_head_dim,
-            apart=module.recompute_up_proj or bool(getattr(module, "offload_core_attention", False)),
         )
-
-    @property
-    def expansion(self) -> LatentExpansion:
-        fused = any(
-            getattr(self.linear, name, False) for name in ("gradient_accumulation_fusion", "fuse_wgrad_accumulation")
-        )
-        kind = FusedExpansion if fused else LatentExpansion
-        return kind(self.linear.weight, self.heads, self.nope, self.rope, self.dv)
+        return cls(linear, expansion, module.recompute_up_proj or getattr(module, "offload_core_attention", False))
 
     def held_back(self, latent: torch.Tensor) -> "UpProjected":
         """The up-projection's return value for its input, of which a rank has a part with sequence parallelism."""
@@ -134,10 +125,11 @@ class UpProjected:
         rotated: torch.Tensor | None = None,
     ) -> None:
         self._latents, self._latent, self._part, self._rotated = latents, latent, part, rotated
-        width = {"both": latents.nope + latents.dv, "key": latents.nope, "value": latents.dv}[part]
-        width += 0 if rotated is None else latents.rope
-        self.shape = torch.Size((*latent.shape[:-1], latents.heads * width))
-        self._by_heads = torch.Size((*latent.shape[:-1], latents.heads, width))
+        sizes = latents.expansion
+        width = {"both": sizes.nope + sizes.dv, "key": sizes.nope, "value": sizes.dv}[part]
+        width += 0 if rotated is None else sizes.rope
+        self.shape = torch.Size((*latent.shape[:-1], sizes.heads * width))
+        self._by_heads = torch.Size((*latent.shape[:-1], sizes.heads, width))
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
@@ -160,7 +152,8 @@ class UpProjected:
         first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
         if isinstance(first, cls) and last:
             latents = first._latents
-            if function is torch.split and first._part == "both" and list(args[1]) == [latents.nope, latents.dv]:
+            widths = [latents.expansion.nope, latents.expansion.dv]
+            if function is torch.split and first._part == "both" and list(args[1]) == widths:
                 return cls(latents, first._latent, "key"), cls(latents, first._latent, "value")
             if function is torch.cat and first._part == "key" and len(args[0]) == 2 and first._rotated is None:
                 return cls(latents, first._latent, "key", args[0][1])
@@ -204,9 +197,9 @@ def latents_of(adaptor: "Adaptor", module: Any) -> Latents | None:
         warn_rank0(f"--cp-mla-exchange auto sends heads: {why}; {HEADS}, which says nothing.")
         return None
     latents = Latents.of(module)
-    expansion = latents.expansion
-    itemsize = expansion.weight.element_size()
-    return latents if sends_latents(config, expansion, scope.groups.of(config).topology, itemsize) else None
+    itemsize = latents.expansion.weight.element_size()
+    sends = sends_latents(config, latents.expansion, scope.groups.of(config).topology, itemsize)
+    return latents if sends else None
 
 
 def _refusal(adaptor: "Adaptor", module: Any) -> str:

@@ -73,7 +73,7 @@ class HandOver:
                 "(a whole row is one document, or one causal slice), or use --pipeline-model-parallel-size 1."
             )
         if way == HANDED:
-            self._set(pipeline, f"{model_key}/{passes}", json.dumps(_written(record)))
+            self._set(pipeline, f"{model_key}/{passes}", json.dumps([record.layout.all_runs, *_said(record)]))
             if passes >= KEPT and dist.get_rank() == pipeline[0]:
                 _get_default_store().delete_key(f"{model_key}/{passes - KEPT}")
         return record
@@ -96,10 +96,9 @@ class HandOver:
             if record is not None:
                 _check_alike(record, MicroBatch(self._adaptor.layout(record.seq_len, scope=scope), None, scope))
             return record
-        seq_len, runs, *parts = json.loads(_get_default_store().get(f"{model_key}/{passes}"))
-        layout = SequenceLayout.from_runs(scope.config, runs)
-        assert layout.seq_len == seq_len
+        runs, *parts = json.loads(_get_default_store().get(f"{model_key}/{passes}"))
         documents, slices, places = map(frozen, parts)
+        layout = SequenceLayout.from_runs(scope.config, runs)
         handed = MicroBatch(layout, documents, scope, slices=slices, places=places)
         if record is not None:
             _check_alike(record, handed)
@@ -140,10 +139,6 @@ def _check_alike(record: MicroBatch, first: MicroBatch) -> None:
             f"and the tokens of the first stage as {first.layout.kind} with documents {first.documents}; split both in "
             "the same way, with the same cu_seqlens on every stage, or the same slices."
         )
-
-
-def _written(record: MicroBatch) -> list[Any]:
-    return [record.seq_len, record.layout.all_runs, *_said(record)]
 
 
 def _said(record: MicroBatch) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ def untried(megatron: str) -> str:
 # Packages whose import activates MindSpeed with their own features -> (module to import, how it reads its settings).
 FRONTS = {
     "mindspeed_llm": ("mindspeed_llm.tasks.megatron_adaptor_v2", "FeatureAdaptor.get_mindspeed_llm_args"),
-    "mindspeed": ("mindspeed.megatron_adaptor", "get_mindspeed_args"),
+    "mindspeed": ("mindspeed.megatron_adaptor", "get_full_args"),
 }
 
 # Packages built on MindSpeed whose models split and exchange sequences in their own code -> title.
@@ -110,16 +111,6 @@ class Neighbour:
     hand: Callable[[Any], None]
     kept: str = ""
     _hides: bool = False
-
-    @property
-    def is_here(self) -> bool:
-        """Whether MindSpeed has patched, or is about to."""
-        return is_here()
-
-    def removes(self, remove: Callable[[], None]) -> None:
-        """Called when MindSpeed removes its patches."""
-        self.give_way()
-        remove()
 
     def prepares(self, prepare: Callable[[Any], None], settings: Any) -> None:
         """Called when MindSpeed applies the patches that are needed before Megatron is imported."""
@@ -165,7 +156,7 @@ class Neighbour:
         """One line that says which package does what; "" without MindSpeed."""
         if self.kept:
             return f"{self.kept}: context parallelism is left to MindSpeed ({folder()}), and mindspeed_cp is off"
-        if not self.is_here:
+        if not is_here():
             return ""
         return (
             f"MindSpeed ({folder()}): everything but context parallelism, which is mindspeed_cp's "
@@ -254,15 +245,9 @@ def front_named_in(script: str) -> str:
 
 def settings_in_use() -> Any:
     """The settings with which MindSpeed has patched: Megatron's arguments if they exist, else the command line."""
-    for package, (module, reader) in FRONTS.items():
-        found: Any = sys.modules.get(module)
-        if found is None:
-            continue
-        if package == "mindspeed":
-            return found.get_full_args()
-        for name in reader.split("."):
-            found = getattr(found, name)
-        return found()
+    for module, reader in FRONTS.values():
+        if found := sys.modules.get(module):
+            return attrgetter(reader)(found)()
     return None
 
 

@@ -61,15 +61,14 @@ def packed_batch(
             )
         return record if record.documents == documents else replace(record, documents=documents)
     padded, documents = boundaries.padded(params), (boundaries.documents(params),)
-    kind = contract(adaptor, scope)
     if position_ids is not None and local_len is not None and position_ids.numel() == local_len:
-        layout = adaptor.foreign.packed(scope, position_ids, padded, documents[0], kind)
+        layout = adaptor.foreign.packed(scope, position_ids, padded, documents[0], _contract(adaptor, scope))
     else:
-        layout = layout_of_contract(scope, kind, padded, local_len)
+        layout = layout_of_contract(adaptor, scope, padded, local_len)
     return MicroBatch(layout, documents, scope)
 
 
-def contract(adaptor: "Adaptor", scope: Scope) -> str:
+def _contract(adaptor: "Adaptor", scope: Scope) -> str:
     """How packed documents of others are split: as declared, else each document as a zigzag."""
     if scope.config.batch_layout != "auto":
         return scope.config.batch_layout
@@ -82,13 +81,15 @@ def contract(adaptor: "Adaptor", scope: Scope) -> str:
     return "document_zigzag"
 
 
-def layout_of_contract(scope: Scope, kind: str, padded: tuple[int, ...], local_len: int | None) -> SequenceLayout:
-    """The layout of packed documents of the given kind.
+def layout_of_contract(
+    adaptor: "Adaptor", scope: Scope, padded: tuple[int, ...], local_len: int | None
+) -> SequenceLayout:
+    """The layout of packed documents of others, whose boundaries include padding.
 
     Raises:
         ValueError: a document cannot be split like that, or this rank holds another number of tokens.
     """
-    chunks = 2 * scope.size
+    kind, chunks = _contract(adaptor, scope), 2 * scope.size
     for index, (start, stop) in enumerate(zip(padded, padded[1:])):
         if kind == "document_zigzag" and (stop - start) % chunks:
             raise ValueError(

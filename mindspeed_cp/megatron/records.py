@@ -7,7 +7,7 @@ of its batch (tokens, labels, ...), which are passed to the model, or set with `
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +23,7 @@ from mindspeed_cp.sequence.slice_mask import AttentionSlices
 Documents = tuple[tuple[int, ...], ...]
 Slices = tuple[AttentionSlices, ...]
 Places = tuple[Runs, ...]
+Entry = TypeVar("Entry")
 COMPARED = 32  # number of batches with equal values that ranks compare
 
 
@@ -35,9 +36,8 @@ class MicroBatch:
         documents: document boundaries with the leading 0 and the total, for all rows of the batch or per row; None if
             attention is not limited to documents, or a mask in the batch contains them.
         scope: the ranks over which it was split; None means Megatron's own group.
-        waits_for_documents: document ends are not known yet; until the forward pass they may be set separately
-            (MindSpeed's set_actual_seq_len).
-        split_after: how often ends had been set before it was split.
+        waits_since: how often document ends had been set (MindSpeed's set_actual_seq_len) before it was split, if they
+            may still be set until its forward pass; else None.
         slices: what tokens see, for all rows of the batch or per row; None if mask type and documents determine it.
         places: the rotary position ids of a batch with slices, without repeated rows; None if they count from 0 to the
             end.
@@ -47,8 +47,7 @@ class MicroBatch:
     layout: SequenceLayout
     documents: Documents | None = None
     scope: Scope | None = field(default=None, compare=False)
-    waits_for_documents: bool = field(default=False, compare=False)
-    split_after: int = field(default=0, compare=False)
+    waits_since: int | None = field(default=None, compare=False)
     slices: Slices | None = None
     places: Places | None = None
     moved_from: SequenceLayout | None = field(default=None, compare=False)
@@ -64,10 +63,10 @@ class MicroBatch:
         return self.slices is not None or any(len(row) > 2 for row in self.documents or ())
 
 
-def one_row_if_shared(documents: Iterable[Iterable[int]]) -> Documents:
-    """Boundaries of every row, as a single row if all rows are equal."""
-    rows = tuple(tuple(row) for row in documents)
-    return rows[:1] if len(set(rows)) == 1 else rows
+def one_row_if_shared(rows: Iterable[tuple[Entry, ...]]) -> tuple[tuple[Entry, ...], ...]:
+    """Boundaries, or slices, of every row, as a single row if all rows are equal."""
+    known = tuple(rows)
+    return known[:1] if len(set(known)) == 1 else known
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ members alone compare their settings and make the further groups that the algori
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,10 +67,6 @@ class Scope:
         return group
 
 
-def _alone() -> Scope:
-    return Scope(SINGLE, ContextParallelGroups.build(SINGLE))
-
-
 class Scopes:
     """The map of groups: process group -> Scope.
 
@@ -80,14 +77,11 @@ class Scopes:
     def __init__(self, adopt: Callable[[dist.ProcessGroup], Scope]) -> None:
         self._adopt = adopt
         self._known: dict[dist.ProcessGroup, Scope] = {}
-        self._alone: Scope | None = None
 
-    @property
+    @cached_property
     def alone(self) -> Scope:
         """The scope of one rank."""
-        if self._alone is None:
-            self._alone = _alone()
-        return self._alone
+        return Scope(SINGLE, ContextParallelGroups.build(SINGLE))
 
     def __bool__(self) -> bool:
         return bool(self._known)
@@ -170,12 +164,12 @@ def named_group(owner: Any) -> dist.ProcessGroup | None:
     return None
 
 
-def checked_group(size: int, group: dist.ProcessGroup | None, what: str) -> dist.ProcessGroup | None:
-    """The group over which a module of this size computes; None for size 1, whatever groups the process has.
+def group_of(owner: Any, size: int, what: str) -> dist.ProcessGroup | None:
+    """The group over which a module computes: the one that it was built with, else Megatron's own.
 
     Args:
-        size: context_parallel_size of the module's configuration.
-        group: the group that it was built with, or Megatron's own.
+        owner: the module or the arguments for it, as for ``named_group``.
+        size: context_parallel_size of its configuration; for 1 there is no group, whatever groups the process has.
         what: the module's name in messages.
 
     Raises:
@@ -183,6 +177,8 @@ def checked_group(size: int, group: dist.ProcessGroup | None, what: str) -> dist
     """
     if size == 1:
         return None
+    named = named_group(owner)
+    group = own_group() if named is None else named
     if group is None:
         raise ValueError(
             f"{what} has context_parallel_size {size} in its configuration, and no context-parallel group: call "

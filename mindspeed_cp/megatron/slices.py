@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mindspeed_cp.megatron.records import Documents, MicroBatch, Places, Slices
+from mindspeed_cp.megatron.records import Documents, MicroBatch, Places, Slices, one_row_if_shared
 from mindspeed_cp.sequence.masks import rows_of_slices
 from mindspeed_cp.sequence.runs import Runs, join
 from mindspeed_cp.sequence.slice_kinds import prefix_slices, span_slices
@@ -62,20 +62,16 @@ def slices_of_batch(
         given = tuple(rows_of_slices(batch["attention_slices"], rows))
         for row in given:
             slices_mask(row, seq_len)
-        return _one_if_shared(given), _places(batch.get(ROTARY), rows, seq_len)
+        return one_row_if_shared(given), _places(batch.get(ROTARY), rows, seq_len)
     shared: Documents = ((0, seq_len),) if documents is None else documents
     of_rows = shared * (rows // len(shared))
     if named[0] == "prefix_lengths":
-        return _one_if_shared(_prefixes(of_rows, batch["prefix_lengths"])), None
+        return one_row_if_shared(_prefixes(of_rows, batch["prefix_lengths"])), None
     tokens = batch.get("tokens", batch.get("input_ids"))
     if tokens is None:
         return None, None  # a later pipeline stage, which gets the record from the first one
     spans = map(_spans, (tokens == image_token_id).cpu())
-    return _one_if_shared(tuple(map(span_slices, of_rows, spans))), None
-
-
-def _one_if_shared(rows: Slices) -> Slices:
-    return rows[:1] if len(set(rows)) == 1 else rows
+    return one_row_if_shared(map(span_slices, of_rows, spans)), None
 
 
 def _prefixes(of_rows: Documents, lengths: Any) -> Slices:

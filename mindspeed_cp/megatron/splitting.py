@@ -99,7 +99,7 @@ def split_in_place(
     record = _record(adaptor, scope, batch, sequences, documents)
     targets = {} if adaptor.settings.moving_targets is None or scope.alone else moved(batch)
     for name, value in (sequences | targets).items():
-        batch[name] = _own_part(record.layout, value, scope.rank, sequence_dim(name, value))
+        batch[name] = _own_memory(record.layout.shard(value, scope.rank, sequence_dim(name, value)).contiguous(), value)
     adaptor.records.remember((batch[name] for name in sequences), record, _telling(batch))
     return batch
 
@@ -116,7 +116,7 @@ def sharded(
     record = _record(adaptor, scope, batch, named, documents)
     local = shard_batch(batch, layout=record.layout, cp_rank=scope.rank, sequences=sequences)
     for name, value in named.items():
-        local[name] = _own_part(record.layout, value, scope.rank, sequence_dim(name, value))
+        local[name] = _own_memory(local[name], value)
     adaptor.records.remember((local[name] for name in named), record, _telling(local))
     return local
 
@@ -130,10 +130,7 @@ def _record(
 ) -> MicroBatch:
     """The record of ``batch``, whose ``sequences`` are split."""
     seq_len, num_rows = length_of(sequences), _rows_of(sequences)
-    if documents is None:
-        documents, waits = documents_of_batch(adaptor, batch)
-    else:
-        waits = False
+    documents, waits = (documents, False) if documents is not None else documents_of_batch(adaptor, batch)
     slices, places = slices_of_batch(batch, documents, num_rows, seq_len, adaptor.settings.image_token_id)
     if slices is not None and adaptor.sizes:
         raise ValueError(
@@ -144,8 +141,7 @@ def _record(
         layout(adaptor, scope, seq_len, documents, slices),
         documents,
         scope,
-        waits_for_documents=waits,
-        split_after=adaptor.handed.times,
+        waits_since=adaptor.handed.times if waits else None,
         slices=slices,
         places=places,
     )
@@ -158,9 +154,8 @@ def _telling(local: Batch) -> list[Any]:
     return [local[name] for name in ("tokens", "input_ids", "labels") if local.get(name) is not None]
 
 
-def _own_part(layout: SequenceLayout, whole: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
-    """This rank's part as a copy, because its memory identifies the record."""
-    part = layout.shard(whole, rank, dim).contiguous()
+def _own_memory(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """``part`` with memory of its own, which identifies the record; a copy if it is a view of ``whole``."""
     shares = part.untyped_storage()._cdata == whole.untyped_storage()._cdata
     return part.clone() if shares else part
 
@@ -233,8 +228,7 @@ def documents_of_batch(adaptor: "Adaptor", batch: Batch) -> tuple[Documents | No
     if settings.documents_from_position_ids and position_ids is not None:
         return documents_of_position_ids(position_ids), True
     if settings.end_of_document is not None and tokens is not None:
-        ends = settings.end_of_document
-        return documents_of_tokens(tokens, ends() if callable(ends) else ends), True
+        return documents_of_tokens(tokens, settings.end_of_document), True
     return None, True
 
 

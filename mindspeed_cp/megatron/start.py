@@ -1,14 +1,19 @@
-"""The start of a job: ranks compare their settings before they communicate otherwise."""
+"""The start of a job: ranks compare their settings before they communicate otherwise, and groups get their buffers."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
+
 from mindspeed_cp.arguments import compared_arguments, compared_config
+from mindspeed_cp.comm.hccl import DEFAULT_MEGABYTES, buffers_of
 from mindspeed_cp.megatron.decision import Settings
 from mindspeed_cp.settings.agreement import SAID, RanksDiffer, agree, versions
 from mindspeed_cp.settings.config import ContextParallelConfig
+from mindspeed_cp.settings.training_setup import TrainingSetup
 
 
 def agreed_config(settings: Settings, given: Mapping[str, Any]) -> ContextParallelConfig:
@@ -66,7 +71,10 @@ def _config_for(settings: Settings, cp_size: int, sizes: Sequence[int] | None) -
 
 
 def _compared(config: ContextParallelConfig | None, settings: Settings) -> dict[str, str]:
-    found = versions(**{"the version of megatron-core": _megatron_version()})
+    from megatron.core import package_info
+
+    megatron = str(getattr(package_info, "__version__", "unknown"))
+    found = versions(**{"the version of megatron-core": megatron})
     if config is None:
         return found
     return found | compared_config(
@@ -95,7 +103,20 @@ def _ending(program: str) -> Iterator[Callable[[str], None]]:
         raise
 
 
-def _megatron_version() -> str:
-    from megatron.core import package_info
+def hccl_buffers(config: ContextParallelConfig, setup: TrainingSetup | None) -> dict[str, int]:
+    """HCCL buffer sizes of the groups that carry attention: MB by group, from the largest message of each.
 
-    return str(getattr(package_info, "__version__", "unknown"))
+    Empty on other backends, or if the user has set HCCL_BUFFSIZE, which then applies to every group.
+    """
+    if setup is None or "hccl" not in dist.get_backend() or os.environ.get("HCCL_BUFFSIZE"):
+        return {}
+    return buffers_of(config, setup)
+
+
+def megatron_buffers(config: ContextParallelConfig, setup: TrainingSetup | None) -> dict[str, int]:
+    """As ``hccl_buffers``, for the context-parallel group that Megatron makes.
+
+    Megatron's messages travel in it too, of sizes that are not known here: it never gets less than HCCL gives.
+    """
+    megabytes = hccl_buffers(config, setup).get("cp", 0)
+    return {"cp": megabytes} if megabytes > DEFAULT_MEGABYTES else {}

@@ -17,11 +17,8 @@ from torch.nn.functional import pad
 
 IGNORED = {"labels": -100, "loss_mask": 0}  # values for the last token of a row, which has no target
 _LOSES = "moves the targets by one token within a rank's part of the sequence, and loses those at the ends of the parts"
-# Settings with which MindSpeed-LLM shifts targets in other code: setting -> flag.
-_OTHER_WAYS = {
-    "schedules_method": "--schedules-method",
-    "layerwise_disaggregated_training": "--layerwise-disaggregated-training",
-}
+# Flags with which MindSpeed-LLM shifts targets in other code.
+_OTHER_WAYS = ("--schedules-method", "--layerwise-disaggregated-training")
 
 
 def moved_by_the_model(args: Any) -> bool:
@@ -39,8 +36,8 @@ def moved_by_the_model(args: Any) -> bool:
         )
     if not getattr(args, "is_instruction_dataset", False):
         return False
-    for name, flag in _OTHER_WAYS.items():
-        if getattr(args, name, None):
+    for flag in _OTHER_WAYS:
+        if getattr(args, flag.strip("-").replace("-", "_"), None):
             raise ValueError(
                 f"--is-instruction-dataset with {flag}: MindSpeed-LLM {_LOSES}; leave {flag} out, or use "
                 "--context-parallel-size 1."

@@ -112,7 +112,7 @@ def plain_attention(rank, asked):
     import tiny_gpt
     from megatron.core import parallel_state, tensor_parallel
 
-    from mindspeed_cp.megatron.plain_attention import name_plain_attention
+    from mindspeed_cp.megatron.alone import name_plain_attention
 
     rank.join()
     parallel_state.initialize_model_parallel()

@@ -63,7 +63,7 @@ def test_buffers_follow_from_what_the_launch_says():
 
 
 def test_the_adaptor_asks_for_them_on_hccl_unless_the_user_has(monkeypatch):
-    from mindspeed_cp.megatron import hccl as machine
+    from mindspeed_cp.megatron import start as machine
 
     setup = TrainingSetup(num_attention_heads=32, seq_length=131072, head_dim=128, half_precision="bfloat16")
     hybrid = config("hybrid_cp_algo", ulysses_degree=2)

@@ -15,7 +15,7 @@ from mindspeed_cp.compat.arguments import process_args
 from mindspeed_cp.compat.patch_manager import MindSpeedPatchesManager
 from mindspeed_cp.compat.tensors import sbh_to_tnd, tnd_to_sbh
 from mindspeed_cp.compat.ulysses import ulyssesattn_context_parallel
-from mindspeed_cp.megatron.handed_ends import Handed
+from mindspeed_cp.megatron.documents import Handed
 from mindspeed_cp.sequence.layout import SequenceLayout
 from mindspeed_cp.settings.config import ContextParallelConfig
 

@@ -132,9 +132,21 @@ def collections(rank):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         return model
 
-    def results(size, groups_of):
-        model = model_of(size, groups_of)
-        batch = batch_of(PLAIN, seq=SEQ)
+    def rebind(model, size, groups_of):
+        """As frameworks do whose evaluation uses other sizes than their training."""
+        model.config.context_parallel_size = size
+        for module in model.modules():
+            for name, value in (
+                ("pg_collection", groups_of),
+                ("cp_group", groups_of.cp),
+                ("tp_cp_group", groups_of.cp),
+            ):
+                if getattr(module, name, None) is not None:
+                    setattr(module, name, value)
+
+    def results(model, groups_of):
+        size, batch = model.config.context_parallel_size, batch_of(PLAIN, seq=SEQ)
+        model.zero_grad()
         local = get_batch_on_this_cp_rank(dict(batch), cp_group=groups_of.cp) if size > 1 else batch
         losses = losses_of(model, local)
         (losses * local["loss_mask"]).sum().backward()
@@ -145,8 +157,17 @@ def collections(rank):
         return losses.detach(), found
 
     found = _overlapping(rank) | _ended()
+
+    def difference(model, groups_of, where):
+        mine, gradients = results(model, groups_of)
+        return max(
+            float((mine - losses[:, where]).abs().max()),
+            *(float((gradients[key] - expected[key]).abs().max()) / scale for key in expected),
+        )
+
     with collection(1) as one:
-        losses, expected = results(1, one)
+        losses, expected = results(model_of(1, one), one)
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
     cases = {
         "ulysses": ({"algorithm": "ulysses_cp_algo"}, lambda: contiguous(rank, 4)),
         "ring": ({"algorithm": "megatron_cp_algo"}, lambda: zigzag(rank, 4)),
@@ -158,12 +179,12 @@ def collections(rank):
         with collection(4) as four:
             if settings is not None:
                 configure(settings, 4)
-            mine, gradients_of = results(4, four)
+            model = model_of(4, four)
             layout = megatron_adaptor.state().scopes.of(four.cp)
             where = megatron_adaptor.state().layout(SEQ, scope=layout).positions(rank) if held is None else held()
-            scale = max(float(gradient.abs().max()) for gradient in expected.values())
-            found[name] = max(
-                float((mine - losses[:, where]).abs().max()),
-                *(float((gradients_of[key] - expected[key]).abs().max()) / scale for key in expected),
-            )
+            found[name] = difference(model, four, where)
+            rebind(model, 1, one)
+            found[name, "rebound to one rank"] = difference(model, one, slice(None))
+            rebind(model, 4, four)
+            found[name, "and back"] = difference(model, four, where)
     return found

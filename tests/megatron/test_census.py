@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mindspeed_cp.megatron import census, plain_attention
+from mindspeed_cp.megatron import alone, census
 from mindspeed_cp.megatron.adaptor import Adaptor
 from mindspeed_cp.megatron.sources import reading
 from mindspeed_cp.patches import building, models
@@ -197,10 +197,10 @@ def test_attention_beside_ours_that_builds_scores_on_an_npu_is_named(asked, spli
     model = layers(split, *kinds)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        plain_attention.name_plain_attention(model, asked=asked)
+        alone.name_plain_attention(model, asked=asked)
         assert not said, "this is a CPU"
-        monkeypatch.setattr(plain_attention, "_is_on_npu", lambda model: True)
-        plain_attention.name_plain_attention(model, asked=asked)
+        monkeypatch.setattr(alone, "_is_on_npu", lambda model: True)
+        alone.name_plain_attention(model, asked=asked)
     assert [bool(re.search(says, str(each.message))) for each in said] == [True] * bool(says)
 
 

@@ -141,7 +141,7 @@ for of_rank in ADAPTORS:
 def test_fewer_targets_than_ranks_weigh_as_without_context_parallelism(targets, per_token, monkeypatch):
     whole = torch.tensor([[0.0, *[1.0] * targets, *[0.0] * (SEQ - 1 - targets)]])
     masks = [ADAPTORS[0].layout(SEQ).shard(whole, rank, dim=1) for rank in range(2)]
-    monkeypatch.setattr(mtp, "_layout", lambda adaptor, *args: adaptor.layout(SEQ))
+    monkeypatch.setattr(mtp, "record_of_length", lambda adaptor, *args: SimpleNamespace(layout=adaptor.layout(SEQ)))
     size_of_ones = mtp.Counted(torch.ones(1), ADAPTORS[0].main).mask
     monkeypatch.setattr(mtp, "gather_sequence", lambda mine, **how: whole * size_of_ones)
     monkeypatch.setattr(mtp.dist, "all_reduce", lambda total, group: total.copy_(2 * whole.sum()))

@@ -308,3 +308,15 @@ def test_what_transformer_engine_recomputes_sees_the_record_of_its_forward_pass(
         expected = adaptor.active
         recompute.te_checkpoint(adaptor, lambda function, *args: kept.append(function), lambda: adaptor.active, False)
     assert adaptor.active is None and kept[0]() is expected
+
+
+def test_position_ids_come_before_end_of_document_tokens_in_batches_that_others_split():
+    adaptor, tokens, whole = adaptor_of(), torch.tensor([[7, 7, 7, 7]]), torch.tensor([[7, 9, 7, 7, 7, 7, 7, 7]])
+    adaptor.settings.end_of_document = lambda: 9
+    found = record(8).layout, ((0, 3, 8),)
+    with mock.patch.multiple(foreign, gather_sequence=lambda *args, **named: whole):
+        with mock.patch.object(foreign.Foreign, "_of_ids", lambda *args: found):
+            for first, documents_found in ((False, ((0, 2, 8),)), (True, ((0, 3, 8),))):
+                adaptor.settings.documents_from_position_ids = first
+                made = adaptor.foreign.record(adaptor, adaptor.main, tokens, tokens, "")
+                assert made.documents == documents_found
