@@ -9,7 +9,7 @@ from mindspeed_cp.arguments import add_context_parallel_arguments, validate
 from trainer.checks import check_batch, check_model, check_parallel, check_training, read_packing
 from trainer.files import check_files
 from trainer.rules import HelpFormatter, OneLineParser, length, one_of, path, real, shares, whole, window
-from trainer.tokenizer import VOCAB_SIZE
+from trainer.texts import VOCAB_SIZE
 
 
 def parse_args(argv: list[str] | None = None, world_size: int | None = None) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from trainer.checkpoint_files import Checkpoint, complete, digest_of, now, prepare, settings_of
 from trainer.failures import Refused, gather, is_loss_of_a_peer
-from trainer.safe_reading import check_metadata, tensors_alone
+from trainer.safe_reading import check_metadata
 
 
 class SynchronousSave(torch_format.TorchDistSaveShardedStrategy):
@@ -152,7 +153,7 @@ def load_checkpoint(args, chunks, optimizer, scheduler):
     checkpoint = args.resume
     _check_bytes(args, checkpoint)
     check_metadata(checkpoint.path)
-    with tensors_alone():
+    with patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):  # whatever Megatron's calls of torch.load request
         state = dist_checkpointing.load(_state(args, chunks, optimizer, scheduler, 0, True), str(checkpoint.path))
     for stage, chunk in enumerate(chunks):
         chunk.module.load_state_dict(state[_name(chunks, stage)])

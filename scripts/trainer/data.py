@@ -19,7 +19,7 @@ from mindspeed_cp.megatron.packing import PackedSampler, pack_samples
 from trainer.failures import Refused
 from trainer.files import drop_broken_caches
 from trainer.checks import micro_batch_length, of_same_name
-from trainer.tokenizer import ByteTokenizer
+from trainer.texts import ByteTokenizer
 
 
 @dataclass
@@ -45,8 +45,7 @@ def build_datasets(args):
         blend=([args.data_path], None),
         path_to_cache=args.data_cache_path,
         tokenizer=ByteTokenizer(args.vocab_size, args.eod),
-        # A dense mask is needed only without context parallelism; with it, document boundaries suffice.
-        create_attention_mask=has_mask(args),
+        create_attention_mask=False,  # it follows from the documents' ends
     )
     counts = [args.train_iters * args.global_batch_size, args.eval_iters * args.global_batch_size, 0]
     if dist.get_rank() == 0:
@@ -131,37 +130,34 @@ FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 def prepare_row(row, args):
-    """This context-parallel rank's part of a packed row; without context parallelism, with a dense mask."""
+    """This context-parallel rank's part of a packed row."""
     device = torch.cuda.current_device()
-    fields, ends = {name: row[name].to(device) for name in FIELDS}, row["cu_seqlens"].to(device)
-    if args.context_parallel_size > 1:
-        return _local_part(fields, args, ends=ends)
-    document = torch.repeat_interleave(torch.arange(len(ends) - 1, device=device), ends.diff())
-    apart = document[:, None] != document
-    return _local_part(fields, args, mask=(apart | torch.ones_like(apart).triu(1))[None, None])
+    return _local_part({name: row[name].to(device) for name in FIELDS}, args, row["cu_seqlens"].to(device))
 
 
 def prepare_batch(whole, args, length):
     """Cut a collated sample to ``length`` tokens and keep this context-parallel rank's part."""
     device = torch.cuda.current_device()
-    fields, mask = {name: whole[name][:, :length].to(device) for name in FIELDS}, whole.get("attention_mask")
-    if args.reset_attention_mask and args.context_parallel_size > 1:
-        ends = document_ends(fields["tokens"], args.eod)
-        # Documents of all rows are concatenated to one row (Megatron's thd format).
-        return _local_part({name: value.reshape(1, -1) for name, value in fields.items()}, args, ends=ends)
-    return _local_part(fields, args, mask=None if mask is None else mask[:, :, :length, :length].to(device))
+    fields = {name: whole[name][:, :length].to(device) for name in FIELDS}
+    return _local_part(fields, args, document_ends(fields["tokens"], args.eod) if args.reset_attention_mask else None)
 
 
-def _local_part(fields, args, *, ends=None, mask=None):
-    """ends: int32 document boundaries with the leading 0. mask: bool (batch, 1, seq, seq), True = masked out."""
+def _local_part(fields, args, ends):
+    """ends: int32 boundaries, with the leading 0, of documents that do not see each other; None if there are none."""
     num_tokens, num_positions = fields["loss_mask"].sum(), fields["tokens"].numel()
+    mask = packed = None
     if ends is None:
         local = utils.get_batch_on_this_cp_rank(fields)
-    else:  # Megatron's function does not get the documents, on which the layout may depend
-        local = megatron_adaptor.state().shard_batch(fields, cu_seqlens=ends)
+    elif has_mask(args):
+        local, mask = fields, dense_mask(ends, len(fields["tokens"]), args.window_size)
+    else:
+        # Documents of all rows are concatenated to one row (Megatron's thd format). Megatron's function does not get
+        # the documents, on which the layout may depend.
+        row = {name: value.reshape(1, -1) for name, value in fields.items()}
+        local, packed = megatron_adaptor.state().shard_batch(row, cu_seqlens=ends), packed_params(ends)
     return Batch(
-        attention_mask=None if mask is None else within_window(mask, args.window_size),
-        packed_seq_params=None if ends is None else packed_params(ends),
+        attention_mask=mask,
+        packed_seq_params=packed,
         num_tokens=num_tokens,
         num_positions=num_positions,
         **local,
@@ -175,22 +171,17 @@ def has_mask(args):
     return args.reset_attention_mask and args.context_parallel_size == 1
 
 
-def within_window(mask, window):
-    """Also mask out keys outside ``window`` (LEFT, RIGHT; -1 means no limit).
+def dense_mask(ends, rows, window):
+    """bool (rows, 1, seq, seq), True = masked out: causal, within documents and ``window`` (LEFT, RIGHT; -1: no limit).
 
-    mask: bool (batch, 1, seq, seq), True = masked out.
+    ends: int32 document boundaries, from 0, in the concatenated rows.
     """
-    if window is None:
-        return mask
-    query = torch.arange(mask.shape[-2], device=mask.device)[:, None]
-    key = torch.arange(mask.shape[-1], device=mask.device)[None, :]
-    left, right = window
-    outside = torch.zeros_like(query == key)
-    if left >= 0:
-        outside |= key < query - left
-    if right >= 0:
-        outside |= key > query + right
-    return mask | outside
+    numbers = torch.arange(len(ends) - 1, device=ends.device)
+    document = torch.repeat_interleave(numbers, ends.diff()).reshape(rows, -1)
+    seen = (document[:, :, None] == document[:, None, :]).tril()
+    if window is not None and window[0] >= 0:
+        seen = seen.triu(-window[0])
+    return ~seen[:, None]
 
 
 def document_ends(tokens, eod):

@@ -2,14 +2,13 @@
 each rank that only lost another rank.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch.distributed as dist
 
-from trainer.rules import leave_with_one_line
+from trainer.rules import leave, leave_with_one_line
 
 PROGRAM = "pretrain_gpt.py"
 # Parts of messages of gloo, NCCL, the store and this package about a peer that is gone or silent.
@@ -57,13 +56,13 @@ def readable_failures(rank: int) -> Iterator[None]:
         yield
     except Refused as error:
         speaks = rank == 0 or not error.everywhere
-        _leave(f"{PROGRAM}: error: {error}" if speaks else None, error.status)
+        leave(f"{PROGRAM}: error: {error}" if speaks else None, error.status)
     except KeyboardInterrupt:
-        _leave(f"{PROGRAM}: interrupted." if rank == 0 else None, 130)
+        leave(f"{PROGRAM}: interrupted." if rank == 0 else None, 130)
     except (RuntimeError, ConnectionError, TimeoutError) as error:
         if not is_loss_of_a_peer(error):
             raise
-        _leave(f"rank {rank}: {_first_line(error)} (another rank has failed or is silent: read its output first)", 1)
+        leave(f"rank {rank}: {_first_line(error)} (another rank has failed or is silent: read its output first)", 1)
 
 
 def is_loss_of_a_peer(error: BaseException | None) -> bool:
@@ -82,10 +81,3 @@ def _first_line(error):
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     text = text.partition(". This is typically")[0]
     return text.partition("] ")[2] if text.startswith("[/") else text
-
-
-def _leave(line, status) -> NoReturn:
-    if line:
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()
-    raise SystemExit(status)

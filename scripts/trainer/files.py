@@ -4,7 +4,6 @@ resume from.
 
 import importlib.util
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -14,8 +13,7 @@ from mindspeed_cp.planner.documents import read_index
 from mindspeed_cp.settings.rules import require
 from trainer.checkpoint_files import Checkpoint, find_checkpoint, last_changed
 from trainer.checks import of_same_name
-from trainer.texts import ENDINGS
-from trainer.tokenizer import EOD
+from trainer.texts import ENDINGS, EOD
 
 LOOKED_AT = 1 << 23  # number of tokens that are compared with the vocabulary size: all of a small dataset
 
@@ -138,19 +136,17 @@ def end_of_document(prefix: str) -> int:
         ) from None
 
 
-def drop_broken_caches(args) -> list[str]:
+def drop_broken_caches(args) -> None:
     """Remove index caches that an interrupted run left incomplete, and those of a dataset that was rewritten since,
-    because Megatron would use both. Returns their names. One rank calls this before datasets are built.
+    because Megatron would use both. One rank calls this before datasets are built.
     """
     folder = Path(args.data_cache_path or Path(args.data_path, "cache", "GPTDataset_indices"))
-    written, broken = Path(args.data_path + ".idx").stat().st_mtime, []
-    for path in sorted(folder.glob("*.npy")):
+    written = Path(args.data_path + ".idx").stat().st_mtime
+    for path in folder.glob("*.npy"):
         try:
             np.load(path, mmap_mode="r")
             stale = args.data_cache_path is None and path.stat().st_mtime < written
         except (OSError, ValueError, EOFError):
             stale = True
         if stale:
-            broken.append(path.name)
-            os.unlink(path)
-    return broken
+            path.unlink()

@@ -12,7 +12,6 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -45,15 +44,9 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> s
     confirms a plan that contains its token, and a plan is valid when all ranks have confirmed it. A hello of the last
     attempt is never confirmed, because its process is gone, and the new rank overwrites it.
     """
-    store, token, deadline = dist.PrefixStore(f"meeting/{world_size}", store), uuid.uuid4().hex, timeout
+    store, token = dist.PrefixStore(f"meeting/{world_size}", store), uuid.uuid4().hex
     store.set(f"hello/{rank}", token)
-    end, name, plan = time.monotonic() + deadline.total_seconds(), None, None
-
-    def wait_for(condition: Callable[[], bool]):
-        while not condition():
-            if time.monotonic() > end:
-                raise dist.DistStoreError(f"rank {rank} waited {timeout} for the other ranks of this attempt.")
-            time.sleep(PAUSE)
+    end, name, plan = time.monotonic() + timeout.total_seconds(), None, None
 
     def lead():
         nonlocal name, plan
@@ -77,7 +70,11 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> s
             store.set(f"confirmed/{name}/{rank}", "1")
         return name is not None and store.check([f"good/{name}"])
 
-    wait_for(lead if rank == 0 else follow)
+    have_met = lead if rank == 0 else follow
+    while not have_met():
+        if time.monotonic() > end:
+            raise dist.DistStoreError(f"rank {rank} waited {timeout} for the other ranks of this attempt.")
+        time.sleep(PAUSE)
     return name
 
 

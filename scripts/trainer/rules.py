@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from mindspeed_cp.settings.rules import tokens
 
@@ -164,7 +164,7 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def leave_with_one_line(message: str, status: int) -> None:
+def leave_with_one_line(message: str, status: int) -> NoReturn:
     """Print one line and end this process with ``status``, before any process group exists.
 
     Rank 0 prints for all. Another rank first waits, so that torchrun ends it if rank 0 has exited; otherwise it prints
@@ -174,6 +174,12 @@ def leave_with_one_line(message: str, status: int) -> None:
     if rank:
         time.sleep(GRACE)
         line = f"rank {rank}: {line}"
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    leave(line, status)
+
+
+def leave(line: str | None, status: int) -> NoReturn:
+    """Print ``line``, if there is one, and end this process with ``status``."""
+    if line:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
     raise SystemExit(status)

@@ -1,11 +1,7 @@
 """Read a checkpoint without running code from it: only tensors, plain values and torch's own metadata."""
 
-import os
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
 
 from trainer.failures import Refused
 
@@ -51,10 +47,3 @@ def check_metadata(path: Path) -> None:
     except Exception as error:
         wrong = f"is damaged ({type(error).__name__}); use another checkpoint, or"
     raise Refused(f"{file} {wrong} restore this one from a copy.")
-
-
-@contextmanager
-def tensors_alone() -> Iterator[None]:
-    """Context manager in which torch.load always uses weights_only, whatever its callers request."""
-    with patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
-        yield

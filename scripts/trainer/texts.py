@@ -1,14 +1,32 @@
-"""Read documents from .txt and .jsonl files and folders, and convert them to tokens."""
+"""Read documents from .txt and .jsonl files and folders, and convert them to tokens.
+
+Byte-level tokens are the 256 bytes, an end-of-document token and a padding token.
+"""
 
 import importlib.util
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.tokenizer import EOD, VOCAB_SIZE, ByteTokenizer
-
 ENDINGS = (".txt", ".jsonl")
+EOD, PAD = 256, 257
+VOCAB_SIZE = 258
+
+
+class ByteTokenizer:
+    """The tokenizer that Megatron's datasets need; ``vocab_size`` may be larger for data tokenized elsewhere."""
+
+    pad = PAD
+
+    def __init__(self, vocab_size=VOCAB_SIZE, eod=EOD):
+        self.vocab_size, self.eod = vocab_size, eod
+        # Megatron names its index caches after this.
+        self.unique_identifiers = OrderedDict({"class": "ByteTokenizer", "vocab_size": str(vocab_size)})
+
+    def tokenize(self, text):
+        return list(text.encode("utf-8"))
 
 
 @dataclass(frozen=True)

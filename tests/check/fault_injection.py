@@ -104,7 +104,6 @@ def note_first_step(note: Path) -> None:
 def arm(fault: Fault, first_step: int, note: Path) -> None:
     """Let ``fault`` happen when this process reaches its phase, at step 3 after ``first_step`` or in the next save."""
     import trainer.checkpoint
-    import trainer.initialize
     import trainer.loop
     from megatron.core import parallel_state
 
