@@ -12,11 +12,23 @@ import pytest
 import torch
 from cases import Case, attend, check_cases, expected, largest_errors, whole
 from distributed import run_ranks
-from setups import ALGORITHM_AND_SIZE, SOME_SIZES, degree_of, drawn, for_every_algorithm, has_ring, setups, shapes
+from setups import (
+    ALGORITHM_AND_SIZE,
+    SOME_SIZES,
+    degree_of,
+    drawn,
+    for_every_algorithm,
+    has_ring,
+    kind_of,
+    setups,
+    shapes,
+)
 from slice_cases import drawn_slices
 
 MASK_TYPES = ("causal", "full")
 for_some_sizes = pytest.mark.parametrize("algorithm, cp", SOME_SIZES)
+# Kinds of algorithms that four ranks have; eight add nothing to what is kept and fetched again.
+UP_TO_4 = {kind_of(setup) for param in SOME_SIZES if param.values[1] <= 4 for setup in setups(*param.values)}
 SCALES = (None, 0.7)
 
 
@@ -106,7 +118,7 @@ def test_features_together_equal_dense_attention(algorithm, cp):
     check_cases([case_of(point, number, algorithm, cp) for number, point in enumerate(chosen)])
 
 
-@for_every_algorithm
+@for_some_sizes
 def test_plain_attention_equals_dense_attention(algorithm, cp):
     check_cases(
         [
@@ -138,7 +150,7 @@ def test_any_length_from_one_token_up_works(algorithm, cp):
     )
 
 
-@for_every_algorithm
+@for_some_sizes
 def test_packed_documents_of_any_length_equal_dense_attention(algorithm, cp):
     """Documents shorter than the group, of length 1 and 0, one that spans every rank."""
     boundaries = (0, 31), (0, 1, 31), (0, 0, 0, 5, 5, 6, 31, 31), tuple(range(32)), (0, 3, 7, 12, 18, 25, 31)
@@ -224,6 +236,8 @@ def test_softmax_offsets_and_their_gradient_equal_dense_attention(algorithm, cp)
 def test_every_cache_policy_and_overlap_gives_the_same_gradients(algorithm, cp):
     """Bitwise the same, not just close: what is kept or fetched again are the same numbers in the same order."""
     for setup in setups(algorithm, cp):
+        if cp > 4 and kind_of(setup) in UP_TO_4 and not pairs.whole():
+            continue
         variants = [
             {"kv_cache_policy": policy, **({"send_recv_overlap": overlap} if has_ring(setup) else {})}
             for policy in (None, "full", "half")

@@ -1,7 +1,8 @@
 """One attention layer over two hosts with two ranks each: what leaves a host is what is counted, and results are right.
 
     python tests/check hosts hybrid double_ring       hosts are network namespaces (needs root); else status 77
-    --cut-after SECONDS      take the link down that long after the first step; both sides must then end with an error
+    --cut-after SECONDS      then repeat the last one and take the link down that long after its first step; both sides
+                             must end with an error
 
 For each algorithm every rank prints one line of JSON: rank, bytes counted by purpose, bytes to ranks of the other host,
 largest error against dense attention, bytes by the counter of the host's device.
@@ -16,7 +17,7 @@ from pathlib import Path
 from figures.network import REFUSED, Network, two_hosts
 
 ALGORITHMS = ("hybrid", "double_ring")
-RUNNING, PORT = "running", 29531  # the first rank says the word after its first step
+RUNNING, PORT = "running", 29531  # the first rank says the word after the first step that is repeated
 
 
 def run(network: Network, args: argparse.Namespace, folder: Path) -> int:
@@ -47,7 +48,9 @@ def main() -> int:
     parser.add_argument("algorithm", nargs="+", choices=ALGORITHMS)
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--timeout", type=float, default=20.0, help="seconds after which a silent peer is given up")
-    parser.add_argument("--cut-after", type=float, help="seconds after the first step at which the link is cut")
+    parser.add_argument(
+        "--cut-after", type=float, help="seconds after the first repeated step at which the link is cut"
+    )
     parser.add_argument("--in-namespace", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.in_namespace:  # this process, which starts the ranks, needs no torch

@@ -90,20 +90,19 @@ def be_rank(args):
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     whole = inputs(args.seq_length, torch.float32)
-    wanted = None if args.cut_after else dense(*whole)
+    wanted = dense(*whole)
     dist.barrier()  # from here on nobody is late
     for name in args.algorithm:
         config = ContextParallelConfig(context_parallel_size=world, **CONFIGS[name])
         groups = ContextParallelGroups.build(config, timeout=timedelta(seconds=args.timeout))
         layout = SequenceLayout.build(config, args.seq_length)
-        if args.cut_after:
-            for count in range(10**6):
-                step(config, groups, layout, whole)
-                if rank == 0 and count == 0:
-                    print(RUNNING, flush=True)
         line = {"rank": rank, "algorithm": name, **measure(config, groups, layout, whole, wanted)}
         sys.stdout.write(json.dumps(line) + "\n")  # one write, so that lines of several ranks never mix
         sys.stdout.flush()
+    for count in range(10**6 if args.cut_after else 0):
+        step(config, groups, layout, whole)
+        if rank == 0 and count == 0:
+            print(RUNNING, flush=True)
     dist.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ import random
 import threading
 import time
 
+import pairs
 import pytest
 import torch
 import torch.distributed as dist
@@ -259,9 +260,9 @@ def test_results_do_not_depend_on_when_a_send_really_starts(cp, window, degree, 
             dv=16,
             share_from=None,
         )
-        for mask_type in ("causal", "full")
-        for policy in (None, "half")
-        for exchange in (("ring", "direct") if window == 1 else ("ring",))
+        for mask_type, policy, exchange in pairs.drawn(
+            ("causal", "full"), (None, "half"), ("ring", "direct") if window == 1 else ("ring",)
+        )
     ]
     results = run_ranks(cp, attend_with_late_sends, cases)
     for index, case in enumerate(cases):

@@ -1,8 +1,7 @@
 """Micro-batches with different context-parallel sizes, scheduled by Megatron; ``compare`` runs on each rank."""
 
 import contextlib
-import io
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.distributed as dist
@@ -78,6 +77,16 @@ def _expected(samples, **settings):
     return total.detach(), _gradients(model)
 
 
+@cache
+def _alone(lengths):
+    """``_expected`` of one row for each rank, which computes it for all: every case without tensor parallelism takes
+    of these.
+    """
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, _expected([sample_of(lengths, dist.get_rank())]))
+    return everyone
+
+
 def _gradients(model):
     """name -> gradient; those that Megatron marks as split over tensor-parallel ranks are summed."""
     from megatron.core import parallel_state
@@ -89,15 +98,13 @@ def _gradients(model):
 
 
 def _case(settings, cp_size, lengths, model_settings):
-    from megatron.core import parallel_state
-
     tp_size = model_settings.get("tensor_model_parallel_size", 1)
     rows = [sample_of(lengths, seed) for seed in range(4 // cp_size // tp_size)]
     configure({}, 1)
-    with contextlib.redirect_stdout(io.StringIO()):
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp_size)
-    whole, expected = _expected(rows, **model_settings)
-    parallel_state.destroy_model_parallel()
+    with megatron_groups(tensor_model_parallel_size=tp_size):
+        alone = _alone(lengths)[: len(rows)] if tp_size == 1 else [_expected(rows, **model_settings)]
+    whole = sum(loss for loss, _ in alone)
+    expected = {name: sum(gradients[name] for _, gradients in alone) for name in alone[0][1]}
     with dynamic_groups(settings, cp_size, tp_size):
         with _logged() as log:
             loss, found, sizes = _scheduled(rows, cp_size, model_settings)

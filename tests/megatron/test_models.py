@@ -30,10 +30,27 @@ SOME = tuple(
 )
 # Two ranks take every case, three and four half of some for each run; with --full all of those.
 FIRST, SECOND = (SOME, SOME) if pairs.whole() else (SOME[::2], SOME[1::2])
-# Both take every case on the default version, one of them on others, where Megatron's side is what is asked.
-EITHER = pairs.whole() or VERSION == DEFAULT
-ON_ULYSSES, ON_RING = (ALL, ALL) if EITHER else (ALL[::2], ALL[1::2])
-PACKED = tuple(name for name in EVERY if "packed" in name)
+# A case shows how a part of a model takes a split sequence, contiguous (Ulysses) or zigzag (ring): on two ranks one of
+# the two takes it, and both only parts that move tokens or read their places themselves. On other versions than the
+# default one, where Megatron's side is what is asked, no case is taken twice.
+PLACES = (
+    "multi-token prediction",
+    "multi-token prediction, packed",
+    "multi-latent attention",
+    "multi-latent attention, packed",
+    "all of them",
+    "experts, auxiliary losses without padding",
+    "learnable softmax",
+    "gpt-oss, packed",
+    "Gemma 3",
+    "Qwen 2 VL, packed",
+)
+TWICE = tuple(name for name in ALL if pairs.whole() or (VERSION == DEFAULT and name in PLACES))
+ONCE = tuple(name for name in ALL if name not in TWICE)
+ON_ULYSSES, ON_RING = (*TWICE, *ONCE[::2]), (*TWICE, *ONCE[1::2])
+# The balanced layout differs in the order of tokens, whatever angles they are turned by or experts they are sent to.
+AS_ON_TWO = ("latent attention, packed, yarn", "multi-token prediction, three deep, packed", "Mixtral, packed")
+PACKED = tuple(name for name in EVERY if "packed" in name and (pairs.whole() or name not in AS_ON_TWO))
 # A balanced layout is the same over a ring and over a ring of Ulysses groups: each case takes one of them, and both get
 # windows or experts, latent attention and multi-token prediction.
 ON_BALANCED_HYBRID, ON_BALANCED_RING = (PACKED, PACKED) if pairs.whole() else (PACKED[::2], PACKED[1::2])

@@ -29,7 +29,8 @@ UNALIGNED = {
 }
 FOUR = "--context-parallel-size 4 --micro-batch-size 4"
 VIRTUAL = "--num-layers 4 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
-ROPE, SHORT = "--position-embedding-type rope", "--train-iters 3"
+# The second step has the weights that the first one's gradients have updated; a third shows nothing more.
+ROPE, SHORT = "--position-embedding-type rope", "--train-iters 2"
 LONG = "" if pairs.whole() else SHORT  # 20 steps with --full
 BALANCED = "--cp-batch-layout balanced --cp-kv-exchange auto --recompute-granularity full --cp-keep-attention"
 PACKED = f"--reset-position-ids --reset-attention-mask --eod-mask-loss --seq-length 256 {SHORT} --data-path PARAGRAPHS"
@@ -142,14 +143,20 @@ if VERSION != DEFAULT and not pairs.whole():
         "uneven length",
         "packed documents, sliding window",
         "packed documents, rope, two rows",
+        "masked loss",
+        "packed by length",
     ):
         del GROUPS[name]
-    kept = "double ring", "hybrid", "ring with selective recompute", "ring with distributed optimizer"
-    GROUPS["other algorithms"] = (
-        GROUPS["other algorithms"][0],
-        {name: GROUPS["other algorithms"][1][name] for name in kept},
-    )
-    GROUPS["rope"] = GROUPS["rope"][0], {name: flags for name, flags in GROUPS["rope"][1].items() if name not in CP2}
+    for group, kept in (
+        (
+            "other algorithms",
+            ("double ring", "hybrid", "ring with selective recompute", "ring with distributed optimizer"),
+        ),
+        ("rope", ("ulysses with full recompute", "ring with full recompute", "ring, attention kept")),
+        ("packed documents", ("ulysses cp=4", "hybrid, balanced")),
+        ("a length for each batch", ("ring cp=4",)),
+    ):
+        GROUPS[group] = GROUPS[group][0], {name: GROUPS[group][1][name] for name in kept}
 if tuple(int(part) for part in VERSION.split(".")[:2]) < (0, 15):
     del GROUPS[
         "sliding window"
@@ -216,6 +223,7 @@ def test_layers_are_numbered_over_all_stages_of_a_pipeline(runs):
     assert 4 * of["layers of their own"] == 3 * of["ring cp=2"] + of["ulysses cp=2"]
 
 
+@pytest.mark.skipif(VERSION != DEFAULT and not pairs.whole(), reason="this project's own work, as above")
 def test_three_ranks_with_a_prime_like_length_for_each_batch(data):
     flags = f"--variable-seq-lengths --global-batch-size 3 --seq-length 67 {ROPE} {LONG}"
     cases = {

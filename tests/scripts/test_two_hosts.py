@@ -13,48 +13,34 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 NOT_PERMITTED = 77
 OVERHEAD = 0.05  # headers of Ethernet, IP and TCP, acknowledgements, barriers
 ALGORITHMS, SEQ = ("hybrid", "double_ring"), 512
+CUT = "--timeout", "5", "--cut-after", "0.3"
 LATE = {"TEST_LATE_RANK": "3", "TEST_LATE_SECONDS": "6"}  # it imports for longer than a silent peer is waited for
 
 pytestmark = pytest.mark.cpu_only
 
 
-def start(*arguments, **environment):
-    """tests/check hosts as a process."""
-    return subprocess.Popen(
-        [sys.executable, "tests/check", "hosts", *arguments],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
-
-
-def finish(process):
-    """(status, stdout, stderr); skips where namespaces are not permitted."""
-    out, err = process.communicate(timeout=300)
-    if process.returncode == NOT_PERMITTED:
-        pytest.skip("network namespaces are not permitted here")
-    return process.returncode, out, err
-
-
 @pytest.fixture(scope="module")
-def runs():
-    """A run of both algorithms and one whose link is cut; both at once, because the second mostly waits."""
-    processes = [
-        start(*ALGORITHMS, "--seq-length", str(SEQ)),
-        start("double_ring", "--seq-length", str(SEQ), "--timeout", "5", "--cut-after", "0.3", **LATE),
-    ]
-    return [finish(process) for process in processes]
+def run():
+    """(stdout, stderr) of both algorithms, the second of which goes on until its link is cut: ranks start once."""
+    result = subprocess.run(
+        [sys.executable, "tests/check", "hosts", *ALGORITHMS, "--seq-length", str(SEQ), *CUT],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **LATE},
+    )
+    if result.returncode == NOT_PERMITTED:
+        pytest.skip("network namespaces are not permitted here")
+    return result.stdout, result.stderr
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_bytes_on_the_network_are_the_counted_ones(runs, algorithm):
-    status, out, err = runs[0]
-    assert status == 0, err[-3000:]
+def test_bytes_on_the_network_are_the_counted_ones(run, algorithm):
+    out, err = run
     lines = [json.loads(line[3:]) for line in out.splitlines() if line[3:4] == "{"]
     ranks = [line for line in lines if line["algorithm"] == algorithm]
-    assert sorted(rank["rank"] for rank in ranks) == [0, 1, 2, 3]
+    assert sorted(rank["rank"] for rank in ranks) == [0, 1, 2, 3], err[-3000:]
     assert max(rank["error"] for rank in ranks) < 2e-5
     _check_counted(algorithm, ranks)
     for host in (0, 1):
@@ -79,8 +65,8 @@ def _check_counted(algorithm, ranks):
             assert rank["to_other_host"] == 3 * shard < rank["counted"]["kv"] + rank["counted"]["dkv"]
 
 
-def test_a_cut_link_ends_both_sides_with_an_error(runs):
-    _, out, err = runs[1]
+def test_a_cut_link_ends_both_sides_with_an_error(run):
+    out, err = run
     assert "link cut" in out
     statuses = re.search(r"exit status: (\d+) on the first host, (\d+) on the second", out).groups()
     assert all(int(status) != 0 for status in statuses)
