@@ -30,7 +30,7 @@ UNALIGNED = {
 FOUR = "--context-parallel-size 4 --micro-batch-size 4"
 VIRTUAL = "--num-layers 4 --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
 # The second step has the weights that the first one's gradients have updated; a third shows nothing more.
-ROPE, SHORT = "--position-embedding-type rope", "--train-iters 2"
+ROPE, SHORT = "--position-embedding-type rope", f"--train-iters {3 if pairs.whole() else 2}"
 LONG = "" if pairs.whole() else SHORT  # 20 steps with --full
 BALANCED = "--cp-batch-layout balanced --cp-kv-exchange auto --recompute-granularity full --cp-keep-attention"
 PACKED = f"--reset-position-ids --reset-attention-mask --eod-mask-loss --seq-length 256 {SHORT} --data-path PARAGRAPHS"
