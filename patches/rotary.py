@@ -97,8 +97,9 @@ def get_rotary_seq_len(adaptor: Adaptor, original: Callable[..., int], self: Any
         length = original(self, *args, **kwargs)
     else:
         record = _entering(adaptor, scope, given)
-        made, length = (record.layout, record.places), record.seq_len
-    key = id(self), length  # as in Megatron's cache, which keeps the embedding alive
+        made, length = (record.layout, record.places, scope.rank), record.seq_len
+    # The key of Megatron's cache. If it has dropped an entry whose id is used again, it is only cleared once more.
+    key = id(self), length
     if adaptor.embedded.setdefault(key, made) != made:
         forget_cached_embeddings()
         adaptor.embedded.clear()

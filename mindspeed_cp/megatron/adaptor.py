@@ -51,7 +51,7 @@ class Adaptor(OwnLoops):
         log: measures training steps with --cp-log while there are groups, else None.
         counted: models, and separate blocks of layers, whose modules were checked by the census.
         losses: what is known about the losses of the training.
-        embedded: (id of a rotary embedding, length) -> layout and position ids of its rows in Megatron's cache.
+        embedded: (id of a rotary embedding, length) -> layout, position ids and rank of its rows in Megatron's cache.
         documents_by_hand: documents were passed for a batch explicitly, so that a forward pass of an unknown batch
             would lose them.
         sliced: a batch with slices was split, or one with several documents over one rank, so that modules without
@@ -82,7 +82,7 @@ class Adaptor(OwnLoops):
         self.is_pipeline, self.virtual_pipeline, self.epoch = False, False, 0
         self.timeout: timedelta | None = None
         self.buffers: dict[str, int] = {}
-        self.embedded: dict[tuple[int, int], tuple[SequenceLayout, Places | None] | None] = {}
+        self.embedded: dict[tuple[int, int], tuple[SequenceLayout, Places | None, int] | None] = {}
         self.computes_alone, self.documents_by_hand, self.sliced, self._passes = False, False, False, 0
         self._pool: dict[PoolKey, dist.ProcessGroup] = {}
         self.on_change: list[Callable[[], None]] = []

@@ -150,6 +150,7 @@ def _fork(run: Run, rank: int, port: int, tell: int) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setpgid(0, 0)
         log = os.open(run.file(rank, "log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # this process's own input brings the next run
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.environ.update(
