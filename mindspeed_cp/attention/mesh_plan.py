@@ -62,8 +62,19 @@ class _Piece(NamedTuple):
 def _slices(ring: RingPlan, reader: int, source: int) -> list[list[_Piece]]:
     """For each step, the rows of ``source``'s shard that ``reader`` receives; none of its own."""
     rows = () if reader == source else ring.rows_needed(reader, source)
-    held = ring.layout.ring_runs(source)
-    return [_pieces(share, held) for share in cut(rows, len(ring.lengths) - 1)]
+    pieces = _pieces(rows, ring.layout.ring_runs(source))
+    shares = cut(tuple((piece.start, piece.stop) for piece in pieces), len(ring.lengths) - 1)
+    whole = iter(pieces)
+    found: list[list[_Piece]] = []
+    piece = next(whole, None)
+    for share in shares:
+        found.append([])
+        for start, stop in share:
+            while piece is not None and piece.stop <= start:
+                piece = next(whole, None)
+            assert piece is not None, "a share lies in the pieces"
+            found[-1].append(_Piece(start, stop, piece.position + start - piece.start))
+    return found
 
 
 def _pieces(rows: Runs, held: Runs) -> list[_Piece]:

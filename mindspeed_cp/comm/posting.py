@@ -106,7 +106,7 @@ class Member:
             raise RuntimeError(
                 f"an earlier pass of context parallelism over these process groups ended with an error on global rank "
                 f"{dist.get_rank()} ({error}), and its messages may still be under way; make the process groups again "
-                "(ContextParallelGroups.build without cp_group), or restart all ranks."
+                "(ContextParallelGroups.build without cp_group), pass others, or restart all ranks."
             )
 
     @property

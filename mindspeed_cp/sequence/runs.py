@@ -76,7 +76,17 @@ def take(runs: Runs, start: int, stop: int) -> Runs:
 
 def cut(runs: Runs, parts: int) -> list[Runs]:
     """Split the tokens of ``runs`` into ``parts`` consecutive pieces, whose sizes differ by at most one."""
-    return [take(runs, start, stop) for start, stop in end_to_end(split_sizes(length(runs), parts))]
+    sizes, found = iter(split_sizes(length(runs), parts)), list[list[Run]]()
+    room = 0
+    for start, stop in runs:
+        while start < stop:
+            while room == 0:
+                found.append([])
+                room = next(sizes)
+            end = min(stop, start + room)
+            found[-1].append((start, end))
+            start, room = end, room - (end - start)
+    return [*map(tuple, found), *(() for _ in range(parts - len(found)))]
 
 
 def rows_of(runs: Runs, held: Runs) -> Runs:

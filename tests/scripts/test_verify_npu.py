@@ -207,10 +207,16 @@ def test_trainings_and_speed_run_on_stand_ins_for_cuda_devices(tmp_path, request
 
 
 FAILING = """
-import os, sys
+import os, pathlib, time
 print("rank", os.environ["RANK"], "began", flush=True)
-if os.environ["RANK"] == "1":
+began = pathlib.Path(__file__).with_name("began")
+if os.environ["RANK"] == "0":
+    began.touch()
+else:
+    while not began.exists():
+        time.sleep(0.01)
     raise KeyError("what went wrong")
+time.sleep(60)  # until torchrun ends it
 """
 
 
