@@ -168,11 +168,14 @@ class ContextParallelConfig(Fields):
         return made
 
     def _check_layers(self) -> None:
-        """Check the rules of every layer's algorithm; messages name the layers."""
+        """Check the rules of every layer's algorithm; messages name the layers.
+
+        The run's own is checked even if an entry names every layer, because groups and layouts are made from it.
+        """
+        (self.fitted(None) if self.entries else self)._check_algorithm()
         for entry, config in zip(self.entries, self.entry_configs):
             with rules.said_of(f"{FLAG} {entry.layers}"):
                 config._check_algorithm()
-        self.other_layers._check_algorithm()
 
     def _check_algorithm(self) -> None:
         rules.check_degree(self.algorithm, self.context_parallel_size, self.ulysses_degree)

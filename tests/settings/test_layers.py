@@ -231,6 +231,8 @@ def test_an_entry_of_all_layers_leaves_none_to_the_run():
     assert every.describe().startswith("Ulysses, cp=4, contiguous")
     with pytest.raises(ValueError, match="^--cp-layer-algo 0-: --ulysses-degree-in-cp 3 must divide"):
         config("0-:hybrid_cp_algo:ulysses-degree-in-cp=3")
+    with pytest.raises(ValueError, match="^--ulysses-degree-in-cp is not given"):
+        config(f"0-:{ULYSSES}", algorithm="hybrid_cp_algo")
 
 
 def test_only_ascii_digits_number_layers():
